@@ -18,12 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from tunesmith.model.fp4 import encode_mxfp4
-from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
+from tunesmith.quant import expert_matmul, expert_rows
+from tunesmith.quant.expert_rows import ExpertRows
 from tunesmith.quant.frozen_stack import DenseStack, FrozenStack, Mxfp4Stack
 
 EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
@@ -61,11 +63,11 @@ def results_of(
     lora_B = draw(EXPERTS, RANK, OUT)
     dy = draw(sum(ROWS), OUT).detach()
     experts = torch.repeat_interleave(torch.tensor(ROWS)).to(device)
-    rows = ExpertRows.of(experts, EXPERTS, dtype)
-    if grouped:
-        rows = rows._replace(spans=None)
-    y = expert_matmul(x, stack_of(kind, dtype, device), rows, lora_A, lora_B)
-    gradients = torch.autograd.grad(y, (x, lora_A, lora_B), dy)
+    with patch.object(expert_rows, "uses_grouped_mm", lambda *_: grouped):
+        rows = ExpertRows.of(experts.unsqueeze(1), EXPERTS, dtype)
+        stack = stack_of(kind, dtype, device)
+        y = expert_matmul.expert_matmul(x, stack, rows.row_index, lora_A, lora_B)
+        gradients = torch.autograd.grad(y, (x, lora_A, lora_B), dy)
     tensors = {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
     return {name: tensor.float().cpu() for name, tensor in tensors.items()}
 

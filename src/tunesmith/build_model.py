@@ -151,7 +151,9 @@ def build_model(
     # After recompute: the mixin that is added last runs first, so the graph holds the
     # recomputation.
     if plan.compiled:
-        compilation.compile_layers(root.layers, varied=plan.layout.row_length is None)
+        varied = plan.layout.row_length is None
+        compilation.compile_layers(root.layers, varied=varied)
+        root.expert_load.is_varied = varied
         root.loss_and_grad_fn = compilation.compile_loss(root.loss_and_grad_fn)
     if plan.fp32_gradients:
         accumulate_in_fp32(model.get_submodule(root.layers_name))

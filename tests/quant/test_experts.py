@@ -5,6 +5,7 @@ weights, in logits and in every gradient.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -18,8 +19,8 @@ from tunesmith.adapter.expert_lora import ExpertsLora, expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.twin import VOCAB, build_twin
-from tunesmith.quant import expert_matmul, experts, frozen_stack
-from tunesmith.quant.expert_matmul import ExpertRows
+from tunesmith.quant import expert_matmul, expert_rows, expert_turns, experts, frozen_stack
+from tunesmith.quant.expert_rows import ExpertRows, RowIndex
 from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.frozen_stack import DenseStack
 from tunesmith.quant.nf4_experts import Nf4Experts, replace_nf4_stacks
@@ -141,7 +142,7 @@ def test_parts_of_the_experts_add_up_to_all(
     lora.attach_lora(model, Adapter(rank=4, alpha=8, target=("experts",)), seed=0)
     draw(model, torch.float32)
     if is_grouped:
-        monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda device, dtype: True)
+        monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda device, dtype: True)
         # What a kernel leaves of rows that belong to no expert.
         grouped_mm = expert_matmul.F.grouped_mm
 
@@ -179,20 +180,21 @@ def test_parts_of_the_experts_add_up_to_all(
 @pytest.mark.parametrize("trains_router", [True, False])
 @pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_rows", [torch.bfloat16, torch.float16])
-def test_the_weighted_sum_in_16_bits(
+def test_the_weighted_activation_in_16_bits(
     of_rows: torch.dtype, of_weights: torch.dtype, trains_router: bool
 ) -> None:
-    """Beside fp32; what is saved are rows as they come, and none where no gradient needs them."""
+    """Beside fp32; what is saved are its two inputs."""
     if of_weights == torch.bfloat16:
         of_weights = of_rows
-    tokens, per_token, width = 11, 3, 40
     torch.manual_seed(0)
-    order = torch.randperm(tokens * per_token)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
-    x = torch.randn(len(order), width).to(of_rows).requires_grad_()
-    weights = torch.rand(tokens, per_token).to(of_weights).requires_grad_(trains_router)
-    gradient = torch.randn(tokens, width).to(of_rows)
+    x = torch.randn(33, 40).to(of_rows).requires_grad_()
+    weight = torch.rand(33, 1).to(of_weights).requires_grad_(trains_router)
+    gradient = torch.randn(33, 20).to(of_rows)
+
+    def activation(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
     saved: list[torch.Tensor] = []
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -200,39 +202,36 @@ def test_the_weighted_sum_in_16_bits(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        output = experts._WeightedSum.apply(x, weights, order, places, False)
-    leaves = (x, weights) if trains_router else (x,)
+        output = experts._WeightedActivation.apply(x, weight, activation)
+    leaves = (x, weight) if trains_router else (x,)
     results = (output, *torch.autograd.grad(output, leaves, gradient))
 
     wide_x = x.detach().float().requires_grad_()
-    wide_weights = weights.detach().float().requires_grad_(trains_router)
-    copies = wide_x[places].unflatten(0, (tokens, per_token))
-    expected = (copies * wide_weights.unsqueeze(-1)).sum(1)
-    wide_leaves = (wide_x, wide_weights) if trains_router else (wide_x,)
+    wide_weight = weight.detach().float().requires_grad_(trains_router)
+    expected = activation(wide_x) * wide_weight
+    wide_leaves = (wide_x, wide_weight) if trains_router else (wide_x,)
     wide_results = (expected, *torch.autograd.grad(expected, wide_leaves, gradient.float()))
-    # Half a step of the 16 bits is 2^-9 of a number; sums of 40 products add up some of them.
+    # Half a step of the 16 bits is 2^-9 of a number; sums of 20 products add up some of them.
     for one, other, leaf in zip(results, wide_results, (x, *leaves), strict=True):
         assert one.dtype == leaf.dtype
         assert (one.float() - other).abs().max() < 2**-7 * other.abs().max()
-    floating = [tensor for tensor in saved if tensor.is_floating_point()]
-    kept_rows = [tensor for tensor in floating if tensor.shape == x.shape]
-    assert [tensor.dtype for tensor in kept_rows] == [of_rows] * trains_router
+    assert [tensor.shape for tensor in saved] == [x.shape, weight.shape]
 
 
 # What a faulty change would do: each must show in the comparison above.
 MUTATIONS: dict[str, tuple[object, str, Callable]] = {
     "the update of the next expert": (
         expert_matmul, "_multiply",
-        lambda original: lambda x, factors, *rest, **options: original(
-            x, tuple(factor.roll(1, 0) for factor in factors), *rest, **options
+        lambda original: lambda product, *rest: original(
+            product._replace(factors=tuple(f.roll(1, 0) for f in product.factors)), *rest
         ),
     ),
     "gradients of A and B for one expert": (
-        expert_matmul, "_products_of_columns",
-        lambda original: lambda left, right, rows: original(left, right, rows).roll(1, 0),
+        expert_turns.FactorGradients, "results",
+        lambda original: lambda self, dtype: [g.roll(1, 0) for g in original(self, dtype)],
     ),
     "the sum of other copies": (
-        experts, "_sum_of_rows",
+        expert_matmul, "sum_of_rows",
         lambda original: lambda x, places, *rest, **options: original(
             x, places.roll(1), *rest, **options
         ),
@@ -249,21 +248,27 @@ def test_a_mutation_shows(mutation: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("has_lora", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"gathers": True}, {"sums": True}])
 def test_one_kernel_for_all_experts_equals_one_after_the_other(
-    dtype: torch.dtype, has_lora: bool
+    dtype: torch.dtype, has_lora: bool, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU runs: of a rank that its kernel does not take, and with an expert without rows."""
     counts = torch.tensor([5, 0, 9, 2])
-    chosen = torch.arange(4).repeat_interleave(counts)
-    rows = ExpertRows.of(chosen, 4, dtype)
-    assert rows.spans == ((0, 0, 5), (2, 5, 14), (3, 14, 16))
+    chosen = torch.arange(4).repeat_interleave(counts)[torch.randperm(16)].view(8, 2)
     torch.manual_seed(0)
     stack = DenseStack.of(torch.randn(4, 24, 16).to(dtype), is_transposed=False)
-    leaves = [torch.randn(shape).to(dtype) for shape in ((16, 16), (4, 3, 16), (4, 3, 24))]
+    shapes = ((8 if "gathers" in options else 16, 16), (4, 3, 16), (4, 3, 24))
+    leaves = [torch.randn(shape).to(dtype) for shape in shapes]
     results = []
-    for kind in (rows, rows._replace(spans=None)):
+    for is_grouped in (False, True):
+        monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_, answer=is_grouped: answer)
+        rows = ExpertRows.of(chosen, 4, dtype)
+        assert rows.row_index.offsets.tolist() == [5, 5, 14, 16]
+        assert (rows.row_index.ends is None) == is_grouped
         x, *factors = [leaf.clone().requires_grad_(True) for leaf in leaves]
-        y = expert_matmul.expert_matmul(x, stack, kind, *(factors if has_lora else ()))
+        given = factors if has_lora else ()
+        y = expert_matmul.expert_matmul(x, stack, rows.row_index, *given, **options)
+        assert len(y) == (8 if "sums" in options else 16)
         (y.float() ** 2).sum().backward()
         results.append([y, x.grad, *(factor.grad for factor in factors if has_lora)])
     for one, other in zip(*results, strict=True):
@@ -287,8 +292,8 @@ def test_products_in_16_bits_have_few_sizes() -> None:
         x, *factors = [leaf.detach().to(dtype).requires_grad_(True) for leaf in leaves]
         stack = DenseStack.of(weight.bfloat16().to(dtype), is_transposed=False)
         with torch.profiler.profile(record_shapes=True) as profile:
-            rows = ExpertRows.of(chosen, len(counts), dtype)
-            y = expert_matmul.expert_matmul(x, stack, rows, *factors)
+            rows = ExpertRows.of(chosen.unsqueeze(1), len(counts), dtype)
+            y = expert_matmul.expert_matmul(x, stack, rows.row_index, *factors)
             (y * weights).sum().backward()
         results.append([y, x.grad, *(factor.grad for factor in factors)])
         products = [
@@ -299,7 +304,8 @@ def test_products_in_16_bits_have_few_sizes() -> None:
             # Of rows through W and back; times A, B and back, and to the gradients of both.
             assert len(sizes) <= 2 * 13 + 6 * 9
         else:
-            assert len(sizes) == 8 * len(counts)
+            # Of three rows two products look like those of gradients.
+            assert len(sizes) == 8 * len(counts) - 2
     for rounded, exact in zip(*results, strict=True):
         assert error(rounded.double(), exact) < 2e-2
 
@@ -315,9 +321,11 @@ def test_llama4_computes_the_chosen_experts_alone(
     product = experts.expert_matmul
     rows = []
 
-    def watched(x: Tensor, *args: object) -> Tensor:
-        rows.append(len(x))
-        return product(x, *args)
+    def watched(
+        x: Tensor, stack: object, index: RowIndex, *args: object, **options: bool
+    ) -> Tensor:
+        rows.append(len(index.tokens))
+        return product(x, stack, index, *args, **options)
 
     monkeypatch.setattr(experts, "expert_matmul", watched)
     lora.attach_lora(model, Adapter(target=("q_proj",)), seed=0)
@@ -348,7 +356,7 @@ def test_groups_of_experts_equal_all_at_once(
 ) -> None:
     """What a GPU runs where a stack in codes is large; the first and third experts have no rows."""
     chosen = torch.arange(5).repeat_interleave(torch.tensor([0, 5, 0, 9, 2]))
-    monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda device, dtype: True)
+    monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda device, dtype: True)
     torch.manual_seed(0)
     stack = DenseStack.of(torch.randn(5, 24, 16), is_transposed=False)
     leaves = [torch.randn(shape) for shape in ((16, 16), (5, 4, 16), (5, 4, 24))]
@@ -363,11 +371,11 @@ def test_groups_of_experts_equal_all_at_once(
     results = []
     for at_once in (5, experts_at_once):
         monkeypatch.setattr(DenseStack, "experts_at_once", lambda *_, count=at_once: count)
-        rows = ExpertRows.of(chosen, 5, torch.float32, in_groups=at_once < 5)
-        assert rows.spans is None
-        assert rows.ends == (None if at_once == 5 else (0, 5, 5, 14, 16))
+        rows = ExpertRows.of(chosen.unsqueeze(1), 5, torch.float32, in_groups=at_once < 5)
+        ends = None if rows.row_index.ends is None else rows.row_index.ends_on_host()
+        assert ends == (None if at_once == 5 else [0, 5, 5, 14, 16])
         x, *factors = [leaf.clone().requires_grad_(True) for leaf in leaves]
-        y = expert_matmul.expert_matmul(x, stack, rows, *(factors if has_lora else ()))
+        y = expert_matmul.expert_matmul(x, stack, rows.row_index, *(factors if has_lora else ()))
         (y**2).sum().backward()
         results.append([y, x.grad, *(factor.grad for factor in factors if has_lora)])
     for one, other in zip(*results, strict=True):
@@ -394,6 +402,30 @@ def test_a_stack_in_codes_is_dense_in_groups_of_a_limit(monkeypatch: pytest.Monk
     assert stack.experts_at_once(bf16) == 1
 
 
+def test_experts_in_turns_are_dense_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: of three experts a group each, and no group beside another."""
+    monkeypatch.setattr(expert_turns, "is_cpu", lambda _: False)
+    monkeypatch.setattr(DenseStack, "experts_at_once", lambda *_: 3)
+    alive: list[weakref.ref[Tensor]] = []
+    groups = []
+
+    def dense(self: DenseStack, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        assert not any(reference() is not None for reference in alive)
+        groups.append((first, last))
+        weight = self.tensors[0][first:last].mT.clone()
+        alive.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(DenseStack, "dense", dense)
+    stack = DenseStack.of(torch.randn(8, 24, 16), is_transposed=False)
+    chosen = torch.tensor([[0], [0], [4], [5], [7], [7]])
+    rows = ExpertRows.of(chosen, 8, torch.float32)
+    x = torch.randn(6, 16, requires_grad=True)
+    expert_matmul.expert_matmul(x, stack, rows.row_index).sum().backward()
+    # Forward and backward.
+    assert groups == 2 * [(0, 3), (3, 6), (6, 8)]
+
+
 @pytest.mark.parametrize("limit", [1 << 30, 1])
 def test_a_model_on_one_kernel_is_the_model_one_expert_after_the_other(
     limit: int, monkeypatch: pytest.MonkeyPatch
@@ -411,7 +443,7 @@ def test_a_model_on_one_kernel_is_the_model_one_expert_after_the_other(
         lora.attach_lora(model, Adapter(rank=4, alpha=8), seed=0)
         draw(model, torch.float32)
         monkeypatch.setattr(frozen_stack, "DENSE_BYTES", limit)
-        monkeypatch.setattr(expert_matmul, "uses_grouped_mm", lambda *_, answer=on_gpu: answer)
+        monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_, answer=on_gpu: answer)
         logits, dx = compute(model, {})
         results.append([logits, dx, *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*results, strict=True):

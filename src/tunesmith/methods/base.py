@@ -227,7 +227,7 @@ class TrainModel(nn.Module):
 
     def _count_load(self, batch: Batch) -> AbstractContextManager[None]:
         """Count the tokens of the experts, of a batch that says which are padding."""
-        if not self.expert_load.experts or not batch.row_tokens:
+        if not self.expert_load.modules or not batch.row_tokens:
             return nullcontext()
         return self.expert_load.count(batch.is_token())
 

@@ -1,53 +1,63 @@
 """How the tokens of a step spread over the experts of each layer, padding not counted.
 
-A hook on the experts sees where their router sends each token. The counts stay on the device, and
-are read with the other numbers of the step. A layer that is computed again in the backward counts
-twice, all its experts alike. Of a tensor group each rank sees the tokens that it has between
-attention and MLP, and counts these.
+A hook on the experts sees where their router sends each token; it is compiled with their layer. The
+counts stay on the device, and are read with the other numbers of the step. A layer that is computed
+again in the backward counts twice, all its experts alike. Of a tensor group each rank sees the
+tokens that it has between attention and MLP, and counts these.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.distributed.row_exchange import RankGroup
+from tunesmith.distributed.torch_private import mark_varying
 from tunesmith.model.meta_forward import are_experts
 
 LOAD_MAX = "expert_load_max"
 UNUSED = "experts_unused"
+# The attribute of the experts of a layer with their counts, int64 [experts + 1]: all layers share a
+# compiled graph, which takes the tensor of each. The last place is for padding, and for what is no
+# expert (LongCat's identities).
+COUNTS = "expert_counts"
 
 
 class ExpertLoad:
     """Counts of a model's experts, from one `take` to the next.
 
     Attributes:
+        modules: the experts of each layer that has some.
         tensor_group: the ranks that share the tokens of each layer; None: this one has all.
+        is_varied: layers are compiled, and micro batches differ in their number of tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.experts: list[int] = []  # of each layer that has some
-        self.counts: dict[int, Tensor] = {}
+        self.modules: list[Any] = []
         self.is_token: Tensor | None = None
         self.tensor_group: RankGroup | None = None
+        self.is_varied = False
         for module in model.modules():
             # `has_gate` is there where Transformers calls them through its interface.
             is_counted = hasattr(module, "has_gate") or are_experts(module)
             if is_counted and hasattr(module, "num_experts"):
-                note = partial(self._note, len(self.experts))
-                module.register_forward_pre_hook(note, with_kwargs=True)
-                experts: Any = module.num_experts
-                self.experts.append(experts)
+                module.register_forward_pre_hook(self._note, with_kwargs=True)
+                self.modules.append(module)
 
     @contextmanager
     def count(self, is_token: Tensor) -> Iterator[None]:
         """Count what runs inside; is_token: bool [n] of the micro batch, False for padding."""
+        for module in self.modules:
+            counts = getattr(module, COUNTS, None)
+            if counts is None or counts.device != is_token.device:
+                self._allocate(module, is_token.device)
         if self.tensor_group is not None:
             is_token = is_token.chunk(self.tensor_group.size)[self.tensor_group.rank]
         self.is_token = is_token
+        if self.is_varied:
+            mark_varying(is_token, 0)
         try:
             yield
         finally:
@@ -63,32 +73,31 @@ class ExpertLoad:
         finally:
             self.is_token = is_token
 
-    @torch.compiler.disable
-    def _note(self, layer: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _allocate(self, module: Any, device: torch.device) -> None:
+        counts = torch.zeros(module.num_experts + 1, dtype=torch.int64, device=device)
+        setattr(module, COUNTS, counts)
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_token is None:
             return
         index = _choice((*args, *kwargs.values()))
         if index is None or len(index) != len(self.is_token):
             return
-        experts = self.experts[layer]
+        counts: Tensor = getattr(module, COUNTS)
+        nowhere = len(counts) - 1
         with torch.no_grad():
-            # One more place, for padding and for what is no expert (LongCat's identities).
-            places = torch.where(self.is_token.unsqueeze(1), index, experts).clamp_max(experts)
-            counts = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
+            places = torch.where(self.is_token.unsqueeze(1), index, nowhere).clamp_max(nowhere)
             counts.scatter_add_(0, places.flatten(), torch.ones_like(places.flatten()))
-        if layer in self.counts:
-            counts += self.counts[layer]
-        self.counts[layer] = counts
 
     def take(self, device: torch.device) -> list[Tensor]:
         """Tokens that each expert of each layer got since the last call: int64 [experts] each."""
         tokens_by_layer = []
-        for layer, experts in enumerate(self.experts):
-            counts = self.counts.get(layer)
-            if counts is None:  # no micro batch came to this rank
-                counts = torch.zeros(experts + 1, dtype=torch.int64, device=device)
-            tokens_by_layer.append(counts[:experts])
-        self.counts = {}
+        for module in self.modules:
+            if not hasattr(module, COUNTS):  # no micro batch came to this rank
+                self._allocate(module, device)
+            counts: Tensor = getattr(module, COUNTS)
+            tokens_by_layer.append(counts[:-1].clone())
+            counts.zero_()
         return tokens_by_layer
 
 

@@ -1,297 +1,183 @@
-"""Rows sorted by expert, times the frozen weights of the experts, with a LoRA update of each.
+"""Tokens times the frozen weights of their experts, with a LoRA update of each.
 
-    y = x W_e + (x A_e^T) B_e        for the rows of expert e
+    y = x W_e + (x A_e^T) B_e        for the copies of tokens that go to expert e
 
-The backward makes no gradient of W and saves nothing dense. A GPU multiplies all experts by
-`grouped_mm`, which reads the edges between experts on the device. A CPU takes one expert after the
-other: equally fast, for every dtype, and a quantized stack is dense for one expert at a time. In 16
-bits their rows come in blocks of few sizes, as each new size costs (see `_blocks`).
+The copies are rows sorted by expert. A product may gather them from the tokens, and may add up a
+token's rows afterwards; each is the other's transpose, so a backward gathers where its forward
+added. The backward makes no gradient of W, saves tokens rather than their copies, and nothing
+dense.
+
+Two paths share the arithmetic: an autograd function in eager mode, and one opaque operator inside
+torch.compile, in which the host may read the edges between experts, as no graph can.
+
+GPUs for which torch has a kernel (see `uses_grouped_mm`) multiply all experts at once, and the host
+does not wait for the edges. Everything else takes them in turns (see `expert_turns`), as torch's
+own `grouped_mm` would on other GPUs; the host reads the edges once a layer and forward.
 
 A stack in codes that is large when dense (see `frozen_stack.DENSE_BYTES`) is multiplied by groups
-of experts on a GPU too. A group's product takes the rows between two edges, and no kernel of torch
-begins at a row that only the device knows: rows before it would have to be copied, or multiplied
-with zeros. So the host reads the edges, once a layer and forward. It waits for the router then, and
-the products that follow take milliseconds each: the GPU has work again before long.
+of experts on any GPU. A group's product takes the rows between two edges, and no kernel of torch
+begins at a row that only the device knows. So the host reads the edges there too. It waits for the
+router then, and the products that follow take milliseconds each: the GPU has work again before
+long.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.quant import expert_rows
+from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
+from tunesmith.quant.expert_turns import FactorGradients, Product, multiply_in_turns
 from tunesmith.quant.frozen_stack import FrozenStack, frozen_stack
-from tunesmith.units import ceil_div
 
 # Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
 ALIGNMENT = 16
-# Rows of a block of a product on a CPU in 16 bits: at most so many, and a multiple of the others.
-BLOCK_ROWS = 256
-# Of frozen weights, where empty rows cost most, and of A and B, where new sizes do.
-FROZEN_STEP = 32
-LORA_STEP = 128
-
-
-class ExpertRows(NamedTuple):
-    """Where the rows of each expert are.
-
-    Attributes:
-        offsets: int32 [experts], on the device: the end of each expert's rows.
-        spans: on the host, (expert, first row, end row) of those that have rows; None where the
-            host does not know, so that it need not wait for a GPU.
-        ends: `offsets` on the host, where a GPU takes the experts by groups.
-    """
-
-    offsets: Tensor
-    spans: tuple[tuple[int, int, int], ...] | None
-    ends: tuple[int, ...] | None = None
-
-    @classmethod
-    def of(
-        cls, sorted_experts: Tensor, experts: int, dtype: torch.dtype, *, in_groups: bool = False
-    ) -> "ExpertRows":
-        """Where rows are, by their experts.
-
-        Args:
-            sorted_experts: int64 [rows], the expert of each row, in ascending order.
-            in_groups: a stack is dense for some experts at a time.
-        """
-        device = sorted_experts.device
-        numbers = torch.arange(experts, device=device)
-        offsets = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
-        if device.type == "meta" or uses_grouped_mm(device, dtype):
-            has_ends = in_groups and device.type != "meta"
-            return cls(offsets, None, tuple(offsets.tolist()) if has_ends else None)
-        spans = []
-        first = 0
-        for expert, end in enumerate(offsets.tolist()):
-            if end > first:
-                spans.append((expert, first, end))
-            first = end
-        return cls(offsets, tuple(spans))
-
-
-def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the products of all experts are one kernel."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def expert_matmul(
     x: Tensor,
     stack: FrozenStack,
-    rows: ExpertRows,
+    row_index: RowIndex,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
+    *,
+    gathers: bool = False,
+    sums: bool = False,
 ) -> Tensor:
     """y = x W_e + (x A_e^T) B_e; no gradient reaches W.
 
     Args:
-        x: [rows, in], sorted by expert.
+        x: [rows, in], sorted by expert; the tokens [n, in] if it `gathers` their copies.
         lora_A: [experts, rank, in] in the dtype of x, or None for no update.
         lora_B: [experts, rank, out] in the dtype of x, times the scaling; in this order, as MKL
             multiplies a narrow matrix on the right at an eighth of the speed.
 
-    Returns [rows, out].
+    Returns [rows, out]; the sum of each token's rows [n, out] if it `sums`.
     """
-    if lora_A is not None and lora_B is not None and rows.spans is None:
-        missing = -lora_A.shape[1] % (ALIGNMENT // x.dtype.itemsize)
+    lora: list[Tensor] = []
+    if lora_A is not None and lora_B is not None:
+        missing = 0
+        if expert_rows.uses_grouped_mm(x.device, x.dtype):
+            missing = -lora_A.shape[1] % (ALIGNMENT // x.dtype.itemsize)
         if missing:
             lora_A = F.pad(lora_A, (0, 0, 0, missing))
             lora_B = F.pad(lora_B, (0, 0, 0, missing))
-    y: Tensor = _ExpertMatmul.apply(
-        x, lora_A, lora_B, rows, stack.encoding, stack.shape, *stack.tensors
-    )
+        lora = [lora_A, lora_B]
+    y: Tensor
+    if torch.compiler.is_compiling():
+        flags = [gathers, sums, row_index.is_part]
+        tensors = list(stack.tensors)
+        y, *_ = expert_products(
+            x, lora, row_index.tensors(), tensors, stack.encoding, list(stack.shape), flags
+        )
+        return y
+    form = _ProductForm(stack.encoding, stack.shape, gathers, sums, row_index.is_part)
+    of_index = row_index.tensors()
+    y = _ExpertMatmul.apply(x, form, len(lora), len(of_index), *lora, *of_index, *stack.tensors)
     return y
 
 
-class _ExpertMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        rows: ExpertRows,
-        encoding: str,
-        shape: tuple[int, int, int],
-        *tensors: Tensor,
-    ) -> Tensor:
-        ctx.rows = rows
-        ctx.encoding = encoding
-        ctx.shape = shape
-        stack = frozen_stack(encoding, tensors, shape)
-        factors = None
-        if lora_A is not None and lora_B is not None:
-            factors = lora_A.mT, lora_B
-        xa, y = _multiply(x, factors, stack, rows, backward=False)
-        assert y is not None  # as there is a stack
-        lora = () if xa is None else (x, xa, lora_A, lora_B)
-        ctx.lora_count = len(lora)
-        ctx.save_for_backward(*lora, *tensors)
-        return y
+class _ProductForm(NamedTuple):
+    """What products have beside their tensors; encoding and shape are those of the stack."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        dy = grads[0].contiguous()  # of a sum's gradient all rows are one, which no product takes
-        rows = ctx.rows
-        saved = ctx.saved_tensors  # read once: a recomputed layer unpacks them once
-        lora = saved[: ctx.lora_count]
-        tensors = saved[ctx.lora_count :]
-        factors = None
-        d_lora_A = None
-        d_lora_B = None
-        if lora:
-            x, xa, lora_A, lora_B = lora
-            factors = lora_B.mT, lora_A
-        stack = None
-        if ctx.needs_input_grad[0]:
-            stack = frozen_stack(ctx.encoding, tensors, ctx.shape)
-        d_xa, dx = _multiply(dy, factors, stack, rows, backward=True)
-        if d_xa is not None:
-            d_lora_A = _products_of_columns(d_xa, x, rows)
-            d_lora_B = _products_of_columns(xa, dy, rows)
-        return (dx, d_lora_A, d_lora_B, None, None, None, *[None] * len(tensors))
+    encoding: str
+    shape: tuple[int, int, int]
+    gathers: bool
+    sums: bool
+    is_part: bool
+
+
+# ---- the arithmetic; `lora` is [A, B], or empty
+
+
+def _forward(
+    x: Tensor, lora: Sequence[Tensor], stack: FrozenStack, row_index: RowIndex, form: _ProductForm
+) -> list[Tensor]:
+    """The output, and x A^T [rows, rank] where there is an update."""
+    factors = (lora[0].mT, lora[1]) if lora else None
+    xa, y = _multiply(
+        Product(x, factors, stack, row_index, is_backward=False, gathers=form.gathers)
+    )
+    assert y is not None  # as there is a stack
+    if form.sums:
+        y = sum_of_rows(y, row_index.places, is_part=row_index.is_part)
+    return [y] if xa is None else [y, xa]
+
+
+def _backward(
+    dy: Tensor,
+    saved: Sequence[Tensor],
+    lora: Sequence[Tensor],
+    stack: FrozenStack,
+    row_index: RowIndex,
+    form: _ProductForm,
+    needs_dx: bool,
+) -> list[Tensor]:
+    """The gradients of x (empty unless `needs_dx`) and of `lora`.
+
+    saved: x and x A^T, or empty without updates.
+    """
+    dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
+    factors = None
+    gradients = None
+    if lora:
+        x, xa = saved
+        lora_A, lora_B = lora
+        factors = (lora_B.mT, lora_A)
+        gradients = FactorGradients(x, xa, row_index, gathers=form.gathers)
+    needed = stack if needs_dx else None
+    product = Product(dy, factors, needed, row_index, is_backward=True, gathers=form.sums)
+    _, dx = _multiply(product, gradients)
+    if dx is None:
+        dx = dy.new_empty(0)
+    elif form.gathers:
+        dx = sum_of_rows(dx, row_index.places, is_part=row_index.is_part)
+    return [dx] if gradients is None else [dx, *gradients.results(dy.dtype)]
 
 
 def _multiply(
-    x: Tensor,
-    factors: tuple[Tensor, Tensor] | None,
-    stack: FrozenStack | None,
-    rows: ExpertRows,
-    *,
-    backward: bool,
+    product: Product, gradients: FactorGradients | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Each row times its expert's frozen weight and the two factors of its update.
+    """x times the first factor, and x W with that times the second: [rows, ...].
 
-    Args:
-        x: [rows, in]; the gradients [rows, out] if `backward`, which exchanges `in` and `out`.
-        factors: [experts, in, rank] and [experts, rank, out]; None: there is no update.
-        stack: W [experts, in, out], which is transposed if `backward`; None: the second is not
-            needed.
-
-    Returns x times the first factor, and x W with that times the second.
+    gradients: of the factors, to be computed beside.
     """
+    x = product.x
+    if x.is_meta:
+        if gradients is not None:
+            gradients.allocate(x)
+        return product.empty_results()
+    if expert_rows.uses_grouped_mm(x.device, x.dtype):
+        return _multiply_at_once(product, gradients)
+    return multiply_in_turns(product, gradients)
+
+
+def _multiply_at_once(
+    product: Product, gradients: FactorGradients | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_multiply` by kernels for all experts."""
+    offsets = product.row_index.offsets
+    x = product.x
+    if product.gathers:
+        x = x.index_select(0, product.row_index.tokens)
     low = None
     y = None
-    if x.is_meta or rows.spans is not None:
-        if factors is not None:
-            low = x.new_empty(len(x), factors[0].shape[2])
-        if stack is not None:
-            y = x.new_empty(len(x), stack.shape[1 if backward else 2])
-        if rows.spans is not None:
-            _multiply_by_expert(x, low, y, factors, stack, rows.spans, backward=backward)
-        return low, y
-    if factors is not None:
-        low = F.grouped_mm(x, factors[0], offs=rows.offsets)
-        if stack is not None:
-            y = F.grouped_mm(low, factors[1], offs=rows.offsets)
-    if stack is not None:
-        y = _add_grouped(y, x, stack, rows, backward=backward)
+    if product.factors is not None:
+        low = F.grouped_mm(x, product.factors[0], offs=offsets)
+        if product.stack is not None:
+            y = F.grouped_mm(low, product.factors[1], offs=offsets)
+        if gradients is not None:
+            gradients.compute_at_once(x, low)
+    if product.stack is not None:
+        y = _add_frozen(y, x, product.stack, product.row_index, backward=product.is_backward)
     return low, y
 
 
-def _multiply_by_expert(
-    x: Tensor,
-    low: Tensor | None,
-    y: Tensor | None,
-    factors: tuple[Tensor, Tensor] | None,
-    stack: FrozenStack | None,
-    spans: tuple[tuple[int, int, int], ...],
-    *,
-    backward: bool,
-) -> None:
-    """What `_multiply` returns, written into `low` and `y` one expert after the other.
-
-    A block may reach into the rows of the experts behind its own. These are written after it.
-    """
-    for expert, first, end in spans:
-        weights: list[Tensor] = []
-        if factors is not None:
-            weights = [factor[expert] for factor in factors]
-        if stack is not None:
-            weight = stack.dense(expert, expert + 1, x.dtype)[0]
-            weights.append(weight.T if backward else weight)
-        for block in _blocks(end - first, x.dtype.itemsize):
-            start = first + block.start
-            count = block.lora_rows
-            low_part = _part(low, start, count)
-            y_part = _part(y, start, count)
-            _multiply_block(_rows(x, start, count), low_part, y_part, weights, block)
-            if start + count <= len(x):
-                continue
-            for whole, part in ((low, low_part), (y, y_part)):
-                if whole is not None and part is not None:
-                    whole[start:end] = part[: end - start]
-
-
-def _part(x: Tensor | None, first: int, count: int) -> Tensor | None:
-    """Rows of x to write; new ones where x ends before."""
-    if x is None:
-        return None
-    part = x[first : first + count]
-    return part if len(part) == count else x.new_empty(count, x.shape[1])
-
-
-class _Block(NamedTuple):
-    """Rows of an expert that are multiplied at a time.
-
-    Attributes:
-        start: of its first row, among those of the expert.
-        frozen_rows, lora_rows: so many are multiplied with W, and with A and B; the latter are not
-            fewer, and both may be more than there are.
-    """
-
-    start: int
-    frozen_rows: int
-    lora_rows: int
-
-
-@lru_cache(maxsize=1024)
-def _blocks(rows: int, itemsize: int) -> tuple[_Block, ...]:
-    """The blocks of an expert's rows, in a dtype of so many bytes.
-
-    In 16 bits oneDNN compiles a kernel for each number of rows, which takes as long as a product
-    with W and eight times as long as one with A; of the kernels it keeps few (see
-    `runtime/host.py`). So there are few sizes: multiples of a step, and powers of two below it.
-    """
-    if itemsize != 2:
-        return (_Block(0, rows, rows),)
-    blocks = []
-    for start in range(0, rows, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, rows - start)
-        blocks.append(_Block(start, _round_up(count, FROZEN_STEP), _round_up(count, LORA_STEP)))
-    return tuple(blocks)
-
-
-def _round_up(count: int, step: int) -> int:
-    if count < step:
-        return 1 << (count - 1).bit_length()
-    return ceil_div(count, step) * step
-
-
-def _multiply_block(
-    x: Tensor, low: Tensor | None, y: Tensor | None, weights: Sequence[Tensor], block: _Block
-) -> None:
-    """Write a block's rows of `low` and `y`.
-
-    weights: both factors, where there is `low`, then W, where there is `y`.
-    """
-    if low is not None:
-        torch.mm(x, weights[0], out=low)
-    if y is None:
-        return
-    frozen = slice(block.frozen_rows)
-    if low is None:
-        torch.mm(x[frozen], weights[-1], out=y[frozen])
-    else:
-        torch.mm(low, weights[1], out=y)
-        y[frozen].addmm_(x[frozen], weights[-1])
-
-
-def _add_grouped(
-    y: Tensor | None, x: Tensor, stack: FrozenStack, rows: ExpertRows, *, backward: bool
+def _add_frozen(
+    y: Tensor | None, x: Tensor, stack: FrozenStack, row_index: RowIndex, *, backward: bool
 ) -> Tensor:
     """x W_e, or x W_e^T if `backward`, added to y if there is one, which may be overwritten.
 
@@ -299,19 +185,20 @@ def _add_grouped(
     """
     experts, width, out_width = stack.shape
     step = stack.experts_at_once(x.dtype)
-    if rows.ends is None or step == experts:
+    if row_index.ends is None or step == experts:
         weights = stack.dense(0, experts, x.dtype)
-        product = F.grouped_mm(x, weights.mT if backward else weights, offs=rows.offsets)
+        product = F.grouped_mm(x, weights.mT if backward else weights, offs=row_index.offsets)
         return product if y is None else product.add_(y)
     if y is None:
         y = x.new_zeros(len(x), width if backward else out_width)
+    ends = row_index.ends_on_host()
     first_row = 0
     for first in range(0, experts, step):
         last = min(first + step, experts)
-        end_row = rows.ends[last - 1]
+        end_row = ends[last - 1]
         if end_row > first_row:
             weights = stack.dense(first, last, x.dtype)
-            offsets = rows.offsets[first:last] - first_row
+            offsets = row_index.offsets[first:last] - first_row
             of_group = slice(first_row, end_row)
             y[of_group] += F.grouped_mm(
                 x[of_group], weights.mT if backward else weights, offs=offsets
@@ -321,30 +208,139 @@ def _add_grouped(
     return y
 
 
-def _products_of_columns(left: Tensor, right: Tensor, rows: ExpertRows) -> Tensor:
-    """left^T right over the rows of each expert: [experts, left's width, right's width].
-
-    left: the narrow one, of width rank.
-    """
-    experts = len(rows.offsets)
-    shape = (experts, left.shape[1], right.shape[1])
-    if left.is_meta:
-        return left.new_empty(shape)
-    if rows.spans is None:
-        return F.grouped_mm(left.T, right, offs=rows.offsets)
-    # Of an expert without rows it is 0. Blocks add up in fp32.
-    products = left.new_zeros(shape, dtype=torch.promote_types(left.dtype, torch.float32))
-    for expert, first, end in rows.spans:
-        for block in _blocks(end - first, left.dtype.itemsize):
-            start = first + block.start
-            # The rows of other experts count as 0.
-            columns = _rows(left[:end], start, block.lora_rows).T
-            products[expert].add_(columns @ _rows(right, start, block.lora_rows))
-    return products.to(left.dtype)
+# ---- what both paths save for the backward: [x, x A^T], and the tensors of three lists
 
 
-def _rows(x: Tensor, first: int, count: int) -> Tensor:
-    """Some rows of x; those behind its last one are 0."""
-    rows = x[first : first + count]
-    missing = count - len(rows)
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+def _save(ctx: Any, x: Tensor, xa: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]) -> None:
+    """lists: `lora`, those of the index, and of the stack. Without updates x is not needed."""
+    saved = (x, *xa) if xa else ()
+    ctx.counts = [len(saved), *(len(tensors) for tensors in lists)]
+    flat = [tensor for tensors in lists for tensor in tensors]
+    ctx.save_for_backward(*saved, *flat)
+
+
+def _saved_lists(ctx: Any) -> list[list[Tensor]]:
+    """Saved, lora, those of the index, and of the stack."""
+    flat = list(ctx.saved_tensors)  # read once: a recomputed layer unpacks them once
+    lists = []
+    for count in ctx.counts:
+        lists.append(flat[:count])
+        flat = flat[count:]
+    return lists
+
+
+# ---- eager
+
+
+class _ExpertMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, form: _ProductForm, lora_count: int, index_count: int, *flat: Tensor
+    ) -> Tensor:
+        ctx.form = form
+        lora, flat = flat[:lora_count], flat[lora_count:]
+        of_index, tensors = flat[:index_count], flat[index_count:]
+        row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
+        stack = frozen_stack(form.encoding, tensors, form.shape)
+        y, *xa = _forward(x, lora, stack, row_index, form)
+        _save(ctx, x, xa, (lora, of_index, tensors))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        form: _ProductForm = ctx.form
+        saved, lora, of_index, tensors = _saved_lists(ctx)
+        row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
+        stack = frozen_stack(form.encoding, tensors, form.shape)
+        needs_dx = ctx.needs_input_grad[0]
+        dx, *d_lora = _backward(grads[0], saved, lora, stack, row_index, form, needs_dx)
+        dx_or_none = dx if needs_dx else None
+        nothing = [None] * (len(of_index) + len(tensors))
+        return (dx_or_none, None, None, None, *d_lora, *nothing)
+
+
+# ---- inside torch.compile; an operator takes a `RowIndex` and a `_ProductForm` in parts
+
+
+def _form_of(encoding: str, shape: list[int], flags: list[bool]) -> _ProductForm:
+    experts, in_features, out_features = shape
+    return _ProductForm(encoding, (experts, in_features, out_features), *flags)
+
+
+def _expert_products(
+    x: Tensor,
+    lora: list[Tensor],
+    of_index: list[Tensor],
+    tensors: list[Tensor],
+    encoding: str,
+    shape: list[int],
+    flags: list[bool],
+) -> list[Tensor]:
+    form = _form_of(encoding, shape, flags)
+    stack = frozen_stack(encoding, tensors, form.shape, is_compiled=True)
+    row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
+    return _forward(x, lora, stack, row_index, form)
+
+
+def _expert_products_backward(
+    dy: Tensor,
+    saved: list[Tensor],
+    lora: list[Tensor],
+    of_index: list[Tensor],
+    tensors: list[Tensor],
+    encoding: str,
+    shape: list[int],
+    flags: list[bool],
+    needs_dx: bool,
+) -> list[Tensor]:
+    form = _form_of(encoding, shape, flags)
+    stack = frozen_stack(encoding, tensors, form.shape, is_compiled=True)
+    row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
+    return _backward(dy, saved, lora, stack, row_index, form, needs_dx)
+
+
+expert_products = torch.library.custom_op(
+    "tunesmith::expert_products", _expert_products, mutates_args=()
+)
+expert_products_backward = torch.library.custom_op(
+    "tunesmith::expert_products_backward", _expert_products_backward, mutates_args=()
+)
+
+
+# `shape[0]` in both: `len` would make another graph for each number of tokens.
+@expert_products.register_fake
+def _(x, lora, of_index, tensors, encoding, shape, flags):  # type: ignore[no-untyped-def]
+    tokens, places, *_ = of_index
+    _, sums, _ = flags
+    y = x.new_empty((places if sums else tokens).shape[0], shape[2])
+    return [y, x.new_empty(tokens.shape[0], lora[0].shape[1])] if lora else [y]
+
+
+@expert_products_backward.register_fake
+def _(dy, saved, lora, of_index, tensors, encoding, shape, flags, needs_dx):  # type: ignore[no-untyped-def]
+    tokens, places, *_ = of_index
+    gathers, _, _ = flags
+    rows = (places if gathers else tokens).shape[0]
+    dx = dy.new_empty((rows, shape[1]) if needs_dx else (0,))
+    return [dx, *(factor.new_empty(factor.shape) for factor in lora)]
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, lora, of_index, tensors, *ctx.form = inputs
+    _, *xa = output
+    _save(ctx, x, xa, (lora, of_index, tensors))
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved, lora, of_index, tensors = _saved_lists(ctx)
+    dy, *_ = grads
+    assert dy is not None  # the output is used, x A^T is not
+    needs_dx = ctx.needs_input_grad[0]
+    dx, *d_lora = expert_products_backward(dy, saved, lora, of_index, tensors, *ctx.form, needs_dx)
+    d_index = [None] * len(of_index)
+    d_tensors = [None] * len(tensors)
+    # In the order of the arguments of `_expert_products`.
+    return dx if needs_dx else None, d_lora, d_index, d_tensors, None, None, None
+
+
+expert_products.register_autograd(_differentiate, setup_context=_save_inputs)

@@ -3,9 +3,9 @@ the tokens of all.
 
     all-gather of hidden states and routing -> own experts -> reduce-scatter of their sums
 
-Every size is known before the layer runs, so that no host waits for a GPU to learn how many tokens
-an expert gets. GShard (Lepikhin et al. 2020, arXiv:2006.16668) sends each token to its experts
-alone; docs/decisions.md has why this does not.
+Every size that is exchanged is known before the layer runs, so that no rank waits to learn how
+many tokens others send it. GShard (Lepikhin et al. 2020, arXiv:2006.16668) sends each token to its
+experts alone; docs/decisions.md has why this does not.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Each token goes to k experts. Its k copies are sorted by expert, multiplied, weighted and added up
 again, by gathers alone: neither pass adds at an index, so sums have one order on every device.
 
-    sorted copies -> x W_up, activation, times W_down -> routing weights -> sum over a token's k
+    sorted copies -> x W_up, activation, routing weights, times W_down -> sum over a token's k
 
 Frozen experts are computed here (see `expert_matmul`); those that train in full as Transformers
 does. Where ranks divide them (see `expert_ranks`), each computes its own for the tokens of all, and
@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.quant.expert_matmul import ExpertRows, expert_matmul
+from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_ranks import ExpertRanks
+from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_stack import DenseStack, FrozenStack
 
@@ -111,7 +112,6 @@ def stack_of(module: nn.Module, name: str) -> FrozenStack:
     return DenseStack.of(weight, is_transposed=bool(module.is_transposed))
 
 
-@torch.compiler.disable
 def experts_forward(
     module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -123,6 +123,23 @@ def experts_forward(
         top_k_index: int64 [n, k], the experts of each token.
         top_k_weights: [n, k].
     """
+    if _is_traceable(module):
+        return _compute(module, hidden, top_k_index, top_k_weights, range(module.num_experts))
+    return _experts_apart(module, hidden, top_k_index, top_k_weights)
+
+
+def _is_traceable(module: Any) -> bool:
+    """Whether the compiler, if it runs, takes these experts into the graph of their layer."""
+    if not torch.compiler.is_compiling() or trains_in_full(module):
+        return False
+    return not hasattr(module, RANKS)  # whose collectives wait for other ranks
+
+
+@torch.compiler.disable
+def _experts_apart(
+    module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """`experts_forward` outside of a graph."""
     if trains_in_full(module):
         y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, top_k_index, top_k_weights)
         return y
@@ -138,155 +155,138 @@ def _compute(
     module: Any, hidden: Tensor, index: Tensor, weights: Tensor, local_experts: range
 ) -> Tensor:
     """As `experts_forward`; what goes to others than `local_experts` counts as 0."""
-    per_token = index.shape[-1]
     is_part = len(local_experts) < module.num_experts
-    numbers = index.flatten()
+    chosen = _local_numbers(index, local_experts) if is_part else index
+    in_groups = _is_dense_in_groups(module, hidden.dtype)
+    rows = ExpertRows.of(chosen, len(local_experts), hidden.dtype, in_groups=in_groups)
     if is_part:
-        numbers = _local_numbers(numbers, local_experts)
-    # By expert, so that the products of one are of rows that follow each other.
-    experts, order = torch.sort(numbers, stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    rows = _expert_rows(module, experts, len(local_experts), hidden.dtype)
-    if is_part:
-        experts, order, places = _leave_out_others(experts, order, places, rows)
-
-    x = _Scatter.apply(hidden, order, places, per_token, is_part)
-    x = _apply_experts(module, x, rows, experts)
-    # The products have left rows of other experts as they were: their weights get no gradient.
-    if is_part and rows.spans is None:
-        position = torch.arange(len(x), device=x.device)
-        is_other = position >= rows.offsets[-1]
-        x = x.masked_fill(is_other.unsqueeze(1), 0)
-    output: Tensor = _WeightedSum.apply(x, weights, order, places, is_part)
+        rows = rows.leave_out_others()
+    output = _apply_experts(module, hidden, _Weights.apply(weights, rows), rows)
+    if module.has_bias:
+        output = output + _weighted_bias(module, chosen, weights, is_part=is_part)
     return output.to(hidden.dtype)
 
 
-def _local_numbers(numbers: Tensor, local_experts: range) -> Tensor:
+def _local_numbers(index: Tensor, local_experts: range) -> Tensor:
     """This rank's experts from 0 on; all others have the number behind them."""
-    is_local = (numbers >= local_experts.start) & (numbers < local_experts.stop)
-    return torch.where(is_local, numbers - local_experts.start, len(local_experts))
+    is_local = (index >= local_experts.start) & (index < local_experts.stop)
+    return torch.where(is_local, index - local_experts.start, len(local_experts))
 
 
-def _expert_rows(module: Any, experts: Tensor, count: int, dtype: torch.dtype) -> ExpertRows:
-    """Where the rows of each of `count` experts lie; in groups, where a stack is dequantized so."""
-    in_groups = False
+def _is_dense_in_groups(module: Any, dtype: torch.dtype) -> bool:
+    """Whether a stack of a module is dequantized for some experts at a time."""
     for name in stack_names(module):
         stack = stack_of(module, name)
         if stack.experts_at_once(dtype) < stack.shape[0]:
-            in_groups = True
-    return ExpertRows.of(experts, count, dtype, in_groups=in_groups)
+            return True
+    return False
 
 
-def _apply_experts(module: Any, x: Tensor, rows: ExpertRows, experts: Tensor) -> Tensor:
-    """The MLP of each row's expert: [n, hidden]."""
-    first, second = stack_names(module)
-    x = _project(module, first, x, rows, experts)
-    if module.has_gate:
-        x = module._apply_gate(x)
-    else:
-        x = module.act_fn(x)
-    x = _project(module, second, x, rows, experts)
-    if module.has_post_expert_norm:
-        x = module.post_expert_norm(x)
-    return x
+def _apply_experts(module: Any, x: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
+    """The sum over a token's experts of their MLP without its last bias, by weight: [n, hidden].
 
-
-def _leave_out_others(
-    experts: Tensor, order: Tensor, places: Tensor, rows: ExpertRows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`experts`, `order` and `places` without the copies for experts of other ranks.
-
-    These have the place behind the last row. Only where the host knows how many there are, their
-    rows are left out; elsewhere they belong to the last expert, whose products do not reach them.
+    x: [n, hidden]. weight: of each row: [rows, 1]. It meets the narrow rows between the two stacks,
+    whose gate is computed again in the backward: of the wide ones nothing is kept for its gradient.
     """
-    count: Tensor | int = rows.offsets[-1]
-    if rows.spans is not None:
-        count = rows.spans[-1][2] if rows.spans else 0
-        experts = experts[:count]
-        order = order[:count]
-    places = torch.where(places < count, places, len(order))
-    return experts.clamp_max(len(rows.offsets) - 1), order, places
+    first, second = stack_names(module)
+    x = _project(module, first, x, rows, gathers=True)
+    if module.has_bias:
+        x = x + local_part(getattr(module, f"{first}_bias"))[rows.experts]
+    activation = module._apply_gate if module.has_gate else module.act_fn
+    if module.has_post_expert_norm:
+        x = rows.hide_others(_project(module, second, activation(x), rows))
+        x = module.post_expert_norm(x)
+        return _Sum.apply((x * weight).to(x.dtype), rows)
+    if torch.compiler.is_compiling():  # which keeps no more by itself
+        x = (activation(x) * weight).to(x.dtype)
+    else:
+        x = _WeightedActivation.apply(x, weight, activation)
+    return _project(module, second, x, rows, sums=True)
 
 
-def _project(module: Any, name: str, x: Tensor, rows: ExpertRows, experts: Tensor) -> Tensor:
-    """One stack's products, with the update of its adapter and its bias."""
+def _weighted_bias(module: Any, chosen: Tensor, weights: Tensor, *, is_part: bool) -> Tensor:
+    """The last biases of a token's experts, by their weights: [n, hidden].
+
+    chosen: int64 [n, k]; where `is_part`, those of other ranks are behind the last one.
+    """
+    _, second = stack_names(module)
+    bias = local_part(getattr(module, f"{second}_bias"))
+    return sum_of_rows(bias, chosen, weights.to(bias.dtype), is_part=is_part)
+
+
+def _project(
+    module: Any,
+    name: str,
+    x: Tensor,
+    rows: ExpertRows,
+    *,
+    gathers: bool = False,
+    sums: bool = False,
+) -> Tensor:
+    """One stack's products, with the update of its adapter; the options are `expert_matmul`'s."""
     update = getattr(module, name + UPDATE, None)
     factors = update.factors(x.dtype) if update is not None else (None, None)
-    y = expert_matmul(x, stack_of(module, name), rows, *factors)
-    if module.has_bias:
-        y = y + local_part(getattr(module, f"{name}_bias"))[experts]
-    return y
+    stack = stack_of(module, name)
+    return expert_matmul(x, stack, rows.row_index, *factors, gathers=gathers, sums=sums)
 
 
-class _Scatter(torch.autograd.Function):
-    """A row for each of the k experts of a token, sorted by expert: [n, width] -> [n * k, width].
-
-    order: int64 [n * k], which copy stands in each row; places: the row of each copy. Where
-    `is_part`, `order` may be shorter, and copies without a row have the place behind the last one.
-    """
+class _Weights(torch.autograd.Function):
+    """The routing weight of each row: [n, k] -> [rows, 1]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, order: Tensor, places: Tensor, per_token: int, is_part: bool
-    ) -> Tensor:
-        ctx.per_token, ctx.is_part = per_token, is_part
-        ctx.save_for_backward(places)
-        return x.index_select(0, order // per_token)  # twice as fast as x[...] on a CPU
+    def forward(ctx: Any, weights: Tensor, rows: ExpertRows) -> Tensor:
+        ctx.is_part = rows.row_index.is_part
+        ctx.save_for_backward(rows.row_index.places)
+        return weights.flatten()[rows.copies].unsqueeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
-        dx = _sum_of_rows(grads[0], places.view(-1, ctx.per_token), is_part=ctx.is_part)
-        return dx, None, None, None, None
+        d_rows = grads[0].squeeze(1)
+        if ctx.is_part:
+            d_rows = F.pad(d_rows, (0, 1))
+        return d_rows[places], None
 
 
-class _WeightedSum(torch.autograd.Function):
-    """The weighted sum of a token's k rows: [n * k, width] -> [n, width], in the dtype of x.
-
-    weights: [n, k], perhaps in a wider dtype than x, in which the sum is computed then. order,
-    places, is_part: as of `_Scatter`.
-    """
+class _Sum(torch.autograd.Function):
+    """The sum of a token's rows: [rows, width] -> [n, width]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, order: Tensor, places: Tensor, is_part: bool
-    ) -> Tensor:
-        ctx.is_part = is_part
-        # The rows are for the gradient of the weights alone, which Llama 4's, all 1, do not need.
-        saved_x = x if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(saved_x, weights, order, places)
-        dtype = torch.promote_types(x.dtype, weights.dtype)
-        total = _sum_of_rows(
-            x.to(dtype), places.view_as(weights), weights.to(dtype), is_part=is_part
-        )
-        return total.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, rows: ExpertRows) -> Tensor:
+        index = rows.row_index
+        ctx.save_for_backward(index.tokens)
+        return sum_of_rows(x, index.places, is_part=index.is_part)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, weights, order, places = ctx.saved_tensors
-        grad_rows = grads[0].index_select(0, order // weights.shape[1])  # [rows, width]
-        d_weights = None
-        if x is not None:
-            # A row and its gradient multiplied: [rows], then back in the order of the copies.
-            dtype = torch.promote_types(x.dtype, weights.dtype)
-            d_sorted = torch.linalg.vecdot(grad_rows.to(dtype), x.to(dtype))
-            if ctx.is_part:
-                d_sorted = F.pad(d_sorted, (0, 1))
-            d_weights = d_sorted[places].view_as(weights).to(weights.dtype)
-        dx = grad_rows.mul_(weights.flatten()[order].unsqueeze(1))
-        return dx, d_weights, None, None, None
+        (tokens,) = ctx.saved_tensors
+        return grads[0].index_select(0, tokens), None
 
 
-def _sum_of_rows(
-    x: Tensor, places: Tensor, weights: Tensor | None = None, *, is_part: bool
-) -> Tensor:
-    """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width].
+class _WeightedActivation(torch.autograd.Function):
+    """weight * activation(x), in the dtype of x; keeps x and the weights alone.
 
-    weights: of the rows: [n, k], in the dtype of x. is_part: a place may be behind the last row,
-    for a row of 0, which takes a copy of x.
+    An activation with parameters would get no gradients of them; none has any.
+
+    x: [rows, width]; weight: [rows, 1], perhaps in a wider dtype.
     """
-    if is_part:
-        x = F.pad(x, (0, 0, 0, 1))
-    # One kernel, which reads each row once and adds up a token's in their order.
-    return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, activation: Callable[..., Tensor]) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(x, weight)
+        return (activation(x) * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.activation(x)
+        (dx,) = torch.autograd.grad(y, x, (grads[0] * weight).to(y.dtype))
+        d_weight = None
+        if ctx.needs_input_grad[1]:  # not of Llama 4's, which are all 1
+            dtype = torch.promote_types(y.dtype, weight.dtype)
+            d_weight = torch.linalg.vecdot(grads[0].to(dtype), y.detach().to(dtype))
+            d_weight = d_weight.unsqueeze(1).to(weight.dtype)
+        return dx, d_weight, None

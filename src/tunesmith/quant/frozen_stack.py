@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.model.fp4 import decode_mxfp4
+from tunesmith.model.fp4 import compiled_mxfp4, decode_mxfp4
 from tunesmith.quant.frozen_weight import (
     PIECE,
     Nf4Encoding,
@@ -38,14 +38,21 @@ class FrozenStack(ABC):
         encoding: a key of STACK_CLASSES, and the options of its class after it.
         tensors: what stores the weights.
         shape: (experts, in_features, out_features).
+        is_compiled: the compiler runs, and may make a kernel of its own for `dense`.
     """
 
     def __init__(
-        self, encoding: str, tensors: Sequence[Tensor], shape: tuple[int, int, int]
+        self,
+        encoding: str,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int, int],
+        *,
+        is_compiled: bool = False,
     ) -> None:
         self.encoding = encoding
         self.tensors = tensors
         self.shape = shape
+        self.is_compiled = is_compiled
 
     @property
     def is_transposed(self) -> bool:
@@ -137,6 +144,9 @@ class Mxfp4Stack(FrozenStack):
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         blocks, exponents = (tensor[first:last].flatten(0, 1) for tensor in self.tensors)
         _, in_features, out_features = self.shape
+        if self.is_compiled:
+            dense = compiled_mxfp4()(blocks, exponents, dtype)
+            return dense.view(last - first, out_features, in_features).mT
         dense = blocks.new_empty(len(blocks), in_features, dtype=dtype)
         # bf16 has every value of MXFP4, fp16 has not.
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -208,8 +218,12 @@ STACK_CLASSES: dict[str, type[FrozenStack]] = {
 
 
 def frozen_stack(
-    encoding: str, tensors: Sequence[Tensor], shape: tuple[int, int, int]
+    encoding: str,
+    tensors: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    *,
+    is_compiled: bool = False,
 ) -> FrozenStack:
     """The stack of this encoding; see `FrozenStack`."""
     name = encoding.split(maxsplit=1)[0]
-    return STACK_CLASSES[name](encoding, tensors, shape)
+    return STACK_CLASSES[name](encoding, tensors, shape, is_compiled=is_compiled)

@@ -1,0 +1,132 @@
+"""The copies of tokens that go to the experts of a layer: rows, sorted by expert."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Compute capabilities whose `grouped_mm` is one kernel in torch 2.13: Hopper, and Blackwell of data
+# centers. For others, the GB10 of a DGX Spark among them, it is a loop (pytorch#184334).
+GROUPED_CAPABILITIES = (9, 10)
+
+
+class RowIndex(NamedTuple):
+    """Where the copies of tokens are that the products of experts read: rows, sorted by expert.
+
+    Attributes:
+        tokens: int64 [rows], the token of each row.
+        places: int64 [n, k], the row of each copy of each token.
+        offsets: int32 [experts], on the device: the end of each expert's rows.
+        ends: the same on the host; None where the host need not know, and wait for the GPU.
+        is_part: copies for experts of other ranks have a place behind the last row.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    offsets: Tensor
+    ends: Tensor | None
+    is_part: bool = False
+
+    def ends_on_host(self) -> list[int]:
+        """The end of each expert's rows."""
+        assert self.ends is not None
+        ends: list[int] = self.ends.tolist()
+        return ends
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, for `of_tensors`."""
+        tensors = [self.tokens, self.places, self.offsets]
+        return tensors if self.ends is None else [*tensors, self.ends]
+
+    @classmethod
+    def of_tensors(cls, tensors: Sequence[Tensor], *, is_part: bool) -> "RowIndex":
+        tokens, places, offsets, *ends = tensors
+        return cls(tokens, places, offsets, ends[0] if ends else None, is_part)
+
+
+class ExpertRows(NamedTuple):
+    """The rows of a layer's experts.
+
+    Attributes:
+        copies: int64 [rows], which of the n * k copies of all tokens each row is.
+        experts: int64 [rows], the expert of each row.
+        row_index: what the products read.
+    """
+
+    copies: Tensor
+    experts: Tensor
+    row_index: RowIndex
+
+    @classmethod
+    def of(
+        cls, chosen: Tensor, experts: int, dtype: torch.dtype, *, in_groups: bool = False
+    ) -> "ExpertRows":
+        """The rows of all copies.
+
+        Args:
+            chosen: int64 [n, k], the experts of each token, each below `experts`; others belong to
+                other ranks.
+            dtype: in which the products are computed.
+            in_groups: a stack is dense for some experts at a time.
+        """
+        device = chosen.device
+        per_token = chosen.shape[1]
+        sorted_experts, copies = torch.sort(chosen.flatten(), stable=True)
+        places = torch.empty_like(copies)
+        places[copies] = torch.arange(len(copies), device=device)
+        numbers = torch.arange(experts, device=device)
+        offsets = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
+        ends = None
+        if device.type != "meta" and (in_groups or not uses_grouped_mm(device, dtype)):
+            ends = offsets.cpu()
+        index = RowIndex(copies // per_token, places.view(-1, per_token), offsets, ends)
+        return cls(copies, sorted_experts, index)
+
+    def leave_out_others(self) -> "ExpertRows":
+        """Without the copies for experts of other ranks.
+
+        Only where the host knows how many there are, their rows are left out; elsewhere they belong
+        to the last expert, whose products do not reach them.
+        """
+        copies, experts, index = self
+        tokens, places, offsets, ends, _ = index
+        count: Tensor | int = offsets[-1]
+        if ends is not None:
+            count = int(ends[-1])
+            copies = copies[:count]
+            experts = experts[:count]
+            tokens = tokens[:count]
+        places = torch.where(places < count, places, len(copies))
+        experts = experts.clamp_max(len(offsets) - 1)
+        return ExpertRows(copies, experts, RowIndex(tokens, places, offsets, ends, is_part=True))
+
+    def hide_others(self, x: Tensor) -> Tensor:
+        """x [rows, width] with 0 in rows of other ranks' experts, which no product has written."""
+        if not self.row_index.is_part or self.row_index.ends is not None:
+            return x
+        is_other = torch.arange(len(x), device=x.device) >= self.row_index.offsets[-1]
+        return x.masked_fill(is_other.unsqueeze(1), 0)
+
+
+@torch.compiler.assume_constant_result
+def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the products of all experts are one kernel."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
+
+
+def sum_of_rows(
+    x: Tensor, places: Tensor, weights: Tensor | None = None, *, is_part: bool
+) -> Tensor:
+    """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width].
+
+    weights: of the rows: [n, k], in the dtype of x. is_part: a place may be behind the last row,
+    for a row of 0, which takes a copy of x.
+    """
+    if is_part:
+        x = F.pad(x, (0, 0, 0, 1))
+    # One kernel, which reads each row once and adds up a token's in their order.
+    return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)

@@ -1,0 +1,196 @@
+"""Experts inside torch.compile: one graph a layer, and the results of the layer without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForCausalLM, GptOssConfig, PretrainedConfig, Qwen3MoeConfig
+
+from devices import gpu
+from tunesmith.adapter import lora
+from tunesmith.config.schema import Adapter
+from tunesmith.distributed.torch_private import mark_varying
+from tunesmith.model import fp4
+from tunesmith.model.expert_load import ExpertLoad
+from tunesmith.quant import expert_rows, frozen_stack
+from tunesmith.quant.frozen_stack import Mxfp4Stack
+from tunesmith.quant.shipped_experts import MXFP4, replace_shipped_stacks
+
+TOKENS = 40
+DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, moe_intermediate_size=48, num_experts=4),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, intermediate_size=64, num_local_experts=4),
+}
+
+
+def build(model_type: str, dtype: torch.dtype, device: str) -> Any:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(CONFIGS[model_type](), dtype=dtype)
+    if model_type == "gpt_oss":  # as it ships
+        dense = dict(model.named_parameters())
+        for name in replace_shipped_stacks(model, MXFP4, dtype):
+            stack: Any = model.get_submodule(name)
+            stack.allocate(torch.device("cpu"))
+            stack.store(dense[name].detach())
+    lora.attach_lora(model, Adapter(rank=4, alpha=8), seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if lora.is_adapter_weight(name):  # with B = 0 nothing is proved
+            values = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data.copy_(values)
+    return model.to(device)
+
+
+def results(model: Any, load: ExpertLoad, device: str) -> list[Tensor]:
+    """Logits, gradients, and the tokens of each expert in two micro batches."""
+    model.zero_grad()
+    is_token = torch.arange(TOKENS, device=device) > 2
+    for start in (3, 7):
+        ids = (torch.arange(TOKENS, device=device)[None] + start) % 60
+        with load.count(is_token):
+            logits = model(input_ids=ids, use_cache=False).logits
+            logits.float().square().mean().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [logits.detach(), *gradients, *load.take(torch.device(device))]
+
+
+def compile_whole(modules: Iterable[Any], backend: str) -> None:
+    """Compile each forward; an error where it is not one graph."""
+    compiled = torch.compile(
+        lambda module, *args, **options: type(module).forward(module, *args, **options),
+        backend=backend,
+        fullgraph=True,
+    )
+
+    def forward_of(module: nn.Module) -> Callable[..., Any]:
+        return lambda *args, **options: compiled(module, *args, **options)
+
+    for module in modules:
+        module.forward = forward_of(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_layer_is_one_graph_with_the_same_bits(
+    model_type: str, is_grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_: is_grouped)
+    monkeypatch.setattr(frozen_stack, "compiled_mxfp4", lambda: fp4.mxfp4_formula)
+    torch.compiler.reset()
+    model = build(model_type, torch.bfloat16, "cpu")
+    load = ExpertLoad(model)
+    expected = results(model, load, "cpu")
+    compile_whole(model.model.layers, "aot_eager")
+    found = results(model, load, "cpu")
+    assert all(map(torch.equal, found, expected))
+    experts = load.modules[0].num_experts
+    per_token = 2 * (TOKENS - 3) * model.config.num_experts_per_tok
+    assert [len(counts) for counts in found[-2:]] == [experts, experts]
+    assert [int(counts.sum()) for counts in found[-2:]] == [per_token, per_token]
+
+
+@pytest.mark.slow
+def test_numbers_of_tokens_share_one_graph() -> None:
+    """Of tokens in the micro batch, and so of rows."""
+    torch.compiler.reset()
+    model = build("qwen3_moe", torch.bfloat16, "cpu")
+    load = ExpertLoad(model)
+    load.is_varied = True
+    module = load.modules[0]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(type(module).__call__, backend=counter)
+    frames = []
+    for tokens in (40, 48, 56, 64):
+        hidden = torch.randn(tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+        chosen = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+        weights = torch.rand(tokens, 2).bfloat16().requires_grad_()
+        for tensor in (hidden, chosen, weights):
+            mark_varying(tensor, 0)
+        with load.count(torch.ones(tokens, dtype=torch.bool)):
+            compiled(module, hidden, chosen, weights).sum().backward()
+        assert hidden.grad is not None
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> None:
+    """Each layer's by themselves: in 16 bits another router might choose others."""
+    torch.compiler.reset()
+    model = build("gpt_oss", dtype, device)
+    load = ExpertLoad(model)
+    [module, *_] = load.modules
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(TOKENS, 64, generator=generator).to(device, dtype).requires_grad_()
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(TOKENS)])
+    weights = torch.rand(TOKENS, 2, generator=generator).to(device, dtype).requires_grad_()
+    leaves = [hidden, weights, *(p for p in module.parameters() if p.requires_grad)]
+
+    def run() -> list[Tensor]:
+        with load.count(torch.ones(TOKENS, dtype=torch.bool, device=device)):
+            y = module(hidden, chosen.to(device), weights)
+        gradients = torch.autograd.grad(y.float().square().mean(), leaves)
+        counts = load.take(torch.device(device))[0]
+        assert int(counts.sum()) == 2 * TOKENS
+        return [y.detach(), *gradients, counts.float()]
+
+    expected = run()
+    compile_whole([module], "inductor")
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for one, other in zip(run(), expected, strict=True):
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+def all_codes() -> tuple[Tensor, Tensor]:
+    """Every byte of codes beside every exponent that is a number."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    exponents = torch.arange(fp4.NAN, dtype=torch.uint8).unsqueeze(1)
+    return blocks.expand(fp4.NAN, 16, 16).contiguous(), exponents.expand(-1, 16).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula_of_mxfp4_has_the_bits_of_the_look_up(dtype: torch.dtype) -> None:
+    blocks, exponents = all_codes()
+    found = fp4.mxfp4_formula(blocks, exponents, dtype)
+    expected = fp4.decode_mxfp4(blocks, exponents, dtype)
+    word = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(found.view(word), expected.view(word))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_stack_of_mxfp4(device: str) -> None:
+    blocks, exponents = (tensor.to(device) for tensor in all_codes())
+    tensors = [blocks.view(5, 51, 16, 16), exponents.view(5, 51, 16)]
+    shape = (5, 512, 51)
+    expected = Mxfp4Stack("mxfp4", tensors, shape).dense(1, 4, torch.bfloat16)
+    stack = Mxfp4Stack("mxfp4", tensors, shape, is_compiled=True)
+    assert torch.equal(stack.dense(1, 4, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_one_kernel"), [((9, 0), True), ((10, 3), True), ((12, 1), False)]
+)
+def test_grouped_products_are_one_kernel_on_hopper_and_large_blackwell(
+    capability: tuple[int, int], is_one_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    device = torch.device("cuda", 0)
+    assert expert_rows.uses_grouped_mm(device, torch.bfloat16) == is_one_kernel
+    assert not expert_rows.uses_grouped_mm(device, torch.float32)
+    assert not expert_rows.uses_grouped_mm(torch.device("cpu"), torch.bfloat16)
