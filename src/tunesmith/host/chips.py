@@ -26,6 +26,7 @@ class Chip:
         link, network: to a neighbor in the node and to another node, GB/s in one direction of one
             GPU.
         fp8, bf16: whether it multiplies these.
+        grouped_mm: whether torch multiplies all experts of a mixture by one kernel on it.
         source: of tflops.
         sources: of the other figures.
     """
@@ -39,6 +40,7 @@ class Chip:
     integrated: bool = False
     fp8: bool = True
     bf16: bool = True
+    grouped_mm: bool = False
     source: str = "unknown"
     sources: str = ""
 

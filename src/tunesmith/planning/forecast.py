@@ -341,6 +341,7 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
         scaling=scaling,
         card_bytes=size,
         integrated=chip.integrated,
+        grouped_mm=chip.grouped_mm and run.model.dtype == "bf16",
     )
     trained = spec.parameters
     if run.adapter.kind == "lora":

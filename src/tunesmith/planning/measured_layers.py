@@ -25,13 +25,14 @@ from tunesmith.model.measured_spec import (
     text_config,
 )
 from tunesmith.model.spec import ModelSpec, adapter_parameters
+from tunesmith.planning.expert_traffic import CopyWidths
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 10  # of the cached files; which modules are fused, and which adapted, counts
+FORMAT = 11  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SavedActivations:
         adapter: parameters that the adapter trains; 0 where the model is trained in full.
         active: of these, what a token is multiplied with: of experts those that it goes to.
         experts: of these, those of all experts.
-        moved: bytes of a token, both ways, in all layers: of kernels around the experts' products.
+        copies: of a token, for experts, in all layers.
     """
 
     by_token: tuple[float, ...]
@@ -54,14 +55,14 @@ class SavedActivations:
     adapter: int
     active: int
     experts: int = 0
-    moved: float = 0.0
+    copies: CopyWidths | None = None
 
 
-def count_expert_traffic(spec: ModelSpec, adapter: Adapter, dtype: str) -> float:
-    """`SavedActivations.moved` of a model; 0 without experts."""
+def copies_for_experts(spec: ModelSpec, adapter: Adapter) -> CopyWidths | None:
+    """`SavedActivations.copies` of a model; None without experts."""
     if not spec.measured or not any(layer.expert_count for layer in spec.layers):
-        return 0.0
-    return measure_activations(spec, adapter, dtype).moved
+        return None
+    return measure_activations(spec, adapter, "bf16").copies
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
@@ -123,18 +124,20 @@ def _decode(values: dict[str, Any]) -> SavedActivations:
     """What was measured, as the cache has it."""
     by_token = tuple(values.pop("by_token"))
     constant = tuple(values.pop("constant"))
-    return SavedActivations(by_token, constant, **values)
+    copies = values.pop("copies")
+    if copies is not None:
+        copies = CopyWidths(*copies)
+    return SavedActivations(by_token, constant, copies=copies, **values)
 
 
 def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     # Here, as a plan of a family in the table needs no Transformers.
     from tunesmith.adapter import lora
     from tunesmith.model.decoder import find_layers
-    from tunesmith.model.dtypes import DTYPES
     from tunesmith.model.fused import fuse_modules
     from tunesmith.model.meta_forward import run_on_meta
     from tunesmith.model.support import find_support
-    from tunesmith.planning.expert_traffic import expert_traffic
+    from tunesmith.planning.expert_traffic import copy_widths
     from tunesmith.quant.frozen_linear import set_bypassed
 
     values = json.loads(sizes)
@@ -165,8 +168,10 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     chosen = [call.experts_per_token or stated for call in short]
     layers = [*model.get_submodule(find_layers(model)).children()]
     of_experts, idle = _expert_parameters(layers, chosen)
-    moved = sum(expert_traffic(layers, chosen, DTYPES[dtype]))
-    return SavedActivations(by_token, constant, outside, trained, trained - idle, of_experts, moved)
+    copies = copy_widths(layers, chosen)
+    return SavedActivations(
+        by_token, constant, outside, trained, trained - idle, of_experts, copies
+    )
 
 
 def _lines(

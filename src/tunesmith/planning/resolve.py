@@ -34,10 +34,16 @@ from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, MOST_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
+from tunesmith.planning.expert_traffic import (
+    SHORTEST_KERNEL_BYTES,
+    SMALL_PRODUCTS_BACKWARD,
+    SMALL_PRODUCTS_FORWARD,
+    copied_elements,
+)
 from tunesmith.planning.measured_layers import (
+    copies_for_experts,
     count_adapter,
     count_expert_adapter,
-    count_expert_traffic,
     measure_activations,
 )
 from tunesmith.planning.run_plan import (
@@ -48,6 +54,7 @@ from tunesmith.planning.run_plan import (
     describe_reference,
 )
 from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
+from tunesmith.quant.expert_rows import uses_grouped_mm
 from tunesmith.quant.frozen_stack import DENSE_BYTES
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
@@ -130,6 +137,7 @@ def probe_machine(
         scaling=scaling,
         card_bytes=size,
         integrated=is_integrated(device),
+        grouped_mm=uses_grouped_mm(device, DTYPES[run.model.dtype]),
         name=name,
         limit=limit,
     )
@@ -365,21 +373,22 @@ class MemoryEstimator:
     def rows_of_others(self) -> int:
         """How many rows a GPU has for each row of its experts, beside it.
 
-        The host does not know how many go to its own experts, and leaves room for all of the group.
+        Where one kernel multiplies all experts, the host does not know how many go to its own, and
+        leaves room for all of the group.
         """
-        return 0 if self.machine.device == "cpu" else self.mesh.experts - 1
+        return self.mesh.experts - 1 if self.machine.grouped_mm else 0
 
     def passed_bytes(self, itemsize: int) -> int:
         """Bytes of a token that a step reads and writes for rows that go to other ranks' experts.
 
-        The products leave them out; gathers, activations, weights and sums do not: six passes over
-        the hidden width and three over an expert's, of a forward, and twice that of a backward.
+        Products and sums leave them out. Three gathers read and write the hidden width, and
+        activations pass 29 times over an expert's (see `copied_elements`).
         """
         elements = 0
         for layer in self.spec.layers:
             if layer.experts:
                 hidden = layer.experts_per_token * self.spec.hidden
-                elements += 3 * (6 * hidden + 3 * layer.intermediate)
+                elements += 6 * hidden + 29 * layer.intermediate
         return self.rows_of_others * elements * itemsize
 
     @cached_property
@@ -678,9 +687,8 @@ class MemoryEstimator:
             elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
                 size += int(layer.heads * self.probabilities * tokens) * itemsize
             if layer.experts and self.mesh.experts > 1:
-                # The inputs of both stacks, gate and up, the activation, and the output.
-                of_row = 2 * layer.experts_per_token * spec.hidden + 4 * layer.intermediate
-                size += self.rows_of_others * of_row * tokens * itemsize
+                # Gate and up, and the weighted activation.
+                size += self.rows_of_others * 3 * layer.intermediate * tokens * itemsize
             sizes.append(size)
         return sizes
 
@@ -779,8 +787,9 @@ class MemoryEstimator:
             halves = 5 if self.run.adapter.kind == "none" else 3
             elements += max(gated, halves * copies // 2)
         elif layer.experts:
-            # Both, as all experts are computed at once; not measured on a GPU.
-            elements += gated + 2 * copies + 2 * wide * tokens
+            # Both, as all experts are computed at once; where that is one kernel, copies of the
+            # tokens too. Not measured on a GPU.
+            elements += gated + (1 + self.machine.grouped_mm) * copies + 2 * wide * tokens
         else:
             elements += gated
         if self.mesh.experts > 1:
@@ -880,20 +889,45 @@ class MemoryEstimator:
     def expert_pass_bytes(self) -> float:
         """Bytes of this rank's experts that one forward and backward reads and makes dense.
 
-        All experts: those of few tokens are read as those of many.
+        All experts: those of few tokens are read as those of many. Of the kernels of an expert's
+        turn, what moves in their time.
         """
         spec = self.spec
         itemsize = DTYPES[self.run.model.dtype].itemsize
         experts = spec.layer_matrices - spec.linear_matrices
         # The products read dense weights; codes are dequantized first.
-        moved = experts * itemsize + spec.expert_stacks * self.scheme.expert_dense_bytes
-        return 2 * moved / self.mesh.experts
+        dense_bytes = self.scheme.expert_dense_bytes
+        if self.compiles_experts and self.scheme.compiled_dense_bytes:
+            dense_bytes = self.scheme.compiled_dense_bytes
+        moved = 2 * (experts * itemsize + spec.expert_stacks * dense_bytes)
+        copies = copies_for_experts(spec, self.run.adapter)
+        in_turns = self.machine.device != "cpu" and not self.machine.grouped_mm
+        if copies is not None and in_turns:
+            turns = sum(layer.expert_count for layer in spec.layers)
+            kernels = (SMALL_PRODUCTS_FORWARD + SMALL_PRODUCTS_BACKWARD) * turns
+            moved += SHORTEST_KERNEL_BYTES * kernels * copies.adapted_share
+        return moved / self.mesh.experts
+
+    @property
+    def compiles_experts(self) -> bool:
+        """Whether the experts are in the compiled graph of their layer.
+
+        Those of several ranks wait for each other; those that train in full are Transformers'.
+        """
+        compiled, _ = self.machine.compiles
+        return compiled and self.mesh.experts == 1 and self.trains_adapter
 
     @property
     def expert_traffic(self) -> float:
         """Bytes of a token that the kernels around the products of experts move, both ways."""
         run = self.run
-        return count_expert_traffic(self.spec, run.adapter, run.model.dtype) / self.mesh.tensor
+        copies = copies_for_experts(self.spec, run.adapter)
+        if copies is None:
+            return 0.0
+        elements = copied_elements(
+            copies, compiled=self.compiles_experts, grouped=self.machine.grouped_mm
+        )
+        return DTYPES[run.model.dtype].itemsize * elements / self.mesh.tensor
 
     @property
     def _product_share(self) -> float:

@@ -84,6 +84,7 @@ class Machine:
             scaling recipe of an 8-bit base or None; each with its reason.
         card_bytes: all memory of a GPU, which an `integrated` one shares with the host; on a CPU
             the most that this rank could ever have, within its `limit`. 0: unknown.
+        grouped_mm: one kernel multiplies all experts of a mixture.
         name: of the GPU, as the driver has it.
         limit: of a CPU: what bounds its memory.
     """
@@ -95,6 +96,7 @@ class Machine:
     scaling: tuple[str | None, str] = (None, "")
     card_bytes: int = 0
     integrated: bool = False
+    grouped_mm: bool = False
     name: str = ""
     limit: MemoryLimit | None = None
 
