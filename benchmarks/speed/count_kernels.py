@@ -19,16 +19,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from gpu_rates import RATES, Rates
+from gpu_rates import MACHINES, RATES, Rates
 from kernel_terms import (
     ATTENTION,
+    GROUPED,
     OTHER,
     PRODUCT_OPERATORS,
     PRODUCTS,
@@ -60,13 +62,16 @@ from transformers import AutoConfig
 from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.build_model import define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
+from tunesmith.host.chips import CHIPS
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialize
 from tunesmith.model.shapes import find_shape
+from tunesmith.model.shipped import AS_SHIPPED, shipped_form
 from tunesmith.model.support import TUNED
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
-from tunesmith.quant import frozen_matmul
+from tunesmith.quant import expert_rows, expert_turns, frozen_matmul, frozen_stack
+from tunesmith.quant.expert_rows import RowIndex
 from tunesmith.quant.scaled_matmul import ROW_WISE
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
@@ -82,6 +87,9 @@ NO_KERNEL = (
     "_unsafe_view",
     "lift_fresh",
 )
+GATHERS = ("index", "index_select")
+# What is done to the rows of an expert in its turn, beside products.
+OF_TURNS = (*GATHERS, "constant_pad_nd", "cat", "copy_")
 # FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums
 # of dO * O, the gradients, and dq's conversion.
 ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
@@ -109,6 +117,18 @@ counted_attention_backward.register_fake(
 counted_attention.register_autograd(
     lambda ctx, d: (*counted_attention_backward(d, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output, inputs[3]),
+)
+
+
+@torch.library.custom_op("count::mxfp4", mutates_args=())
+def counted_mxfp4(blocks: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return blocks.new_empty(len(blocks), exponents.shape[-1] * 32, dtype=dtype)
+
+
+counted_mxfp4.register_fake(
+    lambda blocks, exponents, dtype: blocks.new_empty(
+        len(blocks), exponents.shape[-1] * 32, dtype=dtype
+    )
 )
 
 
@@ -223,15 +243,24 @@ def product_operations(name: str, tensors: list[Tensor]) -> int:
     if name not in PRODUCT_OPERATORS:
         return 0
     a, b = tensors[1:3] if name.startswith("addmm") else tensors[:2]
+    if name == GROUPED:  # each row with one expert's matrix; or [m, n] x [n, k] in parts of n
+        return 2 * int(a.numel()) * int(b.shape[-1])
     return 2 * int(a.numel()) * (int(b.numel()) // int(a.shape[-1]))
 
 
 class Launches(TorchDispatchMode):
-    """Counts the kernels of the operators that are called below it."""
+    """Counts the kernels of the operators that are called below it.
 
-    def __init__(self, count: Count) -> None:
+    in_turns: experts are multiplied one after the other. In an expert's turn its rows come from
+    memory once, where they are gathered or first written, and then from the cache: small products
+    and what else is done to them move nothing more. The 24 MB of a GB10 hold 1,024 rows of
+    Qwen3-30B-A3B, with the expert.
+    """
+
+    def __init__(self, count: Count, *, in_turns: bool = False) -> None:
         super().__init__()
         self.count = count
+        self.in_turns = in_turns
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -242,10 +271,19 @@ class Launches(TorchDispatchMode):
         if not view and space != "prim" and name not in NO_KERNEL:
             tensors = tensors_of(args, kwargs)
             size, operations = bytes_of(tensors, out), product_operations(name, tensors)
+            if name == "new_zeros":
+                size = bytes_of(out)
+            if name in GATHERS:  # it reads what it returns
+                size = 2 * bytes_of(out)
             if operations:
                 dimensions = product_dimensions(name, [tensor.shape for tensor in tensors])
                 eight_bit = tensors[0].itemsize == 1
+                if self.in_turns:
+                    weight = tensors[2] if name.startswith("addmm") else tensors[1]
+                    size = 0 if is_skinny(dimensions) else bytes_of(weight, out)
                 self.count.add_product(size, operations, dimensions, eight_bit=eight_bit)
+            elif self.in_turns and name in OF_TURNS:
+                self.count.add(bytes_of(out) if name in GATHERS else 0)
             else:
                 self.count.add(size)
         return out
@@ -256,8 +294,9 @@ class Counter:
     graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_turns: bool = False) -> None:
         self.counts: dict[str, Count] = {}
+        self.in_turns = in_turns
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
         return compile_fx(module, inputs, inner_compile=self.inner)
@@ -273,7 +312,7 @@ class Counter:
             _recursive_post_grad_passes(module, is_inference=False)
             fake_tensor_prop(module, inputs)
             for node in module.graph.nodes:
-                count_operator(node, count, mode)
+                count_operator(node, count, mode, in_turns=self.in_turns)
             graph = GraphLowering(module, inputs, shape_env=mode.shape_env, is_backward=is_backward)
             with V.set_graph_handler(graph):
                 graph.run(*inputs)
@@ -285,7 +324,9 @@ class Counter:
         return make_boxed_func(module.forward)
 
 
-def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> None:
+def count_operator(
+    node: torch.fx.Node, count: Count, mode: FakeTensorMode, *, in_turns: bool
+) -> None:
     """A library's product, attention, or what one of our own operators launches inside."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
@@ -308,29 +349,56 @@ def count_operator(node: torch.fx.Node, count: Count, mode: FakeTensorMode) -> N
         run = OPDEFS[schema.name]._init_fn
     elif name not in PRODUCT_OPERATORS:
         return
-    with mode, Launches(count), torch.no_grad():
+    in_turns = in_turns and schema.name.startswith("tunesmith::expert_products")
+    with mode, Launches(count, in_turns=in_turns), torch.no_grad():
         run(*args, **kwargs)
 
 
-def recipe(base: str, *, full: bool) -> Run:
+def recipe(base: str, *, full: bool, target: str | tuple[str, ...] = "all-linear") -> Run:
     """What `define_model` needs of a recipe; `base` is bf16 or a value of model.quantize."""
     return Run(
         model=Model(name="shape", quantize="none" if base == "bf16" else base),
         data=Data(train=(Source(source="rows.jsonl"),)),
-        adapter=Adapter(kind="none" if full else "lora"),
+        adapter=Adapter(kind="none" if full else "lora", target=target),
         output_dir="out",
     )
 
 
-def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[str, Count]:
-    """Launches of one layer of `shape`, forward and backward, on a micro batch of `tokens`."""
-    config = AutoConfig.for_model(**{**find_shape(shape).config, "num_hidden_layers": 1})
+@contextmanager
+def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
+    """Products of experts as on a GPU: by one kernel for all, or one expert after the other, each
+    with as many rows. MXFP4 is dequantized by one compiled kernel.
+    """
+
+    def even_ends(index: RowIndex) -> list[int]:
+        count, experts = len(index.tokens), len(index.offsets)
+        return [count * (expert + 1) // experts for expert in range(experts)]
+
+    with (
+        patch.object(expert_rows, "uses_grouped_mm", lambda *_: not by_expert),
+        patch.object(RowIndex, "ends_on_host", even_ends),
+        patch.object(expert_turns, "is_cpu", lambda _: False),
+        patch.object(frozen_stack, "compiled_mxfp4", lambda: counted_mxfp4),
+    ):
+        yield
+
+
+def count_layer(
+    shape: str, run: Run, *, tokens: int, recomputed: bool, by_expert: bool = False
+) -> dict[str, Count]:
+    """Launches of one layer of `shape`, forward and backward, on a micro batch of `tokens`.
+
+    by_expert: experts are multiplied one after the other, as where torch has no kernel for all.
+    """
+    values = find_shape(shape).config
+    form = shipped_form(values, shape) if run.model.quantize == AS_SHIPPED else None
+    config = AutoConfig.for_model(**{**values, "num_hidden_layers": 1})
     torch.compiler.reset()
-    counter, fake = Counter(), FakeTensorMode(allow_non_fake_inputs=True)
+    counter, fake = Counter(in_turns=by_expert), FakeTensorMode(allow_non_fake_inputs=True)
     model = define_model(
         run,
         SimpleNamespace(
-            config=config, model=run.model, vocab_rows=config.vocab_size, support=TUNED, form=None
+            config=config, model=run.model, vocab_rows=config.vocab_size, support=TUNED, form=form
         ),
     )  # type: ignore[arg-type]
     if run.adapter.kind == "none":  # as on one GPU
@@ -338,7 +406,7 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
     # A CPU multiplies dB in another order, and copies it.
     b_of_cuda = patch.object(frozen_matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
     kernel = patch.multiple(attention, varlen_attn=attention_of_cuda, fits_varlen=lambda *_: True)
-    with fake, kernel, b_of_cuda, INDUCTOR:
+    with fake, kernel, b_of_cuda, experts_of_cuda(by_expert=by_expert), INDUCTOR:
         materialize(model, torch.device("cpu"))
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -354,9 +422,9 @@ def count_layer(shape: str, run: Run, *, tokens: int, recomputed: bool) -> dict[
         hidden = torch.empty(
             1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True
         )
-        rotary = tuple(
-            torch.empty(1, tokens, config.head_dim, dtype=torch.bfloat16) for _ in range(2)
-        )
+        with torch.no_grad():
+            positions = torch.arange(tokens).unsqueeze(0)
+            rotary = model.model.rotary_emb(hidden, positions)
         edges = torch.empty(81, dtype=torch.int32)
         out = layers[0](
             hidden, position_embeddings=rotary, documents=Documents(edges, 2048, "varlen")
@@ -376,9 +444,17 @@ def main() -> None:
     p.add_argument(
         "--full", action="store_true", help="full fine-tuning: no adapter, all weights trained"
     )
-    p.add_argument("--device", choices=RATES, default="h200", help="whose rates give the times")
+    p.add_argument("--target", nargs="+", default="all-linear", help="adapter.target")
+    p.add_argument(
+        "--device",
+        choices=RATES,
+        default="h200",
+        help="whose rates give the times, and whose kernel multiplies experts",
+    )
     p.add_argument("--json")
     a = p.parse_args()
+    target = a.target if isinstance(a.target, str) else tuple(a.target)
+    by_expert = not CHIPS[MACHINES[a.device]].grouped_mm
     counts_by_row: dict[str, Any] = {}
     rates = RATES[a.device]
     print(
@@ -386,8 +462,10 @@ def main() -> None:
     )
     for base in a.bases:
         for recomputed in (False, True):
-            run = recipe(base, full=a.full)
-            counts = count_layer(a.shape, run, tokens=a.tokens, recomputed=recomputed)
+            run = recipe(base, full=a.full, target=target)
+            counts = count_layer(
+                a.shape, run, tokens=a.tokens, recomputed=recomputed, by_expert=by_expert
+            )
             for direction, c in counts.items():
                 row = f"{base}{', recomputed' * recomputed}, {direction}"
                 counts_by_row[row] = c.as_json(rates)

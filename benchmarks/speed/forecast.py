@@ -1,6 +1,6 @@
 """Tokens per second of the goals on one GPU, forecast without one: a sum of kernels.
 
-    python benchmarks/speed/forecast.py [--device h200|h100] [--json FILE]
+    python benchmarks/speed/forecast.py [--device h200|h100|gb10] [--json FILE]
     python benchmarks/speed/forecast.py --measured results.json  # with rates that a GPU session measured
     python benchmarks/speed/forecast.py --beside results.json    # its profiles beside each term
 
@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,11 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from count_kernels import Count, Term, count_layer, recipe
-from gpu_goals import GOALS, Goal, device_key
+from gpu_goals import GOALS, MIXTURES, Goal, device_key
 from gpu_rates import (
     ATTENTION_CHANNELS,
     ATTENTION_LAYERS,
     ATTENTION_TOKENS,
+    MACHINES,
     RATES,
     Rates,
     read_results,
@@ -39,11 +41,14 @@ from gpu_rates import (
 from kernel_terms import ATTENTION, OTHER, PRODUCTS, SKINNY, TERMS
 
 from tunesmith.config.schema import Run
+from tunesmith.host.chips import CHIPS
 from tunesmith.loss import chunk_size, even_chunk_size
+from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.shapes import find_shape
-from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
+from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.planning.forecast import measure_work, plan_on_paper
 from tunesmith.planning.machines import read_cluster
+from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.units import Size
 
 SUPERVISED = 0.74  # of the tokens of alpaca rows as chats
@@ -91,20 +96,23 @@ class Forecast:
 
 
 def read_shape(goal: Goal) -> ModelSpec:
-    return read_spec(find_shape(goal.shape).config, where=goal.shape)
+    config = find_shape(goal.shape).config
+    if goal in MIXTURES:
+        return measure_spec(config, where=goal.shape)
+    return read_spec(config, where=goal.shape)
 
 
 def goal_recipe(goal: Goal) -> Run:
     """The recipe that `tunesmith bench --shape` measures: packed, a global batch in tokens."""
-    run = recipe(goal.base, full=goal.full)
-    batch = Size(65536 if goal.full else 16384, "tokens")
+    run = recipe(goal.base, full=goal.full, target=goal.target)
+    batch = Size(goal.global_batch, "tokens")
     return replace(run, train=replace(run.train, global_batch=batch))
 
 
 def plan_layout(goal: Goal, setting: Setting) -> Layout:
     """What `train` would choose by its estimate, before its trial on the GPU."""
     run, spec = goal_recipe(goal), read_shape(goal)
-    cluster = read_cluster(setting.device)
+    cluster = read_cluster(MACHINES[setting.device])
     planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, None))
     plan = planner.choose()
     tokens = plan.memory.tokens
@@ -121,36 +129,41 @@ def layout_of_report(goal: Goal, figures: Mapping[str, Any]) -> Layout | None:
     return Layout(tokens, math.ceil(batch / tokens), recomputed_layers)
 
 
-class GoalKey(NamedTuple):
+class LayerKey(NamedTuple):
     """What the count of a layer depends on."""
 
     shape: str
     base: str
     full: bool
+    target: str | tuple[str, ...]
+    tokens: int
+    recomputed: bool
+    by_expert: bool
 
 
 @cache
-def count_goal_layer(
-    goal: GoalKey,
-    tokens: int,
-    recomputed: bool,
-) -> list[Count]:
+def count_goal_layer(key: LayerKey) -> list[Count]:
     """Both directions of one layer; the rates do not change what it launches."""
-    run = recipe(goal.base, full=goal.full)
-    counts = count_layer(goal.shape, run, tokens=tokens, recomputed=recomputed)
+    run = recipe(key.base, full=key.full, target=key.target)
+    counts = count_layer(
+        key.shape, run, tokens=key.tokens, recomputed=key.recomputed, by_expert=key.by_expert
+    )
     return [*counts.values()]
 
 
 def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]:
     """The terms of all layers in one micro batch; attention has no time yet."""
-    key = GoalKey(goal.shape, goal.base, goal.full)
+    by_expert = goal in MIXTURES and not CHIPS[MACHINES[setting.device]].grouped_mm
     layers = len(read_shape(goal).layers)
     terms = {name: Term() for name in TERMS}
     layers_by_kind = {False: layers - layout.recomputed_layers, True: layout.recomputed_layers}
     for recomputed, layer_count in layers_by_kind.items():
         if layer_count == 0:
             continue
-        for count in count_goal_layer(key, layout.tokens, recomputed):
+        key = LayerKey(
+            goal.shape, goal.base, goal.full, goal.target, layout.tokens, recomputed, by_expert
+        )
+        for count in count_goal_layer(key):
             for name, term in count.terms(setting.rates).items():
                 terms[name].add(term, times=layer_count)
     return terms
@@ -176,7 +189,7 @@ def head_terms(goal: Goal, setting: Setting, tokens: int) -> tuple[Term, Term]:
     import torch
 
     spec, rates = read_shape(goal), setting.rates
-    card = int(read_cluster(setting.device).chip.gib * 2**30)
+    card = int(read_cluster(MACHINES[setting.device]).chip.gib * 2**30)
     rows = round(SUPERVISED * tokens)
     largest_chunk = chunk_size(spec.vocab, rows, torch.device("cuda"), trained=goal.full, card=card)
     chunks = -(-rows // even_chunk_size(rows, largest_chunk, tile=128))
@@ -203,7 +216,7 @@ def optimizer_term(goal: Goal, setting: Setting, layout: Layout) -> Term:
         hooked = spec.parameters - spec.layer_matrices
         moved = spec.parameters * (4 + 8 + 28 + 6) + hooked * (6 + 10 * (layout.micro_batches - 1))
     else:
-        moved = adapter_parameters(spec, goal_recipe(goal).adapter) * (4 + 8 + 28)
+        moved = count_adapter(spec, goal_recipe(goal).adapter) * (4 + 8 + 28)
     return Term(1e3 * moved / setting.rates.memory_bandwidth, 0.0, moved / 2**30)
 
 
@@ -327,7 +340,7 @@ def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
         layout = plan_layout(goal, setting)
         best = forecast(goal, setting, layout)
         likely = forecast(goal, setting.in_step(), layout)
-        target = goal.tokens_per_second[setting.device]
+        target = goal.tokens_per_second.get(setting.device)
         speeds = [likely.tokens_per_second, best.tokens_per_second]
         cells = [
             goal.title,
@@ -335,8 +348,8 @@ def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
             f"{layout.recomputed_layers} of {len(read_shape(goal).layers)}",
             *(f"{best.terms[name].ms:,.0f}" for name in names),
             *(f"{speed:,.0f}" for speed in speeds),
-            f"{target:,}",
-            " to ".join(f"{speed / target:.0%}" for speed in speeds),
+            f"{target:,}" if target else "-",
+            " to ".join(f"{speed / target:.0%}" for speed in speeds) if target else "-",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
         report_by_title[goal.title] = {
@@ -365,8 +378,7 @@ def parse_assumed(words: Sequence[str]) -> dict[str, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=RATES, help="default: that of the results, else h200")
-    numbers = range(len(GOALS))
-    add("--only", type=int, nargs="+", default=numbers, help="goals by number, from 0")
+    add("--only", type=int, nargs="+", help="goals by number, from 0; mixtures are the last two")
     files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
     add("--measured", help="take the rates of results.json", **files)
     add("--beside", help="compare with the profiles of results.json", **files)
@@ -395,8 +407,12 @@ def main() -> None:
         if key != device:
             parser.error(f"results of {gpu} do not fit a forecast for --device {device}")
     rates = with_measured(RATES[device], measured).with_figures("as --assume says", **assumed)
-    goals, setting = [GOALS[i] for i in args.only], Setting(device, rates)
-    report = {"device": device, "rates": dataclasses.asdict(rates)}
+    all_goals = (*GOALS, *MIXTURES)
+    goals = [g for g in all_goals if device in g.tokens_per_second or g in MIXTURES]
+    if args.only is not None:
+        goals = [all_goals[number] for number in args.only]
+    setting = Setting(device, rates)
+    report = {"command": sys.argv, "device": device, "rates": dataclasses.asdict(rates)}
     report["goals"] = print_forecasts(goals, setting)
     print_rates(device, rates)
     if args.beside:

@@ -15,6 +15,8 @@ class Goal:
     shape: the model, as `tunesmith bench --shape` names it.
     base: bf16, or the value of `model.quantize`.
     tokens_per_second: the goal by device key, in non-padding tokens.
+    target: of the adapter, `adapter.target`.
+    global_batch: tokens of an optimizer step.
     """
 
     step: str
@@ -23,6 +25,8 @@ class Goal:
     base: str
     full: bool
     tokens_per_second: Mapping[str, int]
+    target: str | tuple[str, ...] = "all-linear"
+    global_batch: int = 16384
 
 
 def by_device(h200: int, h100: int) -> Mapping[str, int]:
@@ -32,9 +36,27 @@ def by_device(h200: int, h100: int) -> Mapping[str, int]:
 GOALS = (
     Goal("8b-bf16", "8B LoRA, bf16", "llama3-8b", "bf16", False, by_device(19_000, 16_500)),
     Goal("8b-fp8", "8B LoRA, fp8 base", "llama3-8b", "fp8", False, by_device(27_000, 22_500)),
-    Goal("3b-full", "3B full", "llama3-3b", "bf16", True, by_device(31_000, 25_500)),
+    Goal(
+        "3b-full",
+        "3B full",
+        "llama3-3b",
+        "bf16",
+        True,
+        by_device(31_000, 25_500),
+        global_batch=65536,
+    ),
     Goal("70b-nf4", "70B LoRA, nf4 base", "llama3-70b", "nf4", False, by_device(2_000, 1_650)),
 )
+
+ATTENTION_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj")
+# As in their recipes, 64 rows of 2,048 tokens a step. Only forecast: stage D of first_gpu.sh measures
+# a few layers of them.
+MIXTURES = (
+    Goal("30b-a3b", "Qwen3-30B-A3B LoRA, bf16", "qwen3-30b-a3b", "bf16", False, {"gb10": 3_000},
+         global_batch=131_072),
+    Goal("120b-mxfp4", "gpt-oss-120b LoRA of attention, MXFP4", "gpt-oss-120b", "as-shipped", False,
+         {"gb10": 1_800}, target=ATTENTION_TARGET, global_batch=131_072),
+)  # fmt: skip
 
 
 def device_key(gpu_name: str) -> str | None:

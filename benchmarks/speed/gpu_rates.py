@@ -1,4 +1,4 @@
-"""What kernels reach on an H200 and an H100. Importable without torch.
+"""What kernels reach on an H200, an H100 and a GB10. Importable without torch.
 
 forecast.py and count_kernels.py divide operations and bytes by these rates. Each has its source;
 `with_measured` replaces those that a session's results.json has.
@@ -106,7 +106,16 @@ H200 = Rates(
     },
 )
 H100 = H200.with_figures("assumed: the H200's share of 4.8 TB/s, of 3.35", copy=3.0e12)
-RATES = {"h200": H200, "h100": H100}
+GB10 = (
+    H200.with_figures("assumed: the H200's share of a large product", product_in_step=81.5e12)
+    .with_figures("measured on a GB10, single products", product=92e12, eight_bit_speed=2.0)
+    .with_figures("measured on a GB10, 218 to 234 GB/s", copy=226e9)
+    # What was measured is taken for what kernels reach.
+    .with_figures("assumed", memory_share=1.0)
+)
+RATES = {"h200": H200, "h100": H100, "gb10": GB10}
+# As `tunesmith plan --on` calls the machine of each.
+MACHINES = {"h200": "h200", "h100": "h100", "gb10": "dgx-spark"}
 
 
 def figures_of_micro(report: Mapping[str, Any], copy: float, product: float) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 PRODUCTS, SKINNY, OTHER, ATTENTION = "products", "skinny products", "other kernels", "attention"
 TERMS = (PRODUCTS, SKINNY, OTHER, ATTENTION)
 SKINNY_DIMENSION = 64  # half a tile of cuBLAS, and no smaller than the usual ranks of an adapter
-PRODUCT_OPERATORS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm")
+GROUPED = "_grouped_mm"  # of the rows of each expert
+PRODUCT_OPERATORS = ("mm", "bmm", "addmm", "addmm_", "_scaled_mm", GROUPED)
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
 # Parts of names, in lower case.

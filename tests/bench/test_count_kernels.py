@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tunesmith.config.schema import Adapter
+from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.spec import read_spec
+from tunesmith.planning.expert_traffic import copied_elements
+from tunesmith.planning.measured_layers import copies_for_experts
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
@@ -41,6 +45,49 @@ def test_the_operations_are_those_of_the_formula_and_recompute_leaves_out_the_la
     # The table of docs/measurements/README.md: those of a GPU, without the copies that a CPU makes.
     assert (counts["bf16, forward"]["kernels"], kept["kernels"], again["kernels"]) == (36, 52, 85)
     assert_terms_are_parts(kept)
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13"), reason="Inductor's internals differ between releases"
+)
+def test_a_mixture_moves_what_the_plan_counts(tmp_path: Path) -> None:
+    """Beside the copies for experts there are attention, norms and router, the same on each."""
+    tokens = 2048  # 128 rows an expert: products of fewer than 65 count as skinny
+    spec = measure_spec(find_shape("qwen3-30b-a3b").config, where="test")
+    layer = spec.layers[0]
+    copies = copies_for_experts(spec, Adapter(kind="lora"))
+    assert copies is not None
+    rest = {}
+    for device in ("h100", "gb10"):
+        file = tmp_path / f"{device}.json"
+        words = [
+            "--shape",
+            "qwen3-30b-a3b",
+            "--bases",
+            "bf16",
+            "--tokens",
+            tokens,
+            "--device",
+            device,
+        ]
+        done = run_warm(
+            [*words, "--json", file], program=ROOT / "benchmarks/speed/count_kernels.py"
+        )
+        assert done.returncode == 0, done.stderr
+        counts = json.loads(file.read_text())["counts"]
+        moved = 0.0
+        for direction in ("forward", "backward"):
+            row = counts[f"bf16, {direction}"]
+            terms = row["terms"]
+            active = 2 * tokens * layer.active / 1e12
+            assert terms["products"]["tera_operations"] == pytest.approx(active, rel=0.01)
+            gib = terms["skinny products"]["gib"] + terms["other kernels"]["gib"]
+            moved += gib * 2**30 / tokens
+        planned = copied_elements(copies, compiled=True, grouped=device == "h100") / spec.depth
+        rest[device] = moved - 2 * planned
+    # Norms, rotary embedding and small products of attention: some 40 to 90 rows of a token.
+    assert 40 * 2 * spec.hidden < rest["gb10"] < 90 * 2 * spec.hidden, rest
+    assert rest["h100"] == pytest.approx(rest["gb10"], rel=0.4), rest
 
 
 def assert_terms_are_parts(row: dict) -> None:

@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_goals import GOALS, device_key
-from gpu_rates import PRODUCTS_OF_MICRO, RATES, SKINNY_OF_MICRO, read_results, with_measured
+from gpu_goals import GOALS, MIXTURES, device_key
+from gpu_rates import (
+    MACHINES,
+    PRODUCTS_OF_MICRO,
+    RATES,
+    SKINNY_OF_MICRO,
+    read_results,
+    with_measured,
+)
 
 from errors import lines_with, refuses
 from tunesmith.host.chips import CHIPS
@@ -54,9 +61,13 @@ def run_forecast(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_goal_is_of_a_shape_and_of_devices_that_are_known() -> None:
+    assert {MACHINES[device] for device in RATES} <= set(CHIPS)
+    for goal in MIXTURES:
+        assert goal.shape in SHAPES
+        assert set(goal.tokens_per_second) == {"gb10"}
     for goal in GOALS:
         assert goal.shape in SHAPES
-        assert set(goal.tokens_per_second) == set(RATES) <= set(CHIPS)
+        assert set(goal.tokens_per_second) == {"h100", "h200"} < set(RATES)
         assert goal.tokens_per_second["h100"] < goal.tokens_per_second["h200"]
 
 
@@ -78,7 +89,9 @@ def test_the_device_of_a_gpu_name(gpu: str, device: str | None) -> None:
 
 
 def test_the_devices_are_those_of_the_planner() -> None:
-    assert {device_key(CHIPS[device].name) for device in RATES} == set(RATES)
+    for goal in GOALS:
+        for device in goal.tokens_per_second:
+            assert device_key(CHIPS[MACHINES[device]].name) == device
 
 
 def test_goals_rates_and_terms_need_no_torch() -> None:
