@@ -94,7 +94,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr != "gpu" or collection_path.suffix != ".py":
         return None
     text = collection_path.read_text()
-    return None if "mark.gpu" in text or "cpu_and_gpu" in text else True
+    has_gpu_tests = any(words in text for words in ("mark.gpu", "marks=gpu", "cpu_and_gpu"))
+    return None if has_gpu_tests else True
 
 
 CHATML = (

@@ -782,10 +782,13 @@ class MemoryEstimator:
         gated = wide * tokens + max(wide * tokens, weight)
         copies = layer.experts_per_token * hidden * tokens
         if layer.experts and self.machine.device == "cpu":
-            # Of gradients of a token's k copies one and a half, in full two and a half; or those of
-            # gate, up and their product: one expert comes after the other, and neither waits.
-            halves = 5 if self.run.adapter.kind == "none" else 3
-            elements += max(gated, halves * copies // 2)
+            # Gradients of a token's copies, in full two and a half of each, or those of gate, up
+            # and their product: one expert comes after the other, and neither waits.
+            if self.run.adapter.kind == "none":
+                elements += max(gated, 5 * copies // 2)
+            else:
+                # The activation is computed again there.
+                elements += max(gated, copies, 4 * wide * tokens)
         elif layer.experts:
             # Both, as all experts are computed at once; where that is one kernel, copies of the
             # tokens too. Not measured on a GPU.
