@@ -88,8 +88,6 @@ NO_KERNEL = (
     "lift_fresh",
 )
 GATHERS = ("index", "index_select")
-# What is done to the rows of an expert in its turn, beside products.
-OF_TURNS = (*GATHERS, "constant_pad_nd", "cat", "copy_")
 # FlashAttention has no CPU kernel. These stand for it: a kernel forward, and backward the row sums
 # of dO * O, the gradients, and dq's conversion.
 ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
@@ -282,8 +280,8 @@ class Launches(TorchDispatchMode):
                     weight = tensors[2] if name.startswith("addmm") else tensors[1]
                     size = 0 if is_skinny(dimensions) else bytes_of(weight, out)
                 self.count.add_product(size, operations, dimensions, eight_bit=eight_bit)
-            elif self.in_turns and name in OF_TURNS:
-                self.count.add(bytes_of(out) if name in GATHERS else 0)
+            elif self.in_turns and name in GATHERS:
+                self.count.add(bytes_of(out))
             else:
                 self.count.add(size)
         return out

@@ -43,9 +43,9 @@ from kernel_terms import ATTENTION, OTHER, PRODUCTS, SKINNY, TERMS
 from tunesmith.config.schema import Run
 from tunesmith.host.chips import CHIPS
 from tunesmith.loss import chunk_size, even_chunk_size
-from tunesmith.model.measured_spec import measure_spec
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.shapes import find_shape
-from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.model.spec import ModelSpec
 from tunesmith.planning.forecast import measure_work, plan_on_paper
 from tunesmith.planning.machines import read_cluster
 from tunesmith.planning.measured_layers import count_adapter
@@ -96,10 +96,7 @@ class Forecast:
 
 
 def read_shape(goal: Goal) -> ModelSpec:
-    config = find_shape(goal.shape).config
-    if goal in MIXTURES:
-        return measure_spec(config, where=goal.shape)
-    return read_spec(config, where=goal.shape)
+    return model_spec(find_shape(goal.shape).config, where=goal.shape)
 
 
 def goal_recipe(goal: Goal) -> Run:
@@ -153,7 +150,7 @@ def count_goal_layer(key: LayerKey) -> list[Count]:
 
 def layer_terms(goal: Goal, setting: Setting, layout: Layout) -> dict[str, Term]:
     """The terms of all layers in one micro batch; attention has no time yet."""
-    by_expert = goal in MIXTURES and not CHIPS[MACHINES[setting.device]].grouped_mm
+    by_expert = not CHIPS[MACHINES[setting.device]].grouped_mm
     layers = len(read_shape(goal).layers)
     terms = {name: Term() for name in TERMS}
     layers_by_kind = {False: layers - layout.recomputed_layers, True: layout.recomputed_layers}

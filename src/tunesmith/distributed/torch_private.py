@@ -8,14 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _python_dispatch
 
 # The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU. On a CPU, 2.11 scales
 # tensor-wise only.
 scaled_mm = torch._scaled_mm
-
-# Sees every operator that runs below it, those of a backward too.
-DispatchMode = _python_dispatch.TorchDispatchMode
 
 # Sets the options of PYTORCH_ALLOC_CONF in a process that has begun. torch 2.11 deprecates the
 # older name.

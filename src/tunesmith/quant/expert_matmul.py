@@ -208,7 +208,19 @@ def _add_frozen(
     return y
 
 
-# ---- what both paths save for the backward: [x, x A^T], and the tensors of three lists
+# ---- what both paths rebuild, and what they save: [x, x A^T], and the tensors of three lists
+
+
+def _rebuild(
+    form: _ProductForm,
+    tensors: Sequence[Tensor],
+    of_index: Sequence[Tensor],
+    *,
+    is_compiled: bool = False,
+) -> tuple[FrozenStack, RowIndex]:
+    """The stack and the index of some tensors."""
+    stack = frozen_stack(form.encoding, tensors, form.shape, is_compiled=is_compiled)
+    return stack, RowIndex.of_tensors(of_index, is_part=form.is_part)
 
 
 def _save(ctx: Any, x: Tensor, xa: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]) -> None:
@@ -240,8 +252,7 @@ class _ExpertMatmul(torch.autograd.Function):
         ctx.form = form
         lora, flat = flat[:lora_count], flat[lora_count:]
         of_index, tensors = flat[:index_count], flat[index_count:]
-        row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
-        stack = frozen_stack(form.encoding, tensors, form.shape)
+        stack, row_index = _rebuild(form, tensors, of_index)
         y, *xa = _forward(x, lora, stack, row_index, form)
         _save(ctx, x, xa, (lora, of_index, tensors))
         return y
@@ -250,8 +261,7 @@ class _ExpertMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         form: _ProductForm = ctx.form
         saved, lora, of_index, tensors = _saved_lists(ctx)
-        row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
-        stack = frozen_stack(form.encoding, tensors, form.shape)
+        stack, row_index = _rebuild(form, tensors, of_index)
         needs_dx = ctx.needs_input_grad[0]
         dx, *d_lora = _backward(grads[0], saved, lora, stack, row_index, form, needs_dx)
         dx_or_none = dx if needs_dx else None
@@ -277,8 +287,7 @@ def _expert_products(
     flags: list[bool],
 ) -> list[Tensor]:
     form = _form_of(encoding, shape, flags)
-    stack = frozen_stack(encoding, tensors, form.shape, is_compiled=True)
-    row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
+    stack, row_index = _rebuild(form, tensors, of_index, is_compiled=True)
     return _forward(x, lora, stack, row_index, form)
 
 
@@ -294,8 +303,7 @@ def _expert_products_backward(
     needs_dx: bool,
 ) -> list[Tensor]:
     form = _form_of(encoding, shape, flags)
-    stack = frozen_stack(encoding, tensors, form.shape, is_compiled=True)
-    row_index = RowIndex.of_tensors(of_index, is_part=form.is_part)
+    stack, row_index = _rebuild(form, tensors, of_index, is_compiled=True)
     return _backward(dy, saved, lora, stack, row_index, form, needs_dx)
 
 

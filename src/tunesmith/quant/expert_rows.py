@@ -19,7 +19,8 @@ class RowIndex(NamedTuple):
         tokens: int64 [rows], the token of each row.
         places: int64 [n, k], the row of each copy of each token.
         offsets: int32 [experts], on the device: the end of each expert's rows.
-        ends: the same on the host; None where the host need not know, and wait for the GPU.
+        ends: the same on the host, on a CPU the same tensor; None where the host need not know, and
+            wait for the GPU.
         is_part: copies for experts of other ranks have a place behind the last row.
     """
 
