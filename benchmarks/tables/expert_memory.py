@@ -287,6 +287,8 @@ def main() -> None:
     if a.base:
         print(json.dumps(measure(a.base, a.quantize)))
         return
+    if a.tokenizer is None and a.folder is None:
+        p.error("--tokenizer DIR is missing, or --folder DIR with bases from an earlier run")
     with tempfile.TemporaryDirectory() as name:
         record = measure_all(a.tokenizer, a.folder or Path(name))
     if a.json:
