@@ -3,7 +3,6 @@
     TunesmithError
     ├── UsageError            exit 2: raised before the first step; nothing was started
     │   ├── RecipeError
-    │   │   └── RemovedError    a key or value that recipes had once
     │   ├── DataError
     │   ├── ModelError
     │   └── MachineError
@@ -118,10 +117,6 @@ class UsageError(TunesmithError):
 
 class RecipeError(UsageError):
     """A recipe file that cannot be read, or a key or value in it that is wrong."""
-
-
-class RemovedError(RecipeError):
-    """A key or value that recipes had once."""
 
 
 class DataError(UsageError):

@@ -151,8 +151,6 @@ _TYPES = [
     _line("QLoRA as a kind", "adapter.kind=qlora", "adapter.kind: expected", "adapter.kind", "qlora is lora with model.quantize: nf4"),
     _line("quantization of others", "model.quantize=gptq", "model.quantize: expected", "model.quantize", "write one of auto, none, fp8, nf4, as-shipped: gptq and other"),
     _line("8 bits of bitsandbytes", "model.quantize=8bit", "model.quantize: expected", "model.quantize", "8bit is not supported; fp8 runs on"),
-    _line("a base in int8, as there was", "model.quantize=int8", "model.quantize: int8 was removed", "model.quantize", "model.quantize=nf4"),
-    _line("a fast path, as there were", "train.fast_paths=[joined-weights]", "train.fast_paths", "train.fast_paths", "train.fast_paths=[]"),
     _line("schedule of others", "train.schedule=cosine_with_restarts", "train.schedule: expected", "train.schedule", "write one of constant, linear, cosine: cosine_with_restarts and other"),
     _line("method", "method=ppo", "method.name: expected `sft`,", "method", "write one of sft, dpo, orpo, kto, simpo: ppo and other methods"),
     _line("method of ipo", "method=ipo", "method.name: expected `sft`,", "method", "ipo is dpo with method.loss_type: ipo"),

@@ -409,47 +409,6 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])
 
 
-def test_the_loop_that_takes_the_place_of_seeds_launches_one_run_a_seed(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    words = [
-        "my recipe.yaml",
-        "train.seed=9",
-        "output_dir=a run",
-        "train.duration=2 steps",
-        "--nodes",
-        "2",
-        "--render",
-    ]
-    words += ["--gpus-per-node", "4", "--sbatch-arg=--x=1 2", "--sbatch-arg=--y", "--exclusive"]
-    assert main(["launch", "slurm", *words, "--seeds", "3,42"]) == 2
-    err = capfd.readouterr().err
-    check_shown(err, where="command line: --seeds", names=["--seeds"])
-    assert not (tmp_path / "a run").exists()
-    loop = err.partition("fix: ")[2]
-    typed = subprocess.run(
-        ["bash", "-c", f"tunesmith() {{ printf '%s\\0' \"$@\"; echo; }}\n{loop}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert len(typed) == 2
-    for seed, line in zip((3, 42), typed, strict=True):
-        assert main(line.rstrip("\0").split("\0")) == 0
-        out = tmp_path / f"a run-seed{seed}"
-        launched = load_recipe(out / "launch/recipe.yaml")
-        assert (launched.train.seed, str(launched.train.duration), launched.output_dir) == (
-            seed,
-            "2 steps",
-            str(out),
-        )
-        script = capfd.readouterr().out
-        for option in ("--nodes=2", "--gpus-per-node=4", "--x=1 2", "--y", "--exclusive"):
-            assert f"#SBATCH {option}\n" in script
-
-
 def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from errors import check_shown, error_in, holds, is_at, refuses
+from errors import error_in, holds, is_at, refuses
 from logged import logged_lines
 from ranks import run_ranks
 from recipes import merge, recipe
@@ -439,17 +439,6 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
     ]
     assert told == [["--ranks", "2", "--", *words]]
     assert main(["sweep", file, *WORDS, "--candidates", "3"]) == EXIT_USAGE
-
-
-@pytest.mark.parametrize("flag", ["--sampler", "--pruner"])
-def test_removed_flags_name_what_takes_their_place(
-    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    words = ["train.learning_rate=1e-4..1e-3", flag, "median"]
-    assert main(["sweep", str(tmp_path / "no-recipe.yaml"), *words]) == EXIT_USAGE
-    err = capsys.readouterr().err
-    check_shown(err, where=f"command line: {flag}", names=[flag])
-    assert "--candidates N" in err
 
 
 def test_a_sweep_of_an_earlier_version_goes_on(

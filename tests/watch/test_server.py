@@ -210,15 +210,6 @@ def test_the_status_for_a_script(folder: Path, capsys: pytest.CaptureFixture[str
     assert "error: " in capsys.readouterr().err
 
 
-def test_the_removed_terminal_names_what_takes_its_place(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["watch", str(folder), "--terminal"]) == 2
-    err = capsys.readouterr().err
-    check_shown(err, where="command line: --terminal", names=["--terminal"])
-    assert f"tunesmith logs -f {folder}" in err
-
-
 @pytest.mark.parametrize(
     ("word", "host", "place"),
     [

@@ -13,9 +13,8 @@ from tunesmith.checkpoint.claim import TRACKER_IDS, restore
 from tunesmith.checkpoint.manifest import SavedCheckpoint, step_of
 from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, newest_checkpoint
 from tunesmith.checkpoint.start_adapter import folder_in_run
-from tunesmith.config.dump import differences, is_free
+from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
-from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Run, Train
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -24,7 +23,6 @@ from tunesmith.errors import (
     DataError,
     ModelError,
     RecipeError,
-    RemovedError,
     TunesmithError,
 )
 from tunesmith.metrics.record import StepRecord
@@ -188,7 +186,7 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     if not copies_in(output_dir) and final_step is None:
         return None, None
     is_forced = run.checkpoint.resume == "force"
-    previous_run = _recipe_of(output_dir, forced=is_forced)
+    previous_run = _recipe_of(output_dir)
     if run.model.quantize == "auto":
         # Of a run that began it stands for what it stood for then.
         run = replace(run, model=replace(run.model, quantize=previous_run.model.quantize))
@@ -227,20 +225,14 @@ def _bring_records(output_dir: Path, ranks: Ranks) -> None:
         copy_files(ranks, output_dir, missing, {}, announce=True, source=source)
 
 
-def _recipe_of(output_dir: Path, *, forced: bool) -> Run:
+def _recipe_of(output_dir: Path) -> Run:
     """The recipe that the checkpoints were written with.
 
-    Without it they are neither resumed from nor deleted. Keys that were removed since are ignored
-    where they changed nothing that was learned, and with `forced` a removed base too.
+    Without it they are neither resumed from nor deleted.
     """
     recipe = output_dir / RECIPE
-    ignored = [key for key in REMOVED if forced or is_free(key)]
     try:
-        return load_recipe(recipe, ignored=ignored)
-    except RemovedError as error:
-        raise RecipeError(
-            error.what, where=error.where, why=error.why, fix=f"{START_OVER}, {FORCE}"
-        ) from error
+        return load_recipe(recipe)
     except TunesmithError as error:
         raise RecipeError(
             f"the recipe that this run started with cannot be read: {error.what}",

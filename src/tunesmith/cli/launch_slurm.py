@@ -18,10 +18,9 @@ docs/slurm.md.
 import argparse
 
 from tunesmith.cli.launch_local import add_launched, launched_recipe
-from tunesmith.cli.options import notify, removed_option, whole_number
+from tunesmith.cli.options import notify, whole_number
 from tunesmith.errors import UsageError
-from tunesmith.host.files import from_here
-from tunesmith.host.shell import shell_command, shell_word
+from tunesmith.host.shell import shell_word
 
 # Settings of a site, each an option too: key -> its help.
 SETTINGS = {
@@ -66,8 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the script and write its recipe, without submitting",
     )
-    # Removed: `_check_removed` gives the command to use.
-    parser.add_argument("--seeds", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,7 +78,6 @@ def run(args: argparse.Namespace) -> None:
     # The login node's processor is not that of the nodes.
     recipe = launched_recipe(args, trains_here=False)
     site = read_site(args.site)
-    _check_removed(args, recipe.output_dir)
     # Flags override the profile; without one it stays.
     settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}
     site = replace(
@@ -113,32 +109,6 @@ def run(args: argparse.Namespace) -> None:
     name = shell_word(job.name)
     stop = f"stop it: tunesmith stop {name}; queue: squeue --me"
     notify(f"follow it: tunesmith logs -f {name}; {stop}")
-
-
-def _check_removed(args: argparse.Namespace, output_dir: str) -> None:
-    """UsageError for --seeds, with the loop that launches the same runs."""
-    if args.seeds is None:
-        return
-    # The same command without the two keys that the loop sets.
-    words = [args.recipe]
-    for override in args.overrides:
-        if not override.startswith(("train.seed=", "output_dir=")):
-            words.append(override)
-    for name, value in vars(args).items():
-        if name in ("recipe", "overrides", "seeds", "verb"):
-            continue
-        option = f"--{name.replace('_', '-')}"
-        if value is True:
-            words.append(option)
-        elif isinstance(value, list):
-            words += [f"{option}={item}" for item in value]
-        elif value is not None and value is not False:
-            words.append(f"{option}={value}")
-    seeds = shell_command(args.seeds.split(","))
-    launch = f"tunesmith launch slurm {shell_command(words)}"
-    output = f"output_dir={shell_word(f'{from_here(output_dir)}-seed')}$seed"
-    fix = f"for seed in {seeds}; do {launch} train.seed=$seed {output}; done"
-    raise removed_option("seeds", why="a launch is one run", fix=fix)
 
 
 def _count(text: str) -> int:

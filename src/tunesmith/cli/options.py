@@ -62,13 +62,6 @@ def leave_lines_to_rank_0() -> None:
         PACKAGE.setLevel(logging.WARNING)
 
 
-def removed_option(option: str, *, fix: str, why: str = "") -> UsageError:
-    """The error for an option that an earlier version had, with what to type instead."""
-    return UsageError(
-        f"--{option} was removed", where=f"command line: --{option}", why=why, fix=fix
-    )
-
-
 def whole_number(text: str) -> int:
     """A count of at least 1."""
     with suppress(ValueError):

@@ -30,7 +30,6 @@ from tunesmith.cli.options import (
     chosen_recipe,
     is_main_process,
     leave_lines_to_rank_0,
-    removed_option,
     whole_number,
 )
 from tunesmith.config.load import load_recipe
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Options that chose among Optuna's samplers and pruners.
-REMOVED = ("sampler", "pruner")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=RECIPE_HELP)
@@ -69,8 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
     add_json(parser)
     add_new_recipe(parser)
-    for option in REMOVED:
-        parser.add_argument(f"--{option}", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -143,15 +137,6 @@ def sweep(args: argparse.Namespace, space: Space, search: Search) -> int | None:
 
 def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
     """What to try, and how to search; UsageError where the words contradict each other."""
-    for option in REMOVED:
-        if vars(args)[option] is not None:
-            draws = "candidates of a range are sampled at random"
-            rungs = "use --rungs N and --to-the-end for early stopping"
-            raise removed_option(
-                option,
-                why=f"{draws}, and the worse half of them stops at each rung",
-                fix=f"remove it; --candidates N sets their number, {rungs}",
-            )
     # Beside --model and --data the first word is one of a key.
     if args.recipe is not None and "=" in args.recipe:
         args.words.insert(0, args.recipe)

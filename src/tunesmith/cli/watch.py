@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.cli.options import add_json, notify, removed_option, report_unreadable
+from tunesmith.cli.options import add_json, notify, report_unreadable
 from tunesmith.errors import UsageError
-from tunesmith.host.shell import shell_command, shell_path, shell_word
+from tunesmith.host.shell import shell_path, shell_word
 
 # `host:runs/x` as scp reads it; no host begins with a dash, which ssh would take for an option.
 _REMOTE_RUN = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
@@ -33,12 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(output)
     browser = "open the page in a browser"
     output.add_argument("--open", action="store_true", help=browser)
-    # Removed: `_check_removed` gives the command to use.
-    parser.add_argument("--terminal", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
-    _check_removed(args)
+    _check_local(args)
     from tunesmith.launch.jobs import holds_runs, run_folders
     from tunesmith.watch.feed import WatchedRun, open_run, to_json
     from tunesmith.watch.run_list import RunList
@@ -72,13 +70,8 @@ def run(args: argparse.Namespace) -> None:
             serve_page(Page(runs), partial(_print_address, browser=args.open))
 
 
-def _check_removed(args: argparse.Namespace) -> None:
-    """UsageError for what `watch` took once, with what to type instead."""
-    if args.terminal:
-        page = shell_command(["tunesmith", "watch", *args.runs])
-        log = f"tunesmith logs -f {shell_path(args.runs[0])}"
-        fix = f"{page} serves a web page; in the terminal: {log}"
-        raise removed_option("terminal", fix=fix)
+def _check_local(args: argparse.Namespace) -> None:
+    """UsageError for a run of another host, with the commands that show it."""
     for word in args.runs:
         match = _REMOTE_RUN.fullmatch(word)
         if match is None or Path(word).exists():
@@ -87,7 +80,7 @@ def _check_removed(args: argparse.Namespace) -> None:
         # A login begins in the home directory, and a quoted ~ would not be expanded there.
         run_there = match[2].removeprefix("~/")
         raise UsageError(
-            "watching a run of another host was removed",
+            "the run is on another host",
             where=f"command line: {word}",
             why="the page is served on the run's host; use ssh port forwarding",
             fix=f"ssh {shell_word(host)}, and there: tunesmith watch {shell_path(run_there)}, "

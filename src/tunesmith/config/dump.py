@@ -21,7 +21,6 @@ from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Share, Size
 
 # What may change when a run resumes, by dotted key or section; train.duration may grow.
-# train.fast_paths is a key of older runs.
 FREE = (
     "log",
     "validate",
@@ -34,7 +33,6 @@ FREE = (
     "train.cpu_offload",
     "train.compile",
     "train.deterministic",
-    "train.fast_paths",
     "model.attention",
     "data.allow_cut_answers",
     # Other rows than before are refused by their hashes.

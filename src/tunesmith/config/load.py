@@ -1,20 +1,18 @@
 """A recipe file and its overrides -> one frozen, checked `Run`.
 
-    file -> extends, from the base up -> key=value -> without removed keys -> absolute paths ->
-    types -> rules
+    file -> extends, from the base up -> key=value -> absolute paths -> types -> rules
 
 Every value keeps the place it came from, so an error names the file and line, or the key on the
 command line.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.check import check_run
 from tunesmith.config.layers import merge_layers, override_layer, with_method_section
 from tunesmith.config.paths import resolve_paths
-from tunesmith.config.removed import without_removed
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, wrap
@@ -30,7 +28,6 @@ def load_recipe(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     announce: bool = False,
-    ignored: Collection[str] = (),
 ) -> Run:
     """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong,
     its place and the fix.
@@ -41,11 +38,9 @@ def load_recipe(
             YAML 1.2; all of them are one layer.
         announce: log a line for each layer that names other rows, about the keys that it leaves
             behind.
-        ignored: keys whose removed values are ignored, see `without_removed`; for a recipe of an
-            older run.
     """
     tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), announce)
-    return checked(merge_layers(tree, override_layer(overrides), announce=announce), ignored)
+    return checked(merge_layers(tree, override_layer(overrides), announce=announce))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
@@ -57,8 +52,8 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
     return checked(wrap(values, where=where, base=base))
 
 
-def checked(tree: Node, ignored: Collection[str] = ()) -> Run:
-    tree = without_removed(with_method_section(tree), ignored)
+def checked(tree: Node) -> Run:
+    tree = with_method_section(tree)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
     check_run(run, lambda key: places.get(key, ""))

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
-from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host.logger import lines_by_default
@@ -160,7 +159,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         else:
             location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
-        run = load_recipe(place, ignored=REMOVED)
+        run = load_recipe(place)
         note = f"the base of the recipe {path}: {run.model.name}"
         location = RunLocation("base", None, run.model, run, note)
     elif place.is_file() and place.suffix == ".gguf":
@@ -200,8 +199,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     recipe = folder.parent / RECIPE
     run = None
     if _PART_OF_RUN.match(folder.name) and recipe.is_file():
-        # A base in 8 bits is read in bf16, and so is one that was in int8.
-        run = load_recipe(recipe, ignored=REMOVED)
+        run = load_recipe(recipe)
         damage = None if note else manifest.find_damage(folder, contents=False)
         if damage:
             raise CheckpointError(

@@ -36,7 +36,6 @@ from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.load import load_recipe
-from tunesmith.config.removed import REMOVED
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.data.contract import CutAnswers
@@ -544,7 +543,7 @@ def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
         return []
     name = from_here(folder.parent)
     try:
-        earlier = load_recipe(folder.parent / RECIPE, ignored=REMOVED)
+        earlier = load_recipe(folder.parent / RECIPE)
     except TunesmithError as error:
         return [f"warning: could not check what {name} was trained on: {error.what}"]
     lines = []
