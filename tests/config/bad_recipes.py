@@ -192,7 +192,7 @@ _RULES = [
     _rule("seq_len", "data.seq_len=1", "data.seq_len is 1", "data.seq_len=2048"),
     _rule("max_examples", "data.train.max_examples=0", "data.train.max_examples is 0", "data.train.max_examples="),
     _rule("weight", "data.train.weight=0", "data.train.weight is 0", "data.train.weight=1.0"),
-    _line("column of another format", "data.train.columns={instruction: question}", "columns.instruction", "data.train.columns", "its columns are messages, tools"),
+    _line("column of another format", "data.train.columns={instruction: question}", "columns.instruction", "data.train.columns", "its columns are messages, system, tools"),
     _line("column mistyped", "data.train.columns={mesages: m}", "columns.mesages", "data.train.columns", "did you mean messages?"),
     _line("columns the wrong way round", "data.train.columns={dialogue: messages}", "columns.dialogue", "data.train.columns", "write messages: dialogue"),
     _line("system on plain text", ("data.train.format=text", "data.system=Be kind."), "data.system has no effect on rows of format text", "data.system", "remove it"),

@@ -256,7 +256,7 @@ def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
         "a.jsonl:2",
         "one row per line",
     )
-    monkeypatch.setattr("tunesmith.data.formats.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("tunesmith.data.row_reader.MAX_ROW_BYTES", 1 << 20)
     assert_refused(
         Source(source=write("a.json", f"[{big}]"), format="text"),
         "a text of 3 MiB",

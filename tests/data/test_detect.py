@@ -204,7 +204,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         {"messages": TURNS, **texts("question", "answer")}, "can be read in 2 ways",
         "--columns messages=messages or --columns prompt=question,completion=answer",
     ),
-    "unknown names": (texts("q", "a"), "no column name indicates", "--columns prompt=q,completion=a"),
+    "unknown names": (texts("x", "y"), "no column name indicates", "--columns prompt=x,completion=y"),
     "an answer with two more": (
         {"title": "x", "body": "a longer text", "reply": "y"}, "no column name indicates", "--columns prompt=body,completion=reply",
     ),
@@ -259,7 +259,7 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     with refuses(DataError, names=["promt=question"]) as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
     assert "--columns prompt=question,completion=answer" in refused.value.fix
-    with refuses(DataError, fix=["--columns messages=q"]) as refused:
+    with refuses(DataError, fix=["--columns messages=..."]) as refused:
         found(texts("q", "a"), source=Source(source="faq", format="messages"), any_format=False)
     with refuses(DataError, names=["reply"]):
         found(row, source=Source(source="faq", columns={"completion": "reply"}))

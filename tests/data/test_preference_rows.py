@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import byte_tokenizer
+from errors import refuses
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.contract import Contract, check_tokens
 from tunesmith.data.formats import Completion, Conversation, Feedback, Pair, convert_row
@@ -181,12 +182,11 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word th
     ),
     "a label of text": (
         "feedback",
-        {"prompt": PROMPT, "completion": "3", "label": "good"},
-        '"good"',
+        {"prompt": PROMPT, "completion": "3", "label": "positive"},
+        '"positive"',
     ),
     "a label of 2": ("feedback", {"prompt": PROMPT, "completion": "3", "label": 2}, "2"),
     "a label of 0.5": ("feedback", {"prompt": PROMPT, "completion": "3", "label": 0.5}, "0.5"),
-    "a label of 1.0": ("feedback", {"prompt": PROMPT, "completion": "3", "label": 1.0}, "1.0"),
     "a label that is null": (
         "feedback",
         {"prompt": PROMPT, "completion": "3", "label": None},
@@ -288,13 +288,14 @@ def test_a_pair_is_left_out_as_a_whole(tmp_path: Path, too_long: str) -> None:
     assert (counts.dropped, counts.emptied) == ((1, 0) if too_long == "drop" else (0, 1))
 
 
-def test_equal_answers_break_the_contract(tmp_path: Path) -> None:
-    rows = [CHATS["messages"], {"prompt": [U], "chosen": [GOOD], "rejected": [GOOD]}]
-    _, contract = tokens_of(tmp_path / "rows.jsonl", rows)
-    (broken,) = contract.broken
-    assert broken.checked == 2
-    assert broken.broken == 1
-    assert broken.where.endswith("rows.jsonl:2")
+def test_pairs_of_equal_answers_are_bad_rows(tmp_path: Path) -> None:
+    equal = {"prompt": [U], "chosen": [GOOD], "rejected": [GOOD]}
+    path = tmp_path / "rows.jsonl"
+    with refuses(DataError, where="rows.jsonl:2", fix=["data.bad_rows=skip"]):
+        tokens_of(path, [CHATS["messages"], equal])
+    tokens, contract = tokens_of(path, [CHATS["messages"], equal], bad_rows="skip")
+    assert (len(tokens), tokens.counts.bad) == (1, 1)
+    assert not contract.broken
 
 
 def test_labels_are_kept_and_are_part_of_the_digest(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.check import COLUMNS
+from tunesmith.config.row_formats import COLUMNS
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, find_shape

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from tunesmith.config.schema import Run
     from tunesmith.data.prepare import TrainingData
-    from tunesmith.data.tokens import TokenSet
+    from tunesmith.data.tokens import SourceTokens, TokenSet
 
 # Of the length histogram.
 _BARS = 16
@@ -379,6 +379,12 @@ def _contracts_table(prepared: TrainingData) -> Table:
     return table
 
 
+def _count_values(part: SourceTokens) -> dict[str, Any]:
+    """The counts of a source, with the places of its bad rows."""
+    bad_rows = [{"where": part.rows.where(row), "what": what} for row, what in part.counts.bad_rows]
+    return {**asdict(part.counts), "bad_rows": bad_rows}
+
+
 def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     """The same as plain values, for --json."""
     train = prepared.train
@@ -395,8 +401,8 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
     validation = [part for split, part in prepared.sources() if split == "validation"]
     return {
         "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
-        "train": [{**asdict(part.counts), "weight": part.weight} for part in train.parts],
-        "validation": [asdict(part.counts) for part in validation],
+        "train": [{**_count_values(part), "weight": part.weight} for part in train.parts],
+        "validation": [_count_values(part) for part in validation],
         "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
         "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
         "duplicates": asdict(prepared.duplicates),

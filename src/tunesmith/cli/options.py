@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.config.check import COLUMNS
 from tunesmith.config.paths import DATA_SUFFIXES
+from tunesmith.config.row_formats import COLUMNS
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE

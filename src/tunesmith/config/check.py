@@ -8,21 +8,11 @@ from typing import NamedTuple
 from tunesmith.config.dump import flatten
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.config.paths import TEMPLATES
+from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
 from tunesmith.errors import RecipeError
 from tunesmith.units import Length, Size
 
-# The column names of each format, the first of which identifies it; `columns` maps them to those of
-# a file.
-COLUMNS = {
-    "messages": ("messages", "tools"),
-    "sharegpt": ("conversations", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "system", "history"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected", "conversations", "system", "tools"),
-    "feedback": ("prompt", "completion", "label", "messages", "system", "tools"),
-}
 # The format of the rows that a method other than sft learns from.
 METHOD_FORMATS = {
     "dpo": "preference",
@@ -31,7 +21,7 @@ METHOD_FORMATS = {
     "kto": "feedback",
 }
 # Formats with turns, and so with a system message.
-CHATS = tuple(name for name in COLUMNS if name != "text")
+CHATS = tuple(name for name, form in ROW_FORMATS.items() if form.has_turns)
 
 
 class Problem(NamedTuple):

@@ -14,8 +14,8 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any, get_args
 
-from tunesmith.config.check import COLUMNS
 from tunesmith.config.names import keys
+from tunesmith.config.row_formats import COLUMNS
 from tunesmith.config.schema import MethodConfig, MethodName, Run, Source, is_section
 from tunesmith.config.typed import default_of, run_type, type_in_words
 

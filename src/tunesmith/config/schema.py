@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from tunesmith.config.row_formats import FormatName
 from tunesmith.units import Length, Share, Size
 
 Count = Annotated[int, Interval(ge=1, lt=2**63)]
@@ -156,9 +157,7 @@ class Source:
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
     split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
-    format: Literal[
-        "alpaca", "messages", "sharegpt", "prompt-completion", "text", "preference", "feedback"
-    ] = key("messages", "row format")
+    format: FormatName = key("messages", "row format")
     columns: dict[str, str] = key({}, "column names: `{format's column: file's column}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
@@ -206,6 +205,11 @@ class Data:
     )
     too_long: Literal["truncate", "drop", "error"] = key(
         "truncate", "what to do with longer examples; they are counted"
+    )
+    bad_rows: Literal["error", "skip"] = key(
+        "error",
+        "what to do with rows that cannot be read or rendered: error lists them, skip leaves them"
+        " out; they are counted",
     )
     allow_cut_answers: bool = key(
         False,

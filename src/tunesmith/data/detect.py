@@ -1,79 +1,53 @@
 """Which format the rows of a file have, and in which columns, detected from some of them.
 
-Every layout below that the column names allow is tried with the reader that training uses. A layout
-is chosen if it reads every row looked at and no other does; one that uses the columns of another
-and more is the better of the two (instruction, input and output before input and output). What
+The columns decide first: rows with chosen and rejected are pairs, rows with a label are labeled
+answers, and text is only what has no other columns. Of the layouts that the columns allow, the one
+that uses the most of them is taken if the reader of training reads any row by it; a row that it
+does not read is then an error that names the row, and never a reason for a poorer layout. What
 remains open is an error that names the choices.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.config.check import COLUMNS
+from tunesmith.config.row_formats import CHAT, ROW_FORMATS, FormatName, Layout
 from tunesmith.config.schema import Source
+from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.formats import convert_row
-from tunesmith.data.source import Rows
+from tunesmith.data.row_reader import looks_like_chat, plain
+from tunesmith.data.source import Rows, is_local
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
-from tunesmith.host.shell import shell_word
+from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.units import count_of
 
 # Rows looked at, spread over the file.
 SAMPLE = 200
-
-_QUESTION = ("prompt", "question", "query", "input", "problem", "user", "human")
-_ANSWER = ("completion", "answer", "response", "output", "reply", "assistant", "solution")
-_SYSTEM = ("system", "system_prompt")
-_TOOLS = ("tools",)
-_LABEL = ("label", "kto_tag")
-# A column of any name that holds lists of objects, or JSON text of them.
-_CHAT: tuple[str, ...] = ()
-
-# The format's name of a column -> its names in files.
-_Names = Mapping[str, tuple[str, ...]]
-
-
-class _Layout(NamedTuple):
-    """A format, the columns that it needs and those that it may have, by their names in files."""
-
-    format: str
-    needed: _Names
-    optional: _Names
-
-
-_LAYOUTS = (
-    _Layout("messages", {"messages": _CHAT}, {"tools": _TOOLS}),
-    _Layout("sharegpt", {"conversations": _CHAT}, {"system": _SYSTEM, "tools": _TOOLS}),
-    _Layout("prompt-completion", {"prompt": _QUESTION, "completion": _ANSWER}, {}),
-    _Layout(
-        "alpaca",
-        {"instruction": ("instruction", *_QUESTION), "output": _ANSWER},
-        {"input": ("input", "context"), "system": _SYSTEM, "history": ("history",)},
-    ),
-    _Layout("text", {"text": ("text", "content")}, {}),
-    _Layout(
-        "preference",
-        {"chosen": ("chosen",), "rejected": ("rejected",)},
-        {
-            "prompt": ("prompt", "question", "instruction", "query"),
-            "conversations": ("conversations",),
-            "system": _SYSTEM,
-            "tools": _TOOLS,
-        },
-    ),
-    _Layout(
-        "feedback",
-        {"prompt": _QUESTION, "completion": _ANSWER, "label": _LABEL},
-        {"system": _SYSTEM, "tools": _TOOLS},
-    ),
-    _Layout("feedback", {"messages": _CHAT, "label": _LABEL}, {"tools": _TOOLS}),
-)
+# Columns of text that a proposal is looked for in: those with the most letters.
+_PROPOSED_FROM = 5
 # Columns with which a row is no example of an answer to learn: what such rows are.
 _OTHER_KINDS = {
     ("images",): "images",
     ("image",): "images",
 }
+# Names of columns that hold a chat, though one is empty.
+_CHAT_NAMES = frozenset(
+    "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
+)
+# Words in the names of two columns that hold the better and the worse answer.
+_BETTER_AND_WORSE = (
+    ("chosen", "rejected"),
+    ("preferred", "rejected"),
+    ("preferred", "dispreferred"),
+    ("accepted", "rejected"),
+    ("better", "worse"),
+    ("winner", "loser"),
+    ("win", "lose"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,83 +81,104 @@ class Detected:
 
 
 class _Trial(NamedTuple):
-    """A layout with which some rows were read, and the errors of those that it does not read."""
+    """A layout with which some rows were read, and the errors of those that it does not read.
+
+    Attributes:
+        read: indices of the rows that it reads.
+    """
 
     layout: Detected
+    read: frozenset[int]
     errors: list[DataError]
 
 
-def detect(rows: Rows, source: Source, *, any_format: bool = True) -> Detected:
+def detect(
+    rows: Rows, source: Source, *, any_format: bool = True, skips_bad_rows: bool = False
+) -> Detected:
     """Find the format and the columns of some rows.
 
     Args:
         source: gives `columns` where some are named already, and the `format`, unless `any_format`.
+        skips_bad_rows: rows that the layout does not read are left out later, and are no error.
 
     Raises:
-        DataError: no layout reads all rows that are looked at, or several do.
+        DataError: no layout reads the rows, several do, or some rows are not of the one that does.
     """
     where = from_here(rows.name)
-    sample = _sample(rows)
+    sample, is_whole = _sample(rows)
     columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
     columns_text = f"the columns are {', '.join(columns) or 'none'}"
     if any_format and not source.columns:
         _check_kind(columns, where, columns_text)
     # The content of its cells shows a chat, not the column's name.
-    chats = [name for name in columns if any(_is_chat(row.get(name)) for row in sample.values())]
+    chats = [name for name in columns if any(_is_chat(name, row) for row in sample.values())]
     only_format = None if any_format else source.format
-    trials = []
-    # Each layout is tried on the sample: only what reads without an error counts.
-    for layout in _possible_layouts(columns, chats, only_format, source.columns):
-        trials.append(_Trial(layout, _reading_errors(sample, rows, source, layout)))
-    # Rows with instruction, input and output also read without the input: that leaves a column
-    # unused.
-    layouts = _most_specific([trial.layout for trial in trials if not trial.errors])
-    if len(layouts) == 1:
-        used = layouts[0].columns.values()
+    all_layouts = list(_possible_layouts(columns, chats, only_format, source.columns))
+    layouts = _of_one_kind(all_layouts)
+    if any_format and not source.columns:
+        _check_pair_is_read(layouts, columns, chats, sample, rows, source)
+    # Each layout is tried on the sample, with the reader of training.
+    trials = [_try_layout(sample, rows, source, layout) for layout in layouts]
+    readable = _most_specific([trial for trial in trials if trial.read])
+    if len(readable) == 1:
+        layout = readable[0].layout
+        if (readable[0].errors or not is_whole) and not skips_bad_rows:
+            raise _with_formats(
+                _all_errors(rows, source, readable[0], len(sample)),
+                layout,
+                _other_formats(layout, all_layouts, sample, rows, source),
+            )
+        used = layout.columns.values()
         ignored = tuple(column for column in columns if column not in used)
-        return replace(layouts[0], ignored=ignored)
-    if layouts:
-        raise DataError(
-            f"the rows can be read in {len(layouts)} ways",
-            where=where,
-            why=f"{columns_text}; it is ambiguous",
-            fix=f"choose one: {' or '.join(layout.flags() for layout in layouts)}",
-        )
+        return replace(layout, ignored=ignored)
+    if readable:
+        raise _ambiguous(readable, rows, sample, columns_text)
     if trials:
-        raise _reading_error(trials, len(sample))
+        layout = trials[0].layout
+        raise _with_formats(
+            _nothing_read(trials, len(sample)),
+            layout,
+            _other_formats(layout, all_layouts, sample, rows, source),
+        )
     what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
         what = f"no format reads {', '.join(pairs)}"
-    proposal = _propose("prompt-completion" if any_format else source.format, columns, sample)
-    fix = f"name the columns, such as {proposal.flags()}"
+    fix = _propose(columns, sample, rows, source, only_format)
     raise DataError(what, where=where, why=columns_text, fix=fix)
 
 
-def _reading_error(trials: list[_Trial], count: int) -> DataError:
-    """What keeps the likeliest layout from reading the `count` rows that were looked at."""
-    likeliest = min(trials, key=lambda trial: len(trial.errors))
-    error = likeliest.errors[0]
-    readable = count - len(likeliest.errors)
-    why = (
-        f"{readable} of the {count} rows examined can be read as {likeliest.layout.format};"
-        " not this one"
-    )
-    if error.why:
-        why = f"{error.why}; {why}"
-    return DataError(error.what, where=error.where, why=why, fix=error.fix)
+def _sample(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
+    """At most SAMPLE rows by their index, spread evenly from the first to the last; whether all of
+    these can be read.
 
-
-def _sample(rows: Rows) -> dict[int, dict[str, Any]]:
-    """At most SAMPLE rows by their index, spread evenly from the first to the last."""
+    A row that is no object, or no JSON, has no columns to tell a format by; it is named when all
+    rows are read. DataError if there is no other row.
+    """
     count = min(SAMPLE, len(rows))
     indices = [n * (len(rows) - 1) // max(1, count - 1) for n in range(count)]
-    return {i: rows[i] for i in indices}
+    sample = {}
+    first_error = None
+    for i in indices:
+        try:
+            sample[i] = rows[i]
+        except DataError as error:
+            first_error = first_error or error
+    if first_error is not None and not sample:
+        raise first_error
+    return sample, first_error is None
+
+
+def _is_chat(column: str, row: Mapping[str, Any]) -> bool:
+    """Whether a column's value looks like a list of messages, or JSON text of one."""
+    value = row.get(column)
+    is_empty_chat = value == [] and plain(column) in _CHAT_NAMES
+    return is_empty_chat or looks_like_chat(value)
 
 
 def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
     """DataError where the columns are those of rows for another kind of training."""
-    plain_columns = {_plain(column) for column in columns}
+    plain_columns = {plain(column) for column in columns}
     for names, kind in _OTHER_KINDS.items():
         if plain_columns.issuperset(names):
             raise DataError(
@@ -192,50 +187,6 @@ def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
                 why=columns_text,
                 fix="train on some columns only, such as --columns prompt=...,completion=...",
             )
-
-
-def _reading_errors(
-    sample: Mapping[int, dict[str, Any]], rows: Rows, source: Source, layout: Detected
-) -> list[DataError]:
-    """What the reader of training raises for some rows, read by a layout."""
-    source = replace(source, format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
-    errors = []
-    for i, row in sample.items():
-        try:
-            convert_row(row, source, where=rows.where(i))
-        except DataError as error:
-            errors.append(error)
-    return errors
-
-
-def _propose(
-    format_name: str, columns: list[str], sample: Mapping[int, dict[str, Any]]
-) -> Detected:
-    """The likeliest column for each name that a format needs; `...` where there are too few.
-
-    A column of a usual name is mapped to it. Of the others the first ones are, in their order; but
-    where one column is left to find among several, the one with the most text.
-    """
-    needed = next(layout.needed for layout in _LAYOUTS if layout.format == format_name)
-    guess: dict[str, str] = {}
-    for name, usual_names in needed.items():
-        for column in columns:
-            if _plain(column) in usual_names and column not in guess.values():
-                guess[name] = column
-                break
-    missing = [name for name in needed if name not in guess]
-    unmapped = [column for column in columns if column not in guess.values()]
-    # One column is left to find: the one with the most letters is the likeliest text.
-    if len(missing) == 1 and len(unmapped) > 1:
-        unmapped.sort(key=lambda column: _letters(sample, column), reverse=True)
-    for name in missing:
-        guess[name] = unmapped.pop(0) if unmapped else "..."
-    return Detected(format_name, {name: guess[name] for name in needed})
-
-
-def _letters(sample: Mapping[int, dict[str, Any]], column: str) -> int:
-    """How much text a column has."""
-    return sum(len(str(row.get(column) or "")) for row in sample.values())
 
 
 def _possible_layouts(
@@ -248,60 +199,300 @@ def _possible_layouts(
 
     `only_format` and `chosen_columns` (the format's name of a column -> the file's) narrow it.
     """
-    for layout in _LAYOUTS:
-        if only_format not in (None, layout.format):
+    layouts: list[tuple[int, FormatName, Layout]] = []
+    for format_name, form in ROW_FORMATS.items():
+        layouts += [(n, format_name, layout) for n, layout in enumerate(form.layouts)]
+    # Of two formats with the same columns the one whose first layout has them comes first.
+    layouts.sort(key=lambda entry: entry[0])
+    for _, name_of_format, layout in layouts:
+        if only_format not in (None, name_of_format):
             continue
         # Columns that the user names must all belong to the format.
-        if not chosen_columns.keys() <= set(COLUMNS[layout.format]):
+        if not chosen_columns.keys() <= {*layout.needed, *layout.optional}:
             continue
-        candidates: dict[str, list[str]] = {}
+        candidates: dict[str, list[str | None]] = {}
         for name, usual_names in {**layout.needed, **layout.optional}.items():
             if name in chosen_columns:
                 candidates[name] = [chosen_columns[name]]
-            elif usual_names is _CHAT:
-                candidates[name] = chats
-            # A single column needs no usual name to be the text.
-            elif layout.format == "text" and len(columns) == 1:
-                candidates[name] = columns
-            else:
-                candidates[name] = [c for c in columns if _plain(c) in usual_names]
-        for name in layout.optional:
-            if not candidates[name]:
-                del candidates[name]
+                continue
+            candidates[name] = [*_columns_for(name_of_format, usual_names, columns, chats)]
+            if name in layout.optional:
+                candidates[name].append(None)
         # Each choice of one column a name; no column may serve twice.
         for picked in itertools.product(*candidates.values()):
-            if len(set(picked)) == len(picked):
-                yield Detected(layout.format, dict(zip(candidates, picked, strict=True)))
+            used = [column for column in picked if column is not None]
+            if len(set(used)) == len(used):
+                pairs = zip(candidates, picked, strict=True)
+                mapping = {name: column for name, column in pairs if column is not None}
+                yield Detected(name_of_format, mapping)
 
 
-def _most_specific(layouts: list[Detected]) -> list[Detected]:
+def _columns_for(
+    format_name: str, usual_names: tuple[str, ...], columns: list[str], chats: list[str]
+) -> list[str]:
+    """The columns that may be what a format has under these names in files."""
+    if usual_names is CHAT:
+        return chats
+    if format_name != "text":
+        return [column for column in columns if plain(column) in usual_names]
+    # A single column needs no usual name to be the text; a chat is none.
+    named = [column for column in columns if plain(column) in usual_names or len(columns) == 1]
+    return [column for column in named if column not in chats]
+
+
+def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
+    """The layouts of the kind of training that the columns are for.
+
+    A chosen and a rejected answer, or a label, have no other meaning, whatever stands beside them:
+    learning each answer as it is would learn the bad ones too. Any column of text reads as plain
+    text, and data sets often add the text of a whole example: that is the last resort.
+    """
+    for format_name in ("preference", "feedback"):
+        of_format = [layout for layout in layouts if layout.format == format_name]
+        if of_format:
+            return of_format
+    return [layout for layout in layouts if layout.format != "text"] or layouts
+
+
+def _check_pair_is_read(
+    layouts: list[Detected],
+    columns: list[str],
+    chats: list[str],
+    sample: Mapping[int, dict[str, Any]],
+    rows: Rows,
+    source: Source,
+) -> None:
+    """DataError where columns are named as two answers of a pair, and the layouts read no pairs."""
+    if any(layout.format == "preference" for layout in layouts):
+        return
+    names = {plain(column): column for column in columns}
+    for better, worse in _BETTER_AND_WORSE:
+        for name, rejected in names.items():
+            words = name.split("_")
+            if worse not in words:
+                continue
+            counterpart = "_".join(better if word == worse else word for word in words)
+            chosen = names.get(counterpart)
+            if chosen is None:
+                continue
+            mapping = {"chosen": chosen, "rejected": rejected}
+            asked = _possible_layouts(columns, chats, "preference", mapping)
+            trials = [_try_layout(sample, rows, source, layout) for layout in asked]
+            if any(trial.read for trial in trials):
+                raise DataError(
+                    f"{chosen} and {rejected} look like the two answers of a pair",
+                    where=from_here(rows.name),
+                    why="rows of pairs are read by columns that are named so",
+                    fix=Detected("preference", mapping).flags(),
+                )
+    rejected_alone = [names[name] for name in names if "rejected" in name.split("_")]
+    if rejected_alone and layouts:
+        formats = dict.fromkeys(layout.format for layout in layouts)
+        raise DataError(
+            f"{rejected_alone[0]} looks like the rejected answer of a pair, and there is no chosen",
+            where=from_here(rows.name),
+            why=f"the columns are {', '.join(columns)}",
+            fix=f"name both as --columns chosen=...,rejected={rejected_alone[0]}; or train on the"
+            f" other columns alone: --format {' or '.join(formats)}",
+        )
+
+
+def _try_layout(
+    sample: Mapping[int, dict[str, Any]], rows: Rows, source: Source, layout: Detected
+) -> _Trial:
+    """What the reader of training reads of some rows by a layout, and what it raises."""
+    source = _with_layout(source, layout)
+    read = set()
+    errors = []
+    for i, row in sample.items():
+        try:
+            convert_row(row, source, where=rows.where(i))
+            read.add(i)
+        except DataError as error:
+            errors.append(error)
+    return _Trial(layout, frozenset(read), errors)
+
+
+def _with_layout(source: Source, layout: Detected) -> Source:
+    return replace(source, format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
+
+
+def _most_specific(trials: list[_Trial]) -> list[_Trial]:
     """Without those whose columns another one uses too: with more, or with the same and earlier in
     the list.
-
-    Text is what is left where nothing else reads the rows: data sets often add the text of a whole
-    example.
     """
-    # A chosen and a rejected answer have no other meaning, whatever stands beside them.
-    layouts = [layout for layout in layouts if layout.format == "preference"] or layouts
-    # Any column of text reads as plain text, so that is the last resort.
-    layouts = [layout for layout in layouts if layout.format != "text"] or layouts
-    specific: list[Detected] = []
-    for layout in layouts:
-        columns = set(layout.columns.values())
-        is_part_of_another = any(columns < set(other.columns.values()) for other in layouts)
-        is_repeated = any(columns == set(other.columns.values()) for other in specific)
-        if not is_part_of_another and not is_repeated:
-            specific.append(layout)
+    specific: list[_Trial] = []
+    for trial in trials:
+        columns = set(trial.layout.columns.values())
+        others = [set(other.layout.columns.values()) for other in trials]
+        is_repeated = any(columns == set(other.layout.columns.values()) for other in specific)
+        if not is_repeated and not any(columns < other for other in others):
+            specific.append(trial)
     return specific
 
 
-def _plain(column: str) -> str:
-    return column.strip().lower().replace(" ", "_").replace("-", "_")
+def _all_errors(rows: Rows, source: Source, trial: _Trial, examined: int) -> DataError:
+    """The error that lists all rows that a layout does not read: not of the sample alone."""
+    source = _with_layout(source, trial.layout)
+    bad = BadRows()
+    for i in range(len(rows)):
+        try:
+            convert_row(rows[i], source, where=rows.where(i))
+        except DataError as error:
+            if not bad.add(i, rows.where(i), error):
+                raise
+    listed = bad.error(len(rows))
+    readable = f"{len(trial.read)} of the {examined} rows examined can be read as"
+    why = f"{readable} {trial.layout.format}; not this one"
+    if len(bad) > 1:
+        why = f"{readable} {trial.layout.format}"
+    listed.why = f"{listed.why}; {why}" if listed.why else why
+    return listed
 
 
-def _is_chat(value: Any) -> bool:
-    """Whether a column's value looks like a list of messages, or JSON text of one."""
-    if isinstance(value, str):
-        text = value.lstrip()
-        return text.startswith("[") and text[1:].lstrip().startswith("{")
-    return isinstance(value, list) and (not value or isinstance(value[0], Mapping))
+def _nothing_read(trials: list[_Trial], count: int) -> DataError:
+    """What keeps the layout with the most columns from reading any of the `count` rows."""
+    likeliest = max(trials, key=lambda trial: len(trial.layout.columns))
+    error = likeliest.errors[0]
+    why = f"none of the {count_of(count, 'row')} examined can be read as {likeliest.layout.format}"
+    if error.why:
+        why = f"{error.why}; {why}"
+    return DataError(error.what, where=error.where, why=why, fix=error.fix)
+
+
+def _other_formats(
+    layout: Detected,
+    layouts: list[Detected],
+    sample: Mapping[int, dict[str, Any]],
+    rows: Rows,
+    source: Source,
+) -> list[str]:
+    """The formats that read labeled answers without their label."""
+    if layout.format != "feedback":
+        return []
+    others = [other for other in layouts if other.format not in ("feedback", "text")]
+    trials = [_try_layout(sample, rows, source, other) for other in others]
+    readable = _most_specific([trial for trial in trials if trial.read])
+    return list(dict.fromkeys(trial.layout.format for trial in readable))
+
+
+def _with_formats(error: DataError, layout: Detected, others: list[str]) -> DataError:
+    """The error, with the formats that remain where a column of labels is none."""
+    if others:
+        column = layout.columns["label"]
+        error.fix += f"; if {column} says something else: --format {' or '.join(others)}"
+    return error
+
+
+def _ambiguous(
+    trials: list[_Trial], rows: Rows, sample: Mapping[int, dict[str, Any]], columns_text: str
+) -> DataError:
+    """The error for several layouts: a choice, or rows of several formats in one file."""
+    most = max(trials, key=lambda trial: len(trial.read))
+    if len(most.read) == len(sample) or not _differ_by_rows(trials):
+        return DataError(
+            f"the rows can be read in {len(trials)} ways",
+            where=from_here(rows.name),
+            why=f"{columns_text}; it is ambiguous",
+            fix=f"choose one: {' or '.join(trial.layout.flags() for trial in trials)}",
+        )
+    counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
+    others = min(i for i in sample if i not in most.read)
+    return DataError(
+        f"the rows have several formats: {' and '.join(trial.layout.format for trial in trials)}",
+        where=rows.where(others),
+        why=f"of the {count_of(len(sample), 'row')} examined {', '.join(counts)} can be read;"
+        f" this one is not {most.layout.format}",
+        fix=_split_file(rows, trials),
+    )
+
+
+def _differ_by_rows(trials: Iterable[_Trial]) -> bool:
+    """Whether no row is read by two of the layouts."""
+    return all(not (a.read & b.read) for a, b in itertools.combinations(trials, 2))
+
+
+def _split_file(rows: Rows, trials: list[_Trial]) -> str:
+    """The commands that write the rows of each layout into a file of their own."""
+    path = Path(rows.name)
+    is_lines = is_local(rows.name) and path.suffix.lower() in (".jsonl", ".ndjson")
+    if not is_lines:
+        return "write the rows of each format into a file of their own, and name each in data.train"
+    commands = []
+    for trial in trials:
+        columns = set(trial.layout.columns.values())
+        for other in trials:
+            if other is not trial:
+                columns -= set(other.layout.columns.values())
+        # The column that only rows of this layout have.
+        of_layout = trial.layout.columns.values()
+        column = next((name for name in of_layout if name in columns), next(iter(of_layout)))
+        key = json.dumps(column)
+        program = (
+            "import json, sys; sys.stdout.writelines(line for line in sys.stdin"
+            f" if line.strip() and json.loads(line).get({key}) is not None)"
+        )
+        output = f"{path.stem}-{trial.layout.format}.jsonl"
+        command = f"python3 -c {shell_word(program)} < {shell_path(path)} > {shell_word(output)}"
+        commands.append(command)
+    return f"{'; '.join(commands)}   # and train on one, or name both in a recipe's data.train"
+
+
+def _propose(
+    columns: list[str],
+    sample: Mapping[int, dict[str, Any]],
+    rows: Rows,
+    source: Source,
+    only_format: str | None,
+) -> str:
+    """How to name the columns: with the likeliest ones, where the rows are read by them."""
+    formats = [only_format] if only_format else ["prompt-completion", "text"]
+    for format_name in formats:
+        layout = ROW_FORMATS[format_name].layouts[0]  # type: ignore[index]
+        for mapping in _guesses(layout, columns, sample):
+            guess = Detected(format_name, mapping)
+            if _try_layout(sample, rows, source, guess).read == sample.keys():
+                return f"name the columns, such as {guess.flags()}"
+    names = ROW_FORMATS[formats[0]].layouts[0].needed  # type: ignore[index]
+    pairs = ",".join(f"{name}=..." for name in names)
+    fix = f"name the columns with texts: --columns {pairs}"
+    if any(usual_names is CHAT for usual_names in names.values()):
+        fix += "   # a list of messages, or JSON text of one"
+    return fix
+
+
+def _guesses(
+    layout: Layout, columns: list[str], sample: Mapping[int, dict[str, Any]]
+) -> Iterator[dict[str, str]]:
+    """Columns of text for all names that a layout needs, the likeliest first.
+
+    A column of a usual name is mapped to it. Of the others those with the most letters are, in the
+    order that they have in the file.
+    """
+    known: dict[str, str] = {}
+    for name, usual_names in layout.needed.items():
+        for column in columns:
+            if plain(column) in usual_names and column not in known.values():
+                known[name] = column
+                break
+    missing = [name for name in layout.needed if name not in known]
+    letters = {column: _letters(sample, column) for column in columns}
+    others = [column for column in columns if column not in known.values() and letters[column]]
+    others.sort(key=lambda column: letters[column], reverse=True)
+    likeliest = others[:_PROPOSED_FROM]
+    # Combinations of the columns with the most letters come first.
+    for picked in itertools.combinations(likeliest, len(missing)):
+        in_order = sorted(picked, key=columns.index)
+        guess = known | dict(zip(missing, in_order, strict=True))
+        yield {name: guess[name] for name in layout.needed}
+
+
+def _letters(sample: Mapping[int, dict[str, Any]], column: str) -> int:
+    """How many letters a column has; 0 where a value is no text, so that nobody could learn it."""
+    count = 0
+    for row in sample.values():
+        value = row.get(column)
+        if value is not None and not isinstance(value, str):
+            return 0
+        count += sum(map(str.isalpha, value or ""))
+    return count

@@ -1,4 +1,4 @@
-"""Rows as a file has them -> examples, warnings, and whether the prompt is masked."""
+"""Rows as a file has them -> examples, warnings, and whether the prompt is masked; or why not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tunesmith.config.schema import Source
+from tunesmith.data.bad_rows import is_of_row
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import Conversation, Feedback, Pair, Sample, Text, convert_row
+from tunesmith.data.formats import (
+    Completion,
+    Conversation,
+    Feedback,
+    Pair,
+    Sample,
+    Text,
+    convert_row,
+)
 from tunesmith.data.row_warnings import row_warnings
 from tunesmith.data.template import Template, TrainOn
 from tunesmith.errors import DataError, TunesmithError
@@ -37,11 +46,53 @@ Prompt = Literal["unsupervised", "supervised", "apart", "unchecked"]
 
 
 class EncodedRow(NamedTuple):
-    """The example of a row, uncut, and the names in ROW_WARNINGS that fit it."""
+    """The example of a row, uncut, and the names in ROW_WARNINGS that fit it.
+
+    Attributes:
+        unread: names of its columns, and of keys of its turns, that nothing reads.
+    """
 
     example: Example
     warnings: list[str]
     prompt: Prompt
+    unread: tuple[str, ...] = ()
+
+
+class _ReadRow(NamedTuple):
+    """A row as a sample, with its place and what of it nothing has read."""
+
+    sample: Sample | Pair | Feedback
+    place: str
+    unread: tuple[str, ...]
+
+
+def _of_row(error: TunesmithError, place: str) -> DataError:
+    """An error of the row at a place; one that is not of this row is raised."""
+    if isinstance(error, DataError) and is_of_row(error, place):
+        return error
+    raise error
+
+
+def _check_raw(samples: Sequence[Sample], place: str) -> None:
+    """DataError for a system message of a row whose texts no template joins."""
+    if any(isinstance(sample, Completion) and sample.system for sample in samples):
+        raise DataError(
+            "the row has a system message, and there is no template to write it",
+            where=place,
+            why="raw rows are a prompt and a completion without a template",
+            fix="data.template=alpaca; or write it into the prompt",
+        )
+
+
+def _check_differs(chosen: Example, rejected: Example, place: str) -> None:
+    """DataError for a pair that has nothing to learn from."""
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise DataError(
+            "chosen and rejected are the same tokens",
+            where=place,
+            why="a pair is learned from by the difference of its answers",
+            fix="delete the row",
+        )
 
 
 def _samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
@@ -71,47 +122,85 @@ class RowEncoder:
     system: str | None
     train_on: TrainOn
 
-    def __call__(self, batch: RowBatch) -> list[EncodedRow]:
-        """The examples of a batch; DataError for the first row that has none, or cannot be read."""
-        rows = []
+    def __call__(self, batch: RowBatch) -> list[EncodedRow | DataError]:
+        """The examples of a batch; in the place of a row that cannot be read or rendered, why.
+
+        Other errors are raised: a file that was changed, a template that fits no row.
+        """
+        read = []
         for values, place in zip(batch.rows, batch.places, strict=True):
-            # Errors of reading come as values, so that the first row's is raised, whichever worker
-            # met it.
-            if isinstance(values, TunesmithError):
-                raise values
-            rows.append(convert_row(values, self.source, where=place, system=self.system))
-        examples = self._encode_samples(rows, batch.places)
-        encoded = []
-        for i, (row, example) in enumerate(zip(rows, examples, strict=True), batch.first):
+            read.append(self._read(values, place))
+        rows = [row for row in read if isinstance(row, _ReadRow)]
+        examples = iter(self._encode_or_explain(rows))
+        encoded: list[EncodedRow | DataError] = []
+        for i, row in enumerate(read, batch.first):
+            if isinstance(row, DataError):
+                encoded.append(row)
+                continue
+            example = next(examples)
+            if isinstance(example, DataError):
+                encoded.append(example)
+                continue
             prompt: Prompt = "unchecked"
             # All of the first rows and a sample of the others: rendering the prompt alone takes
             # time.
             is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
-            sample = _samples_of(row)[0]
+            sample = _samples_of(row.sample)[0]
             if is_compared and self.train_on != "all":
                 prompt = self._check_prompt(sample, example)
             warnings = list(row_warnings(sample, raw=self.template.raw))
-            encoded.append(EncodedRow(example, warnings, prompt))
+            encoded.append(EncodedRow(example, warnings, prompt, row.unread))
         return encoded
 
-    def _encode_samples(
-        self, rows: Sequence[Sample | Pair | Feedback], places: Sequence[str]
-    ) -> list[Example]:
+    def _read(self, values: dict[str, Any] | TunesmithError, place: str) -> "_ReadRow | DataError":
+        """A row as a sample, or why it is none."""
+        # Errors of reading come as values, so that rows before them are encoded.
+        if isinstance(values, TunesmithError):
+            return _of_row(values, place)
+        unread: set[str] = set()
+        try:
+            sample = convert_row(
+                values, self.source, where=place, system=self.system, unread=unread
+            )
+        except DataError as error:
+            return _of_row(error, place)
+        return _ReadRow(sample, place, tuple(sorted(unread)))
+
+    def _encode_or_explain(self, rows: Sequence["_ReadRow"]) -> list[Example | DataError]:
+        """The example of each row, or why it has none."""
+        try:
+            return [*self._encode_samples(rows)]
+        except DataError:
+            # One row spoils the call for all: alone each says for itself.
+            pass
+        examples: list[Example | DataError] = []
+        for row in rows:
+            try:
+                examples += self._encode_samples([row])
+            except DataError as error:
+                examples.append(_of_row(error, row.place))
+        return examples
+
+    def _encode_samples(self, rows: Sequence["_ReadRow"]) -> list[Example]:
         """The example of each row, with one call of the tokenizer for all of them."""
         samples = []
         sample_places = []
-        for row, place in zip(rows, places, strict=True):
-            of_row = _samples_of(row)
+        for row in rows:
+            of_row = _samples_of(row.sample)
             samples += of_row
-            sample_places += [place] * len(of_row)
+            sample_places += [row.place] * len(of_row)
+            if self.template.raw:
+                _check_raw(of_row, row.place)
         encoded = iter(self.template.encode_many(samples, self.train_on, where=sample_places))
         examples = []
         for row in rows:
             example = next(encoded)
-            if isinstance(row, Pair):
-                example = _side_by_side(example, next(encoded))
-            elif isinstance(row, Feedback):
-                example = example._replace(label=row.is_good)
+            if isinstance(row.sample, Pair):
+                rejected = next(encoded)
+                _check_differs(example, rejected, row.place)
+                example = _side_by_side(example, rejected)
+            elif isinstance(row.sample, Feedback):
+                example = example._replace(label=row.sample.is_good)
             examples.append(example)
         return examples
 

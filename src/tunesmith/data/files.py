@@ -44,6 +44,7 @@ MAX_ROW_BYTES = 32 << 20
 _BLOCK = 256
 # What may stand between the values of a csv file, in words; the comma is looked for first.
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_NAMED_SEPARATOR = re.compile(r"""["']?sep=([,;\t|])["']?\r?\n""", re.IGNORECASE)
 FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
 
 
@@ -382,7 +383,14 @@ def _read_csv(path: Path) -> Table:
     """Values with a header, separated by commas or as `_separator` finds; every value is text."""
     csv.field_size_limit(MAX_ROW_BYTES)
     text = _read_text(path)
-    separator = _separator(path, text)
+    # Excel reads the separator from such a first line, which is no row.
+    named = _NAMED_SEPARATOR.match(text)
+    if named is not None:
+        separator = named[1]
+        # The line stays as a blank one, so that rows keep their numbers.
+        text = text[named.end() - 1 :]
+    else:
+        separator = _separator(path, text)
     rows, lines = _parse_csv(path, text, separator)
     # `DataFrame.to_csv` writes its index as a first column without a name.
     if _has_row_numbers(rows):

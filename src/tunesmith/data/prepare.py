@@ -152,6 +152,8 @@ class TrainingData:
         # Rows that a key of the recipe left out before tokenization.
         if counts.kept + counts.dropped + counts.emptied < counts.available and counts.taken:
             left_out.append(counts.taken)
+        if counts.bad:
+            left_out.append(f"{counts.bad:,} that cannot be read (data.bad_rows: skip)")
         if counts.dropped:
             left_out.append(f"{counts.dropped:,} dropped {too_long}")
         if counts.emptied:
@@ -200,6 +202,8 @@ class TrainingData:
         warnings = self._few_steps_warnings()
         for contract in self.contracts:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
+        warnings += self._bad_row_warnings()
+        warnings += self._unread_warnings()
         warnings += self._row_warnings()
         if self.duplicates.count:
             what = "training examples are duplicates"
@@ -233,6 +237,37 @@ class TrainingData:
             fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
         only = f"only {count_of(steps, 'optimizer step')}"
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
+
+    def _bad_row_warnings(self) -> list[str]:
+        """The rows that are left out because they cannot be read."""
+        warnings = []
+        for split, part in self.sources():
+            counts = part.counts
+            if not counts.bad:
+                continue
+            listed = [f"{part.rows.where(row)}: {what}" for row, what in counts.bad_rows]
+            if counts.bad > len(listed):
+                listed.append(f"and {counts.bad - len(listed):,} more")
+            what = f"{counts.bad:,} of {counts.rows:,} rows cannot be read and are left out"
+            warnings.append(
+                f"{split}: {what} (data.bad_rows: skip): {'; '.join(listed)}; fix: fix these rows"
+            )
+        return warnings
+
+    def _unread_warnings(self) -> list[str]:
+        """Columns, and keys of turns, that nothing reads and that may change what is meant."""
+        warnings = []
+        for split, part in self.sources():
+            names = []
+            for name, (count, first) in part.counts.unread.items():
+                names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
+            if names:
+                warnings.append(
+                    f"{split}: nothing reads {', '.join(names)}: if one changes what is to be"
+                    " learned, it is lost; fix: map a column by columns, or delete what is not"
+                    " needed"
+                )
+        return warnings
 
     def _row_warnings(self) -> list[str]:
         warnings = []

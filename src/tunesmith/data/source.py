@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
+from tunesmith.data.arrow_nulls import without_arrow_nulls
 from tunesmith.data.files import Table, json_type, open_table, without_nulls
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import from_here
@@ -136,7 +137,7 @@ def describe_layouts(sources: Iterable[Rows]) -> list[str]:
 def open_splits(source: Source) -> dict[str, Table]:
     """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
     if is_local(source.source):
-        return {"train": open_table(Path(source.source).expanduser())}
+        return {"train": without_arrow_nulls(open_table(Path(source.source).expanduser()))}
     return _read_hub(source)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config.schema import Data, Source
+from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
@@ -53,6 +54,9 @@ class TokenCounts:
         prompts: rows whose prompt was rendered alone and is the beginning of the example.
         prompts_apart: rows where it renders otherwise.
         flaws: name in ROW_WARNINGS -> how many rows, and the first of them.
+        unread: name of a column, or of a key of turns, that nothing reads -> the same.
+        bad: rows left out because they cannot be read or rendered (data.bad_rows: skip).
+        bad_rows: the first of them, each with what is wrong.
         longest_of_99: 99 % of the rows, uncut, have no more tokens.
         available: rows that the source has.
         taken: the recipe's keys that select some of them.
@@ -71,6 +75,9 @@ class TokenCounts:
     prompts: int = 0
     prompts_apart: int = 0
     flaws: dict[str, list[int]] = field(default_factory=dict)
+    unread: dict[str, list[int]] = field(default_factory=dict)
+    bad: int = 0
+    bad_rows: list[tuple[int, str]] = field(default_factory=list)
     longest_of_99: int = 0
     available: int = 0
     taken: str = ""
@@ -282,6 +289,7 @@ class TokenSet:
             cut=sum(counts.cut for counts in sources),
             dropped=sum(counts.dropped for counts in sources),
             emptied=sum(counts.emptied for counts in sources),
+            bad=sum(counts.bad for counts in sources),
             longest=max((counts.longest for counts in sources), default=0),
             digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
             prompts=sum(counts.prompts for counts in sources),
@@ -457,6 +465,7 @@ def _cache_key(
         "template": [template.name, template.jinja, sorted(template.end_ids)],
         "tokenizer": of_tokenizer,
         "limits": [data.seq_len, data.too_long, data.train_on],
+        "bad rows": data.bad_rows,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -469,10 +478,15 @@ def _tokenize_rows(
     leaks: list[int] = []
     # How many rows each warning fits, and the first of them.
     warnings: dict[str, list[int]] = {}
+    unread: dict[str, list[int]] = {}
+    bad = BadRows()
     lengths = array("q")
     encode = RowEncoder(template, source, data.system, data.train_on)
     with closing(_encode_rows(rows, encode, title)) as encoded_rows:
         for i, where, row in encoded_rows:
+            if isinstance(row, DataError):
+                bad.add(i, where, row)
+                continue
             if row.prompt == "apart":
                 counts["prompts_apart"] += 1
             elif row.prompt != "unchecked":
@@ -482,10 +496,15 @@ def _tokenize_rows(
             # The first row of each warning is named to the user.
             for name in row.warnings:
                 warnings.setdefault(name, [0, i])[0] += 1
+            for name in row.unread:
+                unread.setdefault(name, [0, i])[0] += 1
             lengths.append(max(row.example.sequences or (len(row.example.ids),)))
             _add_example(row.example, i, where, data, writer, counts)
     # Rows are read again in training: a file that changed meanwhile would give others.
     rows.check_unchanged()
+    # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
+    if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
+        raise bad.error(len(rows))
     arrays = writer.arrays()
     counts["longest"] = max(lengths, default=0)
     counts["longest_of_99"] = 0
@@ -497,6 +516,9 @@ def _tokenize_rows(
         **counts,
         "digest": arrays.sha256(),
         "flaws": warnings,
+        "unread": unread,
+        "bad": len(bad),
+        "bad_rows": bad.first,
     }
     return arrays, {"counts": about, "reached": leaks}
 
@@ -557,7 +579,7 @@ def _truncate(example: Example, length: int) -> Example | None:
 
 def _encode_rows(
     rows: Rows, encode: RowEncoder, title: str
-) -> Generator[tuple[int, str, EncodedRow], None, None]:
+) -> Generator[tuple[int, str, EncodedRow | DataError], None, None]:
     """All rows of a source as (row, place, example), hundreds handed to the tokenizer at once."""
     starts: Iterable[int] = range(0, len(rows), _BATCH)
     if is_terminal(sys.stderr):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
-from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.errors import DataError, MachineError, TunesmithError
 from tunesmith.host.cores import available_cores
 
 # A worker takes about a second to start.
@@ -26,7 +26,7 @@ ROWS_EACH = 5_000
 # One process reads the rows for all workers.
 MAX_WORKERS = 16
 
-Encoded = tuple[RowBatch, list[EncodedRow]]
+Encoded = tuple[RowBatch, list[EncodedRow | DataError]]
 
 
 def encode_batches(
@@ -55,7 +55,7 @@ def encode_batches(
     for worker in workers:
         idle.put(worker)
 
-    def encode_in_worker(batch: RowBatch) -> list[EncodedRow]:
+    def encode_in_worker(batch: RowBatch) -> list[EncodedRow | DataError]:
         worker = idle.get()
         try:
             return worker(batch)
@@ -63,7 +63,7 @@ def encode_batches(
             idle.put(worker)
 
     pool = ThreadPoolExecutor(count)
-    waiting = deque[tuple[RowBatch, Future[list[EncodedRow]]]]()
+    waiting = deque[tuple[RowBatch, Future[list[EncodedRow | DataError]]]]()
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(encode_in_worker, batch)))
@@ -104,7 +104,7 @@ class _Worker:
         )
         self._unsent: list[object] = [encode]
 
-    def __call__(self, batch: RowBatch) -> list[EncodedRow]:
+    def __call__(self, batch: RowBatch) -> list[EncodedRow | DataError]:
         requests = self.process.stdin
         answers = self.process.stdout
         assert requests is not None
@@ -115,7 +115,7 @@ class _Worker:
             while self._unsent:
                 pickle.dump(self._unsent.pop(0), requests)
             requests.flush()
-            answer: list[EncodedRow] | Exception = pickle.load(answers)
+            answer: list[EncodedRow | DataError] | Exception = pickle.load(answers)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             exit_code = self.process.wait()
             raise MachineError(

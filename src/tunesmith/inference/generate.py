@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tunesmith.config.check import COLUMNS, METHOD_FORMATS
+from tunesmith.config.check import METHOD_FORMATS
+from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import ROLES, Conversation, Sample, convert_sample
+from tunesmith.data.formats import Conversation, Sample, convert_sample
+from tunesmith.data.messages import ROLES
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
@@ -21,17 +23,8 @@ from tunesmith.units import count_of
 
 # The column that tells a format. `prompt` is in pairs and in labeled answers too: they come first.
 _KEY_COLUMN = {
-    "preference": "chosen",
-    "feedback": "label",
-    **{
-        name: columns[0] for name, columns in COLUMNS.items() if name not in METHOD_FORMATS.values()
-    },
-}
-# The column that holds the answer, where it is not `messages`.
-_ANSWER_COLUMN = {
-    "alpaca": "output",
-    "prompt-completion": "completion",
-    "sharegpt": "conversations",
+    name: ROW_FORMATS[name].key
+    for name in sorted(ROW_FORMATS, key=lambda name: name not in METHOD_FORMATS.values())
 }
 _ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
 # Stands in for an answer that is to come, so that the row converts; a prompt ends before it.
@@ -258,7 +251,7 @@ def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], b
     """The row with an answer, its own or a placeholder, and whether it is its own."""
     if source.format == "text":
         return row, False
-    column = _ANSWER_COLUMN.get(source.format, "messages")
+    column = ROW_FORMATS[source.format].answer
     column = source.columns.get(column, column)
     value: Any = row.get(column)
     role_key = "role"

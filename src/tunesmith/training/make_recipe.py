@@ -73,6 +73,8 @@ MOST_EPOCHS = 10
 FEWEST_SEEN = 500  # examples
 MOST_SEEN = 25_000  # examples
 STEPS = 100  # a smaller batch where it takes that to make so many steps
+# KTO's reference point is a mean over the prompts of a batch, each with the answer of another one.
+MIN_KTO_BATCH = 4
 # Steps between validations: some five in a run, or ten of a few rows, which take no time. Five at
 # least: the noise of a curve takes as many, see `report`. Each has a checkpoint, which takes longer
 # than a step of a small model: the shortest intervals are for runs that have no five with longer.
@@ -206,7 +208,12 @@ def make_recipe(
     _check_no_duplicate(draft, override_keys, layer)
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
-    layout = detect(rows, source, any_format="data.train.format" not in override_keys)
+    layout = detect(
+        rows,
+        source,
+        any_format="data.train.format" not in override_keys,
+        skips_bad_rows=draft.data.bad_rows == "skip",
+    )
     source = _with_layout(source, layout)
     about_data = _describe_rows(data, rows, layout)
     why = {"data.train": about_data}
@@ -348,9 +355,15 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
     if config is not None:
         return _examine_on_paper(run.model.name, config, rows)
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
-    # Nothing is cut or left out where lengths are looked at.
+    # Nothing is cut where lengths are looked at. Rows that cannot be rendered are listed when all
+    # of them are tokenized, not these alone.
     data = replace(
-        run.data, train=(source,), seq_len=sys.maxsize, too_long="truncate", train_on="all"
+        run.data,
+        train=(source,),
+        seq_len=sys.maxsize,
+        too_long="truncate",
+        train_on="all",
+        bad_rows="skip",
     )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
     tokens = tokenize(
@@ -543,7 +556,8 @@ def _choose_steps(
     if "train.global_batch" not in override_keys:
         # The largest batch that still makes STEPS steps.
         sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
-        batch = Size(max(sizes, default=1), "examples")
+        fewest = MIN_KTO_BATCH if row_format == "feedback" else 1
+        batch = Size(max([*sizes, fewest]), "examples")
     chosen["train.duration"] = str(duration)
     chosen["train.global_batch"] = str(batch)
     why["train.duration"] = (

@@ -1,0 +1,66 @@
+"""Null keys that an export from Arrow wrote into JSON, so that tool calls keep their own arguments.
+
+Arrow gives each object the keys of all objects in its place: after `Dataset.to_json` a call of
+`weather(city)` has `"days": null`, because another call has days. The model would learn to write
+it. In a schema a null keyword means nothing (`messages.py` always drops it); the arguments of a
+call may hold a null that is meant. They are therefore changed only where the file shows the export:
+every call has the keys of all calls, and some are null.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tunesmith.data.files import Table, without_nulls
+from tunesmith.errors import DataError
+
+# Rows looked at, from the first.
+_EXAMINED = 200
+LAYOUT = "exported from Arrow (null keys of objects are left out)"
+
+
+def without_arrow_nulls(table: Table) -> Table:
+    """The table; without null keys in its objects, if it was exported from Arrow."""
+    if not _is_exported(table):
+        return table
+
+    def row(i: int) -> Any:
+        values = table.row(i)
+        return without_nulls(values) if isinstance(values, dict) else values
+
+    layout = ", ".join(filter(None, (table.layout, LAYOUT)))
+    return replace(table, row=row, layout=layout)
+
+
+def _is_exported(table: Table) -> bool:
+    """Whether all calls of the first rows have the same arguments, some of them null."""
+    calls = 0
+    has_null = False
+    keys: frozenset[str] | None = None
+    for i in range(min(_EXAMINED, len(table))):
+        try:
+            row = table.row(i)
+        except DataError:
+            # It is named when all rows are read.
+            continue
+        for arguments in _arguments(row):
+            if keys not in (None, arguments.keys()):
+                return False
+            keys = frozenset(arguments)
+            calls += 1
+            has_null = has_null or any(value is None for value in arguments.values())
+    return calls > 1 and has_null
+
+
+def _arguments(value: Any) -> Iterator[Mapping[str, Any]]:
+    """The arguments of all calls in a row, where they are objects."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _arguments(item)
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        if key == "arguments" and isinstance(item, dict):
+            yield item
+        else:
+            yield from _arguments(item)

@@ -1,0 +1,78 @@
+"""Rows that cannot be read or rendered: counted, the first of them listed with their cause."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tunesmith.errors import DataError
+
+LISTED = 20  # rows
+# Of a cause in a list; the whole error of a single row is shown.
+_CAUSE_CHARS = 80
+
+
+class BadRow(NamedTuple):
+    """One of them: its index, and what is wrong, with the place in the row if there is one."""
+
+    row: int
+    what: str
+
+
+@dataclass
+class BadRows:
+    """The bad rows of a source.
+
+    Attributes:
+        first: at most LISTED of them.
+    """
+
+    count: int = 0
+    first: list[BadRow] = field(default_factory=list)
+    _places: list[str] = field(default_factory=list)
+    _first_error: DataError | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, row: int, place: str, error: DataError) -> bool:
+        """Count a row by its error; False if the error is not of this row, but of the file."""
+        if not is_of_row(error, place):
+            return False
+        self.count += 1
+        self._first_error = self._first_error or error
+        if len(self.first) < LISTED:
+            inside = error.where.removeprefix(place).lstrip(", ")
+            self.first.append(BadRow(row, f"{inside}: {error.what}" if inside else error.what))
+            self._places.append(place)
+        return True
+
+    def error(self, rows: int) -> DataError:
+        """The error for all of them, of so many rows."""
+        first = self._first_error
+        assert first is not None
+        skip = "data.bad_rows=skip leaves such rows out, counted"
+        if self.count == 1:
+            fix = f"{first.fix}; or {skip}" if rows > 1 else first.fix
+            return DataError(first.what, where=first.where, why=first.why, fix=fix)
+        if self.count == rows:
+            why = f"all {rows:,} rows are like it, or cannot be read for other reasons"
+            why = f"{first.why}; {why}" if first.why else why
+            return DataError(first.what, where=first.where, why=why, fix=first.fix)
+        lines: list[str] = []
+        for place, bad in zip(self._places, self.first, strict=True):
+            cause = bad.what if len(bad.what) <= _CAUSE_CHARS else f"{bad.what[:_CAUSE_CHARS]}..."
+            # The file's name stands in the first line.
+            shown = place if not lines else place.rpartition("/")[2]
+            lines.append(f"{shown}: {cause}")
+        if self.count > len(lines):
+            lines.append(f"and {self.count - len(lines):,} more")
+        return DataError(
+            f"{self.count:,} of {rows:,} rows cannot be read",
+            where="\n         ".join(lines),
+            why=first.why,
+            fix=f"{first.fix}; or {skip}",
+        )
+
+
+def is_of_row(error: DataError, place: str) -> bool:
+    """Whether an error is about the row at a place; others are about its file, or the template."""
+    return error.where == place or error.where.startswith(f"{place}, ")

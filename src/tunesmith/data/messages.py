@@ -1,0 +1,500 @@
+"""Turns of a row -> messages: texts, thoughts, tool calls, results, and marks of untrained answers.
+
+Two forms are read: OpenAI's (`role`, `content`) and ShareGPT's (`from`, `value`); both may have
+content parts as OpenAI, Anthropic and Hugging Face write them. A key that changes what is learned
+is read or refused by name; a key that nothing knows is counted, and the user is told.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tunesmith.data.files import json_type, without_nulls
+from tunesmith.data.row_reader import RowReader, is_absent, plain
+from tunesmith.errors import DataError
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}
+# What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+# Marks of a turn, or of a row: those with which true means trained, and those with which it means
+# untrained.
+TRAINED_MARKS = frozenset(
+    """
+    train trainable train_on_turn training train_on trained is_trained learn learnable supervised
+    loss loss_mask loss_weight compute_loss calculate_loss include_in_loss weight
+    """.split()
+)
+UNTRAINED_MARKS = frozenset(
+    "mask masked untrained ignore ignore_loss no_loss no_train exclude_from_loss".split()
+)
+# Marks of a part of a turn, which no mask of whole answers can follow.
+_PARTIAL_MARKS = ("train_detail", "training_detail")
+# Keys of a turn that say where it is from, or what it measures.
+_HARMLESS = frozenset(
+    """
+    id uuid idx index turn turn_id turn_idx turn_index message_id parent_id parent
+    timestamp time date created created_at updated_at create_time update_time
+    source model model_name lang language author name
+    tokens token_count num_tokens length cache_control
+    """.split()
+)
+_MEDIA = ("images", "image", "videos", "video", "audio", "audios")
+
+
+class Form(NamedTuple):
+    """How a turn is written: its keys, and what errors call it."""
+
+    noun: str
+    role: str
+    content: str
+    example: str
+
+
+MESSAGE = Form("message", "role", "content", 'write {"role": "user", "content": "..."}')
+TURN = Form("turn", "from", "value", 'write {"from": "human", "value": "..."}')
+
+
+def read_messages(row: RowReader, value: Any, column: str, form: Form) -> list[dict[str, Any]]:
+    """The messages of a column, in OpenAI's form; DataError if it is no list of turns, or empty.
+
+    An answer that is not trained on has `"train": False`.
+    """
+    turns = row.list(value, column)
+    messages: list[dict[str, Any]] = []
+    previous_role = ""
+    for n, turn in enumerate(turns, 1):
+        at = f"{form.noun} {n}"
+        _check_turn(row, turn, form, at)
+        role = _role(row, turn[form.role], at)
+        of_turn = _read_turn(row, role, turn, form, at)
+        # Several calls in one answer are written as turns after one another.
+        if role == previous_role == "call":
+            messages[-1]["tool_calls"] += of_turn[0]["tool_calls"]
+        else:
+            messages += of_turn
+        previous_role = role
+    if not messages:
+        raise row.error(f"{column} is empty", fix="delete the row")
+    return messages
+
+
+def any_messages(row: RowReader, value: Any, column: str) -> list[dict[str, Any]]:
+    """One message or a list of them, in either form."""
+    value = row.json(value, column)
+    items = [value] if isinstance(value, Mapping) else row.list(value, column)
+    is_sharegpt = any(isinstance(item, Mapping) and "from" in item for item in items)
+    return read_messages(row, items, column, TURN if is_sharegpt else MESSAGE)
+
+
+def _check_turn(row: RowReader, turn: Any, form: Form, at: str) -> None:
+    """DataError for a turn without a role; of ShareGPT's also for one that says nothing."""
+    has_role = isinstance(turn, Mapping) and form.role in turn
+    if form is MESSAGE:
+        if not has_role:
+            raise row.error("a message has no role", fix=form.example, at=at)
+        return
+    if not has_role or not any(key in turn for key in ("value", "tool_calls", "function_call")):
+        raise row.error("a turn has no `from` and `value`", fix=form.example, at=at)
+
+
+def _role(row: RowReader, name: Any, at: str) -> str:
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        why = f"the roles are {', '.join(ROLES)}"
+        raise row.error(f"unknown role {name!r}", why, "rename the role", at)
+    return role
+
+
+@dataclass
+class _Parts:
+    """What a content holds; `results` are those of tools, as messages."""
+
+    text: str = ""
+    thought: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _read_turn(
+    row: RowReader, role: str, turn: Mapping[str, Any], form: Form, at: str
+) -> list[dict[str, Any]]:
+    """The message of a turn; several where tool results stand in a content, as Anthropic has it."""
+    content = turn.get(form.content)
+    if role == "call":
+        # The whole content of such a turn is a call.
+        role = "assistant"
+        parts = _Parts(calls=_calls(row, content, at))
+        content = ""
+    else:
+        parts = _content(row, content, form, at)
+    parts.calls += _calls_of_keys(row, turn, at)
+    thought = _thought(row, turn, parts.thought, at)
+    _note_unread(row, turn, form)
+    if parts.results:
+        return _with_results(row, role, parts, thought, at)
+    if (thought or parts.calls) and role != "assistant":
+        what = f"a {role} {form.noun} has reasoning or tool calls"
+        raise row.error(what, "only an assistant's may", at=at)
+    # An assistant may only call tools or reason.
+    if content is None and not parts.calls and not thought:
+        fix = f'add "{form.content}": "...", or delete it'
+        raise row.error(f"a {form.noun} has no {form.content}", fix=fix, at=at)
+    message: dict[str, Any] = {"role": role, "content": parts.text}
+    if not _is_trained(row, role, turn, at):
+        message["train"] = False
+    if thought:
+        message["reasoning_content"] = thought
+    if parts.calls:
+        message["tool_calls"] = parts.calls
+    # A turn's name is who speaks; a message's may be the tool's, which templates write.
+    for name in ("name", "tool_call_id") if form is MESSAGE else ("tool_call_id",):
+        if turn.get(name):
+            message[name] = row.text(turn[name], f"{at} {name}")
+    return [message]
+
+
+def _with_results(
+    row: RowReader, role: str, parts: _Parts, thought: str, at: str
+) -> list[dict[str, Any]]:
+    """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
+    if role != "user" or thought or parts.calls:
+        raise row.error(
+            f"a tool result in a turn of the {role}", "only a user's may have one", at=at
+        )
+    if not parts.text:
+        return parts.results
+    return [*parts.results, {"role": "user", "content": parts.text}]
+
+
+def _thought(row: RowReader, turn: Mapping[str, Any], of_parts: str, at: str) -> str:
+    """What the answer thinks first, by whatever name; DataError if two of them differ."""
+    thoughts = {"content": of_parts} if of_parts else {}
+    for name in THOUGHTS:
+        if not is_absent(turn.get(name)):
+            thoughts[name] = row.text(turn[name], f"{at} {name}")
+    if len({thought.strip() for thought in thoughts.values()}) > 1:
+        what = f"the thoughts {' and '.join(thoughts)} differ"
+        raise row.error(what, "an answer has one", "delete one of them", at)
+    return next(iter(thoughts.values()), "")
+
+
+def _calls_of_keys(row: RowReader, turn: Mapping[str, Any], at: str) -> list[dict[str, Any]]:
+    """The calls of `tool_calls`, or of OpenAI's older `function_call`."""
+    names = [name for name in ("tool_calls", "function_call") if not is_absent(turn.get(name))]
+    if len(names) > 1:
+        what = "a turn has both tool_calls and function_call"
+        raise row.error(what, "the older form is one call", "delete function_call", at)
+    return _calls(row, turn[names[0]], at) if names else []
+
+
+def _note_unread(row: RowReader, turn: Mapping[str, Any], form: Form) -> None:
+    """Remember the keys of a turn that nothing reads; DataError for those of images and such."""
+    for key, value in turn.items():
+        if key in (form.role, form.content, "tool_calls", "function_call", "tool_call_id"):
+            continue
+        name = plain(key)
+        if is_absent(value) or name in THOUGHTS or name in _HARMLESS:
+            continue
+        if name in TRAINED_MARKS or name in UNTRAINED_MARKS or name in _PARTIAL_MARKS:
+            continue
+        if name in _MEDIA:
+            why = "this trains a model of text"
+            raise row.error(f"a {form.noun} has {key}", why, "delete the row")
+        row.unread.add(f"{form.noun}.{key}")
+
+
+def _is_trained(row: RowReader, role: str, turn: Mapping[str, Any], at: str) -> bool:
+    """False where a turn says that it is not trained on: by `train`, OpenAI's `weight`, or others.
+
+    DataError for a mark that no mask of whole answers follows, and where two differ.
+    """
+    marks: dict[str, bool] = {}
+    for key, value in turn.items():
+        name = plain(key)
+        if value is None:
+            continue
+        if name in _PARTIAL_MARKS and value:
+            why = "an answer is trained on as a whole, or not at all"
+            raise row.error(f"a turn has {key}", why, f"split the turn, or remove {key}", at)
+        if name not in TRAINED_MARKS and name not in UNTRAINED_MARKS:
+            continue
+        says_trained = _mark(row, key, value, role, at)
+        if says_trained and role != "assistant":
+            raise _wrong_mark(row, key, value, role, at)
+        marks[key] = says_trained
+    if len(set(marks.values())) > 1:
+        what = f"{' and '.join(marks)} contradict each other"
+        raise row.error(what, "one says that the turn is trained on", "remove one of them", at)
+    return all(marks.values())
+
+
+def _mark(row: RowReader, key: str, value: Any, role: str, at: str) -> bool:
+    """Whether a mark says that its turn is trained on."""
+    if isinstance(value, str | list | dict) or value not in (0, 1):
+        raise _wrong_mark(row, key, value, role, at)
+    if plain(key) not in UNTRAINED_MARKS:
+        return bool(value)
+    # A mask of numbers is as often that of the trained tokens.
+    if plain(key) == "mask" and not isinstance(value, bool):
+        raise _wrong_mark(row, key, value, role, at)
+    return not value
+
+
+def _wrong_mark(row: RowReader, key: str, value: Any, role: str, at: str) -> DataError:
+    what = f"the message of the {role} has {key}: {value}"
+    why = (
+        "an assistant's turn is trained on (true, or weight 1) or not (false, or 0),"
+        " and no other turn is"
+    )
+    return row.error(what, why, f'write "train": true or false, or remove {key}', at)
+
+
+def apply_list_of_marks(row: RowReader, messages: list[dict[str, Any]], turns: int) -> None:
+    """Mark the answers by a column of the row that has a mark for each turn, as loss_mask: [0, 1].
+
+    A list of another length is refused with the other marks of a row, see `check_row_marks`.
+    """
+    for column, value in row.unread_columns().items():
+        is_mark = plain(column) in TRAINED_MARKS or plain(column) in UNTRAINED_MARKS
+        has_mark_each = isinstance(value, list) and len(value) == turns == len(messages)
+        if not is_mark or not has_mark_each:
+            continue
+        row.mark_read(column)
+        for n, (message, mark) in enumerate(zip(messages, value, strict=True), 1):
+            at = f"{column} {n}"
+            is_trained = _mark(row, column, mark, message["role"], at)
+            if is_trained and message["role"] != "assistant":
+                raise _wrong_mark(row, column, mark, message["role"], at)
+            if not is_trained and message["role"] == "assistant":
+                message["train"] = False
+
+
+def check_row_marks(row: RowReader) -> None:
+    """DataError for a mark of a whole row that training would ignore."""
+    for column, as_written in row.unread_columns().items():
+        name = plain(column)
+        value = _from_csv(as_written)
+        is_weight = name in ("weight", "loss_weight", "sample_weight")
+        if not is_weight and name not in TRAINED_MARKS and name not in UNTRAINED_MARKS:
+            continue
+        # A mask of the user's turns is what training does; so is a row that is trained on.
+        if name == "mask" and isinstance(value, str) and value.lower() in ("user", "human"):
+            row.mark_read(column)
+            continue
+        is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)
+        if is_plain_mark and bool(value) == (name not in UNTRAINED_MARKS):
+            row.mark_read(column)
+            continue
+        if is_plain_mark or is_weight or isinstance(value, list):
+            what = f"the row has {column}: {value}"
+            why = "a row is trained on as its turns say, and all rows of a source weigh the same"
+            fix = (
+                f'delete the row, or remove {column}; write "train": false in turns that are'
+                " context only; rows in a file of their own may have a source's weight"
+            )
+            raise row.error(what, why, fix)
+
+
+def _from_csv(value: Any) -> Any:
+    """A truth value, a number or a list that a csv file has as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.strip().lower())
+    except (ValueError, RecursionError):
+        return value
+
+
+def _content(row: RowReader, content: Any, form: Form, at: str) -> _Parts:
+    """Text, thought, calls and results of a content that is a text or a list of parts."""
+    if content is None:
+        return _Parts()
+    if not isinstance(content, list):
+        return _Parts(text=row.text(content, f"{at} {form.content}"))
+    parts = _Parts()
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("text", "input_text", "output_text"):
+            parts.text += row.text(_part_value(part), f"{at} {form.content}")
+        elif kind in ("reasoning", "thinking"):
+            parts.thought += row.text(_part_value(part), f"{at} reasoning")
+        elif kind == "tool_call":
+            parts.calls += _calls(row, _part_value(part), at)
+        elif kind == "tool_use":
+            parts.calls += _calls(row, part, at)
+        elif kind == "tool_result":
+            if parts.text:
+                why = "results follow the calls that they answer"
+                raise row.error("a tool result behind a text", why, "put it first", at)
+            parts.results.append(_result(row, part, at))
+        else:
+            why = "parts are text, reasoning, tool_call, or Anthropic's; this is a text model"
+            raise row.error(f"a content part of type {kind!r}", why, "remove the part", at)
+    return parts
+
+
+def _part_value(part: Mapping[str, Any]) -> Any:
+    """What a part holds, which stands under one of several names."""
+    for name in ("text", "value", "reasoning", "thinking"):
+        if name in part:
+            return part[name]
+    return None
+
+
+def _result(row: RowReader, part: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """Anthropic's result of a tool as a message."""
+    text = _content(row, part.get("content"), MESSAGE, at).text
+    message: dict[str, Any] = {"role": "tool", "content": text}
+    if part.get("tool_use_id"):
+        message["tool_call_id"] = row.text(part["tool_use_id"], f"{at} tool_use_id")
+    return message
+
+
+# The arguments of a call: OpenAI's name, Llama 3's and Anthropic's.
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+
+
+def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
+    """Tool calls: one or a list, bare or in OpenAI's wrapping.
+
+    Their arguments are an object, or JSON text of one.
+    """
+    value = row.json(value, f"{at} tool call")
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise row.error("a list of tool calls is empty", at=at)
+    calls = []
+    for item in values:
+        # OpenAI wraps a function in {"type": "function", "function": ...}.
+        function = item.get("function", item) if isinstance(item, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
+            raise row.error("a tool call has no name", fix=fix, at=at)
+        name = function["name"]
+        found = [key for key in _ARGUMENTS if function.get(key) is not None]
+        if len(found) > 1:
+            what = f"the call of {name} has both {found[0]} and {found[1]}"
+            raise row.error(what, fix="delete one of them", at=at)
+        # Arguments may be JSON text, as OpenAI's API gives them.
+        arguments = row.json(function[found[0]], f"{at} arguments") if found else {}
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            what = f"the arguments of {name} are {json_type(arguments)}, not an object"
+            raise row.error(what, fix='write {"a": 1}', at=at)
+        for key, of_call in function.items():
+            if key not in ("name", "id", "type", "index", *_ARGUMENTS) and not is_absent(of_call):
+                row.unread.add(f"call.{key}")
+        call: dict[str, Any] = {"type": "function"}
+        if isinstance(item.get("id"), str):
+            call["id"] = item["id"]
+        call["function"] = {"name": name, "arguments": arguments}
+        calls.append(call)
+    return calls
+
+
+def read_tools(row: RowReader) -> list[dict[str, Any]] | None:
+    """Tool schemas of a row: a list, or JSON text of one; bare schemas get OpenAI's wrapping.
+
+    A keyword of a schema that is null is left out. No schema has one by itself: it is what a file
+    that was exported from Arrow has, where each object gets the keys of all others.
+    """
+    value = row.optional("tools")
+    if value is None or value in ("", []):
+        return None
+    tools = []
+    for n, tool in enumerate(row.list(value, "tools"), 1):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping):
+            fix = 'write {"name", "description", "parameters"}'
+            raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
+        if not isinstance(function.get("name"), str):
+            raise row.error(f"tool {n} has no name", fix='add "name": "..."')
+        schema = without_nulls(dict(function))
+        # Anthropic's name.
+        if "input_schema" in schema and "parameters" not in schema:
+            schema["parameters"] = schema.pop("input_schema")
+        tools.append({"type": "function", "function": schema})
+    return tools or None
+
+
+def read_system(row: RowReader) -> str | None:
+    """The row's own system column, which may be a list of parts; None without one."""
+    system = row.optional("system")
+    if is_absent(system):
+        return None
+    parts = _content(row, system, MESSAGE, "system")
+    return row.text(parts.text, "system")
+
+
+def with_row_system(row: RowReader, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages behind the row's system column; DataError if they have another one."""
+    system = read_system(row)
+    if system is None:
+        return messages
+    first = messages[0] if messages else {"role": ""}
+    if first["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first["content"].strip() != system.strip():
+        why = "a conversation has one system message"
+        fix = "delete one of them"
+        raise row.error("the system column and the system message differ", why, fix)
+    return messages
+
+
+def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
+    """DataError for what no template can render.
+
+    That is a late system message, a result without a call, an answer to nothing, or no answer.
+    """
+    roles = [message["role"] for message in messages]
+    may_have_result = False
+    only_system_so_far = True
+    for n, message in enumerate(messages):
+        role = message["role"]
+        fault = ""
+        if role == "system" and n > 0:
+            fault = "a system message comes after others; it must come first, once"
+        elif role == "tool" and not may_have_result:
+            fault = "a tool result without a tool call"
+        elif role == "assistant" and only_system_so_far:
+            fault = "the first turn is the assistant's, without a question"
+        if fault:
+            at = f"message {n + 1}"
+            raise row.error(fault, "roles are out of order", "fix the row's order", at)
+        if role == "assistant":
+            # Results follow the calls of the last answer, and may be several.
+            may_have_result = "tool_calls" in message
+        elif role != "tool":
+            may_have_result = False
+        if role != "system":
+            only_system_so_far = False
+    if "assistant" not in roles:
+        why = f"the roles are {', '.join(roles)}"
+        fix = "delete the row, or map the answer's column by `columns:`"
+        raise row.error("there is no assistant turn to train on", why, fix)
+
+
+def is_said(message: Mapping[str, Any]) -> bool:
+    """Whether an answer has a text, a thought or a call."""
+    says_more = "tool_calls" in message or "reasoning_content" in message
+    return says_more or bool(message["content"].strip())

@@ -1,0 +1,236 @@
+"""One row with its columns and place: values of the wanted type, or an error that names both.
+
+What nothing reads is remembered, so that the user is told of it.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.names import nearest
+from tunesmith.config.row_formats import COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS
+from tunesmith.config.schema import Source
+from tunesmith.data.files import MAX_ROW_BYTES, json_type
+from tunesmith.errors import DataError
+
+# What Python prints for a list or an object, and pandas writes into a csv file.
+_PYTHON_REPR = re.compile(r"\s*(?:\[?array\()?\s*[\[{][\s\[{]*'")
+# A text that begins as a list of messages, or as one message.
+_CHAT_TEXT = re.compile(r"""\s*(\[?)\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+# Columns that tell rows apart, or say where they are from: no example is another for them.
+HARMLESS_COLUMNS = frozenset(
+    """
+    id _id ids uuid uid guid idx index row row_id rowid hash md5 sha256 __index_level_0__
+    prompt_id conversation_id conversation_hash session_id user_id thread_id message_id
+    name title source dataset dataset_name data_source subset split url link file filename path
+    timestamp time date created created_at updated_at version
+    language lang category topic domain subject task task_type type difficulty level tags keywords
+    model model_name generator author license
+    tokens token_count num_tokens length num_turns turns_count
+    parallel_tool_calls text
+    """.split()
+)
+
+
+def plain(name: object) -> str:
+    """A column's name in small letters, without accents, its words joined by underscores."""
+    # Accents are characters of their own in this form.
+    decomposed = unicodedata.normalize("NFKD", str(name).strip())
+    text = "".join(char for char in decomposed if not unicodedata.combining(char))
+    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text)
+    return re.sub(r"[\s\-]+", "_", text).lower()
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value says nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def looks_like_chat(value: Any) -> bool:
+    """Whether a value is a list of objects, or a text that begins as one of messages does."""
+    if isinstance(value, str):
+        text = value.lstrip()
+        return text.startswith("[") and text[1:].lstrip().startswith("{")
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _yaml_text(name: str) -> str:
+    """A column's name as a value in a mapping of YAML on one line."""
+    if re.fullmatch(r"[A-Za-z_][\w .-]*", name):
+        return name
+    return json.dumps(name, ensure_ascii=False)
+
+
+class RowReader:
+    """One row with its column mapping and place.
+
+    Attributes:
+        unread: names of the columns, and of the keys of turns and calls, that nothing reads.
+    """
+
+    def __init__(self, row: Mapping[str, Any], source: Source, where: str) -> None:
+        self.row = row
+        self.source = source
+        self.where = where
+        self.unread: set[str] = set()
+        self._read: set[str] = set()
+
+    def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:
+        where = f"{self.where}, {at}" if at else self.where
+        return DataError(what, where=where, why=why, fix=fix)
+
+    def optional(self, name: str) -> Any:
+        """The value of one of the format's columns; None where the row has none."""
+        column = self.source.columns.get(name)
+        if column is None and name in READ_BY_ANY_NAME:
+            return self._by_any_name(name)
+        column = column or name
+        self._read.add(column)
+        return self.row.get(column)
+
+    def _by_any_name(self, name: str) -> Any:
+        """The value of a column that is read by each of its names in files."""
+        found: dict[str, Any] = {}
+        for column in ROW_FORMATS[self.source.format].names(name):
+            self._read.add(column)
+            value = self.row.get(column)
+            if not is_absent(value) and value not in found.values():
+                found[column] = value
+        if len(found) > 1:
+            what = f"the columns {' and '.join(found)} differ"
+            fix = f"delete one of them, or choose: columns: {{{name}: {next(iter(found))}}}"
+            raise self.error(what, f"both are read as {name}", fix)
+        return next(iter(found.values()), None)
+
+    def required(self, name: str) -> Any:
+        column = self.source.columns.get(name, name)
+        self._read.add(column)
+        if column not in self.row:
+            raise self._missing_columns(column)
+        if self.row[column] is None:
+            raise self.error(f"column {column} is null", fix="fill it, or delete the row")
+        return self.row[column]
+
+    def mark_read(self, column: str) -> None:
+        """Note that a column has been read by its own name."""
+        self._read.add(column)
+
+    def unread_columns(self) -> dict[str, Any]:
+        """The columns that nothing has read, with their values; null counts as absent."""
+        columns = {}
+        for column, value in self.row.items():
+            if column not in self._read and not is_absent(value):
+                columns[column] = value
+        return columns
+
+    def _missing_columns(self, column: str) -> DataError:
+        """The error for a column that the row does not have.
+
+        It names all columns that are mapped to one that is missing. Its fix is the whole
+        `columns:` line, and the formats that fit as the row is.
+        """
+        needed = ROW_FORMATS[self.source.format].layouts[0].needed
+        mapped = self.source.columns
+        missing = [name for name in needed if mapped.get(name, name) not in self.row]
+        # Columns that nothing reads yet are proposed for those that are missing: the nearest name,
+        # or else the first.
+        readable = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
+        unmapped = [str(row_column) for row_column in self.row if row_column not in readable]
+        proposed: dict[str, str | None] = dict(mapped)
+        for name in missing:
+            near = nearest(mapped.get(name, name), unmapped)
+            proposed[name] = near
+            if near is not None:
+                unmapped.remove(near)
+        # A number is no text to learn.
+        unmapped = [name for name in unmapped if not isinstance(self.row[name], int | float)]
+        # Where nothing is left to propose, it is this row that lacks something.
+        is_incomplete = not unmapped and not any(proposed[name] for name in missing)
+        pairs = []
+        for name, row_column in proposed.items():
+            if row_column is None:
+                pairs.append(f"{name}: {_yaml_text(unmapped.pop(0)) if unmapped else '...'}")
+            elif row_column != name:
+                pairs.append(f"{name}: {_yaml_text(row_column)}")
+        fix = f"columns: {{{', '.join(pairs)}}}"
+        if is_incomplete:
+            fix = "add it to the row, or delete the row"
+        fitting = []
+        for format_name, form in ROW_FORMATS.items():
+            if self.row.keys() >= form.layouts[0].needed.keys():
+                fitting.append(format_name)
+        if fitting:
+            fix += f", or format: {' or '.join(fitting)}"
+        wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
+        what = f"there is no column {column}"
+        if len(wrong) > 1:
+            what = f"there are no columns {', '.join(wrong)}"
+        columns = ", ".join(map(str, self.row)) or "none"
+        needs = "needs it" if len(wrong) == 1 else "needs them"
+        why = f"format {self.source.format} {needs}; the columns are {columns}"
+        return self.error(what, why, fix)
+
+    def text(self, value: Any, at: str) -> str:
+        """A value that must be text; numbers of a CSV or JSON column are not text."""
+        if not isinstance(value, str):
+            fix = 'write it in quotes: "..."'
+            # The columns of these files have one type each.
+            if Path(self.source.source).suffix in (".parquet", ".arrow"):
+                fix = "store this column as text"
+            raise self.error(f"{at} is {json_type(value)}, not a text", fix=fix)
+        if len(value) > MAX_ROW_BYTES:
+            what = f"{at} is a text of {len(value) >> 20} MiB"
+            limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
+            raise self.error(what, limit, "split it into several rows")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"{at} contains half of a surrogate pair (U+{ord(value[error.start]):04X})"
+            why = "a lone surrogate is not Unicode text"
+            raise self.error(what, why, "write the whole character, or delete it") from None
+        return value
+
+    def json(self, value: Any, at: str) -> Any:
+        """A value that may be JSON as text, as columns of a CSV file and old tool calls are."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            why = str(error)
+            fix = "fix the text, or write the value itself"
+            if _PYTHON_REPR.match(value):
+                why = "it is written as Python prints a list, which pandas does in csv files"
+                fix = 'df.to_json("rows.jsonl", orient="records", lines=True)   # and name that'
+            raise self.error(f"{at} is not JSON", why, fix) from None
+
+    def list(self, value: Any, at: str) -> list[Any]:
+        items = self.json(value, at)
+        if not isinstance(items, list):
+            raise self.error(f"{at} is {json_type(items)}, not a list", fix="write a list: [...]")
+        return items
+
+    def text_or_messages(self, value: Any, at: str) -> Any:
+        """The value; of JSON text of messages, as a csv file has them, the list of these."""
+        if not isinstance(value, str):
+            return value
+        match = _CHAT_TEXT.match(value)
+        if match is None:
+            return value
+        if not match[1]:
+            # One object may be a text about JSON: only a whole message is read as one.
+            try:
+                item = json.loads(value)
+            except (ValueError, RecursionError):
+                return value
+            keys = item.keys() if isinstance(item, dict) else set()
+            return [item] if keys >= {"role", "content"} or keys >= {"from", "value"} else value
+        items = self.json(value, at)
+        are_turns = isinstance(items, list) and all(
+            isinstance(item, dict) and ("role" in item or "from" in item) for item in items
+        )
+        return items if are_turns else value
