@@ -160,7 +160,7 @@ VERBS = [
     Case("eval", "no data", lambda w: ["eval", str(w.begun())], "--data", "data.hold_out"),
     Case("eval", "zero rows", lambda w: w.evaluate(GOOD, "--max-examples", "0"), "command line: tunesmith eval", "--max-examples"),
     Case("eval", "new tokens", lambda w: w.evaluate(GOOD, "--max-new-tokens", "0"), "--max-new-tokens", "at least 1"),
-    Case("eval", "rows without answers", lambda w: w.evaluate(line(prompt="a")), "b.jsonl:1", "completion", "--columns"),
+    Case("eval", "rows without answers", lambda w: w.evaluate(line(prompt="a")), "b.jsonl:1", "completion", "delete the row"),
     Case("eval", "text has no answers", lambda w: w.evaluate(line(text="abc"), "--exact-match"), "b.jsonl", "--exact-match"),
     Case("eval", "an unknown scorer", lambda w: w.evaluate(GOOD, "--score", "accuracy"), "--score", "accuracy", "rouge-l", "file.py:function"),
     Case("eval", "a scorer's file that is not there", lambda w: w.evaluate(GOOD, "--score", "mine.py:f"), "--score mine.py:f", "mine.py"),

@@ -97,7 +97,7 @@ PAIRS: dict[str, tuple[Any, tuple[str, ...]]] = {
 ANSWERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no label": (without(ANSWER, "label"), ("label",)),
     "a label of null": (ANSWER | {"label": None}, ("label",)),
-    "a label of text": (ANSWER | {"label": "good"}, ("label", "good")),
+    "a label of text": (ANSWER | {"label": "positive"}, ("label", "positive")),
     "a label of 2": (ANSWER | {"label": 2}, ("label", "2")),
     "a label of 0.5": (ANSWER | {"label": 0.5}, ("label", "0.5")),
     "a label in a list": (ANSWER | {"label": [True]}, ("label",)),

@@ -18,7 +18,8 @@ from tunesmith.config.row_formats import CHAT, ROW_FORMATS, FormatName, Layout
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.formats import convert_row
-from tunesmith.data.row_reader import looks_like_chat, plain
+from tunesmith.data.messages import is_mark
+from tunesmith.data.row_reader import looks_like_chat, looks_like_list, plain
 from tunesmith.data.source import Rows, is_local
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
@@ -129,7 +130,8 @@ def detect(
                 _other_formats(layout, all_layouts, sample, rows, source),
             )
         used = layout.columns.values()
-        ignored = tuple(column for column in columns if column not in used)
+        # Marks of untrained rows are read or refused, whatever the layout.
+        ignored = tuple(name for name in columns if name not in used and not is_mark(name))
         return replace(layout, ignored=ignored)
     if readable:
         raise _ambiguous(readable, rows, sample, columns_text)
@@ -170,10 +172,12 @@ def _sample(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
 
 
 def _is_chat(column: str, row: Mapping[str, Any]) -> bool:
-    """Whether a column's value looks like a list of messages, or JSON text of one."""
+    """Whether a column's value looks like a list of messages, or JSON text of one.
+
+    Under a chat's usual name that is also an empty list, or a list of objects of another form.
+    """
     value = row.get(column)
-    is_empty_chat = value == [] and plain(column) in _CHAT_NAMES
-    return is_empty_chat or looks_like_chat(value)
+    return looks_like_chat(value) or (plain(column) in _CHAT_NAMES and looks_like_list(value))
 
 
 def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
@@ -286,8 +290,11 @@ def _check_pair_is_read(
                     fix=Detected("preference", mapping).flags(),
                 )
     rejected_alone = [names[name] for name in names if "rejected" in name.split("_")]
-    if rejected_alone and layouts:
-        formats = dict.fromkeys(layout.format for layout in layouts)
+    if not rejected_alone:
+        return
+    others = [_try_layout(sample, rows, source, layout) for layout in layouts]
+    formats = dict.fromkeys(trial.layout.format for trial in others if trial.read)
+    if formats:
         raise DataError(
             f"{rejected_alone[0]} looks like the rejected answer of a pair, and there is no chosen",
             where=from_here(rows.name),
@@ -455,10 +462,9 @@ def _propose(
                 return f"name the columns, such as {guess.flags()}"
     names = ROW_FORMATS[formats[0]].layouts[0].needed  # type: ignore[index]
     pairs = ",".join(f"{name}=..." for name in names)
-    fix = f"name the columns with texts: --columns {pairs}"
-    if any(usual_names is CHAT for usual_names in names.values()):
-        fix += "   # a list of messages, or JSON text of one"
-    return fix
+    needs_chat = any(usual_names is CHAT for usual_names in names.values())
+    kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
+    return f"name the columns with {kind}: --columns {pairs}"
 
 
 def _guesses(

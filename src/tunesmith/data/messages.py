@@ -146,9 +146,15 @@ def _read_turn(
         content = ""
     else:
         parts = _content(row, content, form, at)
-    parts.calls += _calls_of_keys(row, turn, at)
-    thought = _thought(row, turn, parts.thought, at)
-    _note_unread(row, turn, form)
+    thought = parts.thought
+    is_trained = True
+    # Most turns have nothing else.
+    others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
+    if others:
+        parts.calls += _calls_of_keys(row, others, at)
+        thought = _thought(row, others, parts.thought, at)
+        is_trained = _is_trained(row, role, others, at)
+        _note_unread(row, others, form)
     if parts.results:
         return _with_results(row, role, parts, thought, at)
     if (thought or parts.calls) and role != "assistant":
@@ -159,7 +165,7 @@ def _read_turn(
         fix = f'add "{form.content}": "...", or delete it'
         raise row.error(f"a {form.noun} has no {form.content}", fix=fix, at=at)
     message: dict[str, Any] = {"role": role, "content": parts.text}
-    if not _is_trained(row, role, turn, at):
+    if not is_trained:
         message["train"] = False
     if thought:
         message["reasoning_content"] = thought
@@ -206,10 +212,10 @@ def _calls_of_keys(row: RowReader, turn: Mapping[str, Any], at: str) -> list[dic
     return _calls(row, turn[names[0]], at) if names else []
 
 
-def _note_unread(row: RowReader, turn: Mapping[str, Any], form: Form) -> None:
+def _note_unread(row: RowReader, others: Mapping[str, Any], form: Form) -> None:
     """Remember the keys of a turn that nothing reads; DataError for those of images and such."""
-    for key, value in turn.items():
-        if key in (form.role, form.content, "tool_calls", "function_call", "tool_call_id"):
+    for key, value in others.items():
+        if key in ("tool_calls", "function_call", "tool_call_id"):
             continue
         name = plain(key)
         if is_absent(value) or name in THOUGHTS or name in _HARMLESS:
@@ -274,9 +280,8 @@ def apply_list_of_marks(row: RowReader, messages: list[dict[str, Any]], turns: i
     A list of another length is refused with the other marks of a row, see `check_row_marks`.
     """
     for column, value in row.unread_columns().items():
-        is_mark = plain(column) in TRAINED_MARKS or plain(column) in UNTRAINED_MARKS
         has_mark_each = isinstance(value, list) and len(value) == turns == len(messages)
-        if not is_mark or not has_mark_each:
+        if not is_mark(column) or not has_mark_each:
             continue
         row.mark_read(column)
         for n, (message, mark) in enumerate(zip(messages, value, strict=True), 1):
@@ -288,13 +293,18 @@ def apply_list_of_marks(row: RowReader, messages: list[dict[str, Any]], turns: i
                 message["train"] = False
 
 
+def is_mark(column: str) -> bool:
+    """Whether a column has the name of a mark."""
+    return plain(column) in TRAINED_MARKS or plain(column) in UNTRAINED_MARKS
+
+
 def check_row_marks(row: RowReader) -> None:
     """DataError for a mark of a whole row that training would ignore."""
     for column, as_written in row.unread_columns().items():
         name = plain(column)
         value = _from_csv(as_written)
         is_weight = name in ("weight", "loss_weight", "sample_weight")
-        if not is_weight and name not in TRAINED_MARKS and name not in UNTRAINED_MARKS:
+        if not is_weight and not is_mark(column):
             continue
         # A mask of the user's turns is what training does; so is a row that is trained on.
         if name == "mask" and isinstance(value, str) and value.lower() in ("user", "human"):

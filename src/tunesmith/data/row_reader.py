@@ -7,6 +7,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ HARMLESS_COLUMNS = frozenset(
 )
 
 
+# All rows have the same few names.
+@lru_cache(maxsize=4096)
 def plain(name: object) -> str:
     """A column's name in small letters, without accents, its words joined by underscores."""
     # Accents are characters of their own in this form.
@@ -51,11 +54,21 @@ def is_absent(value: Any) -> bool:
 
 
 def looks_like_chat(value: Any) -> bool:
-    """Whether a value is a list of objects, or a text that begins as one of messages does."""
+    """Whether a value is a list of turns, or a text that begins as one does."""
+    if isinstance(value, str):
+        match = _CHAT_TEXT.match(value)
+        return match is not None and bool(match[1])
+    if not isinstance(value, list) or not value:
+        return False
+    return isinstance(value[0], Mapping) and not value[0].keys().isdisjoint(("role", "from"))
+
+
+def looks_like_list(value: Any) -> bool:
+    """Whether a value is a list of objects or an empty one, or a text that begins as one does."""
     if isinstance(value, str):
         text = value.lstrip()
         return text.startswith("[") and text[1:].lstrip().startswith("{")
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, list) and (not value or isinstance(value[0], Mapping))
 
 
 def _yaml_text(name: str) -> str:

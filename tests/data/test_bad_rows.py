@@ -1,0 +1,130 @@
+"""Rows that cannot be read or rendered: all listed at once, or left out and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import byte_tokenizer
+from errors import holds, lines_with, refuses
+from recipes import make_run
+from tunesmith.config.dump import differences
+from tunesmith.data import workers
+from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.errors import DataError
+
+U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+GOOD = {"messages": [U, A]}
+# Row number, counted from 1, and what stands there: in the order of reading.
+BAD: dict[int, Any] = {
+    3: {"messages": [A]},
+    8: {"messages": [U, A, U]},
+    9: "{broken",
+    20: ["no object"],
+    30: {"messages": [U, {**A, "weight": 0.5}]},
+}
+
+
+def write_rows(path: Path, count: int = 40) -> Path:
+    lines = []
+    for number in range(1, count + 1):
+        row = BAD.get(number, GOOD)
+        lines.append(row if isinstance(row, str) else json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def prepared(tiny: Path, folder: Path, path: Path, **data: Any) -> TrainingData:
+    source = {"source": str(path), "format": "messages"}
+    run = make_run(tiny, folder, held=False, data={"train": source, **data})
+    tokenizer = byte_tokenizer()
+    return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=folder / "cache")
+
+
+@pytest.mark.parametrize("are_parallel", [False, True])
+def test_all_bad_rows_are_listed_at_once(
+    tiny: Path, tmp_path: Path, are_parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if are_parallel:
+        monkeypatch.setattr(workers, "ROWS_EACH", 10)
+        monkeypatch.setattr(workers, "available_cores", lambda: 2)
+    path = write_rows(tmp_path / "rows.jsonl")
+    with refuses(DataError, names=[5, 40], fix=["data.bad_rows=skip"]) as refused:
+        prepared(tiny, tmp_path, path)
+    places = [line.strip().split(": ")[0] for line in refused.value.where.splitlines()]
+    assert places[0] == f"{path}:3"
+    assert places[1:] == [f"rows.jsonl:{number}" for number in list(BAD)[1:]]
+
+
+def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    for _ in range(2):  # the second time from the cache
+        data = prepared(tiny, tmp_path, path, bad_rows="skip")
+        counts = data.train.parts[0].counts
+        assert (counts.rows, counts.bad, counts.kept, len(data.train)) == (40, 5, 35, 35)
+        assert [row + 1 for row, _ in counts.bad_rows] == [*BAD]
+        (line,) = lines_with(data.describe(), "35 of 40", 5)
+        assert holds(line, "data.bad_rows")
+        (warning,) = [line for line in data.warnings() if holds(line, "5 of 40")]
+        assert holds(warning, *(f"{path}:{number}" for number in BAD))
+    # Examples keep the places of their rows.
+    assert data.train.where(2).endswith("rows.jsonl:4")
+
+
+def test_one_bad_row_keeps_its_own_error(tiny: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", count=5)
+    with refuses(DataError, where="rows.jsonl:3, message 1", fix=["data.bad_rows=skip"]):
+        prepared(tiny, tmp_path, path)
+
+
+def test_a_file_of_bad_rows_alone_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [A]}) * 1 + "\n" + json.dumps({"messages": [U]}) + "\n")
+    for bad_rows in ("error", "skip"):
+        with refuses(DataError, where="rows.jsonl:1, message 1", names=[2]) as refused:
+            prepared(tiny, tmp_path, path, bad_rows=bad_rows)
+        assert "skip" not in refused.value.fix
+
+
+def test_a_long_list_of_bad_rows_is_cut(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [GOOD, {"messages": [A]}] * 25))
+    with refuses(DataError, names=[25, 50]) as refused:
+        prepared(tiny, tmp_path, path)
+    assert len(refused.value.where.splitlines()) == 21
+    data = prepared(tiny, tmp_path, path, bad_rows="skip")
+    assert len(data.train.parts[0].counts.bad_rows) == 20
+
+
+def test_a_resumed_run_may_not_change_what_is_left_out(tiny: Path, tmp_path: Path) -> None:
+    runs = [
+        make_run(tiny, tmp_path, held=False, data={"bad_rows": value})
+        for value in ("error", "skip")
+    ]
+    (change,) = differences(*runs)
+    assert (change.key, change.allowed) == ("data.bad_rows", False)
+
+
+def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
+    rows = [GOOD, {"messages": [U, {**A, "grade": 1}], "score": 3}, {**GOOD, "id": 7, "score": 3}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for _ in range(2):
+        data = prepared(tiny, tmp_path, path)
+        assert data.train.parts[0].counts.unread == {"message.grade": [1, 1], "score": [2, 1]}
+        (warning,) = [line for line in data.warnings() if "message.grade" in line]
+        assert holds(warning, "1 row", "score", "2 rows", f"{path}:2")
+
+
+def test_a_system_message_of_raw_rows_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "completion": "b", "system": "S"}, {"prompt": "a", "completion": "b"}]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source = {"source": str(path), "format": "prompt-completion"}
+    run = make_run(tiny, tmp_path, held=False, data={"train": source, "template": "raw"})
+    tokenizer = byte_tokenizer()
+    with refuses(DataError, where="rows.jsonl:1", fix=["data.template=alpaca"]):
+        prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=tmp_path / "cache")

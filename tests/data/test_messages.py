@@ -1,0 +1,321 @@
+"""Turns in the ways that servers and other tools write them: marks, thoughts, calls and system."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from errors import refuses
+from tunesmith.config.schema import Source
+from tunesmith.data.formats import Completion, Conversation, convert_row
+from tunesmith.errors import DataError
+
+Row = dict[str, Any]
+U, A = {"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}
+S = {"role": "system", "content": "S"}
+CALL = {"name": "add", "arguments": {"a": 1, "b": 2}}
+CALLS = [{"type": "function", "function": CALL}]
+CALLING = {"role": "assistant", "content": "", "tool_calls": CALLS}
+
+
+def read(row: Row, form: Any = "messages", **columns: str) -> Any:
+    return convert_row(row, Source(source="x", format=form, columns=columns), where="x row 1")
+
+
+def unread(row: Row, form: Any = "messages") -> set[str]:
+    names: set[str] = set()
+    convert_row(row, Source(source="x", format=form), where="x row 1", unread=names)
+    return names
+
+
+def as_turns(messages: list[Row]) -> list[Row]:
+    """The same in ShareGPT's form."""
+    turns = []
+    for message in messages:
+        others = {key: value for key, value in message.items() if key not in ("role", "content")}
+        turns.append({"from": message["role"], "value": message["content"], **others})
+    return turns
+
+
+# --- marks of untrained turns
+
+TRAINED = (
+    *("train", "trainable", "train_on_turn", "training", "learn", "loss", "loss_mask", "weight"),
+    *("loss_weight", "trained", "compute_loss", "Train"),
+)
+UNTRAINED = ("masked", "mask", "ignore", "exclude_from_loss")
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *({name: value} for name in TRAINED for value in (False, 0, 0.0)),
+        *({name: True} for name in UNTRAINED),
+        {"masked": 1},
+    ],
+    ids=str,
+)
+def test_a_turn_with_a_mark_is_context_only(mark: Row, form: str) -> None:
+    messages = [U, {**A, **mark}, U, A]
+    if form == "messages":
+        sample = read({"messages": messages})
+    else:
+        sample = read({"conversations": as_turns(messages)}, "sharegpt")
+    assert sample.untrained == {1}
+    assert sample.messages == [U, A, U, A]
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{name: True} for name in TRAINED] + [{name: False} for name in UNTRAINED],
+    ids=str,
+)
+def test_a_turn_whose_mark_says_nothing_new_is_trained(mark: Row) -> None:
+    assert read({"messages": [U, {**A, **mark}]}).untrained == frozenset()
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"loss": 0.5},
+        {"mask": 1},
+        {"mask": 0},
+        {"trainable": "no"},
+        {"train": True, "weight": 0},
+        {"masked": True, "loss": 1},
+        {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+        {"weight": [0]},
+    ],
+    ids=str,
+)
+def test_a_mark_that_cannot_be_followed_is_refused(mark: Row) -> None:
+    with refuses(DataError, where="x row 1, message 2", names=[*mark]):
+        read({"messages": [U, {**A, **mark}]})
+
+
+def test_a_list_of_marks_in_the_row() -> None:
+    row = {"messages": [U, A, U, A], "loss_mask": [0, 0, 0, 1]}
+    assert read(row).untrained == {1}
+    assert unread(row) == set()
+    row = {"conversations": as_turns([U, A, U, A]), "masked": [True, True, True, False]}
+    assert read(row, "sharegpt").untrained == {1}
+    with refuses(DataError, names=["loss_mask"]):
+        read({"messages": [U, A, U, A], "loss_mask": [1, 0, 0, 1]})
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"loss_mask": [0, 1]},
+        {"loss_mask": "[0, 1]"},
+        {"weight": 0.5},
+        {"weight": 0},
+        {"weight": "0.5"},
+        {"sample_weight": 2},
+        {"train": False},
+        {"train": "False"},
+        {"masked": True},
+    ],
+    ids=str,
+)
+def test_a_mark_of_the_row_that_cannot_be_followed_is_refused(marks: Row) -> None:
+    (name,) = marks
+    for row, form in (
+        ({"messages": [U, A, U, A]}, "messages"),
+        ({"prompt": "1 + 2?", "completion": "3"}, "prompt-completion"),
+        ({"instruction": "1 + 2?", "output": "3"}, "alpaca"),
+    ):
+        with refuses(DataError, where="x row 1", names=[name], fix=[name]):
+            read({**row, **marks}, form)
+
+
+@pytest.mark.parametrize(
+    "marks", [{"weight": 1.0}, {"train": True}, {"masked": False}, {"mask": "User"}, {"loss": None}]
+)
+def test_a_mark_of_the_row_that_says_nothing_new(marks: Row) -> None:
+    assert unread({"messages": [U, A], **marks}) == set()
+
+
+# --- keys that nothing reads
+
+
+def test_what_nothing_reads_is_named() -> None:
+    turn = {**A, "grade": 3, "id": 7, "timestamp": "now", "refusal": None, "audio": []}
+    row = {"messages": [U, turn], "score": 2, "source": "web", "notes": "", "prompt": "1 + 2?"}
+    assert unread(row) == {"message.grade", "score", "prompt"}
+    call = {**CALL, "strict": True}
+    row = {"messages": [U, {**A, "tool_calls": [call]}]}
+    assert unread(row) == {"call.strict"}
+    assert unread({"conversations": as_turns([U, turn])}, "sharegpt") == {"turn.grade"}
+
+
+def test_a_turn_with_an_image_is_refused() -> None:
+    with refuses(DataError, names=["images"]):
+        read({"messages": [{**U, "images": ["a.png"]}, A]})
+
+
+# --- thoughts
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+@pytest.mark.parametrize(
+    "key", ["thinking", "thought", "thoughts", "reasoning", "reasoning_content"]
+)
+def test_thoughts_have_many_names(key: str, form: str) -> None:
+    messages = [U, {**A, key: "hm"}]
+    row = {"messages": messages}
+    if form == "sharegpt":
+        row = {"conversations": as_turns(messages)}
+    assert read(row, form).messages == [U, {**A, "reasoning_content": "hm"}]
+
+
+def test_one_thought_under_two_names_is_one() -> None:
+    content = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "3"}]
+    row = {"messages": [U, {"role": "assistant", "content": content, "reasoning": "hm\n"}]}
+    assert read(row).messages == [U, {**A, "reasoning_content": "hm"}]
+    with refuses(DataError, names=["thinking", "reasoning"]):
+        read({"messages": [U, {**A, "thinking": "hm", "reasoning": "oh"}]})
+    with refuses(DataError, names=["user"]):
+        read({"messages": [{**U, "thinking": "hm"}, A]})
+
+
+# --- calls
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {**A, "content": None, "function_call": {"name": "add", "arguments": '{"a": 1, "b": 2}'}},
+        {**A, "content": "", "function_call": CALL, "tool_calls": None},
+        {**A, "content": "", "tool_calls": json.dumps([CALL])},
+        {**A, "content": "", "tool_calls": [{"name": "add", "parameters": {"a": 1, "b": 2}}]},
+        {"role": "function_call", "content": json.dumps(CALL)},
+        {"role": "assistant", "content": [{"type": "tool_use", "name": "add", "input": CALL["arguments"]}]},
+    ],
+)  # fmt: skip
+def test_calls_have_many_forms(turn: Row) -> None:
+    result = {"role": "function", "name": "add", "content": "3"}
+    expected = [U, CALLING, {"role": "tool", "name": "add", "content": "3"}, A]
+    assert read({"messages": [U, turn, result, A]}).messages == expected
+
+
+def test_calls_of_a_sharegpt_turn() -> None:
+    turns = as_turns(
+        [U, {**A, "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}]
+    )
+    assert read({"conversations": turns}, "sharegpt").messages[:2] == [U, CALLING]
+    with refuses(DataError, where="x row 1, turn 2"):
+        read(
+            {"conversations": [turns[0], {"from": "gpt", "value": "", "tool_calls": [{}]}]},
+            "sharegpt",
+        )
+    with refuses(DataError, names=["tool_calls", "function_call"]):
+        read({"messages": [U, {**A, "tool_calls": [CALL], "function_call": CALL}]})
+
+
+def test_functions_are_tools() -> None:
+    schema = {"name": "add", "parameters": {"type": "object"}}
+    wrapped = [{"type": "function", "function": schema}]
+    assert read({"messages": [U, A], "functions": [schema]}).tools == wrapped
+    anthropic = {"name": "add", "input_schema": {"type": "object"}}
+    assert read({"messages": [U, A], "tools": [anthropic]}).tools == wrapped
+    with refuses(DataError, names=["tools", "functions"]):
+        read({"messages": [U, A], "functions": [schema], "tools": [{"name": "other"}]})
+
+
+def test_tools_beside_texts_are_kept() -> None:
+    schema = {"name": "add", "parameters": {"type": "object"}}
+    sample = read({"prompt": "1 + 2?", "completion": "3", "tools": [schema]}, "prompt-completion")
+    assert sample.messages == [U, A]
+    assert sample.prompt_messages == 1
+    assert [tool["function"] for tool in sample.tools] == [schema]
+
+
+def test_blocks_of_anthropic() -> None:
+    blocks = [
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "text", "text": "Let me add."},
+        {"type": "tool_use", "id": "c1", "name": "add", "input": {"a": 1, "b": 2}},
+    ]
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "c1",
+        "content": [{"type": "text", "text": "3"}],
+    }
+    more = {"type": "text", "text": "And?"}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "1 + 2?"}]},
+        {"role": "assistant", "content": blocks},
+        {"role": "user", "content": [result, more]},
+        A,
+    ]
+    call = {"type": "function", "id": "c1", "function": CALL}
+    answer = {**A, "content": "Let me add.", "reasoning_content": "hm", "tool_calls": [call]}
+    assert read({"system": [{"type": "text", "text": "S"}], "messages": messages}).messages == [
+        S,
+        U,
+        answer,
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+        {"role": "user", "content": "And?"},
+        A,
+    ]
+    with refuses(DataError, names=["redacted_thinking"]):
+        read({"messages": [U, {**A, "content": [{"type": "redacted_thinking", "data": "x"}]}]})
+
+
+# --- system
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "instructions"])
+def test_a_system_column_beside_messages(column: str) -> None:
+    row = {"messages": [U, A], column: "S"}
+    assert read(row).messages == [S, U, A]
+    row = {"conversations": as_turns([U, A]), column: "S"}
+    assert read(row, "sharegpt").messages == [S, U, A]
+
+
+def test_a_system_column_beside_prompt_and_completion() -> None:
+    row = {"prompt": "1 + 2?", "completion": "3", "system": "S"}
+    assert read(row, "prompt-completion") == Completion("1 + 2?", "3", "S")
+    row = {"prompt": [U], "completion": [A], "system_prompt": "S"}
+    expected = Conversation([S, U, A], prompt_messages=2)
+    assert read(row, "prompt-completion") == expected
+    assert read({"prompt": [S, U], "completion": [A]}, "prompt-completion") == expected
+
+
+def test_two_system_messages_are_one_or_refused() -> None:
+    assert read({"messages": [S, U, A], "system": "S\n"}).messages == [S, U, A]
+    with refuses(DataError, names=["system"]):
+        read({"messages": [S, U, A], "system": "T"})
+    with refuses(DataError, names=["system", "system_prompt"], fix=["columns:"]):
+        read({"messages": [U, A], "system": "S", "system_prompt": "T"})
+    mapped = read({"messages": [U, A], "system": "S", "system_prompt": "T"}, system="system_prompt")
+    assert mapped.messages[0]["content"] == "T"
+
+
+# --- JSON text of messages
+
+
+def test_json_text_of_messages_is_read() -> None:
+    as_text = {"prompt": json.dumps([U]), "completion": json.dumps([A])}
+    expected = Conversation([U, A], prompt_messages=1)
+    assert read(as_text, "prompt-completion") == expected
+    as_text = {"prompt": json.dumps([U]), "completion": json.dumps(A)}
+    assert read(as_text, "prompt-completion") == expected
+    pair = {"chosen": json.dumps([U, A]), "rejected": json.dumps([U, {**A, "content": "4"}])}
+    assert read(pair, "preference").chosen == expected
+    labeled = {"prompt": json.dumps(as_turns([U])), "completion": "3", "label": True}
+    assert read(labeled, "feedback").answer == expected
+    with refuses(DataError, names=["prompt", "Python"]):
+        read({"prompt": str([U]), "completion": "3"}, "prompt-completion")
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"a": 1}]', '{"role": "user"}', '{"value": 3', "[1]", "{'from'"]
+)
+def test_a_text_about_json_stays_a_text(text: str) -> None:
+    sample = read({"prompt": text, "completion": "ok"}, "prompt-completion")
+    assert sample == Completion(text, "ok")

@@ -1,0 +1,302 @@
+"""One odd row among good ones is an error that names it, and never a reason for a poorer layout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import holds, refuses
+from tunesmith.config.schema import Source
+from tunesmith.data.detect import Detected, detect
+from tunesmith.data.formats import Feedback, convert_row, read_label
+from tunesmith.data.source import from_list, read_rows
+from tunesmith.errors import DataError
+
+Row = dict[str, Any]
+U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+OTHER = {"role": "assistant", "content": "no"}
+ALPACA = {"instruction": "Translate", "input": "word", "output": "mot"}
+PAIR = {"prompt": "hi", "completion": "ho"}
+CHAT = {"messages": [U, A]}
+FROMS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+
+
+def found(rows: list[Row], **keys: Any) -> Detected:
+    return detect(from_list(rows, "rows"), Source(source="rows"), **keys)
+
+
+# A good row, an odd one, and what the error names.
+ODD: dict[str, tuple[Row, Row, list[str]]] = {
+    "a null instruction": (ALPACA, {**ALPACA, "instruction": None}, ["instruction"]),
+    "no instruction": (ALPACA, {"input": "word", "output": "mot"}, ["instruction"]),
+    "a number as input": (ALPACA, {**ALPACA, "input": 3}, ["input"]),
+    "a number as system": ({**ALPACA, "system": "S"}, {**ALPACA, "system": 3}, ["system"]),
+    "a number as system of a chat": ({**CHAT, "system": "S"}, {**CHAT, "system": 3}, ["system"]),
+    "broken JSON text": ({"messages": json.dumps([U, A])}, {"messages": "[{broken"}, ["messages"]),
+    "no JSON text": ({**CHAT, "text": "x"}, {"messages": "oops", "text": "x"}, ["messages"]),
+    "Python's repr": ({"messages": json.dumps([U, A])}, {"messages": str([U, A])}, ["messages"]),
+    "an empty chat": ({**CHAT, "text": "x"}, {"messages": [], "text": "x"}, ["messages"]),
+    "a null label": ({**PAIR, "label": True}, {**PAIR, "label": None}, ["label"]),
+    "no label": ({**PAIR, "label": True}, PAIR, ["label"]),
+    "a null label of a chat": ({**CHAT, "label": False}, {**CHAT, "label": None}, ["label"]),
+    "a label of another kind": ({**PAIR, "label": 1}, {**PAIR, "label": 2}, ["2"]),
+    "a null chosen": (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": None, "rejected": "b"},
+        ["chosen"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("count", [1, 3])
+def test_odd_rows_are_named_and_can_be_left_out(name: str, count: int) -> None:
+    good, odd, named = ODD[name]
+    rows = [good] * 3 + [odd] * count
+    with refuses(DataError, fix=["data.bad_rows=skip"]) as refused:
+        found(rows)
+    error = refused.value
+    assert error.where.startswith("rows row 4")
+    assert holds(f"{error.where} {error.what}", *named)
+    if count > 1:
+        assert holds(error.what, 3, 6)
+        assert all(f"rows row {n}" in error.where for n in (4, 5, 6))
+    assert set(found(rows, skips_bad_rows=True).columns.values()) >= found([good]).columns.keys()
+
+
+def test_odd_rows_outside_of_the_sample_are_listed_too() -> None:
+    rows = [dict(ALPACA) for _ in range(1001)]
+    for i in (0, 3, 501, 1000):
+        rows[i]["instruction"] = None
+    with refuses(DataError, names=[4, "1,001"]) as refused:
+        found(rows)
+    assert [line.split(":")[0].strip() for line in refused.value.where.splitlines()] == [
+        f"rows row {n}" for n in (1, 4, 502, 1001)
+    ]
+
+
+def test_a_long_list_ends_with_how_many_more() -> None:
+    with refuses(DataError, names=[30, 60]) as refused:
+        found([ALPACA, {**ALPACA, "output": None}] * 30)
+    assert len(refused.value.where.splitlines()) == 21
+    assert holds(refused.value.where.splitlines()[-1], 10)
+    assert len(refused.value.where) < 2000, "the end of a longer text is not shown"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{**PAIR, "label": None}, {**CHAT, "label": None}, {**PAIR, "kto_tag": "sports"}],
+)
+def test_answers_with_a_label_are_never_read_without_it(row: Row) -> None:
+    with refuses(DataError, fix=["--format"]):
+        found([row] * 3)
+
+
+# --- labels as people write them
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (True, False),
+        (1, 0),
+        (1.0, 0.0),
+        ("true", "False"),
+        (" TRUE ", "false"),
+        ("1", "0"),
+        ("1.0", "0.0"),
+        ("yes", "No"),
+        ("good", "bad"),
+        ("desirable", "undesirable"),
+        ("chosen", "rejected"),
+        ("thumbs_up", "Thumbs Down"),
+        ("👍", "👎"),
+        ("👍🏽", "👎🏿"),
+    ],
+)
+def test_labels_are_read_as_people_write_them(good: Any, bad: Any) -> None:
+    layout = found([{**PAIR, "label": good}, {**PAIR, "label": bad}])
+    assert layout.format == "feedback"
+    assert (read_label(good), read_label(bad)) == (True, False)
+
+
+@pytest.mark.parametrize("label", [None, 2, -1, 0.5, "", "positive", "neutral", "5", [], {"a": 1}])
+def test_other_labels_are_refused(label: Any) -> None:
+    assert read_label(label) is None
+
+
+def test_labels_of_a_csv_file(write: Callable[[str, str], str]) -> None:
+    source = Source(source=write("a.csv", "prompt,completion,label\nhi,hello,true\nyo,bad,False\n"))
+    rows = read_rows(source)
+    assert detect(rows, source).format == "feedback"
+    source = Source(source=source.source, format="feedback")
+    samples = [convert_row(rows[i], source, where=rows.where(i)) for i in range(2)]
+    assert [sample.is_good for sample in samples if isinstance(sample, Feedback)] == [True, False]
+
+
+@pytest.mark.parametrize("row", [{**PAIR, "label": 0}, {**CHAT, "kto_tag": "bad"}])
+def test_an_answer_that_is_labeled_bad_is_no_answer_to_learn(row: Row) -> None:
+    name: Any = "messages" if "messages" in row else "prompt-completion"
+    source = Source(source="rows", format=name)
+    with refuses(DataError, where="r", fix=["method: kto"]):
+        convert_row(row, source, where="r")
+    good = {**row, next(key for key in row if key in ("label", "kto_tag")): True}
+    assert convert_row(good, source, where="r")
+
+
+# --- columns
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Q", "A"),
+        ("Question", "Answer"),
+        ("Frage", "Antwort"),
+        ("question", "réponse"),
+        ("Pregunta", "Respuesta"),
+        ("domanda", "risposta"),
+        ("вопрос", "ответ"),
+        ("问题", "答案"),
+        ("userInput", "modelResponse"),
+    ],
+)
+def test_questions_and_answers_of_several_languages(question: str, answer: str) -> None:
+    layout = found([{"id": 1, question: "x", answer: "y"}] * 2)
+    assert layout.columns == {"prompt": question, "completion": answer}
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"nr": 1, "left": "some words", "right": "other words"}, "prompt=left,completion=right"),
+        ({"nr": "12", "left": "words", "right": "other"}, "prompt=left,completion=right"),
+        ({"a1": "x", "left": "words", "b2": "y", "right": "other"}, "prompt=left,completion=right"),
+        ({"nr": 1, "body": "some words"}, "text=body"),
+        (
+            {"chosen_messages": [U, A], "rejected_messages": [U, OTHER]},
+            "chosen=chosen_messages,rejected=rejected_messages",
+        ),
+        (
+            {"prompt": "q", "answer_chosen": "a", "answer_rejected": "b"},
+            "chosen=answer_chosen,rejected=answer_rejected",
+        ),
+    ],
+)
+def test_what_is_proposed_is_read(row: Row, flags: str) -> None:
+    with refuses(DataError) as refused:
+        found([row] * 3)
+    assert refused.value.fix.endswith(f"--columns {flags}")
+    columns = dict(pair.split("=") for pair in flags.split(","))
+    layout = detect(from_list([row] * 3), Source(source="rows", columns=columns))
+    assert layout.columns.items() >= columns.items()
+
+
+def test_a_rejected_answer_alone_is_asked_for() -> None:
+    with refuses(DataError, names=["rejected_response"], fix=["--format messages"]):
+        found([{**CHAT, "rejected_response": "no"}] * 2)
+
+
+@pytest.mark.parametrize("other", [{"tags": []}, {"metadata": [{"a": 1}]}, {"text2": None}])
+def test_a_list_that_is_no_chat_leaves_text_alone(other: Row) -> None:
+    assert found([{"text": "x", **other}] * 2).format == "text"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "x", "input": "more", "chosen": "a", "rejected": "b"},
+        {"instruction": "x", "input": "more", "output": "a", "kto_tag": True},
+    ],
+)
+def test_the_input_of_pairs_and_labeled_answers_is_read(row: Row) -> None:
+    layout = found([row] * 2)
+    assert set(layout.columns.values()) == row.keys()
+    source = Source(source="rows", format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
+    sample: Any = convert_row(row, source, where="r")
+    answer = sample.answer if isinstance(sample, Feedback) else sample.chosen
+    assert answer.prompt == "x\nmore"
+
+
+# --- files
+
+
+def test_files_of_several_formats_are_split_by_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (PAIR, CHAT, PAIR, CHAT, CHAT)))
+    source = Source(source=str(path))
+    with refuses(DataError, where=f"{path}:1") as refused:
+        detect(read_rows(source), source)
+    assert holds(refused.value.what, "messages", "prompt-completion")
+    subprocess.run(refused.value.fix, shell=True, check=True)
+    counts = {}
+    for file in tmp_path.glob("my rows-*.jsonl"):
+        part = Source(source=str(file))
+        rows = read_rows(part)
+        counts[detect(rows, part).format] = len(rows)
+    assert counts == {"messages": 3, "prompt-completion": 2}
+
+
+@pytest.mark.parametrize("head", ["sep=;\n", "sep=;\r\n", '"sep=;"\n', "SEP=;\n", "\ufeffsep=;\n"])
+def test_the_line_that_names_the_separator_is_no_row(
+    write: Callable[[str, str], str], head: str
+) -> None:
+    rows = read_rows(Source(source=write("a.csv", f"{head}question;answer\nhi, you;hello\n")))
+    assert rows[0] == {"question": "hi, you", "answer": "hello"}
+    assert rows.where(0).endswith("a.csv:3")
+
+
+def test_a_chat_that_pandas_wrote_as_python_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [str([U, A])]])
+    source = Source(source=str(path))
+    with refuses(DataError, where="a.csv:2", names=["Python"]) as refused:
+        detect(read_rows(source), source)
+    assert "to_json" in refused.value.fix
+
+
+# --- nulls of Arrow
+
+
+def _call(name: str, **arguments: Any) -> Row:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    turns = [U, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    schema = {"name": name, "parameters": {"type": "object", "enum": None}}
+    return {"messages": turns, "tools": [schema]}
+
+
+def _arguments(tmp_path: Path, *rows: Row) -> list[Any]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(source=str(path))
+    read = read_rows(source)
+    arguments = []
+    for i in range(len(read)):
+        sample: Any = convert_row(read[i], source, where=read.where(i))
+        arguments.append(sample.messages[-1]["tool_calls"][0]["function"]["arguments"])
+        assert sample.tools[0]["function"]["parameters"] == {"type": "object"}
+    return arguments
+
+
+def test_nulls_of_an_export_from_arrow_are_no_arguments(tmp_path: Path) -> None:
+    rows = [_call("weather", city="Oslo", days=None), _call("wait", city=None, days=2)]
+    assert _arguments(tmp_path, *rows) == [{"city": "Oslo"}, {"days": 2}]
+    assert "Arrow" in read_rows(Source(source=str(tmp_path / "rows.jsonl"))).layout
+
+
+def test_a_null_that_is_meant_stays_an_argument(tmp_path: Path) -> None:
+    rows = [_call("weather", city="Oslo", days=None), _call("wait", days=2)]
+    assert _arguments(tmp_path, *rows) == [{"city": "Oslo", "days": None}, {"days": 2}]
+    assert _arguments(tmp_path, rows[0]) == [{"city": "Oslo", "days": None}], (
+        "one call shows nothing"
+    )
