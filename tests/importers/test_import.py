@@ -26,7 +26,8 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import UsageError
 from tunesmith.importers.source_config import TOOLS, read_config, table
 from tunesmith.importers.tools import translate
-from tunesmith.importers.translation import Translation
+
+from .translations import BASES, translated
 
 FOLDER = Path(__file__).parent / "files"
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
@@ -294,21 +295,6 @@ VALUES = st.one_of(
     st.text(max_size=20),
     st.lists(st.integers(0, 9), max_size=3),
 )
-BASES: dict[str, dict[str, Any]] = {
-    "torchtune": {"model": {"_component_": "torchtune.models.llama3.lora_llama3_8b"}, "checkpointer": {"checkpoint_dir": "/m/Llama-3"},
-                  "dataset": {"_component_": "torchtune.datasets.alpaca_dataset"}, "optimizer": {"lr": 1e-4}, "batch_size": 1},
-    "axolotl": {"base_model": "m/m", "datasets": [{"path": "d/d", "type": "alpaca"}], "learning_rate": 1e-4},
-    "llamafactory": {"model_name_or_path": "m/m", "dataset": "d", "template": "qwen"},
-    "trl": {"model_name_or_path": "m/m", "dataset_name": "d/d"},
-}  # fmt: skip
-
-
-def translated(tool: str, values: dict[str, Any], folder: Path) -> Translation:
-    """What `tunesmith import` makes of these keys, with the rows given on its command line."""
-    path = folder / "file.yaml"
-    path.write_text(json.dumps(values))
-    given = {"data.train.source": "rows.jsonl", "train.global_batch": "1 examples"}
-    return translate(read_config(path, tool), given, None, None)
 
 
 @pytest.mark.parametrize("nothing", [False, 0, "", []])

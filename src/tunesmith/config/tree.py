@@ -127,9 +127,9 @@ def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
     return Node(values, place, base)
 
 
-def read_file(path: Path) -> Node:
+def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Node:
     """A recipe file as a tree whose top is a mapping; RecipeError for one that is not UTF-8 text
-    with such a document.
+    with such a document. `plain_scalar` gives the value of a scalar without quotes.
     """
     name = str(path)
     try:
@@ -152,7 +152,7 @@ def read_file(path: Path) -> Node:
         fix = f"{convert}   # if it was written in that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error
-    top = _Reader(name, path.parent).read(text)
+    top = _Reader(name, path.parent, plain_scalar=plain_scalar).read(text)
     if top is None or top.value is None:
         fix = "start from a shipped one: tunesmith recipes"
         raise RecipeError("this recipe is empty", where=name, fix=fix)
@@ -205,10 +205,18 @@ def _whole_characters(text: str, where: str) -> str:
 class _Reader:
     """Reads one YAML document into a `Node`, within the bounds above."""
 
-    def __init__(self, name: str, base: Path, *, lines: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        base: Path,
+        *,
+        lines: bool = True,
+        plain_scalar: Callable[[str], Scalar] = scalar,
+    ) -> None:
         self.name = name
         self.base = base
         self.lines = lines
+        self.plain_scalar = plain_scalar
         self.count = 0
 
     def place(self, line: int) -> str:
@@ -258,7 +266,7 @@ class _Reader:
             # A text in quotes is a text.
             is_plain = yaml_node.style is None
             if is_plain:
-                value = scalar(yaml_node.value)
+                value = self.plain_scalar(yaml_node.value)
             else:
                 value = _whole_characters(yaml_node.value, where)
         elif isinstance(yaml_node, nodes.SequenceNode):

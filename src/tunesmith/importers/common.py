@@ -5,18 +5,23 @@ adapter, intervals.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.errors import UsageError, first_line
 from tunesmith.host.shell import shell_word
-from tunesmith.importers.source_config import SourceKey, table
-from tunesmith.importers.translation import Translation
+from tunesmith.importers.source_config import json_leaves, table
+from tunesmith.importers.translation import FALSE_WORDS, TRUE_WORDS, Translation
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
 NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
+_COLUMNS_OF_OWN_PROMPTS = {
+    "alpaca": ("instruction", "input", "output", "system"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "feedback": ("prompt", "completion", "label"),
+}
 _ADAPTER = (
     "lora_rank",
     "lora_alpha",
@@ -44,9 +49,9 @@ def translate_training(recipe: Translation, world: int | None) -> None:
             why = "no other part of an answer's row is compared"
             recipe.note("train_on_inputs", why, differs=False)
             recipe.note("mask_history", why, differs=False)
-        elif recipe.get("train_on_inputs"):
+        elif recipe.is_on("train_on_inputs"):
             train_on = "all"
-        elif recipe.get("mask_history"):
+        elif recipe.is_on("mask_history"):
             train_on = "last"
         recipe.set_key("data.train_on", train_on, "train_on_inputs", "mask_history")
     # Betas are one key here, and two there.
@@ -69,7 +74,7 @@ def apply_rules(recipe: Translation) -> None:
     rules = [*table("common")["rules"], *recipe.table.get("rules", [])]
     for name, part, key, value, why in rules:
         source_value = recipe.get(name)
-        if source_value is None or str(part).lower() not in str(source_value).lower():
+        if source_value is None or not _has_part(source_value, str(part)):
             continue
         if not key:
             recipe.note(name, why)
@@ -80,6 +85,14 @@ def apply_rules(recipe: Translation) -> None:
             recipe.set_key(key, list(values), name, why=why)
         else:
             recipe.set_key(key, value, name, why=why)
+
+
+def _has_part(value: Any, part: str) -> bool:
+    """Whether a value holds the text of a rule; a switch has several words for true and false."""
+    text = str(value).lower()
+    if part in ("true", "false") and text in (*TRUE_WORDS, *FALSE_WORDS):
+        return text in (TRUE_WORDS if part == "true" else FALSE_WORDS)
+    return part.lower() in text
 
 
 def set_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> None:
@@ -104,7 +117,7 @@ def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
         prefix: their key of it; the entries of a list are `PREFIX.0` and so on.
         method: what learns from the rows, which tells their format where it is not sft.
     """
-    entries = _entries_below(recipe, prefix)
+    entries = entries_below(recipe, prefix)
     if not entries and recipe.is_set(prefix):
         _check_bare_paths(recipe, part, prefix)
     is_replaced = part == "train" and "data.train.source" in recipe.overrides
@@ -112,7 +125,7 @@ def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
     names = [prefix]
     for entry in entries:
         if is_replaced:
-            _note_replaced(recipe, entry)
+            note_replaced(recipe, entry)
             continue
         entry_sources, entry_names = _read_entry(recipe, entry, method)
         sources += entry_sources
@@ -122,9 +135,9 @@ def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
         recipe.set_key(f"data.{part}", value, *names, *recipe.table["rows"]["mentioned"])
 
 
-def _entries_below(recipe: Translation, prefix: str) -> list[str]:
+def entries_below(recipe: Translation, prefix: str) -> list[str]:
     """The keys of the data sets: the prefix itself, or those of the list's entries, in order."""
-    pattern = re.compile(rf"{prefix}(\.[0-9]+)?(?=\.)")
+    pattern = re.compile(rf"{re.escape(prefix)}(\.[0-9]+)?(?=\.)")
     entries = set()
     for key in recipe.source.keys:
         match = pattern.match(key)
@@ -134,7 +147,7 @@ def _entries_below(recipe: Translation, prefix: str) -> list[str]:
     return sorted(entries, key=lambda entry: (len(entry), entry))
 
 
-def _note_replaced(recipe: Translation, entry: str) -> None:
+def note_replaced(recipe: Translation, entry: str) -> None:
     for key in recipe.source.keys:
         if key.startswith(f"{entry}."):
             recipe.note(key, "data.train.source is given in its place", differs=False)
@@ -155,7 +168,7 @@ def _read_entry(
     types = rows_table["types"]
     if method != "sft":
         types = rows_table[f"types_of_{METHOD_FORMATS[method]}"]
-    type_ = _entry_type(recipe, entry, types)
+    type_ = _entry_type(recipe, entry, types, method)
     # Values that the type of the data set implies, for keys that are not set.
     for key, value in types[type_].items():
         recipe.defaults[f"{entry}.{key}"] = value
@@ -167,8 +180,13 @@ def _read_entry(
             format_ = rows_table["roles"][role]
             break
     source: dict[str, Any] = {key: get(their_key) for key, their_key in rows_table["keys"].items()}
+    for key in rows_table.get("other_splits", []):
+        source["split"] = get(key) or source["split"]
     source["format"] = format_
     their_columns = rows_table["columns"].get(format_, {})
+    known_names = (*rows_table["roles"], *rows_table.get("usual_names", []))
+    # A name that is not known here is listed with what differs.
+    role_keys = [key for key in rows_table["role_keys"] if get(key) in known_names]
     columns = {column: get(their_key) for their_key, column in their_columns.items()}
     # A column with our name needs no mapping.
     source["columns"] = {
@@ -178,8 +196,9 @@ def _read_entry(
     names = [
         *rows_table["sources"],
         rows_table["type"],
-        *rows_table["role_keys"],
+        *role_keys,
         *rows_table["keys"].values(),
+        *rows_table.get("other_splits", []),
         *their_columns,
     ]
     if method != "sft":
@@ -188,15 +207,38 @@ def _read_entry(
     return sources, [f"{entry}.{name}" for name in names]
 
 
-def _entry_type(recipe: Translation, entry: str, types: Iterable[str]) -> str:
+def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], method: str) -> str:
     """The type of a data set, of those in the tool's table; UsageError for another one."""
     rows_table = recipe.table["rows"]
     type_key = f"{entry}.{rows_table['type']}"
+    inner = [key for key in recipe.source.keys if key.startswith(f"{type_key}.")]
+    if inner:
+        why = "a prompt text of its own is not supported"
+        raise recipe.error(inner[0], why, _fix_own_prompt(recipe, entry, type_key, method))
     named_type = str(recipe.get(type_key) or rows_table["silent"])
+    # What learns from preferences has types with a module or a template in front, or a name behind.
+    pattern = r"(.*\.)?{}" if method == "sft" else r"(.*\.)?{}\b.*"
     for type_ in types:
-        if re.search(rf"(^|\.){type_}\b", named_type):
+        if re.fullmatch(pattern.format(type_), named_type):
             return type_
     raise recipe.error(type_key, f"known are {', '.join(types)}", NAME_ROWS)
+
+
+def _fix_own_prompt(recipe: Translation, entry: str, type_key: str, method: str) -> str:
+    """What to give in place of Axolotl's mapping of columns and texts as the type of a data set."""
+    source = _source_names(recipe, entry)[0]
+    format_ = METHOD_FORMATS.get(method, "alpaca")
+    columns = {}
+    for ours in _COLUMNS_OF_OWN_PROMPTS[format_]:
+        column = recipe.get(f"{type_key}.field_{ours}")
+        if column and column != ours:
+            columns[ours] = column
+    words = [f"data.train.source={source}", f"data.train.format={format_}"]
+    if columns:
+        listed = ", ".join(f"{ours}: {column}" for ours, column in columns.items())
+        words.append(f"data.train.columns={{{listed}}}")
+    command = " ".join(map(shell_word, words))
+    return f"name the columns: {command}; the text around them is data.template: a Jinja file"
 
 
 def _source_names(recipe: Translation, entry: str) -> list[Any]:
@@ -248,21 +290,16 @@ def read_deepspeed(recipe: Translation) -> None:
             why=first_line(error),
             fix="fix it, or remove the key",
         ) from None
-    for name, value in _json_leaves(values, key.key):
-        recipe.source.keys[name] = SourceKey(name, value, path.name)
+    for leaf in json_leaves(values, key.key, path.name):
+        recipe.source.keys[leaf.key] = leaf
+        part = leaf.key.removeprefix(f"{key.key}.").partition(".")[0]
+        if part in ("optimizer", "scheduler") and leaf.value != "auto":
+            why = "DeepSpeed's own optimizer and schedule are built there; set train.* to match"
+            recipe.note_key(leaf, why, differs=True)
 
 
-def _json_leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Every value of a JSON object but objects, by its dotted key below `key`."""
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, item in value.items():
-        yield from _json_leaves(item, f"{key}.{name}")
-
-
-def _packs(recipe: Translation) -> Any:
-    return recipe.get("packing") or recipe.get("neat_packing")
+def _packs(recipe: Translation) -> bool:
+    return recipe.is_on("packing") or recipe.is_on("neat_packing")
 
 
 def _lengths(recipe: Translation) -> None:
@@ -296,11 +333,17 @@ def _schedule(recipe: Translation) -> None:
     recipe.carry("lr_scheduler_type")
     learning_rate = recipe.number("learning_rate")
     if recipe.is_set("cosine_min_lr_ratio"):
-        least = recipe.number("cosine_min_lr_ratio") * learning_rate
+        least = float(f"{recipe.number('cosine_min_lr_ratio') * learning_rate:.12g}")
         recipe.set_key("train.min_learning_rate", least, "cosine_min_lr_ratio")
     if recipe.is_set("lr_scheduler_kwargs.min_lr"):
         least = recipe.number("lr_scheduler_kwargs.min_lr")
         recipe.set_key("train.min_learning_rate", least, "lr_scheduler_kwargs.min_lr")
+    if recipe.is_set("lr_scheduler_kwargs.min_lr_rate"):
+        share = recipe.number("lr_scheduler_kwargs.min_lr_rate")
+        # Rounded: 0.1 * 3e-5 is 3.0000000000000004e-06.
+        least = float(f"{share * learning_rate:.12g}")
+        names = ("lr_scheduler_kwargs.min_lr_rate", "learning_rate")
+        recipe.set_key("train.min_learning_rate", least, *names)
     steps = recipe.number("warmup_steps")
     share = recipe.number("warmup_ratio")
     if recipe.get("lr_scheduler_type") == "constant":
@@ -377,6 +420,9 @@ def _interval(recipe: Translation, what: str, default_strategy: str) -> str | No
     per_epoch = recipe.number(per_epoch_name)
     steps = recipe.number(steps_name)
     strategy = recipe.get(strategy_name)
+    if strategy is False:
+        # `no` without quotes.
+        strategy = "no"
     if not strategy:
         strategy = "steps" if steps else default_strategy
     # As Transformers does; with save_steps: 0 it never saves.

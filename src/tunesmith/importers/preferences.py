@@ -38,8 +38,16 @@ def trl_trainer(recipe: Translation) -> str:
     if method is not None:
         return "cpo" if method == "simpo" else str(method)
     for trainer, names in recipe.table["preferences"]["identified_by"].items():
-        if any(map(recipe.is_set, names)):
-            return str(trainer)
+        marks = [name for name in names if recipe.is_set(name)]
+        if not marks:
+            continue
+        if trainer not in TRL_TRAINERS:
+            fix = f"what can be imported is {', '.join(TRL_TRAINERS)}"
+            raise recipe.error(marks[0], f"it is a key of TRL's {trainer} trainer", fix)
+        if marks == ["beta"]:
+            why = "DPO, ORPO, KTO and CPO have it: here it is DPO; for another give method=NAME"
+            recipe.note("beta", why)
+        return str(trainer)
     return "sft"
 
 
@@ -176,7 +184,7 @@ def _note_cross_entropy(recipe: Translation) -> None:
 
 def _set_no_dropout(recipe: Translation) -> None:
     """TRL takes all dropout out of a model that is compared with a reference."""
-    if recipe.values.get("adapter.dropout") and recipe.get("disable_dropout"):
+    if recipe.values.get("adapter.dropout") and recipe.is_on("disable_dropout"):
         recipe.set_key("adapter.dropout", 0.0, "lora_dropout", "disable_dropout")
 
 

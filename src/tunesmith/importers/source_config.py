@@ -2,6 +2,7 @@
 trains.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.tree import Node, read_file, scalar
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tunesmith.config.tree import MAX_DIGITS, Node, Scalar, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
 
 TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
@@ -18,8 +22,13 @@ TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
 TRL_TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo")
 # The first word of a command that trains.
 PROGRAMS = ("trl", "accelerate", "torchrun", "python", "python3")
-# In YAML 1.1, which these tools read.
-_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+# In YAML 1.1, which these tools read, besides true and false.
+_TRUTH_1_1 = {
+    word: value
+    for name, value in (("yes", True), ("on", True), ("no", False), ("off", False))
+    for word in (name, name.title(), name.upper())
+}
+_INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
 _MAX_INTERPOLATIONS = 10
 
 # A word of a command, and its place.
@@ -44,6 +53,7 @@ class SourceConfig:
         keys: by dotted key: `optimizer.lr`, `datasets.0.path`.
         base: where relative paths start.
         program: of a command of TRL, which trainer it starts; of a file "".
+        referenced: keys that another value takes in by OmegaConf's `${key}`.
     """
 
     tool: str
@@ -51,6 +61,7 @@ class SourceConfig:
     keys: dict[str, SourceKey]
     base: Path
     program: str = ""
+    referenced: frozenset[str] = frozenset()
 
     def nearby(self, file: str | Path) -> Path | None:
         """A file that the configuration names.
@@ -77,9 +88,13 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
         return read_command(words, path.name, path.parent)
     raw_keys = {key.key: key for key in _leaves(path)}
     keys = {}
+    referenced: set[str] = set()
     for name, key in raw_keys.items():
         keys[name] = replace(key, value=_interpolate(key, raw_keys))
-    return SourceConfig(tool or _guess_tool(keys, path), path.name, keys, path.parent)
+        if isinstance(key.value, str):
+            referenced.update(_INTERPOLATION.findall(key.value))
+    tool = tool or _guess_tool(keys, path)
+    return SourceConfig(tool, path.name, keys, path.parent, referenced=frozenset(referenced))
 
 
 def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
@@ -129,6 +144,7 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
         in_file = {key.key: key for key in _leaves(base / str(config.value))}
         # The command line wins over the file that it names.
         keys = {**in_file, **keys}
+    keys = {leaf.key: leaf for key in keys.values() for leaf in _json_leaves(key)}
     return SourceConfig("trl", name, keys, base, trainer[1])
 
 
@@ -164,7 +180,7 @@ def _command_words(path: Path) -> list[Word]:
 
 
 def _flags(words: Sequence[Word]) -> dict[str, SourceKey]:
-    """`--key value ...`, `--key=value` and `--key`, which is true; values as YAML 1.2 has them."""
+    """`--key value ...`, `--key=value` and `--key`, which is true; numbers as Python reads them."""
     keys: dict[str, SourceKey] = {}
     name = ""
     for word, where in words:
@@ -183,10 +199,10 @@ def _flags(words: Sequence[Word]) -> dict[str, SourceKey]:
             raise UsageError(f"{word} {fault}", where=where, fix=fix)
         if flag:
             # `--flag` alone is true.
-            value = scalar(flag[3]) if flag[2] else True
+            value = python_scalar(flag[3]) if flag[2] else True
             keys[name] = SourceKey(name, value, where)
         else:
-            keys[name] = _with_value(keys[name], scalar(word))
+            keys[name] = _with_value(keys[name], python_scalar(word))
     return keys
 
 
@@ -201,7 +217,8 @@ def _with_value(key: SourceKey, value: Any) -> SourceKey:
 def _leaves(path: Path) -> Iterator[SourceKey]:
     """Every scalar, list of scalars and empty mapping of a YAML file, by its dotted key."""
     try:
-        yield from _leaves_below(read_file(path), "", path.name)
+        for key in _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name):
+            yield from _json_leaves(key)
     except RecipeError as error:
         fix = error.fix
         if "a recipe is" in error.what:
@@ -218,12 +235,70 @@ def _leaves_below(node: Node, key: str, file_name: str) -> Iterator[SourceKey]:
         for name, child in node.children():
             yield from _leaves_below(child, f"{key}.{name}".lstrip("."), file_name)
         return
-    value = node.plain()
-    if isinstance(value, str):
-        # YAML 1.1 has words for true and false that 1.2 reads as text.
-        value = _TRUTH.get(value.lower(), value)
     line = node.where.rpartition(":")[2]
-    yield SourceKey(key, value, f"{file_name}:{line}")
+    yield SourceKey(key, node.plain(), f"{file_name}:{line}")
+
+
+def _json_leaves(key: SourceKey) -> Iterator[SourceKey]:
+    """The values of a text that is a JSON object, as Transformers' arguments take one; else the
+    key itself.
+    """
+    if not isinstance(key.value, str) or not key.value.startswith("{"):
+        yield key
+        return
+    try:
+        values = json.loads(key.value)
+    except ValueError:
+        # A chat template.
+        yield key
+        return
+    yield from json_leaves(values, key.key, key.where)
+
+
+def json_leaves(value: Any, key: str, where: str) -> Iterator[SourceKey]:
+    """Every value of a JSON object but objects, by its dotted key below `key`."""
+    if not isinstance(value, dict) or not value:
+        yield SourceKey(key, value, where)
+        return
+    for name, item in value.items():
+        yield from json_leaves(item, f"{key}.{name}", where)
+
+
+def yaml_1_1_scalar(text: str) -> Scalar:
+    """The value of a plain scalar for PyYAML, which reads YAML 1.1.
+
+    `1e-4` is a text there that the tools turn into a number; here it is the number at once.
+
+    >>> [yaml_1_1_scalar(x) for x in ("16_384", "010", "1:30", "1e-4", "on", "y")]
+    [16384, 8, 90, 0.0001, True, 'y']
+    """
+    if text in _TRUTH_1_1:
+        return _TRUTH_1_1[text]
+    if not re.fullmatch(r"[-+]?[.0-9][\w:.+-]*", text) or len(text) > MAX_DIGITS:
+        return scalar(text)
+    number = scalar(text.replace("_", ""))
+    if isinstance(number, float):
+        return number
+    yaml = YAML(typ="safe", pure=True)
+    yaml.version = (1, 1)  # octal, binary and sexagesimal numbers
+    try:
+        value = yaml.load(text)
+    except (ValueError, YAMLError):
+        return text
+    # What is no number is text: a date too.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else text
+
+
+def python_scalar(text: str) -> Scalar:
+    """The value of a text where a tool wants a number or a truth value: `int` and `float` read it.
+
+    >>> [python_scalar(x) for x in ("16_384", "010", "1e-4", "true", "x")]
+    [16384, 10, 0.0001, True, 'x']
+    """
+    # Python takes an underscore between digits alone.
+    number = scalar(re.sub(r"(?<=[0-9])_(?=[0-9])", "", text))
+    return scalar(text) if isinstance(number, str) else number
 
 
 def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> Any:
@@ -235,7 +310,7 @@ def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> 
     value = key.value
     if not isinstance(value, str):
         return value
-    for name in re.findall(r"\$\{([^}]*)\}", value):
+    for name in _INTERPOLATION.findall(value):
         target = keys.get(name)
         # A reference to itself would go round for ever.
         is_scalar = target is not None and not isinstance(target.value, list | dict)
@@ -245,6 +320,9 @@ def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> 
                 where=key.where,
                 fix="write the value in its place",
             )
-        replacement = str(_interpolate(target, keys, depth + 1))
-        value = value.replace(f"${{{name}}}", replacement)
+        replacement = _interpolate(target, keys, depth + 1)
+        if value == f"${{{name}}}":
+            # The whole value keeps its type.
+            return replacement
+        value = value.replace(f"${{{name}}}", str(replacement))
     return value

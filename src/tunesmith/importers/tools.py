@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tunesmith.importers.preferences import (
 )
 from tunesmith.importers.source_config import SourceConfig, SourceKey
 from tunesmith.importers.translation import Translation
+from tunesmith.importers.trl_rows import names_without_columns, set_trl_rows, trl_format
 
 
 def translate(
@@ -64,9 +66,9 @@ def _torchtune(recipe: Translation) -> None:
     for part in recipe.listed("lora_attn_modules"):
         # torchtune's own name of the layer.
         targets.append("o_proj" if part == "output_proj" else part)
-    if recipe.get("apply_lora_to_mlp"):
+    if recipe.is_on("apply_lora_to_mlp"):
         targets += ["gate_proj", "up_proj", "down_proj"]
-    if recipe.get("apply_lora_to_output"):
+    if recipe.is_on("apply_lora_to_output"):
         targets.append("lm_head")
     lora = component.startswith(("lora_", "qlora_"))
     names = ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output")
@@ -80,8 +82,30 @@ def _torchtune(recipe: Translation) -> None:
             "torch_dtype",
             "updates are rounded to the nearest there, here at random, so that small ones count",
         )
+    _note_loss(recipe)
+    _note_other_data_sets(recipe)
+    if recipe.get("optimizer.betas"):
+        recipe.set_key("train.betas", recipe.get("optimizer.betas"), "optimizer.betas")
     if recipe.get("seed") is None:
         recipe.note("seed", "each run draws its own there; here it is train.seed, 42")
+
+
+def _note_loss(recipe: Translation) -> None:
+    """A loss that is no cross-entropy: of preferences, or of distillation."""
+    loss = recipe.get("loss._component_") or recipe.get("loss")
+    name = str(loss).rpartition(".")[2].lower()
+    if loss and "crossentropy" not in name and "cewith" not in name:
+        recipe.note("loss._component_", "not supported: here it is the cross-entropy")
+        recipe.note("loss", "not supported: here it is the cross-entropy")
+
+
+def _note_other_data_sets(recipe: Translation) -> None:
+    """A data set of a list that trains on other parts of its rows than the first one does."""
+    first = recipe.is_on("train_on_inputs")
+    for name in recipe.source.keys:
+        is_later = re.fullmatch(r"dataset\.[1-9][0-9]*\.train_on_input", name) is not None
+        if is_later and recipe.is_on(name) != first:
+            recipe.note(name, "data.train_on is for all data sets: as the first one has it")
 
 
 def _torchtune_model(recipe: Translation) -> None:
@@ -107,15 +131,18 @@ def _axolotl(recipe: Translation) -> None:
     if recipe.get("kind") not in (None, "lora", "qlora"):
         raise recipe.error("kind", "it has no counterpart here", "adapter: lora, qlora or none")
     target: Any = recipe.listed("lora_target_modules") or PEFT_TARGETS
-    if recipe.get("lora_target_linear"):
+    if recipe.is_on("lora_target_linear"):
         target = "all-linear"
     names = ("lora_target_linear", "lora_target_modules")
     set_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
     method = set_axolotl_method(recipe)
     set_rows(recipe, "train", "datasets", method)
     set_rows(recipe, "validation", "test_datasets", method)
-    if method != "sft":
+    if method == "sft":
+        _note_trained_parts(recipe)
+    else:
         _note_templates_of_types(recipe)
+    _set_too_long(recipe)
     # Data sets may imply several templates; then `auto` chooses.
     templates = {value for key, value in recipe.defaults.items() if key.endswith(".template")}
     template = templates.pop() if len(templates) == 1 else "auto"
@@ -128,6 +155,50 @@ def _axolotl(recipe: Translation) -> None:
         recipe.note("chat_template", why)
     if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
+
+
+# What Axolotl's keys of a data set say where its answers, each with its end, are what is trained.
+_TRAINED_PARTS = {
+    "roles_to_train": ("assistant", "gpt"),
+    "train_on_eos": ("turn",),
+    "train_on_eot": ("turn",),
+}
+
+
+def _note_trained_parts(recipe: Translation) -> None:
+    """Which turns and ends are trained, and where a turn's thought stands."""
+    for key in list(recipe.source.keys.values()):
+        dataset, _, name = key.key.rpartition(".")
+        if not re.fullmatch(r"(test_)?datasets\.[0-9]+", dataset) or key.value is None:
+            continue
+        if name in _TRAINED_PARTS:
+            parts = set(recipe.listed(key.key))
+            is_usual = bool(parts) and parts <= set(_TRAINED_PARTS[name])
+            why = "the answers are trained here, each with its end token"
+            recipe.note(key.key, why, differs=not is_usual)
+        elif name == "field_thinking":
+            thought_keys = recipe.table["thought_keys"]
+            why = f"the thought of a turn is read from {', '.join(thought_keys)}"
+            recipe.note(key.key, why, differs=key.value not in thought_keys)
+
+
+def _set_too_long(recipe: Translation) -> None:
+    """What Axolotl does with rows above sequence_len: it leaves them out, and splits documents."""
+    formats = [source.get("format") for source in _sources(recipe.values.get("data.train"))]
+    if "text" in formats:
+        recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
+        return
+    strategy = recipe.get("excess_length_strategy")
+    if strategy in ("drop", "truncate"):
+        recipe.set_key("data.too_long", strategy, "excess_length_strategy")
+    elif strategy == "raise":
+        recipe.set_key("data.too_long", "error", "excess_length_strategy")
+
+
+def _sources(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict):
+        return [value]
+    return value or []
 
 
 def _note_templates_of_types(recipe: Translation) -> None:
@@ -184,7 +255,7 @@ def _llamafactory(recipe: Translation) -> None:
     template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
     recipe.set_key("data.template", template, "template")
     _set_thinking(recipe)
-    if recipe.get("packing") and not recipe.get("neat_packing"):
+    if recipe.is_on("packing") and not recipe.is_on("neat_packing"):
         why = "the documents of a packed row see each other there; here they do not"
         recipe.note("packing", why)
 
@@ -193,7 +264,7 @@ def _set_thinking(recipe: Translation) -> None:
     """LLaMA-Factory's `enable_thinking`, which its own templates of reasoning models read."""
     if recipe.get("template") not in recipe.table["reasoning_templates"]:
         recipe.note("enable_thinking", "this template has no thoughts", differs=False)
-    elif recipe.get("enable_thinking") is False:
+    elif recipe.get("enable_thinking") is not None and not recipe.is_on("enable_thinking"):
         why = "if the model's template does not support it, the run reports an error: remove it"
         recipe.set_key("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
         why = "LLaMA-Factory removes a thought from a row; here such a row is an error"
@@ -233,51 +304,44 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
             for column, value in entry.pop(section, {}).items():
                 entry[f"{section}.{column}"] = value
         entry["num_samples"] = entry.get("num_samples") or recipe.get("max_samples")
+        usual_tags = recipe.table["usual_tags"]
         for entry_key, value in entry.items():
-            if value is not None:
-                full_key = f"{key}.{number}.{entry_key}"
-                source.keys[full_key] = SourceKey(full_key, value, path.name)
+            if value is None:
+                continue
+            full_key = f"{key}.{number}.{entry_key}"
+            source.keys[full_key] = SourceKey(full_key, value, path.name)
+            if value in usual_tags.get(entry_key, []):
+                recipe.note(full_key, "read by this name here too", differs=False)
 
 
 def _trl(recipe: Translation) -> None:
-    lora = bool(recipe.get("kind"))
+    lora = recipe.is_on("kind")
     targets = recipe.listed("lora_target_modules")
     set_adapter(recipe, targets or PEFT_TARGETS, "lora_target_modules", lora=lora)
     if lora and not recipe.get("lora_target_modules"):
         why = "PEFT chooses by the architecture; q_proj, v_proj of most"
         recipe.note("lora_target_modules", why, differs=False)
     method = set_trl_method(recipe, trl_trainer(recipe))
-    usual_format = METHOD_FORMATS.get(method, "messages")
-    format_ = str(recipe.overrides.get("data.train.format", usual_format))
-    if recipe.get("dataset_name"):
-        _set_trl_rows(recipe, "train", "dataset_train_split", format_)
-        # TRL validates only where eval_strategy requires it.
-        if recipe.get("eval_strategy") != "no":
-            _set_trl_rows(recipe, "validation", "dataset_test_split", format_)
+    format_ = trl_format(recipe, METHOD_FORMATS.get(method, "messages"))
+    set_trl_rows(recipe, format_)
     why = f"TRL finds the format by the columns; here it is {format_}: see data.train.format"
     why += "; a column chat_template_kwargs is not read: data.template_args gives all rows the same"
-    recipe.note("dataset_name", why)
+    for name in names_without_columns(recipe):
+        recipe.note(name, why)
     for key in recipe.source.keys:
         if key.startswith("chat_template_kwargs"):
             recipe.note(key, "TRL has no such key; here it is data.template_args")
     # Their keys that leave the prompt untrained.
     names = [name for name, key in other_tools("keys").items() if key == "data.train_on: response"]
-    masks_prompt = any(map(recipe.get, names))
+    masks_prompt = any(map(recipe.is_on, names))
     train_on = "all"
     has_answers = format_ == "prompt-completion" or method != "sft"
     if has_answers or (format_ != "text" and masks_prompt):
         train_on = "response"
     recipe.set_key("data.train_on", train_on, *names, why=f"of rows of format {format_}")
-    if recipe.get("bf16") and recipe.get("torch_dtype") == "float32":
+    if recipe.is_on("bf16") and recipe.get("torch_dtype") == "float32":
         why = "fp32 under autocast there; here bf16, and what is trained has an fp32 copy"
         recipe.note("torch_dtype", why)
-
-
-def _set_trl_rows(recipe: Translation, part: str, split_name: str, format_: str) -> None:
-    names = {"source": "dataset_name", "name": "dataset_config", "split": split_name}
-    source = {key: recipe.get(name) for key, name in names.items() if recipe.get(name)}
-    source["format"] = format_
-    recipe.set_key(f"data.{part}", source, *names.values())
 
 
 def _accelerate(recipe: Translation) -> None:

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.names import keys, other_tools, without_indices
 from tunesmith.config.paths import resolve_paths
-from tunesmith.config.tree import Node, scalar, wrap
+from tunesmith.config.tree import Node, wrap
 from tunesmith.config.typed import literal_words, members
 from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
-from tunesmith.importers.source_config import SourceConfig, SourceKey, table
+from tunesmith.importers.source_config import SourceConfig, SourceKey, python_scalar, table
 from tunesmith.units import Length
 
 _UNSET: tuple[Any, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
+# Texts that Transformers' parser and pydantic read as true and false.
+TRUE_WORDS = ("true", "yes", "on", "t", "y", "1")
+FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
 
 
 class Note(NamedTuple):
@@ -77,7 +80,7 @@ class Translation:
         """A value that must be a number, also one in quotes; 0 where there is none."""
         value = self.get(name)
         if isinstance(value, str):
-            value = scalar(value)
+            value = python_scalar(value)
         if isinstance(value, bool | str | list) or not abs(value or 0) < 1e15:
             raise self.error(name, "a number is expected", "write a number there")
         return value or 0
@@ -91,6 +94,19 @@ class Translation:
             why = "a whole number of at least 1 is expected"
             raise self.error(name, why, "write such a number there")
         return int(number)
+
+    def is_on(self, name: str) -> bool:
+        """Whether a switch is on: true, or a text that the tools read as true; false where unset.
+
+        UsageError for another value.
+        """
+        value = self.get(name)
+        word = str(value).lower()
+        if value in _UNSET or word in FALSE_WORDS:
+            return False
+        if word in TRUE_WORDS:
+            return True
+        raise self.error(name, "true or false is expected", "write one of them there")
 
     def listed(self, name: str) -> list[str]:
         """A value that is a list of names, or text with commas between them."""
@@ -158,6 +174,11 @@ class Translation:
                 value = f"{number:g} steps" if number >= 1 else f"{number * 100:g} %"
             elif isinstance(value, str) and tuple[str, ...] in members(hint):
                 value = self.listed(name)
+            elif isinstance(value, str) and bool in members(hint):
+                value = self.is_on(name)
+            elif isinstance(value, str) and str not in members(hint):
+                # A number in quotes: the tools cast it.
+                value = python_scalar(value)
             if value is not None:
                 self.set_key(key, value, name)
 
@@ -182,18 +203,23 @@ class Translation:
             kind, why = self._uncarried(without_indices(name))
             if key.value in _UNSET:
                 self.note_key(key, "not set", differs=False)
-            elif kind == "differs" and key.value in _OFF:
+            elif kind == "unknown" and name in self.source.referenced:
+                why = f"it stands where ${{{name}}} names it"
+                self.note_key(key, why, differs=False)
+            elif kind != "nothing" and key.value in _OFF:
                 self.note_key(key, "off, as here", differs=False)
             else:
-                self.note_key(key, why, differs=kind == "differs")
+                self.note_key(key, why, differs=kind != "nothing")
 
     def _uncarried(self, name: str) -> tuple[str, str]:
-        """The table's entry for a key that is not carried: `nothing` or `differs`, and why."""
+        """The table's entry for a key that is not carried: `nothing`, `differs` or `unknown`, and
+        why.
+        """
         for kind in ("nothing", "differs"):
             for why, patterns in self.table[kind].items():
                 if any(fnmatchcase(name, pattern) for pattern in patterns):
                     return kind, why
-        return "differs", "unknown to tunesmith: check what it does"
+        return "unknown", "unknown to tunesmith: check what it does"
 
     def tree(self) -> Node:
         """The recipe with the places of the other tool's file.

@@ -1,0 +1,171 @@
+"""Keys of a data set that change what is learned from it: read, refused, or named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import refuses
+from tunesmith.errors import UsageError
+
+from .translations import BASES, notes_by_key, translated_text
+
+AXOLOTL = {"base_model": "m/m", "learning_rate": 1e-4, "micro_batch_size": 1}
+CHAT = {"path": "d/d", "type": "chat_template"}
+
+
+def axolotl(folder: Path, dataset: dict[str, Any], **more: Any) -> Any:
+    values = {**AXOLOTL, "datasets": [dataset], **more}
+    return translated_text("axolotl", json.dumps(values), folder)
+
+
+def test_a_prompt_of_its_own_is_refused_by_its_key(tmp_path: Path) -> None:
+    own = {"field_instruction": "question", "field_output": "answer", "format": "Q: {instruction}"}
+    fix = ["data.train.format=alpaca", "instruction: question", "output: answer"]
+    name = "datasets.0.type.field_instruction"
+    with refuses(UsageError, names=[name], fix=fix):
+        axolotl(tmp_path, {"path": "d/d", "type": own})
+
+
+def test_a_prompt_of_pairs_is_refused_by_its_key(tmp_path: Path) -> None:
+    own = {"field_prompt": "q", "field_chosen": "good", "field_rejected": "bad"}
+    fix = ["data.train.format=preference", "prompt: q", "chosen: good", "rejected: bad"]
+    with refuses(UsageError, names=["datasets.0.type.field_prompt"], fix=fix):
+        axolotl(tmp_path, {"path": "d/d", "type": own}, rl="dpo")
+
+
+def test_the_fix_of_a_prompt_of_its_own_imports(tmp_path: Path) -> None:
+    own = {"field_instruction": "question", "field_output": "answer"}
+    values = {**AXOLOTL, "datasets": [{"path": "d/d", "type": own}]}
+    given = {
+        "data.train.source": "d/d",
+        "data.train.format": "alpaca",
+        "data.train.columns": "{instruction: question, output: answer}",
+    }
+    recipe = translated_text("axolotl", json.dumps(values), tmp_path, **given)
+    assert {*recipe.source.keys} <= recipe.mentioned
+
+
+@pytest.mark.parametrize("type_", ["alpaca:phi", "sharegpt:chat", "sharegpt.load_role", "oasst"])
+def test_a_type_with_a_text_or_reader_of_its_own_is_refused(type_: str, tmp_path: Path) -> None:
+    with refuses(UsageError, names=[type_]):
+        axolotl(tmp_path, {"path": "d/d", "type": type_})
+
+
+@pytest.mark.parametrize(
+    ("key", "usual", "other"),
+    [
+        ("roles_to_train", ["assistant"], ["assistant", "user"]),
+        ("roles_to_train", ["gpt"], []),
+        ("train_on_eos", "turn", "all"),
+        ("train_on_eos", "turn", "none"),
+        ("train_on_eot", "turn", False),
+        ("field_thinking", "reasoning_content", "scratchpad"),
+        ("field_thinking", "thinking", "why"),
+    ],
+)
+def test_what_is_trained_of_a_turn(key: str, usual: Any, other: Any, tmp_path: Path) -> None:
+    name = f"datasets.0.{key}"
+    assert not notes_by_key(axolotl(tmp_path, {**CHAT, key: usual}))[name].differs
+    assert notes_by_key(axolotl(tmp_path, {**CHAT, key: other}))[name].differs
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("message_field_training", "train"),
+        ("message_field_training_detail", "detail"),
+        ("shards", 10),
+        ("drop_system_message", True),
+        ("message_property_mappings", {"role": "speaker"}),
+        ("message_property_mappings", {"content": "said"}),
+    ],
+)
+def test_keys_that_leave_out_or_rename_parts_of_the_rows_differ(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    notes = axolotl(tmp_path, {**CHAT, key: value}).notes
+    assert [note for note in notes if note.key.startswith(f"datasets.0.{key}") and note.differs]
+
+
+def test_a_shard_of_all_data_sets_differs(tmp_path: Path) -> None:
+    recipe = axolotl(tmp_path, CHAT, dataset_shard_num=4, dataset_shard_idx=1)
+    assert notes_by_key(recipe)["dataset_shard_num"].differs
+
+
+def test_the_older_name_of_a_split_is_read(tmp_path: Path) -> None:
+    recipe = axolotl(tmp_path, {**CHAT, "train_on_split": "validation"})
+    assert recipe.values["data.train"]["split"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "too_long"), [(None, "drop"), ("truncate", "truncate"), ("raise", "error")]
+)
+def test_rows_that_are_too_long(strategy: str | None, too_long: str, tmp_path: Path) -> None:
+    recipe = axolotl(tmp_path, CHAT, excess_length_strategy=strategy)
+    assert recipe.values["data.too_long"] == too_long
+
+
+def test_documents_are_not_left_out_by_their_length(tmp_path: Path) -> None:
+    recipe = axolotl(tmp_path, {"path": "d/d", "type": "completion"})
+    assert "data.too_long" not in recipe.values
+
+
+@pytest.mark.parametrize("loss", ["torchtune.rlhf.loss.DPOLoss", "m.ForwardKLLoss"])
+def test_a_loss_of_torchtune_that_is_no_cross_entropy_differs(loss: str, tmp_path: Path) -> None:
+    values = BASES["torchtune"] | {"loss": {"_component_": loss}}
+    notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
+    assert notes["loss._component_"].differs
+
+
+@pytest.mark.parametrize("loss", ["LinearCrossEntropyLoss", "CEWithChunkedOutputLoss"])
+def test_a_cross_entropy_of_torchtune_needs_nothing(loss: str, tmp_path: Path) -> None:
+    values = BASES["torchtune"] | {"loss": {"_component_": f"torchtune.modules.loss.{loss}"}}
+    notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
+    assert not notes["loss._component_"].differs
+
+
+def test_data_sets_of_torchtune_that_train_on_other_parts_differ(tmp_path: Path) -> None:
+    chat = {"_component_": "torchtune.datasets.chat_dataset", "source": "d/d"}
+    datasets = [
+        {**chat, "train_on_input": False},
+        {**chat, "train_on_input": True},
+        {**chat, "train_on_input": False},
+    ]
+    values = BASES["torchtune"] | {"dataset": datasets}
+    notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
+    assert notes["dataset.1.train_on_input"].differs
+    assert not notes["dataset.2.train_on_input"].differs
+
+
+def test_betas_of_torchtune(tmp_path: Path) -> None:
+    values = BASES["torchtune"] | {"optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]}}
+    recipe = translated_text("torchtune", json.dumps(values), tmp_path)
+    assert recipe.values["train.betas"] == [0.9, 0.95]
+
+
+def test_names_in_a_turn_of_llamafactory(tmp_path: Path) -> None:
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
+    entry = {"file_name": "d.json", "formatting": "sharegpt", "tags": tags}
+    odd = {**entry, "tags": {**tags, "role_tag": "who", "user_tag": "customer"}}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text(json.dumps({"usual": entry, "odd": odd}))
+    values = BASES["llamafactory"] | {"dataset": "usual,odd"}
+    notes = notes_by_key(translated_text("llamafactory", json.dumps(values), tmp_path))
+    assert not notes["dataset.0.tags.user_tag"].differs
+    assert notes["dataset.1.tags.user_tag"].differs
+    assert notes["dataset.1.tags.role_tag"].differs
+
+
+@pytest.mark.parametrize("tool", ["trl", "llamafactory"])
+def test_a_base_in_fp4_differs(tool: str, tmp_path: Path) -> None:
+    key = {"trl": "bnb_4bit_quant_type", "llamafactory": "quantization_type"}[tool]
+    given = {"data.train.source": "rows.jsonl"}
+    text = json.dumps(BASES[tool] | {key: "fp4"})
+    assert notes_by_key(translated_text(tool, text, tmp_path, **given))[key].differs
+    text = json.dumps(BASES[tool] | {key: "nf4"})
+    assert not notes_by_key(translated_text(tool, text, tmp_path, **given))[key].differs
