@@ -98,9 +98,8 @@ def test_a_full_run_writes_the_keys_that_older_readers_need(
     scratch.mkdir()
     model = built_model(run, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    files = tokenizer_files(
-        tokenizer, select_template(run.data, tokenizer, {tokenizer.eos_token_id}), scratch
-    )
+    template = select_template(run.data, tokenizer, {tokenizer.eos_token_id})
+    files = tokenizer_files(tokenizer, template, base, scratch)
     write_model_files(written, run, model, files)
     values = json.loads((written / "config.json").read_text())
     assert (values["rope_theta"], values["rope_scaling"], values["torch_dtype"]) == (

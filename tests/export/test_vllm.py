@@ -95,7 +95,12 @@ def test_the_folder_holds_what_the_format_says(
 def test_an_adapter_for_vllm(run: Path, tiny: Path, tmp_path: Path) -> None:
     assert export_peft(run, tmp_path / "out") == 8
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert names == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+    ]
     options: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}
     recipe = {"modules_to_save": ["embed_tokens"], "target": ["q_proj"]}
     make_run(tmp_path / "full", tiny, peft_model(tiny, **options), adapter=recipe)

@@ -69,9 +69,12 @@ def test_run_directory_and_record(tiny: Path, tmp_path: Path) -> None:
     assert records[-1]["loss"] < records[0]["loss"]
     for place in ("checkpoint-6", "checkpoint-8", "final"):
         assert manifest.find_damage(out / place) is None
-        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
-            p.name for p in (out / place).iterdir()
-        }
+        assert {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "tokenizer.json",
+            "generation_config.json",
+        } <= {p.name for p in (out / place).iterdir()}
     assert not (out / "checkpoint-2").exists(), "keep: 2"
     assert (out / "checkpoint-8" / "state").is_dir()
     assert not (out / "final" / "state").exists()

@@ -24,6 +24,7 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
 from tunesmith.model.stored_form import in_stored_form, write_model_config
+from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.runtime.transfer import Snapshot
 
@@ -32,14 +33,16 @@ OptimizerState = Mapping[str, Tensor]
 
 
 def tokenizer_files(
-    tokenizer: PreTrainedTokenizerBase, template: Template, scratch: Path
+    tokenizer: PreTrainedTokenizerBase, template: Template, base: Path, scratch: Path
 ) -> TokenizerFiles:
-    """The tokenizer's files, with the template in use as its chat template.
+    """The tokenizer's files, with the template in use as its chat template, and the settings of
+    generation, with all tokens that end an answer.
 
-    So inference prompts as training did. Make them once, in the main thread: others use and change
-    the tokenizer, and serializing a large vocabulary in a background thread would hold the
-    interpreter's lock.
+    So inference prompts as training did, and stops where answers ended. Make them once, in the main
+    thread: others use and change the tokenizer, and serializing a large vocabulary in a background
+    thread would hold the interpreter's lock.
 
+    base: the base's folder.
     scratch: a folder for a temporary one, which `claim.remove_leftovers` removes after a kill.
     """
     original_template = tokenizer.chat_template
@@ -50,6 +53,8 @@ def tokenizer_files(
         ) as folder:
             tokenizer.save_pretrained(folder)
             write_for_older_readers(Path(folder))
+            text = generation_config_text(base, tokenizer, template.end_ids)
+            (Path(folder) / GENERATION_CONFIG).write_text(text, encoding="utf-8")
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
             return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     finally:
@@ -88,8 +93,6 @@ def write_model_files(
 def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> None:
     """Write a whole model's files but its weights."""
     write_model_config(model.model, folder)
-    if model.model.generation_config is not None:
-        model.model.generation_config.save_pretrained(folder)
     _write_tokenizer(folder, tokenizer)
     write_for_older_readers(folder)
 

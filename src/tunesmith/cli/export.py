@@ -167,13 +167,14 @@ def _export_vllm(args: argparse.Namespace) -> None:
         module = shell_word(f"{Path(args.output).name}={args.output}")
         serve = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
         # vLLM reads the base's tokenizer, whose template has neither the arguments nor the date of
-        # training, if it has one at all.
+        # training, if it has one at all, and the base's end tokens.
         template = Path(location.folder or args.run, "chat_template.jinja")
-        with_template = f" --chat-template {shell_path(template)}" if template.is_file() else ""
+        options = f" --chat-template {shell_path(template)}" if template.is_file() else ""
+        options += f" --generation-config {output}"
         report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
         needed = [output, *([shell_path(template)] if template.is_file() else [])]
         lines = [
-            f"next: {serve} --lora-modules {module}{with_template}",
+            f"next: {serve} --lora-modules {module}{options}",
             f"to share: {', '.join(needed)}; the command above also loads the base, {base}",
         ]
     elif args.quant in (None, "bf16"):

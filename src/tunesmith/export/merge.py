@@ -39,7 +39,6 @@ from tunesmith.host.shell import shell_path
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference.load_run import (
     Dtype,
-    OpenedRun,
     RunLocation,
     locate_run,
     read_run_files,
@@ -55,6 +54,7 @@ from tunesmith.model.safetensors_files import read_headers, read_json
 from tunesmith.model.save_tensors import save_sharded
 from tunesmith.model.shipped import form_of_folder
 from tunesmith.model.stored_form import in_stored_form, write_model_config
+from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.quant.schemes import NF4, scheme_of
 
 # Rows from the first to before the last.
@@ -359,7 +359,9 @@ def write_merged(
     write_model_config(model, folder)
     files.tokenizer.save_pretrained(folder)
     write_for_older_readers(folder)
-    _write_settings(tuned.files, folder)
+    end_ids = tuned.files.template.end_ids
+    text = generation_config_text(files.folder, files.tokenizer, end_ids)
+    (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
     copy_notices(files.folder, folder)
     # A `tokenizer.model` knows no added tokens.
     pieces = files.folder / SENTENCEPIECE
@@ -387,17 +389,3 @@ def copy_notices(base: Path, folder: Path) -> None:
     for file in sorted(base.iterdir()):
         if file.is_file() and file.name.upper().startswith(NOTICES):
             shutil.copyfile(file, folder / file.name)
-
-
-def _write_settings(read: OpenedRun, folder: Path) -> None:
-    """Write how the model generates: the base's sampling defaults, unread, as save_pretrained
-    refuses some that models do ship; the tokens that end an answer.
-    """
-    settings_file = read.files.folder / "generation_config.json"
-    settings = {}
-    if settings_file.is_file():
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    settings["eos_token_id"] = sorted(read.template.end_ids)
-    settings["pad_token_id"] = read.files.tokenizer.pad_token_id
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "generation_config.json").write_text(text, encoding="utf-8")

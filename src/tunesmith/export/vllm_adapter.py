@@ -45,6 +45,7 @@ from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
 from tunesmith.model.names import composite_of, name_in_whole
 from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
+from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
@@ -152,6 +153,11 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             else:
                 for name in (CONFIG, WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
+            read = tuned.files
+            text = generation_config_text(
+                read.files.folder, read.files.tokenizer, read.template.end_ids
+            )
+            (part / GENERATION_CONFIG).write_text(text, encoding="utf-8")
             card = model_card(location.base, location.run, folder.parent)
             (part / CARD).write_text(card, encoding="utf-8")
             add_files_to_card(part, weights_file(part, "PEFT, the LoRA alone"))

@@ -1,7 +1,9 @@
 """The tokenizer: padding, added tokens, and which ids end a turn."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -10,6 +12,8 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.load import one_line
 from tunesmith.model.safetensors_files import read_json
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
@@ -96,7 +100,7 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     token_ids = set(tokenizer.get_vocab().values())
-    for file in (folder / "generation_config.json", folder / "config.json"):
+    for file in (folder / GENERATION_CONFIG, folder / "config.json"):
         values = _stated_eos_ids(file)
         unknown = sorted(set(values) - token_ids)
         if unknown:
@@ -111,6 +115,21 @@ def eos_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
             )
         ids.update(values)
     return ids
+
+
+def generation_config_text(
+    base: Path, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]
+) -> str:
+    """The text of a trained model's `generation_config.json`: the sampling defaults of the base, a
+    folder, and the tokens that end an answer.
+
+    The file is read as JSON: GenerationConfig refuses to save some that models do ship.
+    """
+    file = base / GENERATION_CONFIG
+    settings: dict[str, Any] = read_json(file) if file.is_file() else {}
+    settings["eos_token_id"] = sorted(end_ids)
+    settings["pad_token_id"] = tokenizer.pad_token_id
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def _stated_eos_ids(file: Path) -> list[int]:

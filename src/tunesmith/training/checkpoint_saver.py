@@ -63,7 +63,10 @@ class CheckpointSaver:
         self.tokenizer: contents.TokenizerFiles = {}
         if self.ranks.is_main_process:
             template = session.data.template
-            self.tokenizer = contents.tokenizer_files(session.files.tokenizer, template, self.out)
+            files = session.files
+            self.tokenizer = contents.tokenizer_files(
+                files.tokenizer, template, files.folder, self.out
+            )
         self.cadence = Cadence(
             self.run.checkpoint.every,
             total=session.total_steps,
