@@ -16,7 +16,7 @@ from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
 from tunesmith.config.typed import run_type
 from tunesmith.model.shapes import config_of_model
-from tunesmith.training.make_recipe import PREFERENCE_RATE, learning_rate_of_width
+from tunesmith.training.make_recipe import PREFERENCE_RATE, default_learning_rate
 from tunesmith.units import Length, Size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,9 +92,9 @@ def test_learning_rates_are_those_of_choosing_or_the_recipe_says_why_not() -> No
         run = load_recipe(name)
         config = config_of_model(run.model.name)
         assert config is not None, name
-        rate = learning_rate_of_width(run.adapter.kind, config["hidden_size"])
+        rate = default_learning_rate(run.adapter.kind, config["model_type"], config["hidden_size"])
         if run.method.name != "sft":
-            rate = float(f"{rate * PREFERENCE_RATE:.0e}")
+            rate = float(f"{rate * PREFERENCE_RATE:.1e}")
         text = path.read_text(encoding="utf-8")
         stated = re.findall(r"docs/choosing.md: (\S+)$", text, re.MULTILINE)
         if run.train.learning_rate == rate:

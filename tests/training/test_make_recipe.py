@@ -49,7 +49,7 @@ from tunesmith.sweep import run as sweep_module
 from tunesmith.sweep.space import Space
 from tunesmith.training.make_recipe import (
     continued_rate,
-    learning_rate_of_width,
+    default_learning_rate,
     make_recipe,
 )
 from tunesmith.training.run import train
@@ -288,8 +288,8 @@ train:
   # 170 optimizer steps; small data sets get small batches, for 100 steps or
   # more
   global_batch: 2 examples
-  # from the model's hidden size, 64; LoRA takes about ten times the rate of
-  # full fine-tuning
+  # from the model's family, llama, and hidden size, 64; LoRA takes about ten
+  # times the rate of full fine-tuning
   learning_rate: 0.001
 validate:
   every: 10 steps
@@ -621,11 +621,39 @@ def test_long_rows_get_room_within_the_context(home: Path) -> None:
 
 def test_the_learning_rates_of_the_docs_are_those_of_the_code() -> None:
     page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| [^|]+ \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
-    assert len(rows) == 6
-    for hidden, lora, full in rows:
-        assert learning_rate_of_width("lora", int(hidden)) == float(lora), hidden
-        assert learning_rate_of_width("none", int(hidden)) == float(full), hidden
+    rows = re.findall(r"^\| (\w+) \| (\d+|any) \| [^|]+ \| (\S+) \| (\S+) \|$", page, re.MULTILINE)
+    assert len(rows) == 9
+    for name, hidden, lora, full in rows:
+        family = "gpt_oss" if name == "others" else name
+        for width in (256, 4096, 16384) if hidden == "any" else (int(hidden),):
+            assert default_learning_rate("lora", family, width) == float(lora), (family, width)
+            assert default_learning_rate("none", family, width) == float(full), (family, width)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "hidden", "rate"),
+    [
+        # get_lr of Thinking Machines' cookbook: 5e-4 * (2000 / hidden) ** 0.781 or 0.0775
+        ("llama", 4096, 2.856e-4),
+        ("qwen3", 4096, 4.730e-4),
+        ("qwen3", 5120, 4.649e-4),
+        ("qwen2", 3584, 4.779e-4),
+        ("qwen3_5_moe_text", 2048, 4.991e-4),
+    ],
+)
+def test_the_rate_of_a_family_is_that_of_its_fit(model_type: str, hidden: int, rate: float) -> None:
+    # Two significant digits.
+    assert default_learning_rate("lora", model_type, hidden) == pytest.approx(rate, rel=0.02)
+    assert default_learning_rate("none", model_type, hidden) == pytest.approx(rate / 10, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt_oss", "glm4", "glm4_moe", "nemotron_h", "deepseek_v3", "llama4_text", "gemma3"],
+)
+def test_a_family_without_a_fit_gets_no_rate_of_another_one(model_type: str) -> None:
+    rates = {default_learning_rate("lora", model_type, width) for width in (1024, 4096, 7168)}
+    assert rates == {2e-4}
 
 
 def test_what_is_given_stands_and_is_written(home: Path) -> None:
@@ -636,7 +664,7 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
         "data.validation.source=chat.jsonl",
     ]
     made = make_recipe("small", "faq.csv", given)
-    assert (made.run.adapter.kind, made.run.train.learning_rate) == ("none", 7e-4)
+    assert (made.run.adapter.kind, made.run.train.learning_rate) == ("none", 7.4e-4)
     assert (made.run.data.hold_out, made.path) == (None, home / "mine.yaml")
     assert "rank" not in made.text
     assert "command line\n  global_batch: 10 examples" in made.text
@@ -698,9 +726,13 @@ def test_a_family_without_a_row_gets_a_recipe_that_trains(
     assert f"recipe: runs/faq-{model_type}.yaml" in capsys.readouterr().err
     recipe = load_recipe(home / f"runs/faq-{model_type}.yaml")
     assert recipe.data.pack is packs
-    assert (recipe.train.learning_rate, recipe.adapter.rank) == (1e-3, 16)
+    assert (recipe.train.learning_rate, recipe.adapter.rank) == (2e-4, 16)
     assert recipe.train.global_batch.unit == "examples"
     text = (home / f"runs/faq-{model_type}.yaml").read_text()
+    # The comment names the family that has no rule.
+    above_rate = re.search(r"((?: *#.*\n)+) *learning_rate: ", text)
+    assert above_rate
+    assert model_type in above_rate[1]
     reason = f"  # {model_type} cannot keep packed examples apart\n  pack: false"
     assert (reason in text) is not packs
     assert (home / f"runs/faq-{model_type}/final/adapter_model.safetensors").is_file()

@@ -83,14 +83,18 @@ SHORT_INTERVALS = (1, 2, 3, 4, 5)
 VALIDATIONS = 5
 MORE_VALIDATIONS = 10
 FEW_HELD_OUT = 100
-# Full fine-tuning's rate at width 2000, how many times that is for LoRA, and how it falls with the
-# width: Thinking Machines, "LoRA Without Regret" (2025), fitted on Llama models; no more than small
-# models take.
+# Full fine-tuning's rate at width 2000, how many times that is for LoRA, and the exponents with
+# which it falls with the width: Thinking Machines, "LoRA Without Regret" (2025) and `get_lr` of
+# their cookbook, fitted on Llama and on Qwen models; no more than small models take.
 FULL_RATE = 5e-5
 LORA_RATE = 10
 WIDTH = 2000
-WIDTH_EXPONENT = 0.781
+WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 MOST_RATE = 1e-3
+# Of other families there is no fit. QLoRA took ten times this rate for LoRA on 7B and 13B models
+# (arXiv:2305.14314). Of DeepSeek, gpt-oss, Kimi and Nemotron the cookbook's best rates are 1e-4 to
+# 1e-3; where it has the losses (sft_sweep.md), 2e-4 is within 1 % of the best.
+CAUTIOUS_FULL_RATE = 2e-5
 # The method that learns from rows of a format; of those that do the one that needs no second model
 # of the user's choice.
 METHODS_OF_FORMATS = {"preference": "dpo", "feedback": "kto"}
@@ -241,7 +245,7 @@ def make_recipe(
         why["data.pack"] = f"{examined.spec.model_type} cannot keep packed examples apart"
     steps = _choose_steps(chosen, why, draft, override_keys, row_count - held_out, layout.format)
     _choose_validations(chosen, why, steps, held_out)
-    _choose_rate(chosen, why, draft, examined.spec.hidden)
+    _choose_rate(chosen, why, draft, examined.spec)
     if layout.format in METHODS_OF_FORMATS:
         _choose_preference_rate(chosen, why)
     elif draft.adapter.from_ is not None:
@@ -491,7 +495,7 @@ def _choose_method(
 def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
     """Lower the learning rate for a method that compares answers."""
     rate = chosen["train.learning_rate"] * PREFERENCE_RATE
-    chosen["train.learning_rate"] = float(f"{rate:.0e}")
+    chosen["train.learning_rate"] = float(f"{rate:.1e}")
     why["train.learning_rate"] += "; preference training uses a tenth of it"
 
 
@@ -508,22 +512,45 @@ def continued_rate(rate: float) -> float:
     return float(f"{rate * CONTINUED_RATE:.1e}")
 
 
-def learning_rate_of_width(adapter_kind: str, hidden: int) -> float:
-    """The peak learning rate for a model with this hidden size, to one significant digit.
+def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> float:
+    """The peak learning rate for a model of this type and hidden size, to two significant digits.
 
     docs/choosing.md tabulates it, and a test compares the two.
     """
-    rate = FULL_RATE * (WIDTH / hidden) ** WIDTH_EXPONENT
+    exponent = _width_exponent(model_type)
+    if exponent is None:
+        rate = CAUTIOUS_FULL_RATE
+    else:
+        rate = FULL_RATE * (WIDTH / hidden) ** exponent
     if adapter_kind == "lora":
         rate *= LORA_RATE
-    return min(MOST_RATE, float(f"{rate:.0e}"))
+    return min(MOST_RATE, float(f"{rate:.1e}"))
 
 
-def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, hidden: int) -> None:
-    """Add the learning rate for a model of this width."""
-    chosen["train.learning_rate"] = learning_rate_of_width(draft.adapter.kind, hidden)
-    reason = f"from the model's hidden size, {hidden:,}"
-    if draft.adapter.kind == "lora":
+def _width_exponent(model_type: str) -> float | None:
+    """How the best rate of a family falls with the width; None where nobody has fitted it.
+
+    Llama 4 has another architecture than the models of the fit; Qwen's mixtures were in it.
+    """
+    if model_type == "llama":
+        return WIDTH_EXPONENTS["llama"]
+    if model_type.startswith("qwen"):
+        return WIDTH_EXPONENTS["qwen"]
+    return None
+
+
+def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, spec: ModelSpec) -> None:
+    """Add the learning rate for a model of this family and width."""
+    kind = draft.adapter.kind
+    chosen["train.learning_rate"] = default_learning_rate(kind, spec.model_type, spec.hidden)
+    if _width_exponent(spec.model_type) is None:
+        reason = (
+            f"there is no rule for {spec.model_type} models: a cautious rate; try twice and half of"
+            " it, see docs/choosing.md"
+        )
+    else:
+        reason = f"from the model's family, {spec.model_type}, and hidden size, {spec.hidden:,}"
+    if kind == "lora":
         reason += "; LoRA takes about ten times the rate of full fine-tuning"
     why["train.learning_rate"] = reason
 
