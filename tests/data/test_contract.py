@@ -22,7 +22,7 @@ from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet
 from tunesmith.errors import DataError
 
 VOCAB = 272
-CHECKS = 7
+CHECKS = 8
 
 
 def check(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> Contract:
@@ -47,7 +47,16 @@ def given(simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = Fa
 
 
 # The checks of a contract in their order; of an empty split there is the first alone.
-RULES = ("not empty", "supervised", "end token", "BOS", "prompt", "vocabulary", "cut off")
+RULES = (
+    "not empty",
+    "hold the answers",
+    "supervised",
+    "end token",
+    "BOS",
+    "prompt",
+    "vocabulary",
+    "cut off",
+)
 
 
 def assert_broken(
@@ -68,6 +77,7 @@ def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) ->
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
     contract = assert_holds(simple, tokens)
     assert [c.checked for c in contract.checks] == [
+        80,
         80,
         80,
         80,
@@ -140,7 +150,7 @@ def test_few_cut_answers_are_warned_of_and_many_refused(make, simple: Simple) ->
     longest = make(rows, seq_len=999).counts.longest
     contract = check(simple, make(rows, seq_len=100))
     assert not contract.broken
-    assert contract.checks[2].checked == 18
+    assert contract.checks[RULES.index("end token")].checked == 18
     (warning,) = contract.warnings
     assert warning.startswith("2 of 20 rows (10.0%) ")
     assert holds(warning, "data.seq_len")
@@ -255,6 +265,6 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
     tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))])
     began = time.perf_counter()
     contract = assert_holds(simple, tokens)
-    assert contract.checks[2].checked == n
+    assert contract.checks[RULES.index("end token")].checked == n
     assert time.perf_counter() - began < 20  # 2 s when written
     assert len(contract.checks) == CHECKS

@@ -41,6 +41,7 @@ class Example(NamedTuple):
             method compares with, where it is known before training.
         shared: tokens at the start of a pair's second sequence that a packed row leaves out, as
             they are those of the first one and no position of either has a target (`count_shared`).
+        flaws: names in ROW_WARNINGS of what its tokens show, until it is stored.
     """
 
     ids: np.ndarray
@@ -49,6 +50,7 @@ class Example(NamedTuple):
     label: bool | None = None
     reference: tuple[float, ...] = ()
     shared: int = 0
+    flaws: tuple[str, ...] = ()
 
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """`ids` and `trained` of each sequence."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tunesmith.data.cache import TokenArrays
+from tunesmith.data.row_warnings import LOST, ROW_WARNINGS
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import TokenSet
 from tunesmith.errors import DataError
@@ -23,6 +24,10 @@ _TAIL = 4
 # Of the rows, with an answer that ends at seq_len: more teach the model not to stop.
 MOST_CUT = 0.1
 _FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.seq_len"
+# Of the rows, with an answer that the template renders in part. Some texts speak of the template's
+# own marks (</think>), and a few such rows teach nothing; more are lost because of what rows and
+# template are.
+MOST_LOST = 0.01
 # Tokens on each side of a fault in an excerpt.
 _CONTEXT = 12
 
@@ -195,7 +200,31 @@ def check_tokens(
                 checked=check.checked + faults.checked,
                 broken=check.broken + len(faults.tokens),
             )
-    return _judge_cut_answers(Contract(split, (not_empty, *checks)), cut_answers)
+    all_checks = (not_empty, _answers_are_whole(tokens), *checks)
+    return _judge_cut_answers(Contract(split, all_checks), cut_answers)
+
+
+def _answers_are_whole(tokens: TokenSet) -> Check:
+    """The rows whose answers the template renders in part; few are a warning of these rows."""
+    check = Check("the supervised tokens hold the answers of the row", 0, "rows")
+    for part in tokens.parts:
+        rows = part.counts.rows
+        check = replace(check, checked=check.checked + rows)
+        for name in LOST:
+            count, first = part.counts.flaws.get(name, (0, 0))
+            if count and not check.where:
+                warning = ROW_WARNINGS[name]
+                check = replace(
+                    check,
+                    where=part.rows.where(first),
+                    why=f"the row has {warning.what}: {warning.why}",
+                    fix=warning.fix,
+                )
+            check = replace(check, broken=min(check.broken + count, check.checked))
+    if check.broken > MOST_LOST * check.checked:
+        return check
+    note = f"{check.broken:,} do not" if check.broken else ""
+    return Check(check.name, check.checked, check.of, note=note)
 
 
 def _rules(

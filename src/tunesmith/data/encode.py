@@ -110,6 +110,7 @@ def _side_by_side(chosen: Example, rejected: Example) -> Example:
         ids=np.concatenate([chosen.ids, rejected.ids]),
         trained=np.concatenate([chosen.trained, rejected.trained]),
         sequences=(len(chosen.ids), len(rejected.ids)),
+        flaws=tuple(dict.fromkeys([*chosen.flaws, *rejected.flaws])),
     )
 
 
@@ -148,7 +149,7 @@ class RowEncoder:
             sample = _samples_of(row.sample)[0]
             if is_compared and self.train_on != "all":
                 prompt = self._check_prompt(sample, example)
-            warnings = list(row_warnings(sample, raw=self.template.raw))
+            warnings = [*row_warnings(sample, raw=self.template.raw), *example.flaws]
             encoded.append(EncodedRow(example, warnings, prompt, row.unread))
         return encoded
 

@@ -30,8 +30,16 @@ from jinja2 import TemplateError
 
 from tunesmith.data.align import CharSpan
 from tunesmith.data.answer_ends import AnswerEnds
-from tunesmith.data.sentinels import POSITIONS, Field, Message, Messages, Sentinel, Sentinels, Tools
+from tunesmith.data.sentinels import POSITIONS, Field, Messages, Sentinel, Sentinels, Tools
 from tunesmith.data.template_args import names_of_arguments
+from tunesmith.data.thoughts import (
+    Message,
+    MessageForm,
+    closing_of,
+    missing_parts,
+    split_thought,
+    thought_forms,
+)
 from tunesmith.errors import DataError, first_line
 
 # What a template may end in; the last two where it calls itself, or writes a text beyond all
@@ -47,6 +55,9 @@ RENDER_ERRORS = (
     MemoryError,
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
+# What tells a closing tag from its opening one: </think>, <channel|>, <|END_THINKING|>.
+_NO_NAME = re.compile(r"[^a-z]|start|end|begin|of", re.IGNORECASE)
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = (
     "move the {% generation %} tags in the template: they must enclose each answer with its end"
@@ -103,6 +114,21 @@ class _Rendering(NamedTuple):
         return self.text[self.place(last) : next_text]
 
 
+class Answers(NamedTuple):
+    """A rendered conversation with its answers.
+
+    Attributes:
+        spans: the supervised characters.
+        missing: what the row has and these do not hold, by names of ROW_WARNINGS: `missing_parts`
+            of answers; `earlier_thought`, one that the template leaves out because the conversation
+            goes on; and `unlisted_tools`.
+    """
+
+    text: str
+    spans: list[CharSpan]
+    missing: frozenset[str] = frozenset()
+
+
 # Of one {% generation %} block: the characters [start, end) that it wrote.
 _Block = tuple[int, int]
 
@@ -118,6 +144,7 @@ _PROBE_TURNS = [
     {"role": "assistant", "content": "four"},
 ]
 _PROBE_THINKING = [_PROBE_TURN[0], {**_PROBE_TURN[1], "reasoning_content": "three"}]
+_PROBE_INLINE = [_PROBE_TURN[0], {**_PROBE_TURN[1], "content": "<think>\nthree\n</think>\n\ntwo"}]
 _CALL = {
     "type": "function",
     "id": "call00001",
@@ -155,7 +182,9 @@ class AssistantMask:
     Attributes:
         tagged: whether the template has {% generation %} blocks.
         ends: what may end an answer.
-        reasoning, tools: whether the template shows thinking and tool calls.
+        form: how the template takes thoughts and calls.
+        reasoning, calls: whether the template shows those.
+        lists_tools: whether it writes the tools of a conversation.
     """
 
     def __init__(self, tokenizer: Any, jinja: str, name: str, eos_ids: Collection[int]) -> None:
@@ -164,8 +193,11 @@ class AssistantMask:
         self.name = name
         self.tagged = bool(_GENERATION.search(jinja))
         # Before its first result, the probe looks for every text with every position.
+        self.form = MessageForm()
         self.reasoning = False
-        self.tools = False
+        self.calls = False
+        self.lists_tools = False
+        self._splits_thoughts = False
         self.ends = AnswerEnds(tokenizer, eos_ids)
         self._probe()
 
@@ -175,7 +207,7 @@ class AssistantMask:
         """The text of a conversation, or DataError; `generate` adds the generation prompt."""
         with self._render_errors(where):
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                self.form.apply(messages),
                 tools,
                 chat_template=self.jinja,
                 add_generation_prompt=generate,
@@ -192,7 +224,7 @@ class AssistantMask:
         # begin before a span.
         bare = [
             {key: value for key, value in message.items() if value is not None}
-            for message in messages
+            for message in self.form.apply(messages)
         ]
         with self._render_errors(where):
             texts, blocks = render_jinja_template(
@@ -217,8 +249,41 @@ class AssistantMask:
     def _error(self, what: str, where: str, why: str = "", fix: str = _FIX) -> DataError:
         return DataError(f"{self.name} {what}", where=where, why=why, fix=fix)
 
-    def _locate_texts(self, text: str, messages: Messages, tools: Tools, where: str) -> _Rendering:
+    def _locate_texts(
+        self,
+        text: str,
+        messages: Messages,
+        tools: Tools,
+        where: str,
+        trained: Collection[int] | None = None,
+    ) -> _Rendering:
         """Find the texts of a conversation in its rendering.
+
+        Where no sentinels keep it equal, those beside the answers that are trained may: a template
+        may read a text of an earlier turn.
+        """
+        rendering = self._locate_texts_of(None, text, messages, tools, where, trained)
+        if rendering is None and trained is not None:
+            near = {i + step for i in trained for step in (-1, 0, 1)}
+            rendering = self._locate_texts_of(near, text, messages, tools, where, trained)
+        if rendering is None:
+            raise self._error(
+                "renders differently depending on the message text, so assistant spans cannot be"
+                " located",
+                where,
+            )
+        return rendering
+
+    def _locate_texts_of(
+        self,
+        only: Collection[int] | None,
+        text: str,
+        messages: Messages,
+        tools: Tools,
+        where: str,
+        trained: Collection[int] | None,
+    ) -> _Rendering | None:
+        """Find the texts of some messages; None where all sentinels change the rendering.
 
         The first position of sentinels that keeps the rendering equal is used. Further positions
         are tried while a text is missing that the template must show or that holds an end token.
@@ -228,7 +293,7 @@ class AssistantMask:
         shown: set[int] = set()
         # Sentinels before, after or around each text: a template may trim one side.
         for position in POSITIONS:
-            inserted = Sentinels(word, position)
+            inserted = Sentinels(word, position, only)
             marked_messages, marked_tools = inserted.insert(messages, tools)
             marked_text = self.render(marked_messages, marked_tools, where=where)
             plain_text, sentinels = self._strip(inserted, marked_text)
@@ -243,15 +308,12 @@ class AssistantMask:
                 )
             missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
             # All that must show has shown itself: the other positions need not be tried.
-            if all(self._may_drop(field) and not self._has_end(field.text) for field in missing):
+            if all(
+                self._may_drop(field, trained) and not self._has_end(field.text)
+                for field in missing
+            ):
                 break
-        if rendering is None:
-            raise self._error(
-                "renders differently depending on the message text, so assistant spans cannot be"
-                " located",
-                where,
-            )
-        return rendering._replace(shown=frozenset(shown))
+        return rendering and rendering._replace(shown=frozenset(shown))
 
     def _strip(self, inserted: Sentinels, marked_text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those of the texts where they stand first.
@@ -281,8 +343,17 @@ class AssistantMask:
             last_of_message[field.message] = n
         return text, first_ones
 
-    def _may_drop(self, field: Field) -> bool:
-        return field.kind == "reasoning_content" and self.reasoning
+    def _may_drop(self, field: Field, trained: Collection[int] | None) -> bool:
+        """Whether a template may leave out a text; `Answers.missing` tells what it leaves out.
+
+        That is a thought that is not trained, or one of several, and tools where it has calls: no
+        prompt in use shows them either.
+        """
+        if field.kind == "tools":
+            return self.calls and not self.lists_tools
+        if field.kind != "reasoning_content":
+            return False
+        return self.reasoning or (trained is not None and field.message not in trained)
 
     def answers(
         self,
@@ -291,7 +362,7 @@ class AssistantMask:
         *,
         selected: Collection[int] | None = None,
         where: str = "",
-    ) -> tuple[str, list[CharSpan]]:
+    ) -> Answers:
         """The rendered conversation, and the supervised spans of its answers.
 
         Args:
@@ -306,23 +377,32 @@ class AssistantMask:
         else:
             text = self.render(messages, tools, where=where)
             blocks = []
-        rendering = self._locate_texts(text, messages, tools, where)
-        self._check_complete(rendering, where)
+        rendering = self._locate_texts(text, messages, tools, where, selected)
+        self._check_complete(rendering, where, selected)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         blocks_of = self._blocks_of_answers(rendering, blocks, answers, where)
         # The end of the last answer shows only where another turn follows.
         if not self.tagged and answers:
             rendering = self._with_next_turn(rendering, answers[-1])
         spans = []
+        missing = set()
         for i in answers:
             if selected is not None and i not in selected:
                 continue
             is_last = i == answers[-1]
             if self.tagged:
-                spans += self._tagged_answer(rendering, i, is_last, blocks_of[i], where)
+                own_spans = self._tagged_answer(rendering, i, is_last, blocks_of[i], where)
             else:
-                spans.append(self._answer(rendering, i, is_last, where))
-        return rendering.text, spans
+                rendering, span = self._answer(rendering, i, is_last, where)
+                own_spans = [span]
+            spans += own_spans
+            supervised = "".join(rendering.text[span.start : span.end] for span in own_spans)
+            for part in missing_parts(messages[i], supervised):
+                is_earlier = part == "lost_thought" and self.reasoning and not is_last
+                missing.add("earlier_thought" if is_earlier else part)
+        if tools and not self.lists_tools and not self._shows(rendering, "tools"):
+            missing.add("unlisted_tools")
+        return Answers(rendering.text, spans, frozenset(missing))
 
     def _with_next_turn(self, rendering: _Rendering, i: int) -> _Rendering:
         """The rendering; where message i, the last answer, lacks an end, with the next turn's."""
@@ -333,25 +413,22 @@ class AssistantMask:
             return rendering
         return rendering._replace(text=rendering.text + next_turn)
 
-    def _check_complete(self, rendering: _Rendering, where: str) -> None:
+    def _check_complete(
+        self, rendering: _Rendering, where: str, trained: Collection[int] | None
+    ) -> None:
         """DataError for a template that drops words, and for words that hide where they end."""
+        # A message without sentinels must show its text as it is.
+        for i, plain in enumerate(rendering.messages):
+            content = plain["content"] or ""
+            is_marked = rendering.inserted.only is None or i in rendering.inserted.only
+            if not is_marked and content.strip() not in rendering.text:
+                raise self._dropped(Field(i, "content", content), rendering, where)
         # Two sentinels of a text tell its beginning and its end.
         sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
         for n, field in enumerate(rendering.inserted.fields):
             message = f"message {field.message + 1}"
-            if n not in rendering.shown and not self._may_drop(field):
-                if field.kind == "tools":
-                    dropped = "the tools"
-                elif field.kind == "content":
-                    dropped = f"{message} ({rendering.messages[field.message]['role']})"
-                else:
-                    dropped = f"the {field.kind} of {message}"
-                why = "the model would train on an incomplete conversation"
-                fix = (
-                    "remove it from the rows, or use a template that renders it:"
-                    " data.template=FILE.jinja"
-                )
-                raise self._error(f"drops {dropped}", where, why, fix)
+            if n not in rendering.shown and not self._may_drop(field, trained):
+                raise self._dropped(field, rendering, where)
             is_open = n in rendering.shown and sentinels_of[n] < 2
             if is_open and self._has_end(field.text):
                 what = f"rewrites {message}, whose text contains an end token"
@@ -360,14 +437,53 @@ class AssistantMask:
             what = "writes a call whose argument is named with an end token"
             raise self._error(what, where, "the end of the call is ambiguous")
 
-    def _answer(self, rendering: _Rendering, i: int, is_last: bool, where: str) -> CharSpan:
-        """The span of message i: from the end of the generation prompt through the end token."""
+    def _dropped(self, field: Field, rendering: _Rendering, where: str) -> DataError:
+        """The error for a template that leaves out a text."""
+        message = f"message {field.message + 1}"
+        why = "the model would train on an incomplete conversation"
+        fix = "remove it from the rows, or use a template that renders it: data.template=FILE.jinja"
+        if field.kind == "tools":
+            dropped = "the tools"
+        elif field.kind == "content":
+            dropped = f"{message} ({rendering.messages[field.message]['role']})"
+        else:
+            dropped = f"the {field.kind} of {message}"
+        if field.kind == "reasoning_content" and self._keeps_inline_thoughts():
+            fix = (
+                'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
+                " template that renders it: data.template=FILE.jinja"
+            )
+        if field.kind == "tool_calls" and self.lists_tools and not self.calls:
+            why = "it lists tools and writes no calls: the model's own form of a call is not known"
+            fix = (
+                "write the call in the answer's content as the model's documentation shows it, and"
+                " remove tool_calls; or add calls to the template: data.template=FILE.jinja"
+            )
+        return self._error(f"drops {dropped}", where, why, fix)
+
+    def _keeps_inline_thoughts(self) -> bool:
+        """Whether a thought within an answer's text is rendered as it stands there."""
+        try:
+            return _PROBE_INLINE[1]["content"] in self.render(_PROBE_INLINE)
+        except DataError:
+            return False
+
+    def _answer(
+        self, rendering: _Rendering, i: int, is_last: bool, where: str
+    ) -> tuple[_Rendering, CharSpan]:
+        """The span of message i: from the end of the generation prompt through the end token.
+
+        The rendering comes back with what the generation prompt holds and the row lacks.
+        """
         anchor, prompt = self._prompt(rendering, i, where)
         if anchor is None:
             raise self._error(f"moves the text before message {i + 1}, an answer", where)
+        prompt_at = rendering.place(anchor)
+        if is_last and not rendering.text.startswith(prompt, prompt_at):
+            rendering = self._with_prompt(rendering, i, prompt_at, prompt)
         text = rendering.text
         indices = rendering.of_message(i)
-        start = self._start_of_answer(rendering, i, rendering.place(anchor), prompt, is_last, where)
+        start = self._start_of_answer(rendering, i, prompt_at, prompt, is_last, where)
         if indices:
             last_sentinel = indices[-1]
             # Texts of another message between those of the answer: no span can hold the answer
@@ -392,7 +508,46 @@ class AssistantMask:
             )
             what = f"writes no end token after message {i + 1}, an answer"
             raise self._error(what, where, self._no_end(), fix)
-        return self._through(start, end)
+        return rendering, self._through(start, end)
+
+    def _with_prompt(
+        self, rendering: _Rendering, i: int, prompt_at: int, prompt: str
+    ) -> _Rendering:
+        """The rendering with what the generation prompt has before message i, and the row lacks.
+
+        Gemma 4's prompt has an empty thought where thinking is off, and its model answers after it.
+        DeepSeek R1's opens a thought, and its template leaves thoughts out of rows: the row's is
+        written there. A row without a thought has nothing to close it with, and stays as it is.
+        """
+        header = self._header(rendering, i, prompt_at)
+        if header is None or not prompt.startswith(header):
+            return rendering
+        added = prompt[len(header) :]
+        first = rendering.of_message(i)[0]
+        # The first text shown: a thought that is shown has its own place.
+        is_thought = rendering.field(rendering.sentinels[first]).kind == "reasoning_content"
+        thought = rendering.inserted.thought_of(i)
+        closing = closing_of(added)
+        if is_thought:
+            return rendering
+        if thought and closing is not None:
+            added = f"{added}{thought.strip()}\n{closing}\n\n"
+        elif thought or not _is_empty_thought(added):
+            return rendering
+        at = prompt_at + len(header)
+        sentinels = rendering.sentinels[:first]
+        for sentinel in rendering.sentinels[first:]:
+            sentinels.append(sentinel._replace(at=sentinel.at + len(added)))
+        text = rendering.text[:at] + added + rendering.text[at:]
+        return rendering._replace(text=text, sentinels=sentinels)
+
+    def _header(self, rendering: _Rendering, i: int, prompt_at: int) -> str | None:
+        """What the rendering has before the first text of message i; None where that is unknown."""
+        indices = rendering.of_message(i)
+        if not indices or rendering.inserted.position != "both":
+            return None
+        first = rendering.sentinels[indices[0]]
+        return rendering.text[prompt_at : first.at] if first.side == "b" else None
 
     def _start_of_answer(
         self,
@@ -409,30 +564,29 @@ class AssistantMask:
             return prompt_at + len(prompt)
         # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier
         # turns.
-        header = ""
-        indices = rendering.of_message(i)
-        if indices and rendering.inserted.position == "both":
-            first = rendering.sentinels[indices[0]]
-            if first.side == "b":
-                header = text[prompt_at : first.at]
+        header = self._header(rendering, i, prompt_at)
         is_earlier_turn = header and prompt.startswith(header) and not is_last
-        if not is_earlier_turn:
+        if not header or not is_earlier_turn:
             row = text[prompt_at : prompt_at + 40]
             raise self._error(
                 f"writes before message {i + 1}, an answer, something other than its generation"
                 " prompt",
                 where,
                 f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
-                self._fix_prompt(),
+                self._fix_prompt(is_last),
             )
         return prompt_at + len(header)
 
-    def _fix_prompt(self) -> str:
+    def _fix_prompt(self, is_last: bool) -> str:
         """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
+        fix = _FIX
         names = names_of_arguments(self.jinja, self.tokenizer.special_tokens_map)
-        if not names:
-            return _FIX
-        return f"set what the template takes in data.template_args ({', '.join(names)}); or {_FIX}"
+        if names:
+            fix = (
+                f"set what the template takes in data.template_args ({', '.join(names)}); or {fix}"
+            )
+        # Earlier turns are then history, as the prompt in use has them.
+        return fix if is_last else f"data.train_on=last; or {fix}"
 
     def _prompt(self, rendering: _Rendering, i: int, where: str) -> tuple[int | None, str]:
         """The model's input before message i, after the last text of the prompt.
@@ -560,12 +714,78 @@ class AssistantMask:
             why = f"it renders as {rendering.text[:60]!r}"
             fix = "name a template that writes it: data.template=FILE.jinja"
             raise self._error(f"drops the {dropped}", "data.template", why, fix)
-        self.reasoning = self._shows_all(self._try(_PROBE_THINKING))
-        self.tools = self._shows_all(self._try(_PROBE_CALL, _PROBE_TOOLS))
+        self._find_forms()
         self._find_ends()
         rendering = self._try(_PROBE_TURNS)
         if rendering is not None:
             self._check_generation_prompt(rendering)
+
+    def _find_forms(self) -> None:
+        """Find out in which form the template shows thoughts and calls."""
+        for form in thought_forms(self.jinja):
+            self.form = form
+            if self._shows_answer(self._try(_PROBE_THINKING)):
+                self.reasoning = True
+                break
+        else:
+            self.form = MessageForm()
+        for text_arguments in (False, True):
+            self.form = self.form._replace(text_arguments=text_arguments)
+            rendering = self._try(_PROBE_CALL, _PROBE_TOOLS)
+            if rendering is not None and self._shows(rendering, "tool_calls"):
+                self.calls = True
+                break
+        else:
+            self.form = self.form._replace(text_arguments=False)
+        listed = self._try(_PROBE_TURN, _PROBE_TOOLS)
+        self.lists_tools = listed is not None and self._shows(listed, "tools")
+        if self.reasoning:
+            # Where the template reads a text's thought itself, as it does the field, texts stay.
+            self._splits_thoughts = self._differ(_PROBE_INLINE, _PROBE_THINKING)
+        elif self._prompt_opens_thought():
+            # `_with_prompt` writes them.
+            self.reasoning = True
+            self._splits_thoughts = True
+
+    def _prompt_opens_thought(self) -> bool:
+        """Whether the generation prompt opens a thought that the template's rows do not have."""
+        rendering = self._try(_PROBE_TURN)
+        if rendering is None or not rendering.of_message(1) or self.tagged:
+            return False
+        anchor, prompt = self._prompt(rendering, 1, "")
+        if anchor is None:
+            return False
+        header = self._header(rendering, 1, rendering.place(anchor))
+        if header is None or not prompt.startswith(header):
+            return False
+        return closing_of(prompt[len(header) :]) is not None
+
+    def _differ(self, messages: Messages, others: Messages) -> bool:
+        """Whether two conversations render differently."""
+        try:
+            return self.render(messages) != self.render(others)
+        except DataError:
+            return True
+
+    def _shows_answer(self, rendering: _Rendering | None) -> bool:
+        """Whether all texts stand in the order of the conversation, each once."""
+        if rendering is None or not self._shows_all(rendering):
+            return False
+        fields = [sentinel.field for sentinel in rendering.sentinels]
+        return fields == sorted(fields)
+
+    def _shows(self, rendering: _Rendering, kind: str) -> bool:
+        """Whether all texts of a kind are shown."""
+        fields = enumerate(rendering.inserted.fields)
+        return all(n in rendering.shown for n, field in fields if field.kind == kind)
+
+    def in_form(self, messages: Messages) -> Messages:
+        """The messages with the thoughts of texts in `reasoning_content`, where the template would
+        not read them there.
+        """
+        if not self._splits_thoughts:
+            return messages
+        return [split_thought(message) for message in messages]
 
     def _try(self, messages: Messages, tools: Tools = None) -> _Rendering | None:
         """A conversation with its texts located; None where the template does not take it."""
@@ -585,7 +805,7 @@ class AssistantMask:
             question, earlier, last = (turns.tail(i) for i in (2, 1, 3))
             if question is not None and earlier is not None and last is not None:
                 self.ends.read_turns(question, earlier, last)
-        if not self.tools:
+        if not self.calls:
             return
         with_result = self._try(_PROBE_CALL, _PROBE_TOOLS)
         # Some templates take one call in a message.
@@ -619,6 +839,15 @@ class AssistantMask:
             )
             why = f"the model would have to write {header!r} itself"
             raise self._error("has no generation prompt", "data.template", why, fix)
+
+
+def _is_empty_thought(text: str) -> bool:
+    """Whether a text is a tag and the one that closes it, such as <think></think>."""
+    tags = _TAG.findall(text)
+    if len(tags) != 2 or tags[0] == tags[1] or not text.strip().endswith(tags[1]):
+        return False
+    names = [_NO_NAME.sub("", tag).lower() for tag in tags]
+    return bool(names[0]) and names[0] == names[1]
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -32,7 +32,34 @@ ROW_WARNINGS = {
         why="the tokenizer has no chat template, so nothing is written between them",
         fix="data.template=alpaca; or end each prompt as in inference, such as with a line break",
     ),
+    "earlier_thought": RowWarning(
+        what="a thought that is not trained, in an answer before the last one",
+        why="the template leaves it out once the conversation goes on, as in use",
+        fix="data.train_on=last, and for each answer a row that ends with it",
+    ),
+    "lost_thought": RowWarning(
+        what="a thought that is not in the tokens",
+        why="the template leaves it out, and the model learns the answer without it",
+        fix="use a template that renders it (data.template=FILE.jinja), or delete these rows",
+    ),
+    "lost_text": RowWarning(
+        what="an answer of which a part is not in the tokens",
+        why="the template reads marks such as </think> in it, and the model learns the rest",
+        fix="delete these rows, or use another template: data.template=FILE.jinja",
+    ),
+    "lost_call": RowWarning(
+        what="a tool call of which a part is not in the tokens",
+        why="the template leaves out a name or a value of it",
+        fix="use a template that renders it (data.template=FILE.jinja), or delete these rows",
+    ),
+    "unlisted_tools": RowWarning(
+        what="tools that the model does not see",
+        why="the template writes calls, and no list of tools, in training as in use",
+        fix="describe the tools in the system message, in rows and in use",
+    ),
 }
+# Of these, what a model would learn wrongly.
+LOST = ("lost_thought", "lost_text", "lost_call")
 # Two braces around one name, as Jinja, Handlebars and prompt editors write it; {name} is code or a
 # formula too often.
 _PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")

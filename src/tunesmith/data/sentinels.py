@@ -8,11 +8,12 @@ one at the end, at the start or in the middle may not.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Message = dict[str, Any]
+from tunesmith.data.thoughts import Message, find_thought
+
 Messages = Sequence[Message]
 Tools = list[dict[str, Any]] | None
 Position = Literal["both", "end", "start", "middle"]
@@ -48,6 +49,7 @@ class Sentinels:
     Attributes:
         word: begins every sentinel; occurs nowhere in the conversation or its rendering.
         position: where in a text they stand.
+        only: indices of the messages that carry some; None: all, and the tools.
         fields: the texts that carry sentinels.
         argument_names: names of call arguments. They carry none, because templates may sort by
             them.
@@ -55,15 +57,26 @@ class Sentinels:
 
     word: str
     position: Position
+    only: Collection[int] | None = None
     fields: list[Field] = field(default_factory=list)
     argument_names: list[str] = field(default_factory=list)
 
     def insert(self, messages: Messages, tools: Tools) -> tuple[list[Message], Tools]:
         """Copies with sentinels; `fields` lists what carries them."""
-        marked_messages = [self._message(i, message) for i, message in enumerate(messages)]
-        if tools is None:
-            return marked_messages, None
+        marked_messages = []
+        for i, message in enumerate(messages):
+            is_marked = self.only is None or i in self.only
+            marked_messages.append(self._message(i, message) if is_marked else message)
+        if tools is None or self.only is not None:
+            return marked_messages, tools
         return marked_messages, [self._tool(tool) for tool in tools]
+
+    def thought_of(self, message: int) -> str:
+        """The thought of a message; empty where it has none."""
+        for field_ in self.fields:
+            if field_.message == message and field_.kind == "reasoning_content":
+                return field_.text
+        return ""
 
     def strip(self, text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those that it contained, in order."""
@@ -77,15 +90,31 @@ class Sentinels:
 
     def _message(self, i: int, message: Message) -> Message:
         copy = dict(message)
-        for kind in ("reasoning_content", "content"):
-            if isinstance(copy.get(kind), str):
-                copy[kind] = self._text(copy[kind], i, kind)
+        if isinstance(copy.get("reasoning_content"), str):
+            copy["reasoning_content"] = self._text(
+                copy["reasoning_content"], i, "reasoning_content"
+            )
+        if isinstance(copy.get("content"), str):
+            copy["content"] = self._content(copy, i)
         if copy.get("tool_calls"):
             calls = []
             for call in copy["tool_calls"]:
                 calls.append({**call, "function": self._function(i, call["function"])})
             copy["tool_calls"] = calls
         return copy
+
+    def _content(self, message: Message, i: int) -> str:
+        """The content with sentinels; the thought that an answer's may open with is a text of its
+        own, because templates take it out.
+        """
+        content: str = message["content"]
+        place = find_thought(content) if message.get("role") == "assistant" else None
+        if place is None:
+            return self._text(content, i, "content")
+        thought = self._text(content[place.start : place.end], i, "reasoning_content")
+        rest = self._text(content[place.rest :], i, "content")
+        tags = content[: place.start], content[place.end : place.rest]
+        return f"{tags[0]}{thought}{tags[1]}{rest}"
 
     def _function(self, i: int, function: dict[str, Any]) -> dict[str, Any]:
         name = self._text(function["name"], i, "tool_calls")

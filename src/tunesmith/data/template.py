@@ -22,7 +22,7 @@ from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
-from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask
+from tunesmith.data.loss_mask import RENDER_ERRORS, Answers, AssistantMask
 from tunesmith.data.template_args import assign_arguments, split_arguments, with_arguments
 from tunesmith.errors import DataError, ModelError
 
@@ -184,7 +184,7 @@ class Template:
         """This template; if it is ChatML and drops tool calls, one with those in Hermes' form."""
         if self._mask is None or self.jinja is None:
             return self
-        if self._mask.tools or not _is_chatml(self._mask):
+        if self._mask.calls or self._mask.lists_tools or not _is_plain_chatml(self._mask):
             return self
         arguments, jinja = split_arguments(self.jinja)
         jinja = assign_arguments(builtin_templates.with_tools(jinja), arguments)
@@ -206,6 +206,13 @@ class Template:
         parts = [_DESCRIPTIONS.get(self.name, f"{self.name}: a chat template from a file")]
         if builtin_templates.HERMES in (self.jinja or ""):
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
+        form = self._mask.form
+        if form.thought_tags is not None:
+            parts.append(f"thoughts stand in the answer, after {form.thought_tags[0].strip()}")
+        elif form.thought_key != "reasoning_content":
+            parts.append(f"thoughts are given as {form.thought_key}")
+        if form.text_arguments:
+            parts.append("arguments of tool calls are given as JSON text")
         arguments, _ = split_arguments(self.jinja or "")
         for argument, value in arguments.items():
             parts.append(
@@ -248,8 +255,10 @@ class Template:
         samples = [self._as_turns(sample) for sample in samples]
         texts = []
         spans = []
+        flaws = []
         for sample, place in zip(samples, where, strict=True):
-            text, text_spans = self._locate(sample, train_on, place)
+            text, text_spans, missing = self._locate(sample, train_on, place)
+            flaws.append(missing)
             texts.append(text)
             spans.append(text_spans)
         examples = []
@@ -257,6 +266,9 @@ class Template:
         aligned_texts = self._aligner.encode(texts, spans, self.end_ids)
         for sample, aligned, place in zip(samples, aligned_texts, where, strict=True):
             examples.append(self._example(sample, aligned, place))
+        for i, missing in enumerate(flaws):
+            if missing:
+                examples[i] = examples[i]._replace(flaws=tuple(sorted(missing)))
         return examples
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -313,6 +325,8 @@ class Template:
         alpaca's text takes instruction and input apart; some templates need ids of calls.
         """
         messages = sample.messages
+        if self._mask is not None:
+            messages = list(self._mask.in_form(messages))
         jinja = self.jinja or ""
         # The template may write the input apart from the instruction.
         if sample.instruction is not None and "message.input" in jinja:
@@ -325,7 +339,7 @@ class Template:
             return _with_ids(messages)
         return messages
 
-    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> tuple[str, list[CharSpan]]:
+    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> Answers:
         """The text of a sample, and the spans of its supervised characters."""
         if isinstance(sample, Conversation):
             return self._locate_answers(sample, train_on, where)
@@ -335,11 +349,9 @@ class Template:
         start = 0
         if isinstance(sample, Completion) and train_on != "all":
             start = len(sample.prompt)
-        return text, [CharSpan(start, len(text))]
+        return Answers(text, [CharSpan(start, len(text))])
 
-    def _locate_answers(
-        self, sample: Conversation, train_on: TrainOn, where: str
-    ) -> tuple[str, list[CharSpan]]:
+    def _locate_answers(self, sample: Conversation, train_on: TrainOn, where: str) -> Answers:
         messages = self._messages(sample)
         if not messages or messages[-1]["role"] != "assistant":
             why = "it is empty"
@@ -366,18 +378,20 @@ class Template:
             selected -= sample.untrained
             return self._mask.answers(messages, tools, selected=selected, where=where)
         # All characters behind the prompt, without the answers that the row leaves out.
-        text, spans = self._mask.answers(messages, tools, selected=selected, where=where)
+        answers = self._mask.answers(messages, tools, selected=selected, where=where)
+        text, spans, missing = answers
         start = spans[0].start if sample.prompt_messages else 0
         left_out = selected & sample.untrained
         trained_spans = []
         # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
-            _, gaps = self._mask.answers(messages, tools, selected=left_out, where=where)
-            for gap in gaps:
+            gaps = self._mask.answers(messages, tools, selected=left_out, where=where)
+            for gap in gaps.spans:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
         trained_spans.append(CharSpan(start, len(text)))
-        return text, [span for span in trained_spans if span.start < span.end]
+        trained_spans = [span for span in trained_spans if span.start < span.end]
+        return Answers(text, trained_spans, missing)
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids = aligned.ids
@@ -456,13 +470,18 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return with_ids
 
 
-def _is_chatml(mask: AssistantMask) -> bool:
-    turn = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+def _is_plain_chatml(mask: AssistantMask) -> bool:
+    """Whether a template writes every turn as ChatML does, results of tools too.
+
+    One that has a form of its own for results was made for a model that was trained with it.
+    """
+    turns = (("user", "one"), ("assistant", "two"), ("tool", "three"), ("assistant", "four"))
+    chatml = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     try:
-        text = mask.render(turn)
+        text = mask.render([{"role": role, "content": text} for role, text in turns])
     except DataError:
         return False
-    return text.endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n")
+    return text.endswith(chatml)
 
 
 def _read_template(path: Path, tokenizer: Any) -> str:
