@@ -35,8 +35,8 @@ from tunesmith.data.template_args import names_of_arguments
 from tunesmith.data.thoughts import (
     Message,
     MessageForm,
-    closing_of,
     missing_parts,
+    open_thought,
     split_thought,
     thought_forms,
 )
@@ -198,6 +198,7 @@ class AssistantMask:
         self.calls = False
         self.lists_tools = False
         self._splits_thoughts = False
+        self._writes_thoughts = False
         self.ends = AnswerEnds(tokenizer, eos_ids)
         self._probe()
 
@@ -526,13 +527,13 @@ class AssistantMask:
         first = rendering.of_message(i)[0]
         # The first text shown: a thought that is shown has its own place.
         is_thought = rendering.field(rendering.sentinels[first]).kind == "reasoning_content"
-        thought = rendering.inserted.thought_of(i)
-        closing = closing_of(added)
+        has_thought = "reasoning_content" in rendering.messages[i]
         if is_thought:
             return rendering
-        if thought and closing is not None:
-            added = f"{added}{thought.strip()}\n{closing}\n\n"
-        elif thought or not _is_empty_thought(added):
+        tags = open_thought(added)
+        if has_thought and self._writes_thoughts and tags is not None:
+            added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
+        elif has_thought or not _is_empty_thought(added):
             return rendering
         at = prompt_at + len(header)
         sentinels = rendering.sentinels[:first]
@@ -573,13 +574,17 @@ class AssistantMask:
                 " prompt",
                 where,
                 f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
-                self._fix_prompt(is_last),
+                self._fix_prompt(prompt, is_last),
             )
         return prompt_at + len(header)
 
-    def _fix_prompt(self, is_last: bool) -> str:
+    def _fix_prompt(self, prompt: str, is_last: bool) -> str:
         """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
         fix = _FIX
+        tags = open_thought(prompt)
+        if tags is not None:
+            empty = f"{tags[0]}\\n\\n{tags[1]}\\n\\n..."
+            fix = f'give the answer a thought, or an empty one: "{empty}"; or {fix}'
         names = names_of_arguments(self.jinja, self.tokenizer.special_tokens_map)
         if names:
             fix = (
@@ -743,9 +748,9 @@ class AssistantMask:
             # Where the template reads a text's thought itself, as it does the field, texts stay.
             self._splits_thoughts = self._differ(_PROBE_INLINE, _PROBE_THINKING)
         elif self._prompt_opens_thought():
-            # `_with_prompt` writes them.
             self.reasoning = True
             self._splits_thoughts = True
+            self._writes_thoughts = True
 
     def _prompt_opens_thought(self) -> bool:
         """Whether the generation prompt opens a thought that the template's rows do not have."""
@@ -758,7 +763,7 @@ class AssistantMask:
         header = self._header(rendering, 1, rendering.place(anchor))
         if header is None or not prompt.startswith(header):
             return False
-        return closing_of(prompt[len(header) :]) is not None
+        return open_thought(prompt[len(header) :]) is not None
 
     def _differ(self, messages: Messages, others: Messages) -> bool:
         """Whether two conversations render differently."""
@@ -785,7 +790,15 @@ class AssistantMask:
         """
         if not self._splits_thoughts:
             return messages
-        return [split_thought(message) for message in messages]
+        in_form = []
+        for message in messages:
+            split = split_thought(message)
+            if split.get("reasoning_content") == "" and not self._writes_thoughts:
+                # An empty thought is a part of the text where the template knows its tags.
+                is_known = "</think>" in self.jinja
+                split = message if is_known else {**message, "content": split["content"]}
+            in_form.append(split)
+        return in_form
 
     def _try(self, messages: Messages, tools: Tools = None) -> _Rendering | None:
         """A conversation with its texts located; None where the template does not take it."""

@@ -27,11 +27,13 @@ _CLOSING = re.compile("|".join(map(re.escape, _TAGS)))
 _KEY = re.compile(r"""(?<=[.'"])[a-z_]*(?:think|thought|reason)[a-z_]*\b""")
 
 
-def closing_of(text: str) -> str | None:
-    """The tag that closes what the tag `text` opens; None: it opens no thought."""
+def open_thought(text: str) -> tuple[str, str] | None:
+    """The tag with which a text ends and opens a thought, and the one that closes it; None: no such
+    tag ends it.
+    """
     for closing, opening in _TAGS.items():
-        if text.strip() == opening:
-            return closing
+        if text.rstrip().endswith(opening):
+            return opening, closing
     return None
 
 
@@ -66,18 +68,15 @@ def find_thought(text: str) -> InlineThought | None:
 
 
 def split_thought(message: Message) -> Message:
-    """The message with the thought of its text in `reasoning_content`."""
+    """The message with the thought of its text in `reasoning_content`, empty where that is."""
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return message
     content = message["content"] or ""
     place = find_thought(content)
     if place is None:
         return message
-    split = {**message, "content": content[place.rest :].lstrip()}
     thought = content[place.start : place.end].strip()
-    if thought:
-        split["reasoning_content"] = thought
-    return split
+    return {**message, "content": content[place.rest :].lstrip(), "reasoning_content": thought}
 
 
 class MessageForm(NamedTuple):
@@ -108,7 +107,8 @@ class MessageForm(NamedTuple):
         if thought and self.thought_tags is not None:
             opening, closing = self.thought_tags
             del message["reasoning_content"]
-            message["content"] = f"{opening}{thought}{closing}{message['content'] or ''}"
+            content = message["content"] or ""
+            message["content"] = f"{opening}{thought.strip()}{closing}{content}"
         elif thought:
             del message["reasoning_content"]
             message[self.thought_key] = thought
