@@ -193,8 +193,8 @@ def test_a_template_that_knows_no_thoughts_refuses_the_field_and_names_the_text(
 
 def test_a_thought_without_its_opening_tag_is_none_within_a_line() -> None:
     """A text that speaks of the tag loses what stands before it, and says so."""
-    row = [user("Which tag?"), answer("The tag </think> closes it.")]
-    assert trained(STRIPS, row) == ([f" closes it.{END}"], ("lost_text",))
+    row = [user("Which?"), answer("One </think> two.")]
+    assert trained(STRIPS, row) == ([f" two.{END}"], ("lost_text",))
     with refuses(DataError, where="row 1", names=[2]):
         trained(STRIPS, [user("2 + 2?"), answer("two, two\n</think>\n\n4")])
 
@@ -381,7 +381,7 @@ def prepared(
 
 def test_few_answers_that_lack_a_part_are_told_and_many_refused(tiny: Path, tmp_path: Path) -> None:
     whole = [[user(f"{n}?"), answer(f"{n}.")] for n in range(199)]
-    cut = [user("Which?"), answer("The tag </think> closes it.")]
+    cut = [user("Which?"), answer("One </think> two.")]
     for _ in range(2):  # the second time from the cache
         data = prepared(tiny, tmp_path, [*whole, cut, *whole], STRIPS)
         (part,) = data.train.parts

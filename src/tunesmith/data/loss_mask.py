@@ -114,7 +114,7 @@ class _Rendering(NamedTuple):
         return self.text[self.place(last) : next_text]
 
 
-class Answers(NamedTuple):
+class RenderedAnswers(NamedTuple):
     """A rendered conversation with its answers.
 
     Attributes:
@@ -345,7 +345,7 @@ class AssistantMask:
         return text, first_ones
 
     def _may_drop(self, field: Field, trained: Collection[int] | None) -> bool:
-        """Whether a template may leave out a text; `Answers.missing` tells what it leaves out.
+        """Whether a template may leave out a text; `RenderedAnswers.missing` tells what it leaves out.
 
         That is a thought that is not trained, or one of several, and tools where it has calls: no
         prompt in use shows them either.
@@ -363,7 +363,7 @@ class AssistantMask:
         *,
         selected: Collection[int] | None = None,
         where: str = "",
-    ) -> Answers:
+    ) -> RenderedAnswers:
         """The rendered conversation, and the supervised spans of its answers.
 
         Args:
@@ -403,7 +403,7 @@ class AssistantMask:
                 missing.add("earlier_thought" if is_earlier else part)
         if tools and not self.lists_tools and not self._shows(rendering, "tools"):
             missing.add("unlisted_tools")
-        return Answers(rendering.text, spans, frozenset(missing))
+        return RenderedAnswers(rendering.text, spans, frozenset(missing))
 
     def _with_next_turn(self, rendering: _Rendering, i: int) -> _Rendering:
         """The rendering; where message i, the last answer, lacks an end, with the next turn's."""
@@ -795,8 +795,8 @@ class AssistantMask:
             split = split_thought(message)
             if split.get("reasoning_content") == "" and not self._writes_thoughts:
                 # An empty thought is a part of the text where the template knows its tags.
-                is_known = "</think>" in self.jinja
-                split = message if is_known else {**message, "content": split["content"]}
+                knows_tags = "</think>" in self.jinja
+                split = message if knows_tags else {**message, "content": split["content"]}
             in_form.append(split)
         return in_form
 

@@ -34,7 +34,7 @@ ROW_WARNINGS = {
     ),
     "earlier_thought": RowWarning(
         what="a thought that is not trained, in an answer before the last one",
-        why="the template leaves it out once the conversation goes on, as in use",
+        why="the template leaves it out once the conversation continues, as in use",
         fix="data.train_on=last, and for each answer a row that ends with it",
     ),
     "lost_thought": RowWarning(

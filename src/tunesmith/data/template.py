@@ -22,7 +22,7 @@ from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
-from tunesmith.data.loss_mask import RENDER_ERRORS, Answers, AssistantMask
+from tunesmith.data.loss_mask import RENDER_ERRORS, RenderedAnswers, AssistantMask
 from tunesmith.data.template_args import assign_arguments, split_arguments, with_arguments
 from tunesmith.errors import DataError, ModelError
 
@@ -339,7 +339,7 @@ class Template:
             return _with_ids(messages)
         return messages
 
-    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> Answers:
+    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> RenderedAnswers:
         """The text of a sample, and the spans of its supervised characters."""
         if isinstance(sample, Conversation):
             return self._locate_answers(sample, train_on, where)
@@ -349,9 +349,9 @@ class Template:
         start = 0
         if isinstance(sample, Completion) and train_on != "all":
             start = len(sample.prompt)
-        return Answers(text, [CharSpan(start, len(text))])
+        return RenderedAnswers(text, [CharSpan(start, len(text))])
 
-    def _locate_answers(self, sample: Conversation, train_on: TrainOn, where: str) -> Answers:
+    def _locate_answers(self, sample: Conversation, train_on: TrainOn, where: str) -> RenderedAnswers:
         messages = self._messages(sample)
         if not messages or messages[-1]["role"] != "assistant":
             why = "it is empty"
@@ -372,7 +372,7 @@ class Template:
         first = sample.prompt_messages
         if train_on == "last":
             first = len(messages) - 1
-        # Answers before `first` belong to the prompt.
+        # RenderedAnswers before `first` belong to the prompt.
         selected = set(range(first, len(messages)))
         if train_on != "all":
             selected -= sample.untrained
@@ -391,7 +391,7 @@ class Template:
                 start = gap.end
         trained_spans.append(CharSpan(start, len(text)))
         trained_spans = [span for span in trained_spans if span.start < span.end]
-        return Answers(text, trained_spans, missing)
+        return RenderedAnswers(text, trained_spans, missing)
 
     def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
         ids = aligned.ids
