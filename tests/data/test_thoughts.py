@@ -238,6 +238,23 @@ def test_a_row_with_a_thought_is_not_put_behind_an_empty_one() -> None:
         trained(jinja("{{- m.content -}}", "<think>\\n"), [user("2 + 2?"), answer("4")])
 
 
+def test_calls_before_the_last_answer_are_history_behind_an_empty_thought() -> None:
+    """Gemma 4: the tag of a call, or of a thought, stands where the prompt has the empty thought."""
+    gemma = jinja(
+        "{%- if m.reasoning_content -%}{{- '<|c>t\\n' ~ m.reasoning_content ~ '\\n<c|>' -}}{%- endif -%}"
+        "{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
+        "{{- '<|call>' ~ c.function.name ~ c.function.arguments | tojson -}}{%- endfor -%}",
+        "<|c>t\\n<c|>",
+    )
+    row = [user("Rain?"), answer("", tool_calls=[call("weather")]), result("wet"), answer("Wet.")]
+    assert trained(gemma, row) == ([f"<|call>weather{{}}{END}", f"Wet.{END}"], ())
+    assert trained(gemma, row[:2]) == ([f"<|call>weather{{}}{END}"], ())
+    row[1]["reasoning_content"] = "I ask."
+    with refuses(DataError, where="row 1", fix=["data.train_on=last"]):
+        trained(gemma, row)
+    assert trained(gemma, row, "last") == ([f"Wet.{END}"], ())
+
+
 def test_all_with_an_empty_thought_and_an_answer_that_is_left_out() -> None:
     template = template_of(CLOSED)
     row = [user("2 + 2?"), answer("4"), user("3 + 3?"), answer("6")]

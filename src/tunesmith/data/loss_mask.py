@@ -38,6 +38,7 @@ from tunesmith.data.thoughts import (
     missing_parts,
     open_thought,
     split_thought,
+    thought_at_end,
     thought_forms,
 )
 from tunesmith.errors import DataError, first_line
@@ -55,9 +56,6 @@ RENDER_ERRORS = (
     MemoryError,
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
-# What tells a closing tag from its opening one: </think>, <channel|>, <|END_THINKING|>.
-_NO_NAME = re.compile(r"[^a-z]|start|end|begin|of", re.IGNORECASE)
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = (
     "move the {% generation %} tags in the template: they must enclose each answer with its end"
@@ -345,7 +343,7 @@ class AssistantMask:
         return text, first_ones
 
     def _may_drop(self, field: Field, trained: Collection[int] | None) -> bool:
-        """Whether a template may leave out a text; `RenderedAnswers.missing` tells what it leaves out.
+        """Whether a template may leave out a text; `RenderedAnswers.missing` tells of it.
 
         That is a thought that is not trained, or one of several, and tools where it has calls: no
         prompt in use shows them either.
@@ -520,35 +518,53 @@ class AssistantMask:
         DeepSeek R1's opens a thought, and its template leaves thoughts out of rows: the row's is
         written there. A row without a thought has nothing to close it with, and stays as it is.
         """
-        header = self._header(rendering, i, prompt_at)
-        if header is None or not prompt.startswith(header):
+        at = self._thought_in_prompt(rendering, i, prompt_at, prompt)
+        indices = rendering.of_message(i)
+        if at is None:
             return rendering
-        added = prompt[len(header) :]
-        first = rendering.of_message(i)[0]
-        # The first text shown: a thought that is shown has its own place.
-        is_thought = rendering.field(rendering.sentinels[first]).kind == "reasoning_content"
+        added = prompt[at:]
         has_thought = "reasoning_content" in rendering.messages[i]
-        if is_thought:
-            return rendering
         tags = open_thought(added)
         if has_thought and self._writes_thoughts and tags is not None:
             added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
-        elif has_thought or not _is_empty_thought(added):
+        elif has_thought or tags is not None:
             return rendering
-        at = prompt_at + len(header)
-        sentinels = rendering.sentinels[:first]
-        for sentinel in rendering.sentinels[first:]:
+        split = indices[0] if indices else len(rendering.sentinels)
+        sentinels = rendering.sentinels[:split]
+        for sentinel in rendering.sentinels[split:]:
             sentinels.append(sentinel._replace(at=sentinel.at + len(added)))
-        text = rendering.text[:at] + added + rendering.text[at:]
+        begin = rendering.text[: prompt_at + at]
+        text = begin + added + rendering.text[len(begin) :]
         return rendering._replace(text=text, sentinels=sentinels)
 
+    def _thought_in_prompt(
+        self, rendering: _Rendering, i: int, prompt_at: int, prompt: str
+    ) -> int | None:
+        """Where in the generation prompt a thought begins that the row does not have there.
+
+        None: it has none, or the row has other words before it.
+        """
+        at = thought_at_end(prompt)
+        if at is None or not rendering.text.startswith(prompt[:at], prompt_at):
+            return None
+        header = self._header(rendering, i, prompt_at)
+        # No part of it may be the answer's.
+        if rendering.of_message(i) and (header is None or len(header) < at):
+            return None
+        return at
+
     def _header(self, rendering: _Rendering, i: int, prompt_at: int) -> str | None:
-        """What the rendering has before the first text of message i; None where that is unknown."""
+        """What the rendering has before the first text of message i.
+
+        None where that is unknown, and where a thought comes first: the model writes its tag.
+        """
         indices = rendering.of_message(i)
         if not indices or rendering.inserted.position != "both":
             return None
         first = rendering.sentinels[indices[0]]
-        return rendering.text[prompt_at : first.at] if first.side == "b" else None
+        if first.side != "b" or rendering.field(first).kind == "reasoning_content":
+            return None
+        return rendering.text[prompt_at : first.at]
 
     def _start_of_answer(
         self,
@@ -565,18 +581,20 @@ class AssistantMask:
             return prompt_at + len(prompt)
         # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier
         # turns.
-        header = self._header(rendering, i, prompt_at)
-        is_earlier_turn = header and prompt.startswith(header) and not is_last
-        if not header or not is_earlier_turn:
-            row = text[prompt_at : prompt_at + 40]
-            raise self._error(
-                f"writes before message {i + 1}, an answer, something other than its generation"
-                " prompt",
-                where,
-                f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
-                self._fix_prompt(prompt, is_last),
-            )
-        return prompt_at + len(header)
+        if not is_last:
+            header = self._header(rendering, i, prompt_at)
+            if header and prompt.startswith(header):
+                return prompt_at + len(header)
+            thought_at = self._thought_in_prompt(rendering, i, prompt_at, prompt)
+            if thought_at is not None:
+                return prompt_at + thought_at
+        row = text[prompt_at : prompt_at + 40]
+        raise self._error(
+            f"writes before message {i + 1}, an answer, something other than its generation prompt",
+            where,
+            f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
+            self._fix_prompt(prompt, is_last),
+        )
 
     def _fix_prompt(self, prompt: str, is_last: bool) -> str:
         """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
@@ -760,10 +778,10 @@ class AssistantMask:
         anchor, prompt = self._prompt(rendering, 1, "")
         if anchor is None:
             return False
-        header = self._header(rendering, 1, rendering.place(anchor))
-        if header is None or not prompt.startswith(header):
-            return False
-        return open_thought(prompt[len(header) :]) is not None
+        prompt_at = rendering.place(anchor)
+        is_missing = not rendering.text.startswith(prompt, prompt_at)
+        thought_at = self._thought_in_prompt(rendering, 1, prompt_at, prompt)
+        return is_missing and thought_at is not None and open_thought(prompt) is not None
 
     def _differ(self, messages: Messages, others: Messages) -> bool:
         """Whether two conversations render differently."""
@@ -852,15 +870,6 @@ class AssistantMask:
             )
             why = f"the model would have to write {header!r} itself"
             raise self._error("has no generation prompt", "data.template", why, fix)
-
-
-def _is_empty_thought(text: str) -> bool:
-    """Whether a text is a tag and the one that closes it, such as <think></think>."""
-    tags = _TAG.findall(text)
-    if len(tags) != 2 or tags[0] == tags[1] or not text.strip().endswith(tags[1]):
-        return False
-    names = [_NO_NAME.sub("", tag).lower() for tag in tags]
-    return bool(names[0]) and names[0] == names[1]
 
 
 def _common_prefix(a: str, b: str) -> int:

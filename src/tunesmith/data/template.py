@@ -22,7 +22,7 @@ from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
-from tunesmith.data.loss_mask import RENDER_ERRORS, RenderedAnswers, AssistantMask
+from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask, RenderedAnswers
 from tunesmith.data.template_args import assign_arguments, split_arguments, with_arguments
 from tunesmith.errors import DataError, ModelError
 
@@ -351,7 +351,9 @@ class Template:
             start = len(sample.prompt)
         return RenderedAnswers(text, [CharSpan(start, len(text))])
 
-    def _locate_answers(self, sample: Conversation, train_on: TrainOn, where: str) -> RenderedAnswers:
+    def _locate_answers(
+        self, sample: Conversation, train_on: TrainOn, where: str
+    ) -> RenderedAnswers:
         messages = self._messages(sample)
         if not messages or messages[-1]["role"] != "assistant":
             why = "it is empty"

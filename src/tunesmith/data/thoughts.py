@@ -23,6 +23,13 @@ _TAGS = {
     "[/THINK]": "[THINK]",
 }
 _CLOSING = re.compile("|".join(map(re.escape, _TAGS)))
+# Two tags with no more than a word between them: <think></think>, Gemma 4's
+# <|channel>thought\n<channel|>, Cohere's <|START_THINKING|><|END_THINKING|>.
+_EMPTY_THOUGHT = re.compile(
+    r"(?P<opening><[^<>]+>|\[[^\[\]]+\])\s*\w*\s*(?P<closing><[^<>]+>|\[[^\[\]]+\])\s*\Z"
+)
+# What tells a closing tag from its opening one.
+_NO_NAME = re.compile(r"[^a-z]|start|end|begin|of", re.IGNORECASE)
 # A message's key, as templates read it: message.thinking, message['thinking'].
 _KEY = re.compile(r"""(?<=[.'"])[a-z_]*(?:think|thought|reason)[a-z_]*\b""")
 
@@ -35,6 +42,18 @@ def open_thought(text: str) -> tuple[str, str] | None:
         if text.rstrip().endswith(opening):
             return opening, closing
     return None
+
+
+def thought_at_end(text: str) -> int | None:
+    """Where a thought begins with which a text ends: its tag, or an empty one; None: no thought."""
+    tags = open_thought(text)
+    if tags is not None:
+        return text.rindex(tags[0])
+    match = _EMPTY_THOUGHT.search(text)
+    if match is None or match["opening"] == match["closing"]:
+        return None
+    names = [_NO_NAME.sub("", match[tag]).lower() for tag in ("opening", "closing")]
+    return match.start() if names[0] and names[0] == names[1] else None
 
 
 class InlineThought(NamedTuple):
