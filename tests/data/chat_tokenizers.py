@@ -19,8 +19,9 @@ def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = Fa
     """A fast tokenizer.
 
     kind: `bytes` (byte-level as Llama 3's, merging across words), `trimmed` (the same with cut
-    offsets, and text normalised to NFC, as Qwen's) or `pieces` (as SentencePiece's: blanks as "▁",
-    bytes for what is unknown). strips: special tokens swallow the blanks to their right, as Phi
+    offsets, and text normalised to NFC, as Qwen's), `pieces` (as Gemma's: blanks as "▁", bytes for
+    what is unknown), `prefixed` (the same with a "▁" before a text, as Mistral's) or `llama2` (with
+    one before each text between special tokens). strips: special tokens swallow the blanks to their right, as Phi
     3's.
     """
     from tokenizers import (
@@ -36,12 +37,20 @@ def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = Fa
     from transformers import PreTrainedTokenizerFast
 
     names = ["<unk>", "<s>", "</s>"]
-    if kind == "pieces":
+    if kind in ("pieces", "prefixed", "llama2"):
         core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         core.normalizer = normalizers.Replace(" ", "▁")
-        core.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if kind == "prefixed":
+            core.normalizer = None
+            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        elif kind == "llama2":
+            core.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        if kind != "pieces":
+            parts.append(decoders.Strip(" ", 1, 0))
+        core.decoder = decoders.Sequence(parts)
         names += [f"<0x{i:02X}>" for i in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=names, show_progress=False)
     else:

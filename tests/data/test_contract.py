@@ -35,7 +35,12 @@ def assert_holds(simple: Simple, tokens: TokenSet) -> Contract:
     return contract
 
 
-def given(simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = False) -> TokenSet:
+def given(
+    simple: Simple,
+    *examples: tuple[list[int], list[int]],
+    cut: bool = False,
+    empties: tuple[int, ...] = (),
+) -> TokenSet:
     """A token set of hand-made (ids, trained) pairs."""
     store = TokenWriter(None)
     for i, (ids, trained) in enumerate(examples):
@@ -43,7 +48,7 @@ def given(simple: Simple, *examples: tuple[list[int], list[int]], cut: bool = Fa
     arrays = store.arrays()
     rows = from_list([{"text": ""}] * max(1, len(examples)), "made")
     counts = TokenCounts("made", len(examples), len(examples), len(arrays.ids), 0, 0, 0, 0, 0, "")
-    return TokenSet([SourceTokens(arrays, counts, rows)])
+    return TokenSet([SourceTokens(arrays, counts, rows, empties=empties)])
 
 
 # The checks of a contract in their order; of an empty split there is the first alone.
@@ -51,6 +56,7 @@ RULES = (
     "not empty",
     "whole",
     "supervised",
+    "besides its end",
     "end token",
     "BOS",
     "prompt",
@@ -108,6 +114,31 @@ def test_a_row_without_a_supervised_token(simple: Simple) -> None:
     assert error.where == "train: made row 2"
 
 
+def test_an_answer_of_which_the_end_token_alone_is_supervised(simple: Simple) -> None:
+    end = simple.tokenizer.eos_token_id
+    whole = ([70, 71, end], [0, 1, 1])
+    lost = ([70, 71, end], [0, 0, 1])
+    error = assert_broken(simple, given(simple, whole, lost), "besides its end", "(1 of 2 answers)")
+    assert error.where == "train: made row 2"
+    # Each answer of a row counts.
+    twice = ([70, 71, end, 72, 73, end], [0, 1, 1, 0, 0, 1])
+    assert_broken(simple, given(simple, twice), "besides its end", "(1 of 2 answers)")
+    # That of the row before does not lend its end.
+    assert_broken(simple, given(simple, whole, ([end, end], [0, 1])), "besides its end")
+    # What the template writes behind the end may be supervised too.
+    assert_broken(simple, given(simple, ([70, end, 71], [0, 1, 1])), "besides its end")
+
+
+def test_an_empty_answer_has_its_end_alone(make, simple: Simple) -> None:
+    end = simple.tokenizer.eos_token_id
+    empty = given(simple, ([70, end], [0, 1]), ([70, 71, end], [0, 1, 1]), empties=(0,))
+    assert_holds(simple, empty)
+    tokens = make(alpaca(9, letters=lambda i: i % 3), seq_len=256)
+    assert tokens.parts[0].empties == (0, 3, 6)
+    assert tokens.first(4).parts[0].empties == (0, 3)
+    assert_holds(simple, tokens)
+
+
 def test_a_missing_end_token(simple: Simple) -> None:
     end = simple.tokenizer.eos_token_id
     two = ([70, 71, end, 72, 73, 74], [0, 1, 1, 0, 1, 0])
@@ -150,8 +181,7 @@ def test_few_cut_answers_are_warned_of_and_many_refused(make, simple: Simple) ->
     longest = make(rows, seq_len=999).counts.longest
     contract = check(simple, make(rows, seq_len=100))
     assert not contract.broken
-    answers = RULES.index("end token")
-    assert contract.checks[answers].checked == 18
+    assert contract.checks[RULES.index("end token")].checked == 18
     (warning,) = contract.warnings
     assert warning.startswith("2 of 20 rows (10.0%) ")
     assert holds(warning, "data.seq_len")
@@ -266,7 +296,6 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
     tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))])
     began = time.perf_counter()
     contract = assert_holds(simple, tokens)
-    answers = RULES.index("end token")
-    assert contract.checks[answers].checked == n
+    assert contract.checks[RULES.index("end token")].checked == n
     assert time.perf_counter() - began < 20  # 2 s when written
     assert len(contract.checks) == CHECKS

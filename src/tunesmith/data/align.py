@@ -1,24 +1,29 @@
 """Spans of characters -> tokens.
 
-A token is supervised if all of it lies within a span. One that begins in the prompt and ends in the
-answer (byte-pair merges such as "\\n" + " ") belongs to the prompt: the mask never reaches what the
-model is given.
+Where a token of the whole text would lie across the edge of a span (byte-pair merges such as " " +
+"good" or "\\n" + "\\n"), the text is cut there and its pieces are tokenized one by one. Generation
+tokenizes the prompt alone, so these are the tokens that the model is given and the tokens that it
+is to write; the merged token stands in no prompt. A tokenizer that cannot write the answer's piece
+without a blank before it keeps the merged token, which is then supervised.
 
 In a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each token is a known number of bytes, and
 these must add up to the text: they give its place. Otherwise (SentencePiece, normalized text) the
-tokenizer's own offsets do, which alone are not enough: byte-level post-processors often cut
-whitespace off them (`trim_offsets`).
+tokenizer's own offsets do.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
 from tunesmith.errors import ModelError
 
-# As tokens write it.
-_WHITESPACE = "ĠĊĉč▁ \t\r\n"
+# Put before a piece that continues a text, and then taken off its tokens: SentencePiece tokenizers
+# write a blank at the start of a text. No vocabulary has a word with a NUL in it.
+_CONTEXTS = ("", "\0")
 
 
 class CharSpan(NamedTuple):
@@ -28,6 +33,10 @@ class CharSpan(NamedTuple):
     end: int
     stop: int = -1
 
+    def shifted(self, by: int) -> "CharSpan":
+        stop = self.stop + by if self.stop >= 0 else -1
+        return CharSpan(self.start + by, self.end + by, stop)
+
 
 class Aligned(NamedTuple):
     """A tokenized text.
@@ -35,14 +44,23 @@ class Aligned(NamedTuple):
     Attributes:
         ids: int32 [n].
         trained: bool [n].
-        spanning_tokens: how many tokens begin before a span and end in it.
         ended: whether one token, of the end ids, stands at the `stop` of every span that has one.
+        cuts: edges of spans, in characters, at which the text was cut.
+        merged_tokens: how many supervised tokens have characters outside of the spans.
     """
 
     ids: np.ndarray
     trained: np.ndarray
-    spanning_tokens: int
     ended: bool
+    cuts: tuple[int, ...] = ()
+    merged_tokens: int = 0
+
+
+class _Piece(NamedTuple):
+    """A part of a text between two cuts, and the beginning of it that its tokens must decode to."""
+
+    text: str
+    aligned: Aligned
 
 
 class _Bounds(NamedTuple):
@@ -54,7 +72,7 @@ class _Bounds(NamedTuple):
 
 
 class Aligner:
-    """Tokenizes text once and maps spans of its characters to tokens.
+    """Tokenizes texts and maps spans of their characters to tokens.
 
     Raises:
         ModelError: the tokenizer is not a fast one.
@@ -70,25 +88,29 @@ class Aligner:
             )
         self.tokenizer = tokenizer
         self.byte_sizes = _byte_sizes(tokenizer)
+        self.added_ids = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
 
     def encode(
         self, texts: Sequence[str], spans: Sequence[Sequence[CharSpan]], end_ids: Collection[int]
     ) -> list[Aligned]:
-        """Tokenize n texts and mark the tokens that their spans, disjoint, cover.
+        """Tokenize n texts and mark the tokens that their spans, disjoint and in order, cover.
 
         No special token is added. One of `end_ids` must stand at each span's `stop`.
         """
         ids = self.ids(texts)
-        bounds: dict[int, _Bounds] = {}
+        bounds = self._bounds(texts, ids)
+        aligned = []
+        cuts: dict[int, list[int]] = {}
         for i, text in enumerate(texts):
-            by_bytes = self._bounds_by_bytes(text, ids[i])
-            if by_bytes is not None:
-                bounds[i] = by_bytes
-        # The others in one call: the tokenizer works on a batch with several threads.
-        unplaced = [i for i in range(len(texts)) if i not in bounds]
-        by_offsets = self._bounds_by_offsets([texts[i] for i in unplaced])
-        bounds.update(zip(unplaced, by_offsets, strict=True))
-        return [_align(text, ids[i], bounds[i], spans[i], end_ids) for i, text in enumerate(texts)]
+            aligned.append(self._align(text, ids[i], bounds[i], spans[i], end_ids))
+            crossed = _crossed_edges(text, bounds[i], spans[i])
+            if crossed:
+                cuts[i] = crossed
+        for context in _CONTEXTS:
+            for i, pieces in self._encode_pieces(context, texts, spans, cuts, end_ids).items():
+                if self._is_exact(aligned[i], pieces):
+                    aligned[i] = _join(pieces, cuts.pop(i))
+        return aligned
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 [n] for each text: its tokens, no special token added."""
@@ -98,6 +120,19 @@ class Aligner:
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )
         return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
+
+    def _bounds(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> list[_Bounds]:
+        """The bounds of the tokens of each text."""
+        bounds: dict[int, _Bounds] = {}
+        for i, text in enumerate(texts):
+            by_bytes = self._bounds_by_bytes(text, ids[i])
+            if by_bytes is not None:
+                bounds[i] = by_bytes
+        # The others in one call: the tokenizer works on a batch with several threads.
+        unplaced = [i for i in range(len(texts)) if i not in bounds]
+        by_offsets = self._bounds_by_offsets([texts[i] for i in unplaced])
+        bounds.update(zip(unplaced, by_offsets, strict=True))
+        return [bounds[i] for i in range(len(texts))]
 
     def _bounds_by_bytes(self, text: str, ids: np.ndarray) -> _Bounds | None:
         """Bounds in bytes, or None where the sizes of the tokens do not add up to the text."""
@@ -111,37 +146,121 @@ class Aligner:
         return _Bounds(ends - sizes, ends, in_bytes=True)
 
     def _bounds_by_offsets(self, texts: Sequence[str]) -> list[_Bounds]:
-        """Bounds in characters: the tokenizer's, with the whitespace that it may have cut off."""
+        """Bounds in characters, as the tokenizer gives them."""
         if not texts:
             return []
-        encoding = self.tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
         bounds = []
-        for text, ids, offsets in zip(
-            texts, encoding["input_ids"], encoding["offset_mapping"], strict=True
-        ):
-            # Offsets of many tokenizers leave out the space in front of a word that its token
-            # holds.
-            tokens = self.tokenizer.convert_ids_to_tokens(ids)
-            starts = []
-            previous_end = 0
-            for token, (start, end) in zip(tokens, offsets, strict=True):
-                skips_text = previous_end < start
-                begins_with_space = start != end and text[start].isspace()
-                # Characters between two tokens belong to the later one, as far as it begins with
-                # white space.
-                if skips_text and not begins_with_space:
-                    whitespace = len(token) - len(token.lstrip(_WHITESPACE))
-                    starts.append(max(previous_end, start - whitespace))
-                else:
-                    starts.append(start)
-                previous_end = end
-            ends = [end for _, end in offsets]
-            bounds.append(
-                _Bounds(np.array(starts, np.int64), np.array(ends, np.int64), in_bytes=False)
-            )
+        for encoding in self._core.encode_batch(list(texts), add_special_tokens=False):
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            bounds.append(_Bounds(offsets[:, 0], offsets[:, 1], in_bytes=False))
         return bounds
+
+    @cached_property
+    def _core(self) -> Any:
+        """The tokenizer's core, without a post-processor that cuts blanks off the offsets."""
+        from tokenizers import Tokenizer
+        from tokenizers.processors import TemplateProcessing
+
+        core = self.tokenizer.backend_tokenizer
+        if core.post_processor is None or isinstance(core.post_processor, TemplateProcessing):
+            return core
+        # A copy, which takes a second with a large vocabulary.
+        core = Tokenizer.from_str(core.to_str())
+        core.post_processor = None
+        return core
+
+    def _align(
+        self,
+        text: str,
+        ids: np.ndarray,
+        bounds: _Bounds,
+        spans: Sequence[CharSpan],
+        end_ids: Collection[int],
+    ) -> Aligned:
+        trained = np.zeros(len(ids), dtype=bool)
+        merged_tokens = 0
+        ended = True
+        if bounds.in_bytes and not text.isascii():
+            spans = [_span_in_bytes(text, span) for span in spans]
+        for span in spans:
+            is_inside = (bounds.starts >= span.start) & (bounds.starts < span.end)
+            is_inside &= bounds.ends <= span.end
+            overlaps = (bounds.starts < span.end) & (bounds.ends > span.start)
+            if span.stop >= 0:
+                # The end token may hold the white space after it (`rstrip`, as Phi 3's).
+                at = int(np.searchsorted(bounds.ends, span.stop, side="right"))
+                if at < len(ids) and int(ids[at]) in end_ids:
+                    is_inside[at] = True
+                else:
+                    ended = False
+            is_merged = overlaps & ~is_inside
+            if is_merged.any():
+                # An added token is the template's: it only takes in the white space beside it.
+                is_merged &= ~np.isin(ids, self.added_ids)
+                merged_tokens += int(is_merged.sum())
+            trained |= is_inside | is_merged
+        return Aligned(ids, trained, ended, merged_tokens=merged_tokens)
+
+    def _encode_pieces(
+        self,
+        context: str,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[CharSpan]],
+        cuts: Mapping[int, Sequence[int]],
+        end_ids: Collection[int],
+    ) -> dict[int, list[_Piece]]:
+        """The pieces of the texts that have cuts, by the text's index.
+
+        A text is left out whose pieces merge with the context before them.
+        """
+        pieces: list[tuple[int, str, str, list[CharSpan]]] = []
+        for i, text_cuts in cuts.items():
+            for start, stop in pairwise([0, *text_cuts, len(texts[i])]):
+                before = context if start else ""
+                in_piece = []
+                for span in spans[i]:
+                    if start <= span.start and span.end <= stop:
+                        in_piece.append(span.shifted(len(before) - start))
+                pieces.append((i, before, before + texts[i][start:stop], in_piece))
+        piece_texts = [text for _, _, text, _ in pieces]
+        context_ids, *piece_ids = self.ids([context, *piece_texts])
+        bounds = self._bounds(piece_texts, piece_ids)
+        encoded: dict[int, list[_Piece]] = {i: [] for i in cuts}
+        merged = set()
+        for n, (i, before, text, in_piece) in enumerate(pieces):
+            aligned = self._align(text, piece_ids[n], bounds[n], in_piece, end_ids)
+            if before:
+                skipped = len(context_ids)
+                if not np.array_equal(aligned.ids[:skipped], context_ids):
+                    merged.add(i)
+                aligned = aligned._replace(
+                    ids=aligned.ids[skipped:], trained=aligned.trained[skipped:]
+                )
+            # Behind an answer's end token a template may write what that token takes in.
+            stop = next((span.stop for span in in_piece if span.stop >= 0), len(text))
+            encoded[i].append(_Piece(text[len(before) : stop], aligned))
+        return {i: encoded[i] for i in cuts if i not in merged}
+
+    def _is_exact(self, whole: Aligned, pieces: Sequence[_Piece]) -> bool:
+        """Whether each piece, behind those before it, decodes to its text."""
+        ids = pieces[0].aligned.ids
+        decoded = self._decode(ids)
+        is_exact = True
+        for piece in pieces[1:]:
+            ids = np.concatenate([ids, piece.aligned.ids])
+            expected = normalize("NFKC", decoded + piece.text)
+            decoded = self._decode(ids)
+            # Tokenizers may compose letters and their accents.
+            is_exact &= normalize("NFKC", decoded).startswith(expected)
+        # The latter where they change texts otherwise, as to lower case.
+        return is_exact or decoded == self._decode(whole.ids)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(
+            self.tokenizer.decode(
+                ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
 
 def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
@@ -164,33 +283,40 @@ def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
     return sizes
 
 
-def _align(
-    text: str,
-    ids: np.ndarray,
-    bounds: _Bounds,
-    spans: Sequence[CharSpan],
-    end_ids: Collection[int],
-) -> Aligned:
-    trained = np.zeros(len(ids), dtype=bool)
-    spanning_tokens = 0
-    ended = True
-    if bounds.in_bytes and not text.isascii():
-        spans = [_span_in_bytes(text, span) for span in spans]
+def _crossed_edges(text: str, bounds: _Bounds, spans: Sequence[CharSpan]) -> list[int]:
+    """The edges of spans, in characters and in order, that no two tokens share."""
+    edges = []
     for span in spans:
-        trained |= (
-            (bounds.starts >= span.start) & (bounds.starts < span.end) & (bounds.ends <= span.end)
-        )
-        spans_start = (bounds.starts < span.start) & (bounds.ends > span.start)
-        spanning_tokens += int(spans_start.sum())
+        edges.append(span.start)
+        # An end token stands at the other edge.
         if span.stop < 0:
-            continue
-        at = int(np.searchsorted(bounds.ends, span.stop, side="right"))
-        if at < len(ids) and int(ids[at]) in end_ids:
-            # Even where it includes the whitespace after it (`rstrip`, as Phi 3's).
-            trained[at] = True
-        else:
-            ended = False
-    return Aligned(ids, trained, spanning_tokens, ended)
+            edges.append(span.end)
+    edges = sorted({edge for edge in edges if 0 < edge < len(text)})
+    if not edges:
+        return []
+    places = edges
+    if bounds.in_bytes and not text.isascii():
+        places = [len(text[:edge].encode()) for edge in edges]
+    # Of each edge the first token that ends behind it.
+    tokens = np.searchsorted(bounds.ends, places, side="right").tolist()
+    crossed = []
+    for edge, place, token in zip(edges, places, tokens, strict=True):
+        # It begins later where normalization took in the characters between.
+        if token < len(bounds.starts) and bounds.starts[token] != place:
+            crossed.append(edge)
+    return crossed
+
+
+def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
+    """The pieces of a text as one."""
+    aligned = [piece.aligned for piece in pieces]
+    return Aligned(
+        ids=np.concatenate([piece.ids for piece in aligned]),
+        trained=np.concatenate([piece.trained for piece in aligned]),
+        ended=all(piece.ended for piece in aligned),
+        cuts=tuple(cuts),
+        merged_tokens=sum(piece.merged_tokens for piece in aligned),
+    )
 
 
 def _span_in_bytes(text: str, span: CharSpan) -> CharSpan:

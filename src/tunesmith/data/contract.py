@@ -87,6 +87,7 @@ class _Chunk(NamedTuple):
         arrays: ids and mask of n examples, with offsets from 0.
         offsets: int64 [s + 1], between the sequences of all examples.
         leaks: bool [n], rows whose prompt was seen to be supervised.
+        empties: bool [n], rows with an empty answer.
         has_answers: as of the source.
     """
 
@@ -94,6 +95,7 @@ class _Chunk(NamedTuple):
     arrays: TokenArrays
     offsets: np.ndarray
     leaks: np.ndarray
+    empties: np.ndarray
     has_answers: bool
 
     @property
@@ -249,6 +251,13 @@ def _rules(
             fix="delete the row, or check data.train_on and data.template",
         ),
         _Rule(
+            name="every answer has a supervised token besides its end",
+            of="answers",
+            note="",
+            why="of an answer that is not empty the end token alone is supervised",
+            fix="use another template (data.template); or delete the row, if it has no answer",
+        ),
+        _Rule(
             name="every supervised answer ends with an end token",
             of="answers",
             note=f"end tokens: {ends}",
@@ -343,6 +352,8 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
     for source in tokens.parts:
         leaks = np.zeros(len(source), np.bool_)
         leaks[list(source.leaks)] = True
+        empties = np.zeros(len(source), np.bool_)
+        empties[list(source.empties)] = True
         offsets = source.arrays.offsets
         first = 0
         while first < len(source):
@@ -355,6 +366,7 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
                 arrays=arrays,
                 offsets=arrays.sequence_offsets(),
                 leaks=leaks[first:stop],
+                empties=empties[first:stop],
                 has_answers=source.has_answers,
             )
             first = stop
@@ -376,6 +388,8 @@ def _find_faults(
     predicted[starts] = 0
     supervised_per_row = np.add.reduceat(predicted, starts)
     yield _Faults(len(starts), starts[supervised_per_row == 0])
+
+    yield _answers_without_text(chunk, end_ids) if chunk.has_answers else nothing
 
     answers, cut_off = _answers_without_end(chunk, end_ids, earlier_end_ids)
     yield answers
@@ -419,6 +433,19 @@ def _pairs_alike(chunk: _Chunk) -> _Faults:
             start = int(chunk.arrays.offsets[pair])
             faults.append(start + border + rejected_prompt)
     return _Faults(len(pairs), np.asarray(faults, np.int64))
+
+
+def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
+    """The end token of each answer of which nothing else is supervised, but of empty ones."""
+    trained = chunk.arrays.trained
+    is_row_start = np.zeros(len(trained), np.bool_)
+    is_row_start[chunk.starts] = True
+    follows_trained = np.append(False, trained[:-1]) & ~is_row_start
+    answer_starts = np.flatnonzero(trained & ~follows_trained)
+    # What a template writes behind the end token may be supervised too, and is no answer.
+    faults = answer_starts[np.isin(chunk.arrays.ids[answer_starts], end_ids)]
+    faults = faults[~chunk.empties[chunk.examples_of(faults)]]
+    return _Faults(len(answer_starts), faults)
 
 
 def _answers_without_end(

@@ -18,7 +18,7 @@ from tunesmith.data.formats import (
     Text,
     convert_row,
 )
-from tunesmith.data.row_warnings import row_warnings
+from tunesmith.data.row_warnings import has_empty_answers, row_warnings
 from tunesmith.data.template import Template, TrainOn
 from tunesmith.errors import DataError, TunesmithError
 
@@ -46,15 +46,18 @@ Prompt = Literal["unsupervised", "supervised", "apart", "unchecked"]
 
 
 class EncodedRow(NamedTuple):
-    """The example of a row, uncut, and the names in ROW_WARNINGS that fit it.
+    """The example of a row, uncut.
 
     Attributes:
+        warnings: names in ROW_WARNINGS that fit it.
+        has_empty_answer: whether one of its answers is, of a pair also the rejected one.
         unread: names of its columns, and of keys of its turns, that nothing reads.
     """
 
     example: Example
     warnings: list[str]
     prompt: Prompt
+    has_empty_answer: bool
     unread: tuple[str, ...] = ()
 
 
@@ -146,11 +149,12 @@ class RowEncoder:
             # All of the first rows and a sample of the others: rendering the prompt alone takes
             # time.
             is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
-            sample = _samples_of(row.sample)[0]
+            samples = _samples_of(row.sample)
             if is_compared and self.train_on != "all":
-                prompt = self._check_prompt(sample, example)
-            warnings = [*row_warnings(sample, raw=self.template.raw), *example.flaws]
-            encoded.append(EncodedRow(example, warnings, prompt, row.unread))
+                prompt = self._check_prompt(samples[0], example)
+            warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
+            has_empty_answer = any(map(has_empty_answers, samples))
+            encoded.append(EncodedRow(example, warnings, prompt, has_empty_answer, row.unread))
         return encoded
 
     def _read(self, values: dict[str, Any] | TunesmithError, place: str) -> "_ReadRow | DataError":

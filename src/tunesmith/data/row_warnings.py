@@ -57,6 +57,18 @@ ROW_WARNINGS = {
         why="the template writes calls, and no list of tools, in training as in use",
         fix="describe the tools in the system message, in rows and in use",
     ),
+    "blank": RowWarning(
+        what="a blank before the answer that would be one token with its first word",
+        why="models know the word with its blank as one token, and the prompt has taken the blank",
+        fix="move the blank from the end of the prompt (or of the template's generation prompt) to"
+        " the start of the answer",
+    ),
+    "merged": RowWarning(
+        what="an answer that begins within a token of the prompt",
+        why="this tokenizer cannot write the answer apart: the model is trained to write the whole"
+        " token, and asked with a part of it",
+        fix="end prompts, and the template's generation prompt, with a line break",
+    ),
 }
 # Of these, what a model would learn wrongly.
 LOST = ("lost_thought", "lost_text", "lost_call")
@@ -67,25 +79,30 @@ _PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")
 
 def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     """Names in ROW_WARNINGS that fit one row; `raw`: no template writes between its texts."""
-    is_empty = False
     if isinstance(sample, Conversation):
         texts = [message["content"] for message in sample.messages]
-        is_empty = any(_is_empty(answer) for answer in sample.supervised())
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
-        is_empty = not sample.completion.strip()
         # Without a template between them, words on both sides of the border become one.
         edge = sample.prompt[-1:] + sample.completion[:1]
         if raw and len(edge) == 2 and not edge[0].isspace() and not edge[1].isspace():
             yield "joined"
     else:
         texts = [sample.text]
-    if is_empty:
+    if has_empty_answers(sample):
         yield "empty"
     if any("{{" in text and _PLACEHOLDER.search(text) for text in texts):
         yield "placeholder"
 
 
-def _is_empty(answer: dict[str, Any]) -> bool:
-    has_other_parts = "tool_calls" in answer or "reasoning_content" in answer
-    return not answer["content"].strip() and not has_other_parts
+def has_empty_answers(sample: Sample) -> bool:
+    """Whether an answer that is trained on has no text, thought or call."""
+    if isinstance(sample, Conversation):
+        return any(map(is_empty_answer, sample.supervised()))
+    return isinstance(sample, Completion) and not sample.completion.strip()
+
+
+def is_empty_answer(message: dict[str, Any]) -> bool:
+    """Whether a message has no text, thought or call."""
+    has_other_parts = "tool_calls" in message or "reasoning_content" in message
+    return not message["content"].strip() and not has_other_parts

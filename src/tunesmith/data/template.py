@@ -264,11 +264,10 @@ class Template:
         examples = []
         # One call for all texts of the batch: the tokenizer works on them with several threads.
         aligned_texts = self._aligner.encode(texts, spans, self.end_ids)
-        for sample, aligned, place in zip(samples, aligned_texts, where, strict=True):
-            examples.append(self._example(sample, aligned, place))
-        for i, missing in enumerate(flaws):
-            if missing:
-                examples[i] = examples[i]._replace(flaws=tuple(sorted(missing)))
+        for i, aligned in enumerate(aligned_texts):
+            example = self._example(samples[i], aligned, where[i])
+            names = (*_flaws(texts[i], aligned), *sorted(flaws[i]))
+            examples.append(example._replace(flaws=names))
         return examples
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -401,11 +400,11 @@ class Template:
         if not isinstance(sample, Conversation):
             # The BOS that the tokenizer adds, once, and a supervised end token.
             bos = np.array(self._missing_bos(ids), np.int32)
-            has_end = len(ids) > 0 and int(ids[-1]) in self.end_ids
+            # One that ends the prompt ends no answer.
+            has_end = len(ids) > 0 and bool(trained[-1]) and int(ids[-1]) in self.end_ids
             end = np.array([] if has_end else [self._raw_end], np.int32)
             ids = np.concatenate([bos, ids, end])
             trained = np.concatenate([np.zeros(len(bos), bool), trained, np.ones(len(end), bool)])
-            trained[-1] = True
         elif not aligned.ended:
             raise DataError(
                 "the end of an answer is not a separate token",
@@ -422,6 +421,17 @@ class Template:
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]
         return [] if has_bos else self._bos
+
+
+def _flaws(text: str, aligned: Aligned) -> tuple[str, ...]:
+    """Names in ROW_WARNINGS of what an answer's edge does to the tokens of a text."""
+    flaws = []
+    edges = [text[cut - 1 : cut + 1] for cut in aligned.cuts]
+    if any(edge[0] in " \t" and not edge[1].isspace() for edge in edges):
+        flaws.append("blank")
+    if aligned.merged_tokens:
+        flaws.append("merged")
+    return tuple(flaws)
 
 
 def _prefix_ids(tokenizer: Any) -> list[int]:

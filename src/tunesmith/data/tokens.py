@@ -29,7 +29,7 @@ from tunesmith.host.streams import is_terminal
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-VERSION = 5
+VERSION = 6
 # Rows handed to the tokenizer at once.
 _BATCH = 256
 BEGINNING_CHARS = 60  # characters that tell a row from others
@@ -90,6 +90,7 @@ class SourceTokens:
     Attributes:
         weight: how often each is seen in an epoch.
         leaks: indices of examples in which a token of the prompt is supervised.
+        empties: indices of examples that have an empty answer.
         has_answers: what is supervised are answers that end, and not whole rows (format text,
             train_on all).
     """
@@ -99,6 +100,7 @@ class SourceTokens:
     rows: Rows
     weight: float = 1.0
     leaks: tuple[int, ...] = ()
+    empties: tuple[int, ...] = ()
     has_answers: bool = True
 
     def __len__(self) -> int:
@@ -119,7 +121,8 @@ class SourceTokens:
             taken=selection,
         )
         leaks = tuple(i for i in self.leaks if i < n)
-        return replace(self, arrays=arrays, counts=counts, leaks=leaks)
+        empties = tuple(i for i in self.empties if i < n)
+        return replace(self, arrays=arrays, counts=counts, leaks=leaks, empties=empties)
 
 
 def _count_tokens(arrays: TokenArrays) -> dict[str, Any]:
@@ -419,6 +422,7 @@ def tokenize(
             rows,
             weight=source.weight,
             leaks=tuple(about["reached"]),
+            empties=tuple(about["empties"]),
             has_answers=data.train_on != "all" and source.format != "text",
         )
         parts.append(part)
@@ -473,9 +477,10 @@ def _cache_key(
 def _tokenize_rows(
     rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter
 ) -> TokenEntry:
-    """Tokenize all rows of a source; their arrays, and counts and leaks as JSON values."""
+    """Tokenize all rows of a source; their arrays, and what a cache holds beside them."""
     counts = {"dropped": 0, "emptied": 0, "prompts": 0, "prompts_apart": 0}
     leaks: list[int] = []
+    empties: list[int] = []
     # How many rows each warning fits, and the first of them.
     warnings: dict[str, list[int]] = {}
     unread: dict[str, list[int]] = {}
@@ -493,6 +498,8 @@ def _tokenize_rows(
                 counts["prompts"] += 1
             if row.prompt == "supervised":
                 leaks.append(len(writer))
+            if row.has_empty_answer:
+                empties.append(len(writer))
             # The first row of each warning is named to the user.
             for name in row.warnings:
                 warnings.setdefault(name, [0, i])[0] += 1
@@ -520,7 +527,7 @@ def _tokenize_rows(
         "bad": len(bad),
         "bad_rows": bad.first,
     }
-    return arrays, {"counts": about, "reached": leaks}
+    return arrays, {"counts": about, "reached": leaks, "empties": empties}
 
 
 def _add_example(
