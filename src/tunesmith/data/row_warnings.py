@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.data.formats import Completion, Conversation, Sample
+from tunesmith.data.messages import is_said
 
 
 class RowWarning(NamedTuple):
@@ -98,11 +99,5 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
 def has_empty_answers(sample: Sample) -> bool:
     """Whether an answer that is trained on has no text, thought or call."""
     if isinstance(sample, Conversation):
-        return any(map(is_empty_answer, sample.supervised()))
+        return any(not is_said(answer) for answer in sample.supervised())
     return isinstance(sample, Completion) and not sample.completion.strip()
-
-
-def is_empty_answer(message: dict[str, Any]) -> bool:
-    """Whether a message has no text, thought or call."""
-    has_other_parts = "tool_calls" in message or "reasoning_content" in message
-    return not message["content"].strip() and not has_other_parts

@@ -12,14 +12,18 @@ end.
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 
 from tunesmith.config.schema import Data
 from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
+from tunesmith.data.answer_ends import AnswerEnds
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
 from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask, RenderedAnswers
@@ -291,6 +295,47 @@ class Template:
             text = sample.text
         ids = self._aligner.ids([text])[0].tolist()
         return [*self._missing_bos(ids), *ids]
+
+    def answer(self, sample: Sample, *, where: str = "") -> str:
+        """The text of the last answer as the model is to write it, up to what ends it.
+
+        It is the row's text in the template's form, never decoded tokens; with the special tokens
+        that the template writes, as of tool calls. Of format text it is empty.
+
+        Raises:
+            DataError: the sample cannot be rendered, or ends with no answer.
+        """
+        text = self._answer_text(self._as_turns(sample), where)
+        # Of a letter and its accent some tokenizers make one character: so does the model.
+        return normalize("NFC", text) if self._composes_letters else text
+
+    def _answer_text(self, sample: Sample, where: str) -> str:
+        if isinstance(sample, Text):
+            return ""
+        if isinstance(sample, Completion):
+            # Some rows write the end token themselves.
+            end_token = AnswerEnds(self.tokenizer, self.end_ids).search(sample.completion)
+            return sample.completion[: end_token.start()] if end_token else sample.completion
+        sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
+        text, spans = self._locate_answers(sample, "last", where)
+        parts = []
+        for span in spans:
+            end = span.stop if span.stop >= 0 else span.end
+            parts.append(text[span.start : end])
+        return "".join(parts)
+
+    @cached_property
+    def _composes_letters(self) -> bool:
+        (ids,) = self._aligner.ids(["e\u0301"])
+        return "\u00e9" in str(self.tokenizer.decode(ids.tolist()))
+
+    def without_special_tokens(self, text: str) -> str:
+        """The text as an answer is decoded."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        special_tokens = [token.content for token in tokens if token.special]
+        for token in sorted(special_tokens, key=len, reverse=True):
+            text = text.replace(token, "")
+        return text
 
     def _as_turns(self, sample: Sample) -> Sample:
         """With a template, prompt and completion are two turns."""

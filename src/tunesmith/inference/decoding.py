@@ -222,10 +222,14 @@ def cut_answer(
     return Answer(decode(tokenizer, ids[:end]), ids[:end], end is not None)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of tokens without special ones, spaces as the tokens have them."""
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, with_special: bool = False
+) -> str:
+    """The text of tokens, spaces as the tokens have them; without special ones unless asked."""
     return str(
-        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.decode(
+            list(ids), skip_special_tokens=not with_special, clean_up_tokenization_spaces=False
+        )
     )
 
 

@@ -6,18 +6,17 @@ it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import Conversation, Sample, convert_sample
-from tunesmith.data.messages import ROLES
+from tunesmith.data.formats import Completion, Conversation, Sample, convert_sample
+from tunesmith.data.messages import ROLES, is_said
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
-from tunesmith.inference.decoding import Decoding, answer_all, cut_answer
+from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
 from tunesmith.units import count_of
 
@@ -114,7 +113,10 @@ def generate(
     # The rows are checked at the call, and answered as the caller iterates.
     def with_answers() -> Iterator[dict[str, Any]]:
         for i, answer in answers:
-            row = {**rows[i], "output": answer.text}
+            text = answer.text
+            if prompts[i].is_special:
+                text = decode(loaded.tokenizer, answer.ids, with_special=True)
+            row = {**rows[i], "output": text}
             if prompts[i].reference is not None:
                 row["reference"] = prompts[i].reference
             yield row
@@ -186,17 +188,21 @@ class Prompt(NamedTuple):
 
     Attributes:
         ids: up to where its answer starts, with the run's system message.
-        reference: the answer that it holds, without special tokens; None without one.
-        reference_ids: its tokens, up to the first that ends it.
+        reference: the answer that it holds, as the model is to write it but without special tokens,
+            unless it has no others; None without one, or of an empty one.
+        raw_reference: with special tokens.
         sample: the row in the form that the template takes; its answer may be a placeholder.
         where: the row's place.
+        is_special: whether the answer has special tokens alone, as labels that were added to the
+            vocabulary are.
     """
 
     ids: list[int]
     reference: str | None
-    reference_ids: list[int]
+    raw_reference: str
     sample: Sample
     where: str
+    is_special: bool = False
 
 
 def check_room(prompts: Sequence[Prompt], context: int, decoding: Decoding) -> None:
@@ -234,17 +240,27 @@ def make_prompt(
                 why=f"the last role is {role}",
                 fix="end it with the turn to answer, or with the answer",
             )
-        # An answer that is not trained on is an answer too.
-        sample = replace(sample, untrained=frozenset())
     prompt_ids = list(loaded.template.prompt(sample))
-    if not is_answered:
-        return Prompt(prompt_ids, None, [], sample, where)
-    # Decoded from the tokens, not read from the row: tool calls, reasoning and what the template
-    # trims are compared in the form in which the model writes them.
-    example = loaded.template.encode(sample, "last", where=where)
-    answer_ids = example.ids[example.trained].tolist()
-    answer = cut_answer(loaded.tokenizer, answer_ids, loaded.template.end_ids)
-    return Prompt(prompt_ids, answer.text, answer.ids, sample, where)
+    if not is_answered or _is_empty(sample):
+        return Prompt(prompt_ids, None, "", sample, where)
+    # The row's text, never what its tokens say: where these are wrong, an answer that repeats them
+    # must not count as right. Tool calls and thoughts are in the form in which the model writes
+    # them.
+    raw_reference = loaded.template.answer(sample, where=where)
+    if not raw_reference.strip():
+        return Prompt(prompt_ids, None, "", sample, where)
+    reference = loaded.template.without_special_tokens(raw_reference)
+    is_special = not reference.strip()
+    if is_special:
+        reference = raw_reference
+    return Prompt(prompt_ids, reference, raw_reference, sample, where, is_special)
+
+
+def _is_empty(sample: Sample) -> bool:
+    """Whether there is nothing in the last answer to compare with."""
+    if isinstance(sample, Conversation):
+        return not is_said(sample.messages[-1])
+    return isinstance(sample, Completion) and not sample.completion.strip()
 
 
 def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:

@@ -22,7 +22,7 @@ from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.signals import StopRequest
 from tunesmith.inference.answers_file import AnswersFile, AnswersHeader, SavedAnswer
-from tunesmith.inference.decoding import Answer, Decoding, answer_all
+from tunesmith.inference.decoding import Answer, Decoding, answer_all, decode
 from tunesmith.inference.generate import Prompt, check_room, make_prompt
 from tunesmith.inference.load_run import LoadedModel, RunLocation
 from tunesmith.model.safetensors_files import weights_digest
@@ -105,8 +105,7 @@ def read_call_form(loaded: LoadedModel) -> CallReader | None:
 
 def _raw_text(loaded: LoadedModel, ids: Sequence[int]) -> str:
     """The text of tokens, with special ones."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return str(loaded.tokenizer.decode(list(ids), **options))
+    return decode(loaded.tokenizer, ids, with_special=True)
 
 
 def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> EvalRows:
@@ -135,8 +134,15 @@ def _scored_row(loaded: LoadedModel, prompt: Prompt, row: dict[str, Any]) -> Sco
     if isinstance(prompt.sample, Conversation):
         calls = len(prompt.sample.messages[-1].get("tool_calls") or ())
         has_tools = bool(prompt.sample.tools)
-    raw = _raw_text(loaded, prompt.reference_ids)
-    return ScoredRow(prompt.reference or "", raw, row, prompt.where, calls, has_tools)
+    return ScoredRow(
+        prompt.reference or "",
+        prompt.raw_reference,
+        row,
+        prompt.where,
+        calls,
+        has_tools,
+        prompt.is_special,
+    )
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
@@ -343,7 +349,8 @@ def score_rows(rows: EvalRows, scorers: Sequence[Scorer], file: AnswersFile) -> 
                 continue
             scores[model] = []
             for answer, row in zip(answers, rows.scored, strict=True):
-                text = answer.raw_answer if scorer.raw else answer.answer
+                has_special = scorer.raw or row.is_special
+                text = answer.raw_answer if has_special else answer.answer
                 scores[model].append(score_answer(scorer, text, row))
         results.append(summarize_rows(scorer.name, scores))
     return results

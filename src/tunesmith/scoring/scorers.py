@@ -34,12 +34,14 @@ class ScoredRow:
     """What an answer is scored against.
 
     Attributes:
-        reference: the row's own answer as the model would write it, without special tokens.
+        reference: the row's own answer as the model would write it, without special tokens unless
+            it has no others.
         raw_reference: with them.
         row: as the file has it.
         where: the row's place, for errors.
         calls: how many tools the row's own answer calls.
         has_tools: whether the row offers tools.
+        is_special: whether the answer has special tokens alone: with these it is compared.
     """
 
     reference: str
@@ -48,6 +50,7 @@ class ScoredRow:
     where: str
     calls: int = 0
     has_tools: bool = False
+    is_special: bool = False
 
 
 def _accept(row: ScoredRow) -> None:

@@ -7,7 +7,7 @@ what it would write behind that is not computed.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -94,8 +94,6 @@ def _question(read: OpenedRun, sample: Sample, where: str) -> Question | None:
     if isinstance(sample, Conversation):
         if sample.messages[-1]["role"] != "assistant":
             return None
-        # An answer that is not trained on is an answer too.
-        sample = replace(sample, untrained=frozenset())
         user_turns = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
         text = str(user_turns[-1]) if user_turns else ""
     elif isinstance(sample, Completion):
@@ -105,10 +103,8 @@ def _question(read: OpenedRun, sample: Sample, where: str) -> Question | None:
     ids = list(template.prompt(sample))
     if len(ids) + TOKENS >= CONTEXT:
         return None
-    example = template.encode(sample, "last", where=where)
-    answer_ids = example.ids[example.trained].tolist()
-    reference = cut_answer(read.files.tokenizer, answer_ids, template.end_ids).text
-    return Question(ids, text, reference)
+    answer = template.answer(sample, where=where)
+    return Question(ids, text, template.without_special_tokens(answer))
 
 
 def up_to_end(ids: Sequence[int], read: OpenedRun) -> list[int]:
