@@ -224,7 +224,8 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
         return figures.partition("rows.jsonl: ")[2]
 
     assert line().startswith("90 of 90 rows, ")
-    assert ", 9 cut (data.too_long: truncate)" in line()
+    assert ", 9 split into 18 (data.seq_len)" in line()
+    assert ", 9 cut (data.too_long: truncate)" in line(too_long="truncate")
     assert line(source={"split": "train[:50%]"}).startswith("45 of 90 rows (split: train[:50%]), ")
     dropped = line(source={"split": "train[10:80]", "max_examples": 20}, too_long="drop")
     assert dropped.startswith(
@@ -234,7 +235,7 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
         "a key that leaves nothing out"
     )
     counts = prepared(tiny, tmp_path, rows, source={"max_examples": 5}).train.counts
-    assert (counts.available, counts.rows, counts.kept) == (90, 5, 5)
+    assert (counts.available, counts.rows, counts.kept_rows, counts.kept) == (90, 5, 5, 6)
 
 
 def test_hashes_take_eight_bytes_an_example(make: Callable[..., TokenSet]) -> None:

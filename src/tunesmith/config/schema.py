@@ -203,8 +203,10 @@ class Data:
     train_on: Literal["response", "last", "all"] = key(
         "response", "all assistant turns, the last one, or all tokens"
     )
-    too_long: Literal["truncate", "drop", "error"] = key(
-        "truncate", "what to do with longer examples; they are counted"
+    too_long: Literal["auto", "truncate", "drop", "error"] = key(
+        "auto",
+        "what to do with longer examples; they are counted. auto: split text into several examples,"
+        " and truncate others",
     )
     bad_rows: Literal["error", "skip"] = key(
         "error",

@@ -22,10 +22,12 @@ import numpy as np
 
 from tunesmith.data.batch import Example
 from tunesmith.host.files import remove_abandoned
+from tunesmith.host.memory import open_uncached
 
 log = logging.getLogger(__name__)
 
 NO_LABEL = -1
+READ_BYTES = 1 << 20  # of an array at once
 
 
 class TokenArrays(NamedTuple):
@@ -37,6 +39,8 @@ class TokenArrays(NamedTuple):
         offsets: int64 [n + 1], between examples.
         rows: int64 [n], the row of each.
         truncated: bool [n], whether it was cut at seq_len.
+        continued: bool [n], whether its document goes on, in another example or a row that is not
+            read.
         firsts: int32 [n], tokens of the first sequence of a pair; 0 for an example of one sequence.
         labels: int8 [n], 1 for a good answer, 0 for a bad one, NO_LABEL where the row has none.
     """
@@ -46,6 +50,7 @@ class TokenArrays(NamedTuple):
     offsets: np.ndarray
     rows: np.ndarray
     truncated: np.ndarray
+    continued: np.ndarray
     firsts: np.ndarray
     labels: np.ndarray
 
@@ -58,6 +63,7 @@ class TokenArrays(NamedTuple):
             offsets=self.offsets[first : stop + 1] - tokens.start,
             rows=self.rows[first:stop],
             truncated=self.truncated[first:stop],
+            continued=self.continued[first:stop],
             firsts=self.firsts[first:stop],
             labels=self.labels[first:stop],
         )
@@ -75,14 +81,6 @@ class TokenArrays(NamedTuple):
         is_pair = self.firsts > 0
         borders = self.offsets[:-1][is_pair] + self.firsts[is_pair]
         return np.sort(np.concatenate([self.offsets, borders]))
-
-    def crc32(self) -> int:
-        value = 0
-        for values in self:
-            # An empty array has no buffer to read.
-            if values.size:
-                value = zlib.crc32(np.ascontiguousarray(values).data, value)
-        return value
 
     def sha256(self) -> str:
         """Of the examples, in hex; the rows that they came from do not enter."""
@@ -104,6 +102,7 @@ _FILES = {
     "offsets.bin": np.int64,
     "rows.bin": np.int64,
     "cut.bin": np.bool_,
+    "continued.bin": np.bool_,
     "firsts.bin": np.int32,
     "labels.bin": np.int8,
 }
@@ -124,7 +123,9 @@ class TokenWriter:
     def __len__(self) -> int:
         return self._examples
 
-    def add(self, example: Example, row: int, truncated: bool) -> None:
+    def add(
+        self, example: Example, row: int, truncated: bool = False, *, continued: bool = False
+    ) -> None:
         self._examples += 1
         self._tokens += len(example.ids)
         self._append("ids.bin", example.ids)
@@ -132,6 +133,7 @@ class TokenWriter:
         self._append("offsets.bin", self._tokens)
         self._append("rows.bin", row)
         self._append("cut.bin", truncated)
+        self._append("continued.bin", continued)
         self._append("firsts.bin", example.sequences[0] if example.sequences else 0)
         self._append("labels.bin", NO_LABEL if example.label is None else example.label)
 
@@ -167,6 +169,16 @@ def _map_arrays(folder: Path) -> TokenArrays:
     return TokenArrays(*arrays)
 
 
+def _crc32(folder: Path) -> int:
+    """Of the arrays of an entry; read, not mapped, so that a large one fills no memory."""
+    value = 0
+    for name in _FILES:
+        with open_uncached(folder / name) as file:
+            while block := file.read(READ_BYTES):
+                value = zlib.crc32(block, value)
+    return value
+
+
 # The arrays of a source, and what else an entry keeps, as JSON values.
 TokenEntry = tuple[TokenArrays, dict[str, Any]]
 
@@ -199,8 +211,8 @@ def _write_entry(path: Path, make: Callable[[TokenWriter], TokenEntry]) -> None:
             folder = Path(temporary, "entry")
             folder.mkdir()
             with closing(TokenWriter(folder)) as writer:
-                arrays, about = make(writer)
-            meta = {"key": path.name, "crc32": arrays.crc32(), "about": about}
+                _, about = make(writer)
+            meta = {"key": path.name, "crc32": _crc32(folder), "about": about}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
             # It is damaged, else it would have been read; or another process was faster.
             if path.exists():
@@ -221,7 +233,7 @@ def _read_entry(path: Path) -> TokenEntry | None:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         arrays = _map_arrays(path)
-        if meta["key"] == path.name and meta["crc32"] == arrays.crc32():
+        if meta["key"] == path.name and meta["crc32"] == _crc32(path):
             return arrays, meta["about"]
         why = "its checksum differs"
     except (OSError, ValueError, KeyError, TypeError) as error:

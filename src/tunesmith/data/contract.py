@@ -27,7 +27,7 @@ _FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.s
 # Of the rows, with an answer that the template renders in part. Some texts speak of the template's
 # own marks (</think>), and a few such rows teach nothing; more are lost because of what rows and
 # template are.
-MOST_LOST = 0.01
+MOST_LOST_ANSWERS = 0.01
 # Tokens on each side of a fault in an excerpt.
 _CONTEXT = 12
 
@@ -203,6 +203,9 @@ def check_tokens(
                 broken=check.broken + len(faults.tokens),
             )
     all_checks = (not_empty, _answers_are_whole(tokens), *checks)
+    # Of rows that are trained on as a whole no answer can be cut off.
+    if not any(source.has_answers for source in tokens.parts):
+        return Contract(split, all_checks[:-1])
     return _judge_cut_answers(Contract(split, all_checks), cut_answers)
 
 
@@ -223,7 +226,7 @@ def _answers_are_whole(tokens: TokenSet) -> Check:
                     fix=warning.fix,
                 )
             check = replace(check, broken=min(check.broken + count, check.checked))
-    if check.broken > MOST_LOST * check.checked:
+    if check.broken > MOST_LOST_ANSWERS * check.checked:
         return check
     note = f"{check.broken:,} do not" if check.broken else ""
     return Check(check.name, check.checked, check.of, note=note)
@@ -470,7 +473,7 @@ def _answers_without_end(
     stops = stretch_ends[~ends_answer]
 
     # At the end of a row, what the template writes after an end token may be supervised too.
-    rows = chunk.examples_of(stops)
+    examples = chunk.examples_of(stops)
     starts = chunk.starts[chunk.sequences_of(stops)]
     ends_row = is_row_end[stops]
     has_end_token = np.zeros(len(stops), np.bool_)
@@ -481,9 +484,12 @@ def _answers_without_end(
         is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
         has_end_token |= ends_row & is_in_row & is_end_token
 
-    is_cut_off = ends_row & chunk.arrays.truncated[rows] & ~has_end_token
+    is_cut_off = ends_row & chunk.arrays.truncated[examples] & ~has_end_token
+    # A document ends in its last example alone.
+    has_end_token |= ends_row & chunk.arrays.continued[examples]
     faults = stops[~has_end_token & ~is_cut_off]
-    return _Faults(len(stretch_ends) - int(is_cut_off.sum()), faults), stops[is_cut_off]
+    unfinished = int(is_cut_off.sum()) + int(chunk.arrays.continued.sum())
+    return _Faults(len(stretch_ends) - unfinished, faults), stops[is_cut_off]
 
 
 def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:

@@ -58,6 +58,8 @@ class Table:
         fingerprint: sha256 of the content, in hex.
         check_unchanged: raises DataError if the file is another than when it was opened.
         layout: what was found out about the file, for the user; empty for nothing.
+        continues: whether row i + 1 goes on with the document of row i: a large text is read in
+            blocks.
     """
 
     size: int
@@ -66,6 +68,7 @@ class Table:
     fingerprint: Callable[[], str]
     check_unchanged: Callable[[], None] = lambda: None
     layout: str = ""
+    continues: Callable[[int], bool] = lambda i: False
 
     def __len__(self) -> int:
         return self.size

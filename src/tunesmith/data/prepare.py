@@ -32,6 +32,8 @@ from tunesmith.host.memory import available_memory
 from tunesmith.run_dir import HELD_OUT
 from tunesmith.units import count_of
 
+# Of a source's tokens; where more are lost, a warning says so.
+MOST_LOST_TOKENS = 0.01
 # Of an epoch's order: indices, random keys and their sort, 8 bytes each.
 BYTES_PER_EXAMPLE = 32
 
@@ -46,6 +48,7 @@ class TrainingData:
         overlap: validation examples that are trained on too.
         validation_digest: sha256 (hex) of all validation examples, also of those that
             `validate.max_examples` leaves out.
+        position_limit: the model's longest sequence, where it has one.
     """
 
     run: Run
@@ -58,6 +61,7 @@ class TrainingData:
     overlap: Repeats
     validation_digest: str | None = None
     tokenizer_hash: str = ""
+    position_limit: int | None = None
 
     @property
     def digest(self) -> str:
@@ -147,10 +151,11 @@ class TrainingData:
     def figures(self, part: SourceTokens) -> list[str]:
         """What one source gives, and what of it is left out and why."""
         counts = part.counts
-        too_long = f"(data.too_long: {self.run.data.too_long})"
+        too_long = f"(data.too_long: {part.too_long})"
         left_out = []
         # Rows that a key of the recipe left out before tokenization.
-        if counts.kept + counts.dropped + counts.emptied < counts.available and counts.taken:
+        read = counts.kept_rows + counts.dropped + counts.emptied
+        if read < counts.available and counts.taken:
             left_out.append(counts.taken)
         if counts.bad:
             left_out.append(f"{counts.bad:,} that cannot be read (data.bad_rows: skip)")
@@ -160,7 +165,7 @@ class TrainingData:
             left_out.append(
                 f"{counts.emptied:,} dropped because truncation left no supervised token"
             )
-        rows = f"{counts.kept:,} of {count_of(counts.available, 'row')}"
+        rows = f"{counts.kept_rows:,} of {count_of(counts.available, 'row')}"
         if left_out:
             rows += f" ({', '.join(left_out)})"
         supervised = counts.supervised / max(1, counts.tokens)
@@ -169,8 +174,13 @@ class TrainingData:
         if part.weight != 1:
             figures.append(f"weight {part.weight:g}")
         figures.append(f"{count_of(counts.tokens, 'token')}, {supervised:.1%} supervised")
+        if counts.split:
+            parts = counts.kept - counts.kept_rows + counts.split
+            figures.append(f"{counts.split:,} split into {parts:,} (data.seq_len)")
         if counts.cut:
             figures.append(f"{counts.cut:,} cut {too_long}")
+        if counts.lost_share:
+            figures.append(f"{_percent(counts.lost_share)} of the tokens lost")
         if "empty" in counts.flaws:
             figures.append(f"{counts.flaws['empty'][0]:,} with an empty answer")
         figures.append(f"longest {count_of(counts.longest, 'token')}")
@@ -204,6 +214,7 @@ class TrainingData:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
         warnings += self._bad_row_warnings()
         warnings += self._unread_warnings()
+        warnings += self._lost_warnings()
         warnings += self._row_warnings()
         if self.duplicates.count:
             what = "training examples are duplicates"
@@ -269,6 +280,35 @@ class TrainingData:
                 )
         return warnings
 
+    def _lost_warnings(self) -> list[str]:
+        """Sources of which more than a few tokens are not trained on."""
+        warnings = []
+        for split, part in self.sources():
+            counts = part.counts
+            if counts.lost_share <= MOST_LOST_TOKENS:
+                continue
+            left_out = counts.dropped + counts.emptied
+            lost = []
+            if left_out:
+                lost.append(f"{count_of(left_out, 'row')} dropped")
+            if counts.cut:
+                lost.append(f"{count_of(counts.cut, 'row')} cut")
+            fixes = []
+            if part.is_text:
+                fixes.append("data.too_long=auto, which splits text")
+            seq_len = self.run.data.seq_len
+            for length in dict.fromkeys((counts.longest_of_99, counts.longest)):
+                if seq_len < length <= (self.position_limit or length):
+                    fixes.append(f"data.seq_len={length}")
+            if not fixes:
+                fixes.append("shorten or split these rows: the model takes no longer ones")
+            warnings.append(
+                f"{split}: {_percent(counts.lost_share)} of the tokens of"
+                f" {from_here(counts.source)} are lost: {' and '.join(lost)} at data.seq_len"
+                f" {seq_len:,}; fix: {', or '.join(fixes)}"
+            )
+        return warnings
+
     def _row_warnings(self) -> list[str]:
         warnings = []
         for split, part in self.sources():
@@ -283,6 +323,11 @@ class TrainingData:
                     f"{split}: {what}, first {where}: {warning.why}; fix: {warning.fix}"
                 )
         return warnings
+
+
+def _percent(share: float) -> str:
+    """A share as words; one that is not 0 is never shown as 0."""
+    return "less than 0.1%" if share < 0.001 else f"{share:.1%}"
 
 
 def _describe_repeats(repeats: Repeats, tokens: TokenSet | None, what: str) -> str:
@@ -385,6 +430,7 @@ def prepare_data(
         overlap=overlap,
         validation_digest=validation_digest,
         tokenizer_hash=hash_,
+        position_limit=position_limit,
     )
 
 

@@ -83,6 +83,19 @@ class Rows:
         table, at = self._find(i)
         return table.where(at)
 
+    def ends_document(self, i: int) -> bool:
+        """Whether no other row goes on with the document of row i, selected or not."""
+        table, at = self._find(i)
+        return not table.continues(at)
+
+    def continues(self, i: int) -> bool:
+        """Whether row i + 1 goes on with the document of row i."""
+        table, at = self._find(i)
+        if i + 1 == len(self) or not table.continues(at):
+            return False
+        next_table, next_at = self._find(i + 1)
+        return next_table is table and next_at == at + 1
+
     def take(self, spans: Iterable[range]) -> "Rows":
         """The rows of some spans of indices, span after span."""
         ranges = []

@@ -4,14 +4,15 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import sys
-from array import array
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
-from tunesmith.data.source import Rows
+from tunesmith.data.source import Rows, count_characters
 from tunesmith.data.template import Template
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, TunesmithError
@@ -30,9 +31,14 @@ log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
 VERSION = 6
-# Rows handed to the tokenizer at once.
+# Rows handed to the tokenizer at once, and the characters after which no further row joins them:
+# tokenizing takes some 50 bytes of memory a character.
 _BATCH = 256
+_BATCH_CHARS = 4 << 20
 BEGINNING_CHARS = 60  # characters that tell a row from others
+
+# What becomes of rows that are longer than `data.seq_len`.
+TooLong = Literal["split", "truncate", "drop", "error"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,14 @@ class TokenCounts:
     Attributes:
         rows: read.
         kept: examples in the token set.
+        kept_rows: rows that these are of.
+        split: rows that became several examples.
         tokens, supervised: of the examples.
         cut: examples that lost their end.
         dropped: rows left out as too long.
         emptied: rows left out because the cut left no supervised token.
+        cut_tokens: tokens that cut examples lost.
+        dropped_tokens: tokens of the rows that were dropped or emptied.
         longest: tokens of the longest row, uncut.
         digest: sha256 (hex) of all that is trained on: tokens, mask and bounds of examples in
             order.
@@ -81,6 +91,16 @@ class TokenCounts:
     longest_of_99: int = 0
     available: int = 0
     taken: str = ""
+    kept_rows: int = 0
+    split: int = 0
+    cut_tokens: int = 0
+    dropped_tokens: int = 0
+
+    @property
+    def lost_share(self) -> float:
+        """Of the rows' tokens, those that are in no example."""
+        lost = self.cut_tokens + self.dropped_tokens
+        return lost / max(1, self.tokens + lost)
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,8 @@ class SourceTokens:
         empties: indices of examples that have an empty answer.
         has_answers: what is supervised are answers that end, and not whole rows (format text,
             train_on all).
+        is_text: of format text.
+        too_long: what became of rows that are longer than seq_len.
     """
 
     arrays: TokenArrays
@@ -102,9 +124,16 @@ class SourceTokens:
     leaks: tuple[int, ...] = ()
     empties: tuple[int, ...] = ()
     has_answers: bool = True
+    is_text: bool = False
+    too_long: TooLong = "truncate"
 
     def __len__(self) -> int:
         return len(self.arrays.rows)
+
+    @property
+    def row_indices(self) -> list[int]:
+        """The rows that the examples are of, each once."""
+        return list(dict.fromkeys(self.arrays.rows.tolist()))
 
     def first(self, n: int) -> "SourceTokens":
         """The first n examples (all, where there are fewer)."""
@@ -126,8 +155,14 @@ class SourceTokens:
 
 
 def _count_tokens(arrays: TokenArrays) -> dict[str, Any]:
+    is_first = np.ones(len(arrays.rows), np.bool_)
+    is_first[1:] = arrays.rows[1:] != arrays.rows[:-1]
+    # The second example of a row stands right behind its first.
+    is_second = is_first[:-1] & ~is_first[1:]
     return {
         "kept": len(arrays.rows),
+        "kept_rows": int(np.count_nonzero(is_first)),
+        "split": int(np.count_nonzero(is_second)),
         "tokens": len(arrays.ids),
         "supervised": int(np.count_nonzero(arrays.trained)),
         "cut": int(arrays.truncated.sum()),
@@ -299,6 +334,10 @@ class TokenSet:
             prompts_apart=sum(counts.prompts_apart for counts in sources),
             longest_of_99=max((counts.longest_of_99 for counts in sources), default=0),
             available=sum(counts.available for counts in sources),
+            kept_rows=sum(counts.kept_rows for counts in sources),
+            split=sum(counts.split for counts in sources),
+            cut_tokens=sum(counts.cut_tokens for counts in sources),
+            dropped_tokens=sum(counts.dropped_tokens for counts in sources),
         )
 
     def first(self, n: int) -> "TokenSet":
@@ -424,6 +463,8 @@ def tokenize(
             leaks=tuple(about["reached"]),
             empties=tuple(about["empties"]),
             has_answers=data.train_on != "all" and source.format != "text",
+            is_text=source.format == "text",
+            too_long=too_long_of(source, data),
         )
         parts.append(part)
     return TokenSet(parts)
@@ -468,24 +509,42 @@ def _cache_key(
         "format": [source.format, sorted(source.columns.items()), data.system],
         "template": [template.name, template.jinja, sorted(template.end_ids)],
         "tokenizer": of_tokenizer,
-        "limits": [data.seq_len, data.too_long, data.train_on],
+        "limits": [data.seq_len, too_long_of(source, data), data.train_on],
         "bad rows": data.bad_rows,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def too_long_of(source: Source, data: Data) -> TooLong:
+    """What becomes of a source's rows that are longer than `data.seq_len`."""
+    if data.too_long != "auto":
+        return data.too_long
+    # An answer without its beginning would be learned from nothing; a document's parts are text.
+    return "split" if source.format == "text" else "truncate"
 
 
 def _tokenize_rows(
     rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter
 ) -> TokenEntry:
     """Tokenize all rows of a source; their arrays, and what a cache holds beside them."""
-    counts = {"dropped": 0, "emptied": 0, "prompts": 0, "prompts_apart": 0}
+    counts = {
+        "dropped": 0,
+        "emptied": 0,
+        "cut_tokens": 0,
+        "dropped_tokens": 0,
+        "prompts": 0,
+        "prompts_apart": 0,
+    }
     leaks: list[int] = []
     empties: list[int] = []
     # How many rows each warning fits, and the first of them.
     warnings: dict[str, list[int]] = {}
     unread: dict[str, list[int]] = {}
     bad = BadRows()
-    lengths = array("q")
+    # How many rows have each length: a corpus has many rows, and few lengths.
+    lengths = Counter[int]()
+    splitter = DocumentSplitter(writer, rows, data.seq_len, template)
+    too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
     with closing(_encode_rows(rows, encode, title)) as encoded_rows:
         for i, where, row in encoded_rows:
@@ -505,8 +564,11 @@ def _tokenize_rows(
                 warnings.setdefault(name, [0, i])[0] += 1
             for name in row.unread:
                 unread.setdefault(name, [0, i])[0] += 1
-            lengths.append(max(row.example.sequences or (len(row.example.ids),)))
-            _add_example(row.example, i, where, data, writer, counts)
+            lengths[row.example.longest_sequence] += 1
+            if too_long == "split":
+                splitter.add(row.example, i)
+            else:
+                _add_example(row.example, i, where, data, too_long, writer, counts)
     # Rows are read again in training: a file that changed meanwhile would give others.
     rows.check_unchanged()
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
@@ -514,9 +576,7 @@ def _tokenize_rows(
         raise bad.error(len(rows))
     arrays = writer.arrays()
     counts["longest"] = max(lengths, default=0)
-    counts["longest_of_99"] = 0
-    if lengths:
-        counts["longest_of_99"] = int(np.quantile(lengths, 0.99, method="higher"))
+    counts["longest_of_99"] = _length_of_share(lengths, 0.99)
     about = {
         "rows": len(rows),
         **_count_tokens(arrays),
@@ -530,34 +590,115 @@ def _tokenize_rows(
     return arrays, {"counts": about, "reached": leaks, "empties": empties}
 
 
+def _length_of_share(lengths: Counter[int], share: float) -> int:
+    """The least length that this share of the rows does not exceed; 0 of no rows."""
+    rank = math.ceil(share * (lengths.total() - 1))
+    for length in sorted(lengths):
+        rank -= lengths[length]
+        if rank < 0:
+            return length
+    return 0
+
+
 def _add_example(
     example: Example,
     row: int,
     where: str,
     data: Data,
+    too_long: TooLong,
     writer: TokenWriter,
     counts: dict[str, int],
 ) -> None:
     """Write one example, each of its sequences cut at seq_len, or count why it is left out."""
-    length = max(example.sequences or (len(example.ids),))
+    length = example.longest_sequence
     if length <= data.seq_len:
-        writer.add(example, row, truncated=False)
+        writer.add(example, row)
         return
-    if data.too_long == "error":
+    if too_long == "error":
         raise DataError(
             f"the row has {length} tokens, and data.seq_len is {data.seq_len}",
             where=where,
             why="data.too_long is error",
             fix=f"data.seq_len={length}, or data.too_long=truncate or drop",
         )
-    if data.too_long == "drop":
+    if too_long == "drop":
         counts["dropped"] += 1
+        counts["dropped_tokens"] += len(example.ids)
         return
     truncated = _truncate(example, data.seq_len)
     if truncated is None:
         counts["emptied"] += 1
+        counts["dropped_tokens"] += len(example.ids)
         return
+    counts["cut_tokens"] += len(example.ids) - len(truncated.ids)
     writer.add(truncated, row, truncated=True)
+
+
+class DocumentSplitter:
+    """Writes documents as examples of at most `seq_len` tokens, so that none is lost.
+
+    An example that goes on with a document begins with the token before it, unsupervised, so each
+    token of a document but its first is supervised exactly once. If the tokenizer begins a text
+    with a BOS, each example begins with one: some models (Gemma) predict nothing useful without.
+
+    Rows that are blocks of one document (`Rows.continues`) are joined first.
+    """
+
+    def __init__(self, writer: TokenWriter, rows: Rows, seq_len: int, template: Template) -> None:
+        self._writer = writer
+        self._rows = rows
+        self._seq_len = seq_len
+        self._bos = template.tokenizer.bos_token_id
+        self._end_ids = template.end_ids
+        # The end of the block before, if that goes on, and its row.
+        self._rest: Example | None = None
+        self._row = 0
+
+    def add(self, example: Example, row: int) -> None:
+        """Write the next row, but for a rest that the row after it continues."""
+        ids = example.ids
+        trained = example.trained
+        has_bos = int(ids[0]) == self._bos and self._bos not in self._end_ids
+        is_end = self._rows.ends_document(row)
+        if not is_end and int(ids[-1]) in self._end_ids:
+            ids = ids[:-1]
+            trained = trained[:-1]
+        first_row = row
+        if self._rest is not None:
+            start = 1 if has_bos else 0
+            ids = np.concatenate([self._rest.ids, ids[start:]])
+            trained = np.concatenate([self._rest.trained, np.ones(len(trained) - start, np.bool_)])
+            first_row = self._row
+        # A row of two tokens has no room for a BOS beside what is learned.
+        prefix = 1 if has_bos and self._seq_len > 2 else 0
+        start = 0
+        while len(ids) - start > self._seq_len - (prefix if start else 0):
+            piece, start = self._piece(ids, trained, start, prefix)
+            self._writer.add(piece, first_row, continued=True)
+            first_row = row
+        rest, _ = self._piece(ids, trained, start, prefix)
+        if self._rows.continues(row):
+            self._rest = rest
+            self._row = first_row
+            return
+        self._rest = None
+        # One token alone is predicted by nothing, and predicts nothing.
+        if len(rest.ids) > 1:
+            self._writer.add(rest, first_row, continued=not is_end)
+
+    def _piece(
+        self, ids: np.ndarray, trained: np.ndarray, start: int, prefix: int
+    ) -> tuple[Example, int]:
+        """The example that begins with token `start`, and with which token the next one begins."""
+        if start == 0:
+            stop = self._seq_len
+            return Example(ids[:stop], trained[:stop]), stop - 1
+        stop = start + self._seq_len - prefix
+        piece_ids = np.concatenate([ids[:prefix], ids[start:stop]])
+        piece_trained = np.concatenate([trained[:prefix], trained[start:stop]])
+        # Its context, and the token that nothing predicts.
+        piece_trained[: prefix + 1] = False
+        return Example(piece_ids, piece_trained), stop - 1
 
 
 def _truncate(example: Example, length: int) -> Example | None:
@@ -588,29 +729,38 @@ def _encode_rows(
     rows: Rows, encode: RowEncoder, title: str
 ) -> Generator[tuple[int, str, EncodedRow | DataError], None, None]:
     """All rows of a source as (row, place, example), hundreds handed to the tokenizer at once."""
-    starts: Iterable[int] = range(0, len(rows), _BATCH)
+    indices: Iterable[int] = range(len(rows))
     if is_terminal(sys.stderr):
         from rich.console import Console
         from rich.progress import track
 
         console = Console(stderr=True)
-        starts = track(starts, description=title, console=console, transient=True)
+        indices = track(indices, description=title, console=console, transient=True)
     else:
         log.debug("%s", title)
-    batches = (_read_batch(rows, start) for start in starts)
-    for batch, examples in encode_batches(encode, batches, rows=len(rows)):
+    for batch, examples in encode_batches(encode, _read_batches(rows, indices), rows=len(rows)):
         yield from zip(itertools.count(batch.first), batch.places, examples, strict=False)
 
 
-def _read_batch(rows: Rows, start: int) -> RowBatch:
-    indices = range(start, min(start + _BATCH, len(rows)))
-    values: list[dict[str, Any] | TunesmithError] = []
-    places = []
+def _read_batches(rows: Rows, indices: Iterable[int]) -> Iterator[RowBatch]:
+    """All rows, hundreds at once, or fewer where they are long."""
+    batch = RowBatch(0, [], [])
+    characters = 0
     for i in indices:
         # An error of a row before it is to be raised first.
         try:
-            values.append(rows[i])
+            row: dict[str, Any] | TunesmithError = rows[i]
+            size = count_characters(row)
         except TunesmithError as error:
-            values.append(error)
-        places.append(rows.where(i))
-    return RowBatch(start, values, places)
+            row = error
+            size = 0
+        is_full = len(batch.rows) == _BATCH or characters + size > _BATCH_CHARS
+        if batch.rows and is_full:
+            yield batch
+            batch = RowBatch(i, [], [])
+            characters = 0
+        batch.rows.append(row)
+        batch.places.append(rows.where(i))
+        characters += size
+    if batch.rows:
+        yield batch

@@ -729,7 +729,7 @@ def _answers(
     answers = []
     for (source, rows), part in zip(parts, tokens.parts, strict=True):
         # Rows that are too long have no tokens, and get no answer.
-        indices = part.arrays.rows.tolist()
+        indices = part.row_indices
         is_whole = len(indices) == len(rows)
         answers.append(
             generate(

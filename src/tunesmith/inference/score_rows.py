@@ -118,7 +118,7 @@ def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> Ev
     unanswered = 0
     # Rows that tokenization dropped have no place in `part`.
     for (source, rows), part in zip(parts, tokens.parts, strict=True):
-        for i in part.arrays.rows.tolist():
+        for i in part.row_indices:
             prompt = make_prompt(rows, i, loaded, source.format, source.columns)
             if prompt.reference is None:
                 unanswered += 1

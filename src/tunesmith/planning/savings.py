@@ -185,7 +185,10 @@ def _shorter(run: Run, length: int, longest: int) -> Keys:
     """A smaller seq_len; examples whose answers it would cut go, as the token contract says."""
     keys: Keys = {"data.seq_len": length}
     sequences = run.row_tokens // run.data.seq_len
-    if length * sequences < longest and not run.data.allow_cut_answers:
+    are_split = run.data.too_long == "auto" and all(
+        source.format == "text" for source in run.data.train
+    )
+    if length * sequences < longest and not run.data.allow_cut_answers and not are_split:
         keys["data.too_long"] = "drop"
     return keys
 
