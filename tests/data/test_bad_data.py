@@ -81,7 +81,12 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.csv", "text,n\na,1\nb\n", {}, "1 values under a header of 2", "a.csv:3", "add the missing values"),
     ("a.parquet", b"PAR1 torn", {}, "not parquet", "a.parquet", "download or write"),
     ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "download or write"),
-    ("a.txt", "hello", {}, "not a supported data file", "a.txt", "JSON lines"),
+    ("a.bin", "hello", {}, "not a supported data file", "a.bin", "JSON lines"),
+    ("a.pdf", "hello", {}, "not a supported data file", "a.pdf", "pdftotext"),
+    ("a b.docx", "hello", {}, "not a supported data file", "a b.docx", "a b.txt'"),
+    ("a.txt", " \n", {}, "only blank lines", "a.txt", "add text"),
+    ("a.md", b"one\ntw\xff\n", {}, "not UTF-8", "a.md:2", "iconv"),
+    ("a.txt", "a\nb\0", {}, "no text", "a.txt:2", "file "),
     ("a.jsonl", GOOD, {"split": "test"}, "no split test", "a.jsonl", "split: train"),
     ("a.jsonl", GOOD, {"split": "test[:5]"}, "no split test", "a.jsonl", "split: train[:5]"),
     ("a.jsonl", GOOD, {"split": "train[5:]"}, "selects no rows", "a.jsonl", "larger slice"),
@@ -216,14 +221,16 @@ def test_a_file_that_is_missing_names_the_nearest(
     )
 
 
-def test_a_folder_names_the_files_in_it(tmp_path: Path, write: Callable[..., str]) -> None:
-    assert_refused(
-        Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), "name a file"
-    )
+def test_a_folder_that_cannot_be_read_as_one_set(tmp_path: Path, write: Callable[..., str]) -> None:
+    source = Source(source=str(tmp_path), format="text")
+    assert_refused(source, "no data file", str(tmp_path), ".jsonl")
+    pdf = write("a.pdf", "%PDF")
+    assert_refused(source, "no data file", str(tmp_path), f"pdftotext {pdf}")
     name = write("rows.jsonl", GOOD)
-    assert_refused(
-        Source(source=str(tmp_path)), "a folder, not a file", str(tmp_path), f"source: {name}"
-    )
+    write("more.csv", "text\na\n")
+    assert_refused(source, "different kinds", str(tmp_path), f"source: {tmp_path}/more.csv")
+    Path(tmp_path / "more.csv").rename(tmp_path / "more.txt")
+    assert_refused(source, "different kinds", str(tmp_path), f"source: {name}")
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:

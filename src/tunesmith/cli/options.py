@@ -288,12 +288,12 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
-    from tunesmith.data.files import check_data_file
+    from tunesmith.data.folders import check_local
     from tunesmith.data.source import is_local
 
     # Before what makes a recipe, which loads torch.
     if is_local(args.data[0]):
-        check_data_file(Path(args.data[0]).expanduser().absolute())
+        check_local(Path(args.data[0]).expanduser().absolute())
     from tunesmith.training.make_recipe import make_recipe
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}

@@ -16,7 +16,9 @@ from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
+ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
+DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 TEMPLATES = ("auto", "chat", "alpaca", "raw")
 
 # By which a shell runs a command in double quotes, or ends them.
@@ -110,6 +112,7 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     if name == "data.template":
         return text if text in TEMPLATES else path
     is_written_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
+    is_written_as_path = is_written_as_path or text.endswith("/")
     if name in _OUTPUTS or is_written_as_path:
         return path
     # A Hub id may look like a relative path: it is a path if it has a data file's suffix, or is

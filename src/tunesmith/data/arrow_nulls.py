@@ -1,4 +1,4 @@
-"""Null keys that an export from Arrow wrote into JSON, so that tool calls keep their own arguments.
+"""Null keys that Arrow adds to objects, also in JSON exported from it, so that tool calls keep their own arguments.
 
 Arrow gives each object the keys of all objects in its place: after `Dataset.to_json` a call of
 `weather(city)` has `"days": null`, because another call has days. The model would learn to write
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.files import Table, without_nulls
+from tunesmith.data.table import Table
 from tunesmith.errors import DataError
 
 # Rows looked at, from the first.
@@ -64,3 +64,19 @@ def _arguments(value: Any) -> Iterator[Mapping[str, Any]]:
             yield item
         else:
             yield from _arguments(item)
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop null keys inside nested values.
+
+    Arrow adds to every struct the keys that any other row has there.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return value
+
+    return {column: clean(value) for column, value in row.items()}

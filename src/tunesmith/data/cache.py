@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import mmap
 import shutil
 import tempfile
 import zlib
@@ -27,7 +28,8 @@ from tunesmith.host.memory import open_uncached
 log = logging.getLogger(__name__)
 
 NO_LABEL = -1
-READ_BYTES = 1 << 20  # of an array at once
+READ_BYTES = 1 << 20  # of an array's file at once
+READ_VALUES = 1 << 24  # of a mapped array, before its pages are released
 
 
 class TokenArrays(NamedTuple):
@@ -82,11 +84,22 @@ class TokenArrays(NamedTuple):
         borders = self.offsets[:-1][is_pair] + self.firsts[is_pair]
         return np.sort(np.concatenate([self.offsets, borders]))
 
+    def release(self) -> None:
+        """Take what was read of mapped files out of this process's memory; it is read again when it
+        is needed.
+
+        A pass over a large corpus would fill the memory with it.
+        """
+        for values in self:
+            _release(values)
+
     def sha256(self) -> str:
         """Of the examples, in hex; the rows that they came from do not enter."""
         digest = hashlib.sha256()
         for values in (self.ids, self.trained, self.offsets):
-            digest.update(np.ascontiguousarray(values).data)
+            for start in range(0, len(values), READ_VALUES):
+                digest.update(np.ascontiguousarray(values[start : start + READ_VALUES]).data)
+                _release(values)
         # Left out where no example has any, so that such rows keep the digest that they had.
         if np.any(self.firsts):
             digest.update(np.ascontiguousarray(self.firsts).data)
@@ -156,15 +169,27 @@ class TokenWriter:
         return TokenArrays(*arrays)
 
 
+def _release(values: np.ndarray) -> None:
+    base = values.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapping = base.obj if isinstance(base, memoryview) else None
+    # Linux and macOS; where there is no such call, the kernel takes the pages when it needs them.
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
 def _map_arrays(folder: Path) -> TokenArrays:
     """The arrays of an entry, memory-mapped."""
     arrays: list[np.ndarray] = []
     for name, dtype in _FILES.items():
         file = folder / name
         if file.stat().st_size:
-            arrays.append(np.asarray(np.memmap(file, dtype, mode="r")))
+            with file.open("rb") as opened:
+                mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            arrays.append(np.frombuffer(mapping, dtype))
         else:
-            # numpy cannot map an empty file.
+            # An empty file cannot be mapped.
             arrays.append(np.zeros(0, dtype))
     return TokenArrays(*arrays)
 

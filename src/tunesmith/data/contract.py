@@ -202,6 +202,7 @@ def check_tokens(
                 checked=check.checked + faults.checked,
                 broken=check.broken + len(faults.tokens),
             )
+        chunk.arrays.release()
     all_checks = (not_empty, _answers_are_whole(tokens), *checks)
     # Of rows that are trained on as a whole no answer can be cut off.
     if not any(source.has_answers for source in tokens.parts):

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.data.files import json_type, without_nulls
+from tunesmith.data.arrow_nulls import without_nulls
+from tunesmith.data.files import json_type
 from tunesmith.data.row_reader import RowReader, is_absent, plain
 from tunesmith.errors import DataError
 

@@ -214,6 +214,14 @@ class TrainingData:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
         warnings += self._bad_row_warnings()
         warnings += self._unread_warnings()
+        skipped = {}
+        for _, part in self.sources():
+            if part.rows.skipped:
+                # Rows that are held out are of the same folder.
+                skipped[from_here(part.counts.source)] = part.rows.skipped
+        warnings += [
+            f"files in {folder} are not read: {names}" for folder, names in skipped.items()
+        ]
         warnings += self._lost_warnings()
         warnings += self._row_warnings()
         if self.duplicates.count:

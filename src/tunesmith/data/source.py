@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
-from tunesmith.data.arrow_nulls import without_arrow_nulls
-from tunesmith.data.files import Table, json_type, open_table, without_nulls
+from tunesmith.data.arrow_nulls import without_arrow_nulls, without_nulls
+from tunesmith.data.conversions import CONVERTED_SUFFIXES
+from tunesmith.data.files import json_type
+from tunesmith.data.folders import open_local
+from tunesmith.data.table import Table
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import from_here
 from tunesmith.units import count_of
@@ -57,6 +60,16 @@ class Rows:
     def layout(self) -> str:
         """What was found out about its files, such as `separated by semicolons`."""
         return ", ".join(dict.fromkeys(table.layout for table in self._tables() if table.layout))
+
+    @property
+    def are_documents(self) -> bool:
+        """Whether the rows are texts of files: their format is text."""
+        return all(table.are_documents for table in self._tables())
+
+    @property
+    def skipped(self) -> str:
+        """What of its folder is not read, in a clause."""
+        return ", ".join(dict.fromkeys(table.skipped for table in self._tables() if table.skipped))
 
     def _find(self, i: int) -> tuple[Table, int]:
         if not 0 <= i < len(self):
@@ -142,7 +155,7 @@ def read_rows(source: Source) -> Rows:
 
 def describe_layouts(sources: Iterable[Rows]) -> list[str]:
     """A line for the user for each source whose files have a layout that had to be found out."""
-    lines = [f"{from_here(rows.name)}: values {rows.layout}" for rows in sources if rows.layout]
+    lines = [f"{from_here(rows.name)}: {rows.layout}" for rows in sources if rows.layout]
     # Rows that are held out are of the same source.
     return list(dict.fromkeys(lines))
 
@@ -150,7 +163,8 @@ def describe_layouts(sources: Iterable[Rows]) -> list[str]:
 def open_splits(source: Source) -> dict[str, Table]:
     """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
     if is_local(source.source):
-        return {"train": without_arrow_nulls(open_table(Path(source.source).expanduser()))}
+        tables = open_local(Path(source.source).expanduser())
+        return {split: without_arrow_nulls(table) for split, table in tables.items()}
     return _read_hub(source)
 
 
@@ -180,10 +194,12 @@ def count_characters(value: Any) -> int:
 def is_local(name: str) -> bool:
     """Whether a source names a local file.
 
-    It exists, is written as a path, or ends as a data file does.
+    It exists, is written as a path, or ends as a file of rows or text does.
     """
     is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    return is_path or name.lower().endswith(DATA_SUFFIXES) or Path(name).exists()
+    is_path = is_path or name.endswith("/")
+    suffixes = (*DATA_SUFFIXES, *CONVERTED_SUFFIXES)
+    return is_path or name.lower().endswith(suffixes) or Path(name).exists()
 
 
 def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> list[RowRange]:

@@ -35,6 +35,7 @@ VERSION = 6
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH = 256
 _BATCH_CHARS = 4 << 20
+RELEASE_EXAMPLES = 1 << 14  # read in a row, before the memory that they take is released
 BEGINNING_CHARS = 60  # characters that tell a row from others
 
 # What becomes of rows that are longer than `data.seq_len`.
@@ -195,19 +196,19 @@ class TokenSet:
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
         self._firsts = np.cumsum([0, *map(len, self.parts)])
-        lengths = []
-        longest = []
-        repeats = []
-        for part in self.parts:
-            of_examples = np.diff(part.arrays.offsets)
+        self._reads = 0
+        self.lengths = _join_arrays([np.diff(part.arrays.offsets) for part in self.parts])
+        # A corpus has many examples: what is the same is in memory once.
+        self.longest_sequences = self.lengths
+        if self.has_pairs:
             # Of a pair the first sequence ends here; 0 where an example is one sequence.
-            firsts = part.arrays.firsts
-            lengths.append(of_examples)
-            longest.append(np.maximum(firsts, of_examples - firsts))
-            repeats.append(np.full(len(part), part.weight))
-        self.lengths = _join_arrays(lengths)
-        self.longest_sequences = _join_arrays(longest)
-        self.repeats = _join_arrays(repeats)
+            firsts = _join_arrays([part.arrays.firsts for part in self.parts])
+            self.longest_sequences = np.maximum(firsts, self.lengths - firsts)
+        weights = [part.weight for part in self.parts]
+        if len(set(weights)) == 1:
+            self.repeats = np.broadcast_to(np.float64(weights[0]), len(self))
+        else:
+            self.repeats = _join_arrays([np.full(len(part), part.weight) for part in self.parts])
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -247,12 +248,12 @@ class TokenSet:
     @property
     def row_lengths(self) -> np.ndarray:
         """int64 [n], tokens of each example in a packed row."""
-        return self.lengths - self.shared
+        return self.lengths - self.shared if self.shares_prompts else self.lengths
 
     @property
     def has_pairs(self) -> bool:
         """Whether an example is a pair of answers."""
-        return any(bool(np.any(part.arrays.firsts)) for part in self.parts)
+        return any(bool(part.arrays.firsts.any()) for part in self.parts)
 
     def __iter__(self) -> Iterator[Example]:
         for i in range(len(self)):
@@ -267,6 +268,9 @@ class TokenSet:
 
     def __getitem__(self, i: int) -> Example:
         part, at = self._find(i)
+        self._reads += 1
+        if self._reads % RELEASE_EXAMPLES == 0:
+            part.arrays.release()
         example = part.arrays.example(at)
         if self.shares_prompts:
             example = example._replace(shared=int(self.shared[i]))
@@ -285,9 +289,11 @@ class TokenSet:
     def _hash_examples(self) -> Iterator[int]:
         for part in self.parts:
             ids = memoryview(np.ascontiguousarray(part.arrays.ids).data)
-            for start, end in itertools.pairwise(map(int, part.arrays.offsets)):
+            for i, (start, end) in enumerate(itertools.pairwise(map(int, part.arrays.offsets))):
                 digest = hashlib.sha256(ids[start:end]).digest()
                 yield int.from_bytes(digest[:8], "big")
+                if i % RELEASE_EXAMPLES == 0:
+                    part.arrays.release()
 
     def where(self, i: int) -> str:
         """The place of the row that example i came from."""

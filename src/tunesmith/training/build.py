@@ -39,7 +39,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.data.contract import CutAnswers
-from tunesmith.data.files import check_data_file
+from tunesmith.data.folders import check_local
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
 from tunesmith.data.source import is_local
@@ -658,7 +658,7 @@ def check_inputs(run: Run, start: Start) -> None:
         packages.require(name, **key_and_fix(run, name))
     for source in (*run.data.train, *run.data.validation):
         if is_local(source.source):
-            check_data_file(Path(source.source).expanduser())
+            check_local(Path(source.source).expanduser())
     if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
         fetch.fetch_without_weights(run.model.tokenizer)
     if run.adapter.from_ is not None and start.checkpoint is None:
@@ -778,11 +778,14 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
     write_atomically(out / RECIPE, dump(run))
     held_out = session.data.validation
     if run.data.hold_out and held_out is not None:
-        lines = []
+        lines: dict[str, str] = {}
         for i in range(len(held_out)):
-            beginning = held_out.beginning(i) if i < QUOTED_ROWS else ""
-            lines.append(f"{held_out.where(i)}  {beginning}".rstrip() + "\n")
-        write_atomically(out / HELD_OUT, "".join(lines))
+            place = held_out.where(i)
+            # A long document has several examples.
+            if place not in lines:
+                beginning = held_out.beginning(i) if len(lines) < QUOTED_ROWS else ""
+                lines[place] = f"{place}  {beginning}".rstrip() + "\n"
+        write_atomically(out / HELD_OUT, "".join(lines.values()))
 
 
 def _identity(session: Session, argv: list[str] | None) -> dict[str, Any]:

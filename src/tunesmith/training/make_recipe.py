@@ -4,6 +4,7 @@ What is not a default is written with its reason, beside the run, to be edited a
 """
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,7 @@ from tunesmith.units import Length, Share, Size, ceil_div, count_of
 log = logging.getLogger(__name__)
 
 LOOK = 2000  # rows whose tokens are counted, spread over the file
+LOOK_CHARS = 1 << 24  # of them, about: documents are long
 FEW_ROWS = 20  # with fewer none are held out
 # Of so many rows enough are held out that their loss tells when to stop. Of fewer they are worth
 # more in training, but MIN_DIFFERING: with less, no comparison of two models row by row has an
@@ -212,12 +214,7 @@ def make_recipe(
     _check_no_duplicate(draft, override_keys, layer)
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
-    layout = detect(
-        rows,
-        source,
-        any_format="data.train.format" not in override_keys,
-        skips_bad_rows=draft.data.bad_rows == "skip",
-    )
+    layout = _detect(rows, source, override_keys, skips_bad_rows=draft.data.bad_rows == "skip")
     source = _with_layout(source, layout)
     about_data = _describe_rows(data, rows, layout)
     why = {"data.train": about_data}
@@ -235,15 +232,17 @@ def make_recipe(
         chosen["data.train.columns"] = source.columns
 
     row_count = row_count or len(rows)
-    held_out = _choose_hold_out(chosen, why, draft, override_keys, row_count)
     examined = _examine(draft, source, rows, on_paper=on_paper)
     if trains_here and not on_paper:
         _choose_dtype(chosen, why, override_keys, examined.spec)
-    _choose_seq_len(chosen, why, override_keys, examined.lengths, examined.spec)
+    parts = _choose_seq_len(chosen, why, draft, override_keys, examined, layout.format)
+    held_out = _choose_hold_out(chosen, why, draft, override_keys, row_count, parts)
     if examined.is_padded and "data.pack" not in override_keys:
         chosen["data.pack"] = False
         why["data.pack"] = f"{examined.spec.model_type} cannot keep packed examples apart"
-    steps = _choose_steps(chosen, why, draft, override_keys, row_count - held_out, layout.format)
+    steps = _choose_steps(
+        chosen, why, draft, override_keys, round(row_count * parts) - held_out, layout.format
+    )
     _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, examined.spec)
     if layout.format in METHODS_OF_FORMATS:
@@ -256,8 +255,28 @@ def make_recipe(
     for key in override_keys & why.keys() - {"data.train"}:
         why[key] = "set on the command line"
     path = Path(f"{run.output_dir}.yaml")
-    text = _recipe_text(tree, path, why, command=_command(model, data, overrides))
-    return NewRecipe(run, path, text, about_data, tuple(overrides), examined.mean_length)
+    return NewRecipe(
+        run,
+        path,
+        _recipe_text(tree, path, why, command=_command(model, data, overrides)),
+        about_data,
+        tuple(overrides),
+        examined.mean_length,
+    )
+
+
+def _detect(
+    rows: Rows, source: Source, override_keys: set[str], *, skips_bad_rows: bool
+) -> Detected:
+    """The layout of some rows; of texts in files it is known."""
+    if rows.are_documents and not {"data.train.format", "data.train.columns"} & override_keys:
+        return Detected("text", {"text": "text"})
+    return detect(
+        rows,
+        source,
+        any_format="data.train.format" not in override_keys,
+        skips_bad_rows=skips_bad_rows,
+    )
 
 
 def _model_name(model: str) -> str:
@@ -273,7 +292,7 @@ def _describe_rows(data: str, rows: Rows, layout: Detected) -> str:
     name = Path(data).name if is_local(data) else data
     count = count_of(len(rows), "row")
     if rows.layout:
-        count += f" with values {rows.layout}"
+        count += f", {rows.layout}"
     return f"{name}: {count}, {layout.describe()}"
 
 
@@ -313,7 +332,8 @@ def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
 
 def _with_split(source: Source) -> Source:
     """The source with `train` as its split where it has several and none is named."""
-    if source.split is not None or is_local(source.source):
+    is_file = is_local(source.source) and not Path(source.source).expanduser().is_dir()
+    if source.split is not None or is_file:
         return source
     splits = list(open_splits(source))
     if len(splits) < 2:
@@ -351,10 +371,10 @@ class _Examined(NamedTuple):
 
 def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examined:
     """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
-    if len(rows) > LOOK:
-        # Evenly spaced rows: files are often sorted.
-        numbers = sorted({n * len(rows) // LOOK for n in range(LOOK)})
-        rows = rows.take([range(number, number + 1) for number in numbers])
+    # Evenly spaced rows: files are often sorted.
+    few = _spread(rows, FEW_ROWS)
+    characters = sum(count_characters(few[number]) for number in range(len(few))) / len(few)
+    rows = _spread(rows, min(LOOK, max(FEW_ROWS, int(LOOK_CHARS / max(1, characters)))))
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
         return _examine_on_paper(run.model.name, config, rows)
@@ -376,6 +396,14 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
     is_padded = files.support.state == "padded"
     mean_length = round(tokens.lengths.mean())
     return _Examined(files.spec, is_padded, tokens.longest_sequences, mean_length)
+
+
+def _spread(rows: Rows, count: int) -> Rows:
+    """At most so many of some rows, evenly spaced."""
+    if len(rows) <= count:
+        return rows
+    numbers = sorted({n * len(rows) // count for n in range(count)})
+    return rows.take([range(number, number + 1) for number in numbers])
 
 
 def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Examined:
@@ -406,18 +434,28 @@ def _choose_dtype(
 
 
 def _choose_hold_out(
-    chosen: dict[str, Any], why: dict[str, str], draft: Run, override_keys: set[str], rows: int
+    chosen: dict[str, Any],
+    why: dict[str, str],
+    draft: Run,
+    override_keys: set[str],
+    rows: int,
+    parts: float,
 ) -> int:
-    """Add how many of the rows are held out for validation; returns their count."""
+    """Add how many of the rows are held out for validation; returns how many examples these make.
+
+    parts: examples that a row makes on average; a long document makes many.
+    """
     hold_out = draft.data.hold_out
     is_open = "data.hold_out" not in override_keys and not draft.data.validation
     if is_open and rows >= FEW_ROWS:
         hold_out = Share(5.0, "%")
-        fewest = TELLING if rows >= ENOUGH_ROWS else MIN_DIFFERING
+        fewest = TELLING if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
+        fewest = math.ceil(fewest / parts)
+        most = max(1, int(MOST_HELD_OUT / parts))
         if rows * 0.05 < fewest:
             hold_out = Share(fewest, "examples")
-        elif rows * 0.05 > MOST_HELD_OUT:
-            hold_out = Share(MOST_HELD_OUT, "examples")
+        elif rows * 0.05 > most:
+            hold_out = Share(most, "examples")
     if not hold_out:
         if not draft.data.validation:
             why["data.train"] += "; too few to hold any out for validation"
@@ -426,25 +464,34 @@ def _choose_hold_out(
     chosen["data.hold_out"] = str(hold_out)
     drawn = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed"
     why["data.hold_out"] = f"{drawn}, to compute val_loss"
-    if count < TELLING:
+    if count * parts < TELLING:
         why["data.hold_out"] += f"; with fewer than {TELLING} it is only a rough estimate"
-    return count
+    return round(count * parts)
 
 
 def _choose_seq_len(
     chosen: dict[str, Any],
     why: dict[str, str],
+    draft: Run,
     override_keys: set[str],
-    lengths: np.ndarray,
-    spec: ModelSpec,
-) -> None:
-    """Add a length that the longest example fits; if it is above SEQ_LEN, that 99 % of them fit."""
-    context = spec.position_limit or spec.context
+    examined: _Examined,
+    row_format: str,
+) -> float:
+    """Add a length that the longest example fits; if it is above SEQ_LEN, that 99 % of them fit.
+
+    Text that is longer is split. Returns how many examples a row makes on average.
+    """
+    lengths = examined.lengths
+    is_split = row_format == "text" and draft.data.too_long == "auto"
+    context = examined.spec.position_limit or examined.spec.context
     longest = int(lengths.max())
     looked_at = f"the {len(lengths):,} rows examined"
     if longest <= SEQ_LEN:
         seq_len = longest
         reason = f"the longest of {looked_at} has {longest:,} tokens"
+    elif is_split:
+        seq_len = SEQ_LEN
+        reason = f"longer texts are split; the longest of {looked_at} has {longest:,} tokens"
     else:
         # "higher": the length of a row that is there, not one between two.
         most = int(np.quantile(lengths, 0.99, method="higher"))
@@ -454,11 +501,17 @@ def _choose_seq_len(
     chosen["data.seq_len"] = seq_len
     why["data.seq_len"] = reason
     too_long = float(np.mean(lengths > seq_len))
+    if is_split:
+        # Each part but the first begins with a token of the one before.
+        if "data.seq_len" in override_keys:
+            seq_len = draft.data.seq_len
+        return float(np.ceil((lengths - 1) / (seq_len - 1)).mean())
     if too_long > MOST_CUT and "data.seq_len" not in override_keys:
         chosen["data.too_long"] = "drop"
         shown = f"{too_long:.0%} of the rows examined are longer than the {context:,} tokens"
         effect = "truncated, their answers would have no end"
         why["data.too_long"] = f"{shown} that the model supports; {effect}"
+    return 1.0
 
 
 def _choose_adapter(chosen: dict[str, Any], why: dict[str, str], draft: Run) -> None:
