@@ -6,14 +6,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from errors import refuses, warnings_with
+from errors import lines_with, refuses, warnings_with
 from logged import logged_lines
 from recipes import make_run
+from tunesmith.config.dump import differences
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.splits import read_splits
+from tunesmith.data.splits import draw_held_out, read_checked_splits, read_splits
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.training.run import train
 from tunesmith.units import Share
@@ -161,7 +163,7 @@ def test_other_held_out_rows_are_refused_on_resume(tiny: Path, tmp_path: Path) -
     assert "data.hold_out" in refused.value.where
 
 
-def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
+def test_rows_that_are_there_twice_stay_on_one_side(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {i % 20}"}) + "\n" for i in range(40)))
     values = {
@@ -176,4 +178,106 @@ def test_rows_that_are_there_twice_are_told(tiny: Path, tmp_path: Path) -> None:
     }
     with logged_lines() as lines:
         train(from_mapping(values, where="test", base=tmp_path))
-    assert warnings_with("\n".join(lines), "val_loss", "train[:95%]")
+    told = "\n".join(lines)
+    assert not warnings_with(told, "val_loss")
+    assert warnings_with(told, "18 of 36", "data.leave_out=[near-duplicates]")
+    assert lines_with(told, "4 rows")
+    held_out = (tmp_path / "run" / "held-out.txt").read_text().splitlines()
+    texts = [line.partition("  ")[2] for line in held_out]
+    assert len(texts) == 4
+    assert len(set(texts)) == 2, "both of a pair are held out"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_near_duplicates_are_held_out_together(tmp_path: Path, seed: int) -> None:
+    """Whatever the seed, no held-out row has a rewording that is trained on."""
+    words = "amber birch cedar delta ember fjord grove heron inlet juniper kelp lotus".split()
+    rows = []
+    for i, word in enumerate(words * 4):
+        question = (
+            f"Which {word} of the old harbor town did the keeper mention {word * (i // 12 + 1)}"
+        )
+        answer = f"The {word} that stands beside gate {i}."
+        rows.append((i, f"{question}?", answer))
+        if i % 3 == 0:
+            rows += [(i, f"{question.upper()} !", answer), (i, f"Please, {question}?", answer)]
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"{q}", "completion": a}) for _, q, a in rows]
+    path.write_text("\n".join(lines))
+    source = Source(source=str(path), format="prompt-completion")
+    data = Data(train=(source,), hold_out=Share(16, "examples"))
+    splits_ = read_checked_splits(data, seed)
+    held_out = set(splits_.held_out)
+    assert len(held_out) == 16
+    sides: dict[int, set[bool]] = {}
+    for number, (i, _, _) in enumerate(rows):
+        sides.setdefault(i, set()).add(number in held_out)
+    assert all(len(side) == 1 for side in sides.values())
+    again = read_checked_splits(data, seed)
+    assert again.held_out == splits_.held_out, "from the cache too"
+
+
+def test_without_groups_the_draw_is_the_first_of_the_order() -> None:
+    alone = draw_held_out(1000, 50, 42)
+    assert draw_held_out(1000, 50, 42, [[1, 2, 3]]).tolist()[:3] == alone.tolist()[:3]
+    assert sorted(alone.tolist())[:5] == [67, 112, 151, 184, 225]
+
+
+def test_each_group_is_held_out_as_often_as_a_row_alone() -> None:
+    """Of 100 rows, 30 of them in groups of three, a tenth is drawn: 3,000 times."""
+    groups = [[k, k + 40, k + 70] for k in range(10)]
+    counts = np.zeros(100)
+    for seed in range(3000):
+        drawn = draw_held_out(100, 10, seed, groups)
+        assert len(drawn) == 10
+        counts[drawn] += 1
+    for group in groups:
+        assert len(set(counts[group])) == 1
+    members = [row for group in groups for row in group]
+    share = counts[members].sum() / counts.sum()
+    # A group that does not fit waits for a single row's place: a little less than its 30 %.
+    assert 0.24 < share <= 0.30
+
+
+@pytest.mark.parametrize(
+    ("groups", "count", "held"),
+    [
+        ([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 3, 5),  # none fits: the smallest
+        ([list(range(10))], 3, 3),  # one group of all: as if there were none
+        ([[0, 1, 2, 3, 4, 5, 6, 7]], 3, 2),  # too large: it stays in the training
+    ],
+)
+def test_groups_that_do_not_fit(groups: list[list[int]], count: int, held: int) -> None:
+    drawn = draw_held_out(10, count, 0, groups).tolist()
+    assert len(drawn) == held
+    assert len(set(drawn)) == held
+
+
+def test_leaving_out_comes_before_holding_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"row {i % 30} of a file with many words in it"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(source=str(path), format="text")
+    data = Data(train=(source,), leave_out=("near-duplicates",), hold_out=Share(10, "%"))
+    splits_ = read_checked_splits(data, 42)
+    assert splits_.left_out == {"near-duplicates": list(range(30, 40))}
+    kept, held = splits(data)
+    assert len(held) == 3
+    assert sorted(kept + held) == sorted(row["text"] for row in rows[:30])
+
+
+def test_all_rows_may_be_left_out_by_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Is it raining today?", "completion": answer} for answer in ("yes", "no")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(source=str(path), format="prompt-completion")
+    data = Data(train=(source,), leave_out=("contradictions",))
+    with refuses(DataError, where="data.leave_out", names=[2], fix=["data.leave_out=[]"]):
+        read_checked_splits(data, 42)
+
+
+def test_what_is_left_out_may_not_change_in_a_resumed_run(tiny: Path, tmp_path: Path) -> None:
+    before = make_run(tiny, tmp_path)
+    after = make_run(tiny, tmp_path, data={"leave_out": ["unfinished"]})
+    changes = [change for change in differences(before, after) if not change.allowed]
+    assert [change.key for change in changes] == ["data.leave_out"]

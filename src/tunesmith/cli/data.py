@@ -198,6 +198,7 @@ def print_data(
     from rich.bar import Bar
     from rich.console import Console
 
+    from tunesmith.data.describe_findings import describe_rows
     from tunesmith.data.source import is_local
 
     if console is None:
@@ -224,7 +225,8 @@ def print_data(
         bar = Bar(most, 0, n and max(n, most / 40))
         lengths.add_row(f"{low:,} - {high:,}" if low < high else f"{low:,}", f"{n:,}", bar)
     console.print(lengths)
-    console.print(folded(prepared.describe_schedule(), console.width), markup=False)
+    for line in (*describe_rows(prepared.splits), prepared.describe_schedule()):
+        console.print(folded(line, console.width), markup=False)
     for warning in prepared.warnings():
         console.print(folded(warning, console.width), style="yellow", markup=False)
     console.print(_contracts_table(prepared), soft_wrap=False)
@@ -394,6 +396,8 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
         for text, supervised, special in segments(train, tokenizer, i, limit=1 << 30):
             parts.append({"text": text, "supervised": supervised, "special": special})
         examples.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
+    from tunesmith.data.describe_findings import findings_as_json
+
     checks = []
     for contract in prepared.contracts:
         for check in contract.checks:
@@ -407,6 +411,7 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
         "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
         "duplicates": asdict(prepared.duplicates),
         "overlap": asdict(prepared.overlap),
+        "findings": findings_as_json(prepared.splits, prepared.across),
         "warnings": prepared.warnings(),
         "contract": checks,
         "rows": examples,

@@ -402,7 +402,7 @@ def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
     with suppress(TunesmithError, LookupError):
         tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
         template = select_template(recipe.data, tokenizer, eos_ids(folder, tokenizer))
-        rows, _ = read_splits(recipe.data, recipe.train.seed)
+        rows, _ = read_splits(recipe.data, recipe.train.seed, only_cached=True)
         return tokenize(
             rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True
         )
@@ -492,7 +492,8 @@ def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
     if not all(is_local(source.source) for source in recipe.data.train):
         return _rows_of_splits(recipe), 0
     try:
-        sources, _ = read_splits(replace(recipe.data, validation=()), recipe.train.seed)
+        data = replace(recipe.data, validation=())
+        sources, _ = read_splits(data, recipe.train.seed, only_cached=True)
         count = 0
         characters = 0
         looked_at = 0

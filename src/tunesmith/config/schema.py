@@ -30,6 +30,8 @@ Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
+# What `data.leave_out` may name; data/row_checks.py finds it.
+RowFault = Literal["near-duplicates", "contradictions", "unfinished", "rare-languages"]
 MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
 
 # Methods whose examples are pairs of answers.
@@ -180,6 +182,13 @@ class Data:
     )
     hold_out_seed: Seed | None = key(
         None, "seed that chooses the rows of `hold_out`; null: `train.seed`"
+    )
+    leave_out: tuple[RowFault, ...] = key(
+        (),
+        "rows of `train` to leave out, before any are held out; they are counted: near-duplicates"
+        " (the first stays), contradictions (all answers to one prompt), unfinished (answers that"
+        " end without punctuation where most have it), rare-languages (a language or script of few"
+        " rows)",
     )
     template: str = key(
         "auto",

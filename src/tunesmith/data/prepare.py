@@ -13,10 +13,12 @@ import numpy as np
 
 from tunesmith.config.schema import Data, Run
 from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
+from tunesmith.data.describe_findings import describe_rows, row_warnings_of
+from tunesmith.data.row_checks import check_across
 from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.data.schedule import FEW_STEPS, BatchSchedule
 from tunesmith.data.source import describe_layouts
-from tunesmith.data.splits import read_splits
+from tunesmith.data.splits import Splits, read_checked_splits, read_splits
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import (
     Repeats,
@@ -46,6 +48,9 @@ class TrainingData:
         validation: None where the recipe names none.
         duplicates: training examples that repeat an earlier one.
         overlap: validation examples that are trained on too.
+        splits: the rows that all of it is made of, and what was found in them.
+        across: pairs of a row of `data.validation` and one of `data.train` that are
+            near-duplicates, by their indices over all sources of either.
         validation_digest: sha256 (hex) of all validation examples, also of those that
             `validate.max_examples` leaves out.
         position_limit: the model's longest sequence, where it has one.
@@ -59,6 +64,8 @@ class TrainingData:
     contracts: tuple[Contract, ...]
     duplicates: Repeats
     overlap: Repeats
+    splits: Splits
+    across: tuple[tuple[int, ...], ...] = ()
     validation_digest: str | None = None
     tokenizer_hash: str = ""
     position_limit: int | None = None
@@ -100,6 +107,7 @@ class TrainingData:
             figures = ", ".join(self.figures(part))
             lines.append(f"{split}: {from_here(part.counts.source)}: {figures}")
         lines += describe_layouts(part.rows for _, part in self.sources())
+        lines += describe_rows(self.splits)
         if self.run.data.hold_out and self.validation is not None:
             lines.append(self.describe_held_out())
         lines.append(self.describe_schedule())
@@ -227,7 +235,7 @@ class TrainingData:
         if self.duplicates.count:
             what = "training examples are duplicates"
             text = _describe_repeats(self.duplicates, self.train, what)
-            warnings.append(f"{text}; fix: delete them")
+            warnings.append(f"{text}; fix: delete them, or 'data.leave_out=[near-duplicates]'")
         if self.overlap.count:
             what = (
                 "validation examples are also in the training data, so val_loss is too optimistic"
@@ -237,6 +245,7 @@ class TrainingData:
                 f"{text}; fix: splits that share no row, such as train[:95%] and train[95%:];"
                 " or delete the duplicates"
             )
+        warnings += row_warnings_of(self.splits, self.across, self.duplicates.count)
         return [f"warning: {text}" for text in warnings]
 
     def _few_steps_warnings(self) -> list[str]:
@@ -373,10 +382,13 @@ def prepare_data(
     """
     cache = cache or cache_folder("tokens")
     template = select_template(run.data, tokenizer, eos_ids)
-    rows, validation_rows = read_splits(run.data, run.train.seed)
+    splits = read_checked_splits(run.data, run.train.seed)
+    across: list[list[int]] = []
+    if run.data.validation:
+        across = check_across(splits.validation, splits.sources)
     hash_ = tokenizer_hash(tokenizer)
     train = tokenize(
-        rows, run.data, template, tokenizer, cache=cache, what="train", of_tokenizer=hash_
+        splits.train, run.data, template, tokenizer, cache=cache, what="train", of_tokenizer=hash_
     )
     if run.data.allow_cut_answers:
         cut_answers = "accept"
@@ -394,9 +406,9 @@ def prepare_data(
     validation = None
     validation_digest = None
     overlap = Repeats()
-    if validation_rows:
+    if splits.validation:
         validation = tokenize(
-            validation_rows,
+            splits.validation,
             run.data,
             template,
             tokenizer,
@@ -436,6 +448,8 @@ def prepare_data(
         contracts=tuple(contracts),
         duplicates=duplicates,
         overlap=overlap,
+        splits=splits,
+        across=tuple(map(tuple, across)),
         validation_digest=validation_digest,
         tokenizer_hash=hash_,
         position_limit=position_limit,

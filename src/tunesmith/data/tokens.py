@@ -481,6 +481,7 @@ def _keys_that_select(source: Source, data: Data) -> str:
     values = {
         "split": source.split,
         "max_examples": source.max_examples,
+        "data.leave_out": ", ".join(data.leave_out) or None,
         "data.hold_out": data.hold_out,
     }
     return ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)

@@ -1,0 +1,176 @@
+"""What was found in the rows, as lines for the user and as plain values."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tunesmith.config.schema import RowFault
+from tunesmith.data.row_checks import FAULTS, RowFindings, place
+from tunesmith.data.row_texts import MAX_CHARACTERS, MAX_ROWS
+from tunesmith.data.splits import SourceRows, Splits
+from tunesmith.units import count_of
+
+# Places that a line names, and places in `tunesmith data --json`.
+SHOWN_PLACES = 3
+LISTED_PLACES = 100
+
+
+def describe_rows(splits: Splits) -> list[str]:
+    """Lines about the split: what is left out, what is held out together, what was not compared."""
+    lines = []
+    for fault, rows in splits.left_out.items():
+        where = ""
+        if rows:
+            where = f", first {_first_places(splits.sources, rows)}"
+        lines.append(f"data.leave_out: {fault}: {count_of(len(rows), 'row')} left out{where}")
+    findings = splits.findings
+    if findings is None:
+        return lines
+    if findings.compared < findings.rows:
+        lines.append(
+            f"compared with each other: {findings.compared:,} of {findings.rows:,} rows, evenly "
+            f"spaced: at most {MAX_ROWS:,} rows or {MAX_CHARACTERS // 10**6:,} million characters"
+        )
+    together = _held_out_with_others(splits)
+    if together:
+        lines.append(
+            f"held out together: {count_of(together, 'row')} that nearly repeat another, or have "
+            "its prompt or its answer"
+        )
+    return lines
+
+
+def _held_out_with_others(splits: Splits) -> int:
+    """How many held-out rows are near-duplicates of each other, or share a prompt or an answer."""
+    assert splits.findings is not None
+    held_out = set(splits.held_out)
+    together: set[int] = set()
+    for group in (*splits.findings.near_duplicates, *splits.findings.shared):
+        members = held_out.intersection(group)
+        if len(members) > 1:
+            together |= members
+    return len(together)
+
+
+def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: int) -> list[str]:
+    """A line for each fault that rows have and that `data.leave_out` keeps, with its fix.
+
+    Args:
+        across: pairs of a row of `data.validation` and one of `data.train`.
+        repeats: training examples that repeat another token for token, which have a line of their
+            own.
+    """
+    findings = _kept_findings(splits)
+    if findings is None:
+        return []
+    sources = splits.sources
+    total = f"{sum(len(rows) for _, rows in sources):,}"
+    lines = []
+    near = len(findings.faulty_rows("near-duplicates"))
+    if near > repeats:
+        places = _group_places(sources, findings.near_duplicates)
+        lines.append(
+            f"{near:,} of {total} rows nearly repeat an earlier row (case, punctuation or a few "
+            f"words differ): first {places}; {_fix('near-duplicates')}"
+        )
+    pairs = _pairs_across(splits, findings)
+    places_across = [f"{place(sources, a)} ({place(sources, b)})" for a, b in pairs]
+    if across:
+        pairs = [list(pair) for pair in across]
+        places_across = []
+        for held_out, trained in pairs[:SHOWN_PLACES]:
+            where = place(splits.validation, held_out)
+            places_across.append(f"{where} ({place(sources, trained)})")
+    if pairs:
+        lines.append(
+            f"{len(pairs):,} validation rows nearly repeat a row that is trained on, so val_loss "
+            f"is too optimistic: first {', '.join(places_across[:SHOWN_PLACES])}; fix: delete them "
+            "from one of the two, or data.validation=null data.hold_out='5 %', which keeps such "
+            "rows on one side"
+        )
+    if findings.contradictions:
+        rows = len(findings.faulty_rows("contradictions"))
+        prompts = count_of(len(findings.contradictions), "prompt")
+        verb = "has" if len(findings.contradictions) == 1 else "have"
+        places = _group_places(sources, findings.contradictions)
+        lines.append(
+            f"{prompts} {verb} different answers, in {rows:,} of {total} rows: first {places}; "
+            f"{_fix('contradictions')}"
+        )
+    if findings.unfinished:
+        lines.append(
+            f"{len(findings.unfinished):,} of {total} rows have an answer that ends without "
+            "punctuation, which most have, or where others are cut off too: first "
+            f"{_first_places(sources, findings.unfinished)}; {_fix('unfinished')}"
+        )
+    for name, rows_of_name in findings.languages.items():
+        lines.append(
+            f"{len(rows_of_name):,} of {total} rows are in a language or script that few have "
+            f"({name}): first {_first_places(sources, rows_of_name)}; {_fix('rare-languages')}"
+        )
+    return lines
+
+
+def _kept_findings(splits: Splits) -> RowFindings | None:
+    """What was found in the rows that are not left out, less the faults that are."""
+    if splits.findings is None:
+        return None
+    gone = [row for rows in splits.left_out.values() for row in rows]
+    return splits.findings.without(gone)
+
+
+def _pairs_across(splits: Splits, findings: RowFindings) -> list[list[int]]:
+    """Held-out rows with a near-duplicate that is trained on: where one group is too large."""
+    held_out = set(splits.held_out)
+    pairs = []
+    for group in findings.near_duplicates:
+        trained = [row for row in group if row not in held_out]
+        if trained:
+            pairs += [[row, trained[0]] for row in group if row in held_out]
+    return pairs
+
+
+def _fix(fault: RowFault) -> str:
+    return f"fix: correct or delete them, or 'data.leave_out=[{fault}]'"
+
+
+def _first_places(sources: SourceRows, rows: Sequence[int]) -> str:
+    return ", ".join(place(sources, row) for row in rows[:SHOWN_PLACES])
+
+
+def _group_places(sources: SourceRows, groups: Sequence[Sequence[int]]) -> str:
+    """`b (a)` of the first groups: a row, and the one before it that it is like."""
+    shown = groups[:SHOWN_PLACES]
+    return ", ".join(f"{place(sources, g[1])} ({place(sources, g[0])})" for g in shown)
+
+
+def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Counts and places of all that was found, for `tunesmith data --json`."""
+    findings = _kept_findings(splits)
+    if findings is None:
+        return {}
+    sources = splits.sources
+
+    def places(rows: Sequence[int]) -> list[str]:
+        return [place(sources, row) for row in rows[:LISTED_PLACES]]
+
+    def groups(of: Sequence[Sequence[int]]) -> list[list[str]]:
+        return [places(group) for group in of[:LISTED_PLACES]]
+
+    pairs = [[place(splits.validation, a), place(sources, b)] for a, b in across[:LISTED_PLACES]]
+    count_across = len(across)
+    if splits.held_out:
+        within = _pairs_across(splits, findings)
+        pairs = [places(pair) for pair in within[:LISTED_PLACES]]
+        count_across = len(within)
+    counts = {fault: len(findings.faulty_rows(fault)) for fault in FAULTS}
+    return {
+        "rows": findings.rows,
+        "compared": findings.compared,
+        "left_out": {fault: len(rows) for fault, rows in splits.left_out.items()},
+        "counts": {**counts, "across": count_across},
+        "near-duplicates": groups(findings.near_duplicates),
+        "across": pairs,
+        "contradictions": groups(findings.contradictions),
+        "unfinished": places(findings.unfinished),
+        "rare-languages": {name: places(rows) for name, rows in findings.languages.items()},
+    }
