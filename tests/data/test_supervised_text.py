@@ -1,0 +1,275 @@
+"""What a row's answers say is what is supervised, or the row is refused, or it is counted.
+
+Conversations are drawn, every text with a word that occurs once. They are rendered by the chat
+templates that TRL and Axolotl ship, and compared with Transformers' own rendering and with the
+row, in plain Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stored_templates import (
+    Message,
+    Tools,
+    encode,
+    encoder_of,
+    own_renderings,
+    special_words,
+    supervised_texts,
+    template_names,
+    tokenizer_of,
+)
+
+from tunesmith.data.row_warnings import ROW_WARNINGS
+from tunesmith.errors import DataError
+
+# More conversations for each template than the suite draws: TUNESMITH_TEST_EXAMPLES=1000.
+EXAMPLES = int(os.environ.get("TUNESMITH_TEST_EXAMPLES", "8"))
+# Warnings that say nothing of what is missing.
+OTHER_WARNINGS = {"empty", "placeholder", "joined"}
+EDGES = ("", "", "", " ", "\n", "  \n\n", "\t", "\u00a0", "\r\n")
+CORES = (
+    "It is so.",
+    "",
+    "{{ name }} {% if x %}y{% endif %} {# note #}",
+    'a "quoted" \\n {"b": [1, null]}',
+    "a < b && c > d <b>e</b>",
+    "e\u0301 é 这是一座桥。 🎉 الساعة",
+    "```py\n    return 1\n```",
+    "the tag </think> closes",
+    "the tag <think> opens",
+    "<tool_call>\n{}\n</tool_call>",
+    "[INST] [/INST] <s></s>",
+    "user\n\nassistant\n",
+)
+PROFILE = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=EXAMPLES,
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A conversation.
+
+    Attributes:
+        words: of texts that are no answer's, each occurs once.
+    """
+
+    messages: list[Message]
+    tools: Tools
+    words: list[str]
+
+    def row(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"messages": self.messages}
+        if self.tools:
+            row["tools"] = self.tools
+        return row
+
+    def answers(self) -> list[Message]:
+        return [message for message in self.messages if message["role"] == "assistant"]
+
+
+class _Drawing:
+    """Draws texts, each with a word of its own."""
+
+    def __init__(self, draw: Any, special: list[str]) -> None:
+        self.draw = draw
+        self.count = 0
+        self.cores = st.one_of(
+            st.sampled_from(CORES),
+            st.sampled_from(special or [""]),
+            st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=6),
+        )
+
+    def word(self) -> str:
+        self.count += 1
+        return f"xq{self.count}qx"
+
+    def text(self) -> tuple[str, str]:
+        """A text, and its word."""
+        word = self.word()
+        edge = st.sampled_from(EDGES)
+        before, after = self.draw(edge), self.draw(edge)
+        core, more = self.draw(self.cores), self.draw(st.sampled_from(CORES))
+        return f"{before}{core} {word} {more}{after}", word
+
+    def answer(self, *, calls: bool) -> Message:
+        """An answer, its thought in a key, in its content, or none."""
+        message: Message = {"role": "assistant", "content": ""}
+        has_content = not calls or self.draw(st.booleans())
+        if has_content:
+            message["content"] = self.text()[0]
+        thought = self.draw(st.sampled_from(("none", "none", "key", "inline", "close inline")))
+        if thought == "key":
+            message["reasoning_content"] = self.text()[0]
+        elif thought == "inline":
+            message["content"] = f"<think>\n{self.text()[0]}\n</think>\n\n{message['content']}"
+        elif thought == "close inline":
+            message["content"] = f"<think>{self.text()[0]}</think>{message['content']}"
+        if calls:
+            count = self.draw(st.sampled_from((1, 1, 2)))
+            message["tool_calls"] = [self.call(n + 1) for n in range(count)]
+        return message
+
+    def call(self, n: int) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        for name in self.draw(st.sets(st.sampled_from(("place", "days", "deep", "list", "flag")))):
+            values = {
+                "place": self.text()[0],
+                "days": 3000 + self.count,
+                "deep": {"inner": self.word(), "none": None},
+                "list": [self.word(), 2.5],
+                "flag": True,
+            }
+            arguments[name] = values[name]
+        function = {"name": f"look_{self.word()}", "arguments": arguments}
+        return {"type": "function", "id": f"call{self.count:05d}", "function": function}
+
+
+@st.composite
+def conversations(draw: Any, special: list[str]) -> Drawn:
+    drawing = _Drawing(draw, special)
+    messages: list[Message] = []
+    words = []
+
+    def say(role: str, **keys: Any) -> None:
+        text, word = drawing.text()
+        messages.append({"role": role, "content": text, **keys})
+        words.append(word)
+
+    if draw(st.sampled_from((False, False, True))):
+        say("system")
+    has_calls = draw(st.sampled_from((False, False, True)))
+    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+        say("user")
+        if has_calls and draw(st.booleans()):
+            messages.append(drawing.answer(calls=True))
+            for call in messages[-1]["tool_calls"]:
+                say("tool", tool_call_id=call["id"], name=call["function"]["name"])
+            if draw(st.sampled_from((False, True, True))) or messages[-1]["role"] != "assistant":
+                messages.append(drawing.answer(calls=False))
+        else:
+            messages.append(drawing.answer(calls=False))
+    names = []
+    for message in messages:
+        names += [call["function"]["name"] for call in message.get("tool_calls", ())]
+    tools = [_schema(name) for name in names] if names else None
+    return Drawn(messages, tools, words)
+
+
+def _schema(name: str) -> dict[str, Any]:
+    place = {"type": "string", "description": "a town"}
+    parameters = {"type": "object", "properties": {"place": place}, "required": ["place"]}
+    function = {"name": name, "description": "Look it up.", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def missing(answer: Message, text: str) -> list[str]:
+    """What an answer says and a text does not, whatever a template writes around it."""
+    # Templates trim texts, and write the tags of a thought in a way of their own.
+    parts = re.split(r"</?think>", answer["content"])
+    parts += re.split(r"</?think>", answer.get("reasoning_content", ""))
+    for call in answer.get("tool_calls", ()):
+        parts += [call["function"]["name"], *leaves(call["function"]["arguments"])]
+    return [part for part in map(str.strip, parts) if part and not is_in(part, text)]
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Names and values within a call's arguments."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, str | float | int) and not isinstance(value, bool):
+        yield str(value)
+
+
+def is_in(part: str, text: str) -> bool:
+    """Whether a text has a part: as it is, as JSON writes it, or as Python does (LFM2's calls)."""
+    forms = [part, repr(part)[1:-1], json.dumps(part)[1:-1]]
+    forms.append(json.dumps(part, ensure_ascii=False)[1:-1])
+    # Jinja's own `tojson` writes what HTML reads as escapes.
+    escaped = forms[-1]
+    for letter in "<>&'":
+        escaped = escaped.replace(letter, f"\\u{ord(letter):04x}")
+    return any(form in text for form in (*forms, escaped))
+
+
+def fault(name: str, drawn: Drawn, train_on: Any) -> str:
+    """How an example differs from its row in silence; empty where it does not."""
+    encoder = encoder_of(name, train_on)
+    try:
+        encoded = encode(encoder, drawn.row())
+    except DataError as error:
+        return "" if error.where and error.fix else f"an error without where or fix: {error}"
+    supervised = supervised_texts(encoder.template, encoded)
+    text = "".join(supervised)
+    said = set(encoded.warnings) - OTHER_WARNINGS
+    assert set(encoded.warnings) <= set(ROW_WARNINGS)
+    answers = drawn.answers()
+    if train_on == "last":
+        answers = answers[-1:]
+    lost = [part for answer in answers for part in missing(answer, text)]
+    if lost and not said:
+        return f"not supervised: {lost}; supervised: {supervised}"
+    extra = [word for word in drawn.words if word in text]
+    if extra:
+        return f"supervised, and no answer's: {extra}; supervised: {supervised}"
+    whole = tokenizer_of(name).decode(encoded.example.ids)
+    own = list(own_renderings(name, encoder.template, drawn.messages, drawn.tools))
+    if not any(is_rendering(name, drawn, whole, rendering) for rendering in own):
+        return f"rendered otherwise than by Transformers: {whole!r}, not {own}"
+    return ""
+
+
+def is_rendering(name: str, drawn: Drawn, text: str, rendering: str) -> bool:
+    """Whether a text is Transformers' rendering of a conversation.
+
+    Behind a last answer that the template does not end the next turn's first token may stand, where
+    generation stops. Before it what the generation prompt holds may stand, as in inference.
+    """
+    if text == rendering or text.removeprefix(rendering) in special_words(name):
+        return True
+    template = encoder_of(name).template
+    prompt = tokenizer_of(name).apply_chat_template(
+        drawn.messages[:-1],
+        drawn.tools,
+        chat_template=template.jinja,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return text.startswith(prompt) and rendering.endswith(text[len(prompt) :])
+
+
+@pytest.mark.parametrize("train_on", ["response", "last"])
+@pytest.mark.parametrize("name", template_names())
+def test_the_supervised_text_holds_every_answer_or_says_so(name: str, train_on: str) -> None:
+    try:
+        encoder_of(name, train_on)
+    except DataError as error:
+        assert error.fix, "a template that is refused before its first row"
+        return
+
+    @PROFILE
+    @given(conversations(special_words(name)))
+    def check(drawn: Drawn) -> None:
+        found = fault(name, drawn, train_on)
+        assert not found, f"{found}\n{drawn.row()}"
+
+    check()
