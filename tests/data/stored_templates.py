@@ -11,9 +11,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from chat_tokenizers import train
@@ -118,9 +119,16 @@ def supervised_texts(template: Template, encoded: EncodedRow) -> list[str]:
     return texts
 
 
+class Rendering(NamedTuple):
+    """A conversation as a template writes it, and all before its last message, to be answered."""
+
+    text: str
+    prompt: str
+
+
 def own_renderings(
     name: str, template: Template, messages: Sequence[Message], tools: Tools
-) -> Iterator[str]:
+) -> Iterator[Rendering]:
     """What Transformers' apply_chat_template writes for a conversation in each of its spellings.
 
     A thought may be a key of its own under two names, or stand in the content; arguments may be an
@@ -131,14 +139,12 @@ def own_renderings(
     if has_tools and HERMES in (template.jinja or ""):
         # Plain ChatML has no tools; the template in use does.
         jinja = template.jinja or ""
+    render = partial(tokenizer_of(name).apply_chat_template, chat_template=jinja, tokenize=False)
     for thought, arguments in itertools.product(_THOUGHTS, (_as_object, _as_json_text)):
         spelled = [arguments(thought(message)) for message in messages]
-        try:
-            yield tokenizer_of(name).apply_chat_template(
-                spelled, tools, chat_template=jinja, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError):
-            continue
+        with suppress(jinja2.TemplateError, TypeError, ValueError, KeyError):
+            prompt = render(spelled[:-1], tools, add_generation_prompt=True)
+            yield Rendering(render(spelled, tools), prompt)
 
 
 def _as_it_is(message: Message) -> Message:
