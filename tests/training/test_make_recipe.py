@@ -609,6 +609,29 @@ def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:
     assert str(made.run.train.duration) == "1 epochs"
 
 
+@pytest.mark.parametrize("count", [2, 8, 24])
+def test_few_labeled_answers_get_a_batch_that_kto_can_compare(home: Path, count: int) -> None:
+    rows = [
+        {"prompt": question, "completion": answer, "label": i % 2 == 0}
+        for i, (question, answer) in enumerate(PAIRS[:count])
+    ]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_recipe("small", "rows.jsonl").run
+    assert run.method.name == "kto"
+    assert run.train.global_batch.amount >= 2
+
+
+def test_bad_rows_are_left_out_of_the_look_too(home: Path) -> None:
+    rows = [{"prompt": question, "completion": answer} for question, answer in PAIRS]
+    rows[7]["completion"] = None  # type: ignore[assignment]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with refuses(DataError, where="rows.jsonl:8", fix=["data.bad_rows=skip"]):
+        make_recipe("small", "rows.jsonl")
+    new = make_recipe("small", "rows.jsonl", ["data.bad_rows=skip"])
+    assert new.run.data.bad_rows == "skip"
+    assert new.run.data.train[0].format == "prompt-completion"
+
+
 def test_long_rows_get_room_within_the_context(home: Path) -> None:
     def seq_len(*lengths: int) -> int:
         (home / "long.jsonl").write_text(

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import Completion, Conversation, Sample, convert_sample
+from tunesmith.data.formats import (
+    Completion,
+    Conversation,
+    Sample,
+    convert_sample,
+    read_label,
+)
 from tunesmith.data.messages import ROLES, is_said
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -176,8 +182,8 @@ def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:
     names = [name for name in _KEY_COLUMN if columns.keys() <= set(COLUMNS[name])]
     for name in names or _KEY_COLUMN:
         key_column = _KEY_COLUMN[name]
-        # A label that is no truth value is a column of somebody's own.
-        is_other = key_column == "label" and not isinstance(row.get(key_column), bool)
+        # A label that says neither good nor bad is a column of somebody's own.
+        is_other = key_column == "label" and read_label(row.get(key_column)) is None
         if key_column in columns or (key_column in row and not is_other):
             return name
     return ""
