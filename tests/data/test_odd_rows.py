@@ -300,3 +300,38 @@ def test_a_null_that_is_meant_stays_an_argument(tmp_path: Path) -> None:
     assert _arguments(tmp_path, rows[0]) == [{"city": "Oslo", "days": None}], (
         "one call shows nothing"
     )
+
+
+# --- chats that are no lists of messages
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": ["hi", "ho"], "source": "web"},
+        {"messages": [{"speaker": "a", "text": "x"}], "text": "x"},
+        {"dialog": [], "text": "x"},
+        {"prompt": str([U]), "completion": str([A])},
+        {"instruction": json.dumps([U]), "output": "ho"},
+        {"text": str([U, A])},
+        {"text": "[{broken", "messages": "[{broken"},
+    ],
+    ids=str,
+)
+def test_what_looks_like_a_chat_is_never_plain_text(row: Row) -> None:
+    with refuses(DataError) as refused:
+        found([row] * 3)
+    assert refused.value.where.startswith("rows row 1")
+
+
+def test_roles_may_be_written_with_capitals() -> None:
+    chat = [{**U, "role": "User"}, {**A, "role": "ASSISTANT"}]
+    sample: Any = convert_row({"messages": chat}, Source(source="rows"), where="r")
+    assert sample.messages == [U, A]
+
+
+def test_both_forms_of_a_chat_in_one_column() -> None:
+    with refuses(DataError, where="rows row 2, message 1"):
+        found([CHAT, {"messages": FROMS}, CHAT])
+    with refuses(DataError, where="rows row 1, turn 1"):
+        found([CHAT, {"messages": FROMS}, {"messages": FROMS}])

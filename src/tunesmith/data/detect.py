@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.config.row_formats import CHAT, ROW_FORMATS, FormatName, Layout
+from tunesmith.config.row_formats import CHAT, READ_BY_ANY_NAME, ROW_FORMATS, FormatName, Layout
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.formats import convert_row
 from tunesmith.data.messages import is_mark
-from tunesmith.data.row_reader import looks_like_chat, looks_like_list, plain
+from tunesmith.data.row_reader import HARMLESS_COLUMNS, looks_like_list, plain, role_key_of
 from tunesmith.data.source import Rows, is_local
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
@@ -39,6 +39,10 @@ _OTHER_KINDS = {
 _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
 )
+# Columns with texts that are no question and no answer.
+_NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
+    name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
+}
 # Words in the names of two columns that hold the better and the worse answer.
 _BETTER_AND_WORSE = (
     ("chosen", "rejected"),
@@ -49,6 +53,10 @@ _BETTER_AND_WORSE = (
     ("winner", "loser"),
     ("win", "lose"),
 )
+
+
+# The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
+_Chats = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def detect(
     if any_format and not source.columns:
         _check_kind(columns, where, columns_text)
     # The content of its cells shows a chat, not the column's name.
-    chats = [name for name in columns if any(_is_chat(name, row) for row in sample.values())]
+    chats = _find_chats(columns, sample)
     only_format = None if any_format else source.format
     all_layouts = list(_possible_layouts(columns, chats, only_format, source.columns))
     layouts = _of_one_kind(all_layouts)
@@ -171,13 +179,21 @@ def _sample(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
     return sample, first_error is None
 
 
-def _is_chat(column: str, row: Mapping[str, Any]) -> bool:
-    """Whether a column's value looks like a list of messages, or JSON text of one.
+def _find_chats(columns: list[str], sample: Mapping[int, dict[str, Any]]) -> _Chats:
+    """The columns that look like lists of messages, or JSON text of them, by what is in them.
 
-    Under a chat's usual name that is also an empty list, or a list of objects of another form.
+    Under a chat's usual name these are also lists of another form: their error tells what is wrong.
     """
-    value = row.get(column)
-    return looks_like_chat(value) or (plain(column) in _CHAT_NAMES and looks_like_list(value))
+    chats: _Chats = {"role": [], "from": []}
+    for column in columns:
+        values = [row.get(column) for row in sample.values()]
+        role_keys = {role_key_of(value) for value in values} - {""}
+        is_named_so = plain(column) in _CHAT_NAMES
+        if not role_keys and is_named_so and any(map(looks_like_list, values)):
+            role_keys = {"role"}
+        for role_key in role_keys:
+            chats[role_key].append(column)
+    return chats
 
 
 def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
@@ -195,7 +211,7 @@ def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
 
 def _possible_layouts(
     columns: list[str],
-    chats: list[str],
+    chats: _Chats,
     only_format: str | None,
     chosen_columns: Mapping[str, str],
 ) -> Iterator[Detected]:
@@ -232,16 +248,20 @@ def _possible_layouts(
 
 
 def _columns_for(
-    format_name: str, usual_names: tuple[str, ...], columns: list[str], chats: list[str]
+    format_name: str, usual_names: tuple[str, ...], columns: list[str], chats: _Chats
 ) -> list[str]:
     """The columns that may be what a format has under these names in files."""
     if usual_names is CHAT:
-        return chats
+        if format_name == "messages":
+            return chats["role"]
+        if format_name == "sharegpt":
+            return chats["from"]
+        return list(dict.fromkeys([*chats["role"], *chats["from"]]))
     if format_name != "text":
         return [column for column in columns if plain(column) in usual_names]
     # A single column needs no usual name to be the text; a chat is none.
     named = [column for column in columns if plain(column) in usual_names or len(columns) == 1]
-    return [column for column in named if column not in chats]
+    return [column for column in named if column not in (*chats["role"], *chats["from"])]
 
 
 def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
@@ -261,7 +281,7 @@ def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
 def _check_pair_is_read(
     layouts: list[Detected],
     columns: list[str],
-    chats: list[str],
+    chats: _Chats,
     sample: Mapping[int, dict[str, Any]],
     rows: Rows,
     source: Source,
@@ -293,7 +313,8 @@ def _check_pair_is_read(
     if not rejected_alone:
         return
     others = [_try_layout(sample, rows, source, layout) for layout in layouts]
-    formats = dict.fromkeys(trial.layout.format for trial in others if trial.read)
+    readable = _most_specific([trial for trial in others if trial.read])
+    formats = dict.fromkeys(trial.layout.format for trial in readable)
     if formats:
         raise DataError(
             f"{rejected_alone[0]} looks like the rejected answer of a pair, and there is no chosen",
@@ -325,11 +346,11 @@ def _with_layout(source: Source, layout: Detected) -> Source:
 
 
 def _most_specific(trials: list[_Trial]) -> list[_Trial]:
-    """Without those whose columns another one uses too: with more, or with the same and earlier in
-    the list.
+    """Without those whose columns another one uses too: with more, or with the same where it reads
+    more rows or is earlier in the list.
     """
     specific: list[_Trial] = []
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: -len(trial.read)):
         columns = set(trial.layout.columns.values())
         others = [set(other.layout.columns.values()) for other in trials]
         is_repeated = any(columns == set(other.layout.columns.values()) for other in specific)
@@ -484,7 +505,10 @@ def _guesses(
     missing = [name for name in layout.needed if name not in known]
     letters = {column: _letters(sample, column) for column in columns}
     others = [column for column in columns if column not in known.values() and letters[column]]
-    others.sort(key=lambda column: letters[column], reverse=True)
+    # Beside a known column one that is seldom a text may be the other; two of them are not.
+    if not known:
+        others = [column for column in others if plain(column) not in _NO_TEXTS]
+    others.sort(key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
     likeliest = others[:_PROPOSED_FROM]
     # Combinations of the columns with the most letters come first.
     for picked in itertools.combinations(likeliest, len(missing)):

@@ -192,8 +192,8 @@ def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _Any
 
 
 def _alpaca(row: RowReader) -> Sample:
-    instruction = row.text(row.required("instruction"), "instruction")
-    output = row.text(row.required("output"), "output")
+    instruction = _no_messages(row, row.required("instruction"), "instruction")
+    output = _no_messages(row, row.required("output"), "output")
     extra = row.optional("input")
     extra_text = "" if extra is None else row.text(extra, "input")
     messages = with_row_system(row, [])
@@ -219,6 +219,14 @@ def _alpaca(row: RowReader) -> Sample:
     return Conversation(messages)
 
 
+def _no_messages(row: RowReader, value: Any, column: str) -> str:
+    """A text that is not JSON of messages, which alpaca's format would train on as it stands."""
+    if not isinstance(row.text_or_messages(value, column), str) and isinstance(value, str):
+        fix = "format: prompt-completion, or write the text alone"
+        raise row.error(f"{column} is JSON of messages, not a text", fix=fix)
+    return row.text(value, column)
+
+
 def _messages(row: RowReader) -> Sample:
     return _chat(row, "messages", MESSAGE)
 
@@ -237,6 +245,9 @@ def _chat(row: RowReader, column: str, form: Form) -> Sample:
 def _prompt_completion(row: RowReader) -> Sample:
     prompt = row.text_or_messages(row.required("prompt"), "prompt")
     completion = row.text_or_messages(row.required("completion"), "completion")
+    # One message stands for a list of one.
+    prompt = [prompt] if isinstance(prompt, Mapping) else prompt
+    completion = [completion] if isinstance(completion, Mapping) else completion
     # Both as text, or both as messages: one of each has no border.
     if isinstance(prompt, list) != isinstance(completion, list):
         fix = "write both as lists of messages"

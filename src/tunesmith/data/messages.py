@@ -118,7 +118,7 @@ def _check_turn(row: RowReader, turn: Any, form: Form, at: str) -> None:
 
 
 def _role(row: RowReader, name: Any, at: str) -> str:
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         why = f"the roles are {', '.join(ROLES)}"
         raise row.error(f"unknown role {name!r}", why, "rename the role", at)

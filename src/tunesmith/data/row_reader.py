@@ -21,6 +21,9 @@ from tunesmith.errors import DataError
 _PYTHON_REPR = re.compile(r"\s*(?:\[?array\()?\s*[\[{][\s\[{]*'")
 # A text that begins as a list of messages, or as one message.
 _CHAT_TEXT = re.compile(r"""\s*(\[?)\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+_ROLE_KEY = re.compile(r"""["'](role|from)["']\s*:""")
+# Characters of such a text in which the key of its first role is looked for.
+_LOOKED_AT = 100_000
 # Columns that tell rows apart, or say where they are from: no example is another for them.
 HARMLESS_COLUMNS = frozenset(
     """
@@ -53,22 +56,29 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def looks_like_chat(value: Any) -> bool:
-    """Whether a value is a list of turns, or a text that begins as one does."""
+def role_key_of(value: Any) -> str:
+    """The key of the roles in a list of turns, or in a text that begins as one: `role` or `from`.
+
+    Empty for what is no such list.
+    """
     if isinstance(value, str):
         match = _CHAT_TEXT.match(value)
-        return match is not None and bool(match[1])
-    if not isinstance(value, list) or not value:
-        return False
-    return isinstance(value[0], Mapping) and not value[0].keys().isdisjoint(("role", "from"))
+        if match is None or not match[1]:
+            return ""
+        key = _ROLE_KEY.search(value, 0, _LOOKED_AT)
+        return key[1] if key else ""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, Mapping):
+        return ""
+    return "role" if "role" in first else "from" if "from" in first else ""
 
 
 def looks_like_list(value: Any) -> bool:
-    """Whether a value is a list of objects or an empty one, or a text that begins as one does."""
+    """Whether a value is a list, or a text that begins as one of objects does."""
     if isinstance(value, str):
         text = value.lstrip()
         return text.startswith("[") and text[1:].lstrip().startswith("{")
-    return isinstance(value, list) and (not value or isinstance(value[0], Mapping))
+    return isinstance(value, list)
 
 
 def _yaml_text(name: str) -> str:

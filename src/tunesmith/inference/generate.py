@@ -288,6 +288,6 @@ def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], b
         role_key = "from"
         placeholder = {"from": "gpt", "value": PLACEHOLDER}
     last = value[-1] if isinstance(value, list) and value else None
-    if not isinstance(last, dict) or last.get(role_key) in _ANSWER_ROLES:
+    if not isinstance(last, dict) or str(last.get(role_key)).strip().lower() in _ANSWER_ROLES:
         return row, True
     return {**row, column: [*value, placeholder]}, False
