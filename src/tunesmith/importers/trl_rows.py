@@ -37,9 +37,8 @@ def trl_format(recipe: Translation, usual_format: str) -> str:
     """The format of the rows: as the command line has it, by the columns that the file names, or
     the usual one of the method.
     """
-    given = recipe.overrides.get("data.train.format")
-    if given is not None:
-        return str(given)
+    if "data.train.format" in recipe.overrides:
+        return str(recipe.overrides["data.train.format"])
     if usual_format != "messages":
         return usual_format
     columns: list[str] = []

@@ -244,7 +244,7 @@ def make_recipe(
         chosen, why, draft, override_keys, round(row_count * parts) - held_out, layout.format
     )
     _choose_validations(chosen, why, steps, held_out)
-    _choose_rate(chosen, why, draft, examined.spec)
+    _choose_rate(chosen, why, draft, override_keys, examined.spec)
     if layout.format in METHODS_OF_FORMATS:
         _choose_preference_rate(chosen, why)
     elif draft.adapter.from_ is not None:
@@ -592,7 +592,13 @@ def _width_exponent(model_type: str) -> float | None:
     return None
 
 
-def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, spec: ModelSpec) -> None:
+def _choose_rate(
+    chosen: dict[str, Any],
+    why: dict[str, str],
+    draft: Run,
+    override_keys: set[str],
+    spec: ModelSpec,
+) -> None:
     """Add the learning rate for a model of this family and width."""
     kind = draft.adapter.kind
     chosen["train.learning_rate"] = default_learning_rate(kind, spec.model_type, spec.hidden)
@@ -601,6 +607,8 @@ def _choose_rate(chosen: dict[str, Any], why: dict[str, str], draft: Run, spec: 
             f"there is no rule for {spec.model_type} models: a cautious rate; try twice and half of"
             " it, see docs/choosing.md"
         )
+        if "train.learning_rate" not in override_keys:
+            log.info(f"train.learning_rate: {reason}")
     else:
         reason = f"from the model's family, {spec.model_type}, and hidden size, {spec.hidden:,}"
     if kind == "lora":
