@@ -583,7 +583,7 @@ def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> fl
 def _width_exponent(model_type: str) -> float | None:
     """How the best rate of a family falls with the width; None where nobody has fitted it.
 
-    Llama 4 has another architecture than the models of the fit; Qwen's mixtures were in it.
+    The cookbook goes by the name: Qwen's mixtures have Qwen's rule. Llama 4 came after Llama's fit.
     """
     if model_type == "llama":
         return WIDTH_EXPONENTS["llama"]
