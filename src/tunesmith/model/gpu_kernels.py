@@ -8,6 +8,7 @@ and a run on the CPU, takes the PyTorch code that Transformers falls back to wit
 import sys
 from collections.abc import Callable
 from functools import wraps
+from inspect import getclosurevars
 from types import FunctionType
 from typing import Any
 
@@ -27,19 +28,32 @@ def keep_kernels_to_gpus(model: nn.Module) -> None:
             modules.add(sys.modules[base.__module__])
     for module in modules:
         for name, function in list(vars(module).items()):
-            if _calls_kernel(function):
-                setattr(module, name, _by_device(function, function.__wrapped__))
+            wrapper = _kernel_wrapper(function)
+            if wrapper is not None:
+                setattr(module, name, _by_device(function, wrapper))
 
 
-def _calls_kernel(function: object) -> bool:
-    """Whether it is Transformers' wrapper, which calls a kernel in place of what it wraps."""
-    if not isinstance(function, FunctionType) or not hasattr(function, "__wrapped__"):
-        return False
-    return function.__globals__ is vars(hub_kernels)
+def _kernel_wrapper(function: object) -> Any:
+    """Transformers' wrapper, which calls a kernel in place of what it wraps; None for any other.
+
+    Where the package `kernels` is installed, the wrapper is the function that the forward of a
+    module without parameters calls.
+    """
+    candidates = [function]
+    if isinstance(function, nn.Module):
+        candidates = [*getclosurevars(type(function).forward).nonlocals.values()]
+    for candidate in candidates:
+        if not isinstance(candidate, FunctionType) or not hasattr(candidate, "__wrapped__"):
+            continue
+        if candidate.__globals__ is vars(hub_kernels):
+            return candidate
+    return None
 
 
-def _by_device(with_kernel: Callable[..., Any], in_pytorch: Callable[..., Any]) -> Any:
-    @wraps(with_kernel)
+def _by_device(with_kernel: Callable[..., Any], wrapper: Any) -> Any:
+    in_pytorch = wrapper.__wrapped__
+
+    @wraps(wrapper)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Edges that PyTorch's code does not go by are refused in there.
         has_edges = kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None
