@@ -321,6 +321,19 @@ def test_a_template_that_lists_tools_keeps_its_own_form() -> None:
     assert tokenizer.decode(example.ids[example.trained]) == f"[weather()]{END}Wet.{END}"
 
 
+def test_a_chatml_that_takes_no_results_gets_hermes_form() -> None:
+    tokenizer = byte_tokenizer()
+    raises = "{%- if m.role == 'tool' -%}{{- raise_exception('no') -}}{%- endif -%}"
+    for body in (raises, "", "{%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}"):
+        text = jinja("{{- m.content -}}").replace(HEADER, body + HEADER, 1)
+        template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=text, name="chat")
+        assert template.with_tools().jinja != text
+    for body in ("{{- '<result>' ~ m.content -}}", "{{- m.content ~ m.tool_calls -}}"):
+        text = jinja(body)
+        template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=text, name="chat")
+        assert template.with_tools().jinja == text
+
+
 def test_a_call_of_which_a_value_is_left_out_is_counted() -> None:
     names_only = jinja(
         "{{- m.content -}}{%- for c in m.tool_calls or [] -%}{{- c.function.name ~ '(' -}}"

@@ -45,7 +45,8 @@ ROW_WARNINGS = {
     ),
     "lost_text": RowWarning(
         what="an answer of which a part is not in the tokens",
-        why="the template reads marks such as </think> in it, and the model learns the rest",
+        why="the template changes it, such as by what stands before a </think>, and the model"
+        " learns what is left",
         fix="delete these rows, or use another template: data.template=FILE.jinja",
     ),
     "lost_call": RowWarning(

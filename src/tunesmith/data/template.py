@@ -528,17 +528,21 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_plain_chatml(mask: AssistantMask) -> bool:
-    """Whether a template writes every turn as ChatML does, results of tools too.
-
-    One that has a form of its own for results was made for a model that was trained with it.
-    """
+    """Whether a template writes turns as ChatML does, and has no form of its own for results."""
     turns = (("user", "one"), ("assistant", "two"), ("tool", "three"), ("assistant", "four"))
-    chatml = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    chatml = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns]
     try:
-        text = mask.render([{"role": role, "content": text} for role, text in turns])
+        text = mask.render(messages[:2])
     except DataError:
         return False
-    return text.endswith(chatml)
+    if not text.endswith("".join(chatml[:2])):
+        return False
+    try:
+        text = mask.render(messages)
+    except DataError:
+        return True  # it takes no results
+    return "three" not in text or text.endswith("".join(chatml))
 
 
 def _read_template(path: Path, tokenizer: Any) -> str:
