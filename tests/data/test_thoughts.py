@@ -150,8 +150,9 @@ def test_a_thought_that_the_prompt_opens_is_written_behind_it(form: Any) -> None
 
 def test_a_thought_that_the_prompt_opens_may_be_empty_but_not_missing() -> None:
     empty = [user("2 + 2?"), answer("<think>\n\n</think>\n\n4")]
-    stretches, _ = trained(STRIPS_AND_OPENS, empty)
-    assert stretches == [f"</think>\n\n4{END}"]
+    (stretch,), _ = trained(STRIPS_AND_OPENS, empty)
+    # The line break before the tag may be one token with that of the prompt.
+    assert stretch.lstrip("\n") == f"</think>\n\n4{END}"
     fix = ["<think>\\n\\n</think>\\n\\n"]
     with refuses(DataError, where="row 1", fix=fix):
         trained(STRIPS_AND_OPENS, [user("2 + 2?"), answer("4")])
