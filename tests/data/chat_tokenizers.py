@@ -76,3 +76,15 @@ def train(kind: str, special: tuple[str, ...], adds_bos: bool, strips: bool = Fa
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def wordpiece(*vocabulary: str) -> Any:
+    """A fast tokenizer of these words, as BERT's: "##" before the rest of a word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate(("[UNK]", "</s>", *vocabulary))}
+    core = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="[UNK]")

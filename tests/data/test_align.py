@@ -6,7 +6,7 @@ from typing import Any
 from unicodedata import normalize
 
 import pytest
-from chat_tokenizers import train
+from chat_tokenizers import train, wordpiece
 
 from errors import refuses
 from tunesmith.data.align import Aligner, CharSpan
@@ -82,7 +82,7 @@ def test_both_edges_of_several_spans_are_cut() -> None:
 
 def test_a_tokenizer_that_cannot_write_the_rest_supervises_the_merged_token() -> None:
     """WordPiece writes the rest of a word in another way behind the word's beginning."""
-    tokenizer = words("so", "no", "soon", "##on")
+    tokenizer = wordpiece("so", "no", "soon", "##on")
     (found,) = Aligner(tokenizer).encode(["no soon no"], [[CharSpan(5, 10)]], set())
     assert tokenizer.convert_ids_to_tokens(found.ids) == ["no", "soon", "no"]
     assert found.trained.tolist() == [False, True, True]
@@ -90,17 +90,6 @@ def test_a_tokenizer_that_cannot_write_the_rest_supervises_the_merged_token() ->
     # Between two words nothing merges.
     (found,) = Aligner(tokenizer).encode(["no soon no"], [[CharSpan(2, 10)]], set())
     assert (found.trained.tolist(), found.merged_tokens) == ([False, True, True], 0)
-
-
-def words(*vocabulary: str) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: i for i, word in enumerate(("[UNK]", "</s>", *vocabulary))}
-    core = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="[UNK]")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prefixed", "llama2"])

@@ -1,7 +1,8 @@
 """Spans of characters -> tokens.
 
 Where a token of the whole text would lie across the edge of a span (byte-pair merges such as " " +
-"good" or "\\n" + "\\n"), the text is cut there and its pieces are tokenized one by one. Generation
+"good" or "\\n" + "\\n"), or the prompt alone has other tokens, the text is cut there and its pieces
+are tokenized one by one. Generation
 tokenizes the prompt alone, so these are the tokens that the model is given and the tokens that it
 is to write; the merged token stands in no prompt. A tokenizer that cannot write the answer's piece
 without a blank before it keeps the merged token, which is then supervised.
@@ -88,6 +89,8 @@ class Aligner:
             )
         self.tokenizer = tokenizer
         self.byte_sizes = _byte_sizes(tokenizer)
+        # Of a few texts, such as line breaks: prompts of a template end alike.
+        self._ids_of_tails: dict[str, np.ndarray] = {}
         self.added_ids = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
 
     def encode(
@@ -103,13 +106,15 @@ class Aligner:
         cuts: dict[int, list[int]] = {}
         for i, text in enumerate(texts):
             aligned.append(self._align(text, ids[i], bounds[i], spans[i], end_ids))
-            crossed = _crossed_edges(text, bounds[i], spans[i])
+            crossed = self._crossed_edges(text, ids[i], bounds[i], spans[i])
             if crossed:
                 cuts[i] = crossed
         for context in _CONTEXTS:
             for i, pieces in self._encode_pieces(context, texts, spans, cuts, end_ids).items():
                 if self._is_exact(aligned[i], pieces):
                     aligned[i] = _join(pieces, cuts.pop(i))
+        for i in cuts:
+            aligned[i] = self._with_merged(texts[i], aligned[i], bounds[i], spans[i])
         return aligned
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -178,28 +183,82 @@ class Aligner:
         end_ids: Collection[int],
     ) -> Aligned:
         trained = np.zeros(len(ids), dtype=bool)
-        merged_tokens = 0
         ended = True
-        if bounds.in_bytes and not text.isascii():
-            spans = [_span_in_bytes(text, span) for span in spans]
+        for span in _spans_in(bounds, text, spans):
+            trained |= (
+                (bounds.starts >= span.start)
+                & (bounds.starts < span.end)
+                & (bounds.ends <= span.end)
+            )
+            if span.stop < 0:
+                continue
+            at = int(np.searchsorted(bounds.ends, span.stop, side="right"))
+            if at < len(ids) and int(ids[at]) in end_ids:
+                # Even where it includes the whitespace after it (`rstrip`, as Phi 3's).
+                trained[at] = True
+            else:
+                ended = False
+        return Aligned(ids, trained, ended)
+
+    def _with_merged(
+        self, text: str, aligned: Aligned, bounds: _Bounds, spans: Sequence[CharSpan]
+    ) -> Aligned:
+        """The text with the tokens supervised that lie across an edge of a span."""
+        overlaps = np.zeros(len(aligned.ids), dtype=bool)
+        for span in _spans_in(bounds, text, spans):
+            overlaps |= (bounds.starts < span.end) & (bounds.ends > span.start)
+        # An added token is the template's: it only takes in the white space beside it.
+        is_merged = overlaps & ~aligned.trained & ~np.isin(aligned.ids, self.added_ids)
+        return aligned._replace(
+            trained=aligned.trained | is_merged, merged_tokens=int(is_merged.sum())
+        )
+
+    def _crossed_edges(
+        self, text: str, ids: np.ndarray, bounds: _Bounds, spans: Sequence[CharSpan]
+    ) -> list[int]:
+        """The edges of spans, in characters and in order, at which the text must be cut."""
+        edges = []
         for span in spans:
-            is_inside = (bounds.starts >= span.start) & (bounds.starts < span.end)
-            is_inside &= bounds.ends <= span.end
-            overlaps = (bounds.starts < span.end) & (bounds.ends > span.start)
-            if span.stop >= 0:
-                # The end token may hold the white space after it (`rstrip`, as Phi 3's).
-                at = int(np.searchsorted(bounds.ends, span.stop, side="right"))
-                if at < len(ids) and int(ids[at]) in end_ids:
-                    is_inside[at] = True
-                else:
-                    ended = False
-            is_merged = overlaps & ~is_inside
-            if is_merged.any():
-                # An added token is the template's: it only takes in the white space beside it.
-                is_merged &= ~np.isin(ids, self.added_ids)
-                merged_tokens += int(is_merged.sum())
-            trained |= is_inside | is_merged
-        return Aligned(ids, trained, ended, merged_tokens=merged_tokens)
+            edges.append(span.start)
+            # An end token stands at the other edge.
+            if span.stop < 0:
+                edges.append(span.end)
+        edges = sorted({edge for edge in edges if 0 < edge < len(text)})
+        if not edges:
+            return []
+        places = edges
+        if bounds.in_bytes and not text.isascii():
+            places = [len(text[:edge].encode()) for edge in edges]
+        # Of each edge the first token that ends behind it.
+        tokens = np.searchsorted(bounds.ends, places, side="right").tolist()
+        crossed = []
+        for edge, place, token in zip(edges, places, tokens, strict=True):
+            # It begins later, or there is none, where normalization took in the characters between.
+            is_crossed = token == len(ids) or bounds.starts[token] != place
+            if is_crossed or self._has_other_blanks(text, edge, ids[:token]):
+                crossed.append(edge)
+        return crossed
+
+    def _has_other_blanks(self, text: str, edge: int, ids: np.ndarray) -> bool:
+        """Whether white space before an edge may have other tokens at the end of a text.
+
+        Byte-level tokenizers as GPT-2's leave the last of several blanks to the word behind them:
+        "\n\n" is one token, and two before a word.
+
+        Args:
+            ids: of text[:edge].
+        """
+        if self.byte_sizes is None or edge < 2 or not text[edge - 2 : edge].isspace():
+            return False
+        # The last tokens that hold all of the white space.
+        blank_bytes = len(text[len(text[:edge].rstrip()) : edge].encode())
+        from_end = np.cumsum(self.byte_sizes[ids[::-1]])
+        count = int(np.searchsorted(from_end, blank_bytes)) + 1
+        last_ids = ids[len(ids) - count :]
+        tail = self._decode(last_ids)
+        if tail not in self._ids_of_tails:
+            self._ids_of_tails[tail] = self.ids([tail])[0]
+        return not np.array_equal(self._ids_of_tails[tail], last_ids)
 
     def _encode_pieces(
         self,
@@ -283,30 +342,6 @@ def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
     return sizes
 
 
-def _crossed_edges(text: str, bounds: _Bounds, spans: Sequence[CharSpan]) -> list[int]:
-    """The edges of spans, in characters and in order, that no two tokens share."""
-    edges = []
-    for span in spans:
-        edges.append(span.start)
-        # An end token stands at the other edge.
-        if span.stop < 0:
-            edges.append(span.end)
-    edges = sorted({edge for edge in edges if 0 < edge < len(text)})
-    if not edges:
-        return []
-    places = edges
-    if bounds.in_bytes and not text.isascii():
-        places = [len(text[:edge].encode()) for edge in edges]
-    # Of each edge the first token that ends behind it.
-    tokens = np.searchsorted(bounds.ends, places, side="right").tolist()
-    crossed = []
-    for edge, place, token in zip(edges, places, tokens, strict=True):
-        # It begins later where normalization took in the characters between.
-        if token < len(bounds.starts) and bounds.starts[token] != place:
-            crossed.append(edge)
-    return crossed
-
-
 def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
     """The pieces of a text as one."""
     aligned = [piece.aligned for piece in pieces]
@@ -315,8 +350,14 @@ def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
         trained=np.concatenate([piece.trained for piece in aligned]),
         ended=all(piece.ended for piece in aligned),
         cuts=tuple(cuts),
-        merged_tokens=sum(piece.merged_tokens for piece in aligned),
     )
+
+
+def _spans_in(bounds: _Bounds, text: str, spans: Sequence[CharSpan]) -> Sequence[CharSpan]:
+    """The spans in the unit of the bounds."""
+    if not bounds.in_bytes or text.isascii():
+        return spans
+    return [_span_in_bytes(text, span) for span in spans]
 
 
 def _span_in_bytes(text: str, span: CharSpan) -> CharSpan:

@@ -1,4 +1,5 @@
-"""Null keys that Arrow adds to objects, also in JSON exported from it, so that tool calls keep their own arguments.
+"""Null keys that Arrow adds to objects, also in JSON exported from it: a tool call keeps its own
+arguments.
 
 Arrow gives each object the keys of all objects in its place: after `Dataset.to_json` a call of
 `weather(city)` has `"days": null`, because another call has days. The model would learn to write

@@ -329,6 +329,14 @@ class Template:
         (ids,) = self._aligner.ids(["e\u0301"])
         return "\u00e9" in str(self.tokenizer.decode(ids.tolist()))
 
+    def first_answer(self, sample: Sample, train_on: TrainOn) -> str:
+        """As `answer`, of the first answer that is trained on, without special tokens."""
+        if isinstance(sample, Conversation) and train_on == "response":
+            first = sample.supervised()[0]
+            stop = next(i for i, message in enumerate(sample.messages, 1) if message is first)
+            sample = replace(sample, messages=sample.messages[:stop])
+        return self.without_special_tokens(self.answer(sample))
+
     def without_special_tokens(self, text: str) -> str:
         """The text as an answer is decoded."""
         tokens = self.tokenizer.added_tokens_decoder.values()

@@ -21,6 +21,7 @@ from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
+from tunesmith.data.formats import Sample, convert_sample
 from tunesmith.data.source import Rows, count_characters
 from tunesmith.data.template import Template
 from tunesmith.data.workers import encode_batches
@@ -116,6 +117,7 @@ class SourceTokens:
             train_on all).
         is_text: of format text.
         too_long: what became of rows that are longer than seq_len.
+        source: how its rows are read.
     """
 
     arrays: TokenArrays
@@ -127,6 +129,7 @@ class SourceTokens:
     has_answers: bool = True
     is_text: bool = False
     too_long: TooLong = "truncate"
+    source: Source | None = None
 
     def __len__(self) -> int:
         return len(self.arrays.rows)
@@ -300,6 +303,17 @@ class TokenSet:
         part, at = self._find(i)
         return part.rows.where(int(part.arrays.rows[at]))
 
+    def sample(self, i: int, system: str | None) -> Sample:
+        """The row of example i, of a pair with the chosen answer; `system` is `data.system`.
+
+        Raises:
+            DataError: the file has changed, and the row is broken now.
+        """
+        part, at = self._find(i)
+        assert part.source is not None
+        row = part.rows[int(part.arrays.rows[at])]
+        return convert_sample(row, part.source, where=self.where(i), system=system)
+
     def beginning(self, i: int) -> str:
         """How the row of example i begins, in one line: what tells it from others.
 
@@ -471,6 +485,7 @@ def tokenize(
             has_answers=data.train_on != "all" and source.format != "text",
             is_text=source.format == "text",
             too_long=too_long_of(source, data),
+            source=source,
         )
         parts.append(part)
     return TokenSet(parts)

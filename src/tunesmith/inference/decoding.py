@@ -385,6 +385,7 @@ def sample_answers(
     stops: Collection[int],
     *,
     places: Sequence[str] = (),
+    references: Sequence[str] = (),
     synced: bool = False,
     clock: AnswerClock | None = None,
 ) -> list[SampleAnswer]:
@@ -392,7 +393,8 @@ def sample_answers(
     attention is set again.
 
     All are answered in one batch: the weights, which shards gather and nf4 makes dense, are needed
-    once a token. `places` are those of the examples' rows; `synced` as for `answer_batch`.
+    once a token. `places` are those of the examples' rows, `references` their answers; `synced` as
+    for `answer_batch`.
     """
     clock = clock or AnswerClock()
     prompts = []
@@ -405,9 +407,10 @@ def sample_answers(
         if start > 1:
             prompts.append(example.ids[:start].tolist())
             rows.append(places[index] if places else "")
-            # As many tokens of the row's own answer, up to the end of its first turn.
-            answer_ids = example.ids[start : start + SAMPLE_TOKENS].tolist()
-            expected.append(cut_answer(tokenizer, answer_ids, stops).text)
+            # As much of the row's own answer.
+            reference = references[index] if references else ""
+            reference_ids = tokenizer(reference, add_special_tokens=False)["input_ids"]
+            expected.append(decode(tokenizer, reference_ids[:SAMPLE_TOKENS]))
     if not prompts:
         return []
     train_model.use_inference_attention()

@@ -4,6 +4,7 @@ import math
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.distributed.activity import STUCK_AFTER_S
+from tunesmith.errors import DataError
 from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.shard import sharded_modules
@@ -35,8 +36,26 @@ class AnswerSampler:
         # Of a sharded model all ranks must answer together, to gather its weights.
         divides_experts = session.mesh.shape.experts > 1
         self.is_sharded = bool(sharded_modules(session.model)) or divides_experts
+        self.references = self._read_references()
         self.seconds = 0.0  # that answers took in this start
         self.has_warned = False
+
+    def _read_references(self) -> list[str]:
+        """The answers of the first held-out rows, before the file can change."""
+        validation = self.session.data.validation
+        if validation is None or not self.ranks.is_main_process:
+            return []
+        data = self.session.run.data
+        references = []
+        for i in range(min(self.session.run.log.samples, len(validation))):
+            try:
+                sample = validation.sample(i, data.system)
+                answer = self.session.data.template.first_answer(sample, data.train_on)
+            except DataError:
+                # A template that wants more turns than there are up to the first answer.
+                answer = ""
+            references.append(answer)
+        return references
 
     def sample(self) -> None:
         """Hand answers to the sinks; a collective call where the model is sharded."""
@@ -61,6 +80,7 @@ class AnswerSampler:
             held_out,
             session.data.template.end_ids,
             places=[held_out.where(i) for i in range(len(held_out))],
+            references=self.references,
             synced=self.is_sharded,
             clock=clock,
         )
