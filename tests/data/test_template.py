@@ -23,6 +23,7 @@ from tunesmith.data.batch import Example
 from tunesmith.data.formats import Conversation, convert_row
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
+from tunesmith.inference.decoding import cut_answer
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS = ("bytes", "trimmed", "pieces")
@@ -179,6 +180,14 @@ def test_answers_after_an_end_token_are_learnt_from_the_prompt_in_use(form: str)
         prompt = template.prompt(sample)
         assert template.prompt(Conversation(messages[:-1], tools)) == prompt
         first = int(np.flatnonzero(example.trained)[0])
+        # Where answers are compared with it, the row's answer is the supervised text up to its end.
+        answer_ids = cut_answer(tokenizer, example.ids[first:].tolist(), template.end_ids).ids
+        raw = tokenizer.decode(answer_ids, clean_up_tokenization_spaces=False)
+        assert template.answer(sample) == raw
+        plain = tokenizer.decode(
+            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert template.without_special_tokens(raw) == plain
         given = tokenizer.decode(prompt)
         assert given.startswith(tokenizer.decode(example.ids[: first - 1]))
         if example.ids[: len(prompt)].tolist() == prompt:

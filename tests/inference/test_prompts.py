@@ -22,7 +22,7 @@ from runs import make_run, peft_model
 from tunesmith.checkpoint.contents import tokenizer_files
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.source import from_list, read_rows
-from tunesmith.data.template import select_template
+from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 from tunesmith.inference import generate
@@ -246,3 +246,82 @@ def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
     tokenizer.chat_template = None
     with refuses(DataError, where="data.system", fix=["data.template=alpaca"]):
         select_template(data, tokenizer, {1})
+
+
+def prompt_of(loaded: LoadedModel, row: dict[str, Any]) -> generate.Prompt:
+    return generate.make_prompt(from_list([row]), 0, loaded, "auto", None)
+
+
+def test_references_are_the_row_s_text_whatever_its_tokens_say(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an answer of which the end token alone is supervised."""
+
+    def end_alone(self: Template, *args: Any, **keys: Any) -> Any:
+        return [pytest.fail("an answer was read from tokens")]
+
+    monkeypatch.setattr(Template, "encode_many", end_alone)
+    raw = replace(loaded, template=Template(loaded.tokenizer, {1}, jinja=None, name="raw"))
+    for asked in (loaded, raw):
+        found = prompt_of(asked, {"prompt": "Sentiment: ", "completion": "good"})
+        assert (found.reference, found.raw_reference) == ("good", "good")
+    history = [*TURNS, {"role": "user", "content": "b"}]
+    for last in ({"content": SAID}, {"content": SAID, "train": False}):
+        row = {"messages": [*history, {"role": "assistant", **last}]}
+        assert prompt_of(loaded, row).reference == SAID
+    row = {"prompt": ASKED, "chosen": SAID, "rejected": "No."}
+    assert prompt_of(loaded, row).reference == SAID
+
+
+def test_what_ends_an_answer_is_no_part_of_its_reference(loaded: LoadedModel) -> None:
+    end = loaded.tokenizer.eos_token
+    raw = replace(
+        loaded,
+        template=Template(
+            loaded.tokenizer, {loaded.tokenizer.eos_token_id}, jinja=None, name="raw"
+        ),
+    )
+    row = {"prompt": "Who? ", "completion": f"He.{end}"}
+    assert prompt_of(raw, row).reference == "He."
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": " \n"},
+        {"messages": [TURNS[0], {"role": "assistant", "content": ""}]},
+        {"messages": [TURNS[0], {"role": "assistant", "content": " \n"}]},
+        {"instruction": "a", "input": "", "output": ""},
+        {"messages": TURNS[:1]},
+    ],
+)
+def test_an_empty_answer_is_no_reference(loaded: LoadedModel, row: dict[str, Any]) -> None:
+    assert prompt_of(loaded, row).reference is None
+
+
+def test_a_reference_of_special_tokens_alone_keeps_them(loaded: LoadedModel) -> None:
+    """As labels of `model.added_tokens`, which answers are decoded without."""
+    found = prompt_of(loaded, {"prompt": "a", "completion": "<|pad|>"})
+    assert (found.reference, found.is_special) == ("<|pad|>", True)
+    found = prompt_of(loaded, {"prompt": "a", "completion": "<|pad|> b"})
+    assert (found.reference, found.raw_reference) == (" b", "<|pad|> b")
+    assert not found.is_special
+    (row,) = generate.generate(
+        loaded, [{"prompt": "a", "completion": "<|pad|>"}], generate.Decoding(4)
+    )
+    assert row["reference"] == "<|pad|>"
+
+
+def test_a_reference_has_composed_letters_where_the_tokenizer_makes_them(
+    loaded: LoadedModel,
+) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = byte_tokenizer()
+    row = {"prompt": "a", "completion": "e\u0301"}
+    assert prompt_of(loaded, row).reference == "e\u0301"
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=CHATML, name="chat")
+    composing = replace(loaded, tokenizer=tokenizer, template=template)
+    assert prompt_of(composing, row).reference == "\u00e9"

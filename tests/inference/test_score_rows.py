@@ -29,7 +29,7 @@ from tunesmith.errors import (
     UsageError,
 )
 from tunesmith.inference import score_rows
-from tunesmith.inference.decoding import Decoding
+from tunesmith.inference.decoding import Answer, Decoding
 from tunesmith.inference.evaluate import Evaluation, evaluate
 from tunesmith.inference.generate import generate
 from tunesmith.inference.load_run import load_run
@@ -227,6 +227,47 @@ def test_a_refusal_of_rank_0_ends_all_ranks(run: Path, held: Path, answered: Pat
     assert first.startswith("UsageError 2 ")
     assert holds(first, "--seed", 0, 3)
     assert second.startswith("OtherRankError 2 ")
+
+
+def test_empty_answers_are_never_exact(
+    run: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows whose own answer is empty are not scored; of the others no empty answer is right."""
+    rows: list[dict[str, Any]] = []
+    for content in ("good", "", " ", "e\u0301"):
+        answer = {"role": "assistant", "content": content}
+        rows.append({"messages": [{"role": "user", "content": "Say it"}, answer]})
+    held = write_rows(tmp_path / "empty.jsonl", rows)
+
+    def nothing(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
+        return enumerate(Answer("", [], True) for _ in prompts)
+
+    monkeypatch.setattr(score_rows, "answer_all", nothing)
+    found = scored(run, held, answers, "exact", "f1", "contains")
+    assert (found.unanswered, found.by_scorer[0].rows) == (2, 2)
+    for of_scorer in found.by_scorer:
+        assert of_scorer.scores == {"tuned": [0, 0], "base": [0, 0]}
+    with refuses(UsageError, names=["empty"]):
+        scored(run, write_rows(tmp_path / "none.jsonl", rows[1:3]), None, "exact")
+
+
+def test_answers_of_special_tokens_are_compared_with_these(
+    run: Path, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them every answer would be empty, and equal."""
+    labels = ("<|pad|>", "<|im_start|>")
+    held = write_rows(
+        tmp_path / "labels.jsonl",
+        [{"prompt": "Which?", "completion": label} for label in labels],
+    )
+
+    def first_label(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
+        label = tokenizer.convert_tokens_to_ids(labels[0])
+        return enumerate(Answer("", [label], True) for _ in prompts)
+
+    monkeypatch.setattr(score_rows, "answer_all", first_label)
+    (exact,) = scored(run, held, answers, "exact", base=False).by_scorer
+    assert exact.scores == {"tuned": [1, 0]}
 
 
 def test_answers_that_are_there_are_not_made_again(

@@ -306,6 +306,10 @@ class Template:
             DataError: the sample cannot be rendered, or ends with no answer.
         """
         text = self._answer_text(self._as_turns(sample), where)
+        # Where the row's own text has an end token, generation stops there.
+        end_token = self._answer_ends.search(text)
+        if end_token is not None:
+            text = text[: end_token.start()]
         # Of a letter and its accent some tokenizers make one character: so does the model.
         return normalize("NFC", text) if self._composes_letters else text
 
@@ -313,16 +317,14 @@ class Template:
         if isinstance(sample, Text):
             return ""
         if isinstance(sample, Completion):
-            # Some rows write the end token themselves.
-            end_token = AnswerEnds(self.tokenizer, self.end_ids).search(sample.completion)
-            return sample.completion[: end_token.start()] if end_token else sample.completion
+            return sample.completion
         sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
         text, spans = self._locate_answers(sample, "last", where)
-        parts = []
-        for span in spans:
-            end = span.stop if span.stop >= 0 else span.end
-            parts.append(text[span.start : end])
-        return "".join(parts)
+        return "".join(text[span.start : span.end] for span in spans)
+
+    @cached_property
+    def _answer_ends(self) -> AnswerEnds:
+        return AnswerEnds(self.tokenizer, self.end_ids)
 
     @cached_property
     def _composes_letters(self) -> bool:
@@ -339,11 +341,15 @@ class Template:
 
     def without_special_tokens(self, text: str) -> str:
         """The text as an answer is decoded."""
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        special_tokens = [token.content for token in tokens if token.special]
-        for token in sorted(special_tokens, key=len, reverse=True):
+        for token in self._special_tokens:
             text = text.replace(token, "")
         return text
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        """Those that decoding leaves out, the longest first."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return sorted((token.content for token in tokens if token.special), key=len, reverse=True)
 
     def _as_turns(self, sample: Sample) -> Sample:
         """With a template, prompt and completion are two turns."""
