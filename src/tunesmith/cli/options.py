@@ -217,11 +217,12 @@ def add_new_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
-    """UsageError where the word in the place of a recipe names a file of rows."""
+    """UsageError where the word in the place of a recipe names a file or folder of rows."""
     if not _names_rows(recipe):
         return
+    kind = "folder" if Path(recipe).is_dir() else "file"
     raise UsageError(
-        f"{recipe} is a file of rows, not a recipe",
+        f"{recipe} is a {kind} of rows, not a recipe",
         where="command line",
         why="a recipe is a .yaml file that names a model and rows",
         fix=command_on_rows(args, recipe),
@@ -229,8 +230,13 @@ def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
 
 
 def _names_rows(word: str) -> bool:
-    """Whether a file is of rows by its name; a recipe may be a .json file, but not an array."""
+    """Whether a file is of rows by its name; a recipe may be a .json file, but not an array.
+
+    Or a folder, by the files in it.
+    """
     path = Path(word)
+    if path.is_dir():
+        return not any(path.glob("*.y*ml")) and _is_folder_of_rows(path)
     if "=" in word or path.suffix.lower() not in DATA_SUFFIXES:
         return False
     if path.suffix.lower() != ".json":
@@ -240,6 +246,16 @@ def _names_rows(word: str) -> bool:
             return file.read(64).lstrip().startswith(b"[")
     except OSError:
         return False
+
+
+def _is_folder_of_rows(path: Path) -> bool:
+    from tunesmith.data.folders import check_local
+
+    try:
+        check_local(path)
+    except DataError:
+        return False
+    return True
 
 
 def command_on_rows(args: argparse.Namespace, file: str) -> str:

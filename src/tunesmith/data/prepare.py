@@ -135,7 +135,7 @@ class TrainingData:
     def describe_held_out(self) -> str:
         """A line for the user: what it means that rows are held out, and where they are listed."""
         assert self.validation is not None
-        count = count_of(len(self.validation), "held-out row")
+        count = count_of(self.validation.counts.kept_rows, "held-out row")
         if self.run.validate.max_examples is not None:
             count = "held-out rows"  # more than those that are measured
         listed = from_here(Path(self.run.output_dir) / HELD_OUT)

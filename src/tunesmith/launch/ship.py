@@ -181,7 +181,7 @@ def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
     inside = [path]
     if path.is_dir():
         inside = sorted(path.rglob("*"))
-    files = [file for file in inside if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in inside if file.is_file() and not _is_hidden(file, path)]
     # Names count beside the contents: a folder whose files changed places is another input.
     digests = [(str(file.relative_to(path)), digest_of_file(file)) for file in files]
     digest_of_all = sha256(json.dumps(digests).encode()).hexdigest()
@@ -194,6 +194,11 @@ def by_content(path: Path) -> tuple[str, list[ShippedFile]]:
         place_of_file = os.path.normpath(os.path.join(place, name))
         shipped.append(ShippedFile(file, place_of_file, file.stat().st_size, digest, named=True))
     return place, shipped
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    names = [file.name, *file.relative_to(folder).parts]
+    return any(name.startswith(".") for name in names)
 
 
 def by_place(path: Path) -> ShippedFile:

@@ -1,0 +1,172 @@
+"""Readers that hold few rows: in any order each row is that of the file, with its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import refuses
+from rows import Simple
+from tunesmith.config.schema import Data, Source
+from tunesmith.data import arrow_files, files
+from tunesmith.data.files import open_table
+from tunesmith.data.source import read_rows
+from tunesmith.data.tokens import tokenize
+from tunesmith.errors import DataError
+
+Texts = list[str]
+
+
+def jsonl(path: Path, texts: Texts) -> list[str]:
+    """The places of its rows."""
+    lines = []
+    places = []
+    for i, text in enumerate(texts):
+        lines += [" \t"] * (i % 3 == 2)
+        lines.append(json.dumps({"text": text}))
+        places.append(f"{path}:{len(lines)}")
+    path.write_text("\n".join(lines))
+    return places
+
+
+def csv_lines(path: Path, texts: Texts) -> list[str]:
+    places = []
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text"])
+        line = 2
+        for text in texts:
+            writer.writerow([text])
+            places.append(f"{path}:{line}")
+            line += 1 + text.count("\n")
+    return places
+
+
+def parquet(path: Path, texts: Texts) -> list[str]:
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=70)
+    return [f"{path} row {i + 1}" for i in range(len(texts))]
+
+
+def arrow_file(path: Path, texts: Texts) -> list[str]:
+    table = pa.table({"text": texts})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+        out.write_table(table, max_chunksize=33)
+    return [f"{path} row {i + 1}" for i in range(len(texts))]
+
+
+def arrow_stream(path: Path, texts: Texts) -> list[str]:
+    table = pa.table({"text": texts})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=33)
+    return [f"{path} row {i + 1}" for i in range(len(texts))]
+
+
+KINDS: dict[str, Callable[[Path, Texts], list[str]]] = {
+    "a.jsonl": jsonl,
+    "a.csv": csv_lines,
+    "a.parquet": parquet,
+    "file.arrow": arrow_file,
+    "stream.arrow": arrow_stream,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_in_any_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "READ_BYTES", 97)
+    monkeypatch.setattr(arrow_files, "BLOCK_ROWS", 32)
+    path = tmp_path / name
+    texts = [f"row {i}{', ä' * (i % 9)}" + '\n"more"' * (i % 4 == 3) for i in range(300)]
+    places = KINDS[name](path, texts)
+    table = open_table(path)
+    order = list(range(300))
+    random.Random(0).shuffle(order)
+    for i in [*range(300), *order, 0, 299, 298, 0]:
+        assert table.row(i) == {"text": texts[i]}
+        assert table.where(i) == places[i]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.text('a\u00e4 \t\r,"', max_size=5), max_size=200),
+    ends=st.booleans(),
+    mark=st.booleans(),
+)
+def test_lines_are_those_of_an_editor(
+    lines: list[str], ends: bool, mark: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    content = "\n".join(json.dumps(line) if line.strip() else line for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" * mark + content.encode() + b"\n" * ends)
+    expected = [(i + 1, line) for i, line in enumerate(lines) if line.strip()]
+    if not expected:
+        with refuses(DataError, where=str(path)):
+            open_table(path)
+        return
+    table = open_table(path)
+    assert [(table.where(i), table.row(i)) for i in range(len(table))] == [
+        (f"{path}:{number}", line) for number, line in expected
+    ]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
+    texts = [f"{i} {'x' * 1000}" for i in range(20_000)]
+    path = tmp_path / name
+    KINDS[name](path, texts)
+    size = path.stat().st_size
+    del texts
+    tracemalloc.start()
+    table = open_table(path)
+    for i in range(0, len(table), 7):
+        table.row(i)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size > 600_000
+    assert peak < 3 << 20
+
+
+def test_a_json_array_that_memory_does_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    rows = [{"text": f"{i}"} for i in range(100)]
+    path.write_text(json.dumps(rows))
+    monkeypatch.setattr(files, "available_memory", lambda: 1000)
+    with refuses(DataError, where=str(path), fix=["--stream", "a.jsonl"]):
+        open_table(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert open_table(path).row(99) == rows[99]
+
+
+def test_batches_for_the_tokenizer_end_at_a_size(
+    simple: Simple, write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.data.tokens._BATCH_CHARS", 100)
+    sizes: list[int] = []
+    encode_many = simple.encode_many
+
+    def counted(samples: Any, *args: Any, **keys: Any) -> Any:
+        sizes.append(sum(len(sample.text) for sample in samples))
+        return encode_many(samples, *args, **keys)
+
+    monkeypatch.setattr(simple, "encode_many", counted)
+    texts = ["a" * n for n in (40, 40, 40, 300, 5, 95, 1)]
+    path = write("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = Source(source=path, format="text")
+    data = Data(train=(source,), seq_len=512)
+    tokens = tokenize(
+        [(source, read_rows(source))], data, simple, simple.tokenizer, cache=None, what="train"
+    )
+    assert sizes == [80, 40, 300, 100, 1]
+    assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]
