@@ -83,6 +83,16 @@ def test_each_token_of_a_document_but_the_first_is_supervised_once(
     assert not contract.broken
 
 
+def test_the_example_of_the_page(text_tokens, simple: Simple) -> None:
+    shown = []
+    for example in text_tokens(["Once upon a time."]):
+        first, *others = example.ids.tolist()
+        assert example.trained.tolist() == [False, *[True] * len(others)]
+        shown.append(f"{simple.tokenizer.decode([first])}⟦{simple.tokenizer.decode(others)}⟧")
+    page = Path(__file__).parents[2] / "docs/formats.md"
+    assert "```text\n" + "\n".join(shown) + "\n```" in page.read_text(encoding="utf-8")
+
+
 def test_each_part_begins_with_a_bos_where_the_tokenizer_writes_one(
     text_tokens, simple: Simple, monkeypatch: pytest.MonkeyPatch
 ) -> None:

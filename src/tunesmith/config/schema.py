@@ -154,7 +154,9 @@ class Source:
     """One source of rows: a Hub dataset or a local file."""
 
     source: str = key(
-        ..., "Hub id, or a file: json, jsonl, csv, parquet, arrow", example="rows.jsonl"
+        ...,
+        "Hub id, or a file or folder of them: json, jsonl, csv, parquet, arrow, txt, md",
+        example="rows.jsonl",
     )
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
