@@ -224,7 +224,7 @@ def test_what_is_left_out_is_named(tiny: Path, tmp_path: Path) -> None:
         return figures.partition("rows.jsonl: ")[2]
 
     assert line().startswith("90 of 90 rows, ")
-    assert ", 9 split into 18 (data.seq_len)" in line()
+    assert holds(line(), 9, 18, "data.seq_len")
     assert ", 9 cut (data.too_long: truncate)" in line(too_long="truncate")
     assert line(source={"split": "train[:50%]"}).startswith("45 of 90 rows (split: train[:50%]), ")
     dropped = line(source={"split": "train[10:80]", "max_examples": 20}, too_long="drop")

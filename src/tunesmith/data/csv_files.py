@@ -64,7 +64,7 @@ def read_csv(path: Path) -> Table:
     if not index.rows:
         fix = "add rows below the header"
         raise DataError("the file has a header and no rows", where=str(path), fix=fix)
-    rows = _Rows(path, index)
+    rows = _CsvRows(path, index)
     weakref.finalize(rows, rows.file.close)
     separator = index.separator
     return Table(
@@ -76,10 +76,10 @@ def read_csv(path: Path) -> Table:
     )
 
 
-class _Rows:
+class _CsvRows:
     """The rows of a file that was read once, read again block by block."""
 
-    def __init__(self, path: Path, index: "_Index") -> None:
+    def __init__(self, path: Path, index: "_CsvIndex") -> None:
         self.file = OpenFile(path)
         self._index = index
         self._block = lru_cache(maxsize=2)(self._read_block)
@@ -114,7 +114,7 @@ class _Rows:
         return rows
 
 
-class _Index(NamedTuple):
+class _CsvIndex(NamedTuple):
     """What is kept of a file.
 
     Attributes:
@@ -137,7 +137,7 @@ class _Index(NamedTuple):
         return self.header[self.has_row_numbers :]
 
 
-class _Lines(Iterator[str]):
+class _CsvLines(Iterator[str]):
     """The lines of a file as text, and the byte behind the one that was taken last."""
 
     def __init__(self, file: BufferedReader) -> None:
@@ -156,7 +156,7 @@ class _Lines(Iterator[str]):
         self._text.detach()
 
 
-def _index_rows(path: Path) -> _Index:
+def _index_rows(path: Path) -> _CsvIndex:
     """Read a file once; DataError where a row is broken or does not fit the header."""
     with _lines_of(path) as lines:
         head = "".join(_head(lines))
@@ -170,9 +170,9 @@ def _index_rows(path: Path) -> _Index:
 
 
 @contextmanager
-def _lines_of(path: Path) -> Iterator[_Lines]:
+def _lines_of(path: Path) -> Iterator[_CsvLines]:
     with open_uncached(path) as file:
-        lines = _Lines(file)
+        lines = _CsvLines(file)
         try:
             yield lines
         finally:
@@ -189,7 +189,7 @@ def _head(lines: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _index_lines(path: Path, lines: _Lines, separator: str, *, skipped: int) -> _Index:
+def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) -> _CsvIndex:
     """Read the lines behind the first `skipped` ones."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
@@ -228,7 +228,7 @@ def _index_lines(path: Path, lines: _Lines, separator: str, *, skipped: int) -> 
             ' twice: "say ""hi"""',
         ) from None
     places.append(position)
-    return _Index(header, separator, rows, places, line_numbers, is_numbered and rows > 0)
+    return _CsvIndex(header, separator, rows, places, line_numbers, is_numbered and rows > 0)
 
 
 def _wrong_count(where: str, values: list[str], header: list[str], separator: str) -> DataError:

@@ -134,7 +134,7 @@ def _numbered_rows(path: Path, rows: list[Any]) -> Table:
     )
 
 
-class _Lines:
+class _JsonLines:
     """The lines of a file that are not blank: of each ROWS_PER_PLACE-th its place is in memory."""
 
     def __init__(self, path: Path) -> None:
@@ -192,7 +192,7 @@ class _Lines:
 
 def _read_json_lines(path: Path) -> Table:
     """One JSON object a line; blank lines are skipped."""
-    lines = _Lines(path)
+    lines = _JsonLines(path)
     if not len(lines):
         fix = "add rows to it"
         raise DataError("the file has only blank lines", where=str(path), fix=fix)
