@@ -22,7 +22,7 @@ from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet
 from tunesmith.errors import DataError
 
 VOCAB = 272
-CHECKS = 8
+CHECKS = 9
 
 
 def check(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> Contract:
@@ -83,6 +83,7 @@ def test_a_good_set_holds_and_says_how_much_was_checked(make, simple: Simple) ->
     tokens = make(alpaca(50), alpaca(30), seq_len=256)
     contract = assert_holds(simple, tokens)
     assert [c.checked for c in contract.checks] == [
+        80,
         80,
         80,
         80,

@@ -59,7 +59,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "steps: 1, 1 epoch; " in out
     assert warnings_with(out, 1)
     assert "\x1b" not in out
-    assert out.count("passed: ") == 8
+    assert out.count("passed: ") == 9
 
 
 def test_a_system_prompt_of_the_template_is_said_to_be_its_own(
@@ -120,7 +120,7 @@ def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert values["train"][0]["kept"] == 10
     assert sum(bar["examples"] for bar in values["lengths"]) == 10
     assert values["schedule"]["steps"] == 1
-    assert [c["broken"] for c in values["contract"]] == [0] * 8
+    assert [c["broken"] for c in values["contract"]] == [0] * 9
     [row] = values["rows"]
     assert "".join(s["text"] for s in row["segments"] if s["supervised"]) == "xxxxx<|im_end|>"
 

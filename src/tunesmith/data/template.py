@@ -319,8 +319,8 @@ class Template:
         if isinstance(sample, Completion):
             return sample.completion
         sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
-        text, spans = self._locate_answers(sample, "last", where)
-        return "".join(text[span.start : span.end] for span in spans)
+        answers = self._locate_answers(sample, "last", where)
+        return "".join(answers.text[span.start : span.end] for span in answers.spans)
 
     @cached_property
     def _answer_ends(self) -> AnswerEnds:
