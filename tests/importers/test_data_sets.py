@@ -169,3 +169,57 @@ def test_a_base_in_fp4_differs(tool: str, tmp_path: Path) -> None:
     assert notes_by_key(translated_text(tool, text, tmp_path, **given))[key].differs
     text = json.dumps(BASES[tool] | {key: "nf4"})
     assert not notes_by_key(translated_text(tool, text, tmp_path, **given))[key].differs
+
+
+def test_the_text_of_a_template_is_refused_by_its_key(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with refuses(UsageError, names=["chat_template_jinja"], fix=["data.template=template.jinja"]):
+        axolotl(tmp_path, CHAT, chat_template_jinja=template)
+
+
+@pytest.mark.parametrize(("plugin", "differs"), [("LigerPlugin", False), ("SpectrumPlugin", True)])
+def test_plugins_that_do_more_than_choose_kernels_differ(
+    plugin: str, differs: bool, tmp_path: Path
+) -> None:
+    recipe = axolotl(tmp_path, CHAT, plugins=[f"axolotl.integrations.any.{plugin}"])
+    assert notes_by_key(recipe)["plugins"].differs is differs
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ours", "expected"),
+    [
+        ("completion_only_loss", None, "data.train_on", "response"),
+        ("completion_only_loss", True, "data.train_on", "response"),
+        ("completion_only_loss", False, "data.train_on", "all"),
+        ("train_sampling_strategy", "sequential", "data.shuffle", False),
+    ],
+)
+def test_keys_of_trl_that_change_what_is_trained(
+    key: str, value: Any, ours: str, expected: Any, tmp_path: Path
+) -> None:
+    given = {"data.train.format": "prompt-completion"}
+    text = json.dumps(BASES["trl"] | {key: value})
+    assert translated_text("trl", text, tmp_path, **given).values[ours] == expected
+
+
+@pytest.mark.parametrize(
+    ("tool", "key", "value"),
+    [
+        ("trl", "packing_strategy", "wrapped"),
+        ("llamafactory", "quantization_method", "hqq"),
+        ("axolotl", "embedding_lr_scale", 0.1),
+    ],
+)
+def test_keys_that_were_said_to_need_nothing_differ(
+    tool: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    given = {"data.train.source": "rows.jsonl"}
+    recipe = translated_text(tool, json.dumps(BASES[tool] | {key: value}), tmp_path, **given)
+    assert notes_by_key(recipe)[key].differs
+
+
+def test_the_system_message_of_llamafactory(tmp_path: Path) -> None:
+    given = {"data.train.source": "rows.jsonl"}
+    text = json.dumps(BASES["llamafactory"] | {"default_system": "Be short."})
+    recipe = translated_text("llamafactory", text, tmp_path, **given)
+    assert recipe.values["data.system"] == "Be short."

@@ -148,7 +148,11 @@ def _axolotl(recipe: Translation) -> None:
     template = templates.pop() if len(templates) == 1 else "auto"
     why = "by the type of the data sets"
     recipe.set_key("data.template", template, "chat_template_jinja", why=why)
+    if "{" in str(recipe.get("chat_template_jinja")) and "data.template" not in recipe.overrides:
+        fix = "write it to template.jinja, and give data.template=template.jinja"
+        raise recipe.error("chat_template_jinja", "a template is a file here", fix)
     recipe.carry("chat_template_jinja")
+    _note_plugins(recipe)
     _set_template_args(recipe, template)
     if recipe.is_set("chat_template") and recipe.get("chat_template") != "tokenizer_default":
         why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
@@ -180,6 +184,14 @@ def _note_trained_parts(recipe: Translation) -> None:
             thought_keys = recipe.table["thought_keys"]
             why = f"the thought of a turn is read from {', '.join(thought_keys)}"
             recipe.note(key.key, why, differs=key.value not in thought_keys)
+
+
+def _note_plugins(recipe: Translation) -> None:
+    """Plugins that do more than choose kernels: distillation, layers that are frozen."""
+    kernels = recipe.table["plugins_of_kernels"]
+    others = [plugin for plugin in recipe.listed("plugins") if plugin.split(".")[-1] not in kernels]
+    if others:
+        recipe.note("plugins", f"what {', '.join(others)} does is not known here")
 
 
 def _set_too_long(recipe: Translation) -> None:
@@ -336,6 +348,9 @@ def _trl(recipe: Translation) -> None:
     masks_prompt = any(map(recipe.is_on, names))
     train_on = "all"
     has_answers = format_ == "prompt-completion" or method != "sft"
+    if recipe.is_set("completion_only_loss") and method == "sft" and not masks_prompt:
+        # Not null, but false: prompts of pairs are trained on too.
+        has_answers = False
     if has_answers or (format_ != "text" and masks_prompt):
         train_on = "response"
     recipe.set_key("data.train_on", train_on, *names, why=f"of rows of format {format_}")
