@@ -65,6 +65,7 @@ def test_a_type_with_a_text_or_reader_of_its_own_is_refused(type_: str, tmp_path
         ("train_on_eot", "turn", False),
         ("field_thinking", "reasoning_content", "scratchpad"),
         ("field_thinking", "thinking", "why"),
+        ("chat_template", "tokenizer_default", "chatml"),
     ],
 )
 def test_what_is_trained_of_a_turn(key: str, usual: Any, other: Any, tmp_path: Path) -> None:
@@ -223,3 +224,9 @@ def test_the_system_message_of_llamafactory(tmp_path: Path) -> None:
     text = json.dumps(BASES["llamafactory"] | {"default_system": "Be short."})
     recipe = translated_text("llamafactory", text, tmp_path, **given)
     assert recipe.values["data.system"] == "Be short."
+
+
+def test_a_quantized_base_of_torchtune(tmp_path: Path) -> None:
+    model = {**BASES["torchtune"]["model"], "quantize_base": True}
+    text = json.dumps(BASES["torchtune"] | {"model": model})
+    assert translated_text("torchtune", text, tmp_path).values["model.quantize"] == "nf4"

@@ -110,6 +110,7 @@ def test_pairs_of_the_handbook_are_dpo_unless_another_method_is_given(tmp_path: 
         ("dataset_mixer: {org/a: 1}\ndataset_configs: [a, b]", "dataset_configs"),
         ("datasets: [{path: org/a, data_dir: folder}]", "folder"),
         ("datasets: [{split: train}]", "datasets.0.path"),
+        ("dataset_mixture: [{id: org/a, weight: 0.5}]", "dataset_mixture.0.id"),
     ],
 )
 def test_a_mixture_that_cannot_be_read_is_refused(text: str, name: str, tmp_path: Path) -> None:
@@ -140,3 +141,11 @@ def test_files_of_other_trainers_are_refused(key: str, tmp_path: Path) -> None:
     text = f"{HEAD}dataset_name: org/rows\nbeta: 0.1\n{key}: 1\n"
     with refuses(UsageError, where="file.yaml:4", names=[key]):
         translated_text("trl", text, tmp_path)
+
+
+@pytest.mark.parametrize(("loss", "method"), [("kto", "kto"), ("simpo", "simpo"), ("ipo", "dpo")])
+def test_a_loss_tells_the_trainer(loss: str, method: str, tmp_path: Path) -> None:
+    text = f"{HEAD}dataset_name: org/rows\nbeta: 0.1\nloss_type: {loss}\ncpo_alpha: 0\n"
+    if loss != "simpo":
+        text = text.replace("cpo_alpha: 0\n", "")
+    assert translated_text("trl", text, tmp_path).values["method.name"] == method

@@ -211,7 +211,7 @@ def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], metho
     """The type of a data set, of those in the tool's table; UsageError for another one."""
     rows_table = recipe.table["rows"]
     type_key = f"{entry}.{rows_table['type']}"
-    inner = [key for key in recipe.source.keys if key.startswith(f"{type_key}.")]
+    inner = recipe.find_below(type_key)
     if inner:
         why = "a prompt text of its own is not supported"
         raise recipe.error(inner[0], why, _fix_own_prompt(recipe, entry, type_key, method))

@@ -12,6 +12,8 @@ from tunesmith.importers.translation import Translation
 
 # TRL's loss_type of DPO: ours.
 _DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust")
+# Losses that one trainer of TRL alone has.
+_TRAINERS_OF_LOSSES = {"kto": "kto", "simpo": "cpo"}
 _AXOLOTL_METHODS = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "kto": "kto", "simpo": "simpo"}
 _LLAMAFACTORY_METHODS = {
     **dict.fromkeys(("sigmoid", "ipo", "hinge"), "dpo"),
@@ -37,6 +39,9 @@ def trl_trainer(recipe: Translation) -> str:
     method = recipe.overrides.get("method", recipe.overrides.get("method.name"))
     if method is not None:
         return "cpo" if method == "simpo" else str(method)
+    trainer_of_loss = _TRAINERS_OF_LOSSES.get(str(recipe.get("loss_type")))
+    if trainer_of_loss is not None:
+        return trainer_of_loss
     for trainer, names in recipe.table["preferences"]["identified_by"].items():
         marks = [name for name in names if recipe.is_set(name)]
         if not marks:

@@ -180,6 +180,9 @@ def _note_trained_parts(recipe: Translation) -> None:
             is_usual = bool(parts) and parts <= set(_TRAINED_PARTS[name])
             why = "the answers are trained here, each with its end token"
             recipe.note(key.key, why, differs=not is_usual)
+        elif name == "chat_template":
+            why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
+            recipe.note(key.key, why, differs=key.value != "tokenizer_default")
         elif name == "field_thinking":
             thought_keys = recipe.table["thought_keys"]
             why = f"the thought of a turn is read from {', '.join(thought_keys)}"

@@ -69,6 +69,10 @@ class Translation:
                 return SourceKey(key, self.defaults[key], f"{self.source.tool}'s default")
         return None
 
+    def find_below(self, prefix: str) -> list[str]:
+        """The keys of the file below a dotted one."""
+        return [key for key in self.source.keys if key.startswith(f"{prefix}.")]
+
     def get(self, name: str) -> Any:
         """Its value; where it is null or absent, the tool's default."""
         key = self.find(name)

@@ -56,7 +56,7 @@ def trl_format(recipe: Translation, usual_format: str) -> str:
 def names_without_columns(recipe: Translation) -> list[str]:
     """The keys of data sets whose columns the file does not name: their format is a guess."""
     names = []
-    has_mixture = any(key.startswith(f"{_MIXER}.") for key in recipe.source.keys)
+    has_mixture = bool(recipe.find_below(_MIXER))
     for prefix, theirs in _LISTS.items():
         for entry in entries_below(recipe, prefix):
             has_mixture = True
@@ -72,6 +72,9 @@ def set_trl_rows(recipe: Translation, format_: str) -> None:
         for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
             if recipe.is_set(name):
                 recipe.note(name, "it is of dataset_name", differs=False)
+    elif "data.train.source" not in recipe.overrides and recipe.find_below("dataset_mixture"):
+        name = recipe.find_below("dataset_mixture")[0]
+        raise recipe.error(name, "its key `datasets` lists the data sets", NAME_ROWS)
     elif recipe.get("dataset_name"):
         _set_single(recipe, "train", "dataset_train_split", format_)
         if _validates(recipe):
@@ -185,7 +188,7 @@ def _set_mixer(recipe: Translation, format_: str) -> bool:
     """`data.train` and `data.validation` from the older files' shares; False where there are
     none.
     """
-    keys = [key for key in recipe.source.keys if key.startswith(f"{_MIXER}.")]
+    keys = recipe.find_below(_MIXER)
     if not keys:
         if recipe.is_set(_MIXER):
             why = "a mapping of data sets and their shares is expected"
