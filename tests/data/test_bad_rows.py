@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from conftest import byte_tokenizer
-from errors import holds, lines_with, refuses
+from errors import check_shown, holds, lines_with, refuses
 from recipes import make_run
+from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.data import workers
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.errors import DataError
+from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 GOOD = {"messages": [U, A]}
@@ -54,9 +55,9 @@ def test_all_bad_rows_are_listed_at_once(
     path = write_rows(tmp_path / "rows.jsonl")
     with refuses(DataError, names=[5, 40], fix=["data.bad_rows=skip"]) as refused:
         prepared(tiny, tmp_path, path)
-    places = [line.strip().split(": ")[0] for line in refused.value.where.splitlines()]
-    assert places[0] == f"{path}:3"
-    assert places[1:] == [f"rows.jsonl:{number}" for number in list(BAD)[1:]]
+    assert refused.value.where == f"{path}:3, message 1"
+    places = [cause.split(": ")[0] for cause in refused.value.why.split("; ")]
+    assert places == [f"rows.jsonl:{number}" for number in BAD]
 
 
 def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_long_list_of_bad_rows_is_cut(tiny: Path, tmp_path: Path) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in [GOOD, {"messages": [A]}] * 25))
     with refuses(DataError, names=[25, 50]) as refused:
         prepared(tiny, tmp_path, path)
-    assert len(refused.value.where.splitlines()) == 21
+    assert len(refused.value.why.split("; ")) == 21
     data = prepared(tiny, tmp_path, path, bad_rows="skip")
     assert len(data.train.parts[0].counts.bad_rows) == 20
 
@@ -128,3 +129,18 @@ def test_a_system_message_of_raw_rows_is_refused(tiny: Path, tmp_path: Path) -> 
     tokenizer = byte_tokenizer()
     with refuses(DataError, where="rows.jsonl:1", fix=["data.template=alpaca"]):
         prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=tmp_path / "cache")
+
+
+def test_the_data_command_shows_what_is_left_out(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "rows.jsonl")
+    command = ["data", "--model", str(tiny), "--data", str(path), "model.dtype=fp32"]
+    assert main(command) == EXIT_USAGE
+    check_shown(capsys.readouterr().err, names=[5, 40], fix=["data.bad_rows=skip"])
+    assert main([*command, "data.bad_rows=skip", "--json"]) == EXIT_OK
+    (source,) = json.loads(capsys.readouterr().out)["train"]
+    assert source["bad"] == 5
+    places = [row["where"] for row in source["bad_rows"]]
+    assert places == [f"{path}:{number}" for number in BAD]

@@ -203,9 +203,8 @@ def test_calls_have_many_forms(turn: Row) -> None:
 
 
 def test_calls_of_a_sharegpt_turn() -> None:
-    turns = as_turns(
-        [U, {**A, "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}]
-    )
+    calling = {**A, "content": "", "tool_calls": [CALL]}
+    turns = as_turns([U, calling, {"role": "tool", "content": "3"}, A])
     assert read({"conversations": turns}, "sharegpt").messages[:2] == [U, CALLING]
     with refuses(DataError, where="x row 1, turn 2"):
         read(

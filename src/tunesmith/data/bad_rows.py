@@ -7,7 +7,7 @@ from tunesmith.errors import DataError
 
 LISTED = 20  # rows
 # Of a cause in a list; the whole error of a single row is shown.
-_CAUSE_CHARS = 80
+_CAUSE_CHARS = 60
 
 
 class BadRow(NamedTuple):
@@ -57,18 +57,17 @@ class BadRows:
             why = f"all {rows:,} rows are like it, or cannot be read for other reasons"
             why = f"{first.why}; {why}" if first.why else why
             return DataError(first.what, where=first.where, why=why, fix=first.fix)
-        lines: list[str] = []
+        listed = []
         for place, bad in zip(self._places, self.first, strict=True):
             cause = bad.what if len(bad.what) <= _CAUSE_CHARS else f"{bad.what[:_CAUSE_CHARS]}..."
-            # The file's name stands in the first line.
-            shown = place if not lines else place.rpartition("/")[2]
-            lines.append(f"{shown}: {cause}")
-        if self.count > len(lines):
-            lines.append(f"and {self.count - len(lines):,} more")
+            # The file's name alone: its folder is that of the first.
+            listed.append(f"{place.rpartition('/')[2]}: {cause}")
+        if self.count > len(listed):
+            listed.append(f"and {self.count - len(listed):,} more")
         return DataError(
             f"{self.count:,} of {rows:,} rows cannot be read",
-            where="\n         ".join(lines),
-            why=first.why,
+            where=first.where,
+            why="; ".join(listed),
             fix=f"{first.fix}; or {skip}",
         )
 

@@ -475,7 +475,8 @@ def with_row_system(row: RowReader, messages: list[dict[str, Any]]) -> list[dict
 def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
     """DataError for what no template can render.
 
-    That is a late system message, a result without a call, an answer to nothing, or no answer.
+    That is a late system message, a result without a call, an answer to nothing, or no answer at
+    the end.
     """
     roles = [message["role"] for message in messages]
     may_have_result = False
@@ -503,6 +504,10 @@ def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
         why = f"the roles are {', '.join(roles)}"
         fix = "delete the row, or map the answer's column by `columns:`"
         raise row.error("there is no assistant turn to train on", why, fix)
+    if roles[-1] != "assistant":
+        what = "the conversation does not end with an answer"
+        why = f"its last message is of role {roles[-1]}"
+        raise row.error(what, why, "delete the row, or its last messages")
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
