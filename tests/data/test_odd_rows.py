@@ -27,6 +27,10 @@ CHAT = {"messages": [U, A]}
 FROMS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
 
 
+def place(number: int) -> str:
+    return f"rows row {number}"
+
+
 def found(rows: list[Row], **keys: Any) -> Detected:
     return detect(from_list(rows, "rows"), Source(source="rows"), **keys)
 
@@ -62,11 +66,11 @@ def test_odd_rows_are_named_and_can_be_left_out(name: str, count: int) -> None:
     with refuses(DataError, fix=["data.bad_rows=skip"]) as refused:
         found(rows)
     error = refused.value
-    assert error.where.startswith("rows row 4")
+    assert error.where.startswith(place(4))
     assert holds(f"{error.what} {error.why}", *named)
     if count > 1:
         assert holds(error.what, 3, 6)
-        assert all(f"rows row {n}: " in error.why for n in (4, 5, 6))
+        assert all(f"{place(n)}: " in error.why for n in (4, 5, 6))
     assert set(found(rows, skips_bad_rows=True).columns.values()) >= found([good]).columns.keys()
 
 
@@ -76,9 +80,9 @@ def test_odd_rows_outside_of_the_sample_are_listed_too() -> None:
         rows[i]["instruction"] = None
     with refuses(DataError, names=[4, "1,001"]) as refused:
         found(rows)
-    assert refused.value.where == "rows row 1"
+    assert refused.value.where == place(1)
     listed = [cause.split(":")[0] for cause in refused.value.why.split("; ")]
-    assert listed[:-1] == [f"rows row {n}" for n in (1, 4, 502, 1001)]
+    assert listed[:-1] == [place(n) for n in (1, 4, 502, 1001)]
 
 
 def test_a_long_list_ends_with_how_many_more() -> None:
@@ -322,7 +326,7 @@ def test_a_null_that_is_meant_stays_an_argument(tmp_path: Path) -> None:
 def test_what_looks_like_a_chat_is_never_plain_text(row: Row) -> None:
     with refuses(DataError) as refused:
         found([row] * 3)
-    assert refused.value.where.startswith("rows row 1")
+    assert refused.value.where.startswith(place(1))
 
 
 def test_roles_may_be_written_with_capitals() -> None:
@@ -336,3 +340,9 @@ def test_both_forms_of_a_chat_in_one_column() -> None:
         found([CHAT, {"messages": FROMS}, CHAT])
     with refuses(DataError, where="rows row 1, turn 1"):
         found([CHAT, {"messages": FROMS}, {"messages": FROMS}])
+
+
+def test_a_column_of_images_without_one_is_no_kind_of_its_own() -> None:
+    assert found([{**CHAT, "images": []}] * 2).format == "messages"
+    with refuses(DataError, names=["images"]):
+        found([{**CHAT, "images": []}, {**CHAT, "images": ["a.png"]}])

@@ -37,7 +37,7 @@ CHAT: tuple[str, ...] = ()
 Names = Mapping[str, tuple[str, ...]]
 
 
-class Layout(NamedTuple):
+class ColumnSet(NamedTuple):
     """Columns that rows of a format need, and those that they may have."""
 
     needed: Names
@@ -54,7 +54,7 @@ class RowFormat(NamedTuple):
         has_turns: False for plain text, which has no place for a system message.
     """
 
-    layouts: tuple[Layout, ...]
+    layouts: tuple[ColumnSet, ...]
     answer: str
     key: str
     has_turns: bool = True
@@ -78,30 +78,18 @@ class RowFormat(NamedTuple):
 
 ROW_FORMATS: dict[FormatName, RowFormat] = {
     "messages": RowFormat(
-        (Layout({"messages": CHAT}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
+        (ColumnSet({"messages": CHAT}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
         answer="messages",
         key="messages",
     ),
     "sharegpt": RowFormat(
-        (Layout({"conversations": CHAT}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
+        (ColumnSet({"conversations": CHAT}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
         answer="conversations",
         key="conversations",
     ),
-    "prompt-completion": RowFormat(
-        (
-            Layout({"prompt": _QUESTION, "completion": _ANSWER}, {}),
-            # Behind alpaca's, whose own text a base without a template is trained on.
-            Layout(
-                {"prompt": _QUESTION, "completion": _ANSWER},
-                {"system": _SYSTEM, "tools": _TOOLS},
-            ),
-        ),
-        answer="completion",
-        key="prompt",
-    ),
     "alpaca": RowFormat(
         (
-            Layout(
+            ColumnSet(
                 {"instruction": ("instruction", *_QUESTION), "output": _ANSWER},
                 {"input": _INPUT, "system": _SYSTEM, "history": ("history",)},
             ),
@@ -109,12 +97,23 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         answer="output",
         key="instruction",
     ),
+    "prompt-completion": RowFormat(
+        (
+            ColumnSet({"prompt": _QUESTION, "completion": _ANSWER}, {}),
+            ColumnSet(
+                {"prompt": _QUESTION, "completion": _ANSWER},
+                {"system": _SYSTEM, "tools": _TOOLS},
+            ),
+        ),
+        answer="completion",
+        key="prompt",
+    ),
     "text": RowFormat(
-        (Layout({"text": ("text", "content")}, {}),), answer="text", key="text", has_turns=False
+        (ColumnSet({"text": ("text", "content")}, {}),), answer="text", key="text", has_turns=False
     ),
     "preference": RowFormat(
         (
-            Layout(
+            ColumnSet(
                 {"chosen": ("chosen",), "rejected": ("rejected",)},
                 {
                     "prompt": ("prompt", "question", "instruction", "query"),
@@ -130,7 +129,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     ),
     "feedback": RowFormat(
         (
-            Layout(
+            ColumnSet(
                 {
                     "prompt": (*_QUESTION, "instruction"),
                     "completion": _ANSWER,
@@ -138,7 +137,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 },
                 {"input": _INPUT, "system": _SYSTEM, "tools": _TOOLS},
             ),
-            Layout(
+            ColumnSet(
                 {"messages": CHAT, "label": _LABEL},
                 {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS},
             ),

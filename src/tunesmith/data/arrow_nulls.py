@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.data.table import Table
 from tunesmith.errors import DataError
 
-# Rows looked at, from the first.
+# Rows looked at, spread over the file.
 _EXAMINED = 200
 LAYOUT = "exported from Arrow (null keys of objects are left out)"
 
@@ -34,13 +34,14 @@ def without_arrow_nulls(table: Table) -> Table:
 
 
 def _is_exported(table: Table) -> bool:
-    """Whether all calls of the first rows have the same arguments, some of them null."""
+    """Whether all calls of the rows looked at have the same arguments, some of them null."""
     calls = 0
     has_null = False
     keys: frozenset[str] | None = None
-    for i in range(min(_EXAMINED, len(table))):
+    count = min(_EXAMINED, len(table))
+    for n in range(count):
         try:
-            row = table.row(i)
+            row = table.row(n * (len(table) - 1) // max(1, count - 1))
         except DataError:
             # It is named when all rows are read.
             continue

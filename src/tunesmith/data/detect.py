@@ -14,12 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.config.row_formats import CHAT, READ_BY_ANY_NAME, ROW_FORMATS, FormatName, Layout
+from tunesmith.config.row_formats import CHAT, READ_BY_ANY_NAME, ROW_FORMATS, ColumnSet, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import BadRows
 from tunesmith.data.formats import convert_row
 from tunesmith.data.messages import is_mark
-from tunesmith.data.row_reader import HARMLESS_COLUMNS, looks_like_list, plain, role_key_of
+from tunesmith.data.row_reader import (
+    HARMLESS_COLUMNS,
+    is_absent,
+    looks_like_list,
+    plain,
+    role_key_of,
+)
 from tunesmith.data.source import Rows, is_local
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
@@ -118,7 +124,8 @@ def detect(
     columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
     columns_text = f"the columns are {', '.join(columns) or 'none'}"
     if any_format and not source.columns:
-        _check_kind(columns, where, columns_text)
+        filled = [c for c in columns if any(not is_absent(row.get(c)) for row in sample.values())]
+        _check_kind(filled, where, columns_text)
     # The content of its cells shows a chat, not the column's name.
     chats = _find_chats(columns, sample)
     only_format = None if any_format else source.format
@@ -219,12 +226,12 @@ def _possible_layouts(
 
     `only_format` and `chosen_columns` (the format's name of a column -> the file's) narrow it.
     """
-    layouts: list[tuple[int, FormatName, Layout]] = []
+    layouts: list[tuple[FormatName, ColumnSet]] = []
     for format_name, form in ROW_FORMATS.items():
-        layouts += [(n, format_name, layout) for n, layout in enumerate(form.layouts)]
-    # Of two formats with the same columns the one whose first layout has them comes first.
-    layouts.sort(key=lambda entry: entry[0])
-    for _, name_of_format, layout in layouts:
+        layouts += [(format_name, layout) for layout in form.layouts]
+    # Of two with the same columns the one that has no others is meant.
+    layouts.sort(key=lambda entry: bool(entry[1].optional))
+    for name_of_format, layout in layouts:
         if only_format not in (None, name_of_format):
             continue
         # Columns that the user names must all belong to the format.
@@ -300,8 +307,8 @@ def _check_pair_is_read(
             if chosen is None:
                 continue
             mapping = {"chosen": chosen, "rejected": rejected}
-            asked = _possible_layouts(columns, chats, "preference", mapping)
-            trials = [_try_layout(sample, rows, source, layout) for layout in asked]
+            pairs = _possible_layouts(columns, chats, "preference", mapping)
+            trials = [_try_layout(sample, rows, source, layout) for layout in pairs]
             if any(trial.read for trial in trials):
                 raise DataError(
                     f"{chosen} and {rejected} look like the two answers of a pair",
@@ -416,6 +423,8 @@ def _ambiguous(
     trials: list[_Trial], rows: Rows, sample: Mapping[int, dict[str, Any]], columns_text: str
 ) -> DataError:
     """The error for several layouts: a choice, or rows of several formats in one file."""
+    order = list(ROW_FORMATS)
+    trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))  # type: ignore[arg-type]
     most = max(trials, key=lambda trial: len(trial.read))
     if len(most.read) == len(sample) or not _differ_by_rows(trials):
         return DataError(
@@ -489,31 +498,31 @@ def _propose(
 
 
 def _guesses(
-    layout: Layout, columns: list[str], sample: Mapping[int, dict[str, Any]]
+    layout: ColumnSet, columns: list[str], sample: Mapping[int, dict[str, Any]]
 ) -> Iterator[dict[str, str]]:
     """Columns of text for all names that a layout needs, the likeliest first.
 
     A column of a usual name is mapped to it. Of the others those with the most letters are, in the
     order that they have in the file.
     """
-    known: dict[str, str] = {}
+    mapped: dict[str, str] = {}
     for name, usual_names in layout.needed.items():
         for column in columns:
-            if plain(column) in usual_names and column not in known.values():
-                known[name] = column
+            if plain(column) in usual_names and column not in mapped.values():
+                mapped[name] = column
                 break
-    missing = [name for name in layout.needed if name not in known]
+    missing = [name for name in layout.needed if name not in mapped]
     letters = {column: _letters(sample, column) for column in columns}
-    others = [column for column in columns if column not in known.values() and letters[column]]
-    # Beside a known column one that is seldom a text may be the other; two of them are not.
-    if not known:
+    others = [column for column in columns if column not in mapped.values() and letters[column]]
+    # Beside a mapped column one that is seldom a text may be the other; two of them are not.
+    if not mapped:
         others = [column for column in others if plain(column) not in _NO_TEXTS]
     others.sort(key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
     likeliest = others[:_PROPOSED_FROM]
     # Combinations of the columns with the most letters come first.
     for picked in itertools.combinations(likeliest, len(missing)):
         in_order = sorted(picked, key=columns.index)
-        guess = known | dict(zip(missing, in_order, strict=True))
+        guess = mapped | dict(zip(missing, in_order, strict=True))
         yield {name: guess[name] for name in layout.needed}
 
 

@@ -80,10 +80,10 @@ def _check_raw(samples: Sequence[Sample], place: str) -> None:
     """DataError for a system message of a row whose texts no template joins."""
     if any(isinstance(sample, Completion) and sample.system for sample in samples):
         raise DataError(
-            "the row has a system message, and there is no template to write it",
+            "there is no template to write the system message",
             where=place,
             why="raw rows are a prompt and a completion without a template",
-            fix="data.template=alpaca; or write it into the prompt",
+            fix="data.template=alpaca; or write it into the prompt, and remove data.system",
         )
 
 

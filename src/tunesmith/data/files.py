@@ -25,6 +25,7 @@ from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.config.paths import TEXT_SUFFIXES
+from tunesmith.data.arrow_nulls import without_arrow_nulls
 from tunesmith.data.conversions import conversion
 from tunesmith.data.csv_files import read_csv
 from tunesmith.data.table import (
@@ -44,6 +45,8 @@ from tunesmith.errors import DataError
 from tunesmith.host.memory import available_memory, open_uncached
 from tunesmith.host.shell import shell_path, shell_word
 
+# Files whose objects are read as they stand; those of Arrow are read without null keys.
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 # Of a JSON array, how many times its size it takes in memory.
 JSON_MEMORY = 8
 # Of a file of lines, read at once.
@@ -56,6 +59,8 @@ def open_table(path: Path) -> Table:
     try:
         version = version_of(path)
         table = _READERS[path.suffix.lower()](path)
+        if path.suffix.lower() in JSON_SUFFIXES:
+            table = without_arrow_nulls(table)
     except OSError as error:
         raise unreadable_error(path, error) from error
 

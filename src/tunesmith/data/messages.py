@@ -126,7 +126,7 @@ def _role(row: RowReader, name: Any, at: str) -> str:
 
 
 @dataclass
-class _Parts:
+class _ContentParts:
     """What a content holds; `results` are those of tools, as messages."""
 
     text: str = ""
@@ -143,7 +143,7 @@ def _read_turn(
     if role == "call":
         # The whole content of such a turn is a call.
         role = "assistant"
-        parts = _Parts(calls=_calls(row, content, at))
+        parts = _ContentParts(calls=_calls(row, content, at))
         content = ""
     else:
         parts = _content(row, content, form, at)
@@ -180,7 +180,7 @@ def _read_turn(
 
 
 def _with_results(
-    row: RowReader, role: str, parts: _Parts, thought: str, at: str
+    row: RowReader, role: str, parts: _ContentParts, thought: str, at: str
 ) -> list[dict[str, Any]]:
     """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
     if role != "user" or thought or parts.calls:
@@ -335,13 +335,13 @@ def _from_csv(value: Any) -> Any:
         return value
 
 
-def _content(row: RowReader, content: Any, form: Form, at: str) -> _Parts:
+def _content(row: RowReader, content: Any, form: Form, at: str) -> _ContentParts:
     """Text, thought, calls and results of a content that is a text or a list of parts."""
     if content is None:
-        return _Parts()
+        return _ContentParts()
     if not isinstance(content, list):
-        return _Parts(text=row.text(content, f"{at} {form.content}"))
-    parts = _Parts()
+        return _ContentParts(text=row.text(content, f"{at} {form.content}"))
+    parts = _ContentParts()
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("text", "input_text", "output_text"):
@@ -401,12 +401,12 @@ def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
             fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
             raise row.error("a tool call has no name", fix=fix, at=at)
         name = function["name"]
-        found = [key for key in _ARGUMENTS if function.get(key) is not None]
-        if len(found) > 1:
-            what = f"the call of {name} has both {found[0]} and {found[1]}"
+        names = [key for key in _ARGUMENTS if function.get(key) is not None]
+        if len(names) > 1:
+            what = f"the call of {name} has both {names[0]} and {names[1]}"
             raise row.error(what, fix="delete one of them", at=at)
         # Arguments may be JSON text, as OpenAI's API gives them.
-        arguments = row.json(function[found[0]], f"{at} arguments") if found else {}
+        arguments = row.json(function[names[0]], f"{at} arguments") if names else {}
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, dict):

@@ -117,17 +117,17 @@ class RowReader:
 
     def _by_any_name(self, name: str) -> Any:
         """The value of a column that is read by each of its names in files."""
-        found: dict[str, Any] = {}
+        filled: dict[str, Any] = {}
         for column in ROW_FORMATS[self.source.format].names(name):
             self._read.add(column)
             value = self.row.get(column)
-            if not is_absent(value) and value not in found.values():
-                found[column] = value
-        if len(found) > 1:
-            what = f"the columns {' and '.join(found)} differ"
-            fix = f"delete one of them, or choose: columns: {{{name}: {next(iter(found))}}}"
+            if not is_absent(value) and value not in filled.values():
+                filled[column] = value
+        if len(filled) > 1:
+            what = f"the columns {' and '.join(filled)} differ"
+            fix = f"delete one of them, or choose: columns: {{{name}: {next(iter(filled))}}}"
             raise self.error(what, f"both are read as {name}", fix)
-        return next(iter(found.values()), None)
+        return next(iter(filled.values()), None)
 
     def required(self, name: str) -> Any:
         column = self.source.columns.get(name, name)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
-from tunesmith.data.arrow_nulls import without_arrow_nulls, without_nulls
+from tunesmith.data.arrow_nulls import without_nulls
 from tunesmith.data.conversions import CONVERTED_SUFFIXES
 from tunesmith.data.files import json_type
 from tunesmith.data.folders import open_local
@@ -163,8 +163,7 @@ def describe_layouts(sources: Iterable[Rows]) -> list[str]:
 def open_splits(source: Source) -> dict[str, Table]:
     """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
     if is_local(source.source):
-        tables = open_local(Path(source.source).expanduser())
-        return {split: without_arrow_nulls(table) for split, table in tables.items()}
+        return open_local(Path(source.source).expanduser())
     return _read_hub(source)
 
 
