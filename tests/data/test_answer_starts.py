@@ -209,7 +209,8 @@ def test_templates_that_end_prompts_in_white_space(kind: str, before_answer: str
     assert len(starts) == 4
     if kind == "bytes":
         supervised = decoded(tokenizer, every.ids[every.trained])
-        assert supervised == "So it is</s>\n\n  user</s> yes</s>:\n</s>"
+        answers = turns[1::2]
+        assert supervised == "".join(f"{turn['content']}</s>" for turn in answers)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -59,6 +59,7 @@ ROW_WARNINGS = {
         why="the template writes calls, and no list of tools, in training as in use",
         fix="describe the tools in the system message, in rows and in use",
     ),
+    # SmolLM2-135M gives 16 short answers 4.8 nats less behind "Answer: " than behind "Answer:".
     "blank": RowWarning(
         what="a blank before the answer that would be one token with its first word",
         why="models know the word with its blank as one token, and the prompt has taken the blank",
