@@ -64,6 +64,16 @@ def test_a_prompt_that_ends_in_a_blank(smollm2_tokenizer: Any) -> None:
         assert found.flaws == (("blank",) if prompt.endswith(" ") else ())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_is_trained_too_has_the_same_tokens(kind: str) -> None:
+    template = raw(train(kind, (END,), False))
+    sample = Completion("So ", "it is")
+    answer, whole = (template.encode(sample, on, where="r") for on in ("response", "all"))
+    assert whole.ids.tolist() == answer.ids.tolist()
+    assert whole.trained.tolist() == [False] + [True] * (len(whole.ids) - 1)
+    assert whole.flaws == answer.flaws
+
+
 def check_completion(tokenizer: Any, prompt: str, completion: str) -> None:
     template = raw(tokenizer)
     sample = Completion(prompt, completion)

@@ -404,10 +404,14 @@ class Template:
         text = sample.text if isinstance(sample, Text) else sample.prompt + sample.completion
         if not text:
             raise DataError("the row has no text", where=where, fix="delete the row")
-        start = 0
-        if isinstance(sample, Completion) and train_on != "all":
-            start = len(sample.prompt)
-        return RenderedAnswers(text, [CharSpan(start, len(text))])
+        if isinstance(sample, Text):
+            return RenderedAnswers(text, [CharSpan(0, len(text))])
+        start = len(sample.prompt)
+        spans = [CharSpan(start, len(text))]
+        # Two spans: of a prompt that is trained too the tokens are also those of generation.
+        if train_on == "all" and start:
+            spans.insert(0, CharSpan(0, start))
+        return RenderedAnswers(text, spans)
 
     def _locate_answers(
         self, sample: Conversation, train_on: TrainOn, where: str
