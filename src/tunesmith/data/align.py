@@ -1,11 +1,11 @@
 """Spans of characters -> tokens.
 
-Where a token of the whole text would lie across the edge of a span (byte-pair merges such as " " +
-"good" or "\\n" + "\\n"), or the prompt alone has other tokens, the text is cut there and its pieces
-are tokenized one by one. Generation
-tokenizes the prompt alone, so these are the tokens that the model is given and the tokens that it
-is to write; the merged token stands in no prompt. A tokenizer that cannot write the answer's piece
-without a blank before it keeps the merged token, which is then supervised.
+Generation tokenizes the prompt alone. Where a token of the whole text would lie across the edge of
+a span (byte-pair merges such as " " + "good" or "\\n" + "\\n"), or white space before it has other
+tokens than at the end of a text, the text is cut there and its pieces are tokenized one by one:
+these are the tokens that the model is given, and those that it is to write. A tokenizer that cannot
+write the answer's piece so (WordPiece within a word) keeps the merged token, which is then
+supervised.
 
 In a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each token is a known number of bytes, and
 these must add up to the text: they give its place. Otherwise (SentencePiece, normalized text) the
@@ -110,6 +110,8 @@ class Aligner:
             if crossed:
                 cuts[i] = crossed
         for context in _CONTEXTS:
+            if not cuts:
+                break
             for i, pieces in self._encode_pieces(context, texts, spans, cuts, end_ids).items():
                 if self._is_exact(aligned[i], pieces):
                     aligned[i] = _join(pieces, cuts.pop(i))
