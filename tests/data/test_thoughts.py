@@ -225,8 +225,8 @@ def test_gpt_oss() -> None:
 def test_an_empty_thought_of_the_prompt_stands_before_the_last_answer() -> None:
     row = [user("2 + 2?"), answer("4"), user("3 + 3?"), answer("6")]
     stretches, flaws = trained(CLOSED, row)
-    assert (stretches, flaws) == ([f"4{END}", f"6{END}"], ())
-    assert trained(CLOSED, row, "last")[0] == [f"6{END}"]
+    assert (stretches, flaws) == ([f"4{END}", f"6{END}"], ("earlier_prompt",))
+    assert trained(CLOSED, row, "last") == ([f"6{END}"], ())
     example = template_of(CLOSED).encode(Conversation(row[:2]), "response", where="row 1")
     whole = template_of(CLOSED).tokenizer.decode(example.ids)
     assert whole.endswith(f"{START}assistant\n<thought></thought>4{END}\n")
@@ -248,7 +248,8 @@ def test_calls_before_the_last_answer_are_history_behind_an_empty_thought() -> N
         "<|c>t\\n<c|>",
     )
     row = [user("Rain?"), answer("", tool_calls=[call("weather")]), result("wet"), answer("Wet.")]
-    assert trained(gemma, row) == ([f"<|call>weather{{}}{END}", f"Wet.{END}"], ())
+    stretches = [f"<|call>weather{{}}{END}", f"Wet.{END}"]
+    assert trained(gemma, row) == (stretches, ("earlier_prompt",))
     assert trained(gemma, row[:2]) == ([f"<|call>weather{{}}{END}"], ())
     row[1]["reasoning_content"] = "I ask."
     with refuses(DataError, where="row 1", fix=["data.train_on=last"]):

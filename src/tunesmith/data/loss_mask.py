@@ -119,7 +119,8 @@ class RenderedAnswers(NamedTuple):
         spans: the supervised characters.
         missing: what the row has and these do not hold, by names of ROW_WARNINGS: `missing_parts`
             of answers; `earlier_thought`, one that the template leaves out because the conversation
-            goes on; and `unlisted_tools`.
+            continues; `earlier_prompt`, an answer without what its prompt ends with, for the same
+            reason; and `unlisted_tools`.
     """
 
     text: str
@@ -392,13 +393,18 @@ class AssistantMask:
             if self.tagged:
                 own_spans = self._tagged_answer(rendering, i, is_last, blocks_of[i], where)
             else:
-                rendering, span = self._answer(rendering, i, is_last, where)
+                rendering, span, is_after_prompt = self._answer(rendering, i, is_last, where)
                 own_spans = [span]
+                if not is_after_prompt:
+                    missing.add("earlier_prompt")
             spans += own_spans
             supervised = "".join(rendering.text[span.start : span.end] for span in own_spans)
             for part in missing_parts(messages[i], supervised):
                 is_earlier = part == "lost_thought" and self.reasoning and not is_last
                 missing.add("earlier_thought" if is_earlier else part)
+        if "earlier_thought" in missing:
+            # It says the same, and more.
+            missing.discard("earlier_prompt")
         if tools and not self.lists_tools and not self._shows(rendering, "tools"):
             missing.add("unlisted_tools")
         return RenderedAnswers(rendering.text, spans, frozenset(missing))
@@ -469,10 +475,11 @@ class AssistantMask:
 
     def _answer(
         self, rendering: _Rendering, i: int, is_last: bool, where: str
-    ) -> tuple[_Rendering, CharSpan]:
+    ) -> tuple[_Rendering, CharSpan, bool]:
         """The span of message i: from the end of the generation prompt through the end token.
 
-        The rendering comes back with what the generation prompt holds and the row lacks.
+        The rendering comes back with what the generation prompt holds and the row lacks. The last
+        value says whether the answer stands after all of its prompt.
         """
         anchor, prompt = self._prompt(rendering, i, where)
         if anchor is None:
@@ -507,7 +514,7 @@ class AssistantMask:
             )
             what = f"writes no end token after message {i + 1}, an answer"
             raise self._error(what, where, self._no_end(), fix)
-        return rendering, self._through(start, end)
+        return rendering, self._through(start, end), start == prompt_at + len(prompt)
 
     def _with_prompt(
         self, rendering: _Rendering, i: int, prompt_at: int, prompt: str

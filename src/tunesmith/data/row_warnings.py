@@ -38,6 +38,12 @@ ROW_WARNINGS = {
         why="the template leaves it out once the conversation continues, as in use",
         fix="data.train_on=last, and for each answer a row that ends with it",
     ),
+    "earlier_prompt": RowWarning(
+        what="an answer before the last one that does not follow the prompt in use",
+        why="the prompt ends with words, such as the tag of a thought, that the template leaves out"
+        " once the conversation continues",
+        fix="data.train_on=last, and for each answer a row that ends with it",
+    ),
     "lost_thought": RowWarning(
         what="a thought that is not in the tokens",
         why="the template leaves it out, and the model learns the answer without it",
