@@ -447,8 +447,12 @@ def _work_of(
         if counted_length and not length:
             length = counted_length
             is_estimated = True
+    parts = _parts_of_row(recipe, length or 1)
+    length = length and ceil_div(length, parts)
     if rows is None:
-        return measure_work(recipe, spec, None, length, rows=counted, is_estimated=is_estimated)
+        return measure_work(
+            recipe, spec, None, length, rows=counted * parts, is_estimated=is_estimated
+        )
     missing = [source.source for source in recipe.data.train if _is_missing(source.source)]
     if missing:
         log.info(f"the number of rows is that of --rows: {', '.join(missing)} does not exist here")
@@ -465,11 +469,19 @@ def _work_of(
         spec,
         None,
         length,
-        rows=rows - held_out,
-        held_out=held_out,
+        rows=(rows - held_out) * parts,
+        held_out=held_out * parts,
         is_assumed=True,
         is_estimated=is_estimated,
     )
+
+
+def _parts_of_row(recipe: "Run", length: int) -> int:
+    """Examples that a row of so many tokens makes: long texts are split."""
+    are_texts = all(source.format == "text" for source in recipe.data.train)
+    if not are_texts or recipe.data.too_long != "auto":
+        return 1
+    return max(1, ceil_div(length - 1, recipe.data.seq_len - 1))
 
 
 def _is_missing(source: str) -> bool:

@@ -65,11 +65,16 @@ def read_csv(path: Path) -> Table:
         fix = "add rows below the header"
         raise DataError("the file has a header and no rows", where=str(path), fix=fix)
     rows = _CsvRows(path, index)
-    weakref.finalize(rows, rows.file.close)
+
+    def row(i: int) -> dict[str, str]:
+        return rows.row(i)
+
+    # The table holds `row` as long as somebody reads.
+    weakref.finalize(row, rows.file.close)
     separator = index.separator
     return Table(
         index.rows,
-        rows.row,
+        row,
         where=lambda i: f"{path}:{rows.find(i)[0]}",
         fingerprint=lambda: file_digest(path),
         layout="" if separator == "," else f"values separated by {SEPARATORS[separator]}",

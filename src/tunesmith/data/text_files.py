@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tunesmith.data.table import (
     FileVersion,
-    OpenFile,
     Table,
     changed_error,
     decode_text,
@@ -84,7 +83,6 @@ class _Documents:
         self._first_rows = array("q")
         self._starts = array("q")
         self._lines = array("q")
-        self._open: OpenFile | None = None
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -108,17 +106,16 @@ class _Documents:
     def row(self, i: int) -> dict[str, str]:
         n = self._file_of(i)
         path = self._files[n]
-        if self._open is None or self._open.path != path:
-            self._open = OpenFile(path)
         start = self._starts[i]
         stop = self._starts[i + 1] if self.continues(i) else self._sizes[n]
         try:
-            data = self._open.read(start, stop - start)
+            with open_uncached(path) as file:
+                file.seek(start)
+                data = file.read(stop - start)
         except OSError as error:
             raise unreadable_error(path, error) from error
-        if not self.continues(i):
-            # Read once, from its start to its end.
-            self._open.close()
+        if len(data) < stop - start:
+            raise changed_error(path)
         return {"text": _decode(path, data, start, self._lines[i])}
 
     def where(self, i: int) -> str:
