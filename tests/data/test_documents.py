@@ -7,10 +7,13 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
 from errors import holds, refuses, warnings_with
@@ -18,11 +21,13 @@ from recipes import make_run
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import table, text_files
+from tunesmith.data.batch import Example
+from tunesmith.data.cache import TokenWriter
 from tunesmith.data.contract import check_tokens
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.source import open_splits, read_rows
 from tunesmith.data.splits import read_splits
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.tokens import DocumentSplitter, TokenSet, tokenize
 from tunesmith.errors import DataError
 
 
@@ -286,3 +291,58 @@ def test_a_block_that_is_held_out_leaves_no_end_in_the_middle(
     supervised = sum(example.supervised for example in tokens)
     total = len(simple.tokenizer.encode(LONG_TEXTS["lines"])) - len(simple.tokenizer.encode(gap))
     assert supervised == total + 1 - 2
+
+
+class BlockRows:
+    """What a splitter asks of rows: which of them go on with a document."""
+
+    def __init__(self, documents: list[list[int]]) -> None:
+        self.last = [i == len(blocks) - 1 for blocks in documents for i in range(len(blocks))]
+
+    def ends_document(self, i: int) -> bool:
+        return self.last[i]
+
+    def continues(self, i: int) -> bool:
+        return not self.last[i]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), max_size=4),
+    seq_len=st.integers(2, 12),
+    has_bos=st.booleans(),
+)
+def test_of_any_documents_in_any_blocks_each_token_is_supervised_once(
+    documents: list[list[int]], seq_len: int, has_bos: bool
+) -> None:
+    """documents: the tokens of each block. Tokens count up, so that one tells its place."""
+    bos, end, next_id, row = 1, 2, 10, 0
+    template: Any = SimpleNamespace(
+        tokenizer=SimpleNamespace(bos_token_id=bos if has_bos else None), end_ids=frozenset({end})
+    )
+    writer = TokenWriter(None)
+    rows: Any = BlockRows(documents)
+    splitter = DocumentSplitter(writer, rows, seq_len, template)
+    expected = []
+    for blocks in documents:
+        document = [bos] * has_bos
+        for size in blocks:
+            ids = list(range(next_id, next_id + size))
+            next_id += size
+            document += ids
+            whole = np.array([*[bos] * has_bos, *ids, end], np.int32)
+            trained = np.arange(len(whole)) > 0
+            splitter.add(Example(whole, trained), row)
+            row += 1
+        expected += list(itertools.pairwise([*document, end]))
+    arrays = writer.arrays()
+    pairs = []
+    for i in range(len(arrays.rows)):
+        ids, trained = arrays.example(i)[:2]
+        assert 2 <= len(ids) <= seq_len
+        assert not trained[0]
+        assert (int(ids[-1]) == end) == (not arrays.continued[i])
+        assert not has_bos or seq_len == 2 or int(ids[0]) == bos
+        pairs += [(int(ids[at - 1]), int(ids[at])) for at in np.flatnonzero(trained)]
+    assert pairs == expected
+    assert (np.diff(arrays.rows) >= 0).all()
