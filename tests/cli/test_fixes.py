@@ -5,6 +5,7 @@ commands do what they say.
 from __future__ import annotations
 
 import argparse
+import gzip
 import re
 import shutil
 import subprocess
@@ -40,9 +41,9 @@ COMMAND = re.compile(
 )
 # An expression in a command: quoted by one of the functions for it, or of a form in which nothing
 # needs quotes.
-QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|_new_name|_jq_key)\(")
+QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|new_name|_jq_key)\(")
 PLAIN = (
-    "numbers[i]",
+    "number",
     "likely_encoding",
     "requirement",
     "SECONDS",
@@ -59,7 +60,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # Flags of other programs, which fixes name as well.
 THEIR_FLAGS = {
     "--advertise-addr", "--flag", "--force", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
-    "--now", "--only-upgrade", "--runtime", "--sort", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
+    "--now", "--only-upgrade", "--runtime", "--sort", "--stream", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
 }  # fmt: skip
 # Read in the worker that asks: each collects these tests, and one runs them.
 fixes = cache(collect)
@@ -277,6 +278,14 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
     "commas": (
         lambda f: reading(f, ".csv", b"prompt;completion\na;b;c\n"), "python3",
         lambda f, out: (f / "commas.csv").read_text().splitlines()[0] == "prompt,completion",
+    ),
+    "gunzip": (
+        lambda f: reading(f, ".jsonl.gz", gzip.compress(b'{"prompt": "a", "completion": "b"}')), "gunzip",
+        lambda f, out: "completion" in (f / f"{HOSTILE}.jsonl").read_text(),
+    ),
+    "tabs": (
+        lambda f: reading(f, ".tsv", b"prompt\tcompletion\na\tb\n"), "cp",
+        lambda f, out: read_rows(Source(source=f"./{HOSTILE}.csv"))[0] == {"prompt": "a", "completion": "b"},
     ),
     "sed": (
         lambda f: reading(f, ".jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": \n{"prompt": "a", "completion": "b"}\n'), "sed",
