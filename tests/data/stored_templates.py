@@ -176,12 +176,16 @@ def _as_inline(message: Message) -> Message:
     return _inline(message, "<think>\n{}\n</think>\n\n")
 
 
-def _as_inline_without_breaks(message: Message) -> Message:
-    return _inline(message, "<think>{}</think>")
+def _all_as_inline(message: Message) -> Message:
+    """Also those that stand in the content already."""
+    return _inline(_as_field(message), "<think>\n{}\n</think>\n\n")
+
+
+def _all_as_inline_without_breaks(message: Message) -> Message:
+    return _inline(_as_field(message), "<think>{}</think>")
 
 
 def _inline(message: Message, form: str) -> Message:
-    message = _as_field(message)
     if "reasoning_content" not in message:
         return message
     message = dict(message)
@@ -196,7 +200,8 @@ _THOUGHTS = (
     _as_field,
     _as_field_and_thinking,
     _as_inline,
-    _as_inline_without_breaks,
+    _all_as_inline,
+    _all_as_inline_without_breaks,
 )
 
 

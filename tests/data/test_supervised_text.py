@@ -38,6 +38,7 @@ from tunesmith.errors import DataError
 EXAMPLES = int(os.environ.get("TUNESMITH_TEST_EXAMPLES", "8"))
 # Names in ROW_WARNINGS that say that a part of an answer is not trained.
 LOST = {"earlier_thought", "lost_thought", "lost_text", "lost_call"}
+TAGS_AND_BLANKS = re.compile(r"</?think>|\s+")
 # Answers whose header no generation prompt holds.
 WITHOUT_PROMPT = {"axolotl/command_a_rag", "axolotl/command_a_tool_use"}
 EDGES = ("", "", "", " ", "\n", "  \n\n", "\t", "\u00a0", "\r\n")
@@ -266,8 +267,9 @@ def is_rendering(name: str, answer: Message, text: str, rendering: Rendering) ->
     tail = rendering.text[shared:]
     if not answered.endswith(tail):
         return False
-    thought = re.sub(r"</?think>", "", answered.removesuffix(tail)).strip()
-    return thought in "".join(answer.get("reasoning_content", "") + answer["content"])
+    between = TAGS_AND_BLANKS.sub("", answered.removesuffix(tail))
+    thought = answer.get("reasoning_content", "") + answer["content"]
+    return between in TAGS_AND_BLANKS.sub("", thought)
 
 
 @pytest.mark.parametrize("name", sorted(set(template_names()) - WITHOUT_PROMPT))
