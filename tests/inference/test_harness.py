@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from errors import holds, lines_with, refuses
+from errors import holds, lines_with, refuses, warnings_with
 from runs import make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, MachineError, UsageError
@@ -200,7 +200,7 @@ def test_a_run_and_its_base_are_scored_in_one_table(
     paired = paired_intervals(by_row["base"], by_row["tuned"])
     assert acc["difference"] == paired.difference._asdict()
     assert [acc["tuned"]["low"], acc["tuned"]["high"]] == scores["tuned"][1:]
-    assert acc["verdict"].startswith("tiny_choice acc: tuned ")
+    assert acc["verdict"].startswith("tiny_choice acc: ")
     # A corpus's chrF is no mean of its rows: no sentence, lm-eval's own standard error.
     chrf = report["tasks"]["tiny_write"]["chrf"]
     assert "verdict" not in chrf
@@ -217,6 +217,28 @@ def test_a_run_and_its_base_are_scored_in_one_table(
     assert "base" not in printed.out
     assert (run / "evals" / "tasks-tiny_choice-first-3.scores.json").is_file()
     assert lines_with(printed.err, "lm-eval")
+
+
+@pytest.mark.slow
+def test_rows_of_a_task_that_were_trained_on_are_named(
+    tiny: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "run"
+    run = make_run(folder, tiny, peft_model(tiny))
+    prompts = ["Name a river", "Count to 13, slowly", "Please count to 4, slowly", "COUNT TO 5!"]
+    rows = write_rows(
+        tmp_path / "seen.jsonl", [{"prompt": prompt, "answer": 1} for prompt in prompts]
+    )
+    (tasks / "choice.yaml").write_text(CHOICE.format(rows=rows))
+    words = ["--tasks", str(tasks / "choice.yaml"), "--device", "cpu", "--json", "--no-base"]
+    main(["eval", str(folder), *words])
+    shown = capsys.readouterr()
+    place = f"{run.data.train[0].source}:4"
+    report = json.loads(shown.out)
+    assert report["seen"] == {"tiny_choice": {"seen": 2, "rows": 4, "where": 3, "trained": place}}
+    assert warnings_with(shown.err, "tiny_choice", "2 of 4", "row 3", place)
+    assert json.loads(Path(report["files"][0]).read_text())["seen"] == 2
 
 
 @pytest.mark.slow

@@ -302,6 +302,7 @@ def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[
         "limit": args.limit,
         "chat_template": result.chat_template,
         "files": [str(file) for file in result.files],
+        "seen": {task: seen._asdict() for task, seen in result.seen.items()},
         "tasks": tasks,
     }
 

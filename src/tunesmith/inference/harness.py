@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.errors import UsageError
+from tunesmith.data.row_checks import check_prompts, place
+from tunesmith.data.splits import read_splits
+from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import evaluating
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
@@ -37,6 +39,8 @@ from tunesmith.inference.score_rows import (
 )
 from tunesmith.run_dir import read_manifest
 from tunesmith.scoring.intervals import Interval
+
+log = logging.getLogger(__name__)
 
 _Z95 = 1.959964  # standard errors from the mean to each end of a normal 95 % interval
 
@@ -83,11 +87,28 @@ class TaskMetric:
         return Interval(value, value - _Z95 * stderr, value + _Z95 * stderr)
 
 
+class SeenRows(NamedTuple):
+    """Rows of a task whose text nearly repeats a prompt that the run was trained on.
+
+    Attributes:
+        seen: how many.
+        rows: of the task.
+        where, trained: the first such row of the task, counted from 1, and the place of the
+            training row.
+    """
+
+    seen: int
+    rows: int
+    where: int
+    trained: str
+
+
 @dataclass(frozen=True)
 class TaskEvaluation:
     """What `evaluate_tasks` measured.
 
     Attributes:
+        seen: by task; without those that have none, or where it is not known.
         chat_template: whether prompts were written through the run's chat template.
         files: of the scores, one for each task or group that was named.
     """
@@ -96,6 +117,7 @@ class TaskEvaluation:
     chat_template: bool
     lm_eval: str
     files: tuple[Path, ...]
+    seen: dict[str, SeenRows] = field(default_factory=dict)
 
 
 @lines_by_default()
@@ -125,6 +147,7 @@ def evaluate_tasks(
     """
     location = locate_run(path)
     loaded_tasks = load_tasks(tasks)
+    seen = _seen_rows(loaded_tasks, location, limit)
     loaded = load_run(location, device=device)
     # A task may bring its own prompt; whether the template goes around it is decided once for all.
     applies = _applies_template(loaded, path, chat_template)
@@ -155,9 +178,55 @@ def evaluate_tasks(
     for name in loaded_tasks.names:
         named = name if limit is None else f"{name}, first {limit}"
         file = scores_path(answers_path(location, f"tasks-{named}".replace(", ", "-"), None))
+        about["seen"] = None if seen is None else _count_seen(seen, name, results[tuned])
         _save_task(file, named, name, metrics, results[tuned], about)
         files.append(file)
-    return TaskEvaluation(metrics, applies, version, tuple(files))
+    return TaskEvaluation(metrics, applies, version, tuple(files), seen or {})
+
+
+# Rows that were trained on ----------------------------------------------------------------------
+
+
+def _seen_rows(
+    tasks: LoadedTasks, location: RunLocation, limit: int | None
+) -> dict[str, SeenRows] | None:
+    """The rows of each task that the run was trained on, with a warning for each; None where that
+    is not known: of no run, and where its rows are gone."""
+    run = location.run
+    if run is None or location.kind == "base":
+        return None
+    prompts = tasks.prompts(limit)
+    try:
+        train, _ = read_splits(replace(run.data, validation=()), run.train.seed)
+        pairs = check_prompts(list(prompts.values()), train)
+    except TunesmithError as error:
+        log.info("could not check whether rows of tasks were trained on: %s", error.what)
+        return None
+    seen = {}
+    first = 0
+    for task, texts in prompts.items():
+        stop = first + len(texts)
+        here = [(row - first, trained) for row, trained in pairs if first <= row < stop]
+        first = stop
+        if not here:
+            continue
+        row, trained = here[0]
+        seen[task] = SeenRows(len(here), len(texts), row + 1, place(train, trained))
+        log.warning(
+            "%s: %d of %d rows nearly repeat a prompt that was trained on, so its scores are too "
+            "optimistic: first row %d (%s)",
+            task,
+            *seen[task],
+        )
+    return seen
+
+
+def _count_seen(seen: Mapping[str, SeenRows], name: str, result: Mapping[str, Any]) -> int:
+    """Of a task, or of all tasks of a group."""
+    count = seen[name].seen if name in seen else 0
+    for child in result["group_subtasks"].get(name, ()):
+        count += _count_seen(seen, child, result)
+    return count
 
 
 # Models -----------------------------------------------------------------------------------------
@@ -347,7 +416,6 @@ def _save_task(
         "rows": rows,
         "row_hash": digest.hexdigest(),
         **about,
-        "seen": None,
         "metrics": {metric.name: values_as_json(metric) for metric in task_metrics},
         "scores": scores,
     }

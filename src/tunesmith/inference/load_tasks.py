@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,28 @@ class LoadedTasks:
     Attributes:
         items: what lm-eval's `simple_evaluate` takes: its tasks, and its groups of tasks.
         names: of these.
+        tasks: each task by its name, those of groups among them.
     """
 
     manager: Any
     items: list[Any]
     names: list[str]
+    tasks: dict[str, Any]
+
+    def prompts(self, limit: int | None) -> dict[str, list[str]]:
+        """The text of each row that is scored, by task; a row without one has an empty text.
+
+        Args:
+            limit: the first rows of each task.
+        """
+        prompts: dict[str, list[str]] = {}
+        for name, task in self.tasks.items():
+            prompts[name] = []
+            for row in islice(task.eval_docs, limit):
+                text = task.doc_to_text(row)
+                # Some tasks have their text in the choices, of which this is the number.
+                prompts[name].append(text if isinstance(text, str) else "")
+        return prompts
 
 
 def load_tasks(specs: Sequence[str]) -> LoadedTasks:
@@ -56,12 +74,14 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     for spec in specs:
         names += _names_of(spec, manager)
     items: dict[str, Any] = {}
+    tasks: dict[str, Any] = {}
     children: set[str] = set()
     for name in dict.fromkeys(names):
         loaded = _load_task(name, manager)
         for task_name, task in loaded["tasks"].items():
             _check_task(task_name, task)
         items |= loaded["groups"] | loaded["tasks"]
+        tasks |= loaded["tasks"]
         for group_children in loaded["group_map"].values():
             children.update(group_children)
     # A task that stands in a group too is scored once, with its group.
@@ -73,7 +93,7 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
         raise UsageError(
             "two groups contain the same task", where=WHERE, why=first_line(error), fix=fix
         ) from error
-    return LoadedTasks(manager, list(items.values()), list(items))
+    return LoadedTasks(manager, list(items.values()), list(items), tasks)
 
 
 def _is_path(spec: str) -> bool:
