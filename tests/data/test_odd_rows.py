@@ -346,3 +346,16 @@ def test_a_column_of_images_without_one_is_no_kind_of_its_own() -> None:
     assert found([{**CHAT, "images": []}] * 2).format == "messages"
     with refuses(DataError, names=["images"]):
         found([{**CHAT, "images": []}, {**CHAT, "images": ["a.png"]}])
+
+
+@pytest.mark.parametrize("chat", [[U, A], FROMS])
+def test_json_text_of_json_text_of_a_chat_is_read(chat: list[Row]) -> None:
+    row = {"conversations": json.dumps(json.dumps(chat)), "text": "x"}
+    layout = found([row] * 3)
+    assert layout.format == ("messages" if "role" in chat[0] else "sharegpt")
+    source = Source(source="rows", format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
+    sample: Any = convert_row(row, source, where="r")
+    assert sample.messages == [U, A]
+    twice = {"prompt": json.dumps(json.dumps([U])), "completion": json.dumps([A])}
+    sample = convert_row(twice, Source(source="rows", format="prompt-completion"), where="r")
+    assert sample.messages == [U, A]

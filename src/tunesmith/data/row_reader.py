@@ -19,9 +19,9 @@ from tunesmith.errors import DataError
 
 # What Python prints for a list or an object, and pandas writes into a csv file.
 _PYTHON_REPR = re.compile(r"\s*(?:\[?array\()?\s*[\[{][\s\[{]*'")
-# A text that begins as a list of messages, or as one message.
-_CHAT_TEXT = re.compile(r"""\s*(\[?)\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
-_ROLE_KEY = re.compile(r"""["'](role|from)["']\s*:""")
+# A text that begins as a list of messages, or as one message; also as JSON text of such a text.
+_CHAT_TEXT = re.compile(r"""\s*"?\s*(\[?)\s*\{\s*\\?["'](?:role|from|content|value)\\?["']\s*:""")
+_ROLE_KEY = re.compile(r"""["'](role|from)\\?["']\s*:""")
 # Characters of such a text in which the key of its first role is looked for.
 _LOOKED_AT = 100_000
 # Columns that tell rows apart, or say where they are from: no example is another for them.
@@ -222,7 +222,9 @@ class RowReader:
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
+            decoded = json.loads(value)
+            # Exports of exports write JSON text of JSON text.
+            return json.loads(decoded) if isinstance(decoded, str) else decoded
         except (ValueError, RecursionError) as error:
             why = str(error)
             fix = "fix the text, or write the value itself"
@@ -248,6 +250,7 @@ class RowReader:
             # One object may be a text about JSON: only a whole message is read as one.
             try:
                 item = json.loads(value)
+                item = json.loads(item) if isinstance(item, str) else item
             except (ValueError, RecursionError):
                 return value
             keys = item.keys() if isinstance(item, dict) else set()
