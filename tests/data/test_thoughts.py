@@ -257,6 +257,23 @@ def test_calls_before_the_last_answer_are_history_behind_an_empty_thought() -> N
     assert trained(gemma, row, "last") == ([f"Wet.{END}"], ())
 
 
+def test_a_block_that_opens_before_its_header_keeps_the_tag_of_a_call() -> None:
+    """The prompt's thought and the call begin with the same letter."""
+    tagged = (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{% generation %}"
+        "{{- '<|im_start|>assistant\\n' ~ m.content -}}{%- for c in m.tool_calls or [] -%}"
+        "{{- '<|call>' ~ c.function.name ~ c.function.arguments | tojson -}}{%- endfor -%}"
+        "{{- '<|im_end|>' -}}{% endgeneration %}{%- else -%}"
+        "{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' -}}{%- endif -%}{{- '\\n' -}}"
+        "{%- endfor -%}" + PROMPT.replace("OPENS", "<think>\\n")
+    )
+    row = Conversation([user("Rain?"), answer("", tool_calls=[call("weather")])])
+    template = template_of(tagged)
+    example = template.encode(row, "response", where="row 1")
+    supervised = template.tokenizer.decode(example.ids[example.trained])
+    assert supervised == f"<|call>weather{{}}{END}"
+
+
 def test_all_with_an_empty_thought_and_an_answer_that_is_left_out() -> None:
     template = template_of(CLOSED)
     row = [user("2 + 2?"), answer("4"), user("3 + 3?"), answer("6")]

@@ -56,6 +56,7 @@ RENDER_ERRORS = (
     MemoryError,
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = (
     "move the {% generation %} tags in the template: they must enclose each answer with its end"
@@ -594,7 +595,9 @@ class AssistantMask:
                 return prompt_at + len(header)
             thought_at = self._thought_in_prompt(rendering, i, prompt_at, prompt)
             if thought_at is not None:
-                return prompt_at + thought_at
+                # Nemotron's rows have the tag, and close it at once.
+                common = _common_prefix(prompt, text[prompt_at:])
+                return prompt_at + max(thought_at, min(common, len(header or "")))
         row = text[prompt_at : prompt_at + 40]
         raise self._error(
             f"writes before message {i + 1}, an answer, something other than its generation prompt",
@@ -880,11 +883,13 @@ class AssistantMask:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """How many characters two texts have in common at their beginning; whole tags only."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
-            break
+            # Two tags may begin alike: <think> and <|call|>.
+            tag = _OPEN_TAG.search(a[:count])
+            return tag.start() if tag is not None else count
         count += 1
     return count
 
