@@ -23,6 +23,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data.builtin_templates import HERMES, with_fixed_date
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.data.template import Template, TrainOn, select_template
+from tunesmith.errors import TunesmithError
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
@@ -104,8 +105,10 @@ def encoder_of(name: str, train_on: TrainOn = "response") -> RowEncoder:
 
 
 def encode(encoder: RowEncoder, row: dict[str, Any]) -> EncodedRow:
-    """One row through the reader and the tokenizer of training."""
+    """One row through the reader and the tokenizer of training; its error is raised."""
     [encoded] = encoder(RowBatch(0, [copy.deepcopy(row)], ["rows.jsonl:1"]))
+    if isinstance(encoded, TunesmithError):
+        raise encoded
     return encoded
 
 

@@ -13,10 +13,11 @@ import pytest
 from chat_tokenizers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored_templates import encode
 
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import builtin_templates
-from tunesmith.data.encode import RowBatch, RowEncoder
+from tunesmith.data.encode import RowEncoder
 from tunesmith.data.template import TrainOn, select_template
 
 CHATML = (Path(__file__).parent / "templates" / "chatml.jinja").read_text(encoding="utf-8")
@@ -67,8 +68,7 @@ def encoder(form: str, train_on: TrainOn, template: str) -> RowEncoder:
 
 def tokens(written: Written, train_on: TrainOn, template: str = "auto") -> tuple[Any, Any]:
     """Token ids and mask; of a pair those of the chosen answer."""
-    batch = RowBatch(0, [copy.deepcopy(written.row)], ["rows.jsonl:1"])
-    [encoded] = encoder(written.format, train_on, template)(batch)
+    encoded = encode(encoder(written.format, train_on, template), written.row)
     ids, trained = encoded.example.ids, encoded.example.trained
     if encoded.example.sequences:
         first = encoded.example.sequences[0]
