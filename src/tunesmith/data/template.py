@@ -34,7 +34,7 @@ TrainOn = Literal["response", "last", "all"]
 # Formats whose rows need no template.
 _PLAIN = frozenset({"prompt-completion", "text"})
 # Formats whose rows may hold tool calls.
-_WITH_TOOLS = frozenset({"messages", "sharegpt", "preference", "feedback"})
+_WITH_TOOLS = frozenset({"messages", "sharegpt", "prompt-completion", "preference", "feedback"})
 # What errors call a template that is no file.
 _TITLES = {
     "chat": "the tokenizer's chat template",
