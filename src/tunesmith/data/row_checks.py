@@ -504,6 +504,11 @@ def language_of(text: str) -> str:
 
 @cache
 def _identifier() -> Any:
-    from py3langid.langid import MODEL_DIR, MODEL_FILE, LanguageIdentifier
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+    try:
+        from py3langid.langid import MODEL_DIR
+    except ImportError:
+        # py3langid 0.2, the last one that runs with the numpy 1 of some containers.
+        return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
     return LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)
