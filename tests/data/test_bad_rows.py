@@ -18,7 +18,13 @@ from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-GOOD = {"messages": [U, A]}
+
+
+def good(number: int) -> dict[str, Any]:
+    """Rows that are alike would be held out together."""
+    return {"messages": [{"role": "user", "content": f"Say {number}."}, A]}
+
+
 # Row number, counted from 1, and what stands there: in the order of reading.
 BAD: dict[int, Any] = {
     3: {"messages": [A]},
@@ -32,7 +38,7 @@ BAD: dict[int, Any] = {
 def write_rows(path: Path, count: int = 40) -> Path:
     lines = []
     for number in range(1, count + 1):
-        row = BAD.get(number, GOOD)
+        row = BAD.get(number, good(number))
         lines.append(row if isinstance(row, str) else json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -92,7 +98,7 @@ def test_a_file_of_bad_rows_alone_is_refused(tiny: Path, tmp_path: Path) -> None
 
 def test_a_long_list_of_bad_rows_is_cut(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in [GOOD, {"messages": [A]}] * 25))
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [good(1), {"messages": [A]}] * 25))
     with refuses(DataError, names=[25, 50]) as refused:
         prepared(tiny, tmp_path, path)
     assert len(refused.value.why.split("; ")) == 21
@@ -110,7 +116,11 @@ def test_a_resumed_run_may_not_change_what_is_left_out(tiny: Path, tmp_path: Pat
 
 
 def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
-    rows = [GOOD, {"messages": [U, {**A, "grade": 1}], "score": 3}, {**GOOD, "id": 7, "score": 3}]
+    rows = [
+        good(1),
+        {"messages": [U, {**A, "grade": 1}], "score": 3},
+        {**good(1), "id": 7, "score": 3},
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for _ in range(2):

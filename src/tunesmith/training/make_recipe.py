@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -372,8 +373,8 @@ class _Examined(NamedTuple):
 def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examined:
     """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
     # Evenly spaced rows: files are often sorted.
-    few = _spread(rows, FEW_ROWS)
-    characters = sum(count_characters(few[number]) for number in range(len(few))) / len(few)
+    few = _characters(_spread(rows, FEW_ROWS))
+    characters = sum(few) / max(1, len(few))
     rows = _spread(rows, min(LOOK, max(FEW_ROWS, int(LOOK_CHARS / max(1, characters)))))
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
@@ -406,13 +407,21 @@ def _spread(rows: Rows, count: int) -> Rows:
     return rows.take([range(number, number + 1) for number in numbers])
 
 
+def _characters(rows: Rows) -> list[int]:
+    """How many characters each row has that can be read; the others are named with all rows."""
+    counts = []
+    for number in range(len(rows)):
+        with suppress(DataError):
+            counts.append(count_characters(rows[number]))
+    return counts
+
+
 def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Examined:
     """The same by the model's config.json and the characters of the rows, without a tokenizer."""
     spec = model_spec(config, where=model)
     model_type = read_model_types().get(spec.model_type)
     is_padded = model_type is not None and model_type.support.state == "padded"
-    counts = [count_characters(rows[number]) for number in range(len(rows))]
-    lengths = np.array([max(1, ceil_div(count, CHARACTERS_PER_TOKEN)) for count in counts])
+    lengths = np.array([max(1, ceil_div(n, CHARACTERS_PER_TOKEN)) for n in _characters(rows)])
     return _Examined(spec, is_padded, lengths, round(lengths.mean()))
 
 
