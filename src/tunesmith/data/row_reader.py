@@ -7,12 +7,12 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import nearest
-from tunesmith.config.row_formats import COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS
+from tunesmith.config.row_formats import COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
@@ -49,6 +49,12 @@ def plain(name: object) -> str:
     text = unicodedata.normalize("NFKC", text)
     text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text)
     return re.sub(r"[\s\-]+", "_", text).lower()
+
+
+@cache
+def _names_in_files(format_name: FormatName, column: str) -> dict[str, None]:
+    """The names that files have for a column of a format, in order."""
+    return dict.fromkeys(ROW_FORMATS[format_name].names(column))
 
 
 def is_absent(value: Any) -> bool:
@@ -118,8 +124,12 @@ class RowReader:
     def _by_any_name(self, name: str) -> Any:
         """The value of a column that is read by each of its names in files."""
         filled: dict[str, Any] = {}
-        for column in ROW_FORMATS[self.source.format].names(name):
-            self._read.add(column)
+        columns = _names_in_files(self.source.format, name)
+        self._read.update(columns)
+        # Most rows have none of them.
+        if columns.keys().isdisjoint(self.row):
+            return None
+        for column in columns:
             value = self.row.get(column)
             if not is_absent(value) and value not in filled.values():
                 filled[column] = value

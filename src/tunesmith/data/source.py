@@ -183,10 +183,11 @@ def count_characters(value: Any) -> int:
     """Of all texts in a row, or in a value of it."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, Mapping):
-        return sum(map(count_characters, value.values()))
+    # Nearly all are of these two types, which are told much faster than others of their kind.
     if isinstance(value, list | tuple):
         return sum(map(count_characters, value))
+    if isinstance(value, (dict, Mapping)):
+        return sum(map(count_characters, value.values()))
     return 0
 
 
