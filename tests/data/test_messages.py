@@ -145,7 +145,7 @@ def test_a_mark_of_the_row_that_says_nothing_new(marks: Row) -> None:
 def test_what_nothing_reads_is_named() -> None:
     turn = {**A, "grade": 3, "id": 7, "timestamp": "now", "refusal": None, "audio": []}
     row = {"messages": [U, turn], "score": 2, "source": "web", "notes": "", "prompt": "1 + 2?"}
-    assert unread(row) == {"message.grade", "score", "prompt"}
+    assert unread(row) == {"message.grade", "score"}, "a prompt that is the first question"
     call = {**CALL, "strict": True}
     row = {"messages": [U, {**A, "tool_calls": [call]}]}
     assert unread(row) == {"call.strict"}

@@ -116,7 +116,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
             ColumnSet(
                 {"chosen": ("chosen",), "rejected": ("rejected",)},
                 {
-                    "prompt": ("prompt", "question", "instruction", "query"),
+                    "prompt": ("prompt", "question", "instruction", "query", "input"),
                     "input": _INPUT,
                     "conversations": ("conversations",),
                     "system": _SYSTEM,

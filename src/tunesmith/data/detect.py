@@ -415,7 +415,9 @@ def _with_formats(error: DataError, layout: Detected, others: list[str]) -> Data
     """The error, with the formats that remain where a column of labels is none."""
     if others:
         column = layout.columns["label"]
-        error.fix += f"; if {column} says something else: --format {' or '.join(others)}"
+        error.fix += (
+            f"; if {column} says something else: rename it, and --format {' or '.join(others)}"
+        )
     return error
 
 

@@ -175,16 +175,12 @@ class RowEncoder:
         """The example of each row, or why it has none."""
         try:
             return [*self._encode_samples(rows)]
-        except DataError:
-            # One row spoils the call for all: alone each says for itself.
-            pass
-        examples: list[Example | DataError] = []
-        for row in rows:
-            try:
-                examples += self._encode_samples([row])
-            except DataError as error:
-                examples.append(_of_row(error, row.place))
-        return examples
+        except DataError as error:
+            # One row spoils the call for all: the halves find it.
+            if len(rows) == 1:
+                return [_of_row(error, rows[0].place)]
+        half = len(rows) // 2
+        return [*self._encode_or_explain(rows[:half]), *self._encode_or_explain(rows[half:])]
 
     def _encode_samples(self, rows: Sequence["_ReadRow"]) -> list[Example]:
         """The example of each row, with one call of the tokenizer for all of them."""

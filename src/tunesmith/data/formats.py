@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from tunesmith.config.row_formats import FormatName
+from tunesmith.config.row_formats import ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.messages import (
     MESSAGE,
@@ -125,6 +125,7 @@ def convert_row(
     where: str,
     system: str | None = None,
     unread: set[str] | None = None,
+    is_trained: bool = True,
 ) -> Sample | Pair | Feedback:
     """Convert one row.
 
@@ -134,16 +135,23 @@ def convert_row(
         where: the row's place, for the DataError of one that is not of this format.
         system: a system message for conversations that have none (`data.system`).
         unread: gets the names of columns, and of keys of turns and calls, that nothing reads.
+        is_trained: False where the row is answered or scored alone: its own marks and label, which
+            say how an answer is trained on, are then no fault.
     """
     reader = RowReader(row, source, where)
     sample = _READERS[source.format](reader)
-    check_row_marks(reader)
-    if not isinstance(sample, Feedback | Text):
-        _check_no_bad_label(reader)
+    if is_trained:
+        check_row_marks(reader)
+        if not isinstance(sample, Pair | Feedback | Text):
+            _check_no_bad_label(reader)
     if unread is not None:
         unread |= reader.unread
-        columns = reader.unread_columns()
-        unread |= {column for column in columns if plain(column) not in HARMLESS_COLUMNS}
+        texts = _texts_of(sample.messages) if isinstance(sample, Conversation) else []
+        for column, value in reader.unread_columns().items():
+            # Many chats have their first question in a column of its own, too.
+            is_repeated = isinstance(value, str) and value.strip() in texts
+            if plain(column) not in HARMLESS_COLUMNS and not is_repeated:
+                unread.add(column)
     if isinstance(sample, Pair):
         chosen = _complete(reader, sample.chosen, system)
         return Pair(chosen, _complete(reader, sample.rejected, system))
@@ -156,7 +164,7 @@ def convert_sample(
     row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None
 ) -> Sample:
     """As `convert_row`; of a pair the chosen answer, of feedback the answer."""
-    sample = convert_row(row, source, where=where, system=system)
+    sample = convert_row(row, source, where=where, system=system, is_trained=False)
     if isinstance(sample, Pair):
         return sample.chosen
     if isinstance(sample, Feedback):
@@ -199,7 +207,7 @@ def _alpaca(row: RowReader) -> Sample:
     messages = with_row_system(row, [])
     # `history` holds the turns before the instruction, as pairs.
     history = row.optional("history")
-    turns = [] if history is None else row.list(history, "history")
+    turns = [] if is_absent(history) else row.list(history, "history")
     for n, turn in enumerate(turns, 1):
         pair = row.list(turn, f"history {n}")
         if len(pair) != 2:
@@ -363,7 +371,8 @@ def _feedback(row: RowReader) -> Feedback:
         why = "1, true, yes, good, desirable or a thumb up is a good answer; their opposites, bad"
         fix = "write true or false, or delete the row"
         raise row.error(f"the label is {json.dumps(label, default=str)}", why, fix)
-    if row.optional("messages") is not None:
+    # Columns that the recipe names are those that are meant.
+    if "prompt" not in row.source.columns and row.optional("messages") is not None:
         messages = any_messages(row, row.optional("messages"), "messages")
         messages = with_row_system(row, messages)
         _check_answer(row, messages[-1:], "the last message")
@@ -409,10 +418,13 @@ _BAD = frozenset(
 _SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 
 
+_LABELS = ROW_FORMATS["feedback"].names("label")
+
+
 def _check_no_bad_label(row: RowReader) -> None:
     """DataError for a row whose answer is labeled as bad where each answer is learned."""
     for column, value in row.unread_columns().items():
-        if plain(column) in ("label", "kto_tag") and read_label(value) is False:
+        if plain(column) in _LABELS and read_label(value) is False:
             raise row.error(
                 f"the answer is labeled bad: {column} is {json.dumps(value, default=str)}",
                 f"format {row.source.format} learns each answer as it is",

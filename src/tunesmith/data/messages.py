@@ -20,11 +20,15 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "function_call": "call",
     "tool_call": "call",
     "observation": "tool",
@@ -89,6 +93,7 @@ def read_messages(row: RowReader, value: Any, column: str, form: Form) -> list[d
         of_turn = _read_turn(row, role, turn, form, at)
         # Several calls in one answer are written as turns after one another.
         if role == previous_role == "call":
+            _check_one_answer(row, messages[-1], of_turn[0], at)
             messages[-1]["tool_calls"] += of_turn[0]["tool_calls"]
         else:
             messages += of_turn
@@ -96,6 +101,16 @@ def read_messages(row: RowReader, value: Any, column: str, form: Form) -> list[d
     if not messages:
         raise row.error(f"{column} is empty", fix="delete the row")
     return messages
+
+
+def _check_one_answer(
+    row: RowReader, answer: Mapping[str, Any], call: Mapping[str, Any], at: str
+) -> None:
+    """DataError for a further call whose turn says more than a part of one answer can."""
+    has_other_mark = answer.get("train", True) != call.get("train", True)
+    if has_other_mark or "reasoning_content" in call:
+        why = "calls behind each other are one answer: one thought before them, and one mark"
+        raise row.error("a call has a thought or a mark of its own", why, "write one turn", at)
 
 
 def any_messages(row: RowReader, value: Any, column: str) -> list[dict[str, Any]]:
@@ -195,9 +210,9 @@ def _with_results(
 def _thought(row: RowReader, turn: Mapping[str, Any], of_parts: str, at: str) -> str:
     """What the answer thinks first, by whatever name; DataError if two of them differ."""
     thoughts = {"content": of_parts} if of_parts else {}
-    for name in THOUGHTS:
-        if not is_absent(turn.get(name)):
-            thoughts[name] = row.text(turn[name], f"{at} {name}")
+    for key, value in turn.items():
+        if plain(key) in THOUGHTS and not is_absent(value):
+            thoughts[key] = row.text(value, f"{at} {key}")
     if len({thought.strip() for thought in thoughts.values()}) > 1:
         what = f"the thoughts {' and '.join(thoughts)} differ"
         raise row.error(what, "an answer has one", "delete one of them", at)
@@ -345,9 +360,16 @@ def _content(row: RowReader, content: Any, form: Form, at: str) -> _ContentParts
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("text", "input_text", "output_text"):
+            if parts.calls:
+                why = "a template writes the text of an answer in front of its calls"
+                raise row.error("a text behind a tool call", why, "write it in front", at)
             parts.text += row.text(_part_value(part), f"{at} {form.content}")
         elif kind in ("reasoning", "thinking"):
-            parts.thought += row.text(_part_value(part), f"{at} reasoning")
+            if parts.text:
+                why = "a template writes the thought of an answer in front of its text"
+                raise row.error("a thought behind a text", why, "write it in front", at)
+            thought = row.text(_part_value(part), f"{at} reasoning")
+            parts.thought = "\n".join(filter(None, (parts.thought, thought)))
         elif kind == "tool_call":
             parts.calls += _calls(row, _part_value(part), at)
         elif kind == "tool_use":
@@ -401,7 +423,8 @@ def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
             fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
             raise row.error("a tool call has no name", fix=fix, at=at)
         name = function["name"]
-        names = [key for key in _ARGUMENTS if function.get(key) is not None]
+        # Some servers write an empty text for no arguments.
+        names = [key for key in _ARGUMENTS if function.get(key) not in (None, "")]
         if len(names) > 1:
             what = f"the call of {name} has both {names[0]} and {names[1]}"
             raise row.error(what, fix="delete one of them", at=at)
@@ -412,8 +435,9 @@ def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             what = f"the arguments of {name} are {json_type(arguments)}, not an object"
             raise row.error(what, fix='write {"a": 1}', at=at)
-        for key, of_call in function.items():
-            if key not in ("name", "id", "type", "index", *_ARGUMENTS) and not is_absent(of_call):
+        for key, of_call in {**item, **function}.items():
+            is_read = key in ("name", "id", "type", "index", "function", *_ARGUMENTS)
+            if not is_read and not is_absent(of_call):
                 row.unread.add(f"call.{key}")
         call: dict[str, Any] = {"type": "function"}
         if isinstance(item.get("id"), str):
@@ -440,7 +464,7 @@ def read_tools(row: RowReader) -> list[dict[str, Any]] | None:
             raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
         if not isinstance(function.get("name"), str):
             raise row.error(f"tool {n} has no name", fix='add "name": "..."')
-        schema = without_nulls(dict(function))
+        schema = without_nulls({"function": function})["function"]
         # Anthropic's name.
         if "input_schema" in schema and "parameters" not in schema:
             schema["parameters"] = schema.pop("input_schema")
@@ -465,6 +489,8 @@ def with_row_system(row: RowReader, messages: list[dict[str, Any]]) -> list[dict
     first = messages[0] if messages else {"role": ""}
     if first["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
+    if not first["content"].strip():
+        return [{"role": "system", "content": system}, *messages[1:]]
     if first["content"].strip() != system.strip():
         why = "a conversation has one system message"
         fix = "delete one of them"
@@ -487,15 +513,16 @@ def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
         if role == "system" and n > 0:
             fault = "a system message comes after others; it must come first, once"
         elif role == "tool" and not may_have_result:
-            fault = "a tool result without a tool call"
+            fault = "a tool result behind no answer"
         elif role == "assistant" and only_system_so_far:
             fault = "the first turn is the assistant's, without a question"
         if fault:
             at = f"message {n + 1}"
             raise row.error(fault, "roles are out of order", "fix the row's order", at)
         if role == "assistant":
-            # Results follow the calls of the last answer, and may be several.
-            may_have_result = "tool_calls" in message
+            # Results follow the calls of the last answer, and may be several. Hermes' and ToolACE's
+            # rows have calls in its text.
+            may_have_result = True
         elif role != "tool":
             may_have_result = False
         if role != "system":

@@ -18,10 +18,14 @@ from tunesmith.data.files import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
 
 # What Python prints for a list or an object, and pandas writes into a csv file.
-_PYTHON_REPR = re.compile(r"\s*(?:\[?array\()?\s*[\[{][\s\[{]*'")
+_PYTHON_REPR = re.compile(r"\s*+(?:\[?array\()?\s*+[\[{][\s\[{]*+'")
 # A text that begins as a list of messages, or as one message; also as JSON text of such a text.
-_CHAT_TEXT = re.compile(r"""\s*"?\s*(\[?)\s*\{\s*\\?["'](?:role|from|content|value)\\?["']\s*:""")
+_CHAT_TEXT = re.compile(
+    r"""\s*+"?\s*+(\[?)\s*+\{\s*+\\?["'](?:role|from|content|value)\\?["']\s*:"""
+)
 _ROLE_KEY = re.compile(r"""["'](role|from)\\?["']\s*:""")
+# One of them at least is in a list of turns, and not in other objects with a role.
+_TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
 # Characters of such a text in which the key of its first role is looked for.
 _LOOKED_AT = 100_000
 # Columns that tell rows apart, or say where they are from: no example is another for them.
@@ -117,6 +121,8 @@ class RowReader:
         column = self.source.columns.get(name)
         if column is None and name in READ_BY_ANY_NAME:
             return self._by_any_name(name)
+        if column is None and name in self.source.columns.values():
+            return None  # it serves as another column
         column = column or name
         self._read.add(column)
         return self.row.get(column)
@@ -130,6 +136,8 @@ class RowReader:
         if columns.keys().isdisjoint(self.row):
             return None
         for column in columns:
+            if column in self.source.columns.values():
+                continue  # it serves as another column
             value = self.row.get(column)
             if not is_absent(value) and value not in filled.values():
                 filled[column] = value
@@ -172,7 +180,7 @@ class RowReader:
         # Columns that nothing reads yet are proposed for those that are missing: the nearest name,
         # or else the first.
         readable = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
-        unmapped = [str(row_column) for row_column in self.row if row_column not in readable]
+        unmapped = [c for c in self.row if isinstance(c, str) and c not in readable]
         proposed: dict[str, str | None] = dict(mapped)
         for name in missing:
             near = nearest(mapped.get(name, name), unmapped)
@@ -269,4 +277,5 @@ class RowReader:
         are_turns = isinstance(items, list) and all(
             isinstance(item, dict) and ("role" in item or "from" in item) for item in items
         )
-        return items if are_turns else value
+        has_texts = are_turns and any(not _TURN_KEYS.isdisjoint(item) for item in items)
+        return items if has_texts or items == [] else value

@@ -436,7 +436,7 @@ class Template:
         first = sample.prompt_messages
         if train_on == "last":
             first = len(messages) - 1
-        # RenderedAnswers before `first` belong to the prompt.
+        # Answers before `first` belong to the prompt.
         selected = set(range(first, len(messages)))
         if train_on != "all":
             selected -= sample.untrained

@@ -81,7 +81,7 @@ def find_thought(text: str) -> InlineThought | None:
     if text.startswith(opening, start):
         return InlineThought(start + len(opening), end, closing.end())
     is_line_end = text.startswith("\n", closing.end()) or text.endswith("\n", 0, end)
-    if is_line_end and opening not in text[:end]:
+    if closing[0] == "</think>" and is_line_end and opening not in text[:end]:
         return InlineThought(0, end, closing.end())
     return None
 

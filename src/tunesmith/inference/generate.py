@@ -183,7 +183,9 @@ def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:
     for name in names or _KEY_COLUMN:
         key_column = _KEY_COLUMN[name]
         # A label that says neither good nor bad is a column of somebody's own.
-        is_other = key_column == "label" and read_label(row.get(key_column)) is None
+        has_answer = not {"completion", "messages"}.isdisjoint(row)
+        is_label = has_answer and read_label(row.get(key_column)) is not None
+        is_other = key_column == "label" and not is_label
         if key_column in columns or (key_column in row and not is_other):
             return name
     return ""
@@ -237,15 +239,6 @@ def make_prompt(
     source = row_source(row, where, loaded.location.sources, format_name, columns)
     complete_row, is_answered = _with_answer(row, source)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
-    if isinstance(sample, Conversation):
-        role = sample.messages[-1]["role"]
-        if role != "assistant":
-            raise DataError(
-                "the conversation ends with neither a question nor an answer",
-                where=where,
-                why=f"the last role is {role}",
-                fix="end it with the turn to answer, or with the answer",
-            )
     prompt_ids = list(loaded.template.prompt(sample))
     if not is_answered or _is_empty(sample):
         return Prompt(prompt_ids, None, "", sample, where)
