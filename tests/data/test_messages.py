@@ -318,3 +318,110 @@ def test_json_text_of_messages_is_read() -> None:
 def test_a_text_about_json_stays_a_text(text: str) -> None:
     sample = read({"prompt": text, "completion": "ok"}, "prompt-completion")
     assert sample == Completion(text, "ok")
+
+
+# --- columns and keys that serve twice, or half
+
+
+def test_a_column_that_serves_as_another_is_read_once() -> None:
+    """`input` is the question here: read again under its own name, it would be asked twice."""
+    columns = {"instruction": "input"}
+    answered = read({"input": "q", "output": "c", "system": "s"}, "alpaca", **columns)
+    assert [m["content"] for m in answered.messages] == ["s", "q", "c"]
+    labeled = read(
+        {"input": "q", "output": "c", "label": 1}, "feedback", prompt="input", completion="output"
+    )
+    assert labeled.answer == Completion("q", "c")
+    pair = read({"input": "q", "chosen": "c", "rejected": "r"}, "preference", prompt="input")
+    assert pair.chosen.prompt == "q"
+
+
+def test_columns_that_are_named_win_over_messages() -> None:
+    row = {"question": "q", "completion": "c", "label": True, "messages": [U, A]}
+    assert read(row, "feedback", prompt="question").answer == Completion("q", "c")
+
+
+@pytest.mark.parametrize("key", ["Thinking", "reasoningContent", "reasoning content"])
+def test_a_thought_in_another_spelling(key: str) -> None:
+    assert read({"messages": [U, {**A, key: "Hm."}]}).messages[-1]["reasoning_content"] == "Hm."
+
+
+@pytest.mark.parametrize("more", [{"train": False}, {"reasoning": "T"}])
+def test_a_second_call_with_a_mark_or_thought_of_its_own(more: Row) -> None:
+    call = {"from": "function_call", "value": json.dumps(CALL)}
+    turns = [{"from": "human", "value": "q"}, call, {**call, **more}]
+    with refuses(DataError, where="x row 1, turn 3"):
+        read({"conversations": turns}, "sharegpt")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "text", "text": "A"}, {"type": "thinking", "thinking": "t"}],
+        [{"type": "tool_use", "name": "f", "input": {}}, {"type": "text", "text": "B"}],
+    ],
+)
+def test_parts_in_an_order_that_no_template_writes(parts: list[Row]) -> None:
+    with refuses(DataError, where="x row 1, message 2"):
+        read({"messages": [U, {"role": "assistant", "content": parts}]})
+
+
+def test_two_thoughts_in_front_of_an_answer_are_lines_of_one() -> None:
+    parts = [{"type": "thinking", "thinking": t} for t in ("a", "b")]
+    content = [*parts, {"type": "text", "text": "3"}]
+    message = read({"messages": [U, {"role": "assistant", "content": content}]}).messages[-1]
+    assert (message["reasoning_content"], message["content"]) == ("a\nb", "3")
+
+
+def test_a_call_without_arguments_and_with_more_than_is_read() -> None:
+    call = {"type": "function", "function": {"name": "now", "arguments": ""}, "result": "r"}
+    row = {"messages": [U, {**A, "tool_calls": [call]}]}
+    assert read(row).messages[-1]["tool_calls"][0]["function"]["arguments"] == {}
+    assert unread(row) == {"call.result"}
+
+
+def test_null_keywords_of_a_function_are_left_out() -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "strict": None, "parameters": {"a": None}},
+    }
+    tools = read({"messages": [U, A], "tools": [tool]}).tools
+    assert tools[0]["function"] == {"name": "f", "parameters": {}}
+
+
+def test_calls_as_json_text_beside_tools() -> None:
+    tools = [{"name": "add", "parameters": {"type": "object"}}]
+    row = {"query": "1 + 2?", "answers": json.dumps([CALL]), "tools": json.dumps(tools)}
+    columns = {"prompt": "query", "completion": "answers"}
+    answer = read(row, "prompt-completion", **columns).messages[-1]
+    assert (answer["content"], answer["tool_calls"][0]["function"]) == ("", CALL)
+    row["answers"] = '{"sum": 3}'
+    assert read(row, "prompt-completion", **columns).messages[-1]["content"] == row["answers"]
+
+
+def test_results_of_calls_that_stand_in_a_text() -> None:
+    """As in Hermes' and ToolACE's rows."""
+    calling = {"role": "assistant", "content": "<tool_call>\n{}\n</tool_call>"}
+    messages = [U, calling, {"role": "tool", "content": "3"}, A]
+    assert read({"messages": messages}).messages == messages
+
+
+@pytest.mark.parametrize("name", ["desirable", "is_desirable", "thumbs"])
+def test_a_bad_label_by_another_name(name: str) -> None:
+    with refuses(DataError, where="x row 1", names=[name]):
+        read({"prompt": "q", "completion": "c", name: False}, "prompt-completion")
+
+
+def test_a_label_beside_a_pair_is_no_fault() -> None:
+    assert read({"prompt": "q", "chosen": "c", "rejected": "r", "label": 0}, "preference")
+
+
+def test_json_of_other_objects_with_a_role_is_an_answer() -> None:
+    answer = '[{"role": "CEO", "name": "Ann"}]'
+    assert read({"prompt": "q", "completion": answer}, "prompt-completion").completion == answer
+
+
+def test_a_text_that_begins_with_many_blanks() -> None:
+    """Backtracking would take minutes."""
+    text = " " * 100_000 + "x"
+    assert read({"prompt": text, "completion": "c"}, "prompt-completion").prompt == text

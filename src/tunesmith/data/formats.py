@@ -31,6 +31,7 @@ from tunesmith.data.messages import (
     Form,
     any_messages,
     apply_list_of_marks,
+    calls_in_text,
     check_order,
     check_row_marks,
     is_said,
@@ -275,7 +276,10 @@ def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | C
     if tools is None:
         return Completion(prompt, completion, read_system(row))
     messages = with_row_system(row, [{"role": "user", "content": prompt}])
-    answer = {"role": "assistant", "content": completion}
+    answer: dict[str, Any] = {"role": "assistant", "content": completion}
+    calls = calls_in_text(row, completion)
+    if calls:
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
     return Conversation([*messages, answer], tools, prompt_messages=len(messages))
 
 
@@ -320,7 +324,8 @@ def _pair_prompt(row: RowReader) -> Any:
     """What a pair answers: a text, messages, or None where both answers begin with it."""
     prompt = row.text_or_messages(row.optional("prompt"), "prompt")
     conversations = row.optional("conversations")
-    if conversations is not None:
+    # A prompt that the recipe names is the one that is meant.
+    if conversations is not None and "prompt" not in row.source.columns:
         if not is_absent(prompt):
             why = "each of them is what chosen and rejected answer"
             raise row.error("the row has both prompt and conversations", why, "delete one of them")

@@ -447,6 +447,24 @@ def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
     return calls
 
 
+def calls_in_text(row: RowReader, text: str) -> list[dict[str, Any]]:
+    """The calls of an answer that is JSON text of nothing else; none of another text.
+
+    Rows with columns query, tools and answers are such.
+    """
+    if not text.lstrip().startswith(("[", "{")):
+        return []
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    items = value if isinstance(value, list) else [value]
+    are_calls = all(
+        isinstance(item, dict) and {"name", "arguments"} <= item.keys() for item in items
+    )
+    return _calls(row, items, "completion") if items and are_calls else []
+
+
 def read_tools(row: RowReader) -> list[dict[str, Any]] | None:
     """Tool schemas of a row: a list, or JSON text of one; bare schemas get OpenAI's wrapping.
 

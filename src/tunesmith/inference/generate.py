@@ -19,6 +19,7 @@ from tunesmith.data.formats import (
     read_label,
 )
 from tunesmith.data.messages import ROLES, is_said
+from tunesmith.data.row_reader import RowReader
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
@@ -237,7 +238,7 @@ def make_prompt(
     row = rows[i]
     where = rows.where(i)
     source = row_source(row, where, loaded.location.sources, format_name, columns)
-    complete_row, is_answered = _with_answer(row, source)
+    complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(loaded.template.prompt(sample))
     if not is_answered or _is_empty(sample):
@@ -262,20 +263,23 @@ def _is_empty(sample: Sample) -> bool:
     return isinstance(sample, Completion) and not sample.completion.strip()
 
 
-def _with_answer(row: dict[str, Any], source: Source) -> tuple[dict[str, Any], bool]:
+def _with_answer(row: dict[str, Any], source: Source, where: str) -> tuple[dict[str, Any], bool]:
     """The row with an answer, its own or a placeholder, and whether it is its own."""
     if source.format == "text":
         return row, False
     column = ROW_FORMATS[source.format].answer
     column = source.columns.get(column, column)
-    value: Any = row.get(column)
+    reader = RowReader(row, source, where)
+    # JSON text of messages is read as these.
+    value: Any = reader.text_or_messages(row.get(column), column)
     role_key = "role"
     placeholder = {"role": "assistant", "content": PLACEHOLDER}
     if source.format in ("alpaca", "prompt-completion"):
         if value not in (None, ""):
             return row, True
         # A prompt of messages is completed by messages.
-        has_messages = isinstance(row.get(source.columns.get("prompt", "prompt")), list)
+        prompt = row.get(source.columns.get("prompt", "prompt"))
+        has_messages = not isinstance(reader.text_or_messages(prompt, "prompt"), str | None)
         return {**row, column: [placeholder] if has_messages else PLACEHOLDER}, False
     if source.format == "sharegpt":
         role_key = "from"
