@@ -93,6 +93,14 @@ class TokenArrays(NamedTuple):
         for values in self:
             _release(values)
 
+    def count_trained(self) -> int:
+        """Tokens that are supervised."""
+        count = 0
+        for start in range(0, len(self.trained), READ_VALUES):
+            count += int(np.count_nonzero(self.trained[start : start + READ_VALUES]))
+            _release(self.trained)
+        return count
+
     def sha256(self) -> str:
         """Of the examples, in hex; the rows that they came from do not enter."""
         digest = hashlib.sha256()

@@ -168,7 +168,7 @@ def _count_tokens(arrays: TokenArrays) -> dict[str, Any]:
         "kept_rows": int(np.count_nonzero(is_first)),
         "split": int(np.count_nonzero(is_second)),
         "tokens": len(arrays.ids),
-        "supervised": int(np.count_nonzero(arrays.trained)),
+        "supervised": arrays.count_trained(),
         "cut": int(arrays.truncated.sum()),
     }
 
