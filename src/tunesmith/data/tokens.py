@@ -237,8 +237,7 @@ class TokenSet:
     def supervised(self) -> np.ndarray:
         """int64 [n], `Example.supervised` of each example, without the examples themselves."""
         counts = [np.zeros(0, np.int64)]
-        for part in self.parts:
-            arrays = part.arrays
+        for arrays in self._array_parts():
             starts = arrays.offsets[:-1]
             trained = arrays.trained
             of_part = np.add.reduceat(trained, starts, dtype=np.int64) - trained[starts]
@@ -246,7 +245,14 @@ class TokenSet:
             seconds = (starts + arrays.firsts)[arrays.firsts > 0]
             of_part[arrays.firsts > 0] -= trained[seconds]
             counts.append(of_part)
+            arrays.release()
         return np.concatenate(counts)
+
+    def _array_parts(self) -> Iterator[TokenArrays]:
+        """All examples in order, thousands at once."""
+        for part in self.parts:
+            for first in range(0, len(part), RELEASE_EXAMPLES):
+                yield part.arrays.part(first, min(len(part), first + RELEASE_EXAMPLES))
 
     @property
     def row_lengths(self) -> np.ndarray:
