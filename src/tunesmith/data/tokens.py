@@ -37,6 +37,9 @@ VERSION = 10
 _BATCH = 256
 _BATCH_CHARS = 4 << 20
 RELEASE_EXAMPLES = 1 << 14  # read in a row, before the memory that they take is released
+# The same of single examples: the kernel may map 2 MiB of the page cache for each.
+RELEASE_READS = 64
+SMALL_BYTES = 256 << 20  # of a source's ids that may stay in memory
 BEGINNING_CHARS = 60  # characters that tell a row from others
 
 # What becomes of rows that are longer than `data.seq_len`.
@@ -278,7 +281,7 @@ class TokenSet:
     def __getitem__(self, i: int) -> Example:
         part, at = self._find(i)
         self._reads += 1
-        if self._reads % RELEASE_EXAMPLES == 0:
+        if self._reads % RELEASE_READS == 0 and part.arrays.ids.nbytes > SMALL_BYTES:
             part.arrays.release()
         example = part.arrays.example(at)
         if self.shares_prompts:
