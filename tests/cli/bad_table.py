@@ -170,7 +170,7 @@ VERBS = [
     Case("eval", "a reference that is no JSON", lambda w: w.evaluate(GOOD + line(prompt="a", completion="{"), "--score", "json"), "b.jsonl:1", "not JSON"),
     Case("eval", "a schema that is none", lambda w: w.evaluate(line(prompt="a", completion="1", schema={"type": "x"}), "--score", "json"), "b.jsonl:1, schema", "not a JSON schema"),
     Case("eval", "a reference that does not fit its schema", lambda w: w.evaluate(line(prompt="a", completion="1", schema={"type": "string"}), "--score", "json"), "b.jsonl:1, schema", "does not match"),
-    Case("eval", "tool calls without tools", lambda w: w.evaluate(line(messages=[*TURNS]), "--score", "tool-call"), "tool-call", "tool calls", "--score"),
+    Case("eval", "tool calls without tools", lambda w: w.evaluate(line(messages=[*TURNS]), "--score", "tool-call"), "b.jsonl:1", "no tools", "--score"),
     Case("eval", "text has no answers to score", lambda w: w.evaluate(line(text="abc"), "--score", "exact"), "b.jsonl", "--score"),
     Case("eval", "only empty answers to score", lambda w: w.evaluate(line(prompt="a", completion=""), "--score", "exact"), "b.jsonl", "every answer is empty"),
     Case("eval", "an output without a score", lambda w: w.evaluate(GOOD, "--output", "o.jsonl"), "--output", "--score"),
