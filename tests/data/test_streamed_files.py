@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +173,61 @@ def test_batches_for_the_tokenizer_end_at_a_size(
     )
     assert sizes == [80, 40, 300, 100, 1]
     assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
+def test_one_file_of_a_folder_is_open_and_in_memory(name: str, tmp_path: Path) -> None:
+    tables = []
+    for n in range(40):
+        path = tmp_path / f"{n}-{name}"
+        KINDS[name](path, [f"{n} {i}" for i in range(300)])
+        tables.append(open_table(path))
+    # Rows of the start of each file, of its middle, and of its start again.
+    for i in (0, 150, 3):
+        for n, table in enumerate(tables):
+            assert table.row(i) == {"text": f"{n} {i}"}
+        opened = [os.path.realpath(link) for link in Path("/proc/self/fd").glob("*")]
+        assert sum(file.startswith(str(tmp_path)) for file in opened) <= 1
+    readers = [o for o in gc.get_objects() if isinstance(o, arrow_files._ForwardReader)]
+    assert sum(bool(reader._rows) for reader in readers) <= 1
+
+
+def test_no_row_is_given_under_another_number_behind_a_damaged_page(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"row {i}" for i in range(600)]})
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+    pq.write_table(table, path, **options, data_page_size=1000, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    # The length of a text in the second block of rows.
+    at = data.index(b"row 400") - 4
+    data[at : at + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(data)
+    opened = open_table(path)
+    assert opened.row(0) == {"text": "row 0"}
+    read = {}
+    for i in (*range(250, 600, 50), 0, 599, 10):
+        with suppress(DataError):
+            read[i] = opened.row(i)
+    assert {0, 10} <= read.keys()
+    assert read == {i: {"text": f"row {i}"} for i in read}
+    with refuses(DataError, where=str(path)):
+        opened.row(400)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("what", ["text", "time"])
+def test_values_that_python_does_not_have_are_an_error(
+    what: str, suffix: str, tmp_path: Path
+) -> None:
+    column = pa.array([b"good", b"caf\xe9"]).view(pa.string())
+    if what == "time":
+        column = pa.array([0, 2**62]).view(pa.timestamp("us"))
+    path = tmp_path / f"a.{suffix}"
+    table = pa.table({"text": column})
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+            out.write_table(table)
+    with refuses(DataError, where=str(path)):
+        open_table(path).row(1)

@@ -6,9 +6,11 @@ reading its group again from the start (Parquet's row group, Arrow's record batc
 
 import bisect
 import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,9 +48,12 @@ def read_arrow(path: Path) -> Table:
     def row(i: int) -> dict[str, Any]:
         try:
             return without_nulls(reader.row(i))
-        except (pa.ArrowException, OSError, StopIteration) as error:
+        # ValueError and OverflowError: a text that is no UTF-8, a time that Python does not have.
+        except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
             raise _broken(path, error, version) from None
 
+    # The table holds `row` as long as somebody reads.
+    weakref.finalize(row, reader.close)
     return Table(
         sum(sizes),
         row,
@@ -74,10 +79,16 @@ def _broken(path: Path, error: Exception, version: FileVersion | None) -> DataEr
 class _ForwardReader:
     """Rows by their number, in groups that are read from their start.
 
+    A folder may have more files than a process may open: the one that was read last alone is open,
+    and has rows in memory.
+
     Args:
         sizes: rows of each group.
         read_group: the rows of one, in batches.
     """
+
+    _latest: ClassVar["_ForwardReader | None"] = None
+    _lock = threading.RLock()
 
     def __init__(
         self, sizes: Sequence[int], read_group: Callable[[int], Iterator[pa.RecordBatch]]
@@ -86,29 +97,56 @@ class _ForwardReader:
         self._sizes = sizes
         self._read_group = read_group
         self._group = -1
-        self._batches: Iterator[list[dict[str, Any]]] = iter(())
+        self._blocks: Iterator[pa.RecordBatch] = iter(())
         # The rows that were read last, and the number of the first of them.
         self._rows: list[dict[str, Any]] = []
         self._first = 0
 
     def row(self, i: int) -> dict[str, Any]:
-        if not self._first <= i < self._first + len(self._rows):
-            group = bisect.bisect_right(self._ends, i)
-            if group != self._group or i < self._first:
-                self._group = group
-                self._first = self._ends[group] - self._sizes[group]
-                self._rows = []
-                self._batches = _blocks(self._read_group(group))
-            while i >= self._first + len(self._rows):
-                self._first += len(self._rows)
-                self._rows = next(self._batches)
-        return self._rows[i - self._first]
+        with self._lock:
+            if not self._first <= i < self._first + len(self._rows):
+                try:
+                    self._read_on(i)
+                except BaseException:
+                    # The rows in memory are no longer those that `_first` says.
+                    self.close()
+                    raise
+            return self._rows[i - self._first]
+
+    def close(self) -> None:
+        """Close the file, if it is open, and forget its rows."""
+        with self._lock:
+            self._group = -1
+            # Its file is closed with the iterator.
+            self._blocks = iter(())
+            self._rows = []
+            if _ForwardReader._latest is self:
+                _ForwardReader._latest = None
+
+    def _read_on(self, i: int) -> None:
+        """Read the block of row i."""
+        latest = _ForwardReader._latest
+        if latest is not None and latest is not self:
+            latest.close()
+        _ForwardReader._latest = self
+        group = bisect.bisect_right(self._ends, i)
+        if group != self._group or i < self._first:
+            self._group = group
+            self._first = self._ends[group] - self._sizes[group]
+            self._rows = []
+            self._blocks = _blocks(self._read_group(group))
+        self._first += len(self._rows)
+        block = next(self._blocks)
+        while i >= self._first + len(block):
+            self._first += len(block)
+            block = next(self._blocks)
+        self._rows = block.to_pylist()
 
 
-def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[list[dict[str, Any]]]:
+def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         for start in range(0, len(batch), BLOCK_ROWS):
-            yield batch.slice(start, BLOCK_ROWS).to_pylist()
+            yield batch.slice(start, BLOCK_ROWS)
 
 
 _Groups = tuple[list[int], Callable[[int], Iterator[pa.RecordBatch]]]
