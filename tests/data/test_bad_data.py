@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from errors import holds
+from errors import holds, refuses
 from tunesmith.config.schema import Source
 from tunesmith.data import files
 from tunesmith.data.formats import convert_row
@@ -241,6 +241,19 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         "pipe.jsonl",
         "copy its rows",
     )
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl"])
+def test_what_is_no_file_in_a_folder_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.with_stem("a").write_text(GOOD)
+    path.symlink_to(tmp_path / "gone")
+    with refuses(DataError, where=str(path), names=[f"{tmp_path}/gone"]):
+        read_rows(Source(source=str(tmp_path)))
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for ever
+    with refuses(DataError, where=str(path)):
+        read_rows(Source(source=str(tmp_path)))
 
 
 def test_a_file_that_may_not_be_read(write, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,7 @@ def open_table(path: Path) -> Table:
 
 def check_data_file(path: Path) -> None:
     """DataError for a data file whose name or size alone tells that it cannot be read."""
-    if not path.is_file():
-        raise _missing_file(path)
+    check_is_file(path)
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{path.name} is not a supported data file",
@@ -86,6 +85,12 @@ def check_data_file(path: Path) -> None:
     if path.stat().st_size == 0:
         fix = "add rows to it, or use another file"
         raise DataError("the file is empty", where=str(path), fix=fix)
+
+
+def check_is_file(path: Path) -> None:
+    """DataError where there is no regular file."""
+    if not path.is_file():
+        raise _missing_file(path)
 
 
 def _missing_file(path: Path) -> DataError:

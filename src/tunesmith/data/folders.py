@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES
 from tunesmith.data.conversions import conversion
-from tunesmith.data.files import check_data_file, open_table
+from tunesmith.data.files import check_data_file, check_is_file, open_table
 from tunesmith.data.table import Table, unreadable_error
 from tunesmith.data.text_files import NAMES_SHOWN, read_text_files
 from tunesmith.errors import DataError
@@ -181,6 +181,8 @@ def _look_into(folder: Path) -> _Content:
         )
     if not kinds:
         raise _nothing_to_read(folder, others)
+    for file in rows or texts:
+        check_is_file(file)
     if hidden:
         about.append(count_of(hidden, "hidden file"))
     return _Content(
