@@ -45,8 +45,8 @@ def write_rows(path: Path, count: int = 40) -> Path:
 
 
 def prepared(tiny: Path, folder: Path, path: Path, **data: Any) -> TrainingData:
-    source = {"source": str(path), "format": "messages"}
-    run = make_run(tiny, folder, held=False, data={"train": source, **data})
+    data = {"train": {"source": str(path), "format": "messages"}, **data}
+    run = make_run(tiny, folder, held=False, data=data)
     tokenizer = byte_tokenizer()
     return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=folder / "cache")
 
@@ -79,6 +79,21 @@ def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> No
         assert holds(warning, *(f"{path}:{number}" for number in BAD))
     # Examples keep the places of their rows.
     assert data.train.where(2).endswith("rows.jsonl:4")
+
+
+def test_texts_that_are_no_utf8_are_listed_and_can_be_left_out(tiny: Path, tmp_path: Path) -> None:
+    texts = {"a": b"A", "b": b"B\ncaf\xe9", "c": b"C", "d": b"D\0"}
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text)
+    source = {"source": str(folder), "format": "text"}
+    with refuses(DataError, where="texts/b.txt, line 2", names=[2, 4]) as refused:
+        prepared(tiny, tmp_path, folder, train=source)
+    places = [cause.split(": ")[0] for cause in refused.value.why.split("; ")]
+    assert places == ["b.txt", "d.txt"]
+    data = prepared(tiny, tmp_path, folder, train=source, bad_rows="skip")
+    assert [data.train.where(i) for i in range(2)] == [f"{folder}/a.txt", f"{folder}/c.txt"]
 
 
 def test_one_bad_row_keeps_its_own_error(tiny: Path, tmp_path: Path) -> None:

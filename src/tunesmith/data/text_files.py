@@ -116,7 +116,7 @@ class _Documents:
             raise unreadable_error(path, error) from error
         if len(data) < stop - start:
             raise changed_error(path)
-        return {"text": _decode(path, data, start, self._lines[i])}
+        return {"text": _decode(path, data, self.where(i), start, self._lines[i])}
 
     def where(self, i: int) -> str:
         path = self._files[self._file_of(i)]
@@ -184,12 +184,15 @@ def _length_of_block(block: bytes) -> int:
     return length
 
 
-def _decode(path: Path, data: bytes, start: int, first_line: int) -> str:
-    """The text of a block that begins at `start`, its lines ended as Python reads them."""
+def _decode(path: Path, data: bytes, place: str, start: int, first_line: int) -> str:
+    """The text of a block that begins at `start`, its lines ended as Python reads them.
+
+    `place` is that of the row: a row that is no text can be left out.
+    """
 
     def where(at: int) -> str:
         line_breaks = data.count(b"\n", 0, at)
-        return f"{path}:{first_line + line_breaks}"
+        return f"{place}, line {first_line + line_breaks}"
 
     if b"\0" in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(
