@@ -96,6 +96,23 @@ def test_texts_that_are_no_utf8_are_listed_and_can_be_left_out(tiny: Path, tmp_p
     assert [data.train.where(i) for i in range(2)] == [f"{folder}/a.txt", f"{folder}/c.txt"]
 
 
+def test_csv_rows_that_do_not_fit_the_header_are_listed_and_can_be_left_out(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    lines = [f"Say {number},{number}" for number in range(200)]
+    lines[70] = "one"
+    lines[150] = "a, b,2"
+    path.write_text("\n".join(["prompt,completion", *lines]))
+    source = {"source": str(path), "format": "prompt-completion"}
+    with refuses(DataError, where="rows.csv:72", names=[2, 200]) as refused:
+        prepared(tiny, tmp_path, path, train=source)
+    places = [cause.split(": ")[0] for cause in refused.value.why.split("; ")]
+    assert places == ["rows.csv:72", "rows.csv:152"]
+    data = prepared(tiny, tmp_path, path, train=source, bad_rows="skip")
+    assert [row for row, _ in data.train.parts[0].counts.bad_rows] == [70, 150]
+
+
 def test_one_bad_row_keeps_its_own_error(tiny: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", count=5)
     with refuses(DataError, where="rows.jsonl:3, message 1", fix=["data.bad_rows=skip"]):

@@ -119,7 +119,7 @@ def test_the_header_of_a_csv_shows_its_separator(
 def test_a_csv_whose_separator_is_unclear_is_refused(write, text: str, line: int) -> None:
     name = write("a.csv", text)
     with refuses(DataError, where=f"{name}:{line}"):
-        read_rows(Source(source=name))
+        list(read_rows(Source(source=name)))
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,27 @@ def test_a_name_of_the_header_may_have_another_mark(write, text: str, names: lis
 def test_csv_of_commas_with_a_broken_row_is_not_split_at_another_mark(write) -> None:
     name = write("a.csv", "q,a;b\nx,y\nx,y,z\n")
     with refuses(DataError, where=f"{name}:3"):
-        read_rows(Source(source=name))
+        list(read_rows(Source(source=name)))
 
 
 def test_an_error_shows_no_tab(write) -> None:
     name = write("a.csv", "q\ta\n" + "x\ty\n" * 30 + "x\ty\tz\n")
     with refuses(DataError, where=f"{name}:32") as raised:
-        read_rows(Source(source=name))
+        list(read_rows(Source(source=name)))
     assert "\t" not in raised.value.text()
+
+
+def test_csv_of_which_most_rows_do_not_fit_the_header_is_refused_as_a_whole(write) -> None:
+    name = write("a.csv", "a,b\n1,2\n" + "1,2,3\n" * 1500)
+    with refuses(DataError, where=f"{name}:3", names=["1,500", "1,501"]):
+        read_rows(Source(source=name))
+
+
+def test_csv_rows_that_do_not_fit_the_header_leave_its_row_numbers_alone(write) -> None:
+    rows = read_rows(Source(source=write("a.csv", ",a\n0,x\nmore\n1,y\n")))
+    assert [rows[0], rows[2]] == [{"a": "x"}, {"a": "y"}]
+    with refuses(DataError, where="a.csv:3", names=[1, 2]):
+        rows[1]
 
 
 def test_csv_names_the_line_where_a_row_begins(write) -> None:

@@ -24,6 +24,7 @@ from tunesmith.data.table import (
     file_digest,
     new_name,
     not_utf8_error,
+    version_of,
 )
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
@@ -86,14 +87,19 @@ class _CsvRows:
 
     def __init__(self, path: Path, index: "_CsvIndex") -> None:
         self.file = OpenFile(path)
+        self._version = version_of(path)
         self._index = index
         self._block = lru_cache(maxsize=2)(self._read_block)
 
     def row(self, i: int) -> dict[str, str]:
-        values = self.find(i)[1][self._index.has_row_numbers :]
-        if len(values) != len(self._index.columns):
-            raise changed_error(self.file.path)
-        return dict(zip(self._index.columns, values, strict=True))
+        index = self._index
+        line, values = self.find(i)
+        if len(values) != len(index.header):
+            path = self.file.path
+            if version_of(path) != self._version:
+                raise changed_error(path)
+            raise _wrong_count(f"{path}:{line}", values, index.header, index.separator)
+        return dict(zip(index.columns, values[index.has_row_numbers :], strict=True))
 
     def find(self, i: int) -> tuple[int, list[str]]:
         """The line in which row i begins, and its values."""
@@ -162,7 +168,7 @@ class _CsvLines(Iterator[str]):
 
 
 def _index_rows(path: Path) -> _CsvIndex:
-    """Read a file once; DataError where a row is broken or does not fit the header."""
+    """Read a file once; DataError where a quote is broken, or most rows do not fit the header."""
     with _lines_of(path) as lines:
         head = "".join(_head(lines))
     # Excel reads the separator from such a first line, which is no row.
@@ -199,6 +205,8 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
     reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
     rows = 0
+    misfits = 0
+    first_misfit: tuple[int, list[str]] = (0, [])
     places = array("q")
     line_numbers = array("q")
     is_numbered = True
@@ -217,13 +225,16 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
                 header = values
                 is_numbered = len(header) > 1 and header[0] == ""
                 continue
-            if len(values) != len(header):
-                raise _wrong_count(f"{path}:{first_line}", values, header, separator)
             if rows % ROWS_PER_PLACE == 0:
                 places.append(start)
                 line_numbers.append(first_line)
-            is_numbered = is_numbered and values[0].isdecimal()
             rows += 1
+            if len(values) == len(header):
+                is_numbered = is_numbered and values[0].isdecimal()
+                continue
+            if not misfits:
+                first_misfit = (first_line, values)
+            misfits += 1
     except csv.Error as error:
         raise DataError(
             "the file is not CSV",
@@ -232,6 +243,12 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
             fix="close the quote that opens in this row; a quote within a quoted value is written"
             ' twice: "say ""hi"""',
         ) from None
+    # A few are listed with other bad rows, when they are read.
+    if misfits * 2 > rows:
+        line, values = first_misfit
+        error = _wrong_count(f"{path}:{line}", values, header, separator)
+        error.why += f"; {misfits:,} of {rows:,} rows do not fit it"
+        raise error
     places.append(position)
     return _CsvIndex(header, separator, rows, places, line_numbers, is_numbered and rows > 0)
 
