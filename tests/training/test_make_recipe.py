@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import signal
@@ -808,9 +809,15 @@ def test_of_a_folder_of_texts_no_document_is_lost(home: Path) -> None:
     assert supervised == sum(map(len, texts))
 
 
-def test_the_train_split_of_a_folder_is_taken(home: Path) -> None:
-    for split in ("train", "test"):
-        rows = "".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(30))
+def test_the_train_split_of_a_folder_is_taken_and_the_others_are_named(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, count in (("sales", 30), ("dev-team", 3), ("test", 1)):
+        rows = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count))
         (home / "set").mkdir(exist_ok=True)
-        (home / f"set/{split}.jsonl").write_text(rows)
-    assert make_recipe("small", "set").run.data.train[0].split == "train"
+        (home / f"set/{name}.jsonl").write_text(rows)
+    with caplog.at_level(logging.INFO):
+        made = make_recipe("small", "set")
+    assert made.run.data.train[0].split == "train"
+    (line,) = [line for line in caplog.messages if holds(line, "validation")]
+    assert holds(line, "set", "train", "validation (3 rows)", "test (1 row)")

@@ -336,7 +336,7 @@ def _with_split(source: Source) -> Source:
     is_file = is_local(source.source) and not Path(source.source).expanduser().is_dir()
     if source.split is not None or is_file:
         return source
-    splits = list(open_splits(source))
+    splits = open_splits(source)
     if len(splits) < 2:
         return source
     if "train" not in splits:
@@ -344,8 +344,14 @@ def _with_split(source: Source) -> Source:
             f"{source.source} has no split named train",
             where=source.source,
             why=f"its splits are {', '.join(splits)}",
-            fix=f"choose one: --split {splits[0]}",
+            fix=f"choose one: --split {next(iter(splits))}",
         )
+    # A file's name alone may tell its split: of a team called dev, say.
+    others = []
+    for name, table in splits.items():
+        if name != "train":
+            others.append(f"{name} ({count_of(len(table), 'row')})")
+    log.info(f"{source.source}: split train; not trained on: {', '.join(others)}")
     return replace(source, split="train")
 
 
