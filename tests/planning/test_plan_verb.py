@@ -374,6 +374,17 @@ def test_rows_that_are_here_are_counted(llama: Path, capsys: pytest.CaptureFixtu
     assert (work["longest"], work["steps"]) == (1001, 40)
 
 
+def test_rows_are_counted_where_one_cannot_be_read(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = json.dumps({"messages": [{"role": "user", "content": "x" * 4000}]})
+    (llama.parent / "rows.jsonl").write_text("{broken\n" + f"{row}\n" * 999)
+    words = ["plan", str(llama), "--on", "2x8xh100", "train.duration=2 epochs", "--json"]
+    assert main([*words, "train.global_batch=50 examples"]) == 0
+    work = json.loads(capsys.readouterr().out)["work"]
+    assert (work["longest"], work["steps"]) == (1001, 40)
+
+
 def test_rows_that_a_split_names_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole run has its hours before a row is downloaded."""
     words = ["plan", "llama3.1-8b-lora", "--on", "h100", "--json"]

@@ -35,6 +35,7 @@ from tunesmith.cli.options import add_json, add_recipe, chosen_recipe, whole_num
 from tunesmith.errors import (
     EXIT_OK,
     EXIT_USAGE,
+    DataError,
     MachineError,
     TunesmithError,
     UsageError,
@@ -512,8 +513,10 @@ def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
         for _, rows in sources:
             count += len(rows)
             for number in range(0, len(rows), ceil_div(len(rows), LOOKED_AT)):
-                looked_at += 1
-                characters += count_characters(rows[number])
+                # One that cannot be read is named by `train`.
+                with suppress(DataError):
+                    characters += count_characters(rows[number])
+                    looked_at += 1
     # A plan goes on without the rows: they make it more exact.
     except (TunesmithError, LookupError, OSError) as error:
         if is_needed:
