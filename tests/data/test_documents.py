@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +210,28 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     }  # fmt: skip
     assert splits("train/a.txt", "train/b.txt", "dev/c.txt") == {"train": 2, "validation": 1}
     assert splits("docs/a.txt", "dev/c.txt", "test.txt") == {"train": 3}
+
+
+def test_the_files_of_a_folder_do_not_depend_on_the_order_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "x.txt").write_text("x")
+    (folder / "b").symlink_to(folder / "a")
+    walk = os.walk
+
+    def opened(is_reversed: bool) -> list[str]:
+        def sorted_walk(*args: Any, **keys: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+            for name, folders, names in walk(*args, **keys):
+                folders.sort(reverse=is_reversed)
+                yield name, folders, names
+
+        monkeypatch.setattr(os, "walk", sorted_walk)
+        rows = read_rows(Source(source=str(folder)))
+        return [rows.where(i) for i in range(len(rows))]
+
+    assert opened(True) == opened(False) == [f"{folder}/a/x.txt"]
 
 
 def test_files_of_rows_in_a_folder_are_one_set(write, tmp_path: Path) -> None:

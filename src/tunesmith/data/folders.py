@@ -201,11 +201,12 @@ def _walk(folder: Path) -> Iterator[Path]:
     for name, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(name)
         if real in seen:
-            folders.clear()  # a link to a folder above it
+            folders.clear()  # a folder that was seen: a link leads to it
             continue
         seen.add(real)
         hidden = [f for f in folders if f.startswith(".") or f in _SKIPPED_FOLDERS]
-        folders[:] = [f for f in folders if f not in hidden]
+        # Of a folder and a link to it the first by name is walked, whatever the disk's order.
+        folders[:] = sorted(f for f in folders if f not in hidden)
         files += [Path(name, n) for n in (*names, *hidden)]
     return iter(sorted(files, key=lambda file: file.relative_to(folder).as_posix()))
 
