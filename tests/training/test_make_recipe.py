@@ -526,6 +526,27 @@ def test_what_is_asked_for_must_be_clear(
         assert f"tunesmith {verb} {fix}" in told, "the same verb"
 
 
+def test_a_word_that_is_no_recipe_is_not_looked_for_below_a_folder(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "folder" / "below").mkdir(parents=True)
+    (home / "folder" / "a.jsonl").write_text('{"text": "a"}\n')
+
+    def refuse(*args: Any, **keys: Any) -> None:
+        raise AssertionError("a whole tree may have millions of files")
+
+    monkeypatch.setattr("os.walk", refuse)
+    assert main(["train", "folder"]) == EXIT_USAGE
+    check_shown(capsys.readouterr().err, where="command line", fix=["--data folder"])
+    (home / "folder" / "a.jsonl").rename(home / "folder" / "below" / "a.jsonl")
+    assert main(["train", "folder"]) == EXIT_USAGE
+    check_shown(capsys.readouterr().err, where="folder", fix=[".yaml"])
+    with refuses(RecipeError, fix=["tunesmith recipes"]):
+        load_recipe("a" * 5000)
+    assert main(["train", "a" * 5000]) == EXIT_USAGE
+    check_shown(capsys.readouterr().err, fix=["tunesmith recipes"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "held", "epochs", "batch", "every", "patience"),

@@ -47,15 +47,17 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     """
     # Unlike Path.expanduser, it leaves ~name of no user as it is.
     path = base / os.path.expanduser(recipe)
-    if path.is_file():
+    # Unlike those of Path, they are False for a name that is too long for a path.
+    if os.path.isfile(path):
         return path
     recipes = shipped()
     if str(recipe) in recipes:
         return recipes[str(recipe)]
-    if path.is_dir() and (path / "config.yaml").is_file():
+    is_folder = os.path.isdir(path)
+    if is_folder and (path / "config.yaml").is_file():
         fix = f"the recipe of that run is {path / 'config.yaml'}"
         raise RecipeError(f"{recipe} is a run directory, not a recipe", where=where, fix=fix)
-    if path.is_dir():
+    if is_folder:
         fix = "name a .yaml file in it"
         raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
     near = nearest(Path(recipe).stem, recipes)
