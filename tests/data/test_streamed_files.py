@@ -116,10 +116,13 @@ def test_lines_are_those_of_an_editor(
         with refuses(DataError, where=str(path)):
             open_table(path)
         return
-    table = open_table(path)
-    assert [(table.where(i), table.row(i)) for i in range(len(table))] == [
-        (f"{path}:{number}", line) for number, line in expected
-    ]
+    for read_bytes in (3, files.READ_BYTES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "READ_BYTES", read_bytes)
+            table = open_table(path)
+            assert [(table.where(i), table.row(i)) for i in range(len(table))] == [
+                (f"{path}:{number}", line) for number, line in expected
+            ]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -137,6 +140,23 @@ def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
     tracemalloc.stop()
     assert size > 600_000
     assert peak < 3 << 20
+
+
+def test_a_file_without_line_breaks_is_not_read_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{' ' * 5000}\n" + '{"text": "a"}' * 100_000)
+    monkeypatch.setattr(files, "READ_BYTES", 1 << 10)
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 16)
+    tracemalloc.start()
+    table = open_table(path)
+    with refuses(DataError, where=f"{path}:2"):
+        table.row(0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(table) == 1
+    assert peak < 200_000
 
 
 def test_a_json_array_that_memory_does_not_hold(

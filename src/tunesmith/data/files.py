@@ -152,18 +152,26 @@ class _JsonLines:
         self._starts = array("q")
         self._numbers = array("q")
         self._count = 0
-        position = 0
+        number = 1
+        is_counted = False
         with open_uncached(path) as file:
-            for number, line in enumerate(file, 1):
-                # A mark of UTF-8 at the start is no part of the first row.
-                has_mark = number == 1 and line.startswith(codecs.BOM_UTF8)
-                mark = len(codecs.BOM_UTF8) if has_mark else 0
-                if line[mark:].strip():
+            # A mark of UTF-8 at the start is no part of the first row.
+            mark = codecs.BOM_UTF8
+            position = start = len(mark) if file.read(len(mark)) == mark else 0
+            file.seek(start)
+            # Where the line breaks are lost, a file of gigabytes is one line.
+            while part := file.readline(READ_BYTES):
+                if not is_counted and part.strip():
+                    is_counted = True
                     if self._count % ROWS_PER_PLACE == 0:
-                        self._starts.append(position + mark)
+                        self._starts.append(start)
                         self._numbers.append(number)
                     self._count += 1
-                position += len(line)
+                position += len(part)
+                if part.endswith(b"\n"):
+                    start = position
+                    number += 1
+                    is_counted = False
         self._starts.append(position)
         self._block = lru_cache(maxsize=2)(self._find_block)
 
