@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data import arrow_files, files
 from tunesmith.data.files import open_table
 from tunesmith.data.source import read_rows
+from tunesmith.data.table import file_digest
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 
@@ -251,3 +253,27 @@ def test_values_that_python_does_not_have_are_an_error(
             out.write_table(table)
     with refuses(DataError, where=str(path)):
         open_table(path).row(1)
+
+
+def test_a_file_is_hashed_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    digest_of = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        hashed.append(file.name)
+        return digest_of(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    digests = {open_table(path).fingerprint() for _ in range(3)}
+    assert len(hashed) == 1
+    path.write_text('{"text": "b"}\n')
+    os.utime(path, ns=(0, 1))
+    digests |= {open_table(path).fingerprint() for _ in range(3)}
+    assert (len(hashed), len(digests)) == (2, 2)
+    path.unlink()
+    with refuses(DataError, where=str(path)):
+        file_digest(path)

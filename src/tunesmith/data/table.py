@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ MAX_ROW_BYTES = 32 << 20
 ROWS_PER_PLACE = 64
 # Of all files of a folder that are open at once; a process may open some 1,000.
 MAX_OPEN_FILES = 64
+# In memory, for the files of a folder.
+DIGESTS_KEPT = 100_000
 
 FileVersion = tuple[int, int, int]
 
@@ -86,6 +89,12 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
+    return _digest_of_version(path, version_of(path))
+
+
+# A start asks several times, and files may have gigabytes.
+@lru_cache(maxsize=DIGESTS_KEPT)
+def _digest_of_version(path: Path, version: FileVersion | None) -> str:
     try:
         with open_uncached(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
