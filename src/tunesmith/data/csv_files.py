@@ -246,9 +246,9 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
     # A few are listed with other bad rows, when they are read.
     if misfits * 2 > rows:
         line, values = first_misfit
-        error = _wrong_count(f"{path}:{line}", values, header, separator)
-        error.why += f"; {misfits:,} of {rows:,} rows do not fit it"
-        raise error
+        misfit = _wrong_count(f"{path}:{line}", values, header, separator)
+        misfit.why += f"; {misfits:,} of {rows:,} rows do not fit it"
+        raise misfit
     places.append(position)
     return _CsvIndex(header, separator, rows, places, line_numbers, is_numbered and rows > 0)
 
