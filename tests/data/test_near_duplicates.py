@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
+from tunesmith.data import near_duplicates
 from tunesmith.data.near_duplicates import Groups, find_near_duplicates, words_of
 from tunesmith.data.row_texts import RowText
 
@@ -110,6 +112,25 @@ def labels(count: int) -> list[RowText]:
 @pytest.mark.parametrize("count", [4, 6, 40, 200])
 def test_rows_of_a_template_are_not_near_duplicates(count: int, others: int) -> None:
     assert find_near_duplicates([*labels(count), *unlike(others)]) == []
+
+
+def test_two_long_rows_of_a_template_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(2)
+    rows = []
+    for _ in range(4):
+        words = [made(rng) for _ in range(60)]
+        for _ in range(18):
+            rows.append(row(" ".join([*words[:30], made(rng), *words[30:]]), "so it is"))
+    compared: Counter[tuple[int, ...]] = Counter()
+    matcher = near_duplicates.SequenceMatcher
+
+    def counted(junk: None, one: list[int], other: list[int], autojunk: bool) -> object:
+        compared[*one, *other] += 1
+        return matcher(junk, one, other, autojunk)
+
+    monkeypatch.setattr(near_duplicates, "SequenceMatcher", counted)
+    assert find_near_duplicates(rows) == []
+    assert set(compared.values()) == {1}
 
 
 def test_a_repeated_text_in_a_template_is_found() -> None:

@@ -360,6 +360,8 @@ class _PairCheck:
     def __init__(self, arrays: WordArrays, features: _Features) -> None:
         self._arrays = arrays
         self._features = features
+        # Pairs that fill in a blank, which takes longest to find out: many bands have them again.
+        self._rejected: set[Pair] = set()
         words = arrays.words
         self._blanks_after = _blank_contexts(_contexts(words), words[_CONTEXT_WORDS:])
         back = words[::-1]
@@ -367,7 +369,7 @@ class _PairCheck:
 
     def __call__(self, one: int, other: int) -> bool:
         arrays = self._arrays
-        if arrays.numbers[one] != arrays.numbers[other]:
+        if arrays.numbers[one] != arrays.numbers[other] or (one, other) in self._rejected:
             return False
         if self._features.jaccard(one, other) < MIN_JACCARD:
             return False
@@ -375,7 +377,10 @@ class _PairCheck:
         prompts = [np.unique(arrays.prompt(row)) for row in (one, other)]
         if jaccard(*answers) < MIN_ANSWER_JACCARD or jaccard(*prompts) < MIN_PROMPT_JACCARD:
             return False
-        return not self._differ_in_blank(one, other)
+        if self._differ_in_blank(one, other):
+            self._rejected.add((one, other))
+            return False
+        return True
 
     def _differ_in_blank(self, one: int, other: int) -> bool:
         """Whether two rows fill in a blank with texts that have less in common than not."""
