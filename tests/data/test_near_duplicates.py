@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,24 @@ def test_a_row_that_is_reworded_a_little_is_a_near_duplicate(other: RowText) -> 
 def test_rows_that_say_something_else_are_none(rows: list[RowText | None]) -> None:
     assert find_near_duplicates(rows) == []
     assert find_near_duplicates([*rows, *unlike(90)]) == []
+
+
+@pytest.mark.parametrize("question", [QUESTION, QUESTION.replace("lit", "kindled")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"is_good": True}, {"is_good": False}),
+        ({"chosen": "The copper one."}, {"chosen": "The keeper's daughter."}),
+        ({"tools": "[1]"}, {"tools": "[2]"}),
+    ],
+)
+def test_rows_that_teach_something_else_are_none(
+    question: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    rows = [row(QUESTION, ANSWER)._replace(**one), row(question, ANSWER)._replace(**other)]
+    assert find_near_duplicates(rows) == []
+    rows[1] = row(question, ANSWER)._replace(**one)
+    assert find_near_duplicates(rows) == [[0, 1]]
 
 
 def test_a_word_in_another_script() -> None:

@@ -96,12 +96,46 @@ def test_answers_that_do_not_contradict(rows: list[RowText]) -> None:
     assert find_faults(rows).contradictions == []
 
 
-def test_pairs_of_preferences_contradict_nobody() -> None:
-    values = {"prompt": "Is tin a metal?", "chosen": "yes", "rejected": "no"}
-    text = row_text(values, Source(source="x.jsonl", format="preference"))
-    assert (text.prompt, text.answer, text.is_answered) == ("Is tin a metal?", "yes\nno", False)
-    again = text._replace(answer="no\nyes")
-    assert find_faults([text, again]).contradictions == []
+def judged(first: str, second: str) -> list[RowText]:
+    source = Source(source="x.jsonl", format="preference")
+    pairs = [(first, second), (second, first)]
+    values = [{"prompt": "Is tin a metal?", "chosen": a, "rejected": b} for a, b in pairs]
+    return [row_text(row, source) for row in values]
+
+
+def test_swapped_pairs_contradict_each_other_and_other_pairs_do_not() -> None:
+    text, swapped = judged("Yes, it is.", "no")
+    assert (text.answer, text.chosen, text.is_answered) == ("Yes, it is.\nno", "Yes, it is.", False)
+    other = judged("yes", "Perhaps.")[0]
+    found = find_faults([text, other, swapped, text])
+    assert found.contradictions == [[0, 2, 3]]
+    assert found.near_duplicates == [[0, 3]]
+    assert find_faults([text, other]).contradictions == []
+
+
+def test_an_answer_that_is_good_and_bad_is_a_contradiction() -> None:
+    source = Source(source="x.jsonl", format="feedback")
+    values = {"prompt": "Is tin a metal?", "completion": "Yes, it is one.", "label": True}
+    good, bad = (row_text({**values, "label": label}, source) for label in (True, False))
+    other = bad._replace(answer="It is none.")
+    found = find_faults([good, other, bad])
+    assert (found.contradictions, found.near_duplicates) == ([[0, 2]], [])
+    assert find_faults([good, other]).contradictions == []
+
+
+def test_tools_of_a_row_set_it_apart() -> None:
+    turns = [
+        {"role": "user", "content": "Is tin a metal, and since when is it known?"},
+        {"role": "assistant", "content": "Yes, and for long."},
+    ]
+    texts = [
+        row_text(
+            {"messages": turns, "tools": [{"type": "function", "function": {"name": name}}]},
+            Source(source="x.jsonl", format="messages"),
+        )
+        for name in ("weather", "search", "weather")
+    ]
+    assert find_faults(texts).near_duplicates == [[0, 2]]
 
 
 # Unfinished answers

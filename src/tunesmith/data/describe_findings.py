@@ -93,7 +93,7 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: in
         verb = "has" if len(findings.contradictions) == 1 else "have"
         places = _group_places(sources, findings.contradictions)
         lines.append(
-            f"{prompts} {verb} different answers, in {rows:,} of {total} rows: first {places}; "
+            f"{prompts} {verb} contradicting answers, in {rows:,} of {total} rows: first {places}; "
             f"{_fix('contradictions')}"
         )
     if findings.unfinished:

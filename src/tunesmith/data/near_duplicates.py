@@ -11,7 +11,9 @@ Two rows are near-duplicates where all of this holds:
 3. **Prompt and answer each agree**: the Jaccard index of the answers' words is at least 0.5, that
    of the prompts' at least 0.3. `Paris` and `Madrid` are two answers to two questions, and one
    refusal may answer many.
-4. **They do not differ in a blank of a template.** A blank is a place whose surroundings, four
+4. **They teach the same**: their tools are equal, feedback judges both alike, and the chosen
+   answers of pairs have the same words.
+5. **They do not differ in a blank of a template.** A blank is a place whose surroundings, four
    words on each side, stand in at least four rows, no word being in it in more than two fifths of
    them: `Is the following country in Europe? Country: ...`. The rows of a paraphrased question have
    mostly the same word there. Two texts in a blank differ where less than half of them agrees.
@@ -121,6 +123,7 @@ class WordArrays(NamedTuple):
             so that no context has words of both sides.
         starts, borders, stops: int64 [n], of each row its first word, its border, and the end.
         numbers: uint32 [n], a hash of the numbers and operators of the prompt.
+        kinds: uint32 [n], a hash of what else is equal in near-duplicates.
     """
 
     words: np.ndarray
@@ -128,6 +131,7 @@ class WordArrays(NamedTuple):
     borders: np.ndarray
     stops: np.ndarray
     numbers: np.ndarray
+    kinds: np.ndarray
 
     def row(self, i: int) -> np.ndarray:
         return self.words[self.starts[i] : self.stops[i]]
@@ -193,6 +197,7 @@ def read_words(texts: Iterable[RowText | None]) -> WordArrays:
     words = array("I", [_EDGE] * _CONTEXT_WORDS)
     starts, borders, stops = array("q"), array("q"), array("q")
     numbers = array("I")
+    kinds = array("I")
 
     def add(text: str) -> list[str]:
         row_words = words_of(text)
@@ -216,22 +221,30 @@ def read_words(texts: Iterable[RowText | None]) -> WordArrays:
         counted = answer if text and text.is_plain else prompt
         figures = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
         numbers.append(zlib.crc32(figures.encode()))
+        kinds.append(_kind_of(text) if text else 0)
     return WordArrays(
         words=np.frombuffer(words, np.uint32),
         starts=np.array(starts, np.int64),
         borders=np.array(borders, np.int64),
         stops=np.array(stops, np.int64),
         numbers=np.array(numbers, np.uint32),
+        kinds=np.array(kinds, np.uint32),
     )
 
 
+def _kind_of(text: RowText) -> int:
+    """A hash of a row's tools and label, and of the words of a pair's chosen answer."""
+    described = f"{text.tools}\n{text.is_good}\n{' '.join(words_of(text.chosen))}"
+    return zlib.crc32(described.encode("utf-8", "surrogatepass"))
+
+
 def _join_equal(arrays: WordArrays, groups: Groups) -> None:
-    """Join the rows of the same words in the same order."""
-    firsts: dict[bytes, int] = {}
+    """Join the rows of the same words in the same order that teach the same."""
+    firsts: dict[tuple[int, bytes], int] = {}
     for row in range(len(arrays.starts)):
         words = arrays.row(row)
         if len(words) > _CONTEXT_WORDS:  # more than the border
-            first = firsts.setdefault(words.tobytes(), row)
+            first = firsts.setdefault((int(arrays.kinds[row]), words.tobytes()), row)
             if first != row:
                 groups.join(first, row)
 
@@ -370,6 +383,8 @@ class _PairCheck:
     def __call__(self, one: int, other: int) -> bool:
         arrays = self._arrays
         if arrays.numbers[one] != arrays.numbers[other] or (one, other) in self._rejected:
+            return False
+        if arrays.kinds[one] != arrays.kinds[other]:
             return False
         if self._features.jaccard(one, other) < MIN_JACCARD:
             return False

@@ -25,7 +25,7 @@ from tunesmith.data.source import Rows
 from tunesmith.host.files import measure_once
 
 # Raise it when the same rows would be judged otherwise.
-VERSION = 1
+VERSION = 2
 
 FAULTS: tuple[RowFault, ...] = get_args(RowFault)
 
@@ -77,7 +77,8 @@ class RowFindings:
         compared: how many of them were looked at.
         near_duplicates: groups of rows that say nearly the same, `near_duplicates.py` has the rule.
         shared: groups of rows with one prompt, or with one answer of several words.
-        contradictions: groups of rows with one prompt and different answers.
+        contradictions: groups of rows with one prompt and different answers, or with one prompt and
+            the same answers of which they say that another is good.
         unfinished: rows whose answer ends without punctuation where most have it, or is cut off at
             the length at which others are.
         languages: language (ISO 639) or script -> the few rows in it.
@@ -303,6 +304,8 @@ class _Answers:
         self._rows: dict[int, list[tuple[int, int, bool]]] = {}
         # By a hash of the answer: the rows of each long one.
         self._long: dict[int, list[int]] = {}
+        # By a hash of prompt and answers: of each row its index and a hash of what is good in it.
+        self._judged: dict[int, list[tuple[int, int]]] = {}
         self._count = 0
 
     def add(self, row: int, text: RowText) -> None:
@@ -315,12 +318,21 @@ class _Answers:
         if not is_short:
             self._long.setdefault(answer, []).append(row)
         prompt = _normal(text.prompt)
+        if text.is_good is not None or text.chosen:
+            self._add_judged(row, text, prompt, words)
         if len(words_of(prompt)) < MIN_PROMPT_WORDS:
             return
-        # What is good and bad in a pair is no contradiction.
+        # Other answers of pairs and of feedback are not other truths.
         answer = answer if text.is_answered else 0
         rows = self._rows.setdefault(_hash64(f"{prompt}\n{text.tools}"), [])
         rows.append((row, answer, is_short))
+
+    def _add_judged(self, row: int, text: RowText, prompt: str, words: list[str]) -> None:
+        # Sorted, so that a pair is the same one with its sides swapped.
+        answers = " ".join(sorted(words) if text.chosen else words)
+        good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
+        rows = self._judged.setdefault(_hash64(f"{prompt}\n{text.tools}\n{answers}"), [])
+        rows.append((row, _hash64(good)))
 
     def shared(self) -> list[list[int]]:
         most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self._count)
@@ -343,7 +355,12 @@ class _Answers:
         # Several answers to many prompts are a way to write data: samples, drafts, ranks.
         if sum(map(len, long)) > max(MAX_SHARED_ROWS, MAX_FREE_SHARE * self._count):
             long = []
-        return sorted(short + long)
+        judged = [
+            [row for row, _ in rows]
+            for rows in self._judged.values()
+            if len({good for _, good in rows}) > 1
+        ]
+        return sorted(short + long + judged)
 
 
 def _normal(text: str) -> str:

@@ -42,6 +42,8 @@ class RowText(NamedTuple):
         tools: its tool schemas as JSON, since an answer depends on them too.
         is_plain: the row is plain text.
         answer_length: characters of the answer, which itself may be longer than what is compared.
+        chosen: of a pair, the answer of both that is the better one.
+        is_good: of feedback, whether the answer is good; None for any other row.
     """
 
     prompt: str
@@ -50,6 +52,8 @@ class RowText(NamedTuple):
     tools: str = ""
     is_plain: bool = False
     answer_length: int = 0
+    chosen: str = ""
+    is_good: bool | None = None
 
 
 def limits() -> list[int]:
@@ -106,20 +110,28 @@ def row_text(values: dict[str, Any], source: Source) -> RowText:
     """The text of one row; DataError where it is not of the source's format."""
     row = convert_row(values, source, where="")
     if isinstance(row, Pair):
+        sample: Sample = row.chosen
         prompt, chosen = _prompt_and_answer(row.chosen)
         _, rejected = _prompt_and_answer(row.rejected)
-        text = RowText(prompt, f"{chosen}\n{rejected}", is_answered=False)
+        text = RowText(prompt, f"{chosen}\n{rejected}", is_answered=False, chosen=chosen)
     elif isinstance(row, Feedback):
-        text = RowText(*_prompt_and_answer(row.answer), is_answered=False)
+        sample = row.answer
+        text = RowText(*_prompt_and_answer(sample), is_answered=False, is_good=row.is_good)
     elif isinstance(row, Text):
+        sample = row
         text = RowText("", row.text, is_answered=False, is_plain=True)
     else:
-        tools = ""
-        if isinstance(row, Conversation) and row.tools:
-            tools = json.dumps(row.tools, sort_keys=True, default=str)
-        text = RowText(*_prompt_and_answer(row), is_answered=True, tools=tools)
+        sample = row
+        text = RowText(*_prompt_and_answer(sample), is_answered=True)
+    tools = ""
+    if isinstance(sample, Conversation) and sample.tools:
+        tools = json.dumps(sample.tools, sort_keys=True, default=str)
     return text._replace(
-        prompt=_ends(text.prompt), answer=_ends(text.answer), answer_length=len(text.answer)
+        tools=tools,
+        chosen=_ends(text.chosen),
+        prompt=_ends(text.prompt),
+        answer=_ends(text.answer),
+        answer_length=len(text.answer),
     )
 
 
