@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from conftest import byte_tokenizer
+from errors import warnings_with
 from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import row_checks, row_texts
 from tunesmith.data.describe_findings import describe_rows, findings_as_json, row_warnings_of
+from tunesmith.data.prepare import prepare_data
 from tunesmith.data.row_checks import (
     RowFindings,
     check_across,
@@ -366,13 +369,36 @@ def test_a_split_of_the_user_is_compared_with_the_training_rows(tmp_path: Path) 
     validation = source_of(tmp_path / "held.jsonl", held)
     data = Data(train=(train_rows,), validation=(validation,))
     splits = read_checked_splits(data, 42)
-    across = check_across(splits.validation, splits.sources)
+    across = check_across(splits.validation, splits.train)
     assert across == [[1, 4]]
     pair = f"{validation.source}:2 ({train_rows.source}:5)"
     assert sum(pair in line for line in row_warnings_of(splits, across, 0)) == 1
     assert findings_as_json(splits, across)["across"] == [
         [f"{validation.source}:2", f"{train_rows.source}:5"]
     ]
+
+
+def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_path: Path) -> None:
+    train_rows = source_of(tmp_path / "train.jsonl", PLANTED)
+    held = [PLANTED[3], {**PLANTED[4], "prompt": "Please: who built the stone bridge?"}]
+    validation = source_of(tmp_path / "held.jsonl", held)
+    of_validation = {"source": validation.source, "format": validation.format}
+    run = make_run(
+        tiny,
+        tmp_path,
+        held=False,
+        data={
+            "train": {"source": train_rows.source, "format": train_rows.format},
+            "validation": of_validation,
+            "leave_out": ["contradictions"],
+        },
+    )
+    tokenizer = byte_tokenizer()
+    ends = {tokenizer.eos_token_id}
+    prepared = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
+    pair = [f"{validation.source}:2", f"{train_rows.source}:5"]
+    assert findings_as_json(prepared.splits, prepared.across)["across"] == [pair]
+    assert warnings_with("\n".join(prepared.warnings()), f"{pair[0]} ({pair[1]})")
 
 
 def test_prompts_of_a_benchmark_are_found_whatever_their_answers(tmp_path: Path) -> None:

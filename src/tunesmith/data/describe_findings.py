@@ -55,7 +55,7 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: in
     """A line for each fault that rows have and that `data.leave_out` keeps, with its fix.
 
     Args:
-        across: pairs of a row of `data.validation` and one of `data.train`.
+        across: pairs of a row of `data.validation` and one that is trained on.
         repeats: training examples that repeat another token for token, which have a line of their
             own.
     """
@@ -79,7 +79,7 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: in
         places_across = []
         for held_out, trained in pairs[:SHOWN_PLACES]:
             where = place(splits.validation, held_out)
-            places_across.append(f"{where} ({place(sources, trained)})")
+            places_across.append(f"{where} ({place(splits.train, trained)})")
     if pairs:
         lines.append(
             f"{len(pairs):,} validation rows nearly repeat a row that is trained on, so val_loss "
@@ -156,7 +156,8 @@ def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[st
     def groups(of: Sequence[Sequence[int]]) -> list[list[str]]:
         return [places(group) for group in of[:LISTED_PLACES]]
 
-    pairs = [[place(splits.validation, a), place(sources, b)] for a, b in across[:LISTED_PLACES]]
+    shown = across[:LISTED_PLACES]
+    pairs = [[place(splits.validation, a), place(splits.train, b)] for a, b in shown]
     count_across = len(across)
     if splits.held_out:
         within = _pairs_across(splits, findings)

@@ -385,7 +385,7 @@ def prepare_data(
     splits = read_checked_splits(run.data, run.train.seed)
     across: list[list[int]] = []
     if run.data.validation:
-        across = check_across(splits.validation, splits.sources)
+        across = check_across(splits.validation, splits.train)
     hash_ = tokenizer_hash(tokenizer)
     train = tokenize(
         splits.train, run.data, template, tokenizer, cache=cache, what="train", of_tokenizer=hash_
