@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import byte_tokenizer
-from errors import warnings_with
+from errors import lines_with, warnings_with
 from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
@@ -376,6 +376,16 @@ def test_a_split_of_the_user_is_compared_with_the_training_rows(tmp_path: Path) 
     assert findings_as_json(splits, across)["across"] == [
         [f"{validation.source}:2", f"{train_rows.source}:5"]
     ]
+
+
+def test_a_hold_out_that_splits_a_group_is_not_advised_to_hold_out(tmp_path: Path) -> None:
+    """One group of all rows: it stands on both sides."""
+    source = source_of(tmp_path / "rows.jsonl", [PLANTED[4]] * 8)
+    data = Data(train=(source,), hold_out=Share(2, "examples"))
+    told = "\n".join(row_warnings_of(read_checked_splits(data, 42), [], 0))
+    (line,) = lines_with(told, "val_loss")
+    assert "'data.leave_out=[near-duplicates]'" in line
+    assert "data.hold_out" not in line
 
 
 def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_path: Path) -> None:

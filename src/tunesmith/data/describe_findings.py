@@ -74,7 +74,12 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: in
         )
     pairs = _pairs_across(splits, findings)
     places_across = [f"{place(sources, a)} ({place(sources, b)})" for a, b in pairs]
+    fix = "delete them, or 'data.leave_out=[near-duplicates]'"
     if across:
+        fix = (
+            "delete them from one of the two, or data.validation=null data.hold_out='5 %', which "
+            "keeps such rows on one side"
+        )
         pairs = [list(pair) for pair in across]
         places_across = []
         for held_out, trained in pairs[:SHOWN_PLACES]:
@@ -83,9 +88,7 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: in
     if pairs:
         lines.append(
             f"{len(pairs):,} validation rows nearly repeat a row that is trained on, so val_loss "
-            f"is too optimistic: first {', '.join(places_across[:SHOWN_PLACES])}; fix: delete them "
-            "from one of the two, or data.validation=null data.hold_out='5 %', which keeps such "
-            "rows on one side"
+            f"is too optimistic: first {', '.join(places_across[:SHOWN_PLACES])}; fix: {fix}"
         )
     if findings.contradictions:
         rows = len(findings.faulty_rows("contradictions"))
