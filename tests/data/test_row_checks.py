@@ -332,7 +332,7 @@ def test_an_answer_is_what_is_said_last() -> None:
 def test_lines_have_counts_and_places(tmp_path: Path) -> None:
     source = source_of(tmp_path / "rows.jsonl", PLANTED)
     splits = read_checked_splits(Data(train=(source,)), 42)
-    lines = row_warnings_of(splits, [], 0)
+    lines = row_warnings_of(splits, [])
     path = source.source
     assert len(lines) == 2
     assert f"{path}:3 ({path}:1)" in lines[0]
@@ -351,7 +351,7 @@ def test_what_is_left_out_is_counted_and_no_warning(tmp_path: Path) -> None:
         PLANTED[0]["prompt"],
         PLANTED[4]["prompt"],
     ]
-    assert row_warnings_of(splits, [], 0) == []
+    assert row_warnings_of(splits, []) == []
     told = describe_rows(splits)
     assert ["near-duplicates: 1 row" in told[0], "contradictions: 2 rows" in told[1]] == [
         True,
@@ -372,17 +372,33 @@ def test_a_split_of_the_user_is_compared_with_the_training_rows(tmp_path: Path) 
     across = check_across(splits.validation, splits.train)
     assert across == [[1, 4]]
     pair = f"{validation.source}:2 ({train_rows.source}:5)"
-    assert sum(pair in line for line in row_warnings_of(splits, across, 0)) == 1
+    assert sum(pair in line for line in row_warnings_of(splits, across)) == 1
     assert findings_as_json(splits, across)["across"] == [
         [f"{validation.source}:2", f"{train_rows.source}:5"]
     ]
+
+
+def test_repeats_within_a_document_hide_no_repeated_rows(tiny: Path, tmp_path: Path) -> None:
+    """Of each a line: the document is split into many equal parts."""
+    texts = ["a" * 1000, SENTENCES[0], SENTENCES[0].upper(), SENTENCES[1], SENTENCES[1]]
+    source = source_of(tmp_path / "train.jsonl", [{"text": text} for text in texts], "text")
+    train_rows = {"source": source.source, "format": source.format}
+    run = make_run(tiny, tmp_path, held=False, data={"train": train_rows, "seq_len": 64})
+    tokenizer = byte_tokenizer()
+    ends = {tokenizer.eos_token_id}
+    prepared = prepare_data(run, tokenizer, ends, 272, cache=tmp_path / "cache", strict=False)
+    told = "\n".join(prepared.warnings())
+    parts = prepared.duplicates.count
+    assert parts > 5
+    assert warnings_with(told, "2 of 5 rows", f"{source.source}:3 ({source.source}:2)")
+    assert warnings_with(told, f"{parts} of {len(prepared.train)}")
 
 
 def test_a_hold_out_that_splits_a_group_is_not_advised_to_hold_out(tmp_path: Path) -> None:
     """One group of all rows: it stands on both sides."""
     source = source_of(tmp_path / "rows.jsonl", [PLANTED[4]] * 8)
     data = Data(train=(source,), hold_out=Share(2, "examples"))
-    told = "\n".join(row_warnings_of(read_checked_splits(data, 42), [], 0))
+    told = "\n".join(row_warnings_of(read_checked_splits(data, 42), []))
     (line,) = lines_with(told, "val_loss")
     assert "'data.leave_out=[near-duplicates]'" in line
     assert "data.hold_out" not in line

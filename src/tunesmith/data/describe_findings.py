@@ -51,13 +51,17 @@ def _held_out_with_others(splits: Splits) -> int:
     return len(together)
 
 
-def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: int) -> list[str]:
+def count_repeating(splits: Splits) -> int:
+    """How many rows that are not left out repeat or nearly repeat one before them."""
+    findings = _kept_findings(splits)
+    return 0 if findings is None else len(findings.faulty_rows("near-duplicates"))
+
+
+def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str]:
     """A line for each fault that rows have and that `data.leave_out` keeps, with its fix.
 
     Args:
         across: pairs of a row of `data.validation` and one that is trained on.
-        repeats: training examples that repeat another token for token, which have a line of their
-            own.
     """
     findings = _kept_findings(splits)
     if findings is None:
@@ -65,12 +69,12 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]], repeats: in
     sources = splits.sources
     total = f"{sum(len(rows) for _, rows in sources):,}"
     lines = []
-    near = len(findings.faulty_rows("near-duplicates"))
-    if near > repeats:
+    near = count_repeating(splits)
+    if near:
         places = _group_places(sources, findings.near_duplicates)
         lines.append(
-            f"{near:,} of {total} rows nearly repeat an earlier row (case, punctuation or a few "
-            f"words differ): first {places}; {_fix('near-duplicates')}"
+            f"{near:,} of {total} rows repeat an earlier row, or nearly (case, punctuation or a "
+            f"few words differ): first {places}; {_fix('near-duplicates')}"
         )
     pairs = _pairs_across(splits, findings)
     places_across = [f"{place(sources, a)} ({place(sources, b)})" for a, b in pairs]

@@ -13,7 +13,7 @@ import numpy as np
 
 from tunesmith.config.schema import Data, Run
 from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
-from tunesmith.data.describe_findings import describe_rows, row_warnings_of
+from tunesmith.data.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.row_checks import check_across
 from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.data.schedule import FEW_STEPS, BatchSchedule
@@ -232,7 +232,8 @@ class TrainingData:
         ]
         warnings += self._lost_warnings()
         warnings += self._row_warnings()
-        if self.duplicates.count:
+        # Most of them are repeated rows, which have their line below.
+        if self.duplicates.count > count_repeating(self.splits):
             what = "training examples are duplicates"
             text = _describe_repeats(self.duplicates, self.train, what)
             warnings.append(f"{text}; fix: delete them, or 'data.leave_out=[near-duplicates]'")
@@ -245,7 +246,7 @@ class TrainingData:
                 f"{text}; fix: splits that share no row, such as train[:95%] and train[95%:];"
                 " or delete the duplicates"
             )
-        warnings += row_warnings_of(self.splits, self.across, self.duplicates.count)
+        warnings += row_warnings_of(self.splits, self.across)
         return [f"warning: {text}" for text in warnings]
 
     def _few_steps_warnings(self) -> list[str]:
