@@ -244,6 +244,7 @@ def test_each_group_is_held_out_as_often_as_a_row_alone() -> None:
     ("groups", "count", "held"),
     [
         ([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 3, 5),  # none fits: the smallest
+        ([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 1, 1),  # and that is half of all rows
         ([list(range(10))], 3, 3),  # one group of all: as if there were none
         ([[0, 1, 2, 3, 4, 5, 6, 7]], 3, 2),  # too large: it stays in the training
     ],
@@ -252,6 +253,14 @@ def test_groups_that_do_not_fit(groups: list[list[int]], count: int, held: int) 
     drawn = draw_held_out(10, count, 0, groups).tolist()
     assert len(drawn) == held
     assert len(set(drawn)) == held
+
+
+def test_a_smallest_group_of_few_rows_is_held_out() -> None:
+    groups = [list(range(first, first + 8)) for first in range(0, 80, 8)]
+    assert len(draw_held_out(80, 1, 0, groups)) == 8
+    assert len(draw_held_out(80, 3, 0, groups)) == 8
+    groups = [list(range(20)), list(range(20, 40))]
+    assert len(draw_held_out(40, 3, 0, groups)) == 3
 
 
 def test_leaving_out_comes_before_holding_out(tmp_path: Path) -> None:

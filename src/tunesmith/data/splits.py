@@ -21,6 +21,11 @@ from tunesmith.units import Share, count_of
 # Sets this draw apart from those of the batch schedule.
 _PURPOSE = 1 << 20
 
+# Where every group is larger than what is to be held out, the smallest is held out if it is no more
+# than so many times that, or than this share of all rows.
+MAX_OVERSHOOT = 2
+MAX_OVERSHOOT_SHARE = 0.1
+
 SourceRows = list[tuple[Source, Rows]]
 
 
@@ -149,7 +154,9 @@ def draw_held_out(
 
     The rows of a group come together, when the order comes to its first row: so each group is held
     out as often as a row that is alone. One that is larger than what is still missing stays in the
-    training. There may be fewer rows where no group fits, but always one.
+    training. There may be fewer rows where no group fits, but always one: if all rows are in larger
+    groups, the smallest group comes, or, where that is too large too, the rows are drawn as
+    without groups.
     """
     order = shuffled(total, seed, 0, _PURPOSE)
     group_of = {row: group for group in groups for row in group}
@@ -166,7 +173,8 @@ def draw_held_out(
         return np.array(held_out, np.int64)
     # All rows are in groups of more than `count`.
     smallest = min(groups, key=len)
-    return order[:count] if len(smallest) == total else np.array(smallest, np.int64)
+    most = max(MAX_OVERSHOOT * count, MAX_OVERSHOOT_SHARE * total)
+    return order[:count] if len(smallest) > most else np.array(smallest, np.int64)
 
 
 def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:
