@@ -89,13 +89,9 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
     """
     left_out = _left_out(data, findings)
     gone = sorted(set(itertools.chain.from_iterable(left_out.values())))
-    if data.hold_out is None:
-        validation = [(source, read_rows(source)) for source in data.validation]
-        if not gone:
-            return Splits(sources, validation, sources, findings, left_out)
     total = sum(len(rows) for _, rows in sources)
     remaining = np.delete(np.arange(total), gone)
-    if not len(remaining):
+    if gone and not len(remaining):
         raise DataError(
             "no row is left to train on",
             where="data.leave_out",
@@ -103,7 +99,9 @@ def _split_rows(data: Data, seed: int, sources: SourceRows, findings: RowFinding
             fix="name fewer faults, or data.leave_out=[]",
         )
     if data.hold_out is None:
-        return Splits(_take(sources, remaining), validation, sources, findings, left_out)
+        validation = [(source, read_rows(source)) for source in data.validation]
+        kept = _take(sources, remaining) if gone else sources
+        return Splits(kept, validation, sources, findings, left_out)
     count = count_held_out(data.hold_out, len(remaining))
     if data.hold_out_seed is not None:
         seed = data.hold_out_seed
