@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+import recipes
 from errors import holds, lines_with, refuses, warnings_with
+from logged import logged_lines
 from runs import make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.inference import harness, load_tasks
+from tunesmith.inference.load_run import RunLocation
 from tunesmith.report.compare import eval_figures
 from tunesmith.report.run_files import RunFiles
 from tunesmith.report.run_summary import summaries_of
@@ -239,6 +242,24 @@ def test_rows_of_a_task_that_were_trained_on_are_named(
     assert report["seen"] == {"tiny_choice": {"seen": 2, "rows": 4, "where": 3, "trained": place}}
     assert warnings_with(shown.err, "tiny_choice", "2 of 4", "row 3", place)
     assert json.loads(Path(report["files"][0]).read_text())["seen"] == 2
+
+
+class RaisingTask:
+    """A task whose own code fails."""
+
+    eval_docs = ({},)
+
+    def doc_to_text(self, row: dict[str, str]) -> str:
+        return row["question"]
+
+
+def test_a_task_whose_text_cannot_be_made_is_not_looked_for(tiny: Path, tmp_path: Path) -> None:
+    run = recipes.make_run(tiny, tmp_path)
+    tasks = load_tasks.LoadedTasks(None, [], [], {"raises": RaisingTask()})
+    location = RunLocation("adapter", None, base=run.model, run=run)
+    with logged_lines() as lines:
+        assert harness._seen_rows(tasks, location, None) is None
+    assert lines_with("\n".join(lines), "KeyError", "question")
 
 
 @pytest.mark.slow

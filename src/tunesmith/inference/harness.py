@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tunesmith.adapter.lora import disabled
 from tunesmith.data.row_checks import check_prompts, place
 from tunesmith.data.splits import read_splits
-from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.errors import TunesmithError, UsageError, first_line
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import evaluating
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
@@ -191,11 +191,17 @@ def _seen_rows(
     tasks: LoadedTasks, location: RunLocation, limit: int | None
 ) -> dict[str, SeenRows] | None:
     """The rows of each task that the run was trained on, with a warning for each; None where that
-    is not known: of no run, and where its rows are gone."""
+    is not known: of no run, where its rows are gone, and where a task's text cannot be made."""
     run = location.run
     if run is None or location.kind == "base":
         return None
-    prompts = tasks.prompts(limit)
+    try:
+        prompts = tasks.prompts(limit)
+    except Exception as error:
+        # A task may hold code of its own, which may raise anything; scoring has its own say.
+        what = f"{type(error).__name__}: {first_line(error)}"
+        log.info("could not check whether rows of tasks were trained on: %s", what)
+        return None
     try:
         train, _ = read_splits(replace(run.data, validation=()), run.train.seed)
         pairs = check_prompts(list(prompts.values()), train)
