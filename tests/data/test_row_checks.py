@@ -406,9 +406,13 @@ def test_a_hold_out_that_splits_a_group_is_not_advised_to_hold_out(tmp_path: Pat
 
 def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_path: Path) -> None:
     train_rows = source_of(tmp_path / "train.jsonl", PLANTED)
-    held = [PLANTED[3], {**PLANTED[4], "prompt": "Please: who built the stone bridge?"}]
+    held = [PLANTED[3], {**PLANTED[4], "prompt": "Please: who built the stone bridge?"}, PLANTED[0]]
     validation = source_of(tmp_path / "held.jsonl", held)
-    of_validation = {"source": validation.source, "format": validation.format}
+    of_validation = {
+        "source": validation.source,
+        "format": validation.format,
+        "max_examples": 2,
+    }
     run = make_run(
         tiny,
         tmp_path,
@@ -425,6 +429,9 @@ def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_pat
     pair = [f"{validation.source}:2", f"{train_rows.source}:5"]
     assert findings_as_json(prepared.splits, prepared.across)["across"] == [pair]
     assert warnings_with("\n".join(prepared.warnings()), f"{pair[0]} ({pair[1]})")
+    assert prepared.train.parts[0].counts.taken == "data.leave_out: contradictions"
+    assert prepared.validation is not None
+    assert prepared.validation.parts[0].counts.taken == "max_examples: 2"
 
 
 def test_prompts_of_a_benchmark_are_found_whatever_their_answers(tmp_path: Path) -> None:

@@ -482,7 +482,7 @@ def tokenize(
             source=source.source,
             **about["counts"],
             available=rows.available,
-            taken=_keys_that_select(source, data),
+            taken=_keys_that_select(source, data, what),
         )
         part = SourceTokens(
             arrays,
@@ -500,12 +500,14 @@ def tokenize(
     return TokenSet(parts)
 
 
-def _keys_that_select(source: Source, data: Data) -> str:
+def _keys_that_select(source: Source, data: Data, what: str) -> str:
     """The recipe's keys that take some of a source's rows."""
+    # Rows that are held out come from data.train, from which others were left out before.
+    is_of_train = what == "train" or data.hold_out is not None
     values = {
         "split": source.split,
         "max_examples": source.max_examples,
-        "data.leave_out": ", ".join(data.leave_out) or None,
+        "data.leave_out": (", ".join(data.leave_out) or None) if is_of_train else None,
         "data.hold_out": data.hold_out,
     }
     return ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
