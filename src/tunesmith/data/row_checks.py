@@ -164,7 +164,7 @@ def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
         pairs: list[list[int]] = []
         both = [sampled_rows(train), sampled_rows(validation)]
         counts = _counts_by_source(train, both[0]) + _counts_by_source(validation, both[1])
-        texts = [*read_texts(train, both[0]), *read_texts(validation, both[1])]
+        texts = chain(read_texts(train, both[0]), read_texts(validation, both[1]))
         for group in find_near_duplicates(texts, counts):
             trained = [i for i in group if i < len(both[0])]
             for i in group:
@@ -188,9 +188,9 @@ def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[l
 
     def check() -> RowFindings:
         indices = sampled_rows(train)
-        texts = [RowText(text, "", is_answered=True) for part in prompts for text in part]
-        first = len(texts)
-        texts += [_only_prompt(text) for text in read_texts(train, indices)]
+        asked = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
+        first = sum(map(len, prompts))
+        texts = chain(asked, map(_only_prompt, read_texts(train, indices)))
         counts = [*map(len, prompts), *_counts_by_source(train, indices)]
         pairs: list[list[int]] = []
         for group in find_near_duplicates(texts, counts):
