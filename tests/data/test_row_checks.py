@@ -261,6 +261,19 @@ def test_a_second_look_at_the_same_rows_costs_nothing(
         check_rows([(changed, read_rows(changed))])
 
 
+def test_a_line_says_that_many_rows_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"Is number {i} told of?", "completion": "It is."} for i in range(9)]
+    source = source_of(tmp_path / "rows.jsonl", rows)
+    sources = [(source, read_rows(source))]
+    monkeypatch.setattr(row_checks, "TOLD_ROWS", 8)
+    for expected in (1, 0):
+        with logged_lines() as lines:
+            check_rows(sources)
+        assert len(lines_with("\n".join(lines), "9 rows")) == expected
+
+
 def test_a_plan_does_not_compare_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_checks, "find_faults", None)
     source = source_of(

@@ -8,6 +8,7 @@ near-duplicates with them (`splits.py`).
 
 import hashlib
 import json
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -24,8 +25,13 @@ from tunesmith.data.row_texts import RowText, limits, read_texts, sampled_rows
 from tunesmith.data.source import Rows
 from tunesmith.host.files import measure_once
 
+log = logging.getLogger(__name__)
+
 # Raise it when the same rows would be judged otherwise.
 VERSION = 2
+
+# Of more rows a line says that they are compared: it takes more than some seconds.
+TOLD_ROWS = 20_000
 
 FAULTS: tuple[RowFault, ...] = get_args(RowFault)
 
@@ -136,6 +142,7 @@ def check_rows(sources: SourceRows) -> RowFindings:
 
     def check() -> RowFindings:
         indices = sampled_rows(sources)
+        _tell(len(indices))
         texts = read_texts(sources, indices)
         findings = find_faults(texts, _counts_by_source(sources, indices))
         return _at_indices(replace(findings, rows=indices.stop), indices)
@@ -163,6 +170,7 @@ def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
     def check() -> RowFindings:
         pairs: list[list[int]] = []
         both = [sampled_rows(train), sampled_rows(validation)]
+        _tell(sum(map(len, both)))
         counts = _counts_by_source(train, both[0]) + _counts_by_source(validation, both[1])
         texts = chain(read_texts(train, both[0]), read_texts(validation, both[1]))
         for group in find_near_duplicates(texts, counts):
@@ -190,6 +198,7 @@ def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[l
         indices = sampled_rows(train)
         asked = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
         first = sum(map(len, prompts))
+        _tell(first + len(indices))
         texts = chain(asked, map(_only_prompt, read_texts(train, indices)))
         counts = [*map(len, prompts), *_counts_by_source(train, indices)]
         pairs: list[list[int]] = []
@@ -202,6 +211,11 @@ def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[l
 
     key = [*_key("prompts", train), _hash64(json.dumps(prompts))]
     return measure_once("row-checks", key, check, _decoded).near_duplicates
+
+
+def _tell(rows: int) -> None:
+    if rows > TOLD_ROWS:
+        log.info("comparing %s rows, once: the result is cached", f"{rows:,}")
 
 
 def _only_prompt(text: RowText | None) -> RowText:
