@@ -71,6 +71,23 @@ def test_the_handbooks_mixture(tmp_path: Path) -> None:
     assert "dataset_mixture.datasets.0.weight" not in notes
 
 
+def test_a_data_set_of_weight_0_is_left_away(tmp_path: Path) -> None:
+    text = f"""{HEAD}dataset_mixture:
+  datasets:
+    - {{id: org/one, columns: [messages], weight: 0}}
+    - {{id: org/two, columns: [messages], weight: 1}}
+"""
+    recipe = translated_text("trl", text, tmp_path)
+    assert recipe.values["data.train"] == source("org/two", "train")
+    assert not notes_by_key(recipe)["dataset_mixture.datasets.0.weight"].differs
+    with refuses(UsageError, names=["dataset_mixture.datasets.0.id"]):
+        translated_text("trl", text.replace("weight: 1", "weight: 0.0"), tmp_path)
+    text = f"{HEAD}datasets: [{{path: a/a, columns: [text], fraction: 1}}, {{path: b/b, fraction: 0}}]\n"
+    recipe = translated_text("trl", text, tmp_path)
+    assert recipe.values["data.train"] == source("a/a", "train", "text")
+    assert not notes_by_key(recipe)["datasets.1.fraction"].differs
+
+
 @pytest.mark.parametrize("strategy", ["no", '"no"', "epoch"])
 def test_the_handbooks_mixer(strategy: str, tmp_path: Path) -> None:
     text = f"""{HEAD}dataset_mixer: {{org/chats_v1.5: 1.0, org/half: 0.5, org/none: 0}}

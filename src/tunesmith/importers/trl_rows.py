@@ -24,6 +24,7 @@ _ALL_ROWS = (
     "all rows of each data set are trained on here; to take fewer, give each its"
     " data.train.0.max_examples"
 )
+_NO_ROWS = "none of its rows are trained on, here as there: the data set is left away"
 # As TRL tells a format by the columns of the rows.
 _FORMATS_OF_COLUMNS = {
     "messages": "messages",
@@ -115,6 +116,9 @@ def _set_mixture(recipe: Translation, format_: str) -> bool:
                 continue
             sources += _sources_of_entry(recipe, entry, theirs, format_)
             names += [f"{entry}.{name}" for name in (*theirs.values(), *_OTHER_KEYS)]
+        if not sources and "data.train.source" not in recipe.overrides:
+            why = "none of its rows are trained on, nor any of another data set"
+            raise recipe.error(f"{entries[0]}.{theirs['source']}", why, NAME_ROWS)
         if sources:
             value = sources[0] if len(sources) == 1 else sources
             recipe.set_key("data.train", value, *names)
@@ -149,12 +153,16 @@ def _sources_of_entry(
     files = _data_files(recipe, entry)
     if not files and "source" not in source:
         raise recipe.error(f"{entry}.{theirs['source']}", "it names the rows", NAME_ROWS)
-    weight = f"{entry}.weight"
+    weight, fraction = f"{entry}.weight", f"{entry}.fraction"
+    for name in (weight, fraction):
+        if recipe.is_set(name) and recipe.number(name) == 0:
+            recipe.note(name, _NO_ROWS, differs=False)
+            return []
     if recipe.is_set(weight):
         _take_share(recipe, source, recipe.number(weight), weight)
         if "[" in source["split"]:
             recipe.note(weight, _DRAWN_ROWS)
-    recipe.note(f"{entry}.fraction", _ALL_ROWS)
+    recipe.note(fraction, _ALL_ROWS)
     source = _with_format(recipe, source, format_)
     return [{**source, "source": file} for file in files] or [source]
 
