@@ -107,8 +107,8 @@ def judged(first: str, second: str) -> list[RowText]:
 
 
 def test_swapped_pairs_contradict_each_other_and_other_pairs_do_not() -> None:
-    text, swapped = judged("Yes, it is.", "no")
-    assert (text.answer, text.chosen, text.is_answered) == ("Yes, it is.\nno", "Yes, it is.", False)
+    text, swapped = judged("yes", "no")
+    assert (text.answer, text.chosen, text.is_answered) == ("yes\nno", "yes", False)
     other = judged("yes", "Perhaps.")[0]
     found = find_faults([text, other, swapped, text])
     assert found.contradictions == [[0, 2, 3]]
@@ -268,6 +268,7 @@ def test_a_line_says_that_many_rows_are_compared(
     source = source_of(tmp_path / "rows.jsonl", rows)
     sources = [(source, read_rows(source))]
     monkeypatch.setattr(row_checks, "TOLD_ROWS", 8)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     for expected in (1, 0):
         with logged_lines() as lines:
             check_rows(sources)

@@ -11,7 +11,7 @@ Two rows are near-duplicates where all of this holds:
 3. **Prompt and answer each agree**: the Jaccard index of the answers' words is at least 0.5, that
    of the prompts' at least 0.3. `Paris` and `Madrid` are two answers to two questions, and one
    refusal may answer many.
-4. **They teach the same**: their tools are equal, feedback judges both alike, and the chosen
+4. **They teach the same**: their tools are equal, the labels of feedback are equal, and the chosen
    answers of pairs have the same words.
 5. **They do not differ in a blank of a template.** A blank is a place whose surroundings, four
    words on each side, stand in at least four rows, no word being in it in more than two fifths of

@@ -196,10 +196,10 @@ def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[l
 
     def check() -> RowFindings:
         indices = sampled_rows(train)
-        asked = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
+        questions = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
         first = sum(map(len, prompts))
         _tell(first + len(indices))
-        texts = chain(asked, map(_only_prompt, read_texts(train, indices)))
+        texts = chain(questions, map(_only_prompt, read_texts(train, indices)))
         counts = [*map(len, prompts), *_counts_by_source(train, indices)]
         pairs: list[list[int]] = []
         for group in find_near_duplicates(texts, counts):
