@@ -165,7 +165,7 @@ def test_a_twin_that_builds_for_ever_is_given_up():
     config = config_of("gemma3n_text", altup_num_inputs=100_000)
     with time_limit(60, "building the twin"), pytest.raises(ModelError) as caught:
         support.measure_support(config, seconds=1.0)
-    assert holds(caught.value.what, "0 s")
+    assert holds(caught.value.what, "1 s")
 
 
 def test_a_twin_that_does_not_shrink_is_refused(monkeypatch: pytest.MonkeyPatch):
