@@ -153,7 +153,8 @@ class RowEncoder:
             if is_compared and self.train_on != "all":
                 prompt = self._check_prompt(samples[0], example)
             warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
-            has_empty_answer = any(map(has_empty_answers, samples))
+            # Of a pair the rejected answer is no row to warn of.
+            has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
             encoded.append(EncodedRow(example, warnings, prompt, has_empty_answer, row.unread))
         return encoded
 

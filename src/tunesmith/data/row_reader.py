@@ -162,7 +162,10 @@ class RowReader:
 
     def unread_columns(self) -> dict[str, Any]:
         """The columns that nothing has read, with their values; null counts as absent."""
-        columns = {}
+        columns: dict[str, Any] = {}
+        # Of most rows everything is read.
+        if self.row.keys() <= self._read:
+            return columns
         for column, value in self.row.items():
             if column not in self._read and not is_absent(value):
                 columns[column] = value
