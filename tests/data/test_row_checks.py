@@ -190,6 +190,16 @@ def test_a_style_without_punctuation_is_no_fault() -> None:
     assert find_faults(rows).unfinished == []
 
 
+def test_answers_of_one_form_that_happen_to_be_the_longest() -> None:
+    """None of these ends with a full stop: that is their style, not a cut."""
+    answers = [
+        f"name: Ann Castell | item: clocks | color: red | day: {'Monday'[: i % 7]}"
+        for i in range(99)
+    ]
+    rows = [row(f"Order number {i}.", f"{answer} {i:03}a") for i, answer in enumerate(answers)]
+    assert find_faults(rows).unfinished == []
+
+
 def test_answers_that_an_export_cut_at_one_length() -> None:
     """Also where they are too many to be an exception."""
     long = [

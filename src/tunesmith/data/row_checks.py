@@ -28,7 +28,7 @@ from tunesmith.host.files import measure_once
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be judged otherwise.
-VERSION = 2
+VERSION = 3
 
 # Of more rows a line says that they are compared: it takes more than some seconds.
 TOLD_ROWS = 20_000
@@ -52,6 +52,8 @@ MIN_SENTENCES = 10
 MAX_UNFINISHED_SHARE = 0.2
 # Answers of one length, the longest, that all end within a sentence.
 MIN_CUT_ANSWERS = 3
+# Of the answers that end so: where more have other lengths, it is the style of the data.
+MIN_CUT_SHARE = 0.5
 # A shorter last line is an entry of a list, a verse or a name.
 _LAST_LINE_CHARACTERS = 40
 _LIST_ENTRY = re.compile(r"\s*([-*•+|#>]|\d+[.)]|[A-Za-z][.)]\s)")
@@ -423,8 +425,10 @@ class _Endings:
         if self._sentences >= MIN_SENTENCES and len(self._open) <= few:
             rows.update(self._open)
         # One answer that is given often has one length too.
-        if len(self._cut) >= MIN_CUT_ANSWERS:
-            rows.update(*self._cut.values())
+        cut = set(chain.from_iterable(self._cut.values()))
+        is_at_one_length = len(cut) >= MIN_CUT_SHARE * len(cut.union(self._open))
+        if len(self._cut) >= MIN_CUT_ANSWERS and is_at_one_length:
+            rows.update(cut)
         return sorted(rows)
 
 
