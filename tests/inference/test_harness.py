@@ -203,7 +203,7 @@ def test_a_run_and_its_base_are_scored_in_one_table(
     paired = paired_intervals(by_row["base"], by_row["tuned"])
     assert acc["difference"] == paired.difference._asdict()
     assert [acc["tuned"]["low"], acc["tuned"]["high"]] == scores["tuned"][1:]
-    assert acc["verdict"].startswith("tiny_choice acc: ")
+    assert acc["verdict"].startswith("tiny_choice acc: tuned ")
     # A corpus's chrF is no mean of its rows: no sentence, lm-eval's own standard error.
     chrf = report["tasks"]["tiny_write"]["chrf"]
     assert "verdict" not in chrf

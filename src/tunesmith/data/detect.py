@@ -36,11 +36,7 @@ from tunesmith.units import count_of
 SAMPLE = 200
 # Columns of text that a proposal is looked for in: those with the most letters.
 _PROPOSED_FROM = 5
-# Columns with which a row is no example of an answer to learn: what such rows are.
-_OTHER_KINDS = {
-    ("images",): "images",
-    ("image",): "images",
-}
+_IMAGES = ("images", "image")
 # Names of columns that hold a chat, though one is empty.
 _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
@@ -205,15 +201,13 @@ def _find_chats(columns: list[str], sample: Mapping[int, dict[str, Any]]) -> _Ch
 
 def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
     """DataError where the columns are those of rows for another kind of training."""
-    plain_columns = {plain(column) for column in columns}
-    for names, kind in _OTHER_KINDS.items():
-        if plain_columns.issuperset(names):
-            raise DataError(
-                f"the rows contain {kind}, which is not supported yet",
-                where=where,
-                why=columns_text,
-                fix="train on some columns only, such as --columns prompt=...,completion=...",
-            )
+    if any(plain(column) in _IMAGES for column in columns):
+        raise DataError(
+            "the rows contain images, which is not supported yet",
+            where=where,
+            why=columns_text,
+            fix="train on some columns only, such as --columns prompt=...,completion=...",
+        )
 
 
 def _possible_layouts(

@@ -312,7 +312,7 @@ class TrainingData:
             if counts.cut:
                 lost.append(f"{count_of(counts.cut, 'row')} cut")
             fixes = []
-            if part.is_text:
+            if part.source is not None and part.source.format == "text":
                 fixes.append("data.too_long=auto, which splits text")
             seq_len = self.run.data.seq_len
             for length in dict.fromkeys((counts.longest_of_99, counts.longest)):

@@ -118,7 +118,6 @@ class SourceTokens:
         empties: indices of examples that have an empty answer.
         has_answers: what is supervised are answers that end, and not whole rows (format text,
             train_on all).
-        is_text: of format text.
         too_long: what became of rows that are longer than seq_len.
         source: how its rows are read.
     """
@@ -130,7 +129,6 @@ class SourceTokens:
     leaks: tuple[int, ...] = ()
     empties: tuple[int, ...] = ()
     has_answers: bool = True
-    is_text: bool = False
     too_long: TooLong = "truncate"
     source: Source | None = None
 
@@ -492,7 +490,6 @@ def tokenize(
             leaks=tuple(about["reached"]),
             empties=tuple(about["empties"]),
             has_answers=data.train_on != "all" and source.format != "text",
-            is_text=source.format == "text",
             too_long=too_long_of(source, data),
             source=source,
         )
