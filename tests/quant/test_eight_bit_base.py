@@ -12,7 +12,7 @@ from errors import holds
 from logged import logged_lines
 from recipes import make_run, write_rows
 from tunesmith.checkpoint.resume import Start
-from tunesmith.quant import eight_bit
+from tunesmith.quant import eight_bit, scaled_matmul
 from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, build, first_batches
@@ -68,6 +68,26 @@ def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypat
     assert session.plan.memory.weights == sum(held.values()), "planned as for the smaller base"
     loss, tokens, _ = session.model(session.loader(0).batch(0).micro[0])
     assert 0 < float(loss) / tokens < 10
+
+
+@pytest.mark.parametrize(("loss", "taken"), [(0.0, "fast"), (1.5, "full")])
+def test_fast_sums_are_taken_where_the_loss_stays(loss, taken, tiny, tmp_path, monkeypatch):
+    """loss: the share that the stand-in's sums lose. It moves the loss of a model that knows
+    nothing, near log(vocabulary), by 0.05 %.
+    """
+    monkeypatch.setattr(compare_eight_bit, "SUMS_TOLERANCE", 1e-4)
+    session, _ = begin(tiny, tmp_path)
+    layers = [m for m in session.model.modules() if isinstance(m, EightBitLinear)]
+    batches = first_batches(session.loader(0), session.device, 200)
+    product = scaled_matmul.scaled_mm
+
+    def short(a, b, *, use_fast_accum, **rest):
+        return product(a, b, use_fast_accum=False, **rest) * (1 - loss * use_fast_accum)
+
+    monkeypatch.setattr(scaled_matmul, "scaled_mm", short)
+    said = compare_eight_bit.choose_sums(session.model, batches, session.ranks)
+    assert said.split()[0] == taken, said
+    assert {layer.fast_sums for layer in layers} == {taken == "fast"}
 
 
 def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatch):

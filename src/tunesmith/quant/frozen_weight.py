@@ -20,7 +20,13 @@ from torch import Tensor
 
 from tunesmith.host import packages
 from tunesmith.model.fp4 import decode_nvfp4
-from tunesmith.quant.scaled_matmul import E4M3, TENSOR_WISE, quantize, scaled_matmul
+from tunesmith.quant.scaled_matmul import (
+    E4M3,
+    FAST_SUMS,
+    TENSOR_WISE,
+    quantize,
+    scaled_matmul,
+)
 from tunesmith.units import ceil_div
 
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -181,7 +187,7 @@ class Nf4Weight(FrozenWeight):
 class EightBitWeight(FrozenWeight):
     """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of all.
 
-    encoding: one of `scaled_matmul.SCALING_RECIPES`.
+    encoding: one of `scaled_matmul.SCALING_RECIPES`, and FAST_SUMS where the forward takes them.
 
     dx = dy W sums over the rows of W. Their scales are factors within that sum, where no matmul
     applies them, so they are multiplied into dy before it is rounded. A GPU multiplies along
@@ -189,26 +195,32 @@ class EightBitWeight(FrozenWeight):
     """
 
     @classmethod
-    def from_dense(cls, recipe: str, dense: Tensor) -> "EightBitWeight":
+    def from_dense(cls, encoding: str, dense: Tensor) -> "EightBitWeight":
         """Quantize W [out, in] in the dtype of x."""
-        return cls(recipe, quantize(recipe, dense), (dense.shape[0], dense.shape[1]))
+        stored = quantize(encoding.removesuffix(FAST_SUMS), dense)
+        return cls(encoding, stored, (dense.shape[0], dense.shape[1]))
+
+    @property
+    def recipe(self) -> str:
+        return self.encoding.removesuffix(FAST_SUMS)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         codes, scale = self.tensors
         return (codes.float() * scale).to(dtype)
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        return list(quantize(self.encoding, x))
+        return list(quantize(self.recipe, x))
 
     def quantize_gradient(self, dy: Tensor) -> list[Tensor]:
-        if self.encoding != TENSOR_WISE:
+        if self.recipe != TENSOR_WISE:
             _, scale = self.tensors
             # [n, out] times [1, out].
             dy = dy * scale.T
-        return list(quantize(self.encoding, dy))
+        return list(quantize(self.recipe, dy))
 
     def forward_matmul(self, x: Tensor, quantized: Sequence[Tensor], update: Update) -> Tensor:
-        y = scaled_matmul(self.encoding, quantized, self.tensors, x.dtype)
+        fast_sums = self.encoding.endswith(FAST_SUMS)
+        y = scaled_matmul(self.recipe, quantized, self.tensors, x.dtype, fast_sums=fast_sums)
         if update is not None:
             xa, b = update
             y.addmm_(xa, b.T)
@@ -220,9 +232,9 @@ class EightBitWeight(FrozenWeight):
         codes, scale = self.tensors
         # [in, out] in memory, rows contiguous; the codes are moved as bytes.
         transposed = codes.view(torch.uint8).t().contiguous().view(E4M3)
-        if self.encoding != TENSOR_WISE:
+        if self.recipe != TENSOR_WISE:
             scale = scale.new_ones(len(transposed), 1)  # it is in `quantized`
-        product = scaled_matmul(self.encoding, quantized, (transposed, scale), dy.dtype)
+        product = scaled_matmul(self.recipe, quantized, (transposed, scale), dy.dtype)
         if update is not None:
             d_xa, a_transposed = update
             product.addmm_(d_xa, a_transposed.T)

@@ -18,6 +18,10 @@ E4M3_MAX = torch.finfo(E4M3).max
 ROW_WISE = "fp8 row-wise"
 TENSOR_WISE = "fp8 tensor-wise"
 SCALING_RECIPES = (ROW_WISE, TENSOR_WISE)  # the best first
+# After a recipe: sums keep fewer bits. Hopper's cut each product to the 13 bits that the running
+# sum has, which takes a tenth to a fifth off the time; sums of one sign lose 7.5 % over 4,096
+# products and 21.6 % over 14,336, others 0.3 % (measured on an H200).
+FAST_SUMS = ", fast sums"
 # Fewer rows are padded to so many. cuBLASLt has no row-wise kernel for a large K below 257 rows on
 # Hopper (github.com/pytorch/ao/issues/4582: K = 9216).
 LEAST_ROWS = {ROW_WISE: 272, TENSOR_WISE: 16}
@@ -55,7 +59,12 @@ def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def scaled_matmul(
-    recipe: str, left: Sequence[Tensor], right: Sequence[Tensor], dtype: torch.dtype
+    recipe: str,
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    dtype: torch.dtype,
+    *,
+    fast_sums: bool = False,
 ) -> Tensor:
     """left [n, k] times the transpose of right [m, k], each as from `quantize`: [n, m] in `dtype`.
 
@@ -78,7 +87,6 @@ def scaled_matmul(
         scale_a=a_scale,
         scale_b=b_scale.t(),
         out_dtype=dtype,
-        # Fewer bits between partial sums, as all fp8 training does on Hopper.
-        use_fast_accum=a.is_cuda,
+        use_fast_accum=fast_sums,
     )
     return product[:rows]

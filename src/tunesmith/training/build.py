@@ -91,7 +91,12 @@ from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
-from tunesmith.training.compare_eight_bit import PROBE_TOKENS, TOLERANCE, compare_with_bf16
+from tunesmith.training.compare_eight_bit import (
+    PROBE_TOKENS,
+    TOLERANCE,
+    choose_sums,
+    compare_with_bf16,
+)
 from tunesmith.training.reference import BaseReference
 
 log = logging.getLogger(__name__)
@@ -233,11 +238,7 @@ def build(
         make_mesh=make_mesh,
         model_hash=hashes["model_hash"],
     )
-    # Random weights have no file to compare with.
-    if weights == "stored":
-        root, plan, mesh = load_compared(load, files, data, device, ranks)
-    else:
-        root, plan, mesh = load()
+    root, plan, mesh = load_compared(load, files, data, device, ranks, weights=weights)
     optimizer = make_optimizer(run, root, start, ranks)
     progress = start.progress or Progress()
     if device.type == "cpu":
@@ -353,8 +354,11 @@ def load_compared(
     data: TrainingData,
     device: torch.device,
     ranks: Ranks,
+    *,
+    weights: Weights,
 ) -> tuple[TrainModel, RunPlan, Mesh]:
-    """What `load` gives, with a base in 8 bits only where that hardly changes the loss.
+    """What `load` gives, with a base in 8 bits only where that hardly changes the loss, and fast
+    sums of its products alike.
 
     load: `load_model` of the run; `refused` loads it again with a base in bf16.
     """
@@ -362,6 +366,11 @@ def load_compared(
     if plan.base not in SCALING_RECIPES:
         return root, plan, mesh
     batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
+    if device.type == "cuda":
+        log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
+    # Random weights have no file to compare with.
+    if weights == "random":
+        return root, plan, mesh
     change = compare_with_bf16(root, batches, mesh, ranks)
     if change.is_tolerable:
         reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"

@@ -1,4 +1,5 @@
-"""What rounding a frozen base to 8 bits does to the loss, measured before a run trains on it.
+"""What rounding a frozen base to 8 bits does to the loss, measured before a run trains on it, and
+what sums of fewer bits do.
 
 The dense base need not fit beside the rounded one, nor alone: each of its matrices is read again
 when it is used.
@@ -30,6 +31,8 @@ PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 # 4,500 tokens of alpaca rows, as chats and as plain text; nf4 changed it by 7 %. A larger change
 # than this has another cause than rounding.
 TOLERANCE = 0.03
+# Relative change of the loss by fast sums: a tenth of the least that rounding changed it by.
+SUMS_TOLERANCE = 0.001
 
 
 class LossChange(NamedTuple):
@@ -74,6 +77,40 @@ def compare_with_bf16(
     losses = ranks.all_gather_object((in_bf16, in_8_bits))
     changes = [LossChange(*of_rank, tokens, len(layers)) for of_rank in losses]
     return max(changes, key=severity)
+
+
+def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str:
+    """Let the forward of the 8-bit layers take fast sums, if they hardly change the loss of the
+    base alone on `batches`, the same on all ranks. A collective call.
+
+    The backward has full sums: no loss tells what becomes of gradients.
+
+    Returns what was taken, with both losses, of the rank where they differ most.
+    """
+    ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
+    layers = [module for module in root.modules() if isinstance(module, EightBitLinear)]
+    losses = []
+    with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
+        for fast_sums in (False, True):
+            for layer in layers:
+                layer.fast_sums = fast_sums
+            losses.append(mean_loss(root, batches))
+    full, fast = max(ranks.all_gather_object(losses), key=sums_severity)
+    takes_fast = math.isfinite(fast) and abs(fast / full - 1) <= SUMS_TOLERANCE
+    for layer in layers:
+        layer.fast_sums = takes_fast
+    taken = "fast" if takes_fast else "full"
+    tokens = sum(batch.tokens for batch in batches)
+    return (
+        f"{taken} sums in the forward: loss {fast:.5f} with fast ones, {full:.5f} with full ones "
+        f"({fast / full - 1:+.3%}, up to {SUMS_TOLERANCE:.1%} is taken), on {tokens:,} tokens"
+    )
+
+
+def sums_severity(losses: Sequence[float]) -> tuple[bool, float]:
+    """Sorts losses (full, fast) that are not finite above every other."""
+    full, fast = losses
+    return not math.isfinite(fast), abs(fast / full - 1)
 
 
 def severity(change: LossChange) -> tuple[bool, float]:
