@@ -177,6 +177,27 @@ def test_parts_of_the_experts_add_up_to_all(
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_the_norm_of_each_experts_output_comes_before_its_weight() -> None:
+    """As Transformers' own loop. Its releases before 5.23 have no such experts, nor a flag for
+    them: there the other tests of this file show that experts do without.
+    """
+    muse = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    sizes = {"moe_hidden_size": 16, "moe_intermediate_size": 8, "num_local_experts": 4}
+    module = muse.MuseSparkExperts(muse.MuseSparkTextConfig(**sizes)).double()
+    generator = torch.Generator().manual_seed(7)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.requires_grad_(False)
+    hidden = torch.randn(9, 16, generator=generator, dtype=torch.float64)
+    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
+    weights = torch.rand(9, 2, generator=generator, dtype=torch.float64)
+    module.config._experts_implementation = "eager"
+    expected = module(hidden, index, weights)
+    # The norm of Transformers computes in fp32, whatever it is given.
+    found = experts.experts_forward(module, hidden, index, weights)
+    assert error(found, expected) < 1e-6
+
+
 @pytest.mark.parametrize("trains_router", [True, False])
 @pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_rows", [torch.bfloat16, torch.float16])
