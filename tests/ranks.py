@@ -61,13 +61,13 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in (ranks | address).items()}
 
 
-def forkserver() -> Any:
+def forkserver(*, spawns: bool = False) -> Any:
     """The context of processes that are forked with torch and Transformers loaded.
 
-    With TUNESMITH_TESTS_FORK=0 each starts as an interpreter of its own: slower by the seconds of
-    these imports, and as a user's process does.
+    With TUNESMITH_TESTS_FORK=0, or `spawns`, each starts as an interpreter of its own: slower by
+    the seconds of these imports, and as a user's process does.
     """
-    if not FORKS:
+    if spawns or not FORKS:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -86,13 +86,17 @@ def forkserver() -> Any:
     return context
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, spawns: bool = False
+) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks, in their order.
 
-    `function` is a module's own, so that a rank can import it. AssertionError with the traceback of
-    the first rank that failed, or where the ranks take longer than LIMIT.
+    `function` is a module's own, so that a rank can import it. `spawns` is for ranks that use a
+    GPU: torch refuses CUDA in a process that is forked from one that has counted the GPUs, as the
+    import of `devices` does. AssertionError with the traceback of the first rank that failed, or
+    where the ranks take longer than LIMIT.
     """
-    context = forkserver()
+    context = forkserver(spawns=spawns)
     port, results = free_port(), context.SimpleQueue()
     ranks = [
         context.Process(

@@ -224,7 +224,8 @@ def write_large(folder: Path, device: str) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_the_host_holds_one_tensor_of_a_full_checkpoint(device: str, tmp_path: Path) -> None:
     """A full checkpoint of 3B has 48 GiB, which the host of a GPU may not have free."""
-    ((peak, size, largest, written),) = run_ranks(1, write_large, tmp_path, device)
+    on_gpu = device == "cuda"
+    ((peak, size, largest, written),) = run_ranks(1, write_large, tmp_path, device, spawns=on_gpu)
     assert size > 100 << 20
     assert written > 4 * size
     # One tensor made contiguous, or one piece that came from the GPU; the rest is code that is
