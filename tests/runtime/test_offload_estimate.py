@@ -132,14 +132,19 @@ def test_a_gpu_that_shares_the_hosts_memory_refuses_offload(moved: str) -> None:
     assert (refused.value.where, refused.value.fix) == ("train.cpu_offload", "train.cpu_offload=[]")
 
 
-def test_one_process_offloads_no_parameters() -> None:
+@pytest.mark.parametrize(
+    ("adapter", "smaller"),
+    [(FULL, "train.optimizer=adamw-8bit"), (LORA, "model.quantize=nf4")],
+)
+def test_one_process_offloads_no_parameters(adapter: dict[str, Any], smaller: str) -> None:
+    """What makes the run smaller in its place is named, and is a recipe's."""
     with refuses(
         RecipeError,
         where="train.cpu_offload",
         names=["parameters", "FSDP2"],
-        fix=["train.cpu_offload=[]", "train.cpu_offload=[activations]"],
+        fix=["train.cpu_offload=[]", smaller, "train.cpu_offload=[activations]"],
     ):
-        plan(recipe(FULL, "parameters"), ONE, machine())
+        plan(recipe(adapter, "parameters"), ONE, machine())
     assert plan(recipe(LORA, "activations"), ONE, machine()).cpu_offload == ("activations",)
 
 

@@ -277,9 +277,9 @@ class Train:
     )
     cpu_offload: tuple[Literal["parameters", "activations"], ...] = key(
         (),
-        "keep in the host's memory, at the cost of time: parameters (of several ranks: what FSDP2"
-        " shards, with its gradients "
-        "and moments), activations (the inputs of recomputed layers)",
+        "keep in the host's memory, at the cost of time: parameters (of several ranks: a model"
+        " trained in full, with gradients and moments; beside an adapter the frozen layers, without"
+        " embedding and head), activations (the inputs of recomputed layers)",
     )
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
     deterministic: bool = key(

@@ -322,11 +322,14 @@ def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
             fix="train.cpu_offload=[]",
         )
     if "parameters" in moved and mesh.world == 1:
+        is_full = run.adapter.kind == "none"
+        smaller = "train.optimizer=adamw-8bit" if is_full else "model.quantize=nf4"
         raise RecipeError(
             "a single process cannot offload parameters",
             where="train.cpu_offload",
-            why="FSDP2 offloads what it shards over ranks",
-            fix="train.cpu_offload=[], or train.cpu_offload=[activations], or several ranks",
+            why="FSDP2 moves the shards of several ranks, and one process has none",
+            fix=f"train.cpu_offload=[] with {smaller}, or train.cpu_offload=[activations], or "
+            "several ranks",
         )
 
 
