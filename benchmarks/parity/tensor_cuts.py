@@ -24,6 +24,7 @@ from typing import Any
 import families
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, MethodConfig, Train
@@ -33,7 +34,7 @@ from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import fuse_modules
-from tunesmith.model.model_types import FILE, ModelType, read_model_types
+from tunesmith.model.model_types import ModelType, measured_with, read_model_types
 from tunesmith.model.twin import VOCAB, build_twin
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.cuts import find_blocks
@@ -190,6 +191,8 @@ def main() -> None:
         # A composite is cut as its text model; padded rows go through Transformers' own attention.
         if entry.support.state not in ("tuned", "packed") or entry.text:
             continue
+        if name not in CONFIG_MAPPING:  # of a newer Transformers
+            continue
         try:
             error, why = measure_type(entry)
         except TunesmithError as fault:
@@ -201,9 +204,7 @@ def main() -> None:
     cut = sum(entry.tensor is not None for entry in table.values())
     print(f"{cut} of {len(table)} types are cut")
     if options.write:
-        entries = list(table.values())
-        FILE.write_text(families.as_json(entries), encoding="utf-8")
-        families.PAGE.write_text(families.as_page(entries), encoding="utf-8")
+        families.write(list(table.values()), measured_with())
         return
     for change in changes:
         print(f"changed: {change}", file=sys.stderr)

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import versions
+from packaging.version import Version
 
 from conftest import byte_tokenizer
 from tunesmith.cli.data import segments
@@ -107,3 +110,26 @@ def test_the_table_is_what_the_estimate_says(name: str) -> None:
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_versions_that_were_tested_begin_at_the_lowest_that_are_allowed() -> None:
+    """A floor that moves is tested anew: `make versions`."""
+    sets = versions.read_record()
+    assert tuple(sets) == versions.SETS
+    floors = versions.lowest_versions()
+    assert tuple(floors) == versions.PACKAGES
+    for name, found in sets.items():
+        for choice, group in zip(name.split("-"), versions.GROUPS, strict=True):
+            for package in group:
+                release = Version(str(found[package])).public
+                assert (Version(release) == Version(floors[package])) == (choice == "lowest"), name
+
+
+def test_the_table_of_versions_is_that_of_the_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["versions.py", "--check", "docs/measurements/README.md"])
+    with pytest.raises(SystemExit) as ended:
+        versions.main()
+    assert ended.value.code == 0, capsys.readouterr().err

@@ -126,6 +126,7 @@ def print_one(entry: ModelType) -> None:
         "state": support.state,
         "why": support.why,
         "text model": entry.text,
+        "Transformers": f"{entry.since} or newer" if entry.since else "",
         "run one row a document": ", ".join(support.recurrent),
         "no adapter on": ", ".join(support.dead_targets),
         "not with packed rows": "" if _packs_eager_too(support) else "model.attention: eager",

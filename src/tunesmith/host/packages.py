@@ -23,7 +23,7 @@ COMPUTE = (
 
 
 def pip_install(package: str) -> str:
-    """The command that installs `package` in a version that works: `pip install 'peft>=0.18'`.
+    """The command that installs `package` in a version that works: `pip install 'peft>=0.20'`.
 
     A package that tunesmith's own metadata does not name has no version.
     """

@@ -82,6 +82,8 @@ class ModelType:
         tensor: the largest difference, in losses and gradients, of two ranks that compute each
             layer together from one; None where its layers are not cut.
         uncut: why they are not, of a type that was tried; else empty.
+        since: the Transformers that it was measured with, of one that is not in the release that
+            the table names; else empty.
     """
 
     model_type: str
@@ -89,6 +91,7 @@ class ModelType:
     text: str = ""
     tensor: float | None = None
     uncut: str = ""
+    since: str = ""
 
     def row(self) -> dict[str, Any]:
         """It as the table and `tunesmith models --json` have it, in one level."""
@@ -101,6 +104,7 @@ class ModelType:
             "text": self.text,
             "tensor": self.tensor,
             "uncut": self.uncut,
+            "since": self.since,
         }
 
 
@@ -110,13 +114,12 @@ def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
     for name, values in json.loads(file.read_text(encoding="utf-8"))["types"].items():
         for key in ("recurrent", "dead_targets"):
             values[key] = tuple(values.get(key, ()))
-        text = values.pop("text", "")
         errors = None
         if "logits" in values:
             errors = Errors(values.pop("logits"), values.pop("gradients"))
         tensor = values.pop("tensor", None)
-        uncut = values.pop("uncut", "")
-        types[name] = ModelType(name, Support(**values, errors=errors), text, tensor, uncut)
+        rest = {key: values.pop(key, "") for key in ("text", "uncut", "since")}
+        types[name] = ModelType(name, Support(**values, errors=errors), tensor=tensor, **rest)
     return types
 
 

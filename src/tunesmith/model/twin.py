@@ -261,7 +261,8 @@ PERIODS = (
 )
 # Of a config: ids of tokens, which the small vocabulary does not have.
 TOKEN_IDS = ("_token_id", "_index")
-# Keys for how a checkpoint was written, not for what the model computes.
+# Keys for how a checkpoint was written or what a forward returns, not for what the model computes.
+# DBRX's nested configs of Transformers 5.17 refuse those that they write themselves.
 NOT_COPIED = (
     "_name_or_path",
     "architectures",
@@ -269,6 +270,7 @@ NOT_COPIED = (
     "dtype",
     "id2label",
     "label2id",
+    "output_attentions",
     "quantization_config",
     "torch_dtype",
     "transformers_version",
@@ -477,7 +479,8 @@ def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, A
 def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
     """The value of one key; `values` are those beside it."""
     if isinstance(value, dict) and ("hidden_size" in value or key.endswith("_config")):
-        inner = {name: part for name, part in value.items() if name != "model_type"}
+        left_out = ("model_type", *NOT_COPIED)
+        inner = {name: part for name, part in value.items() if name not in left_out}
         # A nested config (a vision tower, a sub-model) is shrunk by the same rules.
         return _shrink_values(inner, list(range(FEWEST_LAYERS)), 0)
     if key.endswith(TOKEN_IDS) and value is not None:
