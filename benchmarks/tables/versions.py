@@ -22,6 +22,7 @@ import sys
 import tomllib
 from datetime import date
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from generated import table, write_or_check
@@ -91,7 +92,7 @@ def make_environment(name: str, extra: list[str]) -> Path:
     return python
 
 
-def test(name: str, python: Path, processes: str) -> dict[str, object]:
+def test(name: str, python: Path, processes: str) -> dict[str, Any]:
     """Run the quick tests; the set's line of the record."""
     results = FOLDER / f"{name}.xml"
     results.unlink(missing_ok=True)
@@ -117,10 +118,10 @@ def test(name: str, python: Path, processes: str) -> dict[str, object]:
     }
 
 
-def read_record() -> dict[str, dict[str, object]]:
+def read_record() -> dict[str, dict[str, Any]]:
     if not RECORD.exists():
         return {}
-    record: dict[str, dict[str, object]] = json.loads(RECORD.read_text(encoding="utf-8"))["sets"]
+    record: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))["sets"]
     return record
 
 
@@ -147,18 +148,21 @@ def main() -> None:
     names = options.sets or SETS
     if unknown := set(names) - set(SETS):
         parser.error(f"{', '.join(sorted(unknown))}: the sets are {', '.join(SETS)}")
-    record = read_record()
+    failed = 0
     for name in names:
         print(f"{name} in {FOLDER / name}", flush=True)
-        record[name] = test(name, make_environment(name, options.extra), options.processes)
+        line = test(name, make_environment(name, options.extra), options.processes)
+        failed += int(line["failed"])
+        # Read now: another set may have been tested beside this one.
+        record = {**read_record(), name: line}
         lines = {
             "command": "make versions",
             "tests": "pytest -m 'not slow'",
             "sets": {name: record[name] for name in SETS if name in record},
         }
         RECORD.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {json.dumps(record[name])}", flush=True)
-    sys.exit(any(record[name]["failed"] for name in names))
+        print(f"{name}: {json.dumps(line)}", flush=True)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
