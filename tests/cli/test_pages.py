@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,16 +101,21 @@ def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["memory", "plan"])
-def test_the_table_is_what_the_estimate_says(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("memory", "memory"), ("plan", "plan"), ("versions", "measurements/README")],
+)
+def test_the_table_is_what_its_benchmark_says(name: str, page: str) -> None:
     done = run_warm(
-        ["--check", f"docs/{name}.md"],
+        ["--check", f"docs/{page}.md"],
         program=ROOT / "benchmarks" / "tables" / f"{name}.py",
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
 
 
+# `make versions`, which makes the record, runs the tests that are not slow.
+@pytest.mark.slow
 def test_the_versions_that_were_tested_begin_at_the_lowest_that_are_allowed() -> None:
     """A floor that moves is tested anew: `make versions`."""
     sets = versions.read_record()
@@ -123,13 +127,3 @@ def test_the_versions_that_were_tested_begin_at_the_lowest_that_are_allowed() ->
             for package in group:
                 release = Version(str(found[package])).public
                 assert (Version(release) == Version(floors[package])) == (choice == "lowest"), name
-
-
-def test_the_table_of_versions_is_that_of_the_record(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["versions.py", "--check", "docs/measurements/README.md"])
-    with pytest.raises(SystemExit) as ended:
-        versions.main()
-    assert ended.value.code == 0, capsys.readouterr().err
