@@ -56,18 +56,6 @@ def find_model() -> str:
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def dtype_for_this_machine() -> list[str]:
-    """fp32 where there is no GPU and the CPU only emulates bf16, which takes up to a hundred times
-    as long.
-    """
-    import torch
-
-    from tunesmith.metrics.hardware import EMULATED, bf16_slowdown
-
-    emulated = not torch.cuda.is_available() and bf16_slowdown(torch.device("cpu")) > EMULATED
-    return ["model.dtype=fp32"] if emulated else []
-
-
 def tunesmith(*words: str) -> None:
     """Show a command and run it; end with its exit code where it fails.
 
@@ -160,7 +148,7 @@ def main() -> None:
     model = find_model()
     RUN.parent.mkdir(exist_ok=True)
     before = ask(model, held_out, RUN.parent / "demo-base.jsonl", "--base")
-    tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}", *dtype_for_this_machine())
+    tunesmith("train", str(HERE / "recipe.yaml"), f"model.name={model}")
     after = ask(str(RUN), held_out, RUN.parent / "demo-tuned.jsonl")
 
     records = read_records(RUN / "metrics.jsonl")

@@ -79,7 +79,8 @@ SHUFFLE_SEED = 42
 RULE = "=" * 60
 ALONE = LauncherSettings()  # no launcher asks for anything
 SHARED = "playbook"  # id of the ranks that a script starts itself: they share its batch
-DTYPES: dict[str, Literal["fp32", "fp16", "bf16"]] = {
+DTYPES: dict[str, Literal["auto", "fp32", "fp16", "bf16"]] = {
+    "auto": "auto",
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
@@ -93,6 +94,7 @@ DIFFERENCES = (
     "LoRA parameters, and a bf16 model's master weights in full fine-tuning, are fp32",
     "the warm-up of --use_torch_compile runs on a copy that is thrown away; theirs trained the model twice",
     "code that a model's repository ships is not run without --trust_remote_code (some of theirs always ran it)",
+    "--dtype is auto: bfloat16 as theirs, but float32 where the processor has no units for it and the weights fit",
     "any --batch_size and --seq_length is taken; every script has every common flag",
     "started without a launcher, a script starts one process a GPU; they share --batch_size, which theirs took on all at once",
 )
@@ -244,8 +246,8 @@ def parser(name: str) -> argparse.ArgumentParser:
     add("--model_name", "Hub id, local folder or .gguf file", script.model)
     add(
         "--dtype",
-        "of weights and products; float16 scales the loss",
-        "bfloat16",
+        "of weights and products; float16 scales the loss; auto: bfloat16 where the processor has units for it",
+        "auto",
         choices=list(DTYPES),
     )
     add(
@@ -507,6 +509,8 @@ def look_at_model(recipe: Run) -> tuple[bool, int]:
     from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.hub.model_files import read_model_files
 
+    # Parameters are counted on meta, in any dtype.
+    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
     files = read_model_files(fetch_for_tokens(recipe.model), recipe.model)
     bos = files.tokenizer.bos_token_id
     opens = bos is not None and files.tokenizer("a")["input_ids"][0] == bos

@@ -142,7 +142,7 @@ _TYPES = [
     _file("key of the second source", "model: {name: a/b}\noutput_dir: x\ndata:\n  train:\n  - source: a/b\n  - {source: c/d, wieght: 2}\n", "data.train.1.wieght", "r.yaml:6", "did you mean weight?"),
     _file("field name of from", "+adapter: {from_: a/b}\n", "adapter.from_", "r.yaml:4", "did you mean from?"),
     _line("null seed", "train.seed=", "train.seed: expected a whole number, found nothing", "train.seed", "train.seed=42"),
-    _line("dtype of others", "model.dtype=bfloat16", "model.dtype: expected `bf16`, `fp16` or `fp32`", "model.dtype", "'model.dtype=bf16'"),
+    _line("dtype of others", "model.dtype=bfloat16", "model.dtype: expected `auto`, `bf16`, `fp16` or `fp32`", "model.dtype", "'model.dtype=bf16'"),
     _line("format of others", "data.train.format=chatml", "data.train.format: expected", "data.train.format", "'data.train.format=messages'"),
     _line("optimizer of others", "train.optimizer=paged_adamw_8bit", "train.optimizer: expected `adamw`", "train.optimizer", "'train.optimizer=adamw-8bit'"),
     _line("schedule mistyped", "train.schedule=cosin", "train.schedule: expected", "train.schedule", "'train.schedule=cosine'"),

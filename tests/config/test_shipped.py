@@ -128,7 +128,7 @@ def test_values_of_the_playbook(name: str) -> None:
         2048,
     )
     assert run.model.quantize == ("nf4" if "qlora" in name else "auto")
-    assert run.model.dtype == "bf16"
+    assert run.model.dtype == "auto"
 
 
 def test_values_of_the_slurm_guide() -> None:

@@ -155,7 +155,7 @@ def test_a_plan_reads_no_weights(file: Path, cache: Path, tmp_path: Path) -> Non
 
 def bad(tmp_path: Path, name: str, data: bytes) -> Model:
     (tmp_path / name).write_bytes(data)
-    return Model(name=str(tmp_path / name))
+    return Model(name=str(tmp_path / name), dtype="bf16")
 
 
 def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_a_missing_package_and_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
     with refuses(MachineError, fix=["TUNESMITH_CACHE"]) as caught:
-        fetch.fetch(Model(name=str(file)))
+        fetch.fetch(Model(name=str(file), dtype="bf16"))
     assert "TUNESMITH_CACHE" in caught.value.fix
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with refuses(MachineError, where=str(file), names=["gguf"], fix=["pip install 'gguf>=0.19'"]):
-        fetch.fetch(Model(name=str(file)))
+        fetch.fetch(Model(name=str(file), dtype="bf16"))

@@ -21,9 +21,10 @@ from tunesmith.cli.options import notify_unfinished
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError
+from tunesmith.host.chips import Chip
 from tunesmith.inference import load_run as load_run_module
 from tunesmith.inference.load_run import load_run, locate_run
-from tunesmith.metrics import hardware
+from tunesmith.planning import resolve
 
 pytestmark = pytest.mark.slow
 
@@ -105,16 +106,16 @@ def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("slowdown", "room", "dtype"),
+    ("has_units", "gib", "dtype"),
     [
-        (0.7, 2**40, torch.bfloat16),
-        (50.0, 2**40, torch.float32),  # the CPU emulates bf16
-        (50.0, 2**10, torch.bfloat16),  # which is all that fits
+        (True, 64.0, torch.bfloat16),
+        (False, 64.0, torch.float32),  # the CPU emulates bf16
+        (False, 1e-6, torch.bfloat16),  # which is all that fits
     ],
 )
 def test_a_plain_model_is_computed_in_the_faster_dtype(
-    slowdown: float,
-    room: int,
+    has_units: bool,
+    gib: float,
     dtype: torch.dtype,
     tiny: Path,
     run: Path,
@@ -125,8 +126,8 @@ def test_a_plain_model_is_computed_in_the_faster_dtype(
     config = folder / "config.json"
     values = json.loads(config.read_text()) | {"dtype": "bfloat16"}
     config.write_text(json.dumps(values))
-    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)
-    monkeypatch.setattr(hardware, "available_memory", lambda: room)
+    chip = Chip("cpu", gib, bf16=has_units)
+    monkeypatch.setattr(resolve, "chip_of", lambda device: chip)
     monkeypatch.setattr(load_run_module, "_check_room", lambda files, place: None)
     assert load_run(folder, device="cpu").model.dtype == dtype
     assert load_run(folder, device="cpu", dtype="bf16").model.dtype == torch.bfloat16

@@ -460,7 +460,7 @@ def test_kernels_are_called_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> Non
         model(ids)
     assert measure_support(config).state == "packed"
     measure_spec(config.to_dict() | {"bos_token_id": 3}, where="config.json")
-    build_on_meta(config, Model(name="model"))
+    build_on_meta(config, Model(name="model", dtype="bf16"))
     model(ids)
     assert len(kernels.calls) == 1
     monkeypatch.setattr(gpu_kernels, "runs_kernels", lambda device: True)

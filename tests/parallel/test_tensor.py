@@ -311,7 +311,9 @@ def quantized(folder: Path) -> tuple[int, float]:
     with join_ranks() as ranks:
         mesh, rank = Mesh.of(MeshShape(tensor=2), "cpu"), dist.get_rank()
         dense = causal_lm("llama", torch.bfloat16, **OF_BLOCKS)
-        model, whole = (load.build_on_meta(dense.config, Model(name="x")) for _ in range(2))
+        model, whole = (
+            load.build_on_meta(dense.config, Model(name="x", dtype="bf16")) for _ in range(2)
+        )
         nf4.replace_linears(model, torch.bfloat16)
         lora.attach_lora(model, ADAPTER, seed=1)
         nf4.replace_linears(whole, torch.bfloat16)
@@ -333,7 +335,7 @@ def quantized(folder: Path) -> tuple[int, float]:
         assert any(nested), "no part has scales in one piece"
         assert not all(nested)
         expected = rooted(dense.requires_grad_(False))(batch()).loss
-        eight = load.build_on_meta(dense.config, Model(name="x"))
+        eight = load.build_on_meta(dense.config, Model(name="x", dtype="bf16"))
         lora.attach_lora(eight, ADAPTER, seed=1)
         count += convert_to_eight_bit(eight, ROW_WISE)
         root = rooted(eight)

@@ -80,7 +80,7 @@ def mixture() -> ModelSpec:
 
 def recipe(quantize: str = "none", **train: str) -> Run:
     values = {
-        "model": {"name": "m", "quantize": quantize},
+        "model": {"name": "m", "dtype": "bf16", "quantize": quantize},
         "data": {"train": {"source": "rows.jsonl"}},
         "train": train,
         "output_dir": "out",

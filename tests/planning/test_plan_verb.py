@@ -323,7 +323,7 @@ def test_a_run_that_fits_on_none_of_the_machines_ends_with_2(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that a machine cannot do at all is a line, too."""
-    assert main(["plan", str(llama), "--on", "t4", "--on", "h100"]) == 2
+    assert main(["plan", str(llama), "model.dtype=bf16", "--on", "t4", "--on", "h100"]) == 2
     shown = capsys.readouterr().out
     assert lines_with(shown, "t4", "no")
     assert lines_with(shown, "fix", "model.dtype=fp16")
@@ -549,6 +549,19 @@ def test_a_card_without_bf16_is_refused_as_train_does(capsys: pytest.CaptureFixt
     assert main([*words, "model.dtype=bf16"]) == 2
     check_shown(capsys.readouterr().err, where="model.dtype", names=["T4"], fix=["fp16"])
     assert main([*words, "model.dtype=fp16"]) == 0
+    assert main(words) == 0, "auto is what it has units for"
+
+
+def test_a_plan_takes_the_dtype_of_the_machine_that_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machines, "list_gpus", list)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    for on, dtype in (("here", "fp32"), ("dgx-spark", "bf16")):
+        assert main(["plan", "smollm2-135m-lora", "--on", on, "--json"]) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["meshes"][0]["plan"]["base"] == dtype
+        assert lines_with(shown.err, "model.dtype", dtype)
 
 
 def examples_with_a_price() -> list[str]:

@@ -14,6 +14,7 @@ from recipes import built_model
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError, ModelError
+from tunesmith.host.chips import Chip
 from tunesmith.quant import nf4
 from tunesmith.quant.frozen_matmul import grouped_matmul
 from tunesmith.quant.frozen_weight import FEW_ROWS, Nf4Weight, nf4_functions
@@ -182,10 +183,10 @@ def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read
         train=Train(),
         output_dir=str(tmp_path),
     )
-    check_machine(run, torch.device("cpu"))
+    check_machine(run, torch.device("cpu"), Chip("cpu", 8.0))
     monkeypatch.setattr(nf4.nf4_functions(), "quantize_4bit", refuse)
     with pytest.raises(MachineError) as caught:
-        check_machine(run, torch.device("cpu"))
+        check_machine(run, torch.device("cpu"), Chip("cpu", 8.0))
     assert caught.value.where == "model.quantize"
     assert caught.value.why == "Attempted to use bitsandbytes native library functionality"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_memory_estimate import FEW, FULL, LORA, TOKENS, measure
 
-from tunesmith.config.schema import Adapter, Model
+from tunesmith.config.schema import Adapter
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.planning.measured_layers import (
     count_active_adapter,
@@ -102,7 +102,7 @@ def test_the_experts_of_an_adapter_count_by_where_a_token_goes() -> None:
 def test_a_recurrent_layer_keeps_more_than_one_with_attention() -> None:
     """In plain PyTorch, and in 16 bits less than in 32."""
     spec = model_spec(HYBRID, where="test")
-    narrow = measure_activations(spec, Adapter(), Model(name="m").dtype)
+    narrow = measure_activations(spec, Adapter(), "bf16")
     wide = measure_activations(spec, Adapter(), "fp32")
     *recurrent, attention = narrow.by_token
     assert min(recurrent) > 1.3 * attention

@@ -17,6 +17,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import RecipeError
+from tunesmith.host.chips import Chip
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
@@ -33,7 +34,7 @@ INPUT = 2 * TOKENS * SPEC.hidden  # of a layer, in bf16
 
 def recipe(adapter: dict[str, Any], *offload: str) -> Run:
     values = {
-        "model": {"name": "m"},
+        "model": {"name": "m", "dtype": "bf16"},
         "data": {"train": {"source": "rows.jsonl"}},
         "output_dir": "out",
     }
@@ -154,6 +155,6 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     assert plan(run, ONE, machine("cpu")).cpu_offload == ()
     offloaded = make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]})
     with logged_lines() as said:
-        build.check_machine(offloaded, torch.device("cpu"))
+        build.check_machine(offloaded, torch.device("cpu"), Chip("cpu", 8.0))
     assert len(said) == 1
     assert warnings_with(said[0], "train.cpu_offload", "CPU")

@@ -45,7 +45,11 @@ WHOLE_STEPS = {"global_batch": Size(16384, "tokens")}  # every step has the same
 def recipe(**train) -> Run:
     data = Data(train=(Source(source="rows.jsonl"),))
     return Run(
-        model=Model(name="m"), data=data, train=Train(**train), adapter=Adapter(), output_dir="out"
+        model=Model(name="m", dtype="bf16"),
+        data=data,
+        train=Train(**train),
+        adapter=Adapter(),
+        output_dir="out",
     )
 
 
@@ -96,7 +100,7 @@ def test_a_smaller_micro_batch_is_taken_where_that_saves_recomputation():
     """70B in nf4 on 139 GiB: at 16,384 tokens most layers would have to recompute, at 4,096 hardly
     any.
     """
-    run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
+    run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", dtype="bf16", quantize="nf4"))
     plan = planned(run, LARGE, 139, trained=104_000_000)
     assert plan.layout.micro_batch.amount < 16384
     assert 16384 % plan.layout.micro_batch.amount == 0, (
@@ -111,7 +115,7 @@ def test_a_chip_with_slow_memory_takes_larger_micro_batches():
     """A pass over the weights costs a GB10 more than twice the work of a token that it costs an
     H200.
     """
-    run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", quantize="nf4"))
+    run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", dtype="bf16", quantize="nf4"))
     sizes = [
         planned(run, LARGE, 108, trained=104_000_000, integrated=i).layout.micro_batch.amount
         for i in (False, True)
@@ -248,7 +252,7 @@ def test_without_expandable_segments_micro_batches_have_few_lengths(
 
 
 def test_a_chip_without_fp8_keeps_the_base_in_its_dtype():
-    run = replace(recipe(), model=Model(name="m", quantize="fp8"))
+    run = replace(recipe(), model=Model(name="m", dtype="bf16", quantize="fp8"))
     assert planned(run, LLAMA, 139, scaling=("fp8 row-wise", "it runs")).base == "fp8 row-wise"
     why = "too old"
     plan = planned(run, LLAMA, 139, scaling=(None, why))

@@ -17,7 +17,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer
@@ -43,7 +42,6 @@ from tunesmith.errors import (
     RecipeError,
     StoppedError,
 )
-from tunesmith.metrics import hardware
 from tunesmith.model import twin
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.report.compare import FEWEST_VALIDATIONS
@@ -117,8 +115,6 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 def home(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a user, with the files in it and a model beside."""
     monkeypatch.chdir(tmp_path)
-    # Recipes are those of a CPU that has bf16, whichever runs the tests.
-    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: 0.5)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "small").symlink_to(tiny)
     for name, (write, _) in FILES.items():
@@ -435,12 +431,11 @@ def test_a_sweep_that_is_refused_leaves_no_recipe(home: Path, capsys: Capture) -
 def test_a_slurm_job_trains_the_recipe_that_train_makes(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    # The processor of the login node decides nothing.
-    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: 10.0)
     words = ["--model", "small", "--data", "faq.csv", "train.seed=7", "--gpus-per-node", "8"]
     assert main(["launch", "slurm", *words, "--render"]) == EXIT_OK
-    made = make_recipe("small", "faq.csv", ["train.seed=7"], trains_here=False)
-    assert made.run.model.dtype == "bf16"
+    made = make_recipe("small", "faq.csv", ["train.seed=7"])
+    # The processor of the login node decides nothing.
+    assert made.run.model.dtype == "auto"
     assert load_recipe("runs/faq-small/launch/recipe.yaml") == made.run
     assert made.path.read_text() == made.text
     assert "#SBATCH --gpus-per-node=8\n" in capsys.readouterr().out
@@ -595,32 +590,6 @@ def test_a_run_of_few_steps_has_the_validations_that_tell_its_noise(
     run = make_recipe("small", "faq.csv", [f"train.duration={steps} steps"]).run
     assert str(run.validate.every) == str(run.checkpoint.every) == f"{every} steps"
     assert steps // every >= min(steps, FEWEST_VALIDATIONS)
-
-
-@pytest.mark.parametrize(
-    ("slowdown", "words", "room", "dtype"),
-    [
-        (4.0, [], 1 << 30, "fp32"),
-        (0.5, [], 1 << 30, "bf16"),
-        (4.0, ["model.dtype=bf16"], 1 << 30, "bf16"),
-        (4.0, ["model.quantize=nf4"], 1 << 30, "bf16"),
-        (4.0, [], 100_000, "bf16"),  # the model has 90,000 weights
-    ],
-)
-def test_a_cpu_that_emulates_bf16_gets_fp32_where_there_is_room(
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    slowdown: float,
-    words: list[str],
-    room: int,
-    dtype: str,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "bf16_slowdown", lambda device: slowdown)
-    monkeypatch.setattr("tunesmith.metrics.hardware.available_memory", lambda: room)
-    made = make_recipe("small", "faq.csv", words)
-    assert made.run.model.dtype == dtype
-    assert ("dtype: fp32" in made.text) == (dtype == "fp32")
 
 
 @pytest.mark.slow

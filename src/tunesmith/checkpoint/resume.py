@@ -15,7 +15,7 @@ from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, 
 from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
-from tunesmith.config.schema import Run, Train
+from tunesmith.config.schema import Model, Run, Train
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import (
@@ -187,9 +187,7 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
         return None, None
     is_forced = run.checkpoint.resume == "force"
     previous_run = _recipe_of(output_dir)
-    if run.model.quantize == "auto":
-        # Of a run that began it stands for what it stood for then.
-        run = replace(run, model=replace(run.model, quantize=previous_run.model.quantize))
+    run = replace(run, model=as_it_began(run.model, previous_run))
     if folder_in_run(previous_run.adapter.from_, run.adapter.from_):
         # So does a run directory, for the folder in it that the run began with.
         run = replace(run, adapter=replace(run.adapter, from_=previous_run.adapter.from_))
@@ -202,6 +200,16 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
             fix=f"{START_OVER}, {FORCE}",
         )
     return final_step, previous_run
+
+
+def as_it_began(model: Model, previous_run: Run | None) -> Model:
+    """The recipe's `model` section; `auto` stands for what it stood for when the run began."""
+    if previous_run is None:
+        return model
+    previous = previous_run.model
+    dtype = previous.dtype if model.dtype == "auto" else model.dtype
+    quantize = previous.quantize if model.quantize == "auto" else model.quantize
+    return replace(model, dtype=dtype, quantize=quantize)
 
 
 def _bring_records(output_dir: Path, ranks: Ranks) -> None:

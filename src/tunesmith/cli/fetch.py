@@ -140,7 +140,11 @@ def _model(model: "Model", progress: "FetchProgress", *, dry: bool, update: bool
             folder = fetch.download_model(plan, progress)
     # A GGUF file is read into a folder of its own.
     elif folder.is_file() and not dry:
-        folder = fetch.fetch(model, progress=progress)
+        from tunesmith.inference.load_run import select_device
+        from tunesmith.planning.resolve import resolve_dtype_here
+
+        dtype = resolve_dtype_here(model, select_device(None))
+        folder = fetch.fetch(dataclasses.replace(model, dtype=dtype), progress=progress)
     # The folder is checked also where nothing was fetched.
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)

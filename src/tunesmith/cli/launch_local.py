@@ -47,13 +47,13 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
-def launched_recipe(args: argparse.Namespace, *, trains_here: bool = True) -> "Run":
+def launched_recipe(args: argparse.Namespace) -> "Run":
     """What the words of `add_launched` name.
 
     The file of a new recipe is written, and `args` then name it: what is left to do
     before a launch, such as a fetch, takes a recipe.
     """
-    recipe, new_file = chosen_recipe(args, trains_here=trains_here)
+    recipe, new_file = chosen_recipe(args)
     if new_file is not None:
         new_file.check_file()
         new_file.write_file()

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.sites import read_site
 
     # The login node's processor is not that of the nodes.
-    recipe = launched_recipe(args, trains_here=False)
+    recipe = launched_recipe(args)
     site = read_site(args.site)
     # Flags override the profile; without one it stays.
     settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}

@@ -270,7 +270,6 @@ def chosen_recipe(
     args: argparse.Namespace,
     *,
     on_paper: bool = False,
-    trains_here: bool = True,
     row_count: int | None = None,
 ) -> "tuple[Run, NewRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
@@ -324,7 +323,6 @@ def chosen_recipe(
             args.data[0],
             words,
             on_paper=on_paper,
-            trains_here=trains_here,
             row_count=row_count,
         )
     log.info(recipe.about_data)

@@ -36,7 +36,6 @@ from tunesmith.errors import (
     EXIT_OK,
     EXIT_USAGE,
     DataError,
-    MachineError,
     TunesmithError,
     UsageError,
     first_line,
@@ -171,7 +170,6 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def planner_of(cluster: "Cluster") -> "Planner":
-        _check_dtype(recipe, cluster)
         if cluster.chip.fp8:
             _check_base_of_fp8(recipe.model, config, where)
         return plan_on_paper(recipe, spec, cluster, work)
@@ -538,16 +536,6 @@ def _rows_of_splits(recipe: "Run") -> int:
         rows = int(match[2]) - int(match[1] or 0)
         count += min(rows, source.max_examples or rows)
     return max(0, count)
-
-
-def _check_dtype(recipe: "Run", cluster: "Cluster") -> None:
-    """The error of `train` for bf16 on GPUs that do not multiply it."""
-    if recipe.model.dtype == "bf16" and not cluster.chip.bf16:
-        raise MachineError(
-            f"{cluster.chip.name} has no bf16 matmuls",
-            where="model.dtype",
-            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
-        )
 
 
 def _check_base_of_fp8(model: "Model", config: Mapping[str, Any], where: str) -> None:

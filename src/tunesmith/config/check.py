@@ -153,7 +153,7 @@ def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
 def _model(run: Run, where: Place) -> Iterator[Problem]:
     model = run.model
     adapter = run.adapter
-    if model.quantize == "fp8" and model.dtype != "bf16":
+    if model.quantize == "fp8" and model.dtype not in ("auto", "bf16"):
         yield Problem(
             "model.quantize",
             f"is fp8, but model.dtype is {model.dtype}",
@@ -314,7 +314,7 @@ def _train(run: Run, where: Place) -> Iterator[Problem]:
             "has no effect with train.schedule: constant",
             fix="remove it, or train.schedule: cosine",
         )
-    trains_bf16 = run.model.dtype == "bf16" and run.adapter.kind == "none"
+    trains_bf16 = run.model.dtype in ("auto", "bf16") and run.adapter.kind == "none"
     if train.master_weights == "stochastic" and not trains_bf16:
         yield Problem(
             "train.master_weights",

@@ -29,6 +29,7 @@ Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 # Those of accelerate whose runs can be continued; metrics/trackers.py says how.
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
+Dtype = Literal["bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
 # What `data.leave_out` may name; data/row_checks.py finds it.
 RowFault = Literal["near-duplicates", "contradictions", "unfinished", "rare-languages"]
@@ -107,8 +108,10 @@ class Model:
     )
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
-    dtype: Literal["bf16", "fp16", "fp32"] = key(
-        "bf16", "dtype of weights and matmuls; fp16 scales the loss"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = key(
+        "auto",
+        "dtype of weights and matmuls; fp16 scales the loss; auto: bf16 where the processor has"
+        " units for it, else fp32 if the weights fit",
     )
     quantize: Quantize = key(
         "auto",

@@ -139,7 +139,7 @@ def merge(
     # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
     goal = output_place(os.path.realpath(output) if str(output) else output, location)
     _check_output(goal, force=force)
-    dtype = dtype or location.base.dtype
+    dtype = dtype or location.dtype
     _check_room(goal, location.base, dtype)
     had_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()

@@ -379,7 +379,7 @@ def fetch_for_tokens(model: Model) -> Path:
     if path is None:
         return cached_model(model) or fetch_without_weights(model.name, model.revision)
     if path.is_file():
-        return convert_gguf_without_weights(path, model.dtype)
+        return convert_gguf_without_weights(path)
     return fetch(model)
 
 

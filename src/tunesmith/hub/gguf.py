@@ -47,15 +47,18 @@ def convert_gguf(file: Path, dtype: str) -> Path:
     return target
 
 
-def convert_gguf_without_weights(file: Path, dtype: str) -> Path:
-    """The folder of `convert_gguf` if it is there, else one with configuration and tokenizer alone.
+def convert_gguf_without_weights(file: Path) -> Path:
+    """A folder of `convert_gguf` if one is there, else one with configuration and tokenizer alone.
 
     To count tokens takes no more, and no minutes. Raises as `convert_gguf`.
     """
+    from tunesmith.model.dtypes import DTYPES
+
     file = _check_gguf(file)
-    complete = _cached_folder(file, dtype)
-    if complete.is_dir():
-        return complete
+    for dtype in DTYPES:
+        complete = _cached_folder(file, dtype)
+        if complete.is_dir():
+            return complete
     target = _cached_folder(file, "without-weights")
     if not target.is_dir():
         what = f"reading configuration and tokenizer of {file.name}, once, into {target}"

@@ -78,6 +78,12 @@ class ModelFiles:
         ]
 
 
+def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
+    """The sizes of the model in `folder`, by its config.json alone."""
+    file = folder / "config.json"
+    return model_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
+
+
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
     or ModelError."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
-from tunesmith.config.schema import Adapter, Data, Model, Run, Source
+from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Dtype = Literal["bf16", "fp16", "fp32"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+$")
 _PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
 
@@ -69,6 +68,11 @@ class RunLocation:
     def held_out_hash(self) -> str | None:
         """The hash of the rows that the run held out; None where unknown."""
         return held_out_hash(self.folder.parent) if self.folder else None
+
+    @property
+    def dtype(self) -> Dtype:
+        """The base's dtype; bf16 where it is `auto`, for what only reads the weights."""
+        return "bf16" if self.base.dtype == "auto" else self.base.dtype
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -214,7 +218,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
         base = run.model if run else _base_of_adapter(folder / "adapter_config.json")
         return RunLocation("adapter", folder, base, run, note)
     if (folder / "config.json").is_file():
-        base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder))
+        base = run.model if run else Model(name=str(folder), dtype=_stored_dtype(folder) or "auto")
         return RunLocation("full" if run else "base", folder, base, run, note)
     if (folder / "state").is_dir():
         raise CheckpointError(
@@ -240,19 +244,18 @@ def _base_of_adapter(file: Path) -> Model:
     return Model(
         name=name,
         revision=revision if isinstance(revision, str) else None,
-        dtype=_stored_dtype(Path(name)),
+        dtype=_stored_dtype(Path(name)) or "bf16",
     )
 
 
-def _stored_dtype(folder: Path) -> Dtype:
-    """The dtype of weights by a model folder's config.json; bf16 where it has none, or is on
-    the Hub."""
+def _stored_dtype(folder: Path) -> Dtype | None:
+    """The dtype of weights by a model folder's config.json, where that is fp16 or fp32."""
     config = folder / "config.json"
     values = read_json(config) if config.is_file() else {}
     # A vision-language model may have it for its parts alone.
     values = {**(values.get("text_config") or {}), **values}
     names: dict[str, Dtype] = {"float16": "fp16", "float32": "fp32"}
-    return names.get(str(values.get("dtype") or values.get("torch_dtype")), "bf16")
+    return names.get(str(values.get("dtype") or values.get("torch_dtype")))
 
 
 @lines_by_default()
@@ -272,7 +275,7 @@ def load_run(
         device: None takes the GPU where there is one.
         base_only: the base of it, with the tuned model's template, without what was trained.
         dtype: of weights and products. None: the run's, or the model's own; for a model of no run
-            in bf16 fp32, on a CPU that only emulates bf16, if the weights fit.
+            in bf16 what `model.dtype: auto` stands for on the device.
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
@@ -283,14 +286,14 @@ def load_run(
     import torch
 
     from tunesmith.build_model import build_model
-    from tunesmith.planning.resolve import inference_plan
+    from tunesmith.planning.resolve import inference_plan, resolve_dtype_here
 
     place = torch.device(select_device(device))
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     # Until the files are open nobody may delete the checkpoint.
     with undeleted(location):
-        if dtype is None:
-            location = _in_faster_dtype(location, place)
+        if location.base.dtype == "auto":
+            location = _with_dtype(location, dtype or resolve_dtype_here(location.base, place))
         read = read_run_files(location, dtype=dtype)
         _check_room(read.files, place)
         plan = inference_plan(read.run, read.files, place)
@@ -302,31 +305,11 @@ def load_run(
         )
 
 
-def _in_faster_dtype(location: RunLocation, device: "torch.device") -> RunLocation:
-    """A plain model in bf16 as one in fp32, where the CPU only emulates products in bf16 and the
-    weights fit. A run, and the base of an adapter, keep their dtype.
-    """
-    from tunesmith.hub.fetch import fetch_for_tokens
-    from tunesmith.metrics import hardware
-    from tunesmith.model.measured_spec import model_spec
-
-    base = location.base
-    is_own_folder = location.folder in (None, Path(base.name))
-    is_plain = location.kind == "base" and location.run is None and is_own_folder
-    if not is_plain or base.dtype != "bf16" or device.type != "cpu":
-        return location
-    if not hardware.is_bf16_emulated(device):
-        return location
-    # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.
-    config = fetch_for_tokens(base) / "config.json"
-    spec = model_spec(
-        read_json(config), where=str(config), trust_remote_code=base.trust_remote_code
-    )
-    # Weights in codes stay as they ship.
-    if spec.quantized or not hardware.leaves_room(spec.parameters * 4):
-        return location
-    log.info("computing in fp32, which is faster on this CPU: it only emulates products in bf16")
-    return replace(location, base=replace(base, dtype="fp32"))
+def _with_dtype(location: RunLocation, dtype: Dtype) -> RunLocation:
+    """The location of a base whose dtype is `auto`, with this one in place of it."""
+    run = location.run
+    base = replace(location.base, dtype=dtype)
+    return replace(location, base=base, run=replace(run, model=base) if run else None)
 
 
 @dataclass(frozen=True)
@@ -353,6 +336,8 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
     from tunesmith.hub.fetch import fetch
     from tunesmith.model.tokenizer import eos_ids
 
+    if location.base.dtype == "auto":
+        location = _with_dtype(location, dtype or location.dtype)
     folder = location.folder
     if folder and location.kind == "base" and folder != Path(location.base.name):
         manifest.check_sums(folder, reads=_is_read_beside_base)

@@ -8,9 +8,7 @@ import resource
 import statistics
 import subprocess
 import sys
-import timeit
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,13 @@ from torch import Tensor
 
 from tunesmith.errors import mask_words
 from tunesmith.host.chips import MEASURED, Peak, peak_of
-from tunesmith.host.memory import available_memory, physical_memory
+from tunesmith.host.memory import physical_memory
 from tunesmith.host.packages import installed_versions
 from tunesmith.units import ratio
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}  # of the measured peak
 ROUND_SECONDS = 0.2
 ROUNDS = 5
-# A product in bf16 that takes so many times as long as one in fp32 is emulated.
-EMULATED = 2.0
-MOST_WEIGHTS = 0.5  # of the available memory, which fp32 weights may take
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
@@ -60,31 +55,6 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, *, size: int | None 
     right = torch.randn(n, n, device=device, dtype=dtype)
     out = torch.empty(n, n, device=device, dtype=dtype)
     return ratio(2 * n**3, seconds_of(lambda: torch.mm(left, right, out=out))) / 1e12
-
-
-def bf16_slowdown(device: torch.device) -> float:
-    """How many times as long a product in bf16 takes as one in fp32: below 1, except on CPUs that
-    emulate bf16.
-
-    A CPU without AVX-512 or AMX took 198 times as long for this product of 256^3, and 85 times for
-    one of 1024^3 (0.9 and 79 GFLOP/s a thread). There it takes a tenth of a second.
-    """
-    x = torch.randn(256, 256, device=device)
-    seconds = {}
-    for matrix in (x, x.bfloat16()):
-        product = partial(torch.mm, matrix, matrix)
-        seconds[matrix.dtype] = min(timeit.repeat(product, number=1, repeat=3))
-    return ratio(seconds[torch.bfloat16], seconds[torch.float32])
-
-
-def is_bf16_emulated(device: torch.device) -> bool:
-    """Whether products in bf16 take more than EMULATED times as long as those in fp32."""
-    return bf16_slowdown(device) > EMULATED
-
-
-def leaves_room(weights: int) -> bool:
-    """Whether so many bytes of weights leave room for what else a process needs."""
-    return weights < available_memory() * MOST_WEIGHTS
 
 
 def seconds_of(product: Callable[[], Tensor]) -> float:

@@ -22,6 +22,7 @@ of their reduction, in the stream that computes. Shards are copied into the gath
 stream of the gather, and count as a part of it.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ from tunesmith.planning.measured_layers import count_active_adapter, count_adapt
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.units import Size, ceil_div, count_of
+
+log = logging.getLogger(__name__)
 
 # Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
 EIGHT_BIT_SPEED = 1.44
@@ -325,9 +328,15 @@ class EnoughMachines(NamedTuple):
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
     """The planner for machines that are not here.
 
-    Everything is assumed to work which the chip has.
+    Everything is assumed to work which the chip has. MachineError for bf16, where it has none.
     """
     chip = cluster.chip
+    dtype = run.model.dtype
+    if dtype == "auto":
+        dtype, line = resolve.resolve_dtype(run.model, run.train, chip, lambda: spec)
+        log.info(line)
+        run = replace(run, model=replace(run.model, dtype=dtype))
+    resolve.check_bf16(dtype, chip)
     is_cpu = chip.name == "cpu"
     size = int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")

@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
 from tunesmith.host.chips import CHIPS, Chip, list_gpus
+from tunesmith.host.cores import multiplies_bf16
 from tunesmith.host.memory import available_memory, read_memory, unified_budget
 
 # What nvidia-smi writes for the memory of a GPU that shares the host's, as GB10 does.
@@ -150,7 +151,7 @@ def this_machine() -> Cluster:
     """This machine, as nvidia-smi describes it, which touches no GPU; without a GPU its CPU."""
     gpus = list_gpus()
     if not gpus:
-        return Cluster(Chip("cpu", available_memory() / 2**30))
+        return Cluster(Chip("cpu", available_memory() / 2**30, bf16=multiplies_bf16()))
     _, name, memory = gpus[0]
     cluster = cluster_of(name, 1, len(gpus), _gpu_gib(memory))
     in_table = any(chip.name == name for chip in CHIPS.values())

@@ -1,4 +1,4 @@
-"""Resolve what `auto` means on a machine: compile, attention backend, micro batch, and recompute.
+"""Resolve what `auto` means on a machine: dtype, compile, attention, micro batch and recompute.
 
 Micro batch and recompute are chosen together, for the least time: a larger micro batch spreads the
 fixed cost of a forward and backward, a smaller one leaves memory for activations. `calibrate.py`
@@ -13,8 +13,9 @@ an 8B LoRA run this comes to 68 GiB; 69 were measured on an H200.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -22,13 +23,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Dtype, Model, Run, Train
 from tunesmith.data.schedule import StepSize
+from tunesmith.errors import MachineError
+from tunesmith.host.chips import Chip
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE
+from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE, resolve_quantize
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
@@ -58,7 +61,7 @@ from tunesmith.quant.expert_rows import uses_grouped_mm
 from tunesmith.quant.frozen_stack import DENSE_BYTES
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
-from tunesmith.runtime.device import free_memory, host_budget, is_integrated
+from tunesmith.runtime.device import chip_of, free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.units import Size, ceil_div
 
@@ -66,11 +69,15 @@ if TYPE_CHECKING:
     # With Transformers, which a plan can do without
     from tunesmith.hub.model_files import ModelFiles
 
+log = logging.getLogger(__name__)
+
 MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
 # Of a mixture on a GPU: each pass reads all experts, whatever few a token is multiplied with.
 MAX_TOKENS_OF_MIXTURE = 32768
 # Of the free memory, to plan with: the rest is the allocator's, and the estimate's error.
 USABLE = 0.9
+# Of the free memory, which weights in fp32 may take where bf16 has no units.
+MOST_WEIGHTS = 0.5
 # Operations in the time of a byte, in 16 bits and in 8, by Machine.integrated. An H200 reaches 700
 # TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards lie between 150 and 300; a
 # GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on an
@@ -93,6 +100,74 @@ DOCUMENT_BLOCK = 128
 # allocator, which no other length fits. So rows of varied steps are padded to one of at least so
 # many lengths, and fewer than twice as many.
 LENGTHS = 16
+
+
+def resolve_dtype(
+    model: Model, train: Train, chip: Chip, read_sizes: Callable[[], ModelSpec]
+) -> tuple[Dtype, str]:
+    """The dtype that `model.dtype: auto` stands for on a chip, and a line about it for the user.
+
+    Args:
+        chip: a GPU, or `cpu`, with the memory that is free.
+        read_sizes: of the model; called where the choice depends on them.
+
+    Raises:
+        MachineError: as `check_bf16`, where the recipe needs bf16.
+    """
+    name = "this CPU" if chip.name == "cpu" else chip.name
+
+    def chosen(dtype: Dtype, why: str) -> tuple[Dtype, str]:
+        return dtype, f"model.dtype: {dtype}, {why}"
+
+    if chip.bf16:
+        return chosen("bf16", f"which {name} has units for")
+    needs = "model.quantize=fp8" if model.quantize == "fp8" else ""
+    if train.master_weights == "stochastic":
+        needs = "train.master_weights=stochastic"
+    if needs:
+        check_bf16("bf16", chip)
+        return chosen("bf16", f"as {needs} needs it")
+    # A GPU without units for bf16 has them for fp16; a CPU has them for neither.
+    half: Dtype = "bf16" if chip.name == "cpu" else "fp16"
+    if half == "fp16" and train.optimizer_in_backward:
+        return chosen("fp32", "as train.optimizer_in_backward excludes fp16")
+    sizes = read_sizes()
+    if scheme_of(resolve_quantize(model, sizes)) is not DENSE:
+        return chosen(half, "as the base is quantized")
+    weights = sizes.parameters * torch.float32.itemsize
+    fp32_weights = f"weights of {weights / 2**30:.2g} GiB in fp32"
+    if weights < MOST_WEIGHTS * chip.gib * 2**30:
+        return chosen("fp32", f"as {name} has no units for bf16, and {fp32_weights} fit")
+    too_large = f"{fp32_weights} leave too little of {chip.gib:.2g} GiB"
+    return chosen(half, f"although {name} has no units for bf16: {too_large}")
+
+
+def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
+    """The dtype of a base on a device of this machine; a choice other than bf16 is logged."""
+    if model.dtype != "auto":
+        return model.dtype
+    from tunesmith.hub.fetch import fetch_for_tokens
+    from tunesmith.hub.model_files import spec_of_folder
+
+    # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.
+    def read_sizes() -> ModelSpec:
+        return spec_of_folder(fetch_for_tokens(model), model)
+
+    dtype, line = resolve_dtype(model, Train(), chip_of(torch.device(device)), read_sizes)
+    if dtype != "bf16":
+        log.info(line)
+    return dtype
+
+
+def check_bf16(dtype: str, chip: Chip) -> None:
+    """MachineError for bf16 on a GPU without units for it; a CPU emulates them."""
+    if dtype == "bf16" and not chip.bf16 and chip.name != "cpu":
+        raise MachineError(
+            f"{chip.name} has no bf16 matmuls",
+            where="model.dtype",
+            why="GPUs older than Ampere have none",
+            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
+        )
 
 
 def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tuple[str, str]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from tunesmith.distributed import torch_private
+from tunesmith.host.chips import Chip
+from tunesmith.host.cores import multiplies_bf16
 from tunesmith.host.memory import (
     MemoryLimit,
     available_memory,
@@ -53,6 +55,20 @@ def host_budget(ranks: Collection[int] = ()) -> HostBudget:
         ceilings.append((limit.size - floor - limit.used_by_run) // limit.ranks)
     ceiling = min(ceilings)
     return HostBudget(max(0, min(free)), max(0, ceiling), limits[ceilings.index(ceiling)])
+
+
+def chip_of(device: torch.device, ranks: Collection[int] = ()) -> Chip:
+    """The chip that a dtype is chosen for: its name, memory that is free, and whether it has bf16.
+
+    `ranks` are the process ids of the run's ranks on this host.
+    """
+    if device.type == "cpu":
+        return Chip("cpu", host_budget(ranks).free / 2**30, bf16=multiplies_bf16())
+    return Chip(
+        torch.cuda.get_device_name(device),
+        free_memory(device) / 2**30,
+        bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+    )
 
 
 def choose_device() -> torch.device:

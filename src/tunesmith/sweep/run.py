@@ -276,6 +276,7 @@ class Sweep:
             "rungs": rungs,
             "micro_batch": str(first.plan.layout.micro_batch),
             "validate_every": every and str(every),
+            "dtype": first.run.model.dtype,
         }
 
     def _pinned(self, run: Run) -> Run:
@@ -285,8 +286,11 @@ class Sweep:
         """
         every = self.fixed["validate_every"]
         micro_batch = Size.parse(self.fixed["micro_batch"])
+        # Not in the sweep.json of an earlier version.
+        dtype = self.fixed.get("dtype", run.model.dtype)
         return replace(
             run,
+            model=replace(run.model, dtype=dtype),
             validate=replace(run.validate, every=every and Length.parse(every)),
             train=replace(run.train, micro_batch=micro_batch),
         )

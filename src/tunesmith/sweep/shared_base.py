@@ -51,7 +51,7 @@ class SharedBase:
         first = self.first
         root = first.model
         # What `auto` stands for with the base that is loaded.
-        run = replace(run, model=replace(run.model, quantize=first.run.model.quantize))
+        run = replace(run, model=first.run.model)
         with ranks.raise_on_all_ranks():
             check_unchanged(start, run, first.hashes)
             tokens = first.data.train

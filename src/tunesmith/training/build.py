@@ -31,7 +31,14 @@ from tunesmith.build_model import (
 )
 from tunesmith.checkpoint.contents import read_optimizer
 from tunesmith.checkpoint.manifest import check_sums
-from tunesmith.checkpoint.resume import COUNTER, Progress, Start, check_unchanged, describe_resume
+from tunesmith.checkpoint.resume import (
+    COUNTER,
+    Progress,
+    Start,
+    as_it_began,
+    check_unchanged,
+    describe_resume,
+)
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.dump import digest, dump
@@ -47,7 +54,7 @@ from tunesmith.data.tokens import Repeats
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, TunesmithError, UsageError
 from tunesmith.host import packages
-from tunesmith.host.chips import Peak
+from tunesmith.host.chips import Chip, Peak
 from tunesmith.host.files import (
     existing_folder,
     from_here,
@@ -58,7 +65,7 @@ from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
 from tunesmith.hub.download import FetchProgress
-from tunesmith.hub.model_files import ModelFiles, read_model_files
+from tunesmith.hub.model_files import ModelFiles, read_model_files, spec_of_folder
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
@@ -67,7 +74,7 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent_kernels import describe_trials
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.shipped import check_frozen
-from tunesmith.model.spec import attention_weight, check_seq_len, flops
+from tunesmith.model.spec import ModelSpec, attention_weight, check_seq_len, flops
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
@@ -76,7 +83,12 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.forecast import Planner, measure_work
 from tunesmith.planning.machines import cluster_of
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
-from tunesmith.planning.resolve import checkpoint_bytes, probe_machine
+from tunesmith.planning.resolve import (
+    check_bf16,
+    checkpoint_bytes,
+    probe_machine,
+    resolve_dtype,
+)
 from tunesmith.planning.run_plan import (
     Machine,
     RunPlan,
@@ -87,7 +99,7 @@ from tunesmith.quant.eight_bit import eight_bit_shapes
 from tunesmith.quant.scaled_matmul import SCALING_RECIPES
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE, Phase
-from tunesmith.runtime.device import choose_device, free_device_memory
+from tunesmith.runtime.device import chip_of, choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
@@ -207,19 +219,19 @@ def build(
     if torch.cuda.is_initialized():
         free_device_memory()  # of an earlier run of this process
     device = choose_device()
+    chip = common_chip(device, ranks)
     # What one rank of a node downloads and tokenizes, the others read from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        check_machine(run, device)
+        check_machine(run, device, chip)
         check_inputs(run, start)
-        files, hashes = read_base(run, start, ranks, weights=weights)
-        # As the recipe has it, but for what `quantize: auto` means: config.yaml keeps it, and a
-        # resumed run compares its own with it.
+        files, hashes = read_base(run, start, chip, ranks, weights=weights)
+        # As the recipe has it, but for what `auto` means in its model section: config.yaml keeps
+        # it, and a resumed run compares its own with it.
         run = session_run = replace(run, model=files.model)
         run = lay_out_rows(run, files)
         # Nothing is learned in a measurement, and a run that began keeps the rows that it began
         # with.
-        resumes = start.checkpoint is not None
-        cut_answers: CutAnswers = "warn" if measured or resumes else "refuse"
+        cut_answers: CutAnswers = "warn" if measured or start.checkpoint else "refuse"
         data = read_data(run, start, files, hashes, cut_answers, why=why)
         if measured:
             data = fill_steps(data)
@@ -270,21 +282,41 @@ def lay_out_rows(run: Run, files: ModelFiles) -> Run:
     return one_document_a_row(run, files.config.model_type, support.why)
 
 
+def common_chip(device: torch.device, ranks: Ranks) -> Chip:
+    """The chip that all ranks choose a dtype for; a collective call.
+
+    That of a rank without units for bf16, if there is one, with the least memory of all.
+    """
+    chips = ranks.all_gather_object(chip_of(device, ranks.heartbeat.peers.local_processes()))
+    chip = min(chips, key=lambda chip: chip.bf16)
+    return replace(chip, gib=min(chip.gib for chip in chips))
+
+
 def read_base(
-    run: Run, start: Start, ranks: Ranks, *, weights: Weights
+    run: Run, start: Start, chip: Chip, ranks: Ranks, *, weights: Weights
 ) -> tuple[ModelFiles, dict[str, Any]]:
     """The files of the base, brought from the Hub where they are missing, and the hash of its
     weights.
     """
     # A resumed run's rows were cut to this length when it began.
     seq_len = None if start.checkpoint else run.data.seq_len
-    model = run.model
-    if model.quantize == "auto" and start.previous_run is not None:
-        # As it began: what `auto` stands for may not change under a checkpoint.
-        model = replace(model, quantize=start.previous_run.model.quantize)
-    folder = Path(run.model.name)
+    # What `auto` stands for may not change under a checkpoint.
+    model = as_it_began(run.model, start.previous_run)
+    folder = Path(model.name)
+    if model.dtype == "auto":
+
+        def read_sizes() -> ModelSpec:
+            # Drawn weights have a folder with less in it than a fetch demands.
+            place = fetch.fetch_for_tokens(model) if weights == "stored" else folder
+            return spec_of_folder(place, model)
+
+        dtype, line = resolve_dtype(model, run.train, chip, read_sizes)
+        model = replace(model, dtype=dtype)
+        log.info(line)
+    elif run.model.dtype == "auto":
+        log.info(f"model.dtype: {model.dtype}, as this run began")
     if weights == "stored":
-        folder = fetch.fetch(run.model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
+        folder = fetch.fetch(model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
         if ranks.local_rank == 0:
             check_sums(folder)  # the base may be a model that an earlier run wrote
     files = read_model_files(folder, model)
@@ -627,17 +659,18 @@ def describe_rounding(start: Start, run: Run) -> list[str]:
     ]
 
 
-def check_machine(run: Run, device: torch.device) -> None:
+def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
     """Refuse a dtype that the device has no matmuls for, and packages that are not installed.
 
     It comes before anything is fetched. A CPU that only emulates products in bf16 is warned of.
     """
     dtype = run.model.dtype
-    if dtype == "bf16" and device.type == "cpu":
-        slowdown = hardware.bf16_slowdown(device)
-        if slowdown > hardware.EMULATED:
-            why = f"bf16 products take {slowdown:.0f} times as long as fp32's on this CPU"
-            log.warning(f"{why}, which only emulates them; fix: model.dtype=fp32")
+    check_bf16(dtype, chip)
+    if dtype == "bf16" and not chip.bf16:
+        log.warning(
+            "this CPU has no units for bf16, whose products take up to 200 times as long as fp32's;"
+            " fix: model.dtype=fp32"
+        )
     if run.train.cpu_offload and device.type == "cpu":
         log.warning("train.cpu_offload has no effect on a CPU")
     if run.train.optimizer == "adamw-8bit":
@@ -649,13 +682,6 @@ def check_machine(run: Run, device: torch.device) -> None:
             where="model.dtype",
             why="its matmuls are emulated, hundreds of times slower than bf16",
             fix="model.dtype=bf16, or model.dtype=fp32",
-        )
-    if dtype == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise MachineError(
-            "this GPU has no bf16",
-            where="model.dtype",
-            why=f"{torch.cuda.get_device_name(device)} is older than Ampere",
-            fix="model.dtype=fp16 (the loss is scaled), or model.dtype=fp32",
         )
 
 

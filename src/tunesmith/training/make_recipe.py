@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.start_adapter import find_adapter
@@ -44,7 +43,6 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import demo_model, fetch
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.metrics import hardware
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
@@ -182,7 +180,6 @@ def make_recipe(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     on_paper: bool = False,
-    trains_here: bool = True,
     row_count: int | None = None,
 ) -> NewRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
@@ -195,7 +192,6 @@ def make_recipe(
             follows them.
         on_paper: for a plan: a well-known model of which nothing is on this machine is not
             looked up at the Hub. The rows' tokens are then estimated from their characters.
-        trains_here: False if other machines train: the processor of this one decides nothing.
         row_count: how many rows there will be, if these are a sample.
 
     Raises:
@@ -234,8 +230,6 @@ def make_recipe(
 
     row_count = row_count or len(rows)
     examined = _examine(draft, source, rows, on_paper=on_paper)
-    if trains_here and not on_paper:
-        _choose_dtype(chosen, why, override_keys, examined.spec)
     parts = _choose_seq_len(chosen, why, draft, override_keys, examined, layout.format)
     held_out = _choose_hold_out(chosen, why, draft, override_keys, row_count, parts)
     if examined.is_padded and "data.pack" not in override_keys:
@@ -429,23 +423,6 @@ def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Exa
     is_padded = model_type is not None and model_type.support.state == "padded"
     lengths = np.array([max(1, ceil_div(n, CHARACTERS_PER_TOKEN)) for n in _characters(rows)])
     return _Examined(spec, is_padded, lengths, round(lengths.mean()))
-
-
-def _choose_dtype(
-    chosen: dict[str, Any], why: dict[str, str], override_keys: set[str], spec: ModelSpec
-) -> None:
-    """Add fp32 where this machine has no GPU, its CPU emulates bf16, and the weights leave room.
-
-    fp8 and nf4 are for weights in bf16: a base that is quantized keeps it.
-    """
-    if torch.cuda.is_available() or {"model.dtype", "model.quantize"} & override_keys:
-        return
-    weights = spec.parameters * torch.float32.itemsize
-    if hardware.is_bf16_emulated(torch.device("cpu")) and hardware.leaves_room(weights):
-        chosen["model.dtype"] = "fp32"
-        why["model.dtype"] = (
-            "faster on this CPU, which only emulates products in bf16; on a GPU remove it"
-        )
 
 
 def _choose_hold_out(

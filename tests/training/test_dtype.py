@@ -1,0 +1,127 @@
+"""What `model.dtype: auto` stands for on a machine, and that a run keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from errors import holds, refuses
+from logged import logged_lines
+from recipes import make_run
+from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Model, Run, Train
+from tunesmith.errors import MachineError, RecipeError
+from tunesmith.host.chips import CHIPS, Chip
+from tunesmith.model.shapes import SHAPES
+from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.planning.resolve import resolve_dtype
+from tunesmith.run_dir import RECIPE
+from tunesmith.training import build
+from tunesmith.training.build import check_machine, common_chip
+from tunesmith.training.run import train
+
+SPEC = read_spec(SHAPES["llama3-8b"].config, where="test")  # 30 GiB in fp32
+GPU = CHIPS["h100"]
+T4 = CHIPS["t4"]  # 14 GiB
+LARGE_T4 = Chip("eight times a T4", 8 * T4.gib, bf16=False)
+FAST_CPU = Chip("cpu", 64.0)
+SLOW_CPU = Chip("cpu", 64.0, bf16=False)
+SMALL_CPU = Chip("cpu", 32.0, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("chip", "keys", "dtype"),
+    [
+        (GPU, {}, "bf16"),
+        (FAST_CPU, {}, "bf16"),
+        (SLOW_CPU, {}, "fp32"),
+        (SMALL_CPU, {}, "bf16"),  # no room for more
+        (T4, {}, "fp16"),  # as above; it has units for fp16
+        (LARGE_T4, {}, "fp32"),
+        (SLOW_CPU, {"quantize": "nf4"}, "bf16"),
+        (SLOW_CPU, {"quantize": "fp8"}, "bf16"),
+        (SLOW_CPU, {"quantize": "as-shipped"}, "bf16"),
+        (T4, {"quantize": "nf4"}, "fp16"),
+        (SLOW_CPU, {"master_weights": "stochastic"}, "bf16"),  # what it rounds are bf16 weights
+        (T4, {"optimizer_in_backward": True}, "fp32"),  # fp16 is excluded with it
+    ],
+)
+def test_bf16_where_there_are_units_for_it_else_fp32_where_it_fits(
+    chip: Chip, keys: dict[str, Any], dtype: str
+) -> None:
+    model = Model(name="m", quantize=keys.pop("quantize", "auto"))
+    chosen, line = resolve_dtype(model, Train(**keys), chip, lambda: SPEC)
+    assert chosen == dtype
+    assert holds(line, "model.dtype", dtype)
+
+
+def test_where_there_are_units_the_model_is_not_looked_at() -> None:
+    def read_sizes() -> ModelSpec:
+        raise AssertionError
+
+    assert resolve_dtype(Model(name="m"), Train(), GPU, read_sizes)[0] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("model", "rest"), [({"quantize": "fp8"}, {}), ({}, {"master_weights": "stochastic"})]
+)
+def test_what_needs_bf16_is_refused_on_a_gpu_without_it(
+    model: dict[str, Any], rest: dict[str, Any]
+) -> None:
+    with refuses(MachineError, where="model.dtype", names=["T4"]):
+        resolve_dtype(Model(name="m", **model), Train(**rest), T4, lambda: SPEC)
+
+
+def test_ranks_on_unlike_machines_choose_alike() -> None:
+    chips = [Chip("cpu", 64.0), Chip("cpu", 96.0, bf16=False)]
+    peers = SimpleNamespace(local_processes=dict)
+    ranks: Any = SimpleNamespace(
+        all_gather_object=lambda chip: chips, heartbeat=SimpleNamespace(peers=peers)
+    )
+    assert common_chip(torch.device("cpu"), ranks) == Chip("cpu", 64.0, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "is_warned"),
+    [(SLOW_CPU, "bf16", True), (SLOW_CPU, "fp32", False), (FAST_CPU, "bf16", False)],
+)
+def test_only_emulated_products_are_warned_of(
+    chip: Chip, dtype: str, is_warned: bool, tiny: Path, tmp_path: Path
+) -> None:
+    run = make_run(tiny, tmp_path, model={"dtype": dtype})
+    with logged_lines() as lines:
+        check_machine(run, torch.device("cpu"), chip)
+    assert [line for line in lines if holds(line, "bf16", "model.dtype=fp32")] == lines
+    assert bool(lines) == is_warned
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_dtype_that_it_began_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins on a machine without units for bf16, and goes on where there are some."""
+
+    def start(steps: int, dtype: str = "auto", **checkpoint: Any) -> Run:
+        changes = {"train": {"duration": f"{steps} steps"}, "checkpoint": {"every": "2 steps"}}
+        changes["checkpoint"] |= checkpoint
+        return make_run(tiny, tmp_path, held=False, model={"dtype": dtype}, **changes)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with logged_lines() as lines:
+        train(start(2))
+    assert sum(holds(line, "model.dtype", "fp32") for line in lines) == 1
+    config = tmp_path / "run" / RECIPE
+    assert load_recipe(config).model.dtype == "fp32"
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(build, "chip_of", lambda device, ranks: FAST_CPU)
+    with logged_lines() as lines:
+        assert train(start(4)).steps == 4
+    assert sum(holds(line, "model.dtype", "fp32") for line in lines) == 1
+    assert load_recipe(config).model.dtype == "fp32"
+    with refuses(RecipeError, where='model.dtype: "fp32" -> "bf16"'):
+        train(start(6, "bf16"))
