@@ -355,7 +355,7 @@ def count_operator(
 def recipe(base: str, *, full: bool, target: str | tuple[str, ...] = "all-linear") -> Run:
     """What `define_model` needs of a recipe; `base` is bf16 or a value of model.quantize."""
     return Run(
-        model=Model(name="shape", quantize="none" if base == "bf16" else base),
+        model=Model(name="shape", dtype="bf16", quantize="none" if base == "bf16" else base),
         data=Data(train=(Source(source="rows.jsonl"),)),
         adapter=Adapter(kind="none" if full else "lora", target=target),
         output_dir="out",

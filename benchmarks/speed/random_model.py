@@ -32,7 +32,7 @@ def write_random_model(
         dict(SHAPES[shape].config) | ({"num_hidden_layers": layers} if layers else {}),
         tokenizer,
     )
-    recipe = Model(name=str(folder))
+    recipe = Model(name=str(folder), dtype="bf16")
     model = load.build_on_meta(load.load_config(folder, recipe), recipe)
     stored = dict(model.state_dict())
     load.materialize(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

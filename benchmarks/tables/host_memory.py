@@ -178,7 +178,7 @@ def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> None:
     layers = max(1, round((gib * GIB / 2 - parameters(1)) / layer) + 1)
     write_random_model(folder / "model", shape, tokenizer, layers, file_size="1GB")
     recipe = {
-        "model": {"name": str(folder / "model")},
+        "model": {"name": str(folder / "model"), "dtype": "bf16"},
         "data": {"train": {"source": "none.jsonl", "format": "text"}},
         "output_dir": str(folder / "run"),
     }

@@ -42,7 +42,7 @@ CARDS = {"24 GB": 24e9, "48 GB": 48e9, "80 GB": 80e9, "Spark": 119 * 2**30, "141
 def recipe(name: str, method: dict[str, dict[str, object]], recompute: str) -> Run:
     """A recipe of sequence length 2,048 on the model `name`."""
     values = {
-        "model": {"name": name, **method.get("model", {})},
+        "model": {"name": name, "dtype": "bf16", **method.get("model", {})},
         "adapter": method["adapter"],
         "data": {"train": {"source": "rows.jsonl"}},
         "train": {"recompute": recompute, **method.get("train", {})},

@@ -57,7 +57,7 @@ def cells(row: Row) -> tuple[str, ...]:
     name, *keys = shlex.split(row.recipe)
     run, spec = load_recipe(name, keys), read_spec(SHAPES[row.shape].config, where=row.shape)
     planner = plan_on_paper(run, spec, read_cluster(row.on), measure_work(run, spec, None))
-    found, (size, _) = planner.ranked()[0], checkpoint_bytes(run, planner.trained, None)
+    found, (size, _) = planner.ranked()[0], checkpoint_bytes(planner.run, planner.trained, None)
     return (
         row.words,
         f"`{row.recipe}`",

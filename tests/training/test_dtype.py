@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +11,18 @@ import torch
 
 from errors import holds, refuses
 from logged import logged_lines
+from ranks import run_ranks
 from recipes import make_run
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run, Train
+from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.planning.resolve import resolve_dtype
 from tunesmith.run_dir import RECIPE
+from tunesmith.runtime.device import chip_of
 from tunesmith.training import build
 from tunesmith.training.build import check_machine, common_chip
 from tunesmith.training.run import train
@@ -76,13 +79,20 @@ def test_what_needs_bf16_is_refused_on_a_gpu_without_it(
         resolve_dtype(Model(name="m", **model), Train(**rest), T4, lambda: SPEC)
 
 
+def chip_on_ranks() -> tuple[Chip, Chip]:
+    """What this rank has, and what all of them choose for; only rank 1 has no units."""
+    with join_ranks() as ranks:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2" if ranks.rank == 1 else "DEFAULT"
+        device = torch.device("cpu")
+        return chip_of(device), common_chip(device, ranks)
+
+
+@pytest.mark.slow
 def test_ranks_on_unlike_machines_choose_alike() -> None:
-    chips = [Chip("cpu", 64.0), Chip("cpu", 96.0, bf16=False)]
-    peers = SimpleNamespace(local_processes=dict)
-    ranks: Any = SimpleNamespace(
-        all_gather_object=lambda chip: chips, heartbeat=SimpleNamespace(peers=peers)
-    )
-    assert common_chip(torch.device("cpu"), ranks) == Chip("cpu", 64.0, bf16=False)
+    (_, first), (own, second) = run_ranks(2, chip_on_ranks)
+    assert first == second
+    assert not own.bf16
+    assert not first.bf16
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def _merge_and_check(
         )
 
     # The adapter computes in the type that it was trained in, or in fp32 beside an fp32 merge.
-    trained_dtype = "fp32" if dtype == "fp32" else location.base.dtype
+    trained_dtype = "fp32" if dtype == "fp32" else location.dtype
     adapted = logits(tuned, "adapter", trained_dtype)
     base = compare_logits(adapted, logits(tuned, "base", trained_dtype))
     written_logits = logits(written, "merged", dtype)
