@@ -29,7 +29,7 @@ def test_the_stacks_are_quantized_and_have_their_adapter() -> None:
     pytest.importorskip("bitsandbytes")
     run = from_mapping(
         {
-            "model": {"name": "m", "quantize": "nf4"},
+            "model": {"name": "m", "dtype": "bf16", "quantize": "nf4"},
             "data": {"train": {"source": "rows.jsonl"}},
             "output_dir": "out",
         },

@@ -35,7 +35,7 @@ FULL = {"adapter.kind": "none"}
 def recipe(tmp_path: Path) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        "model: {name: m}\ndata: {train: {source: rows.jsonl}}\noutput_dir: runs/mine\n"
+        "model: {name: m, dtype: bf16}\ndata: {train: {source: rows.jsonl}}\noutput_dir: runs/mine\n"
     )
     return file
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
@@ -439,6 +439,8 @@ def saving_seconds(run: Run) -> float:
 
     spec = model_spec(config, where=run.model.name, trust_remote_code=run.model.trust_remote_code)
     base = file.parent if file.is_file() else None
+    if run.model.dtype == "auto":
+        run = replace(run, model=replace(run.model, dtype="bf16"))  # as on most GPUs
     size, _ = checkpoint_bytes(run, spec.parameters, base)
     return size / ASSUMED_DISK
 
