@@ -33,6 +33,7 @@ from tunesmith.errors import (
     StoppedError,
     UsageError,
 )
+from tunesmith.host.chips import Chip
 from tunesmith.host.signals import LowMemory
 from tunesmith.metrics.record import read_records
 from tunesmith.report.run_files import RunFiles
@@ -43,6 +44,7 @@ from tunesmith.sweep.run import check_sweep, run_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
+from tunesmith.training import build
 from tunesmith.training.run import joined, start_run, train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -499,6 +501,29 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
     assert main(["sweep", str(file), *words, "--ranks", "2"]) == EXIT_STOPPED
     assert_equals_train(sweep(file, words), tmp_path)
     assert main(["sweep", str(file), *words, "--ranks", "2"]) == 0
+
+
+def test_a_sweep_goes_on_in_the_dtype_that_it_began_with(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins where there are no units for bf16, and goes on where there are."""
+    file, train_step = write_recipe(tiny, tmp_path, model={"dtype": "auto"}), Trainer.train_step
+
+    def stopped(trainer: Trainer, batch: Any) -> Any:
+        trainer.stop.request.low_memory = LowMemory("no room", {})
+        return train_step(trainer, batch)
+
+    chip = Chip("cpu", 64.0)
+    monkeypatch.setattr(build, "chip_of", lambda device, ranks: replace(chip, bf16=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stopped)
+        with pytest.raises(LowMemoryError):
+            sweep(file)
+    monkeypatch.setattr(build, "chip_of", lambda device, ranks: chip)
+    outcome = sweep(file)
+    assert outcome["fixed"]["dtype"] == "fp32"
+    configs = [Path(each["run_dir"], "config.yaml") for each in outcome["candidates"]]
+    assert {load_recipe(config).model.dtype for config in configs} == {"fp32"}
 
 
 def sweep_and_train(file: Path, words: list[str]) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def fetch(
     tokenizer.
 
     Args:
-        model: the recipe's block; `name` is a folder, a .gguf file or a Hub id.
+        model: the recipe's block; `name` is a folder, a Hub id, or a .gguf file, which is converted
+            to `dtype` (not `auto`).
         progress: shows the bytes that arrive; None: a bar if stderr is a terminal.
         update: ask the Hub for a newer commit although the cache is complete.
         seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
