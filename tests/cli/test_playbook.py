@@ -78,7 +78,7 @@ def run_of(
 
 
 SHARED_DEFAULTS = {
-    "model.dtype": "bf16",
+    "model.dtype": "auto",
     "model.trust_remote_code": False,
     "data.seq_len": 2048,
     "data.pack": False,
@@ -127,6 +127,7 @@ def test_defaults_are_theirs(script: str) -> None:
 EFFECTS: list[tuple[list[str], dict[str, Any]]] = [
     (["--model_name", "org/other"], {"model.name": "org/other"}),
     (["--dtype", "float32"], {"model.dtype": "fp32"}),
+    (["--dtype", "bfloat16"], {"model.dtype": "bf16"}),
     (["--dtype", "float16"], {"model.dtype": "fp16"}),
     (["--batch_size", "2"], {"train.global_batch": "2 examples", "train.micro_batch": "2 examples"}),
     (["--seq_length", "333"], {"data.seq_len": 333}),
