@@ -32,12 +32,14 @@ def load(path: Path) -> list[dict]:
         return json.load(file)["traceEvents"]
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
-def test_each_cycle_leaves_its_files_and_holds_its_active_steps(tmp_path: Path) -> None:
+def test_each_cycle_leaves_its_files_and_holds_its_active_steps(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     profiler = Profiler(
         Profile(enabled=True, wait=1, warmup=1, active=3, cycles=2), tmp_path, rank=1, device=CPU
     )
     work(profiler, 20)
+    assert [str(warning.message) for warning in recwarn] == []
     folder = tmp_path
     traces = sorted(folder.glob("rank1.*.pt.trace.json.gz"))
     assert len(traces) == len(profiler.traces) == 2
@@ -116,7 +118,6 @@ def test_a_rank_that_is_not_there_is_refused(tiny: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_the_time_of_an_operation_is_torchs(tmp_path: Path) -> None:
     """Reference: `self_cpu_time_total` of torch's own averages over the same trace."""
     settings = Profile(enabled=True, wait=0, warmup=1, active=3)

@@ -64,11 +64,14 @@ class Profiler:
             profile_memory=True,
             record_shapes=True,
             with_stack=settings.stacks,
+            # Else torch warns, 2.11 and 2.12 of every profile, that a new cycle clears the events.
+            acc_events=True,
         )
 
     def __enter__(self) -> Self:
         if self._profile is not None:
             self._profile.start()
+            self._keep_traces_only()
         return self
 
     def step(self) -> None:
@@ -77,9 +80,18 @@ class Profiler:
         if self._profile is None:
             return
         self._profile.step()
+        self._keep_traces_only()
         self._steps_left -= 1
         if self._steps_left == 0:
             self.__exit__()
+
+    def _keep_traces_only(self) -> None:
+        """Parse no events of the cycle that has begun, if one has: they are read from its trace.
+
+        Torch would take minutes for 100,000 operations, as it accumulates what it has parsed.
+        """
+        if self._profile is not None and self._profile.profiler is not None:
+            self._profile.profiler.acc_events = False
 
     def __exit__(self, *_: object) -> None:
         if self._profile is not None:
