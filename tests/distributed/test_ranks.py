@@ -40,6 +40,7 @@ def test_one_process_shares_with_itself():
     with join_ranks() as ranks:
         assert ranks == Ranks()
         assert ranks.broadcast_object("a") == "a"
+        assert ranks.broadcast_number(0.1) == 0.1
         assert ranks.all_gather_object(1) == [1]
         with pytest.raises(DataError), ranks.raise_on_all_ranks():
             raise DataError("broken")
@@ -68,6 +69,7 @@ def shared() -> tuple[object, ...]:
             mesh.data_rank,
             mesh.tensor_rank,
             limits,
+            ranks.broadcast_number(0.1 + ranks.rank),
         )
 
 
@@ -85,6 +87,7 @@ def test_ranks_share_values_and_errors():
     assert [f[5] for f in found] == [
         {COLLECTIVE_TIMEOUT}
     ] * 4  # of all groups: torch gives a mesh's half an hour
+    assert [f[6] for f in found] == [0.1] * 4
 
 
 def test_a_later_training_of_a_process_takes_its_own_groups():

@@ -265,8 +265,24 @@ def test_time_left_leaves_the_first_step_out(tmp_path: Path, run: Run) -> None:
 
 def test_a_run_by_the_clock_tells_what_is_left_of_it(tmp_path: Path, run: Run) -> None:
     run = replace(run, train=Train(duration=Length.parse("2 h")))
-    _, log = shown(run, tmp_path, [record(1)], total=None)
-    assert "left 2:00 h" in log
+    records = [record(1, step_seconds=1800.0), record(2, step_seconds=600.0)]
+    _, log = shown(run, tmp_path, records, total=None)
+    assert [row.rsplit("left ", 1)[1] for row in log.splitlines() if "left" in row] == [
+        "1:30 h",
+        "1:20 h",
+    ]
+
+
+def test_a_resumed_run_by_the_clock_has_the_rest_of_its_time(tmp_path: Path, run: Run) -> None:
+    run = replace(run, train=Train(duration=Length.parse("2 h")))
+    log = LogFile(tmp_path / "log.txt")
+    sink = Terminal(
+        log, total_steps=None, steps_per_epoch=10, trained_seconds=3600.0, stream=io.StringIO()
+    )
+    sink.open(run, 7)
+    sink.step(record(8, step_seconds=1800.0))
+    sink.close()
+    assert "left 30:00 min" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_terminal_gets_a_bar_with_loss_rate_and_time(

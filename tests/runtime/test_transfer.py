@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from tunesmith.data.batch import Batch
-from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Snapshot
+from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Mark, Snapshot
 
 gpu = [
     pytest.mark.gpu,
@@ -95,6 +97,24 @@ def test_nothing_waits_for_the_next_step() -> None:
     assert torch.equal(copies.on_host()["value"], torch.ones(8))
     assert not end.query(), "the next step was over: it was waited for"
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_marks_time_the_device(device: torch.device) -> None:
+    """A GPU's host has launched it all when the work has hardly begun."""
+    count = 200 if device.type == "cuda" else 2
+    busy(device, count)  # chooses and loads its kernels the first time
+    Mark(device).wait()
+    began = time.perf_counter()
+    first = Mark(device)
+    busy(device, count)
+    last = Mark(device)
+    launched = time.perf_counter() - began
+    seconds = last.seconds_since(first)
+    # Of half a second or more: a launch and a wake-up of the host take less than a millisecond.
+    assert seconds == pytest.approx(time.perf_counter() - began, rel=0.02)
+    if device.type == "cuda":
+        assert launched < seconds / 2
 
 
 @pytest.mark.gpu

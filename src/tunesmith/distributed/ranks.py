@@ -96,6 +96,17 @@ class Ranks:
         """Rank 0's value, on every rank."""
         return self.all_gather_object(value)[0]
 
+    def broadcast_number(self, value: float) -> float:
+        """Rank 0's number, on every rank: a collective of the hosts that no device waits for."""
+        if self.world == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(number, src=0, group=self.group)
+        return number.item()
+
     def all_gather_object(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
         if self.world == 1:

@@ -46,10 +46,11 @@ class StepRecord:
         grad_norm: L2 norm over all trained parameters before clipping, tied ones once.
         tokens: non-padding input tokens.
         supervised_tokens: positions whose label enters the loss.
-        step_seconds: wall time of the whole step.
-        data_seconds: the part of it spent waiting for data.
+        step_seconds: from the end of the step before, by the device's clock.
+        data_seconds: that the host waited for data.
         tokens_per_second: `tokens / step_seconds`.
-        mfu: model FLOPs per second over the peak, from 0 to 1; None without a peak.
+        mfu: model FLOPs per second over the peak, from 0 to 1; None without a peak
+            that bounds it.
         memory_gib: peak memory so far: allocated on the GPU, else resident in RAM.
         mfu_peak_tflops: the peak that `mfu` is relative to.
         gpu_utilization: percent. This and the other gauges of a GPU: GPU only.

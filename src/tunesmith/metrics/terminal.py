@@ -50,6 +50,7 @@ class Terminal(Sink):
 
     Args:
         total_steps: optimizer steps of the whole run; None where it ends by the clock.
+        trained_seconds: of the steps before this start.
         phase: what the run does at the moment: `training`, `first step`, `sample answers`.
     """
 
@@ -59,6 +60,7 @@ class Terminal(Sink):
         *,
         total_steps: int | None,
         steps_per_epoch: int,
+        trained_seconds: float = 0.0,
         stream: TextIO | None = None,
         phase: Callable[[], str] = lambda: Phase.TRAINING,
     ) -> None:
@@ -66,6 +68,7 @@ class Terminal(Sink):
         self.phase = phase
         self.total = total_steps
         self.steps_per_epoch = steps_per_epoch
+        self.trained_seconds = trained_seconds
         self.stream = stream or sys.stderr
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -76,10 +79,12 @@ class Terminal(Sink):
     def open(self, run: Run, resumed_at: int) -> None:
         self.log.open()
         self._every = Cadence(
-            run.log.every, total=self.total, steps_per_epoch=self.steps_per_epoch, seconds=0.0
+            run.log.every,
+            total=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+            seconds=self.trained_seconds,
         )
         self._seconds = run.train.duration.seconds
-        self._started = time.monotonic()
         console = Console(file=self.stream)
         is_notebook = (
             self.stream is sys.stderr and console.is_jupyter and find_spec("ipywidgets") is not None
@@ -101,7 +106,7 @@ class Terminal(Sink):
         self._task = self._progress.add_task(
             "",
             total=self.total or self._seconds,
-            completed=resumed_at if self.total else 0,
+            completed=resumed_at if self.total else int(self.trained_seconds),
             **fields,
         )
         self._progress.start()
@@ -112,15 +117,16 @@ class Terminal(Sink):
             self._recent.clear()
         self._steps += 1
         self._recent.append(record.step_seconds)
-        elapsed = time.monotonic() - self._started
+        # What ends a run by the clock: the time of its steps, without validation and saving.
+        self.trained_seconds += record.step_seconds
         count = f"{record.step}/{self.total}" if self.total else str(record.step)
         loss = f"loss {record.loss:.4f}"
         speed = f"{record.tokens_per_second:,.0f} tok/s"
-        time_left = self._time_left(record.step, elapsed)
+        time_left = self._time_left(record.step)
         if self._progress is not None:
             self._progress.update(
                 self._task,
-                completed=record.step if self.total else elapsed,
+                completed=record.step if self.total else self.trained_seconds,
                 step=count,
                 status=f"{loss}  {speed}",
                 time_left=time_left,
@@ -128,7 +134,8 @@ class Terminal(Sink):
             if self._progress.console.is_jupyter and self._may_show():
                 self._progress.refresh()
         is_last = record.step == self.total
-        if not (self._every.due(record.step, elapsed) or self._steps == 1 or is_last):
+        is_due = self._every.due(record.step, self.trained_seconds)
+        if not (is_due or self._steps == 1 or is_last):
             return
         lr = f"lr {record.learning_rate:.1e}".replace("e-0", "e-")
         figures = [f"step {count}", loss, lr, f"grad {record.grad_norm:.3g}", speed]
@@ -141,14 +148,14 @@ class Terminal(Sink):
         if self._progress is None and (self._may_show() or is_last):
             self._show(line)
 
-    def _time_left(self, step: int, elapsed: float) -> str:
-        """The time to the end of the run, by the mean of the last 20 steps or by the clock; empty
-        where it has none.
+    def _time_left(self, step: int) -> str:
+        """The time to the end of the run, by the mean of the last 20 steps or by its duration;
+        empty where it has none.
         """
         if self.total is not None:
             seconds = (self.total - step) * sum(self._recent) / len(self._recent)
         elif self._seconds is not None:
-            seconds = max(0.0, self._seconds - elapsed)
+            seconds = max(0.0, self._seconds - self.trained_seconds)
         else:
             return ""
         return f"left {format_seconds(seconds)}"

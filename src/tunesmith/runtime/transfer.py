@@ -6,6 +6,7 @@ memory and an event says when they are there. On a CPU all work is complete when
 there are no events.
 """
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -14,11 +15,33 @@ from torch import Tensor
 from tunesmith.data.batch import Batch
 
 
-def _record_event(device: torch.device) -> torch.cuda.Event | None:
-    """A CUDA event after the work of the device's current stream so far; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_stream(device).record_event()
+class Mark:
+    """A moment in the work of a device: all that was issued to its current stream is done.
+
+    The host issues a step long before a GPU is through with it, so a GPU's time is that of a CUDA
+    event. A CPU's is the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host_time = 0.0
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+        else:
+            self._host_time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Return when the device has come here."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Device time from an earlier mark of the same stream to this one; waits for this one."""
+        if self._event is None or earlier._event is None:
+            return self._host_time - earlier._host_time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
 
 
 class AsyncScalars:
@@ -33,12 +56,11 @@ class AsyncScalars:
         # A copy into pageable memory blocks the host, even with non_blocking.
         self._host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=stacked.is_cuda)
         self._host.copy_(stacked, non_blocking=True)
-        self._copied = _record_event(stacked.device)
+        self._copied = Mark(stacked.device)
 
     def read(self) -> list[float]:
         """The values, in the order of the arguments."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._copied.wait()
         return [float(value) for value in self._host.tolist()]
 
 
@@ -53,7 +75,7 @@ class Snapshot:
         self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         devices = [tensor.device for tensor in self._tensors.values() if tensor.is_cuda]
         self._device = devices[0] if devices else torch.device("cpu")
-        self._copied = _record_event(self._device)
+        self._copied = Mark(self._device)
 
     def on_host(self) -> dict[str, Tensor]:
         """The copies, contiguous and in host memory.
@@ -62,9 +84,9 @@ class Snapshot:
         """
         tensors = self._tensors
         self._tensors = {}
-        if self._copied is None:
+        if self._device.type != "cuda":
             return {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self._copied.synchronize()
+        self._copied.wait()
         # On a stream of its own: on the current one the copies would queue up behind the step that
         # now runs. Each is complete when `.cpu()` returns, so that the memory may go back to the
         # pool of the stream that allocated it.

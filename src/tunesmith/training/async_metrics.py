@@ -1,11 +1,11 @@
 """From a step's numbers to its record: read while the next step runs, checked, and logged.
 
 On CUDA a step's numbers are read one step later, so that the host never waits for the device inside
-a step.
+a step. Its time goes from the end of the step before to its own end, by the device: the host may be
+done with a step when the device is in the middle of it.
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from tunesmith.data.loader import GlobalBatch
 from tunesmith.metrics.health import Health
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
+from tunesmith.runtime.transfer import Mark
 from tunesmith.training.build import Session
 from tunesmith.training.result import non_finite_error
 from tunesmith.training.step_scalars import RankStatus, StepNumbers, StepScalars
@@ -32,6 +33,7 @@ class StepOutput:
     batch: GlobalBatch
     lr: float
     scalars: StepScalars
+    ended: Mark  # of the step, on the device
 
 
 class AsyncMetrics:
@@ -39,6 +41,7 @@ class AsyncMetrics:
 
     Attributes:
         reads_late: read a step's numbers while the next step runs.
+        step_began: on the device, the end of the last step that was read.
         pending: the step whose numbers are not read yet.
         records: of the steps of this start.
     """
@@ -63,30 +66,20 @@ class AsyncMetrics:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Count the time of the coming step from here on."""
-        self.step_began = time.perf_counter()
-
-    def end_step(self) -> float:
-        """Seconds that the step took; the next one begins here."""
-        now = time.perf_counter()
-        seconds = now - self.step_began
-        self.step_began = now
-        return seconds
+        """Count the time of the coming step from here on; no step is pending."""
+        self.step_began = Mark(self.session.device)
 
     def reduce(
         self, loss: Tensor, metrics: Mapping[str, Tensor], expert_counts: Sequence[Tensor]
     ) -> StepScalars:
-        """The numbers of a step, summed over the ranks; with them the ranks agree on a stop, on a
-        checkpoint that could not be written, and on the seconds by rank 0's clock."""
+        """The numbers of a step, summed over the ranks; with them the ranks agree on a stop and on
+        a checkpoint that could not be written."""
         scalars = StepScalars(loss, metrics, expert_counts)
         if self.session.ranks.world == 1:
             return scalars
-        # Here and not in `flush`: the seconds travel in the reduction.
-        seconds = self.end_step()
         status = RankStatus(
             stop_requests=float(self.stop.is_requested()),
             failed_writes=float(self.writer.failed),
-            seconds=seconds if self.session.ranks.is_main_process else 0.0,
         )
         scalars.all_reduce(status, self.session.mesh)
         return scalars
@@ -110,12 +103,13 @@ class AsyncMetrics:
         if output is None:
             return
         numbers = output.scalars.read()
-        # Ranks share rank 0's seconds: a run by the clock ends on all of them after the same step.
-        if numbers.status is None:
-            seconds = self.end_step()
-        else:
-            seconds = numbers.status.seconds
+        if numbers.status is not None:
             self.stop.agree_on(numbers.status)
+        seconds = output.ended.seconds_since(self.step_began)
+        self.step_began = output.ended
+        # Ranks share rank 0's seconds: a run by the clock ends on all of them after the same step.
+        # The step's reduction cannot carry them, as it runs before the step ends.
+        seconds = self.session.ranks.broadcast_number(seconds)
         self.progress.seconds += seconds
         self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
         self._check_finite(output, numbers)
@@ -148,6 +142,9 @@ class AsyncMetrics:
         if peak:
             work = session.flops(batch.indices, batch.supervised)
             mfu = ratio(work, seconds) / (peak * 1e12)
+            # No share of a peak: fp8 products pass one of 16 bits, or the peak is not this chip's.
+            if mfu > 1:
+                mfu = None
         idle_share = None
         if session.mesh.shape.data > 1:
             idle_share = batch.idle_share

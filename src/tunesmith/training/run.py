@@ -276,6 +276,7 @@ def start_run(
                     out,
                     total_steps=session.total_steps,
                     steps_per_epoch=session.data.schedule.steps_per_epoch(0),
+                    trained_seconds=start.progress.seconds if start.progress else 0.0,
                     log_file=log_file,
                     phase=ranks.heartbeat.phase_name,
                     stream=stream,
@@ -528,6 +529,7 @@ def sinks_of(
     *,
     total_steps: int | None,
     steps_per_epoch: int,
+    trained_seconds: float = 0.0,
     log_file: LogFile,
     phase: Callable[[], str] = lambda: Phase.TRAINING,
     stream: TextIO | None = None,
@@ -535,12 +537,13 @@ def sinks_of(
     """The sinks that a recipe asks for: the terminal first, and metrics.jsonl before those that may
     be slow.
 
-    total_steps, steps_per_epoch, log_file, phase, stream: as of `Terminal`.
+    total_steps, steps_per_epoch, trained_seconds, log_file, phase, stream: as of `Terminal`.
     """
     terminal = Terminal(
         log_file,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        trained_seconds=trained_seconds,
         stream=stream,
         phase=phase,
     )

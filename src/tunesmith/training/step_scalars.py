@@ -1,6 +1,6 @@
 """The numbers of one step: summed over the ranks in one collective, then copied to the host.
 
-What one rank decides alone, by a signal, an error or its clock, would leave the others waiting in a
+What one rank decides alone, by a signal or an error, would leave the others waiting in a
 collective. So the reduction of the loss carries these decisions too.
 """
 
@@ -21,7 +21,6 @@ class RankStatus(NamedTuple):
 
     stop_requests: float  # 1 where this rank has a stop request
     failed_writes: float  # 1 where the write of a checkpoint failed on this rank
-    seconds: float  # that the step took by rank 0's clock; 0 on the other ranks
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from tunesmith.parallel.shard import set_gradient_sync, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
 from tunesmith.run_dir import Phase
 from tunesmith.runtime.host import return_freed_memory
+from tunesmith.runtime.transfer import Mark
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
 from tunesmith.training.build import Session, check_one_micro_batch
@@ -204,7 +205,7 @@ class Trainer:
         # Clips by the norm, which it returns, updates the weights and drops the gradients.
         grad_norm = optimizer.step()
         scalars.copy_to_host(grad_norm)
-        return StepOutput(batch.step + 1, batch, lr, scalars)
+        return StepOutput(batch.step + 1, batch, lr, scalars, Mark(self.session.device))
 
     def begin_method(self, batch: GlobalBatch) -> StepTotals:
         """What the losses of this step share; a collective call."""
