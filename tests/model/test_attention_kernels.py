@@ -106,10 +106,10 @@ def choose(machine: Torch, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[s
     [
         (True, {"cudnn": RIGHT, "FA3": RIGHT, "own": RIGHT}, "cuDNN", "cudnn", []),
         (True, {"FA3": RIGHT, "own": RIGHT}, "FlashAttention 3", "FA3", ["cuDNN"]),
-        (True, {"cudnn": WRONG, "own": RIGHT}, "torch's own FlashAttention", "own", ["cuDNN"]),
-        (False, {"own": RIGHT}, "torch's own FlashAttention", "own", []),
+        (True, {"cudnn": WRONG, "own": RIGHT}, TORCH_KERNEL, "own", ["cuDNN"]),
+        (False, {"own": RIGHT}, TORCH_KERNEL, "own", []),
         (False, {"FA4": RIGHT, "FA3": RIGHT, "own": RIGHT}, "FlashAttention 4", "FA4", []),
-        (False, {"FA4": REFUSES, "FA3": WRONG, "own": RIGHT}, "torch's own FlashAttention", "own",
+        (False, {"FA4": REFUSES, "FA3": WRONG, "own": RIGHT}, TORCH_KERNEL, "own",
          ["FlashAttention 4", "FlashAttention 3"]),
     ],
 )  # fmt: skip
@@ -149,3 +149,12 @@ def test_a_gradient_that_is_no_number_is_a_fault(monkeypatch: pytest.MonkeyPatch
     chosen, faults = choose(Torch(obeys=False, own=NAN), monkeypatch)
     assert chosen == ""
     assert "nan" in faults[0]
+
+
+def test_the_kernel_has_its_name_beside_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "KERNELS", {})
+    monkeypatch.setattr(attention, "_FITS_VARLEN", {})
+    monkeypatch.setattr(attention, "choose_kernel", lambda _: ("FlashAttention 3", []))
+    select = attention.select_attention_backend.__wrapped__
+    backend, _ = select(torch.device("cuda"), torch.bfloat16, 64)
+    assert attention.KERNELS == {backend: "FlashAttention 3"} == {"varlen": "FlashAttention 3"}

@@ -266,6 +266,14 @@ class _TakeFirsts(torch.autograd.Function):
         return of_documents.index_copy_(0, firsts, grads[0]), None
 
 
+# How each backend computes. That of varlen is the kernel that was chosen in this process.
+KERNELS = {
+    "products": "grouped bmm",
+    "sdpa": "one call a document",
+    "eager": "Transformers' own",
+}
+
+
 @cache
 def select_attention_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
@@ -290,6 +298,7 @@ def select_attention_backend(
     _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
+    KERNELS["varlen"] = kernel
     why = f"{kernel} over packed documents is correct on this GPU, forward and backward"
     return "varlen", "; ".join([why, *faults])
 

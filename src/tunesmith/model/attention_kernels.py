@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Torch's names of what may be installed.
 VERSIONS = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}
-TORCH_KERNEL = "torch's own FlashAttention"
+TORCH_KERNEL = "torch's own FlashAttention 2"
 
 
 def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:

@@ -204,10 +204,12 @@ def probe_machine(
         size = card_bytes(device)
     scaling = scheme_of(run.model).select_scaling(device, shapes)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    backend = attention_backend(run, files, device)
     return Machine(
         str(device),
         free,
-        attention=attention_backend(run, files, device),
+        attention=backend,
+        kernel=attention.KERNELS.get(backend[0], ""),
         compiles=compilation.select_compile(run.train.compile, device),
         scaling=scaling,
         card_bytes=size,
@@ -567,6 +569,7 @@ class MemoryEstimator:
         return RunPlan(
             machine.device,
             machine.attention[0],
+            kernel=machine.kernel,
             base=self.scheme.storage(machine.scaling[0], run.model.dtype),
             layers=self.spec.depth,
             reference=reference.what,

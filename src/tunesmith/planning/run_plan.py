@@ -85,6 +85,7 @@ class Machine:
         card_bytes: all memory of a GPU, which an `integrated` one shares with the host; on a CPU
             the most that this rank could ever have, within its `limit`. 0: unknown.
         grouped_mm: one kernel multiplies all experts of a mixture.
+        kernel: that the attention backend takes; empty: not tried.
         name: of the GPU, as the driver has it.
         limit: of a CPU: what bounds its memory.
     """
@@ -97,6 +98,7 @@ class Machine:
     card_bytes: int = 0
     integrated: bool = False
     grouped_mm: bool = False
+    kernel: str = ""
     name: str = ""
     limit: MemoryLimit | None = None
 
@@ -214,6 +216,7 @@ class RunPlan:
     """What a run does on its machine, and why, by part. The defaults are those of inference.
 
     Attributes:
+        kernel: of attention; empty where it was not tried, as the plan is for another machine.
         base: how the base's weights are stored: in a dtype, nf4, or a scaling recipe of fp8.
         layers: decoder layers of the model.
         reference: what the method compares with; empty where it compares with nothing.
@@ -231,6 +234,7 @@ class RunPlan:
     attention: str
     base: str
     layers: int
+    kernel: str = ""
     reference: str = ""
     prompts: str = ""
     compiled: bool = False
@@ -256,7 +260,7 @@ class RunPlan:
         elif self.recomputed_layers == 0:
             recompute = "none"
         choices = {
-            "attention": self.attention,
+            "attention": f"{self.attention}, {self.kernel}" if self.kernel else self.attention,
             "loss": "chunked, compiled" if self.compiled else "chunked",
             "base": self.base,
             "compile": "per layer" if self.compiled else "off",
