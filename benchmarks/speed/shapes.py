@@ -54,7 +54,10 @@ def main() -> None:
     commands = {name: [sys.executable, __file__, "--one", name, *cut, *bench] for name in a.shapes}
     found = run_in_turns(commands, rounds=a.rounds)
     shares = {
-        name: statistics.median(report["figures"]["mfu_of_measured_peak"] for report in reports)
+        name: statistics.median(
+            report["figures"]["mfu_of_fp8_peak"] or report["figures"]["mfu_of_measured_peak"]
+            for report in reports
+        )
         for name, reports in found.items()
         if reports
     }

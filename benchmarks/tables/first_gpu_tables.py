@@ -70,7 +70,9 @@ def goals_table(stages: Stages) -> str:
                 number(goal["tokens_per_second"]),
                 number(goal["target"]) if goal["target"] else "none",
                 reached,
-                number(figures.get("mfu_of_measured_peak"), ".1%"),
+                number(
+                    figures.get("mfu_of_fp8_peak") or figures.get("mfu_of_measured_peak"), ".1%"
+                ),
                 number(figures.get("peak_memory_gib"), ".1f"),
                 figures.get("micro_batch", ""),
                 str(figures.get("recomputed_layers", "")),

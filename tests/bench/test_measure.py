@@ -20,6 +20,7 @@ from tunesmith.errors import RunError
 from tunesmith.host.chips import Peak
 from tunesmith.metrics.hardware import matmul_tflops
 from tunesmith.model import spec
+from tunesmith.model.attention import KERNELS
 from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, write_identity
 from tunesmith.training.build import build as session_of
@@ -233,6 +234,45 @@ def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
     assert (found.published_peak_tflops, found.mfu_of_published_peak) == (None, None)
 
 
+def test_more_than_the_peak_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a clock that runs slow would make of any speed: here the peak is too low instead."""
+    plan = BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0)
+    monkeypatch.setattr("tunesmith.bench.measure.matmul_tflops", lambda *_: 1e-9)
+    with refuses(RunError, names=["1e-09", "clock"]):
+        run_plan(plan, tmp_path)
+
+
+def test_fp8_products_pass_the_peak_of_16_bits_and_not_their_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.bench.measure.matmul_tflops", lambda *_: 1e-9)
+    monkeypatch.setattr(compare_eight_bit, "TOLERANCE", 1.0)
+    run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
+    plan = BenchPlan(run, steps=1, warmup=0)
+    monkeypatch.setattr("tunesmith.bench.measure.fp8_matmul_tflops", lambda *_: 1e3)
+    found = run_plan(plan, tmp_path).figures
+    assert (found.mfu_of_published_peak, found.mfu_of_measured_peak) == (None, None)
+    assert found.mfu_of_fp8_peak is not None
+    assert 0 < found.mfu_of_fp8_peak < 1
+    monkeypatch.setattr("tunesmith.bench.measure.fp8_matmul_tflops", lambda *_: 1e-9)
+    with refuses(RunError, names=["1e-09", "clock"]):
+        run_plan(plan, tmp_path, "again")
+
+
+@pytest.mark.parametrize(("tflops", "known"), [(1e3, True), (1e-9, False)])
+def test_a_record_has_no_utilization_above_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tflops: float, known: bool
+) -> None:
+    monkeypatch.setattr(
+        "tunesmith.metrics.hardware.find_peak", lambda *_: Peak(tflops, "of a data sheet")
+    )
+    for record in train(make_run(tiny, tmp_path, held=False), quiet=True).records:
+        assert (record.mfu is not None) == known
+        assert record.mfu_peak_tflops == tflops
+
+
 def test_a_measured_peak_is_named_before_the_first_step(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,4 +329,5 @@ def test_the_base_is_named_as_it_was_held(
     monkeypatch.setattr(compare_eight_bit, "TOLERANCE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
+    assert found.attention == f"products, {KERNELS['products']}"
     assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

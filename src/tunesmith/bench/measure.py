@@ -25,7 +25,7 @@ from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.distributed.torch_private import graphs_compiled, scaled_mm
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import RunError, TunesmithError
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.hardware import MATMUL_SIZE, matmul_tflops, seconds_of
 from tunesmith.metrics.log_file import LogFile
@@ -91,6 +91,7 @@ class BenchReport:
     Shares are between 0 and 1.
 
     Attributes:
+        attention: the backend, and the kernel that it takes.
         quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was turned off.
         recomputed_layers: decoder layers whose forward runs again in the backward.
         tokens: non-padding tokens of the timed steps.
@@ -99,7 +100,7 @@ class BenchReport:
         fill_share: non-padding tokens of all computed ones.
         padding: where the other tokens come from; empty below 1 %.
         mfu_of_published_peak: FLOPs of the model a second (no recomputation), over the data
-            sheet's peak.
+            sheet's peak. None where the base is fp8 on a GPU: its products pass a peak of 16 bits.
         mfu_of_measured_peak: the same, over the dense product measured in this run.
         mfu_of_fp8_peak: the same, over the measured fp8 product, where the base is fp8.
         data_wait_share: of the step time, spent waiting for data.
@@ -116,6 +117,7 @@ class BenchReport:
 
     device: str
     dtype: str
+    attention: str
     quantize: str
     micro_batch: str
     recomputed_layers: int
@@ -130,7 +132,7 @@ class BenchReport:
     published_peak_tflops: float | None
     mfu_of_published_peak: float | None
     measured_peak_tflops: float
-    mfu_of_measured_peak: float
+    mfu_of_measured_peak: float | None
     mfu_of_fp8_peak: float | None
     step_seconds_p50: float
     step_seconds_p95: float
@@ -161,12 +163,15 @@ class BenchReport:
         if self.mfu_of_published_peak is not None:
             peak = f"of {self.published_peak_tflops:g} TFLOP/s"
             yield "MFU, published peak", f"{self.mfu_of_published_peak:.1%}", peak
-        peak = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run"
+        recomputed = ""
         if self.recomputed_layers:
-            peak += f"; {self.recomputed_layers} layers recomputed, not counted"
-        yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", peak
+            recomputed = f"; {self.recomputed_layers} layers recomputed, not counted"
+        if self.mfu_of_measured_peak is not None:
+            peak = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run"
+            yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", peak + recomputed
         if self.mfu_of_fp8_peak is not None:
-            yield "MFU, fp8 peak", f"{self.mfu_of_fp8_peak:.1%}", "of the fp8 products in this run"
+            peak = "of the fp8 products in this run"
+            yield "MFU, fp8 peak", f"{self.mfu_of_fp8_peak:.1%}", peak + recomputed
         spread = ratio(self.step_seconds_p95, self.step_seconds_p50)
         steps = f"p95 {self.step_seconds_p95:.3f} s, p95/p50 {spread:.3f}, {self.steps} steps"
         yield "step time, median", f"{self.step_seconds_p50:.3f} s", steps
@@ -265,12 +270,11 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     session.model.train()
     with session.loader(0) as loader, ExitStack() as stack:
         for step in trainer.steps(counted(loader)):
-            # Read its numbers now: the next step's work must not count for this one.
-            if step in (1, last_timed):
-                trainer.metrics.flush()
             if step <= last_timed:
                 seen.graphs.append(graphs_compiled())
             if step == last_timed:
+                # Else the profile would begin with its kernels.
+                trainer.metrics.flush()
                 seen.memory_gib = session.memory_gib()
                 stack.enter_context(profiler)
             elif step > last_timed:
@@ -309,10 +313,13 @@ def _report(
     published_peak = session.peak.tflops if session.peak.published else None
     quantize = "none" if scheme_of(run.model) is DENSE else session.plan.base
     fp8_peak = fp8_matmul_tflops(device) if quantize.startswith("fp8") else None
+    # Products in fp8 pass the peaks of 16 bits: no share of these is a utilization.
+    bounds = (None, None) if fp8_peak else (published_peak, measured_peak)
     watts = [r.gpu_power_watts for r in records if r.gpu_power_watts is not None]
     return BenchReport(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=run.model.dtype,
+        attention=session.plan.choices["attention"],
         quantize=quantize,
         micro_batch=str(session.plan.layout.micro_batch),
         recomputed_layers=session.plan.recomputed_layers,
@@ -327,10 +334,10 @@ def _report(
         fill_share=tokens / padded,
         padding=_padding(session, records, tokens, padded),
         published_peak_tflops=published_peak,
-        mfu_of_published_peak=tflops / published_peak if published_peak else None,
+        mfu_of_published_peak=_utilization(tflops, bounds[0]),
         measured_peak_tflops=measured_peak,
-        mfu_of_measured_peak=ratio(tflops, measured_peak),
-        mfu_of_fp8_peak=tflops / fp8_peak if fp8_peak else None,
+        mfu_of_measured_peak=_utilization(tflops, bounds[1]),
+        mfu_of_fp8_peak=_utilization(tflops, fp8_peak),
         step_seconds_p50=percentiles[0],
         step_seconds_p95=percentiles[1],
         data_wait_share=ratio(sum(r.data_seconds for r in records), seconds),
@@ -346,6 +353,23 @@ def _report(
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
     )
+
+
+def _utilization(tflops: float, peak: float | None) -> float | None:
+    """Share of a peak that bounds the steps' products; None without one.
+
+    RunError above 1: what passes the bound was timed wrong.
+    """
+    if not peak:
+        return None
+    if tflops > peak:
+        raise RunError(
+            f"{tflops:.4g} TFLOP/s were measured, above a peak of {peak:.4g}: the clock is wrong",
+            where="the timed steps, and the product measured after them",
+            why="an MFU above 100 % is impossible, so no figure of this run can be trusted",
+            fix="run bench again on an idle machine",
+        )
+    return tflops / peak
 
 
 def _padding(session: Session, records: list[StepRecord], tokens: int, padded: int) -> str:

@@ -343,7 +343,7 @@ def print_figures(figures: "BenchReport", lines: Sequence[str], *, plain: bool) 
         # A pipe has no width: the table is not broken into lines.
         console = Console(width=160, no_color=True, force_terminal=False)
     base = f"base {figures.quantize}, micro batch {figures.micro_batch}"
-    print(f"{figures.device}, {figures.dtype}, {base}")
+    print(f"{figures.device}, {figures.dtype}, {base}, attention {figures.attention}")
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(style="bold", justify="right")
