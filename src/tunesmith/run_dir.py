@@ -17,6 +17,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
@@ -304,7 +305,7 @@ def ended_state(
 
     Args:
         failed, stopped: whether the last start left failure.json, stopped.json.
-        final_step: of final/, which may be of a shorter run; None: there is none.
+        final_step: `last_step` of final/, which may be of a shorter run; None: there is none.
         last_step: of the records.
     """
     if failed:
@@ -380,7 +381,8 @@ _COUNTS = (("train", "seed"), ("validate", "max_examples"))  # that a comparison
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """manifest.json of final/ or of a checkpoint; None where it is not there.
 
-    `step`, and `files` as {"path": {"bytes": n, "sha256": "..."}}. ValueError where it is damaged.
+    `step` of the weights; `last_step` of the run, which the best weights may be older than; and
+    `files` as {"path": {"bytes": n, "sha256": "..."}}. ValueError where it is damaged.
     """
     try:
         values = read_object(folder / MANIFEST)
@@ -389,7 +391,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise ValueError(reason_of(error)) from error
     files = values.get("files")
-    if not is_count(values.get("step")) or not isinstance(files, dict):
+    values.setdefault("last_step", values.get("step"))
+    has_steps = is_count(values.get("step")) and is_count(values["last_step"])
+    if not has_steps or not isinstance(files, dict):
         raise ValueError("it lacks `step` or `files`")
     for name, entry in files.items():
         if not is_mapping(entry) or not is_count(entry.get("bytes")):
@@ -400,6 +404,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         if "\0" in name:
             raise ValueError("a file's name in it contains a zero byte")
     return values
+
+
+def weights_step(folder: Path | None) -> int | None:
+    """The step of the weights in a folder of a run, by its manifest; None where unknown."""
+    manifest = None
+    with suppress(ValueError):
+        manifest = read_manifest(folder) if folder else None
+    return manifest["step"] if manifest else None
+
+
+def describe_weights(step: int, last_step: int) -> str:
+    """Which weights of a run these are, by the steps of its manifest."""
+    if step == last_step:
+        return f"of the last step, {step:,}"
+    return f"of step {step:,} of {last_step:,}, the best validation"
 
 
 def is_sample(row: Any) -> bool:

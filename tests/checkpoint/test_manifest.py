@@ -35,7 +35,7 @@ def test_manifest_has_sizes_and_checksums(tmp_path: Path) -> None:
     assert content["files"]["a.bin"]["bytes"] == 70
     assert len(content["files"]["a.bin"]["sha256"]) == 64
     assert manifest.find_damage(place) is None
-    assert manifest.step_of(place) == 7
+    assert manifest.last_step_of(place) == 7
 
 
 @pytest.mark.skipif(

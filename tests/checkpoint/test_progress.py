@@ -12,7 +12,7 @@ from tunesmith.checkpoint.resume import PROGRESS, Progress
 from tunesmith.errors import CheckpointError
 
 KEYS = [
-    "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "worse", "warned_of_rise", "loss_scale", "good_steps", "ended",
+    "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "kept_step", "kept_score", "worse", "warned_of_rise", "loss_scale", "good_steps", "ended",
     "data_hash", "validation_hash", "model_hash", "reference_hash", "micro_batch", "threads", "rounding", "shares_prompts",
 ]  # fmt: skip
 
@@ -23,6 +23,8 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
         seconds=1.5,
         record=record(3, val_loss=math.inf, extra={"kl": 0.1}),
         best_step=2,
+        kept_step=1,
+        kept_score=[2.5],
         worse=1,
     )
     before.write(tmp_path)

@@ -17,7 +17,7 @@ from errors import refuses
 from runs import make_run, peft_model, write_checkpoint
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint import manifest
-from tunesmith.cli.options import notify_unfinished
+from tunesmith.cli.options import notify_weights
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError
@@ -46,7 +46,7 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     run: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Commands that take it for the run say so: the run may be overtaken by itself."""
-    notify_unfinished(locate_run(run))
+    notify_weights(locate_run(run))
     assert capsys.readouterr().err == ""
     shutil.rmtree(run / "final")
     for step in (9, 10, 100):
@@ -55,13 +55,13 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     place = locate_run(run)
     assert place.folder == run / "checkpoint-10"
     assert "checkpoint-100" in place.note
-    notify_unfinished(place)
+    notify_weights(place)
     assert f"{run / 'checkpoint-10'}:" in capsys.readouterr().err.split()
-    notify_unfinished(locate_run(run / "checkpoint-10"))
+    notify_weights(locate_run(run / "checkpoint-10"))
     assert capsys.readouterr().err == "", "it was named"
     (run / "final").mkdir()
     assert "final" in locate_run(run).note
-    assert not locate_run(run).is_unfinished, "final/ is damaged"
+    assert not locate_run(run).is_notable, "final/ is damaged"
 
 
 def test_parts_of_a_run_know_their_recipe(run: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from errors import holds
 from records import RUN, record
-from tunesmith.config.schema import MethodConfig, Run, Source
+from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.summary import closing_summary, has_risen, write_failure
 from tunesmith.units import Share
@@ -27,10 +27,17 @@ def closing(run: Run, folder: Path, **told: Any) -> str:
     return closing_summary(replace(run, output_dir=str(folder)), **{"steps": 20} | told)
 
 
+def write_weights(folder: Path, step: int) -> None:
+    """The manifest of a final/ after 20 steps, whose weights are of `step`."""
+    values = {"step": step, "last_step": 20, "files": {}}
+    (folder / "final" / "manifest.json").write_text(json.dumps(values))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "my run"
     (folder / "final").mkdir(parents=True)
+    write_weights(folder, 20)
     (folder / "checkpoint-10").mkdir()
     records = [
         # the first step compiles: 10 s
@@ -72,21 +79,14 @@ def commands_of(run: Run, folder: Path) -> list[str]:
     return [line.partition("   # ")[0].strip() for line in last_lines(closing(run, folder))]
 
 
-def test_the_next_commands_take_the_best_checkpoint_of_a_run_that_overfits(
-    run: Run, folder: Path
+@pytest.mark.parametrize(("step", "values"), [(10, (10, 20)), (20, (20,))])
+def test_the_summary_says_which_weights_final_holds(
+    run: Run, folder: Path, step: int, values: tuple[int, ...]
 ) -> None:
     """Its val_loss was 0.5 at step 10, and is 0.75."""
-    best = folder / "checkpoint-10"
-    assert commands_of(run, folder) == [
-        f"tunesmith chat '{best}'",
-        f"tunesmith report '{folder}'",
-        f"tunesmith export '{best}' --to ollama --output '{folder}-exported'",
-    ]
-    assert holds(closing(run, folder), "val_loss", "10:", "checkpoint-10")
-    preferences = replace(run, method=MethodConfig(name="dpo"))
-    assert commands_of(preferences, folder)[0] == f"tunesmith chat '{folder}'"
-    # Its files were removed.
-    best.rmdir()
+    write_weights(folder, step)
+    text = closing(run, folder)
+    assert [line for line in text.splitlines() if holds(line, "final", *values)]
     assert commands_of(run, folder)[0] == f"tunesmith chat '{folder}'"
 
 
@@ -147,7 +147,7 @@ def test_two_answers_before_and_after_in_lines_of_a_terminal(run: Run, folder: P
 
 def test_a_question_is_shown_without_its_template(run: Run, folder: Path) -> None:
     prompt = "system\nYou are helpful\nuser\nWhen?\nassistant\n"
-    rows = [{"step": step, "prompt": prompt, "answer": "At nine."} for step in (0, 3)]
+    rows = [{"step": step, "prompt": prompt, "answer": "At nine."} for step in (0, 20)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (line,) = [line for line in closing(run, folder).splitlines() if line.startswith("prompt")]
     assert line.split("  ") == ["prompt", "When?"]

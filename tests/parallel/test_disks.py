@@ -185,12 +185,12 @@ def test_a_run_goes_on_bit_for_bit_after_its_ranks_have_swapped_nodes(kind, whol
     assert steps_in(b) == [1, 2, 3, 4, 5, 6]  # rank 0 is there now
     name = "model.safetensors" if what is FULL else "adapter_model.safetensors"
     assert (b / "final" / name).read_bytes() == (whole[kind].final / name).read_bytes()
-    assert manifest.step_of(a / "final") == 4  # of the first start
+    assert manifest.last_step_of(a / "final") == 4  # of the first start
     assert parts_of(a / "checkpoint-4") == parts_of(b / "checkpoint-4") == split[0] | split[1]
     assert lines_with((b / "log.txt").read_text(), "final/", "rank 0")
 
     assert go(layout, tiny, folder, 6, mesh, what) == ["finished"] * len(layout)
-    assert manifest.step_of(a / "final") == 6
+    assert manifest.last_step_of(a / "final") == 6
     assert files_of(a / "final") == files_of(b / "final")
     assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
 

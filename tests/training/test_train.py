@@ -133,7 +133,7 @@ def test_a_run_by_the_clock_ends_with_everything_written(tiny: Path, tmp_path: P
     result = go(tiny, tmp_path, train={"duration": "1 s"}, validate={"every": "5 steps"})
     assert 1.0 <= result.seconds < 10.0
     assert result.steps >= 2
-    assert manifest.step_of(tmp_path / "run" / "final") == result.steps
+    assert manifest.last_step_of(tmp_path / "run" / "final") == result.steps
     assert lines(tmp_path)[-1]["step"] == result.steps
 
 
@@ -148,7 +148,7 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
     measured = [r["val_loss"] for r in lines(tmp_path)]
     assert len(measured) == result.steps
     assert min(measured[-3:]) >= min(measured[:-3])
-    assert manifest.step_of(tmp_path / "run" / "final") == result.steps
+    assert manifest.last_step_of(tmp_path / "run" / "final") == result.steps
 
 
 @pytest.mark.parametrize(
@@ -288,10 +288,10 @@ def test_the_last_answers_need_not_wait_for_what_others_took(
 ) -> None:
     took: list[float] = []
 
-    def note(self: AnswerSampler) -> float:
+    def note(self: AnswerSampler, *, is_final: bool = False) -> float:
         self.seconds += 15.0
-        took.append(allowed_seconds(self))
-        return took[-1]
+        took.append(allowed_seconds(self, is_final=is_final))
+        return 0.0  # no answers before training
 
     allowed_seconds = AnswerSampler.allowed_seconds
     monkeypatch.setattr(AnswerSampler, "allowed_seconds", note)

@@ -91,13 +91,18 @@ def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
     return entries
 
 
-def write_manifest(folder: Path, step: int, entries: Entries) -> None:
+def write_manifest(folder: Path, step: int, entries: Entries, last_step: int | None = None) -> None:
     """Write the manifest of a folder whose other files are on the disk.
 
     The folder is then complete. It becomes a checkpoint of its run when `atomic_folder` renames it.
+
+    last_step: of final/, the run's, which may be later than that of the weights.
     """
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": entries}, indent=1))
+    values: dict[str, Any] = {"step": step}
+    if last_step is not None:
+        values["last_step"] = last_step
+    manifest.write_text(json.dumps({**values, "files": entries}, indent=1))
     flush_to_disk(manifest)
     flush_to_disk(folder)
 
@@ -184,11 +189,12 @@ def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> s
     return None
 
 
-def check_sums(
-    folder: Path,
-    *,
-    reads: Callable[[str], bool] = lambda name: not name.startswith("state/"),
-) -> None:
+def is_outside_state(name: str) -> bool:
+    """Whether a checkpoint's file is no training state, by its name in the manifest."""
+    return not name.startswith("state/")
+
+
+def check_sums(folder: Path, *, reads: Callable[[str], bool] = is_outside_state) -> None:
     """Compare the files that are about to be read with the checksums in the folder's manifest.
 
     A folder without a manifest of ours, such as an adapter from elsewhere, passes. More than
@@ -198,6 +204,21 @@ def check_sums(
 
     ModelError names the first file that differs.
     """
+    for name, clause in differing_sums(folder, reads):
+        raise ModelError(
+            clause,
+            where=str(folder / name),
+            why="it was damaged or edited after it was written: "
+            f"{MANIFEST} has the checksum of what was",
+            fix=_way_on(folder),
+            cause="damaged",
+        )
+
+
+def differing_sums(
+    folder: Path, reads: Callable[[str], bool] = is_outside_state
+) -> list[tuple[str, str]]:
+    """Each file that differs from its checksum, and a clause that says so; as above."""
     entries = _manifest_entries(folder) or {}
     names = [name for name in entries if reads(name)]
     total = sum(entries[name][0] for name in names)
@@ -205,16 +226,7 @@ def check_sums(
         log.info(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
     with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
         clauses = pool.map(lambda name: _damage_of_file(folder, name, *entries[name]), names)
-    for name, clause in zip(names, clauses, strict=True):
-        if clause:
-            raise ModelError(
-                clause,
-                where=str(folder / name),
-                why="it was damaged or edited after it was written: "
-                f"{MANIFEST} has the checksum of what was",
-                fix=_way_on(folder),
-                cause="damaged",
-            )
+        return [(name, clause) for name, clause in zip(names, clauses, strict=True) if clause]
 
 
 def _way_on(folder: Path) -> str:
@@ -240,12 +252,14 @@ def seconds_to_write(folder: Path) -> float | None:
     return max(0.0, (folder / MANIFEST).stat().st_mtime - first)
 
 
-def step_of(folder: Path) -> int | None:
-    """The step in a complete folder's manifest (sizes compared, contents not), or None."""
+def last_step_of(folder: Path) -> int | None:
+    """The run's last step by a complete folder's manifest (sizes compared, contents not), or
+    None.
+    """
     if find_damage(folder, contents=False) is not None:
         return None
     manifest = read_manifest(folder)
-    return int(manifest["step"]) if manifest else None
+    return int(manifest["last_step"]) if manifest else None
 
 
 def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
@@ -261,8 +275,9 @@ def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
 
 
 @contextmanager
-def atomic_folder(place: Path, step: int) -> Iterator[Path]:
-    """A folder to write into, which becomes `place` when the block ends.
+def atomic_folder(place: Path, step: int, last_step: int | None = None) -> Iterator[Path]:
+    """A folder to write into, which becomes `place` when the block ends; steps as of
+    `write_manifest`.
 
     It is removed if the block raises. A folder without a manifest that lies there is not a
     checkpoint: it stays, as `<place>.previous-<n>`. Where the disk cannot be written,
@@ -277,7 +292,7 @@ def atomic_folder(place: Path, step: int) -> Iterator[Path]:
         yield partial
         # Where ranks write a checkpoint together they have written it already.
         if not (partial / MANIFEST).exists():
-            write_manifest(partial, step, flush_files(partial))
+            write_manifest(partial, step, flush_files(partial), last_step)
         # A kill between the two renames leaves `.old`, which `claim.restore` names back.
         if place.is_symlink() or place.exists():
             place.rename(replaced if is_complete(place) else free_name(place))

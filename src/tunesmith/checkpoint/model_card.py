@@ -23,7 +23,7 @@ from tunesmith.config.schema import Model, Run
 from tunesmith.errors import RunError
 from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
-from tunesmith.run_dir import METRICS, read_env
+from tunesmith.run_dir import METRICS, describe_weights, read_env
 
 # Of the loss curve, in characters.
 WIDTH = 60
@@ -60,6 +60,7 @@ def model_card(
     merged: str = "",
     library: str | None = None,
     is_trained: bool = True,
+    step: int | None = None,
 ) -> str:
     """The text of a README.md.
 
@@ -69,6 +70,7 @@ def model_card(
         merged: dtype of the weights that an adapter was merged into.
         library: the Hub's name of what opens the files; None: Transformers or PEFT.
         is_trained: whether it is more than the base in another format.
+        step: that the weights are of; None: that is not known.
     """
     is_full = run is not None and run.adapter.kind == "none"
     training_tags = ["full" if is_full else "lora", *([run.method.name] if run else [])]
@@ -100,7 +102,7 @@ def model_card(
         names = ", ".join(f"`{_shown(name)}`" for name in sources)
         recipe = _FOLDERS.sub(r"\1", dump(run))
         paragraphs.append(f"Trained on {names} with tunesmith.")
-        paragraphs += _training(run_dir)
+        paragraphs += _training(run_dir, step)
         paragraphs.append(
             f"<details><summary>The recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>"
         )
@@ -142,14 +144,17 @@ def weights_file(
     return CardFile(name, kind, size, mean_kl, agreement)
 
 
-def _training(run_dir: Path) -> list[str]:
-    """Figures, machine and loss curve, from what the run wrote; nothing if it is unreadable."""
+def _training(run_dir: Path, step: int | None) -> list[str]:
+    """The step of the weights, figures, machine and loss curve, from what the run wrote; nothing
+    if it is unreadable.
+    """
     with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
         records = read_records(run_dir / METRICS)
         env = read_env(run_dir).value
         machine = ", ".join(gpu["name"] for gpu in env["gpus"]) or env["cpu"]
         versions = ", ".join(f"{name} {env[name]}" for name in _PACKAGES if name in env)
         figures = [
+            *([f"{'weights':<12}{describe_weights(step, records[-1].step)}"] if step else []),
             *run_figures(records, 0.0),
             f"{'hardware':<12}{machine}",
             f"{'versions':<12}{versions}",

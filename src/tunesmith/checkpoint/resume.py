@@ -5,12 +5,13 @@ And the state that a resume needs.
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
-from tunesmith.checkpoint.manifest import SavedCheckpoint, step_of
+from tunesmith.checkpoint.manifest import SavedCheckpoint, last_step_of
 from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, newest_checkpoint
 from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences
@@ -56,6 +57,8 @@ class Progress:
         record: of the last step; None before the first.
         validated: whether the validation due at this step is complete.
         best_step, best_loss, best_accuracy: of the best validation so far.
+        kept_step, kept_score: of the best validation so far whose step has a checkpoint, with its
+            `validation_score`.
         worse: validations since the best one.
         warned_of_rise: whether the user was told that the validation loss has risen.
         loss_scale: fp16's.
@@ -80,6 +83,8 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     best_accuracy: float | None = None
+    kept_step: int | None = None
+    kept_score: list[float] | None = None
     worse: int = 0
     warned_of_rise: bool = False
     loss_scale: float | None = None
@@ -140,6 +145,17 @@ class Start:
         return Size.parse(self.progress.micro_batch)
 
 
+def validation_score(
+    loss: float | None, accuracy: float | None, best_by: str
+) -> list[float] | None:
+    """How good a validation is: the lower of two is the better one, of equal accuracies by the
+    loss; None for a loss that is none or not finite, which is worse than any.
+    """
+    if loss is None or not math.isfinite(loss):
+        return None
+    return [-accuracy, loss] if best_by == "accuracy" and accuracy is not None else [loss]
+
+
 def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     """Decide from the run directory, or those of all nodes, how the run starts.
 
@@ -180,9 +196,9 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
 
 
 def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
-    """The step of final/, and the recipe of checkpoints, of one directory."""
+    """The last step by final/, and the recipe of checkpoints, of one directory."""
     restore(output_dir)
-    final_step = step_of(output_dir / FINAL)
+    final_step = last_step_of(output_dir / FINAL)
     if not copies_in(output_dir) and final_step is None:
         return None, None
     is_forced = run.checkpoint.resume == "force"

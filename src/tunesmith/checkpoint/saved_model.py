@@ -6,7 +6,7 @@ from typing import NamedTuple
 from tunesmith.checkpoint import manifest
 from tunesmith.errors import CheckpointError
 from tunesmith.host.shell import shell_path
-from tunesmith.run_dir import FINAL, RECIPE
+from tunesmith.run_dir import FINAL, RECIPE, describe_weights, read_manifest
 
 
 class SavedModel(NamedTuple):
@@ -14,12 +14,12 @@ class SavedModel(NamedTuple):
 
     Attributes:
         note: a line for the user: which folder it is, and which ones were passed over, and why.
-        is_unfinished: it stands for a run without a final/.
+        is_notable: it does not hold the last step of a run that has finished.
     """
 
     folder: Path
     note: str
-    is_unfinished: bool
+    is_notable: bool
 
 
 def find_saved_model(run_dir: Path) -> SavedModel:
@@ -37,12 +37,16 @@ def find_saved_model(run_dir: Path) -> SavedModel:
         configs = (candidate / "adapter_config.json", candidate / "config.json")
         if damage is None and any(config.is_file() for config in configs):
             note = f"from {candidate}"
+            weights = read_manifest(candidate)
+            is_earlier = weights is not None and weights["step"] != weights["last_step"]
             is_unfinished = not (run_dir / FINAL).is_dir()
-            if is_unfinished:
+            if weights and is_earlier:
+                note += f": {describe_weights(weights['step'], weights['last_step'])}"
+            elif is_unfinished:
                 note += ": the run has not finished"
             if skipped:
                 note += f" (skipped {'; '.join(skipped)})"
-            return SavedModel(candidate, note, is_unfinished)
+            return SavedModel(candidate, note, is_unfinished or is_earlier)
         # The user sees which checkpoints were passed over, and why.
         skipped.append(f"{candidate.name}: {damage or 'has training state only'}")
     raise CheckpointError(

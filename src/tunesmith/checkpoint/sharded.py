@@ -436,5 +436,5 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
         # A checkpoint of an earlier version has the new keys alone.
         write_for_older_readers(inside)
         files = [weights_file(inside, f"Transformers, {run.model.dtype}")]
-        card = with_files(model_card(run.model, run, folder.parent), files)
+        card = with_files(model_card(run.model, run, folder.parent, step=step), files)
         (inside / CARD).write_text(card, encoding="utf-8")

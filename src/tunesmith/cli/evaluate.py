@@ -56,7 +56,7 @@ from tunesmith.cli.options import (
     fixes_as_options,
     leave_lines_to_rank_0,
     notify,
-    notify_unfinished,
+    notify_weights,
     whole_number,
 )
 from tunesmith.distributed.ranks import (
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     # A wrong path is reported before torch is imported.
     with reported_once_a_node():
         for run_name in args.runs:
-            notify_unfinished(locate_run(run_name))
+            notify_weights(locate_run(run_name))
         check_one_run(args)
     if args.base is None:
         args.base = len(args.runs) == 1

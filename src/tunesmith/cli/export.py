@@ -32,7 +32,7 @@ from tunesmith.cli.options import (
     add_json,
     add_run,
     notify,
-    notify_unfinished,
+    notify_weights,
     whole_number,
 )
 from tunesmith.errors import UsageError
@@ -121,7 +121,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     # The next import takes seconds, so it comes after the checks.
-    notify_unfinished(locate_run(args.run))
+    notify_weights(locate_run(args.run))
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
     if args.adapter:
@@ -156,7 +156,7 @@ def _export_vllm(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     # A wrong path is reported before torch is imported.
-    notify_unfinished(locate_run(args.run))
+    notify_weights(locate_run(args.run))
     output = shell_path(Path(args.output))
     if args.adapter:
         from tunesmith.export.vllm_adapter import export_peft

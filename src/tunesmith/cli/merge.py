@@ -15,7 +15,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from tunesmith.cli.options import add_json, add_run, notify_unfinished
+from tunesmith.cli.options import add_json, add_run, notify_weights
 from tunesmith.host.streams import width_of
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import locate_run
 
     # A wrong path is reported before torch is imported.
-    notify_unfinished(locate_run(args.run))
+    notify_weights(locate_run(args.run))
     from tunesmith.export.merge import merge
 
     merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)

@@ -51,9 +51,9 @@ def is_main_process() -> bool:
     return ranks is None or ranks["RANK"] == 0
 
 
-def notify_unfinished(location: "RunLocation") -> None:
-    """Say which checkpoint stands for a run that has not finished."""
-    if location.is_unfinished and is_main_process():
+def notify_weights(location: "RunLocation") -> None:
+    """Say which weights stand for a run, where they are not those of its end."""
+    if location.is_notable and is_main_process():
         notify(location.note)
 
 

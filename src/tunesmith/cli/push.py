@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
     from tunesmith.model.older_readers import CONFIG, TOKENIZER_CONFIG, for_older_readers
+    from tunesmith.run_dir import weights_step
 
     # Others load an adapter by the name of its base, which must then be one that they can fetch.
     if location.kind == "adapter" and not is_hub_id(location.base.name):
@@ -92,7 +93,9 @@ def run(args: argparse.Namespace) -> None:
                 files[config] = for_older_readers(config, (folder / config).read_bytes())
         # A plain model has the card of its makers, or none.
         if CARD not in files and location.kind != "base":
-            files[CARD] = model_card(location.base, location.run, folder.parent).encode()
+            step = weights_step(folder)
+            card = model_card(location.base, location.run, folder.parent, step=step)
+            files[CARD] = card.encode()
         page = push_files(
             files, args.to or name, public=args.public, revision=args.revision, message=message
         )

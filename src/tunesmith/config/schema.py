@@ -329,7 +329,13 @@ class Checkpoint:
     every: Length | None = key(
         Length(200, "steps"), "interval; null: only at the end and when stopped"
     )
-    keep: Count = key(3, "how many checkpoints to keep, newest first")
+    keep: Count = key(3, "how many checkpoints to keep, newest first, beside the best one")
+    final: Literal["best", "last"] = key(
+        "best",
+        "the weights of final/: best: of the best validation whose step has a checkpoint, which"
+        " an adapter saves at each new best, and a full model only at `every`; last: of the last"
+        " step",
+    )
     resume: Literal["auto", "never", "force"] = key(
         "auto",
         "auto: from the newest complete checkpoint; never: start over; force: although the recipe"

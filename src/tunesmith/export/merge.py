@@ -56,6 +56,7 @@ from tunesmith.model.shipped import form_of_folder
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.quant.schemes import NF4, scheme_of
+from tunesmith.run_dir import weights_step
 
 # Rows from the first to before the last.
 ReadRows = Callable[[int, int], torch.Tensor]
@@ -374,6 +375,7 @@ def write_merged(
         (location.folder or folder).parent,
         merged=shown_dtype or dtype,
         is_trained=location.kind != "base",
+        step=weights_step(location.folder),
     )
     (folder / CARD).write_text(card, encoding="utf-8")
 

@@ -15,6 +15,7 @@ from tunesmith.checkpoint.model_card import CardFile, model_card, with_files
 from tunesmith.errors import UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.inference.load_run import RunLocation
+from tunesmith.run_dir import weights_step
 
 if TYPE_CHECKING:
     from tunesmith.export.gguf.check import FileCheck
@@ -49,6 +50,7 @@ def record_of(
         merged="GGUF" if merged else "",
         library="gguf",
         is_trained=location.kind != "base",
+        step=weights_step(location.folder),
     )
     return {
         "tunesmith": "export",

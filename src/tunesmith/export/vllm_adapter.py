@@ -47,6 +47,7 @@ from tunesmith.model.safetensors_files import read_header, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor
+from tunesmith.run_dir import weights_step
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
 PROJECTIONS = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
@@ -158,7 +159,8 @@ def export_peft(path: str | Path, output: str | Path) -> int:
                 read.files.folder, read.files.tokenizer, read.template.end_ids
             )
             (part / GENERATION_CONFIG).write_text(text, encoding="utf-8")
-            card = model_card(location.base, location.run, folder.parent)
+            step = weights_step(folder)
+            card = model_card(location.base, location.run, folder.parent, step=step)
             (part / CARD).write_text(card, encoding="utf-8")
             add_files_to_card(part, weights_file(part, "PEFT, the LoRA alone"))
             follow_umask(part)

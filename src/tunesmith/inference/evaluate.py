@@ -49,7 +49,7 @@ from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import StepTotals, TrainModel, supervised_positions
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
-from tunesmith.run_dir import PAIRS, read_manifest
+from tunesmith.run_dir import PAIRS, weights_step
 from tunesmith.scoring.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.scoring.scorers import check_scorer_names
 from tunesmith.scoring.text import exact
@@ -598,10 +598,6 @@ def _keep_losses(
 
 def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
     """What the file of the scores says beside them."""
-    step = None
-    if location.run is not None and location.folder is not None:
-        manifest = read_manifest(location.folder)
-        step = manifest["step"] if manifest else None
     losses = {}
     row_losses = {}
     row_tokens: tuple[int, ...] = ()
@@ -613,7 +609,7 @@ def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
             row_tokens = result.row_tokens
     return {
         "checkpoint": location.folder.name if location.folder else None,
-        "step": step,
+        "step": weights_step(location.folder) if location.run else None,
         "losses": losses,
         "row_losses": {"row_hash": evaluation.row_hash, "tokens": row_tokens, **row_losses},
         "seen": None if evaluation.seen is None else evaluation.seen.count,

@@ -37,7 +37,7 @@ from tunesmith.inference.score_rows import (
     scores_path,
     summarize_rows,
 )
-from tunesmith.run_dir import read_manifest
+from tunesmith.run_dir import weights_step
 from tunesmith.scoring.intervals import Interval
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def evaluate_tasks(
         "limit": limit,
         "chat_template": applies,
         "checkpoint": location.folder.name if location.folder else None,
-        "step": _step_of(location),
+        "step": weights_step(location.folder) if location.run else None,
     }
     files = []
     for name in loaded_tasks.names:
@@ -449,14 +449,6 @@ def values_as_json(metric: TaskMetric) -> dict[str, Any]:
         values["differing"] = row_scores.paired.differing
         values["verdict"] = row_scores.verdict
     return values
-
-
-def _step_of(location: RunLocation) -> int | None:
-    """The step of a run's checkpoint; None for other models."""
-    if location.run is None or location.folder is None:
-        return None
-    manifest = read_manifest(location.folder)
-    return None if manifest is None else int(manifest["step"])
 
 
 def _lm_eval_version() -> str:

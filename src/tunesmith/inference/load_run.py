@@ -54,7 +54,7 @@ class RunLocation:
         base: the base model; for `full`, the one it was trained from.
         run: the resolved recipe beside it, if there is one.
         note: which of several candidates was chosen, and why.
-        is_unfinished: a checkpoint stands for a run that has no final/ yet.
+        is_notable: it stands for a run, and does not hold the last step of one that has finished.
     """
 
     kind: Literal["adapter", "full", "base"]
@@ -62,7 +62,7 @@ class RunLocation:
     base: Model
     run: Run | None = field(default=None, repr=False)
     note: str = ""
-    is_unfinished: bool = False
+    is_notable: bool = False
 
     @property
     def held_out_hash(self) -> str | None:
@@ -109,6 +109,8 @@ class LoadedModel(Tabular):
             ("device", f"{device}, in {dtype}"),
             ("next", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
         ]
+        if self.location.is_notable:
+            rows.insert(1, ("", self.location.note))
         return ResultTable(rows)
 
     @property
@@ -159,7 +161,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         if (place / RECIPE).is_file():
             saved = find_saved_model(place)
             location = _in_folder(saved.folder, note=saved.note)
-            location = replace(location, is_unfinished=saved.is_unfinished)
+            location = replace(location, is_notable=saved.is_notable)
         else:
             location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):

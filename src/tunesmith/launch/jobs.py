@@ -48,6 +48,7 @@ from tunesmith.run_dir import (
     read_recipe,
     read_stopped,
     steps_taken,
+    weights_step,
 )
 from tunesmith.units import Length, format_seconds
 
@@ -130,6 +131,9 @@ class Job:
             if not holds_run(out):
                 return JobState(RunState.UNKNOWN, "its run directory contains no run yet")
             texts.append("no process is running here; the same command resumes")
+        best_step = weights_step(out / FINAL)
+        if state is RunState.FINISHED and best_step not in (None, step):
+            texts.append(f"{FINAL}/ is of step {best_step}")
         return JobState(state, ", ".join(filter(None, texts)))
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
@@ -198,12 +202,12 @@ class Job:
 
 
 def final_step(run_dir: Path) -> int | None:
-    """The step of final/; None where there is none, or its manifest is damaged."""
+    """The run's last step by final/; None where there is none, or its manifest is damaged."""
     try:
         manifest = read_manifest(run_dir / FINAL)
     except ValueError:
         return None
-    return manifest["step"] if manifest else None
+    return manifest["last_step"] if manifest else None
 
 
 def holds_run(run_dir: Path) -> bool:

@@ -3,7 +3,9 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
@@ -19,10 +21,13 @@ from tunesmith.run_dir import (
     LOG,
     METRICS,
     RECIPE,
+    describe_weights,
+    read_manifest,
     read_samples,
 )
 from tunesmith.units import count_of, format_seconds, ratio
 
+Manifest = dict[str, Any] | None
 # An increase of val_loss above its minimum, as a share of that, that is more than noise.
 RISE = 0.01
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
@@ -68,18 +73,12 @@ def closing_summary(
             "  to start over: the same command with --fresh (the old run is moved aside)",
             "",
         ]
-    rows += [*run_figures(records, seconds), "", *_answers(folder)]
-    validations = _validations(records)
-    best_loss, best_step = _lowest(validations)
-    rows += [*_written(folder, best_step), ""]
-    better = folder / f"checkpoint-{best_step}"
-    has_better = better.is_dir() and has_risen(validations[-1][0], best_loss)
-    # With preferences the loss may rise while more pairs are in order.
-    if has_better and run.method.name == "sft":
-        rows += [f"val_loss has risen since step {best_step}: take {better.name}", ""]
-        rows += _next(run, folder, better)
-    else:
-        rows += _next(run, folder, folder)
+    weights = None
+    with suppress(ValueError):
+        weights = read_manifest(folder / FINAL)
+    rows += [*run_figures(records, seconds), "", *_answers(folder, weights)]
+    _, best_step = _lowest(_validations(records))
+    rows += [*_written(folder, weights, best_step), "", *_next(run, folder)]
     return "\n".join(rows)
 
 
@@ -160,7 +159,7 @@ def _speed(records: Sequence[StepRecord]) -> str:
 
 
 _FILES = (
-    (FINAL, "the weights of the last step"),
+    (FINAL, "the weights {weights}"),
     (METRICS, "one record per step"),
     (HELD_OUT, "the rows that were held out: file, line and how each begins"),
     ("tensorboard", "tensorboard --logdir {path}"),
@@ -171,12 +170,18 @@ _FILES = (
 )
 
 
-def _written(folder: Path, best_step: int | None) -> list[str]:
-    """The files of the run, a line each; `best_step`: of the validation with the lowest loss."""
+def _written(folder: Path, weights: Manifest, best_step: int | None) -> list[str]:
+    """The files of the run, a line each.
+
+    weights: the manifest of final/.
+    best_step: of the validation with the lowest loss.
+    """
     rows = [f"written to {folder}"]
+    which = describe_weights(weights["step"], weights["last_step"]) if weights else ""
     for name, what in _FILES:
         if (folder / name).exists():
-            rows.append(f"  {name:<16}{what.format(path=shell_path(folder / name))}")
+            text = what.format(path=shell_path(folder / name), weights=which)
+            rows.append(f"  {name:<16}{text}".rstrip())
     checkpoints = folder.glob("checkpoint-*")
     newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
     if newest:
@@ -187,27 +192,29 @@ def _written(folder: Path, best_step: int | None) -> list[str]:
     return rows
 
 
-def _next(run: Run, folder: Path, model: Path) -> list[str]:
-    """Complete commands that a user may want next; `model`: the run directory, or a checkpoint."""
+def _next(run: Run, folder: Path) -> list[str]:
+    """Complete commands that a user may want next; they use the weights of final/."""
     # `folder` may be `.`, without a name.
     exported = shell_path(from_here(f"{folder.absolute()}-exported"))
-    tuned = shell_path(model)
+    tuned = shell_path(folder)
     rows = ["next", f"  tunesmith chat {tuned}"]
     if run.data.validation or run.data.hold_out:
         rows.append(f"  tunesmith eval {tuned}     # on held-out rows, compared with the base")
     return [
         *rows,
-        f"  tunesmith report {shell_path(folder)}   # curves, compared with other runs",
+        f"  tunesmith report {tuned}   # curves, compared with other runs",
         f"  tunesmith export {tuned} --to ollama --output {exported}   # or --to vllm, gguf",
     ]
 
 
-def _answers(folder: Path) -> list[str]:
-    """The first two prompts that were answered both before training and at its end."""
+def _answers(folder: Path, weights: Manifest) -> list[str]:
+    """The first two prompts that were answered both before training and by the weights of final/,
+    whose manifest is given.
+    """
     samples = read_samples(folder).value
-    if not samples:
+    if not samples or not weights:
         return []
-    last = samples[-1]["step"]
+    last = weights["step"]
     first_answers = {row["prompt"]: row["answer"] for row in samples if row["step"] == 0}
     last_answers = {row["prompt"]: row["answer"] for row in samples if row["step"] == last}
     prompts = [prompt for prompt in last_answers if prompt in first_answers and last > 0]
@@ -219,6 +226,8 @@ def _answers(folder: Path) -> list[str]:
             f"  before  {_one_line(first_answers[prompt])}",
             f"  after   {_one_line(last_answers[prompt])}",
         ]
+    if rows and last != weights["last_step"]:
+        rows.append(f"after: by the weights {describe_weights(last, weights['last_step'])}")
     return [*rows, ""] if rows else []
 
 

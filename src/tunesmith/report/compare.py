@@ -301,7 +301,7 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
 
 
 def _alone(run: RunSummary, measure: Measure) -> Verdict:
-    headline = f"{run.label}: {run.files.state} at step {run.steps}"
+    headline = f"{run.label}: {run.files.described_state}"
     best = measure.best_text(run)
     if best is None:
         fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
@@ -549,6 +549,16 @@ def _clearly_lower(first: Spread, second: Spread) -> bool:
     return first.mean + STANDARD_ERRORS * error < second.mean
 
 
+def _weights_of(run: RunSummary, step: int) -> str:
+    """The end of a sentence on a step: where its weights are."""
+    checkpoint = run.files.folder / f"checkpoint-{step}"
+    if run.files.final_step == step:
+        return ", whose weights are in final/."
+    if checkpoint.is_dir():
+        return f", whose checkpoint is kept: `tunesmith chat {shell_path(shown(checkpoint))}`"
+    return "."
+
+
 def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measure) -> list[str]:
     """What a reader should know before believing the verdict."""
     cautions = []
@@ -566,14 +576,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
             side = "below" if measure.is_share else "above"
             text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
             text += f"{side} that of step {step}"
-            checkpoint = run.files.folder / f"checkpoint-{step}"
-            if checkpoint.is_dir():
-                text += (
-                    f", whose checkpoint is kept: `tunesmith chat {shell_path(shown(checkpoint))}`"
-                )
-            else:
-                text += "."
-            cautions.append(text)
+            cautions.append(text + _weights_of(run, step))
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
         for run in runs

@@ -75,6 +75,7 @@ def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str,
                 "run_dir": shown(run.files.folder),
                 "state": run.files.state,
                 "step": run.steps,
+                "final_step": run.files.final_step,
                 "best": best and {"value": best[0], "step": best[1]},
                 "val_losses": [{"step": step, "value": value} for step, value in run.validations],
                 "loss": run.loss and run.loss.mean,
@@ -105,7 +106,7 @@ def _figures(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
     for difference in differing_keys(runs):
         if difference.learns:
             texts[difference.key] = [json.dumps(value) for value in difference.values]
-    texts["state"] = [f"{run.files.state} at step {run.steps}" for run in runs]
+    texts["state"] = [run.files.described_state for run in runs]
     measure = measure_of(runs)
     texts[measure.best_word] = [measure.best_text(run) for run in runs]
     texts["training loss, last steps"] = [_mean_text(run.loss, ".4f") for run in runs]

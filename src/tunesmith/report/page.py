@@ -207,7 +207,7 @@ def _last(values: Sequence[tuple[int, float]]) -> float | None:
 
 # Rows of the table of figures.
 FIGURES: dict[str, Callable[[RunSummary], Any]] = {
-    "state": lambda run: f"{run.files.state} at step {run.steps}",
+    "state": lambda run: run.files.described_state,
     "val_loss, lowest": VAL_LOSS.best_text,
     "val_loss, last": lambda run: _last(run.validations),
     f"{HELD_OUT_ACCURACY.name}, highest": HELD_OUT_ACCURACY.best_text,

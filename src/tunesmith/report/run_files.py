@@ -233,6 +233,7 @@ class RunFiles:
         failure, stopped: failure.json and stopped.json, None without one.
         evals: what each `eval --score` or `--tasks` said, as `read_scores` gives it.
         state: where it stands.
+        final_step: of the weights in final/; None: there are none, or that is not known.
         revision: goes up when the recipe or the samples change.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
         damaged: what could not be read, by file; empty for a run whose files are whole.
@@ -250,6 +251,7 @@ class RunFiles:
         self.log_tail: list[str] = []
         self.warnings: list[str] = []
         self.state = RunState.KILLED
+        self.final_step: int | None = None
         self.revision = 0
         self.ranks: dict[int, Columns] = {}
         self._metrics = JsonlColumns(self.folder / METRICS)
@@ -367,6 +369,14 @@ class RunFiles:
         recorded = int((self.columns.get("step") or [0])[-1] or 0)
         return steps_taken(recorded, self.state, self.stopped)
 
+    @property
+    def described_state(self) -> str:
+        """The state, the last step, and the step in final/ where that is an earlier one."""
+        text = f"{self.state} at step {self.steps}"
+        if self.state is RunState.FINISHED and self.final_step not in (None, self.steps):
+            text += f", {FINAL}/ is of step {self.final_step}"
+        return text
+
     def _state(self) -> RunState:
         if is_locked(self.folder):
             return RunState.RUNNING
@@ -377,10 +387,11 @@ class RunFiles:
             manifest = read_manifest(self.folder / FINAL)
         except ValueError as error:
             self._faults[name] = Part(None, str(error))
+        self.final_step = manifest["step"] if manifest else None
         return ended_state(
             failed=self.failure is not None,
             stopped=self.stopped is not None,
-            final_step=manifest["step"] if manifest else None,
+            final_step=manifest["last_step"] if manifest else None,
             last_step=(self.columns.get("step") or [0])[-1] or 0,
         )
 

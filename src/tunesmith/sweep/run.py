@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.checkpoint.claim import claim_run_dir, is_run
-from tunesmith.checkpoint.manifest import find_damage, list_checkpoints, step_of
+from tunesmith.checkpoint.manifest import find_damage, last_step_of, list_checkpoints
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
@@ -40,7 +40,7 @@ from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import read_records
 from tunesmith.optim.lr_schedule import warmup_steps
-from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of
+from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of, weights_step
 from tunesmith.sweep.search import Search, halve, rung_steps
 from tunesmith.sweep.shared_base import SharedBase
 from tunesmith.sweep.space import Space, check_count
@@ -397,7 +397,7 @@ class Sweep:
 
     def _read_standing(self, folder: Path, until: int | None) -> Standing | None:
         """Where the run directory of a candidate stands, or None if it has not come so far."""
-        final = step_of(folder / FINAL)
+        final = last_step_of(folder / FINAL)
         newest = 0
         for checkpoint in list_checkpoints(folder):
             if find_damage(checkpoint.path, contents=False) is None:
@@ -419,6 +419,9 @@ class Sweep:
         if record is not None and self.compared == "loss":
             last = list(records.values())[-max(1, len(records) // 10) :]
             return Standing(step, sum(record.loss for record in last) / len(last), "finished")
+        if step == final:
+            # A finished candidate is as good as the weights in its final/.
+            record = records.get(weights_step(folder / FINAL) or step)
         if record is None or record.val_loss is None:
             what = f"a candidate's records contain no {self.compared} of step {step}"
             fix = f"rm -r {shell_path(folder)}   # the same command then retrains this candidate"

@@ -1,6 +1,7 @@
 """Sample answers to held-out prompts while a run trains, if they cost little of its time."""
 
 import math
+from pathlib import Path
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.distributed.activity import STUCK_AFTER_S
@@ -8,9 +9,8 @@ from tunesmith.errors import DataError
 from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.shard import sharded_modules
-from tunesmith.run_dir import Phase
+from tunesmith.run_dir import Phase, read_samples
 from tunesmith.training.build import Session
-from tunesmith.training.duration import Duration
 from tunesmith.units import Cadence
 
 # Sample answers may take `log.sample_seconds`, or this share of the time trained once it is more.
@@ -21,18 +21,11 @@ ANSWER_SHARE = 0.01
 class AnswerSampler:
     """Lets the model answer the first held-out prompts, on the ranks that its weights need."""
 
-    def __init__(
-        self,
-        session: Session,
-        progress: Progress,
-        sinks: Sinks,
-        duration: Duration,
-    ) -> None:
+    def __init__(self, session: Session, progress: Progress, sinks: Sinks) -> None:
         self.session = session
         self.ranks = session.ranks
         self.progress = progress
         self.sinks = sinks
-        self.duration = duration
         # Of a sharded model all ranks must answer together, to gather its weights.
         divides_experts = session.mesh.shape.experts > 1
         self.is_sharded = bool(sharded_modules(session.model)) or divides_experts
@@ -58,7 +51,27 @@ class AnswerSampler:
         return references
 
     def sample(self) -> None:
-        """Hand answers to the sinks; a collective call where the model is sharded."""
+        """Hand answers to the sinks, if there is time left for them; a collective call where the
+        model is sharded.
+        """
+        self._sample(self.progress.step, self.allowed_seconds())
+
+    def sample_final(self, step: int) -> None:
+        """Hand answers of the weights of final/ to the sinks, unless `step`, theirs, has some; as
+        above.
+
+        Whoever was shown answers from before training is shown these, whatever they take.
+        """
+        sampled = set()
+        if self.ranks.is_main_process:
+            samples = read_samples(Path(self.session.run.output_dir)).value
+            sampled = {row["step"] for row in samples}
+        if self.is_sharded:
+            sampled = self.ranks.broadcast_object(sampled)
+        if step not in sampled:
+            self._sample(step, math.inf if 0 in sampled else self.allowed_seconds(is_final=True))
+
+    def _sample(self, step: int, allowed: float) -> None:
         session = self.session
         heartbeat = self.ranks.heartbeat
         heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
@@ -69,7 +82,7 @@ class AnswerSampler:
         if not (self.ranks.is_main_process or self.is_sharded):
             return
         clock = AnswerClock(
-            self.allowed_seconds(),
+            allowed,
             generated=heartbeat.progress,
             agree=self.ranks.broadcast_object if self.is_sharded else None,
         )
@@ -87,7 +100,7 @@ class AnswerSampler:
         session.model.train()
         self.seconds += clock.elapsed
         if not clock.late:
-            self.sinks.samples(self.progress.step, answers)
+            self.sinks.samples(step, answers)
         elif not self.has_warned:
             self.has_warned = True
             seconds = self.enough_seconds(clock)
@@ -96,7 +109,7 @@ class AnswerSampler:
                 enough = f"log.sample_seconds={seconds}"
             self.sinks.text(
                 "samples",
-                f"no sample answers at step {self.progress.step}: "
+                f"no sample answers at step {step}: "
                 f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s may be spent "
                 f"on them; {enough} allows them, log.samples=0 asks for none",
             )
@@ -123,9 +136,9 @@ class AnswerSampler:
         # They also answer before the first step. Tens, since it is an estimate.
         return 10 * math.ceil(clock.predicted * (1 + validations) / 10)
 
-    def allowed_seconds(self) -> float:
+    def allowed_seconds(self, *, is_final: bool = False) -> float:
         """Seconds for the answers that are due, which must not cost more than they tell."""
         allowed = max(self.session.run.log.sample_seconds, ANSWER_SHARE * self.progress.seconds)
-        if self.progress.step > 0 and self.duration.is_over(self.progress):
+        if is_final:
             return allowed
         return max(0.0, allowed - self.seconds)

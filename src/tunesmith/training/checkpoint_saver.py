@@ -4,12 +4,16 @@ import time
 from functools import partial
 from pathlib import Path
 
+from tunesmith.adapter.peft_files import load_adapter
+from tunesmith.build_model import fill_parameters
 from tunesmith.checkpoint import contents, manifest
 from tunesmith.checkpoint.model_card import model_card
-from tunesmith.checkpoint.resume import Progress
+from tunesmith.checkpoint.resume import Progress, validation_score
 from tunesmith.checkpoint.sharded import RanksWriter, fits_twice, sharded_save_function
 from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.distributed.activity import STUCK_AFTER_S
+from tunesmith.methods.answers import ACCURACY
+from tunesmith.metrics.record import VALIDATION
 from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL, Phase
@@ -78,6 +82,14 @@ class CheckpointSaver:
         """Whether a periodic checkpoint is due; ask once a step."""
         return self.cadence.due(self.progress.step, self.progress.seconds)
 
+    def is_new_best(self) -> bool:
+        """Whether the validation of this step is the best so far, and its weights are saved for
+        final/ without waiting for `checkpoint.every`: an adapter's are, in a moment.
+        """
+        is_adapter = self.run.adapter.kind == "lora"
+        is_best = self.progress.best_step == self.progress.step
+        return is_adapter and is_best and self.run.checkpoint.final == "best"
+
     def raise_failed_write(self) -> None:
         """Raise the error of a checkpoint that could not be written, on all ranks at one step."""
         has_failed = self.writer.failed
@@ -103,6 +115,7 @@ class CheckpointSaver:
         self.ranks.heartbeat.phase(Phase.SAVING, self.time_limit())
         # After a write in progress `saved_step` is up to date.
         self.writer.wait()
+        self._note_validation()
         # The end is saved over the same step once more: its progress says that the run has ended.
         if self.writer.saved_step == progress.step and progress.ended is None:
             return
@@ -110,11 +123,23 @@ class CheckpointSaver:
         progress.good_steps = self.session.optimizer.growth_tracker
         save_fn, in_background = self._prepare(copy=more_steps_follow)
         if in_background:
-            self.writer.write_async(save_fn, progress.step, keep_step=progress.best_step)
+            self.writer.write_async(save_fn, progress.step, keep_step=progress.kept_step)
             return
         began = time.perf_counter()
-        self.writer.write(save_fn, progress.step, keep_step=progress.best_step)
+        self.writer.write(save_fn, progress.step, keep_step=progress.kept_step)
         self.longest_save = max(self.longest_save, time.perf_counter() - began)
+
+    def _note_validation(self) -> None:
+        """Note a validation of this step in `progress`, if it is the best one with a checkpoint."""
+        progress = self.progress
+        record = progress.record
+        if record is None or record.step != progress.step or not progress.validated:
+            return
+        accuracy = record.extra.get(f"{VALIDATION}{ACCURACY}")
+        score = validation_score(record.val_loss, accuracy, self.run.validate.best_by)
+        if score is not None and (progress.kept_score is None or score < progress.kept_score):
+            progress.kept_step = progress.step
+            progress.kept_score = score
 
     def _prepare(self, *, copy: bool) -> tuple[SaveFunction, bool]:
         """What writes the state of this moment, and whether it may run beside later steps.
@@ -143,17 +168,56 @@ class CheckpointSaver:
             return sharded_save_function(*parts, ranks=self.writer.ranks, copy=is_copied), is_copied
         return partial(contents.write_checkpoint, *parts), False
 
-    def write_final(self) -> None:
-        """Write final/: the model or adapter without the training state."""
+    def load_best(self) -> int:
+        """Load the weights that final/ is to hold into the model; the step that they are of.
+
+        A collective call, once the run is over and saved: its state goes on from the last step,
+        whatever final/ holds.
+        """
+        progress = self.progress
+        best_step = progress.kept_step
+        if self.run.checkpoint.final == "last" or best_step is None:
+            return progress.step
+        if best_step != progress.best_step:
+            text = f"step {progress.best_step} had the best validation, but no checkpoint"
+            fix = f"checkpoint.every='{self.run.validate.every}' saves each one"
+            self.sinks.text("checkpoint", f"{text}: final/ is of step {best_step}; {fix}")
+        if best_step == progress.step:
+            return progress.step
+        self.ranks.heartbeat.phase(Phase.SAVING_FINAL, self.time_limit())
+        checkpoint = self.out / f"checkpoint-{best_step}"
+        damage = None
+        if self.ranks.is_run_dir_writer:
+            damage = manifest.find_damage(checkpoint, contents=False)
+            for _, clause in manifest.differing_sums(checkpoint):
+                damage = damage or clause
+        damage = next(filter(None, self.ranks.all_gather_object(damage)), None)
+        if damage:
+            text = f"warning: final/ holds the last step's weights: {checkpoint.name} was the best"
+            self.sinks.text("checkpoint", f"{text} one, but {damage}")
+            return progress.step
+        session = self.session
+        if self.run.adapter.kind == "lora":
+            load_adapter(session.model.model, checkpoint)
+        else:
+            model = session.model.model
+            fill_parameters(self.run, session.files, model, checkpoint, self.ranks)
+        return best_step
+
+    def write_final(self, step: int) -> None:
+        """Write final/: the model or adapter, whose weights are of `step`, without the training
+        state.
+        """
         model = self.session.model
         self.ranks.heartbeat.phase(Phase.SAVING_FINAL, self.time_limit())
         if not self.ranks.is_main_process:
             # Takes part in gathering what ranks share, and writes nothing.
             contents.write_model_files(None, self.run, model, {})
             return
-        with manifest.atomic_folder(self.out / FINAL, self.progress.step) as folder:
+        last_step = self.progress.step
+        with manifest.atomic_folder(self.out / FINAL, step, last_step) as folder:
             contents.write_model_files(folder, self.run, model, self.tokenizer)
-            card = model_card(self.run.model, self.run, self.out)
+            card = model_card(self.run.model, self.run, self.out, step=step)
             (folder / manifest.CARD).write_text(card, encoding="utf-8")
 
     def time_limit(self) -> float:

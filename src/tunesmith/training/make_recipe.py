@@ -673,8 +673,8 @@ def _choose_validations(
     if held_out >= TELLING:
         chosen["validate.patience"] = PATIENCE
         why["validate.patience"] = (
-            f"stops the run after {PATIENCE} validations without improvement; final/ is the last "
-            "step, and the best one's checkpoint is kept"
+            f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
+            "best one's weights (checkpoint.final)"
         )
 
 

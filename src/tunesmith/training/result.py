@@ -34,7 +34,16 @@ from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.summary import named_figures
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.run_dir import FINAL, LOG, METRICS, RECIPE, STOP_FILE, STOPPED, shown
+from tunesmith.run_dir import (
+    FINAL,
+    LOG,
+    METRICS,
+    RECIPE,
+    STOP_FILE,
+    STOPPED,
+    describe_weights,
+    shown,
+)
 from tunesmith.units import Size, count_of
 
 # An error names no more rows than these.
@@ -55,6 +64,7 @@ class Result(Tabular):
     finished_before: bool = False  # the directory had a finished run, and nothing was trained
     best_step: int | None = None  # of the lowest validation loss
     best_loss: float | None = None
+    final_step: int | None = None  # of the weights in final/; None: this start wrote none
 
     @property
     def first_loss(self) -> float | None:
@@ -86,7 +96,10 @@ class Result(Tabular):
                 ("was finished", "a longer train.duration continues, fresh=True starts over")
             )
         run = shown(from_here(self.output_dir))
-        files = f"{FINAL}/ (weights), {METRICS} (one record per step), {LOG}"
+        weights = "weights"
+        if self.final_step is not None:
+            weights += f" {describe_weights(self.final_step, self.steps)}"
+        files = f"{FINAL}/ ({weights}), {METRICS} (one record per step), {LOG}"
         data = "" if any(record.val_loss is not None for record in records) else ", 'rows.jsonl'"
         rows += [
             ("written to", run),
@@ -107,6 +120,7 @@ class Result(Tabular):
             "tokens": self.tokens,
             "examples": self.examples,
             "best_step": self.best_step,
+            "final_step": self.final_step,
             "finished_before": self.finished_before,
             "first_loss": self.first_loss,
             "last_loss": self.last_loss,

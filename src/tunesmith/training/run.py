@@ -71,7 +71,18 @@ from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
-from tunesmith.run_dir import FAILURE, IDENTITY, LOG, METRICS, SAMPLES, STOP_FILE, STOPPED, Phase
+from tunesmith.run_dir import (
+    FAILURE,
+    FINAL,
+    IDENTITY,
+    LOG,
+    METRICS,
+    SAMPLES,
+    STOP_FILE,
+    STOPPED,
+    Phase,
+    weights_step,
+)
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
@@ -263,7 +274,8 @@ def start_run(
         if ranks.is_run_dir_writer:
             stack.enter_context(noted_early_stop(out, stop.request))
         if start.finished is not None:
-            return Result(out, start.finished, finished_before=True)
+            final_step = weights_step(out / FINAL)
+            return Result(out, start.finished, finished_before=True, final_step=final_step)
         run = with_start_adapter(run, start, ranks)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
         with as_usage_error(ranks):

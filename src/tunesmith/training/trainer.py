@@ -76,7 +76,7 @@ class Trainer:
         self.checkpoints = CheckpointSaver(session, progress, sinks, stop, saved_step)
         self.metrics = AsyncMetrics(session, progress, sinks, stop, self.checkpoints.writer)
         self.validation = Validation(session, progress, sinks, stop, self.metrics)
-        self.answers = AnswerSampler(session, progress, sinks, self.duration)
+        self.answers = AnswerSampler(session, progress, sinks)
         self.learning_rate = partial(
             scheduled_rate,
             run.train,
@@ -144,6 +144,7 @@ class Trainer:
                 self.metrics.flush(log=not validates)
             if validates:
                 self.validate()
+                saves = saves or self.checkpoints.is_new_best()
             # The last step's checkpoint is written at the end.
             if saves and not is_last and not self.stop.is_due():
                 self.checkpoints.save_periodic()
@@ -226,9 +227,17 @@ class Trainer:
         heartbeat.progress(self.progress.step)
 
     def validate(self) -> None:
-        """Measure the held-out rows, then let the model answer some of them."""
-        if self.validation.measure():
+        """Measure the held-out rows, then let the model answer some of them.
+
+        The weights of final/ answer at the end.
+        """
+        if self.validation.measure() and not self.is_complete:
             self.answers.sample()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole run is over: by its duration, or by patience."""
+        return self.duration.is_complete(self.progress) or self.validation.is_out_of_patience()
 
     def save_and_stop(self) -> None:
         """Save the last step, if there is one, and leave."""
@@ -245,8 +254,7 @@ class Trainer:
         progress = self.progress
         if not progress.validated:
             self.save_and_stop()
-        is_complete = self.duration.is_complete(progress) or self.validation.is_out_of_patience()
-        if self.duration.is_over(progress) and not is_complete:
+        if self.duration.is_over(progress) and not self.is_complete:
             self.checkpoints.save()
             if self.ranks.is_main_process:
                 write_paused(self.out, progress.step)
@@ -254,11 +262,13 @@ class Trainer:
         self.stop.request.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
         self.checkpoints.save()
-        self.checkpoints.write_final()
+        final_step = self.checkpoints.load_best()
+        self.answers.sample_final(final_step)
+        self.checkpoints.write_final(final_step)
         self.ranks.heartbeat.phase(Phase.END)
-        return self.result()
+        return self.result(final_step)
 
-    def result(self) -> Result:
+    def result(self, final_step: int | None = None) -> Result:
         """What this start came to."""
         records = self.metrics.records
         return Result(
@@ -271,6 +281,7 @@ class Trainer:
             records=records,
             best_step=self.progress.best_step,
             best_loss=self.progress.best_loss,
+            final_step=final_step,
         )
 
     def as_failure(self, error: BaseException) -> TunesmithError:

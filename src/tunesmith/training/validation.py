@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 
-from tunesmith.checkpoint.resume import Progress
+from tunesmith.checkpoint.resume import Progress, validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.inference.evaluate import ValidationResult, validation_loss
@@ -98,10 +97,12 @@ class Validation:
         if not has_risen(loss, progress.best_loss):
             return
         progress.warned_of_rise = True
-        checkpoint = Path(self.run.output_dir) / f"checkpoint-{progress.best_step}"
         best = f"the lowest was {progress.best_loss:.4f} at step {progress.best_step}"
-        if checkpoint.is_dir():
+        if progress.kept_step == progress.best_step:
+            checkpoint = Path(self.run.output_dir) / f"checkpoint-{progress.best_step}"
             best += f", which {from_here(checkpoint)} keeps"
+            if self.run.checkpoint.final == "best":
+                best += " for final/"
         self.sinks.text(
             "overfitting",
             f"warning: val_loss has risen: no new minimum in {progress.worse} validations; "
@@ -114,15 +115,10 @@ class Validation:
         progress = self.progress
         if progress.best_loss is None:
             return True
-        # Any number is lower than a NaN, which an fp16 model may give; a second NaN is not.
-        is_first_number = math.isnan(progress.best_loss) and not math.isnan(result.loss)
-        has_lower_loss = is_first_number or result.loss < progress.best_loss
-        if self.run.validate.best_by == "loss" or progress.best_accuracy is None:
-            return has_lower_loss
-        accuracy = result.metrics[ACCURACY]
-        if accuracy == progress.best_accuracy:
-            return has_lower_loss
-        return accuracy > progress.best_accuracy
+        best_by = self.run.validate.best_by
+        score = validation_score(result.loss, result.metrics.get(ACCURACY), best_by)
+        best = validation_score(progress.best_loss, progress.best_accuracy, best_by)
+        return score is not None and (best is None or score < best)
 
     def _result(self) -> ValidationResult | None:
         session = self.session

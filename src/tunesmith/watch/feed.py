@@ -174,6 +174,7 @@ class WatchedRun:
             "place": self.place,
             "state": files.state,
             "step": steps,
+            "final_step": files.final_step,
             "steps": round(total_steps) if total_steps else None,
             "done": progress,
             "seconds_left": seconds_left,

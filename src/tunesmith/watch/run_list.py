@@ -123,7 +123,7 @@ class ListedRun:
         state = ended_state(
             failed=failure.value is not None,
             stopped=stopped.value is not None,
-            final_step=manifest["step"] if manifest else None,
+            final_step=manifest["last_step"] if manifest else None,
             last_step=step,
         )
         return {

@@ -62,7 +62,9 @@
     put(parts.state, run.state);
     parts.state.className = `state ${run.state}`;
     const steps = run.steps ? `step ${count(run.step)} of ${count(run.steps)}` : run.step ? `step ${count(run.step)}` : "before the first step";
-    put(parts.where, run.seconds_left == null ? steps : `${steps}, ${duration(run.seconds_left)} left`);
+    const isBestEarlier = run.state === "finished" && run.final_step != null && run.final_step !== run.step;
+    const weights = isBestEarlier ? `, final/ is of step ${count(run.final_step)}` : "";
+    put(parts.where, run.seconds_left == null ? steps + weights : `${steps}, ${duration(run.seconds_left)} left`);
     const done = Math.round((run.done ?? 0) * 100);
     parts.bar.style.width = `${(run.done ?? 0) * 100}%`;
     parts.track.setAttribute("aria-valuenow", done);

@@ -1,0 +1,301 @@
+"""final/ holds the weights of the best validation, and the run goes on from its last step."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from errors import holds, lines_with
+from ranks import run_ranks
+from recipes import make_run, merge, write_feedback, write_pairs
+from tunesmith.checkpoint import manifest
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.checkpoint.sharded import export_sharded
+from tunesmith.config.load import load_recipe
+from tunesmith.inference.evaluate import ValidationResult
+from tunesmith.inference.load_run import locate_run
+from tunesmith.launch.jobs import Job
+from tunesmith.metrics.summary import closing_summary
+from tunesmith.report.run_files import RunFiles
+from tunesmith.run_dir import read_manifest, read_samples
+from tunesmith.training import validation
+from tunesmith.training.answer_sampler import AnswerSampler
+from tunesmith.training.result import Result
+from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
+
+ADAPTER = "adapter_model.safetensors"
+# Validated after each step; a periodic checkpoint would come after the run's end.
+RULES: dict[str, Any] = {
+    "validate": {"every": "1 steps"},
+    "checkpoint": {"every": "100 steps", "keep": 1},
+}
+Losses = Callable[[Sequence[float]], None]
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
+    """Sets what the next validations measure: a run so short does not overfit by itself."""
+
+    def set_losses(values: Sequence[float]) -> None:
+        results = iter(values)
+        monkeypatch.setattr(
+            validation,
+            "validation_loss",
+            lambda *_, **__: ValidationResult(next(results), 1, {}),
+        )
+
+    return set_losses
+
+
+def go(tiny: Path, folder: Path, steps: int, **changes: Any) -> Result:
+    changes = merge(merge(RULES, {"train": {"duration": f"{steps} steps"}}), changes)
+    return train(make_run(tiny, folder, **changes), quiet=True)
+
+
+def steps_of(folder: Path) -> tuple[int, int]:
+    """The step of the weights in final/, and the last one, by its manifest."""
+    values = read_manifest(folder / "run" / "final")
+    assert values is not None
+    return values["step"], values["last_step"]
+
+
+def same_weights(folder: Path, step: int, name: str = ADAPTER) -> bool:
+    """Whether final/ has the bytes of the checkpoint of a step."""
+    run = folder / "run"
+    return (run / "final" / name).read_bytes() == (run / f"checkpoint-{step}" / name).read_bytes()
+
+
+def test_final_is_the_best_step_and_everything_says_so(
+    tiny: Path, tmp_path: Path, losses: Losses
+) -> None:
+    losses([3.0, 2.0, 2.5, 2.6])
+    result = go(tiny, tmp_path, 4)
+    run = tmp_path / "run"
+    assert (result.steps, result.final_step, result.values()["final_step"]) == (4, 2, 2)
+    assert steps_of(tmp_path) == (2, 4)
+    assert manifest.find_damage(run / "final") is None
+    assert same_weights(tmp_path, 2)
+    assert not same_weights(tmp_path, 4)
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    # The card, the note of chat, eval, merge and export, the summary, the table in Python.
+    assert lines_with((run / "final" / "README.md").read_text(), "weights", 2, 4)
+    assert holds(locate_run(run).note, "final", 2, 4)
+    summary = closing_summary(load_recipe(run / "config.yaml"), steps=4)
+    assert lines_with(summary, "final", 2, 4)
+    assert lines_with(summary, "tunesmith chat", run)
+    assert holds(str(result), "final/", 2, 4)
+    assert holds(RunFiles(run).described_state, "finished", 2, 4)
+    assert holds(Job("", str(run)).state().text, 2, 4)
+    again = go(tiny, tmp_path, 4)
+    assert (again.finished_before, again.steps, again.final_step) == (True, 4, 2)
+
+
+def test_a_longer_run_goes_on_from_the_last_step(
+    tiny: Path, tmp_path: Path, losses: Losses
+) -> None:
+    """Its numbers are those of a run that never stopped, and final/ is written anew."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    schedule = {"schedule": "constant"}
+    losses([3.0, 2.0, 2.5, 2.6, 2.4, 2.3])
+    uninterrupted = go(tiny, whole, 6, train=schedule)
+    losses([3.0, 2.0, 2.5, 2.6])
+    go(tiny, tmp_path, 4, train=schedule)
+    losses([2.4, 2.3])
+    longer = go(tiny, tmp_path, 6, train=schedule)
+    assert (longer.first_step, longer.steps, longer.final_step) == (4, 6, 2)
+    assert [r.loss for r in longer.records] == [r.loss for r in uninterrupted.records[4:]]
+    assert steps_of(tmp_path) == steps_of(whole) == (2, 6)
+    final = [folder / "run" / "final" / ADAPTER for folder in (tmp_path, whole)]
+    assert final[0].read_bytes() == final[1].read_bytes()
+    losses([1.5, 1.6])
+    go(tiny, tmp_path, 8, train=schedule)
+    assert steps_of(tmp_path) == (7, 8)
+    assert same_weights(tmp_path, 7)
+
+
+@pytest.mark.parametrize(
+    ("measured", "changes", "final"),
+    [
+        ([3.0, 2.0, 2.5], {"checkpoint": {"final": "last"}}, 3),
+        ([3.0, 2.0, 1.0], {}, 3),  # the last one is the best
+        ([3.0, math.nan, 3.5], {}, 1),  # a NaN is no best
+        ([math.nan, math.nan, 2.0], {}, 3),
+        ([math.nan, math.nan, math.nan], {}, 3),  # there is no best
+        ([2.0, 2.0, 2.0], {}, 1),  # of equal ones the first
+        ([2.5], {"validate": {"every": None}}, 3),  # measured once, at the end
+        ([3.0, 2.0, 2.5, 2.6], {"validate": {"patience": 2}, "train": {"duration": "9 steps"}}, 2),
+    ],
+)
+def test_which_step_final_is_of(
+    tiny: Path,
+    tmp_path: Path,
+    losses: Losses,
+    measured: list[float],
+    changes: dict[str, Any],
+    final: int,
+) -> None:
+    losses(measured)
+    result = go(tiny, tmp_path, 3, **changes)
+    assert result.final_step == final
+    assert steps_of(tmp_path) == (final, result.steps)
+    assert same_weights(tmp_path, final)
+
+
+def test_without_held_out_rows_final_is_the_last_step(tiny: Path, tmp_path: Path) -> None:
+    changes = {"train": {"duration": "2 steps"}}
+    assert train(make_run(tiny, tmp_path, held=False, **changes), quiet=True).final_step == 2
+    assert steps_of(tmp_path) == (2, 2)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_preferences_keep_the_best_too(
+    tiny: Path, tmp_path: Path, losses: Losses, method: str
+) -> None:
+    write = write_feedback if method == "kto" else write_pairs
+    for name in ("train.jsonl", "held.jsonl"):
+        write(tmp_path / name, 16)
+    shape = {"format": "feedback" if method == "kto" else "preference"}
+    data = {"train": shape, "validation": shape}
+    losses([0.6, 0.7, 0.8])
+    go(tiny, tmp_path, 3, method=method, data=data)
+    assert steps_of(tmp_path) == (1, 3)
+    assert same_weights(tmp_path, 1)
+
+
+@pytest.mark.parametrize("masters", ["fp32", "stochastic"])
+def test_a_model_trained_in_full_is_the_best_of_its_checkpoints(
+    tiny: Path, tmp_path: Path, losses: Losses, masters: str
+) -> None:
+    """Its checkpoints are large, so the best validation alone saves none."""
+    losses([1.0, 2.0, 2.5, 2.6, 2.7])
+    changes: dict[str, Any] = {
+        "adapter": {"kind": "none"},
+        "model": {"dtype": "bf16"},
+        "train": {"master_weights": masters},
+        "checkpoint": {"every": "2 steps"},
+    }
+    go(tiny, tmp_path, 5, **changes)
+    run = tmp_path / "run"
+    assert steps_of(tmp_path) == (2, 5)
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-5"}
+    assert same_weights(tmp_path, 2, "model.safetensors")
+    assert lines_with((run / "log.txt").read_text(), "checkpoint.every='1 steps'", 1, 2)
+
+
+def train_on_ranks(model: Path, folder: Path, changes: dict[str, Any]) -> int | None:
+    results = iter([3.0, 2.0, 2.5, 2.6])
+    validation.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
+    changes = merge(merge(RULES, {"train": {"duration": "4 steps"}}), changes)
+    return train(make_run(model, folder, **changes), quiet=True).final_step
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_shards_gather_the_best_step(tiny: Path, tmp_path: Path, kind: str) -> None:
+    """A model trained in full has training state alone on the way."""
+    changes = {
+        "parallel": {"shard": 2},
+        "adapter": {"kind": kind},
+        "checkpoint": {"every": "2 steps"},
+    }
+    if kind == "lora":
+        changes["adapter"] = {}
+    assert run_ranks(2, train_on_ranks, tiny, tmp_path, changes) == [2, 2]
+    run = tmp_path / "run"
+    assert steps_of(tmp_path) == (2, 4)
+    if kind == "lora":
+        assert same_weights(tmp_path, 2)
+        return
+    exported = {}
+    for step in (2, 4):
+        export_sharded(
+            run / f"checkpoint-{step}", tmp_path / str(step), load_recipe(run / "config.yaml")
+        )
+        exported[step] = load_file(tmp_path / str(step) / "model.safetensors")
+    final = load_file(run / "final" / "model.safetensors")
+    assert final.keys() == exported[2].keys()
+    assert all(torch.equal(final[name], exported[2][name]) for name in final)
+    assert not all(torch.equal(final[name], exported[4][name]) for name in final)
+
+
+def test_a_damaged_best_checkpoint_is_said_and_the_last_step_taken(
+    tiny: Path, tmp_path: Path, losses: Losses
+) -> None:
+    losses([3.0, 2.0, 2.5])
+    go(tiny, tmp_path, 3)
+    run = tmp_path / "run"
+    file = run / "checkpoint-2" / ADAPTER
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    losses([2.6])
+    assert go(tiny, tmp_path, 4).final_step == 4
+    assert same_weights(tmp_path, 4)
+    assert lines_with((run / "log.txt").read_text(), "warning:", "checkpoint-2", ADAPTER)
+
+
+def test_final_of_an_older_version_is_finished(tiny: Path, tmp_path: Path, losses: Losses) -> None:
+    """Its manifest has one step, and its progress.json no kept one."""
+    losses([3.0, 2.0, 2.5])
+    go(tiny, tmp_path, 3, checkpoint={"final": "last"})
+    run = tmp_path / "run"
+    for folder in (run / "final", run / "checkpoint-3"):
+        file = folder / "manifest.json"
+        values = json.loads(file.read_text())
+        values.pop("last_step", None)
+        file.write_text(json.dumps(values))
+    assert go(tiny, tmp_path, 3).finished_before
+    assert steps_of(tmp_path) == (3, 3)
+
+
+def test_a_kill_before_final_is_written_loses_nothing(
+    tiny: Path, tmp_path: Path, losses: Losses
+) -> None:
+    losses([3.0, 2.0, 2.5])
+    go(tiny, tmp_path, 3)
+    run = tmp_path / "run"
+    kept = (run / "final" / ADAPTER).read_bytes()
+    shutil.rmtree(run / "final")
+    losses([])
+    assert go(tiny, tmp_path, 3).final_step == 2
+    assert (run / "final" / ADAPTER).read_bytes() == kept
+    assert Progress.read(run / "checkpoint-3").kept_step == 2
+
+
+@pytest.fixture
+def slow_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answers take nearly all the time that a run has for them."""
+    sample = AnswerSampler._sample
+
+    def spend(self: AnswerSampler, step: int, allowed: float) -> None:
+        sample(self, step, allowed)
+        self.seconds += 1e6
+
+    monkeypatch.setattr(AnswerSampler, "_sample", spend)
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_answers_come_after_training_where_they_came_before(
+    tiny: Path, tmp_path: Path, losses: Losses, slow_answers: None, patience: int | None
+) -> None:
+    """They are of the weights in final/, by patience or by duration."""
+    losses([3.0, 2.0, 2.5, 2.6])
+    log = {"samples": 1, "sample_seconds": 600.0}
+    result = go(tiny, tmp_path, 9 if patience else 4, validate={"patience": patience}, log=log)
+    assert result.steps == 4
+    run = tmp_path / "run"
+    samples = read_samples(run).value
+    assert [row["step"] for row in samples] == [0, 2]
+    summary = closing_summary(load_recipe(run / "config.yaml"), steps=4)
+    assert lines_with(summary, "before")
+    assert lines_with(summary, "after", 2, 4)
