@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from errors import holds, lines_with
+from errors import holds, lines_with, refuses
 from ranks import run_ranks
 from recipes import make_run, merge, write_feedback, write_pairs
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import export_sharded
 from tunesmith.config.load import load_recipe
+from tunesmith.errors import StoppedError
 from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.inference.load_run import locate_run
 from tunesmith.launch.jobs import Job
@@ -270,6 +272,21 @@ def test_a_kill_before_final_is_written_loses_nothing(
     assert go(tiny, tmp_path, 3).final_step == 2
     assert (run / "final" / ADAPTER).read_bytes() == kept
     assert Progress.read(run / "checkpoint-3").kept_step == 2
+
+
+def test_a_validation_that_a_stop_cut_off_counts_once_it_is_measured(
+    tiny: Path, tmp_path: Path, losses: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(validation, "validation_loss", interrupted)
+    with refuses(StoppedError):
+        go(tiny, tmp_path, 3)
+    assert not Progress.read(tmp_path / "run" / "checkpoint-1").validated
+    losses([2.0, 2.5, 2.6])
+    assert go(tiny, tmp_path, 3).final_step == 1
+    assert same_weights(tmp_path, 1)
 
 
 @pytest.fixture

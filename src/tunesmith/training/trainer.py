@@ -104,6 +104,8 @@ class Trainer:
         if not self.progress.validated:
             self.sinks.text("validation", "continuing the validation that was interrupted")
             self.validate()
+            # Its checkpoint is there already; only now it may count as the best one.
+            self.checkpoints.save()
         # Shards would gather the whole model for each token: too slow for answers of a base.
         if self.first_step == 0 and not self.answers.is_sharded:
             self.answers.sample()
