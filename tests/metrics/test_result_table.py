@@ -6,6 +6,7 @@ import math
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
 
 from errors import holds, refuses
@@ -172,3 +173,21 @@ def test_runs_are_compared_by_their_figures_and_a_verdict(tmp_path: Path) -> Non
         compare(runs[0], tmp_path / "none")
     # A folder of runs stands for them.
     assert compare(tmp_path).runs == ("high", "low")
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_a_table_of_long_cells_fits_the_width_and_loses_nothing(count: int) -> None:
+    """As of runs whose rows are in long paths, or of many runs."""
+    cells = [f"/data/{'folder/' * 12}rows-{i}.jsonl" for i in range(count)]
+    names = [f"run-{i}" for i in range(count)]
+    table = ResultTable([("source", *cells), ("loss", *["1.25 at step 40"] * count)], names)
+    lines = table.text().splitlines()
+    assert max(map(len, lines)) <= 100
+    text = "".join(table.text().split())
+    assert all(name in text for name in names)
+    # The parts of two cells side by side alternate.
+    if count == 2:
+        edges = [lines[0].index(name) for name in names]
+        for start, end in ((edges[0], edges[1]), (edges[1], None)):
+            assert "".join(line[start:end].strip() for line in lines[1:-1]) in cells
+    assert text.count("1.25atstep40") == count

@@ -4,15 +4,18 @@ A result says what is in its table (`Tabular.table`); how a table looks is here 
 that of a dataclass, with every field.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 
 from rich.cells import cell_len
 
 from tunesmith.host.streams import WIDTH, folded
 
 GAP = "  "  # between columns
+NARROWEST = 20  # columns of a terminal, of a cell that is folded
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,11 @@ class ResultTable:
     notes: Sequence[str] = ()
 
     def text(self, width: int = WIDTH) -> str:
-        """Plain lines with columns side by side; notes are folded to `width` columns."""
+        """Plain lines with columns side by side; notes are folded to `width` columns.
+
+        A table with headings that is wider has its cells folded too, and columns for which there is
+        no room come in a table below. Cells without headings hold commands, which stay whole.
+        """
         lines = [_one_line(self.title)] if self.title else []
         headings = [["", *self.columns]] if self.columns else []
         grid = []
@@ -42,11 +49,17 @@ class ResultTable:
         for row in grid:
             for column, cell in enumerate(row):
                 widths[column] = max(widths[column], cell_len(cell))
-        for row in grid:
-            cells = []
-            for cell, column_width in zip(row, widths, strict=False):
-                cells.append(cell + " " * (column_width - cell_len(cell)))
-            lines.append(GAP.join(cells).rstrip())
+        groups = [list(range(len(widths)))]
+        if self.columns and sum(widths) + len(GAP) * len(self.columns) > width:
+            widths = _narrowed(widths, width)
+            groups = _groups(widths, width)
+        for group in groups:
+            if group is not groups[0]:
+                lines.append("")
+            for row in grid:
+                lines += _lines_of(
+                    [row[i] for i in group if i < len(row)], [widths[i] for i in group]
+                )
         for note in self.notes:
             lines.append(folded(_one_line(note), width))
         return "\n".join(lines)
@@ -67,6 +80,38 @@ class ResultTable:
         parts.append("</tbody></table>")
         parts += [f"<div>{escape(note)}</div>" for note in self.notes]
         return "\n".join(parts)
+
+
+def _narrowed(widths: list[int], width: int) -> list[int]:
+    """Widths of columns that fit side by side, or NARROWEST where they are too many for that."""
+    first = min(widths[0], width // 3)
+    widest = (width - first) // max(1, len(widths) - 1) - len(GAP)
+    return [first, *(min(column, max(NARROWEST, widest)) for column in widths[1:])]
+
+
+def _groups(widths: list[int], width: int) -> list[list[int]]:
+    """The columns of each table: as many as fit, behind the first, which names the rows."""
+    groups = [[0]]
+    for column in range(1, len(widths)):
+        group = [*groups[-1], column]
+        if len(group) > 2 and sum(widths[i] + len(GAP) for i in group) - len(GAP) > width:
+            groups.append([0, column])
+        else:
+            groups[-1] = group
+    return groups
+
+
+def _lines_of(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The lines of a row, with cells folded to the widths of their columns."""
+    columns = []
+    for cell, width in zip(row, widths, strict=False):
+        parts = [cell] if cell_len(cell) <= width else textwrap.wrap(cell, width)
+        columns.append([part + " " * (width - cell_len(part)) for part in parts])
+    lines = []
+    for cells in zip_longest(*columns):
+        padded = [cell or " " * width for cell, width in zip(cells, widths, strict=False)]
+        lines.append(GAP.join(padded).rstrip())
+    return lines
 
 
 class Tabular:
