@@ -201,6 +201,9 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
     assert (found.scores["tuned"].rows, found.scores["tuned"].answered) == (3, 3)
     assert ("30 %" in found.data) == bool(changes)
+    # A file is shown by its name, in tables and in what is saved.
+    assert holds(found.data, "train.jsonl" if changes else "held.jsonl")
+    assert "/" not in found.data
     drawn = tmp_path / "run" / "held-out.txt"
     if changes:
         places, texts = zip(

@@ -26,7 +26,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.data.layout import Layout
 from tunesmith.data.mismatched import mismatched_of_all
 from tunesmith.data.prepare import find_trained_rows
-from tunesmith.data.source import Rows, describe_layouts, read_rows
+from tunesmith.data.source import Rows, describe_layouts, is_local, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.data.tokens import Repeats, TokenSet, tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -491,12 +491,13 @@ def evaluate(
             raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
+        shown = name if data is None else _short_name(name)
         if data is None:
             tokens = _first_validated(tokens, location, max_examples)
         if scorers:
             decoding = decoding or Decoding(max_new_tokens)
             file = answers_path(location, name, output)
-            scoring = Scoring(loaded, tokens, parts, name, scorers, decoding, batch_size, ranks)
+            scoring = Scoring(loaded, tokens, parts, shown, scorers, decoding, batch_size, ranks)
             scoring.open(file, fresh=fresh)
 
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
@@ -526,7 +527,7 @@ def evaluate(
             del loaded
             base_model = load_run(path, device=device, base_only=True)
             scores = {"base": score_model(base_model, "base"), **scores}
-        evaluation = replace(_evaluation(scores, tokens, name), seen=seen, seen_fault=seen_fault)
+        evaluation = replace(_evaluation(scores, tokens, shown), seen=seen, seen_fault=seen_fault)
         _keep_losses(evaluation, tokens, location, ranks, has_answers=scoring is not None)
         if scoring is None:
             return evaluation
@@ -659,8 +660,14 @@ def _held_out_rows(location: RunLocation, path: str | Path) -> tuple[SourceRows,
     # Without hold_out the training rows need not be read.
     data = run.data if run.data.hold_out else replace(run.data, train=())
     _, parts = read_splits(data, run.train.seed)
-    names = ", ".join(f"{source.source} {source.split or ''}".rstrip() for source, _ in parts)
+    sources = (f"{_short_name(source.source)} {source.split or ''}" for source, _ in parts)
+    names = ", ".join(map(str.rstrip, sources))
     return parts, f"{data.hold_out} of {names}, held out" if data.hold_out else names
+
+
+def _short_name(source: str) -> str:
+    """A source as tables and saved scores have it: a file by its name alone."""
+    return Path(source).name if is_local(source) else source
 
 
 def require_held_out(location: RunLocation, path: str | Path) -> Run:

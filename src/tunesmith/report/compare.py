@@ -44,7 +44,8 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
 
     Runs share a line where they answered the same rows: not the file's name decides, but the rows.
     """
-    lines: dict[tuple[str, str, str], list[str | None]] = {}
+    lines: dict[tuple[str, str], list[str | None]] = {}
+    labels: dict[tuple[str, str], str] = {}
     for index, run in enumerate(runs):
         for result in run.files.evals:
             about = f"{result['data']}, {result['rows']} rows"
@@ -58,7 +59,11 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
                 if name == "loss" and result["row_losses"]:
                     row_hash = result["row_losses"]["row_hash"]
                 # The same rows, by their hash, share a line; rows of the same name may differ.
-                key = (name, about, row_hash)
+                key = (name, row_hash)
+                if key not in labels:
+                    label = f"eval: {name} ({about})"
+                    is_other = label in labels.values()
+                    labels[key] = f"{label}, {row_hash[:8]}" if is_other else label
                 line = lines.setdefault(key, [None] * len(runs))
                 # Of several checkpoints of a run, one after the other in its cell.
                 cell = f"{text} at step {result['step']}"
@@ -70,7 +75,7 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
                     line[index] = cell
                 elif cell not in earlier_cell.split("; "):
                     line[index] = f"{earlier_cell}; {cell}"
-    return [(f"eval: {name} ({about})", line) for (name, about, _), line in lines.items()]
+    return [(labels[key], line) for key, line in lines.items()]
 
 
 def _losses_text(result: dict[str, Any]) -> str:
