@@ -4,7 +4,7 @@ Five functions to start with; `help(tunesmith.train)` has all options of one:
 
 train       train a recipe, or resume it; rows may be a list of dicts or a data frame
             >>> result = tunesmith.train(model="demo", rows=[{"prompt": "Hi", "completion": "Ho"}])
-            >>> result = tunesmith.train("my-recipe.yaml", {"train.learning_rate": 2e-4})
+            >>> result = tunesmith.train(recipe="my.yaml", overrides={"train.learning_rate": 2e-4})
 load_run    load what a run has trained
             >>> loaded = tunesmith.load_run("runs/my-run")
 generate    answer rows
@@ -112,7 +112,10 @@ def __getattr__(name: str) -> Any:
     host = import_module(f"{__name__}.runtime.host")
     host.bound_product_caches()
     host.prepare_threads()
-    return vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
+    member = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
+    if isinstance(member, type):
+        return member
+    return import_module(f"{__name__}.config.in_python").in_python(member)
 
 
 def __dir__() -> list[str]:

@@ -3,15 +3,49 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.claim import program_rows_file
-from tunesmith.errors import DataError
+from tunesmith.checkpoint.claim import is_run, program_rows_file
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.host.files import write_atomically
 
 _WHERE = "train(rows=...)"
+
+
+@contextmanager
+def kept_rows(rows: Any, output_dir: Path) -> Iterator[Path]:
+    """The file of `keep_rows`, for a start of a run.
+
+    An error in the block names a row as the program knows it, `rows[3]`; where no run begins,
+    nothing of the file is left.
+    """
+    missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    earlier = set((output_dir / "data").glob("*"))
+    file = keep_rows(rows, output_dir)
+    try:
+        yield file
+    except BaseException as error:
+        if isinstance(error, TunesmithError):
+            for name in ("what", "where", "why", "fix"):
+                text = vars(error)[name]
+                vars(error)[name] = _in_program(text, file)
+        if file not in earlier and not is_run(output_dir):
+            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in (file.parent, *missing):
+                    folder.rmdir()
+        raise
+
+
+def _in_program(text: str, file: Path) -> str:
+    """A text without the file of the rows: `rows[3]` for its line 4."""
+    name = rf"[^\s\"']*{re.escape(file.name)}"
+    text = re.sub(rf"{name}:(\d+)", lambda match: f"rows[{int(match[1]) - 1}]", text)
+    return re.sub(name, "rows", text)
 
 
 def keep_rows(rows: Any, output_dir: Path) -> Path:
@@ -26,10 +60,10 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
         DataError: they are none of these, or a value is nothing that JSON has.
     """
     lines = []
-    for number, row in enumerate(_mappings(rows), start=1):
+    for index, row in enumerate(_mappings(rows)):
         if not isinstance(row, Mapping):
             raise DataError(
-                f"row {number} is {type(row).__name__}, not a mapping of columns",
+                f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
                 where=_WHERE,
                 fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
             )
@@ -37,7 +71,7 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
             lines.append(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"row {number} has a value that JSON does not support: {error}",
+                f"rows[{index}] has a value that JSON does not support: {error}",
                 where=_WHERE,
                 fix="convert it to text or a number",
             ) from error

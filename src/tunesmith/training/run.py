@@ -88,7 +88,7 @@ from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.make_recipe import make_recipe, short_name
-from tunesmith.training.program_rows import keep_rows
+from tunesmith.training.program_rows import kept_rows
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -97,7 +97,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    run: Run | str | Path | None = None,
+    recipe: Run | str | Path | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     model: str | None = None,
@@ -117,7 +117,7 @@ def train(
     >>> tunesmith.train(model="HuggingFaceTB/SmolLM2-135M-Instruct", rows=rows)
 
     Args:
-        run: a recipe: its file, the name of one that ships, or a checked `Run`. None: one is made
+        recipe: its file, the name of one that ships, or a checked `Run`. None: one is made
             for `model` and `rows`, as `tunesmith train --model X --data FILE` does.
         overrides: of a file or name: `{"key.sub": value}`, or texts `key.sub=value`, whose values
             are read as YAML.
@@ -141,16 +141,18 @@ def train(
     with lines_by_default(level_of_process()), ExitStack() as stack:
         if quiet:
             stack.enter_context(stderr_only_from())
-        if run is None:
-            run = recipe_for_rows(model, rows, overrides)
+        if recipe is None:
+            run = stack.enter_context(recipe_for_rows(model, rows, overrides))
         elif model is not None or rows is not None:
             fix = "set a recipe's rows with data.train.source"
             raise UsageError("a recipe cannot be combined with model or rows", fix=fix)
-        elif not isinstance(run, Run):
-            run = load_recipe(run, overrides, announce=not quiet)
+        elif not isinstance(recipe, Run):
+            run = load_recipe(recipe, overrides, announce=not quiet)
         elif overrides:
             fix = "pass the recipe's file, or use dataclasses.replace"
             raise UsageError("a checked recipe does not accept overrides", fix=fix)
+        else:
+            run = recipe
         packages.check_versions()
         if started_as() is None:
             require_one_process("train")
@@ -167,11 +169,12 @@ def train(
         )
 
 
+@contextlib.contextmanager
 def recipe_for_rows(
     model: str | None, rows: Any, overrides: Mapping[str, Any] | Sequence[str]
-) -> Run:
-    """A new recipe for a model and rows of the program, which are written below its
-    output_dir.
+) -> Iterator[Run]:
+    """A new recipe for a model and rows of the program, which are written below its output_dir; as
+    of `kept_rows`.
     """
     if model is None or rows is None:
         fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
@@ -180,8 +183,8 @@ def recipe_for_rows(
     if "output_dir" not in options:
         # Else it would be named after the file of the rows.
         options["output_dir"] = f"runs/rows-{short_name(model)}"
-    file = keep_rows(rows, Path(options["output_dir"]))
-    return make_recipe(model, str(file), options).run
+    with kept_rows(rows, Path(options["output_dir"])) as file:
+        yield make_recipe(model, str(file), options).run
 
 
 def level_of_process(rank: int | None = None) -> int:
