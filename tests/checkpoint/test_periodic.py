@@ -114,7 +114,8 @@ def test_it_holds_what_a_run_that_waits_writes(
     changes = {
         "adapter": adapter,
         "model": {"dtype": dtype},
-        "checkpoint": {"every": "3 steps", "keep": 9},
+        # Without one more at a new best validation.
+        "checkpoint": {"every": "3 steps", "keep": 9, "final": "last"},
     }
     for name in ("waits", "runs on"):
         (tmp_path / name).mkdir()

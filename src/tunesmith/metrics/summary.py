@@ -187,7 +187,8 @@ def _written(folder: Path, weights: Manifest, best_step: int | None) -> list[str
     if newest:
         rows.append(f"  {newest.name:<16}the newest checkpoint, to resume from")
     best = folder / f"checkpoint-{best_step}"
-    if best.is_dir() and best != newest:
+    is_in_final = weights is not None and weights["step"] == best_step
+    if best.is_dir() and best != newest and not is_in_final:
         rows.append(f"  {best.name:<16}the lowest val_loss; tunesmith chat {shell_path(best)}")
     return rows
 
