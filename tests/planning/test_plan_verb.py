@@ -40,9 +40,15 @@ NAMES = {
     "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
     "4xa100-80gb": (1, 4, "a100-80gb"), "2x-dgx-spark": (2, 1, "dgx-spark"), "dgx-spark": (1, 1, "dgx-spark"),
     "2xrtx-4090": (1, 2, "rtx-4090"), "16x8xh200": (16, 8, "h200"),
+    "spark": (1, 1, "dgx-spark"), "2x-spark": (2, 1, "dgx-spark"), "2 x Spark": (2, 1, "dgx-spark"), "GB10": (1, 1, "dgx-spark"),
+    "DGX Spark": (1, 1, "dgx-spark"), "rtx4090": (1, 1, "rtx-4090"), "2x4090": (1, 2, "rtx-4090"),
+    "2 x 8 x NVIDIA H200": (2, 8, "h200"), "a100_40gb": (1, 1, "a100-40gb"),
 }  # fmt: skip
 REFUSED = {
     "8xh10": ("there is no machine '8xh10'", "did you mean --on h100?"),
+    "a100": ("there is no machine 'a100'", "did you mean --on a100-80gb or --on a100-40gb?"),
+    # Another card than the RTX PRO 6000.
+    "rtx-6000": ("there is no machine 'rtx-6000'", "did you mean --on rtx-a6000?"),
     "0xh100": ("there is no machine '0xh100'", ""),
     "large": ("there is no machine 'large'", "as in 8xh100 or 2x8xh100; or here"),
     "2x4xl40s": ("the network of NVIDIA L40S is unknown", "--assume network=GB/s"),

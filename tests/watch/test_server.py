@@ -295,3 +295,19 @@ def test_the_status_of_all_runs_of_a_folder(
         write_run(tmp_path / name, 10)
     assert main(["watch", str(tmp_path), "--json"]) == 0
     assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["a", "b"]
+
+
+def test_a_port_that_is_named_is_used_and_used_again(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with watching(folder) as (address, _):
+        port = port_of(address)
+        assert main(["watch", str(folder), "--port", str(port)]) == 2
+        check_shown(capfd.readouterr().err, where="--port", names=[port], fix=["--port"])
+    # Its connections are not forgotten yet.
+    with watching(folder, "--port", str(port)) as (address, _):
+        assert port_of(address) == port
+        assert ask(address)[0] == 200
+    for word in ("65536", "-1", "http"):
+        assert main(["watch", str(folder), f"--port={word}"]) == 2
+        assert word in capfd.readouterr().err

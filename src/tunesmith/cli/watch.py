@@ -33,6 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(output)
     browser = "open the page in a browser"
     output.add_argument("--open", action="store_true", help=browser)
+    parser.add_argument(
+        "--port", type=_port, default=0, help="serve the page there (default: a free port)"
+    )
+
+
+def _port(text: str) -> int:
+    """A port by its number; 0 is a free one. ArgumentTypeError for what is none."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: a number of 0 to 65535")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         if is_list and not args.json:
             from tunesmith.watch.server import ListPage, serve_page
 
-            serve_page(ListPage(RunList(folders)), partial(_print_address, browser=args.open))
+            show = partial(_print_address, browser=args.open)
+            serve_page(ListPage(RunList(folders)), show, port=args.port)
             return
         if is_list:
             paths = [path for folder in folders for path in run_folders(folder)]
@@ -67,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             from tunesmith.watch.server import Page, serve_page
 
-            serve_page(Page(runs), partial(_print_address, browser=args.open))
+            serve_page(Page(runs), partial(_print_address, browser=args.open), port=args.port)
 
 
 def _check_local(args: argparse.Namespace) -> None:

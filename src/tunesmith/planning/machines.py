@@ -88,23 +88,25 @@ def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
 
 
 def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
-    """`here`, or `2x8xh100` by the table of chips; in upper or lower case.
+    """`here`, or `2x8xh100` by the table of chips; in upper or lower case, and with spaces.
 
     A GPU that is not in the table may have any name, if its memory is among the `assumed` figures.
     """
+    words = re.sub(r"[\s_-]+", "-", text.strip().lower())
     # Nodes, GPUs of a node, chip; what one number alone means is decided below.
-    match = re.fullmatch(r"(?:(\d+)x)?-?(?:(\d+)x)?-?([a-z][a-z0-9-]*)", text.lower())
+    match = re.fullmatch(r"(?:(\d+)-?x-?)?(?:(\d+)-?x-?)?([a-z0-9][a-z0-9-]*)", words)
     name = match[3] if match else text
     if name == "here":
         return this_machine()
-    chip = CHIPS.get(name)
+    chip = next((chip for key, chip in CHIPS.items() if _is_called(name, key, chip)), None)
     if chip is None and "gib" in assumed:
         chip = Chip(name, assumed["gib"])
     if match is None or chip is None or "0" in match.groups():
-        near = nearest(name, CHIPS)
+        # `a100` begins the names of two cards.
+        near = [key for key in CHIPS if key.startswith(f"{name}-")] or [nearest(name, CHIPS)]
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
-        if near:
-            fix = f"did you mean --on {near}?"
+        if near[0]:
+            fix = f"did you mean --on {' or --on '.join(near)}?"
         fix += "; or another: --assume gib=24 --assume tflops=70 --assume bandwidth=600"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
     counts = [int(count) for count in match.groups()[:2] if count]
@@ -116,6 +118,14 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
     if chip.integrated:
         return Cluster(chip, nodes=count)
     return Cluster(chip, per_node=count)
+
+
+def _is_called(name: str, key: str, chip: Chip) -> bool:
+    """Whether a name in lower case is a chip's key, with or without its brand, or nvidia-smi's
+    name of it: `dgx-spark`, `spark`, `gb10`; `rtx-4090`, `rtx4090`, `4090`."""
+    full = chip.name.lower().replace(" ", "-")
+    names = (key, re.sub("^(rtx|dgx)-", "", key), full, full.removeprefix("nvidia-"))
+    return name.replace("-", "") in (each.replace("-", "") for each in names)
 
 
 def _assumed_figures(assume: Sequence[str]) -> dict[str, Any]:

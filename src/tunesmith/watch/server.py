@@ -1,6 +1,6 @@
 """The live page: a server that only this machine reaches, and only with the token of its address.
 
-It listens on 127.0.0.1, at a port that the kernel picks. Every path begins with the token; a
+It listens on 127.0.0.1. Every path begins with the token; a
 request without it, or for a host name that is not this machine's (a page elsewhere whose name was
 bound to 127.0.0.1), gets an empty answer. The page loads from here alone, by its
 Content-Security-Policy too.
@@ -24,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config, Server
 
+from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import holds_run
 from tunesmith.watch.feed import WatchedRun, curves, to_json
 from tunesmith.watch.run_list import RunList
@@ -348,15 +349,26 @@ class WatchServer(Server):
         await super().shutdown(sockets)
 
 
-def serve_page(page: LivePage, on_ready: Callable[[str], object]) -> None:
+def serve_page(page: LivePage, on_ready: Callable[[str], object], *, port: int = 0) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    `on_ready` is called with the address once it can be opened.
+    `on_ready` is called with the address once it can be opened. Port 0 is one that the kernel
+    picks; UsageError if another one cannot be had.
     """
     token = secrets.token_urlsafe(24)
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+        # Connections of a server that has just ended would hold its port for a minute.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+        except OSError as error:
+            raise UsageError(
+                f"port {port} cannot be used",
+                where="--port",
+                why=error.strerror,
+                fix="name another, or leave --port out to take a free one",
+            ) from error
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
         # No web sockets, no forwarded addresses; a log of requests would name the token.
         config = Config(
