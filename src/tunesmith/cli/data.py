@@ -221,15 +221,23 @@ def print_data(
     lengths.columns[0].no_wrap = True
     lengths.columns[2].max_width = 40
     for low, high, n in bars:
+        if not n:
+            continue
         # A few examples are seen too, beside many.
-        bar = Bar(most, 0, n and max(n, most / 40))
+        bar = Bar(most, 0, max(n, most / 40))
         lengths.add_row(f"{low:,} - {high:,}" if low < high else f"{low:,}", f"{n:,}", bar)
     console.print(lengths)
     for line in (*describe_rows(prepared.splits), prepared.describe_schedule()):
         console.print(folded(line, console.width), markup=False)
     for warning in prepared.warnings():
         console.print(folded(warning, console.width), style="yellow", markup=False)
-    console.print(_contracts_table(prepared), soft_wrap=False)
+    for contract in prepared.contracts:
+        for check in contract.broken:
+            found = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
+            text = f"BROKEN, {contract.split}: {check.name}: {found}\n  {check.why}\n  fix: {check.fix}"
+            console.print(folded(text, console.width), style="red", markup=False)
+    for line in prepared.describe_checks():
+        console.print(folded(line, console.width), markup=False)
 
 
 def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
@@ -361,24 +369,6 @@ def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
             low = bars.pop()[0]
         bars.append((low, min(first + (k + 1) * step - 1, last), count))
     return bars
-
-
-def _contracts_table(prepared: TrainingData) -> Table:
-    from rich.text import Text
-
-    table = _table("token contract", "check", "result", text=(1,))
-    for contract in prepared.contracts:
-        for check in contract.checks:
-            checked = f"{check.checked:,} {check.of}"
-            if check.broken:
-                what = f"BROKEN: {check.broken:,} of {checked}, first in {check.where}"
-                result = Text(f"{what}\n{check.why}\nfix: {check.fix}", style="red")
-            else:
-                result = Text(f"passed: {checked}", style="green" if check.checked else "")
-                if check.note:
-                    result.append(f"; {check.note}")
-            table.add_row(f"{contract.split}: {check.name}", result)
-    return table
 
 
 def _count_values(part: SourceTokens) -> dict[str, Any]:

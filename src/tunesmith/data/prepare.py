@@ -117,9 +117,8 @@ class TrainingData:
         return "\n".join(lines)
 
     def describe_checks(self) -> list[str]:
-        """A line for each split: how many rules its tokens passed, and how many rows were looked
-        at.
-        """
+        """A line for each split: how many rules its tokens passed, how many rows were looked at,
+        and what the rules noted."""
         lines = []
         for contract in self.contracts:
             # Of each kind of thing, as rows or tokens, the most that a rule checked.
@@ -127,9 +126,13 @@ class TrainingData:
             for check in contract.checks:
                 counts[check.of] = max(check.checked, counts.get(check.of, 0))
             things = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-            verdict = "broken" if contract.broken else "passed"
-            checks = count_of(len(contract.checks), "check")
-            lines.append(f"token contract of {contract.split}: {verdict} {checks} of {things}")
+            passed = [check for check in contract.checks if not check.broken]
+            count = count_of(len(contract.checks), "check")
+            if contract.broken:
+                count = f"{len(passed)} of {count}"
+            notes = [check.note for check in passed if check.note]
+            line = f"token contract of {contract.split}: passed {count} of {things}"
+            lines.append("; ".join([line, *notes]))
         return lines
 
     def describe_held_out(self) -> str:
