@@ -11,9 +11,12 @@ import pytest
 
 from errors import refuses
 from runs import ROWS, make_run, peft_model
+from tunesmith.config.schema import Source
+from tunesmith.data.detect import detect
+from tunesmith.data.source import from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding
-from tunesmith.inference.generate import generate
+from tunesmith.inference.generate import find_source, generate
 from tunesmith.inference.load_run import LoadedModel, load_run
 
 
@@ -102,3 +105,37 @@ def test_questions_alone_are_read_by_the_columns_that_were_trained(
     assert (found.get("reference"), answered["reference"]) == (None, "b")
     with refuses(UsageError, where="--columns", names=["promt", "prompt-completion"]):
         generate(asked, [{"q": "a"}], format_name="prompt-completion", columns={"promt": "q"})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}],
+        # The first has no answer; `instruction` alone does not say where the others have theirs.
+        [{"instruction": "a", "response": ""}, {"instruction": "c", "response": "d"}],
+        [{"q": "a", "reply": "b", "id": 1}, {"q": "c", "reply": "d", "id": 2}],
+        [{"dialog": ENDED}, {"dialog": [TURN, {"role": "assistant", "content": "d"}]}],
+        # Prompts without an answer, under a name that `train` knows.
+        [{"question": "a"}, {"question": "c"}],
+    ],
+)
+def test_columns_are_found_as_train_finds_them(
+    loaded: LoadedModel, rows: list[dict[str, Any]]
+) -> None:
+    answers = [row.get("answer") or row.get("response") or row.get("reply") for row in rows]
+    if "dialog" in rows[0]:
+        answers = [row["dialog"][-1]["content"] for row in rows]
+    plain = next(generate(loaded, [{"prompt": "a"}], Decoding(3)))
+    found = list(generate(loaded, rows, Decoding(3)))
+    assert [row.get("reference") for row in found] == [answer or None for answer in answers]
+    assert found[0]["output"] == plain["output"]
+    if all(answers):
+        layout = detect(from_list(rows), Source(source="rows"))
+        source = find_source(from_list(rows), (), "auto", None)
+        assert source is not None
+        assert (source.format, source.columns) == (layout.format, layout.renamed)
+
+
+def test_columns_that_nothing_tells_are_refused_with_a_proposal(loaded: LoadedModel) -> None:
+    with refuses(DataError, where="rows", names=["colour"], fix=["--columns"]):
+        generate(loaded, [{"colour": "red", "shape": "round"}])

@@ -234,7 +234,8 @@ def print_data(
     for contract in prepared.contracts:
         for check in contract.broken:
             found = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
-            text = f"BROKEN, {contract.split}: {check.name}: {found}\n  {check.why}\n  fix: {check.fix}"
+            text = f"BROKEN, {contract.split}: {check.name}: {found}"
+            text += f"\n  {check.why}\n  fix: {check.fix}"
             console.print(folded(text, console.width), style="red", markup=False)
     for line in prepared.describe_checks():
         console.print(folded(line, console.width), markup=False)

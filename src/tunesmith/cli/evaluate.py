@@ -8,7 +8,7 @@ example:
     --max-new-tokens 128
   tunesmith eval runs/my-run --data held-out.jsonl --score my_scorer.py:function
   tunesmith eval runs/my-run --data held-out.csv \\
-    --columns prompt=question,completion=answer
+    --columns prompt=title,completion=summary
   tunesmith eval runs/my-run --tasks gsm8k,ifeval --limit 200
   tunesmith eval runs/my-run --no-base --json
 

@@ -142,7 +142,7 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
         dest="format_name",
         metavar="FORMAT",
         help=f"one of {', '.join(formats)} (default: auto, as in training where its columns fit, "
-        "else by their names)",
+        "else as `train` finds them)",
     )
     add_columns(parser)
     parser.add_argument(

@@ -74,11 +74,16 @@ class Detected:
     columns: dict[str, str]
     ignored: tuple[str, ...] = ()
 
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The columns whose names are not the format's own."""
+        return {name: column for name, column in self.columns.items() if name != column}
+
     def describe(self) -> str:
         """`columns question, answer -> prompt-completion (prompt = question, ...)`."""
         noun = "columns" if len(self.columns) > 1 else "column"
         text = f"{noun} {', '.join(self.columns.values())} -> {self.format}"
-        renamed = [f"{name} = {column}" for name, column in self.columns.items() if name != column]
+        renamed = [f"{name} = {column}" for name, column in self.renamed.items()]
         if renamed:
             text += f" ({', '.join(renamed)})"
         if self.ignored:
@@ -116,7 +121,7 @@ def detect(
         DataError: no layout reads the rows, several do, or some rows are not of the one that does.
     """
     where = from_here(rows.name)
-    sample, is_whole = _sample(rows)
+    sample, is_whole = sample_rows(rows)
     columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
     columns_text = f"the columns are {', '.join(columns) or 'none'}"
     if any_format and not source.columns:
@@ -161,7 +166,7 @@ def detect(
     raise DataError(what, where=where, why=columns_text, fix=fix)
 
 
-def _sample(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
+def sample_rows(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
     """At most SAMPLE rows by their index, spread evenly from the first to the last; whether all of
     these can be read.
 

@@ -33,7 +33,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
-from tunesmith.inference.generate import generate, row_source
+from tunesmith.inference.generate import find_source, generate, row_source
 from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
 from tunesmith.inference.score_rows import (
     RowScores,
@@ -455,8 +455,7 @@ def evaluate(
         data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a
             part. None takes the rows that the run itself validates on: `data.validation`, or what
             `data.hold_out` drew.
-        format_name, columns: how the rows of `data` are read, as for `generate`; by the columns of
-            the first row.
+        format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
         exact_match: also answer every row greedily and compare texts, as the scorer `exact`.
         max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
             once.
@@ -644,13 +643,15 @@ def _read_source(
     columns: Mapping[str, str] | None,
     ranks: Ranks,
 ) -> tuple[Source, Rows]:
-    """Rows of one's own, with the format and columns of the first."""
+    """Rows of one's own, with their format and columns."""
     rows = read_rows(source)
     if ranks.is_main_process:
         for line in describe_layouts([rows]):
             log.info(line)
     # Rows of a file are read as those of the run, where they have its columns.
-    like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
+    like = find_source(rows, location.sources, format_name, columns)
+    if like is None:
+        like = row_source(rows[0], rows.where(0), location.sources, format_name, columns)
     return replace(source, format=like.format, columns=like.columns), rows
 
 

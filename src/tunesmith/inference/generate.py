@@ -5,12 +5,15 @@ output or the completion becomes the reference; a row that has none is prompted 
 it is.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
+from tunesmith.data.detect import Detected, detect, sample_rows
 from tunesmith.data.formats import (
     Completion,
     Conversation,
@@ -19,13 +22,16 @@ from tunesmith.data.formats import (
     read_label,
 )
 from tunesmith.data.messages import ROLES, is_said
-from tunesmith.data.row_reader import RowReader
+from tunesmith.data.row_reader import RowReader, is_absent
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
+from tunesmith.host.files import from_here
 from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
 from tunesmith.units import count_of
+
+log = logging.getLogger(__name__)
 
 # The column that tells a format. `prompt` is in pairs and in labeled answers too: they come first.
 _KEY_COLUMN = {
@@ -78,8 +84,9 @@ def generate(
         rows: such as `[{"prompt": "Hello"}]`; an answer that a row holds is not shown to the model.
         decoding: how tokens are chosen; None is greedy, up to 256 tokens.
         format_name, columns: how rows are read, as `format` and `columns` of a recipe; without
-            columns as in training, where a row has the columns of one of the run's sources. `auto`
-            looks at the columns of each row.
+            columns as in training, where a row has the columns of one of the run's sources; else
+            by the columns that `train` would find. `auto` looks at the columns of each row where
+            not all have the same.
         batch_size: rows answered at once; with sampling, it changes what is drawn.
         start: the first row to answer; the answers are those of a job that began at row 0.
         cancelled: called after each token; once true, the iterator ends after the rows already
@@ -101,6 +108,9 @@ def generate(
         raise UsageError(what, where="generate(loaded)", fix=fix)
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
+    source = find_source(rows, loaded.location.sources, format_name, columns)
+    if source is not None:
+        format_name, columns = source.format, source.columns
     prompts = []
     for i in range(len(rows)):
         prompts.append(make_prompt(rows, i, loaded, format_name, columns))
@@ -131,6 +141,85 @@ def generate(
     return AnsweredRows(with_answers(), len(rows) - start)
 
 
+def find_source(
+    rows: Rows, sources: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
+) -> Source | None:
+    """How `train` would read these rows, whose answers may be missing; None where format and
+    columns are given, the first row is one of `sources`, or the rows differ: `row_source` then
+    tells of each.
+
+    DataError where it cannot tell of the first row either.
+    """
+    sample, _ = sample_rows(rows)
+    if not sample or (format_name != "auto" and columns is not None):
+        return None
+    first = sample[min(sample)]
+    like = _fitting_source(first, sources, format_name, columns)
+    if like is not None and _has_needed_columns(first, like):
+        return None
+    # What the row's columns tell without its answer: the format, and the column of the question.
+    known_format = format_name
+    known_columns: set[str] = set()
+    if like is not None:
+        known_format = like.format
+        known_columns.add(_key_column(like.format, like.columns))
+    elif format_name == "auto":
+        known_format = _format_by_columns(first, columns or {})
+    given = Source(source=rows.name, columns=dict(columns or {}))
+    if format_name != "auto":
+        given = replace(given, format=format_name)  # type: ignore[arg-type]
+    complete = []
+    for row in sample.values():
+        complete.append({key: PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
+    attempts = [complete]
+    if not known_format:
+        attempts.append([{**row, "completion": PLACEHOLDER} for row in complete])
+    tables = [from_list(attempt, rows.name) for attempt in attempts]
+    layouts = _possible_layouts(tables, given, format_name, known_format)
+    for layout in layouts:
+        key_column = _key_column(layout.format, layout.columns)
+        if known_columns <= {key_column} and all(key_column in row for row in sample.values()):
+            if layout.renamed != given.columns:
+                log.info(f"{from_here(rows.name)}: {layout.describe()}")
+            return replace(given, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
+    return None
+
+
+def _possible_layouts(
+    tables: Sequence[Rows], given: Source, format_name: str, known_format: str
+) -> list[Detected]:
+    """The layouts that `train` finds in the first or else the second of two forms of some rows.
+
+    DataError where there is none, and the format is not known otherwise.
+    """
+    layouts = []
+    errors = []
+    for table in tables:
+        try:
+            layout = detect(table, given, any_format=format_name == "auto", skips_bad_rows=True)
+            layouts.append(layout)
+        except DataError as error:
+            errors.append(error)
+    if not layouts and not known_format:
+        raise errors[0]
+    # Any column of text reads as that, of prompts without answers too: it comes last.
+    layouts.sort(key=lambda layout: layout.format == "text")
+    return [layout for layout in layouts if layout.format != "text" or known_format in ("", "text")]
+
+
+def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
+    """The file's name of the column that tells a format."""
+    return columns.get(_KEY_COLUMN[format_name], _KEY_COLUMN[format_name])
+
+
+def _has_needed_columns(row: dict[str, Any], source: Source) -> bool:
+    """Whether a row has all columns that one of the format's layouts needs."""
+    layouts = ROW_FORMATS[source.format].layouts
+    return any(
+        all(source.columns.get(name, name) in row for name in layout.needed) for layout in layouts
+    )
+
+
 def row_source(
     row: dict[str, Any],
     where: str,
@@ -140,20 +229,10 @@ def row_source(
 ) -> Source:
     """How to read a row: as `format_name` and `columns` say, else as the one of `sources` whose
     columns it has, else by its own columns."""
-    # A pair has a prompt or a conversation as other formats have, and is no row of theirs.
-    if format_name == "auto" and {"chosen", "rejected"} <= row.keys():
-        sources = [source for source in sources if source.format == "preference"]
-    if columns is None:
-        fitting = []
-        for source in sources:
-            if format_name in ("auto", source.format):
-                key_column = _KEY_COLUMN[source.format]
-                if source.columns.get(key_column, key_column) in row:
-                    fitting.append(source)
-        if fitting:
-            # Of several sources that fit, the one with the most of its columns here.
-            return max(fitting, key=lambda source: len(source.columns.values() & row.keys()))
-        columns = {}
+    fitting = _fitting_source(row, sources, format_name, columns)
+    if fitting is not None:
+        return fitting
+    columns = columns or {}
     name = format_name
     if name == "auto":
         name = _format_by_columns(row, columns)
@@ -175,6 +254,27 @@ def row_source(
             fix=f"its columns are {', '.join(COLUMNS[name])}: write one of them before each =",
         )
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
+
+
+def _fitting_source(
+    row: dict[str, Any],
+    sources: Sequence[Source],
+    format_name: str,
+    columns: Mapping[str, str] | None,
+) -> Source | None:
+    """The one of `sources` whose columns the row has; None where `columns` says which they are."""
+    if columns is not None:
+        return None
+    # A pair has a prompt or a conversation as other formats have, and is no row of theirs.
+    if format_name == "auto" and {"chosen", "rejected"} <= row.keys():
+        sources = [source for source in sources if source.format == "preference"]
+    fitting = []
+    for source in sources:
+        is_right = format_name in ("auto", source.format)
+        if is_right and _key_column(source.format, source.columns) in row:
+            fitting.append(source)
+    # Of several sources that fit, the one with the most of its columns here.
+    return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 
 
 def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:

@@ -351,8 +351,7 @@ def _with_split(source: Source) -> Source:
 
 def _with_layout(source: Source, layout: Detected) -> Source:
     """The source with its format, and the columns whose names are not the format's own."""
-    renamed = {name: column for name, column in layout.columns.items() if name != column}
-    return replace(source, format=layout.format, columns=renamed)  # type: ignore[arg-type]
+    return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
 
 
 class _Examined(NamedTuple):
