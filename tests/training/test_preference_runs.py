@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 import tunesmith
-from errors import refuses
+from errors import refuses, warnings_with
 from recipes import make_run, write_feedback, write_pairs
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, ModelError, RecipeError
@@ -149,7 +149,10 @@ def test_on_top_of_an_adapter_the_reference_is_that_adapter(tiny: Path, tmp_path
 
 
 def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("TUNESMITH_CACHE", str(cache))
@@ -169,6 +172,17 @@ def test_full_fine_tuning_scores_the_base_once_and_keeps_the_numbers(
     assert_equal(tmp_path / "whole", tmp_path / "parts")
     for file, value in zip(files, values, strict=True):
         assert np.array_equal(np.load(file), value)
+    # A value that has changed on the disk is not used.
+    content = bytearray(files[0].read_bytes())
+    place = content.index(values[0].tobytes())
+    content[place + 7] ^= 1  # the highest byte of a number: another power of two
+    files[0].write_bytes(content)
+    assert not np.array_equal(np.load(files[0]), values[0])
+    capsys.readouterr()
+    train(tiny, tmp_path, "dpo", "again", adapter=full)
+    assert_equal(tmp_path / "whole", tmp_path / "again")
+    assert warnings_with(capsys.readouterr().err, files[0].name)
+    assert np.array_equal(np.load(files[0]), values[0])
     # Another row is another file; the held-out rows have theirs.
     write_pairs(tmp_path / "train.jsonl", 32, first=1)
     train(tiny, tmp_path, "dpo", "other", adapter=full, train={"duration": "1 steps"})

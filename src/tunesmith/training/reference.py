@@ -39,8 +39,9 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same weights and rows would give other numbers.
-VERSION = 2
+# Raise it when the same weights and rows would give other numbers, or a file has another form.
+VERSION = 3
+_DAMAGED = "%s is damaged and will be recomputed (%s)"
 
 
 @dataclass
@@ -197,23 +198,30 @@ class BaseReference:
 def _read(path: Path, answers: int) -> np.ndarray | None:
     """fp64 [examples, answers]; None where the file is not there or is damaged."""
     try:
-        values: np.ndarray = np.load(path, allow_pickle=False)
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
-        log.warning("%s is damaged and will be recomputed (%s)", path, error)
+    except OSError as error:
+        log.warning(_DAMAGED, path, error.strerror)
         return None
+    size = len(content) - hashlib.sha256().digest_size
+    if hashlib.sha256(content[:size]).digest() != content[size:]:
+        log.warning(_DAMAGED, path, "its checksum differs")
+        return None
+    values: np.ndarray = np.load(BytesIO(content), allow_pickle=False)
     is_whole = values.shape[1:] == (answers,) and bool(np.all(np.isfinite(values)))
     return values if is_whole else None
 
 
 def _write(path: Path, values: np.ndarray) -> None:
-    """Keep the numbers; a cache that cannot be written costs a warning."""
+    """Keep the numbers, and their checksum behind them; a cache that cannot be written costs a
+    warning."""
     buffer = BytesIO()
     np.save(buffer, values, allow_pickle=False)
+    content = buffer.getvalue()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, buffer.getvalue())
+        write_atomically(path, content + hashlib.sha256(content).digest())
     except OSError as error:
         log.warning(
             "the reference's log-probabilities cannot be cached: %s (%s)", path, error.strerror
