@@ -4,13 +4,19 @@ first answer.
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from errors import refuses
-from runs import ROWS, make_run, peft_model
+from runs import ROWS, make_run, peft_model, write_rows
+from tunesmith.cli.main import main
 from tunesmith.config.schema import Source
 from tunesmith.data.detect import detect
 from tunesmith.data.source import from_list
@@ -139,3 +145,58 @@ def test_columns_are_found_as_train_finds_them(
 def test_columns_that_nothing_tells_are_refused_with_a_proposal(loaded: LoadedModel) -> None:
     with refuses(DataError, where="rows", names=["colour"], fix=["--columns"]):
         generate(loaded, [{"colour": "red", "shape": "round"}])
+
+
+# Types whose config names no number of positions.
+UNLIMITED: dict[str, dict[str, int]] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2},
+    "mamba2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 2,
+    },
+    "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    # The third layer of three is one of attention.
+    "recurrent_gemma": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "lru_width": 64,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", UNLIMITED)
+def test_models_without_a_limit_of_positions_answer_chat_and_are_scored(
+    tiny: Path,
+    tmp_path: Path,
+    model_type: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    torch.manual_seed(0)
+    ids = {"vocab_size": 272, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    config = AutoConfig.for_model(model_type, **UNLIMITED[model_type], **ids)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    unlimited = load_run(folder, device="cpu")
+    assert unlimited.context is None
+    rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "a longer one", "completion": "d"}]
+    together = [row["output"] for row in generate(unlimited, rows, Decoding(4))]
+    alone = [next(generate(unlimited, [row], Decoding(4)))["output"] for row in rows]
+    assert together == alone
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["eval", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--score", "exact"]
+    output = ["--output", str(tmp_path / "answers.jsonl")]
+    assert main([*words, *output, "--max-new-tokens", "4", "--device", "cpu", "--json"]) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n"))
+    assert main(["chat", str(folder), "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert capfd.readouterr().out.strip() == together[0].strip()

@@ -11,6 +11,7 @@ go to stdout. `tunesmith generate` answers rows of a file, each alone.
 """
 
 import argparse
+import math
 import re
 import shutil
 import sys
@@ -242,7 +243,9 @@ class Chat:
         from tunesmith.data.formats import Conversation, with_system
         from tunesmith.inference.generate import PLACEHOLDER
 
-        room = loaded.context - self.decoding.max_new_tokens
+        room = math.inf
+        if loaded.context is not None:
+            room = loaded.context - self.decoding.max_new_tokens
         turns = self.turns[side]
         prompt: list[int] = []
         # The fewest oldest turns that make the rest fit.

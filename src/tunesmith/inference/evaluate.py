@@ -709,7 +709,7 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
         data = loaded.run.data
     else:
         sources = tuple(source for source, _ in parts)
-        data = Data(train=sources, seq_len=min(loaded.context, 1 << 20))
+        data = Data(train=sources, seq_len=min(loaded.context or 1 << 20, 1 << 20))
     tokens = tokenize(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
     if not len(tokens):
         raise UsageError(

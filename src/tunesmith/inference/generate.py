@@ -314,8 +314,11 @@ class Prompt(NamedTuple):
     is_special: bool = False
 
 
-def check_room(prompts: Sequence[Prompt], context: int, decoding: Decoding) -> None:
-    """DataError where a prompt leaves no room for its answer in `context` tokens."""
+def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decoding) -> None:
+    """DataError where a prompt leaves no room for its answer in `context` tokens, if these are
+    limited."""
+    if context is None:
+        return
     lengths = [len(prompt.ids) for prompt in prompts]
     longest = max(lengths, default=0)
     room = context - decoding.max_new_tokens

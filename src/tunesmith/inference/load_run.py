@@ -127,9 +127,13 @@ class LoadedModel(Tabular):
         return int(self.tokenizer.pad_token_id)
 
     @property
-    def context(self) -> int:
-        """Tokens that the model's positions reach."""
-        return int(self.model.config.max_position_embeddings)
+    def context(self) -> int | None:
+        """Tokens that the model's positions reach; None where nothing limits them, as in Mamba."""
+        try:
+            positions = self.model.config.max_position_embeddings
+        except AttributeError:
+            return None
+        return None if positions is None else int(positions)
 
     @property
     def system(self) -> str | None:
