@@ -5,17 +5,20 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import regex
+
 from tunesmith.errors import MachineError
 from tunesmith.host.packages import pip_install
+from tunesmith.scoring import text
 
 JsonPath = tuple[str | int, ...]
 _ABSENT = object()  # equal to no value
 
 
-def parse_strict(text: str) -> Any:
+def parse_strict(content: str) -> Any:
     """A JSON value, the whole text; ValueError for anything else, NaN and infinity included."""
     try:
-        return json.loads(text, parse_constant=_reject_constant)
+        return json.loads(content, parse_constant=_reject_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -83,11 +86,74 @@ def schema_validator(schema: Any) -> Any:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"{error.json_path}: {error.message}") from error
-    return kind(schema, registry=Registry())
+    keywords = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+    }
+    if isinstance(schema, dict):
+        # A `$ref` to the whole would bring back the validator that the draft's name stands for.
+        schema = {name: value for name, value in schema.items() if name != "$schema"}
+    return validators.extend(kind, keywords)(schema, registry=Registry())
+
+
+# The keywords of jsonschema that search with a schema's patterns, by a search that ends.
+
+
+def _pattern(validator: Any, pattern: str, value: Any, _: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if validator.is_type(value, "string") and not _is_found(pattern, value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _pattern_properties(
+    validator: Any, patterns: dict[str, Any], value: Any, _: Any
+) -> Iterator[Any]:
+    if not validator.is_type(value, "object"):
+        return
+    for pattern, schema in patterns.items():
+        for name, item in value.items():
+            if _is_found(pattern, name):
+                yield from validator.descend(item, schema, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, allowed: Any, value: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema import ValidationError
+
+    if not validator.is_type(value, "object"):
+        return
+    patterns = schema.get("patternProperties", {})
+    for name, item in value.items():
+        is_named = name in schema.get("properties", {})
+        if is_named or any(_is_found(pattern, name) for pattern in patterns):
+            continue
+        if validator.is_type(allowed, "object"):
+            yield from validator.descend(item, allowed, path=name)
+        elif not allowed:
+            yield ValidationError(f"the property {name!r} is not one of the schema's")
+
+
+def _is_found(pattern: str, value: str) -> bool:
+    """Whether a pattern matches somewhere.
+
+    Raises:
+        ValueError: it is no pattern.
+        TimeoutError: as `text.search`.
+    """
+    try:
+        return text.search(pattern, value)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def fits(validator: Any, value: Any) -> bool:
-    """Whether a value fits; ValueError where the schema names another that is not in it."""
+    """Whether a value fits.
+
+    Raises:
+        ValueError: the schema names another that is not in it, or a pattern that is none.
+        TimeoutError: as `text.search`.
+    """
     from referencing.exceptions import Unresolvable
 
     try:

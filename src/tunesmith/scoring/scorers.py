@@ -142,7 +142,18 @@ def _scorer_failed(name: str, where: str, error: BaseException) -> RunError:
     )
 
 
+def _check_not_blank(row: ScoredRow) -> None:
+    if not row.reference.strip():
+        raise DataError(
+            "the reference is blank",
+            where=row.where,
+            why="every answer would have it",
+            fix="fix or delete the row, or use another scorer: --score exact",
+        )
+
+
 def _check_pattern(row: ScoredRow) -> None:
+    _check_not_blank(row)
     try:
         text.compile_pattern(row.reference.strip())
     except (regex.error, RecursionError, OverflowError) as error:
@@ -187,6 +198,13 @@ def _check_json(row: ScoredRow) -> None:
             where=f"{row.where}, {SCHEMA}",
             why=str(error),
             fix="fix the schema, or remove the column",
+        ) from error
+    except TimeoutError as error:
+        raise DataError(
+            f"a search in the reference took longer than {text.REGEX_SECONDS:g} seconds",
+            where=f"{row.where}, {SCHEMA}",
+            why="a pattern of the schema backtracks exponentially on it, as (a+)+$ does",
+            fix="write the pattern without nested repeats",
         ) from error
     if not is_fitting:
         problem = next(validator.iter_errors(reference))
@@ -254,7 +272,9 @@ _TEXT_SCORERS = {
     scorer.name: scorer
     for scorer in (
         Scorer("exact", lambda answer, row: text.exact(answer, row.reference)),
-        Scorer("contains", lambda answer, row: text.contains(answer, row.reference)),
+        Scorer(
+            "contains", lambda answer, row: text.contains(answer, row.reference), _check_not_blank
+        ),
         Scorer("regex", lambda answer, row: text.matches(answer, row.reference), _check_pattern),
         Scorer("json", _json_score, _check_json),
         Scorer("f1", lambda answer, row: text.token_f1(answer, row.reference)),

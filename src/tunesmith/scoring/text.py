@@ -30,12 +30,14 @@ def contains(answer: str, reference: str) -> float:
 
 
 def matches(answer: str, pattern: str) -> float:
-    """1 if the pattern matches somewhere in the answer (`^` and `$` tie it to its ends).
+    """1 if the pattern matches somewhere in the answer (`^` and `$` tie it to its ends)."""
+    return float(search(pattern.strip(), answer.strip()))
 
-    TimeoutError where that takes longer than REGEX_SECONDS.
-    """
-    search = compile_pattern(pattern.strip()).search(answer.strip(), timeout=REGEX_SECONDS)
-    return float(search is not None)
+
+def search(pattern: str, value: str) -> bool:
+    """Whether a pattern matches somewhere; TimeoutError where that takes longer than
+    REGEX_SECONDS."""
+    return compile_pattern(pattern).search(value, timeout=REGEX_SECONDS) is not None
 
 
 @lru_cache(maxsize=1024)
