@@ -238,6 +238,7 @@ def fill_parameters(
             skip=lora.is_adapter_weight,
             convert=load_hooks(model),
             grow_from=grow_from,
+            ranks=ranks,
         )
     if run.adapter.kind == "lora":
         init_adapter(run, model)

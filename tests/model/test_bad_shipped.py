@@ -55,6 +55,13 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.ones(shape).to(dtype)
 
 
+def with_nan_code(rows: int, columns: int) -> torch.Tensor:
+    """E4m3 codes of which one, the negative NaN, is no number."""
+    codes = ones(rows, columns, dtype=torch.float8_e4m3fn)
+    codes.view(torch.uint8)[rows // 2, columns // 2] = 255
+    return codes
+
+
 # name -> what is done to a checkpoint in FP8, words of the error, of its place, and of its fix
 FP8: dict[str, tuple[Fault, str, str, str]] = {
     "another method": (
@@ -104,6 +111,8 @@ FP8: dict[str, tuple[Fault, str, str, str]] = {
         "it is stored as [128, 32]", UP, "fetch"),
     "a scale that is no number": (
         tensors_of(scale=ones(4, 4) * torch.inf), "is not finite", SCALE, "fetch"),
+    "a code that is no number": (
+        tensors_of(up=with_nan_code(128, 64)), UP, "model.safetensors", "fetch"),
     "a plain weight that should be in codes": (
         tensors_of(up=ones(128, 64), scale=None), "stored without scales", UP,
         "modules_to_not_convert"),

@@ -384,6 +384,53 @@ def test_a_bad_folder_is_named_with_what_mends_it(folder: Path, case: str) -> No
     assert caught.value.fix, text
 
 
+DAMAGED = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("fp32", "bf16"), ("bf16", "bf16"), ("fp16", "fp16")]
+)
+def test_a_weight_that_is_not_finite_is_named_with_its_file(
+    folder: Path, stored: str, dtype: str, value: float
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.to(DTYPES[stored]) for name, tensor in tensors.items()}
+        tensors[DAMAGED][3, 5] = value
+        return tensors
+
+    rewrite(folder, damage)
+    spec = Model(name="x", dtype=dtype)
+    model = load.build_on_meta(load.load_config(folder, spec), spec)
+    load.materialize(model, torch.device("cpu"))
+    with refuses(ModelError, where="model.safetensors", names=[DAMAGED], fix=["tunesmith fetch"]):
+        load_weights(model, folder)
+
+
+def test_large_finite_weights_are_loaded(folder: Path) -> None:
+    """Their sum, and the distance between two of them, are beyond what the dtype holds."""
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        tensors[DAMAGED][0, :2] = torch.tensor([65504.0, -65504.0])
+        return tensors
+
+    rewrite(folder, enlarge)
+    model = load.build_on_meta(load.load_config(folder, FP32), Model(name="x", dtype="fp16"))
+    load.materialize(model, torch.device("cpu"))
+    load_weights(model, folder)
+    assert dict(model.named_parameters())[DAMAGED][0, 1] == -65504
+
+
+def test_the_values_of_hooks_are_looked_at_too(folder: Path) -> None:
+    """Weights that are quantized as they are read, band by band."""
+    rewrite(
+        folder, lambda t: {**t, DAMAGED: t[DAMAGED].index_fill(0, torch.tensor([7]), torch.nan)}
+    )
+    with refuses(ModelError, where="model.safetensors", names=[DAMAGED]):
+        filled(folder, convert={DAMAGED: lambda stored: list(stored[""].bands())})
+
+
 def status(key: str) -> int:
     return next(
         int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key)
@@ -422,7 +469,11 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     }
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8))
-    model.to_empty(device="cpu").save_pretrained(tmp_path)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path)
     (found,) = run_ranks(1, measure, tmp_path)
     for dtype, extra, size in found:
         assert size > 90 << 20

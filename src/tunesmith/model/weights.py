@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor
 
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
@@ -57,18 +58,22 @@ class StoredTensor:
     """A tensor of the checkpoint, not yet read: what a hook of `load_weights` gets.
 
     Shape and dtype as stored. Without an open file, or once that is closed, each read opens it.
+    What is read is noted in `check`.
     """
 
-    def __init__(self, entry: Entry, file: BufferedReader | None = None) -> None:
+    def __init__(
+        self, entry: Entry, file: BufferedReader | None = None, check: "FiniteCheck | None" = None
+    ) -> None:
         self._entry = entry
         self._file = file
+        self._check = check
         self.name = entry.name
         self.shape = torch.Size(entry.shape)
         self.dtype = STORED[entry.dtype]
 
     def with_shape(self, shape: torch.Size) -> "StoredTensor":
         """The same elements in the same order, in another shape."""
-        return StoredTensor(replace(self._entry, shape=tuple(shape)), self._file)
+        return StoredTensor(replace(self._entry, shape=tuple(shape)), self._file, self._check)
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on the CPU, in its stored dtype."""
@@ -80,7 +85,7 @@ class StoredTensor:
         """
         if self._file is None or self._file.closed:
             with open_uncached(self._entry.file) as file:
-                StoredTensor(self._entry, file).into(target, begin)
+                type(self)(self._entry, file, self._check).into(target, begin)
             return
         # Contiguous, as the argument says: one run of the file goes to one run of memory.
         flat = target.view(-1)
@@ -97,6 +102,35 @@ class StoredTensor:
                 flat[start : start + len(piece)].copy_(piece)
         # What was read would stay in the page cache, which unified memory has for the GPU too.
         drop_pages(self._file.fileno(), self._entry.start, self._entry.size)
+        if self._check is not None and len(flat):
+            self._check.note(self, self._probe(flat))
+
+    def _probe(self, flat: torch.Tensor) -> torch.Tensor | None:
+        """A number of some values, on their device: finite only if all are, and seldom not where
+        they are; None for values that always are."""
+        if self.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            return None
+        if flat.dtype == torch.float16:
+            # Their sum ends at 65,504.
+            low, high = torch.aminmax(flat)
+            return high - low
+        return flat.sum()
+
+    def has_only_finite(self) -> bool:
+        """Whether all values are finite: reads the whole tensor."""
+        tensor = StoredTensor(self._entry, self._file)
+        if not self.shape:
+            return bool(tensor.read().isfinite())
+        return all(bool(band.isfinite().all()) for _, band in tensor.bands())
+
+    def error_not_finite(self) -> ModelError:
+        return ModelError(
+            f"{self.name} has values that are not finite",
+            where=str(self._entry.file),
+            why="NaN or infinity in a weight makes every loss NaN: the file is damaged, or the "
+            "model was broken when it was saved",
+            fix="fetch the model again: tunesmith fetch MODEL",
+        )
 
     def into_part(self, target: torch.Tensor) -> None:
         """Read what this rank holds of `target`, which may be a DTensor and have more rows than are
@@ -152,18 +186,56 @@ class StoredTensor:
             read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
 
 
+class Fp8Codes(StoredTensor):
+    """E4m3 values, read as bytes: 127 and 255 are NaN, and infinity has no code."""
+
+    def _probe(self, flat: torch.Tensor) -> torch.Tensor:
+        has_nan = (flat.view(torch.int8).max() == 127) | (flat.view(torch.uint8).max() == 255)
+        return torch.where(has_nan, math.nan, 0.0)
+
+    def has_only_finite(self) -> bool:
+        codes = StoredTensor(self._entry, self._file)
+        return all(bool(self._probe(band).isfinite()) for _, band in codes.bands())
+
+
+class FiniteCheck:
+    """Finds NaN and infinity in what is read, without waiting for the device that it goes to."""
+
+    def __init__(self) -> None:
+        self._probes: dict[torch.device, list[tuple[StoredTensor, torch.Tensor]]] = {}
+
+    def note(self, stored: StoredTensor, probe: torch.Tensor | None) -> None:
+        """Keep the number that tells of values that were read."""
+        if probe is not None:
+            self._probes.setdefault(probe.device, []).append((stored, probe))
+
+    def require_finite(self) -> None:
+        """ModelError for a tensor with another value; the only wait for the devices."""
+        for probes in self._probes.values():
+            numbers = torch.stack([probe.double() for _, probe in probes]).cpu()
+            for i in (~numbers.isfinite()).nonzero().flatten().tolist():
+                stored = probes[i][0]
+                if not stored.has_only_finite():
+                    raise stored.error_not_finite()
+
+
 class JoinedTensor(StoredTensor):
     """A tensor of the model that is stored in pieces, read as one; in memory there is a piece of
     it, or SLICE bytes of one that is read into a tensor of another type.
     """
 
-    def __init__(self, pieces: Pieces, files: Mapping[Path, BufferedReader]) -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        files: Mapping[Path, BufferedReader],
+        check: FiniteCheck | None = None,
+    ) -> None:
         self.name = pieces.name
         self.shape = torch.Size(pieces.shape)
         self.dtype = STORED[pieces.dtype]
         self._pieces = []
         for piece in pieces.pieces:
-            self._pieces.append((piece, stored_tensor(piece.entry, files)))
+            self._pieces.append((piece, stored_tensor(piece.entry, files, check)))
 
     def into(self, target: torch.Tensor, begin: int = 0) -> None:
         """As `StoredTensor.into`, for whole rows."""
@@ -245,10 +317,16 @@ class ScaledTensor(DecodedTensor):
         block: as of `ShippedForm`.
     """
 
-    def __init__(self, entry: ScaledEntry, files: Mapping[Path, BufferedReader]) -> None:
+    def __init__(
+        self,
+        entry: ScaledEntry,
+        files: Mapping[Path, BufferedReader],
+        check: FiniteCheck | None = None,
+    ) -> None:
         super().__init__(entry)
         self.block = entry.block
-        self.codes = stored_tensor(replace(entry.codes, dtype="U8"), files)
+        codes = replace(entry.codes, dtype="U8")
+        self.codes = Fp8Codes(codes, files.get(codes.file), check)
         self.scale = stored_tensor(entry.scale, files)
 
     @cached_property
@@ -365,19 +443,24 @@ def _of_first(shape: torch.Size, index: int) -> tuple[slice, ...]:
 
 
 def stored_tensor(
-    entry: StoredEntry | Pieces, files: Mapping[Path, BufferedReader] | None = None
+    entry: StoredEntry | Pieces,
+    files: Mapping[Path, BufferedReader] | None = None,
+    check: FiniteCheck | None = None,
 ) -> StoredTensor:
-    """What is stored of a parameter, to be read from those of its files that are open."""
+    """What is stored of a parameter, to be read from those of its files that are open.
+
+    `check` gets what is read of floating-point values and of FP8 codes.
+    """
     files = files or {}
     if isinstance(entry, Pieces):
-        return JoinedTensor(entry, files)
+        return JoinedTensor(entry, files, check)
     if isinstance(entry, ScaledEntry):
-        return ScaledTensor(entry, files)
+        return ScaledTensor(entry, files, check)
     if isinstance(entry, Nvfp4Entry):
         return Nvfp4Tensor(entry, files)
     if isinstance(entry, PackedEntry):
         return PackedTensor(entry, files)
-    return StoredTensor(entry, files.get(entry.file))
+    return StoredTensor(entry, files.get(entry.file), check)
 
 
 def _entries_of(entry: StoredEntry | Pieces) -> list[StoredEntry]:
@@ -412,6 +495,7 @@ def load_weights(
     skip: Callable[[str], bool] = lambda name: False,
     convert: Mapping[str, Hook] | None = None,
     grow_from: int | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> None:
     """Load a materialized model's parameters from a folder's safetensors files.
 
@@ -425,9 +509,10 @@ def load_weights(
         grow_from: embedding and head may have so many rows in the checkpoint and more in the model,
             where tokens were added; the further rows become the mean of the stored ones. None: as
             many in both.
+        ranks: those that load together: an error in what one of them reads is raised on all.
 
-    ModelError where tensors are missing, unexpected or of another shape (it lists a few), or a file
-    is damaged.
+    ModelError where tensors are missing, unexpected or of another shape (it lists a few), a file
+    is damaged, or a weight is not finite.
     """
     hooks = dict(convert or {})
     targets = {}
@@ -445,16 +530,21 @@ def load_weights(
         entry = groups[name][""]
         return entry.file, entry.start
 
+    finite = FiniteCheck()
     with torch.no_grad(), ExitStack() as stack:
         files = {path: stack.enter_context(open_uncached(path)) for path in headers}
         for name in (*sorted(groups.keys() - hooks.keys(), key=place), *hooks):
+            # A mask that is stored may have infinity in it.
+            is_weight = name in hooks or isinstance(targets[name], torch.nn.Parameter)
             stored = {}
             for suffix, entry in groups[name].items():
-                stored[suffix] = stored_tensor(entry, files)
+                stored[suffix] = stored_tensor(entry, files, finite if is_weight else None)
             if name in hooks:
                 hooks[name](stored)
             else:
                 _read_parameter(stored[""], targets[name])
+        with ranks.raise_on_all_ranks():
+            finite.require_finite()
 
 
 def find_stored(
