@@ -132,15 +132,38 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
     assert json.loads(to_json(run.status()))["figures"]["step"] == 31
 
 
-def test_what_moves_much_is_drawn_smoothed_too_from_100_steps_on(tmp_path: Path) -> None:
+def test_what_moves_much_is_drawn_smoothed_too_from_15_steps_on(tmp_path: Path) -> None:
     for steps, smoothed in (
-        (99, []),
-        (100, ["loss", "tokens_per_second", "step_seconds", "grad_norm"]),
+        (14, []),
+        (15, ["loss", "tokens_per_second", "step_seconds", "grad_norm"]),
     ):
         run = WatchedRun(write_run(tmp_path / str(steps), steps))
         series = [line for panel in curves([run], "step", *ALL, 200) for line in panel["series"]]
-        assert [line["field"] for line in series if line["smoothed"]] == smoothed
+        for choice in ("some", "strong"):
+            assert [line["field"] for line in series if line["smoothed"] == choice] == smoothed
         assert all(len(line["x"]) == steps for line in series if line["field"] == "loss")
+
+
+def test_a_smoothed_curve_is_the_same_in_a_window(tmp_path: Path) -> None:
+    """Over steps of the run, not over the points that a window shows."""
+    run = WatchedRun(write_run(tmp_path / "run", 2000, spike=500))
+    losses = [1.0 + math.exp(-step / 100) for step in range(1, 2001)]
+    losses[499] = 9.0
+    for choice, share in (("some", 0.02), ("strong", 0.1)):
+        decay = 1 - 2 / (share * 2000 + 1)
+        mean = weight = 0.0
+        expected = {}
+        for step, loss in enumerate(losses, 1):
+            mean, weight = decay * mean + (1 - decay) * loss, decay * weight + (1 - decay)
+            expected[float(step)] = mean / weight
+        for window in (ALL, (480.0, 560.0)):
+            line = next(
+                line
+                for line in curves([run], "step", *window, 200)[0]["series"]
+                if line["smoothed"] == choice
+            )
+            # Points are sent in six digits.
+            assert line["y"] == [pytest.approx(expected[step], rel=1e-5) for step in line["x"]]
 
 
 def test_other_axes(tmp_path: Path) -> None:

@@ -103,9 +103,10 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
         chip = Chip(name, assumed["gib"])
     if match is None or chip is None or "0" in match.groups():
         # `a100` begins the names of two cards.
-        near = [key for key in CHIPS if key.startswith(f"{name}-")] or [nearest(name, CHIPS)]
+        near = [key for key in CHIPS if key.startswith(f"{name}-")]
+        near = near or [key for key in (nearest(name, CHIPS),) if key]
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
-        if near[0]:
+        if near:
             fix = f"did you mean --on {' or --on '.join(near)}?"
         fix += "; or another: --assume gib=24 --assume tflops=70 --assume bandwidth=600"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)

@@ -34,7 +34,7 @@ from tunesmith.report.run_files import (
     finite,
     how_it_ended,
     read_profiles,
-    smooth,
+    smoothings,
 )
 from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
@@ -42,7 +42,6 @@ from tunesmith.units import format_seconds
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
-SPAN = 40  # a smoothed curve averages over one in so many of the steps, and at least 5
 PROMPTS = 6  # whose answers are shown
 LOG_LINES = 20
 KEYS_IN_BOARD = 3
@@ -253,20 +252,19 @@ def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
 def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict[str, Any]]:
     steps = run.files.columns.get("step", [])
     values = run.files.columns.get(name, [])
-    span = max(5, len(values) // SPAN)
-    # Values, whether they are smoothed.
-    lines = [(values, False)]
-    if smoothed and len(values) >= 3 * span:
-        lines.append((smooth(values, span), True))
+    # Values by how they are smoothed; "" for not at all.
+    lines: dict[str, Sequence[float | None]] = {"": values}
+    if smoothed:
+        lines |= smoothings(values)
     series: list[dict[str, Any]] = []
-    for line, is_smoothed in lines:
+    for smoothing, line in lines.items():
         x, y = downsample(steps, line, POINTS)
         if x:
             series.append(
                 {
                     "label": run.label,
                     "run": index,
-                    "smoothed": is_smoothed,
+                    "smoothed": smoothing,
                     "dots": 2 * len(x) < len(steps),
                     "x": x,
                     "y": [float(f"{value:.6g}") for value in y],

@@ -490,6 +490,19 @@ def finite(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
+# The choices of the pages: what share of a run's steps a value counts over, and how many at least.
+SMOOTHINGS = {"some": (0.02, 5), "strong": (0.1, 15)}
+SMOOTH_FROM = 15  # steps; with fewer, the raw values read well
+
+
+def smoothings(y: Sequence[float | None]) -> dict[str, list[float | None]]:
+    """The values of a whole run by each choice of smoothing; none of few steps."""
+    if len(finite(y)) < SMOOTH_FROM:
+        return {}
+    spans = {name: max(least, int(share * len(y))) for name, (share, least) in SMOOTHINGS.items()}
+    return {name: smooth(y, span) for name, span in spans.items()}
+
+
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
     """The exponential moving average, with the weight of its start removed, as TensorBoard draws
     it.

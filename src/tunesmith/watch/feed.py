@@ -23,7 +23,7 @@ from tunesmith.report.run_files import (
     downsample,
     finite,
     how_it_ended,
-    smooth,
+    smoothings,
 )
 from tunesmith.run_dir import RunState, shown
 from tunesmith.units import Length
@@ -36,8 +36,6 @@ QUEUE = 5.0
 RECENT = 20
 # Lines of the log that are shown.
 LINES = 40
-# Steps; with fewer, the raw loss reads well.
-SMOOTH_FROM = 100
 
 
 class Panel(NamedTuple):
@@ -50,13 +48,16 @@ class Panel(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A record field of one rank; `rank`: None for rank 0's own record."""
+    """A record field of one rank; `rank`: None for rank 0's own record.
+
+    `smoothed`: the choice of the page, "" for raw values.
+    """
 
     field: str
     rank: int | None
     x: Sequence[float]
     y: Sequence[float | None]
-    smoothed: bool = False
+    smoothed: str = ""
 
 
 PANELS = (
@@ -123,7 +124,7 @@ class WatchedRun:
         self._fault = ""
         # Both are computed when a page asks, and hold until the run has grown.
         self._axes: dict[str, list[float]] = {}
-        self._smooth: dict[str, list[float | None]] = {}
+        self._smooth: dict[str, dict[str, list[float | None]]] = {}
         self._ending = how_it_ended(self.files)
 
     def refresh(self, lock: threading.Lock) -> bool:
@@ -275,8 +276,9 @@ class WatchedRun:
             y = self.files.columns.get(column)
             if y:
                 yield Series(column, None, x, y)
-                if column in _SMOOTHED and len(y) >= SMOOTH_FROM:
-                    yield Series(column, None, x, self._smoothed(column), smoothed=True)
+                if column in _SMOOTHED:
+                    for name, smoothed in self._smoothed(column).items():
+                        yield Series(column, None, x, smoothed, smoothed=name)
             if column not in _OF_RANKS:
                 continue
             for rank, columns in sorted(self.files.ranks.items()):
@@ -286,10 +288,9 @@ class WatchedRun:
                         rank_x = [x_by_step.get(step, 0.0) for step in rank_x]
                     yield Series(column, rank, rank_x, columns[column])
 
-    def _smoothed(self, column: str) -> list[float | None]:
+    def _smoothed(self, column: str) -> dict[str, list[float | None]]:
         if column not in self._smooth:
-            values = self.files.columns[column]
-            self._smooth[column] = smooth(values, max(10, len(values) // 50))
+            self._smooth[column] = smoothings(self.files.columns[column])
         return self._smooth[column]
 
 

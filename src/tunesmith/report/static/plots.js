@@ -4,7 +4,8 @@
 //   chart.update(series)        // new points; a zoom stays
 //   Plots.controls(place)       // smoothing and zoom, for all charts of the page
 //
-// `run` picks color and dashes; `smoothed` is the smoothed line of the raw one with the same label; `thin` lines have no
+// `run` picks color and dashes; `smoothed` is the choice of smoothing ("some", "strong") by which a line is that of the raw one
+// with the same label, over steps of the whole run, whatever is zoomed to; `thin` lines have no
 // dashes; `dots` marks each point. Lines of one `group` (their label, if not given) are hidden together, in all charts.
 // All charts of a page share the read-out's step and the zoom. Drag (mouse or finger) or + zooms in, - out, Esc or a
 // double click shows all; the arrow keys move the read-out, with Shift by ten points.
@@ -22,7 +23,6 @@ const Plots = (() => {
   const dash = (run) => DASHES[(run + Math.floor(run / COLORS)) % DASHES.length];
   const HEIGHT = 240, SYNC = "step", FAINT = "59";  // a third opaque, as two hexadecimal digits
   const RAW_LINES = 4;  // at most, beside the smoothed ones: more hide each other
-  const STRONG = 10;  // strong smoothing is over one in so many of the points
   const SAME = 0.005;  // of the height of a chart: lines that are nowhere further apart coincide
 
   // A number in 4 significant digits, as a person reads it: 2.314, 0.0001, 12,480, 1.2e-7.
@@ -72,17 +72,6 @@ const Plots = (() => {
 
   // ---- what is drawn of the series
 
-  // The exponential moving average of values, with the weight of its start taken out.
-  function smooth(values) {
-    const decay = 1 - 2 / (Math.max(3, values.length / STRONG) + 1);
-    let mean = 0, weight = 0;
-    return values.map((value) => {
-      mean = decay * mean + (1 - decay) * value;
-      weight = decay * weight + (1 - decay);
-      return mean / weight;
-    });
-  }
-
   // The lines for the chosen smoothing; raw ones under their smoothed ones are faint.
   function linesOf(series) {
     const labels = (smoothed) => new Set(series.filter((s) => Boolean(s.smoothed) === smoothed).map((s) => s.label));
@@ -91,7 +80,7 @@ const Plots = (() => {
       if (page.smoothing === "none") {
         if (!s.smoothed || !raw.has(s.label)) lines.push(s);
       } else if (s.smoothed) {
-        lines.push(page.smoothing === "strong" ? { ...s, y: smooth(s.y) } : s);
+        if (s.smoothed === page.smoothing) lines.push(s);
       } else if (!smoothed.has(s.label)) {
         lines.push(s);
       } else if (smoothed.size <= RAW_LINES) {
