@@ -60,7 +60,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert warnings_with(out, 1)
     assert "\x1b" not in out
     # One line for all checks; each of them is in --json.
-    assert [line for line in lines_with(out, 9, 60, "<|im_end|>") if "token contract" in line]
+    assert lines_with(out, 9, 60, "contract", "<|im_end|>")
     assert "BROKEN" not in out
 
 
@@ -151,7 +151,7 @@ def test_a_broken_contract_is_shown_and_ends_in_2(
     last = told.out[told.out.index("steps: ") :]
     broken = last.index("BROKEN, train")
     # Before the line of those that passed.
-    assert broken < last.index("data.seq_len", broken) < last.index("token contract of train")
+    assert broken < last.index("data.seq_len", broken) < last.index("contract")
     check_shown(told.err, fix=["data.seq_len"])
 
 

@@ -233,8 +233,8 @@ def print_data(
         console.print(folded(warning, console.width), style="yellow", markup=False)
     for contract in prepared.contracts:
         for check in contract.broken:
-            found = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
-            text = f"BROKEN, {contract.split}: {check.name}: {found}"
+            broken = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
+            text = f"BROKEN, {contract.split}: {check.name}: {broken}"
             text += f"\n  {check.why}\n  fix: {check.fix}"
             console.print(folded(text, console.width), style="red", markup=False)
     for line in prepared.describe_checks():

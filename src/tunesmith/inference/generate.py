@@ -34,7 +34,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 # The column that tells a format. `prompt` is in pairs and in labeled answers too: they come first.
-_KEY_COLUMN = {
+_KEY_COLUMN: dict[str, str] = {
     name: ROW_FORMATS[name].key
     for name in sorted(ROW_FORMATS, key=lambda name: name not in METHOD_FORMATS.values())
 }
@@ -165,9 +165,9 @@ def find_source(
         known_columns.add(_key_column(like.format, like.columns))
     elif format_name == "auto":
         known_format = _format_by_columns(first, columns or {})
-    given = Source(source=rows.name, columns=dict(columns or {}))
+    source = Source(source=rows.name, columns=dict(columns or {}))
     if format_name != "auto":
-        given = replace(given, format=format_name)  # type: ignore[arg-type]
+        source = replace(source, format=format_name)  # type: ignore[arg-type]
     complete = []
     for row in sample.values():
         complete.append({key: PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
@@ -175,18 +175,18 @@ def find_source(
     if not known_format:
         attempts.append([{**row, "completion": PLACEHOLDER} for row in complete])
     tables = [from_list(attempt, rows.name) for attempt in attempts]
-    layouts = _possible_layouts(tables, given, format_name, known_format)
+    layouts = _detected_layouts(tables, source, format_name, known_format)
     for layout in layouts:
         key_column = _key_column(layout.format, layout.columns)
         if known_columns <= {key_column} and all(key_column in row for row in sample.values()):
-            if layout.renamed != given.columns:
+            if layout.renamed != source.columns:
                 log.info(f"{from_here(rows.name)}: {layout.describe()}")
-            return replace(given, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
+            return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
     return None
 
 
-def _possible_layouts(
-    tables: Sequence[Rows], given: Source, format_name: str, known_format: str
+def _detected_layouts(
+    tables: Sequence[Rows], source: Source, format_name: str, known_format: str
 ) -> list[Detected]:
     """The layouts that `train` finds in the first or else the second of two forms of some rows.
 
@@ -196,7 +196,7 @@ def _possible_layouts(
     errors = []
     for table in tables:
         try:
-            layout = detect(table, given, any_format=format_name == "auto", skips_bad_rows=True)
+            layout = detect(table, source, any_format=format_name == "auto", skips_bad_rows=True)
             layouts.append(layout)
         except DataError as error:
             errors.append(error)

@@ -366,7 +366,7 @@ def serve_page(page: LivePage, on_ready: Callable[[str], object], *, port: int =
             raise UsageError(
                 f"port {port} cannot be used",
                 where="--port",
-                why=error.strerror,
+                why=str(error.strerror),
                 fix="name another, or leave --port out to take a free one",
             ) from error
         on_ready(f"http://127.0.0.1:{listener.getsockname()[1]}/{token}/")
