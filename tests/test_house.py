@@ -110,6 +110,32 @@ def test_the_links_of_the_docs_lead_to_files_and_headings():
     assert checked > 150
 
 
+def test_a_script_finds_what_it_imports_from_other_folders():
+    """It is started by its path: its own folder is there, and what it adds to `sys.path` itself."""
+    root, checked = SOURCE.parents[1], 0
+    scripts = [*root.glob("benchmarks/*/*.py"), *root.glob("demo/*.py"), *root.glob("scripts/*.py")]
+    places = defaultdict(set)
+    for file in [*scripts, *root.glob("tests/*.py"), *root.glob("tests/parity/*.py")]:
+        places[file.stem].add(file.parent)
+    for script in scripts:
+        nodes = [*ast.walk(ast.parse(script.read_text(encoding="utf-8")))]
+        added = [
+            ast.unparse(node)
+            for node in nodes
+            if isinstance(node, (ast.Call, ast.AugAssign)) and "sys.path" in ast.unparse(node)
+        ]
+        imports = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        imports += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+        for name in imports:
+            if name not in places or script.parent in places[name]:
+                continue
+            folders = [" / ".join(map(repr, place.relative_to(root).parts)) for place in places[name]]
+            ends = [folder.removeprefix("'benchmarks' / ") for folder in folders]
+            assert any(end in line for end in ends for line in added), f"{script}: {name}"
+            checked += 1
+    assert checked > 20
+
+
 # Each says that something was done, and not what is in there; or has a word of the field in its place.
 BANNED = {
     "found": "the content: match, losses, checkpoint",

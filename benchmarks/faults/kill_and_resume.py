@@ -295,6 +295,7 @@ def recipe_of_shape(options: argparse.Namespace, folder: Path) -> list[str]:
     """A model of the shape with random weights and a recipe for it, written to `folder`; the words
     that name the recipe.
     """
+    sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
     from random_model import write_random_model
 
     write_random_model(folder / "model", options.shape, options.tokenizer, options.layers)

@@ -164,6 +164,7 @@ def rank(folder: Path, case: str, words: list[str]) -> None:
 
 def write_inputs(folder: Path, shape: str, gib: float, tokenizer: str) -> None:
     """The model and a recipe."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
     from random_model import write_random_model
 
     from tunesmith.model.shapes import SHAPES
