@@ -125,11 +125,15 @@ def test_a_script_finds_what_it_imports_from_other_folders():
             if isinstance(node, (ast.Call, ast.AugAssign)) and "sys.path" in ast.unparse(node)
         ]
         imports = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-        imports += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+        imports += [
+            name.name for node in nodes if isinstance(node, ast.Import) for name in node.names
+        ]
         for name in imports:
             if name not in places or script.parent in places[name]:
                 continue
-            folders = [" / ".join(map(repr, place.relative_to(root).parts)) for place in places[name]]
+            folders = [
+                " / ".join(map(repr, place.relative_to(root).parts)) for place in places[name]
+            ]
             ends = [folder.removeprefix("'benchmarks' / ") for folder in folders]
             assert any(end in line for end in ends for line in added), f"{script}: {name}"
             checked += 1

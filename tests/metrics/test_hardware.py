@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import os
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tunesmith.host.chips import Peak, peak_of
-from tunesmith.metrics.hardware import describe_machine, find_peak, memory_gib
+from tunesmith.metrics.hardware import _source_commit, describe_machine, find_peak, memory_gib
 
 
 @pytest.mark.parametrize(
@@ -103,20 +104,38 @@ def test_the_description_is_an_allow_list(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["memory_gib"] > 0.5
 
 
-def test_the_commit_is_that_of_the_working_directory(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert describe_machine([])["commit"] is None
+def git(folder: Path, *words: str) -> str:
     names = {
         f"GIT_{role}_{part}": "a@b"
         for role in ("AUTHOR", "COMMITTER")
         for part in ("NAME", "EMAIL")
     }
-    (tmp_path / "file").write_text("1")
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
-        subprocess.run(["git", *words], check=True, env=os.environ | names)
-    commit = describe_machine([])["commit"]
-    assert len(commit) == 40
-    (tmp_path / "file").write_text("2")
-    assert describe_machine([])["commit"] == commit + "+"
+    words = ("git", "-C", str(folder), *words)
+    return subprocess.check_output(words, text=True, env=os.environ | names).strip()
+
+
+def test_the_commit_is_that_of_the_repository_that_tracks_the_source(tmp_path: Path) -> None:
+    """A virtual environment in somebody's repository has none, ignored or only not added."""
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    folders = [tmp_path / ".venv" / "tunesmith", tmp_path / "env" / "tunesmith", tmp_path / "src"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("1")
+    assert _source_commit(folders[2]) is None  # no repository yet
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "src", ".gitignore")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert [_source_commit(folder) for folder in folders] == [None, None, commit]
+    (folders[2] / "__init__.py").write_text("2")
+    assert _source_commit(folders[2]) == commit + "+"
+
+
+def test_the_working_directory_says_nothing_of_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = git(Path(__file__).parent, "rev-parse", "HEAD")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "first", "--allow-empty")
+    monkeypatch.chdir(tmp_path)
+    assert describe_machine([])["commit"].removesuffix("+") == expected

@@ -111,7 +111,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(physical_memory() / 2**30, 1),
         "gpus": gpus,
-        "commit": _commit(),
+        "commit": _source_commit(Path(__file__).parents[1]),
         "command": mask_words(sys.argv if argv is None else argv),
     }
 
@@ -127,13 +127,19 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The git commit of the working directory, with "+" if tracked files differ from it; None
-    outside a repository."""
-    words = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+def _source_commit(folder: Path) -> str | None:
+    """The git commit of tunesmith's source in `folder`, with "+" if tracked files of that
+    repository differ from it; None where no repository tracks the source, as for an installed
+    package.
+    """
+    # An environment inside somebody's repository is ignored there: its commit is not ours.
+    is_tracked = ["ls-files", "--error-unmatch", "__init__.py"]
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        return subprocess.check_output(
-            words, stderr=subprocess.DEVNULL, text=True, timeout=5
-        ).strip()
+        for words in (is_tracked, describe):
+            output = subprocess.check_output(
+                ["git", "-C", folder, *words], stderr=subprocess.DEVNULL, text=True, timeout=5
+            )
     except (OSError, subprocess.SubprocessError):
         return None
+    return output.strip()
