@@ -3,8 +3,9 @@
     python benchmarks/tables/first_gpu_tables.py --write docs/measurements/README.md
     python benchmarks/tables/first_gpu_tables.py --check README.md       # exit status 1 if the page differs from the results
 
-The results are docs/measurements/gpu/DEVICE/results-A.json, -B.json and -C.json, as the stages
-wrote them. README.md gets the goals alone.
+The results are docs/measurements/gpu/DEVICE/results-A.json to -D.json, as the stages wrote them;
+beside.json there has what was forecast of a step before, and what other programs reached on such a
+device. README.md gets the speed alone.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from typing import Any
 from generated import table, write_or_check
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
-from gpu_goals import GOALS
+from gpu_goals import GOALS, device_key
 
 RESULTS = Path(__file__).parents[2] / "docs" / "measurements" / "gpu"
 SCRIPT = "benchmarks/tables/first_gpu_tables.py"
 NOTHING_YET = "\nNo results yet: none of these runs has been measured on a GPU.\n\n"
-STEP_OF_GOAL = {goal.title: goal.step for goal in GOALS}
+GOAL_OF_STEP = {goal.step: goal for goal in GOALS}
+# What is measured without a goal, and its stage; the goals are stage A's.
+OTHER_RUNS = {
+    "own-batch": "8B LoRA, bf16, 64 rows a step",
+    "least-memory": "8B LoRA, every layer recomputed, 2,048 tokens",
+    "30b-experts": "Qwen3-30B-A3B LoRA, experts too, bf16",
+}
 
 Stages = Mapping[str, dict[str, Any]]  # results by the stage's letter
 
@@ -37,6 +44,13 @@ def read_devices(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]
     return devices
 
 
+def read_beside(device: str) -> dict[str, dict[str, Any]]:
+    """The forecast and the figures of other programs by step; empty where there is no such file."""
+    file = RESULTS / device / "beside.json"
+    beside: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    return beside
+
+
 def report_of(stages: Stages, stage: str, step: str) -> dict[str, Any]:
     """What a step reported; empty where the stage did not run, or the step failed."""
     steps = stages.get(stage, {}).get("steps", {})
@@ -48,8 +62,42 @@ def number(value: float | None, form: str = ",.0f") -> str:
     return "not measured" if value is None else format(value, form)
 
 
-def goals_table(stages: Stages) -> str:
-    """Each goal beside its figure, with the memory that it took and what it recomputed."""
+def runs_of(stages: Stages) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Step, title and figures of each run: all goals, and what else ran."""
+    for step, goal in GOAL_OF_STEP.items():
+        yield step, goal.title, report_of(stages, "A", step).get("figures", {})
+    for step, title in OTHER_RUNS.items():
+        for stage in ("C", "D"):
+            if figures := report_of(stages, stage, step).get("figures", {}):
+                yield step, title, figures
+
+
+def speed_table(device: str, stages: Stages) -> str:
+    """Each run beside its forecast and other programs, with the memory that it took."""
+    head = ("run", "tokens/s", "forecast before", "peak GiB", "others")
+    beside = read_beside(device)
+    rows = []
+    for step, title, figures in runs_of(stages):
+        known = beside.get(step, {})
+        others = [
+            f"{other['name']} {number(other['tokens_per_second'])} ({other['peak_memory_gib']:.0f} GiB)"
+            for other in known.get("others", [])
+        ]
+        forecast = " to ".join(number(speed) for speed in known.get("forecast", []))
+        rows.append(
+            (
+                title,
+                number(figures.get("tokens_per_second")),
+                forecast,
+                number(figures.get("peak_memory_gib"), ".0f"),
+                "; ".join(others),
+            )
+        )
+    return table(head, rows)
+
+
+def details_table(stages: Stages) -> str:
+    """Each run beside its goal, the share of the peak that it reached, and how it ran."""
     head = (
         "run",
         "tokens/s",
@@ -59,26 +107,46 @@ def goals_table(stages: Stages) -> str:
         "peak GiB",
         "micro batch",
         "layers recomputed",
+        "first step, s",
     )
+    key = device_key(stages["A"]["device"]["name"])
     rows = []
-    for goal in stages["A"]["goals"]:
-        figures = report_of(stages, "A", STEP_OF_GOAL[goal["goal"]]).get("figures", {})
-        reached = {None: "", True: "yes", False: "no"}[goal["reached"]]
+    for step, title, figures in runs_of(stages):
+        speed = figures.get("tokens_per_second")
+        goal = GOAL_OF_STEP[step].tokens_per_second[key] if key and step in GOAL_OF_STEP else None
+        of_fp8 = figures.get("mfu_of_fp8_peak")
+        share = number(of_fp8 or figures.get("mfu_of_measured_peak"), ".1%")
         rows.append(
             (
-                goal["goal"],
-                number(goal["tokens_per_second"]),
-                number(goal["target"]) if goal["target"] else "none",
-                reached,
-                number(
-                    figures.get("mfu_of_fp8_peak") or figures.get("mfu_of_measured_peak"), ".1%"
-                ),
+                title,
+                number(speed),
+                number(goal) if goal else "none",
+                ("yes" if speed >= goal else "no") if speed and goal else "",
+                f"{share} (fp8)" if of_fp8 else share,
                 number(figures.get("peak_memory_gib"), ".1f"),
                 figures.get("micro_batch", ""),
                 str(figures.get("recomputed_layers", "")),
+                number(figures.get("first_step_seconds"), ".1f"),
             )
         )
     return table(head, rows)
+
+
+def how_lines(device: str, stages: Stages) -> Iterator[str]:
+    """How the runs of other programs were started, and those that are not as first_gpu.sh starts
+    them.
+    """
+    others = [
+        (other["name"], other["how"])
+        for known in read_beside(device).values()
+        for other in known["others"]
+    ]
+    for name, how in dict.fromkeys(others):
+        yield f"- {name}: {how}\n"
+    for results in stages.values():
+        for name, step in results["steps"].items():
+            if how := step.get("report", {}).get("how"):
+                yield f"- `{name}`: {how}\n"
 
 
 def device_line(stages: Stages) -> str:
@@ -86,10 +154,11 @@ def device_line(stages: Stages) -> str:
     results = next(iter(stages.values()))
     device = results["device"]
     versions = device["versions"]
+    commit = f"commit {results['commit']}, " if results["commit"] else ""
     return (
         f"{device['name']}, {device['memory_gib']} GiB; a copy moves {device['copy_tb_per_s']:.2f} TB/s, a bf16 product of "
-        f"8192^3 runs at {device['product_tflops']:.0f} TFLOP/s. torch {versions['torch']}, Transformers "
-        f"{versions['transformers']}, CUDA {versions['cuda']}; commit {results['commit']}, {results['date'][:10]}.\n"
+        f"8192^3 runs at {device['product_tflops']:.0f} TFLOP/s.\ntorch {versions['torch']}, Transformers "
+        f"{versions['transformers']}, CUDA {versions['cuda']}; {commit}{results['date'][:10]}.\n"
     )
 
 
@@ -112,9 +181,9 @@ def variants_table(report: Mapping[str, Any]) -> str:
 
 def tests_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """The counts of the GPU tests, and each that failed."""
-    yield f"\nGPU tests: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped.\n"
+    yield f"\nGPU tests: {report['passed']} passed, {report['failed']} failed, {report['skipped']} skipped.\n\n"
     for failure in report["failures"]:
-        yield f"\n- failed: `{failure['test']}`\n"
+        yield f"- failed: `{failure['test']}`\n"
 
 
 def first_step_line(report: Mapping[str, Any]) -> str:
@@ -127,25 +196,6 @@ def first_step_line(report: Mapping[str, Any]) -> str:
         f"{cold['first_step_seconds']:.1f} s the step), {warm_cache:.1f} s with a warm one "
         f"({cold['warm_first_step_seconds']:.1f} s).\n"
     )
-
-
-def single_runs_table(stages: Stages) -> str:
-    """The runs of stage C that are compared with nothing."""
-    titles = {
-        "own-batch": "8B LoRA, steps of 64 examples",
-        "least-memory": "8B LoRA, every layer recomputed, 2,048 tokens",
-    }
-    rows = []
-    for step, title in titles.items():
-        figures = report_of(stages, "C", step).get("figures", {})
-        rows.append(
-            (
-                title,
-                number(figures.get("tokens_per_second")),
-                number(figures.get("peak_memory_gib"), ".1f"),
-            ),
-        )
-    return table(("run", "tokens/s", "peak GiB"), rows)
 
 
 def resume_line(report: Mapping[str, Any]) -> str:
@@ -174,7 +224,8 @@ def device_page(name: str, stages: Stages) -> Iterator[str]:
     yield f"\n### {name}\n\n"
     yield device_line(stages)
     if "A" in stages:
-        yield goals_table(stages)
+        yield details_table(stages)
+    yield from how_lines(name, stages)
     if tests := report_of(stages, "B", "tests"):
         yield from tests_lines(tests)
     if cold := report_of(stages, "B", "8b-cold"):
@@ -184,11 +235,10 @@ def device_page(name: str, stages: Stages) -> Iterator[str]:
         if "table" in report:
             yield f"\nStage C, {step}:\n"
             yield variants_table(report)
-    if "C" in stages:
-        yield single_runs_table(stages)
     if resume := report_of(stages, "C", "kill-and-resume"):
         yield resume_line(resume)
     yield from failed_lines(stages)
+    yield "\n"
 
 
 def measurements_page() -> str:
@@ -201,13 +251,13 @@ def measurements_page() -> str:
 
 
 def readme_block() -> str:
-    """The goals of each device, for README.md."""
-    goals = [
-        device_line(stages) + goals_table(stages)
-        for stages in read_devices().values()
+    """The speed on each device, for README.md."""
+    speeds = [
+        device_line(stages) + speed_table(device, stages)
+        for device, stages in read_devices().items()
         if "A" in stages
     ]
-    return "\n" + "".join(goals) if goals else NOTHING_YET
+    return "\n" + "".join(speeds) if speeds else NOTHING_YET
 
 
 if __name__ == "__main__":

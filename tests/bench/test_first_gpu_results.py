@@ -165,12 +165,16 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
     for stage, steps in stages.items():
         text = json.dumps(stage_results(stage, steps))
         (tmp_path / "h200" / f"results-{stage}.json").write_text(text)
+    other = {"name": "Unsloth", "how": "packed", "tokens_per_second": 1e4, "peak_memory_gib": 79.1}
+    beside = {"8b-bf16": {"forecast": [17_000, 18_000], "others": [other]}}
+    (tmp_path / "h200" / "beside.json").write_text(json.dumps(beside))
     devices = first_gpu_tables.read_devices(tmp_path)
     monkeypatch.setattr(first_gpu_tables, "read_devices", lambda: devices)
+    monkeypatch.setattr(first_gpu_tables, "RESULTS", tmp_path)
     page = first_gpu_tables.measurements_page()
     assert "| 8B LoRA, bf16 | 19,500 | 19,000 | yes | 72.1% | 85.2 |" in page
     (row,) = [line for line in page.splitlines() if line.startswith("| 8B LoRA, fp8 base |")]
-    assert holds(row, "27,000")
+    assert holds(row, "28,000")
     assert "19,500" not in row
     assert lines_with(page, "8b-fp8", 1, "9 s")
     assert "40 passed, 0 failed, 2 skipped" in page
@@ -178,7 +182,9 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| `model.quantize=fp8` | 103 | 103.0% |" in page
     assert "| 16.3 |" in page
     readme = first_gpu_tables.readme_block()
-    assert "| 8B LoRA, bf16 | 19,500 |" in readme
+    assert "| 8B LoRA, bf16 | 19,500 | 17,000 to 18,000 | 85 | Unsloth 10,000 (79 GiB) |" in readme
+    (row,) = [line for line in readme.splitlines() if line.startswith("| 70B LoRA")]
+    assert first_gpu_tables.number(None) in row
     assert "model.quantize=fp8" not in readme
 
 

@@ -76,7 +76,7 @@ def test_what_a_recipe_says_of_a_spark_is_its_plan() -> None:
     said = 0
     for name, path in shipped().items():
         command = f"tunesmith plan {re.escape(name)} --on dgx-spark"
-        pattern = rf"^# A DGX Spark: (\d+) GiB, ([\d,]+) tokens/s \({command}\)$"
+        pattern = rf"^# Forecast for a DGX Spark: (\d+) GiB, ([\d,]+) tokens/s \({command}\)$"
         line = re.search(pattern, path.read_text(), re.MULTILINE)
         if line:
             plan = plans[f"{name} on dgx-spark"]
