@@ -344,3 +344,29 @@ def test_before_anything_is_sent(full: Path, tmp_path: Path) -> None:
     code, _, err = push(full, hub=hub)
     assert code == 2, "the stand-in has gone"
     check_shown(err, fix=["HTTPS_PROXY", "HF_ENDPOINT"])
+
+
+def run_job(*words: object, hub: UploadHub, token: str, folder: Path):
+    """`scripts/hf_job.py` on the stand-in of the Hub, as in a job with the secret HF_TOKEN."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_HOME": "/nonexistent", "HF_HUB_DISABLE_XET": "1", "NO_COLOR": "1"}
+    env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "TUNESMITH_CACHE": str(folder / "cache")}
+    program = Path(__file__).parents[2] / "scripts" / "hf_job.py"
+    return run_warm(words, program=program, env=env, cwd=folder, prepare=prepare)
+
+
+def test_a_job_trains_and_pushes(tiny: Path, tmp_path: Path) -> None:
+    """With a token that may not write, it ends before it trains: a job's time is paid for."""
+    rows = [{"prompt": f"Say {n}", "completion": f"number {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", tiny, "--data", "rows.jsonl", "--to", MINE, "adapter.kind=none"]
+    words += ["train.duration=2 steps", "log.samples=0"]
+    with UploadHub() as hub:
+        refused = run_job(*words, hub=hub, token="hf_another", folder=tmp_path)
+        assert (refused.returncode, hub.private) == (2, {}), refused.stderr
+        assert not (tmp_path / "runs").exists()
+        done = run_job(*words, hub=hub, token=TOKEN, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert hub.private == {MINE: True}
+        final = tmp_path / "runs" / "job" / "final" / "model.safetensors"
+        assert hub.stored[MINE]["main"]["model.safetensors"] == final.read_bytes()
