@@ -98,7 +98,7 @@ def anchors(page: Path) -> set[str]:
 
 def test_the_links_of_the_docs_lead_to_files_and_headings():
     root, checked = SOURCE.parents[1], 0
-    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
+    for page in [*root.glob("*.md"), root / "llms.txt", *root.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if link.startswith("http"):
                 continue
@@ -108,6 +108,22 @@ def test_the_links_of_the_docs_lead_to_files_and_headings():
             assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
             checked += 1
     assert checked > 150
+
+
+def test_the_page_for_language_models_lists_every_page_of_the_docs():
+    """llms.txt, in the form of llmstxt.org: a title, a summary, and sections of links."""
+    root = SOURCE.parents[1]
+    text = (root / "llms.txt").read_text(encoding="utf-8")
+    title, _, summary, *_ = text.splitlines()
+    assert title.startswith("# ")
+    assert summary.startswith("> ")
+    sections = [block.split("\n", 1)[1] for block in text.split("\n## ")[1:]]
+    lines = [line for section in sections for line in section.splitlines() if line]
+    assert [line for line in lines if not re.fullmatch(r"- \[[^]]+\]\([^)]+\)(: .+)?", line)] == []
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    pages = [page.relative_to(root).as_posix() for page in root.glob("docs/**/*.md")]
+    assert {*pages, "README.md"} - {*links} == set()
+    assert len(links) == len({*links})
 
 
 def test_a_script_finds_what_it_imports_from_other_folders():
