@@ -151,7 +151,7 @@ def test_a_broken_contract_is_shown_and_ends_in_2(
     last = told.out[told.out.index("steps: ") :]
     broken = last.index("BROKEN, train")
     # Before the line of those that passed.
-    assert broken < last.index("data.seq_len", broken) < last.index("contract")
+    assert broken < last.index("data.seq_len", broken) < last.rindex("contract")
     check_shown(told.err, fix=["data.seq_len"])
 
 
