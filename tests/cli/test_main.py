@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 import tunesmith
@@ -405,3 +407,23 @@ def test_another_broken_pipe_is_told(
     shown = capfd.readouterr().err
     assert is_internal(shown)
     check_shown(shown, names=["BrokenPipeError"])
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_look_at_rows_at_once(tiny: Path, tmp_path: Path) -> None:
+    """A template may take minutes of a row: a signal is not kept until it has ended."""
+    loops = "".join(f"{{%- for {name} in range(9000) -%}}" for name in "abc")
+    (tmp_path / "slow.jinja").write_text(loops + "{%- endfor -%}" * 3 + "{{ messages }}")
+    (tmp_path / "rows.csv").write_text("question,answer\na,b\nc,d\n")
+    words = ["--model", str(tiny), "--data", "rows.csv", "data.template=slow.jinja"]
+    command = [sys.executable, "-m", "tunesmith", "train", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            # Of the processor: the libraries take some 5 s of it, and then the template all.
+            while process.poll() is None and psutil.Process(process.pid).cpu_times().user < 12:
+                time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 75, error

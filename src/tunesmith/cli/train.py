@@ -33,6 +33,8 @@ from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tunesmith.config.schema import Run
     from tunesmith.training.make_recipe import NewRecipe
     from tunesmith.training.result import Result
@@ -56,15 +58,12 @@ def run(args: argparse.Namespace) -> None:
     log_file = LogFile()
     # The run opens it, with the lines of before it at its beginning.
     with log_file.attached():
-        with StopRequest() as early:
-            # The libraries load for seconds, and an exception inside torch's C++ code would abort.
-            early.doing = "the libraries are loaded"
-            early.defer_signals()
+        if args.model is not None:
+            # A new recipe renders rows: with the libraries there, a signal ends that at once.
+            _load_trainer()
+        with StopRequest():
             recipe, new_file = _read_recipe(args)
-            from tunesmith.training.run import train
-
-            if early.requested():
-                raise early.not_begun()
+        train = _load_trainer()
 
         def write_recipe(record: object) -> None:
             """Write the recipe's file: a start that is refused leaves none."""
@@ -77,6 +76,19 @@ def run(args: argparse.Namespace) -> None:
         if is_main_process():
             _show_result(args, recipe, new_file, result, log_file)
     log_file.close()
+
+
+def _load_trainer() -> "Callable[..., Result]":
+    """`train`, once the libraries are loaded; StoppedError where a signal came meanwhile."""
+    with StopRequest() as early:
+        # They load for seconds, and an exception inside torch's C++ code would abort.
+        early.doing = "the libraries are loaded"
+        early.defer_signals()
+        from tunesmith.training.run import train
+
+        if early.requested():
+            raise early.not_begun()
+    return train
 
 
 def _read_recipe(args: argparse.Namespace) -> "tuple[Run, NewRecipe | None]":
