@@ -27,6 +27,7 @@ class Llama4Experts(nn.Module):
     # What Transformers' interface sets on the experts of other models.
     has_gate = True
     has_bias = False
+    has_post_expert_norm = False
     is_transposed = True
     is_concatenated = True
     # Whether the experts are shared among ranks by Transformers.
