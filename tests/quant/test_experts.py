@@ -178,7 +178,7 @@ def test_parts_of_the_experts_add_up_to_all(
 
 
 def test_the_norm_of_each_experts_output_comes_before_its_weight() -> None:
-    """As Transformers' own loop. Its releases before 5.23 have no such experts, nor a flag for
+    """As Transformers' own loop. Its release 5.17 has no such experts, nor a flag for
     them: there the other tests of this file show that experts do without.
     """
     muse = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")

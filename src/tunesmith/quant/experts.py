@@ -193,7 +193,7 @@ def _apply_experts(module: Any, x: Tensor, weight: Tensor, rows: ExpertRows) -> 
     if module.has_bias:
         x = x + local_part(getattr(module, f"{first}_bias"))[rows.experts]
     activation = module._apply_gate if module.has_gate else module.act_fn
-    # The norm itself: Transformers before 5.23 has no such experts, and no flag for them.
+    # The norm itself: Transformers 5.17 has no such experts, and no flag for them.
     if hasattr(module, "post_expert_norm"):
         x = rows.hide_others(_project(module, second, activation(x), rows))
         x = module.post_expert_norm(x)
