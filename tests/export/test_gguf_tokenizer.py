@@ -20,13 +20,8 @@ from export.tiny_gguf import (
     structure_of,
 )
 from tunesmith.errors import ModelError
-from tunesmith.export.gguf.tokenizer import (
-    TABLE,
-    TokenType,
-    model_name,
-    pre_tokenizer_name,
-    read_gguf_tokenizer,
-)
+from tunesmith.export.gguf.tokenizer import model_name, pre_tokenizer_name, read_gguf_tokenizer
+from tunesmith.hub.gguf_tokenizer import TABLE, TokenType
 
 GPT2 = structure_of("gpt-2")
 

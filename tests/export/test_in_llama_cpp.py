@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from tokenizers import AddedToken
 from transformers import PreTrainedModel
@@ -24,12 +26,17 @@ from export.tiny_gguf import (
     structure_of,
     write_model,
 )
+from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError
+from tunesmith.export.gguf import tokenizer as header_room
 from tunesmith.export.gguf.adapter import plan_adapter
 from tunesmith.export.gguf.llama_cpp import UNREPORTED, LlamaCpp
 from tunesmith.export.gguf.plan import TensorRows
-from tunesmith.export.gguf.tokenizer import TABLE
+from tunesmith.export.gguf.tokenizer import read_gguf_tokenizer
 from tunesmith.export.gguf.write import write_gguf
+from tunesmith.hub.gguf import convert_gguf_without_weights
+from tunesmith.hub.gguf_tokenizer import TABLE, read_file_tokenizer
+from tunesmith.model.tokenizer import load_tokenizer
 
 pytest.importorskip("xllamacpp")
 
@@ -82,10 +89,12 @@ def test_small_types_are_near(quant: str, tokenizer, tmp_path: Path) -> None:
         assert largest_difference(server, model) < 0.3
 
 
-def other_ids(tokenizer, server: LlamaCpp) -> dict[str, tuple[list[int], list[int]]]:
-    """Those of HARD that llama.cpp splits in another way."""
+def other_ids(
+    tokenizer, server: LlamaCpp, texts: list[str] = HARD
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Those of the texts that llama.cpp splits in another way."""
     differences = {}
-    for text in HARD:
+    for text in texts:
         pair = (tokenizer.encode(text), server.ids(text))
         if pair[0] != pair[1]:
             differences[text] = pair
@@ -120,6 +129,65 @@ def test_ids_of_sentencepiece_are_those_of_the_tokenizer(prepend: bool, tmp_path
         assert other_ids(tokenizer, server) == {}
 
 
+def header_of_file(file: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in GGUFReader(file).fields.items()}
+
+
+# A letter and its mark as two code points, digits of other scripts.
+MORE_TEXTS = ["a\u0300b\u0300 \u01c5", "\u2177 \u0661\u0662\u0663\u0664 12345 x  7"]
+
+
+@pytest.mark.parametrize("row", TABLE["structures"], ids=lambda row: row["pre"])
+def test_a_file_is_read_as_llama_cpp_reads_it(
+    row: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under each name that stands for the same expressions; then the export finds one of them."""
+    tokenizer = byte_level(row)
+    tokenizer.add_tokens(
+        [AddedToken("<order>", special=False), AddedToken("<|im_end|>", special=True)]
+    )
+    model = random_model("llama", num_hidden_layers=1)
+    names = {row["pre"], *row.get("also", ())}
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.setattr(header_room, "pre_tokenizer_name", lambda *_, pre=name: pre)
+            file = write_model(tmp_path / f"{name}.gguf", model, tokenizer)
+        own = read_file_tokenizer(header_of_file(file), str(file))
+        with LlamaCpp(file) as server:
+            assert other_ids(own, server, [*HARD, *MORE_TEXTS]) == {}, name
+            for text in ("a<order>b <order> c", "hi<|im_end|>\nyou"):
+                assert server.ids(text) == own.encode(text)
+        again = read_gguf_tokenizer(own, 600, {})
+        assert (again.pre, again.notes) == (row["pre"], ())
+
+
+def test_the_demo_is_tokenized_as_llama_cpp_does(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its expressions split digits, which Transformers' conversion does not read."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    tokenizer = load_tokenizer(
+        convert_gguf_without_weights(smollm2, "bf16"), Model(name=str(smollm2))
+    )
+    with LlamaCpp(smollm2) as server:
+        assert other_ids(tokenizer, server, [*HARD, *MORE_TEXTS]) == {}
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_a_file_of_sentencepiece_is_read_as_llama_cpp_reads_it(
+    prepend: bool, tmp_path: Path
+) -> None:
+    tokenizer = sentencepiece(prepend)
+    tokenizer.add_tokens([AddedToken("<order>", special=False)])
+    file = write_model(tmp_path / "t.gguf", random_model("llama", num_hidden_layers=1), tokenizer)
+    own = read_file_tokenizer(header_of_file(file), str(file))
+    texts = [*HARD, *MORE_TEXTS, "a<order>b <order> c", "</s> a</s>b"]
+    with LlamaCpp(file) as server:
+        assert other_ids(own, server, texts) == {}
+    for text in HARD:
+        assert own.decode(own.encode(text), skip_special_tokens=True) == text
+
+
 def test_space_after_special_tokens_is_dropped_as_phi_3_does(tmp_path: Path) -> None:
     """llama.cpp knows by `general.name` alone; the name that the caller gives says nothing."""
     tokenizer = sentencepiece()
@@ -128,12 +196,13 @@ def test_space_after_special_tokens_is_dropped_as_phi_3_does(tmp_path: Path) -> 
     tokenizer.add_tokens(turns)
     model = random_model("phi3", num_hidden_layers=1)
     with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer)) as server:
+        own = read_file_tokenizer(header_of_file(tmp_path / "tiny.gguf"), "tiny.gguf")
         for text in (
             "<|user|>\nhello<|end|>\n",
             "<|user|> \n hello <|end|>x",
             "<|endoftext|> hello",
         ):
-            assert server.ids(text) == tokenizer.encode(text), text
+            assert server.ids(text) == tokenizer.encode(text) == own.encode(text), text
 
 
 @pytest.mark.parametrize(("variant", "rslora"), [("llama", True), ("llama", False), ("phi3", True)])
@@ -184,6 +253,7 @@ def test_a_server_ends_with_its_parent(tokenizer, tmp_path: Path) -> None:
     source = f"""
 import time
 from pathlib import Path
+from tunesmith.export.gguf import tokenizer as header_room
 from tunesmith.export.gguf.llama_cpp import LlamaCpp
 server = LlamaCpp(Path({str(file)!r}))
 print(server._process.pid, flush=True)

@@ -20,8 +20,8 @@ from transformers import (
 
 from conftest import CHATML
 from tunesmith.export.gguf.plan import GgufPlan, TensorRows, plan_gguf
-from tunesmith.export.gguf.tokenizer import TABLE
 from tunesmith.export.gguf.write import write_gguf
+from tunesmith.hub.gguf_tokenizer import TABLE
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 TEXTS = [

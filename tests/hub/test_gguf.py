@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from errors import refuses
+from export.tiny_gguf import byte_level, header_of, plan_of, random_model, structure_of, write_model
 from logged import logged_lines
 from page_cache import resident
 from recipes import write_rows
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
+from tunesmith.data.tokens import tokenizer_hash
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.hub import fetch
+from tunesmith.hub.gguf_tokenizer import read_file_tokenizer
 from tunesmith.model import load
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.model.weights import load_weights
@@ -151,6 +156,59 @@ def test_a_plan_reads_no_weights(file: Path, cache: Path, tmp_path: Path) -> Non
     assert main(["plan", "--model", str(file), "--data", str(rows), "--on", "h100"]) == 0
     assert [*cache.rglob("config.json")]
     assert not [*cache.rglob("*.safetensors")]
+
+
+def header_like(pre: str, folder: Path) -> dict[str, Any]:
+    """Of a file whose tokenizer has the steps of gpt-2."""
+    plan = plan_of(random_model("llama", num_hidden_layers=1), byte_level(structure_of("gpt-2")))
+    return header_of(plan, folder) | {"tokenizer.ggml.pre": pre}
+
+
+def test_a_tokenizer_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    header = header_like("kimi-k2", tmp_path)
+    with refuses(ModelError, where="a.gguf", names=["kimi-k2"], fix=["model.name"]):
+        read_file_tokenizer(header, "a.gguf")
+    header |= {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.model": "plamo2"}
+    with refuses(ModelError, where="a.gguf", names=["plamo2"], fix=["model.name"]):
+        read_file_tokenizer(header, "a.gguf")
+
+
+def test_what_a_header_leaves_out_is_as_in_llama_cpp(tmp_path: Path) -> None:
+    """A begin token goes by the name, and a file without a name has expressions of its own."""
+    header = header_like("gpt-2", tmp_path)
+    (begin,) = read_file_tokenizer(header, "").encode("")
+    assert begin == header["tokenizer.ggml.bos_token_id"]
+    del header["tokenizer.ggml.add_bos_token"]
+    assert read_file_tokenizer(header, "").encode("") == []
+    header["tokenizer.ggml.pre"] = "llama-bpe"
+    assert read_file_tokenizer(header, "").encode("") == [begin]
+    header["tokenizer.ggml.add_eos_token"] = True
+    end = header["tokenizer.ggml.eos_token_id"]
+    assert read_file_tokenizer(header, "").encode("") == [begin, end]
+    del header["tokenizer.ggml.pre"]
+    backend = read_file_tokenizer(header, "").backend_tokenizer
+    pieces = backend.pre_tokenizer.pre_tokenize_str("a=12345")
+    assert [piece for piece, _ in pieces] == ["a", "=", "123", "45"]
+
+
+@pytest.mark.slow
+def test_a_file_that_transformers_would_split_in_another_way_is_refused(
+    cache: Path, tmp_path: Path
+) -> None:
+    """It loads the tokenizer of every qwen2 as a class with expressions of its own."""
+    model = random_model("qwen2", num_hidden_layers=1)
+    for pre, is_read in (("qwen2", True), ("smollm", False)):
+        file = write_model(tmp_path / f"{pre}.gguf", model, byte_level(structure_of(pre)))
+        with nullcontext() if is_read else refuses(ModelError, where=file.name):
+            fetch.fetch_for_tokens(Model(name=str(file), dtype="fp32"))
+
+
+def test_tokens_cached_before_are_not_those_of_a_changed_tokenizer(tmp_path: Path) -> None:
+    hashes = {
+        tokenizer_hash(read_file_tokenizer(header_like(pre, tmp_path), ""))
+        for pre in ("gpt-2", "smollm", "default")
+    }
+    assert len(hashes) == 3
 
 
 def bad(tmp_path: Path, name: str, data: bytes) -> Model:

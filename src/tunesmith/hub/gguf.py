@@ -1,8 +1,9 @@
 """Convert a .gguf file to a Transformers folder, once, in a cache.
 
-Transformers reads the format and dequantizes it (`gguf_file=`), which takes minutes and a full copy
-in memory; tokens are counted by a folder without weights, which takes seconds. A folder is written
-beside its place and renamed, so that a stopped conversion leaves nothing incomplete.
+Transformers reads the weights and dequantizes them (`gguf_file=`), which takes minutes and a full
+copy in memory; tokens are counted by a folder without weights, which takes seconds. The tokenizer
+is the file's own (gguf_tokenizer.py). A folder is written beside its place and renamed, so that a
+stopped conversion leaves nothing incomplete.
 """
 
 import contextlib
@@ -17,19 +18,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tunesmith.errors import MachineError, ModelError
+from tunesmith.errors import MachineError, ModelError, TunesmithError
 from tunesmith.host.files import cache_folder, follow_umask, remove_abandoned
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
 from tunesmith.model.safetensors_files import SINGLE, unreadable_file
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-LAYOUT = 1  # goes up when what is written changes, so that older conversions are repeated
+LAYOUT = 2  # goes up when what is written changes, so that older conversions are repeated
 
 
 def convert_gguf(file: Path, dtype: str) -> Path:
@@ -140,6 +141,8 @@ def _reading(file: Path) -> Iterator[None]:
         # Hides the bars that tqdm draws.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
+    except TunesmithError:
+        raise
     # gguf and Transformers raise many kinds for a file that is cut off or unknown to them.
     except Exception as error:
         raise ModelError(
@@ -154,19 +157,18 @@ def _reading(file: Path) -> Iterator[None]:
 
 def _convert(file: Path, dtype: str, folder: Path) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from tunesmith.model.dtypes import DTYPES
 
     torch_dtype = DTYPES[dtype]
     with _reading(file):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = _tokenizer_of(file)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch_dtype
         )
     # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
     # quantized file.
-    tokenizer.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     _save_config(
         model.config,
@@ -174,6 +176,7 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
         dtype=str(torch_dtype).removeprefix("torch."),
         architectures=[type(model).__name__],
     )
+    _save_tokenizer(tokenizer, folder, file)
     # named_parameters names a shared tensor once, and no buffer of these families is in a
     # checkpoint.
     state = {
@@ -184,14 +187,37 @@ def _convert(file: Path, dtype: str, folder: Path) -> None:
 
 
 def _convert_without_weights(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     with _reading(file):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = _tokenizer_of(file)
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     _save_config(config, folder)
+    _save_tokenizer(tokenizer, folder, file)
+
+
+def _tokenizer_of(file: Path) -> "PreTrainedTokenizerFast":
+    from gguf import GGUFReader
+
+    from tunesmith.hub.gguf_tokenizer import read_file_tokenizer
+
+    header = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
+    return read_file_tokenizer(header, str(file))
+
+
+def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path, file: Path) -> None:
+    """Save it beside config.json; ModelError where the two are read back as another tokenizer."""
+    from transformers import AutoTokenizer
+
+    from tunesmith.hub.gguf_tokenizer import split_text, unknown_tokenizer
+
+    tokenizer.save_pretrained(folder)
+    # Transformers has classes that split text in their own way for some model types, as qwen2.
+    read = AutoTokenizer.from_pretrained(folder)
+    if split_text(read) != split_text(tokenizer):
+        why = f"Transformers reads it as a {type(read).__name__}, which splits text in another way"
+        raise unknown_tokenizer(str(file), why)
 
 
 def _save_config(config: "PretrainedConfig", folder: Path, **values: object) -> None:

@@ -11,31 +11,24 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError
+from tunesmith.hub.gguf_tokenizer import (
+    NOT_STRIPPED,
+    SPACE,
+    STRIPPING_NAME,
+    TABLE,
+    TokenType,
+    served_splits,
+)
 
-TABLE = json.loads(Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8"))
-SPACE = "\u2581"  # what SentencePiece has in place of a space
 ADDED_SCORE = -1000.0
 UNUSED_SCORE = -10000.0
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _SERVE_FOLDER = "serve the Transformers folder, whose tokenizer is exact: tunesmith merge RUN"
-
-
-class TokenType(IntEnum):
-    """What llama.cpp takes a token for; the numbers are those of `gguf.TokenType`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3  # special: matched in text only where the caller asks for it
-    USER_DEFINED = 4  # added: matched in any text before the rest is split
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True)
@@ -166,32 +159,27 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
     return TokenType.USER_DEFINED
 
 
-# With this name llama.cpp drops space after special tokens, but not after three of them; it does
-# not load a file with this name that lacks one of the four.
-_STRIPPING_NAME = re.compile("phi-?3", re.IGNORECASE)
-_NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
-
-
 def _stripping(added: Collection[Mapping[str, Any]], tokens: set[str]) -> tuple[bool, list[str]]:
     """Whether space after special tokens is dropped, which the name decides, and notes on that."""
     dropped = {token["content"] for token in added if token["rstrip"]}
     unstripped = {token["content"] for token in added} - dropped
     if not dropped:
         return False, []
-    if not tokens >= {*_NOT_STRIPPED, "</s>"}:
+    # llama.cpp does not load a file with the name that lacks one of the four.
+    if not tokens >= {*NOT_STRIPPED, "</s>"}:
         return False, [f"llama.cpp keeps space after {', '.join(sorted(dropped))}"]
-    if unstripped > _NOT_STRIPPED:
-        others = ", ".join(sorted(unstripped - _NOT_STRIPPED))
+    if unstripped > NOT_STRIPPED:
+        others = ", ".join(sorted(unstripped - NOT_STRIPPED))
         return True, [f"llama.cpp drops space after {others}, too"]
     return True, []
 
 
 def model_name(name: str, strips_space: bool) -> str:
     """`name` as llama.cpp has to read it: whether it has Phi-3 in it decides on space."""
-    if strips_space and not _STRIPPING_NAME.search(name):
+    if strips_space and not STRIPPING_NAME.search(name):
         return f"{name} (Phi-3)"
     if not strips_space:
-        return _STRIPPING_NAME.sub("phi 3", name)
+        return STRIPPING_NAME.sub("phi 3", name)
     return name
 
 
@@ -226,7 +214,7 @@ def _byte_level(
     if not state["model"]["merges"]:
         raise _unknown_tokenizer("it joins no bytes to tokens, and llama.cpp opens no such file")
     pre = pre_tokenizer_name(tokenizer, state)
-    if pre in TABLE["notes"]:
+    if pre in TABLE["notes"] and _splits(state) != served_splits(pre):
         notes.append(TABLE["notes"][pre])
     return {
         "model": "gpt2",
@@ -259,7 +247,7 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, A
     ignores_merges = bool(state["model"].get("ignore_merges"))
     names = []
     for row in TABLE["structures"]:
-        if row["splits"] == splits:
+        if splits in (row["splits"], row.get("served", row["splits"])):
             if row["ignore_merges"] == ignores_merges:
                 return str(row["pre"])
             names.append(row["pre"])
