@@ -3,6 +3,7 @@
 example:
   tunesmith export runs/my-run --to gguf --output my-model.gguf
   tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
+  tunesmith export runs/my-run --to ollama --adapter --output my-adapter
   tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
   tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
@@ -11,6 +12,9 @@ example:
 grow with the model. If llama.cpp is installed (pip install xllamacpp), it must
 tokenize the run's prompts identically, and the KL divergence from the tuned
 model is printed. Without it nothing is checked.
+
+With --adapter they write the LoRA alone. Of a run on a .gguf file it is for that
+very file: both are checked together, and the command that serves them is printed.
 
 --to vllm writes a folder: the merged model in bf16, or with linear layers in
 fp8 or nvfp4, and prints the KL divergence that this causes. With --adapter it
@@ -23,9 +27,10 @@ already in this format; use `merge` for an adapter.
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from tunesmith.cli.options import (
     ProgressCounter,
@@ -49,6 +54,19 @@ GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
 NEAREST = ("f32", "f16", "bf16", "q8_0")
 VLLM_QUANTS = ("bf16", "fp8", "nvfp4")
+
+
+class ExportOptions(TypedDict):
+    """The arguments that `export_gguf` and `export_adapter` share."""
+
+    for_ollama: bool
+    force: bool
+    threads: int | None
+    check: bool
+    device: str | None
+    checking: Callable[[int, int], None]
+
+
 QUANTS = {"gguf": GGUF_QUANTS, "ollama": GGUF_QUANTS, "vllm": VLLM_QUANTS}
 
 
@@ -74,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         action="store_true",
-        help="only the LoRA, for `llama-server --lora` with a GGUF file of its base, or for vLLM",
+        help="only the LoRA, to be served beside the GGUF file of its base, or by vLLM",
     )
     parser.add_argument(
         "--force",
@@ -85,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole_number, metavar="N", help="that quantize (default: all cores)"
     )
     parser.add_argument(
-        "--no-check", action="store_true", help="do not compare the file with the tuned model"
+        "--no-check", action="store_true", help="do not compare the result with the tuned model"
     )
     add_json(parser)
 
@@ -99,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
             fix=f"one of {', '.join(QUANTS[args.to])}",
         )
     if args.adapter:
-        _check_options(args, ("quant", "threads", "no_check"), "a whole model")
+        _check_options(args, ("quant",), "a whole model")
     if args.to == "transformers":
         options = ("quant", "adapter", "force", "threads", "no_check", "device")
         _check_options(args, options, "--to gguf, ollama or vllm")
@@ -112,33 +130,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export_gguf(args: argparse.Namespace) -> None:
-    if args.adapter and args.to == "ollama":
-        raise UsageError(
-            "--adapter is not supported for Ollama",
-            where="command line: --adapter",
-            fix="--to gguf --adapter, or remove --adapter",
-        )
     from tunesmith.inference.load_run import locate_run
 
     # The next import takes seconds, so it comes after the checks.
     notify_weights(locate_run(args.run))
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
-    if args.adapter:
-        exported = export_adapter(args.run, args.output, force=args.force)
-    else:
-        with ProgressCounter() as progress:
+    with ProgressCounter() as progress:
+        options: ExportOptions = {
+            "for_ollama": args.to == "ollama",
+            "force": args.force,
+            "threads": args.threads,
+            "check": not args.no_check,
+            "device": args.device,
+            "checking": lambda done, total: progress("parts checked in llama.cpp", done, total),
+        }
+        if args.adapter:
+            exported = export_adapter(args.run, args.output, **options)
+        else:
             exported = export_gguf(
                 args.run,
                 args.output,
                 quant=args.quant or DEFAULT_QUANT,
-                for_ollama=args.to == "ollama",
-                force=args.force,
-                threads=args.threads,
-                check=not args.no_check,
-                device=args.device,
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
-                checking=lambda done, total: progress("parts checked in llama.cpp", done, total),
+                **options,
             )
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
@@ -226,23 +241,27 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     """Tell how near a file is to the tuned model, and what to do where it is not."""
     check = exported.check
     if check is None:
-        if not args.adapter:
-            why = "--no-check" if args.no_check else "pip install xllamacpp, then export again"
-            print(f"not compared with the tuned model in llama.cpp ({why})")
+        print(f"not compared with the tuned model in llama.cpp ({exported.unchecked})")
         return
     from tunesmith.export.gguf.answers import answer_lines
 
     print(f"prompts: {check.prompts} of {check.prompts} have identical token ids in llama.cpp")
-    verdict = "good: the file is near the tuned model"
+    what = f"{Path(exported.base).name} with the adapter" if exported.base else "the file"
+    verdict = f"good: {what} is near the tuned model"
     if not check.is_near:
-        verdict = "not good: the file differs from the tuned model"
+        verdict = f"not good: {what} differs from the tuned model"
     print(f"next tokens: {verdict}")
     same = round(check.tuned.agreement * check.positions)
     print(f"  its most likely next token is the same at {same} of {check.positions} positions")
     print(f"  {_rounding(check)}")
     for line in answer_lines(check.answers):
         print(line)
-    if not check.is_near:
+    if not check.is_near and exported.base:
+        notify(
+            "warning: llama.cpp rounds activations for a quantized file, and the answers change; "
+            "without --adapter --quant q8_0 or f16 is nearer"
+        )
+    elif not check.is_near:
         notify(
             "warning: rounding to so few bits changes what the model answers; "
             "use more: --quant q8_0, or f16"
@@ -271,8 +290,12 @@ def _rounding(check: "FileCheck") -> str:
 
 def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
     file = shell_path(Path(exported.file))
-    if args.adapter:
-        return f"llama-server -m BASE.gguf --lora {file}"
+    if args.adapter and args.to == "gguf":
+        base = shell_path(Path(exported.base)) if exported.base else "BASE.gguf"
+        command = f"llama-server -m {base} --lora {file}"
+        if exported.chat_template:
+            command += f" --chat-template-file {shell_path(Path(exported.chat_template))}"
+        return command
     if args.to == "ollama":
         folder = shell_path(Path(exported.output))
         name = shell_word(Path(exported.output).name)
@@ -295,6 +318,10 @@ def _share_lines(args: argparse.Namespace, exported: "ExportedFile") -> list[str
         needed = f"the folder {shell_path(Path(exported.output))}"
         if has_rows:
             needed += f" without {record.name}"
+        if exported.base:
+            needed += f", and {shell_path(Path(exported.base))}, which its Modelfile names"
+    elif exported.base:
+        needed += f" and {shell_path(Path(exported.base))}, the only base that it is for"
     elif args.adapter:
         needed += f" and BASE.gguf, its base {locate_run(args.run).base.name}"
     lines = [f"to share: {needed}; the command above starts it"]

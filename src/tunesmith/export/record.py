@@ -18,6 +18,7 @@ from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import weights_step
 
 if TYPE_CHECKING:
+    from tunesmith.export.gguf.adapter import GgufBase
     from tunesmith.export.gguf.check import FileCheck
 
 # What is in a run, an adapter's folder and a model's.
@@ -31,7 +32,14 @@ def record_path(file: Path) -> Path:
 
 
 def record_of(
-    location: RunLocation, *, kind: str, size: int, check: "FileCheck | None", merged: bool
+    location: RunLocation,
+    *,
+    kind: str,
+    size: int,
+    check: "FileCheck | None",
+    unchecked: str,
+    merged: bool,
+    base: "GgufBase | None" = None,
 ) -> dict[str, Any]:
     """The record of an exported GGUF file.
 
@@ -39,7 +47,9 @@ def record_of(
         location: of the run that was exported.
         kind: the type of the file's weights, in words.
         size: of the file in bytes.
+        unchecked: why there is no check; empty where there is one.
         merged: whether the file is a whole model, not an adapter alone.
+        base: the one GGUF file that an adapter is for.
     """
     # A run's checkpoints and final/ lie in its directory.
     run_dir = location.folder.parent if location.folder else Path()
@@ -57,6 +67,8 @@ def record_of(
         "kind": kind,
         "bytes": size,
         "check": asdict(check) if check else None,
+        "unchecked": unchecked,
+        "base": {"file": base.file.name, "sha256": base.sha256} if base else None,
         "card": card,
     }
 

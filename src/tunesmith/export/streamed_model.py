@@ -8,7 +8,7 @@ read once.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,6 +98,7 @@ def streamed_logits(
     device: torch.device,
     attention: str | None = None,
     places: Sequence[Sequence[int]] | None = None,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """Logits of prompts: fp32 [tokens, vocabulary] of each, on the CPU.
 
@@ -106,8 +107,11 @@ def streamed_logits(
         attention: Transformers' name of the kernel; None: the one it takes for the model.
         places: the positions of each prompt whose logits are returned, [places, vocabulary] of
             each; None: all. A row of a vocabulary of 128k takes half a megabyte.
+        on_layer: is called after each decoder layer.
     """
     model = copy.deepcopy(tuned.model).eval()
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda *_: on_layer())
     if attention is not None:
         model.set_attn_implementation(attention)
     weights = dict(tuned.weights)
@@ -124,6 +128,11 @@ def streamed_logits(
     if places is not None:
         return list(logits[0].float().cpu().split(list(map(len, places))))
     return [row[: len(prompt)].float().cpu() for row, prompt in zip(logits, prompts, strict=True)]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    return list(model.get_submodule(find_layers(model)).children())
 
 
 def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) -> None:
@@ -181,7 +190,7 @@ def _stream(
         else:
             rest[name] = module
     layers = find_layers(model)
-    for number, layer in enumerate(model.get_submodule(layers).children()):
+    for number, layer in enumerate(decoder_layers(model)):
         prefix = f"{layers}.{number}"
         inside = [name for name in rest if name == prefix or name.startswith(f"{prefix}.")]
         # A layer's other parameters are read before its forward.

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunesmith.adapter.peft_files import PREFIX
@@ -16,6 +18,15 @@ from tunesmith.export.gguf.plan import (
     require_gguf,
 )
 
+
+@dataclass(frozen=True)
+class GgufBase:
+    """The GGUF file that a run was trained on, and the only one that its adapter is for."""
+
+    file: Path
+    sha256: str
+
+
 # PEFT's suffixes and llama.cpp's.
 _PARTS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 _MERGE = "export the whole model: the same command without --adapter"
@@ -28,6 +39,7 @@ def plan_adapter(
     *,
     name: str,
     added_tokens: int = 0,
+    base: GgufBase | None = None,
     ggml_type: str = "F16",
 ) -> GgufPlan:
     """The file of an adapter; no weight is read.
@@ -38,6 +50,7 @@ def plan_adapter(
         weights: those of `adapter_model.safetensors`, by their names there.
         name: what llama.cpp shows as its name.
         added_tokens: tokens that the run added to the base's.
+        base: the one file that it is for, where the run was trained on a GGUF file.
         ggml_type: the type of the matrices.
 
     ModelError where more was trained than such a file can hold.
@@ -47,10 +60,10 @@ def plan_adapter(
     if added_tokens:
         raise _inexpressible(f"{added_tokens} tokens that the base does not have")
     matrices = _by_base_name(weights)
-    new_names = check_tensor_names({base for base, _ in matrices}, config, family)
+    new_names = check_tensor_names({base_name for base_name, _ in matrices}, config, family)
     tensors = []
-    for (base, suffix), weight in matrices.items():
-        new_name = new_names[base]
+    for (base_name, suffix), weight in matrices.items():
+        new_name = new_names[base_name]
         if new_name == "token_embd.weight":
             raise _inexpressible("a change of the embedding")
         if new_name == "output.weight" and config.get("tie_word_embeddings"):
@@ -66,6 +79,10 @@ def plan_adapter(
     writer.add_name(name)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", _alpha(settings))
+    if base is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.file.name)
+        writer.add_string("tunesmith.base.sha256", base.sha256)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
 
 

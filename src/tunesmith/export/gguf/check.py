@@ -4,7 +4,8 @@ The logits to compare with are computed while the weights are read (`streamed_mo
 the check holds no whole model either.
 """
 
-import itertools
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,11 @@ from tunesmith.export.gguf.answers import (
 )
 from tunesmith.export.gguf.llama_cpp import CONTEXT, LlamaCpp
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
-from tunesmith.export.streamed_model import Values, streamed_logits
+from tunesmith.export.streamed_model import Values, decoder_layers, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel
+from tunesmith.units import format_seconds
+
+log = logging.getLogger(__name__)
 
 PROMPTS = 20  # whose ids are compared
 # Of a prompt, where next tokens are compared: each takes a request for the whole vocabulary.
@@ -70,6 +74,7 @@ def check_file(
     tuned: TunedModel,
     base: tuple[TunedModel, Values] | None,
     *,
+    adapter: Path | None = None,
     device: torch.device,
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -78,6 +83,7 @@ def check_file(
 
     Args:
         base: the model before training, and which values of it.
+        adapter: the GGUF file of an adapter that llama.cpp adds to the file.
         progress: gets the parts that are done, and all of them.
 
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
@@ -86,39 +92,41 @@ def check_file(
     prompts, _ = probe_prompts(tuned.files)
     places = [_places(len(prompt)) for prompt in prompts]
     questions = questions_of(tuned.files)
-    # Answers, passes over the weights of the tuned model and of the base, and positions.
-    total = len(questions) + 1 + sum(map(len, places)) + (base is not None)
-    parts = itertools.count()
-
-    def advance() -> None:
-        progress(next(parts), total)
-
-    advance()
-    with LlamaCpp(file, threads=threads) as server:
+    positions = sum(map(len, places))
+    # The weights of the tuned model and of the base are read once each, a layer at a time.
+    layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
+    log.info(
+        f"check: llama.cpp tokenizes up to {PROMPTS} prompts, answers {len(questions)} of them "
+        f"with up to {TOKENS} tokens, and gives the next token at {positions} positions; "
+        f"{layers} layers are computed in fp32 to compare with (--no-check skips this)"
+    )
+    passes = _Passes(device, layers, len(questions) + positions, progress)
+    base_logits = None
+    with LlamaCpp(file, adapter, threads=threads) as server:
         texts = _check_ids(server, tuned)
+        # Before the answers, since how long a layer takes says how long all take.
+        if base is not None:
+            base_logits = passes.logits(*base, prompts, places)
         answers = []
         for question in questions:
             answers.append(up_to_end(server.answer(question.ids, TOKENS), tuned.files))
-            advance()
+            passes.advance()
         # Answers and prompts in one pass, which reads every weight once.
         passages = [*prompts]
         passage_places = [*places]
         for question, answer in zip(questions, answers, strict=True):
             passages.append([*question.ids, *answer])
             passage_places.append(answer_places(question, answer))
-        expected = _logits(tuned, "adapter", passages, passage_places, device)
-        advance()
+        expected = passes.logits(tuned, "adapter", passages, passage_places)
         compared, served = _served_logits(
-            server, prompts, places, expected[: len(prompts)], advance
+            server, prompts, places, expected[: len(prompts)], passes.advance
         )
     side_by_side = []
-    for question, answer, logits in zip(questions, answers, expected[len(prompts) :], strict=True):
-        side_by_side.append(compare_answers(question, answer, logits, tuned.files))
+    for question, answer, values in zip(questions, answers, expected[len(prompts) :], strict=True):
+        side_by_side.append(compare_answers(question, answer, values, tuned.files))
     against_base = None
-    if base is not None:
-        base_logits = _logits(*base, prompts, places, device)
+    if base_logits is not None:
         against_base = compare_logits(expected[: len(prompts)], base_logits)
-        advance()
     return FileCheck(
         len(texts),
         compare_logits(compared, served),
@@ -128,16 +136,65 @@ def check_file(
     )
 
 
-def _logits(
-    model: TunedModel,
-    values: Values,
-    prompts: Sequence[Sequence[int]],
-    places: Sequence[Sequence[int]],
-    device: torch.device,
-) -> list[torch.Tensor]:
-    return streamed_logits(
-        model, prompts, values=values, dtype=torch.float32, device=device, places=places
-    )
+class _Passes:
+    """Passes over weights that are read a layer at a time, and the parts of a check that are done.
+
+    Args:
+        layers: of all passes.
+        others: parts that are no layer.
+        progress: gets the parts that are done, and all of them.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: int,
+        others: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._device = device
+        self._layers = layers
+        self._total = layers + others
+        self._progress = progress
+        self._done = -1
+        self._layers_done = 0
+        self.advance()
+
+    def advance(self) -> None:
+        """Count one more part."""
+        self._done += 1
+        self._progress(self._done, self._total)
+
+    def logits(
+        self,
+        model: TunedModel,
+        values: Values,
+        prompts: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+    ) -> list[torch.Tensor]:
+        """Those of `streamed_logits` in fp32; how long all layers take is logged after two."""
+        first_done = 0.0
+
+        def advance_layer() -> None:
+            nonlocal first_done
+            self._layers_done += 1
+            # The first reads the embedding and loads libraries, too.
+            if self._layers_done == 1:
+                first_done = time.monotonic()
+            elif self._layers_done == 2:
+                seconds = format_seconds(self._layers * (time.monotonic() - first_done))
+                log.info(f"check: about {seconds} for the layers, by the second of them")
+            self.advance()
+
+        return streamed_logits(
+            model,
+            prompts,
+            values=values,
+            dtype=torch.float32,
+            device=self._device,
+            places=places,
+            on_layer=advance_layer,
+        )
 
 
 def _served_logits(

@@ -22,8 +22,10 @@ def guard_template(tokenizer: Any) -> None:
         tokenizer.chat_template = COMMENT + tokenizer.chat_template
 
 
-def modelfile_text(file_name: str, read: OpenedRun) -> str:
-    """The Modelfile of a GGUF file in the same folder, without a TEMPLATE: the file has it.
+def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> str:
+    """The Modelfile of a GGUF file, without a TEMPLATE: the file has it.
+
+    `file` and `adapter`, which is added to it, are paths, or names in the Modelfile's own folder.
 
     ModelError where a token that ends an answer, or the system message, cannot be written in it.
     """
@@ -32,7 +34,10 @@ def modelfile_text(file_name: str, read: OpenedRun) -> str:
     seq_len = run.data.seq_len if run else 0
     positions = int(getattr(read.files.config, "max_position_embeddings", 0) or CONTEXT)
     # At least Ollama's default, at most what the model's positions allow.
-    lines = [f"FROM ./{file_name}", f"PARAMETER num_ctx {min(max(CONTEXT, seq_len), positions)}"]
+    lines = [f"FROM {_path(file)}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {_path(adapter)}")
+    lines.append(f"PARAMETER num_ctx {min(max(CONTEXT, seq_len), positions)}")
     for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
         text = tokenizer.decode([token])
         # Such a text would end the quoted word, or the line.
@@ -48,6 +53,10 @@ def modelfile_text(file_name: str, read: OpenedRun) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _path(file: str) -> str:
+    return file if Path(file).is_absolute() else f"./{file}"
+
+
 def _system_line(system: str) -> str:
     """The command that gives a chat without a system message the one that the run gave its rows."""
     # Ollama escapes nothing: the quotes at the end of a line would close the text.
@@ -61,6 +70,6 @@ def _system_line(system: str) -> str:
     return f'SYSTEM """{system}"""'
 
 
-def write_modelfile(folder: Path, file_name: str, read: OpenedRun) -> None:
+def write_modelfile(folder: Path, text: str) -> None:
     """Write the Modelfile to the folder of the GGUF file."""
-    (folder / MODELFILE).write_text(modelfile_text(file_name, read), encoding="utf-8")
+    (folder / MODELFILE).write_text(text, encoding="utf-8")
