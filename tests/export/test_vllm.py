@@ -119,6 +119,12 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert lines_with(done.stdout, 14, "fp8")
     assert f"next: vllm serve {tmp_path / 'fp8'}" in done.stdout
+    # Two layers of the tuned model, the rounded one and the base
+    assert lines_with(done.stderr, 6, "--no-check")
+    assert lines_with(done.stderr, "6/6")
+    unchecked = [*words, "--quant", "fp8", "--device", "cpu", "--no-check", "--json"]
+    report = json.loads(run_warm([*unchecked, "--output", tmp_path / "unchecked"]).stdout)
+    assert (report["positions"], report["rounded"], report["base"]) == (0, None, None)
     assert holds(done.stdout.splitlines()[-1], tmp_path / "fp8")
     done = run_warm([*words, "--output", tmp_path / "bf16", "--json"])
     assert json.loads(done.stdout)["dtype"] == "bf16"

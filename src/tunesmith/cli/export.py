@@ -53,7 +53,8 @@ SAME = 1.5  # changes within this factor count as equal
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
 NEAREST = ("f32", "f16", "bf16", "q8_0")
-VLLM_QUANTS = ("bf16", "fp8", "nvfp4")
+ROUNDED = ("fp8", "nvfp4")
+VLLM_QUANTS = ("bf16", *ROUNDED)
 
 
 class ExportOptions(TypedDict):
@@ -103,7 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=whole_number, metavar="N", help="that quantize (default: all cores)"
     )
     parser.add_argument(
-        "--no-check", action="store_true", help="do not compare the result with the tuned model"
+        "--no-check",
+        action="store_true",
+        help="do not compare the result with the tuned model; not for bf16 or an adapter for vLLM",
     )
     add_json(parser)
 
@@ -123,7 +126,9 @@ def run(args: argparse.Namespace) -> None:
         _check_options(args, options, "--to gguf, ollama or vllm")
         _export_sharded(args)
     elif args.to == "vllm":
-        _check_options(args, ("force", "threads", "no_check"), "--to gguf or ollama")
+        _check_options(args, ("force", "threads"), "--to gguf or ollama")
+        if args.quant not in ROUNDED:
+            _check_options(args, ("no_check",), "--to gguf or ollama, or --quant fp8 or nvfp4")
         _export_vllm(args)
     else:
         _export_gguf(args)
@@ -207,15 +212,28 @@ def _export_vllm(args: argparse.Namespace) -> None:
     else:
         from tunesmith.export.vllm import export_rounded
 
-        rounded = export_rounded(args.run, args.output, quant=args.quant, device=args.device)
+        with ProgressCounter() as progress:
+            rounded = export_rounded(
+                args.run,
+                args.output,
+                quant=args.quant,
+                device=args.device,
+                check=not args.no_check,
+                checking=lambda done, total: progress("layers checked", done, total),
+            )
         report = asdict(rounded)
         kl = rounded.rounded
         base_kl = f" (base: {rounded.base.mean_kl:.2g})" if rounded.base else ""
+        compared = "not compared with the tuned model (--no-check)"
+        if kl is not None:
+            compared = (
+                f"rounding: mean KL {kl.mean_kl:.2g} nats against the tuned model{base_kl}, "
+                f"the same most likely token at {kl.agreement:.0%} of {rounded.positions} positions"
+            )
         lines = [
             f"{args.output}: {rounded.bytes / 1e6:,.1f} MB, "
             f"{rounded.layers} linear layers in {args.quant}",
-            f"rounding: mean KL {kl.mean_kl:.2g} nats against the tuned model{base_kl}, "
-            f"the same most likely token at {kl.agreement:.0%} of {rounded.positions} positions",
+            compared,
             f"next: vllm serve {output}",
             f"to share: the folder {output}; the command above starts it",
         ]

@@ -3,8 +3,10 @@
 A folder in 16 bits is what `merge` writes.
 """
 
+import itertools
+import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from tunesmith.export.output import (
     part_folder,
     require_new_folder,
 )
-from tunesmith.export.streamed_model import Values, streamed_logits
+from tunesmith.export.streamed_model import Values, decoder_layers, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import (
@@ -40,6 +42,8 @@ from tunesmith.inference.load_run import (
 from tunesmith.model.shipped import NVFP4_GROUP
 from tunesmith.model.stored_form import is_stored_otherwise
 from tunesmith.quant.frozen_linear import linear_names
+
+log = logging.getLogger(__name__)
 
 # Layers that vLLM joins to one matrix.
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -63,6 +67,8 @@ class RoundedFolder:
         rounded: the folder's values against the tuned model, both in fp32 arithmetic; activations
             are not rounded.
         base: the base against the tuned model; None for a whole model that was trained.
+
+    Without a check `positions` is 0, and the differences are None.
     """
 
     output: str
@@ -70,14 +76,24 @@ class RoundedFolder:
     layers: int
     bytes: int
     positions: int
-    rounded: Difference
+    rounded: Difference | None
     base: Difference | None
 
 
 def export_rounded(
-    path: str | Path, output: str | Path, *, quant: str, device: str | None = None
+    path: str | Path,
+    output: str | Path,
+    *,
+    quant: str,
+    device: str | None = None,
+    check: bool = True,
+    checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoundedFolder:
     """Write what a run has trained with its linear weights in fp8 or nvfp4.
+
+    Args:
+        check: compare it with the tuned model, by passes over all weights in fp32.
+        checking: gets the layers that were computed for that, and all of them.
 
     Raises:
         UsageError: the output is not a new or empty folder.
@@ -103,13 +119,15 @@ def export_rounded(
             write_merged(tuned, part, "bf16", weights, shown_dtype=quant)
             del tuned.model.config.quantization_config
             follow_umask(part)
-            differences = _compare(tuned, weights, place)
-            _, kl, _ = differences
+            positions, kl, base = 0, None, None
+            if check:
+                positions, kl, base = _compare(tuned, weights, place, checking)
+            measured = (kl.mean_kl, kl.agreement) if kl else ()
             kind = f"compressed-tensors, {quant}"
-            add_files_to_card(part, weights_file(part, kind, kl.mean_kl, kl.agreement))
+            add_files_to_card(part, weights_file(part, kind, *measured))
             move_into_place(part, goal)
     size = sum(file.stat().st_size for file in goal.iterdir())
-    return RoundedFolder(str(output), quant, len(rounded), size, *differences)
+    return RoundedFolder(str(output), quant, len(rounded), size, positions, kl, base)
 
 
 def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
@@ -182,7 +200,10 @@ def _size(tuned: TunedModel, weights: Mapping[str, RoundedWeight]) -> int:
 
 
 def _compare(
-    tuned: TunedModel, weights: Mapping[str, RoundedWeight], device: torch.device
+    tuned: TunedModel,
+    weights: Mapping[str, RoundedWeight],
+    device: torch.device,
+    checking: Callable[[int, int], None],
 ) -> tuple[int, Difference, Difference | None]:
     """Positions, and the rounded model and the base against the tuned one."""
     prompts, _ = probe_prompts(tuned.files)
@@ -191,12 +212,25 @@ def _compare(
     for name, weight in weights.items():
         in_place[name] = replace(tuned.weights[name], source=weight, update=None)
 
-    def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
-        return streamed_logits(model, prompts, values=values, dtype=torch.float32, device=device)
+    has_base = all(weight.base is not None for weight in tuned.weights.values())
+    total = len(decoder_layers(tuned.model)) * (3 if has_base else 2)
+    log.info(f"check: {total} layers are computed in fp32 (--no-check skips this)")
+    done = itertools.count(1)
 
+    def logits(model: TunedModel, values: Values) -> list[torch.Tensor]:
+        return streamed_logits(
+            model,
+            prompts,
+            values=values,
+            dtype=torch.float32,
+            device=device,
+            on_layer=lambda: checking(next(done), total),
+        )
+
+    checking(0, total)
     expected = logits(tuned, "adapter")
     rounded = compare_logits(expected, logits(replace(tuned, weights=in_place), "merged"))
     base = None
-    if all(weight.base is not None for weight in tuned.weights.values()):
+    if has_base:
         base = compare_logits(expected, logits(tuned, "base"))
     return sum(map(len, prompts)), rounded, base
