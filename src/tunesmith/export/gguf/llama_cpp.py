@@ -30,6 +30,7 @@ def has_llama_cpp() -> bool:
 class LlamaCpp:
     """A GGUF file, and an adapter's beside it, served on a free local port within a `with`.
 
+    llama.cpp computes attention in fp16 unless `fp32_attention`.
     CheckpointError where llama.cpp does not open it.
     """
 
@@ -40,12 +41,14 @@ class LlamaCpp:
         *,
         threads: int = 1,
         context: int = CONTEXT,
+        fp32_attention: bool = False,
     ) -> None:
         options = {
             "file": str(file),
             "adapter": str(adapter) if adapter else None,
             "threads": threads,
             "context": context,
+            "fp32_attention": fp32_attention,
         }
         self._file = file
         command = [sys.executable, "-m", "tunesmith.export.gguf.serve", json.dumps(options)]
