@@ -82,7 +82,9 @@ def test_what_was_trained_beside_matrices_is_refused(variant, settings, what) ->
         plan_of_adapter(config, peft_settings, tensors)
         return
     if settings.get("bias") == "lora_only":  # which PEFT saves from 0.21 on
-        tensors["base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"] = torch.ones(128)
+        tensors["base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"] = torch.ones(
+            128
+        )
     with pytest.raises(ModelError, match=what) as error:
         plan_of_adapter(config, peft_settings, tensors)
     assert "without --adapter" in error.value.fix
