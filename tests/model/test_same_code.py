@@ -4,7 +4,9 @@ in one thing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +129,41 @@ def test_names_do_not_count() -> None:
 def test_each_change_counts(changed: type) -> None:
     assert forward_code(changed) is not None
     assert forward_code(changed) != forward_code(Original)
+
+
+def test_a_decorator_that_names_what_it_wraps_counts_by_what_it_was_given() -> None:
+    """As `deprecate_kwarg` of Transformers 5.24, around the forward of attentions."""
+
+    def renamed(old: str) -> Callable[[Any], Any]:
+        def decorate(forward: Any) -> Any:
+            @functools.wraps(forward)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                return forward(*args, **{"y" if k == old else k: v for k, v in kwargs.items()})
+
+            return wrapper
+
+        return decorate
+
+    def of(old: str, sign: int) -> Any:
+        class Module(nn.Module):
+            if sign > 0:
+
+                @renamed(old)
+                def forward(self, y: Any) -> Any:
+                    return y + 1
+
+            else:
+
+                @renamed(old)
+                def forward(self, y: Any) -> Any:
+                    return y - 1
+
+        return forward_code(Module)
+
+    assert of("x", 1) is not None
+    assert of("x", 1) == of("x", 1)
+    assert of("x", 1) != of("x", -1)
+    assert of("x", 1) != of("z", 1)
 
 
 def test_a_decorated_forward_is_not_read() -> None:

@@ -23,12 +23,23 @@ def forward_code(module_class: type[nn.Module]) -> Hashable | None:
     arguments and of the attributes that it reads, and the same of every function and method it
     calls by name. What `__init__` puts into the attributes is left to the module.
 
-    None where that cannot be read: a forward with a decorator, or not written in Python.
+    A decorator that names what it wraps (Transformers 5.24 lets attentions take the cache by its
+    old name) counts by its own bytecode and the texts and numbers that it was given.
+
+    None where that cannot be read: another decorator, or a forward not written in Python.
     """
     forward = module_class.forward
-    if _is_plain(forward):
-        return _function_code(forward, module_class, callers=())
-    return None
+    decorators: list[Hashable] = []
+    while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__"):
+        given = [cell.cell_contents for cell in forward.__closure__ or ()]
+        if any(isinstance(v, FunctionType) and v is not forward.__wrapped__ for v in given):
+            return None  # what it calls beside the forward would have to be read too
+        settings = [value for value in given if isinstance(value, str | int | None)]
+        decorators.append((forward.__code__.co_code, repr(settings)))
+        forward = forward.__wrapped__
+    if not _is_plain(forward):
+        return None
+    return (*decorators, _function_code(forward, module_class, callers=()))
 
 
 def _is_plain(value: Any) -> TypeGuard[FunctionType]:
