@@ -218,6 +218,32 @@ def test_near_duplicates_are_held_out_together(tmp_path: Path, seed: int) -> Non
     assert again.held_out == splits_.held_out, "from the cache too"
 
 
+@pytest.mark.parametrize(("answers", "apart"), [(4, True), (60, False)])
+def test_rows_of_one_answer_are_drawn_apart_where_most_repeat_theirs(
+    tmp_path: Path, answers: int, apart: bool
+) -> None:
+    """An FAQ of four answers, each to 20 questions; and 60 answers, of which 20 are given twice."""
+    words = [f"w{i:02}" for i in range(99)]
+    rows = [
+        {
+            "question": f"{words[i]} {words[-i]} {words[i * 7 % 99]} {words[i * 31 % 99]}",
+            "answer": " ".join([f"a{i % answers:02}{k}" for k in range(14)]),
+        }
+        for i in range(80)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(
+        source=str(path), format="alpaca", columns={"instruction": "question", "output": "answer"}
+    )
+    data = Data(train=(source,), hold_out=Share(8, "examples"))
+    kept, held = read_splits(data, seed=3)
+    trained = {row["answer"] for _, part in kept for row in part}
+    held_out = {row["answer"] for _, part in held for row in part}
+    assert len(held_out) > 1
+    assert held_out <= trained if apart else not held_out & trained
+
+
 def test_without_groups_the_draw_is_the_first_of_the_order() -> None:
     alone = draw_held_out(1000, 50, 42)
     assert draw_held_out(1000, 50, 42, [[1, 2, 3]]).tolist()[:3] == alone.tolist()[:3]

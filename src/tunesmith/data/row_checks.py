@@ -28,7 +28,7 @@ from tunesmith.host.files import measure_once
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be judged otherwise.
-VERSION = 3
+VERSION = 4
 
 # Of more rows a line says that they are compared: it takes more than some seconds.
 TOLD_ROWS = 20_000
@@ -41,6 +41,8 @@ MIN_PROMPT_WORDS = 3
 # template's, or a refusal.
 MAX_SHARED_SHARE = 0.01
 MAX_SHARED_ROWS = 10
+# Where more rows repeat an answer, these answers are what the data teaches.
+MAX_REPEATED_SHARE = 0.5
 # Longer answers to one prompt may differ by design, where many prompts have several.
 SHORT_ANSWER_WORDS = 12
 MAX_FREE_SHARE = 0.1
@@ -353,7 +355,11 @@ class _Answers:
     def shared(self) -> list[list[int]]:
         most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self._count)
         groups = [[row for row, _, _ in rows] for rows in self._rows.values()]
-        groups += self._long.values()
+        repeated = [rows for rows in self._long.values() if len(rows) > 1]
+        # As in an FAQ whose questions are put in several ways: what is held out with all rows of
+        # its answer cannot be learned, and its loss says nothing of the answers that were.
+        if sum(map(len, repeated)) <= MAX_REPEATED_SHARE * self._count:
+            groups += repeated
         return sorted(group for group in groups if 1 < len(group) <= most)
 
     def contradictions(self) -> list[list[int]]:
