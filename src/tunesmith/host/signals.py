@@ -11,13 +11,18 @@ import _thread
 import logging
 import math
 import os
+import select
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
-from tunesmith.errors import LowMemoryError, StoppedEarlyError, StoppedError
+from tunesmith.errors import EXIT_STOPPED, LowMemoryError, StoppedEarlyError, StoppedError
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +31,8 @@ SHORT = "stopped because memory is low"
 END = "close the programs that use the memory"
 # Of the environment: a launcher whose process is the run has it start again, once.
 RESTART = "TUNESMITH_RESTART"
+# Seconds; for `StopRequest.patience`.
+UNWIND_S = 0.7
 # Seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all.
 ONE_PRESS = 0.3
 
@@ -60,10 +67,16 @@ class StopRequest:
         takes: seconds of that.
         saving: bytes of the host that a save takes.
         saved_step: that an earlier start has saved, 0 for none.
+        nothing_to_save: while it is set, a signal that is deferred ends a command at once, after
+            `on_exit`, in the watcher's thread; an exception inside torch's C++ code would abort.
+        patience: of a command, seconds that the main thread has to end after a signal that raises:
+            a library may hold it for long. Then the process ends too. None: it is a program's.
 
     Args:
         interactive: for commands that answer: SIGTERM and SIGINT are deferred from the start.
     """
+
+    patience: float | None = None
 
     def __init__(self, *, interactive: bool = False) -> None:
         self.signal: str | None = None
@@ -73,6 +86,8 @@ class StopRequest:
         self.takes = 0.0
         self.saving = 0
         self.saved_step = 0
+        self.nothing_to_save = False
+        self.on_exit: Callable[[], object] = lambda: None
         self._interactive = interactive
         self._deferred = interactive
         self._force_exit = False  # the next signal raises
@@ -124,6 +139,17 @@ class StopRequest:
         self._deferred = True
         if self.requested() and not deferred:  # a library swallowed the KeyboardInterrupt
             raise self.not_begun()
+
+    @contextmanager
+    def loading_libraries(self) -> Iterator[None]:
+        """Defer signals in the block, while there is nothing to save."""
+        deferred = self._deferred
+        self._deferred = self.nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._deferred = deferred
+            self.nothing_to_save = False
 
     def requested(self) -> bool:
         return self.signal is not None or self.low_memory is not None
@@ -178,6 +204,7 @@ class StopRequest:
                 number = byte[0]
                 if number not in self._previous_handlers:  # the caller's own
                     continue
+                self._end_without_save(number, pipe)
                 name = signal.Signals(number).name
                 now = time.monotonic()
                 if name == "SIGINT" and now - last_press > ONE_PRESS:
@@ -194,6 +221,23 @@ class StopRequest:
                         again = "; press again to stop now"
                     if self._announces:
                         log.info(f"{name}: stopping after {self.doing}{again}")
+
+    def _end_without_save(self, number: int, pipe: FileIO) -> None:
+        """End a command that has nothing to save, if its main thread does not by itself."""
+        if self.patience is None or (self._deferred and not self.nothing_to_save):
+            return
+        end = time.monotonic() + (0 if self._deferred else self.patience)
+        # The pipe is closed where the context is left.
+        while (left := end - time.monotonic()) > 0:
+            if self._deferred or select.select([pipe], [], [], min(left, 0.05))[0]:
+                return
+        # The handler may have to wait for the main thread.
+        self.signal = self.signal or signal.Signals(number).name
+        with suppress(Exception):
+            self.on_exit()
+        with suppress(OSError, ValueError):
+            print(self.not_begun().text(), file=sys.stderr, flush=True)
+        os._exit(EXIT_STOPPED)
 
     def _leave(self) -> None:
         _entered.remove(self)

@@ -135,6 +135,7 @@ class Trainer:
                 continue
             self.metrics.submit(output)
             progress.step = output.step
+            self.stop.request.nothing_to_save = False
 
             is_last = self.duration.is_over(progress)
             validates = self.validation.is_due(is_last=is_last)
