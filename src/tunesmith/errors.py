@@ -208,8 +208,11 @@ _OUT_OF_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, in whichever library."""
+    # torch's own class by its name: torch is not loaded here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -96,3 +96,12 @@ def test_evals_go_aside_with_the_run_that_they_are_of(tmp_path: Path) -> None:
     assert place is not None
     assert (place / "evals" / "held.scores.json").is_file()
     assert not (run / "evals").exists()
+
+
+def test_a_folder_that_the_run_reads_and_the_root_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with refuses(UsageError, where=str(tmp_path / "link")):
+        check_run_dir(tmp_path / "link", ["owner/name", str(tmp_path)])
+    check_run_dir(tmp_path / "run", [str(tmp_path)])
+    with refuses(UsageError, where="/"):
+        check_run_dir(Path("/"))

@@ -66,9 +66,9 @@ class Blocking(StopRequest):
     def __exit__(self, *error):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         super().__exit__(*error)
-def claim(out, then=run.claim_run_dir):
+def claim(*words, then=run.claim_run_dir):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    return then(out)
+    return then(*words)
 run.StopRequest, run.claim_run_dir = Blocking, claim
 signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 for line in sys.stdin:

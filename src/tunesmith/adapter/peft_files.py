@@ -33,14 +33,16 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     read_header,
     read_json,
 )
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+CONFIG = ADAPTER_CONFIG
+WEIGHTS = ADAPTER_WEIGHTS
 
 # Options of PEFT's LoraConfig that change the result, and which of their values mean plain LoRA.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {

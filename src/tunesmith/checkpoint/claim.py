@@ -122,8 +122,24 @@ def program_rows_file(output_dir: Path, digest: str) -> Path:
     return output_dir / SCRIPT_ROWS.parent / f"rows-{digest}.jsonl"
 
 
-def check_run_dir(output_dir: Path) -> None:
-    """UsageError where a run would mix its files with somebody else's."""
+def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
+    """UsageError where a run would mix its files with somebody else's.
+
+    inputs: what the run reads: paths, and Hub ids, which are ignored.
+    """
+    folder = output_dir.resolve()
+    fix = "use a new folder: output_dir=runs/my-run"
+    if folder == folder.parent:
+        why = "the run's files would be mixed with the system's"
+        raise UsageError("output_dir is the root folder", where=str(output_dir), why=why, fix=fix)
+    for path in map(Path, inputs):
+        if path.is_dir() and path.resolve() == folder:
+            raise UsageError(
+                "output_dir is a folder that the run reads",
+                where=str(output_dir),
+                why="the run's files would be mixed with those of its model or rows",
+                fix=fix,
+            )
     names = [path.name for path in run_files(output_dir)]
     if names and not is_run(output_dir):
         raise UsageError(
@@ -180,14 +196,16 @@ def _is_data_of_script(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def claim_run_dir(output_dir: Path) -> Iterator[Callable[[], None]]:
+def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Callable[[], None]]:
     """Create the run directory and lock it; remove what was created if no run wrote into it.
 
     Yields a function that marks the directory as a run's, to be called before anything is written
     into it. UsageError if it holds files that no run wrote; MachineError if it cannot be written or
     another run holds it.
+
+    inputs: as of `check_run_dir`.
     """
-    check_run_dir(output_dir)
+    check_run_dir(output_dir, inputs)
     created = missing_folders(output_dir)
     lock = output_dir / LOCK
     # Looked at before `_lock` creates it.

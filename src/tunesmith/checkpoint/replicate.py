@@ -16,9 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from tunesmith.checkpoint.manifest import (
     CARD,
@@ -43,6 +41,9 @@ from tunesmith.host.files import require_disk_space, write_atomically
 from tunesmith.host.memory import open_uncached
 from tunesmith.run_dir import IDENTITY, RECIPE
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -376,6 +377,9 @@ def _announcement(ranks: Ranks, folder: Path, transfers: list[Transfer]) -> str:
 
 
 def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
+    # Nodes that share no disk have loaded it: a start is decided without.
+    import torch.distributed as dist
+
     path = folder / transfer.name
     with ExitStack() as stack:
         with _noted(faults):
@@ -388,6 +392,9 @@ def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError])
 
 
 def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
+    # Nodes that share no disk have loaded it: a start is decided without.
+    import torch.distributed as dist
+
     path = folder / transfer.name
     partial = path.with_name(f".{path.name}.partial")
     # Those of earlier files do not keep this one from being written.
@@ -415,8 +422,10 @@ def _receive(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSErro
             partial.replace(path)
 
 
-def _chunks(size: int) -> Iterator[tuple[memoryview, torch.Tensor]]:
+def _chunks(size: int) -> "Iterator[tuple[memoryview, torch.Tensor]]":
     """Memory for each piece of a file of `size` bytes, and the same as a tensor."""
+    import torch
+
     memory = bytearray(min(size, CHUNK))
     for start in range(0, size, CHUNK):
         piece = memoryview(memory)[: size - start]

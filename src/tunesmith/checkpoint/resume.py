@@ -195,6 +195,21 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
     return Start(checkpoint, progress, previous_run=previous_runs[checkpoint.source])
 
 
+def finished_step(run: Run) -> int | None:
+    """The last step of a run of one process that has nothing left to do; raises as `decide_start`.
+
+    The contents of checkpoints are compared only where the run seems to have ended.
+    """
+    output_dir = Path(run.output_dir)
+    final_step, _ = _earlier_run(run, output_dir)
+    if final_step is None:
+        return None
+    checkpoint = output_dir / f"checkpoint-{final_step}"
+    if checkpoint.is_dir() and Progress.read(checkpoint).ended != str(run.train.duration):
+        return None
+    return decide_start(run).finished
+
+
 def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
     """The last step by final/, and the recipe of checkpoints, of one directory."""
     restore(output_dir)

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_word
-from tunesmith.model.safetensors_files import ENDS_AND_MIDDLE, read_header, sampled_digest
+from tunesmith.model.safetensors_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ENDS_AND_MIDDLE,
+    read_header,
+    sampled_digest,
+)
 from tunesmith.run_dir import RECIPE
 
 
@@ -42,7 +47,9 @@ def find_adapter(name: str) -> StartAdapter:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return StartAdapter(Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS])))
+        return StartAdapter(
+            Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         what = (
             f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read"
@@ -56,7 +63,7 @@ def find_adapter(name: str) -> StartAdapter:
 
 def is_run_dir(name: str) -> bool:
     """Whether `adapter.from` names a run directory, which may come to hold other adapters."""
-    return (Path(name) / RECIPE).is_file() and not (Path(name) / CONFIG).is_file()
+    return (Path(name) / RECIPE).is_file() and not (Path(name) / ADAPTER_CONFIG).is_file()
 
 
 def folder_in_run(folder: str | None, run_dir: str | None) -> str | None:
@@ -68,7 +75,7 @@ def folder_in_run(folder: str | None, run_dir: str | None) -> str | None:
 
 def _of_run(run_dir: Path) -> StartAdapter:
     saved = find_saved_model(Path(from_here(run_dir)))
-    if not (saved.folder / CONFIG).is_file():
+    if not (saved.folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             "the run has no adapter: it trained all weights",
             where=f"adapter.from: {run_dir}",
@@ -80,4 +87,4 @@ def _of_run(run_dir: Path) -> StartAdapter:
 
 def adapter_digest(name: str) -> str:
     """sha256 (hex) of an adapter's weights, by samples of them; `name` as in `adapter.from`."""
-    return sampled_digest(read_header(find_adapter(name).folder / WEIGHTS), ENDS_AND_MIDDLE)
+    return sampled_digest(read_header(find_adapter(name).folder / ADAPTER_WEIGHTS), ENDS_AND_MIDDLE)

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.load_run import RunLocation
+    from tunesmith.training.early_checks import RowsLook
     from tunesmith.training.make_recipe import NewRecipe
 
 log = logging.getLogger(__name__)
@@ -271,10 +272,14 @@ def chosen_recipe(
     *,
     on_paper: bool = False,
     row_count: int | None = None,
+    on_look: "Callable[[RowsLook], Run | None]" = lambda look: None,
 ) -> "tuple[Run, NewRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
     Where they make one, also its file's form; the other arguments are for `make_recipe`.
+
+    on_look: called with what the rows show, before torch is imported; the recipe that it gives is
+        taken, and none is made.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     if words:
@@ -304,13 +309,7 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
-    from tunesmith.data.folders import check_local
-    from tunesmith.data.source import is_local
-
-    # Before what makes a recipe, which loads torch.
-    if is_local(args.data[0]):
-        check_local(Path(args.data[0]).expanduser().absolute())
-    from tunesmith.training.make_recipe import make_recipe
+    from tunesmith.training.early_checks import look_at_rows
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
     # The options of rows are keys of the recipe, so that errors name one thing alone.
@@ -318,12 +317,19 @@ def chosen_recipe(
         if value:
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
+        look = look_at_rows(args.model, args.data[0], words)
+        earlier = on_look(look)
+        if earlier is not None:
+            return earlier, None
+        from tunesmith.training.make_recipe import make_recipe
+
         recipe = make_recipe(
             args.model,
             args.data[0],
             words,
             on_paper=on_paper,
             row_count=row_count,
+            look=look,
         )
     log.info(recipe.about_data)
     return recipe.run, recipe

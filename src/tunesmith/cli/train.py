@@ -27,15 +27,15 @@ from tunesmith.cli.options import (
     is_main_process,
     leave_lines_to_rank_0,
 )
-from tunesmith.distributed.ranks import reported_once_a_node
+from tunesmith.distributed.ranks import is_launched, reported_once_a_node
+from tunesmith.errors import RecipeError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tunesmith.config.schema import Run
+    from tunesmith.training.early_checks import RowsLook
     from tunesmith.training.make_recipe import NewRecipe
     from tunesmith.training.result import Result
 
@@ -58,49 +58,76 @@ def run(args: argparse.Namespace) -> None:
     log_file = LogFile()
     # The run opens it, with the lines of before it at its beginning.
     with log_file.attached():
-        if args.model is not None:
-            # A new recipe renders rows: with the libraries there, a signal ends that at once.
-            _load_trainer()
-        with StopRequest():
-            recipe, new_file = _read_recipe(args)
-        train = _load_trainer()
+        with StopRequest() as early:
+            recipe, new_file, result = _read_recipe(args, early)
+            if result is None:
+                with early.loading_libraries():
+                    from tunesmith.training.run import train
+            if early.requested():
+                raise early.not_begun()
 
         def write_recipe(record: object) -> None:
             """Write the recipe's file: a start that is refused leaves none."""
             if new_file is not None:
                 new_file.write_file()
 
-        result = train(
-            recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe
-        )
+        if result is None:
+            result = train(
+                recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe
+            )
         if is_main_process():
             _show_result(args, recipe, new_file, result, log_file)
     log_file.close()
 
 
-def _load_trainer() -> "Callable[..., Result]":
-    """`train`, once the libraries are loaded; StoppedError where a signal came meanwhile."""
-    with StopRequest() as early:
-        # They load for seconds, and an exception inside torch's C++ code would abort.
-        early.doing = "the libraries are loaded"
-        early.defer_signals()
-        from tunesmith.training.run import train
+def _read_recipe(
+    args: argparse.Namespace, early: StopRequest
+) -> "tuple[Run, NewRecipe | None, Result | None]":
+    """The recipe of the command line, the file that a new one is written to, and the Result of a
+    run that is finished.
 
-        if early.requested():
-            raise early.not_begun()
-    return train
+    What files alone can tell is told before torch is imported.
+    """
+    result: Result | None = None
 
+    def check_early(run: "Run", *, resumes: bool) -> None:
+        nonlocal result
+        # Ranks check it together, when they have joined.
+        if not is_launched():
+            from tunesmith.training.early_checks import check_start
 
-def _read_recipe(args: argparse.Namespace) -> "tuple[Run, NewRecipe | None]":
-    """The recipe of the command line, and the file that a new one is written to."""
+            result = check_start(run, resumes=resumes)
+
+    def on_look(look: "RowsLook") -> "Run | None":
+        """The recipe of a finished run; else libraries are loaded, to make one."""
+        recipe = look.earlier_recipe()
+        if recipe is None or not may_resume(recipe):
+            check_early(look.draft, resumes=False)
+        else:
+            # An edited recipe is told beside the one that this command makes.
+            with suppress(RecipeError):
+                check_early(recipe, resumes=True)
+        if result is None:
+            with early.loading_libraries():
+                import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` takes it
+        return recipe if result else None
+
+    def may_resume(run: "Run") -> bool:
+        return not args.fresh and run.checkpoint.resume != "never"
+
+    if is_launched():
+        # A rank that waits for the report of another one is stopped by its launcher.
+        early.defer_signals(announce=False)
     with reported_once_a_node():
-        recipe, new_file = chosen_recipe(args)
+        recipe, new_file = chosen_recipe(args, on_look=on_look)
         if new_file is not None:
             new_file.check_file()
+        elif result is None:
+            check_early(recipe, resumes=may_resume(recipe))
     if new_file is not None:
         name = new_file.name
         log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")
-    return recipe, new_file
+    return recipe, new_file, result
 
 
 def _show_result(

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import RecipeError
+from tunesmith.host.files import from_here, near_file
+from tunesmith.host.shell import shell_path
 
+YAML_SUFFIXES = (".yaml", ".yml")
+# The recipe that examples name: of a small model, for any machine.
+EXAMPLE = "smollm2-135m-lora"
 # How the YAML language server, and so an editor, finds a file's schema.
 MODELINE = "# yaml-language-server: $schema="
 
@@ -60,9 +65,16 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
     if is_folder:
         fix = "name a .yaml file in it"
         raise RecipeError(f"{recipe} is a folder, not a recipe", where=where, fix=fix)
-    near = nearest(Path(recipe).stem, recipes)
+    near = nearest(path.stem, recipes)
     fix = "see those that ship: tunesmith recipes"
+    if path.suffix in YAML_SUFFIXES:
+        near_recipe = near_file(path, YAML_SUFFIXES)
+        near = str(near_recipe) if near_recipe else near
+        fix = (
+            f"make one: tunesmith recipes copy {EXAMPLE} {shell_path(from_here(path))}; "
+            "or from your rows: tunesmith train --model demo --data faq.csv"
+        )
     if near:
-        fix = f"did you mean {near}? all of them: tunesmith recipes"
+        fix = f"did you mean {near}? or {fix}"
     what = f"no recipe {str(recipe)!r}: neither a file nor one that ships"
     raise RecipeError(what, where=where, fix=fix)

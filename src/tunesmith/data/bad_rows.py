@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tunesmith.config.schema import Source
+from tunesmith.data.formats import convert_row
+from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
 
 LISTED = 20  # rows
@@ -75,3 +78,18 @@ class BadRows:
 def is_of_row(error: DataError, place: str) -> bool:
     """Whether an error is about the row at a place; others are about its file, or the template."""
     return error.where == place or error.where.startswith(f"{place}, ")
+
+
+def find_bad_rows(rows: Rows, source: Source, system: str | None = None) -> BadRows:
+    """The rows that are no sample of the source's format; a DataError that is of none is raised.
+
+    system: as of `convert_row`.
+    """
+    bad = BadRows()
+    for i in range(len(rows)):
+        try:
+            convert_row(rows[i], source, where=rows.where(i), system=system)
+        except DataError as error:
+            if not bad.add(i, rows.where(i), error):
+                raise
+    return bad

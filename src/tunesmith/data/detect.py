@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.row_formats import CHAT, READ_BY_ANY_NAME, ROW_FORMATS, ColumnSet, FormatName
 from tunesmith.config.schema import Source
-from tunesmith.data.bad_rows import BadRows
+from tunesmith.data.bad_rows import find_bad_rows
 from tunesmith.data.formats import convert_row
 from tunesmith.data.messages import is_mark
 from tunesmith.data.row_reader import (
@@ -367,14 +367,7 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
 
 def _all_errors(rows: Rows, source: Source, trial: _Trial, examined: int) -> DataError:
     """The error that lists all rows that a layout does not read: not of the sample alone."""
-    source = _with_layout(source, trial.layout)
-    bad = BadRows()
-    for i in range(len(rows)):
-        try:
-            convert_row(rows[i], source, where=rows.where(i))
-        except DataError as error:
-            if not bad.add(i, rows.where(i), error):
-                raise
+    bad = find_bad_rows(rows, _with_layout(source, trial.layout))
     listed = bad.error(len(rows))
     readable = f"{len(trial.read)} of the {examined} rows examined can be read as"
     why = f"{readable} {trial.layout.format}; not this one"

@@ -7,7 +7,6 @@ parsed when they are read; a JSON array alone is in memory as a whole.
 """
 
 import codecs
-import difflib
 import json
 import os
 import re
@@ -42,6 +41,7 @@ from tunesmith.data.table import (
 )
 from tunesmith.data.text_files import read_text_file
 from tunesmith.errors import DataError
+from tunesmith.host.files import near_file
 from tunesmith.host.memory import available_memory, open_uncached
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -117,9 +117,9 @@ def _missing_file(path: Path) -> DataError:
         why = f"there is no folder {folder}"
     else:
         why = f"{folder} has {data_files_text}"
-        similar = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-        if similar:
-            fix = f"did you mean {folder / similar[0]}?"
+        near = near_file(path, SUFFIXES)
+        if near is not None:
+            fix = f"did you mean {near}?"
     return DataError(what, where=str(path), why=why, fix=fix)
 
 

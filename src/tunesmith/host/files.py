@@ -1,12 +1,13 @@
 """Files and folders of this machine: the cache, writes that are whole, room on the disk."""
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -121,6 +122,18 @@ def from_here(path: str | Path) -> str:
     if Path(path).is_relative_to(Path.cwd()):
         return os.path.relpath(path)
     return str(path)
+
+
+def near_file(path: Path, suffixes: Iterable[str]) -> Path | None:
+    """The file beside a missing one whose name, without its suffix, is nearly the same."""
+    try:
+        files = [file for file in path.parent.iterdir() if file.suffix.lower() in suffixes]
+    except OSError:
+        return None
+    by_name = {file.stem.lower(): file for file in sorted(files)}
+    # Two letters of three may have changed places.
+    near = difflib.get_close_matches(path.stem.lower(), by_name, n=1, cutoff=0.66)
+    return by_name[near[0]] if near else None
 
 
 def remove_abandoned(cache: Path) -> None:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from tunesmith.checkpoint.claim import LAUNCH, check_run_dir, is_run
 from tunesmith.config.dump import dump
+from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
@@ -358,7 +359,7 @@ def write_recipe(run: Run) -> Path:
     MachineError where it cannot be written.
     """
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
-    check_run_dir(Path(run.output_dir))
+    check_run_dir(Path(run.output_dir), inputs_of(run).values())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, dump(run))

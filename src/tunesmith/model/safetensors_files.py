@@ -25,6 +25,9 @@ from tunesmith.host.shell import shell_path, shell_word
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Of an adapter in PEFT's format.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Of `weights_digest`.
 SAMPLED_TENSORS = 4096
 SAMPLE_BYTES = 64
@@ -276,7 +279,7 @@ def no_safetensors(names: list[str], *, name: str, where: str, repo: bool = Fals
     what = "there are no weights"
     why = "neither model.safetensors nor its index"
     fix = "use another model"
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         what = "this is a PEFT adapter, not a model"
         why = ""
         fix = f"set model.name to its base model, and adapter.from: {name}"

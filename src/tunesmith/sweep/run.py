@@ -22,6 +22,7 @@ from tunesmith.checkpoint.manifest import find_damage, last_step_of, list_checkp
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import load_recipe
+from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import Ranks, require_one_process, started_as
 from tunesmith.errors import (
@@ -134,7 +135,7 @@ def run_sweep(
                         where=str(folder),
                         fix=shell_word(f"output_dir={folder}-sweep"),
                     )
-                stack.enter_context(claim_run_dir(folder))
+                stack.enter_context(claim_run_dir(folder, inputs_of(base).values()))
         sweep = Sweep(recipe, base, space, search, stop, ranks, argv)
         sweep.search_best()
         return sweep.result()

@@ -5,7 +5,6 @@ What is not a default is written with its reason, beside the run, to be edited a
 
 import logging
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,30 +16,24 @@ import numpy as np
 
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.start_adapter import find_adapter
-from tunesmith.config.dump import Change, differences, to_yaml
-from tunesmith.config.layers import merge_layers, override_layer
-from tunesmith.config.load import checked, load_recipe
-from tunesmith.config.paths import DATA_SUFFIXES, resolve_paths
+from tunesmith.config.dump import to_yaml
+from tunesmith.config.load import checked
+from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import Adapter, Run, Source
 from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
-from tunesmith.config.typed import build_run
 from tunesmith.data.contract import MOST_CUT
-from tunesmith.data.detect import Detected, detect
 from tunesmith.data.source import (
     CHARACTERS_PER_TOKEN,
     Rows,
     count_characters,
-    is_local,
-    open_splits,
-    read_rows,
 )
 from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
-from tunesmith.errors import DataError, MachineError, RecipeError
+from tunesmith.errors import DataError, MachineError
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.shell import shell_command, shell_path
+from tunesmith.host.shell import shell_path
 from tunesmith.hub import demo_model, fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.measured_spec import model_spec
@@ -48,6 +41,7 @@ from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.scoring.intervals import MIN_DIFFERING
+from tunesmith.training.early_checks import RowsLook, check_same, look_at_rows, over
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 log = logging.getLogger(__name__)
@@ -131,32 +125,8 @@ class NewRecipe:
         return shell_path(from_here(self.path))
 
     def check_file(self) -> None:
-        """RecipeError if the file is there and says something else: it may have been edited."""
-        if not self.path.exists():
-            return
-        changes = differences(load_recipe(self.path), self.run)
-        if changes:
-            command = f"tunesmith train {self.name}"
-            words = self._free_overrides(changes)
-            if words:
-                command += f" {shell_command(words)}"
-            raise RecipeError(
-                f"{self.name} already exists and differs from the recipe that this command writes",
-                where="\n         ".join(map(str, changes)),
-                why="it was edited, or the command or the data has changed; it is not overwritten",
-                fix=f"train the existing recipe: {command}; "
-                "or start another run: output_dir=runs/NAME",
-            )
-
-    def _free_overrides(self, changes: Sequence[Change]) -> list[str]:
-        """The overrides that differ from the file, for a command that resumes its run with them;
-        none if a resumed run may not change one of them.
-        """
-        words = {word.partition("=")[0].strip(): word for word in self.overrides}
-        changed = [change for change in changes if change.key in words]
-        if not all(change.allowed for change in changed):
-            return []
-        return [words[change.key] for change in changed]
+        """RecipeError if the file is there and says something else; see `check_same`."""
+        check_same(self.path, self.run, self.overrides)
 
     def write_file(self) -> None:
         """Write the file, unless it is there; can be called after each step.
@@ -181,6 +151,7 @@ def make_recipe(
     *,
     on_paper: bool = False,
     row_count: int | None = None,
+    look: RowsLook | None = None,
 ) -> NewRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
 
@@ -193,43 +164,27 @@ def make_recipe(
         on_paper: for a plan: a well-known model of which nothing is on this machine is not
             looked up at the Hub. The rows' tokens are then estimated from their characters.
         row_count: how many rows there will be, if these are a sample.
+        look: what `look_at_rows` has found for the same arguments; None: it is called.
 
     Raises:
         UsageError: something is wrong or ambiguous; the fix says what to give.
     """
-    layer = override_layer(overrides)
-    override_keys = {key for key, _ in layer.places()}
-    chosen: dict[str, Any] = {
-        "model.name": _model_name(model),
-        "adapter.rank": 16,
-        "adapter.alpha": 32,  # both are dropped where an override has `adapter.kind: none`
-        "data.train.source": data,
-    }
-    output_dir = f"runs/{short_name(data)}-{short_name(model)}"
-    # Its rules are checked once the format is detected.
-    draft = build_run(resolve_paths(_over({**chosen, "output_dir": output_dir}, layer)))
-    _check_no_duplicate(draft, override_keys, layer)
-    source = _with_split(draft.data.train[0])
-    rows = read_rows(source)
-    layout = _detect(rows, source, override_keys, skips_bad_rows=draft.data.bad_rows == "skip")
-    source = _with_layout(source, layout)
-    about_data = _describe_rows(data, rows, layout)
-    why = {"data.train": about_data}
+    look = look or look_at_rows(model, data, overrides)
+    layer, draft, layout = look.layer, look.draft, look.layout
+    override_keys = look.override_keys
+    chosen = dict(look.chosen)
+    output_dir = chosen.pop("output_dir")
+    why = {"data.train": look.about_data}
     if model == demo_model.NAME:
         why["model.name"] = (
             "the demo's file in this Python environment: a recipe names files and Hub ids alone, "
             "so on another machine run the command above there"
         )
-    if source.split:
-        chosen["data.train.split"] = source.split
-    chosen["data.train.format"] = layout.format
     _choose_adapter(chosen, why, draft)
     _choose_method(chosen, why, layout.format, override_keys)
-    if source.columns:
-        chosen["data.train.columns"] = source.columns
 
-    row_count = row_count or len(rows)
-    examined = _examine(draft, source, rows, on_paper=on_paper)
+    row_count = row_count or len(look.rows)
+    examined = _examine(draft, look.source, look.rows, on_paper=on_paper)
     parts = _choose_seq_len(chosen, why, draft, override_keys, examined, layout.format)
     held_out = _choose_hold_out(chosen, why, draft, override_keys, row_count, parts)
     if examined.is_padded and "data.pack" not in override_keys:
@@ -245,50 +200,18 @@ def make_recipe(
     elif draft.adapter.from_ is not None:
         _choose_continued_rate(chosen, why)
 
-    tree = _over({**chosen, "output_dir": output_dir}, layer)
+    tree = over({**chosen, "output_dir": output_dir}, layer)
     run = checked(tree)
     for key in override_keys & why.keys() - {"data.train"}:
         why[key] = "set on the command line"
-    path = Path(f"{run.output_dir}.yaml")
     return NewRecipe(
         run,
-        path,
-        _recipe_text(tree, path, why, command=_command(model, data, overrides)),
-        about_data,
+        look.path,
+        _recipe_text(tree, look.path, why, command=look.command),
+        look.about_data,
         tuple(overrides),
         examined.mean_length,
     )
-
-
-def _detect(
-    rows: Rows, source: Source, override_keys: set[str], *, skips_bad_rows: bool
-) -> Detected:
-    """The layout of some rows; of texts in files it is known."""
-    if rows.are_documents and not {"data.train.format", "data.train.columns"} & override_keys:
-        return Detected("text", {"text": "text"})
-    return detect(
-        rows,
-        source,
-        any_format="data.train.format" not in override_keys,
-        skips_bad_rows=skips_bad_rows,
-    )
-
-
-def _model_name(model: str) -> str:
-    """What `model.name` has for a model of the command line."""
-    if model != demo_model.NAME:
-        return model
-    log.info(f"model: the demo's: {demo_model.ABOUT}")
-    return str(demo_model.demo_model())
-
-
-def _describe_rows(data: str, rows: Rows, layout: Detected) -> str:
-    """A line for the user: how many rows a source has, and their layout."""
-    name = Path(data).name if is_local(data) else data
-    count = count_of(len(rows), "row")
-    if rows.layout:
-        count += f", {rows.layout}"
-    return f"{name}: {count}, {layout.describe()}"
 
 
 def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str) -> str:
@@ -298,60 +221,6 @@ def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str
         head.append(f"# {line}")
     body = to_yaml(resolve_paths(tree, beside=path.parent).plain(), why)
     return "\n".join([*head, body])
-
-
-def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:
-    """RecipeError where an override names the model or the rows a second time."""
-    duplicates = {"model.name", "data.train.source"} & override_keys
-    if len(draft.data.train) != 1:
-        duplicates = duplicates or {"data.train"}
-    if duplicates:
-        raise RecipeError(
-            f"{min(duplicates)} cannot be combined with --model and --data",
-            where=f"{layer.where}: {min(duplicates)}",
-            fix="use only those, or write a recipe",
-        )
-
-
-def _command(model: str, data: str, overrides: Mapping[str, Any] | Sequence[str]) -> str:
-    """The command line that makes this recipe."""
-    words = overrides
-    if isinstance(overrides, Mapping):
-        words = [f"{key}={value}" for key, value in overrides.items()]
-    return shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
-
-
-def _over(chosen: Mapping[str, Any], layer: Node) -> Node:
-    return merge_layers(override_layer(chosen), layer)
-
-
-def _with_split(source: Source) -> Source:
-    """The source with `train` as its split where it has several and none is named."""
-    is_file = is_local(source.source) and not Path(source.source).expanduser().is_dir()
-    if source.split is not None or is_file:
-        return source
-    splits = open_splits(source)
-    if len(splits) < 2:
-        return source
-    if "train" not in splits:
-        raise DataError(
-            f"{source.source} has no split named train",
-            where=source.source,
-            why=f"its splits are {', '.join(splits)}",
-            fix=f"choose one: --split {next(iter(splits))}",
-        )
-    # A file's name alone may tell its split: of a team called dev, say.
-    others = []
-    for name, table in splits.items():
-        if name != "train":
-            others.append(f"{name} ({count_of(len(table), 'row')})")
-    log.info(f"{source.source}: split train; not trained on: {', '.join(others)}")
-    return replace(source, split="train")
-
-
-def _with_layout(source: Source, layout: Detected) -> Source:
-    """The source with its format, and the columns whose names are not the format's own."""
-    return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
 
 
 class _Examined(NamedTuple):
@@ -675,12 +544,3 @@ def _choose_validations(
             f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
             "best one's weights (checkpoint.final)"
         )
-
-
-def short_name(name: str) -> str:
-    """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` ->
-    `my-faq`.
-    """
-    path = Path(name.rstrip("/"))
-    stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name
-    return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"

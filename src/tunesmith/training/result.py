@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
 from tunesmith.distributed.diagnosis import AGAIN
@@ -157,7 +155,7 @@ def failure_of(
         where = f"{where}, in {run.output_dir}"
         fix = f"free disk space (df -h), then {resume}"
         return RunError(full_disk, where=where, why=why, fix=fix, cause="disk")
-    if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
+    if is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
         fix = plan.less_memory(resumed=saved_step is not None)
         limit = suspected_limit()

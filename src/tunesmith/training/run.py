@@ -77,6 +77,7 @@ from tunesmith.run_dir import (
     IDENTITY,
     LOG,
     METRICS,
+    RUNNING,
     SAMPLES,
     STOP_FILE,
     STOPPED,
@@ -87,7 +88,8 @@ from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training.agree import agree_on_recipe
 from tunesmith.training.build import Session, build, write_identity
-from tunesmith.training.make_recipe import make_recipe, short_name
+from tunesmith.training.early_checks import short_name
+from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.program_rows import kept_rows
 from tunesmith.training.result import Result, how_to_resume, stopped_twice, write_stopped
 from tunesmith.training.stop_control import StopControl
@@ -157,6 +159,8 @@ def train(
         if started_as() is None:
             require_one_process("train")
         request, ranks = stack.enter_context(joined(run))
+        # Until the first step has ended.
+        request.nothing_to_save = True
         return start_run(
             run,
             StopControl(request, Path(run.output_dir), ranks),
@@ -276,6 +280,7 @@ def start_run(
         stop.request.saved_step = start.progress.step if start.progress else 0
         if ranks.is_run_dir_writer:
             stack.enter_context(noted_early_stop(out, stop.request))
+            stop.request.on_exit = partial(note_early_stop, out, stop.request)
         if start.finished is not None:
             final_step = weights_step(out / FINAL)
             return Result(out, start.finished, finished_before=True, final_step=final_step)
@@ -342,7 +347,7 @@ def open_run_dir(
         # Only here, where it is created if it is not there: a network file system remembers for a
         # while what was not there.
         check_regular_files(out)
-        marks.append(stack.enter_context(claim_run_dir(out)))
+        marks.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
         old_stop_requests.append(stop_requested_at(out))
 
     ranks = find_run_dir_writers(ranks, out, claim)
@@ -443,10 +448,15 @@ def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
     try:
         yield
     except (Interrupted, StoppedEarlyError):
-        # A start that has saved nothing leaves nothing.
-        if (out / IDENTITY).is_file():
-            write_stopped(out, f"stopped {request.when()}", request.saved_step)
+        note_early_stop(out, request)
         raise
+
+
+def note_early_stop(out: Path, request: StopRequest) -> None:
+    """Leave stopped.json if there is a run; a start that has saved nothing leaves nothing."""
+    if (out / IDENTITY).is_file():
+        write_stopped(out, f"stopped {request.when()}", request.saved_step)
+    (out / RUNNING).unlink(missing_ok=True)
 
 
 def write_fault(out: Path, fault: TunesmithError, step: int) -> None:

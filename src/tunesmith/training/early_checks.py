@@ -1,0 +1,315 @@
+"""What the files of a start alone can tell, before torch is imported: that takes seconds.
+
+recipe and rows -> output_dir -> an earlier run in it -> model -> first rows
+
+The start itself repeats all of it, on every rank. What takes a tokenizer or the model's code is
+told there.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.checkpoint.claim import claim_run_dir
+from tunesmith.checkpoint.resume import finished_step
+from tunesmith.config.dump import Change, differences
+from tunesmith.config.layers import merge_layers, override_layer
+from tunesmith.config.load import load_recipe
+from tunesmith.config.names import without_indices
+from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
+from tunesmith.config.schema import Run, Source
+from tunesmith.config.tree import Node
+from tunesmith.config.typed import build_run
+from tunesmith.data.bad_rows import find_bad_rows
+from tunesmith.data.detect import Detected, detect
+from tunesmith.data.folders import check_local
+from tunesmith.data.formats import convert_row
+from tunesmith.data.source import Rows, is_local, open_splits, read_rows
+from tunesmith.errors import CheckpointError, DataError, RecipeError
+from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_command, shell_path
+from tunesmith.hub import demo_model, fetch
+from tunesmith.run_dir import FINAL, weights_step
+from tunesmith.training.result import Result
+from tunesmith.units import count_of
+
+log = logging.getLogger(__name__)
+
+# Of a file of rows that is opened here too: a larger one takes seconds to open.
+MAX_EARLY_BYTES = 16 << 20
+
+
+def check_start(run: Run, *, resumes: bool) -> Result | None:
+    """What a start of `run` in one process comes to, as far as its files tell.
+
+    A UsageError that it would raise, the Result of a finished run, or None: it has to be tried.
+
+    resumes: whether an earlier run in `output_dir` goes on; it is not moved aside.
+    """
+    finished = None
+    with claim_run_dir(Path(run.output_dir), inputs_of(run).values()):
+        if resumes:
+            # The start says what is wrong with a checkpoint.
+            with suppress(CheckpointError):
+                finished = finished_step(run)
+    if finished is not None:
+        out = Path(run.output_dir)
+        final_step = weights_step(out / FINAL)
+        return Result(out, finished, finished_before=True, final_step=final_step)
+    place = fetch.local_model(run.model)
+    if place is not None and place.is_dir():
+        fetch.check_folder(place, run.model)
+    for source in (*run.data.train, *run.data.validation):
+        if is_local(source.source):
+            _check_first_row(run, source)
+    return None
+
+
+def _check_first_row(run: Run, source: Source) -> None:
+    """DataError where a local source cannot be read, or not as its first row is."""
+    path = Path(source.source).expanduser()
+    check_local(path)
+    # A row that `leave_out` leaves out is no fault.
+    if path.is_dir() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
+        return
+    rows = read_rows(source)
+    try:
+        convert_row(rows[0], source, where=rows.where(0), system=run.data.system)
+    except DataError:
+        bad = find_bad_rows(rows, source, run.data.system)
+        if run.data.bad_rows == "error" or len(bad) == len(rows):
+            raise bad.error(len(rows)) from None
+
+
+@dataclass(frozen=True)
+class RowsLook:
+    """What `--model X --data FILE` says, and what the rows show.
+
+    Attributes:
+        overrides: as for `load_recipe`; `layer` is made of them.
+        chosen: values of a recipe by their keys, below those of `layer`.
+        draft: the recipe so far, whose rules are not checked.
+        about_data: a line for the user.
+    """
+
+    model: str
+    data: str
+    overrides: Mapping[str, Any] | Sequence[str]
+    layer: Node
+    chosen: dict[str, Any]
+    draft: Run
+    source: Source
+    rows: Rows
+    layout: Detected
+    about_data: str
+
+    @property
+    def override_keys(self) -> set[str]:
+        return {key for key, _ in self.layer.places()}
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this recipe."""
+        words = self.overrides
+        if isinstance(words, Mapping):
+            words = [f"{key}={value}" for key, value in words.items()]
+        command = ["tunesmith", "train", "--model", self.model, "--data", self.data]
+        return shell_command([*command, *words])
+
+    @property
+    def path(self) -> Path:
+        """The file of the recipe, beside its run."""
+        return Path(f"{self.draft.output_dir}.yaml")
+
+    def earlier_recipe(self) -> Run | None:
+        """The recipe that an earlier start of this command wrote for rows like these, or None.
+
+        RecipeError where the file differs in what is known already; `check_same` tells the rest.
+        """
+        if not self.path.exists():
+            return None
+        keys = self.override_keys
+        # Without the sections that hold them.
+        values = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+        final_keys = {"model.name", "data.train", *values}
+        check_same(self.path, self.draft, self.overrides, final_keys)
+        text = self.path.read_text(encoding="utf-8")
+        head = {f"# {line}" for line in self.command.splitlines()}
+        is_same = head <= {*text.splitlines()} and _plain(self.about_data) in _plain(text)
+        return load_recipe(self.path) if is_same else None
+
+
+def _plain(comment: str) -> str:
+    """A text without its breaks into lines of comments."""
+    return " ".join(comment.replace("#", " ").split())
+
+
+def look_at_rows(
+    model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> RowsLook:
+    """Read the rows of a file or Hub data set, and detect their format; raises as `make_recipe`."""
+    layer = override_layer(overrides)
+    chosen: dict[str, Any] = {
+        "model.name": _model_name(model),
+        "adapter.rank": 16,
+        "adapter.alpha": 32,  # both are dropped where an override has `adapter.kind: none`
+        "data.train.source": data,
+    }
+    chosen["output_dir"] = f"runs/{short_name(data)}-{short_name(model)}"
+    # Its rules are checked once the recipe is whole.
+    draft = build_run(resolve_paths(over(chosen, layer)))
+    override_keys = {key for key, _ in layer.places()}
+    _check_no_duplicate(draft, override_keys, layer)
+    source = _with_split(draft.data.train[0])
+    rows = read_rows(source)
+    layout = _detect(rows, source, override_keys, skips_bad_rows=draft.data.bad_rows == "skip")
+    source = _with_layout(source, layout)
+    if source.split:
+        chosen["data.train.split"] = source.split
+    chosen["data.train.format"] = layout.format
+    if source.columns:
+        chosen["data.train.columns"] = source.columns
+    draft = replace(draft, data=replace(draft.data, train=(source,)))
+    about_data = _describe_rows(data, rows, layout)
+    return RowsLook(model, data, overrides, layer, chosen, draft, source, rows, layout, about_data)
+
+
+def check_same(
+    path: Path,
+    run: Run,
+    overrides: Mapping[str, Any] | Sequence[str],
+    final_keys: set[str] | None = None,
+) -> None:
+    """RecipeError if a recipe's file is there and says something else: it may have been edited.
+
+    Args:
+        overrides: of the command that makes `run`.
+        final_keys: the keys of `run` that are final, with those below them; None: all.
+    """
+    if not path.exists():
+        return
+    changes = differences(load_recipe(path), run)
+    if final_keys is not None:
+        changes = [change for change in changes if _is_below(change.key, final_keys)]
+    if not changes:
+        return
+    name = shell_path(from_here(path))
+    command = f"tunesmith train {name}"
+    words = _free_overrides(overrides, changes)
+    if words:
+        command += f" {shell_command(words)}"
+    raise RecipeError(
+        f"{name} already exists and differs from the recipe that this command writes",
+        where="\n         ".join(map(str, changes)),
+        why="it was edited, or the command or the data has changed; it is not overwritten",
+        fix=f"train the existing recipe: {command}; or start another run: output_dir=runs/NAME",
+    )
+
+
+def _is_below(key: str, final_keys: set[str]) -> bool:
+    parts = without_indices(key).split(".")
+    return any(".".join(parts[:n]) in final_keys for n in range(1, len(parts) + 1))
+
+
+def _free_overrides(
+    overrides: Mapping[str, Any] | Sequence[str], changes: Sequence[Change]
+) -> list[str]:
+    """The overrides that differ from the file, for a command that resumes its run with them; none
+    if a resumed run may not change one of them.
+    """
+    words = {word.partition("=")[0].strip(): word for word in overrides}
+    changed = [change for change in changes if change.key in words]
+    if not all(change.allowed for change in changed):
+        return []
+    return [words[change.key] for change in changed]
+
+
+def _detect(
+    rows: Rows, source: Source, override_keys: set[str], *, skips_bad_rows: bool
+) -> Detected:
+    """The layout of some rows; of texts in files it is known."""
+    if rows.are_documents and not {"data.train.format", "data.train.columns"} & override_keys:
+        return Detected("text", {"text": "text"})
+    return detect(
+        rows,
+        source,
+        any_format="data.train.format" not in override_keys,
+        skips_bad_rows=skips_bad_rows,
+    )
+
+
+def _model_name(model: str) -> str:
+    """What `model.name` has for a model of the command line."""
+    if model != demo_model.NAME:
+        return model
+    log.info(f"model: the demo's: {demo_model.ABOUT}")
+    return str(demo_model.demo_model())
+
+
+def _describe_rows(data: str, rows: Rows, layout: Detected) -> str:
+    """A line for the user: how many rows a source has, and their layout."""
+    name = Path(data).name if is_local(data) else data
+    count = count_of(len(rows), "row")
+    if rows.layout:
+        count += f", {rows.layout}"
+    return f"{name}: {count}, {layout.describe()}"
+
+
+def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> None:
+    """RecipeError where an override names the model or the rows a second time."""
+    duplicates = {"model.name", "data.train.source"} & override_keys
+    if len(draft.data.train) != 1:
+        duplicates = duplicates or {"data.train"}
+    if duplicates:
+        raise RecipeError(
+            f"{min(duplicates)} cannot be combined with --model and --data",
+            where=f"{layer.where}: {min(duplicates)}",
+            fix="use only those, or write a recipe",
+        )
+
+
+def over(chosen: Mapping[str, Any], layer: Node) -> Node:
+    """The layer of overrides over what is chosen."""
+    return merge_layers(override_layer(chosen), layer)
+
+
+def _with_split(source: Source) -> Source:
+    """The source with `train` as its split where it has several and none is named."""
+    is_file = is_local(source.source) and not Path(source.source).expanduser().is_dir()
+    if source.split is not None or is_file:
+        return source
+    splits = open_splits(source)
+    if len(splits) < 2:
+        return source
+    if "train" not in splits:
+        raise DataError(
+            f"{source.source} has no split named train",
+            where=source.source,
+            why=f"its splits are {', '.join(splits)}",
+            fix=f"choose one: --split {next(iter(splits))}",
+        )
+    # A file's name alone may tell its split: of a team called dev, say.
+    others = []
+    for name, table in splits.items():
+        if name != "train":
+            others.append(f"{name} ({count_of(len(table), 'row')})")
+    log.info(f"{source.source}: split train; not trained on: {', '.join(others)}")
+    return replace(source, split="train")
+
+
+def _with_layout(source: Source, layout: Detected) -> Source:
+    """The source with its format, and the columns whose names are not the format's own."""
+    return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
+
+
+def short_name(name: str) -> str:
+    """`HuggingFaceTB/SmolLM2-135M-Instruct` -> `smollm2-135m-instruct`, `data/My FAQ.csv` ->
+    `my-faq`.
+    """
+    path = Path(name.rstrip("/"))
+    stem = path.stem if path.suffix.lower() in (*DATA_SUFFIXES, ".gguf") else path.name
+    return re.sub(r"[^a-z0-9._]+", "-", stem.lower()).strip("-.") or "data"

@@ -1,0 +1,203 @@
+"""What files alone can tell is told before torch is imported, and a stop meanwhile ends at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from errors import check_shown, is_internal
+from recipes import recipe, write_rows
+from tunesmith.config.dump import to_yaml
+from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE
+
+# The exit code, and whether torch was imported for it.
+COMMAND = """
+import sys
+from tunesmith.cli.main import main
+code = main(sys.argv[1:])
+print("torch" in sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def start(words: list[str], folder: Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "train", *words],
+        check=False,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    *_, has_torch = done.stderr.splitlines()
+    assert has_torch == "False", done.stderr
+    assert not is_internal(done.stderr), done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def other_files(folder: Path) -> str:
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("of somebody else")
+    return "run"
+
+
+def copied_model(folder: Path, tiny: Path) -> str:
+    return str(shutil.copytree(tiny, folder / "model"))
+
+
+# name -> (the lines of the file of rows, overrides, the place that is told)
+FAULTS: dict[str, tuple[str | None, list[str], str]] = {
+    "key": ("", ["train.learnin_rate=1"], "command line: train.learnin_rate"),
+    "type": ("", ["train.weight_decay=much"], "command line: train.weight_decay"),
+    "no file": (None, [], "rows.jsonl"),
+    "column": ("", ["data.train.columns={prompt: question}"], "rows.jsonl:1"),
+    "empty": ("empty", [], "rows.jsonl"),
+    "first row": ('{"prompt": \n', [], "rows.jsonl:1"),
+    "foreign": ("", ["output_dir=run"], "run"),
+    "model": ("", ["model.name=./none"], "model.name"),
+    "root": ("", ["output_dir=/"], "/"),
+    "of the model": ("", ["output_dir=model"], "model"),
+    "file": ("", ["output_dir=rows.jsonl"], "rows.jsonl"),
+    "below a file": ("", ["output_dir=rows.jsonl/run"], "rows.jsonl/run"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["recipe", "rows"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path, tmp_path: Path):
+    first, overrides, where = FAULTS[name]
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 20)
+    if first == "empty":
+        rows.write_text("")
+    elif first is None:
+        rows.unlink()
+    else:
+        rows.write_text(first + rows.read_text())
+    other_files(tmp_path)
+    model = copied_model(tmp_path, tiny)
+    if form == "recipe":
+        source = {"source": "rows.jsonl", "format": "prompt-completion"}
+        values = recipe(Path(model), tmp_path, held=False, data={"train": source})
+        values["output_dir"] = "runs/new"
+        (tmp_path / "recipe.yaml").write_text(to_yaml(values))
+        words = ["recipe.yaml", *overrides]
+    else:
+        places = [word.partition("=")[2] for word in overrides if word.startswith("model.name=")]
+        others = [word for word in overrides if not word.startswith("model.name=")]
+        words = ["--model", *(places or [model]), "--data", "rows.jsonl", *others]
+    code, out, err = start(words, tmp_path)
+    assert (code, out) == (EXIT_USAGE, "")
+    check_shown(err, where=where)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_is_not_there_names_the_command_that_makes_it(tmp_path: Path):
+    _, _, err = start(["my-recipe.yaml"], tmp_path)
+    copies = "tunesmith recipes copy smollm2-135m-lora my-recipe.yaml"
+    check_shown(err, where="my-recipe.yaml", fix=[copies])
+
+
+@pytest.mark.parametrize(
+    ("missing", "there", "near"),
+    [
+        ("nofile.csv", "flake.lock", False),
+        ("nofile.csv", "rows.csv", False),
+        ("fqa.csv", "faq.csv", True),
+        ("faq.json", "faq.jsonl", True),
+    ],
+)
+def test_only_a_near_name_is_proposed(missing: str, there: str, near: bool, tmp_path: Path):
+    (tmp_path / there).write_text("x")
+    _, _, err = start(["--model", "demo", "--data", missing], tmp_path)
+    check_shown(err, where=missing)
+    assert (f"{there}?" in err) == near
+
+
+@pytest.mark.slow
+def test_an_earlier_run_is_told_without_torch(tiny: Path, tmp_path: Path):
+    """Finished, or begun with another recipe: of a recipe, and of a model and rows."""
+    write_rows(tmp_path / "rows.jsonl", 40)
+    words = ["--model", str(tiny), "--data", "rows.jsonl", "train.duration=1 steps"]
+    words += ["log.tensorboard=false", "log.samples=0"]
+    command = [sys.executable, "-m", "tunesmith", "train", *words]
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    [file] = (tmp_path / "runs").glob("*.yaml")
+    for again in (words, [str(file)]):
+        code, out, _ = start([*again, "--json"], tmp_path)
+        assert code == 0
+        assert json.loads(out)["finished_before"]
+        code, _, err = start([*again, "train.seed=7"], tmp_path)
+        assert code == EXIT_USAGE
+        assert any(line.endswith("train.seed: 42 -> 7") for line in err.splitlines()), err
+
+
+def interrupted(
+    words: list[str], folder: Path, seconds: float, number: signal.Signals
+) -> tuple[int, str]:
+    """The exit code of a start that gets a signal so many seconds after it begins, and its text."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", "train", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0, 3.0, 5.0])
+def test_a_signal_before_the_first_step_ends_at_once(
+    seconds: float, number: signal.Signals, smollm2: Path, tmp_path: Path
+):
+    """Whatever is done then: imports, rows, weights, the first step. Nothing is left behind."""
+    write_rows(tmp_path / "rows.jsonl", 40)
+    words = ["--model", str(smollm2), "--data", "rows.jsonl"]
+    code, out = interrupted(words, tmp_path, seconds, number)
+    # Before the command has begun the signal itself is its end.
+    assert code in (EXIT_STOPPED, 130, -number), out
+    assert "Traceback" not in out
+    assert "None" not in out
+    assert not [*tmp_path.glob("runs/*/checkpoint-*")]
+
+
+@pytest.mark.slow
+def test_a_library_that_holds_the_main_thread_does_not_hold_the_end(tmp_path: Path):
+    """The main thread takes a minute that no exception ends; the test waits for half of it."""
+    program = """
+import time
+from tunesmith.host.signals import UNWIND_S, StopRequest
+StopRequest.patience = UNWIND_S
+with StopRequest():
+    for _ in range(2):
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STOPPED
+    assert "SIGTERM" in err
+    assert "Traceback" not in err
