@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from tunesmith.host.streams import WIDTH, LastingOutput, folded, width_of
+from tunesmith.cli.main import framed
+from tunesmith.errors import UsageError
+from tunesmith.host.streams import WIDTH, LastingOutput, folded, visible, width_of
+from tunesmith.metrics.log_file import LogFile
 
 
 def test_python_u_stays_unbuffered() -> None:
@@ -82,3 +87,31 @@ def test_the_width_is_that_of_a_pipe_or_of_the_variable(monkeypatch: pytest.Monk
     assert width_of(io.StringIO()) == WIDTH
     monkeypatch.setenv("COLUMNS", "80")
     assert width_of(io.StringIO()) == 80
+
+
+# A title of the window, a cleared screen, C1's form of the same, a line overwritten, text turned.
+CONTROLS = "\x1b]0;title\x07 \x1b[2J \x9b2J \r \x00 \x7f \u202e \u2066"
+
+
+def test_only_controls_are_shown_as_escapes() -> None:
+    shown = visible(f"a\tb\n{CONTROLS} é 東京 \U0001f600")
+    assert shown.startswith("a\tb\n\\x1b]0;title\\x07 \\x1b[2J \\x9b2J \\r")
+    assert shown.endswith("\\u202e \\u2066 é 東京 \U0001f600")
+
+
+def test_no_control_of_a_row_or_name_reaches_terminal_or_log(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By what is logged, and by each part of an error."""
+    log_file = LogFile(tmp_path / "log.txt")
+    log_file.open()
+
+    def command() -> int:
+        with log_file:
+            logging.getLogger("tunesmith.data").warning("a row: %s", CONTROLS)
+            raise UsageError(CONTROLS, where=CONTROLS, why=CONTROLS, fix=CONTROLS)
+
+    assert framed(command, process=False) == 2
+    for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_bytes().decode()):
+        assert text.count("\\x1b]0;title\\x07") == 5
+        assert not {*text} & {*CONTROLS} - {*" ]0;title[2J"}

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.cli.options import add_decoding, add_run, decoding_of, notify, stdin_lines
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import visible
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Chat:
                 sys.stdout.write(f"{side}> ")
             elif several:
                 sys.stdout.write(f"{side}: ")
-            go_on = self._ask(side, question, lambda text: print(text, end="", flush=True))
+            go_on = self._ask(side, question, lambda text: print(visible(text), end="", flush=True))
             print(flush=True)
             if not go_on:
                 return

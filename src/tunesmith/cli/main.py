@@ -41,7 +41,7 @@ from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
 from tunesmith.host.signals import RESTART, UNWIND_S, StopRequest, ignore_stop_signals
-from tunesmith.host.streams import fault_of, folded, lasting, width_of
+from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
 
 # 128 + SIGINT and 128 + SIGPIPE, as shells count.
@@ -410,7 +410,7 @@ def _report(error: BaseException) -> None:
     if not isinstance(error, TunesmithError):
         error = _machine_error(error) or _internal_error(error, trace)
     width = width_of(sys.stderr)
-    for line in error.text().splitlines():
+    for line in visible(error.text()).splitlines():
         # Places and commands are copied: a long line of commands has each choice on its own line.
         if line.startswith("  fix: ") and len(line) > width:
             shown = line.replace("; or ", ";\n    or ")

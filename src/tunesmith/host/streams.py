@@ -21,6 +21,8 @@ _COPIED = re.compile(
     rf"|{_SETTING}(?: {_SETTING})*"
     r"|(?<=\s)# .*"
 )
+# All but line breaks and tabs: C0, DEL and C1, then marks of writing from right to left.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # Stands for a space that no line is broken at.
 _NO_BREAK = "\u00a0"
 
@@ -104,6 +106,13 @@ def width_of(stream: TextIO) -> int:
         return WIDTH
 
 
+def visible(text: str) -> str:
+    """The text with what controls a terminal, or turns its direction, as escapes: a row, a column
+    or a file's name may hold it.
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def folded(text: str, width: int, *, indent: int | None = None) -> str:
     """The text with its long lines broken between words.
 
@@ -134,4 +143,4 @@ def folded(text: str, width: int, *, indent: int | None = None) -> str:
 
 def show(text: str, stream: TextIO, *, indent: int | None = None) -> None:
     """Print text for a person, folded to the width of the stream; see `folded`."""
-    print(folded(text, width_of(stream), indent=indent), file=stream, flush=True)
+    print(folded(visible(text), width_of(stream), indent=indent), file=stream, flush=True)

@@ -10,6 +10,7 @@ from typing import Self
 
 from tunesmith.errors import StoppedError, TunesmithError
 from tunesmith.host.logger import PACKAGE, LineFormatter
+from tunesmith.host.streams import visible
 
 
 def log_file_of_run(path: Path) -> "LogFile":
@@ -45,7 +46,7 @@ class LogFile(logging.Handler):
     def write(self, text: str) -> None:
         """Write each line of a text; OSError where the disk is full."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        rows = "".join(f"{now}  {row}\n" for row in text.splitlines())
+        rows = "".join(f"{now}  {row}\n" for row in visible(text).splitlines())
         lines = rows.encode(errors="backslashreplace")
         if self._file is None:
             self._early += lines
