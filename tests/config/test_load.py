@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def _extending(recipe: Path, text: str) -> Run:
     path = recipe.parent / "top.yaml"
     path.write_text(f"extends: base.yaml\n{text}")
     return load_recipe(path)
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+def test_a_recipe_in_utf_16_names_the_command_that_converts_it(order: str, tmp_path: Path) -> None:
+    text = "model: {name: a/b}\n"
+    path = tmp_path / "it's $(mine).yaml"
+    path.write_bytes(f"\ufeff{text}".encode(f"utf-16-{order}"))
+    with refuses(RecipeError, where=f"{path}:1") as refused:
+        load_recipe(path)
+    command = refused.value.fix.partition(">")[0]
+    converted = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True)
+    assert converted.stdout == text
 
 
 def test_typed(recipe: Path) -> None:

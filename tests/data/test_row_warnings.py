@@ -32,9 +32,9 @@ def prepared(
 ) -> TrainingData:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    form = {"messages": "messages", "prompt": "prompt-completion", "text": "text"}[
-        next(iter(rows[0]))
-    ]
+    forms = {"prompt": "prompt-completion", "instruction": "alpaca"}
+    first = next(iter(rows[0]))
+    form = forms.get(first, first)
     source = {"source": str(path), "format": form, **data.pop("source", {})}
     run = make_run(tiny, folder, held=False, data={"train": source, **data})
     tokenizer = byte_tokenizer()
@@ -242,3 +242,13 @@ def test_hashes_take_eight_bytes_an_example(make: Callable[..., TokenSet]) -> No
     hashes = make(alpaca(300), seq_len=256).hashes
     assert (hashes.dtype, hashes.nbytes) == (np.uint64, 8 * 300)
     assert len(set(hashes.tolist())) == 300
+
+
+def test_the_prompt_of_a_base_without_a_template_is_told(tiny: Path, tmp_path: Path) -> None:
+    """It is a choice, other than the template that a model brings."""
+    rows = [{"instruction": f"Who {i}?", "output": f"He {i}."} for i in range(20)]
+    for base in (False, True):
+        data = prepared(tiny, tmp_path, rows, base=base, seq_len=1024)
+        line = data.describe_template()
+        assert line.startswith("alpaca: ") == base
+        assert (line in data.describe().splitlines()) == base

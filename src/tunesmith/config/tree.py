@@ -148,7 +148,9 @@ def read_file(path: Path, plain_scalar: Callable[[str], Scalar] = scalar) -> Nod
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        convert = f"iconv -f LATIN1 -t UTF-8 {shell_path(name)} > fixed.yaml"
+        # Windows writes UTF-16 with a mark of two bytes.
+        encoding = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+        convert = f"iconv -f {encoding} -t UTF-8 {shell_path(name)} > fixed.yaml"
         fix = f"{convert}   # if it was written in that encoding"
         what = f"this recipe is not UTF-8 text: byte 0x{raw[error.start]:02x}"
         raise RecipeError(what, where=f"{name}:{line}", fix=fix) from error

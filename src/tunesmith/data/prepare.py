@@ -97,11 +97,13 @@ class TrainingData:
     def describe(self, *, why: bool = False) -> str:
         """Lines for the user: which rows are trained on, what was left out, how many steps.
 
-        With `why` also the template, which is always shown where rows are not a chat, and what was
-        checked.
+        With `why` also the template, which is always shown where rows are not a chat or the model
+        has none, and what was checked.
         """
         lines = []
-        if why or self.template.raw:
+        # A base has no template of its own: its prompt is our choice.
+        is_chosen = self.run.data.template == "auto" and self.template.name == "alpaca"
+        if why or self.template.raw or is_chosen:
             lines.append(self.describe_template())
         for split, part in self.sources():
             figures = ", ".join(self.figures(part))
