@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,41 @@ def test_tensorboard_purges_what_a_run_repeats(
     shown = scalars(tmp_path, "train/loss")
     assert [step for step, _ in shown] == steps
     assert shown[-1][1] == 9.0
+
+
+def test_a_full_disk_ends_tensorboard_alone_and_in_one_line(tmp_path: Path) -> None:
+    """By a limit on the size of files, whose error comes in the writer's thread as that of a full
+    disk; in a process of its own, which keeps the limit."""
+    program = """
+import resource, signal, sys, time
+from pathlib import Path
+from records import RUN, record
+from tunesmith.host.logger import lines_on_stderr
+from tunesmith.metrics.sink import TensorBoardSink
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sink = TensorBoardSink(Path(sys.argv[1]))
+with lines_on_stderr():
+    sink.open(RUN, 0)
+    sink.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    for step in range(1, 4):
+        sink.step(record(step))
+        sink.flush()
+        time.sleep(0.2)
+    sink.close()
+print("end")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "events")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "end\n"
+    [line] = done.stderr.splitlines()
+    assert line.startswith("warning: ")
+    assert holds(line, "metrics.jsonl")
 
 
 def test_a_shared_folder_keeps_what_others_wrote(tmp_path: Path, run: Run) -> None:

@@ -7,15 +7,20 @@ all of them. The terminal and the trackers have files of their own beside this o
 
 import contextlib
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
 from tunesmith.metrics.record import VALIDATION, StepRecord, cut_back
+from tunesmith.run_dir import METRICS
+
+log = logging.getLogger(__name__)
 
 
 class SampleAnswer(NamedTuple):
@@ -190,6 +195,8 @@ class TensorBoardSink(Sink):
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self.folder, self.shared = folder, shared
         self._writer: Any = None
+        self._has_failed = False
+        self._previous_hook: Callable[[threading.ExceptHookArgs], object] | None = None
 
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -209,32 +216,66 @@ class TensorBoardSink(Sink):
                 why=str(error),
                 fix="log.tensorboard_dir=FOLDER, or log.tensorboard=false",
             ) from None
-        self._writer.add_text("recipe", f"```yaml\n{dump(run)}```", global_step=resumed_at)
+        self._previous_hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
+        self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
         for name, value in record.values().items():
             is_of_step = name != "step" and not name.startswith(VALIDATION)
             if is_of_step and value is not None:
-                self._writer.add_scalar(f"train/{name}", value, record.step)
+                self._add("scalar", f"train/{name}", value, record.step)
 
     def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         for name, value in {"loss": loss, **metrics}.items():
-            self._writer.add_scalar(f"validation/{name}", value, step)
+            self._add("scalar", f"validation/{name}", value, step)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):
             parts = [f"**{name}**\n\n{_verbatim(text)}" for name, text in row._asdict().items()]
-            self._writer.add_text(f"sample/{number}", "\n\n".join(parts), global_step=step)
+            self._add("text", f"sample/{number}", "\n\n".join(parts), step)
 
     def text(self, title: str, body: str) -> None:
-        self._writer.add_text(title, _verbatim(body))
+        self._add("text", title, _verbatim(body))
 
     def flush(self) -> None:
-        self._writer.flush()
+        with self._without_faults():
+            self._writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._previous_hook is None:
+            return
+        with self._without_faults():
             self._writer.close()
+        threading.excepthook = self._previous_hook
+        self._previous_hook = None
+
+    def _add(self, kind: Literal["scalar", "text"], *values: object) -> None:
+        with self._without_faults():
+            add = self._writer.add_scalar if kind == "scalar" else self._writer.add_text
+            add(*values)
+
+    @contextlib.contextmanager
+    def _without_faults(self) -> Iterator[None]:
+        """Leave TensorBoard out from its first error on: metrics.jsonl has all of it.
+
+        Its thread meets the error, and its writer raises it at each later call.
+        """
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                self._has_failed = True
+                log.warning(
+                    f"TensorBoard's events in {self.folder} are left out from here on: "
+                    f"{error.strerror}; {METRICS} has all records; fix: df -h"
+                )
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """Print no traceback of the writer's thread, whose error its next call raises."""
+        is_of_writer = type(error.thread).__module__.startswith("tensorboard.")
+        if not (is_of_writer and isinstance(error.exc_value, OSError)):
+            threading.__excepthook__(error)
 
 
 def _verbatim(text: str) -> str:
