@@ -182,8 +182,9 @@ def test_a_library_that_holds_the_main_thread_does_not_hold_the_end(tmp_path: Pa
     program = """
 import time
 from tunesmith.host.signals import UNWIND_S, StopRequest
-StopRequest.patience = UNWIND_S
-with StopRequest():
+stop = StopRequest()
+stop.patience = UNWIND_S
+with stop:
     for _ in range(2):
         try:
             print("begun", flush=True)

@@ -23,7 +23,6 @@ from itertools import pairwise
 from typing import NoReturn
 
 from tunesmith import __version__
-from tunesmith.distributed.ranks import is_launched
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -40,7 +39,7 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
-from tunesmith.host.signals import RESTART, UNWIND_S, StopRequest, ignore_stop_signals
+from tunesmith.host.signals import RESTART, StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
 
@@ -212,9 +211,7 @@ def _is_of_no_released_config(record: logging.LogRecord) -> bool:
 
 def run_process() -> NoReturn:
     """The program `tunesmith`: run the words of this process, which ends with the exit code."""
-    # Other ranks would take an end without a word for a crash.
-    if not is_launched():
-        StopRequest.patience = UNWIND_S
+    StopRequest.is_of_command = True
     run_and_exit(main)
 
 

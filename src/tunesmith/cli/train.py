@@ -29,7 +29,7 @@ from tunesmith.cli.options import (
 )
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
 from tunesmith.errors import RecipeError
-from tunesmith.host.signals import StopRequest
+from tunesmith.host.signals import UNWIND_S, StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
 
@@ -118,6 +118,8 @@ def _read_recipe(
     if is_launched():
         # A rank that waits for the report of another one is stopped by its launcher.
         early.defer_signals(announce=False)
+    elif StopRequest.is_of_command:
+        early.patience = UNWIND_S
     with reported_once_a_node():
         recipe, new_file = chosen_recipe(args, on_look=on_look)
         if new_file is not None:

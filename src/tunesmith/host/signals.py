@@ -76,7 +76,8 @@ class StopRequest:
         interactive: for commands that answer: SIGTERM and SIGINT are deferred from the start.
     """
 
-    patience: float | None = None
+    # The process is a command's: a start may end it.
+    is_of_command = False
 
     def __init__(self, *, interactive: bool = False) -> None:
         self.signal: str | None = None
@@ -87,6 +88,7 @@ class StopRequest:
         self.saving = 0
         self.saved_step = 0
         self.nothing_to_save = False
+        self.patience: float | None = None
         self.on_exit: Callable[[], object] = lambda: None
         self._interactive = interactive
         self._deferred = interactive
