@@ -309,6 +309,12 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
+    from tunesmith.data.folders import check_local
+    from tunesmith.data.source import is_local
+
+    # Before numpy is imported.
+    if is_local(args.data[0]):
+        check_local(Path(args.data[0]).expanduser().absolute())
     from tunesmith.training.early_checks import look_at_rows
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
