@@ -11,8 +11,6 @@ from tunesmith.host.files import from_here, near_file
 from tunesmith.host.shell import shell_path
 
 YAML_SUFFIXES = (".yaml", ".yml")
-# The recipe that examples name: of a small model, for any machine.
-EXAMPLE = "smollm2-135m-lora"
 # How the YAML language server, and so an editor, finds a file's schema.
 MODELINE = "# yaml-language-server: $schema="
 
@@ -71,7 +69,7 @@ def locate_recipe(recipe: str | Path, *, base: Path, where: str) -> Path:
         near_recipe = near_file(path, YAML_SUFFIXES)
         near = str(near_recipe) if near_recipe else near
         fix = (
-            f"make one: tunesmith recipes copy {EXAMPLE} {shell_path(from_here(path))}; "
+            f"make one: tunesmith recipes copy smollm2-135m-lora {shell_path(from_here(path))}; "
             "or from your rows: tunesmith train --model demo --data faq.csv"
         )
     if near:
