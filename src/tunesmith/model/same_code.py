@@ -31,10 +31,10 @@ def forward_code(module_class: type[nn.Module]) -> Hashable | None:
     forward = module_class.forward
     decorators: list[Hashable] = []
     while isinstance(forward, FunctionType) and hasattr(forward, "__wrapped__"):
-        given = [cell.cell_contents for cell in forward.__closure__ or ()]
-        if any(isinstance(v, FunctionType) and v is not forward.__wrapped__ for v in given):
+        arguments = [cell.cell_contents for cell in forward.__closure__ or ()]
+        if any(isinstance(v, FunctionType) and v is not forward.__wrapped__ for v in arguments):
             return None  # what it calls beside the forward would have to be read too
-        settings = [value for value in given if isinstance(value, str | int | None)]
+        settings = [value for value in arguments if isinstance(value, str | int | None)]
         decorators.append((forward.__code__.co_code, repr(settings)))
         forward = forward.__wrapped__
     if not _is_plain(forward):
