@@ -58,7 +58,7 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.jsonl", f"[\n{GOOD},\n{GOOD}\n]\n", {}, "not JSON", "a.jsonl:1", "a.json"),
     ("a.jsonl", f'{GOOD}\n["text"]\n', {}, "an array, not an object", "a.jsonl:2", '{"column": value'),
     ("a.jsonl", f"{GOOD}\nnull\n", {}, "null, not an object", "a.jsonl:2", "delete it"),
-    ("a.jsonl", f"{GOOD}\n".encode() + b'{"text": "caf\xe9"}\n', {}, "not UTF-8", "a.jsonl:2", "iconv -f latin1"),
+    ("a.jsonl", f"{GOOD}\n".encode() + b'{"text": "caf\xe9"}\n', {}, "not UTF-8", "a.jsonl:2", "iconv -f cp1252"),
     ("a.jsonl", GOOD.encode("utf-16"), {}, "not UTF-8", "a.jsonl:1", "iconv -f utf-16"),
     ("a.jsonl", '{"a":' * 200_000, {}, "not JSON", "a.jsonl:1", "delete its last line"),
     ("a.jsonl", f'{GOOD}\n{{"text": "\\ud83d"}}\n', {}, "half of a surrogate pair", "a.jsonl:2", "write the whole character"),
@@ -421,3 +421,14 @@ def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
         "a.parquet",
         "unique",
     )
+
+
+def test_a_windows_csv_is_mended_by_the_command_that_is_named(tmp_path: Path) -> None:
+    """Its quotes and the euro are bytes that are no signs in latin1."""
+    row = "\u201cquoted\u201d costs 5 \u20ac"
+    (tmp_path / "a.csv").write_bytes(f"text\n{row}\n".encode("cp1252"))
+    with pytest.raises(DataError) as refused:
+        read_rows(Source(source=str(tmp_path / "a.csv"), format="text"))
+    subprocess.run(["sh", "-c", refused.value.fix], check=True, cwd=tmp_path)
+    fixed = read_rows(Source(source=str(tmp_path / "fixed.csv"), format="text"))
+    assert fixed[0]["text"] == row

@@ -269,6 +269,14 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     )
 
 
+@pytest.mark.parametrize("pair", [("good", "bad"), ("best", "worst"), ("correct", "incorrect")])
+def test_a_worse_answer_is_never_proposed_as_the_answer(pair: tuple[str, str]) -> None:
+    """The column of the worse answers has the most letters, which else tells an answer."""
+    row = {"question": "what is it", pair[0]: "it is this", pair[1]: "it is this or that, or more"}
+    with refuses(DataError, fix=[f"chosen={pair[0]},rejected={pair[1]}"]):
+        found(row)
+
+
 def test_rows_that_disagree_are_named() -> None:
     rows = from_list([{"messages": TURNS}] * 9 + [{"conversations": FROMS}], "faq")
     with refuses(DataError, where="faq row 10") as refused:

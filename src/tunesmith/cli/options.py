@@ -380,7 +380,7 @@ def stdin_lines() -> Iterator[tuple[int, str]]:
                     "the line is not UTF-8 text",
                     where=f"stdin:{number}",
                     why=f"{byte}: {error.reason}",
-                    fix="convert it first: iconv -f latin1 -t utf-8 rows.jsonl | tunesmith ...",
+                    fix="convert it first: iconv -f cp1252 -t utf-8 rows.jsonl | tunesmith ...",
                 ) from None
         if text.strip():
             yield number, text

@@ -52,6 +52,9 @@ _BETTER_AND_WORSE = (
     ("preferred", "dispreferred"),
     ("accepted", "rejected"),
     ("better", "worse"),
+    ("best", "worst"),
+    ("good", "bad"),
+    ("correct", "incorrect"),
     ("winner", "loser"),
     ("win", "lose"),
 )

@@ -267,7 +267,8 @@ class TrainingData:
         # A step takes whole rows.
         unit = self.schedule.row_length if batch.unit == "tokens" else 1
         smaller_batch = max(1, batch.amount * steps // FEW_STEPS // unit) * unit
-        if smaller_batch < batch.amount:
+        # So many steps stay as many, whatever their size.
+        if smaller_batch < batch.amount and self.run.train.duration.unit != "steps":
             fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
         only = f"only {count_of(steps, 'optimizer step')}"
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]

@@ -115,7 +115,8 @@ def not_utf8_error(path: Path, error: UnicodeDecodeError, where: str, position: 
     with path.open("rb") as file:
         # Windows writes UTF-16 with a mark of two bytes.
         has_utf16_mark = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    likely_encoding = "utf-16" if has_utf16_mark else "latin1"
+    # Windows calls its own code page by the name of latin1, whose 0x80 to 0x9f are no signs.
+    likely_encoding = "utf-16" if has_utf16_mark else "cp1252"
     output = new_name(path, f"fixed{path.suffix}")
     byte = error.object[error.start]
     return DataError(
