@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from errors import holds
 from records import RUN, record
+from tunesmith.config.dump import dump
+from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
 from tunesmith.metrics.summary import closing_summary, has_risen, write_failure
@@ -179,9 +182,14 @@ def test_a_run_without_a_step_says_so(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_names_the_two_ways_on(run: Run, folder: Path) -> None:
+    (folder / "config.yaml").write_text(dump(run))
     text = closing(run, folder, finished_before=True)
     assert holds(text.splitlines()[0], 20)
-    assert "train.duration" in text
+    command = text.splitlines()[1].partition(": ")[2]
+    assert shlex.split(command)[:2] == ["tunesmith", "train"]
+    # A command that made its recipe makes another one of another duration, and is refused.
+    values = load_recipe(shlex.split(command)[2], shlex.split(command)[3:])
+    assert values.train.duration.amount == 2 * run.train.duration.amount
     assert "--fresh" in text
     assert "15 s" in text, "the time of the steps, as this start took none"
 

@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.shell import shell_path
+from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.run_dir import (
@@ -67,9 +68,12 @@ def closing_summary(
     records = read_records(folder / METRICS)
     rows = []
     if finished_before:
+        duration = run.train.duration
+        longer = replace(duration, amount=2 * duration.amount)
+        command = ["tunesmith", "train", from_here(folder / RECIPE), f"train.duration={longer}"]
         rows = [
             f"this run has already finished all {count_of(steps, 'step')} before",
-            "  to continue: the same command with a longer train.duration",
+            f"  to continue: {shell_command(command)}",
             "  to start over: the same command with --fresh (the old run is moved aside)",
             "",
         ]
