@@ -212,6 +212,14 @@ ENDLESS = r"^(\w|\w\w)+\d$"
     [
         ({"pattern": ENDLESS}, f'"{"a" * 60}!"'),
         ({"$schema": DRAFT, "items": {"$ref": "#"}, "pattern": ENDLESS}, f'["{"a" * 60}!"]'),
+        (
+            {"properties": {"a": {"$schema": DRAFT, "pattern": ENDLESS}}},
+            f'{{"a": "{"a" * 60}!"}}',
+        ),
+        (
+            {"$ref": "#/$defs/x", "$defs": {"x": {"$schema": DRAFT, "pattern": ENDLESS}}},
+            f'"{"a" * 60}!"',
+        ),
         ({"patternProperties": {ENDLESS: {"type": "string"}}}, f'{{"{"a" * 60}!": 1}}'),
         (
             {"patternProperties": {ENDLESS: {}}, "additionalProperties": False},

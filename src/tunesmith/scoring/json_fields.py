@@ -91,10 +91,27 @@ def schema_validator(schema: Any) -> Any:
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional_properties,
     }
+    text = json.dumps(schema)
+    if '"unevaluatedProperties"' in text and '"patternProperties"' in text:
+        # jsonschema looks for what is evaluated by searches that do not end.
+        raise ValueError(
+            "unevaluatedProperties beside patternProperties is not supported: "
+            "use additionalProperties"
+        )
+    return validators.extend(kind, keywords)(_without_drafts(schema), registry=Registry())
+
+
+def _without_drafts(schema: Any) -> Any:
+    """The schema without the names of drafts: each would bring that draft's validator back."""
     if isinstance(schema, dict):
-        # A `$ref` to the whole would bring back the validator that the draft's name stands for.
-        schema = {name: value for name, value in schema.items() if name != "$schema"}
-    return validators.extend(kind, keywords)(schema, registry=Registry())
+        return {
+            name: _without_drafts(value)
+            for name, value in schema.items()
+            if name != "$schema" or isinstance(value, dict)
+        }
+    if isinstance(schema, list):
+        return [_without_drafts(value) for value in schema]
+    return schema
 
 
 # The keywords of jsonschema that search with a schema's patterns, by a search that ends.
