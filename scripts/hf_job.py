@@ -27,7 +27,9 @@ STOPPED = 75  # exit code of a run that was stopped by a signal and is saved
 def main() -> int:
     """Train, then push; returns the exit code of what failed first."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # what is left is for `tunesmith train`
     )
     parser.add_argument("--model", required=True, help="Hub id, folder, or demo")
     parser.add_argument("--data", required=True, help="Hub id of a data set, or a file")

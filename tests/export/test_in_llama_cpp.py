@@ -166,9 +166,7 @@ def test_the_demo_is_tokenized_as_llama_cpp_does(
 ) -> None:
     """Its expressions split digits, which Transformers' conversion does not read."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    tokenizer = load_tokenizer(
-        convert_gguf_without_weights(smollm2, "bf16"), Model(name=str(smollm2))
-    )
+    tokenizer = load_tokenizer(convert_gguf_without_weights(smollm2), Model(name=str(smollm2)))
     with LlamaCpp(smollm2) as server:
         assert other_ids(tokenizer, server, [*HARD, *MORE_TEXTS]) == {}
 

@@ -364,7 +364,8 @@ def _utilization(tflops: float, peak: float | None) -> float | None:
         return None
     if tflops > peak:
         raise RunError(
-            f"{tflops:.4g} TFLOP/s were measured, above a peak of {peak:.4g}: the clock is wrong",
+            f"{tflops:.4g} TFLOP/s were measured, above a peak of {peak:.4g}: the clock is wrong, "
+            "or other programs ran while the peak was measured",
             where="the timed steps, and the product measured after them",
             why="an MFU above 100 % is impossible, so no figure of this run can be trusted",
             fix="run bench again on an idle machine",

@@ -340,6 +340,8 @@ def _share_lines(args: argparse.Namespace, exported: "ExportedFile") -> list[str
             needed += f", and {shell_path(Path(exported.base))}, which its Modelfile names"
     elif exported.base:
         needed += f" and {shell_path(Path(exported.base))}, the only base that it is for"
+        if exported.chat_template:
+            needed += f", with {shell_path(Path(exported.chat_template))}"
     elif args.adapter:
         needed += f" and BASE.gguf, its base {locate_run(args.run).base.name}"
     lines = [f"to share: {needed}; the command above starts it"]

@@ -33,9 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(output)
     browser = "open the page in a browser"
     output.add_argument("--open", action="store_true", help=browser)
-    parser.add_argument(
-        "--port", type=_port, default=0, help="serve the page there (default: a free port)"
-    )
+    port = "serve the page there (default: a free port)"
+    parser.add_argument("--port", type=_port, default=None, help=port)
 
 
 def _port(text: str) -> int:
@@ -46,6 +45,9 @@ def _port(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.json and args.port is not None:
+        what = "--port is of the page, which --json does not serve"
+        raise UsageError(what, where="command line: --port", fix="remove one of them")
     _check_local(args)
     from tunesmith.launch.jobs import holds_runs, run_folders
     from tunesmith.watch.feed import WatchedRun, open_run, to_json
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
             from tunesmith.watch.server import ListPage, serve_page
 
             show = partial(_print_address, browser=args.open)
-            serve_page(ListPage(RunList(folders)), show, port=args.port)
+            serve_page(ListPage(RunList(folders)), show, port=args.port or 0)
             return
         if is_list:
             paths = [path for folder in folders for path in run_folders(folder)]
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             from tunesmith.watch.server import Page, serve_page
 
-            serve_page(Page(runs), partial(_print_address, browser=args.open), port=args.port)
+            serve_page(Page(runs), partial(_print_address, browser=args.open), port=args.port or 0)
 
 
 def _check_local(args: argparse.Namespace) -> None:

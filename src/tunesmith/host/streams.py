@@ -21,8 +21,8 @@ _COPIED = re.compile(
     rf"|{_SETTING}(?: {_SETTING})*"
     r"|(?<=\s)# .*"
 )
-# All but line breaks and tabs: C0, DEL and C1, then marks of writing from right to left.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# All but line breaks and tabs: C0, DEL and C1, then overrides and isolates of the direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Stands for a space that no line is broken at.
 _NO_BREAK = "\u00a0"
 

@@ -110,7 +110,10 @@ def generate(
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     source = find_source(rows, loaded.location.sources, format_name, columns)
     if source is not None:
-        format_name, columns = source.format, source.columns
+        key_column = _key_column(source.format, source.columns)
+        # The rows that were looked at are a sample: each of mixed ones is read by its own columns.
+        if format_name != "auto" or all(key_column in rows[i] for i in range(len(rows))):
+            format_name, columns = source.format, source.columns
     prompts = []
     for i in range(len(rows)):
         prompts.append(make_prompt(rows, i, loaded, format_name, columns))

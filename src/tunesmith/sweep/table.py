@@ -13,7 +13,7 @@ from tunesmith.report.compare import judge
 from tunesmith.report.page import write_report
 from tunesmith.report.run_files import RunFiles
 from tunesmith.report.run_summary import summaries_of
-from tunesmith.run_dir import FINAL, RECIPE
+from tunesmith.run_dir import FINAL, RECIPE, weights_step
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 
@@ -76,7 +76,8 @@ def best_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"no candidate trained to the end: {counts}"
         return
     folder = Path(from_here(best["run_dir"]))
-    loss = f"{result['compared_by']} {best['loss']:.4f} after step {best['step']}"
+    step = weights_step(folder / FINAL) or best["step"]
+    loss = f"{result['compared_by']} {best['loss']:.4f} after step {step}"
     yield f"best: {best['name']}, {loss}; of {len(candidates)}: {counts}"
     yield from _second_lines(result, best)
     yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
