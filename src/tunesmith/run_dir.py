@@ -418,7 +418,7 @@ def describe_weights(step: int, last_step: int) -> str:
     """Which weights of a run these are, by the steps of its manifest."""
     if step == last_step:
         return f"of the last step, {step:,}"
-    return f"of step {step:,} of {last_step:,}, the best validation"
+    return f"of step {step:,} of {last_step:,}, the best saved validation"
 
 
 def is_sample(row: Any) -> bool:

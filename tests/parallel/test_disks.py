@@ -24,6 +24,9 @@ from tunesmith.checkpoint import manifest, replicate
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
+from tunesmith.inference.evaluate import ValidationResult
+from tunesmith.training import validation
+from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -398,3 +401,42 @@ def test_files_go_to_another_node_whole_or_not_at_all(tmp_path):
         assert words in own
         assert "big" not in files
         assert "state/small" in files
+
+
+def train_with_damage(model: Path, folder: Path, layout: str, damages: bool) -> int | None:
+    """A model in full on two ranks, each with its disk by `layout`; the second step is the best.
+
+    damages: a byte of its state changes before it is read.
+    """
+    on_node(folder, layout)
+    results = iter([3.0, 2.0, 2.5, 2.6])
+
+    load_best = CheckpointSaver.load_best
+
+    def load_damaged(self: CheckpointSaver) -> int:
+        for file in Path("run/checkpoint-2/state").glob("*.distcp"):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 3] ^= 0x7F
+            file.write_bytes(content)
+        return load_best(self)
+
+    if damages:
+        CheckpointSaver.load_best = load_damaged
+    validation.validation_loss = lambda *_, **__: ValidationResult(next(results), 1, {})
+    changes: dict[str, Any] = {
+        "adapter": {"kind": "none"},
+        "train": {"duration": "4 steps"},
+        "validate": {"every": "1 steps"},
+        "checkpoint": {"every": "2 steps", "keep": 9},
+        "parallel": {"shard": 2},
+        "output_dir": "run",
+    }
+    return train(make_run(model, folder, **changes), quiet=True).final_step
+
+
+@pytest.mark.parametrize(("damages", "final_step"), [(False, 2), (True, 4)])
+def test_the_best_shards_on_nodes_without_a_shared_disk(
+    damages: bool, final_step: int, tiny: Path, tmp_path: Path
+) -> None:
+    found = run_ranks(2, train_with_damage, tiny, tmp_path, "ab", damages)
+    assert found == [final_step, final_step]

@@ -25,6 +25,7 @@ from tunesmith.errors import StoppedError
 from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.inference.load_run import locate_run
 from tunesmith.launch.jobs import Job
+from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.summary import closing_summary
 from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import read_manifest, read_samples
@@ -316,3 +317,43 @@ def test_answers_come_after_training_where_they_came_before(
     summary = closing_summary(load_recipe(run / "config.yaml"), steps=4)
     assert lines_with(summary, "before")
     assert lines_with(summary, "after", 2, 4)
+
+
+def test_a_run_that_patience_ended_ends_again_where_final_was_not_written(
+    tiny: Path, tmp_path: Path, losses: Losses
+) -> None:
+    changes = merge(RULES, {"validate": {"patience": 2}, "train": {"duration": "9 steps"}})
+    losses([3.0, 2.0, 2.5, 2.6])
+    ended = train(make_run(tiny, tmp_path, **changes), quiet=True)
+    assert (ended.steps, ended.final_step) == (4, 2)
+    shutil.rmtree(tmp_path / "run" / "final")
+    losses([])
+    again = train(make_run(tiny, tmp_path, **changes), quiet=True)
+    assert (again.steps, again.final_step) == (4, 2)
+
+
+def test_scores_of_another_measure_are_not_compared(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accuracy of the first steps, and a loss of those behind them."""
+    for name in ("train.jsonl", "held.jsonl"):
+        write_pairs(tmp_path / name, 16)
+
+    def final_step(steps: int, best_by: str, values: Sequence[tuple[float, float]]) -> int | None:
+        results = iter(values)
+
+        def measured(*_: Any, **__: Any) -> ValidationResult:
+            loss, accuracy = next(results)
+            return ValidationResult(loss, 1, {ACCURACY: accuracy})
+
+        monkeypatch.setattr(validation, "validation_loss", measured)
+        changes = {
+            "method": "dpo",
+            "data": {"train": {"format": "preference"}, "validation": {"format": "preference"}},
+            "train": {"duration": f"{steps} steps", "warmup": "1 steps"},
+            "validate": {"best_by": best_by},
+        }
+        return train(make_run(tiny, tmp_path, **merge(RULES, changes)), quiet=True).final_step
+
+    assert final_step(2, "accuracy", [(0.6, 0.9), (0.7, 0.8)]) == 1
+    assert final_step(4, "loss", [(0.3, 0.5), (0.4, 0.5)]) == 3

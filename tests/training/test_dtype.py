@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from errors import holds, refuses
+from errors import holds, lines_with, refuses
 from logged import logged_lines
 from ranks import run_ranks
 from recipes import make_run
@@ -135,3 +135,25 @@ def test_a_run_keeps_the_dtype_that_it_began_with(
     assert load_recipe(config).model.dtype == "fp32"
     with refuses(RecipeError, where='model.dtype: "fp32" -> "bf16"'):
         train(start(6, "bf16"))
+
+
+@pytest.mark.slow
+def test_a_dtype_that_was_chosen_elsewhere_is_checked_here(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began in bf16 by `auto` goes on without units for it: slow on a CPU, refused on an
+    old GPU."""
+
+    def start(steps: int) -> Run:
+        changes = {"train": {"duration": f"{steps} steps", "warmup": "1 steps"}}
+        return make_run(tiny, tmp_path, held=False, model={"dtype": "auto"}, **changes)
+
+    monkeypatch.setattr(build, "chip_of", lambda device, ranks: FAST_CPU)
+    train(start(1), quiet=True)
+    monkeypatch.setattr(build, "chip_of", lambda device, ranks: SLOW_CPU)
+    with logged_lines() as lines:
+        train(start(2))
+    assert lines_with("\n".join(lines), "warning", "bf16", "model.dtype=fp32")
+    monkeypatch.setattr(build, "chip_of", lambda device, ranks: T4)
+    with refuses(MachineError, where="model.dtype", names=["T4"]):
+        train(start(3), quiet=True)

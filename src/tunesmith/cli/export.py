@@ -13,8 +13,9 @@ grow with the model. If llama.cpp is installed (pip install xllamacpp), it must
 tokenize the run's prompts identically, and the KL divergence from the tuned
 model is printed. Without it nothing is checked.
 
-With --adapter they write the LoRA alone. Of a run on a .gguf file it is for that
-very file: both are checked together, and the command that serves them is printed.
+With --adapter they write the LoRA alone. Of a run on a .gguf file it is for
+that very file: both are checked together, and the command that serves them is
+printed.
 
 --to vllm writes a folder: the merged model in bf16, or with linear layers in
 fp8 or nvfp4, and prints the KL divergence that this causes. With --adapter it

@@ -275,7 +275,7 @@ class TensorBoardSink(Sink):
         """Print no traceback of the writer's thread, whose error its next call raises."""
         is_of_writer = type(error.thread).__module__.startswith("tensorboard.")
         if not (is_of_writer and isinstance(error.exc_value, OSError)):
-            threading.__excepthook__(error)
+            (self._previous_hook or threading.__excepthook__)(error)
 
 
 def _verbatim(text: str) -> str:

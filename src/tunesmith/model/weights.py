@@ -129,7 +129,7 @@ class StoredTensor:
             where=str(self._entry.file),
             why="NaN or infinity in a weight makes every loss NaN: the file is damaged, or the "
             "model was broken when it was saved",
-            fix="fetch the model again: tunesmith fetch MODEL",
+            fix="restore the file from a copy, or fetch the model again: tunesmith fetch MODEL",
         )
 
     def into_part(self, target: torch.Tensor) -> None:

@@ -133,7 +133,7 @@ def resolve_dtype(
         return chosen("fp32", "as train.optimizer_in_backward excludes fp16")
     sizes = read_sizes()
     if scheme_of(resolve_quantize(model, sizes)) is not DENSE:
-        return chosen(half, "as the base is quantized")
+        return chosen(half, f"as the base is quantized, although {name} has no units for bf16")
     weights = sizes.parameters * torch.float32.itemsize
     fp32_weights = f"weights of {weights / 2**30:.2g} GiB in fp32"
     if weights < MOST_WEIGHTS * chip.gib * 2**30:

@@ -222,7 +222,7 @@ def build(
     chip = common_chip(device, ranks)
     # What one rank of a node downloads and tokenizes, the others read from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        check_machine(run, device, chip)
+        check_machine(replace(run, model=as_it_began(run.model, start.previous_run)), device, chip)
         check_inputs(run, start)
         files, hashes = read_base(run, start, chip, ranks, weights=weights)
         # As the recipe has it, but for what `auto` means in its model section: config.yaml keeps

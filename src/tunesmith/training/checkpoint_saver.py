@@ -137,7 +137,9 @@ class CheckpointSaver:
             return
         accuracy = record.extra.get(f"{VALIDATION}{ACCURACY}")
         score = validation_score(record.val_loss, accuracy, self.run.validate.best_by)
-        if score is not None and (progress.kept_score is None or score < progress.kept_score):
+        kept = progress.kept_score
+        # By another `best_by` than before, scores cannot be compared.
+        if score is not None and (kept is None or len(score) != len(kept) or score < kept):
             progress.kept_step = progress.step
             progress.kept_score = score
 
@@ -187,10 +189,13 @@ class CheckpointSaver:
         self.ranks.heartbeat.phase(Phase.SAVING_FINAL, self.time_limit())
         checkpoint = self.out / f"checkpoint-{best_step}"
         damage = None
-        if self.ranks.is_run_dir_writer:
-            damage = manifest.find_damage(checkpoint, contents=False)
-            for _, clause in manifest.differing_sums(checkpoint):
-                damage = damage or clause
+        with self.ranks.raise_on_all_ranks():
+            if self.ranks.is_run_dir_writer:
+                # Parts that other ranks wrote may lie on their nodes, which give them when they
+                # are read.
+                for _, clause in manifest.damaged_files(checkpoint):
+                    if not clause.endswith(manifest.ELSEWHERE):
+                        damage = damage or clause
         damage = next(filter(None, self.ranks.all_gather_object(damage)), None)
         if damage:
             text = f"warning: final/ holds the last step's weights: {checkpoint.name} was the best"

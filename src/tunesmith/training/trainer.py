@@ -73,6 +73,9 @@ class Trainer:
         seconds = run.train.duration.seconds or 0.0
         self.duration = Duration(session.total_steps, seconds, pause_after)
         saved_step = self.first_step if start.progress else None
+        ended = start.progress.ended if start.progress else None
+        # Patience has ended a shorter run: this one goes on.
+        self.is_longer = ended not in (None, str(run.train.duration))
         self.checkpoints = CheckpointSaver(session, progress, sinks, stop, saved_step)
         self.metrics = AsyncMetrics(session, progress, sinks, stop, self.checkpoints.writer)
         self.validation = Validation(session, progress, sinks, stop, self.metrics)
@@ -124,6 +127,8 @@ class Trainer:
         """Train on each batch until the run is over; yields the optimizer steps taken so far."""
         progress = self.progress
         self.metrics.restart_clock()
+        if self.validation.is_out_of_patience() and not self.is_longer:
+            return
         for batch in batches:
             if self.stop.is_due() or self.duration.is_over(progress):
                 return
