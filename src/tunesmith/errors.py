@@ -33,6 +33,7 @@ CAUSES = {
     "memory": "the host was running out of memory, because of this run or other programs",
     "oom-kill": "the kernel killed a process because the host was out of memory",
     "killed": "a process was killed by SIGKILL, or crashed",
+    "stopped": "a process was halted, by SIGSTOP or a debugger, and was not continued",
     "restarted": "the machine was rebooted, after a freeze or a power cut, or by hand",
     "link": "the network to another rank is cut, or its machine is down",
     "hang": "a rank hangs, and the others wait for it",

@@ -13,6 +13,7 @@ from pathlib import Path
 from tunesmith.run_dir import Phase
 
 ENDED_STATES = ("Z", "X")  # states of a process that has ended
+HALTED_STATES = ("T", "t")  # states of a process that SIGSTOP or a debugger halts
 NAMED_RANKS = 4  # of those that an error is about
 
 
@@ -104,6 +105,14 @@ class Peers:
             rank
             for rank in self.local
             if not self.beats[rank].is_done and self.process_state(rank) in ENDED_STATES
+        ]
+
+    def halted(self, limit: float) -> list[int]:
+        """The ranks of this node without beats for so many seconds whose process is halted."""
+        return [
+            rank
+            for rank in self.local
+            if self.is_silent(rank, limit) and self.process_state(rank) in HALTED_STATES
         ]
 
     def process_state(self, rank: int) -> str:

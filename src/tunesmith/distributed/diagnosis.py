@@ -13,6 +13,7 @@ from tunesmith.distributed.activity import Activity, Probes
 from tunesmith.distributed.beats import Peers
 from tunesmith.errors import RunError, StoppedEarlyError, TunesmithError, first_line
 from tunesmith.host.memory import oom_kills
+from tunesmith.host.shell import shell_command
 
 MISSED_BEATS = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGAIN = "start the same command again: it resumes from the newest checkpoint"
@@ -63,13 +64,22 @@ class Diagnosis:
         # A rank that has finished beats no more. It is missed where another waits for it.
         is_waiting = bool(self.broken or peers.own_beat.collective)
         expected = [rank for rank, beat in enumerate(peers.beats) if is_waiting or not beat.is_done]
-        if any(peers.is_silent(rank, limit) for rank in expected):
+        # A rank whose connections hold may be halted, which the ranks of its node see: they first.
+        far_limit = limit if self.broken else limit + 2 * peers.clock.interval
+        if any(
+            peers.is_silent(rank, limit if rank in peers.local else far_limit) for rank in expected
+        ):
             # The ranks of a node do not beat at once.
             silent = [rank for rank in expected if peers.is_silent(rank, limit / 2)]
             why, cause = self._likely_cause(
                 "it was killed or stopped, its machine is down, or the network to it is cut"
             )
             what = f"{peers.names(silent)} sent no heartbeat for {limit:.0f} s"
+            halted = peers.halted(limit / 2)
+            if halted:
+                pids = ", ".join(str(peers.pid(rank)) for rank in halted)
+                why = f"SIGSTOP or a debugger halted process {pids}"
+                return self.fields(what, why, "stopped", gone=halted)
             return self.fields(what, why, cause, gone=silent)
         hang = self._find_hang()
         if hang:
@@ -78,6 +88,23 @@ class Diagnosis:
             what = "a connection between the ranks broke; all ranks are alive"
             return self.fields(what, self.broken, "link")
         return {}
+
+    def find_halted(self) -> str:
+        """A warning about ranks of this node that a signal halted, with the command that ends it.
+
+        Empty where there is none, and on all but the lowest rank of the node that runs.
+        """
+        peers = self.peers
+        limit = MISSED_BEATS * peers.clock.interval
+        halted = peers.halted(limit)
+        running = [rank for rank in peers.local if not peers.is_silent(rank, limit)]
+        if not halted or peers.rank != min(running):
+            return ""
+        command = shell_command(["kill", "-CONT", *(peers.pid(rank) for rank in halted)])
+        return (
+            f"warning: {peers.names(halted)} is halted by SIGSTOP or a debugger, and the run ends "
+            f"when it has sent no heartbeat for {peers.limit:.0f} s; to continue it: {command}"
+        )
 
     def _killed(self, ended: list[int]) -> ErrorFields:
         """The fault that processes of this node are gone."""
