@@ -6,6 +6,9 @@ import errno
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,35 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         files.write_atomically(path, "half")
     assert path.read_text(encoding="utf-8") == "éé"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.host.files import write_atomically
+os.replace = lambda *paths: os.kill(os.getpid(), int(sys.argv[2]))
+write_atomically(Path(sys.argv[1]), "half")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_what_a_stopped_write_leaves_is_removed_by_it_or_by_the_next_one(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "[held] out.scores.json"
+    words = [sys.executable, "-c", KILLED, str(path), str(number.value)]
+    assert subprocess.run(words, check=False, stderr=subprocess.DEVNULL).returncode == -number
+    left = list(tmp_path.iterdir())
+    assert len(left) == (number == signal.SIGKILL)
+    # A process of another machine may be writing the first, and this one the second.
+    fresh = tmp_path / f".{path.name}.999999999.partial"
+    own = tmp_path / f".{path.name}.{os.getppid()}.partial"
+    for partial in (fresh, own):
+        partial.touch()
+    for partial in (*left, own):
+        os.utime(partial, (0, 0))
+    files.write_atomically(path, "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([path, fresh, own])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Files and folders of this machine: the cache, writes that are whole, room on the disk."""
 
 import difflib
+import glob
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Measured = TypeVar("Measured", bound="DataclassInstance")
 
 ABANDONED = 3 * 24 * 3600  # seconds; nothing is tokenized or converted for so long
+PARTIAL_WRITE_S = 10.0  # seconds without a change, in which nothing writes a file atomically
 SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -44,18 +46,41 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one move: after a crash or on a full disk it is the old one or the new.
 
     Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once.
-    An OSError leaves the old file and no temporary one.
+    An error leaves the old file and no temporary one; the next write removes those of kills.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove_partial_writes(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # a stop signal's too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_partial_writes(path: Path) -> None:
+    """Delete what killed processes left of a file that they replaced."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = partial.suffixes[-2].removeprefix(".")
+        # A process that cannot be seen from here, on another machine, writes for moments.
+        with suppress(OSError):
+            is_old = time.time() - partial.stat().st_mtime > PARTIAL_WRITE_S
+            if is_old and pid.isdecimal() and not is_running(int(pid)):
+                partial.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def measure_once(
