@@ -197,6 +197,22 @@ def test_bad_rows_on_stdin(
     assert told(err)["fix"]
 
 
+def test_answers_on_a_terminal_control_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C1's 0x9b begins a command as escape and bracket do, and JSON holds it as it is."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "a \x9b2J \u202e é"}\n'))
+    run = world.begun()
+    terminal, own = pty.openpty()
+    with open(own, "w", encoding="utf-8") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert main(["generate", str(run), "--input", "-", "--output", "-", *SHORT]) == 0
+    seen = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    assert seen.startswith('{"prompt": "a \\x9b2J \\u202e é"')
+    assert not {*seen} & {"\x9b", "\u202e"}
+
+
 @pytest.mark.parametrize("verb", ["chat", "generate"])
 def test_bytes_that_are_no_text_on_stdin(
     verb: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,22 @@ def test_colours_show_supervised_tokens_on_a_terminal(
     assert "\x1b[2;7m<|im_start|>" in text  # special
 
 
+def test_no_control_of_a_row_or_of_a_file_name_reaches_the_terminal(
+    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is a name read as markup."""
+    controls = "\x1b]0;title\x07\x9b2J\u202e"
+    rows = [{"instruction": f"say {i} {controls}", "output": controls} for i in range(60)]
+    file = tmp_path / f"[b]{controls}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = json.dumps([{"source": str(file), "format": "alpaca"}])
+    assert main(["data", recipe(alpaca(1)), f"data.train={source}", "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\\x1b]0;title") >= 3  # the place, the question, the answer, the table
+    assert not {*out} & {*controls} - {*"]0;title2J"}
+    assert re.search(r"train:\s+\[b\]", out)
+
+
 def test_json(recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", recipe(alpaca(10)), "--json", "--rows", "1"]) == 0
     values = json.loads(capsys.readouterr().out)

@@ -32,7 +32,7 @@ from tunesmith.data.formats import Conversation
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
-from tunesmith.host.streams import folded, width_of
+from tunesmith.host.streams import folded, visible, width_of
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.run_dir import RECIPE, held_out_hash
 from tunesmith.units import ceil_div, count_of
@@ -197,6 +197,7 @@ def print_data(
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     from rich.bar import Bar
     from rich.console import Console
+    from rich.text import Text
 
     from tunesmith.data.describe_findings import describe_rows
     from tunesmith.data.source import is_local
@@ -213,7 +214,8 @@ def print_data(
         name = part.counts.source
         if is_local(name):
             name = Path(name).name
-        counts.add_row(f"{split}: {name}", "\n".join(prepared.figures(part)))
+        figures = Text(visible("\n".join(prepared.figures(part))))
+        counts.add_row(Text(visible(f"{split}: {name}")), figures)
     console.print(counts, soft_wrap=False)
     bars = histogram(prepared.train)
     most = max((n for _, _, n in bars), default=1)
@@ -318,21 +320,22 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
         example = tokens[i]
         supervised = f"{int(example.trained.sum()):,} supervised"
         title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {supervised}"
-        console.print(Text(f"── {title}"))
+        console.print(Text(f"── {visible(title)}"))
         text = Text()
         is_inside = False
         for piece, is_supervised, is_special in segments(tokens, tokenizer, i):
+            shown = visible(piece)
             if has_colors:
                 style = "bold green" if is_supervised else "dim"
                 if is_special:
                     style += " reverse"
-                text.append(piece, style=style)
+                text.append(shown, style=style)
                 continue
             # Without colors brackets stand around what is supervised.
             if is_supervised != is_inside:
                 text.append("⟦" if is_supervised else "⟧")
                 is_inside = is_supervised
-            text.append(piece)
+            text.append(shown)
         if is_inside:
             text.append("⟧")
         console.print(text)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import add_json
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, UsageError
-from tunesmith.host.streams import show
+from tunesmith.host.streams import show, visible
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -107,4 +107,4 @@ def print_findings(findings: "Sequence[Finding]") -> None:
         if finding.why:
             show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
         if finding.fix:
-            print(f"{'':<11}{'fix':<16}{finding.fix}")
+            print(visible(f"{'':<11}{'fix':<16}{finding.fix}"))

@@ -213,7 +213,7 @@ def print_result(args: argparse.Namespace, result: "Evaluation | RunsEvaluation"
         print(json.dumps(report, indent=2))
         return
     table = result.table()
-    print(table.title, file=sys.stderr)
+    notify(table.title)
     # What makes the scores doubtful comes before them.
     for warning in result.warnings():
         notify(warning)

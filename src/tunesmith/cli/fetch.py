@@ -27,6 +27,7 @@ from tunesmith.cli.options import add_json, add_overrides
 from tunesmith.config.names import nearest
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
+from tunesmith.host.streams import visible
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
@@ -210,7 +211,8 @@ def _list(*, as_json: bool) -> None:
         return
     width = max((len(item.name) for item in items), default=0)
     for item in items:
-        print(f"{item.name:<{width}}  {item.kind:<9}  {size_text(item.size):>10}  {item.folder}")
+        line = f"{item.name:<{width}}  {item.kind:<9}  {size_text(item.size):>10}  {item.folder}"
+        print(visible(line))
     total = size_text(sum(item.size for item in items))
     print(f"{len(items)} in the caches, {total}", file=sys.stderr)
 
@@ -276,6 +278,6 @@ def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, An
         return
     verb = "would remove" if dry else "removed"
     for row in elsewhere:
-        print(f"{verb} {row['kind']} {row['name']}")
+        print(visible(f"{verb} {row['kind']} {row['name']}"))
     for item in items:
         print(f"{verb} {item.kind} {item.name}  {size_text(item.size)}")

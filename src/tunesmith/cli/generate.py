@@ -33,6 +33,7 @@ from tunesmith.errors import (
     disk_fault,
     first_line,
 )
+from tunesmith.host.streams import visible
 from tunesmith.units import count_of
 
 
@@ -69,10 +70,7 @@ def run(args: argparse.Namespace) -> None:
     # Rows that are answered already need no model.
     answer_count, size = _answered_rows(output, rows, args)
     if answer_count == len(rows) and args.resume:
-        print(
-            f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}",
-            file=sys.stderr,
-        )
+        options.notify(f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}")
         return
     from tunesmith.host.signals import StopRequest
     from tunesmith.inference.generate import generate
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
             cancelled=stop.requested,
         )
     if location.note:
-        print(location.note, file=sys.stderr)
+        options.notify(location.note)
     print(f"{count_of(len(rows) - answer_count, 'row')}, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
     try:
@@ -101,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
         with _open_output(output, size) as file, stop, options.ProgressCounter() as progress:
             progress("answers", answer_count, len(rows))
             for row in answers:
-                file.write(_record(row))
+                record = _record(row)
+                file.write(visible(record) if file.isatty() else record)
                 file.flush()
                 answer_count += 1
                 progress("answers", answer_count, len(rows))

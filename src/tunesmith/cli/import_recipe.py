@@ -27,6 +27,7 @@ from tunesmith.config.shipped import schema_line, shipped
 from tunesmith.errors import UsageError, mask_words
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
+from tunesmith.host.streams import visible
 from tunesmith.importers.source_config import TOOLS, SourceConfig, read_command, read_config
 from tunesmith.importers.tools import translate
 from tunesmith.importers.translation import Note
@@ -114,6 +115,7 @@ def print_notes(title: str, notes: Sequence[Note]) -> None:
     """What was not carried over key by key, and why."""
     print(f"\n{title}")
     for note in notes:
-        print(f"  {note.key}: {note.value}  ({note.origin})\n      {note.why}")
+        text = f"  {note.key}: {note.value}  ({note.origin})\n      {note.why}"
+        print(visible(text))
     if not notes:
         print("  nothing")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.cli.options import add_json
-from tunesmith.host.streams import show
+from tunesmith.host.streams import show, visible
 from tunesmith.model.model_types import (
     ModelType,
     Support,
@@ -108,7 +108,7 @@ def print_table(types: Iterable[ModelType]) -> None:
         if sys.stdout.isatty():
             show(line + entry.support.why, sys.stdout, indent=len(line))
         else:
-            print(line + entry.support.why)
+            print(visible(line + entry.support.why))
     counts: Counter[str] = Counter(entry.support.state for entry in rows)
     counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
@@ -141,7 +141,7 @@ def print_one(entry: ModelType) -> None:
         lines["parallel.tensor"] = f"1 alone: {entry.uncut}"
     if entry.tensor is not None:
         lines["parallel.tensor"] = f"{entry.tensor:.1e} from one rank, in losses and gradients"
-    print(entry.model_type)
+    print(visible(entry.model_type))
     for name, value in lines.items():
         if value:
             show(f"  {name}: {value}", sys.stdout)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     for summary in summaries:
         _, damaged_profiles = read_profiles(summary.files.folder)
         for file in (*summary.files.damaged, *damaged_profiles):
-            print(f"damaged: {summary.label}: {file}", file=sys.stderr)
+            show(f"damaged: {summary.label}: {file}", sys.stderr)
     verdict = judge(summaries)
     if args.json:
         print(json.dumps(comparison_values(summaries, verdict), indent=2))

@@ -12,6 +12,7 @@ import json
 
 from tunesmith.cli.options import add_json
 from tunesmith.host.files import from_here
+from tunesmith.host.streams import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace) -> None:
         return
     for job, state in zip(jobs, states, strict=True):
         # A run that nobody launched is named by its directory.
-        print(f"{job.name or from_here(job.run_dir):<24} {state.state:<8} {state.text}")
+        name = job.name or from_here(job.run_dir)
+        print(visible(f"{name:<24} {state.state:<8} {state.text}"))
         if job.name:
-            print(f"{'':<24} {job.run_dir}")
+            print(visible(f"{'':<24} {job.run_dir}"))
     if not jobs:
         print("no jobs yet: tunesmith launch local RECIPE --detach")

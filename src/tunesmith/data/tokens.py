@@ -26,7 +26,7 @@ from tunesmith.data.source import Rows, count_characters
 from tunesmith.data.template import Template
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, TunesmithError
-from tunesmith.host.streams import is_terminal
+from tunesmith.host.streams import is_terminal, visible
 
 log = logging.getLogger(__name__)
 
@@ -762,10 +762,13 @@ def _encode_rows(
     indices: Iterable[int] = range(len(rows))
     if is_terminal(sys.stderr):
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import track
 
         console = Console(stderr=True)
-        indices = track(indices, description=title, console=console, transient=True)
+        # A file's name may hold what is markup.
+        shown = escape(visible(title))
+        indices = track(indices, description=shown, console=console, transient=True)
     else:
         log.debug("%s", title)
     for batch, examples in encode_batches(encode, _read_batches(rows, indices), rows=len(rows)):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tunesmith.distributed.diagnosis import ErrorFields
 from tunesmith.errors import EXIT_STOPPED, RunError, StoppedEarlyError, TunesmithError
+from tunesmith.host.streams import visible
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class FailureReport:
             self.fault = fault
         if reports:
             if not is_raised:
-                print(fault.text(), file=sys.stderr, flush=True)
+                print(visible(fault.text()), file=sys.stderr, flush=True)
             with contextlib.suppress(OSError):
                 self.on_fault(fault, step)
         self.fault_event.set()

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from tunesmith.errors import EXIT_STOPPED, LowMemoryError, StoppedEarlyError, StoppedError
+from tunesmith.host.streams import visible
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class StopRequest:
         with suppress(Exception):
             self.on_exit()
         with suppress(OSError, ValueError):
-            print(self.not_begun().text(), file=sys.stderr, flush=True)
+            print(visible(self.not_begun().text()), file=sys.stderr, flush=True)
         os._exit(EXIT_STOPPED)
 
     def _leave(self) -> None:

@@ -114,7 +114,7 @@ def visible(text: str) -> str:
 
 
 def folded(text: str, width: int, *, indent: int | None = None) -> str:
-    """The text with its long lines broken between words.
+    """The text, `visible`, with its long lines broken between words.
 
     Words, such as paths, commands and settings stay whole, also where they are longer than `width`:
     they are there to be copied.
@@ -124,7 +124,7 @@ def folded(text: str, width: int, *, indent: int | None = None) -> str:
         indent: columns before the rest of a line; None: two more than before the line itself.
     """
     lines = []
-    for line in text.splitlines():
+    for line in visible(text).splitlines():
         if len(line) <= width:
             lines.append(line)
             continue
@@ -143,4 +143,4 @@ def folded(text: str, width: int, *, indent: int | None = None) -> str:
 
 def show(text: str, stream: TextIO, *, indent: int | None = None) -> None:
     """Print text for a person, folded to the width of the stream; see `folded`."""
-    print(folded(visible(text), width_of(stream), indent=indent), file=stream, flush=True)
+    print(folded(text, width_of(stream), indent=indent), file=stream, flush=True)

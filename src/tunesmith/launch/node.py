@@ -39,6 +39,7 @@ from tunesmith.host.cores import available_cores
 from tunesmith.host.ending import run_and_exit
 from tunesmith.host.memory import oom_kills
 from tunesmith.host.signals import RESTART, ignore_stop_signals
+from tunesmith.host.streams import visible
 from tunesmith.launch.debug import collect_logs, enable_debug_logs
 from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import (
@@ -110,7 +111,7 @@ def run_agent(argv: Sequence[str] | None = None) -> int:
     try:
         code = run_node(args)
     except TunesmithError as error:
-        print(error.text(), file=sys.stderr)
+        print(visible(error.text()), file=sys.stderr)
         code = error.exit_code
     # A caller's signals are its own, and what it starts would inherit that they are ignored
     if argv is None:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from tunesmith.config.schema import Run
-from tunesmith.host.streams import folded, is_terminal, show, visible, width_of
+from tunesmith.host.streams import folded, is_terminal, show, width_of
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import SampleAnswer, Sink
@@ -196,7 +196,7 @@ class Terminal(Sink):
 
     def _show(self, text: str) -> None:
         if self._progress is not None:
-            text = folded(visible(text), width_of(self.stream))
+            text = folded(text, width_of(self.stream))
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             show(text, self.stream)
