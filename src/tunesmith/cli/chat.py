@@ -12,7 +12,6 @@ go to stdout. `tunesmith generate` answers rows of a file, each alone.
 
 import argparse
 import math
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -39,8 +38,6 @@ BASE = "base"
 TUNED = "tuned"
 # A terminal this wide shows two answers beside each other.
 COLUMNS = 80
-# A model's escape sequences must not drive the terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x9b]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +163,7 @@ class Chat:
                 sys.stdout.write(f"{side}> ")
             elif several:
                 sys.stdout.write(f"{side}: ")
-            go_on = self._ask(side, question, lambda text: print(visible(text), end="", flush=True))
+            go_on = self._ask(side, question, lambda text: print(text, end="", flush=True))
             print(flush=True)
             if not go_on:
                 return
@@ -202,7 +199,7 @@ class Chat:
 
         def write_printable(text: str) -> None:
             # A model may write control characters, which would change the terminal.
-            write(_CONTROL.sub("", text))
+            write(visible(text))
 
         with StopRequest(interactive=True) as stop:
             loaded = self.loaded

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -30,8 +32,11 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
+from tunesmith.model.architectures import ARCHITECTURES
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
+# Models that were looked at by `_reads_padding`.
+_reading_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
 
 
@@ -161,14 +166,11 @@ def answer_batch(
             they are.
         generate: takes the place of the model's own, for a sharded root.
         synced: whether all ranks answer together, as each gathers weights from the others: none
-            ends before the last.
+            ends before the last. Transformers' own guess does not see FSDP2.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     _check_embedded(model, tokenizer, max(map(max, prompts)))
-    rows = [torch.tensor(prompt, dtype=torch.long, device=model.device) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    generate = partial(generate or model.generate, synced_gpus=synced)
 
     def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         # Waits until the token is there, so that `cancelled` may go by a clock; `generate` waits
@@ -178,27 +180,64 @@ def answer_batch(
             (input_ids.shape[0],), cancelled(), device=input_ids.device, dtype=torch.bool
         )
 
+    def continuations(numbers: Sequence[int]) -> list[list[int]]:
+        """What the model writes behind some of the prompts."""
+        rows = [torch.tensor(prompts[i], dtype=torch.long, device=model.device) for i in numbers]
+        ones = [torch.ones_like(row) for row in rows]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        torch.manual_seed(decoding.seed)
+        out = generate(
+            input_ids=ids,
+            attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
+            generation_config=decoding.config(
+                eos_token_id=sorted(stops) or None, pad_token_id=pad_id
+            ),
+            stopping_criteria=StoppingCriteriaList([ended]),
+            streamer=_Streamer(tokenizer, write) if write else None,
+        )
+        return out[:, ids.shape[1] :].tolist()
+
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    written: dict[int, list[int]] = {}
     # None from the checkpoint.
     settings = model.generation_config
     model.generation_config = GenerationConfig()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with evaluating(model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(decoding.seed)
-            out = (generate or model.generate)(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=decoding.config(
-                    eos_token_id=sorted(stops) or None, pad_token_id=pad_id
-                ),
-                stopping_criteria=StoppingCriteriaList([ended]),
-                streamer=_Streamer(tokenizer, write) if write else None,
-                # Transformers' own guess does not see FSDP2.
-                synced_gpus=synced,
-            )
+            batches = [*by_length.values()]
+            if len(batches) > 1 and not _reads_padding(model, generate):
+                batches = [list(range(len(prompts)))]
+            for batch in batches:
+                written.update(zip(batch, continuations(batch), strict=True))
     finally:
         model.generation_config = settings
-    return [cut_answer(tokenizer, row, stops) for row in out[:, ids.shape[1] :].tolist()]
+    return [cut_answer(tokenizer, written[i], stops) for i in range(len(prompts))]
+
+
+def _reads_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:
+    """Whether tokens that the padding mask hides change what a model writes, as in RWKV.
+
+    Measured once a model, by two rows that differ in hidden tokens alone: logits that heed the mask
+    are equal, but for kernels that round by a row's place; those of RWKV differ by their own size.
+    """
+    if model.config.get_text_config().model_type in ARCHITECTURES:
+        return False
+    if model not in _reading_padding:
+        rows = torch.arange(16, device=model.device).repeat(2, 1)
+        mask = torch.ones_like(rows)
+        mask[:, :8] = 0
+        rows[1, :8] = 0
+        config = GenerationConfig(
+            max_new_tokens=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+        )
+        out = generate(input_ids=rows, attention_mask=mask, generation_config=config)
+        one, other = out.logits[0]
+        difference = (one - other).abs().max()
+        _reading_padding[model] = bool(difference > 0.02 * one.abs().max())
+    return _reading_padding[model]
 
 
 def _check_embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: int) -> None:
