@@ -28,6 +28,7 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import Source
 from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
+from tunesmith.export.gguf.export import export_gguf
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.launch.doctor.system import TEXTS, finding
 from tunesmith.sweep.space import read_space
@@ -47,7 +48,6 @@ PLAIN = (
     "likely_encoding",
     "requirement",
     "SECONDS",
-    "folder",
     "name",
     "near[0]",
     "self.name",
@@ -321,6 +321,19 @@ def test_a_command_never_empties_the_file_that_it_reads(tmp_path: Path) -> None:
         lambda: read_rows(Source(source=str(tmp_path / "rows.json"), format="prompt-completion"))
     )
     assert fix.endswith("> new-rows.json")
+
+
+def test_a_name_behind_a_printed_command_is_one_word(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(HOSTILE).mkdir()
+    assert command_line.main(["recipes", "copy", "smollm2-135m-lora", f"./{HOSTILE}"]) == 0
+    err = capsys.readouterr().err
+    copied = f"./{HOSTILE}/smollm2-135m-lora.yaml"
+    assert words_in_bash(err.rpartition("tunesmith train ")[2], tmp_path) == [copied]
+    fix = fix_of(lambda: export_gguf(tiny, f"{HOSTILE}/a"))
+    assert words_in_bash(fix, tmp_path) == ["--output", str(tmp_path / HOSTILE / "a.gguf")]
 
 
 def test_keys_that_are_proposed_can_be_given(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config.row_formats import COLUMNS
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
+from tunesmith.host.shell import shell_path
 from tunesmith.model.shapes import SHAPES, find_shape
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--ablation measures complete runs only", where="--ablation", fix=fix)
     folder = Path(args.json or ".").parent
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}", where="--json", fix=f"mkdir -p {folder}")
+        fix = f"mkdir -p {shell_path(folder)}"
+        raise UsageError(f"there is no folder {folder}", where="--json", fix=fix)
     traces = Path(args.profile or ".")
     if traces.is_file():
         fix = "use a folder for the traces"

@@ -146,4 +146,4 @@ def _copy(name: str, destination: Path, *, force: bool) -> None:
             fix = f"mkdir -p {shell_path(path.parent)}"
         raise MachineError(f"cannot write: {error.strerror}", where=str(path), fix=fix) from error
     print(path)
-    print(f"edit it, then: tunesmith train {path}", file=sys.stderr)
+    print(f"edit it, then: tunesmith train {shell_path(path)}", file=sys.stderr)

@@ -129,7 +129,7 @@ def _print_address(address: str, *, browser: bool) -> None:
     if connection:
         port = address.split(":")[2].partition("/")[0]
         login = f"{os.environ.get('USER', 'root')}@{connection[2]}"
-        command = f"ssh -N -L {port}:127.0.0.1:{port} {login}"
+        command = f"ssh -N -L {port}:127.0.0.1:{port} {shell_word(login)}"
         notify(f"on your own machine first: {command}")
     if browser:
         import webbrowser

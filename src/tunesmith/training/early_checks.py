@@ -31,7 +31,7 @@ from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.host.files import from_here
-from tunesmith.host.shell import shell_command, shell_path
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.hub import demo_model, fetch
 from tunesmith.run_dir import FINAL, weights_step
 from tunesmith.training.result import Result
@@ -290,7 +290,7 @@ def _with_split(source: Source) -> Source:
             f"{source.source} has no split named train",
             where=source.source,
             why=f"its splits are {', '.join(splits)}",
-            fix=f"choose one: --split {next(iter(splits))}",
+            fix=f"choose one: --split {shell_word(next(iter(splits)))}",
         )
     # A file's name alone may tell its split: of a team called dev, say.
     others = []

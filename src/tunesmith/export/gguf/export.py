@@ -35,6 +35,7 @@ from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_mo
 from tunesmith.host.cores import available_cores
 from tunesmith.host.files import require_disk_space
 from tunesmith.host.logger import lines_by_default
+from tunesmith.host.shell import shell_path
 from tunesmith.hub.fetch import local_model
 from tunesmith.inference.load_run import (
     OpenedRun,
@@ -376,9 +377,8 @@ def _move_with_record(file: Path, goal: Path) -> None:
 def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
     """UsageError for an output that would overwrite something that no export wrote."""
     if not is_folder and goal.suffix != ".gguf":
-        raise UsageError(
-            f"{goal} is not a GGUF file name", where="--output", fix=f"--output {goal}.gguf"
-        )
+        fix = f"--output {shell_path(f'{goal}.gguf')}"
+        raise UsageError(f"{goal} is not a GGUF file name", where="--output", fix=fix)
     if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
         # A link would be replaced, and its target stay.
         kind = "a folder" if goal.is_dir() else "a file or link"
