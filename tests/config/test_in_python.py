@@ -24,6 +24,12 @@ from tunesmith.errors import CheckpointError
         ("evaluate", "or name rows: tunesmith eval RUN --data FILE", "or name rows: tunesmith.evaluate(RUN, data=FILE)"),
         ("merge", "use --force to replace it, or --dtype fp32", 'use force=True to replace it, or dtype="fp32"'),
         ("generate", "a smaller --max-new-tokens", "a smaller max_new_tokens"),
+        ("train", "tunesmith train --model demo --data faq.csv", 'tunesmith.train(model="demo", rows=ROWS)'),
+        ("train", "tunesmith train --fresh; or `tunesmith train` once", "tunesmith.train(fresh=True); or `tunesmith train` once"),
+        ("evaluate", "say: --columns prompt=q --columns completion=a, or --format", 'say: columns={"prompt": "q", "completion": "a"}, or format_name'),
+        ("evaluate", "`tunesmith eval runs/a 'runs/b c' --data x.jsonl`", '`tunesmith.evaluate("runs/a", data="x.jsonl"), tunesmith.evaluate("runs/b c", data="x.jsonl")`'),
+        ("evaluate", "--columns FILE; use runs/a--force", 'columns=FILE; use runs/a--force'),
+        ("evaluate", "--score exact", 'scorers=["exact"]'),
         ("load_run", "tunesmith fetch MODEL; a longer train.duration", "tunesmith fetch MODEL; a longer train.duration"),
     ],
 )  # fmt: skip

@@ -58,8 +58,10 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
     """One layer of all overrides, whatever their order.
 
     Args:
-        overrides: `{"key.sub": value}`, or texts `key.sub=value`.
+        overrides: `{"key.sub": value}`, or texts `key.sub=value`; a single text is one.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
     is_mapping = isinstance(overrides, Mapping)
     origin = FROM_PYTHON if is_mapping else COMMAND_LINE
     base = Path.cwd()
