@@ -94,7 +94,7 @@ def _call(match: re.Match[str]) -> str:
         else:
             runs.append(_literal(word))
     if settings:
-        arguments.insert(0, _mapping(settings))
+        arguments.insert(0, _mapping(settings) if runs else f"overrides={_mapping(settings)}")
     calls = []
     for run in runs or [""]:
         calls.append(f"tunesmith.{_FUNCTIONS[verb]}({', '.join(filter(None, [run, *arguments]))})")
