@@ -20,9 +20,10 @@ from tunesmith.checkpoint import manifest
 from tunesmith.cli.options import notify_weights
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
-from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError
+from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError, UsageError
 from tunesmith.host.chips import Chip
 from tunesmith.inference import load_run as load_run_module
+from tunesmith.inference.evaluate import require_held_out
 from tunesmith.inference.load_run import load_run, locate_run
 from tunesmith.planning import resolve
 
@@ -149,7 +150,6 @@ def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:
     assert locate_run(tmp_path / "full").kind == "full"
     assert locate_run(tmp_path / "full", base_only=True).base.name == str(tiny)
     assert locate_run(tiny).kind == "base"
-    assert locate_run("some-owner/some-model").kind == "base"
 
 
 def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
@@ -249,6 +249,25 @@ def test_wrong_paths_are_told(
     assert caught.value.exit_code == code
     assert words in caught.value.text()
     assert caught.value.fix
+
+
+def test_a_name_that_is_neither_a_folder_nor_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder without runs/, runs/none could be an id on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refuses(UsageError, where="runs/none", fix=["HF_HUB_OFFLINE=0 tunesmith fetch runs/none"]):
+        locate_run("runs/none")
+    # The Hub may have it, so what it stands for is known once it is loaded; evaluate needs more.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    location = locate_run("runs/none")
+    assert location.kind == "base"
+    with refuses(UsageError, names=[location.note]):
+        require_held_out(location, "runs/none")
+    (tmp_path / "hub" / "models--runs--none").mkdir(parents=True)
+    assert locate_run("runs/none").note != location.note
 
 
 def test_opened_model_is_that_of_peft(run: Path, tiny: Path) -> None:

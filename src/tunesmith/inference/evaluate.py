@@ -675,7 +675,7 @@ def require_held_out(location: RunLocation, path: str | Path) -> Run:
     """The recipe of a run; UsageError unless it holds out rows to validate on."""
     run = location.run
     if run is None or not (run.data.validation or run.data.hold_out):
-        why = "it is not a run directory"
+        why = location.note or "it is not a run directory"
         if run:
             why = "its recipe has neither data.validation nor data.hold_out"
         raise UsageError(

@@ -176,7 +176,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         location = RunLocation("base", None, Model(name=str(path)))
     # A folder of that name wins over a Hub id.
     elif _HUB_ID.match(str(path)) and not place.parent.is_dir():
-        location = RunLocation("base", None, Model(name=str(path)), note=f"{path} on the Hub")
+        location = RunLocation("base", None, Model(name=str(path)), note=_note_of_hub(str(path)))
     elif place.is_file():
         raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
@@ -184,6 +184,21 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     if base_only and location.kind != "base":
         return replace(location, kind="base", note=f"the base of {path}: {location.base.name}")
     return location
+
+
+def _note_of_hub(name: str) -> str:
+    """What is known of a name that is no folder's; UsageError if the Hub cannot be asked for it."""
+    from huggingface_hub import constants
+
+    from tunesmith.hub.fetch import repo_cache
+
+    if repo_cache(name).is_dir():
+        return f"{name} on the Hub"
+    missing = f"there is neither a folder nor a cached model {name}"
+    if constants.HF_HUB_OFFLINE:
+        fix = "use the output_dir of a run; or, of a model on the Hub, HF_HUB_OFFLINE=0 tunesmith fetch"
+        raise UsageError(missing, where=name, fix=f"{fix} {name}")
+    return f"{missing}: it is looked up on the Hub"
 
 
 def _no_model(path: Path, what: str) -> UsageError:
