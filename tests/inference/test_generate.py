@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from errors import refuses
+from errors import lines_with, refuses
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Source
@@ -111,6 +111,11 @@ def test_questions_alone_are_read_by_the_columns_that_were_trained(
     assert (found.get("reference"), answered["reference"]) == (None, "b")
     with refuses(UsageError, where="--columns", names=["promt", "prompt-completion"]):
         generate(asked, [{"q": "a"}], format_name="prompt-completion", columns={"promt": "q"})
+    # A single column of any name trains as text; this run was trained on none.
+    with refuses(DataError, where="rows", names=["foo", "question", "reply"], fix=["prompt=foo"]):
+        generate(asked, [{"foo": "a"}])
+    (renamed,) = generate(asked, [{"foo": "a"}], Decoding(3), columns={"prompt": "foo"})
+    assert renamed["output"] == plain["output"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +145,13 @@ def test_columns_are_found_as_train_finds_them(
         source = find_source(from_list(rows), (), "auto", None)
         assert source is not None
         assert (source.format, source.columns) == (layout.format, layout.renamed)
+
+
+def test_a_column_that_was_detected_is_named(
+    loaded: LoadedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(loaded, [{"question": "a"}], Decoding(1))
+    assert len(lines_with(capsys.readouterr().err, "question", "prompt")) == 1
 
 
 def test_columns_that_nothing_tells_are_refused_with_a_proposal(loaded: LoadedModel) -> None:

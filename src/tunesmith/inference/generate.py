@@ -22,11 +22,12 @@ from tunesmith.data.formats import (
     read_label,
 )
 from tunesmith.data.messages import ROLES, is_said
-from tunesmith.data.row_reader import RowReader, is_absent
+from tunesmith.data.row_reader import RowReader, is_absent, plain
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import from_here
+from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
 from tunesmith.units import count_of
@@ -63,6 +64,7 @@ class AnsweredRows(Iterator[dict[str, Any]]):
         return f"<{answered}: a loop or list(...) answers the others>"
 
 
+@lines_by_default()
 def generate(
     loaded: LoadedModel,
     rows: Rows | Sequence[dict[str, Any]],
@@ -181,11 +183,31 @@ def find_source(
     layouts = _detected_layouts(tables, source, format_name, known_format)
     for layout in layouts:
         key_column = _key_column(layout.format, layout.columns)
+        if layout.format == "text" and not (known_format or columns):
+            _require_text_column(key_column, sources, rows.name)
         if known_columns <= {key_column} and all(key_column in row for row in sample.values()):
             if layout.renamed != source.columns:
                 log.info(f"{from_here(rows.name)}: {layout.describe()}")
             return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
     return None
+
+
+def _require_text_column(column: str, sources: Sequence[Source], where: str) -> None:
+    """DataError unless a column has a usual name of a text: any single column would train as one,
+    but an answer to it would be to something else than the run was trained on."""
+    if plain(column) in ROW_FORMATS["text"].names("text"):
+        return
+    trained: dict[str, None] = {}
+    for source in sources:
+        needed = ROW_FORMATS[source.format].layouts[0].needed
+        trained |= {source.columns.get(name, name): None for name in needed}
+    why = f"the run was trained on {', '.join(trained)}" if trained else "there is no usual column"
+    raise DataError(
+        f"no column name indicates what to answer: the only one is {column}",
+        where=where,
+        why=why,
+        fix=f"rename it, or say what it is: --columns prompt={column}",
+    )
 
 
 def _detected_layouts(
