@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config.in_python import fix_in_python
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
@@ -57,7 +58,11 @@ def compare(*runs: str | Path) -> Comparison:
     folders = with_runs_of_folders([str(folder) for folder in runs])
     summaries = summaries_of([RunFiles(folder) for folder in folders])
     names = tuple(summary.label for summary in summaries)
-    return Comparison(names, judge(summaries), _figures(summaries))
+    verdict = judge(summaries)
+    reasons = [fix_in_python(reason, compare.__name__) for reason in verdict.reasons]
+    if len(folders) == 1 < len(runs):
+        reasons.insert(0, f"All {len(runs)} names are of one run: {folders[0]}.")
+    return Comparison(names, verdict._replace(reasons=reasons), _figures(summaries))
 
 
 def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str, Any]:
