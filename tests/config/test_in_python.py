@@ -88,7 +88,7 @@ def test_every_fix_of_the_source_can_be_translated() -> None:
     assert len(calls) > 20 * len(FUNCTIONS)
 
 
-WORDS = ["tunesmith", "train", "eval", "merge", "`", "'", "--", "--fresh", "--columns", "a=b,c", "x"]
+WORDS = "tunesmith train eval merge ` ' -- --fresh --columns a=b,c x".split()
 
 
 @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=4)), st.sampled_from(FUNCTIONS))
@@ -100,7 +100,11 @@ def test_no_fix_ends_in_another_error(words: list[str], function: str) -> None:
     ("function", "arguments", "where"),
     [
         ("train", {"recipe": "nope.yaml"}, "nope.yaml"),
-        ("train", {"recipe": "llama3.1-8b-lora", "overrides": "train.sed=1"}, "overrides: train.sed"),
+        (
+            "train",
+            {"recipe": "llama3.1-8b-lora", "overrides": "train.sed=1"},
+            "overrides: train.sed",
+        ),
         ("evaluate", {}, "data"),
         ("load_run", {"device": "cuda:99"}, "device"),
         ("export_gguf", {"output": ""}, "output"),

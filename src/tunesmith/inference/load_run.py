@@ -196,8 +196,9 @@ def _note_of_hub(name: str) -> str:
         return f"{name} on the Hub"
     missing = f"there is neither a folder nor a cached model {name}"
     if constants.HF_HUB_OFFLINE:
-        fix = "use the output_dir of a run; or, of a model on the Hub, HF_HUB_OFFLINE=0 tunesmith fetch"
-        raise UsageError(missing, where=name, fix=f"{fix} {name}")
+        fetch = f"HF_HUB_OFFLINE=0 tunesmith fetch {name}"
+        fix = f"use the output_dir of a run; or, of a model on the Hub, {fetch}"
+        raise UsageError(missing, where=name, fix=fix)
     return f"{missing}: it is looked up on the Hub"
 
 

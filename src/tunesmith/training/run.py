@@ -121,8 +121,8 @@ def train(
     Args:
         recipe: its file, the name of one that ships, or a checked `Run`. None: one is made
             for `model` and `rows`, as `tunesmith train --model X --data FILE` does.
-        overrides: of a file or name: `{"key.sub": value}`, or texts `key.sub=value`, whose values
-            are read as YAML.
+        overrides: of a file or name: `{"key.sub": value}`, or a text `key.sub=value` or several,
+            whose values are read as YAML.
         model: Hub id, folder, .gguf file, or `demo`.
         rows: mappings, a `datasets.Dataset`, or a pandas or polars data frame; they are kept in the
             run directory, so that the same call resumes.
