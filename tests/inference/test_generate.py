@@ -114,6 +114,8 @@ def test_questions_alone_are_read_by_the_columns_that_were_trained(
     # A single column of any name trains as text; this run was trained on none.
     with refuses(DataError, where="rows", names=["foo", "question", "reply"], fix=["prompt=foo"]):
         generate(asked, [{"foo": "a"}])
+    with refuses(DataError, where="rows", names=["foo", "bar", "question", "reply"]):
+        generate(asked, [{"foo": "a", "bar": "b"}])
     (renamed,) = generate(asked, [{"foo": "a"}], Decoding(3), columns={"prompt": "foo"})
     assert renamed["output"] == plain["output"]
 

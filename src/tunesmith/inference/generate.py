@@ -112,6 +112,8 @@ def generate(
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
     source = find_source(rows, loaded.location.sources, format_name, columns)
     if source is not None:
+        if source.format == "text" and format_name == "auto" and not columns:
+            _require_text_column(source, loaded.location.sources)
         key_column = _key_column(source.format, source.columns)
         # The rows that were looked at are a sample: each of mixed ones is read by its own columns.
         if format_name != "auto" or all(key_column in rows[i] for i in range(len(rows))):
@@ -180,11 +182,9 @@ def find_source(
     if not known_format:
         attempts.append([{**row, "completion": PLACEHOLDER} for row in complete])
     tables = [from_list(attempt, rows.name) for attempt in attempts]
-    layouts = _detected_layouts(tables, source, format_name, known_format)
+    layouts = _detected_layouts(tables, source, format_name, known_format, sources)
     for layout in layouts:
         key_column = _key_column(layout.format, layout.columns)
-        if layout.format == "text" and not (known_format or columns):
-            _require_text_column(key_column, sources, rows.name)
         if known_columns <= {key_column} and all(key_column in row for row in sample.values()):
             if layout.renamed != source.columns:
                 log.info(f"{from_here(rows.name)}: {layout.describe()}")
@@ -192,26 +192,34 @@ def find_source(
     return None
 
 
-def _require_text_column(column: str, sources: Sequence[Source], where: str) -> None:
-    """DataError unless a column has a usual name of a text: any single column would train as one,
-    but an answer to it would be to something else than the run was trained on."""
-    if plain(column) in ROW_FORMATS["text"].names("text"):
-        return
+def _require_text_column(source: Source, sources: Sequence[Source]) -> None:
+    """DataError unless the rows' column has a usual name of a text: any single column would train
+    as one, but the run answers what it was trained on."""
+    column = _key_column("text", source.columns)
+    if plain(column) not in ROW_FORMATS["text"].names("text"):
+        raise DataError(
+            "no column name indicates what to answer",
+            where=from_here(source.source),
+            why=f"the columns are {column}{_trained_columns(sources)}",
+            fix=f"rename it, or say what it is: --columns prompt={column}",
+        )
+
+
+def _trained_columns(sources: Sequence[Source]) -> str:
+    """The columns that the run needed in its rows, as the end of a sentence; "" for no run."""
     trained: dict[str, None] = {}
     for source in sources:
         needed = ROW_FORMATS[source.format].layouts[0].needed
         trained |= {source.columns.get(name, name): None for name in needed}
-    why = f"the run was trained on {', '.join(trained)}" if trained else "there is no usual column"
-    raise DataError(
-        f"no column name indicates what to answer: the only one is {column}",
-        where=where,
-        why=why,
-        fix=f"rename it, or say what it is: --columns prompt={column}",
-    )
+    return f"; those of the run's own rows are {', '.join(trained)}" if trained else ""
 
 
 def _detected_layouts(
-    tables: Sequence[Rows], source: Source, format_name: str, known_format: str
+    tables: Sequence[Rows],
+    source: Source,
+    format_name: str,
+    known_format: str,
+    sources: Sequence[Source],
 ) -> list[Detected]:
     """The layouts that `train` finds in the first or else the second of two forms of some rows.
 
@@ -226,6 +234,7 @@ def _detected_layouts(
         except DataError as error:
             errors.append(error)
     if not layouts and not known_format:
+        errors[0].why += _trained_columns(sources)
         raise errors[0]
     # Any column of text reads as that, of prompts without answers too: it comes last.
     layouts.sort(key=lambda layout: layout.format == "text")
