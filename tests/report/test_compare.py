@@ -189,6 +189,41 @@ def test_one_recipe_twice(tmp_path: Path) -> None:
     assert sentence(found, "2 runs", "2 seeds")
 
 
+def test_an_unfinished_run_tells_nothing_of_the_seeds(tmp_path: Path) -> None:
+    """It is compared after the steps that it took, and is in no mean."""
+    whole = write_run(tmp_path / "whole", falling(2.0), recipe=rate(1e-3, 1))
+    cut = write_run(
+        tmp_path / "cut", falling(3.0, steps=20), steps=20, recipe=rate(1e-3, 2), finished=False
+    )
+    found = verdict(cut, whole)
+    assert (found.kind, found.best) == ("none", ())
+    assert holds(found.headline, "whole")
+    assert "cut" not in found.headline
+    assert sentence(found, "1.0100", "step 20", "1.4900", "2.4900")
+    assert sentence(found, "cut (killed at step 20)")
+    assert "±" not in said(found)
+    also = write_run(tmp_path / "also", falling(2.1), recipe=rate(1e-3, 3))
+    found = verdict(cut, whole, also)
+    assert found.kind == "equal"
+    # Bests of 1.01 and 1.11.
+    assert sentence(found, "2 runs", "2 seeds", "1.0600 ± 0.0707")
+    other = write_run(tmp_path / "other", falling(4.0), recipe=rate(1e-4))
+    found = verdict(cut, whole, also, other)
+    assert (found.kind, found.best) == ("better", (1, 2))
+
+
+def test_an_unfinished_run_leads_or_is_led_so_far_unless_a_sweep_left_it(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole", falling(2.0), recipe=rate(1e-3))
+    cut = write_run(
+        tmp_path / "cut", falling(3.0, steps=20), steps=20, recipe=rate(1e-4), finished=False
+    )
+    assert verdict(whole, cut).kind == "none"
+    (cut.folder / "stopped.json").write_text(json.dumps({"reason": "sweep", "step": 20}))
+    assert cut.refresh()
+    found = verdict(whole, cut)
+    assert (found.kind, found.best) == ("better", (0,))
+
+
 def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", falling(2.0))
     tuned = [1.0, 1.2, 0.8, 1.1, 0.9, 1.0]
@@ -360,7 +395,7 @@ def preferring(
     extra = {
         step: {"val_reward_accuracy": accuracies[step], "reward_margin": 1.0} for step in accuracies
     }
-    val = dict.fromkeys(accuracies, 0.5)
+    val = dict.fromkeys(accuracies, options.pop("val_loss", 0.5))
     env = {"validation_examples": 100} | options.pop("env", {})
     return write_run(
         folder, val, recipe=recipe, env=env, extra=lambda step: extra.get(step, {}), **options
@@ -385,6 +420,25 @@ def test_pairs_are_compared_by_accuracy_and_its_interval(tmp_path: Path) -> None
     assert holds(alone.headline, "90.0 %", "82.9 to 94.8", "step 20")
 
 
+def test_a_lower_training_loss_that_held_out_rows_confirm_is_not_held_against_a_run(
+    tmp_path: Path,
+) -> None:
+    """Of equal accuracies, and where val_loss is lower too; training losses of two methods are of
+    different kinds."""
+    first = preferring(tmp_path / "first", {40: 0.9}, recipe=rate(1e-5), loss=0.5)
+    tie = preferring(tmp_path / "tie", {40: 0.9}, recipe=rate(1e-6), loss=0.1)
+    found = verdict(first, tie)
+    assert found.kind == "equal"
+    assert holds(found.headline, "90.0 % of first", "90.0 % of tie")
+    assert not sentence(found, "training loss")
+    for name, val_loss, is_told in (("surer", 0.4, False), ("vaguer", 0.6, True)):
+        run = preferring(tmp_path / name, {40: 0.7}, recipe=rate(1e-6), loss=0.1, val_loss=val_loss)
+        assert bool(sentence(verdict(first, run), name, "training loss")) == is_told
+    simpo = preferring(tmp_path / "simpo", {40: 0.9}, "simpo", loss=0.5)
+    orpo = preferring(tmp_path / "orpo", {40: 0.7}, "orpo", loss=0.1, val_loss=0.6)
+    assert not sentence(verdict(simpo, orpo), "training loss")
+
+
 def test_without_their_number_the_noise_of_pairs_is_that_of_the_curve(tmp_path: Path) -> None:
     env = {"validation_examples": None}
     good = preferring(tmp_path / "good", {40: 0.9}, recipe=rate(1e-5), env=env)
@@ -401,7 +455,9 @@ def test_methods_that_measure_otherwise_are_compared_by_eval_alone(tmp_path: Pat
     assert verdict(simpo, orpo).kind == "better"
     found = verdict(dpo, simpo)
     assert (found.kind, found.best) == ("none", ())
-    assert "tunesmith eval RUN --data pairs.jsonl" in said(found)
+    assert sentence(found, f"`tunesmith eval {dpo.folder} {simpo.folder}`")
+    others = preferring(tmp_path / "others", {40: 0.6}, "simpo", env={"validation_hash": "w" * 64})
+    assert sentence(verdict(dpo, others), f"{others.folder} --data held-out.jsonl`")
     for run, share in ((dpo, 0.95), (simpo, 0.6), (sft, 0.5)):
         write_eval(run.folder, pairs_eval(share))
         assert run.refresh()

@@ -255,17 +255,35 @@ def _judge(runs: Sequence[RunSummary]) -> Verdict:
     cautions = [*absent, *_cautions(measured, first, measure)]
     # One group: all runs learned from the same recipe.
     if len(ranking) == 1:
-        seeds = count_of(len({run.seed for run in measured}), "seed")
-        headline = "One recipe: the difference is the seed's or the machine's"
-        why = f"These are {len(measured)} runs of one recipe with {seeds}: {measure.name} {first}."
-        why += _keys_without_effect(measured)
-        return Verdict("equal", headline, [why, *cautions])
+        return _one_recipe(first, measured, cautions)
     verdict = _compare_groups(ranking, cautions)
     # The winner's runs, by their place in the report.
     if verdict.kind == "better":
         best = tuple(i for i, run in enumerate(runs) if run in first.runs)
         return verdict._replace(best=best)
     return verdict
+
+
+def _one_recipe(
+    group: RunGroup, measured: Sequence[RunSummary], cautions: Sequence[str]
+) -> Verdict:
+    """The verdict on runs of one recipe, of which `group` has those that are comparable."""
+    name = group.measure.name
+    without_effect = _keys_without_effect(measured)
+    if len(group.runs) > 1:
+        seeds = count_of(len({run.seed for run in group.runs}), "seed")
+        headline = "One recipe: the difference is the seed's or the machine's"
+        why = f"These are {len(group.runs)} runs of one recipe with {seeds}: {name} {group}."
+        return Verdict("equal", headline, [why + without_effect, *cautions])
+    (first,) = group.runs
+    headline = f"One recipe: only {first.label} is trained as far as step {first.steps}"
+    if first.files.state is RunState.FINISHED:
+        headline = f"One recipe: only {first.label} has finished"
+    why = f"Its {group.measure.best_word} is {group}."
+    for run in measured:
+        if run is not first:
+            why += _at_common_step(first, run, group.measure)
+    return Verdict("none", headline, [why + without_effect, *cautions])
 
 
 def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
@@ -288,21 +306,30 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
 def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tuple[str, str]:
     """Kind and headline of a verdict on the better and the worse one of two recipes."""
     measure = first.measure
-    against = f"{measure.best_word} {first} against {second} of {second.name}"
-    # A run that goes on may still change places.
-    if any(run.files.state is RunState.RUNNING for run in (*first.runs, *second.runs)):
+    of_second = f"against {second} of {second.name}"
+    against = f"{measure.best_word} {first} {of_second}"
+    # A run that goes on, or is resumed, may still change places.
+    if any(map(_may_improve, (*first.runs, *second.runs))):
         return "none", f"So far {first.name} leads: {against}"
     if noise.threshold is None:
         chance = "how much runs vary by chance is unknown"
         return "none", f"{first.name} has the {measure.best_word}, but {chance}: {against}"
     if gap <= noise.threshold:
-        return "equal", f"No significant difference: {against}"
+        best = f"{measure.best_word} {first} of {first.name}"
+        return "equal", f"No significant difference: {best} {of_second}"
     is_are = "is" if len(first.runs) == 1 else "are"
     where = ""
     if not noise.tells_of_rows:
         count = first.runs[0].held_out
         where = f" on {count_of(count, 'held-out row')}" if count else " on these held-out rows"
     return "better", f"{first.name} {is_are} better{where}: {against}"
+
+
+def _may_improve(run: RunSummary) -> bool:
+    """Whether the run was to train further; a candidate that a sweep has left was not."""
+    stopped = run.files.stopped or {}
+    is_left = run.files.state is RunState.STOPPED and stopped.get("reason") == "sweep"
+    return run.files.state is not RunState.FINISHED and not is_left
 
 
 def _alone(run: RunSummary, measure: Measure) -> Verdict:
@@ -330,10 +357,13 @@ def _different_losses(measured: Sequence[RunSummary], measure: Measure) -> Verdi
         return None
     names = [f"{label}: {method}" for label, method in methods.items()]
     why = f"The methods differ: {', '.join(names)}."
+    command = _eval_command(measured)
+    hashes = {run.validation_hash for run in measured}
+    if len(hashes) > 1 or None in hashes:
+        command += " --data held-out.jsonl"
     fix = (
-        "Evaluate each on the same pairs, tunesmith eval RUN --data pairs.jsonl, and "
-        "create the report"
-        " again; or compare their answers, with --score."
+        f"Evaluate all on the same pairs, which none was trained on: `{command}`, and create the "
+        "report again; or compare their answers, with --score."
     )
     return Verdict("none", "Not comparable: val_loss is a different loss in each", [why, fix])
 
@@ -368,13 +398,18 @@ def _draws(measured: Sequence[RunSummary]) -> list[str]:
 
 
 def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
-    """The runs by recipe, the best first."""
+    """The runs by recipe, the best first; of a recipe those that finished, or came furthest."""
     by_recipe: dict[str, list[RunSummary]] = {}
     for run in measured:
         # Runs with the same keys that change what is learned differ by seed alone.
         by_recipe.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
     groups = []
-    for runs in by_recipe.values():
+    for of_recipe in by_recipe.values():
+        # A shorter run of a recipe says nothing of its seeds.
+        runs = [run for run in of_recipe if not _may_improve(run)]
+        if not runs:
+            furthest = max(run.steps for run in of_recipe)
+            runs = [run for run in of_recipe if run.steps == furthest]
         bests = [best for best in map(measure.best, runs) if best is not None]
         spread = Spread.from_values([value for value, _ in bests])
         if spread:
@@ -524,17 +559,22 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
         listed = ", ".join(names)
         text = f"They differ in {len(names)} things ({listed}): any of them may be the reason."
     text += _keys_without_effect([first, second])
+    return text + _at_common_step(first, second, measure)
+
+
+def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> str:
+    """A sentence on the values of runs of unequal length after the same steps; empty without."""
     first_values = dict(measure.values(first))
     second_values = dict(measure.values(second))
     # Unequal runs are compared at a step that both have reached.
     common_steps = first_values.keys() & second_values.keys()
-    if first.steps != second.steps and common_steps:
-        step = max(common_steps)
-        text += (
-            f" After step {step}, the last that both were measured at: "
-            f"{measure.text(first_values[step])} against {measure.text(second_values[step])}."
-        )
-    return text
+    if first.steps == second.steps or not common_steps:
+        return ""
+    step = max(common_steps)
+    return (
+        f" After step {step}, the last that both were measured at: "
+        f"{measure.text(first_values[step])} against {measure.text(second_values[step])}."
+    )
 
 
 def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
@@ -547,6 +587,19 @@ def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
     if not keys:
         return ""
     return f" They also differ in {', '.join(keys)}; this does not change what is learned."
+
+
+def _fits_training_rows_alone(run: RunSummary, winner: RunSummary, measure: Measure) -> bool:
+    """Whether the training loss of the run is clearly lower than that of the winner, while all that
+    was measured on held-out rows is worse."""
+    if run.method != winner.method or not run.loss or not winner.loss:
+        return False
+    for of_rows in (measure, VAL_LOSS):
+        best = of_rows.best(run)
+        winning = of_rows.best(winner)
+        if best and winning and of_rows.worse_by(best[0], than=winning[0]) <= 0:
+            return False
+    return _clearly_lower(run.loss, winner.loss)
 
 
 def _clearly_lower(first: Spread, second: Spread) -> bool:
@@ -593,11 +646,8 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         )
     if first is None:
         return cautions
-    best_loss = first.runs[0].loss
     for run in runs:
-        if run in first.runs or not run.loss or not best_loss:
-            continue
-        if _clearly_lower(run.loss, best_loss):
+        if run not in first.runs and _fits_training_rows_alone(run, first.runs[0], measure):
             cautions.append(
                 f"{run.label} has the lower training loss: "
                 "it fits its training rows better, but not the held-out rows."
