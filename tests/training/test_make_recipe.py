@@ -227,6 +227,10 @@ def test_an_adapter_is_continued_at_half_the_rate(home: Path, tiny: Path) -> Non
     assert continued_rate(3e-4) == 1.5e-4, "of an 8B"
     assert continued.run.train.duration.amount == 3, "more epochs are for a new adapter"
     assert (continued.run.adapter.rank, continued.run.adapter.alpha) == (4, 8)
+    assert continued.run.adapter.target == "all-linear", "as the run's recipe has it"
+    (home / "mine/config.yaml").write_text("adapter: {target: [q_proj]}\n")
+    named = make_recipe("small", "faq.csv", ["adapter.from=mine"]).run.adapter.target
+    assert any(name.endswith("down_proj") for name in named), "as the adapter's file has it"
     pairs = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]
     (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     dpo = make_recipe("small", "pairs.jsonl").run.train

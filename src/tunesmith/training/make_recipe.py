@@ -40,6 +40,7 @@ from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
+from tunesmith.run_dir import read_recipe
 from tunesmith.scoring.intervals import MIN_DIFFERING
 from tunesmith.training.early_checks import RowsLook, check_same, look_at_rows, over
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
@@ -382,8 +383,13 @@ def _choose_adapter(chosen: dict[str, Any], why: dict[str, str], draft: Run) -> 
     if not Path(name).is_dir():
         return  # on the Hub, which is not asked here
     why["adapter.rank"] = "as the adapter that training continues from"
-    adapter = read_adapter(find_adapter(name).folder)
+    folder = find_adapter(name).folder
+    adapter = read_adapter(folder)
     usual = Adapter()
+    # PEFT's file has the names that a run's `all-linear` stood for.
+    of_run = read_recipe(folder.parent).value.get("adapter") or {}
+    if of_run.get("target") == usual.target:
+        adapter = replace(adapter, target=usual.target)
     for field in ("rank", "alpha", "target", "rslora", "modules_to_save"):
         value = getattr(adapter, field)
         if field in ("rank", "alpha") or value != getattr(usual, field):
