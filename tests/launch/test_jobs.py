@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
 import pytest
 
 from errors import holds
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK
-from tunesmith.launch.jobs import Job, save_job
+from tunesmith.launch.jobs import FOLDER, Job, save_job
 from tunesmith.launch.local import LocalJob
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
+from tunesmith.watch.run_list import RunList
 
 GONE = {"pid": "0", "created": "never"}
 
@@ -60,6 +64,35 @@ def test_stopping_an_earlier_job_leaves_the_later_one_at_work(out: Path):
         assert not (out / STOP_FILE).exists()
         later.stop()
     assert (out / STOP_FILE).exists()
+
+
+def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after `launch local --detach`, while the ranks still import torch."""
+    (out / "failure.json").unlink()
+    launched("local-1", out)
+    (out / STOPPED).write_text('{"reason": "file"}')
+    (out / METRICS).write_text('{"step": 1, "loss": 1.5, "step_seconds": 2.0}\n')
+    (out / FOLDER).mkdir()
+
+    def states() -> list[str]:
+        found = []
+        for command in ("status", "watch", "report"):
+            assert main([command, str(out), "--json"]) == EXIT_OK
+            told = json.loads(capsys.readouterr().out)
+            found.append((told[0] if command == "status" else told["runs"][0])["state"])
+        listed = RunList([out.parent])
+        assert any(listed.refresh())
+        return [*found, *(run.row["state"] for run in listed.runs.values())]
+
+    assert states() == ["stopped"] * 4
+    with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as agent:
+        details = {"pid": str(agent.pid), "created": str(agent.create_time())}
+        save_job(LocalJob("local-2", str(out), details=details))
+        assert states() == ["running"] * 4
+        agent.communicate()
+    assert states()[1:] == ["stopped"] * 3
 
 
 def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):

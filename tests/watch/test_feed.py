@@ -71,6 +71,9 @@ def test_time_left_is_what_the_last_steps_took(tmp_path: Path) -> None:
     )
     assert run.refresh(threading.Lock())
     assert run.status()["end"] == {"reason": "memory", "figures.free_bytes": 5}
+    (tmp_path / "run/stopped.json").write_text(json.dumps({"reason": "file", "step": 40}))
+    assert run.refresh(threading.Lock())
+    assert holds(run.status()["end"]["reason"], "tunesmith stop")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,10 @@ class Job:
             texts.append(f"{FINAL}/ is of step {best_step}")
         return JobState(state, ", ".join(filter(None, texts)))
 
+    def is_alive(self) -> bool:
+        """Whether a process of it is known to run on this machine."""
+        return False
+
     def read_log(self, *, follow: bool) -> Iterator[str]:
         """The log's text, in pieces; `follow`: until the job has ended."""
         log = Path(self.log or Path(self.run_dir, LOG))
@@ -271,6 +275,19 @@ def is_locked(run_dir: Path) -> bool:
         return False
     finally:
         os.close(handle)
+    return False
+
+
+def is_at_work(run_dir: Path) -> bool:
+    """Whether a process of this machine trains here, or was launched to and has not locked yet."""
+    if is_locked(run_dir):
+        return True
+    if not (run_dir / FOLDER).is_dir():
+        return False  # nothing was launched here
+    place = os.path.realpath(run_dir)
+    # Where the user's folder cannot be written, no job was noted.
+    with suppress(MachineError):
+        return any(j.is_alive() for j in all_jobs() if os.path.realpath(j.run_dir) == place)
     return False
 
 

@@ -18,7 +18,7 @@ from tunesmith.checkpoint.previous_crash import find_previous_crash
 from tunesmith.config.dump import leaves
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.shell import shell_path
-from tunesmith.launch.jobs import holds_run, is_locked
+from tunesmith.launch.jobs import holds_run, is_at_work
 from tunesmith.metrics.record import checked_values, is_column
 from tunesmith.run_dir import (
     EVALS,
@@ -32,6 +32,7 @@ from tunesmith.run_dir import (
     RECIPE,
     SAMPLES,
     SCORES,
+    STOP_FILE,
     STOPPED,
     Part,
     RunState,
@@ -378,7 +379,7 @@ class RunFiles:
         return text
 
     def _state(self) -> RunState:
-        if is_locked(self.folder):
+        if is_at_work(self.folder):
             return RunState.RUNNING
         manifest = None
         name = f"{FINAL}/{MANIFEST}"
@@ -405,6 +406,8 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
         fields = {name: run.failure.get(name) for name in FAILURE_FIELDS}
     elif run.state is RunState.STOPPED and run.stopped:
         fields = leaves(run.stopped)
+        if fields.get("reason") == "file":
+            fields["reason"] = f"`tunesmith stop`, or the file `{STOP_FILE}` in its directory"
     elif run.state is RunState.KILLED:
         command = f"tunesmith train {shell_path(shown(run.folder / RECIPE))}"
         end = find_previous_crash(run.folder) or RunError(

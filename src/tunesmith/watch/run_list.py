@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tunesmith.launch.jobs import is_locked, run_folders
+from tunesmith.launch.jobs import is_at_work, run_folders
 from tunesmith.metrics.record import checked_values
 from tunesmith.report.run_files import finite
 from tunesmith.run_dir import (
@@ -67,7 +67,7 @@ class ListedRun:
 
     def refresh(self) -> bool:
         """Read the run if its files or its lock have changed; whether they have."""
-        is_running = is_locked(self.folder)
+        is_running = is_at_work(self.folder)
         signature: list[Any] = [_signature_of(self.folder / name) for name in _FILES]
         signature.append(is_running)
         if signature == self._signature:
