@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from errors import refuses, warnings_with
+from errors import lines_with, refuses, warnings_with
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
@@ -275,12 +275,18 @@ def test_a_stack_is_rendered_without_docker_and_without_a_swarm(
         (tmp_path / "bin" / "docker").write_text(f"#!/bin/sh\n{docker}\n")
         (tmp_path / "bin" / "docker").chmod(0o755)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    assert main(["launch", "swarm", str(tmp_path / "recipe.yaml"), "--render", *flags]) == 0
+    command = ["launch", "swarm", str(tmp_path / "recipe.yaml"), "--render", *flags]
+    assert main(command) == 0
     shown = capfd.readouterr()
+    assert main(command) == 0
+    assert capfd.readouterr().out == shown.out
     service = read(shown.out)["services"][SERVICE]
     assert service["deploy"]["replicas"] == count
     assert service["command"][service["command"].index("--nodes") + 1] == str(count)
     endpoint = service["command"][service["command"].index("--endpoint") + 1]
     assert endpoint.rpartition(":")[0] == ("127.0.0.1" if count == 1 else socket.gethostname())
     assert warnings_with(shown.err, f"--nodes {count}")
-    assert not (tmp_path / "run" / "launch").exists(), "nothing is started or written"
+    assert "HF_TOKEN_PATH" not in service["environment"], "there is no such secret"
+    assert service["command"][-1] == str(tmp_path / "run" / "launch" / "recipe.yaml")
+    assert lines_with(shown.err, service["command"][-1])
+    assert Path(service["command"][-1]).is_file()

@@ -4,7 +4,7 @@ example:
   tunesmith launch swarm my-recipe.yaml  # on all nodes that are ready
   # here and on spark-b, as ssh knows it
   tunesmith launch swarm my-recipe.yaml --hosts spark-b
-  tunesmith launch swarm my-recipe.yaml --render  # print the stack file only
+  tunesmith launch swarm my-recipe.yaml --render  # print only
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves, and removes the service
 
@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     further = "further mounts or variables of the service `ranks`"
     extra = f"a stack file that is merged over ours: {further}"
     parser.add_argument("--stack-extra", type=Path, metavar="FILE", help=extra)
-    parser.add_argument("--render", action="store_true", help="only print the stack file")
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="print the stack file and write its recipe, without starting it",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -42,6 +42,8 @@ PASSED_ON = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
     r"|WANDB_(PROJECT|ENTITY|MODE)"
 )
+# Of a rendered stack, so that two of them are alike: that of torchrun.
+RENDERED_PORT = 29500
 SYSTEM_FOLDERS = (
     *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr"),
     *("/var/run", "/var/lib/docker"),
@@ -67,7 +69,7 @@ def launch_on_swarm(
     Args:
         nodes, hosts: as of `find_nodes`.
         extra: a file of the user's that is laid over the stack file.
-        render: print the stack file instead, without secrets.
+        render: print the stack file instead, without secrets, and write its recipe here alone.
 
     Raises:
         What `find_nodes`, `fetch` and `ship` do.
@@ -96,7 +98,10 @@ def launch_on_swarm(
         mounts.append((place, str(path)))
     stack = replace(stack, image=image, debug=debug, mounts=tuple(mounts))
     if render:
-        print(stack.text(extra), end="")
+        host = stack.endpoint.rpartition(":")[0]
+        text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
+        log.info(f"recipe, which each node must have: {write_recipe(run)}")
+        print(text, end="")
         return None
     addresses = ",".join(node.address for node in chosen)
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
@@ -243,8 +248,7 @@ def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, rest
     if nodes == 1:
         return stack
     # The address that others reach is not to be seen here.
-    port = stack.endpoint.rpartition(":")[2]
-    return replace(stack, nodes=nodes, endpoint=f"{socket.gethostname()}:{port}")
+    return replace(stack, nodes=nodes, endpoint=f"{socket.gethostname()}:{RENDERED_PORT}")
 
 
 def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:

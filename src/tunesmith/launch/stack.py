@@ -87,8 +87,9 @@ class Stack:
             # The run directory is a folder that the container may write to on every node.
             "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
             "NVIDIA_MOFED": "enabled",
-            "HF_TOKEN_PATH": f"{SECRETS}/HF_TOKEN",
         }
+        if "HF_TOKEN" in dict(self.secrets):
+            environment["HF_TOKEN_PATH"] = f"{SECRETS}/HF_TOKEN"
         secrets = [
             # Secrets are files of root unless the stack gives them to the user.
             {"source": source, "target": source, "uid": user, "gid": group, "mode": 0o400}
