@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ from typing import BinaryIO
 import psutil
 import pytest
 
-from errors import holds
+from errors import check_shown, holds
+from recipes import recipe
 from tunesmith.cli.main import main
-from tunesmith.errors import EXIT_OK
+from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from tunesmith.launch.jobs import FOLDER, Job, save_job
 from tunesmith.launch.local import LocalJob
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
@@ -34,6 +36,10 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     a_minute_ago = time.time() - 60
     os.utime(folder / "failure.json", (a_minute_ago, a_minute_ago))
     return folder
+
+
+def created_at(process: psutil.Process) -> dict[str, str]:
+    return {"pid": str(process.pid), "created": str(process.create_time())}
 
 
 def launched(name: str, out: Path) -> LocalJob:
@@ -93,6 +99,36 @@ def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(
         assert states() == ["running"] * 4
         agent.communicate()
     assert states()[1:] == ["stopped"] * 3
+
+
+@pytest.mark.parametrize("launcher", [["local", "--detach"], ["swarm", "--render"]])
+def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
+    launcher: list[str], tiny: Path, out: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its log, and the recipe that its nodes read again, stay; its process need not have the lock
+    yet, and need not have been launched.
+    """
+    import fcntl
+
+    (out / "failure.json").unlink()  # the folder is no run's
+    file = out.parent / "recipe.yaml"
+    file.write_text(json.dumps(recipe(tiny, out.parent, held=False)))
+    command = ["launch", launcher[0], str(file), *launcher[1:]]
+    log = out / "launch" / "output.log"
+    log.parent.mkdir()
+    log.write_text("of the first")
+    save_job(LocalJob("local-1", str(out), details=created_at(psutil.Process())))
+    launched("local-2", out)
+    assert main(command) == EXIT_USAGE
+    stop = "tunesmith stop local-1"
+    check_shown(capfd.readouterr().err, where=str(out), names=["local-1"], fix=[stop])
+    shutil.rmtree(out.parent / "state")
+    with (out / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(command) == EXIT_USAGE
+    check_shown(capfd.readouterr().err, where=str(out), fix=[f"tunesmith stop {out}"])
+    assert log.read_text() == "of the first"
+    assert [path.name for path in log.parent.iterdir()] == [log.name]
 
 
 def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):

@@ -285,14 +285,14 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
             fix=f"in a clone: docker build -f docker/Dockerfile -t {shell_word(image)} . "
             "(see docs/docker.md)",
         )
+    # The ended container of an earlier start still has the name.
+    if previous is not None:
+        _docker("rm", job.name)
     write_recipe(run)
     for mount in mounts:
         # Docker mounts only what is there.
         if mount.writable:
             mount.path.mkdir(parents=True, exist_ok=True)
-    # The ended container of an earlier start still has the name.
-    if previous is not None:
-        _docker("rm", job.name)
     # The container keeps its mounts of these files after they are deleted; nothing stays on the
     # disk.
     with _secret_files() as secrets:

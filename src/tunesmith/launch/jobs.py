@@ -178,9 +178,7 @@ class Job:
 
     def later_job(self) -> "Job | None":
         """The newest job of this run directory, where this one is an earlier job of it."""
-        # A run directory may be reached by a link: paths are compared without links.
-        run_dir = os.path.realpath(self.run_dir)
-        jobs = [job for job in all_jobs() if os.path.realpath(job.run_dir) == run_dir]
+        jobs = jobs_of(self.run_dir)
         is_earlier = self.name in [job.name for job in jobs[:-1]]
         return jobs[-1] if is_earlier else None
 
@@ -200,9 +198,12 @@ class Job:
         """UsageError where the job waits or runs: no second one is launched beside it."""
         state = self.state()
         if state.at_work:
-            fix = f"tunesmith stop {shell_word(self.name)}; or output_dir=runs/another-name"
+            word = shell_word(self.name) if self.name else shell_path(self.run_dir)
             raise UsageError(
-                f"{self.name} is already running", where=self.run_dir, why=state.text, fix=fix
+                f"{self.name or 'a run'} is already running",
+                where=self.run_dir,
+                why=state.text,
+                fix=f"tunesmith stop {word}; or output_dir=runs/another-name",
             )
 
 
@@ -373,9 +374,15 @@ def recipe_file(run_dir: str) -> Path:
 def write_recipe(run: Run) -> Path:
     """Write the resolved recipe into the run directory, for the nodes.
 
-    MachineError where it cannot be written.
+    UsageError where a run is at work there, which may read its recipe again; MachineError where it
+    cannot be written.
     """
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
+    # A process that nobody launched has the lock alone.
+    for job in (*jobs_of(run.output_dir), Job("", run.output_dir)):
+        # A queue or daemon that does not answer says nothing of its job: the lock does.
+        with suppress(MachineError):
+            job.check_ended()
     check_run_dir(Path(run.output_dir), inputs_of(run).values())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -426,16 +433,21 @@ def all_jobs() -> list[Job]:
     return jobs
 
 
+def jobs_of(run_dir: str) -> list[Job]:
+    """The noted jobs of a run directory, the newest last."""
+    # It may be reached by a link: paths are compared without links.
+    place = os.path.realpath(run_dir)
+    return [job for job in all_jobs() if os.path.realpath(job.run_dir) == place]
+
+
 def find_job(word: str) -> Job:
     """The job of that name, or the newest of that run directory; UsageError if there is neither."""
     jobs = all_jobs()
-    place = os.path.realpath(word)
-    for job in reversed(jobs):
-        # Jobs of one run directory have the order of their launches: the newest one counts.
-        if job.name == word or os.path.realpath(job.run_dir) == place:
-            return job
+    named = [job for job in jobs if job.name == word] or jobs_of(word)
+    if named:
+        return named[-1]
     if is_run(Path(word)) or is_locked(Path(word)):
-        return Job("", place)
+        return Job("", os.path.realpath(word))
     newest = ", ".join(job.name for job in jobs[-5:]) or "none"
     what = f"{word} is neither a job of {getpass.getuser()} nor a run directory"
     raise UsageError(

@@ -29,7 +29,6 @@ from tunesmith.launch.jobs import (
     FOLDER,
     Job,
     JobState,
-    all_jobs,
     safe_value,
     save_job,
     step_and_time_left,
@@ -511,12 +510,9 @@ def hub_home() -> str:
 def submit(run: Run, request: Request) -> SlurmJob:
     """Write recipe and script, submit it, and note the job.
 
-    MachineError in sbatch's words where it refuses.
+    UsageError where another job of the run directory waits or runs; MachineError in sbatch's words
+    where it refuses.
     """
-    # Two jobs in one run directory would wait for the lock of each other.
-    for job in all_jobs():
-        if isinstance(job, SlurmJob) and job.run_dir == run.output_dir:
-            job.check_ended()
     text = render_script(run, request)
     script = write_recipe(run).with_name(SCRIPT)
     write_atomically(script, text)
