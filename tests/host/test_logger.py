@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from tunesmith.host.logger import (
     default_level,
     lines_by_default,
     lines_on_stderr,
+    logged_if_slow,
     stderr_only_from,
 )
 
@@ -120,3 +122,15 @@ def test_a_root_logger_at_warning_gets_no_line(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO), default_level(logging.INFO):
         log.info("two")
     assert caplog.messages == ["two"]
+
+
+def test_a_block_says_what_it_does_only_if_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("tunesmith.data")
+    with caplog.at_level(logging.INFO, "tunesmith.data"):
+        with logged_if_slow(log, "quick", 60.0):
+            pass
+        # The line comes within the block: it would wait here for ever.
+        with logged_if_slow(log, "slow", 0.01):
+            while not caplog.messages:
+                time.sleep(0.01)
+    assert caplog.messages == ["slow"]

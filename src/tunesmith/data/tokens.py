@@ -26,6 +26,7 @@ from tunesmith.data.source import Rows, count_characters
 from tunesmith.data.template import Template
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, TunesmithError
+from tunesmith.host.logger import logged_if_slow
 from tunesmith.host.streams import is_terminal, visible
 
 log = logging.getLogger(__name__)
@@ -576,7 +577,8 @@ def _tokenize_rows(
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
     too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
-    with closing(_encode_rows(rows, encode, title)) as encoded_rows:
+    slow = f"{title}: the template is rendered for each of {len(rows):,} rows"
+    with logged_if_slow(log, slow), closing(_encode_rows(rows, encode, title)) as encoded_rows:
         for i, where, row in encoded_rows:
             if isinstance(row, DataError):
                 bad.add(i, where, row)

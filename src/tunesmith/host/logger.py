@@ -7,6 +7,7 @@ itself; what a program calls shows them only if the program has not set up loggi
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -36,6 +37,18 @@ class StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         show(self.format(record), sys.stderr)
+
+
+@contextmanager
+def logged_if_slow(log: logging.Logger, text: str, seconds: float = 5.0) -> Iterator[None]:
+    """Log what the block does, once it takes longer: silence is not taken for a fault."""
+    timer = threading.Timer(seconds, log.info, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
