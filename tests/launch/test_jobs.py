@@ -123,6 +123,7 @@ def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
     stop = "tunesmith stop local-1"
     check_shown(capfd.readouterr().err, where=str(out), names=["local-1"], fix=[stop])
     shutil.rmtree(out.parent / "state")
+    (out.parent / "state").touch()  # no job can be noted
     with (out / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(command) == EXIT_USAGE

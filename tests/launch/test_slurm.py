@@ -17,15 +17,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from errors import check_shown, holds, refuses
+from errors import check_shown, holds, lines_with, refuses
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.load import from_mapping, load_recipe
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, Source
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.launch import slurm
 from tunesmith.launch.inputs import recipe_inputs
 from tunesmith.launch.sites import DIRECTIVES, Site, read_site
+from tunesmith.training.run import train
 
 FLAGS = (*DIRECTIVES, "gpus_per_node", "container")
 CANARIES = {"HF_TOKEN": "hf_CANARY0123456789", "WANDB_API_KEY": "canary-of-wandb"}
@@ -404,7 +405,7 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     assert f"\nrun={out}\n" in said.out
     assert recipe_line == f"recipe: {out}/launch/recipe.yaml"
     assert [path.name for path in (out / "launch").iterdir()] == ["recipe.yaml"]
-    rows.touch()
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}))
     assert main(["launch", "slurm", "recipe.yaml", "--site", "alps"]) == 2
     check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])
 
@@ -419,12 +420,36 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     with refuses(UsageError, names=["owner/model"], fix=[fetch]):
         slurm.check_reach(elsewhere, site, words)
     slurm.check_reach(elsewhere, replace(site, environment={"HF_HOME": "/scratch"}), words)
+    splits = tuple(Source(source="owner/rows", split=split) for split in ("train", "test"))
+    on_hub = replace(run, data=replace(run.data, train=splits[:1], validation=splits[1:]))
+    with pytest.raises(UsageError) as error:
+        slurm.check_reach(on_hub, site, words)
+    assert error.value.what.count("owner/rows") == 1
     monkeypatch.setenv("WANDB_API_KEY", CANARIES["WANDB_API_KEY"])
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with refuses(UsageError, where="log.wandb", names=["WANDB_API_KEY"]):
         slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
     (tmp_path / "netrc").touch()
     slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
+
+
+def test_a_finished_run_is_not_submitted(
+    tiny: Path,
+    tmp_path: Path,
+    sites: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, train={"duration": "2 steps"})))
+    train(file, quiet=True)
+    monkeypatch.setenv("PATH", "")  # no sbatch
+    capfd.readouterr()
+    command = ["launch", "slurm", str(file), "--gpus-per-node", "0"]
+    assert main(command) == 0
+    assert lines_with(capfd.readouterr().out, "2 steps", "train.duration")
+    assert main([*command, "train.duration=4 steps"]) == 2
+    check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])
 
 
 @pytest.mark.parametrize("debug", [True, False])

@@ -170,7 +170,7 @@ class Job:
         """Whether the run directory has this file, and it is not from before the launch."""
         file = Path(self.run_dir, name)
         try:
-            launched_at = (state_folder() / f"{self.name}.json").stat().st_mtime
+            launched_at = (_notes() / f"{self.name}.json").stat().st_mtime
             return file.stat().st_mtime >= launched_at
         except OSError:
             # Nobody launched the job, or on another machine: there is no note of it here.
@@ -378,11 +378,7 @@ def write_recipe(run: Run) -> Path:
     cannot be written.
     """
     file = recipe_file(safe_value(run.output_dir, "output_dir"))
-    # A process that nobody launched has the lock alone.
-    for job in (*jobs_of(run.output_dir), Job("", run.output_dir)):
-        # A queue or daemon that does not answer says nothing of its job: the lock does.
-        with suppress(MachineError):
-            job.check_ended()
+    check_free(run.output_dir)
     check_run_dir(Path(run.output_dir), inputs_of(run).values())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -394,13 +390,23 @@ def write_recipe(run: Run) -> Path:
     return file
 
 
-def state_folder() -> Path:
-    """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`.
+def check_free(run_dir: str) -> None:
+    """UsageError where a job of the run directory waits or runs, or a process holds its lock."""
+    for job in (*jobs_of(run_dir), Job("", run_dir)):
+        # A queue or daemon that does not answer says nothing of its job: the lock does.
+        with suppress(MachineError):
+            job.check_ended()
 
-    It is created for the user alone.
-    """
+
+def _notes() -> Path:
+    """The user's folder of jobs: below `$XDG_STATE_HOME`, else `~/.local/state`."""
     state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    folder = state / "tunesmith" / "jobs"
+    return state / "tunesmith" / "jobs"
+
+
+def state_folder() -> Path:
+    """The user's folder of jobs, created for the user alone."""
+    folder = _notes()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -421,7 +427,7 @@ def save_job(job: Job) -> None:
 def all_jobs() -> list[Job]:
     """The noted jobs, the newest last; a note that cannot be read is left out."""
     jobs = []
-    for file in sorted(state_folder().glob("*.json"), key=lambda path: path.stat().st_mtime):
+    for file in sorted(_notes().glob("*.json"), key=lambda path: path.stat().st_mtime):
         # The kind is the first word of the name: `swarm-my-run-1f3a5c`.
         kind = file.stem.partition("-")[0]
         # A file of somebody else's, or of another version

@@ -31,6 +31,7 @@ from tunesmith.launch.jobs import (
     JobState,
     safe_value,
     save_job,
+    state_folder,
     step_and_time_left,
     write_recipe,
 )
@@ -196,7 +197,7 @@ class SlurmJob(Job):
         code, out, errors = _slurm("squeue", "--noheader", "--states=all", "--jobs", id_, form)
         # Slurm forgets a job some minutes after its end.
         if code and "Invalid job id" not in errors:
-            fix = "sinfo, on a login node of the cluster"
+            fix = "tunesmith doctor --slurm, on a login node of the cluster"
             raise MachineError("Slurm does not respond", where="squeue", why=errors, fix=fix)
         if not out.strip():
             return super().state()
@@ -470,11 +471,9 @@ def check_reach(run: Run, site: Site, words: Sequence[str]) -> None:
     recipe_inputs(run)
     from tunesmith.hub.fetch import cached_model, local_model, repo_cache
 
-    missing = [
-        source.source
-        for source in hub_sources(run)
-        if not repo_cache(source.source, "dataset").exists()
-    ]
+    # Rows to train on and held-out ones may be splits of one data set.
+    datasets = dict.fromkeys(source.source for source in hub_sources(run))
+    missing = [name for name in datasets if not repo_cache(name, "dataset").exists()]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
     # `environment` of the site may name another cache.
@@ -514,12 +513,14 @@ def submit(run: Run, request: Request) -> SlurmJob:
     where it refuses.
     """
     text = render_script(run, request)
+    # A job that cannot be noted is not submitted.
+    state_folder()
     script = write_recipe(run).with_name(SCRIPT)
     write_atomically(script, text)
     # The flag too, because SBATCH_EXPORT of the environment wins over the script.
     code, out, errors = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
     if code:
-        fix = "sinfo shows partitions and limits"
+        fix = "sinfo shows partitions and limits; tunesmith doctor --slurm checks the cluster"
         raise MachineError("sbatch rejects the job", where=str(script), why=errors, fix=fix)
     # ID, or ID;CLUSTER
     id_ = out.strip().partition(";")[0]
