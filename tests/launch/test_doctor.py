@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ from tunesmith.errors import MachineError
 from tunesmith.host.chips import peak_of
 from tunesmith.launch.doctor import checks, speed
 from tunesmith.launch.doctor.checks import examine
-from tunesmith.launch.doctor.fix import cable_addresses, fix_scripts
-from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding, System
+from tunesmith.launch.doctor.fix import PARTS, cable_addresses, fix_scripts
+from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding, System, finding
 
 ROOM = Path(speed.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -314,23 +315,51 @@ def test_addresses_stay_and_new_ones_are_free() -> None:
 def test_no_name_becomes_a_command(name: str) -> None:
     nodes = [facts("a", {"name": name, "addresses": []})]
     with pytest.raises(MachineError):
-        fix_scripts([Finding("cable", FAULT, "", host="a")], nodes, "")
+        fix_scripts([Finding("cable", FAULT, "", host="a", case="down")], nodes, "")
 
 
 def test_a_script_has_only_what_is_needed(tmp_path: Path) -> None:
     """A commented line of the toolkit: no word of addresses, keys or swarms; and the name of a host
     is quoted.
     """
-    script = fix_scripts([Finding("swarm-resource", FAULT, "", host="a")], [facts("a")], "")["a"]
+    fault = Finding("swarm-resource", FAULT, "", host="a", case="absent")
+    script = fix_scripts([fault], [facts("a")], "")["a"]
     assert "1i swarm-resource" in script
     assert not re.search("netplan|ssh|swarm init|daemon.json", script)
-    script = fix_scripts([Finding("ssh", FAULT, "", host="b; id")], [facts("a")], "b; id")["a"]
+    refused = Finding("ssh", FAULT, "", host="b; id", case="Permission denied")
+    script = fix_scripts([refused], [facts("a")], "b; id")["a"]
     assert "PEER='b; id'" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("key", "command"),
+    [("docker/down", "usermod -aG"), ("docker/absent", "usermod -aG"),
+     ("ssh/resolve hostname", "ssh-copy-id"), ("ssh/Connection refused", "ssh-copy-id"),
+     ("daemon.json/old", "daemon.json"), ("swarm/two", "swarm init")],
+)  # fmt: skip
+def test_a_step_of_another_fault_of_the_same_check_is_not_in_the_script(
+    key: str, command: str
+) -> None:
+    """What no step fixes stands there as a comment, whatever its host said."""
+    values = {"host": "b", "message": "first\nrm -rf /", "shown": "", "state": ""}
+    found = replace(finding(key, **values), host="b")
+    nodes = [facts("a", reached=["10.0.0.1", "10.0.0.2"]), facts("b")]
+    for script in fix_scripts([found], nodes, "b").values():
+        steps = "\n".join(line for line in script.splitlines() if not line.startswith("#"))
+        assert command not in steps
+        assert "rm -rf" not in steps
+    if key != "daemon.json/old":
+        assert found.fix in script
+
+
+@pytest.mark.parametrize("key", sorted(PARTS))
+def test_each_part_is_of_a_finding(key: str) -> None:
+    assert TEXTS[key][0] != OK
+
+
 def test_without_a_cable_the_swarm_takes_the_addresses_of_ssh() -> None:
-    found = [Finding("swarm", FAULT, "", host=host) for host in "ab"] + [
+    found = [Finding("swarm", FAULT, "", host=host, case="absent") for host in "ab"] + [
         Finding("cable", "warning", "", host="a")
     ]
     scripts = fix_scripts(found, [facts("a"), facts("b", reached=["10.0.0.1", "10.0.0.2"])], "b")

@@ -10,18 +10,24 @@ from typing import Any
 from tunesmith.errors import MachineError
 from tunesmith.launch.doctor.system import OK, Finding
 
-# check -> the parts of fix.sh that fix it. A script has them in the order of fix.sh.
+# check/case -> the parts of fix.sh that fix it. A script has them in the order of fix.sh.
 PARTS = {
-    "ssh": ("keys",),
-    "cable": ("cable",),
-    "mtu": ("cable",),
-    "address": ("cable",),
-    "gid": ("cable",),
-    "toolkit": ("toolkit", "restart"),
-    "daemon.json": ("daemon", "restart"),
-    "swarm-resource": ("swarm-resource", "restart"),
-    "docker": ("group",),
-    "swarm": ("swarm",),
+    "ssh/Permission denied": ("keys",),
+    "cable/down": ("cable",),
+    "mtu/other": ("cable",),
+    "address/none": ("cable",),
+    "address/lost": ("cable",),
+    "address/apart": ("cable",),
+    "gid/none": ("cable",),
+    "toolkit/absent": ("toolkit", "restart"),
+    "toolkit/swarm": ("toolkit", "restart"),
+    "daemon.json/runtime": ("daemon", "restart"),
+    "daemon.json/resource": ("daemon", "restart"),
+    "daemon.json/old": ("restart",),
+    "swarm-resource/absent": ("swarm-resource", "restart"),
+    "swarm-resource/other": ("swarm-resource", "restart"),
+    "docker/group": ("group",),
+    "swarm/absent": ("swarm",),
 }
 
 
@@ -52,15 +58,22 @@ def fix_scripts(findings: list[Finding], nodes: list[dict[str, Any]], peer: str)
         if is_first:
             hosts.append(peer)
         chosen = {"end"}
+        by_hand = []
         for finding in findings:
-            if finding.level != OK and finding.host in hosts:
-                chosen.update(PARTS.get(finding.check, ()))
+            if finding.level == OK or finding.host not in hosts:
+                continue
+            parts_of_fix = PARTS.get(f"{finding.check}/{finding.case}", ())
+            chosen.update(parts_of_fix)
+            if not parts_of_fix:
+                # What the host said may have several lines, which would be commands.
+                by_hand.append(" ".join(f"# by hand: {finding.what}: {finding.fix}".split()) + "\n")
         if not end:
             chosen.discard("cable")
         # The first node makes the swarm, the other joins it.
         if "swarm" in chosen and addresses[0]:
             chosen.add("init" if is_first else "join")
-        text = head + "".join(part for name, part in parts.items() if name in chosen)
+        steps = [part for name, part in parts.items() if name in chosen]
+        text = "".join([head, *by_hand, *steps])
         values = {
             "PEER": peer,
             "MANAGER": addresses[0],

@@ -49,7 +49,9 @@ _FUNCTION = re.compile(r"en[pP].*s\d+(f\d+)np\d+$")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `level` is ok, warning or fault; `fix` is a command."""
+    """One line of the report. `level` is ok, warning or fault; `fix` is a command; `case` as in
+    findings.json.
+    """
 
     check: str
     level: str
@@ -57,6 +59,7 @@ class Finding:
     why: str = ""
     fix: str = ""
     host: str = ""
+    case: str = ""
 
 
 def finding(key: str, host: str = "", **values: Any) -> Finding:
@@ -68,8 +71,9 @@ def finding(key: str, host: str = "", **values: Any) -> Finding:
         name: value if name in UNQUOTED else shlex.quote(str(value))
         for name, value in values.items()
     }
-    check = key.partition("/")[0]
-    return Finding(check, level, what.format(**values), why.format(**values), fix.format(**words))
+    check, _, case = key.partition("/")
+    texts = (what.format(**values), why.format(**values), fix.format(**words))
+    return Finding(check, level, *texts, case=case)
 
 
 class Gpu(NamedTuple):
