@@ -136,10 +136,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export_gguf(args: argparse.Namespace) -> None:
+    from tunesmith.export.output import gguf_place
     from tunesmith.inference.load_run import locate_run
 
     # The next import takes seconds, so it comes after the checks.
-    notify_weights(locate_run(args.run))
+    location = locate_run(args.run)
+    gguf_place(args.output, location, is_folder=args.to == "ollama", force=args.force)
+    notify_weights(location)
     from tunesmith.export.gguf.export import DEFAULT_QUANT, export_adapter, export_gguf
 
     with ProgressCounter() as progress:
@@ -174,16 +177,18 @@ def _export_gguf(args: argparse.Namespace) -> None:
 
 
 def _export_vllm(args: argparse.Namespace) -> None:
+    from tunesmith.export.output import new_folder_place
     from tunesmith.inference.load_run import locate_run
 
-    # A wrong path is reported before torch is imported.
-    notify_weights(locate_run(args.run))
+    # Wrong paths are reported before torch is imported.
+    location = locate_run(args.run)
+    new_folder_place(args.output, location)
+    notify_weights(location)
     output = shell_path(Path(args.output))
     if args.adapter:
         from tunesmith.export.vllm_adapter import export_peft
 
         rank = export_peft(args.run, args.output)
-        location = locate_run(args.run)
         base = location.base.name
         module = shell_word(f"{Path(args.output).name}={args.output}")
         serve = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"

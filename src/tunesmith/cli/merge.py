@@ -36,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tunesmith.export.output import merge_place
     from tunesmith.inference.load_run import locate_run
 
-    # A wrong path is reported before torch is imported.
-    notify_weights(locate_run(args.run))
+    # Wrong paths are reported before torch is imported.
+    location = locate_run(args.run)
+    merge_place(args.run, args.output, location, force=args.force)
+    notify_weights(location)
     from tunesmith.export.merge import merge
 
     merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)

@@ -10,7 +10,6 @@ in bands: the memory that this takes does not grow with the model.
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,11 +25,18 @@ from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import CardFile, model_card, weights_file, with_files
 from tunesmith.config.schema import Model
-from tunesmith.errors import CheckpointError, UsageError
+from tunesmith.errors import CheckpointError
 from tunesmith.export import merge_check
 from tunesmith.export.compressed import RoundedWeight
 from tunesmith.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
-from tunesmith.export.output import move_into_place, output_place, part_folder
+from tunesmith.export.output import (
+    MERGE_FILE,
+    NOTICES,
+    file_sizes,
+    merge_place,
+    move_into_place,
+    part_folder,
+)
 from tunesmith.export.streamed_model import Values, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 from tunesmith.host.files import follow_umask, require_disk_space
@@ -60,10 +66,7 @@ from tunesmith.run_dir import weights_step
 
 # Rows from the first to before the last.
 ReadRows = Callable[[int, int], torch.Tensor]
-# The check, and the size of each file: the mark of a folder that a merge wrote.
-MERGE_FILE = "merge.json"
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
-NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 # Some converters read the vocabulary from it; it says nothing of added tokens.
 SENTENCEPIECE = "tokenizer.model"
 
@@ -130,16 +133,7 @@ def merge(
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
     location = locate_run(path)
-    if location.kind != "adapter":
-        where = str(location.folder or path)
-        why = "it is a base model"
-        if location.kind == "full":
-            why = "it is a full fine-tune, already a complete model"
-        fix = f"use {where}, or copy it"
-        raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)
-    # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
-    goal = output_place(os.path.realpath(output) if str(output) else output, location)
-    _check_output(goal, force=force)
+    goal = merge_place(path, output, location, force=force)
     dtype = dtype or location.dtype
     _check_room(goal, location.base, dtype)
     had_bars = hf_logging.is_progress_bar_enabled()
@@ -149,7 +143,7 @@ def merge(
             check = _merge_and_check(location, part, dtype, device)
             measured = check.merged.mean_kl, check.merged.agreement
             add_files_to_card(part, weights_file(part, f"Transformers, {dtype}", *measured))
-            sizes = _file_sizes(part)
+            sizes = file_sizes(part)
             text = json.dumps({**asdict(check), "files": sizes}, indent=2)
             (part / MERGE_FILE).write_text(text + "\n", encoding="utf-8")
             follow_umask(part)
@@ -187,47 +181,6 @@ def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
     needed = round(parameters * DTYPES[dtype].itemsize * ROOM)
     fix = "free disk space, or write to another disk with --output"
     require_disk_space(goal, needed, what="the merged model", fix=fix)
-
-
-def _check_output(output: Path, *, force: bool) -> None:
-    """UsageError for an output that would overwrite something."""
-
-    def unusable(what: str, fix: str, why: str = "") -> UsageError:
-        return UsageError(what, where="--output", why=why, fix=fix)
-
-    if output.exists() and not output.is_dir():
-        raise unusable(f"{output} is a file", "name a folder that is new or empty")
-    for folder in (output, Path(f"{output}.rejected")):
-        foreign = _foreign_file(folder)
-        if foreign:
-            raise unusable(
-                f"{folder} is not empty: it contains {foreign}",
-                "name a folder that is new or empty",
-                "--force only replaces an earlier merge that was not changed since",
-            )
-        # A rejected merge is replaced in any case.
-        if folder == output and not force and (folder / MERGE_FILE).exists():
-            fix = "use another folder, or --force to replace it"
-            raise unusable(f"{output} contains an earlier merge", fix)
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in a folder, by its relative path."""
-    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-    return {str(file.relative_to(folder)): file.lstat().st_size for file in files}
-
-
-def _foreign_file(folder: Path) -> str | None:
-    """A file in a folder that no merge wrote, or that has another size by now; None if there is
-    none."""
-    try:
-        sizes = dict(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return min((p.name for p in folder.iterdir()), default=None) if folder.is_dir() else None
-    for name, size in _file_sizes(folder).items():
-        if name != MERGE_FILE and sizes.get(name) != size:
-            return name
-    return None
 
 
 def _merge_and_check(

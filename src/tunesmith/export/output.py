@@ -1,11 +1,13 @@
 """Where an export is written: in a hidden folder beside its place, until it is complete.
 
-    output_place -> part_folder: `.NAME.PID.part` -> checks of what was written -> move_into_place
+    gguf_place, merge_place or new_folder_place -> part_folder: `.NAME.PID.part`
+    -> checks of what was written -> move_into_place
 
 A killed export leaves such a folder, and nothing under the final name; the next one to that place
-removes it.
+removes it. Commands look for the place before torch is imported.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,9 +17,17 @@ from pathlib import Path
 import psutil
 
 from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fault
+from tunesmith.export.gguf.ollama import MODELFILE
+from tunesmith.export.gguf.types import QUANTS
+from tunesmith.export.record import record_path
 from tunesmith.host.files import existing_folder
+from tunesmith.host.shell import shell_path
 from tunesmith.inference.load_run import RunLocation
 
+ADAPTER = "lora"  # ends the name of an adapter's file in a folder for Ollama
+# The check, and the size of each file: the mark of a folder that a merge wrote.
+MERGE_FILE = "merge.json"
+NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 OTHER_DISK = "free disk space (df -h), or use another disk with --output"
 
 
@@ -59,10 +69,118 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     return goal
 
 
-def require_new_folder(goal: Path) -> None:
-    """UsageError unless nothing is there, or an empty folder."""
+def new_folder_place(output: str | Path, location: RunLocation) -> Path:
+    """`output_place` of a folder; UsageError unless nothing is there, or an empty folder."""
+    goal = output_place(output, location)
     if goal.is_symlink() or (goal.exists() and (not goal.is_dir() or any(goal.iterdir()))):
         raise UsageError("--output is not an empty folder", where=str(goal), fix="name a new one")
+    return goal
+
+
+def merge_place(
+    path: str | Path, output: str | Path, location: RunLocation, *, force: bool
+) -> Path:
+    """`output_place` of a merge of the run at `path`.
+
+    UsageError where the run has no adapter, or where the merge would overwrite something else.
+    """
+    if location.kind != "adapter":
+        where = str(location.folder or path)
+        why = "it is a base model"
+        if location.kind == "full":
+            why = "it is a full fine-tune, already a complete model"
+        fix = f"use {where}, or copy it"
+        raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)
+    # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
+    goal = output_place(os.path.realpath(output) if str(output) else output, location)
+
+    def unusable(what: str, fix: str, why: str = "") -> UsageError:
+        return UsageError(what, where="--output", why=why, fix=fix)
+
+    if goal.exists() and not goal.is_dir():
+        raise unusable(f"{goal} is a file", "name a folder that is new or empty")
+    for folder in (goal, Path(f"{goal}.rejected")):
+        foreign = _unmerged_file(folder)
+        if foreign:
+            raise unusable(
+                f"{folder} is not empty: it contains {foreign}",
+                "name a folder that is new or empty",
+                "--force only replaces an earlier merge that was not changed since",
+            )
+        # A rejected merge is replaced in any case.
+        if folder == goal and not force and (folder / MERGE_FILE).exists():
+            fix = "use another folder, or --force to replace it"
+            raise unusable(f"{goal} contains an earlier merge", fix)
+    return goal
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder, by its relative path."""
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    return {str(file.relative_to(folder)): file.lstat().st_size for file in files}
+
+
+def _unmerged_file(folder: Path) -> str | None:
+    """A file in a folder that no merge wrote, or that has another size by now; None if there is
+    none."""
+    try:
+        sizes = dict(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return min((p.name for p in folder.iterdir()), default=None) if folder.is_dir() else None
+    for name, size in file_sizes(folder).items():
+        if name != MERGE_FILE and sizes.get(name) != size:
+            return name
+    return None
+
+
+def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, force: bool) -> Path:
+    """`output_place` of a GGUF file, or of a folder with one for Ollama.
+
+    UsageError where it would overwrite something that no export wrote.
+    """
+    goal = output_place(output, location)
+    if not is_folder and goal.suffix != ".gguf":
+        fix = f"--output {shell_path(f'{goal}.gguf')}"
+        raise UsageError(f"{goal} is not a GGUF file name", where="--output", fix=fix)
+    if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
+        # A link would be replaced, and its target stay.
+        kind = "a folder" if goal.is_dir() else "a file or link"
+        raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
+    if not goal.exists() or (is_folder and not any(goal.iterdir())):
+        return goal
+    foreign = _unexported_file(goal) if is_folder else None
+    if foreign or not (is_folder or _is_gguf(goal)):
+        raise UsageError(
+            f"{goal} contains {foreign}" if foreign else f"{goal} is not a GGUF file",
+            where="--output",
+            why="--force only replaces files that an export wrote",
+            fix="name a new one",
+        )
+    if not force:
+        raise UsageError(
+            f"{goal} already exists",
+            where="--output",
+            fix="use a new name, or --force to replace it",
+        )
+    return goal
+
+
+def _unexported_file(folder: Path) -> str | None:
+    """A file in a folder that no export for Ollama wrote; None if there is none."""
+    ggufs = [folder / f"{folder.name}-{content}.gguf" for content in (*QUANTS, ADAPTER)]
+    own_names = {MODELFILE}
+    for file in ggufs:
+        own_names |= {file.name, record_path(file).name}
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name not in own_names and not name.upper().startswith(NOTICES):
+            return name
+    return None if MODELFILE in names else names[0]
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 @contextmanager

@@ -26,9 +26,8 @@ from tunesmith.export.merge_check import Difference, compare_logits, probe_promp
 from tunesmith.export.output import (
     OTHER_DISK,
     move_into_place,
-    output_place,
+    new_folder_place,
     part_folder,
-    require_new_folder,
 )
 from tunesmith.export.streamed_model import Values, decoder_layers, streamed_logits
 from tunesmith.export.tuned_weights import TunedModel, open_tuned_model
@@ -101,8 +100,7 @@ def export_rounded(
         MachineError: no room on the disk.
     """
     location = locate_run(path)
-    goal = output_place(output, location)
-    require_new_folder(goal)
+    goal = new_folder_place(output, location)
     place = torch.device(select_device(device))
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))

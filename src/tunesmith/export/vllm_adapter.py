@@ -35,9 +35,8 @@ from tunesmith.export.merge import add_files_to_card
 from tunesmith.export.output import (
     OTHER_DISK,
     move_into_place,
-    output_place,
+    new_folder_place,
     part_folder,
-    require_new_folder,
 )
 from tunesmith.export.tuned_weights import ExpertsUpdate, LoraUpdate, TunedModel, open_tuned_model
 from tunesmith.host.files import follow_umask, require_disk_space
@@ -120,8 +119,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
         ModelError: vLLM refuses such an adapter, or would compute another one.
     """
     location = locate_run(path)
-    goal = output_place(output, location)
-    require_new_folder(goal)
+    goal = new_folder_place(output, location)
     folder = location.folder
     if location.kind != "adapter" or folder is None:
         raise UsageError(f"{path} has no adapter", where="--adapter", fix="remove --adapter")

@@ -23,19 +23,23 @@ from tunesmith.export.gguf.adapter import GgufBase, plan_adapter
 from tunesmith.export.gguf.check import FileCheck, check_file
 from tunesmith.export.gguf.families import OWN_SCRIPT
 from tunesmith.export.gguf.llama_cpp import has_llama_cpp
-from tunesmith.export.gguf.ollama import MODELFILE, guard_template, modelfile_text, write_modelfile
+from tunesmith.export.gguf.ollama import guard_template, modelfile_text, write_modelfile
 from tunesmith.export.gguf.plan import GgufPlan, plan_gguf
-from tunesmith.export.gguf.types import QUANTS
 from tunesmith.export.gguf.write import write_gguf
-from tunesmith.export.merge import NOTICES, copy_notices
-from tunesmith.export.output import OTHER_DISK, move_into_place, output_place, part_folder
+from tunesmith.export.merge import copy_notices
+from tunesmith.export.output import (
+    ADAPTER,
+    OTHER_DISK,
+    gguf_place,
+    move_into_place,
+    part_folder,
+)
 from tunesmith.export.record import record_of, record_path, write_record
 from tunesmith.export.streamed_model import Values
 from tunesmith.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 from tunesmith.host.cores import available_cores
 from tunesmith.host.files import require_disk_space
 from tunesmith.host.logger import lines_by_default
-from tunesmith.host.shell import shell_path
 from tunesmith.hub.fetch import local_model
 from tunesmith.inference.load_run import (
     OpenedRun,
@@ -52,7 +56,6 @@ from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
 
 DEFAULT_QUANT = "q4_k_m"
-ADAPTER = "lora"  # ends the name of an adapter's file in a folder for Ollama
 OLLAMA_NOTE = (
     "Ollama renders chats by the base's template, without the run's form of tools, or by one of "
     "its own that is nearly the same; compare its answers with llama-server's"
@@ -132,8 +135,7 @@ def export_gguf(
         CheckpointError: llama.cpp reads prompts otherwise; the file is kept as `.rejected`.
     """
     location = locate_run(path)
-    goal = output_place(output, location)
-    _check_output(goal, is_folder=for_ollama, force=force)
+    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     place = torch.device(select_device(device))
     threads = threads or available_cores()
     file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
@@ -194,8 +196,7 @@ def export_adapter(
         base; ModelError where the base is not the file that the run was trained on.
     """
     location = locate_run(path)
-    goal = output_place(output, location)
-    _check_output(goal, is_folder=for_ollama, force=force)
+    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     folder = location.folder
     if location.kind != "adapter" or folder is None:
         raise UsageError(
@@ -372,51 +373,6 @@ def _move_with_record(file: Path, goal: Path) -> None:
     record_path(goal).unlink(missing_ok=True)
     move_into_place(file, goal)
     move_into_place(record_path(file), record_path(goal))
-
-
-def _check_output(goal: Path, *, is_folder: bool, force: bool) -> None:
-    """UsageError for an output that would overwrite something that no export wrote."""
-    if not is_folder and goal.suffix != ".gguf":
-        fix = f"--output {shell_path(f'{goal}.gguf')}"
-        raise UsageError(f"{goal} is not a GGUF file name", where="--output", fix=fix)
-    if goal.is_symlink() or (goal.is_dir() != is_folder and goal.exists()):
-        # A link would be replaced, and its target stay.
-        kind = "a folder" if goal.is_dir() else "a file or link"
-        raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
-    if not goal.exists() or (is_folder and not any(goal.iterdir())):
-        return
-    foreign = _foreign_file(goal) if is_folder else None
-    if foreign or not (is_folder or _is_gguf(goal)):
-        raise UsageError(
-            f"{goal} contains {foreign}" if foreign else f"{goal} is not a GGUF file",
-            where="--output",
-            why="--force only replaces files that an export wrote",
-            fix="name a new one",
-        )
-    if not force:
-        raise UsageError(
-            f"{goal} already exists",
-            where="--output",
-            fix="use a new name, or --force to replace it",
-        )
-
-
-def _foreign_file(folder: Path) -> str | None:
-    """A file in a folder that no export for Ollama wrote; None if there is none."""
-    ggufs = [folder / f"{folder.name}-{content}.gguf" for content in (*QUANTS, ADAPTER)]
-    own_names = {MODELFILE}
-    for file in ggufs:
-        own_names |= {file.name, record_path(file).name}
-    names = sorted(path.name for path in folder.iterdir())
-    for name in names:
-        if name not in own_names and not name.upper().startswith(NOTICES):
-            return name
-    return None if MODELFILE in names else names[0]
-
-
-def _is_gguf(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
