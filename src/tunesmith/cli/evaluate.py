@@ -44,6 +44,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import (
@@ -59,6 +60,8 @@ from tunesmith.cli.options import (
     notify_weights,
     whole_number,
 )
+from tunesmith.data.folders import check_local
+from tunesmith.data.source import is_local
 from tunesmith.distributed.ranks import (
     join_ranks,
     reported_once_a_node,
@@ -67,11 +70,13 @@ from tunesmith.distributed.ranks import (
 )
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import width_of
+from tunesmith.scoring.scorers import check_scorer_names
 
 if TYPE_CHECKING:
     from tunesmith.inference.evaluate import Evaluation
     from tunesmith.inference.evaluate_runs import RunsEvaluation
     from tunesmith.inference.harness import TaskEvaluation, TaskMetric
+    from tunesmith.inference.load_run import RunLocation
     from tunesmith.inference.score_rows import RowScores
     from tunesmith.scoring.intervals import Interval, LossDifference
 
@@ -158,26 +163,30 @@ def run(args: argparse.Namespace) -> None:
 
     # A run that is named twice is one.
     args.runs = list(dict.fromkeys(args.runs))
-    # A wrong path is reported before torch is imported.
+    # What files and names alone can tell is told before torch is imported.
     with reported_once_a_node():
-        for run_name in args.runs:
-            notify_weights(locate_run(run_name))
+        locations = [locate_run(run_name) for run_name in args.runs]
+        for location in locations:
+            notify_weights(location)
         check_one_run(args)
     if args.base is None:
         args.base = len(args.runs) == 1
     if args.tasks:
         run_tasks(args)
     else:
-        run_rows(args)
+        run_rows(args, locations)
 
 
-def run_rows(args: argparse.Namespace) -> None:
+def run_rows(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> None:
     """`eval` of rows, of one run or of several."""
     with reported_once_a_node():
         check_rows_not_tasks(args)
         if args.data is None:
-            check_rows_of_the_run(args)
+            check_rows_of_the_runs(args, locations)
+        elif is_local(args.data):
+            check_local(Path(args.data).expanduser())
         check_answer_options(args)
+        check_scorer_names(args.scorers)
         decoding = decoding_of(args)
     from tunesmith.inference.evaluate import evaluate
     from tunesmith.inference.evaluate_runs import evaluate_runs
@@ -421,8 +430,11 @@ def check_answer_options(args: argparse.Namespace) -> None:
             raise UsageError(what, where=f"--{option}", fix="add --score exact, or another")
 
 
-def check_rows_of_the_run(args: argparse.Namespace) -> None:
-    """UsageError for options of --data, where the rows are those that the run held out."""
+def check_rows_of_the_runs(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> None:
+    """UsageError for options of --data, where the rows are those that the runs held out, and for a
+    run that held out none."""
+    from tunesmith.inference.load_run import require_held_out
+
     option = ""
     if args.split:
         option = "--split"
@@ -433,3 +445,5 @@ def check_rows_of_the_run(args: argparse.Namespace) -> None:
     if option:
         what = f"{option} is for the rows of --data"
         raise UsageError(what, where=option, fix="add --data FILE")
+    for run_name, location in zip(args.runs, locations, strict=True):
+        require_held_out(location, run_name)

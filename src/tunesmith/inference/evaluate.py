@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.config.schema import Data, Run, Source
+from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Batch
 from tunesmith.data.layout import Layout
 from tunesmith.data.mismatched import mismatched_of_all
@@ -34,7 +34,13 @@ from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.generate import find_source, generate, row_source
-from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run, locate_run
+from tunesmith.inference.load_run import (
+    LoadedModel,
+    RunLocation,
+    load_run,
+    locate_run,
+    require_held_out,
+)
 from tunesmith.inference.score_rows import (
     RowScores,
     Scoring,
@@ -669,22 +675,6 @@ def _held_out_rows(location: RunLocation, path: str | Path) -> tuple[SourceRows,
 def _short_name(source: str) -> str:
     """A source as tables and saved scores have it: a file by its name alone."""
     return Path(source).name if is_local(source) else source
-
-
-def require_held_out(location: RunLocation, path: str | Path) -> Run:
-    """The recipe of a run; UsageError unless it holds out rows to validate on."""
-    run = location.run
-    if run is None or not (run.data.validation or run.data.hold_out):
-        why = location.note or "it is not a run directory"
-        if run:
-            why = "its recipe has neither data.validation nor data.hold_out"
-        raise UsageError(
-            f"{path} has no held-out rows of its own",
-            where="--data",
-            why=why,
-            fix="use a file with answers that it was not trained on: --data FILE",
-        )
-    return run
 
 
 def _first_validated(tokens: TokenSet, location: RunLocation, count: int | None) -> TokenSet:

@@ -13,9 +13,8 @@ from tunesmith.inference.evaluate import (
     evaluate,
     interval_rows,
     loss_rows,
-    require_held_out,
 )
-from tunesmith.inference.load_run import RunLocation, locate_run
+from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.run_dir import PAIRS
 from tunesmith.scoring.intervals import (

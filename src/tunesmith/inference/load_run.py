@@ -219,6 +219,22 @@ def _no_model(path: Path, what: str) -> UsageError:
     )
 
 
+def require_held_out(location: RunLocation, path: str | Path) -> Run:
+    """The recipe of a run; UsageError unless it holds out rows to validate on."""
+    run = location.run
+    if run is None or not (run.data.validation or run.data.hold_out):
+        why = location.note or "it is not a run directory"
+        if run:
+            why = "its recipe has neither data.validation nor data.hold_out"
+        raise UsageError(
+            f"{path} has no held-out rows of its own",
+            where="--data",
+            why=why,
+            fix="use a file with answers that it was not trained on: --data FILE",
+        )
+    return run
+
+
 def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     """A checkpoint, an adapter or a model; `note` is that of `find_saved_model`, which has
     checked for damage."""
@@ -305,13 +321,14 @@ def load_run(
             from its checksum.
         MachineError: there is no such device, or the CPU's memory cannot hold the weights.
     """
+    # A wrong path is reported before torch is imported.
+    location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     import torch
 
     from tunesmith.build_model import build_model
     from tunesmith.planning.resolve import inference_plan, resolve_dtype_here
 
     place = torch.device(select_device(device))
-    location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     # Until the files are open nobody may delete the checkpoint.
     with undeleted(location):
         if location.base.dtype == "auto":

@@ -5,6 +5,7 @@ and no model: answers that were saved are scored again in a moment. What is wron
 is the row's fault and raised before any answer; what is wrong with an answer is a score of 0.
 """
 
+import difflib
 import importlib.util
 import json
 import math
@@ -288,11 +289,12 @@ def _own_scorer_file(name: str) -> tuple[Path, str]:
     """The file and the function that `file.py:function` names; UsageError for anything else."""
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not re.fullmatch(r"[A-Za-z_]\w*", function):
+        near = difflib.get_close_matches(name, SCORERS, n=1)
         raise UsageError(
             f"there is no scorer {name}",
             where="--score",
             why=f"the scorers are {', '.join(SCORERS)}, or file.py:function",
-            fix="use one of these",
+            fix=f"did you mean --score {near[0]}?" if near else "use one of these",
         )
     path = Path(file)
     if not path.is_file():
