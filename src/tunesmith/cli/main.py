@@ -13,6 +13,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -39,6 +40,7 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
+from tunesmith.host.shell import shell_word
 from tunesmith.host.signals import RESTART, StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
@@ -113,6 +115,7 @@ OTHER_NAMES = {
     "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
+LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
 # Those that load torch in this process.
 COMPUTING = {
@@ -170,8 +173,20 @@ class Parser(argparse.ArgumentParser):
                 words.append(_USAGE[action.nargs].format(action.metavar or action.dest))
         return " ".join([*words, "[options]"])
 
+    def _near_choice(self, option: str, word: str) -> str:
+        """The option with the choice that is nearest to a word; empty if none is near."""
+        for action in self._actions:
+            if "/".join(action.option_strings) == option:
+                near = difflib.get_close_matches(word, map(str, action.choices or ()), n=1)
+                return f"{action.option_strings[-1]} {near[0]}" if near else ""
+        return ""
+
     def error(self, message: str) -> NoReturn:
         fix = f"{self.prog} --help"
+        choice = re.match(r"argument (\S+): invalid choice: '(.*?)'", message)
+        if choice:
+            near_choice = self._near_choice(*choice.groups())
+            fix = f"did you mean {near_choice}? see {fix}" if near_choice else fix
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
             options: list[str] = []
@@ -297,6 +312,8 @@ def _dispatch(words: list[str]) -> int:
             return EXIT_OK
         verb = " ".join(words[:2])
         rest = rest[1:]
+        if verb not in VERBS:
+            raise _no_launch(words[1])
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         fix = OTHER_NAMES.get(verb, "tunesmith --help")
@@ -367,9 +384,23 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
+def _no_launch(word: str) -> UsageError:
+    """The error for a word after `launch` that is no kind of it: a kind that is misspelt, or what
+    follows the kind."""
+    kinds = [name.removeprefix("launch ") for name in LAUNCHES]
+    near = difflib.get_close_matches(word, kinds, n=1)
+    what = shell_word(word)
+    rest = "RECIPE" if word.startswith("-") else what
+    commands = [f"tunesmith launch {kind} {rest}" for kind in kinds]
+    return UsageError(
+        f"launch takes one of {', '.join(kinds)}, then a recipe, not {what}",
+        where="command line: tunesmith launch",
+        fix=f"did you mean tunesmith launch {near[0]}?" if near else "; or ".join(commands),
+    )
+
+
 def _launch_help() -> str:
     """The page of `tunesmith launch --help`."""
-    kinds = [name for name in VERBS if name.startswith("launch ")]
     lines = [
         "usage: tunesmith launch KIND RECIPE [key=value ...] [options]",
         "",
@@ -380,7 +411,7 @@ def _launch_help() -> str:
         "  tunesmith status",
         "",
         "kinds:",
-        *_listed(kinds),
+        *_listed(LAUNCHES),
         "",
         "  tunesmith launch KIND --help    options of a kind, with examples",
     ]
