@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -28,9 +29,9 @@ sys.exit(code)
 """
 
 
-def start(words: list[str], folder: Path) -> tuple[int, str, str]:
+def start(words: list[str], folder: Path, verb: str = "train") -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "train", *words],
+        [sys.executable, "-c", COMMAND, verb, *words],
         check=False,
         cwd=folder,
         capture_output=True,
@@ -67,6 +68,8 @@ FAULTS: dict[str, tuple[str | None, list[str], str]] = {
     "of the model": ("", ["output_dir=model"], "model"),
     "file": ("", ["output_dir=rows.jsonl"], "rows.jsonl"),
     "below a file": ("", ["output_dir=rows.jsonl/run"], "rows.jsonl/run"),
+    "no run to continue": ("", ["adapter.from=./none"], "adapter.from"),
+    "at work": ("", ["output_dir=held"], "held"),
 }
 
 
@@ -84,6 +87,7 @@ def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path
     else:
         rows.write_text(first + rows.read_text())
     other_files(tmp_path)
+    (tmp_path / "held").mkdir()
     model = copied_model(tmp_path, tiny)
     if form == "recipe":
         source = {"source": "rows.jsonl", "format": "prompt-completion"}
@@ -95,10 +99,82 @@ def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path
         places = [word.partition("=")[2] for word in overrides if word.startswith("model.name=")]
         others = [word for word in overrides if not word.startswith("model.name=")]
         words = ["--model", *(places or [model]), "--data", "rows.jsonl", *others]
-    code, out, err = start(words, tmp_path)
+    with (tmp_path / "held" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, out, err = start(words, tmp_path)
     assert (code, out) == (EXIT_USAGE, "")
     check_shown(err, where=where)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["runs/dp", "./runs/dp"])
+def test_a_run_to_continue_that_is_not_there_names_those_that_are(
+    missing: str, tiny: Path, tmp_path: Path
+):
+    """A Hub id has no folder of its first part here."""
+    write_rows(tmp_path / "rows.jsonl", 20)
+    for name in ("sft", "dpo"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("")
+    words = ["--model", str(tiny), "--data", "rows.jsonl", f"adapter.from={missing}"]
+    code, _, err = start(words, tmp_path)
+    assert code == EXIT_USAGE
+    check_shown(err, where="adapter.from", fix=["dpo, sft", "adapter.from=runs/dpo"])
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dpo", "sft"]
+
+
+# name -> (the words behind the run, the place that is told, what the fix has)
+RUN_FAULTS: dict[str, tuple[list[str], str, list[str]]] = {
+    "eval: no file": (["eval", "--data", "none.csv"], "none.csv", []),
+    "eval: scorer": (["eval", "--data", "r.jsonl", "--score", "exactly"], "--score", ["exact?"]),
+    "eval: no rows": (["eval"], "--data", ["--data FILE"]),
+    "generate: no file": (["generate", "--input", "none.csv", "--output", "-"], "none.csv", []),
+    "merge: not empty": (["merge", "--output", "full"], "--output", []),
+    "vllm: not empty": (["export", "--to", "vllm", "--output", "full"], "full", []),
+    "ollama: not empty": (["export", "--to", "ollama", "--output", "full"], "--output", []),
+    "gguf: no name": (["export", "--to", "gguf", "--output", "x"], "--output", ["x.gguf"]),
+    "gguf: there": (["export", "--to", "gguf", "--output", "x.gguf"], "--output", ["--force"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN_FAULTS)
+def test_a_fault_beside_a_run_is_told_without_torch(name: str, tmp_path: Path):
+    words, where, fix = RUN_FAULTS[name]
+    verb, *options = words
+    for folder in ("adapter", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "notes").write_text("of somebody else")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    write_rows(tmp_path / "r.jsonl", 2)
+    config = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    code, out, err = start(["adapter", *options], tmp_path, verb)
+    assert (code, out) == (EXIT_USAGE, "")
+    check_shown(err, where=where, fix=fix)
+
+
+def test_a_choice_and_a_kind_of_launch_that_are_none_have_a_fix(tmp_path: Path):
+    _, _, err = start(["run", "--output", "x", "--to", "olama"], tmp_path, "export")
+    check_shown(err, where="export", fix=["--to ollama?"])
+    _, _, err = start(["locl", "a.yaml"], tmp_path, "launch")
+    check_shown(err, where="launch", fix=["launch local?"])
+    _, _, err = start(["a.yaml"], tmp_path, "launch")
+    check_shown(err, where="launch", fix=["tunesmith launch slurm a.yaml"])
+
+
+def test_a_run_to_load_that_is_not_there_is_told_without_torch(tmp_path: Path):
+    program = """
+import sys, tunesmith
+try:
+    tunesmith.load_run("none")
+except tunesmith.UsageError as error:
+    print(error.where, "torch" in sys.modules)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "none False\n"
 
 
 def test_a_recipe_that_is_not_there_names_the_command_that_makes_it(tmp_path: Path):

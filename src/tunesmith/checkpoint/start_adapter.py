@@ -1,5 +1,6 @@
 """The adapter that a run continues from, `adapter.from` in its recipe."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +39,9 @@ def find_adapter(name: str) -> StartAdapter:
             weights.
         CheckpointError: the run has no finished checkpoint.
     """
-    place = Path(name)
-    if is_run_dir(name):
-        return _of_run(place)
-    if place.is_dir():
-        return StartAdapter(place)
+    local = find_local_adapter(name)
+    if local is not None:
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -59,6 +58,26 @@ def find_adapter(name: str) -> StartAdapter:
             "one set HF_TOKEN"
         )
         raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
+
+
+def find_local_adapter(name: str) -> StartAdapter | None:
+    """`find_adapter` without the Hub, from small files alone; None for a Hub id."""
+    place = Path(name)
+    if is_run_dir(name):
+        return _of_run(place)
+    if place.is_dir():
+        return StartAdapter(place)
+    # As for a model: an existing folder in front of the slash makes it a path.
+    if not (place.is_absolute() or place.parent.is_dir()):
+        return None
+    runs = sorted(file.parent.name for file in place.parent.glob(f"*/{RECIPE}"))
+    shown = Path(from_here(place))
+    fix = "name the output_dir of a run, or a folder with adapter_config.json"
+    if runs:
+        nearest = [*get_close_matches(place.name, runs, n=1), runs[0]][0]
+        setting = shell_word(f"adapter.from={shown.parent / nearest}")
+        fix = f"{shown.parent} has {', '.join(runs)}: {setting}"
+    raise ModelError(f"there is no {shown}", where="adapter.from", fix=fix)
 
 
 def is_run_dir(name: str) -> bool:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.checkpoint.claim import claim_run_dir
+from tunesmith.checkpoint.replicate import copies_in
 from tunesmith.checkpoint.resume import finished_step
+from tunesmith.checkpoint.start_adapter import find_local_adapter
 from tunesmith.config.dump import Change, differences
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import load_recipe
@@ -60,6 +62,9 @@ def check_start(run: Run, *, resumes: bool) -> Result | None:
         out = Path(run.output_dir)
         final_step = weights_step(out / FINAL)
         return Result(out, finished, finished_before=True, final_step=final_step)
+    # Checkpoints have the adapter that they began with.
+    if run.adapter.from_ is not None and not (resumes and copies_in(Path(run.output_dir))):
+        find_local_adapter(run.adapter.from_)
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)
