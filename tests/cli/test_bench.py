@@ -128,7 +128,7 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         ([*GOOD, "--only", "recomputed"], "--only chooses variants", "add --ablation"),
         ([*GOOD, "--ablation", "--cold"], "--ablation measures complete runs only", "remove --cold"),
         ([*GOOD, "model.name=gpt2"], "the model and tokenizer of a shape cannot be overridden", "--shape NAME --tokenizer"),
-        ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean seed?"),
+        ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean train.seed?"),
     ],
 )  # fmt: skip
 def test_what_is_refused(words: list[str], what: str, fix: str, capsys: Capture) -> None:

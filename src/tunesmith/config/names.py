@@ -84,8 +84,10 @@ def suggest_key(section: str, name: str) -> str:
     # A key of that name elsewhere is likelier meant than one that looks alike here.
     if plain in names:
         suggestion = _keys_named(plain)
-    elif not suggestion:
-        suggestion = _keys_named(nearest(plain, (_last(key) for key in keys())))
+    elif suggestion:
+        suggestion = f"{section}.{suggestion}".lstrip(".")
+    else:
+        suggestion = _keys_named(nearest(plain, names))
     if suggestion:
         return f"did you mean {suggestion}?"
     return f"{section or 'a recipe'} has {', '.join(siblings)}"

@@ -11,13 +11,14 @@ import reprlib
 import types
 from dataclasses import MISSING, Field, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from tunesmith.config.names import keys, nearest, other_tools, suggest_key, without_indices
 from tunesmith.config.schema import Run, is_section
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
-from tunesmith.host.shell import shell_word
+from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.units import Length, Share, Size
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     """
     # An unknown key is the likeliest cause of the rest.
     unknown = [error for error in errors if error["type"] == "unexpected_keyword_argument"]
-    mismatches = [_locate(tree, error) for error in unknown or errors]
+    if unknown:
+        return _explain_unknown(tree, [_locate(tree, error) for error in unknown])
+    mismatches = [_locate(tree, error) for error in errors]
     # Each member of a union has its error: take the one that got furthest into the value.
     first_key = mismatches[0].key
     same_value = [mismatch for mismatch in mismatches if mismatch.key.startswith(first_key)]
@@ -147,10 +150,6 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
             why=error["msg"],
             fix="remove escapes such as \\ud800, which are half a character",
         )
-    if error_type == "unexpected_keyword_argument":
-        section = without_indices(key.removesuffix(str(name)).rstrip("."))
-        fix = suggest_key(section, str(name))
-        return RecipeError(f"unknown key {key}", where=node.where, fix=fix)
     # "missing" with a number is an entry of a tuple: that is a value of the wrong length.
     if error_type == "missing" and isinstance(name, str):
         value = _Value.at(node, f"{key}.{name}".lstrip("."))
@@ -163,6 +162,47 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     if node.value is None and node.where.startswith("command line"):
         why = "an unset shell variable leaves a value empty"
     return RecipeError(what, where=node.where, why=why, fix=fix)
+
+
+def _explain_unknown(tree: Node, mismatches: list[_Mismatch]) -> RecipeError:
+    """All unknown keys in one error; a file of another tool is one to import."""
+    order = [key for key, _ in tree.places()]
+    mismatches.sort(key=lambda mismatch: order.index(mismatch.key))
+    where = mismatches[0].node.where
+    file = where.rpartition(":")[0]
+    keys_with_lines = []
+    fixes = []
+    foreign = 0
+    for node, key, error in mismatches:
+        name = str(error["loc"][-1])
+        section = without_indices(key.removesuffix(name).rstrip("."))
+        foreign_name = name.lower().replace("-", "_")
+        foreign += not section and foreign_name in other_tools("keys")
+        keys_with_lines.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
+        fixes.append(_foreign_line(foreign_name, node.plain()) or suggest_key(section, name))
+    if len(mismatches) == 1:
+        return RecipeError(f"unknown key {mismatches[0].key}", where=where, fix=fixes[0])
+    fix = "; ".join(f"{each.key}: {text}" for each, text in zip(mismatches, fixes, strict=True))
+    is_recipe = "name" in dict(dict(tree.children()).get("model", tree).children())
+    if foreign > 1 and not is_recipe and Path(file).is_file():
+        fix = f"tunesmith import {shell_path(file)}   # these are keys of another tool"
+    return RecipeError(f"unknown keys {', '.join(keys_with_lines)}", where=where, fix=fix)
+
+
+def _foreign_line(name: str, content: Any) -> str:
+    """The line to write for a key of another tool, with its own value; empty where it has none."""
+    line = other_tools("keys").get(name, "")
+    key, _, line_value = line.partition(": ")
+    value = ""
+    if key in keys() and isinstance(content, str | int | float):
+        text = content if isinstance(content, str) else json.dumps(content)
+        value = _fitting_value(name, key, text, line_value)
+    elif key == "adapter.target" and isinstance(content, list):
+        value = f"[{', '.join(map(str, content))}]"
+    if value:
+        _, semicolon, remark = line.partition(";")
+        return f"here it is {key}: {value}{semicolon}{remark}"
+    return ""
 
 
 def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
@@ -344,17 +384,37 @@ def suggest_override(option: str, next_word: str | None) -> str | None:
     spec, hint = keys()[key]
     match = _FIRST_VALUE.match(line or example(hint, spec))
     suggestion = match[0] if match else ""
-    if value is not None and not _OTHER_NUMBER.search(name):
-        # `--lr 2e-4` may come without a value: then the example of the key stands there.
-        types_ = members(hint)
-        kind = type(scalar(value))
-        if kind in (int, float) and (Length in types_ or Size in types_):
-            # A bare number for a length or size gets the unit of the example.
-            unit = suggestion.partition(" ")[2] or "examples"
-            suggestion = f"{value} {unit}"
-        elif kind in types_ or (kind is int and float in types_) or value in literal_words(hint):
-            suggestion = value
+    # `--lr 2e-4` may come without a value: then the example of the key stands there.
+    if value is not None:
+        suggestion = _fitting_value(name, key, value, suggestion) or suggestion
     return shell_word(f"{key}={suggestion}")
+
+
+def _fitting_value(name: str, key: str, value: str, shown: str) -> str:
+    """The value that another tool's key `name` has, as `key` takes it; empty if it does not fit.
+
+    shown: an example, whose unit a bare number gets.
+    """
+    hint = keys()[key][1]
+    types_ = members(hint)
+    number = scalar(value)
+    kind = type(number)
+    is_amount = Length in types_ or Size in types_ or Share in types_
+    # A ratio, and a part of the rows.
+    if is_amount and isinstance(number, float) and 0 < number < 1:
+        return f"{number * 100:g} %"
+    if _OTHER_NUMBER.search(name):
+        return ""
+    if kind in (int, float) and is_amount:
+        match = _FIRST_VALUE.match(shown)
+        unit = match[0].partition(" ")[2] if match else ""
+        return f"{value} {unit or 'examples'}"
+    if kind in types_ or (kind is int and float in types_):
+        return value
+    for word in (value, *other_tools("words").get(value.lower(), "").split()):
+        if word in literal_words(hint) and value.lower() != "true":
+            return word
+    return ""
 
 
 def _key_named(name: str) -> str:
