@@ -45,8 +45,9 @@ NAMES = {
     "2 x 8 x NVIDIA H200": (2, 8, "h200"), "a100_40gb": (1, 1, "a100-40gb"),
 }  # fmt: skip
 REFUSED = {
-    "8xh10": ("there is no machine '8xh10'", "did you mean --on h100?"),
+    "8xh10": ("there is no machine '8xh10'", "did you mean --on 8xh100?"),
     "a100": ("there is no machine 'a100'", "did you mean --on a100-80gb or --on a100-40gb?"),
+    "2xsprak": ("there is no machine '2xsprak'", "did you mean --on 2xspark?"),
     # Another card than the RTX PRO 6000.
     "rtx-6000": ("there is no machine 'rtx-6000'", "did you mean --on rtx-a6000?"),
     "0xh100": ("there is no machine '0xh100'", ""),

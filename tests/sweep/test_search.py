@@ -97,6 +97,11 @@ def test_words_that_are_refused(words: list[str], said: str):
     assert caught.value.fix
 
 
+def test_the_ends_of_a_reversed_range_are_given_in_order():
+    with refuses(RecipeError, fix=["train.learning_rate=1e-5..1e-3"]):
+        read_space(["train.learning_rate=1e-3..1e-5"])
+
+
 def test_values_that_differ_are_no_repetition():
     words = ["train.seed=9007199254740992,9007199254740993", "train.learning_rate=1e-4,1.1e-4"]
     assert len(read_space(words).grid()) == 4

@@ -104,10 +104,12 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
     if match is None or chip is None or "0" in match.groups():
         # `a100` begins the names of two cards.
         near = [key for key in CHIPS if key.startswith(f"{name}-")]
-        near = near or [key for key in (nearest(name, CHIPS),) if key]
+        names = [*CHIPS, *(re.sub("^(rtx|dgx)-", "", key) for key in CHIPS)]
+        near = near or [key for key in (nearest(name, names),) if key]
+        counts_of_text = words.removesuffix(name) if match and "0" not in match.groups() else ""
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
         if near:
-            fix = f"did you mean --on {' or --on '.join(near)}?"
+            fix = f"did you mean {' or '.join(f'--on {counts_of_text}{key}' for key in near)}?"
         fix += "; or another: --assume gib=24 --assume tflops=70 --assume bandwidth=600"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
     counts = [int(count) for count in match.groups()[:2] if count]

@@ -262,6 +262,8 @@ def _read_range(key: str, low: str, high: str) -> Range:
         span = Range(number(low), number(high), whole)
         if span.low < span.high and (whole or float in types):
             return span
+        if span.low > span.high and (whole or float in types):
+            fix = f"the ends are reversed: {key}={high}..{low}"
     raise RecipeError(
         f"{low}..{high} is not a valid range for {key}", where=f"command line: {key}", fix=fix
     )
