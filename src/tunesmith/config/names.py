@@ -45,8 +45,11 @@ def other_tools(section: str) -> dict[str, str]:
     return {name: meaning for meaning, names in table.items() for name in names}
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that a mistyped word most likely means; None if none is near."""
+def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The choice that a mistyped word most likely means; None if none is near.
+
+    cutoff: the least similarity, of 1 for the same word.
+    """
     choices = list(choices)
     plain = _plain(word)
     for choice in choices:
@@ -55,7 +58,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     for meaning in other_tools("words").get(word.lower(), "").split():
         if meaning in choices:
             return meaning
-    similar = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    similar = difflib.get_close_matches(word, choices, n=1, cutoff=cutoff)
     return similar[0] if similar else None
 
 

@@ -33,6 +33,9 @@ _ADAPTER = (
 # Of Transformers.
 _BETAS = [0.9, 0.999]
 _SAVE_STEPS = 500
+_NO_VALIDATION = (
+    "nothing there sets an interval: validate.every='1 epochs' measures the held-out rows"
+)
 
 
 def translate_training(recipe: Translation, world: int | None) -> None:
@@ -372,9 +375,11 @@ def _batch(recipe: Translation, world: int | None) -> None:
     processes = _processes(recipe, world, tensor)
     if processes < 1 or processes % tensor:
         why = f"a process takes {rows} rows a step"
+        fix = "--world N, the number of processes (GPUs) on all nodes that it ran on"
         if tensor > 1:
             why += f", {tensor} processes the same ones"
-        fix = f"give the total number of processes (GPUs): --world {8 * tensor}"
+            fix += f", which {tensor} divides"
+        why = "; ".join([why, *recipe.misspelt()])
         what = "the global batch is unknown"
         raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
     # Ranks of a tensor group see the same rows.
@@ -408,6 +413,8 @@ def _intervals(recipe: Translation) -> None:
     # Without held-out rows the table tells the keys.
     if "data.validation" in recipe.values or "data.hold_out" in recipe.values:
         recipe.set_key("validate.every", every, *_interval_names("eval"))
+        if every is None and "data.hold_out" in recipe.values:
+            recipe.note("val_size", _NO_VALIDATION)
 
 
 def _interval_names(what: str) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from tunesmith.config.tree import MAX_DIGITS, Node, Scalar, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
+from tunesmith.host.shell import shell_path
 
 TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
 # Scripts of TRL, each of which has a trainer.
@@ -93,6 +94,9 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
         keys[name] = replace(key, value=_interpolate(key, raw_keys))
         if isinstance(key.value, str):
             referenced.update(_INTERPOLATION.findall(key.value))
+    if not tool and not {"model.name", "extends"}.isdisjoint(keys):
+        fix = f"tunesmith train {shell_path(path)}; or name a tool with --from"
+        raise UsageError("this is already a tunesmith recipe", where=str(path), fix=fix)
     tool = tool or _guess_tool(keys, path)
     return SourceConfig(tool, path.name, keys, path.parent, referenced=frozenset(referenced))
 

@@ -47,7 +47,7 @@ def translate(
     """
     recipe = Translation(source, overrides)
     if extends:
-        recipe.set_key("extends", extends)
+        recipe.set_key("extends", extends, why="given on the command line")
     read_deepspeed(recipe)
     _TOOLS[source.tool](recipe)
     if source.tool != "accelerate":

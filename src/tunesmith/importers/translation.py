@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.names import keys, other_tools, without_indices
+from tunesmith.config.names import keys, nearest, other_tools, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import Node, wrap
 from tunesmith.config.typed import literal_words, members
@@ -15,6 +15,8 @@ from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
 from tunesmith.importers.source_config import SourceConfig, SourceKey, python_scalar, table
 from tunesmith.units import Length
 
+# A key of another tool that is less like one that is known is no misspelling of it.
+_MISSPELT = 0.85
 _UNSET: tuple[Any, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
 # Texts that Transformers' parser and pydantic read as true and false.
@@ -43,6 +45,7 @@ class Translation:
         values, places, comments: by our key: its value, where that stands in the other tool's file,
             and what it follows from.
         mentioned: their keys that a comment or a note names.
+        looked_for: their keys that may be in the file.
     """
 
     def __init__(self, source: SourceConfig, overrides: Mapping[str, Any]) -> None:
@@ -55,12 +58,14 @@ class Translation:
         self.comments: dict[str, str] = {}
         self.notes: list[Note] = []
         self.mentioned: set[str] = set()
+        self.looked_for: set[str] = set(self.table["marks"])
 
     def find(self, name: str) -> SourceKey | None:
         """Their key of a common name, in the file or by default; else None."""
         names = self.table["names"].get(name, name)
         if not isinstance(names, list):
             names = [names]
+        self.looked_for.update(names)
         for key in names:
             if key in self.source.keys:
                 return self.source.keys[key]
@@ -138,6 +143,8 @@ class Translation:
             parts.insert(0, self.comments[key])
         if why:
             parts.append(why)
+        if not parts:
+            parts.append(f"{self.source.tool}'s default")
         # A key that is set twice has both reasons.
         self.comments[key] = "; ".join(dict.fromkeys(parts))
         self.mentioned.update(origin.key for origin in origins)
@@ -204,26 +211,41 @@ class Translation:
         for name, key in self.source.keys.items():
             if name in self.mentioned:
                 continue
-            kind, why = self._uncarried(without_indices(name))
-            if key.value in _UNSET:
+            kind, why = self._uncarried(name)
+            if key.value in _UNSET and kind != "misspelt":
                 self.note_key(key, "not set", differs=False)
             elif kind == "unknown" and name in self.source.referenced:
                 why = f"it stands where ${{{name}}} names it"
                 self.note_key(key, why, differs=False)
-            elif kind != "nothing" and key.value in _OFF:
+            elif kind in ("differs", "unknown") and key.value in _OFF:
                 self.note_key(key, "off, as here", differs=False)
             else:
                 self.note_key(key, why, differs=kind != "nothing")
 
     def _uncarried(self, name: str) -> tuple[str, str]:
-        """The table's entry for a key that is not carried: `nothing`, `differs` or `unknown`, and
-        why.
+        """The table's entry for a key that is not carried: `nothing`, `differs`, `misspelt` or
+        `unknown`, and why.
         """
+        schema_name = without_indices(name)
+        known = set(self.looked_for)
         for kind in ("nothing", "differs"):
             for why, patterns in self.table[kind].items():
-                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                if any(fnmatchcase(schema_name, pattern) for pattern in patterns):
                     return kind, why
+                known.update(pattern for pattern in patterns if "*" not in pattern)
+        near = nearest(name, known, cutoff=_MISSPELT)
+        if near and name not in self.looked_for | self.source.referenced:
+            return "misspelt", f"unknown to tunesmith: did you mean {near}?"
         return "unknown", "unknown to tunesmith: check what it does"
+
+    def misspelt(self) -> list[str]:
+        """The misspelt keys of the file, each with the one that is most likely meant."""
+        found = []
+        for name, key in self.source.keys.items():
+            kind, why = self._uncarried(name)
+            if kind == "misspelt" and name not in self.mentioned:
+                found.append(f"{name} ({key.where}) is {why}")
+        return found
 
     def tree(self) -> Node:
         """The recipe with the places of the other tool's file.
