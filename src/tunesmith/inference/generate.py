@@ -187,7 +187,14 @@ def find_source(
         key_column = _key_column(layout.format, layout.columns)
         if known_columns <= {key_column} and all(key_column in row for row in sample.values()):
             if layout.renamed != source.columns:
-                log.info(f"{from_here(rows.name)}: {layout.describe()}")
+                # Without the answer that was put in.
+                columns_here = {
+                    name: column
+                    for name, column in layout.columns.items()
+                    if any(column in row for row in sample.values())
+                }
+                shown = replace(layout, columns=columns_here)
+                log.info(f"{from_here(rows.name)}: {shown.describe()}")
             return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
     return None
 
