@@ -116,7 +116,7 @@ def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
     command = ["launch", launcher[0], str(file), *launcher[1:]]
     log = out / "launch" / "output.log"
     log.parent.mkdir()
-    log.write_text("of the first")
+    log.write_text("first")
     save_job(LocalJob("local-1", str(out), details=created_at(psutil.Process())))
     launched("local-2", out)
     assert main(command) == EXIT_USAGE
@@ -128,7 +128,7 @@ def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(command) == EXIT_USAGE
     check_shown(capfd.readouterr().err, where=str(out), fix=[f"tunesmith stop {out}"])
-    assert log.read_text() == "of the first"
+    assert log.read_text() == "first"
     assert [path.name for path in log.parent.iterdir()] == [log.name]
 
 
