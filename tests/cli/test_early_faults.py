@@ -157,11 +157,11 @@ def test_a_fault_beside_a_run_is_told_without_torch(name: str, tmp_path: Path):
 
 def test_a_choice_and_a_kind_of_launch_that_are_none_have_a_fix(tmp_path: Path):
     _, _, err = start(["run", "--output", "x", "--to", "olama"], tmp_path, "export")
-    check_shown(err, where="export", fix=["--to ollama?"])
+    check_shown(err, where="command line: tunesmith export", fix=["--to ollama?"])
     _, _, err = start(["locl", "a.yaml"], tmp_path, "launch")
-    check_shown(err, where="launch", fix=["launch local?"])
+    check_shown(err, where="command line: tunesmith launch", fix=["launch local?"])
     _, _, err = start(["a.yaml"], tmp_path, "launch")
-    check_shown(err, where="launch", fix=["tunesmith launch slurm a.yaml"])
+    check_shown(err, where="command line: tunesmith launch", fix=["tunesmith launch slurm a.yaml"])
 
 
 def test_a_run_to_load_that_is_not_there_is_told_without_torch(tmp_path: Path):
