@@ -227,25 +227,25 @@ class Translation:
         `unknown`, and why.
         """
         schema_name = without_indices(name)
-        known = set(self.looked_for)
+        choices = set(self.looked_for)
         for kind in ("nothing", "differs"):
             for why, patterns in self.table[kind].items():
                 if any(fnmatchcase(schema_name, pattern) for pattern in patterns):
                     return kind, why
-                known.update(pattern for pattern in patterns if "*" not in pattern)
-        near = nearest(name, known, cutoff=_MISSPELT)
+                choices.update(pattern for pattern in patterns if "*" not in pattern)
+        near = nearest(name, choices, cutoff=_MISSPELT)
         if near and name not in self.looked_for | self.source.referenced:
             return "misspelt", f"unknown to tunesmith: did you mean {near}?"
         return "unknown", "unknown to tunesmith: check what it does"
 
     def misspelt(self) -> list[str]:
         """The misspelt keys of the file, each with the one that is most likely meant."""
-        found = []
+        remarks = []
         for name, key in self.source.keys.items():
             kind, why = self._uncarried(name)
             if kind == "misspelt" and name not in self.mentioned:
-                found.append(f"{name} ({key.where}) is {why}")
-        return found
+                remarks.append(f"{name} ({key.where}) is {why}")
+        return remarks
 
     def tree(self) -> Node:
         """The recipe with the places of the other tool's file.
