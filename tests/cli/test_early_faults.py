@@ -159,7 +159,7 @@ def test_a_choice_and_a_kind_of_launch_that_are_none_have_a_fix(tmp_path: Path):
     _, _, err = start(["run", "--output", "x", "--to", "olama"], tmp_path, "export")
     check_shown(err, where="command line: tunesmith export", fix=["--to ollama?"])
     _, _, err = start(["locl", "a.yaml"], tmp_path, "launch")
-    check_shown(err, where="command line: tunesmith launch", fix=["launch local?"])
+    check_shown(err, where="command line: tunesmith launch", fix=["local?"])
     _, _, err = start(["a.yaml"], tmp_path, "launch")
     check_shown(err, where="command line: tunesmith launch", fix=["tunesmith launch slurm a.yaml"])
 

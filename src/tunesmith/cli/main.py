@@ -388,14 +388,16 @@ def _no_launch(word: str) -> UsageError:
     """The error for a word after `launch` that is no kind of it: a kind that is misspelt, or what
     follows the kind."""
     kinds = [name.removeprefix("launch ") for name in LAUNCHES]
-    near = difflib.get_close_matches(word, kinds, n=1)
+    near = [f"launch {kind}" for kind in difflib.get_close_matches(word, kinds, n=1)]
     what = shell_word(word)
     rest = "RECIPE" if word.startswith("-") else what
-    commands = [f"tunesmith launch {kind} {rest}" for kind in kinds]
+    fix = "; or ".join(f"tunesmith {launch} {rest}" for launch in LAUNCHES)
+    if near:
+        fix = f"did you mean tunesmith {near[0]}?"
     return UsageError(
         f"launch takes one of {', '.join(kinds)}, then a recipe, not {what}",
         where="command line: tunesmith launch",
-        fix=f"did you mean tunesmith launch {near[0]}?" if near else "; or ".join(commands),
+        fix=fix,
     )
 
 
