@@ -86,7 +86,7 @@ def merge_place(
     """
     if location.kind != "adapter":
         where = str(location.folder or path)
-        why = "it is a base model"
+        why = location.note or "it is a base model"
         if location.kind == "full":
             why = "it is a full fine-tune, already a complete model"
         fix = f"use {where}, or copy it"

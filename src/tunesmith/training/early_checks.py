@@ -32,7 +32,7 @@ from tunesmith.data.folders import check_local
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
-from tunesmith.host.files import from_here
+from tunesmith.host.files import check_regular_files, from_here
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.hub import demo_model, fetch
 from tunesmith.run_dir import FINAL, weights_step
@@ -53,6 +53,7 @@ def check_start(run: Run, *, resumes: bool) -> Result | None:
     resumes: whether an earlier run in `output_dir` goes on; it is not moved aside.
     """
     finished = None
+    check_regular_files(Path(run.output_dir))
     with claim_run_dir(Path(run.output_dir), inputs_of(run).values()):
         if resumes:
             # The start says what is wrong with a checkpoint.
