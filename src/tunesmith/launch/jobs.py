@@ -28,7 +28,7 @@ from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import newest_record, newest_records
 from tunesmith.run_dir import (
     FAILURE,
@@ -198,12 +198,11 @@ class Job:
         """UsageError where the job waits or runs: no second one is launched beside it."""
         state = self.state()
         if state.at_work:
-            word = shell_word(self.name) if self.name else shell_path(self.run_dir)
             raise UsageError(
                 f"{self.name or 'a run'} is already running",
                 where=self.run_dir,
                 why=state.text,
-                fix=f"tunesmith stop {word}; or output_dir=runs/another-name",
+                fix=f"tunesmith stop {shell_path(self.name or self.run_dir)}; or output_dir=runs/another-name",
             )
 
 
