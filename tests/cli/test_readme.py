@@ -54,6 +54,7 @@ NOT_OURS = (
     "source ",
     "python3 -m venv",
     "cd faq-model && ollama create",
+    "cd my-model && ollama create",
 )
 # Verbs with a stand-in server of their own: tests/hub/test_push.py.
 ELSEWHERE = ("tunesmith push",)
@@ -153,7 +154,8 @@ def stand_ins(words: list[str], tiny: Path) -> list[str]:
         ]
     if verb == "export":
         # The tiny model's tokenizer joins no bytes, and llama.cpp opens none like that
-        return ["vllm" if word == "ollama" else word for word in words]
+        other = {"ollama": "vllm", "q8_0": "bf16"}
+        return [other.get(word, word) for word in words]
     if verb == "data" and words[1] in shipped():
         return [*words, f"model.name={tiny}"]
     if verb == "train" and words[1] in shipped():

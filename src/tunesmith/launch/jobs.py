@@ -202,7 +202,8 @@ class Job:
                 f"{self.name or 'a run'} is already running",
                 where=self.run_dir,
                 why=state.text,
-                fix=f"tunesmith stop {shell_path(self.name or self.run_dir)}; or output_dir=runs/another-name",
+                fix=f"tunesmith stop {shell_path(self.name or self.run_dir)}; "
+                "or output_dir=runs/another-name",
             )
 
 
