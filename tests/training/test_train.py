@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from errors import holds, lines_with
+from logged import logged_lines
 from recipes import make_run
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Start
@@ -20,7 +21,7 @@ from tunesmith.host.signals import StopRequest
 from tunesmith.inference.decoding import AnswerClock
 from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.training import validation
+from tunesmith.training import trainer, validation
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.build import build
@@ -320,3 +321,12 @@ def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(
     assert result.last_loss < result.first_loss - 0.3
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_slow_first_step_is_told_of(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "SLOW_S", 0.0)
+    with logged_lines() as lines:
+        train(make_run(tiny, tmp_path, held=False, train={"duration": "2 steps"}))
+    assert lines.count(trainer.SLOW_FIRST_STEP) == 1

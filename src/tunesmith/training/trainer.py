@@ -8,7 +8,9 @@ next steps run (`checkpoint_saver`).
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tunesmith.checkpoint.resume import COUNTER, Progress, Start
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
+from tunesmith.host.logger import logged_if_slow
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
@@ -38,6 +41,13 @@ from tunesmith.training.duration import Duration
 from tunesmith.training.result import Result, failure_of, write_paused
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
+
+log = logging.getLogger(__name__)
+
+SLOW_S = 5.0
+SLOW_FIRST_STEP = (
+    "the first step is being computed: it compiles kernels, or has layers that go token by token"
+)
 
 
 class Trainer:
@@ -134,7 +144,8 @@ class Trainer:
                 return
             self.checkpoints.raise_failed_write()
             self.report_phase()
-            output = self.train_step(batch)
+            with self.told_if_slow():
+                output = self.train_step(batch)
             if output is None:
                 # Memory ran short: the next turn stops the run, by `stop.is_due`.
                 continue
@@ -164,6 +175,12 @@ class Trainer:
                 text = f"no better validation loss {progress.worse} times in a row"
                 self.sinks.text("patience", f"{text}: stopping the run")
                 return
+
+    def told_if_slow(self) -> AbstractContextManager[None]:
+        """Where the first step is silent for long, say what it may be at."""
+        if self.progress.step > self.first_step or not self.ranks.is_main_process:
+            return nullcontext()
+        return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_S)
 
     def train_step(self, batch: GlobalBatch) -> StepOutput | None:
         """Forward, backward and update on one global batch, whose loss is divided once.
