@@ -188,7 +188,7 @@ GENERATE = [
     Case("generate", "no such run", lambda w: ["generate", str(w.folder / "no-run"), "--input", "-", "--output", "-"], "no-run", "output_dir"),
     Case("generate", "no such input", lambda w: ["generate", str(w.begun()), "--input", str(w.folder / "no.jsonl"), "--output", "-"], "no.jsonl", "- for stdin"),
     Case("generate", "broken line", lambda w: w.generate('{"prompt": "a"}\n{"prompt":\n'), "b.jsonl:2", "not JSON"),
-    Case("generate", "unknown columns", lambda w: w.generate(line(question="a")), "b.jsonl:1", "question", "--format"),
+    Case("generate", "unknown columns", lambda w: w.generate(line(foo="a")), "b.jsonl", "foo"),
     Case("generate", "format without its column", lambda w: w.generate(GOOD, "--format", "messages"), "b.jsonl:1", "messages"),
     Case("generate", "messages that are no list", lambda w: w.generate(line(messages={"role": "user"})), "b.jsonl:1", "list"),
     Case("generate", "no messages", lambda w: w.generate(line(messages=[])), "b.jsonl:1", "messages"),

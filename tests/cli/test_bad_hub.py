@@ -163,7 +163,7 @@ CHEAP: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no template": ({"data": {"template": "no.jinja"}}, "a file that does not exist"),
     "no tokenizer": ({"model": {"tokenizer": "./no"}}, "neither a folder"),
-    "no adapter": ({"adapter": {"from": "./no"}}, "neither a folder nor an adapter"),
+    "no adapter": ({"adapter": {"from": "./no"}}, "there is no"),
     "no place for the run": ({"output_dir": "/dev/null/run"}, "cannot be written"),
 }
 

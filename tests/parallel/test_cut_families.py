@@ -23,7 +23,7 @@ from test_data_parallel import (
     run_alone,
     tensors_in,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import vision_models
 from errors import holds, refuses
@@ -75,7 +75,8 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(
 def test_a_mixture_counts_as_cut_only_if_its_small_model_has_experts() -> None:
     mixtures, without = [], []
     for entry in TABLE.values():
-        if entry.tensor is None:
+        # A type of a newer release than this one has no configuration here.
+        if entry.tensor is None or entry.model_type not in CONFIG_MAPPING:
             continue
         plan = default_config(entry.model_type).get_text_config().base_model_tp_plan or {}
         if EXPERTS not in plan.values():

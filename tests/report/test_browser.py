@@ -136,7 +136,7 @@ def test_every_screen_and_reader(
 
     page = opened(browser, report, width=width, height=height, scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
-    for text in ("good is better", "train.learning_rate"):
+    for text in ("So far good leads", "train.learning_rate"):
         box = page.get_by_text(text).first.bounding_box()
         assert box["y"] + box["height"] <= height, f"{text}: below the first screen"
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")

@@ -282,7 +282,7 @@ def _base_of_adapter(file: Path) -> Model:
     return Model(
         name=name,
         revision=revision if isinstance(revision, str) else None,
-        dtype=_stored_dtype(Path(name)) or "auto",
+        dtype=_stored_dtype(Path(name)) or "bf16",
     )
 
 
