@@ -467,7 +467,7 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
         "hidden_size": 512,
         "intermediate_size": 2048,
         "num_hidden_layers": 4,
-        "vocab_size": 32000,
+        "vocab_size": 96000,
     }
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8))
@@ -480,8 +480,8 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     for dtype, extra, size in found:
         assert size > 90 << 20
         # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code
-        # take
-        assert extra < (24 << 20), (
+        # take; a copy of the embedding takes 94 MiB in bf16
+        assert extra < (64 << 20), (
             f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
         )
 
