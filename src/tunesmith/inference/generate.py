@@ -110,17 +110,20 @@ def generate(
         raise UsageError(what, where="generate(loaded)", fix=fix)
     decoding = decoding or Decoding()
     rows = rows if isinstance(rows, Rows) else from_list(list(rows))
-    source = find_source(rows, loaded.location.sources, format_name, columns)
-    if source is not None:
-        if source.format == "text" and format_name == "auto" and not columns:
-            _require_text_column(source, loaded.location.sources)
-        key_column = _key_column(source.format, source.columns)
-        # The rows that were looked at are a sample: each of mixed ones is read by its own columns.
-        if format_name != "auto" or all(key_column in rows[i] for i in range(len(rows))):
-            format_name, columns = source.format, source.columns
+    sources = loaded.location.sources
+    detected = find_source(rows, sources, format_name, columns)
+    if detected is not None:
+        if detected.format == "text" and format_name == "auto" and not columns:
+            _require_text_column(detected, sources)
+        if format_name != "auto" or columns:
+            format_name, columns = detected.format, detected.columns
+        # A sample was looked at: a row without its columns is read by its own.
+        sources = (detected, *sources)
     prompts = []
     for i in range(len(rows)):
-        prompts.append(make_prompt(rows, i, loaded, format_name, columns))
+        row, where = rows[i], rows.where(i)
+        source = row_source(row, where, sources, format_name, columns)
+        prompts.append(make_prompt(row, where, loaded, source))
     check_room(prompts, loaded.context, decoding)
     answers = answer_all(
         loaded.model,
@@ -375,13 +378,9 @@ def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decodin
     )
 
 
-def make_prompt(
-    rows: Rows, i: int, loaded: LoadedModel, format_name: str, columns: Mapping[str, str] | None
-) -> Prompt:
-    """The prompt of row i and the answer that it holds; DataError for a broken row."""
-    row = rows[i]
-    where = rows.where(i)
-    source = row_source(row, where, loaded.location.sources, format_name, columns)
+def make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, source: Source) -> Prompt:
+    """The prompt of a row, read as `source` says, and the answer that it holds; DataError for a
+    broken row."""
     complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(loaded.template.prompt(sample))

@@ -119,7 +119,7 @@ def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> Ev
     # Rows that tokenization dropped have no place in `part`.
     for (source, rows), part in zip(parts, tokens.parts, strict=True):
         for i in part.row_indices:
-            prompt = make_prompt(rows, i, loaded, source.format, source.columns)
+            prompt = make_prompt(rows[i], rows.where(i), loaded, source)
             if prompt.reference is None:
                 unanswered += 1
                 continue
