@@ -189,12 +189,11 @@ def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> s
     return None
 
 
-def is_outside_state(name: str) -> bool:
-    """Whether a checkpoint's file is no training state, by its name in the manifest."""
-    return not name.startswith("state/")
-
-
-def check_sums(folder: Path, *, reads: Callable[[str], bool] = is_outside_state) -> None:
+def check_sums(
+    folder: Path,
+    *,
+    reads: Callable[[str], bool] = lambda name: not name.startswith("state/"),
+) -> None:
     """Compare the files that are about to be read with the checksums in the folder's manifest.
 
     A folder without a manifest of ours, such as an adapter from elsewhere, passes. More than
@@ -204,21 +203,6 @@ def check_sums(folder: Path, *, reads: Callable[[str], bool] = is_outside_state)
 
     ModelError names the first file that differs.
     """
-    for name, clause in differing_sums(folder, reads):
-        raise ModelError(
-            clause,
-            where=str(folder / name),
-            why="it was damaged or edited after it was written: "
-            f"{MANIFEST} has the checksum of what was",
-            fix=_way_on(folder),
-            cause="damaged",
-        )
-
-
-def differing_sums(
-    folder: Path, reads: Callable[[str], bool] = is_outside_state
-) -> list[tuple[str, str]]:
-    """Each file that differs from its checksum, and a clause that says so; as above."""
     entries = _manifest_entries(folder) or {}
     names = [name for name in entries if reads(name)]
     total = sum(entries[name][0] for name in names)
@@ -226,7 +210,16 @@ def differing_sums(
         log.info(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
     with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
         clauses = pool.map(lambda name: _damage_of_file(folder, name, *entries[name]), names)
-        return [(name, clause) for name, clause in zip(names, clauses, strict=True) if clause]
+    for name, clause in zip(names, clauses, strict=True):
+        if clause:
+            raise ModelError(
+                clause,
+                where=str(folder / name),
+                why="it was damaged or edited after it was written: "
+                f"{MANIFEST} has the checksum of what was",
+                fix=_way_on(folder),
+                cause="damaged",
+            )
 
 
 def _way_on(folder: Path) -> str:
