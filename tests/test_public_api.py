@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import pkgutil
 import re
 import subprocess
@@ -105,6 +106,12 @@ def test_members_stay_what_they_are_after_every_module_was_imported() -> None:
     assert list(kinds) == [own for _, _, own in found] == tunesmith.__all__
     assert [name for name, kind in kinds.items() if kind == "function"] == FUNCTIONS
     assert "module" not in kinds.values()
+
+
+def test_a_function_is_one_object_that_pickle_finds_again() -> None:
+    """As worker processes of multiprocessing and joblib need it."""
+    assert tunesmith.load_run is tunesmith.load_run
+    assert pickle.loads(pickle.dumps(tunesmith.load_run)) is tunesmith.load_run
 
 
 def test_exported_members_are_those_of_all() -> None:

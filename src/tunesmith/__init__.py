@@ -115,7 +115,11 @@ def __getattr__(name: str) -> Any:
     member = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
     if isinstance(member, type):
         return member
-    return import_module(f"{__name__}.config.in_python").in_python(member)
+    function = import_module(f"{__name__}.config.in_python").in_python(member)
+    # Under the name that programs know: one object, which pickle finds again.
+    function.__module__ = __name__
+    globals()[name] = function
+    return function
 
 
 def __dir__() -> list[str]:
