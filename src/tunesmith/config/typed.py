@@ -168,25 +168,38 @@ def _explain_unknown(tree: Node, mismatches: list[_Mismatch]) -> RecipeError:
     """All unknown keys in one error; a file of another tool is one to import."""
     order = [key for key, _ in tree.places()]
     mismatches.sort(key=lambda mismatch: order.index(mismatch.key))
-    where = mismatches[0].node.where
-    file = where.rpartition(":")[0]
-    keys_with_lines = []
-    fixes = []
-    foreign = 0
-    for node, key, error in mismatches:
-        name = str(error["loc"][-1])
-        section = without_indices(key.removesuffix(name).rstrip("."))
-        foreign_name = name.lower().replace("-", "_")
-        foreign += not section and foreign_name in other_tools("keys")
-        keys_with_lines.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
-        fixes.append(_foreign_line(foreign_name, node.plain()) or suggest_key(section, name))
+    first = mismatches[0]
+    where = first.node.where
     if len(mismatches) == 1:
-        return RecipeError(f"unknown key {mismatches[0].key}", where=where, fix=fixes[0])
-    fix = "; ".join(f"{each.key}: {text}" for each, text in zip(mismatches, fixes, strict=True))
-    is_recipe = "name" in dict(dict(tree.children()).get("model", tree).children())
-    if foreign > 1 and not is_recipe and Path(file).is_file():
+        return RecipeError(f"unknown key {first.key}", where=where, fix=_fix_unknown(first))
+    file = where.rpartition(":")[0]
+    places = []
+    fixes = []
+    for mismatch in mismatches:
+        line = mismatch.node.where.replace(f"{file}:", "line ")
+        places.append(f"{mismatch.key} ({line})")
+        fixes.append(f"{mismatch.key}: {_fix_unknown(mismatch)}")
+    fix = "; ".join(fixes)
+    # Keys of other tools at the top of a file, which names no model as a recipe does.
+    foreign = [each for each in mismatches if _foreign_name(each.key) in other_tools("keys")]
+    sections = dict(tree.children())
+    is_recipe = "model" in sections and "name" in dict(sections["model"].children())
+    if len(foreign) > 1 and not is_recipe and Path(file).is_file():
         fix = f"tunesmith import {shell_path(file)}   # these are keys of another tool"
-    return RecipeError(f"unknown keys {', '.join(keys_with_lines)}", where=where, fix=fix)
+    return RecipeError(f"unknown keys {', '.join(places)}", where=where, fix=fix)
+
+
+def _fix_unknown(mismatch: _Mismatch) -> str:
+    """What to write in place of an unknown key: what another tool's means here, or the nearest."""
+    name = str(mismatch.error["loc"][-1])
+    section = without_indices(mismatch.key.removesuffix(name).rstrip("."))
+    here = _foreign_line(_foreign_name(name), mismatch.node.plain())
+    return here or suggest_key(section, name)
+
+
+def _foreign_name(name: str) -> str:
+    """A key as other tools' are listed."""
+    return name.lower().replace("-", "_")
 
 
 def _foreign_line(name: str, content: Any) -> str:
