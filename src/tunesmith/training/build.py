@@ -222,7 +222,8 @@ def build(
     chip = common_chip(device, ranks)
     # What one rank of a node downloads and tokenizes, the others read from the cache.
     with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        check_machine(replace(run, model=as_it_began(run.model, start.previous_run)), device, chip)
+        run = run_as_it_began(run, start)
+        check_machine(run, device, chip)
         check_inputs(run, start)
         files, hashes = read_base(run, start, chip, ranks, weights=weights)
         # As the recipe has it, but for what `auto` means in its model section: config.yaml keeps
@@ -292,6 +293,14 @@ def common_chip(device: torch.device, ranks: Ranks) -> Chip:
     return replace(chip, gib=min(chip.gib for chip in chips))
 
 
+def run_as_it_began(run: Run, start: Start) -> Run:
+    """The recipe of a run that goes on: `auto` stands for what it did under its checkpoints."""
+    model = as_it_began(run.model, start.previous_run)
+    if model.dtype != run.model.dtype:
+        log.info(f"model.dtype: {model.dtype}, as this run began")
+    return replace(run, model=model)
+
+
 def read_base(
     run: Run, start: Start, chip: Chip, ranks: Ranks, *, weights: Weights
 ) -> tuple[ModelFiles, dict[str, Any]]:
@@ -300,8 +309,7 @@ def read_base(
     """
     # A resumed run's rows were cut to this length when it began.
     seq_len = None if start.checkpoint else run.data.seq_len
-    # What `auto` stands for may not change under a checkpoint.
-    model = as_it_began(run.model, start.previous_run)
+    model = run.model
     folder = Path(model.name)
     if model.dtype == "auto":
 
@@ -313,8 +321,6 @@ def read_base(
         dtype, line = resolve_dtype(model, run.train, chip, read_sizes)
         model = replace(model, dtype=dtype)
         log.info(line)
-    elif run.model.dtype == "auto":
-        log.info(f"model.dtype: {model.dtype}, as this run began")
     if weights == "stored":
         folder = fetch.fetch(model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
         if ranks.local_rank == 0:
