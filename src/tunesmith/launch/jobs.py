@@ -285,11 +285,7 @@ def is_at_work(run_dir: Path) -> bool:
         return True
     if not (run_dir / FOLDER).is_dir():
         return False  # nothing was launched here
-    place = os.path.realpath(run_dir)
-    # Where the user's folder cannot be written, no job was noted.
-    with suppress(MachineError):
-        return any(j.is_alive() for j in all_jobs() if os.path.realpath(j.run_dir) == place)
-    return False
+    return any(job.is_alive() for job in jobs_of(str(run_dir)))
 
 
 def last_step(run_dir: str | Path) -> str:
