@@ -440,12 +440,11 @@ def status(key: str) -> int:
 def measure(folder: Path) -> list[tuple[str, int, int]]:
     """Bytes beside each model at the peak of loading it, and its own."""
     found = []
-    for dtype in ("bf16", "fp32"):
+    # Code counts as memory from its first use on: the first load is not measured
+    for dtype in ("bf16", "bf16", "fp32"):
         spec = Model(name="x", dtype=dtype)
         model = load.build_on_meta(load.load_config(folder, spec), spec)
         load.materialize(model, torch.device("cpu"))
-        # The look for NaN loads code of its own, by the machine's load in another order
-        torch.zeros(1 << 20, dtype=next(model.parameters()).dtype).sum()
         # What is free already would hide as much of what is taken next
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -454,7 +453,7 @@ def measure(folder: Path) -> list[tuple[str, int, int]]:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         found.append((dtype, status("VmHWM") - before - size, size))
         del model
-    return found
+    return found[1:]
 
 
 @pytest.mark.skipif(
@@ -467,7 +466,7 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
         "hidden_size": 512,
         "intermediate_size": 2048,
         "num_hidden_layers": 4,
-        "vocab_size": 96000,
+        "vocab_size": 32000,
     }
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8))
@@ -480,8 +479,8 @@ def test_peak_memory_is_the_model_and_one_slice(tmp_path: Path) -> None:
     for dtype, extra, size in found:
         assert size > 90 << 20
         # the stage of 16 MiB where dtypes differ, and what the allocator and lazily loaded code
-        # take; a copy of the embedding takes 94 MiB in bf16
-        assert extra < (64 << 20), (
+        # take
+        assert extra < (24 << 20), (
             f"{dtype}: {extra / 2**20:.1f} MiB beside a model of {size / 2**20:.0f} MiB"
         )
 
