@@ -140,7 +140,7 @@ def test_one_prompt_in_training_and_use(
             location=location,
         )
         for asked in (values, unanswered):
-            prompt = generate.make_prompt(from_list([asked]), 0, used, "auto", None)
+            prompt = prompt_of(used, asked)
             ids, reference = prompt.ids, prompt.reference
             assert ids == trained
             assert reference == (SAID if asked is values else None)
@@ -181,12 +181,7 @@ def test_a_run_and_its_final_folder_elsewhere_ask_alike(
     text = text or f"<|im_start|>user\n{asked['prompt']}<|im_end|>\n<|im_start|>assistant\n"
     for place in (tmp_path / "run", tmp_path / "alone"):
         found = load_run(place, device="cpu")
-        assert (
-            found.tokenizer.decode(
-                generate.make_prompt(from_list([asked]), 0, found, "auto", None).ids
-            )
-            == text
-        )
+        assert found.tokenizer.decode(prompt_of(found, asked).ids) == text
         plain = AutoTokenizer.from_pretrained(found.location.folder)
         question = [{"role": "user", "content": asked["prompt"]}]
         assert (
@@ -211,12 +206,7 @@ def test_a_run_of_before_answers_as_it_was_trained(tiny: Path, tmp_path: Path) -
     ):
         (tmp_path / "run" / "env.json").write_text(json.dumps(env))
         found = load_run(tmp_path / "run", device="cpu")
-        assert (
-            found.tokenizer.decode(
-                generate.make_prompt(from_list([{"prompt": ASKED}]), 0, found, "auto", None).ids
-            )
-            == text
-        )
+        assert found.tokenizer.decode(prompt_of(found, {"prompt": ASKED}).ids) == text
 
 
 def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
@@ -226,10 +216,7 @@ def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
     shutil.copytree(tiny, base)
     (base / "chat_template.jinja").unlink()
     found = load_run(base, device="cpu")
-    ids = [
-        generate.make_prompt(from_list([row]), 0, found, "auto", None).ids
-        for row in ({"prompt": ASKED}, {"messages": TURNS})
-    ]
+    ids = [prompt_of(found, row).ids for row in ({"prompt": ASKED}, {"messages": TURNS})]
     assert [found.tokenizer.decode(i) for i in ids] == [ASKED, ALPACA]
 
 
@@ -249,7 +236,8 @@ def test_the_system_message_reaches_prompt_and_completion(tiny: Path) -> None:
 
 
 def prompt_of(loaded: LoadedModel, row: dict[str, Any]) -> generate.Prompt:
-    return generate.make_prompt(from_list([row]), 0, loaded, "auto", None)
+    source = generate.row_source(row, "row 1", loaded.location.sources, "auto", None)
+    return generate.make_prompt(row, "row 1", loaded, source)
 
 
 def test_references_are_the_row_s_text_whatever_its_tokens_say(

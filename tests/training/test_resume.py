@@ -433,9 +433,14 @@ def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
 
 def busy(seconds: float) -> None:
     """Hold the main thread in C, as a backward does: Python's own handlers wait until it returns."""
-    end = time.monotonic() + seconds
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
-    one = max(time.monotonic() - end + seconds, 1e-4)
+
+    def clock() -> float:
+        began = time.monotonic()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
+        return max(time.monotonic() - began, 1e-4)
+
+    # The quickest of five: one that had to wait for its core would ask for too few rounds.
+    one = min(clock() for _ in range(5))
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(10_000 * seconds / one))
 
 
@@ -449,10 +454,11 @@ def test_the_first_ctrl_c_is_answered_at_once_and_the_second_stops_at_once(
     def interrupted(self: Trainer, batch: Any) -> Any:
         if batch.step == 5 and again:
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            began = time.monotonic()
             busy(1.5)
-            came = time.monotonic()
-            announced = [at for at, text in said if "press again to stop now" in text]
-            assert [came - at > 0.5 for at in announced] == [True]
+            took = time.monotonic() - began
+            announced = [at - began for at, text in said if "press again to stop now" in text]
+            assert [at < 0.7 * took for at in announced] == [True]
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
             pytest.fail("it went on")
