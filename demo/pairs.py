@@ -11,9 +11,9 @@ pairs, as answers labeled good or bad, and as the questions alone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,4 +147,6 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "data")
+    parser = argparse.ArgumentParser(description="Write the made pairs as JSON lines.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "data")
+    write(parser.parse_args().folder)

@@ -60,10 +60,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_summary_holds_every_figure(run: Run, folder: Path) -> None:
-    text = closing(run, folder, seconds=100.0)
+    text = closing(run, folder, seconds=100.0, took=150.0)
     for part in (
         "20 (2.00 epochs, 80 examples)",
-        "1:40 min",
+        "1:40 min in steps; this start took 2:30 min",
         "2,000 without padding, 800 of them supervised",
         "400 tokens/s, 50.0% MFU of 100 TFLOP/s",
         "2.0000 -> 0.1000 (mean of the last 2: 0.1026)",

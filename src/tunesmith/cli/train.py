@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    began = time.monotonic()
     leave_lines_to_rank_0()
     log_file = LogFile()
     # The run opens it, with the lines of before it at its beginning.
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
                 recipe, fresh=args.fresh, why=args.why, argv=sys.argv, on_record=write_recipe
             )
         if is_main_process():
-            _show_result(args, recipe, new_file, result, log_file)
+            took = None if result.finished_before else time.monotonic() - began
+            _show_result(args, recipe, new_file, result, log_file, took)
     log_file.close()
 
 
@@ -138,6 +141,7 @@ def _show_result(
     new_file: "NewRecipe | None",
     result: "Result",
     log_file: LogFile,
+    took: float | None,
 ) -> None:
     """What the run came to, on stdout and in its log."""
     from tunesmith.metrics.summary import closing_summary
@@ -153,6 +157,7 @@ def _show_result(
             recipe,
             steps=result.steps,
             seconds=result.seconds,
+            took=took,
             finished_before=result.finished_before,
         )
         show(text, sys.stdout)

@@ -364,7 +364,8 @@ class Log:
     )
     sample_seconds: Positive = key(
         20.0,
-        "seconds that the sample answers of a run may take, or 1 % of its time where that is more",
+        "seconds that the sample answers of a run may take in all, those before the first step"
+        " included, or 1 % of its time where that is more",
     )
 
 

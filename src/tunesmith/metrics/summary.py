@@ -56,13 +56,18 @@ def write_failure(
 
 
 def closing_summary(
-    run: Run, *, steps: int, seconds: float = 0.0, finished_before: bool = False
+    run: Run,
+    *,
+    steps: int,
+    seconds: float = 0.0,
+    took: float | None = None,
+    finished_before: bool = False,
 ) -> str:
     """The closing summary as plain text: numbers of all starts of the run, answers before and
     after, files written, next commands.
 
-    `seconds` of training: 0 takes the sum of the recorded steps. `finished_before`: this start did
-    nothing.
+    `seconds` of training: 0 takes the sum of the recorded steps; `took`: of this start, with all
+    that is beside the steps. `finished_before`: this start did nothing.
     """
     folder = Path(from_here(run.output_dir))
     records = read_records(folder / METRICS)
@@ -80,7 +85,7 @@ def closing_summary(
     weights = None
     with suppress(ValueError):
         weights = read_manifest(folder / FINAL)
-    rows += [*run_figures(records, seconds), "", *_answers(folder, weights)]
+    rows += [*run_figures(records, seconds, took=took), "", *_answers(folder, weights)]
     _, best_step = _lowest(_validations(records))
     rows += [*_written(folder, weights, best_step), "", *_next(run, folder)]
     return "\n".join(rows)
@@ -93,11 +98,15 @@ def has_risen(loss: float, lowest: float) -> bool:
     return loss - lowest > RISE * abs(lowest)
 
 
-def run_figures(records: Sequence[StepRecord], seconds: float) -> list[str]:
-    """The numbers of a run, a line each; `seconds` as in `closing_summary`."""
+def run_figures(
+    records: Sequence[StepRecord], seconds: float, *, took: float | None = None
+) -> list[str]:
+    """The numbers of a run, a line each; `seconds` and `took` as in `closing_summary`."""
     if not records:
         return ["no steps"]
     figures = named_figures(records, seconds)
+    if took is not None:
+        figures["time"] += f"; this start took {format_seconds(took)}"
     return [f"{name:<12}{text}" for name, text in figures.items()]
 
 
@@ -110,7 +119,7 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
     rows = {
         "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {count_of(examples, 'example')})",
         # The sum of steps where nobody measured the whole.
-        "time": format_seconds(seconds or sum(r.step_seconds for r in records)),
+        "time": f"{format_seconds(seconds or sum(r.step_seconds for r in records))} in steps",
         "tokens": f"{tokens:,} without padding, {supervised:,} of them supervised",
         "speed": _speed(records),
         "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
