@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest_plugins = ["devices", "rows", "varlen"]
@@ -40,6 +41,13 @@ os.environ.setdefault(
 )
 # cuBLAS reads it once, before the tests that need it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "any clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any clock")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import copy_of, shipped
-from tunesmith.hub import demo_model
+from tunesmith.host import demo_model
 from tunesmith.model.shapes import SHAPES, Shape
 from tunesmith.training.make_recipe import make_recipe
 
@@ -281,7 +281,7 @@ def test_the_model_that_needs_no_hub(
     `test_make_recipe.py` reads the package's model.
     """
     first = next(block for block in blocks(README) if "--model demo" in "".join(block))
-    install, train, chat, *_ = map(typed, first)
+    _, install, train, chat, *_ = map(typed, first)
     package = re.search(r"--no-deps (\S+)==(\S+)", install)
     assert package is not None
     assert version(package[1]) == package[2]

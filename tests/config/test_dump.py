@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.config.dump import differences, digest, dump, to_mapping, to_yaml
@@ -72,7 +72,6 @@ def runs(draw: st.DrawFn) -> Run:
 
 @pytest.mark.slow
 @given(runs())
-@settings(deadline=None)
 def test_round_trip(run: Run) -> None:
     values = read_value(dump(run), where="config.yaml", base=Path("/")).plain()
     assert from_mapping(values, where="config.yaml", base=Path("/")) == run

@@ -16,7 +16,7 @@ cases = st.integers(1, 300).flatmap(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases)
 def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
@@ -34,7 +34,7 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases)
 def test_it_is_best_fit_decreasing(case: tuple[int, list[int]]) -> None:
     """The same rooms as the definition: longest first, each into the fullest bin that has room,

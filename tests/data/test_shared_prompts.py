@@ -82,7 +82,7 @@ PAIRS = st.lists(st.tuples(LETTERS, LETTERS, LETTERS), min_size=1, max_size=5)
 
 
 @given(PAIRS, st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_documents_are_the_sequences(texts: list[tuple[str, str, str]], padding: int) -> None:
     examples = []
     for prompt, first, second in texts:

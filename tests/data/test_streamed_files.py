@@ -101,7 +101,7 @@ def test_rows_in_any_order(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         assert table.where(i) == places[i]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.text('a\u00e4 \t\r,"', max_size=5), max_size=200),
     ends=st.booleans(),

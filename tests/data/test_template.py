@@ -345,7 +345,7 @@ CONTENT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
         *((form, "pieces") for form in ("llama3", "gemma", "mistral", "qwen3")),
     ],
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(turns=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4))
 def test_any_words_in_any_turn(form: str, kind: str, turns: list[tuple[str, str]]) -> None:
     tokenizer = tokenizer_for(form, kind, None)

@@ -318,7 +318,7 @@ def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", sorted(BASES))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_no_key_is_dropped(
     tool: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -116,7 +116,7 @@ LINE = st.text(
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_value_adds_a_mount_a_service_a_variable_or_a_word(data: st.DataObject):
     """Whatever a recipe's paths, the flags and the user's variables hold, it comes out as that one

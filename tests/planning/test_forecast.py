@@ -212,7 +212,7 @@ def test_auto_cuts_what_can_be_cut_evenly() -> None:
 REFUSED = {
     "does not fit 16 ranks": {"shard": 5},
     "64 heads, 8 of keys and values": {"tensor": 3, "world": "3xh100"},
-    "a layer over the nodes, which have 8 ranks each": {"tensor": 16},
+    "16 ranks that share a layer are not all on one node, which has 8": {"tensor": 16},
 }
 
 

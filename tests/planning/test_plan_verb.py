@@ -46,6 +46,7 @@ NAMES = {
 }  # fmt: skip
 REFUSED = {
     "8xh10": ("there is no machine '8xh10'", "did you mean --on 8xh100?"),
+    "2x8h100": ("there is no machine '2x8h100'", "did you mean --on 2x8xh100?"),
     "a100": ("there is no machine 'a100'", "did you mean --on a100-80gb or --on a100-40gb?"),
     "2xsprak": ("there is no machine '2xsprak'", "did you mean --on 2xspark?"),
     # Another card than the RTX PRO 6000.

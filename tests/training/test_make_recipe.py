@@ -767,6 +767,8 @@ def test_the_demo_model_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch
     assert name.suffix == ".gguf"
     assert made.path == home / "runs/faq-demo.yaml"
     assert made.text.splitlines()[1] == "# tunesmith train --model demo --data faq.csv"
+    # And in a recipe
+    assert load_recipe("smollm2-135m-lora", ["model.name=demo"]).model.name == str(name)
     # Its place on this machine has a reason beside it.
     assert made.text.splitlines()[3].startswith("  # ")
     # To count tokens no weight is read.

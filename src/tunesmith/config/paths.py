@@ -15,6 +15,7 @@ from tunesmith.config.names import keys, without_indices
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import Node
 from tunesmith.errors import RecipeError
+from tunesmith.host import demo_model
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
@@ -77,7 +78,7 @@ def resolve_paths(node: Node, key: str = "", *, beside: Path | None = None) -> N
 
 def _resolve(text: str, name: str, node: Node, key: str) -> str:
     """The absolute path that `text` means, or `text` itself if it is a Hub id or the name of a
-    template.
+    template; MachineError if it is the demo's model, which is not installed.
     """
     what = ""
     fix = ""
@@ -119,4 +120,6 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     # there.
     if text.lower().endswith(_INPUTS[name]) or os.path.exists(path):
         return path
+    if name == "model.name" and text == demo_model.NAME:
+        return str(demo_model.demo_model())
     return text

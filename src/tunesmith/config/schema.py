@@ -104,7 +104,9 @@ class Model:
     """The base model."""
 
     name: str = key(
-        ..., "Hub id, a local folder, or a `.gguf` file", example="meta-llama/Llama-3.1-8B-Instruct"
+        ...,
+        "Hub id, a local folder, a `.gguf` file, or `demo`",
+        example="meta-llama/Llama-3.1-8B-Instruct",
     )
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of a tokenizer; null: the model's")

@@ -17,8 +17,8 @@ from huggingface_hub.utils import (
 )
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
+from tunesmith.host import demo_model
 from tunesmith.host.shell import shell_word
-from tunesmith.hub import demo_model
 
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
@@ -120,7 +120,7 @@ def hub_error(
 def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
     fix = "use an existing path, or owner/name as on the Hub"
     if name == demo_model.NAME:
-        fix = "tunesmith train --model demo --data FILE, which writes a recipe with its path"
+        fix = "tunesmith train --model demo --data FILE: it needs no download"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id",
         where="model.name",

@@ -242,8 +242,12 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
         raise _cannot_shard("updates in the backward", shape, where=key, fix="false")
     _check_cut(spec, shape)
     if per_node % tensor:
-        what = f"a layer over the nodes, which have {per_node} ranks each,"
-        raise _cannot_shard(what, shape, fix="auto")
+        raise RecipeError(
+            f"{tensor} ranks that share a layer are not all on one node, which has {per_node}",
+            where="parallel.tensor",
+            why="the link between nodes is too slow for what they send in every layer",
+            fix="parallel.tensor=auto",
+        )
     # Weights that share a scale stay together.
     block = scheme_of(run.model).block
     for layer in dict.fromkeys(spec.layers):

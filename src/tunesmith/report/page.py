@@ -46,6 +46,7 @@ PROMPTS = 6  # whose answers are shown
 LOG_LINES = 20
 KEYS_IN_BOARD = 3
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
 
 
@@ -109,7 +110,7 @@ def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str
     env.trim_blocks = True
     env.lstrip_blocks = True
     env.filters |= {"value": _value, "figure": _figure, "command": _command}
-    env.filters |= {"cell": _cell, "fenced": _fenced}
+    env.filters |= {"cell": _cell, "reason": _reason, "fenced": _fenced}
     context = _context(summaries_of(runs)) | {"note": note, "mark": MARK}
     if markdown:
         return env.get_template("report.md.j2").render(context)
@@ -411,7 +412,16 @@ def _digits(value: float) -> str:
 
 def _cell(text: str) -> str:
     """Text in a cell of a Markdown table, where nothing of it is markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def _reason(text: str) -> str:
+    """A sentence of the verdict in Markdown: what is in backticks is code, and nothing else is
+    markup."""
+    parts = " ".join(text.split()).split("`")
+    return "".join(
+        f"`{part}`" if i % 2 else _MARKUP.sub(r"\\\1", part) for i, part in enumerate(parts)
+    )
 
 
 def _fenced(text: str) -> str:

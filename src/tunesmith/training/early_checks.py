@@ -32,9 +32,10 @@ from tunesmith.data.folders import check_local
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
+from tunesmith.host import demo_model
 from tunesmith.host.files import check_regular_files, from_here
 from tunesmith.host.shell import shell_command, shell_path, shell_word
-from tunesmith.hub import demo_model, fetch
+from tunesmith.hub import fetch
 from tunesmith.run_dir import FINAL, weights_step
 from tunesmith.training.result import Result
 from tunesmith.units import count_of

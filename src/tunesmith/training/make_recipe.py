@@ -32,9 +32,10 @@ from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, MachineError
+from tunesmith.host import demo_model
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
-from tunesmith.hub import demo_model, fetch
+from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
