@@ -492,6 +492,9 @@ def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     shown = capsys.readouterr()
     assert warnings_with(shown.err, "data.train", llama.parent / "rows.jsonl", "--rows N")
     assert lines_with(shown.out, "million", "--rows N")
+    held = llama.parent / "held.jsonl"
+    assert main([*words, f"data.validation={{source: {held}, format: messages}}"]) == 0
+    assert warnings_with(capsys.readouterr().err, "data.validation", held)
     words += ["train.global_batch=50 examples", "--rows", "1000"]
     assert main([*words, "--length", "500"]) == 0
     shown = capsys.readouterr()

@@ -430,6 +430,10 @@ def _work_of(
     from tunesmith.data.splits import count_held_out
     from tunesmith.planning.forecast import measure_work
 
+    for source in recipe.data.validation:
+        # With --rows the files are elsewhere.
+        if rows is None and _is_missing(source.source):
+            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
     tokens = None
     if folder is not None and not length:
         tokens = _cached_tokens(recipe, folder)
