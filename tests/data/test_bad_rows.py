@@ -15,7 +15,9 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.data import workers
 from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
+from tunesmith.training.early_checks import check_start
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
@@ -64,6 +66,53 @@ def test_all_bad_rows_are_listed_at_once(
     assert refused.value.where == f"{path}:3, message 1"
     places = [cause.split(": ")[0] for cause in refused.value.why.split("; ")]
     assert places == [f"rows.jsonl:{number}" for number in BAD]
+
+
+def test_bad_rows_that_are_held_out_and_those_of_other_files_are_listed_with_them(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    with refuses(DataError, names=[5, 40], fix=["data.bad_rows=skip"]) as refused:
+        prepared(tiny, tmp_path, path, hold_out="50 %")
+    places = {cause.split(": ")[0] for cause in refused.value.why.split("; ")}
+    assert places == {f"rows.jsonl:{number}" for number in BAD}
+    (tmp_path / "more.jsonl").write_text(
+        f"{json.dumps(good(41))}\n{json.dumps({'messages': [A]})}\n"
+    )
+    sources = [
+        {"source": str(tmp_path / name), "format": "messages"} for name in ("more.jsonl", path)
+    ]
+    with refuses(DataError, names=[6, 42]) as refused:
+        prepared(tiny, tmp_path, path, train=sources)
+    places = {cause.split(": ")[0] for cause in refused.value.why.split("; ")}
+    assert places == {"more.jsonl:2", *(f"rows.jsonl:{number}" for number in BAD)}
+
+
+def test_a_start_lists_the_bad_rows_of_all_files_before_torch_is_imported(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    first = tmp_path / "first.jsonl"
+    first.write_text(f"{json.dumps({'messages': [A]})}\n{json.dumps(good(1))}\n")
+    train, validation = ({"source": str(name), "format": "messages"} for name in (first, path))
+    data = {"train": train, "validation": validation}
+    run = make_run(tiny, tmp_path, held=False, data=data)
+    with refuses(DataError, where="first.jsonl:1, message 1", names=[6, 42]) as refused:
+        check_start(run, resumes=False)
+    places = {cause.split(": ")[0] for cause in refused.value.why.split("; ")}
+    assert places == {"first.jsonl:1", *(f"rows.jsonl:{number}" for number in BAD)}
+
+
+def test_what_other_rows_are_warned_of_is_told_with_the_bad_ones(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [good(1), {"messages": [A]}, {"messages": [U, {**A, "content": ""}]}, {"messages": [U]}]
+    for count in (3, 4):
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
+        with refuses(DataError, where="rows.jsonl:2, message 1") as refused:
+            prepared(tiny, tmp_path, path)
+        assert holds(refused.value.why, ROW_WARNINGS["empty"].what, "rows.jsonl:3")
 
 
 def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> None:
@@ -136,6 +185,14 @@ def test_a_long_list_of_bad_rows_is_cut(tiny: Path, tmp_path: Path) -> None:
     assert len(refused.value.why.split("; ")) == 21
     data = prepared(tiny, tmp_path, path, bad_rows="skip")
     assert len(data.train.parts[0].counts.bad_rows) == 20
+    # A kind of fault that comes after many of another kind is in the list.
+    with path.open("a") as file:
+        file.write("{broken\n")
+    with refuses(DataError, names=[26, 51]) as refused:
+        prepared(tiny, tmp_path, path)
+    causes = refused.value.why.split("; ")
+    assert len(causes) == 21
+    assert causes[19].startswith("rows.jsonl:51: ")
 
 
 def test_a_resumed_run_may_not_change_what_is_left_out(tiny: Path, tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Rows that cannot be read or rendered: counted, the first of them listed with their cause."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_row
+from tunesmith.data.formats import convert_row, samples_of
+from tunesmith.data.row_warnings import ROW_WARNINGS, row_warnings
 from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
+from tunesmith.units import count_of
 
 LISTED = 20  # rows
 # Of a cause in a list; the whole error of a single row is shown.
@@ -20,59 +24,113 @@ class BadRow(NamedTuple):
     what: str
 
 
+class _Candidate(NamedTuple):
+    """A bad row that may be listed; `is_new`: no row before it has its kind of fault."""
+
+    place: str
+    bad: BadRow
+    is_new: bool
+
+
 @dataclass
 class BadRows:
-    """The bad rows of a source.
+    """The bad rows of a source of so many rows, or of several.
 
     Attributes:
-        first: at most LISTED of them.
+        is_whole: whether all rows of a source are bad.
+        warned: name in ROW_WARNINGS -> how many of the other rows fit it, and the first's place.
     """
 
+    rows: int
     count: int = 0
-    first: list[BadRow] = field(default_factory=list)
-    _places: list[str] = field(default_factory=list)
+    is_whole: bool = False
+    warned: dict[str, tuple[int, str]] = field(default_factory=dict)
+    _candidates: list[_Candidate] = field(default_factory=list)
+    _kinds: set[str] = field(default_factory=set)
     _first_error: DataError | None = None
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def first(self) -> list[BadRow]:
+        """At most LISTED of them."""
+        return [candidate.bad for candidate in self._listed()]
+
+    def _listed(self) -> list[_Candidate]:
+        """The first of each kind and the first of all, in order."""
+        numbers = range(len(self._candidates))
+        chosen = sorted(numbers, key=lambda n: not self._candidates[n].is_new)[:LISTED]
+        return [self._candidates[n] for n in sorted(chosen)]
 
     def add(self, row: int, place: str, error: DataError) -> bool:
         """Count a row by its error; False if the error is not of this row, but of the file."""
         if not is_of_row(error, place):
             return False
         self.count += 1
+        self.is_whole = self.count == self.rows
         self._first_error = self._first_error or error
-        if len(self.first) < LISTED:
-            inside = error.where.removeprefix(place).lstrip(", ")
-            self.first.append(BadRow(row, f"{inside}: {error.what}" if inside else error.what))
-            self._places.append(place)
+        inside = error.where.removeprefix(place).lstrip(", ")
+        bad = BadRow(row, f"{inside}: {error.what}" if inside else error.what)
+        # One fault differs from row to row by a number alone.
+        kind = re.sub(r"\d+", "", bad.what)
+        is_new = kind not in self._kinds and len(self._kinds) < LISTED
+        if is_new:
+            self._kinds.add(kind)
+        if is_new or self.count <= LISTED:
+            self._candidates.append(_Candidate(place, bad, is_new))
         return True
 
-    def error(self, rows: int) -> DataError:
-        """The error for all of them, of so many rows."""
+    def warn(self, name: str, place: str, count: int = 1) -> None:
+        """Count other rows for a name in ROW_WARNINGS."""
+        before, first = self.warned.get(name, (0, place))
+        self.warned[name] = (before + count, first)
+
+    def join(self, other: "BadRows") -> None:
+        """Add those of another source."""
+        self.rows += other.rows
+        self.count += other.count
+        self.is_whole = self.is_whole or other.is_whole
+        self._candidates += other._candidates
+        self._first_error = self._first_error or other._first_error
+        for name, (count, place) in other.warned.items():
+            self.warn(name, place, count)
+
+    def error(self) -> DataError:
+        """The error for all of them."""
         first = self._first_error
         assert first is not None
-        skip = "data.bad_rows=skip leaves such rows out, counted"
-        if self.count == 1:
-            fix = f"{first.fix}; or {skip}" if rows > 1 else first.fix
-            return DataError(first.what, where=first.where, why=first.why, fix=fix)
-        if self.count == rows:
-            why = f"all {rows:,} rows are like it, or cannot be read for other reasons"
-            why = f"{first.why}; {why}" if first.why else why
-            return DataError(first.what, where=first.where, why=why, fix=first.fix)
-        listed = []
-        for place, bad in zip(self._places, self.first, strict=True):
-            cause = bad.what if len(bad.what) <= _CAUSE_CHARS else f"{bad.what[:_CAUSE_CHARS]}..."
-            # The file's name alone: its folder is that of the first.
-            listed.append(f"{place.rpartition('/')[2]}: {cause}")
-        if self.count > len(listed):
-            listed.append(f"and {self.count - len(listed):,} more")
-        return DataError(
-            f"{self.count:,} of {rows:,} rows cannot be read",
-            where=first.where,
-            why="; ".join(listed),
-            fix=f"{first.fix}; or {skip}",
-        )
+        what = first.what
+        why = [first.why] if first.why else []
+        fix = first.fix
+        if self.count == self.rows > 1:
+            why.append(f"all {self.rows:,} rows are like it, or cannot be read for other reasons")
+        elif self.count > 1:
+            what = f"{self.count:,} of {self.rows:,} rows cannot be read"
+            why = []
+            for place, bad, _ in self._listed():
+                cause = bad.what
+                if len(cause) > _CAUSE_CHARS:
+                    cause = f"{cause[:_CAUSE_CHARS]}..."
+                # The file's name alone: its folder is that of the first.
+                why.append(f"{place.rpartition('/')[2]}: {cause}")
+            if self.count > len(why):
+                why.append(f"and {self.count - len(why):,} more")
+        # Who mends these rows mends the others at the same time.
+        for name, (count, place) in self.warned.items():
+            rows = count_of(count, "readable row")
+            why.append(f"{rows} with {ROW_WARNINGS[name].what} (first {place.rpartition('/')[2]})")
+        if not self.is_whole:
+            fix += "; or data.bad_rows=skip leaves such rows out, counted"
+        return DataError(what, where=first.where, why="; ".join(why), fix=fix)
+
+
+def error_of_sources(sources: Sequence[BadRows]) -> DataError:
+    """One error for the bad rows of several sources."""
+    joined = BadRows(0)
+    for bad in sources:
+        joined.join(bad)
+    return joined.error()
 
 
 def is_of_row(error: DataError, place: str) -> bool:
@@ -85,11 +143,15 @@ def find_bad_rows(rows: Rows, source: Source, system: str | None = None) -> BadR
 
     system: as of `convert_row`.
     """
-    bad = BadRows()
+    bad = BadRows(len(rows))
     for i in range(len(rows)):
+        place = rows.where(i)
         try:
-            convert_row(rows[i], source, where=rows.where(i), system=system)
+            row = convert_row(rows[i], source, where=place, system=system)
         except DataError as error:
-            if not bad.add(i, rows.where(i), error):
+            if not bad.add(i, place, error):
                 raise
+            continue
+        for name in row_warnings(samples_of(row)[0], raw=False):
+            bad.warn(name, place)
     return bad

@@ -371,7 +371,7 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
 def _all_errors(rows: Rows, source: Source, trial: _Trial, examined: int) -> DataError:
     """The error that lists all rows that a layout does not read: not of the sample alone."""
     bad = find_bad_rows(rows, _with_layout(source, trial.layout))
-    listed = bad.error(len(rows))
+    listed = bad.error()
     readable = f"{len(trial.read)} of the {examined} rows examined can be read as"
     why = f"{readable} {trial.layout.format}; not this one"
     if len(bad) > 1:

@@ -17,6 +17,7 @@ from tunesmith.data.formats import (
     Sample,
     Text,
     convert_row,
+    samples_of,
 )
 from tunesmith.data.row_warnings import has_empty_answers, row_warnings
 from tunesmith.data.template import Template, TrainOn
@@ -98,15 +99,6 @@ def _check_differs(chosen: Example, rejected: Example, place: str) -> None:
         )
 
 
-def _samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
-    """What is tokenized of a row; of a pair the chosen answer comes first."""
-    if isinstance(row, Pair):
-        return [row.chosen, row.rejected]
-    if isinstance(row, Feedback):
-        return [row.answer]
-    return [row]
-
-
 def _side_by_side(chosen: Example, rejected: Example) -> Example:
     """A pair as one example of two sequences."""
     return Example(
@@ -149,7 +141,7 @@ class RowEncoder:
             # All of the first rows and a sample of the others: rendering the prompt alone takes
             # time.
             is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
-            samples = _samples_of(row.sample)
+            samples = samples_of(row.sample)
             if is_compared and self.train_on != "all":
                 prompt = self._check_prompt(samples[0], example)
             warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
@@ -188,7 +180,7 @@ class RowEncoder:
         samples = []
         sample_places = []
         for row in rows:
-            of_row = _samples_of(row.sample)
+            of_row = samples_of(row.sample)
             samples += of_row
             sample_places += [row.place] * len(of_row)
             if self.template.raw:

@@ -112,6 +112,15 @@ class Feedback:
     is_good: bool
 
 
+def samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
+    """What is tokenized of a row; of a pair the chosen answer comes first."""
+    if isinstance(row, Pair):
+        return [row.chosen, row.rejected]
+    if isinstance(row, Feedback):
+        return [row.answer]
+    return [row]
+
+
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
     """The messages with `system` (None: as they are) as system message, where they have none."""
     if system is None or (messages and messages[0]["role"] == "system"):

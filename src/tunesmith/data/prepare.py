@@ -26,6 +26,7 @@ from tunesmith.data.tokens import (
     TokenSet,
     find_repeats,
     tokenize,
+    tokenize_sides,
     tokenizer_hash,
 )
 from tunesmith.errors import DataError, TunesmithError, first_line
@@ -394,9 +395,13 @@ def prepare_data(
     if run.data.validation:
         across = check_across(splits.validation, splits.train)
     hash_ = tokenizer_hash(tokenizer)
-    train = tokenize(
-        splits.train, run.data, template, tokenizer, cache=cache, what="train", of_tokenizer=hash_
+    sides = {"train": splits.train}
+    if splits.validation:
+        sides["validation"] = splits.validation
+    token_sets = tokenize_sides(
+        sides, run.data, template, tokenizer, cache=cache, of_tokenizer=hash_
     )
+    train = token_sets["train"]
     if run.data.allow_cut_answers:
         cut_answers = "accept"
     contract = check_tokens(
@@ -410,19 +415,10 @@ def prepare_data(
     )
     contracts = [contract]
     train.shares_prompts = shares_prompts
-    validation = None
+    validation = token_sets.get("validation")
     validation_digest = None
     overlap = Repeats()
-    if splits.validation:
-        validation = tokenize(
-            splits.validation,
-            run.data,
-            template,
-            tokenizer,
-            cache=cache,
-            what="validation",
-            of_tokenizer=hash_,
-        )
+    if validation is not None:
         validation.shares_prompts = shares_prompts
         validation_digest = validation.counts.digest
         if run.validate.max_examples is not None:

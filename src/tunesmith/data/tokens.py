@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.bad_rows import BadRows
+from tunesmith.data.bad_rows import BadRows, error_of_sources
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
@@ -438,6 +438,14 @@ def find_repeats(tokens: TokenSet, among: TokenSet | None = None) -> Repeats:
     return Repeats(len(repeats), tokens.where(first), among.where(int(earliest[first])))
 
 
+class _RefusedRowsError(Exception):
+    """The bad rows of one source, until those of the others are known."""
+
+    def __init__(self, bad: BadRows) -> None:
+        super().__init__()
+        self.bad = bad
+
+
 def tokenize(
     sources: Sequence[tuple[Source, Rows]],
     data: Data,
@@ -449,53 +457,112 @@ def tokenize(
     only_cached: bool = False,
     of_tokenizer: str = "",
 ) -> TokenSet:
+    """As `tokenize_sides`, of one side."""
+    sides = {what: sources}
+    token_sets = tokenize_sides(
+        sides,
+        data,
+        template,
+        tokenizer,
+        cache=cache,
+        only_cached=only_cached,
+        of_tokenizer=of_tokenizer,
+    )
+    return token_sets[what]
+
+
+def tokenize_sides(
+    sides: Mapping[str, Sequence[tuple[Source, Rows]]],
+    data: Data,
+    template: Template,
+    tokenizer: Any,
+    *,
+    cache: Path | None,
+    only_cached: bool = False,
+    of_tokenizer: str = "",
+) -> dict[str, TokenSet]:
     """Tokenize all rows of some sources, or take them from the cache.
 
     Args:
-        sources: rows and how to read them; the weights become `TokenSet.repeats`.
+        sides: `train` or `validation`, for progress -> rows and how to read them; the weights
+            become `TokenSet.repeats`.
         data: gives seq_len, train_on, too_long and system.
         cache: folder of the cache, None for none.
-        what: `train` or `validation`, for progress.
         of_tokenizer: its `tokenizer_hash`, where the caller has it: that of a large vocabulary
             takes 0.2 s.
 
     Raises:
+        DataError: some rows cannot be read or rendered; it lists those of all sources.
         LookupError: `only_cached`, and the cache lacks one.
     """
-    parts = []
     if cache is not None:
         of_tokenizer = of_tokenizer or tokenizer_hash(tokenizer)
-    for source, rows in sources:
-        title = f"tokenize {what}: {rows.name}"
-        # A plan reads only what the cache has: where nothing is there, this raises.
-        make: Callable[[TokenWriter], TokenEntry] = _raise_not_cached
-        if not only_cached:
-            make = partial(_tokenize_rows, rows, source, data, template, title)
-        if cache is None:
-            arrays, about = make(TokenWriter(None))
-        else:
-            # The key holds what changes tokens; other keys of the recipe may change freely.
-            key = _cache_key(rows, source, data, template, of_tokenizer)
-            arrays, about = cached_tokens(cache, key, make)
-        counts = TokenCounts(
-            source=source.source,
-            **about["counts"],
-            available=rows.available,
-            taken=_keys_that_select(source, data, what),
-        )
-        part = SourceTokens(
-            arrays,
-            counts,
-            rows,
-            weight=source.weight,
-            leaks=tuple(about["reached"]),
-            empties=tuple(about["empties"]),
-            has_answers=data.train_on != "all" and source.format != "text",
-            too_long=too_long_of(source, data),
-            source=source,
-        )
-        parts.append(part)
-    return TokenSet(parts)
+    token_sets = {}
+    refused = []
+    for what, sources in sides.items():
+        parts = []
+        for source, rows in sources:
+            try:
+                parts.append(
+                    _tokenize_source(
+                        rows,
+                        source,
+                        data,
+                        template,
+                        cache=cache,
+                        what=what,
+                        only_cached=only_cached,
+                        of_tokenizer=of_tokenizer,
+                    )
+                )
+            except _RefusedRowsError as error:
+                refused.append(error.bad)
+        token_sets[what] = TokenSet(parts)
+    if refused:
+        raise error_of_sources(refused)
+    return token_sets
+
+
+def _tokenize_source(
+    rows: Rows,
+    source: Source,
+    data: Data,
+    template: Template,
+    *,
+    cache: Path | None,
+    what: str,
+    only_cached: bool,
+    of_tokenizer: str,
+) -> SourceTokens:
+    """The examples of one source."""
+    title = f"tokenize {what}: {rows.name}"
+    # A plan reads only what the cache has: where nothing is there, this raises.
+    make: Callable[[TokenWriter], TokenEntry] = _raise_not_cached
+    if not only_cached:
+        make = partial(_tokenize_rows, rows, source, data, template, title)
+    if cache is None:
+        arrays, about = make(TokenWriter(None))
+    else:
+        # The key holds what changes tokens; other keys of the recipe may change freely.
+        key = _cache_key(rows, source, data, template, of_tokenizer)
+        arrays, about = cached_tokens(cache, key, make)
+    counts = TokenCounts(
+        source=source.source,
+        **about["counts"],
+        available=rows.available,
+        taken=_keys_that_select(source, data, what),
+    )
+    return SourceTokens(
+        arrays,
+        counts,
+        rows,
+        weight=source.weight,
+        leaks=tuple(about["reached"]),
+        empties=tuple(about["empties"]),
+        has_answers=data.train_on != "all" and source.format != "text",
+        too_long=too_long_of(source, data),
+        source=source,
+    )
 
 
 def _keys_that_select(source: Source, data: Data, what: str) -> str:
@@ -571,7 +638,7 @@ def _tokenize_rows(
     # How many rows each warning fits, and the first of them.
     warnings: dict[str, list[int]] = {}
     unread: dict[str, list[int]] = {}
-    bad = BadRows()
+    bad = BadRows(len(rows))
     # How many rows have each length: a corpus has many rows, and few lengths.
     lengths = Counter[int]()
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
@@ -592,10 +659,8 @@ def _tokenize_rows(
             if row.has_empty_answer:
                 empties.append(len(writer))
             # The first row of each warning is named to the user.
-            for name in row.warnings:
-                warnings.setdefault(name, [0, i])[0] += 1
-            for name in row.unread:
-                unread.setdefault(name, [0, i])[0] += 1
+            _count_names(warnings, row.warnings, i)
+            _count_names(unread, row.unread, i)
             lengths[row.example.longest_sequence] += 1
             if too_long == "split":
                 splitter.add(row.example, i)
@@ -605,7 +670,11 @@ def _tokenize_rows(
     rows.check_unchanged()
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
     if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
-        raise bad.error(len(rows))
+        for name, (count, first) in warnings.items():
+            # Prompt and completion may be meant to stand so.
+            if name != "joined":
+                bad.warn(name, rows.where(first), count)
+        raise _RefusedRowsError(bad)
     arrays = writer.arrays()
     counts["longest"] = max(lengths, default=0)
     counts["longest_of_99"] = _length_of_share(lengths, 0.99)
@@ -620,6 +689,12 @@ def _tokenize_rows(
         "bad_rows": bad.first,
     }
     return arrays, {"counts": about, "reached": leaks, "empties": empties}
+
+
+def _count_names(counts: dict[str, list[int]], names: Iterable[str], row: int) -> None:
+    """Count a row for each of some names; the first row of a name is kept."""
+    for name in names:
+        counts.setdefault(name, [0, row])[0] += 1
 
 
 def _length_of_share(lengths: Counter[int], share: float) -> int:

@@ -26,7 +26,7 @@ from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
-from tunesmith.data.bad_rows import find_bad_rows
+from tunesmith.data.bad_rows import error_of_sources, find_bad_rows
 from tunesmith.data.detect import Detected, detect
 from tunesmith.data.folders import check_local
 from tunesmith.data.formats import convert_row
@@ -70,26 +70,36 @@ def check_start(run: Run, *, resumes: bool) -> Result | None:
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)
-    for source in (*run.data.train, *run.data.validation):
-        if is_local(source.source):
-            _check_first_row(run, source)
+    _check_rows(run, [s for s in (*run.data.train, *run.data.validation) if is_local(s.source)])
     return None
 
 
-def _check_first_row(run: Run, source: Source) -> None:
-    """DataError where a local source cannot be read, or not as its first row is."""
-    path = Path(source.source).expanduser()
-    check_local(path)
-    # A row that `leave_out` leaves out is no fault.
-    if path.is_dir() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
+def _check_rows(run: Run, sources: Sequence[Source]) -> None:
+    """DataError where a local source cannot be read, or not as its first row is; it lists the bad
+    rows of all of them."""
+    opened = []
+    is_first_bad = False
+    for source in sources:
+        path = Path(source.source).expanduser()
+        check_local(path)
+        # A row that `leave_out` leaves out is no fault.
+        if path.is_dir() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
+            continue
+        rows = read_rows(source)
+        opened.append((source, rows))
+        try:
+            convert_row(rows[0], source, where=rows.where(0), system=run.data.system)
+        except DataError:
+            is_first_bad = True
+    if not is_first_bad:
         return
-    rows = read_rows(source)
-    try:
-        convert_row(rows[0], source, where=rows.where(0), system=run.data.system)
-    except DataError:
+    refused = []
+    for source, rows in opened:
         bad = find_bad_rows(rows, source, run.data.system)
-        if run.data.bad_rows == "error" or len(bad) == len(rows):
-            raise bad.error(len(rows)) from None
+        if bad and (run.data.bad_rows == "error" or bad.is_whole):
+            refused.append(bad)
+    if refused:
+        raise error_of_sources(refused)
 
 
 @dataclass(frozen=True)
