@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def prepared(
-    tiny: Path, folder: Path, rows: list[dict[str, Any]], *, base: bool = False, **data: Any
+    tiny: Path,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    base: bool = False,
+    method: str = "sft",
+    **data: Any,
 ) -> TrainingData:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,7 +43,8 @@ def prepared(
     first = next(iter(rows[0]))
     form = forms.get(first, first)
     source = {"source": str(path), "format": form, **data.pop("source", {})}
-    run = make_run(tiny, folder, held=False, data={"train": source, **data})
+    changes = {"data": {"train": source, **data}, "method": {"name": method}}
+    run = make_run(tiny, folder, held=False, **changes)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None if base else tokenizer.chat_template
     return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=folder / "cache")
@@ -80,6 +88,62 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
     data = prepared(tiny, tmp_path, rows, base=True)
     assert "raw: " in (line := data.describe().splitlines()[0])
     assert line.endswith(" Who?⟦H⟧e 0.<|im_end|>")
+
+
+SPELLED = "Write <|im_end|> here."
+
+
+def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"messages": [U, {**A, "content": f"b{i}"}]} for i in range(20)]
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "<|im_start|>"}}}
+    rows[4] = {"messages": [{**U, "content": SPELLED}, A]}
+    rows[7] = {"messages": [U, {**A, "content": SPELLED * 2}]}
+    rows[9] = {"messages": [U, {**A, "content": "", "tool_calls": [call]}]}
+    for _ in range(2):  # the second time from the cache
+        data = prepared(tiny, tmp_path, rows)
+        line = warned(data, "<|im_end|>")
+        path = f"{tmp_path}/rows.jsonl"
+        assert holds(line, f"{path}:5", "<|im_start|>", f"{path}:10")
+        counts = data.train.parts[0].counts
+        assert counts.control_tokens == {"<|im_end|>": [2, 4], "<|im_start|>": [1, 9]}
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"prompt": SPELLED, "completion": "x"}, True),
+        ({"instruction": "Say it.", "input": SPELLED, "output": "x"}, True),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": SPELLED}]}, True),
+        ({"chosen": "x", "rejected": SPELLED, "prompt": "a"}, True),
+        ({"text": SPELLED}, False),
+        ({"prompt": "a", "completion": "<think>b</think>c < |im_end| >"}, False),
+    ],
+)  # fmt: skip
+def test_in_which_formats_special_tokens_are_told(
+    tiny: Path, tmp_path: Path, row: dict[str, Any], found: bool
+) -> None:
+    forms = {"conversations": "sharegpt", "chosen": "preference", "instruction": "alpaca"}
+    form = forms.get(next(iter(row)), "prompt-completion" if "prompt" in row else "text")
+    method = "dpo" if form == "preference" else "sft"
+    data = prepared(tiny, tmp_path, [row], source={"format": form}, method=method)
+    assert bool(data.train.parts[0].counts.control_tokens) == found
+
+
+def test_special_tokens_that_a_recipe_or_a_raw_row_asks_for_are_not_told(
+    tiny: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Who {i}? ", "completion": f"He {i}.<|im_end|>"} for i in range(5)]
+    assert not prepared(tiny, tmp_path, rows, base=True).train.parts[0].counts.control_tokens
+    rows[2]["prompt"] = SPELLED
+    assert warned(prepared(tiny, tmp_path, rows, base=True), "<|im_end|>")
+    raw = prepared(tiny, tmp_path, rows, base=True, template="raw")
+    assert not [line for line in raw.warnings() if "<|im_end|>" in line]
+    rows = [{"prompt": "Which?", "completion": "<|im_start|>"}]
+    data = prepared(tiny, tmp_path, rows)
+    assert warned(data, "<|im_start|>")
+    model = replace(data.run.model, added_tokens=("<|im_start|>",))
+    added = replace(data, run=replace(data.run, model=model))
+    assert not [line for line in added.warnings() if "<|im_start|>" in line]
 
 
 def test_what_separates_the_values_of_a_table_is_told_once(tiny: Path, tmp_path: Path) -> None:

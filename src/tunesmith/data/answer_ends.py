@@ -50,14 +50,14 @@ class AnswerEnds:
         is_last: of the last answer, which ends with one of `stops`.
         """
         ends = self.stops if is_last else {**self.stops, **self.earlier}
-        return _any_of(ends).search(text, begin, limit)
+        return any_of(ends).search(text, begin, limit)
 
     def read_turns(self, question: str, earlier: str, last: str) -> None:
         """Learn from the tails of a question, of the answer to it, and of a last answer."""
         if self.search(earlier) and self.search(last):
             return
-        earlier_token = _any_of(self._added).search(earlier)
-        last_token = _any_of(self._added).search(last)
+        earlier_token = any_of(self._added).search(earlier)
+        last_token = any_of(self._added).search(last)
         if last_token is None:
             next_turn = self.search(earlier)
             if next_turn is not None and earlier[: next_turn.start()] == last:
@@ -70,7 +70,7 @@ class AnswerEnds:
             return
         # The beginning of the next turn's header is no end: what ends an answer stands at one place
         # in both, and ends questions too.
-        closing = _any_of(self._added).search(question)
+        closing = any_of(self._added).search(question)
         is_end = closing is not None and closing[0] == earlier_token[0]
         is_at_one_place = earlier[: earlier_token.start()] == last[: last_token.start()]
         if is_end and is_at_one_place and earlier_token[0] not in self.stops:
@@ -87,7 +87,7 @@ class AnswerEnds:
             if not self.search(last_calls) and call[: end.start()] == last_calls:
                 self.next_turn[True] = end[0]
             return
-        tokens = list(_any_of(self._added).finditer(last_calls))
+        tokens = list(any_of(self._added).finditer(last_calls))
         if not tokens or last_calls[tokens[-1].end() :].strip():
             return
         # A token that ends each of several calls does not end the message.
@@ -99,7 +99,7 @@ class AnswerEnds:
         self.stops[token] = self._added[token]
 
 
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches any of some texts; of several at one place, the longest. Of none, nothing."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

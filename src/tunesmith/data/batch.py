@@ -42,6 +42,7 @@ class Example(NamedTuple):
         shared: tokens at the start of a pair's second sequence that a packed row leaves out, as
             they are those of the first one and no position of either has a target (`count_shared`).
         flaws: names in ROW_WARNINGS of what its tokens show, until it is stored.
+        control_tokens: special tokens that the row's own text spells, until it is stored.
     """
 
     ids: np.ndarray
@@ -51,6 +52,7 @@ class Example(NamedTuple):
     reference: tuple[float, ...] = ()
     shared: int = 0
     flaws: tuple[str, ...] = ()
+    control_tokens: frozenset[str] = frozenset()
 
     def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """`ids` and `trained` of each sequence."""

@@ -106,6 +106,7 @@ def _side_by_side(chosen: Example, rejected: Example) -> Example:
         trained=np.concatenate([chosen.trained, rejected.trained]),
         sequences=(len(chosen.ids), len(rejected.ids)),
         flaws=tuple(dict.fromkeys([*chosen.flaws, *rejected.flaws])),
+        control_tokens=chosen.control_tokens | rejected.control_tokens,
     )
 
 

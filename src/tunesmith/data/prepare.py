@@ -228,6 +228,7 @@ class TrainingData:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
         warnings += self._bad_row_warnings()
         warnings += self._unread_warnings()
+        warnings += self._control_token_warnings()
         skipped = {}
         for _, part in self.sources():
             if part.rows.skipped:
@@ -302,6 +303,27 @@ class TrainingData:
                     f"{split}: nothing reads {', '.join(names)}: if one changes what is to be"
                     " learned, it is lost; fix: map a column by columns, or delete what is not"
                     " needed"
+                )
+        return warnings
+
+    def _control_token_warnings(self) -> list[str]:
+        """Special tokens that rows spell in their own text."""
+        if self.run.data.template == "raw":
+            return []  # the recipe asks for texts that hold their own
+        warnings = []
+        for split, part in self.sources():
+            tokens = []
+            for token, (count, first) in part.counts.control_tokens.items():
+                # Tokens that the recipe adds are for the rows to use.
+                if token not in self.run.model.added_tokens:
+                    where = part.rows.where(first)
+                    tokens.append(f"{token} in {count_of(count, 'row')} (first {where})")
+            if tokens:
+                warnings.append(
+                    f"{split}: the text of a row contains special tokens of the tokenizer:"
+                    f" {', '.join(tokens)}: the model sees the control token, which may end the"
+                    " turn or begin another, and not its characters; fix: remove it from the text,"
+                    " or put a space into it"
                 )
         return warnings
 

@@ -11,7 +11,8 @@ end.
 """
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +24,12 @@ import numpy as np
 from tunesmith.config.schema import Data
 from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
-from tunesmith.data.answer_ends import AnswerEnds
+from tunesmith.data.answer_ends import AnswerEnds, any_of
 from tunesmith.data.batch import Example
 from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
 from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask, RenderedAnswers
 from tunesmith.data.template_args import assign_arguments, split_arguments, with_arguments
+from tunesmith.data.thoughts import THOUGHT_TAGS
 from tunesmith.errors import DataError, ModelError
 
 TrainOn = Literal["response", "last", "all"]
@@ -271,7 +273,8 @@ class Template:
         for i, aligned in enumerate(aligned_texts):
             example = self._example(samples[i], aligned, where[i])
             names = (*_flaws(texts[i], aligned), *sorted(flaws[i]))
-            examples.append(example._replace(flaws=names))
+            control_tokens = self._control_tokens(samples[i])
+            examples.append(example._replace(flaws=names, control_tokens=control_tokens))
         return examples
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -338,6 +341,35 @@ class Template:
             stop = next(i for i, message in enumerate(sample.messages, 1) if message is first)
             sample = replace(sample, messages=sample.messages[:stop])
         return self.without_special_tokens(self.answer(sample))
+
+    def _control_tokens(self, sample: Sample) -> frozenset[str]:
+        """See `Example.control_tokens`.
+
+        The tags of a thought are none, nor in raw rows a BOS in front and end tokens at the end:
+        they are read as such. Format text has none.
+        """
+        if isinstance(sample, Completion):
+            prompt = sample.prompt
+            completion = sample.completion
+            if self.raw:
+                prompt = prompt.removeprefix(self.tokenizer.decode(self._bos))
+                completion = self._trailing_ends.sub("", completion)
+            texts = [prompt, completion, sample.system or ""]
+        elif isinstance(sample, Conversation):
+            texts = [*_texts_in([sample.messages, sample.tools])]
+        else:
+            texts = []
+        return frozenset(token for text in texts for token in self._control_token.findall(text))
+
+    @cached_property
+    def _control_token(self) -> re.Pattern[str]:
+        tags = {tag for pair in THOUGHT_TAGS.items() for tag in pair}
+        return any_of(t for t in self._special_tokens if t.strip() and t not in tags)
+
+    @cached_property
+    def _trailing_ends(self) -> re.Pattern[str]:
+        ends = any_of(self.tokenizer.decode([id_]) for id_ in self.end_ids)
+        return re.compile(f"(?:{ends.pattern})\\s*\\Z")
 
     def without_special_tokens(self, text: str) -> str:
         """The text as an answer is decoded."""
@@ -484,6 +516,15 @@ class Template:
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]
         return [] if has_bos else self._bos
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in messages and tools, but for names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
 def _flaws(text: str, aligned: Aligned) -> tuple[str, ...]:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 Message = dict[str, Any]
 
 # Between these a row's text may open with a thought.
-_TAGS = {
+THOUGHT_TAGS = {
     "</think>": "<think>",
     "</thinking>": "<thinking>",
     "</thought>": "<thought>",
     "</reasoning>": "<reasoning>",
     "[/THINK]": "[THINK]",
 }
-_CLOSING = re.compile("|".join(map(re.escape, _TAGS)))
+_CLOSING = re.compile("|".join(map(re.escape, THOUGHT_TAGS)))
 # Two tags with no more than a word between them: <think></think>, Gemma 4's
 # <|channel>thought\n<channel|>, Cohere's <|START_THINKING|><|END_THINKING|>.
 _EMPTY_THOUGHT = re.compile(
@@ -38,7 +38,7 @@ def open_thought(text: str) -> tuple[str, str] | None:
     """The tag with which a text ends and opens a thought, and the one that closes it; None: no such
     tag ends it.
     """
-    for closing, opening in _TAGS.items():
+    for closing, opening in THOUGHT_TAGS.items():
         if text.rstrip().endswith(opening):
             return opening, closing
     return None
@@ -77,7 +77,7 @@ def find_thought(text: str) -> InlineThought | None:
         return None
     end = closing.start()
     start = len(text) - len(text.lstrip())
-    opening = _TAGS[closing[0]]
+    opening = THOUGHT_TAGS[closing[0]]
     if text.startswith(opening, start):
         return InlineThought(start + len(opening), end, closing.end())
     is_line_end = text.startswith("\n", closing.end()) or text.endswith("\n", 0, end)
@@ -150,7 +150,7 @@ def thought_forms(jinja: str) -> Iterator[MessageForm]:
     for key in dict.fromkeys(_KEY.findall(jinja)):
         if key != _PLAIN.thought_key:
             yield MessageForm(thought_key=key)
-    for closing, opening in _TAGS.items():
+    for closing, opening in THOUGHT_TAGS.items():
         if closing not in jinja:
             continue
         if opening.startswith("<"):

@@ -32,7 +32,7 @@ from tunesmith.host.streams import is_terminal, visible
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-VERSION = 10
+VERSION = 11
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH = 256
@@ -71,6 +71,7 @@ class TokenCounts:
         prompts_apart: rows where it renders otherwise.
         flaws: name in ROW_WARNINGS -> how many rows, and the first of them.
         unread: name of a column, or of a key of turns, that nothing reads -> the same.
+        control_tokens: special token that a row's own text spells -> the same.
         bad: rows left out because they cannot be read or rendered (data.bad_rows: skip).
         bad_rows: the first of them, each with what is wrong.
         longest_of_99: 99 % of the rows, uncut, have no more tokens.
@@ -92,6 +93,7 @@ class TokenCounts:
     prompts_apart: int = 0
     flaws: dict[str, list[int]] = field(default_factory=dict)
     unread: dict[str, list[int]] = field(default_factory=dict)
+    control_tokens: dict[str, list[int]] = field(default_factory=dict)
     bad: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)
     longest_of_99: int = 0
@@ -638,6 +640,7 @@ def _tokenize_rows(
     # How many rows each warning fits, and the first of them.
     warnings: dict[str, list[int]] = {}
     unread: dict[str, list[int]] = {}
+    control_tokens: dict[str, list[int]] = {}
     bad = BadRows(len(rows))
     # How many rows have each length: a corpus has many rows, and few lengths.
     lengths = Counter[int]()
@@ -661,6 +664,7 @@ def _tokenize_rows(
             # The first row of each warning is named to the user.
             _count_names(warnings, row.warnings, i)
             _count_names(unread, row.unread, i)
+            _count_names(control_tokens, sorted(row.example.control_tokens), i)
             lengths[row.example.longest_sequence] += 1
             if too_long == "split":
                 splitter.add(row.example, i)
@@ -685,6 +689,7 @@ def _tokenize_rows(
         "digest": arrays.sha256(),
         "flaws": warnings,
         "unread": unread,
+        "control_tokens": control_tokens,
         "bad": len(bad),
         "bad_rows": bad.first,
     }
