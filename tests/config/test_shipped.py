@@ -152,7 +152,7 @@ def test_values_of_the_slurm_guide() -> None:
     assert full.train.global_batch == Size(2 * 4 * 1024, "tokens")
     assert (lora.adapter.rank, lora.adapter.alpha, lora.train.learning_rate) == (16, 32.0, 3e-4)
     assert lora.train.global_batch == Size(16 * 2, "examples")
-    assert (lora.train.warmup, lora.train.weight_decay) == (Length(100, "steps"), 0.01)
+    assert (lora.train.warmup, lora.train.weight_decay) == (Length(6.5, "%"), 0.01)
     for run in (full, lora):  # what changes no result is left to the machine
         assert (run.train.recompute, run.parallel.tensor) == ("auto", "auto")
 

@@ -24,6 +24,7 @@ from tunesmith.data.row_warnings import row_warnings
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import TokenSet, find_repeats
 from tunesmith.errors import DataError
+from tunesmith.units import Length
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
@@ -48,6 +49,17 @@ def prepared(
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None if base else tokenizer.chat_template
     return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=folder / "cache")
+
+
+def test_a_warmup_as_long_as_the_run_is_told(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
+    data = prepared(tiny, tmp_path, rows)
+    steps = data.schedule.steps(data.run.train.duration)
+    for length, count in ((f"{steps} steps", 1), (f"{(steps or 2) - 1} steps", 0)):
+        train = replace(data.run.train, warmup=Length.parse(length))
+        run = replace(data.run, train=train)
+        told = [line for line in replace(data, run=run).warnings() if "train.warmup" in line]
+        assert len(told) == count
 
 
 def warned(data: TrainingData, about: str) -> str:

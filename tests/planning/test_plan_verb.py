@@ -73,6 +73,18 @@ def llama(tmp_path: Path) -> Path:
     return file
 
 
+def test_a_warmup_that_fills_the_run_is_told(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In epochs: of a duration in steps it is refused."""
+    command = ["plan", str(llama), "--on", "2x8xh100", "--rows", "960", "--length", "400"]
+    command += ["train.global_batch=32 examples", "train.duration=1 epochs"]
+    assert main([*command, "train.warmup=29 steps"]) == 0
+    assert "train.warmup" not in capsys.readouterr().out
+    assert main([*command, "train.warmup=30 steps"]) == 0
+    assert holds(capsys.readouterr().out, "train.warmup is 30 steps", "30 steps", "'3 %'")
+
+
 FALCON = {
     "model_type": "falcon", "architectures": ["FalconForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
     "num_hidden_layers": 2, "vocab_size": 272, "new_decoder_architecture": False,

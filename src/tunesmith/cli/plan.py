@@ -636,6 +636,8 @@ def _best(forecasts: "list[Forecast]") -> "list[Forecast]":
 
 def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecast]") -> list[str]:
     """The machines, the examples, and a row for each mesh that is shown."""
+    from tunesmith.data.schedule import describe_long_warmup
+
     chip = planner.cluster.chip
     work = planner.work
     speed = "for times --assume tflops=NUMBER"
@@ -665,6 +667,8 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
         what = f"the base stays in {best.base}: {best.why['base']}"
         lines.append(f"warning: {what}; to save memory: model.quantize=nf4")
     lines += best.warnings
+    long_warmup = describe_long_warmup(planner.run.train, work.steps)
+    lines += [f"warning: {text}" for text in long_warmup]
     return lines
 
 

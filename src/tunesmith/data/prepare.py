@@ -16,7 +16,7 @@ from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
 from tunesmith.data.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.row_checks import check_across
 from tunesmith.data.row_warnings import ROW_WARNINGS
-from tunesmith.data.schedule import FEW_STEPS, BatchSchedule
+from tunesmith.data.schedule import FEW_STEPS, BatchSchedule, describe_long_warmup
 from tunesmith.data.source import describe_layouts
 from tunesmith.data.splits import Splits, read_checked_splits, read_splits
 from tunesmith.data.template import Template, select_template
@@ -223,7 +223,9 @@ class TrainingData:
 
     def warnings(self) -> list[str]:
         """What is valid but seldom meant, each with its fix."""
+        train = self.run.train
         warnings = self._few_steps_warnings()
+        warnings += describe_long_warmup(train, self.schedule.steps(train.duration))
         for contract in self.contracts:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
         warnings += self._bad_row_warnings()

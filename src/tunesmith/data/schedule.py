@@ -17,13 +17,22 @@ import numpy as np
 
 from tunesmith.config.schema import Data, Run, Train
 from tunesmith.data.pack import best_fit_decreasing
-from tunesmith.units import Length, ceil_div
+from tunesmith.units import Length, ceil_div, count_of
 
 if TYPE_CHECKING:
     from tunesmith.data.tokens import TokenSet
 
 # With fewer, the learning rate is mostly in its warm-up and the model changes little.
 FEW_STEPS = 50
+
+
+def describe_long_warmup(train: Train, steps: int | None) -> list[str]:
+    """A sentence, with its fix, where a warmup in steps is as long as the run of `steps`."""
+    warmup = train.warmup
+    if steps is None or warmup.unit != "steps" or warmup.amount < max(2, steps):
+        return []
+    what = f"train.warmup is {warmup}, and the run has {count_of(steps, 'step')}"
+    return [f"{what}: the learning rate still rises at its end; fix: train.warmup='3 %'"]
 
 
 @dataclass(frozen=True)
