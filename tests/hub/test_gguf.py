@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,26 @@ def test_bad_files_are_named(file: Path, cache: Path, tmp_path: Path) -> None:
     with refuses(ModelError, where="model.name", names=[tmp_path / "none.gguf"]):
         fetch.fetch(Model(name=str(tmp_path / "none.gguf")))
     assert not cache.exists() or not list(cache.iterdir()), "nothing half stays"
+
+
+@pytest.mark.parametrize("read", [fetch.fetch, fetch.fetch_for_tokens])
+def test_an_adapter_is_refused_with_the_base_that_it_is_for(
+    read: Callable[[Model], Path], cache: Path, tmp_path: Path
+) -> None:
+    from gguf import GGUFWriter
+
+    file = tmp_path / "faq.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_type("adapter")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, "my base-f16.gguf")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    serves_both = f"llama-server -m 'my base-f16.gguf' --lora {file}"
+    with refuses(ModelError, where=str(file), names=["my base-f16.gguf"], fix=[serves_both]):
+        read(Model(name=str(file), dtype="bf16"))
+    assert not list(cache.iterdir()), "nothing half stays"
 
 
 def test_a_missing_package_and_a_cache_that_cannot_be_written(

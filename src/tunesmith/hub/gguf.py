@@ -22,6 +22,7 @@ from tunesmith.errors import MachineError, ModelError, TunesmithError
 from tunesmith.host.files import cache_folder, follow_umask, remove_abandoned
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
+from tunesmith.host.shell import shell_path
 from tunesmith.model.safetensors_files import SINGLE, unreadable_file
 
 if TYPE_CHECKING:
@@ -203,6 +204,16 @@ def _tokenizer_of(file: Path) -> "PreTrainedTokenizerFast":
     from tunesmith.hub.gguf_tokenizer import read_file_tokenizer
 
     header = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
+    if header.get("general.type") == "adapter":
+        base = header.get("general.base_model.0.name")
+        file_of_base = shell_path(base) if base else "BASE.gguf"
+        raise ModelError(
+            f"{file.name} holds an adapter, not a model",
+            where=str(file),
+            why=f"general.type is 'adapter'; its base is {base or 'not named in the file'}",
+            fix=f"name the base's file: {file_of_base}; or to serve both: llama-server -m "
+            f"{file_of_base} --lora {shell_path(file)}",
+        )
     return read_file_tokenizer(header, str(file))
 
 
