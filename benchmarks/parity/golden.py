@@ -34,7 +34,7 @@ COLUMNS = "100"
 # Each chip of chips.json alone, the machines that shipped recipes are for, and a CPU with as much
 # memory everywhere.
 MACHINES: dict[str, list[str]] = {
-    "cpu": ["here", "--assume", "gib=64", "model.dtype=bf16"],  # whatever this CPU has units for
+    "cpu": ["cpu", "--assume", "gib=64", "model.dtype=bf16"],  # no speed: not measured
     "dgx-spark": ["dgx-spark"],
     "2x-dgx-spark": ["2x-dgx-spark"],
     "h100": ["h100"],
@@ -51,6 +51,8 @@ LEFT_OUT = (
     "machines.",
     "work.source",
     "plan.why.",
+    "work.document",  # these two are for the trial of a CPU alone
+    "work.supervised",
     "plan.memory.free",
     "plan.memory.least",
     "keys",

@@ -27,7 +27,7 @@ from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.host.memory import MemoryFigures
 from tunesmith.model.shapes import SHAPES, config_of_model
 from tunesmith.model.spec import read_spec
-from tunesmith.planning import machines
+from tunesmith.planning import calibrate, machines
 from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster, read_cluster
 from tunesmith.planning.run_plan import RunPlan, Saving
@@ -718,14 +718,51 @@ def test_a_4_bit_repository_is_planned_as_one() -> None:
     assert config_of_model("someone/model") is None
 
 
-def test_on_a_cpu_memory_alone_is_told(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_time_on_this_cpu_is_a_range_around_a_trial_of_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(machines, "list_gpus", lambda: [])
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    words = ["plan", str(file), "--on", "here"]
-    if Path("/usr/bin/nvidia-smi").exists():
-        pytest.skip("there is a GPU here")
+    for keys in ([], ["adapter.kind=none"], ["data.pack=false", "model.attention=eager"]):
+        assert main(["plan", str(file), "--json", *keys]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["machines"]["chip"]["tflops"] > 0
+        hours = report["meshes"][0]["hours"]
+        assert 0 < report["hours_range"][0] < hours < report["hours_range"][1]
+
+    monkeypatch.setattr(calibrate, "measure_cpu", lambda *_, **__: (1e-6, 10.0))
+    assert main(["plan", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^1 x 1 x 1 .* ~[\d.]+ +~[\d,]+ +0%$", shown, re.MULTILINE)
+    assert re.search(r": about \d+ to \d+ (s|min|h), ", shown)
+    assert main(["plan", str(file), "--on", "here", "--on", "h100"]) == 0
+    assert re.search(r"^here .* \d+ to \d+ (s|min|h) ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_trial_that_fails_leaves_a_plan_of_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise AttributeError("rotary_emb")
+
+    monkeypatch.setattr(machines, "list_gpus", lambda: [])
+    monkeypatch.setattr(calibrate, "measure_cpu", fail)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    assert main(["plan", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown.out, re.MULTILINE)
+    assert holds(shown.err, "rotary_emb")
+
+
+def test_on_another_cpu_memory_alone_is_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(calibrate, "measure_cpu")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
+    words = ["plan", str(file), "--on", "cpu", "--assume", "gib=8"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "cpu: " in shown

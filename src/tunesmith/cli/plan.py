@@ -43,6 +43,7 @@ from tunesmith.errors import (
 from tunesmith.host.chips import MEASURED
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
+from tunesmith.planning.machines import MEASURED_HERE, TRIAL_RANGE, UNMEASURED
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.units import ceil_div, count_of, format_seconds
 
@@ -172,7 +173,9 @@ def run(args: argparse.Namespace) -> int:
     def planner_of(cluster: "Cluster") -> "Planner":
         if cluster.chip.fp8:
             _check_base_of_fp8(recipe.model, config, where)
-        return plan_on_paper(recipe, spec, cluster, work)
+        planner = plan_on_paper(recipe, spec, cluster, work)
+        is_here = cluster.chip.source == UNMEASURED
+        return planner.measured_here(config) if is_here else planner
 
     if len(clusters) > 1:
         return _compare(args, clusters, planner_of, folder)
@@ -339,7 +342,7 @@ def _compared_row(compared: ComparedPlan) -> str:
         if best.fits:
             fits = "yes"
             speed = f"{best.tokens_per_second:,.0f}" if best.tokens_per_second else "-"
-            time = _time_text(best.hours) if best.hours else "-"
+            time = _duration(compared.planner, best.hours) if best.hours else "-"
             dollars = _cost(compared.planner, best, compared.price) if compared.price else None
             cost = _dollars_text(dollars) if dollars else "-"
     machine = compared.on + MARK if _has_assumed_speed(compared) else compared.on
@@ -625,6 +628,8 @@ def _report(
     }
     if price:
         report["cost_usd"] = _cost(planner, forecasts[0], price)
+    if forecasts[0].hours and _measured_here(planner):
+        report["hours_range"] = [forecasts[0].hours * factor for factor in TRIAL_RANGE]
     return report | {"meshes": meshes}
 
 
@@ -713,8 +718,10 @@ def _row(planner: "Planner", forecast: "Forecast") -> str:
     recompute = f"{plan.recomputed_layers} of {plan.layers}"
     figures = f"{'-':>7} {'-':>9}"
     if forecast.step_seconds and forecast.tokens_per_second:
-        seconds = _step_text(forecast.step_seconds)
-        figures = f"{seconds:>7} {forecast.tokens_per_second:9,.0f}"
+        about = "~" if _measured_here(planner) else ""
+        seconds = about + _step_text(forecast.step_seconds)
+        speed = f"{about}{forecast.tokens_per_second:,.0f}"
+        figures = f"{seconds:>7} {speed:>9}"
     figures += f" {forecast.idle_share:4.0%}"
     if not forecast.fits:
         figures = " does not fit"
@@ -837,6 +844,21 @@ def _time_text(hours: float) -> str:
     return format_seconds(seconds) if seconds >= 1 else "under 1 s"
 
 
+def _measured_here(planner: "Planner") -> bool:
+    """Whether a trial on this CPU gave the speed, which holds for a range alone."""
+    return planner.cluster.chip.source == MEASURED_HERE
+
+
+def _duration(planner: "Planner", hours: float) -> str:
+    """`_time_text`, or a range as `3 to 8 min`, where a trial on this CPU gave the speed."""
+    if not _measured_here(planner):
+        return _time_text(hours)
+    least, most = (3600 * hours * factor for factor in TRIAL_RANGE)
+    units = {"h": 3600, "min": 60, "s": 1}
+    unit, size = next(item for item in units.items() if least >= 2 * item[1] or item[0] == "s")
+    return f"{math.floor(least / size)} to {math.ceil(most / size)} {unit}"
+
+
 def _hours(
     planner: "Planner", best: "Forecast", price: float | None, *, checkpoint_size: int
 ) -> list[str]:
@@ -845,13 +867,17 @@ def _hours(
 
     gpus = planner.cluster.world
     if best.hours:
-        duration = _time_text(best.hours)
+        duration = _duration(planner, best.hours)
+        if _measured_here(planner):
+            duration = f"about {duration}, as {planner.cluster.chip.source}"
         dollars = _cost(planner, best, price) if price else None
         cost = f", {_dollars_text(dollars)} USD" if dollars else ""
         beside = (
             f"loading {size_text(planner.stored_bytes())}, compilation, validation and checkpoints "
             f"of {size_text(checkpoint_size)} come on top"
         )
+        if planner.run.validate.patience:
+            beside += "; less where validate.patience ends it"
         if FILLED in planner.work.source:
             beside += "; less with --length TOKENS, if the examples are shorter than assumed"
         return [f"the run's steps: {duration}{cost}; {beside}"]

@@ -24,16 +24,17 @@ stream of the gather, and count as a part of it.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens import TokenSet
+from tunesmith.errors import first_line
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.shipped import AS_SHIPPED
@@ -41,7 +42,7 @@ from tunesmith.model.spec import Layer, ModelSpec, flops
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
-from tunesmith.planning.machines import Cluster
+from tunesmith.planning.machines import MEASURED_HERE, Cluster
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.quant.schemes import DENSE, scheme_of
@@ -64,6 +65,9 @@ UPDATE_BYTES = 46
 MIN_GAIN = 0.05
 # So many times the GPUs of a cluster are much to ask: fewer are named too, with a quantized base.
 MANY_TIMES = 4
+# A model whose first layers and head have more parameters is not tried on a CPU, which would take
+# many seconds.
+MOST_TRIED = 1_000_000_000
 # How a workload describes examples of unknown length.
 FILLED = "assumed to fill data.seq_len"
 
@@ -78,6 +82,8 @@ class Workload(NamedTuple):
         probabilities: that a head keeps of a token on a CPU, on average.
         whole: tokens of sequences for each that is computed: more than 1 where the sequences of a
             pair share some.
+        document: tokens of a sequence, on average.
+        supervised: the share of tokens that enter the loss.
         source: what the lengths of examples are from.
     """
 
@@ -89,6 +95,8 @@ class Workload(NamedTuple):
     experts: float
     probabilities: float
     whole: float
+    document: float
+    supervised: float
     source: str
 
 
@@ -245,6 +253,8 @@ def measure_work(
         experts=experts / everything,
         probabilities=float(count_saved_probabilities(documents).sum()) / total,
         whole=float(lengths.sum()) / total,
+        document=float(documents.mean()),
+        supervised=supervised / float(lengths.sum()),
         source=source,
     )
 
@@ -384,6 +394,30 @@ class Planner:
 
     def meshes(self) -> list[MeshShape]:
         return meshes_for(self.run, self.spec, self.cluster.world, self.cluster.per_node)
+
+    def measured_here(self, config: Mapping[str, Any]) -> "Planner":
+        """The same with the speed of this CPU, by a trial of a second or two of the model that
+        `config` describes; as it is where the trial would take long or is of another kind.
+        """
+        from tunesmith.planning.calibrate import TRIAL_LAYERS, measure_cpu
+
+        run = self.run
+        spec = self.spec
+        best = self.ranked()[0]
+        size = 2 * spec.head_matmul
+        size += sum(layer.matmul + layer.experts for layer in spec.layers[:TRIAL_LAYERS])
+        is_recurrent = any(layer.mixing == "recurrent" for layer in spec.layers)
+        is_dense = scheme_of(run.model, spec.quantized) is DENSE
+        if not best.fits or size > MOST_TRIED or is_recurrent or not is_dense:
+            return self
+        try:
+            tflops, bandwidth = measure_cpu(run, spec, config, best.plan, self.work)
+        # Code of 190 model types, for a figure that a plan can do without.
+        except Exception as error:
+            log.warning(f"the speed of this CPU is not measured: {first_line(error)}")
+            return self
+        chip = replace(self.cluster.chip, tflops=tflops, bandwidth=bandwidth, source=MEASURED_HERE)
+        return replace(self, cluster=replace(self.cluster, chip=chip))
 
     def choose(self) -> RunPlan:
         """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
@@ -617,7 +651,7 @@ class Planner:
             return None
         machine = self.machine
         if quantize == "fp8":
-            if model.dtype != "bf16" or not self.cluster.chip.fp8:
+            if model.dtype != "bf16" or not self.cluster.chip.fp8 or machine.device == "cpu":
                 return None
             # Weights that ship in codes are not rounded again.
             if self.spec.quantized in ("fp8", "nvfp4"):
@@ -873,6 +907,8 @@ class Planner:
         # A layer that recomputes reads its experts a third time.
         reads = 1 + plan.recomputed_layers / self.spec.depth / 2
         passes += reads * estimator.expert_pass_bytes / self._memory_bandwidth
+        if self.machine.device == "cpu":
+            passes = 0.0  # its measured rate is that of such passes
         parts = {
             "products": tokens * time.products,
             "attention": tokens * time.attention,

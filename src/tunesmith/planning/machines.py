@@ -10,12 +10,18 @@ from typing import Any
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
-from tunesmith.host.chips import CHIPS, Chip, list_gpus
+from tunesmith.host.chips import CHIPS, MEASURED, Chip, list_gpus
 from tunesmith.host.cores import multiplies_bf16
 from tunesmith.host.memory import available_memory, read_memory, unified_budget
 
 # What nvidia-smi writes for the memory of a GPU that shares the host's, as GB10 does.
 NO_MEMORY_OF_ITS_OWN = ("[N/A]", "N/A", "[Not Supported]")
+# The source of this CPU's speed: before a trial, and after it.
+UNMEASURED = "not measured here"
+MEASURED_HERE = f"{MEASURED} here and now, on the model's first layers"
+# Times of a run over what the trial forecasts: the quickest of several passes, on a machine that
+# other programs may slow.
+TRIAL_RANGE = (0.7, 2.1)
 ASSUMED = ("gib", "bandwidth", "tflops", "link", "network")  # figures that --assume may give
 
 
@@ -168,7 +174,8 @@ def this_machine() -> Cluster:
     """This machine, as nvidia-smi describes it, which touches no GPU; without a GPU its CPU."""
     gpus = list_gpus()
     if not gpus:
-        return Cluster(Chip("cpu", available_memory() / 2**30, bf16=multiplies_bf16()))
+        gib = available_memory() / 2**30
+        return Cluster(Chip("cpu", gib, bf16=multiplies_bf16(), source=UNMEASURED))
     _, name, memory = gpus[0]
     cluster = cluster_of(name, 1, len(gpus), _gpu_gib(memory))
     in_table = any(chip.name == name for chip in CHIPS.values())
