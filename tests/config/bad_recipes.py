@@ -90,6 +90,7 @@ _KEYS = [
     _line("override without =", "train.seed", "not of the form", "", "train.learning_rate=2e-4"),
     _line("override of nothing", "=3", "not of the form", "", "train.learning_rate=2e-4"),
     _line("override of an unknown key", "train.sed=3", "train.sed", "train.sed", "did you mean train.seed?"),
+    _line("override of torchtune's key", "dataset.packed=true", "dataset", "dataset.packed", "data.pack: true"),
     _line("override below a value", ("train.seed=1", "train.seed.x=3"), "no key 'x' in a single value", "train.seed.x", "set all of train.seed"),
     _line("override of no entry", ("train.betas=[0.9, 0.99]", "train.betas.2=3"), "no entry '2'", "train.betas.2", "0 to 1"),
     _line("override with broken YAML", "train.betas=[0.9", "YAML", "train.betas", ""),

@@ -193,7 +193,14 @@ def _fix_unknown(mismatch: _Mismatch) -> str:
     """What to write in place of an unknown key: what another tool's means here, or the nearest."""
     name = str(mismatch.error["loc"][-1])
     section = without_indices(mismatch.key.removesuffix(name).rstrip("."))
-    here = _foreign_line(_foreign_name(name), mismatch.node.plain())
+    content = mismatch.node.plain()
+    # `dataset.packed=true`: the inner key says more.
+    if isinstance(content, dict) and len(content) == 1:
+        inner_name, inner_content = next(iter(content.items()))
+        here = _foreign_line(_foreign_name(inner_name), inner_content)
+        if here:
+            return here
+    here = _foreign_line(_foreign_name(name), content)
     return here or suggest_key(section, name)
 
 
