@@ -341,6 +341,14 @@ def test_a_removed_command_gets_one_line(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("command", ["/exit", "/bye"])
+def test_other_words_that_leave_a_chat(
+    command: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat(monkeypatch, f"{command}\nnot asked\n", str(run)) == EXIT_OK
+    assert capsys.readouterr() == ("", "")
+
+
 def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

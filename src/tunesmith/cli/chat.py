@@ -109,7 +109,7 @@ class Chat:
         for line in lines:
             command = line.partition(" ")[0]
             try:
-                if command == "/quit":
+                if command in ("/quit", "/exit", "/bye"):
                     return
                 if command == "/reset":
                     self._forget()
