@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tunesmith.config.schema import Run
 from tunesmith.errors import UsageError
 from tunesmith.inference.evaluate import (
     Evaluation,
@@ -157,14 +158,38 @@ def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation
     for path, location in zip(paths, locations, strict=True):
         require_held_out(location, path)
     hashes = [location.held_out_hash for location in locations]
-    for path, hash_of_run in zip(paths, hashes, strict=True):
+    for path, location, hash_of_run in zip(paths, locations, hashes, strict=True):
         if None not in (hash_of_run, hashes[0]) and hash_of_run != hashes[0]:
+            why = "in env.json the hashes of these rows, as tokens, differ"
+            keys = _differing_keys(locations[0].run, location.run)
+            if keys:
+                why = f"their recipes differ in {', '.join(keys)}"
             raise UsageError(
                 "the runs have held out different rows",
                 where=f"{paths[0]} and {path}",
-                why="in env.json the hashes of these rows, as tokens, differ",
+                why=why,
                 fix="use a file with answers that none was trained on: --data FILE",
             )
+
+
+def _differing_keys(first: Run | None, other: Run | None) -> list[str]:
+    """The keys by which the held-out rows of two recipes differ as tokens."""
+    if first is None or other is None:
+        return []
+    names = ["validation", "hold_out", "template", "seq_len", "train_on"]
+    differing = []
+    if first.data.hold_out and other.data.hold_out:
+        names += ["train", "leave_out"]
+        seeds = [
+            run.train.seed if run.data.hold_out_seed is None else run.data.hold_out_seed
+            for run in (first, other)
+        ]
+        if seeds[0] != seeds[1]:
+            differing.append(f"data.hold_out_seed ({seeds[0]} and {seeds[1]})")
+    for name in names:
+        if getattr(first.data, name) != getattr(other.data, name):
+            differing.append(f"data.{name}")
+    return differing
 
 
 def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
