@@ -437,6 +437,49 @@ def test_misspelt_keys_are_told_with_the_one_that_is_meant(
         assert holds(listed[1], meant)
 
 
+OWN_SCRIPT = "trainer = SFTTrainer(args=SFTConfig(learning_rate=2e-4))\ntrainer.train()\n"
+
+
+@pytest.mark.parametrize("words", [["sft.py"], ["sft.py", "--from", "trl"], ["--", "python", "sft.py", "--seed", "1"]])  # fmt: skip
+def test_a_script_of_the_users_own_is_refused(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sft.py").write_text(OWN_SCRIPT)
+    assert main(["import", "--world", "1", "--output", "r.yaml", *words]) == 2
+    fix = ["trainer.args.to_dict()", "tunesmith import trl.yaml"]
+    check_shown(capsys.readouterr().err, names=["sft.py"], fix=fix)
+    assert not Path("r.yaml").exists()
+
+
+def test_only_the_arguments_of_a_script_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sft.py").write_text(f"args = TrlParser(SFTConfig).parse_args()\n{OWN_SCRIPT}")
+    arguments = ["--model_name_or_path", "m/m", "--dataset_name", "d/d"]
+    for script, is_listed in (("sft.py", True), ("trl/scripts/sft.py", False)):
+        command = ["import", "--world", "1", "--output", "r.yaml", "--force", "--", "python"]
+        assert main([*command, script, *arguments]) == 0
+        listed = capsys.readouterr().out.partition("\n\nneeds nothing")[0]
+        assert holds(listed, f'script: "{script}"') == is_listed
+
+
+def test_processes_are_read_from_the_file_of_accelerate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fsdp.yaml").write_text("distributed_type: FSDP\nnum_machines: 2\nnum_processes: 4\n")
+    script = "trl/scripts/sft.py --model_name_or_path m/m --dataset_name d/d".split()
+    for more, batch in (([], "32 examples"), (["--num_processes", "2"], "16 examples")):
+        launch = ["accelerate", "launch", "--config_file", "fsdp.yaml", *more]
+        assert main(["import", "--output", "r.yaml", "--force", "--", *launch, *script]) == 0
+        assert str(load_recipe("r.yaml").train.global_batch) == batch
+
+
 def test_a_recipe_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, path in shipped().items():
         output = tmp_path / f"{name}.yaml"

@@ -5,6 +5,7 @@ command.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import other_tools
-from tunesmith.importers.source_config import table
+from tunesmith.importers.source_config import read_config, table
+from tunesmith.importers.tools import translate
 from tunesmith.optim.lr_schedule import scheduled_rate
 
 trl = pytest.importorskip("trl")
@@ -41,6 +43,22 @@ def test_the_defaults_are_those_that_are_installed(tmp_path: Path) -> None:
         assert value == getattr(real, "value", real), key
         checked += 1
     assert checked > 25
+
+
+def test_the_values_that_a_script_writes_down_are_read(tmp_path: Path) -> None:
+    """The lines that `import` and docs/coming-from.md give for a script."""
+    args = trl.SFTConfig(output_dir=str(tmp_path), learning_rate=2e-4, packing=True, use_cpu=True)
+    names = {"model_name_or_path": "m/m", "dataset_name": "d/d"}
+    lora = {"use_peft": True, "lora_r": 32, "lora_alpha": 64, "lora_target_modules": "all-linear"}
+    path = tmp_path / "trl.yaml"
+    path.write_text(json.dumps({**args.to_dict(), **names, **lora}))
+    draft = translate(read_config(path, None), {}, 1, None)
+    assert (draft.values["adapter.rank"], draft.values["adapter.alpha"]) == (32, 64)
+    assert draft.values["adapter.target"] == "all-linear"
+    assert (draft.values["train.learning_rate"], draft.values["data.pack"]) == (2e-4, True)
+    # Tokens are written down as <EOS_TOKEN> and so on.
+    assert "model.pad_token" not in draft.values
+    assert {note.key for note in draft.notes if note.differs} == {"dataset_name", "dtype"}
 
 
 def test_every_flag_of_trl_is_known() -> None:

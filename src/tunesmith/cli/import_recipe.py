@@ -11,7 +11,8 @@ example:
     --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
 
 It reads torchtune, Axolotl and LLaMA-Factory YAML files, accelerate configs,
-and TRL command lines or scripts, and lists each key that has no equivalent.
+and TRL command lines, and lists each key that has no equivalent. Python is
+not read.
 """
 
 import argparse

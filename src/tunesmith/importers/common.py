@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.errors import UsageError, first_line
 from tunesmith.host.shell import shell_word
-from tunesmith.importers.source_config import json_leaves, table
+from tunesmith.importers.source_config import json_leaves, nearby, table
 from tunesmith.importers.translation import FALSE_WORDS, TRUE_WORDS, Translation
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
@@ -275,7 +275,7 @@ def read_deepspeed(recipe: Translation) -> None:
     key = recipe.find("deepspeed_file")
     if key is None or not isinstance(key.value, str) or not key.value:
         return
-    path = recipe.source.nearby(key.value)
+    path = nearby(recipe.source.base, key.value)
     if path is None:
         why = (
             "this file is not here: if it offloads to the CPU, give train.cpu_offload=[parameters]"

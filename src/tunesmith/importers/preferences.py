@@ -62,6 +62,8 @@ def set_trl_method(recipe: Translation, trainer: str) -> str:
         fix = f"method= one of {', '.join(METHOD_KEYS)}"
         raise recipe.error("loss_type", f"no trainer of TRL is known as {trainer}", fix)
     if trainer == "sft":
+        if recipe.get("loss_type") in ("nll", "chunked_nll"):
+            recipe.note("loss_type", "it is the cross-entropy", differs=False)
         return "sft"
     recipe.defaults.update(recipe.table["preferences"]["defaults"][trainer])
     name = "simpo" if trainer == "cpo" else trainer

@@ -64,16 +64,17 @@ class SourceConfig:
     program: str = ""
     referenced: frozenset[str] = frozenset()
 
-    def nearby(self, file: str | Path) -> Path | None:
-        """A file that the configuration names.
 
-        It is looked for in its folder, three folders above it, and the working directory.
-        """
-        base = self.base.resolve()
-        for folder in (base, *base.parents[:3], Path.cwd()):
-            if (folder / file).is_file():
-                return folder / file
-        return None
+def nearby(base: Path, file: str | Path) -> Path | None:
+    """A file that a configuration in the folder `base` names.
+
+    It is looked for there, in three folders above, and in the working directory.
+    """
+    base = base.resolve()
+    for folder in (base, *base.parents[:3], Path.cwd()):
+        if (folder / file).is_file():
+            return folder / file
+    return None
 
 
 @cache
@@ -84,6 +85,8 @@ def table(tool: str) -> dict[str, Any]:
 
 def read_config(path: Path, tool: str | None) -> SourceConfig:
     """A file; UsageError if it cannot be read, or does not tell its tool."""
+    if path.suffix == ".py" and path.is_file():
+        raise _unread_python(str(path), str(path))
     words = _command_words(path)
     if words:
         return read_command(words, path.name, path.parent)
@@ -91,7 +94,9 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     keys = {}
     referenced: set[str] = set()
     for name, key in raw_keys.items():
-        keys[name] = replace(key, value=_interpolate(key, raw_keys))
+        value = _interpolate(key, raw_keys)
+        # What Transformers' `to_dict` writes in place of a token.
+        keys[name] = replace(key, value=None if value == f"<{name.upper()}>" else value)
         if isinstance(key.value, str):
             referenced.update(_INTERPOLATION.findall(key.value))
     if not tool and not {"model.name", "extends"}.isdisjoint(keys):
@@ -134,15 +139,28 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
         program, where = arguments[0]
         arguments = arguments[1:]
     trainer = re.search(rf"(?:^|/|\.|_)({'|'.join(TRL_TRAINERS)})(?:\.py)?$", program)
+    script = nearby(base, program) if program.endswith(".py") else None
+    if script and b"Parser" not in script.read_bytes():
+        # It takes no arguments.
+        raise _unread_python(program, where)
     if not trainer:
         commands = ", ".join(f"trl {name}" for name in TRL_TRAINERS)
-        fix = f"what can be imported is {commands}, or its script, with the values written out"
+        fix = f"what can be imported is {commands}, or TRL's own script of it"
         raise UsageError(f"{program} is not a known TRL program", where=where, fix=fix)
     keys = _flags(arguments)
+    if program.endswith(".py") and not re.search(r"(^|/)scripts/\w+\.py$", program):
+        keys["script"] = SourceKey("script", program, where)
     # Flags before the program are the launcher's.
     launch_words = [word for word in words[:at] if word[0] not in (*PROGRAMS, "launch", "-m")]
     for flag, key in _flags(launch_words).items():
         keys[f"launch.{flag}"] = replace(key, key=f"launch.{flag}")
+    # accelerate's own file, whose number of processes is that on all nodes.
+    launcher = keys.get("launch.config_file")
+    launcher_file = nearby(base, str(launcher.value)) if launcher else None
+    if launcher_file:
+        for key in _leaves(launcher_file):
+            if key.key == "num_processes":
+                keys.setdefault("launch.num_processes", replace(key, key="launch.num_processes"))
     config = keys.get("config")
     if config is not None:
         in_file = {key.key: key for key in _leaves(base / str(config.value))}
@@ -150,6 +168,19 @@ def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
         keys = {**in_file, **keys}
     keys = {leaf.key: leaf for key in keys.values() for leaf in _json_leaves(key)}
     return SourceConfig("trl", name, keys, base, trainer[1])
+
+
+def _unread_python(script: str, where: str) -> UsageError:
+    """The error for a script of the user's own, which may set anything in Python."""
+    values = "**trainer.args.to_dict(), 'model_name_or_path': ..., 'dataset_name': ..."
+    lora = "'use_peft': True, 'lora_r': ..., 'lora_alpha': ..., 'lora_target_modules': ..."
+    return UsageError(
+        f"{script} is a Python script, and import does not read Python",
+        where=where,
+        why="what is read is the arguments of TRL's own scripts, such as trl sft, and YAML files",
+        fix=f"add before trainer.train(): import json; json.dump({{{values}, {lora}}},"
+        " open('trl.yaml', 'w')); run it, then: tunesmith import trl.yaml",
+    )
 
 
 def _program_index(words: Sequence[Word]) -> int:

@@ -27,7 +27,7 @@ from tunesmith.importers.preferences import (
     set_trl_method,
     trl_trainer,
 )
-from tunesmith.importers.source_config import SourceConfig, SourceKey
+from tunesmith.importers.source_config import SourceConfig, SourceKey, nearby
 from tunesmith.importers.translation import Translation
 from tunesmith.importers.trl_rows import names_without_columns, set_trl_rows, trl_format
 
@@ -297,7 +297,7 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
     """
     source = recipe.source
     file = Path(str(recipe.get("dataset_dir")), "dataset_info.json")
-    path = source.nearby(file)
+    path = nearby(source.base, file)
     if path is None:
         if "data.train.source" in recipe.overrides:
             recipe.note(key, "data.train.source is given in its place", differs=False)
@@ -346,6 +346,8 @@ def _trl(recipe: Translation) -> None:
     for key in recipe.source.keys:
         if key.startswith("chat_template_kwargs"):
             recipe.note(key, "TRL has no such key; here it is data.template_args")
+    why = "tunesmith import FILE --extends RECIPE reads its sharding, offloading and precision"
+    recipe.note("launch.config_file", why)
     # Their keys that leave the prompt untrained.
     names = [name for name, key in other_tools("keys").items() if key == "data.train_on: response"]
     masks_prompt = any(map(recipe.is_on, names))
