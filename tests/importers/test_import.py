@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import check_shown, error_in, holds
+from errors import check_shown, error_in, holds, refuses
 from recipes import write_feedback, write_pairs, write_rows
 from tunesmith.cli.main import main
 from tunesmith.config.check import METHOD_FORMATS
@@ -308,11 +308,16 @@ def test_a_data_set_for_validation_that_is_switched_off(nothing: Any, tmp_path: 
 
 def test_a_key_that_is_spelt_like_our_name_of_another(tmp_path: Path) -> None:
     """`lora_rank` is our name for torchtune's model.lora_rank; at the top of its file torchtune
-    does not read it.
+    does not read it. Axolotl's is lora_r.
     """
     draft = translated("torchtune", BASES["torchtune"] | {"lora_rank": 7}, tmp_path)
     remark = next(remark for remark in draft.notes if remark.key == "lora_rank")
-    assert (remark.value, remark.why) == ("7", why_unknown(tmp_path))
+    assert remark.value == "7"
+    assert holds(remark.why, "model.lora_rank")
+    assert remark.differs
+    given = {"adapter": "lora", "lora_rank": 32}
+    remark = notes_by_key(translated("axolotl", BASES["axolotl"] | given, tmp_path))["lora_rank"]
+    assert holds(remark.why, "lora_r")
     assert remark.differs
 
 
@@ -478,6 +483,57 @@ def test_processes_are_read_from_the_file_of_accelerate(
         launch = ["accelerate", "launch", "--config_file", "fsdp.yaml", *more]
         assert main(["import", "--output", "r.yaml", "--force", "--", *launch, *script]) == 0
         assert str(load_recipe("r.yaml").train.global_batch) == batch
+
+
+def test_a_file_name_with_a_typo_gets_the_near_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "axolotl-lora.yml").write_text(json.dumps(BASES["axolotl"]))
+    assert main(["import", str(tmp_path / "axolotl-lor.yml")]) == 2
+    near = tmp_path / "axolotl-lora.yml"
+    check_shown(capsys.readouterr().err, where="axolotl-lor.yml", fix=[near])
+
+
+def test_a_data_set_with_a_typo_gets_the_near_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    listed = {"tickets": {"file_name": "rows.jsonl"}, "broken": None}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(listed))
+    path = tmp_path / "file.yaml"
+    for name, fix in (("tickts", "tickets"), ("broken", "data.train.source=rows.jsonl")):
+        path.write_text(json.dumps(BASES["llamafactory"] | {"dataset": name}))
+        file = tmp_path / "data/dataset_info.json"
+        with refuses(UsageError, where=str(file), names=[name, "tickets"], fix=[fix]):
+            translate(read_config(path, "llamafactory"), {}, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("tool", "key", "stranger"),
+    [
+        ("llamafactory", "per_device_eval_batch_size", "temperature"),
+        ("axolotl", "strict", "float32"),
+        ("trl", "config", "machine_rank"),
+    ],
+)
+def test_reasons_are_of_their_keys(tool: str, key: str, stranger: str, tmp_path: Path) -> None:
+    notes = notes_by_key(translated(tool, BASES[tool] | {key: 7, stranger: 7}, tmp_path))
+    assert notes[key].why != notes[stranger].why
+    assert not notes[key].differs
+
+
+def test_a_file_of_another_tool_than_the_named_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(json.dumps(BASES["axolotl"]))
+    with refuses(UsageError, where="file.yaml", names=["base_model"], fix=["--from axolotl"]):
+        read_config(path, "torchtune")
+    path.write_text(json.dumps({"batch_size": 2}))
+    assert read_config(path, "torchtune").tool == "torchtune"
+
+
+def test_the_template_of_the_tokenizer_needs_nothing(tmp_path: Path) -> None:
+    for value, differs in (("tokenizer_default", False), ("chatml", True)):
+        draft = translated("axolotl", AXOLOTL_CHAT | {"chat_template": value}, tmp_path)
+        assert notes_by_key(draft)["chat_template"].differs == differs
+        assert draft.values["data.template"] == "auto"
 
 
 def test_a_recipe_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

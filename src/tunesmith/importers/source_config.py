@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from tunesmith.config.tree import MAX_DIGITS, Node, Scalar, read_file, scalar
 from tunesmith.errors import RecipeError, UsageError
+from tunesmith.host.files import near_file
 from tunesmith.host.shell import shell_path
 
 TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
@@ -102,15 +103,18 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     if not tool and not {"model.name", "extends"}.isdisjoint(keys):
         fix = f"tunesmith train {shell_path(path)}; or name a tool with --from"
         raise UsageError("this is already a tunesmith recipe", where=str(path), fix=fix)
+    likely = max(TOOLS, key=lambda each: len(_marks(keys, each)))
+    if tool and not _marks(keys, tool) and _marks(keys, likely):
+        what = f"this file has no key of {tool}, and looks like one of {likely}"
+        why = f"it has {', '.join(_marks(keys, likely)[:3])}"
+        raise UsageError(what, where=str(path), why=why, fix=f"--from {likely}")
     tool = tool or _guess_tool(keys, path)
     return SourceConfig(tool, path.name, keys, path.parent, referenced=frozenset(referenced))
 
 
 def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
     """The tool that knows most of the names; UsageError where several do alike."""
-    # All parts of dotted keys: a nested one may be the mark.
-    names = {name for key in keys for name in key.split(".")}
-    counts = {tool: len(names.intersection(table(tool)["marks"])) for tool in TOOLS}
+    counts = {tool: len(_marks(keys, tool)) for tool in TOOLS}
     most = max(counts.values())
     tools = [tool for tool in TOOLS if counts[tool] == most]
     if len(tools) > 1:
@@ -124,6 +128,12 @@ def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
             fix=f"name the tool: --from {tools[0]}; known are {', '.join(TOOLS)}",
         )
     return tools[0]
+
+
+def _marks(keys: dict[str, SourceKey], tool: str) -> list[str]:
+    """The names in a file that tell the tool: also parts of dotted keys."""
+    names = {name for key in keys for name in key.split(".")}
+    return [mark for mark in table(tool)["marks"] if mark in names]
 
 
 def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
@@ -256,6 +266,9 @@ def _leaves(path: Path) -> Iterator[SourceKey]:
             yield from _json_leaves(key)
     except RecipeError as error:
         fix = error.fix
+        near = None if path.exists() else near_file(path, (".yaml", ".yml", ".json", ".sh"))
+        if near:
+            fix = f"did you mean {near}?"
         if "a recipe is" in error.what:
             fix = "use the YAML file of another tool, or a command"
         what = error.what.replace("recipe", "file")

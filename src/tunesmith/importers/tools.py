@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS
-from tunesmith.config.names import other_tools
+from tunesmith.config.names import nearest, other_tools
 from tunesmith.data.template_args import OF_RENDERER
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, first_line
 from tunesmith.host.shell import shell_path
 from tunesmith.importers.common import (
     NAME_ROWS,
@@ -154,9 +154,8 @@ def _axolotl(recipe: Translation) -> None:
     recipe.carry("chat_template_jinja")
     _note_plugins(recipe)
     _set_template_args(recipe, template)
-    if recipe.is_set("chat_template") and recipe.get("chat_template") != "tokenizer_default":
-        why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
-        recipe.note("chat_template", why)
+    if recipe.is_set("chat_template"):
+        _note_template(recipe, "chat_template")
     if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
 
@@ -181,12 +180,16 @@ def _note_trained_parts(recipe: Translation) -> None:
             why = "the answers are trained here, each with its end token"
             recipe.note(key.key, why, differs=not is_usual)
         elif name == "chat_template":
-            why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
-            recipe.note(key.key, why, differs=key.value != "tokenizer_default")
+            _note_template(recipe, key.key)
         elif name == "field_thinking":
             thought_keys = recipe.table["thought_keys"]
             why = f"the thought of a turn is read from {', '.join(thought_keys)}"
             recipe.note(key.key, why, differs=key.value not in thought_keys)
+
+
+def _note_template(recipe: Translation, name: str) -> None:
+    why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
+    recipe.note(name, why, differs=recipe.get(name) != "tokenizer_default")
 
 
 def _note_plugins(recipe: Translation) -> None:
@@ -305,13 +308,21 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
         why = f"{file}, which lists it, is not here"
         fix = f"put it in {source.base.resolve() / file.parent}, or {NAME_ROWS}"
         raise recipe.error(key, why, fix)
+    try:
+        entries = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        what = "this file is no JSON mapping of data sets"
+        why = first_line(error)
+        raise UsageError(what, where=str(path), why=why, fix=f"fix it, or {NAME_ROWS}") from None
     for number, name in enumerate(recipe.listed(key)):
-        try:
-            entry = dict(json.loads(path.read_text(encoding="utf-8"))[name])
-        except (ValueError, KeyError, TypeError) as error:
-            what = f"it does not list the data set {name}"
-            fix = f"add it, or {NAME_ROWS}"
-            raise UsageError(what, where=str(path), why=repr(error), fix=fix) from None
+        usable = [listed for listed, value in entries.items() if isinstance(value, dict)]
+        if name not in usable:
+            what = f"it does not list the data set {name}, or not as a mapping"
+            why = f"it lists {', '.join(usable) or 'none'}"
+            near = nearest(name, usable)
+            fix = f"did you mean {near}? or {NAME_ROWS}" if near else f"add it, or {NAME_ROWS}"
+            raise UsageError(what, where=str(path), why=why, fix=fix)
+        entry = dict(entries[name])
         if "file_name" in entry:
             # Paths in the list are relative to it.
             entry["file_name"] = os.path.relpath(path.parent / entry["file_name"], source.base)

@@ -233,7 +233,10 @@ class Translation:
                 if any(fnmatchcase(schema_name, pattern) for pattern in patterns):
                     return kind, why
                 choices.update(pattern for pattern in patterns if "*" not in pattern)
-        near = nearest(name, choices, cutoff=_MISSPELT)
+        # Their key of what other tools call so: lora_r of lora_rank.
+        near = self.table["names"].get(name) or nearest(name, choices, cutoff=_MISSPELT)
+        if isinstance(near, list):
+            near = near[0]
         if near and name not in self.looked_for | self.source.referenced:
             return "misspelt", f"unknown to tunesmith: did you mean {near}?"
         return "unknown", "unknown to tunesmith: check what it does"
