@@ -762,6 +762,8 @@ def _details(
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
     lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
+    if planner.machine.device == "cpu":
+        lines.append("  beside these Python, torch and Transformers take some 0.5 GiB")
     lines += _least_memory(planner, best)
     lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):
