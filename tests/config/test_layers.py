@@ -269,3 +269,19 @@ def test_a_key_is_nested_so_deep(parent: Path) -> None:
     for key in ("a" + ".b" * 5000, "train" + ".x" * 21):
         with refuses(RecipeError, names=["key.sub=value"]):
             load_recipe(parent, [f"{key}=1"])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "[{source: a.jsonl}, {source: b.jsonl}]"])
+@pytest.mark.parametrize(("method", "expected"), [("dpo", "preference"), ("kto", "feedback")])
+def test_other_rows_have_the_format_that_the_method_learns_from(
+    method: str, expected: str, name: str, parent: Path
+) -> None:
+    rows = f"{{source: org/rows, format: {expected}}}"
+    child = f"method: {method}\nmodel: {{name: org/model}}\noutput_dir: runs/x\n"
+    parent.write_text(f"{child}data: {{train: {rows}, validation: {rows}}}\n")
+    key = "data.train" if name.startswith("[") else "data.train.source"
+    run = load_recipe(parent, [f"{key}={name}", "data.validation.source=other.jsonl"])
+    formats = {source.format for source in (*run.data.train, *run.data.validation)}
+    assert formats == {expected}
+    with refuses(RecipeError, fix=[f"data.train.format: {expected}"]):
+        load_recipe(parent, ["data.train.source=rows.jsonl", "data.train.format=messages"])

@@ -8,13 +8,13 @@ from typing import NamedTuple
 from tunesmith.config.dump import flatten
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.config.paths import TEMPLATES
-from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
+from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
 from tunesmith.errors import RecipeError
 from tunesmith.units import Length, Size
 
 # The format of the rows that a method other than sft learns from.
-METHOD_FORMATS = {
+METHOD_FORMATS: dict[str, FormatName] = {
     "dpo": "preference",
     "orpo": "preference",
     "simpo": "preference",
@@ -138,7 +138,9 @@ def _method_formats(run: Run, where: Place) -> Iterator[Problem]:
             if learns_from_it:
                 continue
             format_key = f"{key}.{i}.format" if where(f"{key}.{i}") else f"{key}.format"
-            fix = f"rows of format {method_format}" if method_format else f"method: {other}"
+            fix = f"method: {other}"
+            if method_format:
+                fix = f"rows of format {method_format}, and {format_key}: {method_format}"
             if method_format and other:
                 fix += f", or method: {other}"
             yield Problem(

@@ -6,14 +6,15 @@ Every value keeps the place it came from, so an error names the file and line, o
 command line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.check import check_run
+from tunesmith.config.check import METHOD_FORMATS, check_run
 from tunesmith.config.layers import merge_layers, override_layer, with_method_section
 from tunesmith.config.paths import resolve_paths
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.config.tree import Node, read_file, wrap
 from tunesmith.config.typed import build_run
@@ -56,8 +57,26 @@ def checked(tree: Node) -> Run:
     tree = with_method_section(tree)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
+    train = _with_format("data.train", run.data.train, run, places)
+    validation = _with_format("data.validation", run.data.validation, run, places)
+    run = replace(run, data=replace(run.data, train=train, validation=validation))
     check_run(run, lambda key: places.get(key, ""))
     return run
+
+
+def _with_format(
+    key: str, sources: tuple[Source, ...], run: Run, places: Container[str]
+) -> tuple[Source, ...]:
+    """The sources; one without a format has that of the rows that the method learns from."""
+    format_name = METHOD_FORMATS.get(run.method.name)
+    if format_name is None:
+        return sources
+    with_format = []
+    for i, source in enumerate(sources):
+        # A single source is written without an index.
+        is_given = f"{key}.format" in places or f"{key}.{i}.format" in places
+        with_format.append(source if is_given else replace(source, format=format_name))
+    return tuple(with_format)
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...], announce: bool) -> Node:

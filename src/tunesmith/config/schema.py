@@ -166,7 +166,10 @@ class Source:
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
     split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
-    format: FormatName = key("messages", "row format")
+    format: FormatName = key(
+        "messages",
+        "row format; not given, it is preference with dpo, orpo and simpo, and feedback with kto",
+    )
     columns: dict[str, str] = key({}, "column names: `{format's column: file's column}`")
     max_examples: Count | None = key(None, "take the first N rows of the split")
     weight: Positive = key(1.0, "with several sources: how often this one is seen in an epoch")
