@@ -402,14 +402,14 @@ def _choose_method(
 ) -> None:
     """Add the method that learns from rows of this format, unless an override names one."""
     method = METHODS_OF_FORMATS.get(format_name)
-    if method is None or {"method", "method.name"} & override_keys:
+    if method is None or "method.name" in override_keys:
         return
     chosen["method.name"] = method
     kinds = {
         "preference": "the rows are pairs of a chosen and a rejected answer",
         "feedback": "the rows are answers labeled good or bad",
     }
-    why["method"] = kinds[format_name]
+    why["method.name"] = kinds[format_name]
 
 
 def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
