@@ -437,7 +437,8 @@ def test_a_slurm_job_trains_the_recipe_that_train_makes(
 ) -> None:
     words = ["--model", "small", "--data", "faq.csv", "train.seed=7", "--gpus-per-node", "8"]
     assert main(["launch", "slurm", *words, "--render"]) == EXIT_OK
-    made = make_recipe("small", "faq.csv", ["train.seed=7"])
+    made = make_recipe("small", "faq.csv", ["train.seed=7"], ranks=8)
+    assert str(made.run.train.global_batch) == "8 examples", "no rank is idle"
     # The processor of the login node decides nothing.
     assert made.run.model.dtype == "auto"
     assert load_recipe("runs/faq-small/launch/recipe.yaml") == made.run
@@ -602,6 +603,36 @@ def test_pairs_are_seen_once_where_there_are_enough(home: Path) -> None:
     (home / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 600)
     made = make_recipe("small", "pairs.jsonl")
     assert str(made.run.train.duration) == "1 epochs"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "batch"), [(1, 1, 1), (4, 1, 4), (4, 2, 2), (99, 1, 34)]
+)
+def test_no_rank_is_idle_for_want_of_examples(
+    ranks: int, tensor: int, batch: int, home: Path
+) -> None:
+    words = ["train.duration=1 epochs", f"parallel.tensor={tensor}"]
+    run = make_recipe("small", "faq.csv", words, ranks=ranks).run
+    assert str(run.train.global_batch) == f"{batch} examples"
+
+
+@pytest.mark.parametrize("machines", ["h100", "2xdgx-spark"])
+def test_a_plan_has_an_example_for_each_gpu(machines: str, home: Path, capsys: Capture) -> None:
+    words = ["--model", "small", "--data", "faq.csv", "train.duration=1 epochs"]
+    assert main(["plan", *words, "--on", machines]) == EXIT_OK
+    batch = "1 examples" if machines == "h100" else "2 examples"
+    assert lines_with(capsys.readouterr().err, f"train.global_batch='{batch}'")
+
+
+@pytest.mark.parametrize("words", [["method.beta=0.2"], ["method={beta: 0.2}"]])
+def test_the_method_is_detected_beside_its_numbers(words: list[str], home: Path) -> None:
+    rows = [{"prompt": q, "chosen": a, "rejected": "No."} for q, a in PAIRS]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = make_recipe("small", "rows.jsonl", words)
+    assert (made.run.method.name, made.run.method.beta) == ("dpo", 0.2)
+    made.path.parent.mkdir()
+    made.path.write_text(made.text)
+    assert differences(load_recipe(made.path), made.run) == []
 
 
 @pytest.mark.parametrize("count", [2, 8, 24])

@@ -47,13 +47,13 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help=debug)
 
 
-def launched_recipe(args: argparse.Namespace) -> "Run":
-    """What the words of `add_launched` name.
+def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
+    """What the words of `add_launched` name; `ranks` as for `make_recipe`.
 
     The file of a new recipe is written, and `args` then name it: what is left to do
     before a launch, such as a fetch, takes a recipe.
     """
-    recipe, new_file = chosen_recipe(args)
+    recipe, new_file = chosen_recipe(args, ranks=ranks)
     if new_file is not None:
         new_file.check_file()
         new_file.write_file()
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.launch import local, node
     from tunesmith.launch.jobs import agent_words, write_recipe
 
-    recipe = launched_recipe(args)
+    recipe = launched_recipe(args, ranks=args.ranks or node.count_gpus() or 1)
     flags = {"ranks": args.ranks or "auto", "restarts": args.restarts}
     words = agent_words(write_recipe(recipe), debug=args.debug, **flags)
     if not args.detach:

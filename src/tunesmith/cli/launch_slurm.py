@@ -77,8 +77,6 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.sites import read_site
     from tunesmith.training.early_checks import check_start
 
-    # The login node's processor is not that of the nodes.
-    recipe = launched_recipe(args)
     site = read_site(args.site)
     # Flags override the profile; without one it stays.
     settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}
@@ -88,6 +86,8 @@ def run(args: argparse.Namespace) -> None:
         exclusive=site.exclusive or args.exclusive,
         sbatch=(*site.sbatch, *args.sbatch_arg),
     )
+    # The login node's processor is not that of the nodes.
+    recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(site))
     saving = slurm.saving_seconds(recipe)
     request = slurm.Request(
         site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug

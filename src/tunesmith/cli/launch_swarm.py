@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.host.signals import StopRequest
     from tunesmith.launch.deploy import launch_on_swarm
 
-    recipe = launched_recipe(args)
+    # The nodes that are ready are counted later: a swarm is of two at least.
+    recipe = launched_recipe(args, ranks=args.nodes or 2)
     with StopRequest():
         job = launch_on_swarm(
             recipe,

@@ -272,6 +272,7 @@ def chosen_recipe(
     *,
     on_paper: bool = False,
     row_count: int | None = None,
+    ranks: int = 1,
     on_look: "Callable[[RowsLook], Run | None]" = lambda look: None,
 ) -> "tuple[Run, NewRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
@@ -335,6 +336,7 @@ def chosen_recipe(
             words,
             on_paper=on_paper,
             row_count=row_count,
+            ranks=ranks,
             look=look,
         )
     log.info(recipe.about_data)

@@ -140,7 +140,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     clusters = _clusters(args)
-    recipe, examined_length = _recipe(args)
+    # Of several machines none is meant more than another.
+    ranks = clusters[0].world if len(clusters) == 1 else 1
+    recipe, examined_length = _recipe(args, ranks)
     # They load torch, and a wrong word has been refused by now.
     from tunesmith.model.measured_spec import model_spec
     from tunesmith.model.model_types import read_model_types
@@ -349,11 +351,11 @@ def _compared_row(compared: ComparedPlan) -> str:
     return f"{machine:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
 
 
-def _recipe(args: argparse.Namespace) -> "tuple[Run, int | None]":
+def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, int | None]":
     """The recipe; of a new one for a model and rows also the tokens of a row on average."""
     from tunesmith.config.dump import flatten
 
-    recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows)
+    recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows, ranks=ranks)
     if new_recipe is None:
         return recipe, None
     values = flatten(recipe)

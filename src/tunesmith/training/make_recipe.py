@@ -153,6 +153,7 @@ def make_recipe(
     *,
     on_paper: bool = False,
     row_count: int | None = None,
+    ranks: int = 1,
     look: RowsLook | None = None,
 ) -> NewRecipe:
     """Look at the rows of a file or Hub data set, and make a recipe that trains a model on them.
@@ -166,6 +167,7 @@ def make_recipe(
         on_paper: for a plan: a well-known model of which nothing is on this machine is not
             looked up at the Hub. The rows' tokens are then estimated from their characters.
         row_count: how many rows there will be, if these are a sample.
+        ranks: that will train, as far as is known: a step has an example for each.
         look: what `look_at_rows` has found for the same arguments; None: it is called.
 
     Raises:
@@ -192,9 +194,8 @@ def make_recipe(
     if examined.is_padded and "data.pack" not in override_keys:
         chosen["data.pack"] = False
         why["data.pack"] = f"{examined.spec.model_type} cannot keep packed examples apart"
-    steps = _choose_steps(
-        chosen, why, draft, override_keys, round(row_count * parts) - held_out, layout.format
-    )
+    examples = round(row_count * parts) - held_out
+    steps = _choose_steps(chosen, why, draft, override_keys, examples, layout.format, ranks)
     _choose_validations(chosen, why, steps, held_out)
     _choose_rate(chosen, why, draft, override_keys, examined.spec)
     if layout.format in METHODS_OF_FORMATS:
@@ -490,6 +491,7 @@ def _choose_steps(
     override_keys: set[str],
     examples: int,
     row_format: str,
+    ranks: int,
 ) -> int | None:
     """Add epochs and the global batch for so many examples; overrides stand, and count.
 
@@ -511,8 +513,11 @@ def _choose_steps(
     if "train.global_batch" not in override_keys:
         # The largest batch that still makes STEPS steps.
         sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
+        # Ranks of one tensor-parallel group share an example.
+        tensor = draft.parallel.tensor
+        of_ranks = min(examples, ranks if tensor == "auto" else ranks // tensor)
         fewest = MIN_KTO_BATCH if row_format == "feedback" else 1
-        batch = Size(max([*sizes, fewest]), "examples")
+        batch = Size(max([*sizes, fewest, of_ranks]), "examples")
     chosen["train.duration"] = str(duration)
     chosen["train.global_batch"] = str(batch)
     why["train.duration"] = (
@@ -524,6 +529,8 @@ def _choose_steps(
             f"{steps:,} optimizer steps; "
             f"small data sets get small batches, for {STEPS} steps or more"
         )
+        if batch.amount == ranks > 1:
+            why["train.global_batch"] += f", and an example for each of {ranks} ranks"
         return steps
     if duration.unit == "steps":
         return int(duration.amount)
