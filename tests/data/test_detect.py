@@ -277,6 +277,39 @@ def test_a_worse_answer_is_never_proposed_as_the_answer(pair: tuple[str, str]) -
         found(row)
 
 
+@pytest.mark.parametrize(
+    ("names", "pair"),
+    [
+        (("prompt", "chosen", "reject"), ("chosen", "reject")),
+        (("prompt", "choosen", "rejected"), ("choosen", "rejected")),
+        (("prompt", "completion", "chosen", "rejcted"), ("chosen", "rejcted")),
+        (("Chose", "Reject"), ("Chose", "Reject")),
+    ],
+)
+def test_a_mistyped_answer_of_a_pair_is_recognized(
+    names: tuple[str, ...], pair: tuple[str, str]
+) -> None:
+    row = {name: f"some text of {name}" for name in names}
+    fix = f"--columns chosen={pair[0]},rejected={pair[1]}"
+    with refuses(DataError, fix=[fix]) as refused:
+        found(row)
+    assert "completion" not in refused.value.fix
+    with refuses(DataError, fix=[fix]):
+        found(row, source=Source(source="faq", format="preference"), any_format=False)
+    columns = {"chosen": pair[0], "rejected": pair[1]}
+    assert "-> preference" in found(row, source=Source(source="faq", columns=columns))
+
+
+@pytest.mark.parametrize("name", ["reject", "rejected", "Rejcted"])
+def test_a_rejected_answer_is_not_proposed_for_a_completion(name: str) -> None:
+    row = {"prompt": "what is it", "good": "this", name: "a text of many more letters"}
+    with refuses(DataError, fix=["--columns prompt=prompt,completion=good"]):
+        found(row)
+    with refuses(DataError) as refused:
+        found({"prompt": "what is it", name: "a text of many more letters"})
+    assert name not in refused.value.fix
+
+
 def test_rows_that_disagree_are_named() -> None:
     rows = from_list([{"messages": TURNS}] * 9 + [{"conversations": FROMS}], "faq")
     with refuses(DataError, where="faq row 10") as refused:

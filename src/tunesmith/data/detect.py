@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tunesmith.config.names import nearest
 from tunesmith.config.row_formats import CHAT, READ_BY_ANY_NAME, ROW_FORMATS, ColumnSet, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import find_bad_rows
@@ -58,6 +59,8 @@ _BETTER_AND_WORSE = (
     ("winner", "loser"),
     ("win", "lose"),
 )
+# The least similarity of a mistyped name to that of a column, as `nearest` measures it.
+_MISTYPED = 0.75
 
 
 # The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
@@ -298,27 +301,18 @@ def _check_pair_is_read(
     """DataError where columns are named as two answers of a pair, and the layouts read no pairs."""
     if any(layout.format == "preference" for layout in layouts):
         return
-    names = {plain(column): column for column in columns}
-    for better, worse in _BETTER_AND_WORSE:
-        for name, rejected in names.items():
-            words = name.split("_")
-            if worse not in words:
-                continue
-            counterpart = "_".join(better if word == worse else word for word in words)
-            chosen = names.get(counterpart)
-            if chosen is None:
-                continue
-            mapping = {"chosen": chosen, "rejected": rejected}
-            pairs = _possible_layouts(columns, chats, "preference", mapping)
-            trials = [_try_layout(sample, rows, source, layout) for layout in pairs]
-            if any(trial.read for trial in trials):
-                raise DataError(
-                    f"{chosen} and {rejected} look like the two answers of a pair",
-                    where=from_here(rows.name),
-                    why="rows of pairs are read by columns that are named so",
-                    fix=Detected("preference", mapping).flags(),
-                )
-    rejected_alone = [names[name] for name in names if "rejected" in name.split("_")]
+    for chosen, rejected in _named_as_pairs(columns):
+        mapping = {"chosen": chosen, "rejected": rejected}
+        pairs = _possible_layouts(columns, chats, "preference", mapping)
+        trials = [_try_layout(sample, rows, source, layout) for layout in pairs]
+        if any(trial.read for trial in trials):
+            raise DataError(
+                f"{chosen} and {rejected} look like the two answers of a pair",
+                where=from_here(rows.name),
+                why="rows of pairs are read by columns named chosen and rejected",
+                fix=Detected("preference", mapping).flags(),
+            )
+    rejected_alone = [column for column in columns if _is_named_rejected(column)]
     if not rejected_alone:
         return
     others = [_try_layout(sample, rows, source, layout) for layout in layouts]
@@ -332,6 +326,26 @@ def _check_pair_is_read(
             fix=f"name both as --columns chosen=...,rejected={rejected_alone[0]}; or train on the"
             f" other columns alone: --format {' or '.join(formats)}",
         )
+
+
+def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
+    """Columns that may be the better and the worse answer by their names, mistyped ones first."""
+    names = {plain(column): column for column in columns}
+    chosen = nearest("chosen", names, cutoff=_MISTYPED)
+    rejected = nearest("rejected", names, cutoff=_MISTYPED)
+    if chosen and rejected:
+        yield names[chosen], names[rejected]
+    for better, worse in _BETTER_AND_WORSE:
+        for name, column in names.items():
+            words = name.split("_")
+            counterpart = "_".join(better if word == worse else word for word in words)
+            if worse in words and counterpart in names:
+                yield names[counterpart], column
+
+
+def _is_named_rejected(column: str) -> bool:
+    name = plain(column)
+    return "rejected" in name.split("_") or bool(nearest("rejected", [name], cutoff=_MISTYPED))
 
 
 def _try_layout(
@@ -508,9 +522,17 @@ def _guesses(
             if plain(column) in usual_names and column not in mapped.values():
                 mapped[name] = column
                 break
+    unmapped = {plain(column): column for column in columns if column not in mapped.values()}
+    for name in [name for name in layout.needed if name not in mapped]:
+        near = nearest(name, unmapped, cutoff=_MISTYPED)
+        if near:
+            mapped[name] = unmapped.pop(near)
     missing = [name for name in layout.needed if name not in mapped]
     letters = {column: _letters(sample, column) for column in columns}
-    others = [column for column in columns if column not in mapped.values() and letters[column]]
+    others = [column for column in unmapped.values() if letters[column]]
+    if "rejected" not in layout.needed:
+        # Nobody means to learn the worse answers.
+        others = [column for column in others if not _is_named_rejected(column)]
     # Beside a mapped column one that is seldom a text may be the other; two of them are not.
     if not mapped:
         others = [column for column in others if plain(column) not in _NO_TEXTS]
