@@ -68,6 +68,23 @@ def warned(data: TrainingData, about: str) -> str:
     return line
 
 
+@pytest.mark.parametrize("form", ["prompt-completion", "preference"])
+def test_a_prompt_that_answers_repeat_is_told_with_the_first_row(
+    form: str, tiny: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for i in range(60):
+        prompt = f"\n\nHuman: Who is {i}?\n\nAssistant:" if i else "Hello"
+        answer = f"{prompt} He is {i}." if i % 2 == 0 else prompt
+        answers = {"completion": answer}
+        if form == "preference":
+            answers = {"chosen": answer, "rejected": f"{prompt} No."}
+        rows.append({"prompt": prompt, **answers})
+    method = "dpo" if form == "preference" else "sft"
+    data = prepared(tiny, tmp_path, rows, method=method, source={"format": form})
+    assert holds(warned(data, "whole prompt"), "29 of 60", f"{tmp_path}/rows.jsonl:3")
+
+
 def test_empty_answers_and_placeholders_are_told_with_the_first_row(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -28,6 +28,12 @@ ROW_WARNINGS = {
         why="the model learns to write it literally",
         fix="fill it in, or delete these rows",
     ),
+    "repeated_prompt": RowWarning(
+        what="an answer that begins with the whole prompt",
+        why="the prompt stands before the answer already, and the model learns to repeat it",
+        fix="delete it from the answers; of pairs whose answers both begin with it, deleting the"
+        " column prompt does too",
+    ),
     "joined": RowWarning(
         what="no space or line break between prompt and completion",
         why="the tokenizer has no chat template, so nothing is written between them",
@@ -84,6 +90,8 @@ LOST = ("lost_thought", "lost_text", "lost_call")
 # Two braces around one name, as Jinja, Handlebars and prompt editors write it; {name} is code or a
 # formula too often.
 _PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")
+# A shorter prompt, such as a greeting, may be what its answer begins with.
+_REPEATED_CHARACTERS = 16
 
 
 def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
@@ -92,6 +100,11 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         texts = [message["content"] for message in sample.messages]
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
+        prompt, answer = sample.prompt.strip(), sample.completion.strip()
+        is_long = len(prompt) >= _REPEATED_CHARACTERS
+        # An answer that is the prompt, and no more, may be what is to be learned.
+        if is_long and answer.startswith(prompt) and answer != prompt:
+            yield "repeated_prompt"
         # Without a template between them, words on both sides of the border become one.
         edge = sample.prompt[-1:] + sample.completion[:1]
         if raw and len(edge) == 2 and not edge[0].isspace() and not edge[1].isspace():
