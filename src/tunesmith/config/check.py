@@ -1,6 +1,7 @@
 """The rules that span several keys of a recipe, or that a type and its bounds cannot express."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -220,8 +221,9 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
     if not data.train:
         fix = "data.train: {source: rows.jsonl, format: messages}"
         yield Problem("data.train", "is empty", fix)
-    yield from _columns("data.train", data.train, where)
-    yield from _columns("data.validation", data.validation, where)
+    for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
+        yield from _columns(key, sources, where)
+        yield from _splits(key, sources, data.train, where)
     if data.hold_out is not None:
         if data.validation:
             yield Problem(
@@ -251,11 +253,34 @@ def _data(run: Run, where: Place) -> Iterator[Problem]:
         )
 
 
-def _columns(key: str, sources: tuple[Source, ...], where: Place) -> Iterator[Problem]:
+def _numbered(key: str, sources: tuple[Source, ...], where: Place) -> Iterator[tuple[str, Source]]:
+    """Each source with its key."""
     for i, source in enumerate(sources):
         # A single source is written without an index, and its places are known without one.
         is_indexed = where(f"{key}.{i}") or len(sources) > 1
-        source_key = f"{key}.{i}" if is_indexed else key
+        yield f"{key}.{i}" if is_indexed else key, source
+
+
+def _splits(
+    key: str, sources: tuple[Source, ...], trained: tuple[Source, ...], where: Place
+) -> Iterator[Problem]:
+    """A split of a file that no file has."""
+    for source_key, source in _numbered(key, sources, where):
+        split = source.split or "train"
+        if re.match(r"\s*train\b", split) or not Path(source.source).is_file():
+            continue
+        fix = f"{source_key}.split=train"
+        if key == "data.validation" and any(source.source == other.source for other in trained):
+            fix = "data.validation=null data.hold_out='5 %'"
+        yield Problem(
+            f"{source_key}.split",
+            f"is {split}, and a file has one split, train",
+            fix=fix,
+        )
+
+
+def _columns(key: str, sources: tuple[Source, ...], where: Place) -> Iterator[Problem]:
+    for source_key, source in _numbered(key, sources, where):
         columns = COLUMNS[source.format]
         for name, column in source.columns.items():
             if name in columns:
