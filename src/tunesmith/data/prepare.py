@@ -298,7 +298,10 @@ class TrainingData:
         warnings = []
         for split, part in self.sources():
             names = []
+            columns = part.source.columns.values() if part.source else ()
             for name, (count, first) in part.counts.unread.items():
+                if name == "rejected" and "chosen" in columns:
+                    continue  # who names the chosen answers leaves out the others
                 names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
             if names:
                 warnings.append(
