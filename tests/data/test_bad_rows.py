@@ -76,6 +76,10 @@ def test_bad_rows_that_are_held_out_and_those_of_other_files_are_listed_with_the
         prepared(tiny, tmp_path, path, hold_out="50 %")
     places = {cause.split(": ")[0] for cause in refused.value.why.split("; ")}
     assert places == {f"rows.jsonl:{number}" for number in BAD}
+    (tmp_path / "good.jsonl").write_text(f"{json.dumps(good(50))}\n")
+    other = {"source": str(tmp_path / "good.jsonl"), "format": "messages"}
+    with refuses(DataError, names=["5 of 40 training rows"]):
+        prepared(tiny, tmp_path, path, validation=other)
     (tmp_path / "more.jsonl").write_text(
         f"{json.dumps(good(41))}\n{json.dumps({'messages': [A]})}\n"
     )
@@ -217,6 +221,19 @@ def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
         assert data.train.parts[0].counts.unread == {"message.grade": [1, 1], "score": [2, 1]}
         (warning,) = [line for line in data.warnings() if "message.grade" in line]
         assert holds(warning, "1 row", "score", "2 rows", f"{path}:2")
+
+
+def test_worse_answers_beside_chosen_ones_that_are_named_are_no_loss(
+    tiny: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "Who is it?", "chosen": "He.", "rejected": "No.", "score": 3}
+    path.write_text(f"{json.dumps(row)}\n" * 3)
+    named = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
+    data = prepared(tiny, tmp_path, path, train={"source": str(path), **named})
+    (warning,) = [line for line in data.warnings() if "nothing reads" in line]
+    assert holds(warning, "score")
+    assert "rejected" not in warning
 
 
 def test_a_system_message_of_raw_rows_is_refused(tiny: Path, tmp_path: Path) -> None:

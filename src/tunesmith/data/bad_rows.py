@@ -96,8 +96,8 @@ class BadRows:
         for name, (count, place) in other.warned.items():
             self.warn(name, place, count)
 
-    def error(self) -> DataError:
-        """The error for all of them."""
+    def error(self, side: str = "") -> DataError:
+        """The error for all of them; `side`: `train` or `validation`, if all are of one of two."""
         first = self._first_error
         assert first is not None
         what = first.what
@@ -106,7 +106,8 @@ class BadRows:
         if self.count == self.rows > 1:
             why.append(f"all {self.rows:,} rows are like it, or cannot be read for other reasons")
         elif self.count > 1:
-            what = f"{self.count:,} of {self.rows:,} rows cannot be read"
+            rows = {"train": "training rows", "validation": "validation rows"}.get(side, "rows")
+            what = f"{self.count:,} of {self.rows:,} {rows} cannot be read"
             why = []
             for place, bad, _ in self._listed():
                 cause = bad.what
@@ -125,12 +126,12 @@ class BadRows:
         return DataError(what, where=first.where, why="; ".join(why), fix=fix)
 
 
-def error_of_sources(sources: Sequence[BadRows]) -> DataError:
-    """One error for the bad rows of several sources."""
+def error_of_sources(sources: Sequence[BadRows], side: str = "") -> DataError:
+    """One error for the bad rows of several sources; `side` as of `BadRows.error`."""
     joined = BadRows(0)
     for bad in sources:
         joined.join(bad)
-    return joined.error()
+    return joined.error(side)
 
 
 def is_of_row(error: DataError, place: str) -> bool:

@@ -500,7 +500,7 @@ def tokenize_sides(
     if cache is not None:
         of_tokenizer = of_tokenizer or tokenizer_hash(tokenizer)
     token_sets = {}
-    refused = []
+    refused: dict[str, list[BadRows]] = {}
     for what, sources in sides.items():
         parts = []
         for source, rows in sources:
@@ -518,10 +518,11 @@ def tokenize_sides(
                     )
                 )
             except _RefusedRowsError as error:
-                refused.append(error.bad)
+                refused.setdefault(what, []).append(error.bad)
         token_sets[what] = TokenSet(parts)
     if refused:
-        raise error_of_sources(refused)
+        side = next(iter(refused)) if len(sides) > len(refused) else ""
+        raise error_of_sources([*itertools.chain.from_iterable(refused.values())], side)
     return token_sets
 
 
