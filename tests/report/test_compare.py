@@ -310,6 +310,10 @@ def test_what_the_end_of_a_run_said_is_said_again(tmp_path: Path) -> None:
     unmeasured = write_run(tmp_path / "unmeasured", steps=20)
     assert sentence(verdict(unmeasured), "unmeasured (20)")
     assert sentence(verdict(run, unmeasured), "my run (20), unmeasured (20)", few)
+    warm = write_run(tmp_path / "warm", steps=20, recipe={"train": {"warmup": "60 steps"}})
+    assert sentence(verdict(warm), "'train.duration=120 steps'"), "50 are refused"
+    tuned = write_run(tmp_path / "tuned", steps=20, recipe={"adapter": {"from": "runs/first"}})
+    assert sentence(verdict(warm, tuned), "warm (20)", "tuned")
     long = write_run(tmp_path / "long", dict.fromkeys(range(10, 51, 10), 2.0), steps=50)
     assert not sentence(verdict(long), "50")
 
@@ -317,6 +321,8 @@ def test_what_the_end_of_a_run_said_is_said_again(tmp_path: Path) -> None:
 def test_one_run(tmp_path: Path) -> None:
     found = verdict(write_run(tmp_path / "a", falling(2.0)))
     assert holds(found.headline, "a", "step 40", "val_loss 1.0100")
+    assert sentence(found, "1.8900", "step 4")
+    assert verdict(write_run(tmp_path / "once", {60: 1.0}, steps=60)).reasons == []
     assert "without a val_loss" in verdict(write_run(tmp_path / "b")).headline
     assert verdict(write_run(tmp_path / "c", steps=0, finished=False)).kind == "alone"
 
@@ -334,6 +340,38 @@ def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
         ("train.learning_rate", [1e-4, 3e-4], True),
         ("train.micro_batch", ["auto", "1 examples"], False),
     ]
+
+
+def test_what_ends_a_run_or_chooses_its_weights_changes_what_is_learned(tmp_path: Path) -> None:
+    changed = {"validate": {"patience": 3, "every": "5 steps"}, "log": {"every": "7 steps"},
+               "checkpoint": {"final": "last", "every": "9 steps", "keep": 2}}  # fmt: skip
+    chosen = {"validate.patience", "validate.every", "checkpoint.final"}
+    for kind, more in (("lora", set()), ("none", {"checkpoint.every"})):
+        recipe = {"adapter": {"kind": kind}}
+        runs = [
+            write_run(tmp_path / kind / "a", falling(2.0), recipe=recipe),
+            write_run(tmp_path / kind / "b", falling(3.0), recipe=recipe | changed),
+        ]
+        found = differing_keys(summaries_of(runs))
+        assert {one.key for one in found if one.learns} == chosen | more
+        [text] = sentence(verdict(*runs), "does not change what is learned")
+        _, _, without_effect = text.partition("also differ in")
+        assert "log.every" in without_effect
+        assert not chosen & set(without_effect.split("`"))
+
+
+def test_a_section_that_one_run_leaves_empty_is_one_difference(tmp_path: Path) -> None:
+    filled = {
+        "method": {"name": "dpo", "beta": 0.1},
+        "data": {"train": {"columns": {"chosen": "c"}}},
+    }
+    runs = [write_run(tmp_path / "sft"), write_run(tmp_path / "dpo", recipe=filled)]
+    found = {one.key: one.values for one in differing_keys(summaries_of(runs))}
+    assert found == {
+        "method.name": ["sft", "dpo"],
+        "method.beta": [None, 0.1],
+        "data.train.columns.chosen": [None, "c"],
+    }
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -515,6 +553,22 @@ def test_what_eval_measured_row_by_row_decides(tmp_path: Path) -> None:
     found = verdict(good, same)
     assert (found.kind, found.best) == ("equal", ())
     assert sentence(found, "same", "good", "40 rows", "95 % interval")
+
+
+def test_a_best_that_another_run_may_equal_is_called_no_better(tmp_path: Path) -> None:
+    """The nearest run is beaten; one further off varies more from row to row."""
+    best = evaluated(tmp_path / "best", 2.0, 1e-3)
+    beaten = evaluated(tmp_path / "beaten", 2.1, 1e-4)
+    varying = evaluated(tmp_path / "varying", 2.2, 1e-5)
+    losses = [loss + 3 * (-1) ** i for i, loss in enumerate(rows_around(2.2))]
+    write_eval(varying.folder, row_eval(losses))
+    varying.refresh()
+    found = verdict(best, beaten, varying)
+    assert (found.kind, found.best) == ("equal", ())
+    assert holds(found.headline, "varying", "better", "beaten")
+    assert found.difference is not None
+    assert found.difference.second == "varying"
+    assert sentence(found, "varying", "best", "95 % interval")
 
 
 def test_rows_that_were_trained_on_fewer_rows_or_other_ones_do_not_decide(tmp_path: Path) -> None:

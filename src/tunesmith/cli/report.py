@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> None:
         reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
         note = f"Skipped: {reasons}"
     # A script that reads the JSON needs no page, unless it names one.
-    if args.output or not args.json:
-        write_report(runs, output, markdown=args.markdown, note=shown(note))
+    replaced = ""
+    writes = args.output or not args.json
+    if writes and write_report(runs, output, markdown=args.markdown, note=shown(note)):
+        replaced = "; it replaced a report of other runs"
     summaries = summaries_of(runs)
     for summary in summaries:
         _, damaged_profiles = read_profiles(summary.files.folder)
@@ -72,6 +74,6 @@ def run(args: argparse.Namespace) -> None:
     verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
     show("\n".join(verdict_lines), sys.stdout)
     if args.markdown:
-        print(output)
+        print(f"{output}{replaced}")
     else:
-        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")
+        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser{replaced}")

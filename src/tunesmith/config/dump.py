@@ -215,7 +215,7 @@ def _may_follow(old: Length, new: Length) -> bool:
 
 
 def is_free(key: str) -> bool:
-    """Whether a dotted key may change when a run resumes: it changes nothing that is learned."""
+    """Whether a dotted key may change when a run resumes: it changes no step."""
     return any(f"{key}.".startswith(f"{name}.") for name in FREE)
 
 

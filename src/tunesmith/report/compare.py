@@ -36,7 +36,7 @@ STANDARD_ERRORS = 2.0
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 FEWEST_VALIDATIONS = 5  # whose moves tell the noise
-SHORT_SHOWN = 3  # runs of few steps that are named
+SHORT_SHOWN = 3  # runs of few steps, or recipes that are worse, that are named
 
 
 def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
@@ -151,10 +151,13 @@ class KeyDifference(NamedTuple):
 def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
     """The keys of the recipes that differ, those that change what is learned first; the output
     folder is left out."""
-    recipes = [leaves(run.files.recipe) for run in runs]
+    recipes = [leaves(run.files.recipe | {"method": run.method_keys}) for run in runs]
     names = dict.fromkeys(key for recipe in recipes for key in recipe if key != "output_dir")
     differing = []
     for key in names:
+        # An empty section is told by the keys that another run has there.
+        if any(name.startswith(f"{key}.") for name in names):
+            continue
         values = [recipe.get(key) for recipe in recipes]
         if any(value != values[0] for value in values):
             differing.append(KeyDifference(key, values, changes_learning(key, runs)))
@@ -174,7 +177,7 @@ class RunDifference(NamedTuple):
 
 class Verdict(NamedTuple):
     """Which run is better, in words. `kind`: better | equal | none | alone; `best`: its runs, by
-    index; `difference`: of the first two of several recipes."""
+    index; `difference`: of the two recipes in the headline."""
 
     kind: str
     headline: str
@@ -208,6 +211,10 @@ class RunGroup(NamedTuple):
     @property
     def name(self) -> str:
         return " and ".join(run.label for run in self.runs)
+
+    @property
+    def is_are(self) -> str:
+        return "is" if len(self.runs) == 1 else "are"
 
     def __str__(self) -> str:
         text = self.measure.text(self.best.mean)
@@ -287,17 +294,29 @@ def _one_recipe(
 
 
 def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
-    """The verdict on the first two of several recipes."""
+    """The verdict on the first of several recipes and the second, or one further off that cannot be
+    told from the first: its rows may vary more."""
     first, second = ranking[:2]
     measure = first.measure
+    equal: list[RunGroup] = []
+    beaten: list[RunGroup] = []
+    for group in ranking[1:]:
+        threshold = _noise(ranking, group).threshold
+        if threshold is not None:
+            gap = measure.worse_by(group.best.mean, than=first.best.mean)
+            (equal if gap <= threshold else beaten).append(group)
+    if equal:
+        second = equal[0]
     gap = measure.worse_by(second.best.mean, than=first.best.mean)
-    noise = _noise(ranking)
+    noise = _noise(ranking, second)
     reasons = [
         _difference(first.runs[0], second.runs[0], measure),
         f"{measure.gap_text(gap)} apart. {noise.text}",
         *cautions,
     ]
     kind, headline = _headline(first, second, gap, noise)
+    if kind == "equal" and beaten:
+        headline += f"; {first.name} {first.is_are} better than {_names_of(beaten)}"
     name = measure.name.strip(",")
     difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
     return Verdict(kind, headline, reasons, difference=difference)
@@ -317,12 +336,18 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
     if gap <= noise.threshold:
         best = f"{measure.best_word} {first} of {first.name}"
         return "equal", f"No significant difference: {best} {of_second}"
-    is_are = "is" if len(first.runs) == 1 else "are"
     where = ""
     if not noise.tells_of_rows:
         count = first.runs[0].held_out
         where = f" on {count_of(count, 'held-out row')}" if count else " on these held-out rows"
-    return "better", f"{first.name} {is_are} better{where}: {against}"
+    return "better", f"{first.name} {first.is_are} better{where}: {against}"
+
+
+def _names_of(groups: Sequence[RunGroup]) -> str:
+    """`a, b`, or of many recipes their number."""
+    if len(groups) <= SHORT_SHOWN:
+        return ", ".join(group.name for group in groups)
+    return f"{len(groups)} others"
 
 
 def _may_improve(run: RunSummary) -> bool:
@@ -338,15 +363,11 @@ def _alone(run: RunSummary, measure: Measure) -> Verdict:
     if best is None:
         fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
         return Verdict("alone", f"{headline}, without a {measure.name}", [fix])
-    start, first_value = measure.values(run)[0]
-    return Verdict(
-        "alone",
-        f"{headline}, {measure.best_word} {best}",
-        [
-            f"The first one was {measure.text(first_value)} at step {start}.",
-            *_cautions([run], None, measure),
-        ],
-    )
+    reasons = _cautions([run], None, measure)
+    (start, first_value), *later = measure.values(run)
+    if later:
+        reasons.insert(0, f"The first one was {measure.text(first_value)} at step {start}.")
+    return Verdict("alone", f"{headline}, {measure.best_word} {best}", reasons)
 
 
 def _different_losses(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
@@ -439,9 +460,9 @@ def _eval_command(runs: Sequence[RunSummary]) -> str:
     return f"tunesmith eval {' '.join(folders)}"
 
 
-def _noise(ranking: Sequence[RunGroup]) -> Noise:
-    """The noise of the difference between the first two."""
-    first, second = ranking[:2]
+def _noise(ranking: Sequence[RunGroup], second: RunGroup) -> Noise:
+    """The noise of the difference between the first and the `second`, one of the others."""
+    first = ranking[0]
     measure = first.measure
     # Several seeds of a recipe tell its noise better than one run can.
     repeated = [group.best for group in ranking if group.best.count > 1]
@@ -582,7 +603,7 @@ def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
     keys = []
     for difference in differing_keys(runs):
         # A file of the same rows under another name is no difference.
-        if is_free(difference.key):
+        if is_free(difference.key) and not difference.learns:
             keys.append(f"`{difference.key}` ({difference.values_text})")
     if not keys:
         return ""
@@ -671,17 +692,22 @@ def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
     """A sentence on the finished runs that took few steps, if there are any."""
     short = []
     for run in runs:
-        if run.continues_adapter:
-            continue  # it has learned before
         if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS:
             short.append(run)
+    # These have learned before.
+    continuing = [run.label for run in short if run.continues_adapter]
+    short = [run for run in short if not run.continues_adapter]
     if not short:
         return []
     names = ", ".join(f"{run.label} ({run.steps})" for run in short[:SHORT_SHOWN])
     if len(short) > SHORT_SHOWN:
         names += f" and {len(short) - SHORT_SHOWN} more"
     recipe = shell_path(shown(short[0].files.folder / RECIPE))
-    longer = shell_word(f"train.duration={FEW_STEPS} steps")
+    if continuing:
+        names += f", not counting {', '.join(continuing)}, trained from an adapter"
+    # A run that is no longer than its warmup is refused.
+    steps = max(FEW_STEPS, 2 * short[0].warmup_steps)
+    longer = shell_word(f"train.duration={steps} steps")
     return [
         f"Few steps: {names}; a model hardly changes in fewer than {FEW_STEPS}. "
         f"To continue training: `tunesmith train {recipe} {longer}`"

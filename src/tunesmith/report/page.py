@@ -46,6 +46,7 @@ PROMPTS = 6  # whose answers are shown
 LOG_LINES = 20
 KEYS_IN_BOARD = 3
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
+_TITLE = re.compile(r"<title>.*</title>|^# .*", re.MULTILINE)  # names the runs
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
 STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
 
@@ -77,23 +78,25 @@ MAIN = {
 
 def write_report(
     runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = ""
-) -> None:
-    """Write the report of runs to a file.
+) -> bool:
+    """Write the report of runs to a file; whether it replaced a report of other runs.
 
     UsageError if that is there and no report; MachineError if it cannot be written.
 
     `note`: a paragraph below the verdict, such as what the runs were chosen from.
     """
+    old = ""
     try:
         if output.exists():
-            start = output.read_text(encoding="utf-8", errors="replace")[:200]
-            if MARK not in start:
+            old = output.read_text(encoding="utf-8", errors="replace")
+            if MARK not in old[:200]:
                 raise UsageError(
                     "this file exists and is not a tunesmith report",
                     where=str(output),
                     fix="--output another-name.html",
                 )
-        output.write_text(render_report(runs, markdown=markdown, note=note), encoding="utf-8")
+        page = render_report(runs, markdown=markdown, note=note)
+        output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise MachineError(
             "the report cannot be written",
@@ -101,6 +104,12 @@ def write_report(
             why=error.strerror or str(error),
             fix="--output FILE in a writable folder",
         ) from error
+    return bool(old) and _title(old) != _title(page)
+
+
+def _title(page: str) -> str:
+    title = _TITLE.search(page)
+    return title[0] if title else ""
 
 
 def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str = "") -> str:

@@ -17,6 +17,8 @@ _INPUTS = ("command", "commit", "checks", "validation_examples", "template")
 # Columns of metrics.jsonl.
 LOSS = "val_loss"
 ACCURACY = "val_reward_accuracy"
+# Of the keys that may change when a run resumes: they end it sooner, or choose its weights.
+_CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
 _TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
 
 
@@ -81,8 +83,24 @@ class RunSummary:
     @property
     def method(self) -> str:
         """The name of the method, which says what val_loss is the loss of."""
+        return str(self.method_keys.get("name"))
+
+    @property
+    def method_keys(self) -> dict[str, Any]:
+        """The section of the recipe; a method without keys is written as its name."""
         method = self.files.recipe.get("method", "sft")
-        return str(method.get("name") if isinstance(method, dict) else method)
+        return method if isinstance(method, dict) else {"name": method}
+
+    @property
+    def trains_in_full(self) -> bool:
+        return (self.files.recipe.get("adapter") or {}).get("kind") == "none"
+
+    @property
+    def warmup_steps(self) -> int:
+        """Where the recipe counts them in steps; else 0."""
+        warmup = str((self.files.recipe.get("train") or {}).get("warmup"))
+        steps = re.fullmatch(r"(\d+) steps", warmup)
+        return int(steps[1]) if steps else 0
 
     @property
     def continues_adapter(self) -> bool:
@@ -134,6 +152,11 @@ def changes_learning(key: str, runs: Sequence[RunSummary]) -> bool:
     The same training rows may be in files of two names, as those of a Python program, which are
     kept in each run directory.
     """
+    if _CHOOSES_WEIGHTS.fullmatch(key):
+        return True
+    # The best of a model trained in full is one of the steps that have a checkpoint.
+    if key == "checkpoint.every":
+        return any(run.trains_in_full for run in runs)
     if is_free(key):
         return False
     data_hashes = {run.files.env.get("data_hash") for run in runs}
