@@ -169,6 +169,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "what", "fix"),
     [
         (["trian"], "there is no command 'trian'", "did you mean tunesmith train?"),
+        (
+            ["runs/a", "export", "--to", "gguf"],
+            "there is no command 'runs/a'",
+            "tunesmith export runs/a --to gguf",
+        ),
         (["zzz"], "there is no command 'zzz'", "tunesmith --help"),
         (["compare", "a", "b"], "there is no command 'compare'", "tunesmith report A B"),
         (["--json"], "there is no command '--json'", "tunesmith --help"),

@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quant",
+        type=str.lower,
         choices=(*GGUF_QUANTS, "fp8", "nvfp4"),
         help="of the weights (default: q4_k_m; for vllm, which takes bf16, fp8 and nvfp4, bf16)",
     )

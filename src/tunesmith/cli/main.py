@@ -40,7 +40,7 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
-from tunesmith.host.shell import shell_word
+from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.host.signals import RESTART, StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
@@ -317,7 +317,9 @@ def _dispatch(words: list[str]) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         fix = OTHER_NAMES.get(verb, "tunesmith --help")
-        if near:
+        if rest and rest[0] in VERBS:
+            fix = shell_command(["tunesmith", rest[0], verb, *rest[1:]])
+        elif near:
             fix = f"did you mean tunesmith {near[0]}?"
         raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
     name, purpose = VERBS[verb]

@@ -758,14 +758,13 @@ def _details(
             f"another is faster by less than {MIN_GAIN:.0%}, which is within the error of a "
             "forecast: the first has fewer shards or tensor ranks, or stays within nodes"
         )
-    device = "a GPU" if planner.machine.device == "cuda" else "the process"
+    is_gpu = planner.machine.device == "cuda"
+    device = "a GPU" if is_gpu else "the process, without 0.5 GiB of Python and its libraries"
     phase, largest = _largest_phase(planner, best)
     needed = f"{largest / GIB:.1f} of {best.room / GIB:.1f} usable GiB {PHASES[phase]}"
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
     lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
-    if planner.machine.device == "cpu":
-        lines.append("  beside these Python, torch and Transformers take some 0.5 GiB")
     lines += _least_memory(planner, best)
     lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):

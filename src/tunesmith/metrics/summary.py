@@ -214,10 +214,13 @@ def _next(run: Run, folder: Path) -> list[str]:
     rows = ["next", f"  tunesmith chat {tuned}"]
     if run.data.validation or run.data.hold_out:
         rows.append(f"  tunesmith eval {tuned}     # on held-out rows, compared with the base")
+    about_export = "or --to vllm, gguf"
+    if run.model.name.endswith(".gguf") and run.adapter.kind == "lora":
+        about_export += "; with --adapter, for the base's own file: nearest to what was trained"
     return [
         *rows,
         f"  tunesmith report {tuned}   # curves, compared with other runs",
-        f"  tunesmith export {tuned} --to ollama --output {exported}   # or --to vllm, gguf",
+        f"  tunesmith export {tuned} --to ollama --output {exported}   # {about_export}",
     ]
 
 

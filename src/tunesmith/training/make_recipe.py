@@ -320,8 +320,9 @@ def _choose_hold_out(
         elif rows * 0.05 > most:
             hold_out = Share(most, "examples")
     if not hold_out:
-        if not draft.data.validation:
+        if is_open:
             why["data.train"] += "; too few to hold any out for validation"
+            log.info(f"{count_of(rows, 'row')} are too few to hold any out: no val_loss")
         return 0
     count = count_held_out(hold_out, rows)
     chosen["data.hold_out"] = str(hold_out)
