@@ -17,7 +17,7 @@ from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import NonFiniteError
-from tunesmith.metrics.summary import closing_summary, has_risen, write_failure
+from tunesmith.metrics.summary import closing_summary, has_risen, named_figures, write_failure
 from tunesmith.units import Share
 
 
@@ -72,6 +72,10 @@ def test_the_summary_holds_every_figure(run: Run, folder: Path) -> None:
         "checkpoint-10",
     ):
         assert part in text, part
+
+
+def test_a_single_validation_is_told_once() -> None:
+    assert named_figures([record(1, val_loss=1.5)], 1.0)["val_loss"] == "1.5000"
 
 
 def last_lines(text: str) -> list[str]:

@@ -132,10 +132,11 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
     validations = _validations(records)
     if validations:
         best, step = _lowest(validations)
-        losses = f"{validations[0][0]:.4f} -> {validations[-1][0]:.4f}"
-        rows["val_loss"] = losses
-        if step is not None:
-            rows["val_loss"] += f", best {best:.4f} at step {step}"
+        rows["val_loss"] = f"{validations[0][0]:.4f}"
+        if len(validations) > 1:
+            rows["val_loss"] += f" -> {validations[-1][0]:.4f}"
+            if step is not None:
+                rows["val_loss"] += f", best {best:.4f} at step {step}"
     rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
     return rows
 
