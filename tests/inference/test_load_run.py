@@ -21,6 +21,7 @@ from tunesmith.cli.options import notify_weights
 from tunesmith.data import builtin_templates
 from tunesmith.data.formats import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError, UsageError
+from tunesmith.host import demo_model
 from tunesmith.host.chips import Chip
 from tunesmith.inference import load_run as load_run_module
 from tunesmith.inference.evaluate import require_held_out
@@ -63,6 +64,18 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     (run / "final").mkdir()
     assert "final" in locate_run(run).note
     assert not locate_run(run).is_notable, "final/ is damaged"
+
+
+def test_demo_is_the_demo_model_unless_a_folder_of_that_name_holds_one(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_model, "demo_model", lambda: tiny / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    place = locate_run("demo")
+    assert (place.kind, place.base.name) == ("base", str(tiny / "model.gguf"))
+    shutil.copytree(run, "demo", dirs_exist_ok=True)
+    assert locate_run("demo").kind == "adapter"
 
 
 def test_parts_of_a_run_know_their_recipe(run: Path) -> None:

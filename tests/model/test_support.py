@@ -263,5 +263,7 @@ def test_models_lists_types_and_measures_a_folder(
     printed = capsys.readouterr().out
     assert "MambaMixer" in printed
     assert "dt_proj" in printed
+    assert main(["models", "demo"]) == 0
+    assert "llama" in capsys.readouterr().out.split()
     assert main(["models", "lama"]) == 2
     check_shown(capsys.readouterr().err, fix=["llama"])

@@ -3,6 +3,7 @@
 example:
   tunesmith chat runs/my-run
   tunesmith chat runs/my-run --side-by-side
+  tunesmith chat demo  # the demo's model, as it is
   echo "What do you know?" | tunesmith chat runs/my-run
 
 ctrl-C stops an answer. Without a terminal, every line of stdin is the next

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.cli.options import add_json
+from tunesmith.host import demo_model
 from tunesmith.host.streams import show, visible
 from tunesmith.model.model_types import (
     ModelType,
@@ -50,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
         else:
             print_table(types)
         return
+    is_demo = args.name == demo_model.NAME and not Path(args.name, "config.json").is_file()
+    if is_demo:
+        print(f"{demo_model.NAME} is {demo_model.ABOUT}", file=sys.stderr)
+        args.name = demo_model.MODEL_TYPE
     entry = measure_folder(Path(args.name)) if is_folder(args.name) else find_model_type(args.name)
     if args.json:
         print(json.dumps(as_row(entry), indent=1))

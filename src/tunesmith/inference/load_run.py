@@ -5,6 +5,7 @@
          an adapter's folder  PEFT files; adapter_config.json names the base
          a model's folder     Transformers files
          a recipe, a Hub id, a .gguf   the plain base model (only where a command takes one)
+         demo                 the demo's model, a plain base too
 
 `locate_run` reads small files only, so that a wrong path is reported before torch is imported;
 `load_run` loads. The chat template is always the saved one: the prompt in use is the prompt that
@@ -24,6 +25,7 @@ from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
+from tunesmith.host import demo_model
 from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
@@ -161,7 +163,10 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
             named.
     """
     place = Path(path)
-    if place.is_dir():
+    if str(path) == demo_model.NAME and not _holds_model(place):
+        base = Model(name=str(demo_model.demo_model()))
+        location = RunLocation("base", None, base, note=f"the demo's model: {demo_model.ABOUT}")
+    elif place.is_dir():
         if (place / RECIPE).is_file():
             saved = find_saved_model(place)
             location = _in_folder(saved.folder, note=saved.note)
@@ -184,6 +189,12 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
     if base_only and location.kind != "base":
         return replace(location, kind="base", note=f"the base of {path}: {location.base.name}")
     return location
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether a folder is a run, an adapter or a model."""
+    names = (RECIPE, "adapter_config.json", "config.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def _note_of_hub(name: str) -> str:
