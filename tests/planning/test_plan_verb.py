@@ -470,6 +470,34 @@ def test_full_fine_tuning_names_its_optimizer(capsys: pytest.CaptureFixture[str]
     assert not lines_with(capsys.readouterr().out, "train.optimizer=adamw")
 
 
+def test_a_small_step_takes_no_less_than_its_kernels_to_launch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", "smollm2-135m-lora", "--on", "h100", "--rows", "70", "--length", "50"]
+    keys = ["train.duration=100 steps", "train.global_batch=1 examples", "data.validation=[]"]
+    assert main([*words, *keys]) == 0
+    assert lines_with(capsys.readouterr().out, "steps", "0.6")
+    assert main([*words, *keys, "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["meshes"][0]
+    # 30 layers of 40 kernels
+    assert best["step_seconds"] == pytest.approx(0.006)
+
+
+def test_lengths_from_characters_count_the_prompt_of_a_pair_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """160, 40 and 40 characters: 100 tokens in two sequences, without a template's."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "What? " * 26 + "Why?", "chosen": "Yes." * 10, "rejected": "No. " * 10}
+    Path("pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+    new = ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--data", "pairs.jsonl"]
+    shipped = ["smollm2-135m-dpo", "data.train.source=pairs.jsonl", "data.train.format=preference"]
+    for words in (new, shipped):
+        assert main(["plan", *words, "--on", "h100"]) == 0
+        assert lines_with(capsys.readouterr().out, "100", "estimated", "template")
+
+
 def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smollm2-135m-lora", "--on", "2x8xh100"]) == 0
     shown = capsys.readouterr().out

@@ -90,6 +90,7 @@ PARTS = {
     "recompute": "recomputing layers",
     "fixed cost of passes": "reading weights",
     "update": "optimizer",
+    "launches": "launching kernels, at least",
     "shard copies": "copying other ranks' weights",
     "copies for experts": "sorting tokens by expert",
     "rows of other ranks": "copying other ranks' tokens",
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     clusters = _clusters(args)
     # Of several machines none is meant more than another.
     ranks = clusters[0].world if len(clusters) == 1 else 1
-    recipe, examined_length = _recipe(args, ranks)
+    recipe, examined = _recipe(args, ranks)
     # They load torch, and a wrong word has been refused by now.
     from tunesmith.model.measured_spec import model_spec
     from tunesmith.model.model_types import read_model_types
@@ -168,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         folder,
         length=args.length,
         rows=args.rows,
-        examined_length=examined_length,
+        examined=examined,
         shares=shares_prompts(recipe, recurrent),
     )
 
@@ -351,17 +352,18 @@ def _compared_row(compared: ComparedPlan) -> str:
     return f"{machine:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
 
 
-def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, int | None]":
-    """The recipe; of a new one for a model and rows also the tokens of a row on average."""
+def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, tuple[int | None, bool]]":
+    """The recipe; of a new one for a model and rows also the tokens of a row on average, and
+    whether they are estimated."""
     from tunesmith.config.dump import flatten
 
     recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows, ranks=ranks)
     if new_recipe is None:
-        return recipe, None
+        return recipe, (None, False)
     values = flatten(recipe)
     pairs = [f"{key}={shell_word(values[key])}" for key in CHOSEN_KEYS if values.get(key)]
     log.info(f"chosen, as `train` with the same options does: {' '.join(pairs)}")
-    return recipe, new_recipe.mean_length
+    return recipe, (new_recipe.mean_length, new_recipe.is_estimated)
 
 
 def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
@@ -420,7 +422,7 @@ def _work_of(
     *,
     length: int | None,
     rows: int | None,
-    examined_length: int | None,
+    examined: tuple[int | None, bool],
     shares: bool,
 ) -> "Workload":
     """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
@@ -429,16 +431,16 @@ def _work_of(
         folder: has the tokenizer.
         length: of an example in tokens, if `--length` says it.
         rows: of data.train, if `--rows` says it.
-        examined_length: the same as `length`, of the rows that the recipe was chosen by.
+        examined: the same as `length`, of the rows that the recipe was chosen by, and whether it
+            is estimated.
         shares: as `TokenSet.shares_prompts`.
     """
     from tunesmith.data.splits import count_held_out
     from tunesmith.planning.forecast import measure_work
 
-    for source in recipe.data.validation:
-        # With --rows the files are elsewhere.
-        if rows is None and _is_missing(source.source):
-            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
+    # With --rows the files are elsewhere.
+    if rows is None:
+        _warn_of_validation(recipe)
     tokens = None
     if folder is not None and not length:
         tokens = _cached_tokens(recipe, folder)
@@ -447,9 +449,10 @@ def _work_of(
         return measure_work(recipe, spec, tokens)
     if tokens is not None:
         length = round(tokens.lengths.mean())
-    length = length or examined_length
-    counted = 0
     is_estimated = False
+    if not length:
+        length, is_estimated = examined
+    counted = 0
     if not rows or not length:
         counted, counted_length = _count_rows(recipe, is_needed=rows is None)
         if counted_length and not length:
@@ -484,6 +487,13 @@ def _work_of(
     )
 
 
+def _warn_of_validation(recipe: "Run") -> None:
+    """A warning of each validation file that is not there."""
+    for source in recipe.data.validation:
+        if _is_missing(source.source):
+            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
+
+
 def _parts_of_row(recipe: "Run", length: int) -> int:
     """Examples that a row of so many tokens makes: long texts are split."""
     are_texts = all(source.format == "text" for source in recipe.data.train)
@@ -506,7 +516,7 @@ def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
 
     Tokens are estimated from the texts of a row's columns, as a tokenizer is not needed here.
     """
-    from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_characters, is_local
+    from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_of_example, is_local
     from tunesmith.data.splits import read_splits
 
     if not all(is_local(source.source) for source in recipe.data.train):
@@ -517,12 +527,12 @@ def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
         count = 0
         characters = 0
         looked_at = 0
-        for _, rows in sources:
+        for source, rows in sources:
             count += len(rows)
             for number in range(0, len(rows), ceil_div(len(rows), LOOKED_AT)):
                 # One that cannot be read is named by `train`.
                 with suppress(DataError):
-                    characters += count_characters(rows[number])
+                    characters += count_of_example(rows[number], source)
                     looked_at += 1
     # A plan goes on without the rows: they make it more exact.
     except (TunesmithError, LookupError, OSError) as error:
@@ -873,6 +883,9 @@ def _hours(
         duration = _duration(planner, best.hours)
         if _measured_here(planner):
             duration = f"about {duration}, as {planner.cluster.chip.source}"
+        elif "launches" in best.seconds:
+            seconds = 3600 * best.hours
+            duration = f"at least {format_seconds(seconds) if seconds >= 1 else f'{seconds:.1g} s'}"
         dollars = _cost(planner, best, price) if price else None
         cost = f", {_dollars_text(dollars)} USD" if dollars else ""
         beside = (

@@ -191,6 +191,14 @@ def count_characters(value: Any) -> int:
     return 0
 
 
+def count_of_example(row: Mapping[str, Any], source: Source) -> int:
+    """Characters of what a row makes: a pair's prompt stands before each of its two answers."""
+    count = count_characters(row)
+    if source.format == "preference":
+        count += count_characters(row.get(source.columns.get("prompt", "prompt")))
+    return count
+
+
 def is_local(name: str) -> bool:
     """Whether a source names a local file.
 

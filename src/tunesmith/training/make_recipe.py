@@ -6,10 +6,12 @@ What is not a default is written with its reason, beside the run, to be edited a
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,7 @@ from tunesmith.data.source import (
     CHARACTERS_PER_TOKEN,
     Rows,
     count_characters,
+    count_of_example,
 )
 from tunesmith.data.splits import count_held_out
 from tunesmith.data.template import select_template
@@ -112,6 +115,7 @@ class NewRecipe:
         about_data: a line for the user.
         overrides: the words `key=value`, or keys alone from Python.
         mean_length: tokens of a row on average.
+        is_estimated: it is from the characters of rows.
     """
 
     run: Run
@@ -120,6 +124,7 @@ class NewRecipe:
     about_data: str
     overrides: tuple[str, ...]
     mean_length: int
+    is_estimated: bool
 
     @property
     def name(self) -> str:
@@ -214,6 +219,7 @@ def make_recipe(
         look.about_data,
         tuple(overrides),
         examined.mean_length,
+        examined.is_estimated,
     )
 
 
@@ -233,23 +239,25 @@ class _Examined(NamedTuple):
         is_padded: whether the model cannot keep packed examples apart.
         lengths: int64 [n], tokens of the longest sequence of each of some rows, spread over all.
         mean_length: tokens of a row on average.
+        is_estimated: all of them are, from characters.
     """
 
     spec: ModelSpec
     is_padded: bool
     lengths: np.ndarray
     mean_length: int
+    is_estimated: bool = False
 
 
 def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examined:
     """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
     # Evenly spaced rows: files are often sorted.
-    few = _characters(_spread(rows, FEW_ROWS))
+    few = _characters(_spread(rows, FEW_ROWS), count_characters)
     characters = sum(few) / max(1, len(few))
     rows = _spread(rows, min(LOOK, max(FEW_ROWS, int(LOOK_CHARS / max(1, characters)))))
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
-        return _examine_on_paper(run.model.name, config, rows)
+        return _examine_on_paper(run.model.name, config, source, rows)
     files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
     # Nothing is cut where lengths are looked at. Rows that cannot be rendered are listed when all
     # of them are tokenized, not these alone.
@@ -278,22 +286,27 @@ def _spread(rows: Rows, count: int) -> Rows:
     return rows.take([range(number, number + 1) for number in numbers])
 
 
-def _characters(rows: Rows) -> list[int]:
-    """How many characters each row has that can be read; the others are named with all rows."""
+def _characters(rows: Rows, count: Callable[[Any], int]) -> list[int]:
+    """The `count` of each row that can be read; the others are named with all rows."""
     counts = []
     for number in range(len(rows)):
         with suppress(DataError):
-            counts.append(count_characters(rows[number]))
+            counts.append(count(rows[number]))
     return counts
 
 
-def _examine_on_paper(model: str, config: Mapping[str, Any], rows: Rows) -> _Examined:
+def _examine_on_paper(
+    model: str, config: Mapping[str, Any], source: Source, rows: Rows
+) -> _Examined:
     """The same by the model's config.json and the characters of the rows, without a tokenizer."""
     spec = model_spec(config, where=model)
     model_type = read_model_types().get(spec.model_type)
     is_padded = model_type is not None and model_type.support.state == "padded"
-    lengths = np.array([max(1, ceil_div(n, CHARACTERS_PER_TOKEN)) for n in _characters(rows)])
-    return _Examined(spec, is_padded, lengths, round(lengths.mean()))
+    characters = _characters(rows, count_characters)
+    lengths = np.array([max(1, ceil_div(n, CHARACTERS_PER_TOKEN)) for n in characters])
+    mean = fmean(_characters(rows, partial(count_of_example, source=source)))
+    mean_length = max(1, round(mean / CHARACTERS_PER_TOKEN))
+    return _Examined(spec, is_padded, lengths, mean_length, is_estimated=True)
 
 
 def _choose_hold_out(
