@@ -14,12 +14,13 @@ from typing import BinaryIO
 import psutil
 import pytest
 
-from errors import check_shown, holds
+from errors import check_shown, holds, warnings_with
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from tunesmith.launch.jobs import FOLDER, Job, save_job
 from tunesmith.launch.local import LocalJob
+from tunesmith.launch.slurm import SlurmJob
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
 from tunesmith.watch.run_list import RunList
 
@@ -197,3 +198,28 @@ def test_a_state_reads_the_records_once(out: Path, monkeypatch: pytest.MonkeyPat
         assert len(files) == 1
     assert Job("", str(out)).state().state is RunState.FAILED
     assert len(files) == 2
+
+
+def test_a_queue_that_does_not_answer_hides_no_other_job(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked once."""
+    asked = []
+
+    def silent(*command: str) -> tuple[int, str, str]:
+        asked.append(command)
+        return 1, "", "no controller"
+
+    monkeypatch.setattr("tunesmith.launch.slurm._slurm", silent)
+    launched("local-1", out)
+    (out / "failure.json").write_text(json.dumps({"what": "rank 1 was killed"}))
+    for number in ("4", "5"):
+        folder = out.parent / f"run-{number}"
+        save_job(SlurmJob(f"slurm-{number}", str(folder), details={"id": number}))
+    assert main(["status", "--json"]) == EXIT_OK
+    told, warned = capsys.readouterr()
+    states = {row["job"]: row["state"] for row in json.loads(told)}
+    assert states == {"local-1": "failed", "slurm-4": "unknown", "slurm-5": "unknown"}
+    (warning,) = warnings_with(warned.replace("\n  ", " "), "no controller")
+    assert holds(warning, "tunesmith doctor --slurm")
+    assert len(asked) == 1

@@ -9,10 +9,17 @@ example:
 
 import argparse
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import add_json
+from tunesmith.cli.options import add_json, notify
+from tunesmith.errors import MachineError
 from tunesmith.host.files import from_here
 from tunesmith.host.streams import visible
+from tunesmith.run_dir import RunState
+
+if TYPE_CHECKING:
+    from tunesmith.launch.jobs import Job, JobState
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import all_jobs, find_job, with_runs_of_folders
 
     jobs = [find_job(word) for word in with_runs_of_folders(args.jobs)] or all_jobs()
-    states = [job.state() for job in jobs]
+    states = _states_of(jobs)
     if args.json:
         rows = []
         for job, state in zip(jobs, states, strict=True):
@@ -42,3 +49,26 @@ def run(args: argparse.Namespace) -> None:
             print(visible(f"{'':<24} {job.run_dir}"))
     if not jobs:
         print("no jobs yet: tunesmith launch local RECIPE --detach")
+
+
+def _states_of(jobs: "Sequence[Job]") -> "list[JobState]":
+    """The state of each job.
+
+    It is unknown for all of a kind whose queue does not answer, which is asked once.
+    """
+    from tunesmith.launch.jobs import JobState, last_step
+
+    silent: dict[type[Job], MachineError] = {}
+    states = []
+    for job in jobs:
+        kind = type(job)
+        if kind not in silent:
+            try:
+                states.append(job.state())
+                continue
+            except MachineError as error:
+                silent[kind] = error
+                notify(f"warning: {error.what}: {error.why or error.where}; fix: {error.fix}")
+        texts = (silent[kind].what, last_step(job.run_dir))
+        states.append(JobState(RunState.UNKNOWN, "; ".join(filter(None, texts))))
+    return states
