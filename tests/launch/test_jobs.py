@@ -14,14 +14,16 @@ from typing import BinaryIO
 import psutil
 import pytest
 
-from errors import check_shown, holds, warnings_with
+from errors import check_shown, holds, lines_with, warnings_with
 from recipes import recipe
 from tunesmith.cli.main import main
+from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 from tunesmith.launch.jobs import FOLDER, Job, save_job
 from tunesmith.launch.local import LocalJob
 from tunesmith.launch.slurm import SlurmJob
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
+from tunesmith.training.run import train
 from tunesmith.watch.run_list import RunList
 
 GONE = {"pid": "0", "created": "never"}
@@ -223,3 +225,56 @@ def test_a_queue_that_does_not_answer_hides_no_other_job(
     (warning,) = warnings_with(warned.replace("\n  ", " "), "no controller")
     assert holds(warning, "tunesmith doctor --slurm")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("launcher", [["local", "--detach"], ["slurm", "--gpus-per-node", "0"]])
+def test_what_files_tell_of_a_start_is_told_before_it_is_out_of_sight(
+    launcher: list[str],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A model that is not there, a row that is not the first, and a run that has finished."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False, train={"duration": "2 steps"})))
+    command = ["launch", launcher[0], str(file), *launcher[1:]]
+    assert main([*command, "model.name=/nowhere/model"]) == EXIT_USAGE
+    check_shown(capfd.readouterr().err, where="model.name", names=["/nowhere/model"])
+    rows = Path(load_recipe(file).data.train[0].source)
+    good = rows.read_text()
+    count = good.count("\n")
+    rows.write_text(good + '{"prompt": 1}\n{"prompt": 1}\n')
+    assert main(command) == EXIT_USAGE
+    place = f"{rows.name}:{count + 1}"
+    check_shown(capfd.readouterr().err, where=place, names=[2, count + 2])
+    assert not (tmp_path / "run").exists()
+    rows.write_text(good)
+    train(file, quiet=True)
+    capfd.readouterr()
+    assert main(command) == EXIT_OK
+    assert lines_with(capfd.readouterr().out, "2 steps", "train.duration")
+    assert not (tmp_path / "run/launch").exists()
+
+
+@pytest.mark.parametrize("log", ["of a rank", "of Slurm"])
+def test_a_start_that_died_before_its_run_tells_the_first_error_of_its_log(
+    log: str, out: Path
+) -> None:
+    """Beside an earlier run too; what that one says is not of this start."""
+    lines = {
+        "of a rank": "start 0\nerror: 2 of 19 rows\n    of a file\n  why: x\nsrun: error: n1: task 0",
+        "of Slurm": "start 0\nslurmstepd: error: 2 of 19 rows of a file\nerror: later\n",
+    }
+    file = out / FOLDER / "output.log"
+    file.parent.mkdir()
+    file.write_text(lines[log])
+    (out / METRICS).write_text('{"step": 1, "loss": 1.5}\n')
+    a_minute_ago = time.time() - 60
+    os.utime(out / METRICS, (a_minute_ago, a_minute_ago))
+    job = LocalJob("local-1", str(out), log=str(file), details=GONE)
+    save_job(job)
+    assert job.state() == (RunState.FAILED, "2 of 19 rows of a file")
+    (out / METRICS).touch()
+    assert job.state().state is RunState.KILLED, "it had begun"

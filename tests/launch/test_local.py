@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.forkserver import ensure_running
@@ -173,8 +174,13 @@ def patient() -> None:
     fork_ranks()
 
 
-def test_a_detached_start_that_cannot_work_is_told(place: Callable[..., Path], tmp_path: Path):
-    file = place(model={"name": str(tmp_path / "nowhere")})
+def test_a_detached_start_that_cannot_work_is_told(
+    place: Callable[..., Path], tiny: Path, tmp_path: Path
+):
+    """A fault that files alone do not tell: `test_jobs.py` has those."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{")
+    file = place(model={"name": str(model)})
     done = run_warm(["launch", "local", str(file), "--ranks", "2", "--detach"], prepare=patient)
     assert done.returncode == 1
     check_shown(done.stderr, names=[2], fix=["cat"])

@@ -17,6 +17,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_recipe, chosen_recipe, whole_number
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -64,6 +65,22 @@ def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
     return recipe
 
 
+def is_finished(recipe: "Run", launched: str) -> bool:
+    """Whether the run has finished, which is printed: it is not `launched`.
+
+    Raises what its start would, as far as its files tell: in the background nobody would see it.
+    """
+    from tunesmith.training.early_checks import check_start
+
+    resumes = recipe.checkpoint.resume != "never"
+    finished = check_start(recipe, resumes=resumes, every_row=True)
+    if finished is None:
+        return False
+    again = "continue: a longer train.duration; start over: output_dir=runs/another-name"
+    print(f"not {launched}: the run has finished all {count_of(finished.steps, 'step')}; {again}")
+    return True
+
+
 def announce(job: "Job", doing: str) -> None:
     """Print how to follow and stop what was launched."""
     log = f"its log: tunesmith logs -f {job.name}"
@@ -72,9 +89,13 @@ def announce(job: "Job", doing: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tunesmith.launch import local, node
-    from tunesmith.launch.jobs import agent_words, write_recipe
+    from tunesmith.launch.jobs import agent_words, check_free, write_recipe
 
     recipe = launched_recipe(args, ranks=args.ranks or node.count_gpus() or 1)
+    if args.detach:
+        check_free(recipe.output_dir)
+        if is_finished(recipe, "started"):
+            return 0
     flags = {"ranks": args.ranks or "auto", "restarts": args.restarts}
     words = agent_words(write_recipe(recipe), debug=args.debug, **flags)
     if not args.detach:

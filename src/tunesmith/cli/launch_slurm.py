@@ -17,11 +17,10 @@ docs/slurm.md.
 
 import argparse
 
-from tunesmith.cli.launch_local import add_launched, launched_recipe
+from tunesmith.cli.launch_local import add_launched, is_finished, launched_recipe
 from tunesmith.cli.options import notify, whole_number
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
-from tunesmith.units import count_of
 
 # Settings of a site, each an option too: key -> its help.
 SETTINGS = {
@@ -75,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.inputs import recipe_inputs
     from tunesmith.launch.jobs import check_free, write_recipe
     from tunesmith.launch.sites import read_site
-    from tunesmith.training.early_checks import check_start
 
     site = read_site(args.site)
     # Flags override the profile; without one it stays.
@@ -107,12 +105,7 @@ def run(args: argparse.Namespace) -> None:
         return
     slurm.check_reach(recipe, site, [args.recipe, *args.overrides])
     check_free(recipe.output_dir)
-    finished = check_start(recipe, resumes=recipe.checkpoint.resume != "never")
-    if finished is not None:
-        again = "continue: a longer train.duration; start over: output_dir=runs/another-name"
-        print(
-            f"not submitted: the run has finished all {count_of(finished.steps, 'step')}; {again}"
-        )
+    if is_finished(recipe, "submitted"):
         return
     job = slurm.submit(recipe, request)
     print(f"job {job.details['id']}; log: {job.log}")

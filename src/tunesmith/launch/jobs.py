@@ -57,6 +57,9 @@ from tunesmith.units import Length, format_seconds
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
 # In the run directory: what launches write there; runs do not touch it.
 FOLDER = LAUNCH
+# Of these a run writes the first within seconds.
+WRITTEN_BY_RUNS = (METRICS, RECIPE, IDENTITY, LOG)
+LOG_BYTES = 1 << 20  # of a job's log, in which its first error is looked for
 RECENT = 20  # steps whose mean time says what is left
 POLL = 0.5  # seconds between two looks at a log that is followed
 
@@ -128,6 +131,11 @@ class Job:
             texts.insert(0, failure.get("what") or "")
         elif stopped and stopped.get("step"):
             texts.insert(0, "saved")
+        # A start that ended before it wrote anything left its error in its log alone.
+        if self.log and not (failure or stopped or any(map(self.has_written, WRITTEN_BY_RUNS))):
+            error = first_error(Path(self.log))
+            if error:
+                return JobState(RunState.FAILED, error)
         if state is RunState.KILLED:
             if not holds_run(out):
                 return JobState(RunState.UNKNOWN, "its run directory contains no run yet")
@@ -218,8 +226,17 @@ def final_step(run_dir: Path) -> int | None:
 
 def holds_run(run_dir: Path) -> bool:
     """Whether there is a run to read: some file of it, or a process that has begun one."""
-    names = (METRICS, RECIPE, IDENTITY, LOG)
-    return any((run_dir / name).is_file() for name in names) or is_locked(run_dir)
+    return any((run_dir / name).is_file() for name in WRITTEN_BY_RUNS) or is_locked(run_dir)
+
+
+def first_error(log: Path) -> str:
+    """What the first error in a job's log says, ours or one of Slurm's; empty if there is none."""
+    with suppress(OSError), open_regular(log) as file:
+        text = file.read(LOG_BYTES).decode(errors="replace")
+        # The rest of a long line is indented; the lines below it have a name in front.
+        match = re.search(r"^(?:\w+: )?error: (.+(?:\n {3,}.+)*)", text, re.MULTILINE)
+        return " ".join(match[1].split()) if match else ""
+    return ""
 
 
 def holds_runs(folder: Path) -> bool:

@@ -46,12 +46,14 @@ log = logging.getLogger(__name__)
 MAX_EARLY_BYTES = 16 << 20
 
 
-def check_start(run: Run, *, resumes: bool) -> Result | None:
+def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result | None:
     """What a start of `run` in one process comes to, as far as its files tell.
 
     A UsageError that it would raise, the Result of a finished run, or None: it has to be tried.
 
-    resumes: whether an earlier run in `output_dir` goes on; it is not moved aside.
+    Args:
+        resumes: whether an earlier run in `output_dir` goes on; it is not moved aside.
+        every_row: look at all rows of a file, as the start does later: it will be in a queue.
     """
     finished = None
     check_regular_files(Path(run.output_dir))
@@ -70,15 +72,16 @@ def check_start(run: Run, *, resumes: bool) -> Result | None:
     place = fetch.local_model(run.model)
     if place is not None and place.is_dir():
         fetch.check_folder(place, run.model)
-    _check_rows(run, [s for s in (*run.data.train, *run.data.validation) if is_local(s.source)])
+    sources = [s for s in (*run.data.train, *run.data.validation) if is_local(s.source)]
+    _check_rows(run, sources, every_row)
     return None
 
 
-def _check_rows(run: Run, sources: Sequence[Source]) -> None:
-    """DataError where a local source cannot be read, or not as its first row is; it lists the bad
-    rows of all of them."""
+def _check_rows(run: Run, sources: Sequence[Source], every_row: bool) -> None:
+    """DataError where a local source cannot be read, or its first row, or one of `every_row`; it
+    lists the bad rows of all of them."""
     opened = []
-    is_first_bad = False
+    is_first_bad = every_row
     for source in sources:
         path = Path(source.source).expanduser()
         check_local(path)
