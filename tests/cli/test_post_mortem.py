@@ -26,6 +26,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS
 from tunesmith.errors import CheckpointError, MachineError
 from tunesmith.host import packages
 from tunesmith.host.memory import oom_kills
+from tunesmith.host.signals import REQUEUE
 from tunesmith.inference.load_run import load_run
 from tunesmith.run_dir import RUNNING
 from tunesmith.training.result import stopped_by
@@ -148,6 +149,25 @@ def test_a_stop_by_slurm_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SLURM_JOB_ID", "11")
     assert "  cause: preempted: " in text("SIGTERM")
     assert "cause" not in text("SIGINT")
+
+
+def test_a_stop_that_is_requeued_asks_for_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGUSR1 is the warning before a time limit; a request to stop is of a user."""
+    run, progress = make_run(tmp_path / "model", tmp_path), Progress(step=7)
+    Path(run.output_dir).mkdir()
+
+    def fix(signal: str) -> str:
+        return stopped_by([(None, signal)], run, progress, ONE_PROCESS).fix
+
+    asked = fix("SIGUSR1")
+    monkeypatch.setenv(REQUEUE, "1")
+    assert fix("SIGTERM") == asked
+    assert fix("SIGUSR1") != asked
+    assert json.loads((tmp_path / "run/stopped.json").read_text())["next"] == fix("SIGUSR1")
+    (tmp_path / "run/stop").touch()
+    assert fix("SIGUSR1") == asked
 
 
 def test_a_torn_checkpoint_is_named(recipe: Path) -> None:

@@ -278,3 +278,20 @@ def test_a_start_that_died_before_its_run_tells_the_first_error_of_its_log(
     assert job.state() == (RunState.FAILED, "2 of 19 rows of a file")
     (out / METRICS).touch()
     assert job.state().state is RunState.KILLED, "it had begun"
+
+
+def test_a_requeued_job_tells_the_step_that_it_goes_on_from(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending = "PENDING|BeginTime|0:00|10:00|\n"
+    monkeypatch.setattr("tunesmith.launch.slurm._slurm", lambda *_: (0, pending, ""))
+    job = SlurmJob("slurm-4", str(out), details={"id": "4"})
+    save_job(job)
+    assert job.state() == (RunState.QUEUED, "PENDING: BeginTime")
+    (out / "config.yaml").write_text("train: {duration: 4 epochs}\n")
+    (out / METRICS).write_text('{"step": 19, "epoch": 1.9, "loss": 1.5}\n')
+    (out / STOPPED).write_text('{"step": 20}')
+    assert holds(job.state().text, "PENDING: BeginTime", "step 20 of 40")
+    (out / STOPPED).unlink()  # its node was lost
+    assert holds(job.state().text, "PENDING: BeginTime", "step 19 of 40")
+    assert "no process" not in job.state().text

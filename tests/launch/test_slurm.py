@@ -23,6 +23,7 @@ from tunesmith.cli.main import main
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.host.signals import REQUEUE
 from tunesmith.launch import slurm
 from tunesmith.launch.inputs import recipe_inputs
 from tunesmith.launch.sites import DIRECTIVES, Site, read_site
@@ -494,6 +495,22 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
     assert done.returncode == code, done.stderr
     assert ("requeued" in done.stdout) == (case == "a step was saved"), done.stdout
     assert not stop_file.exists()
+
+
+@pytest.mark.parametrize(("attempt", "told"), [("0", "1"), ("4", "1"), ("5", "")])
+def test_ranks_are_told_whether_their_job_may_be_requeued(
+    tmp_path: Path, attempt: str, told: str
+) -> None:
+    run = from_mapping(recipe(tmp_path, tmp_path, held=False), where="test", base=tmp_path)
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "told=${REQUEUE}"\n')
+    (tmp_path / "srun").chmod(0o755)
+    site = Site(gpus_per_node="0", setup=(f"export PATH={tmp_path}:$PATH",))
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_RESTART_COUNT": attempt}
+    words = ["bash", "--norc", "-c", slurm.render_script(run, slurm.Request(site))]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | job, timeout=60, check=False
+    )
+    assert f"told={told}" in done.stdout.splitlines(), done.stderr
 
 
 def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tunesmith.launch.jobs import (
     FOLDER,
     Job,
     JobState,
+    last_step,
     safe_value,
     save_job,
     state_folder,
@@ -118,6 +119,9 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     esac
 fi
 
+# A run that the warning stops says then that it goes on by itself.
+if [ "$attempt" -lt "$max_requeues" ]; then export TUNESMITH_REQUEUE=1; fi
+
 say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}," \
     "rendezvous $host:$port"
 previous=$(newest) requeue= stopped_by= srun=
@@ -203,7 +207,10 @@ class SlurmJob(Job):
             return super().state()
         name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
         if name in WAITING:
-            return JobState(RunState.QUEUED, f"{name}: {reason}")
+            # A requeued job goes on from there.
+            run = super().state()
+            done = run.text if run.state is RunState.STOPPED else last_step(self.run_dir)
+            return JobState(RunState.QUEUED, "; ".join(filter(None, (f"{name}: {reason}", done))))
         if name in ENDED:
             return super().state().after(ENDED[name], name)
         step = step_and_time_left(self.run_dir) or "before the first step"

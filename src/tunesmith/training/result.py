@@ -27,7 +27,7 @@ from tunesmith.errors import (
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.memory import suspected_limit
 from tunesmith.host.shell import shell_path
-from tunesmith.host.signals import END, SHORT, LowMemory
+from tunesmith.host.signals import END, REQUEUE, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.summary import named_figures
@@ -263,6 +263,8 @@ def stopped_by(
         record |= {"reason": "file", "next": fix}
         error = StoppedError("stopped by the stop file" + saved_text, where=where, why=why, fix=fix)
     else:
+        if signal == "SIGUSR1" and os.environ.get(REQUEUE):
+            fix = "nothing to do: the job is requeued, and resumes by itself"
         record |= {"next": fix}
         error = StoppedError(f"stopped by {signal}{saved_text}", where=where, why=why, fix=fix)
         # Slurm's preemption and its `--signal` come as these.
