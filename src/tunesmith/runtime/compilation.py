@@ -130,7 +130,8 @@ def use_persistent_cache() -> str:
 
     /tmp, torch's default, is often emptied, and so it remains only where our folder cannot be
     written. Launched ranks keep it in the same place as a single process. Nodes that share a home
-    have a folder each: they may have other chips, and locks of files are slow there.
+    have a folder each: they may have other chips. In a job of Slurm it is on the node's own disk:
+    locks of files are slow on a shared one.
 
     Returns:
         The folder.
@@ -139,8 +140,11 @@ def use_persistent_cache() -> str:
     torch_default = str(Path(tempfile.gettempdir()) / "torchinductor_")
     # Unset, or torch's default: anything else is the user's choice.
     if os.environ.get(CACHE, torch_default).startswith(torch_default):
+        place = cache_folder(f"compiled-{os.getuid()}")
+        if "SLURM_JOB_ID" in os.environ:
+            place = Path(tempfile.gettempdir(), f"tunesmith-compiled-{os.getuid()}")
         with contextlib.suppress(OSError):  # a home that is read only
-            folder = private_folder(cache_folder(f"compiled-{os.getuid()}"))
+            folder = private_folder(place)
             os.environ[CACHE] = str(folder / socket.gethostname())
     return os.environ.get(CACHE, "")
 
