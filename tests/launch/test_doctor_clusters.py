@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from errors import holds
 from launch.swarm_pair import Pair, missing_tools
+from tunesmith.launch.doctor.slurm import check_slurm
+from tunesmith.launch.doctor.system import System
 
 SLURM_TOOLS = ("munged", "slurmctld", "slurmd", "srun", "nsenter", "ip")
 SLURM_PAIR = Path(__file__).with_name("slurm_pair.sh")
@@ -107,6 +110,19 @@ def on_slurm(
     return json.loads(done.stdout)
 
 
+def test_what_a_partition_lacks_is_named_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = "main|up|infinite|1|idle|(null)\nbig|up|2-00:00:00|2|mixed|gpu:8"
+    monkeypatch.setattr(
+        System, "run", lambda _, *command, **__: (0, lines if command[0] == "sinfo" else "", "")
+    )
+    shown = check_slurm(tmp_path)[0].what
+    assert "null" not in shown
+    assert "infinite" not in shown
+    assert holds(shown, "main: 1 idle node", "big: 2 mixed nodes", "gpu:8", "2-00:00:00")
+
+
 @pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.skipif(
@@ -117,7 +133,7 @@ def test_a_real_cluster(slurm: dict[str, str], tmp_path: Path) -> None:
     report = on_slurm(slurm, cwd=tmp_path)
     assert wrong(report) == []
     assert {f["check"] for f in report["findings"]} == {"partitions", "nodes"}
-    assert "gpu:2" in report["findings"][0]["what"]
+    assert holds(report["findings"][0]["what"], "main: 2 idle nodes", "gpu:2", "no time limit")
 
     hidden = (
         "unshare",

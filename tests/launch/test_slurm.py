@@ -434,6 +434,38 @@ def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
 
 
+PARTITIONS = """
+PartitionName=one Default=YES MaxNodes=UNLIMITED Nodes=node1 TotalNodes=1
+PartitionName=many Default=NO MaxNodes=4 Nodes=node[1-9] TotalNodes=9
+PartitionName=cloud Default=NO MaxNodes=UNLIMITED Nodes=(null) TotalNodes=0
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "site", "most"),
+    [
+        (2, Site(), 1),
+        (1, Site(), None),
+        (4, Site(partition="many"), None),
+        (5, Site(partition="many"), 4),
+        (5, Site(partition="cloud"), None),
+        (5, Site(partition="one,many"), None),
+        (2, Site(sbatch=("--partition=many",)), None),
+    ],
+)
+def test_more_nodes_than_a_partition_gives_are_refused_before_the_queue(
+    nodes: int, site: Site, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    monkeypatch.setattr(slurm, "_slurm", lambda *_: (0, PARTITIONS, ""))
+    request = slurm.Request(site, nodes)
+    if most is None:
+        slurm.check_nodes(request)
+        return
+    with refuses(UsageError, where=f"--nodes {nodes}", names=[most], fix=[f"--nodes {most}"]):
+        slurm.check_nodes(request)
+
+
 def test_a_finished_run_is_not_submitted(
     tiny: Path,
     tmp_path: Path,

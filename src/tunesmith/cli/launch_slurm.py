@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
         print(script, end="")
         return
     slurm.check_reach(recipe, site, [args.recipe, *args.overrides])
+    slurm.check_nodes(request)
     check_free(recipe.output_dir)
     if is_finished(recipe, "submitted"):
         return

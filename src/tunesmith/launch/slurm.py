@@ -41,6 +41,7 @@ from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
 from tunesmith.run_dir import STOP_FILE, RunState
+from tunesmith.units import count_of
 
 # Names in the folder `launch` of the run directory
 SCRIPT = "slurm.sh"
@@ -504,6 +505,32 @@ def check_reach(run: Run, site: Site, words: Sequence[str]) -> None:
             fix="wandb login, which writes ~/.netrc for the nodes; "
             "or export WANDB_MODE=offline; or log.wandb=false",
         )
+
+
+def check_nodes(request: Request) -> None:
+    """UsageError where the partition never gives a job as many nodes: Slurm would keep it waiting.
+
+    Nothing is said where the partition is not known.
+    """
+    site = request.site
+    others = " ".join(site.sbatch)
+    if request.nodes == 1 or re.search(r"(^|\s)(-p|--partition)", others):
+        return
+    wanted = os.environ.get("SBATCH_PARTITION") or site.partition
+    _, out, _ = _slurm("scontrol", "--oneliner", "show", "partition")
+    for line in out.splitlines():
+        values = dict(word.partition("=")[::2] for word in line.split())
+        name = values.get("PartitionName", "")
+        is_wanted = name == wanted if wanted else values.get("Default") == "YES"
+        counts = [values.get(key, "") for key in ("TotalNodes", "MaxNodes")]
+        # Without a limit it is a word; nodes that come and go are 0 before they came.
+        most = min((int(count) for count in counts if count.isdecimal() and int(count)), default=0)
+        if is_wanted and most and request.nodes > most:
+            raise UsageError(
+                f"the partition {name} gives a job at most {count_of(most, 'node')}",
+                where=f"--nodes {request.nodes}",
+                fix=f"--nodes {most}, or --partition NAME: sinfo lists them",
+            )
 
 
 def hub_home() -> str:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tunesmith.launch.doctor.system import Finding, System, finding
+from tunesmith.units import count_of
 
 WAIT = 20  # seconds for free nodes
 # What a node prints of itself; its first word is a file in the folder of the runs.
@@ -44,9 +45,13 @@ def check_slurm(folder: Path) -> list[Finding]:
         return [finding("controller/down", message=errors.rpartition("\n")[2])]
     partitions = []
     usable_nodes = 0
+    has_gpus = False
     for line in out.splitlines():
         name, is_up, limit, count, state, gres = line.split("|")
-        partitions.append(f"{name}: {count} {state}, {gres}, at most {limit}")
+        has_gpus = has_gpus or "gpu" in gres
+        offer = "no GPUs" if gres == "(null)" else gres
+        time = "no time limit" if limit == "infinite" else f"at most {limit}"
+        partitions.append(f"{name}: {count_of(int(count), f'{state} node')}, {offer}, {time}")
         # One partition may have nodes in several states, a line each.
         if is_up == "up" and state in ("idle", "mixed", "allocated"):
             usable_nodes += int(count)
@@ -54,7 +59,7 @@ def check_slurm(folder: Path) -> list[Finding]:
     if not usable_nodes:
         return [finding("partitions/none", shown=shown)]
     findings = [finding("partitions/ok", shown=shown)]
-    if "gpu" not in shown:
+    if not has_gpus:
         findings.append(finding("gres/none"))
     return findings + _on_nodes(system, folder.resolve(), min(2, usable_nodes))
 
