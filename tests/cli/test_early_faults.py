@@ -108,19 +108,26 @@ def test_a_fault_of_files_is_told_without_torch(name: str, form: str, tiny: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", ["runs/dp", "./runs/dp"])
+@pytest.mark.parametrize(
+    ("missing", "fix"),
+    [
+        ("runs/dp", ["dpo, sft", "adapter.from=runs/dpo"]),
+        ("./runs/dp", ["dpo, sft", "adapter.from=runs/dpo"]),
+        ("runs/stf/final", ["adapter.from=runs/sft/final"]),
+    ],
+)
 def test_a_run_to_continue_that_is_not_there_names_those_that_are(
-    missing: str, tiny: Path, tmp_path: Path
+    missing: str, fix: list[str], tiny: Path, tmp_path: Path
 ):
     """A Hub id has no folder of its first part here."""
     write_rows(tmp_path / "rows.jsonl", 20)
     for name in ("sft", "dpo"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "final").mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").write_text("")
     words = ["--model", str(tiny), "--data", "rows.jsonl", f"adapter.from={missing}"]
     code, _, err = start(words, tmp_path)
     assert code == EXIT_USAGE
-    check_shown(err, where="adapter.from", fix=["dpo, sft", "adapter.from=runs/dpo"])
+    check_shown(err, where="adapter.from", names=[Path(missing)], fix=fix)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["dpo", "sft"]
 
 

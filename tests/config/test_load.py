@@ -199,6 +199,8 @@ def test_paths(recipe: Path) -> None:
     )
     assert run.data.train[0].source == str(here / "more.csv")
     assert load_recipe(recipe, ["model.name=small.gguf"]).model.name == str(here / "small.gguf")
+    run = load_recipe(recipe, ["adapter.from=runs/none/final"])
+    assert run.adapter.from_ == str(here / "runs/none/final"), "a Hub id has one slash"
     assert load_recipe(recipe, ["model.name=~/model"]).model.name == str(Path.home() / "model")
     with refuses(RecipeError, names=["data.template", "prompt.jinja"]):
         load_recipe(recipe, ["data.template=prompt.jinja"])

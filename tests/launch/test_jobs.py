@@ -295,3 +295,16 @@ def test_a_requeued_job_tells_the_step_that_it_goes_on_from(
     (out / STOPPED).unlink()  # its node was lost
     assert holds(job.state().text, "PENDING: BeginTime", "step 19 of 40")
     assert "no process" not in job.state().text
+
+
+def test_a_mistyped_run_is_named(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(out.parent)
+    (out.parent / "runs/small").mkdir(parents=True)
+    assert main(["status", "runs/smal"]) == EXIT_USAGE
+    assert "runs/small" not in capsys.readouterr().err, "it is no run"
+    (out.parent / "runs/small" / METRICS).touch()
+    for command in ("status", "logs", "stop"):
+        assert main([command, "runs/smal"]) == EXIT_USAGE
+        check_shown(capsys.readouterr().err, names=["runs/smal"], fix=["runs/small?"])

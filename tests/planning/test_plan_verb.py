@@ -535,6 +535,8 @@ def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     held = llama.parent / "held.jsonl"
     assert main([*words, f"data.validation={{source: {held}, format: messages}}"]) == 0
     assert warnings_with(capsys.readouterr().err, "data.validation", held)
+    assert main([*words, "adapter.from=runs/none/final"]) == 0
+    assert warnings_with(capsys.readouterr().err, "adapter.from", "runs/none/final")
     words += ["train.global_batch=50 examples", "--rows", "1000"]
     assert main([*words, "--length", "500"]) == 0
     shown = capsys.readouterr()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
-from tunesmith.host.files import from_here
+from tunesmith.host.files import from_here, near_path
 from tunesmith.host.shell import shell_word
 from tunesmith.model.safetensors_files import (
     ADAPTER_CONFIG,
@@ -77,6 +77,8 @@ def find_local_adapter(name: str) -> StartAdapter | None:
         nearest = [*get_close_matches(place.name, runs, n=1), runs[0]][0]
         setting = shell_word(f"adapter.from={shown.parent / nearest}")
         fix = f"{shown.parent} has {', '.join(runs)}: {setting}"
+    elif near := near_path(place):
+        fix = f"did you mean {shell_word(f'adapter.from={from_here(near)}')}?"
     raise ModelError(f"there is no {shown}", where="adapter.from", fix=fix)
 
 

@@ -415,6 +415,20 @@ def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
     return None
 
 
+def _warn_of_missing(recipe: "Run") -> None:
+    """Warn of what a start would refuse beside the rows to train on, which are warned of later."""
+    from tunesmith.checkpoint.start_adapter import find_local_adapter
+
+    for source in recipe.data.validation:
+        if _is_missing(source.source):
+            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
+    if recipe.adapter.from_ is not None:
+        try:
+            find_local_adapter(recipe.adapter.from_)
+        except TunesmithError as error:
+            log.warning(f"adapter.from: {error.what}; {error.fix}")
+
+
 def _work_of(
     recipe: "Run",
     spec: "ModelSpec",
@@ -440,7 +454,7 @@ def _work_of(
 
     # With --rows the files are elsewhere.
     if rows is None:
-        _warn_of_validation(recipe)
+        _warn_of_missing(recipe)
     tokens = None
     if folder is not None and not length:
         tokens = _cached_tokens(recipe, folder)

@@ -113,7 +113,8 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     if name == "data.template":
         return text if text in TEMPLATES else path
     is_written_as_path = text.startswith(("./", "../", "/", "~")) or text in (".", "..")
-    is_written_as_path = is_written_as_path or text.endswith("/")
+    # A Hub id has one slash.
+    is_written_as_path = is_written_as_path or text.endswith("/") or text.count("/") > 1
     if name in _OUTPUTS or is_written_as_path:
         return path
     # A Hub id may look like a relative path: it is a path if it has a data file's suffix, or is

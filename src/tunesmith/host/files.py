@@ -161,6 +161,22 @@ def near_file(path: Path, suffixes: Iterable[str]) -> Path | None:
     return by_name[near[0]] if near else None
 
 
+def near_path(path: Path) -> Path | None:
+    """What is there in place of a path whose folders exist up to one, which is misspelt."""
+    misspelt = path
+    while not misspelt.parent.is_dir():
+        misspelt = misspelt.parent
+    try:
+        names = sorted(entry.name for entry in misspelt.parent.iterdir())
+    except OSError:
+        return None
+    for name in difflib.get_close_matches(misspelt.name, names, n=3):
+        near = misspelt.with_name(name) / path.relative_to(misspelt)
+        if near.exists():
+            return near
+    return None
+
+
 def remove_abandoned(cache: Path) -> None:
     """Delete the hidden folders of a cache that killed processes left behind ABANDONED ago."""
     for folder in cache.glob(".*"):

@@ -27,7 +27,7 @@ from tunesmith.config.dump import dump
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, UsageError
-from tunesmith.host.files import write_atomically
+from tunesmith.host.files import near_path, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import newest_record, newest_records
 from tunesmith.run_dir import (
@@ -468,10 +468,13 @@ def find_job(word: str) -> Job:
     if is_run(Path(word)) or is_locked(Path(word)):
         return Job("", os.path.realpath(word))
     newest = ", ".join(job.name for job in jobs[-5:]) or "none"
+    near = near_path(Path(word))
     what = f"{word} is neither a job of {getpass.getuser()} nor a run directory"
     raise UsageError(
         what,
         where="command line",
         why=f"known jobs: {newest}",
-        fix="tunesmith status lists all jobs",
+        fix=f"did you mean {near}?"
+        if near and holds_run(near)
+        else "tunesmith status lists all jobs",
     )
