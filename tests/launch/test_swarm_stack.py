@@ -275,6 +275,7 @@ def test_a_stack_is_rendered_without_docker_and_without_a_swarm(
         (tmp_path / "bin" / "docker").write_text(f"#!/bin/sh\n{docker}\n")
         (tmp_path / "bin" / "docker").chmod(0o755)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    monkeypatch.setattr("tunesmith.launch.deploy.count_gpus", lambda: 0)
     command = ["launch", "swarm", str(tmp_path / "recipe.yaml"), "--render", *flags]
     assert main(command) == 0
     shown = capfd.readouterr()
@@ -285,8 +286,20 @@ def test_a_stack_is_rendered_without_docker_and_without_a_swarm(
     assert service["command"][service["command"].index("--nodes") + 1] == str(count)
     endpoint = service["command"][service["command"].index("--endpoint") + 1]
     assert endpoint.rpartition(":")[0] == ("127.0.0.1" if count == 1 else socket.gethostname())
-    assert warnings_with(shown.err, f"--nodes {count}")
+    assert warnings_with(shown.err.replace("\n  ", " "), f"--nodes {count}", "CPUs", "GPU")
     assert "HF_TOKEN_PATH" not in service["environment"], "there is no such secret"
     assert service["command"][-1] == str(tmp_path / "run" / "launch" / "recipe.yaml")
     assert lines_with(shown.err, service["command"][-1])
     assert Path(service["command"][-1]).is_file()
+    # What a node needs is named in comments, with the commands that bring it there.
+    comments = "".join(line for line in shown.out.splitlines(True) if line.startswith("#"))
+    mounts = [mount for mount in service["volumes"] if mount["type"] == "bind"]
+    inputs = [mount for mount in mounts if mount.get("read_only")]
+    assert {mount["target"] for mount in inputs} == {str(tiny), str(tmp_path / "train.jsonl")}
+    for mount in inputs:
+        folder = f"{os.path.dirname(mount['source'])}/"
+        assert lines_with(comments, "rsync -aL", mount["target"], f"NODE:{folder}")
+    assert lines_with(comments, "mkdir -p", *(os.path.dirname(m["source"]) for m in inputs))
+    for mount in mounts:
+        assert mount in inputs or mount["source"] in comments
+    assert lines_with(comments, "docker save tunesmith")

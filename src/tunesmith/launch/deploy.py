@@ -17,6 +17,7 @@ from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, TunesmithError, UsageError, is_secret_name
+from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.launch.inputs import caches, find_secrets, hub_sources, recipe_inputs
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
 from tunesmith.launch.node import MERGE_NICS, count_gpus
@@ -34,6 +35,7 @@ from tunesmith.launch.ship import (
 )
 from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swarm
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +102,9 @@ def launch_on_swarm(
     if render:
         host = stack.endpoint.rpartition(":")[0]
         text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
-        log.info(f"recipe, which each node must have: {write_recipe(run)}")
-        print(text, end="")
+        recipe = write_recipe(run)
+        log.info(f"recipe, which each node must have: {recipe}")
+        print(how_to_copy(stack, recipe) + text, end="")
         return None
     addresses = ",".join(node.address for node in chosen)
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
@@ -112,6 +115,23 @@ def launch_on_swarm(
     [image_id] = {ship_image(image, node.host) for node in chosen}
     _start_service(job, replace(stack, image=image_id), manager, extra)
     return job
+
+
+def how_to_copy(stack: Stack, recipe: Path) -> str:
+    """Comments above a rendered stack: what a launch would bring to the nodes, and how."""
+    files = [(str(recipe), str(recipe)), *((path, place) for place, path in stack.mounts)]
+    folders = dict.fromkeys([*stack.cache, *(os.path.dirname(place) for _, place in files)])
+    commands = [["ssh", "NODE", "mkdir", "-p", *folders]]
+    for path, place in files:
+        commands.append(["rsync", "-aL", path, f"NODE:{os.path.dirname(place)}/"])
+    lines = [
+        "Nothing is copied yet: `tunesmith launch swarm` without --render copies all of it.",
+        "By hand, for each NODE, this one included:",
+        *(f"  {shell_command(words)}" for words in commands),
+        f"  docker save {shell_word(stack.image)} | ssh NODE docker load",
+        "The Hub's caches may be empty: each node fetches there what the recipe names.",
+    ]
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _prepare_nodes(
@@ -244,7 +264,11 @@ def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, rest
     here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
     stack = plan_stack(out, [here], restarts)
     what = "this node is not in a swarm, or docker does not respond"
-    log.warning(f"{what}: rendered for --nodes {nodes} such as this one")
+    kind = f"with {count_of(gpus, 'GPU')} each" if gpus else "without GPUs, which train on CPUs"
+    message = f"{what}: rendered for --nodes {nodes} such as this one, {kind}"
+    if not gpus:
+        message += "; for GPU nodes run this command on one of them"
+    log.warning(message)
     if nodes == 1:
         return stack
     # The address that others reach is not to be seen here.
