@@ -75,7 +75,7 @@ def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> N
         assert words in text
     for words in (
         "tunesmith train 'my recipe.yaml'",
-        "tunesmith==0.1.0 torch==2.13.0",
+        "git -C tunesmith checkout 0123abcd && pip install ./tunesmith torch==2.13.0",
         "0123abcd+",
         "d" * 64,
         "seed 42",

@@ -368,15 +368,19 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
     versions = []
     for name in COMPUTE:
         if isinstance(env.get(name), str):
-            # Without the build, such as +cu128, which the package index does not have.
-            versions.append(f"{name}=={env[name].partition('+')[0]}")
+            # Without the build, such as +cu128, which the package index does not have; tunesmith
+            # itself is installed from a clone.
+            version = f"{name}=={env[name].partition('+')[0]}"
+            versions.append("./tunesmith" if name == "tunesmith" else version)
+    commit = env.get("commit")
+    checkout = f"git -C tunesmith checkout {shell_word(commit.rstrip('+'))} && " if commit else ""
     output = shell_word(shown(f"output_dir={run.files.folder}-again"))
     return {
         "run": run,
         "command": command,
         "again": f"tunesmith train {shell_path(shown(recipe))} {output}",
-        "commit": env.get("commit"),
-        "versions": f"pip install {' '.join(versions)}" if versions else None,
+        "commit": commit,
+        "versions": f"{checkout}pip install {' '.join(versions)}" if versions else None,
         "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
         "seed": run.seed,
         "recipe": text,
