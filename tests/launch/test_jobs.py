@@ -210,7 +210,7 @@ def test_a_queue_that_does_not_answer_hides_no_other_job(
 
     def silent(*command: str) -> tuple[int, str, str]:
         asked.append(command)
-        return 1, "", "no controller"
+        return 1, "", "no-controller"
 
     monkeypatch.setattr("tunesmith.launch.slurm._slurm", silent)
     launched("local-1", out)
@@ -222,7 +222,7 @@ def test_a_queue_that_does_not_answer_hides_no_other_job(
     told, warned = capsys.readouterr()
     states = {row["job"]: row["state"] for row in json.loads(told)}
     assert states == {"local-1": "failed", "slurm-4": "unknown", "slurm-5": "unknown"}
-    (warning,) = warnings_with(warned.replace("\n  ", " "), "no controller")
+    (warning,) = warnings_with(warned.replace("\n  ", " "), "no-controller")
     assert holds(warning, "tunesmith doctor --slurm")
     assert len(asked) == 1
 
@@ -264,8 +264,8 @@ def test_a_start_that_died_before_its_run_tells_the_first_error_of_its_log(
 ) -> None:
     """Beside an earlier run too; what that one says is not of this start."""
     lines = {
-        "of a rank": "start 0\nerror: 2 of 19 rows\n    of a file\n  why: x\nsrun: error: n1: task 0",
-        "of Slurm": "start 0\nslurmstepd: error: 2 of 19 rows of a file\nerror: later\n",
+        "of a rank": "start 0\nerror: rows.jsonl:8\n    2/19\n  why: x\nsrun: error: n1: task 0",
+        "of Slurm": "start 0\nslurmstepd: error: rows.jsonl:8 2/19\nerror: later\n",
     }
     file = out / FOLDER / "output.log"
     file.parent.mkdir()
@@ -275,7 +275,7 @@ def test_a_start_that_died_before_its_run_tells_the_first_error_of_its_log(
     os.utime(out / METRICS, (a_minute_ago, a_minute_ago))
     job = LocalJob("local-1", str(out), log=str(file), details=GONE)
     save_job(job)
-    assert job.state() == (RunState.FAILED, "2 of 19 rows of a file")
+    assert job.state() == (RunState.FAILED, "rows.jsonl:8 2/19")
     (out / METRICS).touch()
     assert job.state().state is RunState.KILLED, "it had begun"
 
@@ -294,7 +294,7 @@ def test_a_requeued_job_tells_the_step_that_it_goes_on_from(
     assert holds(job.state().text, "PENDING: BeginTime", "step 20 of 40")
     (out / STOPPED).unlink()  # its node was lost
     assert holds(job.state().text, "PENDING: BeginTime", "step 19 of 40")
-    assert "no process" not in job.state().text
+    assert "process" not in job.state().text
 
 
 def test_a_mistyped_run_is_named(

@@ -120,7 +120,7 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     esac
 fi
 
-# A run that the warning stops says then that it goes on by itself.
+# A run that the warning stops says then that it is requeued.
 if [ "$attempt" -lt "$max_requeues" ]; then export TUNESMITH_REQUEUE=1; fi
 
 say "start $attempt on $SLURM_JOB_NODELIST, GPUs of a node: ${SLURM_GPUS_ON_NODE:-none}," \
@@ -516,16 +516,16 @@ def check_nodes(request: Request) -> None:
     others = " ".join(site.sbatch)
     if request.nodes == 1 or re.search(r"(^|\s)(-p|--partition)", others):
         return
-    wanted = os.environ.get("SBATCH_PARTITION") or site.partition
+    target = os.environ.get("SBATCH_PARTITION") or site.partition
     _, out, _ = _slurm("scontrol", "--oneliner", "show", "partition")
     for line in out.splitlines():
         values = dict(word.partition("=")[::2] for word in line.split())
         name = values.get("PartitionName", "")
-        is_wanted = name == wanted if wanted else values.get("Default") == "YES"
+        is_target = name == target if target else values.get("Default") == "YES"
         counts = [values.get(key, "") for key in ("TotalNodes", "MaxNodes")]
         # Without a limit it is a word; nodes that come and go are 0 before they came.
         most = min((int(count) for count in counts if count.isdecimal() and int(count)), default=0)
-        if is_wanted and most and request.nodes > most:
+        if is_target and most and request.nodes > most:
             raise UsageError(
                 f"the partition {name} gives a job at most {count_of(most, 'node')}",
                 where=f"--nodes {request.nodes}",
