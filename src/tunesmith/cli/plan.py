@@ -501,13 +501,6 @@ def _work_of(
     )
 
 
-def _warn_of_validation(recipe: "Run") -> None:
-    """A warning of each validation file that is not there."""
-    for source in recipe.data.validation:
-        if _is_missing(source.source):
-            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
-
-
 def _parts_of_row(recipe: "Run", length: int) -> int:
     """Examples that a row of so many tokens makes: long texts are split."""
     are_texts = all(source.format == "text" for source in recipe.data.train)
