@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
 
 from tunesmith.config import schema
-from tunesmith.config.names import keys
+from tunesmith.config.load import load_recipe
+from tunesmith.config.names import keys, nearest
+from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
-from tunesmith.errors import RecipeError, UsageError
+from tunesmith.errors import RecipeError, TunesmithError, UsageError
 from tunesmith.host.packages import COMPUTE
 
 T = TypeVar("T")
@@ -376,6 +378,35 @@ _SECTIONS = [
     name for name, (_, hint) in keys().items() if "." not in name and schema.is_section(hint)
 ]
 _COUNTS = (("train", "seed"), ("validate", "max_examples"))  # that a comparison of runs goes by
+
+
+def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
+    """The recipes of a run and of those that it continues, by `adapter.from` or by a model that a
+    run has written; and why not all of them are known.
+
+    Where an adapter or a model on the Hub comes from is not asked.
+    """
+    runs = [run]
+    files: set[Path] = set()
+    fault = ""
+    for later in runs:  # which grows meanwhile
+        places = [later.model.name] if Path(later.model.name, MANIFEST).is_file() else []
+        if later.adapter.from_:
+            places.append(later.adapter.from_)
+        for place in places:
+            file = Path(place).parent / RECIPE
+            # Two runs may have continued each other in turn.
+            if file in files:
+                continue
+            files.add(file)
+            if not file.is_file():
+                fault = f"it continues {place}, which is in no run directory"
+                continue
+            try:
+                runs.append(load_recipe(file))
+            except TunesmithError as error:
+                fault = f"{error.what} ({file})"
+    return runs, fault
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -446,6 +446,51 @@ def test_rows_of_training_that_are_gone_are_said_to_be_unknown(tiny: Path, tmp_p
     assert "run-rows.jsonl" in found.seen_fault
 
 
+def test_rows_of_the_runs_that_a_run_continues_were_trained_on_too(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Also where the earlier run was started over since, from the later one."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    others = write_rows(tmp_path / "others.jsonl", HELD)
+    other_rows = {"train": {"source": str(others), "format": "prompt-completion"}}
+    start = {"kind": "lora", "rank": 4, "alpha": 8}
+    adapter = {**start, "from": str(second / "final")}
+    make_run(first, tiny, peft_model(tiny), adapter=adapter)
+    adapter = {**start, "from": str(first / "final")}
+    make_run(second, tiny, peft_model(tiny), adapter=adapter, data=other_rows)
+    data = write_rows(tmp_path / "some.jsonl", ROWS[:2])
+    found = evaluate(second, data, device="cpu", base=False)
+    assert found.seen is not None
+    assert (found.seen.count, found.seen_fault) == (2, "")
+    assert found.seen.earlier.endswith("first-rows.jsonl:1")
+    first.rename(tmp_path / "moved")
+    found = evaluate(second, data, device="cpu", base=False)
+    assert found.seen is None
+    assert holds(found.seen_fault, first / "final")
+    # What is known is said all the same.
+    found = evaluate(second, others, device="cpu", base=False)
+    assert found.seen is not None
+    assert found.seen.count == len(HELD)
+    assert holds("\n".join(found.notes()), first / "final")
+
+
+def test_the_chosen_answers_of_pairs_were_trained_on(tiny: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Say {n}", "chosen": f"word {n}", "rejected": "no"} for n in range(3)]
+    file = write_rows(tmp_path / "pairs.jsonl", pairs)
+    preferences = {"train": {"source": str(file), "format": "preference"}, "template": "alpaca"}
+    make_run(tmp_path / "run", tiny, peft_model(tiny), method={"name": "dpo"}, data=preferences)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    rows += [{"prompt": "Say 0", "completion": "no"}, {"prompt": "Say 9", "completion": "word 9"}]
+    data = write_rows(tmp_path / "some.jsonl", rows)
+    found = evaluate(tmp_path / "run", data, device="cpu", base=False)
+    assert found.seen is not None
+    assert found.seen.count == 3
+    of_pairs = evaluate(tmp_path / "run", file, device="cpu", base=False)
+    assert of_pairs.seen is not None
+    assert of_pairs.seen.count == 3
+    assert f"pair_accuracy={of_pairs.by_scorer[0].models['tuned'].mean}" in repr(of_pairs)
+
+
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}  # fmt: skip
 
 

@@ -353,7 +353,7 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
     for name, score in result.scores.items():
         values = asdict(score)
         values["asked"] = values.pop("answered")
-        for key in ("pairs", "row_losses", "row_tokens"):
+        for key in ("pair_accuracy", "pairs", "row_losses", "row_tokens"):
             del values[key]
         for key, value in values.items():
             # JSON has neither NaN nor infinity.

@@ -32,7 +32,7 @@ from tunesmith.data.tokens import (
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
 from tunesmith.host.memory import available_memory
-from tunesmith.run_dir import HELD_OUT
+from tunesmith.run_dir import HELD_OUT, with_earlier_runs
 from tunesmith.units import count_of
 
 # Of a source's tokens; where more are lost, a warning says so.
@@ -489,24 +489,29 @@ def prepare_data(
 def find_trained_rows(
     tokens: TokenSet, trained: Run, data: Data, template: Template, tokenizer: Any
 ) -> tuple[Repeats | None, str]:
-    """The examples of `tokens` that a run was trained on, or why that is not known.
+    """The examples of `tokens` that a run was trained on, or one that it continues; and why not all
+    of that is known: None where no example was found by what is.
 
-    The run's training rows are read again, and may be gone.
+    The training rows are read again, and may be gone. Of a pair the chosen answer is compared.
 
     Args:
         trained: the recipe of that run.
         data: how rows become tokens, as for `tokenize`; those of `tokens` did so too.
     """
-    try:
-        rows, _ = read_splits(replace(trained.data, validation=()), trained.train.seed)
-        trained_tokens = tokenize(
-            rows, data, template, tokenizer, cache=cache_folder("tokens"), what="train"
-        )
-    except TunesmithError as error:
-        return None, f"{error.what} ({error.where})" if error.where else error.what
-    except OSError as error:
-        return None, first_line(error)
-    return find_repeats(tokens, trained_tokens), ""
+    parts: list[SourceTokens] = []
+    runs, fault = with_earlier_runs(trained)
+    for run in runs:
+        try:
+            rows, _ = read_splits(replace(run.data, validation=()), run.train.seed)
+            parts += tokenize(
+                rows, data, template, tokenizer, cache=cache_folder("tokens"), what="train"
+            ).parts
+        except TunesmithError as error:
+            fault = f"{error.what} ({error.where})" if error.where else error.what
+        except OSError as error:
+            fault = first_line(error)
+    seen = find_repeats(tokens, TokenSet(parts), chosen=True) if parts else Repeats()
+    return None if fault and not seen.count else seen, fault
 
 
 def _check_labels(train: TokenSet) -> None:

@@ -299,11 +299,21 @@ class TokenSet:
         """
         return np.fromiter(self._hash_examples(), np.uint64, len(self))
 
-    def _hash_examples(self) -> Iterator[int]:
+    @property
+    def chosen_hashes(self) -> np.ndarray:
+        """As `hashes`; of a pair of its chosen answer alone."""
+        if not self.has_pairs:
+            return self.hashes
+        return np.fromiter(self._hash_examples(chosen=True), np.uint64, len(self))
+
+    def _hash_examples(self, *, chosen: bool = False) -> Iterator[int]:
         for part in self.parts:
             ids = memoryview(np.ascontiguousarray(part.arrays.ids).data)
+            firsts = part.arrays.firsts
             for i, (start, end) in enumerate(itertools.pairwise(map(int, part.arrays.offsets))):
-                digest = hashlib.sha256(ids[start:end]).digest()
+                # The first sequence of a pair is the chosen one; 0 where there is one alone.
+                length = int(firsts[i]) if chosen else 0
+                digest = hashlib.sha256(ids[start : start + length if length else end]).digest()
                 yield int.from_bytes(digest[:8], "big")
                 if i % RELEASE_EXAMPLES == 0:
                     part.arrays.release()
@@ -418,12 +428,17 @@ class Repeats:
     earlier: str = ""
 
 
-def find_repeats(tokens: TokenSet, among: TokenSet | None = None) -> Repeats:
-    """Examples of `tokens` that are also in `among`; or None, earlier in `tokens`."""
+def find_repeats(
+    tokens: TokenSet, among: TokenSet | None = None, *, chosen: bool = False
+) -> Repeats:
+    """Examples of `tokens` that are also in `among`; or None, earlier in `tokens`.
+
+    chosen: of a pair of answers compare the chosen one alone, with a plain answer too.
+    """
     if among is None:
         among = tokens
-    hashes = tokens.hashes
-    among_hashes = among.hashes
+    hashes = tokens.chosen_hashes if chosen else tokens.hashes
+    among_hashes = among.chosen_hashes if chosen else among.hashes
     if not len(hashes) or not len(among_hashes):
         return Repeats()
     # Of equal hashes the first in the sorted order is the earliest example.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,7 @@ class EvalResult:
         token_accuracy: share of them that are the most likely token after all true tokens before.
         exact_match: share of `answered` rows whose greedy answer is the reference.
         answered: rows answered for exact match.
+        pair_accuracy: of pairs of answers, the mean of `pairs`.
         pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
             log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
             models share.
@@ -93,6 +95,7 @@ class EvalResult:
     token_accuracy: float
     exact_match: float | None = None
     answered: int = 0
+    pair_accuracy: float | None = None
     pairs: tuple[float, ...] = field(default=(), repr=False)
     row_losses: tuple[float, ...] = field(default=(), repr=False)
     row_tokens: tuple[int, ...] = field(default=(), repr=False)
@@ -174,7 +177,7 @@ class Evaluation(Tabular):
                 yield f"{count} of {rows} were {what}: longer than the recipe's seq_len"
         if self.seen is not None and not self.seen.count:
             yield f"of {rows} none was trained on (compared by tokens)"
-        elif self.seen_fault:
+        if self.seen_fault:
             yield f"could not check whether rows were trained on:  {self.seen_fault}"
         if self.unanswered:
             yield f"{self.unanswered} of {rows} have an empty answer: not scored"
@@ -364,6 +367,7 @@ def score(
         loss,
         perplexity,
         hits / count,
+        pair_accuracy=fmean(pairs) if pairs else None,
         pairs=tuple(pairs),
         row_losses=tuple(row_losses.tolist()),
         row_tokens=tuple(row_tokens.tolist()),

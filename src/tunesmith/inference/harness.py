@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.data.row_checks import check_prompts, place
-from tunesmith.data.splits import read_splits
+from tunesmith.data.splits import SourceRows, read_splits
 from tunesmith.errors import TunesmithError, UsageError, first_line
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import evaluating
@@ -37,7 +37,7 @@ from tunesmith.inference.score_rows import (
     scores_path,
     summarize_rows,
 )
-from tunesmith.run_dir import weights_step
+from tunesmith.run_dir import weights_step, with_earlier_runs
 from tunesmith.scoring.intervals import Interval
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,12 @@ def _seen_rows(
         log.info("could not check whether rows of tasks were trained on: %s", what)
         return None
     try:
-        train, _ = read_splits(replace(run.data, validation=()), run.train.seed)
+        train: SourceRows = []
+        runs, fault = with_earlier_runs(run)
+        for each in runs:
+            train += read_splits(replace(each.data, validation=()), each.train.seed)[0]
+        if fault:
+            log.info("could not check all rows of training: %s", fault)
         pairs = check_prompts(list(prompts.values()), train)
     except TunesmithError as error:
         log.info("could not check whether rows of tasks were trained on: %s", error.what)
