@@ -36,7 +36,6 @@ from tunesmith.host import demo_model
 from tunesmith.host.files import check_regular_files, from_here
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.hub import fetch
-from tunesmith.run_dir import FINAL, weights_step
 from tunesmith.training.result import Result
 from tunesmith.units import count_of
 
@@ -63,9 +62,7 @@ def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result |
             with suppress(CheckpointError):
                 finished = finished_step(run)
     if finished is not None:
-        out = Path(run.output_dir)
-        final_step = weights_step(out / FINAL)
-        return Result(out, finished, finished_before=True, final_step=final_step)
+        return Result.of_finished(Path(run.output_dir), finished)
     # Checkpoints have the adapter that they began with.
     if run.adapter.from_ is not None and not (resumes and copies_in(Path(run.output_dir))):
         find_local_adapter(run.adapter.from_)

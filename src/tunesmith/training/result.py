@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import Run
@@ -33,6 +33,7 @@ from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.summary import named_figures
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.run_dir import (
+    BEST,
     FINAL,
     LOG,
     METRICS,
@@ -40,7 +41,9 @@ from tunesmith.run_dir import (
     STOP_FILE,
     STOPPED,
     describe_weights,
+    read_object,
     shown,
+    weights_step,
 )
 from tunesmith.units import Size, count_of
 
@@ -50,7 +53,10 @@ NAMED_ROWS = 8
 
 @dataclass(frozen=True)
 class Result(Tabular):
-    """What a run came to."""
+    """What a run came to; where a function takes a run it takes this too, by its `output_dir`.
+
+    Of a run that was finished before, `seconds` to `best_loss` are of the whole run.
+    """
 
     output_dir: Path
     steps: int  # optimizer steps of the whole run
@@ -64,6 +70,31 @@ class Result(Tabular):
     best_loss: float | None = None
     final_step: int | None = None  # of the weights in final/; None: this start wrote none
 
+    @classmethod
+    def of_finished(cls, output_dir: Path, steps: int) -> Self:
+        """Of a run that was finished before, with the figures that are on the disk."""
+        records: list[StepRecord] = []
+        with suppress(OSError, RunError):
+            records = read_records(output_dir / METRICS)
+        best: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            best = read_object(output_dir / BEST)
+        return cls(
+            output_dir,
+            steps,
+            seconds=sum(record.step_seconds for record in records),
+            tokens=sum(record.tokens for record in records),
+            examples=sum(record.examples for record in records),
+            records=records,
+            finished_before=True,
+            best_step=best.get("step"),
+            best_loss=best.get("val_loss"),
+            final_step=weights_step(output_dir / FINAL),
+        )
+
+    def __fspath__(self) -> str:
+        return str(self.output_dir)
+
     @property
     def first_loss(self) -> float | None:
         """Loss of the first step of this start."""
@@ -75,12 +106,8 @@ class Result(Tabular):
         return self.records[-1].loss if self.records else None
 
     def table(self) -> ResultTable:
-        """The figures of this start, where the files are, and commands for them; of a run
-        that was finished before, the figures that are on the disk."""
+        """The figures, where the files are, and commands for them."""
         records = self.records
-        if self.finished_before:
-            with suppress(OSError, RunError):
-                records = read_records(self.output_dir / METRICS)
         rows = [("steps", f"{self.steps:,}")]
         if records:
             # `seconds` are those of all starts; the records of a resumed run are of this one.

@@ -73,7 +73,6 @@ from tunesmith.metrics.trackers import TrackerSink, trackers_of
 from tunesmith.parallel.mesh import possible_shapes
 from tunesmith.run_dir import (
     FAILURE,
-    FINAL,
     IDENTITY,
     LOG,
     METRICS,
@@ -82,7 +81,6 @@ from tunesmith.run_dir import (
     STOP_FILE,
     STOPPED,
     Phase,
-    weights_step,
 )
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
@@ -285,8 +283,7 @@ def start_run(
             stack.enter_context(noted_early_stop(out, stop.request))
             stop.request.on_exit = partial(note_early_stop, out, stop.request)
         if start.finished is not None:
-            final_step = weights_step(out / FINAL)
-            return Result(out, start.finished, finished_before=True, final_step=final_step)
+            return Result.of_finished(out, start.finished)
         run = with_start_adapter(run, start, ranks)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
         with as_usage_error(ranks):
