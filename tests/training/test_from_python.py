@@ -16,6 +16,7 @@ import pytest
 import tunesmith
 from errors import holds, refuses
 from logged import logged_lines
+from ranks import run_ranks
 from recipes import recipe
 from tunesmith.config.dump import to_yaml
 from tunesmith.host.logger import PACKAGE
@@ -83,6 +84,33 @@ def test_a_signal_raised_in_on_record_saves_and_stops(recipe_file: Path) -> None
         tunesmith.train(recipe_file, on_record=stop, quiet=True)
     assert raised.value._render_traceback_()[0] == raised.value.what
     assert tunesmith.train(recipe_file, quiet=True).first_step == 3
+
+
+def end_after_3(record: StepRecord) -> None:
+    if record.step == 3:
+        raise StopIteration
+
+
+def test_on_record_finishes_a_run_early(recipe_file: Path) -> None:
+    """A stop of the caller's own: the run has finished, and a longer one goes on from it."""
+    result = tunesmith.train(recipe_file, on_record=end_after_3, quiet=True)
+    assert (result.steps, len(result.records)) == (3, 3)
+    assert result.final_step is not None
+    again = tunesmith.train(recipe_file, quiet=True)
+    assert again.finished_before
+    assert [record.step for record in again.records] == [1, 2, 3]
+    assert tunesmith.load_run(again).location == tunesmith.load_run(result.output_dir).location
+    longer = tunesmith.train(recipe_file, {"train.duration": "9 steps"}, quiet=True)
+    assert (longer.first_step, longer.steps) == (3, 9)
+
+
+def ended_on_ranks(file: str) -> tuple[int, bool]:
+    result = tunesmith.train(file, on_record=end_after_3, quiet=True)
+    return result.steps, (result.output_dir / "final" / "manifest.json").is_file()
+
+
+def test_all_ranks_end_after_the_same_step(recipe_file: Path) -> None:
+    assert run_ranks(2, ended_on_ranks, str(recipe_file)) == [(4, True)] * 2
 
 
 @pytest.mark.parametrize("setting", ["by default", "quiet", "own handler", "own handler, quiet"])

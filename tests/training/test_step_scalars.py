@@ -29,8 +29,8 @@ def test_the_sum_of_two_ranks(tensor_rank: int) -> None:
     first = scalars_of(2.0, 0.5, 3.0)
     second = scalars_of(4.0, 0.25, 1.0)
     mesh = Mesh(tensor_rank=tensor_rank)
-    one = first.pack(RankStatus(stop_requests=1.0, failed_writes=0.0), ALONE)
-    other = second.pack(RankStatus(stop_requests=0.0, failed_writes=1.0), mesh)
+    one = first.pack(RankStatus(stop_requests=1.0, failed_writes=0.0, ends=1.0), ALONE)
+    other = second.pack(RankStatus(stop_requests=0.0, failed_writes=1.0, ends=0.0), mesh)
     first.values = (one + other).unbind()
     first.has_status = True
     first.copy_to_host(torch.tensor(7.0))
@@ -38,5 +38,5 @@ def test_the_sum_of_two_ranks(tensor_rank: int) -> None:
     counts = tensor_rank == 0
     assert numbers.loss == 2.0 + 4.0 * counts
     assert numbers.metrics == {"accuracy": 0.5 + 0.25 * counts, "margin": 3.0 + 1.0 * counts}
-    assert numbers.status == RankStatus(stop_requests=1.0, failed_writes=1.0)
+    assert numbers.status == RankStatus(stop_requests=1.0, failed_writes=1.0, ends=1.0)
     assert numbers.grad_norm == 7.0

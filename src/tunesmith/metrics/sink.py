@@ -64,15 +64,19 @@ class Sink:
 
 
 class RecordCallback(Sink):
-    """Hands each record to the caller's function; `error` is what that raised."""
+    """Hands each record to the caller's function; `error` is what that raised, and `has_ended` says
+    that it was StopIteration: the run is to end."""
 
     def __init__(self, function: Callable[[StepRecord], object]) -> None:
         self.function = function
         self.error: BaseException | None = None
+        self.has_ended = False
 
     def step(self, record: StepRecord) -> None:
         try:
             self.function(record)
+        except StopIteration:
+            self.has_ended = True
         except BaseException as error:
             self.error = error
             raise

@@ -80,6 +80,7 @@ class AsyncMetrics:
         status = RankStatus(
             stop_requests=float(self.stop.is_requested()),
             failed_writes=float(self.writer.failed),
+            ends=float(self.stop.wants_end()),
         )
         scalars.all_reduce(status, self.session.mesh)
         return scalars

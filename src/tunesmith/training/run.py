@@ -124,8 +124,9 @@ def train(
         model: Hub id, folder, .gguf file, or `demo`.
         rows: mappings, a `datasets.Dataset`, or a pandas or polars data frame; they are kept in the
             run directory, so that the same call resumes.
-        on_record: called after each step. What it raises ends the run, is named in failure.json and
-            raised unchanged; `signal.raise_signal(signal.SIGINT)` in it saves and stops.
+        on_record: called after each step. StopIteration from it ends the run as its last step does,
+            after this step or, on a GPU or several, the next; `signal.raise_signal(signal.SIGINT)`
+            saves and stops. What else it raises is named in failure.json and raised unchanged.
         fresh: move an earlier run in `output_dir` aside and start over.
         why, argv: log the reason of each choice for this machine; the command line, for env.json.
         quiet: print nothing; log.txt has all lines.
@@ -266,6 +267,7 @@ def start_run(
     log_file = log_file_of_run(out / LOG)
     stream: TextIO | None = None
     callback = RecordCallback(on_record)
+    stop.wants_end = lambda: callback.has_ended
     with ExitStack() as stack:
         # Who says what: rank 0 to the user and to log.txt, the others only in warnings.
         stack.enter_context(default_level(level_of_process(ranks.rank)))

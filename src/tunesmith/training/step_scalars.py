@@ -21,6 +21,7 @@ class RankStatus(NamedTuple):
 
     stop_requests: float  # 1 where this rank has a stop request
     failed_writes: float  # 1 where the write of a checkpoint failed on this rank
+    ends: float  # 1 where the caller of `train` ends the run
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A signal, the file `stop` and a shortage of memory come to one rank. The ranks s
 reduction of each step (see `step_scalars`), and all stop after the same one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class StopControl:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
         retry_with_smaller_batch: for want of memory another start may take half the micro batch.
+        wants_end: whether the caller of `train` ends the run here; rank 0 knows.
+        is_ended: all ranks know that it does.
         is_agreed: all ranks know that one of them has a stop request.
         write_failed: all ranks know that a checkpoint could not be written on one of them.
     """
@@ -33,6 +36,8 @@ class StopControl:
     run_dir: Path
     ranks: Ranks = ONE_PROCESS
     retry_with_smaller_batch: bool = True
+    wants_end: Callable[[], bool] = lambda: False
+    is_ended: bool = field(default=False, init=False)
     is_agreed: bool = field(default=False, init=False)
     write_failed: bool = field(default=False, init=False)
 
@@ -53,6 +58,10 @@ class StopControl:
             return self.is_agreed
         return self.is_requested()
 
+    def ends(self) -> bool:
+        """Whether the run is over by its caller, with final/; see `is_due`."""
+        return self.is_ended if self.ranks.world > 1 else self.wants_end()
+
     def agree(self) -> None:
         """Share before the first step who has a stop request; a collective call."""
         if self.ranks.world > 1:
@@ -62,6 +71,8 @@ class StopControl:
         """Take over what a step's reduction has shared."""
         if status.stop_requests > 0:
             self.is_agreed = True
+        if status.ends > 0:
+            self.is_ended = True
         if status.failed_writes > 0:
             self.write_failed = True
 

@@ -142,6 +142,10 @@ class Trainer:
         for batch in batches:
             if self.stop.is_due() or self.duration.is_over(progress):
                 return
+            if self.stop.ends():
+                text = f"on_record has ended the run after step {progress.step}"
+                self.sinks.text("stopped", text)
+                return
             self.checkpoints.raise_failed_write()
             self.report_phase()
             with self.told_if_slow():
