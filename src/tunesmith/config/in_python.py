@@ -24,14 +24,14 @@ R = TypeVar("R")
 _FUNCTIONS = {"train": "train", "eval": "evaluate", "merge": "merge"}
 _FLAGS = ("fresh", "force", "base", "exact-match", "adapter", "chat-template")
 _PARAMETERS = {"format": "format_name", "score": "scorers"}  # of other names than their options
-_WORD = r"""(?:'[^']*'|[^\s;,`'-][^\s;,`']*)"""
+_WORD = r"""(?:'[^']*'|[^\s;,`'-][^\s;,`']*(?<!\?))"""
 _PAIRS = r"\w+=[^\s;,]+(?:,\w+=[^\s;,]+)*"
 _OPTION = re.compile(
     rf"(?<![\w/-])--({'|'.join(_FLAGS)})\b"
     rf"|(?<![\w/-])--([a-z][a-z-]*)(?: ({_PAIRS}|{_WORD}))?"
 )
 _REPEATED_COLUMNS = re.compile(rf"--columns {_PAIRS}(?: --columns {_PAIRS})+")
-_ARGUMENT = rf"--(?:{'|'.join(_FLAGS)})\b|--[a-z][a-z-]* {_WORD}|[\w.]+={_WORD}"
+_ARGUMENT = rf"--(?:{'|'.join(_FLAGS)})\b|--[a-z][a-z-]* {_WORD}|[\w.]+={_WORD}|'[\w.]+=[^']*'"
 # Between backquotes `eval` may name several runs.
 _COMMAND = re.compile(
     rf"(?<=`)tunesmith eval(?: {_WORD})+(?: (?:{_ARGUMENT}))*(?=`)"
