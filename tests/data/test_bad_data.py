@@ -219,6 +219,10 @@ def test_a_file_that_is_missing_names_the_nearest(
     assert_refused(
         Source(source=str(tmp_path / "no" / "a.jsonl")), "no such file", "a.jsonl", "fix the path"
     )
+    write("notes.md", "text")
+    with refuses(DataError) as refused:
+        read_rows(Source(source=str(tmp_path / "b.csv")))
+    assert "notes.md" not in refused.value.text(), "rows are not meant to be there"
 
 
 def test_a_folder_that_cannot_be_read_as_one_set(tmp_path: Path, write: Callable[..., str]) -> None:

@@ -105,8 +105,10 @@ def _missing_file(path: Path) -> DataError:
     names = []
     if folder.is_dir():
         names = [file.name for file in folder.iterdir()]
-    data_files = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)
-    data_files_text = ", ".join(data_files[:5]) or "no data file"
+    # Notes in Markdown are seldom the rows that were meant.
+    suffixes = [suffix for suffix in SUFFIXES if suffix == path.suffix.lower()] or SUFFIXES
+    data_files = sorted(name for name in names if Path(name).suffix.lower() in suffixes)
+    data_files_text = ", ".join(data_files[:5]) or f"no {suffixes[0]} file"
     what = "there is no such file"
     why = ""
     fix = "fix the path"
