@@ -361,7 +361,11 @@ def decoding_of(args: argparse.Namespace) -> "Decoding":
     """The options of `add_decoding`, checked."""
     from tunesmith.inference.decoding import Decoding
 
-    return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+    try:
+        return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
+    except UsageError as error:
+        error.where = f"--{error.where.replace('_', '-')}"
+        raise
 
 
 def stdin_lines() -> Iterator[tuple[int, str]]:

@@ -59,24 +59,24 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(option: str, value: float, is_allowed: bool, allowed: str) -> None:
+        def check(name: str, value: float, is_allowed: bool, allowed: str) -> None:
             if not is_allowed:
-                what = f"{option} {value} is out of range"
-                raise UsageError(what, where=option, fix=f"give {allowed}")
+                what = f"{name} {value} is out of range"
+                raise UsageError(what, where=name, fix=f"give {allowed}")
 
-        check("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+        check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         is_finite = 0 <= self.temperature < math.inf
-        check("--temperature", self.temperature, is_finite, "0 (greedy) or above")
-        check("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("--top-k", self.top_k, self.top_k >= 0, "0 (off) or above")
+        check("temperature", self.temperature, is_finite, "0 (greedy) or above")
+        check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("top_k", self.top_k, self.top_k >= 0, "0 (off) or above")
         fits = 0 <= self.seed < 2**63
-        check("--seed", self.seed, fits, "a whole number from 0 to 2^63 - 1")
+        check("seed", self.seed, fits, "a whole number from 0 to 2^63 - 1")
         if self.temperature == 0 and (self.top_p != 1 or self.top_k != 0):
             raise UsageError(
-                "--top-p and --top-k have no effect",
-                where="--temperature",
+                "top-p and top-k have no effect",
+                where="temperature",
                 why="temperature 0 always picks the most likely token",
-                fix="add --temperature 1.0, or remove both",
+                fix="give a temperature, such as 1.0, or neither of them",
             )
 
     def describe(self) -> str:
