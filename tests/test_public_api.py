@@ -178,6 +178,25 @@ def test_what_another_function_takes_is_refused_with_the_call_to_make() -> None:
         tunesmith.evaluate(run, rows)
 
 
+def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    for function in (tunesmith.load_run, tunesmith.evaluate, tunesmith.compare):
+        with refuses(UsageError, names=["list"], fix=["tunesmith.compare(a, b)"]):
+            function([tiny, tiny])  # type: ignore[operator]
+    with refuses(UsageError, where="dtype", names=["float32"], fix=["fp32"]):
+        tunesmith.load_run(tiny, dtype="float32")  # type: ignore[arg-type]
+    with refuses(
+        UsageError, where="scorers", names=["function"], fix=["my_scorers.py:my_function"]
+    ):
+        tunesmith.evaluate(tiny, scorers=[lambda answer, row: 1.0])  # type: ignore[list-item]
+    with refuses(UsageError, where="scorers", names=["exakt"], fix=['scorers=["exact"]']):
+        tunesmith.evaluate(tiny, scorers="exakt")
+    (tmp_path / "my-run").mkdir()
+    for function in (tunesmith.load_run, tunesmith.compare):
+        missing = str(tmp_path / "my-rum")
+        with refuses(UsageError, where=missing, fix=[tmp_path / "my-run"]):
+            function(missing)
+
+
 def test_a_user_script_passes_mypy_strict(tmp_path: Path) -> None:
     package = Path(tunesmith.__file__).parent
     assert (package / "py.typed").is_file(), "without it type checkers take the package as untyped"

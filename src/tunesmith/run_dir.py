@@ -136,6 +136,22 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
+def name_a_run(path: Path) -> str:
+    """The fix for a path that is no run's: the folder of nearly its name, or those that are
+    there."""
+    folder = path if path.is_dir() else path.parent
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(each.name for each in folder.iterdir() if each.is_dir())
+    near = nearest(path.name, names)
+    if near and folder != path:
+        return f"did you mean {folder / near}?"
+    if names:
+        more = ", ..." if len(names) > 8 else ""
+        return f"{folder} contains: {', '.join(names[:8])}{more}"
+    return "use the output_dir of a run"
+
+
 def parse_json(text: bytes) -> Any:
     """A JSON value.
 

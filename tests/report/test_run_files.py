@@ -132,8 +132,9 @@ def test_states_and_phases_are_those_of_the_docs() -> None:
 def test_what_is_no_run(tmp_path: Path) -> None:
     with refuses(UsageError, where=str(tmp_path), names=["metrics.jsonl"]):
         RunFiles(tmp_path)
-    with refuses(UsageError, where="missing", names=["metrics.jsonl"]):
-        RunFiles(tmp_path / "missing")
+    (tmp_path / "my-run").mkdir()
+    with refuses(UsageError, where="my-rum", names=["no"], fix=[tmp_path / "my-run"]):
+        RunFiles(tmp_path / "my-rum")
 
 
 def test_a_directory_that_just_began(tmp_path: Path) -> None:

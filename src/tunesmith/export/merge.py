@@ -10,6 +10,7 @@ in bands: the memory that this takes does not grow with the model.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -46,7 +47,9 @@ from tunesmith.hub.fetch import fetch
 from tunesmith.inference.load_run import (
     Dtype,
     RunLocation,
+    check_dtype,
     locate_run,
+    path_of,
     read_run_files,
     select_device,
     undeleted,
@@ -109,7 +112,7 @@ class Merged(Tabular):
 
 @lines_by_default()
 def merge(
-    path: str | Path,
+    path: str | os.PathLike[str],
     output: str | Path,
     *,
     dtype: Dtype | None = None,
@@ -122,7 +125,7 @@ def merge(
     >>> tunesmith.merge("runs/my-run", "merged")
 
     Args:
-        path: a run directory, a checkpoint, final/, or an adapter's folder.
+        path: a run directory, or its `Result`; a checkpoint, final/, or an adapter's folder.
         output: a folder that is new or empty; with `force` also one that an earlier merge wrote,
             and nothing else is in: it is replaced at the very end.
         dtype: of the written weights; None keeps the base's.
@@ -132,6 +135,8 @@ def merge(
         MachineError: no room on the disk.
         CheckpointError: the merged model answers differently; it is kept as `<output>.rejected`.
     """
+    check_dtype(dtype)
+    path = path_of(path)
     location = locate_run(path)
     goal = merge_place(path, output, location, force=force)
     dtype = dtype or location.dtype

@@ -8,6 +8,7 @@ so they do not depend on the batching. Exact match generates greedily and compar
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ from tunesmith.inference.load_run import (
     RunLocation,
     load_run,
     locate_run,
+    path_of,
     require_held_out,
 )
 from tunesmith.inference.score_rows import (
@@ -437,7 +439,7 @@ def _batch_sums(
 
 @lines_by_default()
 def evaluate(
-    path: str | Path,
+    path: str | os.PathLike[str],
     data: str | Path | None = None,
     *,
     split: str | None = None,
@@ -449,7 +451,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     device: str | None = None,
-    scorers: Sequence[str] = (),
+    scorers: str | Sequence[str] = (),
     decoding: Decoding | None = None,
     output: str | Path | None = None,
     fresh: bool = False,
@@ -469,8 +471,8 @@ def evaluate(
         exact_match: also answer every row greedily and compare texts, as the scorer `exact`.
         max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
             once.
-        scorers: names such as `exact` or `f1`, or `file.py:function`: answer every row and score
-            the answers, with intervals.
+        scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
+            row and score the answers, with intervals.
         decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
         output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
             there is gone on with.
@@ -487,10 +489,10 @@ def evaluate(
     with ranks.raise_on_all_ranks():
         _require_file(data)
         # Wrong names end it before a model is loaded.
-        check_scorer_names(scorers)
+        scorers = check_scorer_names(scorers)
         location = locate_run(path)
         if data is None:
-            parts, name = _held_out_rows(location, path)
+            parts, name = _held_out_rows(location, path_of(path))
         else:
             name = str(data)
             source = Source(source=name, split=split, max_examples=max_examples)
@@ -505,9 +507,8 @@ def evaluate(
             tokens = _first_validated(tokens, location, max_examples)
         if scorers:
             decoding = decoding or Decoding(max_new_tokens)
-            file = answers_path(location, name, output)
             scoring = Scoring(loaded, tokens, parts, shown, scorers, decoding, batch_size, ranks)
-            scoring.open(file, fresh=fresh)
+            scoring.open(answers_path(location, name, output), fresh=fresh)
 
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
         # Before the loss, so that a broken row is reported first.

@@ -13,16 +13,18 @@ was trained.
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
+from tunesmith.config.names import nearest
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host import demo_model
@@ -30,7 +32,7 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import IDENTITY, RECIPE, held_out_hash
+from tunesmith.run_dir import IDENTITY, RECIPE, held_out_hash, name_a_run
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +155,28 @@ class LoadedModel(Tabular):
             self.train_model.use_inference_attention()
 
 
-def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
+def path_of(run: object) -> str:
+    """The path that names a run: itself, or of its Result; UsageError for anything else."""
+    if isinstance(run, str | os.PathLike):
+        return os.fspath(run)
+    raise UsageError(
+        f"a run is named by its folder, not by {type(run).__name__}",
+        where=f"{run!r:.80}",
+        fix='pass one run, such as "runs/my-run", or what train returned; '
+        "tunesmith.compare(a, b) puts several side by side",
+    )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """UsageError for a dtype of another name than the recipe's."""
+    names = get_args(Dtype)
+    if dtype is not None and dtype not in names:
+        near = nearest(str(dtype), names)
+        fix = f"did you mean {near}?" if near else f"use one of {', '.join(names)}"
+        raise UsageError(f"there is no dtype {dtype}", where="--dtype", fix=fix)
+
+
+def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunLocation:
     """Find what `path`, one of the forms in the module's docstring, stands for; with `base_only`
     the base of it.
 
@@ -162,6 +185,7 @@ def locate_run(path: str | Path, *, base_only: bool = False) -> RunLocation:
         CheckpointError: a run directory without a finished checkpoint, or a damaged one that was
             named.
     """
+    path = path_of(path)
     place = Path(path)
     if str(path) == demo_model.NAME and not _holds_model(place):
         base = Model(name=str(demo_model.demo_model()))
@@ -215,18 +239,12 @@ def _note_of_hub(name: str) -> str:
 
 def _no_model(path: Path, what: str) -> UsageError:
     """The error for a path that stands for nothing; it names the folders there."""
-    folder = path if path.is_dir() else path.parent
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    fix = "use the output_dir of a run"
-    if names:
-        more = ", ..." if len(names) > 8 else ""
-        fix = f"{folder} contains: {', '.join(names[:8])}{more}"
     return UsageError(
         what,
         where=str(path),
         why="a run directory, checkpoint, adapter, model folder, recipe (.yaml), .gguf file or "
         "Hub id is needed",
-        fix=fix,
+        fix=name_a_run(path),
     )
 
 
@@ -309,7 +327,7 @@ def _stored_dtype(folder: Path) -> Dtype | None:
 
 @lines_by_default()
 def load_run(
-    path: str | Path | RunLocation,
+    path: str | os.PathLike[str] | RunLocation,
     *,
     device: "str | torch.device | None" = None,
     base_only: bool = False,
@@ -320,11 +338,11 @@ def load_run(
     >>> tunesmith.load_run("runs/my-run")
 
     Args:
-        path: as for `locate_run`, or its result.
+        path: of a run, a checkpoint, an adapter or a model; or the `Result` of a run.
         device: None takes the GPU where there is one.
         base_only: the base of it, with the tuned model's template, without what was trained.
-        dtype: of weights and products. None: the run's, or the model's own; for a model of no run
-            in bf16 what `model.dtype: auto` stands for on the device.
+        dtype: of weights and products: `bf16`, `fp16` or `fp32`. None: the run's, or the model's
+            own; for a model of no run in bf16 what `model.dtype: auto` stands for on the device.
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
@@ -332,6 +350,7 @@ def load_run(
             from its checksum.
         MachineError: there is no such device, or the CPU's memory cannot hold the weights.
     """
+    check_dtype(dtype)
     # A wrong path is reported before torch is imported.
     location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
     import torch

@@ -1,13 +1,14 @@
 """Runs side by side, for a Python program: what `report` says on its page."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tunesmith.config.in_python import fix_in_python
 from tunesmith.errors import UsageError
+from tunesmith.inference.load_run import path_of
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.report.compare import Verdict, differing_keys, eval_figures, judge
@@ -40,7 +41,7 @@ class Comparison(Tabular):
         return ResultTable(rows, self.runs, notes=[self.verdict.headline, *self.verdict.reasons])
 
 
-def compare(*runs: str | Path) -> Comparison:
+def compare(*runs: str | os.PathLike[str]) -> Comparison:
     """Put runs side by side: which is better on held-out rows, or why that cannot be said.
 
     >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
@@ -48,14 +49,15 @@ def compare(*runs: str | Path) -> Comparison:
     Runs that `evaluate` has measured on the same rows are compared row by row.
 
     Args:
-        runs: run directories, or folders of them; they may still be running, or have failed.
+        runs: run directories, or the `Result` of each, or folders of runs; they may still be
+            running, or have failed.
 
     Raises:
         UsageError: no folder was named, or one is no run directory.
     """
     if not runs:
         raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
-    folders = with_runs_of_folders([str(folder) for folder in runs])
+    folders = with_runs_of_folders([path_of(run) for run in runs])
     summaries = summaries_of([RunFiles(folder) for folder in folders])
     names = tuple(summary.label for summary in summaries)
     verdict = judge(summaries)

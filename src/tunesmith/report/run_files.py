@@ -37,6 +37,7 @@ from tunesmith.run_dir import (
     Part,
     RunState,
     ended_state,
+    name_a_run,
     open_regular,
     parse_json,
     read_env,
@@ -262,12 +263,12 @@ class RunFiles:
         self._faults: dict[str, Part[Any]] = {}
         self._evals: dict[str, dict[str, Any]] = {}
         if not holds_run(self.folder):
-            raise UsageError(
-                "this is not a run directory",
-                where=str(folder),
-                why="it has no metrics.jsonl, config.yaml, env.json or log.txt",
-                fix="use one, such as runs/my-run: ls -t runs",
-            )
+            what = f"there is no {folder}"
+            why = ""
+            if self.folder.exists():
+                what = "this is not a run directory"
+                why = "it has no metrics.jsonl, config.yaml, env.json or log.txt"
+            raise UsageError(what, where=str(folder), why=why, fix=name_a_run(Path(folder)))
         self.refresh()
 
     @property

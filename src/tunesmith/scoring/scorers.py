@@ -96,14 +96,24 @@ def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) 
     return scorers
 
 
-def check_scorer_names(names: Sequence[str]) -> None:
-    """UsageError for a name that is neither a scorer's nor of the form file.py:function.
+def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
+    """The names, of which one may stand alone; UsageError for one that is neither a scorer's nor of
+    the form file.py:function.
 
     Nothing of the file runs.
     """
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        names = [names]
     for name in names:
+        if not isinstance(name, str):
+            raise UsageError(
+                f"a scorer is a name, not {type(name).__name__}",
+                where="--score",
+                fix="write a function of your own into a file: --score my_scorers.py:my_function",
+            )
         if name not in SCORERS:
             _own_scorer_file(name)
+    return names
 
 
 def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:

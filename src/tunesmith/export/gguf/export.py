@@ -6,6 +6,7 @@ A file that fails the check is kept as `OUTPUT.rejected`; what was measured of a
 it (record.py).
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ class ExportedFile(Tabular):
 
 @lines_by_default()
 def export_gguf(
-    path: str | Path,
+    path: str | os.PathLike[str],
     output: str | Path,
     *,
     quant: str = DEFAULT_QUANT,
