@@ -59,7 +59,7 @@ KEY = re.compile(
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # Flags of other programs, which fixes name as well.
 THEIR_FLAGS = {
-    "--advertise-addr", "--flag", "--force", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
+    "--advertise-addr", "--flag", "--force", "--lora", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
     "--now", "--only-upgrade", "--runtime", "--sort", "--stream", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
 }  # fmt: skip
 # Read in the worker that asks: each collects these tests, and one runs them.

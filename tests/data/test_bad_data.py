@@ -326,6 +326,14 @@ def test_answers_of_the_hub(
     assert_refused(Source(source="a/b"), what, "a/b", fix)
 
 
+def test_a_folder_of_nearly_that_name_is_proposed_beside_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stories").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert_refused(Source(source="storeis"), "not in the Hub cache", "storeis", "mean stories,")
+
+
 class _Gate(BaseHTTPRequestHandler):
     """The Hub's answer for what may not be read: the status is the first part of the path's
     repository name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -87,6 +88,14 @@ def refused(export: Export, run: Path, output: Any, words: str) -> None:
     assert caught.value.where
     assert caught.value.fix
     assert sorted(os.walk(".")) == before
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_recipe_is_not_taken_for_its_run(name: str, run: Path) -> None:
+    """It stands for the base."""
+    text = (run / "config.yaml").read_text()
+    Path("mine.yaml").write_text(re.sub("output_dir: .*", f"output_dir: {run}", text))
+    refused(EXPORTS[name][0], Path("mine.yaml"), EXPORTS[name][1], str(run))
 
 
 @pytest.mark.slow

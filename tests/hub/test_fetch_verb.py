@@ -128,6 +128,7 @@ def test_a_recipe_names_model_and_data(fetch, files, tiny: Path, tmp_path: Path)
         ((), "requires a recipe or a model"),
         (("no/such/path",), "there is nothing at no/such/path"),
         (("./nothing",), "there is nothing at ./nothing"),
+        (("./pyprojcet",), "did you mean pyproject.toml?"),
         (("bad id!",), "neither a folder"),
         (("demo",), "tunesmith train --model demo"),
         (("missing.yaml",), "missing.yaml"),

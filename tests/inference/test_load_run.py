@@ -170,6 +170,8 @@ def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
     shutil.copyfile(run / "config.yaml", recipe)
     place = locate_run(recipe)
     assert (place.kind, place.base.name, place.folder) == ("base", str(tiny), None)
+    # Told where the run that it made is there
+    assert place.is_notable == (Path(place.run.output_dir) / "config.yaml").is_file()
 
 
 def _nothing(run: Path) -> Path:

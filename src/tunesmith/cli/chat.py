@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import add_decoding, add_run, decoding_of, notify, stdin_lines
+from tunesmith.cli.options import (
+    add_decoding,
+    add_run,
+    decoding_of,
+    notify,
+    notify_weights,
+    stdin_lines,
+)
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
@@ -69,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
         if loaded.template.raw:
             about += f"; {loaded.template.describe()}"
         notify(f"{location.note or args.run}: {about}\n{COMMANDS}")
+    else:
+        notify_weights(location)
     chat.talk()
 
 

@@ -74,8 +74,8 @@ def _with_format(
     with_format = []
     for i, source in enumerate(sources):
         # A single source is written without an index.
-        is_given = f"{key}.format" in places or f"{key}.{i}.format" in places
-        with_format.append(source if is_given else replace(source, format=format_name))
+        is_set = f"{key}.format" in places or f"{key}.{i}.format" in places
+        with_format.append(source if is_set else replace(source, format=format_name))
     return tuple(with_format)
 
 

@@ -17,7 +17,7 @@ from tunesmith.data.files import json_type
 from tunesmith.data.folders import open_local
 from tunesmith.data.table import Table
 from tunesmith.errors import DataError, first_line
-from tunesmith.host.files import from_here
+from tunesmith.host.files import from_here, near_path
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -313,4 +313,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
     else:
         what = f"the dataset {name} cannot be read"
         fix = "use a local copy of its rows"
+    near = near_path(Path(name))
+    if near is not None:
+        fix = f"did you mean {near}, which is here? else {fix}"
     return DataError(what, where=name, why=why, fix=fix)

@@ -20,9 +20,10 @@ from tunesmith.errors import CheckpointError, MachineError, UsageError, disk_fau
 from tunesmith.export.gguf.ollama import MODELFILE
 from tunesmith.export.gguf.types import QUANTS
 from tunesmith.export.record import record_path
-from tunesmith.host.files import existing_folder
+from tunesmith.host.files import existing_folder, from_here
 from tunesmith.host.shell import shell_path
 from tunesmith.inference.load_run import RunLocation
+from tunesmith.run_dir import RECIPE
 
 ADAPTER = "lora"  # ends the name of an adapter's file in a folder for Ollama
 # The check, and the size of each file: the mark of a folder that a merge wrote.
@@ -37,6 +38,13 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     UsageError where the path names nothing, or where the run, its base or the user is in it;
     MachineError where its folder cannot be written.
     """
+    recipe = location.run
+    if location.kind == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
+        raise UsageError(
+            "this is a recipe, which stands for its base, not for the run that it made",
+            where=location.base.name,
+            fix=f"use the run: {shell_path(from_here(recipe.output_dir))}",
+        )
     if not str(output):
         raise UsageError("--output is empty", where="--output", fix="use a new file or folder")
     goal = Path(os.path.abspath(output))

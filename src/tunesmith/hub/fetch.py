@@ -28,7 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
-from tunesmith.host.files import cache_folder, check_regular_files, require_disk_space
+from tunesmith.host.files import cache_folder, check_regular_files, near_path, require_disk_space
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf, convert_gguf_without_weights
 from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
@@ -124,10 +124,12 @@ def local_model(model: Model) -> Path | None:
         )
     # What looks like a path is not looked up at the Hub.
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        near = near_path(path)
+        fix = f"did you mean {near}?" if near else "correct the path, or give a Hub id: owner/name"
         raise ModelError(
             f"there is nothing at {name}",
             where="model.name",
-            fix="correct the path, or give a Hub id: owner/name",
+            fix=f"{fix}; of a run whose base has moved: model.name in its config.yaml",
         )
     try:
         validate_repo_id(name)

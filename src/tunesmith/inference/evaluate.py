@@ -116,6 +116,7 @@ class Evaluation(Tabular):
         answers: the file of the answers, one line each; None without scorers.
         unanswered: rows without an answer of their own, which no scorer takes.
         unfinished: of each model's answers those that were cut at the longest allowed.
+        empty: rows whose answer is empty, of which the loss is that of its end.
         seen: rows that the run was trained on, token for token; None where unknown.
         seen_fault: why it is not known; empty for a model that is no run's.
         row_hash: of the rows as tokens; two runs with one hash were scored on the same tokens.
@@ -130,6 +131,7 @@ class Evaluation(Tabular):
     by_scorer: tuple[RowScores, ...] = ()
     answers: Path | None = None
     unanswered: int = 0
+    empty: int = 0
     unfinished: Mapping[str, int] = field(default_factory=dict)
     seen: Repeats | None = None
     seen_fault: str = ""
@@ -164,6 +166,11 @@ class Evaluation(Tabular):
 
     def warnings(self) -> Iterator[str]:
         """What a reader must know before believing the scores."""
+        if self.empty:
+            yield (
+                f"warning: {self.empty} of {count_of(self.rows, 'row')} have an empty answer: "
+                "their loss is that of its end; fix: leave these rows out"
+            )
         if self.seen is not None and self.seen.count:
             yield (
                 f"warning: {self.seen.count} of {count_of(self.rows, 'row')} were trained on: "
@@ -569,7 +576,14 @@ def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> E
         orders = {model: list(result.pairs) for model, result in scores.items()}
         by_scorer = (summarize_rows(PAIRS, orders),)
     return Evaluation(
-        scores, name, counts.rows, dropped, counts.cut, by_scorer, row_hash=counts.digest
+        scores,
+        name,
+        counts.rows,
+        dropped,
+        counts.cut,
+        by_scorer,
+        empty=counts.flaws.get("empty", [0])[0],
+        row_hash=counts.digest,
     )
 
 

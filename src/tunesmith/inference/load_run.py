@@ -28,6 +28,7 @@ from tunesmith.config.names import nearest
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host import demo_model
+from tunesmith.host.files import from_here
 from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
@@ -58,7 +59,8 @@ class RunLocation:
         base: the base model; for `full`, the one it was trained from.
         run: the resolved recipe beside it, if there is one.
         note: which of several candidates was chosen, and why.
-        is_notable: it stands for a run, and does not hold the last step of one that has finished.
+        is_notable: it stands for a run, and does not hold the last step of one that has finished;
+            or for the recipe of a run.
     """
 
     kind: Literal["adapter", "full", "base"]
@@ -200,7 +202,10 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
         run = load_recipe(place)
         note = f"the base of the recipe {path}: {run.model.name}"
-        location = RunLocation("base", None, run.model, run, note)
+        has_run = (Path(run.output_dir) / RECIPE).is_file()
+        if has_run:
+            note += f"; its run is {from_here(run.output_dir)}"
+        location = RunLocation("base", None, run.model, run, note, is_notable=has_run)
     elif place.is_file() and place.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=str(path)))
     # A folder of that name wins over a Hub id.

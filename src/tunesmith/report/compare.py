@@ -91,6 +91,7 @@ def _losses_text(result: dict[str, Any]) -> str:
             of_rows = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"])
             if of_rows.interval is not None:
                 _, low, high = of_rows.interval
+                low = max(low, 0.0)  # no loss is below
                 text += f" ({low:.4f} to {high:.4f})"
     if "base" not in losses:
         return text
