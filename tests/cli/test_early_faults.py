@@ -222,7 +222,8 @@ def test_an_earlier_run_is_told_without_torch(tiny: Path, tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", 41)
     code, out, err = start([str(file), "--json"], tmp_path)
     assert (code, json.loads(out)["finished_before"]) == (0, True)
-    assert "warning: rows.jsonl" in err and "--fresh" in err
+    assert "warning: rows.jsonl" in err
+    assert "--fresh" in err
     write_rows(tmp_path / "rows.jsonl", 40)
     for again in (words, [str(file)]):
         code, _, err = start([*again, "train.seed=7"], tmp_path)
