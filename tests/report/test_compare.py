@@ -323,7 +323,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert holds(found.headline, "a", "step 40", "val_loss 1.0100")
     assert sentence(found, "1.8900", "step 4")
     assert verdict(write_run(tmp_path / "once", {60: 1.0}, steps=60)).reasons == []
-    assert "without a val_loss" in verdict(write_run(tmp_path / "b")).headline
+    assert "without val_loss" in verdict(write_run(tmp_path / "b")).headline
     assert verdict(write_run(tmp_path / "c", steps=0, finished=False)).kind == "alone"
 
 

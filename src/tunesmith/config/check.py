@@ -491,5 +491,5 @@ def _validate(run: Run, where: Place) -> Iterator[Problem]:
         yield Problem(
             "validate.patience",
             "needs several validations, and validate.every: null validates once, at the end",
-            fix="validate.every: 100 steps",
+            fix="validate.every: 100 steps, or validate.patience: null",
         )

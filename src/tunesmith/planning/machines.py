@@ -98,7 +98,7 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
 
     A GPU that is not in the table may have any name, if its memory is among the `assumed` figures.
     """
-    words = re.sub(r"[\s_-]+", "-", text.strip().lower())
+    words = re.sub(r"[\s_-]+", "-", re.sub("[*×]", "x", text.strip().lower()))
     # Nodes, GPUs of a node, chip; what one number alone means is decided below.
     match = re.fullmatch(r"(?:(\d+)-?x-?)?(?:(\d+)-?x-?)?([a-z0-9][a-z0-9-]*)", words)
     name = match[3] if match else text

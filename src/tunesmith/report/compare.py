@@ -363,7 +363,9 @@ def _alone(run: RunSummary, measure: Measure) -> Verdict:
     best = measure.best_text(run)
     if best is None:
         fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
-        return Verdict("alone", f"{headline}, without a {measure.name}", [fix])
+        if run.validation_hash:
+            fix = "It has not been validated yet."
+        return Verdict("alone", f"{headline}, without {measure.name}", [fix])
     reasons = _cautions([run], None, measure)
     (start, first_value), *later = measure.values(run)
     if later:

@@ -36,8 +36,7 @@ from tunesmith.host import demo_model
 from tunesmith.host.files import check_regular_files, from_here
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.hub import fetch
-from tunesmith.run_dir import RECIPE
-from tunesmith.training.result import Result
+from tunesmith.training.result import Result, warn_of_changed_rows
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result |
             with suppress(CheckpointError):
                 finished = finished_step(run)
     if finished is not None:
-        _warn_of_changed_rows(run)
+        warn_of_changed_rows(run)
         return Result.of_finished(Path(run.output_dir), finished)
     # Checkpoints have the adapter that they began with.
     if run.adapter.from_ is not None and not (resumes and copies_in(Path(run.output_dir))):
@@ -195,23 +194,6 @@ def look_at_rows(
     draft = replace(draft, data=replace(draft.data, train=(source,)))
     about_data = _describe_rows(data, rows, layout)
     return RowsLook(model, data, overrides, layer, chosen, draft, source, rows, layout, about_data)
-
-
-def _warn_of_changed_rows(run: Run) -> None:
-    """Warn of files that were written after the finished run began: it has not seen what they
-    hold now."""
-    began = (Path(run.output_dir) / RECIPE).stat().st_mtime
-    changed = []
-    for source in (*run.data.train, *run.data.validation):
-        place = Path(source.source)
-        files = [place, *place.iterdir()] if place.is_dir() else [place]
-        if any(file.stat().st_mtime > began for file in files if file.exists()):
-            changed.append(from_here(place))
-    if changed:
-        log.warning(
-            f"{', '.join(changed)} changed after this run began, which has not been trained on the "
-            "new rows; fix: --fresh, or output_dir=runs/another-name"
-        )
 
 
 def check_same(

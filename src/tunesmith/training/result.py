@@ -1,6 +1,7 @@
 """What a run came to: a Result, or the error that ended it in words that help."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ from tunesmith.run_dir import (
     weights_step,
 )
 from tunesmith.units import Size, count_of
+
+log = logging.getLogger(__name__)
 
 # An error names no more rows than these.
 NAMED_ROWS = 8
@@ -364,3 +367,20 @@ def how_to_resume(saved_step: int | None) -> str:
     if saved_step:
         return f"{again}: it resumes from checkpoint-{saved_step}"
     return again
+
+
+def warn_of_changed_rows(run: Run) -> None:
+    """Warn of files that were written after the finished run began: it has not seen what they
+    hold now."""
+    began = (Path(run.output_dir) / RECIPE).stat().st_mtime
+    changed = []
+    for source in (*run.data.train, *run.data.validation):
+        place = Path(source.source)
+        files = [place, *place.iterdir()] if place.is_dir() else [place]
+        if any(file.stat().st_mtime > began for file in files if file.exists()):
+            changed.append(from_here(place))
+    if changed:
+        log.warning(
+            f"{', '.join(changed)} changed after this run began, which has not been trained on the "
+            "new rows; fix: --fresh, or output_dir=runs/another-name"
+        )
