@@ -95,7 +95,7 @@ def test_a_recipe_is_not_taken_for_its_run(name: str, run: Path) -> None:
     """It stands for the base."""
     text = (run / "config.yaml").read_text()
     Path("mine.yaml").write_text(re.sub("output_dir: .*", f"output_dir: {run}", text))
-    refused(EXPORTS[name][0], Path("mine.yaml"), EXPORTS[name][1], str(run))
+    refused(EXPORTS[name][0], Path("mine.yaml"), EXPORTS[name][1], "use the run: ")
 
 
 @pytest.mark.slow

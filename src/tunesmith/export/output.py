@@ -38,13 +38,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     UsageError where the path names nothing, or where the run, its base or the user is in it;
     MachineError where its folder cannot be written.
     """
-    recipe = location.run
-    if location.kind == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
-        raise UsageError(
-            "this is a recipe, which stands for its base, not for the run that it made",
-            where=location.base.name,
-            fix=f"use the run: {shell_path(from_here(recipe.output_dir))}",
-        )
+    _refuse_recipe(location)
     if not str(output):
         raise UsageError("--output is empty", where="--output", fix="use a new file or folder")
     goal = Path(os.path.abspath(output))
@@ -77,6 +71,17 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     return goal
 
 
+def _refuse_recipe(location: RunLocation) -> None:
+    """UsageError for the base of a recipe whose run is there: who names it means the run."""
+    recipe = location.run
+    if location.kind == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
+        raise UsageError(
+            "this is a recipe, which stands for its base, not for the run that it made",
+            where=location.base.name,
+            fix=f"use the run: {shell_path(from_here(recipe.output_dir))}",
+        )
+
+
 def new_folder_place(output: str | Path, location: RunLocation) -> Path:
     """`output_place` of a folder; UsageError unless nothing is there, or an empty folder."""
     goal = output_place(output, location)
@@ -92,6 +97,7 @@ def merge_place(
 
     UsageError where the run has no adapter, or where the merge would overwrite something else.
     """
+    _refuse_recipe(location)
     if location.kind != "adapter":
         where = str(location.folder or path)
         why = location.note or "it is a base model"
