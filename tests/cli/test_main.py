@@ -174,6 +174,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "there is no command 'runs/a'",
             "tunesmith export runs/a --to gguf",
         ),
+        (
+            ["train", "--model", "m", "--data", "d", "train.seed", "=", "1"],
+            "train.seed = is no override",
+            "without blanks around =",
+        ),
         (["zzz"], "there is no command 'zzz'", "tunesmith --help"),
         (["compare", "a", "b"], "there is no command 'compare'", "tunesmith report A B"),
         (["--json"], "there is no command '--json'", "tunesmith --help"),

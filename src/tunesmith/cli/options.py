@@ -283,6 +283,10 @@ def chosen_recipe(
         taken, and none is made.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
+    for key, sign in zip(words, words[1:], strict=False):
+        if sign.startswith("=") or key.endswith("="):
+            fix = "write key=value as one word, without blanks around ="
+            raise UsageError(f"{key} {sign} is no override", where="command line", fix=fix)
     if words:
         check_no_rows(words[0], args)
     names = ("model", "data", "split", "format", "columns")
