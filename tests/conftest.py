@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 pytest_plugins = ["devices", "rows", "varlen"]
@@ -43,11 +42,14 @@ os.environ.setdefault(
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile(
-    "any clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("any clock")
+# How long an example takes says how busy the machine is. The tests of a GPU need no hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "any clock", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("any clock")
 
 
 @pytest.fixture(scope="session", autouse=True)

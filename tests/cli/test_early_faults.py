@@ -224,7 +224,7 @@ def test_an_earlier_run_is_told_without_torch(tiny: Path, tmp_path: Path):
     told = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
     assert json.loads(told.stdout)["finished_before"]
     for err in (start([str(file), "--json"], tmp_path)[2], told.stderr):
-        assert "warning: rows.jsonl" in err
+        assert "rows.jsonl" in err
         assert "--fresh" in err
     write_rows(tmp_path / "rows.jsonl", 40)
     for again in (words, [str(file)]):

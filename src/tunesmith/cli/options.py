@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import os
@@ -267,6 +268,14 @@ def command_on_rows(args: argparse.Namespace, file: str) -> str:
     return shell_command(words)
 
 
+def _check_no_blanks(words: list[str]) -> None:
+    """UsageError for an override whose key, sign and value are words of their own."""
+    for key, sign in itertools.pairwise(words):
+        if sign.startswith("=") or key.endswith("="):
+            fix = "write key=value as one word, without blanks around ="
+            raise UsageError(f"{key} {sign} is no override", where="command line", fix=fix)
+
+
 def chosen_recipe(
     args: argparse.Namespace,
     *,
@@ -283,10 +292,7 @@ def chosen_recipe(
         taken, and none is made.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
-    for key, sign in zip(words, words[1:], strict=False):
-        if sign.startswith("=") or key.endswith("="):
-            fix = "write key=value as one word, without blanks around ="
-            raise UsageError(f"{key} {sign} is no override", where="command line", fix=fix)
+    _check_no_blanks(words)
     if words:
         check_no_rows(words[0], args)
     names = ("model", "data", "split", "format", "columns")

@@ -38,7 +38,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     UsageError where the path names nothing, or where the run, its base or the user is in it;
     MachineError where its folder cannot be written.
     """
-    _refuse_recipe(location)
+    _check_not_recipe(location)
     if not str(output):
         raise UsageError("--output is empty", where="--output", fix="use a new file or folder")
     goal = Path(os.path.abspath(output))
@@ -71,7 +71,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
     return goal
 
 
-def _refuse_recipe(location: RunLocation) -> None:
+def _check_not_recipe(location: RunLocation) -> None:
     """UsageError for the base of a recipe whose run is there: who names it means the run."""
     recipe = location.run
     if location.kind == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
@@ -97,7 +97,7 @@ def merge_place(
 
     UsageError where the run has no adapter, or where the merge would overwrite something else.
     """
-    _refuse_recipe(location)
+    _check_not_recipe(location)
     if location.kind != "adapter":
         where = str(location.folder or path)
         why = location.note or "it is a base model"
