@@ -119,11 +119,12 @@ TEXT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(prompt=TEXT, completion=TEXT.filter(str.strip))  # one of blanks alone counts as empty
+@given(prompt=TEXT, completion=TEXT.filter(bool))
 @example(prompt="The answer: ", completion="So")
 @example(prompt="e", completion="\u0301")
 @example(prompt="", completion=" So")
 @example(prompt="So ", completion=" So")
+@example(prompt="a ", completion=" ")
 def test_any_prompt_and_any_completion(kind: str, prompt: str, completion: str) -> None:
     check_completion(train(kind, (END,), kind in ("prefixed", "llama2")), prompt, completion)
 

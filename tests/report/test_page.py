@@ -196,7 +196,8 @@ def test_ranks(tmp_path: Path) -> None:
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  loading\n")
     for markdown in (False, True):
-        assert "without" in render_report([RunFiles(tmp_path)], markdown=markdown)
+        page = render_report([RunFiles(tmp_path)], markdown=markdown)
+        assert lines_with(page.replace("\\", ""), "without", "val_loss")
 
 
 @pytest.mark.slow
