@@ -470,19 +470,6 @@ def test_full_fine_tuning_names_its_optimizer(capsys: pytest.CaptureFixture[str]
     assert not lines_with(capsys.readouterr().out, "train.optimizer=adamw")
 
 
-def test_a_small_step_takes_no_less_than_its_kernels_to_launch(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    words = ["plan", "smollm2-135m-lora", "--on", "h100", "--rows", "70", "--length", "50"]
-    keys = ["train.duration=100 steps", "train.global_batch=1 examples", "data.validation=[]"]
-    assert main([*words, *keys]) == 0
-    assert lines_with(capsys.readouterr().out, "steps", "0.6")
-    assert main([*words, *keys, "--json"]) == 0
-    best = json.loads(capsys.readouterr().out)["meshes"][0]
-    # 30 layers of 40 kernels
-    assert best["step_seconds"] == pytest.approx(0.006)
-
-
 def test_lengths_from_characters_count_the_prompt_of_a_pair_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

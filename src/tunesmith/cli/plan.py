@@ -90,7 +90,6 @@ PARTS = {
     "recompute": "recomputing layers",
     "fixed cost of passes": "reading weights",
     "update": "optimizer",
-    "launches": "launching kernels, at least",
     "shard copies": "copying other ranks' weights",
     "copies for experts": "sorting tokens by expert",
     "rows of other ranks": "copying other ranks' tokens",
@@ -890,9 +889,6 @@ def _hours(
         duration = _duration(planner, best.hours)
         if _measured_here(planner):
             duration = f"about {duration}, as {planner.cluster.chip.source}"
-        elif "launches" in best.seconds:
-            seconds = 3600 * best.hours
-            duration = f"at least {format_seconds(seconds) if seconds >= 1 else f'{seconds:.1g} s'}"
         dollars = _cost(planner, best, price) if price else None
         cost = f", {_dollars_text(dollars)} USD" if dollars else ""
         beside = (

@@ -57,11 +57,6 @@ EIGHT_BIT_SPEED = 1.44
 PRODUCT_SPEED = 1.27
 # Rows of a tile of a grouped product: the last one of each expert is half empty on average.
 TILE = 128
-# Kernels of a layer, forward and backward, at the least: three products of each of seven matrices,
-# and as many between them. The host takes some 5 microseconds to launch one in PyTorch: what bounds
-# small steps on a GPU. Nobody has measured either; a step takes longer, if anything.
-LAUNCHES = 40
-LAUNCH_SECONDS = 5e-6
 # Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
 UPDATE_BYTES = 46
 # The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
@@ -931,10 +926,6 @@ class Planner:
             itemsize = DTYPES[self.run.model.dtype].itemsize
             passed_bytes = tokens * estimator.passed_bytes(itemsize)
             parts["rows of other ranks"] = passed_bytes / self._memory_bandwidth
-        launching = micro_batches * self.spec.depth * LAUNCHES * LAUNCH_SECONDS
-        waits = launching - sum(parts.values())
-        if waits > 0 and self.machine.device != "cpu":
-            parts["launches"] = waits
         return parts
 
     @property
