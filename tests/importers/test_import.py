@@ -381,6 +381,7 @@ BAD = {
     "value": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: -1\n", ["train.learning_rate", "file.yaml:3"]),
     "kind": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: fast\n", ["learning_rate: \"fast\"", "file.yaml:3"]),
     "shape": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nmicro_batch_size: many\nlearning_rate: 1e-4\n", ["micro_batch_size", "file.yaml:3"]),
+    "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", ["dataset_text_field", "one column", "file.yaml:3"]),
     "quote": ("trl sft \\\n  --model_name_or_path 'm\n", ["cannot be read", "file.yaml:2"]),
     "shell": ("trl sft --model_name_or_path $MODEL\n", ["$MODEL", "file.yaml:1"]),
     "again": ("trl sft --seed 1 \\\n --seed 2\n", ["--seed is given twice", "file.yaml:2"]),

@@ -49,9 +49,17 @@ def trl_format(recipe: Translation, usual_format: str) -> str:
     for column, format_ in _FORMATS_OF_COLUMNS.items():
         if column in columns:
             return format_
-    text_column = recipe.get("dataset_text_field") or "text"
     # Many files name a column of messages there, which TRL then reads as such.
-    return "messages" if text_column in _FORMATS_OF_COLUMNS else "text"
+    return "messages" if _text_column(recipe) in _FORMATS_OF_COLUMNS else "text"
+
+
+def _text_column(recipe: Translation) -> str:
+    """The column that the file names for the text. UsageError unless it is one name."""
+    column = recipe.get("dataset_text_field") or "text"
+    if not isinstance(column, str):
+        why = "the name of one column is expected"
+        raise recipe.error("dataset_text_field", why, "write one name there")
+    return column
 
 
 def names_without_columns(recipe: Translation) -> list[str]:
@@ -96,8 +104,8 @@ def _set_single(recipe: Translation, part: str, split_name: str, format_: str) -
 def _with_format(recipe: Translation, source: dict[str, Any], format_: str) -> dict[str, Any]:
     """The source with its format, and the column of the text where the file names one."""
     source["format"] = format_
-    text_column = recipe.get("dataset_text_field")
-    if format_ == "text" and text_column not in (None, "text"):
+    text_column = _text_column(recipe)
+    if format_ == "text" and text_column != "text":
         source["columns"] = {"text": text_column}
     return source
 
