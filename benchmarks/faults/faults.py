@@ -1,10 +1,9 @@
 """What a run on two nodes does when a part of it fails: `tunesmith train` under torchrun in two
 network namespaces.
 
-    sudo python benchmarks/faults/faults.py --times 4 --json docs/measurements/faults.json   # every
-    fault sudo python benchmarks/faults/faults.py link --seconds 60                                #
-    one, with the default heartbeat
-    python benchmarks/faults/faults.py --table docs/measurements/faults.json                 # the table of docs/measurements/ranks.md
+    sudo python benchmarks/faults/faults.py --times 4 --json docs/measurements/faults.json   # every fault
+    sudo python benchmarks/faults/faults.py link --seconds 60                                # one, with the default heartbeat
+    python benchmarks/faults/faults.py --table docs/measurements/faults.json                 # the table
 
 It needs root, iproute2 and util-linux. Two nodes, two ranks each, a switch between them; gloo on
 CPUs, full fine-tuning of a small Llama, two shards and two copies, a sharded checkpoint every 10
@@ -450,7 +449,7 @@ def end(pair: Pair, *, stop: bool = False) -> dict[str, int]:
 
 
 def rows(found: dict[str, Any]) -> Iterator[str]:
-    """The table of docs/measurements/ranks.md."""
+    """Print the table of a record."""
     yield "| fault | heartbeat limit | all ranks have ended after | exit codes of the launchers | failure.json | resumed run |"
     yield "|---|---|---|---|---|---|"
     for entry in found["faults"].values():

@@ -3,7 +3,7 @@
 
     sudo python benchmarks/faults/kills.py slurm --times 20 --json docs/measurements/kills.json
     sudo python benchmarks/faults/kills.py swarm --times 20 --json docs/measurements/kills.json
-    python benchmarks/faults/kills.py table --json docs/measurements/kills.json     # the table of docs/measurements/ranks.md
+    python benchmarks/faults/kills.py table --json docs/measurements/kills.json     # the table
 
 It needs root and `make cluster-tools`. Both clusters are those of the tests: two nodes in network
 namespaces of one machine, with the real daemons. A small random Llama is trained in full by one

@@ -1,9 +1,7 @@
 """A training run beside a process that takes all memory, in a control group with a limit: is it
 stopped before the kernel kills?
 
-    sudo python benchmarks/faults/memory_guard.py --times 20 --json
-    docs/measurements/memory-guard.json
-    python benchmarks/faults/memory_guard.py --cost                         # what a look at the figures takes
+    sudo python benchmarks/faults/memory_guard.py --times 20 --json docs/measurements/memory-guard.json
 
 Each time an unmodified `tunesmith train` and then a process that fills memory at a steady rate run
 in one control group (version 1 or 2, made by root). A time counts where the run ends with exit code
@@ -16,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -27,9 +24,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
-from losses_on_ranks import write_small
 
 ROOT = Path("/sys/fs/cgroup")
 RATES = (100, 50, 200, 25, 300)  # MiB a second
@@ -95,6 +89,34 @@ def group(mib: int) -> Iterator[Group]:
         yield made
     finally:
         made.remove()
+
+
+def write_model_and_rows(folder: Path) -> Path:
+    """Write a random Llama with a byte tokenizer, and rows.jsonl that count; return the model's folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    model = folder / "small"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(model)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=272, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=256, pad_token_id=256,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(400):
+            numbers = " ".join(str(i + k * (i % 7 + 1)) for k in range(4 + i % 9))
+            row = {"prompt": f"Count from {i} by {i % 7 + 1}: ", "completion": numbers}
+            file.write(json.dumps(row) + "\n")
+    return model
 
 
 def write_recipe(folder: Path, model: Path, out: str) -> Path:
@@ -169,11 +191,10 @@ def once(folder: Path, model: Path, name: str, mib: int, rate: int) -> dict[str,
 
 
 def measure(
-    times: int, mib: int, rates: Sequence[int], model: Path | None, folder: Path, *, stop_only: bool
+    times: int, mib: int, rates: Sequence[int], folder: Path, *, stop_only: bool
 ) -> list[dict[str, Any]]:
     """Stop so many runs, go on with each, and compare with one that nothing stopped."""
-    write_small(folder)  # rows too
-    model = model or folder / "small"
+    model = write_model_and_rows(folder)
     found = []
     for number in range(times):
         found.append(once(folder, model, f"run{number}", mib, rates[number % len(rates)]))
@@ -193,28 +214,6 @@ def measure(
     return found
 
 
-def cost(looks: int = 2000) -> dict[str, float]:
-    """Microseconds of processor time of a look at this machine's figures, and its share of a step's
-    time.
-    """
-    from tunesmith.distributed.ranks import Ranks
-    from tunesmith.host.signals import StopRequest
-    from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard
-
-    # It looks back over the last seconds: as many looks as these have in a run
-    ticks = itertools.count(0.0, OFTEN)
-    guard = MemoryGuard(StopRequest(), Ranks(), clock=lambda: next(ticks))
-    began = time.thread_time()
-    for _ in range(looks):
-        guard.look()
-    each = (time.thread_time() - began) / looks
-    return {
-        "look_us": round(each * 1e6, 1),
-        "share_far": each / RARELY,
-        "share_at_the_floor": each / OFTEN,
-    }
-
-
 def main() -> None:
     """Measure, and say how many of the times were clean."""
     p = argparse.ArgumentParser(
@@ -225,25 +224,16 @@ def main() -> None:
     p.add_argument(
         "--rates", type=int, nargs="+", default=RATES, metavar="MIB", help="a second, in turn"
     )
-    p.add_argument(
-        "--model",
-        type=Path,
-        help="a Transformers folder (default: a small one with random weights)",
-    )
     p.add_argument("--stop-only", action="store_true", help="do not go on with the runs")
-    p.add_argument("--cost", action="store_true", help="only what a look takes")
     p.add_argument("--json", type=Path)
     a = p.parse_args()
-    if a.cost:
-        print(json.dumps(cost()))
-        return
     with tempfile.TemporaryDirectory(prefix="tunesmith-guard-") as folder:
-        found = measure(a.times, a.limit, a.rates, a.model, Path(folder), stop_only=a.stop_only)
+        found = measure(a.times, a.limit, a.rates, Path(folder), stop_only=a.stop_only)
     told = {"times": len(found), "clean": sum(r["clean"] for r in found)}
     if not a.stop_only:
         told["equal"] = sum(r["equal"] for r in found)
     if a.json:
-        a.json.write_text(json.dumps({**told, "cost": cost(), "runs": found}, indent=1) + "\n")
+        a.json.write_text(json.dumps({**told, "runs": found}, indent=1) + "\n")
     print(json.dumps(told))
     sys.exit(len({*told.values()}) != 1)
 

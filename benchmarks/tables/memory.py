@@ -26,7 +26,7 @@ from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.planning.resolve import USABLE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine
 
-MODELS = ("llama3-3b", "mistral-7b", "llama3-8b", "qwen3-8b", "llama3-70b")
+MODELS = ("llama3-3b", "llama3-8b", "llama3-70b")
 METHODS = {
     "full": {"adapter": {"kind": "none"}},
     "full, 8-bit moments, stochastic rounding": {

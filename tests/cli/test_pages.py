@@ -89,21 +89,9 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_tables_of_ranks_are_those_that_were_measured() -> None:
-    files = sorted((ROOT / "docs" / "measurements").glob("ranks-*.json"))
-    assert files
-    done = run_warm(
-        ["--check", "docs/measurements/ranks.md", *files],
-        program=ROOT / "benchmarks/parity/losses_on_ranks.py",
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("memory", "memory"), ("plan", "plan"), ("versions", "measurements/README")],
+    [("memory", "memory"), ("versions", "measurements/README")],
 )
 def test_the_table_is_what_its_benchmark_says(name: str, page: str) -> None:
     done = run_warm(

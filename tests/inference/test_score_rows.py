@@ -138,7 +138,6 @@ evaluate(sys.argv[1], sys.argv[2], scorers=("f1",), output=sys.argv[3], max_new_
 def test_a_process_that_was_killed_is_gone_on_with(
     run: Path, held: Path, answered: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """One kill while answers are written; benchmarks/faults/kill_eval.py has ten."""
     killed = tmp_path / "killed.jsonl"
     process = Warm([run, held, killed], program=COMMAND)
     while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < 8):
