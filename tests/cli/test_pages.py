@@ -4,7 +4,6 @@ tools, memory.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from packaging.version import Version
 
 from conftest import byte_tokenizer
 from tunesmith.cli.data import segments
-from tunesmith.config.load import from_mapping, load_recipe
+from tunesmith.config.load import from_mapping
 from tunesmith.config.names import keys, other_tools
 from tunesmith.data.prepare import prepare_data
 from warm import run_warm
@@ -79,13 +78,6 @@ def test_the_words_of_other_tools_are_those_that_an_error_suggests() -> None:
                 )
                 checked += 1
     assert checked >= 50
-
-
-def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```$", COMING, re.M | re.S)
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": []}))
-    (tmp_path / "my-recipe.yaml").write_text(block)
-    assert load_recipe(tmp_path / "my-recipe.yaml").model.name == "Qwen/Qwen3-8B"
 
 
 @pytest.mark.slow
