@@ -5,9 +5,8 @@
 Each round starts one process per contender, in turn, so that a noisy machine is noisy for all.
 Reported for each: non-padding tokens/s over the timed steps (data loading included), peak memory
 (allocated on a GPU, else resident), the loss of each step, and the ratio of the medians. Rows are
-alpaca-like JSON; every contender trains on the same text in the same order, on every token. `--busy
-N` starts N processes beside them that compute without end. A model of a true shape with random
-weights: benchmarks/speed/random_model.py.
+alpaca-like JSON; every contender trains on the same text in the same order, on every token. A model
+of a true shape with random weights: benchmarks/speed/random_model.py.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,7 @@ TEXT = (
     "### Instruction: {}\n\n### Input: {}\n\n### Response: {}"
 )
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CONTENDERS = {
+CONTENDERS: dict[str, dict[str, Any]] = {
     "tunesmith": {},
     "trl default": {},
     # The fastest of its settings on a CPU that we know
@@ -134,10 +130,14 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
     }
 
 
-def contend(a: argparse.Namespace, run: Callable[[argparse.Namespace, Path], Any]) -> None:
+def contend(a: argparse.Namespace) -> None:
     """Run one contender in this process; its report is the last line of stdout."""
     with tempfile.TemporaryDirectory() as name:
-        out = run(a, Path(name))
+        folder = Path(name)
+        if a.contender == "tunesmith":
+            out = tunesmith_run(a, folder)
+        else:
+            out = trl_run(a, folder, CONTENDERS[a.contender])
     from tunesmith.metrics import hardware
     from tunesmith.runtime.device import choose_device
 
@@ -148,122 +148,70 @@ def contend(a: argparse.Namespace, run: Callable[[argparse.Namespace, Path], Any
     print("REPORT " + json.dumps(out))
 
 
-def report_of(contender: str, launch: Sequence[str] = (), **environment: str) -> dict[str, Any]:
-    """What a contender of this script, run in new processes that `launch` starts, prints behind
-    REPORT.
-    """
-    command = [sys.executable, *launch, *sys.argv, "--contender", contender]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
+def report_of(contender: str) -> dict[str, Any]:
+    """Run a contender in a new process, and read what it prints behind REPORT."""
+    command = [sys.executable, *sys.argv, "--contender", contender]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    if done.returncode or not found:
+    reports = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    if done.returncode or not reports:
         sys.exit(f"{contender} failed:\n{done.stdout}\n{done.stderr}")
-    return json.loads(found[-1].removeprefix("REPORT "))
+    report: dict[str, Any] = json.loads(reports[-1].removeprefix("REPORT "))
+    return report
 
 
-@contextmanager
-def neighbours(count: int) -> Iterator[None]:
-    """`count` processes that compute without end."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+def contest(a: argparse.Namespace) -> None:
+    """Run the contenders in turn, `--rounds` times, and print the table; the first is ours."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in a.only}
+    for round_ in range(a.rounds):
+        for name, done in runs.items():
+            done.append(report_of(name))
+            print(f"round {round_ + 1}  {figures_of(name, done[-1])}", flush=True)
+    table = {}
+    for name, done in runs.items():
+        table[name] = {
+            "tokens_per_second": statistics.median(run["tokens_per_second"] for run in done),
+            "peak_gib": max(run["peak_gib"] for run in done),
+        }
+    ours = table[a.only[0]]["tokens_per_second"]
+    for name, row in table.items():
+        row["times_slower_than_tunesmith"] = ours / row["tokens_per_second"]
+        slower = f"{row['times_slower_than_tunesmith']:.2f} x"
+        print(f"{figures_of(name, row)}  {a.only[0]} is {slower}")
+    if a.json:
+        report = {"command": sys.argv, "median": table, "runs": runs}
+        Path(a.json).write_text(json.dumps(report, indent=1))
 
 
-def options_of(description: str, data: str, contenders: Collection[str]) -> argparse.ArgumentParser:
-    """What every comparison with TRL asks for; `data` says of which rows."""
+def figures_of(name: str, row: dict[str, Any]) -> str:
+    return f"{name:12}  {row['tokens_per_second']:8.1f} tok/s  {row['peak_gib']:5.2f} GiB"
+
+
+def main() -> None:
     p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", required=True, help="a Transformers folder")
-    p.add_argument("--data", required=True, help=data)
+    p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--steps", type=int, default=6)
     p.add_argument("--skip", type=int, default=2, help="first steps that are not timed")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument(
-        "--busy",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes beside them that compute without end",
-    )
-    p.add_argument(
-        "--dtype",
-        default="bf16",
-        choices=["bf16", "fp32"],
-        help="of all contenders; fp32 where a CPU emulates bf16",
+        "--dtype", default="bf16", choices=["bf16", "fp32"], help="fp32 where a CPU emulates bf16"
     )
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
-    p.add_argument("--only", nargs="+", choices=list(contenders), default=list(contenders))
+    p.add_argument("--only", nargs="+", choices=[*CONTENDERS], default=[*CONTENDERS])
     p.add_argument("--json", help="write the report here")
-    p.add_argument("--contender", choices=list(contenders), help=argparse.SUPPRESS)
-    return p
-
-
-def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with the folder of a model as an absolute path."""
+    p.add_argument("--contender", choices=[*CONTENDERS], help=argparse.SUPPRESS)
     a = p.parse_args()
-    a.model = str(Path(a.model).resolve()) if Path(a.model).exists() else a.model
-    return a
-
-
-def contest(a: argparse.Namespace) -> None:
-    """Run the contenders in turn, `--rounds` times, and print the table; the first is ours."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in a.only}
-    width = max(map(len, runs))
-    with neighbours(a.busy):
-        for round_ in range(a.rounds):
-            for name, done in runs.items():
-                done.append(report_of(name))
-                print(f"round {round_ + 1}  {name:{width}}  {figures_of(done[-1])}", flush=True)
-    table = {}
-    for name, done in runs.items():
-        table[name] = {"peak_gib": max(r["peak_gib"] for r in done)}
-        for figure in RATES:
-            if figure in done[0]:
-                table[name][figure] = statistics.median(r[figure] for r in done)
-    ours = table[a.only[0]]
-    for name, row in table.items():
-        ratios = []
-        for figure, slower in RATES.items():
-            if figure in row:
-                row[slower] = ours[figure] / row[figure]
-                ratios.append(f"{row[slower]:.2f} x")
-        print(f"{name:{width}}  {figures_of(row)}  {a.only[0]} is {', '.join(ratios)}")
-    if a.json:
-        Path(a.json).write_text(
-            json.dumps({"command": sys.argv, "median": table, "runs": runs}, indent=1)
-        )
-
-
-# Figures of which more is better, and the name of their ratio to ours.
-RATES = {
-    "tokens_per_second": "times_slower_than_tunesmith",
-    "tokens_per_core_second": "times_the_core_time_of_tunesmith",
-}
-
-
-def figures_of(row: dict[str, Any]) -> str:
-    text = f"{row['tokens_per_second']:8.1f} tok/s"
-    if "tokens_per_core_second" in row:
-        text += f"  {row['tokens_per_core_second']:7.1f} tok/core-s"
-    return f"{text}  {row['peak_gib']:5.2f} GiB"
-
-
-def main() -> None:
-    p = options_of(__doc__, "alpaca-like rows, a JSON array", CONTENDERS)
-    a = parse(p)
-    if not a.contender:
-        contest(a)
-    elif a.contender == "tunesmith":
-        contend(a, tunesmith_run)
+    if Path(a.model).exists():
+        a.model = str(Path(a.model).resolve())
+    if a.contender:
+        contend(a)
     else:
-        contend(a, partial(trl_run, options=CONTENDERS[a.contender]))
+        contest(a)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""A sample of `benchmarks/faults/damaged_runs.py`: random damage under every command that reads a
-run directory.
-"""
+"""Random damage under every command that reads a run directory."""
 
 from __future__ import annotations
 
@@ -9,9 +7,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from damaged_runs import READERS, complete, describe, try_seed
 
 from cli.bad_world import World
+from cli.damaged_runs import READERS, complete, describe, try_seed
 from tunesmith.cli.main import main
 
 pytestmark = pytest.mark.slow

@@ -1,19 +1,13 @@
-"""Damaged run directories under every command that reads one: no internal error, no hang, nothing
-in the directory changed.
+"""Damage a copy of a run directory at random, and run every command that reads one: no internal error,
+no hang, nothing in the directory changed.
 
-    python benchmarks/faults/damaged_runs.py --mutations 500
-    python benchmarks/faults/damaged_runs.py --mutations 500 --first 137 --last 137      # one of them again, with what was said
-
-A tiny model is trained for a few steps. Each seed copies that run, does one thing to one of its
-files, and runs `report` (both forms), `watch --json`, the page's own answers of a watcher that was
-open before, `status`, `eval` and `merge` on it, all in this process. The exit status is 1 if one of
-them ends with an internal error, takes longer than the limit, or changes a file; what `eval` adds
-to evals/ is no change.
+Each seed does one thing to one file, and runs `report` (both forms), `watch --json`, the page's own
+answers of a watcher that was open before, `status`, `eval` and `merge`, all in this process. What
+`eval` adds to evals/ is no change.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -22,18 +16,13 @@ import os
 import random
 import shutil
 import stat
-import sys
-import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
 from time_limit import HangError, time_limit
 from tunesmith.cli.main import main
@@ -308,78 +297,7 @@ def try_seed(
         before = after
 
 
-def train_template(folder: Path) -> Path:
-    """A run of four steps of a tiny random model."""
-    from conftest import write_tiny_llama
-    from recipes import recipe
-    from tunesmith.config.dump import to_yaml
-
-    write_tiny_llama(folder / "tiny")
-    (folder / "recipe.yaml").write_text(to_yaml(recipe(folder / "tiny", folder)))
-    with redirect_stderr(io.StringIO()):
-        code = main(["train", str(folder / "recipe.yaml"), "train.duration=4 steps"])
-    assert code == 0
-    return folder / "run"
-
-
 def describe(one: Outcome) -> str:
     return (
         f"seed {one.seed} ({one.change}) {one.command}: {one.code} {one.changed} {one.text[-600:]}"
     )
-
-
-def report(outcomes: Sequence[Outcome]) -> str:
-    """How many ended how, the slowest, and each that is bad."""
-    codes: dict[str, Counter[str]] = {}
-    for one in outcomes:
-        codes.setdefault(one.command, Counter())[str(one.code)] += 1
-    rows = [f"{command:<20}{dict(sorted(counts.items()))}" for command, counts in codes.items()]
-    slowest = max(outcomes, key=lambda one: one.seconds)
-    bad = [one for one in outcomes if one.is_bad]
-    rows.append(
-        f"slowest: {slowest.seconds:.1f} s, {slowest.command} of seed {slowest.seed} ({slowest.change})"
-    )
-    rows.append(
-        f"{len(outcomes)} commands, {len(bad)} with an internal error, a hang, or a changed file"
-    )
-    return "\n".join([*rows, *map(describe, bad)])
-
-
-def run() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--mutations", type=int, default=500, metavar="N")
-    parser.add_argument("--first", type=int, default=0, metavar="SEED")
-    parser.add_argument(
-        "--last", type=int, metavar="SEED", help="(default: as many as --mutations)"
-    )
-    parser.add_argument(
-        "--readers", action="store_true", help="leave out eval and merge, which load a model"
-    )
-    args = parser.parse_args()
-    last = args.first + args.mutations - 1 if args.last is None else args.last
-    outcomes: list[Outcome] = []
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory(prefix="damaged-") as base:
-        os.environ["TUNESMITH_CACHE"] = f"{base}/cache"
-        template = train_template(Path(base))
-        complete(template)
-        for seed in range(args.first, last + 1):
-            folder = Path(base, f"seed-{seed}")
-            folder.mkdir()
-            for outcome in try_seed(seed, template, folder, READERS if args.readers else None):
-                outcomes.append(outcome)
-                if outcome.is_bad:
-                    print(describe(outcome), file=sys.stderr, flush=True)
-            shutil.rmtree(folder)
-            if args.first == last:
-                print(
-                    "\n".join(
-                        f"{one.change}\n{one.command}: {one.code}\n{one.text}" for one in outcomes
-                    )
-                )
-    print(report(outcomes))
-    return int(any(one.is_bad for one in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(run())
