@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
 ROOT = Path("/sys/fs/cgroup")
 RATES = (100, 50, 200, 25, 300)  # MiB a second
 COMPARED = ("loss", "grad_norm", "learning_rate", "tokens", "examples")
@@ -92,31 +94,13 @@ def group(mib: int) -> Iterator[Group]:
 
 
 def write_model_and_rows(folder: Path) -> Path:
-    """Write a random Llama with a byte tokenizer, and rows.jsonl that count; return the model's folder."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    """Write a small random Llama and rows.jsonl; return the model's folder."""
+    from conftest import write_tiny_llama
+    from recipes import write_rows
 
-    model = folder / "small"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>"
-    ).save_pretrained(model)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=272, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=16,
-        num_key_value_heads=8, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=256, pad_token_id=256,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for i in range(400):
-            numbers = " ".join(str(i + k * (i % 7 + 1)) for k in range(4 + i % 9))
-            row = {"prompt": f"Count from {i} by {i % 7 + 1}: ", "completion": numbers}
-            file.write(json.dumps(row) + "\n")
-    return model
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 16}
+    write_rows(folder / "rows.jsonl", 400)
+    return write_tiny_llama(folder / "small", **sizes, num_key_value_heads=8)
 
 
 def write_recipe(folder: Path, model: Path, out: str) -> Path:
