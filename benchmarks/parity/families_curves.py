@@ -1,44 +1,35 @@
-"""Loss curves and speed of ten types of models beside a plain Transformers + PEFT loop: one type of
-each kind of layer.
+"""Loss curves of ten types of models beside a plain Transformers + PEFT loop: one type of each kind
+of layer.
 
     python benchmarks/parity/families_curves.py --json out.json
     python benchmarks/parity/families_curves.py gpt_oss lfm2       # some types
-    python benchmarks/parity/families_curves.py --rounds 0         # the curves alone
 
 Each type is a small random model (width 256, fp32) with a byte tokenizer. Windows and chunks are
 shorter than the rows. Both sides begin with the same weights (for LoRA the adapter that ours draws,
 read by PEFT), take the same rows in the same order at a constant rate and clip at 1.0. The plain
 side pads rows and uses sdpa, or eager attention where a type has no other. Printed: the largest
-relative difference of the loss, and tokens per CPU second of both sides, which take turns of a few
-steps; their ratio is the median over pairs of the same step.
+relative difference of the loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from parity import compare, examples_of, recipe, whole_texts, write_first_adapter
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "parity"))
-from reference import load, train_steps
+from reference import curve, load
 
-from tunesmith.data.batch import Example
 from tunesmith.training.run import train
-from tunesmith.training.trainer import Trainer
 
 BASE: dict[str, Any] = {
     "vocab_size": 1024,
@@ -222,16 +213,6 @@ def write_rows(file: Path, count: int) -> Path:
     return file
 
 
-@dataclass
-class Turn:
-    """Steps of one side: loss of each, and CPU seconds, which other work on the machine moves less
-    than the clock's.
-    """
-
-    losses: list[float]
-    seconds: list[float]
-
-
 class Pair:
     """One type and one kind of training, on both sides."""
 
@@ -257,76 +238,29 @@ class Pair:
             run = recipe(self.options, folder / "unused", kind, data=whole_texts(self.rows))
             self.adapter = write_first_adapter(run, folder / "first")
 
-    def ours(self, steps: int) -> Turn:
-        """A run of so many steps, from the first weights on."""
+    def ours(self, steps: int) -> list[float]:
+        """The losses of a run of so many steps, from the first weights on."""
         self.options.steps = steps
         with tempfile.TemporaryDirectory(dir=self.folder) as out:
             run = recipe(self.options, Path(out) / "run", self.kind, data=whole_texts(self.rows))
-            clocks: list[float] = []
-            step = Trainer.train_step
+            return [record.loss for record in train(run, quiet=True).records]
 
-            def timed(self: Trainer, batch: Any) -> Any:
-                clocks.append(time.process_time())
-                return step(self, batch)
-
-            with mock.patch.object(Trainer, "train_step", timed):
-                records = train(run, quiet=True).records
-        # The last step has no next one that ends it; neither does its turn count for speed.
-        seconds = [end - start for start, end in pairwise(clocks)]
-        return Turn([r.loss for r in records], seconds)
-
-    def plain(self, steps: int) -> Turn:
-        """The same steps of a plain loop."""
+    def plain(self, steps: int) -> list[float]:
+        """Those of a plain loop."""
         model = load(Path(self.options.model), self.adapter, torch.float32, self.attention)
-        turn = Turn([], [])
-        start = time.process_time()
-        for loss in train_steps(
-            model, self.batches[:steps], rate=self.options.rate, pad_id=self.pad_id
-        ):
-            turn.losses.append(loss)
-            turn.seconds.append(time.process_time() - start)
-            start = time.process_time()
-        return turn
+        batches = self.batches[:steps]
+        return curve(model, batches, rate=self.options.rate, pad_id=self.pad_id)
 
 
 def compare_curves(pair: Pair, steps: int) -> dict[str, Any]:
     """The losses of both sides, and their differences."""
     ours, plain = pair.ours(steps), pair.plain(steps)
-    difference = compare(ours.losses, plain.losses)
-    result = {"difference": difference, "ours": ours.losses, "plain": plain.losses}
+    difference = compare(ours, plain)
+    result = {"difference": difference, "ours": ours, "plain": plain}
     if difference["all"] > BOUND:
         pair.attention = "eager"
-        result["noise"] = compare(pair.plain(steps).losses, plain.losses)
+        result["noise"] = compare(pair.plain(steps), plain)
     return result
-
-
-def compare_speed(pair: Pair, rounds: int, steps: int) -> dict[str, float]:
-    """Non-padding tokens per CPU second: medians over the steps of all rounds but each round's first
-    and last.
-    """
-    tokens = [count_tokens(batch) for batch in pair.batches[1 : steps - 1]]
-    ours, plain, ratios = [], [], []
-    for number in range(rounds):
-        # Each side begins every other round: what else the machine does slows both.
-        if number % 2 == 0:
-            one, other = pair.ours(steps), pair.plain(steps)
-        else:
-            other, one = pair.plain(steps), pair.ours(steps)
-        for count, fast, slow in zip(tokens, one.seconds[1:], other.seconds[1:-1], strict=True):
-            ours.append(count / fast)
-            plain.append(count / slow)
-            ratios.append(slow / fast)
-    return {
-        "ours": statistics.median(ours),
-        "plain": statistics.median(plain),
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "most": max(ratios),
-    }
-
-
-def count_tokens(batch: Sequence[Example]) -> int:
-    return sum(len(example.ids) for example in batch)
 
 
 def as_json(report: dict[str, Any]) -> str:
@@ -346,8 +280,6 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--seq", type=int, default=256)
-    p.add_argument("--rounds", type=int, default=3, help="of the comparison of speed")
-    p.add_argument("--round-steps", type=int, default=5)
     p.add_argument("--json", help="add the figures to this file, after each row")
     options = p.parse_args()
     report: dict[str, Any] = {
@@ -375,10 +307,6 @@ def main() -> None:
                 text += f"loss {row['loss']['plain'][0]:.4f} -> {row['loss']['plain'][-1]:.4f}"
                 if "noise" in row["loss"]:
                     text += f" (plain eager against sdpa {row['loss']['noise']['all']:.1e})"
-                if options.rounds:
-                    speed = compare_speed(pair, options.rounds, options.round_steps)
-                    row["tokens_per_cpu_second"] = speed
-                    text += f"  tokens/CPU s {speed['ours']:,.0f} beside {speed['plain']:,.0f}: {speed['ratio']:.2f} x"
                 print(text, flush=True)
                 earlier = [
                     r for r in report["rows"] if (r["type"], r["trained"]) != (model_type, kind)
