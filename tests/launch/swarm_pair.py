@@ -37,6 +37,7 @@ TOOLS = (
     "nsenter",
     "setpriv",
     "ssh-keygen",
+    "rsync",
 )
 SSH = """Port 22
 HostKey {d}/host_key

@@ -6,8 +6,7 @@ example:
   tunesmith fetch Qwen/Qwen3-8B --dry-run
   tunesmith fetch --list
   tunesmith fetch --remove Qwen/Qwen3-8B
-  # from the cache here and there
-  tunesmith fetch --remove 'meta-llama/*' --hosts spark-b --dry-run
+  tunesmith fetch --remove 'meta-llama/*' --dry-run
 
 An interrupted download resumes where it stopped. HF_HOME names the cache,
 HF_TOKEN is your access token.
@@ -55,9 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = "delete a model or data set from the cache; patterns work"
     parser.add_argument("--remove", metavar="NAME", help=what)
-    parser.add_argument(
-        "--hosts", metavar="A,B", default="", help="with --remove: also on these hosts (ssh names)"
-    )
     add_json(parser)
 
 
@@ -65,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         _list(as_json=args.json)
     elif args.remove is not None:
-        elsewhere = _remove_elsewhere(args.remove, args.hosts, dry=args.dry_run)
-        _remove(args.remove, dry=args.dry_run, as_json=args.json, elsewhere=elsewhere)
+        _remove(args.remove, dry=args.dry_run, as_json=args.json)
     elif args.name is None:
         fix = "tunesmith fetch smollm2-135m-lora, or --list"
         raise UsageError("fetch requires a recipe or a model", where="command line", fix=fix)
@@ -217,47 +212,13 @@ def _list(*, as_json: bool) -> None:
     print(f"{len(items)} in the caches, {total}", file=sys.stderr)
 
 
-def _remove_elsewhere(pattern: str, hosts: str, *, dry: bool) -> list[dict[str, Any]]:
-    """Delete what the pattern names from other nodes: from the Hub's cache and the shipped files.
-
-    They need python3 alone.
-    """
-    from huggingface_hub import constants
-
-    from tunesmith.host.files import cache_folder
-    from tunesmith.launch.ship import Connection
-
-    repo = pattern.replace("/", "--")
-    names_in = {
-        constants.HF_HUB_CACHE: [f"models--{repo}", f"datasets--{repo}"],
-        cache_folder("shipped"): [pattern],
-    }
-    rows = []
-    for host in filter(None, hosts.split(",")):
-        for folder, names in names_in.items():
-            patterns = []
-            for name in names:
-                patterns += ["-o", "-name", name]
-            words = ["find", str(folder), "-maxdepth", "1", "-mindepth", "1"]
-            words += ["(", *patterns[1:], ")", "-prune", "-print"]
-            if not dry:
-                words += ["-exec", "rm", "-rf", "--", "{}", "+"]
-            with Connection(host) as connection:
-                # On a node that has no such folder `find` fails: there is nothing to delete.
-                output = connection.ask("run", words=words)[1]
-            for line in output.splitlines():
-                name = Path(line).name
-                rows.append({"name": name, "kind": f"{host}:", "bytes": 0, "removed": not dry})
-    return rows
-
-
-def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, Any]]) -> None:
-    """Delete what the pattern names from the caches here; print what goes, here and elsewhere."""
+def _remove(name: str, *, dry: bool, as_json: bool) -> None:
+    """Delete what the pattern names from the caches; print what goes."""
     from tunesmith.hub.fetch import cached_items, remove_cached
 
     cached = cached_items()
     items = [item for item in cached if fnmatchcase(item.name, name)]
-    if not items and not elsewhere:
+    if not items:
         near = nearest(name, [item.name for item in cached])
         fix = f"did you mean {near}?" if near else "tunesmith fetch --list"
         raise UsageError(f"{name} is not in the caches", where="--remove", fix=fix)
@@ -270,14 +231,12 @@ def _remove(name: str, *, dry: bool, as_json: bool, elsewhere: list[dict[str, An
                 fix = f"ls -ld {shell_path(item.folder)}"
                 raise MachineError(what, where=str(item.folder), fix=fix) from error
     if as_json:
-        rows = elsewhere.copy()
+        rows = []
         for item in items:
             size = item.size
             rows.append({"name": item.name, "kind": item.kind, "bytes": size, "removed": not dry})
         print(json.dumps(rows, indent=2))
         return
     verb = "would remove" if dry else "removed"
-    for row in elsewhere:
-        print(visible(f"{verb} {row['kind']} {row['name']}"))
     for item in items:
         print(f"{verb} {item.kind} {item.name}  {size_text(item.size)}")

@@ -8,7 +8,7 @@ example:
   tunesmith logs -f runs/my-run
   tunesmith stop runs/my-run  # saves, and removes the service
 
-Run it on any of the nodes. The others need docker, sshd and python3; data,
+Run it on any of the nodes. The others need docker, sshd and rsync; data,
 model and image are copied to them. Swarm then runs it in the background, and
 failed ranks restart from the newest checkpoint.
 """

@@ -114,6 +114,10 @@ VERB_GROUPS = {
 OTHER_NAMES = {
     "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
 }
+# Options that went -> what does the same.
+OTHER_OPTIONS = {
+    "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
+}
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
@@ -196,7 +200,10 @@ class Parser(argparse.ArgumentParser):
                     options += action.option_strings
             near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
             takes_keys = any("key=value" in str(action.metavar) for action in self._actions)
-            if near:
+            other = OTHER_OPTIONS.get(f"{self.prog} {word.partition('=')[0]}")
+            if other:
+                fix = other
+            elif near:
                 fix = f"did you mean {near[0]}? see {fix}"
             elif word.startswith("--") and takes_keys:
                 from tunesmith.config.typed import suggest_override

@@ -77,9 +77,7 @@ class FetchProgress:
         self._has_bar = draws_bar and is_terminal(sys.stderr)
 
     @contextmanager
-    def transfer(
-        self, what: str, total: int, received: int, doing: str = "fetching"
-    ) -> Iterator[Advance]:
+    def transfer(self, what: str, total: int, received: int) -> Iterator[Advance]:
         """While bytes of `what` arrive: `total` of them, of which `received` are there already."""
         if self._has_bar:
             with tqdm(
@@ -97,7 +95,7 @@ class FetchProgress:
                 log.info(f"  {size_text(received)} of {size_text(total)}")
 
         there = f", {size_text(received)} already downloaded" if received else ""
-        log.info(f"{doing} {what}: {size_text(total)}{there}")
+        log.info(f"fetching {what}: {size_text(total)}{there}")
         yield advance
 
 

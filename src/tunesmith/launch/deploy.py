@@ -13,26 +13,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, TunesmithError, UsageError, is_secret_name
 from tunesmith.host.shell import shell_command, shell_word
-from tunesmith.launch.inputs import caches, find_secrets, hub_sources, recipe_inputs
+from tunesmith.launch.inputs import (
+    caches,
+    copy_input,
+    find_secrets,
+    hub_sources,
+    place_by_content,
+    recipe_inputs,
+)
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
 from tunesmith.launch.node import MERGE_NICS, count_gpus
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
-from tunesmith.launch.ship import (
-    Connection,
-    ShippedFile,
-    by_content,
-    by_place,
-    cached_files,
-    place_here,
-    require_image,
-    ship,
-    ship_image,
-)
+from tunesmith.launch.ssh import require_image, run_on, send_files, send_image, try_on
 from tunesmith.launch.stack import LABEL, Stack
 from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swarm
 from tunesmith.units import count_of
@@ -74,7 +71,7 @@ def launch_on_swarm(
         render: print the stack file instead, without secrets, and write its recipe here alone.
 
     Raises:
-        What `find_nodes`, `fetch` and `ship` do.
+        What `find_nodes`, `fetch` and `send_files` do.
     """
     out = Path(run.output_dir).absolute()
     inputs = recipe_inputs(run)
@@ -87,17 +84,9 @@ def launch_on_swarm(
     else:
         chosen, excluded, manager = find_nodes(hosts, nodes)
         # Before large files are read, fetched and sent.
-        if not render:
-            require_image(image)
+        image_id = "" if render else require_image(image)
         stack = replace(plan_stack(out, chosen, restarts), excluded=tuple(excluded))
-    files: list[ShippedFile] = []
-    mounts = []
-    # The name of an input in the stack is its content, so the place on the nodes is fixed before
-    # anything is sent.
-    for path in inputs:
-        place, inside = by_content(path)
-        files += inside
-        mounts.append((place, str(path)))
+    mounts = [(str(place_by_content(path)), str(path)) for path in inputs]
     stack = replace(stack, image=image, debug=debug, mounts=tuple(mounts))
     if render:
         host = stack.endpoint.rpartition(":")[0]
@@ -110,9 +99,11 @@ def launch_on_swarm(
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
     # Before the nodes are touched: a run that is at work would lose its files and service.
     job.check_ended()
-    _prepare_nodes(run, job, chosen, files, stack.cache)
+    _prepare_nodes(run, job, chosen, stack)
+    for node in chosen[1:]:
+        log.info(f"image to {node.host}")
+        send_image(image, image_id, node.host)
     # Swarm asks no registry for an id.
-    [image_id] = {ship_image(image, node.host) for node in chosen}
     _start_service(job, replace(stack, image=image_id), manager, extra)
     return job
 
@@ -134,23 +125,26 @@ def how_to_copy(stack: Stack, recipe: Path) -> str:
     return "".join(f"# {line}\n" for line in lines)
 
 
-def _prepare_nodes(
-    run: Run,
-    job: SwarmJob,
-    nodes: Sequence[SwarmNode],
-    inputs: Sequence[ShippedFile],
-    cache: Sequence[str],
-) -> None:
-    """Bring the files of a run to all nodes: its inputs, what it has of the Hub, and its note."""
-    cached, links = hub_files(run)
+def _prepare_nodes(run: Run, job: SwarmJob, nodes: Sequence[SwarmNode], stack: Stack) -> None:
+    """Bring the files of a run to all nodes: its inputs, what it has of the Hub, and its note.
+
+    MachineError where a folder cannot be written to.
+    """
+    cached = hub_files(run)
     recipe = write_recipe(run)
     save_job(job)
-    files = [*cached, *inputs]
-    place_here(files)
+    for place, path in stack.mounts:
+        copy_input(Path(path), Path(place))
     # By the note `status`, `logs` and `stop` work on each node.
-    files += [by_place(recipe), by_place(state_folder() / f"{job.name}.json")]
+    files = [*cached, str(recipe), str(state_folder() / f"{job.name}.json")]
+    files += [place for place, _ in stack.mounts]
     for node in nodes:
-        bring(files, links, [str(recipe.parent), *cache], node)
+        for folder in (str(recipe.parent), *stack.cache):
+            run_on(node.host, "mkdir", "-p", folder)
+            run_on(node.host, "test", "-w", folder)
+    for node in nodes[1:]:
+        log.info(f"files to {node.host}")
+        send_files(files, node.host)
 
 
 def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None) -> None:
@@ -159,11 +153,10 @@ def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None
     try:
         # What an earlier launch has left.
         job.clean()
-        with Connection(manager) as connection:
-            stack = replace(stack, secrets=create_secrets(stack.name, connection))
-            text = stack.text(extra)
-            flags = ("--resolve-image", "never", "--compose-file", "-")
-            connection.run("docker", "stack", "deploy", *flags, stack.name, text=text)
+        stack = replace(stack, secrets=create_secrets(stack.name, manager))
+        flags = ("--resolve-image", "never", "--compose-file", "-")
+        words = ("docker", "stack", "deploy", *flags, stack.name)
+        run_on(manager, *words, text=stack.text(extra))
     except BaseException:
         with suppress(TunesmithError):
             job.clean()
@@ -193,23 +186,54 @@ def check_exposed(path: Path) -> None:
                 )
 
 
+class NodeLook(NamedTuple):
+    """What a node says of itself.
+
+    Attributes:
+        user: of the launch there: uid and gid.
+        rdma: RDMA device whose link is up -> MTU of each of its network interfaces.
+    """
+
+    host: str
+    user: tuple[int, int]
+    has_gpu: bool
+    rdma: dict[str, dict[str, str]]
+
+
+# A file's name and text in each line after the first three.
+LOOK = """hostname; id -u; id -g; ls /dev/nvidiactl 2>/dev/null
+cd /sys/class/infiniband 2>/dev/null && grep . */ports/1/state */device/net/*/mtu /dev/null"""
+
+
+def look_at(host: str) -> NodeLook:
+    """Ask a node who the user is there, for its GPU and its RDMA devices."""
+    name, user, group, *rest = try_on(host, "sh", "-c", LOOK).stdout.splitlines()
+    rdma: dict[str, dict[str, str]] = {}
+    # States come first.
+    for line in rest:
+        file, _, text = line.partition(":")
+        parts = file.split("/")
+        if parts[-1] == "state" and "ACTIVE" in text:
+            rdma[parts[0]] = {}
+        elif parts[-1] == "mtu" and parts[0] in rdma:
+            rdma[parts[0]][parts[-2]] = text
+    return NodeLook(name, (int(user), int(group)), "/dev/nvidiactl" in rest, rdma)
+
+
 def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
     """The stack of a run directory on these nodes, without image, mounts and secrets.
 
     The nodes are looked at. MachineError where they differ in a way that the run would meet.
     """
-    looks = []
-    for node in nodes:
-        with Connection(node.host) as connection:
-            looks.append(connection.ask("look"))
+    looks = [look_at(node.host) for node in nodes]
     devices = set()
     for node, look in zip(nodes, looks, strict=True):
         _check_alike(node, look, nodes[0], looks[0])
-        for device, mtus in look["rdma"].items():
+        for device, mtus in look.rdma.items():
             devices.add(device)
             for name, mtu in mtus.items():
                 if mtu != "9000":
-                    what = f"{name} on {look['host']} does not have MTU 9000, which is slow"
+                    what = f"{name} on {look.host} does not have MTU 9000, which is slow"
                     log.warning(f"{what}: ip link set {name} mtu 9000")
     # The address at which the other nodes reach this one; alone, the loopback is enough.
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
@@ -226,31 +250,29 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
         endpoint=endpoint.place,
         restarts=restarts,
         cache=(str(folders["HF_HUB_CACHE"]), str(folders["HF_DATASETS_CACHE"])),
-        user=tuple(looks[0]["user"]),
+        user=looks[0].user,
         gpus=nodes[0].gpus,
         environment=tuple(sorted(passed_variables(sorted(devices)).items())),
     )
 
 
-def _check_alike(
-    node: SwarmNode, look: dict[str, Any], here: SwarmNode, look_here: dict[str, Any]
-) -> None:
-    """MachineError where a node has other users or GPUs than this one; `look`: of `Receiver`."""
+def _check_alike(node: SwarmNode, look: NodeLook, here: SwarmNode, look_here: NodeLook) -> None:
+    """MachineError where a node has other users or GPUs than this one."""
     # Files of the run belong to one user on all nodes.
-    if look["user"] != look_here["user"]:
+    if look.user != look_here.user:
         raise MachineError(
-            f"you are user {look['user']} on {look['host']}",
+            f"you are user {look.user} on {look.host}",
             where="uid and gid",
-            why=f"here you are {look_here['user']}",
+            why=f"here you are {look_here.user}",
             fix="use the same uid and gid: usermod -u",
         )
-    offers_no_gpu = look["gpu"] and not node.gpus
+    offers_no_gpu = look.has_gpu and not node.gpus
     if node.gpus != here.gpus or offers_no_gpu:
         raise MachineError(
-            f"{look['host']} offers the swarm {node.gpus or 'no GPU'}",
+            f"{look.host} offers the swarm {node.gpus or 'no GPU'}",
             where="docker node inspect",
             why=f"this node {here.gpus or 'none'}",
-            fix="tunesmith doctor --fix, on each node",
+            fix="tunesmith doctor, on each node",
         )
 
 
@@ -290,39 +312,35 @@ def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
     return passed
 
 
-def hub_files(run: Run) -> tuple[list[ShippedFile], list[tuple[str, str]]]:
-    """Get what a recipe names from the Hub into this node's cache.
+def hub_files(run: Run) -> list[str]:
+    """Get what a recipe names from the Hub into this node's cache -> its files, links and folders.
 
-    Returns:
-        The files, and the links (place, target), as they are to be on every node.
+    They are to be at the same places on every node.
     """
     models = filter(None, (run.model.name, run.model.tokenizer, run.adapter.from_))
     names = [name for name in models if not os.path.isabs(name)]
     sources = hub_sources(run)
     # The imports below take seconds.
     if not names and not sources:
-        return [], []
+        return []
     from datasets import config
 
     from tunesmith.data.source import read_rows
     from tunesmith.hub.fetch import repo_cache
 
-    files: list[ShippedFile] = []
-    links: list[tuple[str, str]] = []
-
-    def add(folder: Path, snapshot: Path | None = None) -> None:
-        cached, linked = cached_files(folder, snapshot)
-        files.extend(cached)
-        links.extend(linked)
-
+    paths: list[Path] = []
     for name in names:
-        add(repo_cache(name), _fetch_snapshot(run, name))
+        snapshot = _fetch_snapshot(run, name)
+        paths += [snapshot, repo_cache(name) / "refs"]
+        # A snapshot is links to files beside it, which other snapshots may share.
+        for link in filter(Path.is_symlink, snapshot.rglob("*")):
+            paths.append(Path(os.path.normpath(link.parent / link.readlink())))
     for source in sources:
         # Which loads it into the caches.
         read_rows(source)
-        add(repo_cache(source.source, "dataset"))
-        add(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
-    return files, links
+        paths.append(repo_cache(source.source, "dataset"))
+        paths.append(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
+    return [str(path.absolute()) for path in paths if path.exists()]
 
 
 def _fetch_snapshot(run: Run, name: str) -> Path:
@@ -338,34 +356,7 @@ def _fetch_snapshot(run: Run, name: str) -> Path:
     return find_adapter(name).folder
 
 
-def bring(
-    files: Sequence[ShippedFile],
-    links: Sequence[tuple[str, str]],
-    folders: Sequence[str],
-    node: SwarmNode,
-) -> None:
-    """Make a node's folders, and bring it the files and links.
-
-    MachineError where a folder cannot be written to.
-    """
-    from tunesmith.hub.download import FetchProgress
-
-    with Connection(node.host) as connection:
-        for folder in folders:
-            connection.run("mkdir", "-p", folder)
-            connection.run("test", "-w", folder)
-    # This node has them.
-    if not node.host:
-        return
-    sent_bytes = ship(files, node.host, FetchProgress())
-    with Connection(node.host) as connection:
-        for place, target in links:
-            connection.run("mkdir", "-p", os.path.dirname(place))
-            connection.run("ln", "-sfn", target, place)
-    log.info(f"{node.host}: {sent_bytes:,} bytes sent")
-
-
-def create_secrets(name: str, manager: Connection) -> tuple[tuple[str, str], ...]:
+def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:
     """Give the swarm the Hub's token and the user's keys of trackers -> as `Stack.secrets`.
 
     They go by standard input: not to a file, a command line or a log.
@@ -374,6 +365,7 @@ def create_secrets(name: str, manager: Connection) -> tuple[tuple[str, str], ...
     secrets = []
     for source, content in find_secrets().items():
         secret = f"{name}-{source.lower()}-{time.time_ns()}"
-        manager.run("docker", "secret", "create", "--label", label, secret, "-", text=content)
+        words = ("docker", "secret", "create", "--label", label, secret, "-")
+        run_on(manager, *words, text=content)
         secrets.append((source, secret))
     return tuple(secrets)

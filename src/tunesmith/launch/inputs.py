@@ -1,8 +1,13 @@
 """The files of this machine that a recipe reads, and that another machine or a container needs."""
 
+import json
 import os
+import shutil
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
+from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError
@@ -10,6 +15,8 @@ from tunesmith.host.files import cache_folder
 
 # In a container: the files with tokens; docker/entrypoint.sh exports the trackers' from there.
 SECRETS = "/run/secrets"
+# A copy of a larger file is a second name of it (a hard link), where the disk has such.
+MAX_COPIED_BYTES = 64 << 20
 TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")
 
 
@@ -26,6 +33,50 @@ def recipe_inputs(run: Run) -> list[Path]:
         if not os.path.exists(text):
             raise UsageError(f"{text} does not exist", where=key, fix=f"correct it: {key}=PATH")
     return [Path(text) for text in dict.fromkeys(files.values())]
+
+
+def place_by_content(path: Path) -> Path:
+    """The place of an input on every node, in our cache: it is named by what is in the input.
+
+    Hidden files are no part of it.
+    """
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    digests = []
+    for file in files:
+        name = file.relative_to(path)
+        if not any(part.startswith(".") for part in name.parts):
+            # Names count: a folder whose files changed places is another input.
+            digests.append((str(name), digest_of_file(file)))
+    digest = sha256(json.dumps(digests).encode()).hexdigest()
+    folder = cache_folder("shipped").absolute() / f"{path.name[:100]}--{digest[:32]}"
+    # Below the digest stands the input's own name: its suffix tells the format of data.
+    return folder / path.name
+
+
+def copy_input(path: Path, place: Path) -> None:
+    """Give this node an input at its place too, which does not change with a small source."""
+    if place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Copied beside its place and renamed: another launch may look for it at the same time.
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    if path.is_dir():
+        hidden = shutil.ignore_patterns(".*")
+        shutil.copytree(path, partial, ignore=hidden, copy_function=_copy_or_link)
+    else:
+        _copy_or_link(str(path), str(partial))
+    os.replace(partial, place)
+
+
+def _copy_or_link(source: str, target: str) -> None:
+    # No link where both are on different disks, or where the file system has no links.
+    with suppress(OSError):
+        if os.path.getsize(source) > MAX_COPIED_BYTES:
+            os.link(os.path.realpath(source), target)
+            return
+    shutil.copyfile(source, target)
 
 
 def hub_sources(run: Run) -> list[Source]:

@@ -7,18 +7,16 @@ node, with the user's rights.
 import json
 import logging
 import os
-import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_left
 from tunesmith.launch.rendezvous import local_addresses
-from tunesmith.launch.ship import SSH, Connection
+from tunesmith.launch.ssh import remote_words, run_on, try_on
 from tunesmith.launch.stack import LABEL, SECONDS_TO_SAVE, SERVICE
 from tunesmith.run_dir import RunState
 
@@ -39,7 +37,7 @@ class SwarmNode:
     """A node of the swarm.
 
     Attributes:
-        host: as `Connection` takes it.
+        host: as ssh takes it; "" is this node.
         gpus: kind and count of them as a generic resource; None: it has none.
     """
 
@@ -57,16 +55,12 @@ class SwarmJob(Job):
         return f"{self.name}_{SERVICE}"
 
     def hosts(self) -> list[str]:
-        """The nodes as `Connection` takes them, this one first."""
-        # "" sorts first: this node.
+        """The nodes as ssh takes them; this one is "", and first."""
         local = local_addresses()
         return sorted("" if host in local else host for host in self.details["hosts"].split(","))
 
-    def manager(self) -> Connection:
-        """A connection to a node that takes commands for the swarm.
-
-        MachineError where none is reached.
-        """
+    def manager(self) -> str:
+        """The node that takes commands for the swarm; MachineError where none is reached."""
         unreached = MachineError(
             "no manager node of the swarm can be reached",
             where=self.details["hosts"],
@@ -74,29 +68,23 @@ class SwarmJob(Job):
         )
         for host in self.hosts():
             try:
-                # The connection outlives this block only if the node is the manager.
-                with ExitStack() as stack:
-                    node = stack.enter_context(Connection(host))
-                    is_manager = node.run(
-                        "docker", "info", "--format", "{{.Swarm.ControlAvailable}}"
-                    )
-                    if is_manager.strip() == "true":
-                        # The caller closes it.
-                        stack.pop_all()
-                        return node
+                answer = run_on(host, "docker", "info", "--format", "{{.Swarm.ControlAvailable}}")
             except MachineError as error:
                 unreached = error
+                continue
+            if answer.strip() == "true":
+                return host
         raise unreached
 
-    def tasks(self, manager: Connection) -> list[dict[str, str]] | None:
+    def tasks(self, manager: str) -> list[dict[str, str]] | None:
         """The newest task of each slot: Node, CurrentState, Error; None: there is no service."""
         words = ["docker", "service", "ps", "--no-trunc", "--format", "{{json .}}", self.service]
-        code, out, _ = manager.ask("run", words=words)
+        listed = try_on(manager, *words)
         # The service is gone, or was never there: docker prints an error and no rows.
-        if code:
+        if listed.returncode:
             return None
         slots: dict[str, dict[str, str]] = {}
-        for line in out.splitlines():
+        for line in listed.stdout.splitlines():
             task = json.loads(line)
             # The newest of a slot comes first. An older one is ` \_ NAME`.
             slots.setdefault(task["Name"].split()[-1], task)
@@ -104,8 +92,7 @@ class SwarmJob(Job):
 
     def state(self) -> JobState:
         try:
-            with self.manager() as manager:
-                tasks = self.tasks(manager)
+            tasks = self.tasks(self.manager())
         except MachineError as error:
             return JobState(RunState.UNKNOWN, f"{error.what}: {error.why or error.where}")
         if tasks is None:
@@ -127,19 +114,15 @@ class SwarmJob(Job):
         return JobState(RunState.RUNNING if "Running" in states else RunState.QUEUED, text)
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
-        with self.manager() as manager:
-            host = manager.host
-            tasks = self.tasks(manager)
-        if tasks is None:
+        manager = self.manager()
+        if self.tasks(manager) is None:
             yield from super().read_log(follow=follow)
             return
         command = ["docker", "service", "logs", "--raw"]
         if follow:
             command.append("--follow")
-        command.append(self.service)
-        if host:
-            # Docker's logs are at the manager, which has the service.
-            command = [*SSH, "--", host, shlex.join(command)]
+        # Docker's logs are at the manager, which has the service.
+        command = remote_words(manager, [*command, self.service])
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None
             # Without blocking: a task that prints nothing must not hold up the look at its end.
@@ -165,36 +148,35 @@ class SwarmJob(Job):
 
     def stop(self) -> str:
         """Ask the ranks to save, wait for their end, and remove what the launch created."""
-        with self.manager() as manager:
-            tasks = self.tasks(manager)
-            if tasks:
-                minutes = SECONDS_TO_SAVE // 60
-                log.info(f"{self.name}: stop requested; the ranks have {minutes} minutes to save")
-                # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
-                # to save.
-                manager.run(
-                    "docker", "service", "update", "--detach", "--replicas", "0", self.service
-                )
-            began = time.monotonic()
-            notified_at = began
-            # One minute more than Swarm's own grace period.
-            while tasks and time.monotonic() - began < SECONDS_TO_SAVE + 60:
-                time.sleep(POLL)
-                tasks = self.tasks_at_work(manager)
-                if tasks and time.monotonic() - notified_at >= NOTIFY_EVERY:
-                    notified_at = time.monotonic()
-                    nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
-                    step = last_step(self.run_dir) or "before the first step"
-                    seconds = notified_at - began
-                    log.info(f"{self.name}: after {seconds:.0f} s ranks run on {nodes}; {step}")
+        manager = self.manager()
+        tasks = self.tasks(manager)
+        if tasks:
+            minutes = SECONDS_TO_SAVE // 60
+            log.info(f"{self.name}: stop requested; the ranks have {minutes} minutes to save")
+            # With no replicas Swarm sends SIGTERM to the tasks, and they have the grace period
+            # to save.
+            update = ("docker", "service", "update", "--detach", "--replicas", "0")
+            run_on(manager, *update, self.service)
+        began = time.monotonic()
+        notified_at = began
+        # One minute more than Swarm's own grace period.
+        while tasks and time.monotonic() - began < SECONDS_TO_SAVE + 60:
+            time.sleep(POLL)
+            tasks = self.tasks_at_work(manager)
+            if tasks and time.monotonic() - notified_at >= NOTIFY_EVERY:
+                notified_at = time.monotonic()
+                nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
+                step = last_step(self.run_dir) or "before the first step"
+                seconds = notified_at - began
+                log.info(f"{self.name}: after {seconds:.0f} s ranks run on {nodes}; {step}")
         unreachable = self.clean()
         run = Job.state(self)
         line = f"removed; {run.state}: {run.text}"
         return "; ".join([line, *(f"{host} cannot be reached" for host in unreachable)])
 
-    def tasks_at_work(self, manager: Connection) -> list[dict[str, str]]:
+    def tasks_at_work(self, manager: str) -> list[dict[str, str]]:
         """The tasks that have not ended, but for those of nodes that are lost."""
-        rows = manager.run("docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
+        rows = run_on(manager, "docker", "node", "ls", "--format", "{{.Status}} {{.Hostname}}")
         # A lost node cannot report that its task has ended: waiting for it would last until the
         # timeout.
         lost_nodes = {row.split()[1] for row in rows.splitlines() if not row.startswith("Ready")}
@@ -212,17 +194,16 @@ class SwarmJob(Job):
         node.
         """
         mark = f"label={LABEL}={self.name}"
-        with self.manager() as manager:
-            # The service first: Swarm removes no secret or network that is in use.
-            for kind in ("service", "secret", "config", "network"):
-                ids = manager.run("docker", kind, "ls", "--quiet", "--filter", mark).split()
-                if ids:
-                    manager.run("docker", kind, "rm", *ids)
+        manager = self.manager()
+        # The service first: Swarm removes no secret or network that is in use.
+        for kind in ("service", "secret", "config", "network"):
+            ids = run_on(manager, "docker", kind, "ls", "--quiet", "--filter", mark).split()
+            if ids:
+                run_on(manager, "docker", kind, "rm", *ids)
         unreachable = []
         for host in self.hosts():
             try:
-                with Connection(host) as node:
-                    _remove_containers(node, mark)
+                _remove_containers(host, mark)
             except MachineError:
                 unreachable.append(host)
         return unreachable
@@ -233,26 +214,24 @@ def _state_of(task: dict[str, str]) -> str:
     return task["CurrentState"].split()[0]
 
 
-def _remove_containers(node: Connection, mark: str) -> None:
+def _remove_containers(host: str, mark: str) -> None:
     """Wait until Swarm has removed a node's containers with this label, or remove them."""
     deadline = time.monotonic() + REMOVE_TIMEOUT
     # At least one look, however late it is.
     while True:
-        ids = node.run("docker", "ps", "--all", "--quiet", "--filter", mark).split()
+        ids = run_on(host, "docker", "ps", "--all", "--quiet", "--filter", mark).split()
         if not ids:
             return
         time.sleep(POLL)
         if time.monotonic() > deadline:
-            node.ask("run", words=["docker", "rm", "--force", *ids])
+            try_on(host, "docker", "rm", "--force", *ids)
 
 
 def in_swarm() -> bool:
     """Whether this node is in a swarm; not where docker is not installed or does not answer."""
-    with Connection("") as here:
-        code, state, _ = here.ask(
-            "run", words=["docker", "info", "--format", "{{.Swarm.LocalNodeState}}"]
-        )
-    return code == 0 and state.strip() == "active"
+    return (
+        try_on("", "docker", "info", "--format", "{{.Swarm.LocalNodeState}}").stdout == "active\n"
+    )
 
 
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
@@ -264,10 +243,9 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
         hosts: the other nodes; empty: all that are ready, up to `count`.
 
     Returns:
-        The manager is as `Connection` takes it.
+        The manager as ssh takes it; "" is this node.
     """
-    with Connection("") as here:
-        swarm = json.loads(here.run("docker", "info", "--format", "{{json .Swarm}}"))
+    swarm = json.loads(run_on("", "docker", "info", "--format", "{{json .Swarm}}"))
     if swarm["LocalNodeState"] != "active":
         raise MachineError(
             "this node is not in a swarm",
@@ -279,9 +257,8 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     manager = ""
     if not swarm["ControlAvailable"]:
         manager = _address(swarm["RemoteManagers"][0]["Addr"])
-    with Connection(manager) as connection:
-        ids = connection.run("docker", "node", "ls", "--quiet").split()
-        inspected = json.loads(connection.run("docker", "node", "inspect", *ids))
+    ids = run_on(manager, "docker", "node", "ls", "--quiet").split()
+    inspected = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
     infos = {info["ID"]: info for info in inspected}
     ready = [id_ for id_ in ids if _is_ready(infos[id_])]
     # The node of the launch is always one of them, and the first.
@@ -289,8 +266,7 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     chosen = {swarm["NodeID"]: ""}
     if hosts:
         for host in hosts:
-            with Connection(host) as connection:
-                id_ = connection.run("docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
+            id_ = run_on(host, "docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
             chosen.setdefault(id_, host)
     else:
         for id_ in ready:
