@@ -4,7 +4,7 @@ this machine.
 Real: the network (veth pairs with the names of the cable's functions), ssh with keys, files below
 /etc, the disks, users. From files in the formats of the real thing: /sys/class/infiniband,
 /proc/meminfo. Stand-ins on the PATH, which print what the real commands print: nvidia-smi,
-nvidia-ctk, docker, netplan, systemctl; and a package torch with CUDA, for there is no GPU.
+nvidia-ctk, docker; and a package torch with CUDA, for there is no GPU.
 """
 
 from __future__ import annotations
@@ -35,19 +35,8 @@ esac
 DOCKER = """#!/bin/sh
 if [ -e {state}/docker-refuses ]; then cat {state}/docker-refuses >&2; exit 1; fi
 case "$1" in info) cat {state}/docker-info ;; images) cat {state}/docker-images ;; esac
-[ "$1 $2" != "swarm init" ] || echo "$@" >{state}/swarm-init
 """
 CTK = "#!/bin/sh\ncat {state}/toolkit\n"
-# netplan's part that the script uses: addresses and MTU of `ethernets`, and the file that it leaves
-# for networkd.
-NETPLAN = """#!/bin/sh
-mkdir -p /run/systemd/network
-sed -nE 's/^ +([A-Za-z0-9]+): .*mtu: ([0-9]+).*addresses: .([0-9.]+.[0-9]+).*/\\1 \\2 \\3/p' /etc/netplan/60-tunesmith-cable.yaml |
-while read -r name mtu address; do
-  ip link set dev "$name" mtu "$mtu" && ip addr replace "$address" dev "$name" && touch /run/systemd/network/10-netplan-"$name".network
-done
-"""
-SYSTEMCTL = '#!/bin/sh\necho "$@" >>{state}/systemctl\n'
 TORCH = '''"""The part of torch that the load of the doctor uses, with a GPU's answers."""
 import json, os, time, types
 STATE = json.load(open(os.environ["SPARK_STATE"] + "/torch.json"))
@@ -154,8 +143,6 @@ touch {b}/ready; exec sleep infinity"""
             "nvidia-smi": SMI,
             "docker": DOCKER,
             "nvidia-ctk": CTK,
-            "netplan": NETPLAN,
-            "systemctl": SYSTEMCTL,
         }
         for name, text in stands.items():
             self.tell(name, text.replace("{state}", str(self.state)))
@@ -190,7 +177,7 @@ touch {b}/ready; exec sleep infinity"""
         daemon = {"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}, "default-runtime": "nvidia",
                   "node-generic-resources": [f"NVIDIA_GPU={UUIDS[self.letter]}"]}  # fmt: skip
         self.sh(f"""
-mkdir -p /etc/docker /etc/nvidia-container-runtime /etc/netplan /root/.ssh; chmod 700 /root/.ssh
+mkdir -p /etc/docker /etc/nvidia-container-runtime /root/.ssh; chmod 700 /root/.ssh
 cat >/etc/docker/daemon.json <<'X'
 {json.dumps(daemon)}
 X

@@ -1,4 +1,4 @@
-"""`tunesmith doctor`: its words, a recipe's model, the figures of a link, what goes into a script.
+"""`tunesmith doctor`: its words, a recipe's model, what its commands do.
 
 No root is needed.
 """
@@ -11,9 +11,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +19,12 @@ import pytest
 from errors import holds
 from hub.standin import Repo, StandIn
 from launch.spark_pair import TORCH
-from tunesmith.errors import MachineError
 from tunesmith.host.chips import peak_of
-from tunesmith.launch.doctor import checks, speed
+from tunesmith.launch.doctor import checks
 from tunesmith.launch.doctor.checks import examine
-from tunesmith.launch.doctor.fix import PARTS, cable_addresses, fix_scripts
-from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, Finding, System, finding
+from tunesmith.launch.doctor.system import FAULT, OK, TEXTS, VERSIONS, System, finding
 
-ROOM = Path(speed.__file__).parent
+ROOM = Path(checks.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -60,7 +56,7 @@ def test_the_page_names_every_check() -> None:
 
 def test_what_runs_on_the_other_node_needs_nothing_but_python(tmp_path: Path) -> None:
     """The checks' imports are of the standard library and of each other."""
-    for name in ("system", "checks", "speed"):
+    for name in ("system", "checks"):
         tree = ast.parse((ROOM / f"{name}.py").read_text(), feature_version=(3, 9))
         found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
@@ -233,148 +229,16 @@ def test_a_machine_without_gpu_and_docker(tmp_path: Path) -> None:
     assert report["passed"]
 
 
-def test_a_link_is_measured(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Over loopback, both ends in threads: the bytes that arrived, in a time that the limit bounds."""
-    monkeypatch.setattr(speed, "SECONDS", 0.3)
-    monkeypatch.setattr("signal.alarm", lambda seconds: 0)
-    monkeypatch.setattr(sys, "argv", ["-", "127.0.0.1"])
-    server = threading.Thread(target=speed.serve_speed)
-    server.start()
-    said = ""
-    while "\n" not in said:
-        said += capfd.readouterr().out
-    gbs, trip, idle = speed.measure_speed("127.0.0.1", int(said.split()[0]))
-    server.join(30)
-    assert not server.is_alive()
-    assert gbs > 0
-    assert trip > 0
-    assert 0 <= idle <= 1
-
-
-@pytest.mark.parametrize(
-    ("gbs", "idle", "cable", "level", "words"),
-    [
-        (0.02, 0.9, True, "fault", "not the cable"),
-        (0.11, 0.9, False, "warning", "ranks that share gradients will wait"),
-        (1.7, 0.9, True, "warning", "plugged in while the machines ran"),
-        (2.8, 0.9, True, "ok", "at 3: unplug both for 30 s"),
-        (0.02, 0.1, True, "ok", "bound by busy CPUs"),
-        (1.7, 0.9, False, "ok", "GB/s"),
-    ],
-)
-def test_what_a_figure_means(
-    gbs: float, idle: float, cable: bool, level: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tunesmith.launch.doctor import pair
-
-    def start_remote(*_: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", "import time; print(1, time.time())"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    monkeypatch.setattr(pair, "start_remote", start_remote)
-    monkeypatch.setattr(pair, "measure_speed", lambda address, port: (gbs, 20.0, idle))
-    here = {"cable": [{"addresses": ["10.0.0.1/24"]}] if cable else []}
-    there = {"cable": [{"addresses": ["10.0.0.2/24"]}], "reached": ["192.168.1.6", "192.168.1.7"]}
-    clock, link = pair._clock_and_speed(here, there, "spark-b")
-    assert clock.level == OK
-    assert link.level == level
-    assert words in f"{link.what} {link.why}"
-    assert ("10.0.0.2" if cable else "192.168.1.7") in link.what
-
-
-def facts(host: str, *functions: dict, **more: object) -> dict:
-    return {
-        "host": host,
-        "cable": list(functions),
-        "interfaces": {},
-        "uuids": ["GPU-1"],
-        "reached": [],
-    } | more
-
-
-def test_addresses_stay_and_new_ones_are_free() -> None:
-    a = facts(
-        "a",
-        {"name": "x", "addresses": ["10.0.0.1/24"]},
-        {"name": "y", "addresses": []},
-        interfaces={"eth0": ["192.168.177.9/24"]},
-    )
-    b = facts("b", {"name": "x", "addresses": []}, {"name": "y", "addresses": ["169.254.3.4/16"]})
-    assert cable_addresses([a, b]) == [
-        {"x": "10.0.0.1/24", "y": "192.168.178.1/24"},
-        {"x": "10.0.0.2/24", "y": "192.168.178.2/24"},
-    ]
-
-
-@pytest.mark.parametrize("name", ["x; rm -rf /", "x\ny", "$(id)", "a" * 16])
-def test_no_name_becomes_a_command(name: str) -> None:
-    nodes = [facts("a", {"name": name, "addresses": []})]
-    with pytest.raises(MachineError):
-        fix_scripts([Finding("cable", FAULT, "", host="a", case="down")], nodes, "")
-
-
-def test_a_script_has_only_what_is_needed(tmp_path: Path) -> None:
-    """A commented line of the toolkit: no word of addresses, keys or swarms; and the name of a host
-    is quoted.
-    """
-    fault = Finding("swarm-resource", FAULT, "", host="a", case="absent")
-    script = fix_scripts([fault], [facts("a")], "")["a"]
-    assert "1i swarm-resource" in script
-    assert not re.search("netplan|ssh|swarm init|daemon.json", script)
-    refused = Finding("ssh", FAULT, "", host="b; id", case="Permission denied")
-    script = fix_scripts([refused], [facts("a")], "b; id")["a"]
-    assert "PEER='b; id'" in script
-    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("key", "command"),
-    [("docker/down", "usermod -aG"), ("docker/absent", "usermod -aG"),
-     ("ssh/resolve hostname", "ssh-copy-id"), ("ssh/Connection refused", "ssh-copy-id"),
-     ("daemon.json/old", "daemon.json"), ("swarm/two", "swarm init")],
-)  # fmt: skip
-def test_a_step_of_another_fault_of_the_same_check_is_not_in_the_script(
-    key: str, command: str
-) -> None:
-    """What no step fixes stands there as a comment, whatever its host said."""
-    values = {"host": "b", "message": "first\nreboot", "shown": "", "state": ""}
-    found = replace(finding(key, **values), host="b")
-    nodes = [facts("a", reached=["10.0.0.1", "10.0.0.2"]), facts("b")]
-    for script in fix_scripts([found], nodes, "b").values():
-        steps = "\n".join(line for line in script.splitlines() if not line.startswith("#"))
-        assert command not in steps
-        assert "reboot" not in steps
-    if key != "daemon.json/old":
-        assert found.fix in script
-
-
-@pytest.mark.parametrize("key", sorted(PARTS))
-def test_each_part_is_of_a_finding(key: str) -> None:
-    assert TEXTS[key][0] != OK
-
-
-def test_without_a_cable_the_swarm_takes_the_addresses_of_ssh() -> None:
-    found = [Finding("swarm", FAULT, "", host=host, case="absent") for host in "ab"] + [
-        Finding("cable", "warning", "", host="a")
-    ]
-    scripts = fix_scripts(found, [facts("a"), facts("b", reached=["10.0.0.1", "10.0.0.2"])], "b")
-    assert "ADDRESS=10.0.0.1\n" in scripts["a"]
-    assert "netplan" not in scripts["a"]
-    assert "MANAGER=10.0.0.1\nADDRESS=10.0.0.2\n" in scripts["b"]
-    # Of a terminal over ssh
-    alone = fix_scripts(found, [facts("a", reached=["192.168.9.9", "10.0.0.1"])], "b")["a"]
-    assert "swarm init" not in alone
-
-
-def test_every_value_of_the_template_is_set() -> None:
-    text = (ROOM / "fix.sh").read_text()
-    used = set(re.findall(r"\$\{?([A-Z_]+)", text)) - {"SUDO_USER"}
-    assert used == {"PEER", "NETPLAN", "FUNCTIONS", "UUIDS", "ADDRESS", "MANAGER"}
+def test_the_command_for_the_resource_of_swarm_keeps_what_else_is_set(tmp_path: Path) -> None:
+    file = tmp_path / "daemon.json"
+    file.write_text('{"log-driver": "local", "node-generic-resources": ["NVIDIA_GPU=other"]}')
+    fix = finding("daemon.json/resource", named="other", uuids="", ids="GPU-1 GPU-2").fix
+    command = fix.replace("/etc/docker/daemon.json", str(file)).replace("sudo ", "")
+    subprocess.run(["bash", "-c", command.partition(" && ")[0]], check=True)
+    assert json.loads(file.read_text()) == {
+        "log-driver": "local",
+        "node-generic-resources": ["NVIDIA_GPU=GPU-1", "NVIDIA_GPU=GPU-2"],
+    }
 
 
 def test_the_speed_of_a_spark_is_that_of_the_table() -> None:

@@ -38,11 +38,8 @@ def wrong_of_the_pair(report: dict) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.swarm
 @pytest.mark.skipif(missing_tools() != "", reason=missing_tools())
-def test_scripts_make_a_real_swarm() -> None:
-    """In a swarm: green. Out of it: named.
-
-    The printed scripts bring both into one, as a user who is not root.
-    """
+def test_a_real_swarm() -> None:
+    """In a swarm: green. Out of it: named."""
     with Pair(
         Path(tempfile.mkdtemp(prefix="td-"))
     ) as pair:  # short: a path of a socket ends at 108 bytes
@@ -67,20 +64,7 @@ def test_scripts_make_a_real_swarm() -> None:
         assert any("swarm" in f["what"] for f in report["findings"])
         b.docker("swarm", "leave")
         a.docker("swarm", "leave", "--force")
-        report = doctor("--fix")
-        assert {"spark-a: swarm: fault", "spark-b: swarm: fault"} <= {*wrong(report)}
-        for node in (a, b):
-            sudo = "mkdir -p ~/bin; printf '#!/bin/sh\\nexec \"$@\"\\n' >~/bin/sudo; chmod 755 ~/bin/sudo"
-            (node.home / "fix.sh").write_text(report["fix"][node.name])
-            shown = node.run("bash", "-c", f"{sudo}; PATH=~/bin:$PATH bash ~/fix.sh")
-            assert "SWMTKN" not in shown.stdout + shown.stderr
-        assert wrong_of_the_pair(doctor()) == cable
-        assert a.docker(
-            "node", "ls", "--format", "{{.Hostname}} {{.Status}}"
-        ).stdout.splitlines() == [
-            "spark-a Ready",
-            "spark-b Ready",
-        ]
+        assert {"spark-a: swarm: fault", "spark-b: swarm: fault"} <= {*wrong(doctor())}
 
 
 @pytest.fixture(scope="module")

@@ -66,16 +66,15 @@ GB10 = "NVIDIA GB10, {}, {}, 12.1, [N/A]"
 MEM = "MemTotal: 125500000 kB\nMemFree: {} kB\nMemAvailable: {} kB\nCached: {} kB"
 TORCH = '{{"cuda": "{}", "archs": ["{}"], "tflops": 91, "fails": "{}"}}'
 SITE = "import time\n_time = time.time\ntime.time = lambda: _time() + 40"
-FIREWALL = "nft add table inet t; nft add chain inet t i '{ type filter hook input priority 0; }'; nft add rule inet t i tcp dport != 22 ct state new drop"
 CASES = {
     # one turn: Docker, memory, disk, image, versions
-    "nvidia is not the default runtime": Case("docker", "a", *kept(DAEMON, f"echo '{{}}' >{DAEMON}"), "spark-a: daemon.json: fault", "not the default runtime", "doctor --fix"),
-    "the GPU of another machine in daemon.json": Case("docker", "b", *kept(DAEMON, f"echo '{OTHER % UUIDS['a']}' >{DAEMON}"), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", "doctor --fix"),
+    "nvidia is not the default runtime": Case("docker", "a", *kept(DAEMON, f"echo '{{}}' >{DAEMON}"), "spark-a: daemon.json: fault", "not the default runtime", "--set-as-default"),
+    "the GPU of another machine in daemon.json": Case("docker", "b", *kept(DAEMON, f"echo '{OTHER % UUIDS['a']}' >{DAEMON}"), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", f"{UUIDS['b']} && sudo systemctl restart docker"),
     "toolkit without Swarm": Case("docker", "a", *said("toolkit", "NVIDIA Container Toolkit CLI version 1.18.1"), "spark-a: toolkit: fault", "1.18.1 has no support for Docker Swarm", "--only-upgrade nvidia-container-toolkit"),
     "no toolkit": Case("docker", "b", *said("toolkit", ""), "spark-b: toolkit: fault", "not installed", "apt-get install nvidia-container-toolkit"),
     "the line of the toolkit is commented out": Case("docker", "a", *kept(TOML, f"sed -i 's/^swarm-res/#swarm-res/' {TOML}"), "spark-a: swarm-resource: fault", "no line swarm-resource", "sed -i"),
     "the toolkit's line names another resource": Case("docker", "b", *kept(TOML, f"sed -i s/NVIDIA_GPU/GPU/ {TOML}"), "spark-b: swarm-resource: fault", "docker sets DOCKER_RESOURCE_NVIDIA_GPU", "sed -i"),
-    "no swarm": Case("docker", "b", *kept("$S/docker-info", INFO % ('"active"', '"inactive"') + "; " + INFO % (r'"RemoteManagers": \[[^]]*\]', '"RemoteManagers": null')), "spark-b: swarm: fault", "in no swarm: inactive", "doctor --pair HOST --fix"),
+    "no swarm": Case("docker", "b", *kept("$S/docker-info", INFO % ('"active"', '"inactive"') + "; " + INFO % (r'"RemoteManagers": \[[^]]*\]', '"RemoteManagers": null')), "spark-b: swarm: fault", "in no swarm: inactive", "docker swarm init"),
     "an old image": Case("docker", "a", *said("docker-images", "nvcr.io/nvidia/pytorch:25.11-py3"), "spark-a: image: warning", "25.11 is older than 26.02", "docker pull nvcr.io/nvidia/pytorch:26.02-py3"),
     "files fill the memory": Case("docker", "a", *said("meminfo.new", MEM.format(900_000, 118_000_000, 110_000_000)), "spark-a: memory: warning", "MemFree 0.9, Cached 104.9", "drop_caches"),
     "no room": Case("docker", "a", "mount -o remount,size=1g $S/../cache", "mount -o remount,size=64g $S/../cache", "spark-a: disk: fault", "1.0 GiB free", "tunesmith fetch --list"),
@@ -86,18 +85,17 @@ CASES = {
     # the network
     "one function of the cable is down": Case("network", "b", "ip link set enP2p1s0f1np1 down", "ip link set enP2p1s0f1np1 up", "spark-b: cable: fault", "enP2p1s0f1np1 is down", "sudo ip link set dev enP2p1s0f1np1 up"),
     "MTU 1500 on one side": Case("network", "b", "ip link set enp1s0f1np1 mtu 1500", "ip link set enp1s0f1np1 mtu 9000", "spark-b: mtu: fault", "enp1s0f1np1 has MTU 1500", "sudo ip link set dev enp1s0f1np1 mtu 9000"),
-    "an address that a reboot takes": Case("network", "b", *kept("/run/systemd/network", "rm /run/systemd/network/*"), "spark-b: address: warning", "will have none after a reboot", "doctor --pair HOST --fix"),
-    "no GID": Case("network", "b", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/gids $D/off", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/off $D/gids", "spark-b: gid: fault", "rocep1s0f1 has no RoCE v2 address", "doctor --pair HOST --fix"),
+    "an address that a reboot takes": Case("network", "b", *kept("/run/systemd/network", "rm /run/systemd/network/*"), "spark-b: address: warning", "will have none after a reboot", "sudo netplan set ethernets.enp1s0f1np1="),
+    "no GID": Case("network", "b", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/gids $D/off", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/off $D/gids", "spark-b: gid: fault", "rocep1s0f1 has no RoCE v2 address", "sudo netplan set ethernets.enp1s0f1np1="),
     "a GID index that is not RoCE v2": Case("network", "a", "", "", "spark-a: gid: fault", "NCCL_IB_GID_INDEX is 0, and RoCE v2 is at 3 on rocep1s0f1", "unset NCCL_IB_GID_INDEX"),
     "the clock is off": Case("network", "b", f"cat >$P/sitecustomize.py <<'X'\n{SITE}\nX", "rm $P/sitecustomize.py", "the pair: time: fault", "s ahead of this one", "timedatectl set-ntp true"),
-    "a firewall": Case("network", "b", FIREWALL, "nft delete table inet t", "the pair: speed: fault", "no connection to a free port of 192.168.177.2", "sudo ufw allow from 192.168.177.0/24"),
     "two swarms": Case("network", "b", *kept("$S/docker-info", INFO % ("192.168.177.1:2377", "10.0.0.9:2377")), "the pair: swarm: fault", "in two swarms", "swarm leave"),
     # the GPU, Docker off
     "nvidia-smi fails": Case("gpu", "a", *said("smi-fails", "Failed to initialize NVML: Driver/library version mismatch"), "spark-a: driver: fault", "version mismatch", "sudo reboot"),
     "nvidia-smi is not on the PATH of ssh": Case("gpu", "b", "mkdir -p /usr/local/cuda/bin; mv /usr/local/bin/nvidia-smi /usr/local/cuda/bin", "mv /usr/local/cuda/bin/nvidia-smi /usr/local/bin", "spark-b: tools: fault", "nvidia-smi is not on the PATH", "sudo ln -s /usr/local/cuda/bin/nvidia-smi /usr/bin/nvidia-smi"),
     "no docker daemon": Case("gpu", "b", *said("docker-refuses", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"), "spark-b: docker: fault", "does not answer", "systemctl enable --now docker"),
     "no memory": Case("gpu", "a", *said("meminfo.new", MEM.format(900_000, 1_000_000, 500_000)), "spark-a: memory: fault", "1.0 of 119.7 GiB available", "ps -eo rss"),
-    "no address": Case("gpu", "b", "ip addr flush dev enP2p1s0f1np1; ip addr replace 10.9.0.7/24 dev enp1s0f1np1; ip addr del 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.177.2/32 dev lo; ip route add 192.168.177.1 dev enp1s0f1np1", "ip addr flush dev enp1s0f1np1; ip addr del 192.168.177.2/32 dev lo; ip addr add 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.178.2/24 dev enP2p1s0f1np1", "the pair: address: fault", "no addresses in one subnet", "doctor --pair spark-b --fix"),
+    "no address": Case("gpu", "b", "ip addr flush dev enP2p1s0f1np1; ip addr replace 10.9.0.7/24 dev enp1s0f1np1; ip addr del 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.177.2/32 dev lo; ip route add 192.168.177.1 dev enp1s0f1np1", "ip addr flush dev enp1s0f1np1; ip addr del 192.168.177.2/32 dev lo; ip addr add 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.178.2/24 dev enP2p1s0f1np1", "the pair: address: fault", "no addresses in one subnet", "sudo netplan set ethernets.enp1s0f1np1="),
     # ssh, one by one, with one thing of this machine each
     "no ssh server": Case("refused", "b", "", "", "spark-b: ssh: fault", "runs no ssh server", "openssh-server"),
     "a low-power state": Case("refused", "a", *said("load", "851, 3003, 14.20, P0"), "spark-a: clock: fault", "851 of 3003 MHz", "pull the power plug"),
@@ -115,7 +113,7 @@ CASES = {
 CONSEQUENCES = {
     "network": {"spark-a: cable: fault"},
     "docker": {"the pair: versions: fault"},
-    "gpu": {"spark-b: driver: fault", "spark-b: address: warning", "the pair: speed: ok"},
+    "gpu": {"spark-b: driver: fault", "spark-b: address: warning"},
 }
 
 
@@ -202,26 +200,13 @@ def test_nothing_else_is_named(turn: str, reports: Any) -> None:
     assert named <= expected, json.dumps(reports(turn)["findings"], indent=1)
 
 
-def patient_report(sparks: SparkPair) -> dict:
-    """The report of the pair as it is.
-
-    It is asked again where that is the speed alone: its 20 seconds may not suffice where the tests
-    of other workers take the processors.
-    """
-    report = sparks.doctor()
-    for _ in range(2):
-        if not_ok(report) == {"the pair: speed: fault"}:
-            report = sparks.doctor()
-    return report
-
-
 def test_a_pair_is_green_when_it_is_healthy_again(sparks: SparkPair, reports: Any) -> None:
     """So each finding above came from its case, and not from an earlier one."""
     for turn in {case.turn for case in CASES.values()}:
         reports(turn)
-    report = patient_report(sparks)
+    report = sparks.doctor()
     assert not_ok(report) == set()
-    assert len(report["findings"]) >= 35
+    assert len(report["findings"]) >= 34
     assert report["exit"] == 0
     assert report["passed"]
     print(f"{len(report['findings'])} checks in {report['seconds']} s")
@@ -237,7 +222,7 @@ def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
     if docker is None:
         pytest.skip("needs the docker command (make cluster-tools)")
     files = {name: Path(pair_module.__file__).with_name(name).read_text() for name in SENT}
-    program = PROGRAM.format(files=files, module="checks", call="answer_peer")
+    program = PROGRAM.format(files=files)
     listen = "import socket; s = socket.socket(socket.AF_UNIX); s.bind('/var/run/docker.sock'); s.listen()"
     script = f'python3 -c "{listen}"; chmod 660 /var/run/docker.sock; mkdir -p /tmp/empty; setpriv --reuid 65534 --regid 65534 --clear-groups env PATH=/usr/bin:/bin /usr/bin/python3 - python3'
     command = sparks.a.command(
@@ -250,75 +235,6 @@ def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
     assert [f["level"] for f in found] == ["fault"], done.stderr
     assert holds(found[0]["what"], "group")
     assert "usermod -aG docker" in found[0]["fix"]
-
-
-JOINED = """
-import http.server, os, socketserver, sys
-class Server(socketserver.UnixStreamServer):
-    pass
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        open(sys.argv[1], "w").write(self.path + " " + body)
-        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
-    def address_string(self): return "unix"
-Server("/var/run/docker.sock", Handler).handle_request()
-"""
-
-
-def test_the_scripts_of_fix_mend_it(sparks: SparkPair, tmp_path: Path) -> None:
-    """Two Sparks out of the box: no address, MTU 1500, no runtime, no resource, no swarm.
-
-    The scripts are run, and all is green.
-    """
-    inactive = INFO % ('"active"', '"inactive"')
-    for node in (sparks.a, sparks.b):
-        node.sh(f"""S={node.state}
-ip addr flush dev enP2p1s0f1np1; ip link set enP2p1s0f1np1 mtu 1500; ip link set enp1s0f1np1 mtu 1500
-rm -f /run/systemd/network/* $S/systemctl; {inactive}
-echo '{{"log-driver": "local", "node-generic-resources": ["FPGA=1", "NVIDIA_GPU=GPU-of-another"]}}' >{DAEMON}
-sed -i 's/^swarm-resource.*/#swarm-resource = "DOCKER_RESOURCE_GPU"/' {TOML}""")
-    sparks.a.sh(
-        'sed -i \'s/^case/[ "$1 $2" != "swarm join-token" ] || echo SWMTKN-1-secret\\ncase/\' /usr/local/bin/docker'
-    )
-    report = sparks.doctor("--pair", "spark-b", "--fix")
-    before = {line for line in lines(report) if line.endswith(("fault", "warning"))}
-    assert len(before) >= 10
-    assert [*report["fix"]] == ["spark-a", "spark-b"]
-    joined = tmp_path / "joined"
-    server = subprocess.Popen(sparks.b.command("python3", "-c", JOINED, str(joined)))
-    try:
-        for node in (sparks.a, sparks.b):
-            script = tmp_path / f"{node.name}.sh"
-            script.write_text(report["fix"][node.name])
-            subprocess.run(["bash", "-n", script], check=True)
-            assert "SWMTKN" not in script.read_text()
-            done = node.run("bash", str(script), check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert "SWMTKN" not in done.stdout + done.stderr
-            config = json.loads(node.sh(f"cat {DAEMON}"))
-            assert config["log-driver"] == "local"
-            assert config["node-generic-resources"] == [
-                "FPGA=1",
-                f"NVIDIA_GPU={UUIDS[node.letter]}",
-            ]
-            assert "GPU-of-another" in node.sh("cat /etc/docker/daemon.json.2*")  # the backup
-            assert "restart docker" in (node.state / "systemctl").read_text()
-        server.wait(30)
-    finally:
-        server.kill()
-        server.wait()
-    path, body = joined.read_text().split(" ", 1)
-    assert path == "/swarm/join"
-    assert json.loads(body) == {"ListenAddr": "192.168.177.2:2377", "AdvertiseAddr": "192.168.177.2",
-                                "RemoteAddrs": ["192.168.177.1:2377"], "JoinToken": "SWMTKN-1-secret"}  # fmt: skip
-    init = (sparks.a.state / "swarm-init").read_text().split()
-    assert (
-        init == "swarm init --advertise-addr 192.168.177.1 --listen-addr 192.168.177.1:2377".split()
-    )
-    for node in (sparks.a, sparks.b):  # the stand-in does not know that it joined
-        node.sh(f"S={node.state}; {INFO % ('inactive', 'active')}")
-    assert not_ok(patient_report(sparks)) == set()
 
 
 def test_a_host_is_no_option(sparks: SparkPair) -> None:

@@ -3,11 +3,9 @@
 example:
   tunesmith doctor smollm2-135m-lora
   tunesmith doctor --pair spark-b
-  tunesmith doctor --pair spark-b --fix
 
-With a recipe it also checks access to its model: token, license, disk. `--fix`
-prints one script per host for review; nothing is changed. The exit code is 1 if
-there is a fault, otherwise 0.
+With a recipe it also checks access to its model: token, license, disk. Nothing
+is changed. The exit code is 1 if there is a fault, otherwise 0.
 """
 
 import argparse
@@ -18,10 +16,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_json
-from tunesmith.errors import EXIT_FAILED, EXIT_OK, UsageError
+from tunesmith.errors import EXIT_FAILED, EXIT_OK
 from tunesmith.host.streams import show, visible
 from tunesmith.units import count_of
 
@@ -35,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pair", metavar="HOST", help="this machine and HOST, which only needs ssh and python3"
     )
     where.add_argument("--slurm", action="store_true", help="the Slurm cluster of this machine")
-    parser.add_argument("--fix", action="store_true", help="print a fix script for each host")
     add_json(parser)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check its model and disk")
 
@@ -44,27 +41,21 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.config.load import load_recipe
     from tunesmith.launch.doctor.access import check_model
     from tunesmith.launch.doctor.checks import examine
-    from tunesmith.launch.doctor.fix import fix_scripts
     from tunesmith.launch.doctor.pair import check_pair
     from tunesmith.launch.doctor.slurm import check_slurm
     from tunesmith.launch.doctor.system import FAULT, OK, Finding, System
 
-    if args.slurm and args.fix:
-        what = "only a cluster's administrator can fix it"
-        raise UsageError(what, where="--fix", fix="tunesmith doctor --slurm")
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None
     # The runs' disk: that of the recipe's output, else of this folder.
     folders = (recipe.output_dir if recipe else ".",)
-    nodes: list[dict[str, Any]] = []
     if args.slurm:
         findings = check_slurm(Path.cwd())
     elif args.pair:
-        findings, nodes = check_pair(args.pair, folders)
+        findings = check_pair(args.pair, folders)
     else:
         report = examine(System(folders=folders), pair=False)
         findings = [Finding(**row) for row in report["findings"]]
-        nodes = [report["properties"]]
     if recipe:
         findings += check_model(recipe.model)
     here = os.uname().nodename
@@ -72,17 +63,13 @@ def run(args: argparse.Namespace) -> int:
     findings = [replace(finding, host=finding.host or here) for finding in findings]
     seconds = round(time.monotonic() - begin, 1)
     faults = sum(finding.level == FAULT for finding in findings)
-    scripts = fix_scripts(findings, nodes, args.pair or "") if args.fix else {}
     if args.json:
         values = {
             "passed": not faults,
             "seconds": seconds,
             "findings": [asdict(finding) for finding in findings],
-            "fix": scripts,
         }
         print(json.dumps(values, indent=1))
-    elif args.fix:
-        print("\n".join(f"# ---- {host} ----\n{script}" for host, script in scripts.items()))
     else:
         print_findings(findings)
         warnings = sum(finding.level not in (FAULT, OK) for finding in findings)

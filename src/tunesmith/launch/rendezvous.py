@@ -144,8 +144,8 @@ def connect_store(endpoint: Endpoint) -> "TCPStore":
             f"no answer in {JOIN_TIMEOUT.total_seconds():.0f} s",
             where=endpoint.place,
             why=str(error).partition("\n")[0][:200],
-            fix=f"start the run on that node too; tunesmith doctor --pair {shell_word(host)} "
-            "finds the cause",
+            fix=f"start the run on that node too; a firewall there: sudo ufw allow from "
+            f"{endpoint.address}; tunesmith doctor --pair {shell_word(host)}",
         ) from None
     # The long wait was for the other node's start; from now on answers come soon or not at all.
     store.set_timeout(ANSWER_TIMEOUT)

@@ -35,16 +35,18 @@ IMAGE_ID = ("docker", "image", "inspect", "--format", "{{.Id}}")
 _HOST = re.compile(r"(?!-)[\w.@:%\[\]-]+", re.ASCII)
 
 
-def remote_words(host: str, words: Iterable[str]) -> list[str]:
-    """The words that run a command on a host; "" is this node.
+def check_host(host: str, option: str) -> None:
+    """UsageError for what is no host: what begins with - would be an option of ssh."""
+    if not _HOST.fullmatch(host):
+        fix = f"{option} spark-b, or an address, as for ssh"
+        raise UsageError(f"{host!r} is not a host", where=option, fix=fix)
 
-    UsageError for what is no host: what begins with - would be an option of ssh.
-    """
+
+def remote_words(host: str, words: Iterable[str]) -> list[str]:
+    """The words that run a command on a host; "" is this node."""
     if not host:
         return list(words)
-    if not _HOST.fullmatch(host):
-        fix = "--hosts spark-b, or an address, as for ssh"
-        raise UsageError(f"{host!r} is not a host", where="--hosts", fix=fix)
+    check_host(host, "--hosts")
     return [*SSH, "--", host, shlex.join(words)]
 
 

@@ -144,7 +144,7 @@ class Stack:
         }
         if self.gpus:
             kind, count = self.gpus
-            # The generic resource that `doctor --fix` has set up: each task gets its GPUs by it.
+            # The generic resource that `doctor` looks at: each task gets its GPUs by it.
             spec = {"discrete_resource_spec": {"kind": kind, "value": count}}
             deploy["resources"] = {"reservations": {"generic_resources": [spec]}}
         return deploy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -236,7 +237,8 @@ def _daemon(system: System) -> Findings:
         yield finding("daemon.json/runtime")
     elif named != uuids:
         shown = ", ".join(named) or "nothing"
-        yield finding("daemon.json/resource", named=shown, uuids=", ".join(uuids))
+        ids = shlex.join(uuids)
+        yield finding("daemon.json/resource", named=shown, uuids=", ".join(uuids), ids=ids)
     elif system.docker.get("DefaultRuntime", "nvidia") != "nvidia":
         # The daemon reads its file when it starts.
         yield finding("daemon.json/old")
@@ -306,9 +308,11 @@ def _address(system: System, functions: list[dict[str, Any]], names: str) -> Fin
         if function["addresses"] and name not in settings:
             without_address.append(name)
     if not shown:
-        return finding("address/none", names=names)
+        return finding("address/none", names=names, name=functions[0]["name"])
     case = "address/lost" if without_address else "address/ok"
-    return finding(case, shown=", ".join(shown), lost=" and ".join(without_address))
+    lost = " and ".join(without_address)
+    name = next(iter(without_address), "")
+    return finding(case, shown=", ".join(shown), lost=lost, name=name)
 
 
 def _gids(functions: list[dict[str, Any]]) -> Findings:
@@ -384,11 +388,7 @@ def examine(system: System, *, pair: bool) -> dict[str, Any]:
         "versions": system.versions,
         "packages": system.packages,
         "cable": system.cable,
-        "interfaces": system.interfaces,
         "managers": [manager["Addr"] for manager in managers],
-        "uuids": [gpu.uuid for gpu in system.gpus],
-        # Both ends of the ssh connection, by which a node without a cable is reached
-        "reached": os.environ.get("SSH_CONNECTION", "").split()[::2],
     }
     return {
         "findings": [asdict(replace(result, host=host)) for result in findings],
