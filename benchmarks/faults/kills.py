@@ -190,25 +190,16 @@ class SlurmCluster(Cluster):
         self.home.mkdir()
         (self.home / "site").mkdir()
         (self.home / "site/sitecustomize.py").write_text(SLOW)
-        (self.home / "config/tunesmith").mkdir(parents=True)
         write_inputs(self.home)
         self.outs = [self.home / "run"]
         values = recipe_of(
             str(self.home / "model"), str(self.home / "train.jsonl"), str(self.outs[0])
         )
         (self.home / "recipe.yaml").write_text(json.dumps(values))
-        environment = {
-            "OMP_NUM_THREADS": "1",
-            "TUNESMITH_HEARTBEAT_SECONDS": "10",
-            "HF_HUB_OFFLINE": "1",
-        }
-        environment["PYTHONPATH"] = os.pathsep.join([str(self.home / "site"), str(ROOT / "src")])
-        site = {"partition": "main", "gpus_per_node": 0, "time": 600, "environment": environment}
-        (self.home / "config/tunesmith/sites.yaml").write_text(json.dumps({"pair": site}))
         self.env = os.environ | {
             "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), "SLURMD_TIMEOUT": "20", "KILL_WAIT": "3",
-            "XDG_CONFIG_HOME": str(self.home / "config"), "XDG_STATE_HOME": str(self.home / "state"),
-            "PYTHONPATH": str(ROOT / "src"),
+            "XDG_STATE_HOME": str(self.home / "state"),
+            "PYTHONPATH": str(ROOT / "src"), "TUNESMITH_HEARTBEAT_SECONDS": "10", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
         self.run("bash", str(SLURM_PAIR), "up", str(self.folder), number)
 
@@ -228,8 +219,9 @@ class SlurmCluster(Cluster):
             "launch",
             "slurm",
             str(self.home / "recipe.yaml"),
-            "--site",
-            "pair",
+            *("--partition", "main", "--gpus-per-node", "0", "--time", "600"),
+            *("--setup", "export OMP_NUM_THREADS=1"),
+            *("--setup", f"export PYTHONPATH={self.home / 'site'}:$PYTHONPATH"),
             "--nodes",
             "2",
         )

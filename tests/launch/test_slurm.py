@@ -1,6 +1,4 @@
-"""The batch script of `launch slurm` and the profiles of sites: what is in it, and that no value
-can add to it.
-"""
+"""The batch script of `launch slurm`: what is in it, and that no value can add to it."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -22,11 +21,11 @@ from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Run, Source
-from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.errors import UsageError
 from tunesmith.host.signals import REQUEUE
 from tunesmith.launch import slurm
 from tunesmith.launch.inputs import recipe_inputs
-from tunesmith.launch.sites import DIRECTIVES, Site, read_site
+from tunesmith.launch.slurm import DIRECTIVES, Request
 from tunesmith.training.run import train
 
 FLAGS = (*DIRECTIVES, "gpus_per_node", "container")
@@ -109,17 +108,17 @@ def test_no_value_adds_a_directive_or_a_command(
         for key, value in ({"gpus_per_node": "2"} | flags).items()
         if value or key != "container"
     }
-    site = Site(**flags, environment={"MINE": variable})  # type: ignore[arg-type]
+    variable = variable.replace("\0", "")
     try:
-        script = slurm.render_script(replace(run, output_dir=out), slurm.Request(site, 2))
+        with mock.patch.dict(os.environ, {"NCCL_MINE": variable}):
+            request = Request(nodes=2, **flags)  # type: ignore[arg-type]
+            script = slurm.render_script(replace(run, output_dir=out), request)
     except UsageError:
         return
-    plain = Site(
-        **{key: "1" if key != "container" else "image" for key in flags}, environment={"MINE": "x"}
-    )  # type: ignore[arg-type]
-    expected = slurm.render_script(
-        replace(run, output_dir="/shared/plain"), slurm.Request(plain, 2)
-    )
+    plain = {key: "1" if key != "container" else "image" for key in flags}
+    with mock.patch.dict(os.environ, {"NCCL_MINE": "x"}):
+        request = Request(nodes=2, **plain)  # type: ignore[arg-type]
+        expected = slurm.render_script(replace(run, output_dir="/shared/plain"), request)
     given, wanted = parts(script), parts(expected)
     names = [line.partition("=")[0] for line in wanted[0] if "gpus" not in line]
     assert [line.partition("=")[0] for line in given[0] if "gpus" not in line] == names
@@ -136,7 +135,7 @@ def test_no_value_adds_a_directive_or_a_command(
     assert [line.partition("=")[0] for line in given[1]] == [
         line.partition("=")[0] for line in wanted[1]
     ]
-    shown = 'printf "%s\\0" "$run" "$MINE" "${container[@]}" "$ranks"'  # what a real shell makes of the lines
+    shown = 'printf "%s\\0" "$run" "$NCCL_MINE" "${container[@]}" "$ranks"'  # what a real shell makes of the lines
     shell = ["/bin/bash", "--norc", "-c", "\n".join([*given[1], shown])]
     done = subprocess.run(shell, capture_output=True, check=True, env={})
     assert done.stderr == b""
@@ -153,11 +152,11 @@ def test_the_script_is_shell_and_asks_for_what_was_given(
         CANARIES | {"HF_HOME": "/shared/hf", "NCCL_DEBUG": "INFO", "MY_SECRET": "x"}
     ).items():
         monkeypatch.setenv(name, value)
-    site = Site(
-        "gpu", "me", "high", "12:00:00", "h100", "500G", "16", "h100:8", None, True, ("module load cuda",),
-        {"NCCL_IB_HCA": "mlx5"}, ("--reservation=tuesday",),
+    request = Request(
+        nodes=2, partition="gpu", account="me", qos="high", time="12:00:00", constraint="h100", mem="500G", cpus_per_task="16",
+        gpus_per_node="h100:8", exclusive=True, setup=("module load cuda",), sbatch=("--reservation=tuesday",), max_requeues=3,
     )  # fmt: skip
-    script = slurm.render_script(run, slurm.Request(site, 2, 3))
+    script = slurm.render_script(run, request)
     directives, values, _ = parts(script)
     assert [line.removeprefix("#SBATCH ") for line in directives] == [
         "--job-name=my-run", "--output=/shared/runs/my-run/launch/slurm-%j.log", "--open-mode=append", "--nodes=2",
@@ -168,7 +167,6 @@ def test_the_script_is_shell_and_asks_for_what_was_given(
     assert {
         "export HF_HOME=/shared/hf",
         "export NCCL_DEBUG=INFO",
-        "export NCCL_IB_HCA=mlx5",
         "module load cuda",
         "ranks=8",
     } <= {*values}
@@ -177,7 +175,7 @@ def test_the_script_is_shell_and_asks_for_what_was_given(
 
 
 def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
-    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="0"), max_requeues=0))
+    script = slurm.render_script(run, Request(gpus_per_node="0", max_requeues=0))
     directives, values, _ = parts(script)
     assert {"#SBATCH --no-requeue", "#SBATCH --signal=B:USR1@300"} <= {*directives}
     assert not [line for line in directives if "gpu" in line]
@@ -201,12 +199,12 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
 def test_a_job_of_several_gpus_that_asks_for_no_cores_is_warned_of(
     settings: dict[str, Any], fix: str
 ) -> None:
-    assert slurm.warn_of_default_resources(Site(**settings)).partition("fix: ")[2] == fix
+    assert slurm.warn_of_default_resources(Request(**settings)).partition("fix: ")[2] == fix
 
 
 def test_a_path_has_no_repeated_entries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/b:/a:/b:/c:/a")
-    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1")))
+    script = slurm.render_script(run, Request(gpus_per_node="1"))
     assert "export PATH=/b:/a:/c" in parts(script)[1]
 
 
@@ -214,9 +212,7 @@ def test_a_container_gets_what_the_run_reads_and_writes(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "/only/here")
-    script = slurm.render_script(
-        run, slurm.Request(Site(gpus_per_node="1", container="registry#org/image:1"))
-    )
+    script = slurm.render_script(run, Request(gpus_per_node="1", container="registry#org/image:1"))
     values = dict(line.removeprefix("export ").partition("=")[::2] for line in parts(script)[1])
     assert values["python"] == "python3"
     assert "PYTHONPATH" not in values
@@ -234,23 +230,20 @@ def test_a_container_gets_what_the_run_reads_and_writes(
         ({"gpus_per_node": None}, "number of GPUs per node is missing"), ({"gpus_per_node": "eight"}, "eight is not a number of GPUs"),
         ({"time": "2h"}, "2h is not a time limit"), ({"partition": "a\nb"}, "a line break or control character"),
         ({"sbatch": ("--x\n#SBATCH --uid=0",)}, "a line break"), ({"setup": ("a\nb",)}, "a line break"),
-        ({"container": "image", "environment": {"A": "b\0"}}, "a line break"),
     ],
 )  # fmt: skip
 def test_refused(run: Run, changes: dict[str, Any], what: str) -> None:
     with pytest.raises(UsageError, match=re.escape(what)):
-        slurm.render_script(run, slurm.Request(Site(**({"gpus_per_node": "1"} | changes))))
+        slurm.render_script(run, Request(**({"gpus_per_node": "1"} | changes)))
 
 
 def test_a_path_that_would_add_a_mount_or_lose_the_log_is_refused(run: Run) -> None:
     with pytest.raises(UsageError, match="backslash"):
-        slurm.render_script(
-            replace(run, output_dir="/shared/a\\b"), slurm.Request(Site(gpus_per_node="1"))
-        )
+        slurm.render_script(replace(run, output_dir="/shared/a\\b"), Request(gpus_per_node="1"))
     with refuses(UsageError, where="--container", names=["/shared/a:/etc,b"]):
         slurm.render_script(
             replace(run, output_dir="/shared/a:/etc,b/run"),
-            slurm.Request(Site(gpus_per_node="1", container="i")),
+            Request(gpus_per_node="1", container="i"),
         )
 
 
@@ -272,7 +265,7 @@ def test_time_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> No
 
 def test_the_warning_leaves_a_short_limit_time_to_train() -> None:
     def warning(time: str | None, wanted: int | None = None) -> int:
-        return slurm.warning_of(slurm.Request(Site(time=time), warning=wanted))
+        return slurm.warning_of(Request(time=time, warning=wanted))
 
     assert [warning(None), warning("12:00:00"), warning("4"), warning("12:00:00", 900)] == [
         300,
@@ -296,7 +289,7 @@ def test_the_warning_comes_early_enough_for_a_large_checkpoint(run: Run, tmp_pat
     assert saving == pytest.approx(705.5, abs=1)
 
     def warning(time: str, saving: float) -> int:
-        return slurm.warning_of(slurm.Request(Site(time=time), saving=saving))
+        return slurm.warning_of(Request(time=time, saving=saving))
 
     assert warning("12:00:00", saving) == 60 + 1411 + 1
     assert warning("1:00:00", saving) == 900  # a quarter of it
@@ -324,66 +317,24 @@ def test_the_warning_comes_early_enough_for_a_large_checkpoint(run: Run, tmp_pat
 def test_a_limit_too_short_for_a_checkpoint_has_a_fix_that_is_taken(
     limit: str, wanted: int | None, saving: float, fix: str
 ) -> None:
-    text = slurm.warn_of_short_limit(slurm.Request(Site(time=limit), warning=wanted, saving=saving))
+    text = slurm.warn_of_short_limit(Request(time=limit, warning=wanted, saving=saving))
     assert text.partition("fix: ")[2] == fix
     if fix:
         words = dict(zip(fix.split()[::2], fix.split()[1::2], strict=True))
-        again = slurm.Request(
-            Site(time=words.get("--time", limit)),
+        again = Request(
+            time=words.get("--time", limit),
             warning=int(words["--warn-before"]),
             saving=saving,
         )
         assert slurm.warn_of_short_limit(again) == ""
 
 
-@pytest.fixture
-def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    (tmp_path / "tunesmith").mkdir()
-    return tmp_path / "tunesmith" / "sites.yaml"
-
-
-def test_a_site(sites: Path) -> None:
-    sites.write_text(
-        "alps:\n  partition: gpu\n  mem: 0\n  exclusive: true\n  setup: [module load cuda]\n  environment: {A: 1}\n"
-        "  sbatch: [--x=1]\n"
-    )
-    expected = Site(
-        "gpu",
-        mem="0",
-        exclusive=True,
-        setup=("module load cuda",),
-        environment={"A": "1"},
-        sbatch=("--x=1",),
-    )
-    assert read_site("alps") == expected
-    assert read_site(None) == Site()
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "said"),
-    [
-        ("alps: {partition: gpu}", "alpes", "there is no site 'alpes'"), ("alps:\n  partitoin: gpu", "alps", "sites.yaml:2"),
-        ("alps: {setup: module load}", "alps", "setup takes a list of lines"), ("alps: {exclusive: 1}", "alps", "exclusive takes true"),
-        ("alps: {environment: {'A=1;id': x}}", "alps", "environment takes NAME: value"), ("alps: {mem: [1]}", "alps", "single word"),
-    ],
-)  # fmt: skip
-def test_a_site_that_is_wrong(sites: Path, text: str, name: str, said: str) -> None:
-    sites.write_text(text)
-    with pytest.raises(TunesmithError) as error:
-        read_site(name)
-    assert said in str(error.value)
-    assert error.value.exit_code == 2
-
-
 def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     tiny: Path,
     tmp_path: Path,
-    sites: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    sites.write_text("alps: {partition: gpu, gpus_per_node: 4}")
     monkeypatch.setenv("PATH", "")  # no sbatch
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "run"
@@ -391,12 +342,8 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     on_cluster = recipe(tiny, tmp_path, held=False)
     on_cluster["data"]["train"]["source"] = str(rows)
     (tmp_path / "recipe.yaml").write_text(json.dumps(on_cluster))
-    assert (
-        main(
-            ["launch", "slurm", "recipe.yaml", "--site", "alps", "--partition", "other", "--render"]
-        )
-        == 0
-    )
+    flags = ("--gpus-per-node", "4", "--partition", "other")
+    assert main(["launch", "slurm", "recipe.yaml", *flags, "--render"]) == 0
     said = capfd.readouterr()
     *resources, told, recipe_line = said.err.splitlines()
     assert "--cpus-per-task 32 --mem 0" in " ".join(map(str.strip, resources))
@@ -407,31 +354,47 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     assert recipe_line == f"recipe: {out}/launch/recipe.yaml"
     assert [path.name for path in (out / "launch").iterdir()] == ["recipe.yaml"]
     rows.write_text(json.dumps({"prompt": "a", "completion": "b"}))
-    assert main(["launch", "slurm", "recipe.yaml", "--site", "alps"]) == 2
+    assert main(["launch", "slurm", "recipe.yaml", *flags]) == 2
     check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])
 
 
 def test_what_the_nodes_would_miss_is_refused_before_the_queue(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = Site(gpus_per_node="1")
+    request = Request(gpus_per_node="1")
     words = ["my recipe.yaml", "train.duration=2 epochs"]
     fetch = "tunesmith fetch 'my recipe.yaml' 'train.duration=2 epochs'"
     elsewhere = replace(run, model=replace(run.model, name="owner/model"))
     with refuses(UsageError, names=["owner/model"], fix=[fetch]):
-        slurm.check_reach(elsewhere, site, words)
-    slurm.check_reach(elsewhere, replace(site, environment={"HF_HOME": "/scratch"}), words)
+        slurm.check_reach(elsewhere, request, words)
+    own = replace(request, setup=("export HF_HOME=/scratch",))
+    slurm.check_reach(elsewhere, own, words)
     splits = tuple(Source(source="owner/rows", split=split) for split in ("train", "test"))
     on_hub = replace(run, data=replace(run.data, train=splits[:1], validation=splits[1:]))
     with pytest.raises(UsageError) as error:
-        slurm.check_reach(on_hub, site, words)
+        slurm.check_reach(on_hub, request, words)
     assert error.value.what.count("owner/rows") == 1
     monkeypatch.setenv("WANDB_API_KEY", CANARIES["WANDB_API_KEY"])
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with refuses(UsageError, where="log.wandb", names=["WANDB_API_KEY"]):
-        slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
+        slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), request, words)
     (tmp_path / "netrc").touch()
-    slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), site, words)
+    slurm.check_reach(replace(run, log=replace(run.log, wandb=True)), request, words)
+
+
+@pytest.mark.parametrize("flag", [(), ("--render",)])
+def test_a_mesh_of_other_ranks_than_the_job_has_is_refused_before_the_queue(
+    flag: tuple[str, ...],
+    tiny: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
+    words = ["launch", "slurm", str(file), "--nodes", "2", "--gpus-per-node", "4", *flag]
+    assert main([*words, "parallel.shard=3"]) == 2
+    check_shown(capfd.readouterr().err, where="parallel", names=[8, 3])
+    assert not (tmp_path / "run" / "launch").exists()
 
 
 PARTITIONS = """
@@ -442,23 +405,23 @@ PartitionName=cloud Default=NO MaxNodes=UNLIMITED Nodes=(null) TotalNodes=0
 
 
 @pytest.mark.parametrize(
-    ("nodes", "site", "most"),
+    ("nodes", "request_", "most"),
     [
-        (2, Site(), 1),
-        (1, Site(), None),
-        (4, Site(partition="many"), None),
-        (5, Site(partition="many"), 4),
-        (5, Site(partition="cloud"), None),
-        (5, Site(partition="one,many"), None),
-        (2, Site(sbatch=("--partition=many",)), None),
+        (2, Request(), 1),
+        (1, Request(), None),
+        (4, Request(partition="many"), None),
+        (5, Request(partition="many"), 4),
+        (5, Request(partition="cloud"), None),
+        (5, Request(partition="one,many"), None),
+        (2, Request(sbatch=("--partition=many",)), None),
     ],
 )
 def test_more_nodes_than_a_partition_gives_are_refused_before_the_queue(
-    nodes: int, site: Site, most: int | None, monkeypatch: pytest.MonkeyPatch
+    nodes: int, request_: Request, most: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
     monkeypatch.setattr(slurm, "_slurm", lambda *_: (0, PARTITIONS, ""))
-    request = slurm.Request(site, nodes)
+    request = replace(request_, nodes=nodes)
     if most is None:
         slurm.check_nodes(request)
         return
@@ -469,7 +432,6 @@ def test_more_nodes_than_a_partition_gives_are_refused_before_the_queue(
 def test_a_finished_run_is_not_submitted(
     tiny: Path,
     tmp_path: Path,
-    sites: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -487,7 +449,7 @@ def test_a_finished_run_is_not_submitted(
 
 @pytest.mark.parametrize("debug", [True, False])
 def test_debug_reaches_the_agents_of_all_nodes(run: Run, debug: bool) -> None:
-    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="8"), 2, debug=debug))
+    script = slurm.render_script(run, Request(nodes=2, gpus_per_node="8", debug=debug))
     line = next(line for line in script.splitlines() if line.startswith("debug="))
     shell = f'{line}\necho agent "${{debug[@]}}" --'
     said = subprocess.run(
@@ -518,9 +480,9 @@ def test_a_killed_job_goes_back_if_it_came_further_and_nobody_asked_to_stop(
     for name, text in {"srun": "\n".join(srun), "scontrol": "#!/bin/sh\necho requeued"}.items():
         (tmp_path / "bin" / name).write_text(text + "\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    site = Site(gpus_per_node="0", setup=(f"export PATH={tmp_path}/bin:$PATH",))
+    request = Request(gpus_per_node="0", setup=(f"export PATH={tmp_path}/bin:$PATH",))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
-    words = ["bash", "--norc", "-c", slurm.render_script(run, slurm.Request(site))]
+    words = ["bash", "--norc", "-c", slurm.render_script(run, request)]
     done = subprocess.run(
         words, capture_output=True, text=True, env=os.environ | job, timeout=60, check=False
     )
@@ -536,9 +498,9 @@ def test_ranks_are_told_whether_their_job_may_be_requeued(
     run = from_mapping(recipe(tmp_path, tmp_path, held=False), where="test", base=tmp_path)
     (tmp_path / "srun").write_text(f'#!/bin/sh\necho "told=${REQUEUE}"\n')
     (tmp_path / "srun").chmod(0o755)
-    site = Site(gpus_per_node="0", setup=(f"export PATH={tmp_path}:$PATH",))
+    request = Request(gpus_per_node="0", setup=(f"export PATH={tmp_path}:$PATH",))
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_RESTART_COUNT": attempt}
-    words = ["bash", "--norc", "-c", slurm.render_script(run, slurm.Request(site))]
+    words = ["bash", "--norc", "-c", slurm.render_script(run, request)]
     done = subprocess.run(
         words, capture_output=True, text=True, env=os.environ | job, timeout=60, check=False
     )
@@ -548,9 +510,7 @@ def test_ranks_are_told_whether_their_job_may_be_requeued(
 def test_a_stop_that_came_before_the_start_is_kept(run: Run, tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/stop-7").touch()
-    script = slurm.render_script(
-        replace(run, output_dir=str(tmp_path)), slurm.Request(Site(gpus_per_node="0"))
-    )
+    script = slurm.render_script(replace(run, output_dir=str(tmp_path)), Request(gpus_per_node="0"))
     task = {"SLURM_JOB_ID": "7"}
     words = ["bash", "--norc", "-c", script]
     done = subprocess.run(
@@ -576,7 +536,7 @@ def test_a_script_has_named_variables_and_no_secret(
 ) -> None:
     for name, value in (SENT | NOT_SENT).items():
         monkeypatch.setenv(name, value)
-    script = slurm.render_script(run, slurm.Request(Site(gpus_per_node="1")))
+    script = slurm.render_script(run, Request(gpus_per_node="1"))
     exported = dict(
         line.removeprefix("export ").split("=")
         for line in script.splitlines()

@@ -74,7 +74,9 @@ class Cluster(NamedTuple):
         file.write_text(
             json.dumps(recipe(tiny, out.parent, held=False, output_dir=str(out), **changes))
         )
-        words = ("launch", "slurm", file, "--site", "pair", "--nodes", "2", *flags)
+        asked = ("--partition", "main", "--gpus-per-node", "1", "--time", "30", "--nodes", "2")
+        setup = (f"export PYTHONPATH={self.home / 'site'}:$PYTHONPATH", "export OMP_NUM_THREADS=1")
+        words = ("launch", "slurm", file, *asked, "--setup", setup[0], "--setup", setup[1], *flags)
         return self.tunesmith(*words).split()[1].rstrip(";")
 
     def queue(self, job: str) -> str:
@@ -111,16 +113,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder, home = tmp_path_factory.mktemp("pair"), tmp_path_factory.mktemp("home")
     for place in (folder, home):
         place.chmod(0o755)
-    (home / "config" / "tunesmith").mkdir(parents=True)
     (home / "site").mkdir()
     (home / "site" / "sitecustomize.py").write_text(SLOW)
-    environment = {"OMP_NUM_THREADS": "1", "TUNESMITH_HEARTBEAT_SECONDS": "15"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(home / "site"), *sys.path])
-    site = {"partition": "main", "gpus_per_node": 1, "time": 30, "environment": environment}
-    (home / "config" / "tunesmith" / "sites.yaml").write_text(json.dumps({"pair": site}))
     env = os.environ | CANARIES | {
         "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_TIMEOUT": "20", "KILL_WAIT": "120",
-        "XDG_CONFIG_HOME": str(home / "config"), "XDG_STATE_HOME": str(home / "state"),
+        "XDG_STATE_HOME": str(home / "state"), "TUNESMITH_HEARTBEAT_SECONDS": "15", "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     cluster = Cluster(folder, home, env)
     cluster.pair("up", str(os.getpid() % 100))

@@ -3,7 +3,8 @@
 example:
   tunesmith launch slurm my-recipe.yaml --nodes 2 --gpus-per-node 8 \\
     --time 12:00:00
-  tunesmith launch slurm my-recipe.yaml --site alps
+  tunesmith launch slurm my-recipe.yaml --partition gpu --account my-project \\
+    --gpus-per-node 4 --setup 'module load cuda'
   tunesmith launch slurm --model Qwen/Qwen3-8B --data faq.csv --gpus-per-node 1
   tunesmith launch slurm my-recipe.yaml --gpus-per-node 8 --render  # print only
   tunesmith logs -f runs/my-run
@@ -22,7 +23,7 @@ from tunesmith.cli.options import notify, whole_number
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
 
-# Settings of a site, each an option too: key -> its help.
+# Keys of a request that are an option each -> its help.
 SETTINGS = {
     "partition": "",
     "account": "",
@@ -47,11 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exclusive", action="store_true", help="whole nodes; with --mem 0 all their memory"
     )
-    parser.add_argument(
-        "--site",
-        metavar="NAME",
-        help="a profile in ~/.config/tunesmith/sites.yaml; flags override it",
-    )
+    line = "a line of the script before the run: --setup 'module load cuda'"
+    parser.add_argument("--setup", action="append", default=[], metavar="LINE", help=line)
     other = "any other sbatch option: --sbatch-arg=--reservation=tuesday"
     parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=other)
     reasons = "at a time limit or after a lost node; 0: never (default: 5)"
@@ -73,24 +71,22 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch import slurm
     from tunesmith.launch.inputs import recipe_inputs
     from tunesmith.launch.jobs import check_free, write_recipe
-    from tunesmith.launch.sites import read_site
 
-    site = read_site(args.site)
-    # Flags override the profile; without one it stays.
-    settings = {key: vars(args)[key] for key in SETTINGS if vars(args)[key] is not None}
-    site = replace(
-        site,
-        **settings,
-        exclusive=site.exclusive or args.exclusive,
-        sbatch=(*site.sbatch, *args.sbatch_arg),
+    request = slurm.Request(
+        nodes=args.nodes,
+        **{key: vars(args)[key] for key in SETTINGS},
+        exclusive=args.exclusive,
+        setup=tuple(args.setup),
+        sbatch=tuple(args.sbatch_arg),
+        max_requeues=args.max_requeues,
+        warning=args.warn_before,
+        debug=args.debug,
     )
     # The login node's processor is not that of the nodes.
-    recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(site))
-    saving = slurm.saving_seconds(recipe)
-    request = slurm.Request(
-        site, args.nodes, args.max_requeues, args.warn_before, saving, args.debug
-    )
-    for warning in (slurm.warn_of_short_limit(request), slurm.warn_of_default_resources(site)):
+    recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(request))
+    slurm.check_mesh_of_job(recipe, request)
+    request = replace(request, saving=slurm.saving_seconds(recipe))
+    for warning in (slurm.warn_of_short_limit(request), slurm.warn_of_default_resources(request)):
         if warning:
             notify(warning)
     script = slurm.render_script(recipe, request)
@@ -103,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         notify(f"recipe: {write_recipe(recipe)}")
         print(script, end="")
         return
-    slurm.check_reach(recipe, site, [args.recipe, *args.overrides])
+    slurm.check_reach(recipe, request, [args.recipe, *args.overrides])
     slurm.check_nodes(request)
     check_free(recipe.output_dir)
     if is_finished(recipe, "submitted"):

@@ -117,6 +117,7 @@ OTHER_NAMES = {
 # Options that went -> what does the same.
 OTHER_OPTIONS = {
     "tunesmith doctor --fix": "tunesmith doctor: each fault has its command",
+    "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
     "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}

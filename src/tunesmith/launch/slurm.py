@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
-from tunesmith.config.schema import Run
+from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
@@ -36,7 +36,6 @@ from tunesmith.launch.jobs import (
     step_and_time_left,
     write_recipe,
 )
-from tunesmith.launch.sites import DIRECTIVES, Site
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
@@ -173,19 +172,36 @@ exit "$code"
 CORES_OF_RANK = 8
 
 
-@dataclass(frozen=True)
+# Keys of `Request` that are passed on to sbatch
+DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_per_task")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """One submission: a run, on so many nodes.
+    """What a job asks of Slurm: the flags of `launch slurm`; None: no request.
 
     Attributes:
+        setup: lines of the script before the run, as they are.
+        sbatch: further directives, as they are.
         warning: seconds before the time limit at which all ranks get the signal to save; None: 300,
             or more where saving takes longer, but no more than a quarter of the limit.
         saving: seconds that a checkpoint takes, as far as one was measured.
         debug: the agents collect what ranks and NCCL print.
     """
 
-    site: Site
     nodes: int = 1
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    constraint: str | None = None
+    mem: str | None = None
+    cpus_per_task: str | None = None
+    gpus_per_node: str | None = None
+    container: str | None = None
+    exclusive: bool = False
+    setup: tuple[str, ...] = ()
+    sbatch: tuple[str, ...] = ()
     max_requeues: int = 5
     warning: int | None = None
     saving: float = 0.0
@@ -252,7 +268,6 @@ def render_script(run: Run, request: Request) -> str:
 
     Every value from a recipe or flag stands in a quoted word of a directive or of an assignment.
     """
-    site = request.site
     version = installed_versions().get("tunesmith", "")
     lines = [
         "#!/bin/bash -l",
@@ -260,28 +275,26 @@ def render_script(run: Run, request: Request) -> str:
     ]
     lines += [f"#SBATCH {directive}" for directive in _directives(run, request)]
     lines.append("")
-    # Exports of the site win over those of this shell, and `setup` may change both.
-    exports = _job_environment(site) | site.environment
-    for key, value in sorted(exports.items()):
+    # `setup` may change the variables of this shell.
+    for key, value in sorted(_job_environment(request).items()):
         lines.append(f"export {key}={_shell_word(value, key)}")
-    lines += [safe_value(line, "setup of the site") for line in site.setup]
+    lines += [safe_value(line, "--setup") for line in request.setup]
     # A container has its own interpreter.
-    python = "python3" if site.container else sys.executable
+    python = "python3" if request.container else sys.executable
     debug = "--debug" if request.debug else ""
     lines += [
         f"python={shlex.quote(python)}",
         f"run={_shell_word(run.output_dir, 'output_dir')}",
-        f"ranks={ranks_of(site)}",
+        f"ranks={ranks_of(request)}",
         f"max_requeues={request.max_requeues}",
         f"debug=({debug})",
-        f"container=({' '.join(_container_words(run, site))})",
+        f"container=({' '.join(_container_words(run, request))})",
     ]
     return "\n".join([*lines, BODY])
 
 
 def _directives(run: Run, request: Request) -> list[str]:
     """The options of sbatch, each one line."""
-    site = request.site
     if "\\" in run.output_dir:
         raise UsageError(
             "the log path contains a backslash, which Slurm interprets",
@@ -302,9 +315,9 @@ def _directives(run: Run, request: Request) -> list[str]:
         "export": "NONE",
     }
     for key in DIRECTIVES:
-        options[key.replace("_", "-")] = vars(site)[key]
-    if site.gpus_per_node != "0":
-        options["gpus-per-node"] = site.gpus_per_node
+        options[key.replace("_", "-")] = vars(request)[key]
+    if request.gpus_per_node != "0":
+        options["gpus-per-node"] = request.gpus_per_node
     # B: to the script alone
     options["signal"] = f"B:USR1@{warning_of(request)}"
     lines = [
@@ -314,22 +327,24 @@ def _directives(run: Run, request: Request) -> list[str]:
     ]
     # --requeue is said, as the cluster's default may be either.
     lines.append("--requeue" if request.max_requeues else "--no-requeue")
-    if site.exclusive:
+    if request.exclusive:
         lines.append("--exclusive")
-    return lines + [safe_value(line, "--sbatch-arg") for line in site.sbatch]
+    return lines + [safe_value(line, "--sbatch-arg") for line in request.sbatch]
 
 
-def warn_of_default_resources(site: Site) -> str:
+def warn_of_default_resources(request: Request) -> str:
     """A line where a job of several ranks asks for no cores, or for no memory; else empty."""
-    if (site.gpus_per_node or "0") == "0" or ranks_of(site) < 2:
+    if (request.gpus_per_node or "0") == "0" or ranks_of(request) < 2:
         return ""
-    options = " ".join(site.sbatch)
+    options = " ".join(request.sbatch)
     # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
     # asks for. `--exclusive=user` and the like do not give all cores.
-    is_exclusive = site.exclusive or re.search(r"(^|\s)--exclusive(\s|$)", options)
-    has_cores = is_exclusive or site.cpus_per_task or re.search(r"(^|\s)(--cpus-per-|-c)", options)
-    has_memory = site.mem or re.search(r"(^|\s)--mem", options)
-    cores = f"--cpus-per-task {CORES_OF_RANK * ranks_of(site)}"
+    is_exclusive = request.exclusive or re.search(r"(^|\s)--exclusive(\s|$)", options)
+    has_cores = (
+        is_exclusive or request.cpus_per_task or re.search(r"(^|\s)(--cpus-per-|-c)", options)
+    )
+    has_memory = request.mem or re.search(r"(^|\s)--mem", options)
+    cores = f"--cpus-per-task {CORES_OF_RANK * ranks_of(request)}"
     if has_cores and has_memory:
         return ""
     if has_cores:
@@ -344,11 +359,11 @@ def warn_of_default_resources(site: Site) -> str:
     )
 
 
-def _job_environment(site: Site) -> dict[str, str]:
+def _job_environment(request: Request) -> dict[str, str]:
     """The variables of this environment that the job gets."""
     environment = {}
     for key, value in os.environ.items():
-        is_of_this_system = site.container and "PATH" in key
+        is_of_this_system = request.container and "PATH" in key
         # A token may hide in a variable with a harmless name: its value is looked at too.
         is_secret = is_secret_name(key) or mask(value) != value
         if EXPORTED.fullmatch(key) and not is_of_this_system and not is_secret:
@@ -358,17 +373,17 @@ def _job_environment(site: Site) -> dict[str, str]:
         entries = environment["PATH"].split(os.pathsep)
         environment["PATH"] = os.pathsep.join(dict.fromkeys(entries))
     # A container's home is another.
-    if site.container:
+    if request.container:
         environment["HF_HOME"] = hub_home()
     return environment
 
 
-def ranks_of(site: Site) -> int:
+def ranks_of(request: Request) -> int:
     """Ranks of a node: one a GPU, without GPUs one.
 
     UsageError where the GPUs are not `8` or `h100:8`.
     """
-    gpus = site.gpus_per_node or ""
+    gpus = request.gpus_per_node or ""
     # `8`, `h100:8`: the type of a GPU may stand in front.
     match = re.fullmatch(r"(?:[\w.-]+:)?(\d{1,3})", gpus, re.ASCII)
     if match:
@@ -398,7 +413,7 @@ def warning_of(request: Request) -> int:
 
 def _time_limit(request: Request) -> int:
     """Seconds; 0: the partition's limit."""
-    return limit_seconds(request.site.time) if request.site.time else 0
+    return limit_seconds(request.time) if request.time else 0
 
 
 def seconds_to_save(request: Request) -> int:
@@ -471,7 +486,7 @@ def limit_seconds(text: str) -> int:
     return first * 60 + second
 
 
-def check_reach(run: Run, site: Site, words: Sequence[str]) -> None:
+def check_reach(run: Run, request: Request, words: Sequence[str]) -> None:
     """UsageError for what the job would fail on after it has waited in the queue.
 
     It says what to fetch or log in to; `words` are the recipe and its overrides as they were typed.
@@ -484,9 +499,8 @@ def check_reach(run: Run, site: Site, words: Sequence[str]) -> None:
     missing = [name for name in datasets if not repo_cache(name, "dataset").exists()]
     if local_model(run.model) is None and cached_model(run.model) is None:
         missing.insert(0, run.model.name)
-    # `environment` of the site may name another cache.
-    # Another cache, which this machine may not see
-    has_own_cache = bool({"HF_HOME", "HF_HUB_CACHE"} & site.environment.keys())
+    # The nodes may have another cache, which this machine does not see.
+    has_own_cache = re.search(r"\bHF_(HOME|HUB_CACHE)=", "\n".join(request.setup))
     if missing and not has_own_cache:
         raise UsageError(
             f"not fetched yet: {', '.join(missing)}",
@@ -507,16 +521,23 @@ def check_reach(run: Run, site: Site, words: Sequence[str]) -> None:
         )
 
 
+def check_mesh_of_job(run: Run, request: Request) -> None:
+    """RecipeError where the recipe's mesh does not fit the ranks of the job."""
+    if run.parallel != Parallel():
+        from tunesmith.parallel.mesh import possible_shapes  # loads torch
+
+        possible_shapes(run.parallel, request.nodes * ranks_of(request))
+
+
 def check_nodes(request: Request) -> None:
     """UsageError where the partition never gives a job as many nodes: Slurm would keep it waiting.
 
     Nothing is said where the partition is not known.
     """
-    site = request.site
-    others = " ".join(site.sbatch)
+    others = " ".join(request.sbatch)
     if request.nodes == 1 or re.search(r"(^|\s)(-p|--partition)", others):
         return
-    target = os.environ.get("SBATCH_PARTITION") or site.partition
+    target = os.environ.get("SBATCH_PARTITION") or request.partition
     _, out, _ = _slurm("scontrol", "--oneliner", "show", "partition")
     for line in out.splitlines():
         values = dict(word.partition("=")[::2] for word in line.split())
@@ -592,12 +613,12 @@ def _shell_word(value: str, where: str) -> str:
     return shlex.quote(safe_value(value, where))
 
 
-def _container_words(run: Run, site: Site) -> list[str]:
+def _container_words(run: Run, request: Request) -> list[str]:
     """Flags of Pyxis for srun, quoted: the image, and what the run reads and writes.
 
     The paths in the container are the same.
     """
-    if not site.container:
+    if not request.container:
         return []
     paths = [*map(str, recipe_inputs(run)), str(Path(run.output_dir).parent), hub_home()]
     for path in paths:
@@ -608,7 +629,7 @@ def _container_words(run: Run, site: Site) -> list[str]:
             )
     mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys(paths))
     flags = [
-        f"--container-image={site.container}",
+        f"--container-image={request.container}",
         f"--container-mounts={mounts}",
         "--no-container-mount-home",
     ]
