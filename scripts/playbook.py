@@ -16,24 +16,14 @@ import os
 import re
 import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate_env import LauncherSettings, read_launcher
-from tunesmith.checkpoint.claim import (
-    LOCK,
-    SCRIPT_ROWS,
-    SCRIPT_TEMPLATE,
-    claim_run_dir,
-    is_run,
-    missing_folders,
-    remove_unused,
-)
+from tunesmith.checkpoint.claim import LOCK, claim_run_dir, is_run
 from tunesmith.cli.main import Parser, framed
 from tunesmith.cli.options import whole_number
 from tunesmith.config.dump import to_mapping
@@ -41,41 +31,21 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Adapter, Checkpoint, Data, Log, Model, Run, Source, Train
 from tunesmith.distributed.ranks import (
-    JOIN,
     is_launched,
     reported_once_a_node,
     require_one_process,
     started_as,
 )
-from tunesmith.errors import (
-    EXIT_OK,
-    EXIT_USAGE,
-    MachineError,
-    OtherRankError,
-    TunesmithError,
-    UsageError,
-)
-from tunesmith.host.files import write_atomically
-from tunesmith.host.logger import LineFormatter, lines_on_stderr, stderr_only_from
+from tunesmith.errors import EXIT_OK, TunesmithError, UsageError
+from tunesmith.host.logger import LineFormatter, lines_on_stderr
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.units import Length, Size, ratio
 
 # The playbook's text as a chat template: a row without an input keeps the empty field. The space
 # before the response belongs to the response, because a byte-pair tokenizer joins it with the first
 # word.
-TEMPLATE = """\
-{%- for message in messages %}
-{%- if message.role == 'user' %}
-{{- BOS + 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}
-{{- 'Write a response that appropriately completes the request.\\n### Instruction: ' + message.content }}
-{{- '\\n\\n### Input: ' + (message.input or '') + '\\n\\n### Response:' }}
-{%- elif message.role == 'assistant' %}
-{%- generation %}{{- ' ' + message.content + eos_token }}{%- endgeneration %}
-{%- else %}
-{{- raise_exception('the playbook text takes an instruction and a response') }}
-{%- endif %}
-{%- endfor %}"""
-SHUFFLE_SEED = 42
+TEMPLATE = Path(__file__).with_name("configs") / "alpaca.jinja"
+SEED = 42
 RULE = "=" * 60
 ALONE = LauncherSettings()  # no launcher asks for anything
 SHARED = "playbook"  # id of the ranks that a script starts itself: they share its batch
@@ -90,9 +60,10 @@ DIFFERENCES = (
     "checkpoints are written on the way; the same command after a kill goes on where it was (--fresh starts over)",
     "without --output_dir the result is kept under runs/, not thrown away",
     "--output_dir is a run directory: metrics, log and checkpoints lie beside the model files",
-    "each epoch's order is drawn from seed 42 by our own sampler, theirs by torch's RandomSampler",
+    "the order of the rows is drawn from seed 42 by our own sampler, theirs by datasets and torch",
     "LoRA parameters, and a bf16 model's master weights in full fine-tuning, are fp32",
-    "the warm-up of --use_torch_compile runs on a copy that is thrown away; theirs trained the model twice",
+    "--use_torch_compile has no warm-up: the first step compiles; theirs trained the model twice",
+    "a text begins with the tokenizer's BOS token wherever it has one",
     "code that a model's repository ships is not run without --trust_remote_code (some of theirs always ran it)",
     "--dtype is auto: bfloat16 as theirs, but float32 where the processor has no units for it and the weights fit",
     "any --batch_size and --seq_length is taken; every script has every common flag",
@@ -243,87 +214,40 @@ def parser(name: str) -> argparse.ArgumentParser:
     def add(flag: str, text: str, default: object, **more: Any) -> None:
         p.add_argument(flag, default=default, help=f"{text} (default: {default})", **more)
 
+    count, amount = {"type": whole_number}, {"type": positive_number}
+    dtype = "of weights and products; float16 scales the loss; auto: bfloat16 where it is fast"
     add("--model_name", "Hub id, local folder or .gguf file", script.model)
-    add(
-        "--dtype",
-        "of weights and products; float16 scales the loss; auto: bfloat16 where the processor has units for it",
-        "auto",
-        choices=list(DTYPES),
-    )
-    add(
-        "--batch_size",
-        "examples at once; under accelerate launch or torchrun for each process",
-        script.batch_size,
-        type=whole_number,
-    )
-    add(
-        "--seq_length",
-        "longest example in tokens; longer ones are cut and counted",
-        2048,
-        type=whole_number,
-    )
-    add("--num_epochs", "passes over the rows", 1, type=positive_number)
-    add(
-        "--gradient_accumulation_steps",
-        "batches that one optimizer step learns from",
-        1,
-        type=whole_number,
-    )
-    add(
-        "--learning_rate",
-        "at the start; it falls linearly to 0",
-        script.learning_rate,
-        type=positive_number,
-    )
-    add(
-        "--gradient_checkpointing",
-        "run each layer's forward again in the backward, to save memory",
-        script.checkpointing,
-        action=argparse.BooleanOptionalAction,
-    )
+    add("--dtype", dtype, "auto", choices=list(DTYPES))
+    text = "examples at once; under accelerate launch or torchrun for each process"
+    add("--batch_size", text, script.batch_size, **count)
+    add("--seq_length", "longest example in tokens; longer ones are cut and counted", 2048, **count)
+    add("--num_epochs", "passes over the rows", 1, **amount)
+    text = "batches that one optimizer step learns from"
+    add("--gradient_accumulation_steps", text, 1, **count)
+    text = "at the start; it falls linearly to 0"
+    add("--learning_rate", text, script.learning_rate, **amount)
+    text = "run each layer's forward again in the backward, to save memory"
+    action = argparse.BooleanOptionalAction
+    add("--gradient_checkpointing", text, script.checkpointing, action=action)
     if script.mode != "full":
-        add("--lora_rank", "LoRA's r; alpha is 16", 8, type=whole_number)
-    add(
-        "--dataset_size",
-        "take the first N rows, then shuffle them with seed 42",
-        script.dataset_size,
-        type=whole_number,
-    )
-    add("--logging_steps", "print a line every N steps", 1, type=whole_number)
+        add("--lora_rank", "LoRA's r; alpha is 16", 8, **count)
+    add("--dataset_size", "take the first N rows", script.dataset_size, **count)
+    add("--logging_steps", "print a line every N steps", 1, **count)
     add("--log_dir", "folder of the TensorBoard events", "logs")
-    add(
-        "--use_torch_compile",
-        "torch.compile, with a warm-up before the clock starts",
-        False,
-        action="store_true",
-    )
+    add("--use_torch_compile", "torch.compile", False, action="store_true")
     add("--output_dir", "where all is written; a folder under runs/ unless given", None)
     ours = p.add_argument_group("beside theirs")
-    ours.add_argument(
-        "--train_on",
-        default="all",
-        choices=["all", "response"],
-        help="tokens that carry loss: all, as theirs, or the response alone, which is better (default: all)",
-    )
-    ours.add_argument(
-        "--data",
-        metavar="FILE",
-        help="local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca",
-    )
-    ours.add_argument(
-        "--fresh", action="store_true", help="start over where an earlier run lies in the folder"
-    )
-    ours.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="run Python code from the model's repository",
-    )
-    ours.add_argument(
-        "--ranks",
-        type=whole_number,
-        metavar="N",
-        help="processes on this machine that share the batch (default: one a GPU; without GPUs one)",
-    )
+    text = "tokens that carry loss: all, as theirs, or the response alone, which is better"
+    choices = ["all", "response"]
+    ours.add_argument("--train_on", default="all", choices=choices, help=f"{text} (default: all)")
+    text = "local alpaca rows (json, jsonl, csv, parquet) in place of tatsu-lab/alpaca"
+    ours.add_argument("--data", metavar="FILE", help=text)
+    text = "start over where an earlier run lies in the folder"
+    ours.add_argument("--fresh", action="store_true", help=text)
+    text = "run Python code from the model's repository"
+    ours.add_argument("--trust_remote_code", action="store_true", help=text)
+    text = "processes on this machine that share the batch (default: one a GPU; without GPUs one)"
+    ours.add_argument("--ranks", type=whole_number, metavar="N", help=text)
     return p
 
 
@@ -336,7 +260,7 @@ def make_recipe(
     sharing: int = 1,
     asked: LauncherSettings = ALONE,
 ) -> Run:
-    """The recipe for a script's flags; `inputs` makes the two files that it names.
+    """The recipe for a script's flags.
 
     Args:
         folder: the run directory.
@@ -345,11 +269,14 @@ def make_recipe(
         asked: the mesh and the offload that a launcher asks for.
     """
     mode = SCRIPTS[name].mode
-    adapter = (
-        Adapter(kind="none")
-        if mode == "full"
-        else Adapter(kind="lora", rank=args.lora_rank, alpha=16.0, dropout=0.0, target="all-linear")
-    )
+    adapter = Adapter(kind="none")
+    if mode != "full":
+        adapter = Adapter(
+            kind="lora", rank=args.lora_rank, alpha=16.0, dropout=0.0, target="all-linear"
+        )
+    rows = Source(source="tatsu-lab/alpaca", split="train")
+    if args.data:
+        rows = Source(source=os.path.realpath(args.data))
     return Run(
         model=Model(
             name=args.model_name,
@@ -359,8 +286,8 @@ def make_recipe(
         ),
         adapter=adapter,
         data=Data(
-            train=(Source(source=str(folder / SCRIPT_ROWS), format="alpaca"),),
-            template=str(folder / SCRIPT_TEMPLATE),
+            train=(replace(rows, format="alpaca", max_examples=args.dataset_size),),
+            template=str(TEMPLATE),
             seq_len=args.seq_length,
             pack=False,
             train_on=args.train_on,
@@ -374,7 +301,7 @@ def make_recipe(
             warmup=Length(0, "steps"),
             weight_decay=0.0,
             clip_norm=1.0,
-            seed=SHUFFLE_SEED,
+            seed=SEED,
             recompute="full" if args.gradient_checkpointing else "none",
             cpu_offload=asked.offload,
             compile="on" if args.use_torch_compile else "off",
@@ -394,127 +321,15 @@ def make_recipe(
     )
 
 
-def selection(args: argparse.Namespace, say: Callable[[str], None] = print) -> list[dict[str, str]]:
-    """Their rows in their order: the first `dataset_size`, then
-    `datasets.Dataset.shuffle(seed=42)`.
-
-    That shuffle is the permutation that NumPy's PCG64 generator draws from the seed.
-    """
-    import numpy as np
-
-    from tunesmith.data import source as sources
-    from tunesmith.data.formats import Conversation, convert_row
-
-    if args.data:
-        source = Source(
-            source=os.path.realpath(args.data), format="alpaca", max_examples=args.dataset_size
-        )
-    else:
-        source = Source(
-            source="tatsu-lab/alpaca",
-            split="train",
-            format="alpaca",
-            max_examples=args.dataset_size,
-        )
-    rows = sources.read_rows(source)
-    if len(rows) < args.dataset_size:
-        say(f"{source.source} has {len(rows)} rows: all of them are taken")
-    chosen = []
-    for index in np.random.default_rng(SHUFFLE_SEED).permutation(len(rows)).tolist():
-        sample = convert_row(rows[index], source, where=rows.where(index))
-        assert isinstance(sample, Conversation)
-        assert sample.instruction is not None
-        chosen.append(
-            dict(zip(("instruction", "input", "output"), sample.instruction, strict=True))
-        )
-    return chosen
-
-
-@contextmanager
-def inputs(
-    rows: Sequence[dict[str, str]], folder: Path, *, bos: bool, writes: bool = True
-) -> Iterator[None]:
-    """The rows and the template in the run directory; as they were before, if the start is refused
-    before its first step.
-
-    Args:
-        writes: this rank writes them; another waits until they are there.
-    """
-    texts = {folder / name: text for name, text in input_texts(rows, bos=bos).items()}
-    if not writes:
-        until = time.monotonic() + JOIN
-        while time.monotonic() < until and any(
-            content_of(path) != text.encode() for path, text in texts.items()
-        ):
-            time.sleep(0.05)
-        yield
-        return
-    made, before = missing_folders(folder), {path: content_of(path) for path in texts}
-    try:
-        write_inputs(rows, folder, bos=bos)
-        yield
-    except (UsageError, OtherRankError) as error:
-        if error.exit_code != EXIT_USAGE:
-            raise
-        with suppress(OSError):
-            for path, content in before.items():
-                if content is None:
-                    path.unlink(missing_ok=True)
-                else:
-                    path.write_bytes(content)
-            (folder / SCRIPT_ROWS.parent).rmdir()  # fails where earlier files lie in it
-        remove_unused(made)
-        raise
-
-
-def input_texts(rows: Sequence[dict[str, str]], *, bos: bool) -> dict[Path, str]:
-    """What the two files of the run directory hold, by their names there; `bos`: the tokenizer
-    starts a text with one.
-    """
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return {
-        SCRIPT_ROWS: lines,
-        SCRIPT_TEMPLATE: TEMPLATE.replace("BOS", "bos_token" if bos else "''"),
-    }
-
-
-def content_of(path: Path) -> bytes | None:
-    """A file's content; None where there is none."""
-    return path.read_bytes() if path.is_file() else None
-
-
-def write_inputs(rows: Sequence[dict[str, str]], folder: Path, *, bos: bool) -> None:
-    """Write the two files; the leaders of several nodes may write the same bytes at once."""
-    for name, text in input_texts(rows, bos=bos).items():
-        path = folder / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text)
-        except OSError as error:
-            what, fix = (
-                "the rows cannot be written",
-                "give another folder: --output_dir runs/my-run",
-            )
-            raise MachineError(what, where=str(path), why=str(error), fix=fix) from None
-
-
-def look_at_model(recipe: Run) -> tuple[bool, int]:
-    """Whether the model's tokenizer puts a BOS token before a text, and how many parameters are
-    trained.
-
-    Weights that are not here are fetched later, when ranks have joined and one of a node fetches
-    for all.
-    """
+def count_parameters(recipe: Run) -> int:
+    """How many parameters are trained, counted on meta: weights that are not here come later."""
     from tunesmith.build_model import count_trained, define_model
     from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.hub.model_files import read_model_files
 
-    # Parameters are counted on meta, in any dtype.
-    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))
+    recipe = replace(recipe, model=replace(recipe.model, dtype="bf16"))  # any will do
     files = read_model_files(fetch_for_tokens(recipe.model), recipe.model)
-    bos = files.tokenizer.bos_token_id
-    opens = bos is not None and files.tokenizer("a")["input_ids"][0] == bos
-    return opens, count_trained(recipe, define_model(recipe, files))
+    return count_trained(recipe, define_model(recipe, files))
 
 
 # A recipe's key in a warning or an error -> the flag that sets it here.
@@ -588,22 +403,12 @@ def default_folder(name: str, args: argparse.Namespace) -> Path:
     """Where a run without --output_dir goes: one name for each set of flags that changes what is
     trained.
     """
-    free = {
-        "output_dir",
-        "log_dir",
-        "logging_steps",
-        "fresh",
-        "ranks",
-        "trust_remote_code",
-        "use_torch_compile",
-    }
-    free |= {"gradient_checkpointing"}
+    free = {"output_dir", "log_dir", "logging_steps", "fresh", "ranks", "trust_remote_code"}
+    free |= {"use_torch_compile", "gradient_checkpointing"}
     kept = {key: value for key, value in vars(args).items() if key not in free}
     kept["gradient_accumulation_steps"] = batches_a_step(args)
-    return (
-        Path("runs")
-        / f"{name}-{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return Path("runs", f"{name}-{digest[:8]}")
 
 
 def run_folder(name: str, args: argparse.Namespace) -> Path:
@@ -613,14 +418,9 @@ def run_folder(name: str, args: argparse.Namespace) -> Path:
 
 def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
     env = started_as() or {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    script, first, folder, batches = (
-        SCRIPTS[name],
-        env["RANK"] == 0,
-        run_folder(name, args),
-        batches_a_step(args),
-    )
+    script, folder, batches = SCRIPTS[name], run_folder(name, args), batches_a_step(args)
+    first = env["RANK"] == 0
     say: Callable[[str], None] = print if first else lambda line: None
-    flags = flags_of(name)
     say(configuration_text(script, args, batches))
     for line in asked.lines:
         say(f"accelerate: {line}")
@@ -632,27 +432,16 @@ def _run(name: str, args: argparse.Namespace, asked: LauncherSettings) -> int:
                 unlink_final(folder)
         if env["LOCAL_RANK"] == 0:
             refuse_foreign_folder(folder)
+        # The rules that span several keys, and the paths, are those of every recipe.
+        run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
         say(f"Loading model: {args.model_name}")
-        bos, trained = look_at_model(recipe)
-        say(f"Trainable parameters = {trained:,}")
-        say(f"Loading dataset with {args.dataset_size} samples...")
-        rows = selection(args, say)
-    with inputs(rows, folder, bos=bos, writes=env["LOCAL_RANK"] == 0):
-        with reported_once_a_node():
-            # The rules that span several keys, and the paths, are those of every recipe.
-            run = from_mapping(to_mapping(recipe), where=f"{name}.py", base=Path.cwd())
+        say(f"Trainable parameters = {count_parameters(run):,}")
+    say(f"Loading dataset with {args.dataset_size} samples...")
+    say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
+    from tunesmith.training.run import train
 
-        from tunesmith.training.run import train
-
-        if args.use_torch_compile and (
-            args.fresh or not any(folder.glob("checkpoint-*/manifest.json"))
-        ):
-            say("Running warmup for torch.compile()...")
-            with tempfile.TemporaryDirectory() as scratch, stderr_only_from():
-                train(warm_up(run, len(rows), Path(scratch)))
-        say(f"\nStarting {script.mode} fine-tuning for {args.num_epochs:g} epoch(s)...")
-        with lines_on_stderr(FlagFormatter(batches, flags)):
-            result = train(run, fresh=args.fresh, argv=sys.argv)
+    with lines_on_stderr(FlagFormatter(batches, flags_of(name))):
+        result = train(run, fresh=args.fresh, argv=sys.argv)
     if first:
         print(closing(read_records(folder / "metrics.jsonl"), result.seconds))
         if result.finished_before:
@@ -712,40 +501,12 @@ def closing(records: Sequence[StepRecord], seconds: float) -> str:
     return "\n".join(rows)
 
 
-def warm_up(run: Run, rows: int, scratch: Path) -> Run:
-    """The same run for a twentieth of an epoch, as theirs, in a folder that is thrown away: it
-    fills compile's cache.
-    """
-    steps = math.ceil(0.05 * rows / run.train.global_batch.amount)
-    return replace(
-        run,
-        train=replace(run.train, duration=Length(steps, "steps")),
-        checkpoint=Checkpoint(every=None, keep=1, resume="never"),
-        log=replace(run.log, tensorboard=False, tensorboard_dir=None),
-        output_dir=str(scratch / "warm-up"),
-    )
-
-
 def refuse_foreign_folder(folder: Path) -> None:
-    """UsageError where --output_dir holds somebody's files: rows are written there, and model files
-    into its root.
-    """
-    # Those in the making are another node's.
-    inputs = [
-        path
-        for path in sorted(folder.joinpath(SCRIPT_ROWS.parent).glob("*"))
-        if path.suffix != ".partial"
-    ]
-    found = [
-        path.name for path in folder.glob("*") if path.name not in (LOCK, SCRIPT_ROWS.parent.name)
-    ]
-    found += [
-        path.name for path in inputs if path.name not in (SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name)
-    ]
+    """UsageError where --output_dir holds somebody's files: model files are put into its root."""
+    found = [path.name for path in folder.glob("*") if path.name != LOCK]
     if found and not is_run(folder):
-        what = f"--output_dir holds files that no run wrote: {', '.join(found[:5])}"
         raise UsageError(
-            what,
+            f"--output_dir holds files that no run wrote: {', '.join(found[:5])}",
             where=str(folder),
             why="they might be overwritten",
             fix="give a new or empty folder: --output_dir runs/my-run",

@@ -43,12 +43,10 @@ def test_a_folder_of_folders_is_refused_and_not_touched(names: list[str], tmp_pa
     assert sorted(out.rglob("*")) == before
 
 
-def test_what_a_script_of_the_playbook_wrote_beforehand_is_no_folder_of_a_user(
-    tmp_path: Path,
-) -> None:
-    """Its rows and its template lie in `data/` of the run directory before the run begins."""
+def test_what_a_program_wrote_beforehand_is_no_folder_of_a_user(tmp_path: Path) -> None:
+    """Its rows lie in `data/` of the run directory before the run begins."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "rows.jsonl").touch()
+    (tmp_path / "data" / "rows-0123456789ab.jsonl").touch()
     check_run_dir(tmp_path)
     (tmp_path / "data" / "my-rows.csv").touch()
     with pytest.raises(UsageError):

@@ -1,13 +1,10 @@
-"""The four playbook scripts: every flag has an effect, and rows, order, text and closing lines are
-theirs.
-"""
+"""The four playbook scripts: every flag has an effect; rows, text and closing lines are theirs."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -24,8 +21,6 @@ from playbook import (
     default_folder,
     make_recipe,
     parser,
-    selection,
-    write_inputs,
 )
 from tunesmith.config.dump import to_mapping
 from tunesmith.config.load import from_mapping
@@ -202,12 +197,11 @@ def test_the_recipe_holds_the_rules_of_every_recipe(script: str, tmp_path: Path)
     args = parser(script).parse_args(
         ["--model_name", "org/base", "--log_dir", str(tmp_path / "logs")]
     )
-    write_inputs(ROWS, tmp_path, bos=False)
     run = make_recipe(script, args, folder=tmp_path, batches=1)
     assert from_mapping(to_mapping(run), where=script, base=tmp_path) == run
 
 
-# --- rows, order, text
+# --- rows, text
 
 ROWS = [
     {"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"}
@@ -222,20 +216,11 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_first_rows_are_taken_and_shuffled_as_datasets_does(data: Path) -> None:
-    from datasets import Dataset
-
-    got = selection(parser(LORA).parse_args(["--data", str(data), "--dataset_size", "25"]))
-    theirs = Dataset.from_list(ROWS).select(range(25)).shuffle(seed=42)
-    assert got == theirs.to_list()
-    assert got != ROWS[:25]
-
-
-def test_fewer_rows_than_asked_for_are_all_taken_and_said(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert len(selection(parser(LORA).parse_args(["--data", str(data)]))) == 40
-    assert f"{data} has 40 rows" in capsys.readouterr().out
+def test_the_first_rows_are_taken(data: Path) -> None:
+    got = run_of(LORA, "--data", str(data), "--dataset_size", "25")
+    assert (got["source.source"], got["source.max_examples"]) == (str(data), 25)
+    theirs = run_of(LORA)
+    assert (theirs["source.source"], theirs["source.split"]) == ("tatsu-lab/alpaca", "train")
 
 
 THEIRS = (
@@ -247,29 +232,27 @@ THEIRS = (
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("row", ROWS[:2])
-def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool) -> None:
+def test_text_and_mask_are_theirs(row: dict[str, str], bos: bool) -> None:
     """Every token carries loss as in theirs; with `--train_on response` the answer and its end
     token alone.
     """
     from tunesmith.data.formats import convert_row
     from tunesmith.data.template import select_template
 
-    tokenizer = byte_tokenizer(bos_token="<s>")
-    write_inputs([row], tmp_path, bos=bos)
-    source = Source(source=str(tmp_path / playbook.SCRIPT_ROWS), format="alpaca")
-    kept = json.loads((tmp_path / playbook.SCRIPT_ROWS).read_text())
+    tokenizer = byte_tokenizer(**({"bos_token": "<s>"} if bos else {}))
+    source = Source(source="rows.jsonl", format="alpaca")
     text = ("<s>" if bos else "") + THEIRS.format(row["instruction"], row["input"], row["output"])
     for train_on, supervised in (("all", None), ("response", f" {row['output']}<|im_end|>")):
         template = select_template(
             Data(
                 train=(source,),
-                template=str(tmp_path / playbook.SCRIPT_TEMPLATE),
+                template=str(playbook.TEMPLATE),
                 train_on=train_on,
             ),
             tokenizer,
             [tokenizer.eos_token_id],
         )
-        sample = convert_row(kept, source, where="row")
+        sample = convert_row(row, source, where="row")
         example = template.encode(sample, train_on, where="row")
         assert tokenizer.decode(example.ids) == text + "<|im_end|>"
         if supervised is None:
@@ -279,45 +262,6 @@ def test_text_and_mask_are_theirs(tmp_path: Path, row: dict[str, str], bos: bool
         prompt = tokenizer.decode(template.prompt(sample))
         assert text.startswith(prompt)
         assert prompt.endswith("### Response:")
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    from tunesmith.errors import MachineError
-
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError) as raised:
-        write_inputs(ROWS, tmp_path / "file", bos=False)
-    assert "--output_dir" in raised.value.fix
-
-
-def test_ranks_wait_for_the_rows_of_their_node_and_leave_them_to_it(tmp_path: Path) -> None:
-    folder, entered = tmp_path / "run", threading.Event()
-
-    def follow() -> None:
-        with playbook.inputs(ROWS, folder, bos=False, writes=False):
-            entered.set()
-            raise UsageError("refused")
-
-    def refused() -> None:
-        with pytest.raises(UsageError):
-            follow()
-
-    other = threading.Thread(target=refused)
-    other.start()
-    assert not entered.wait(0.2)
-
-    def lead() -> None:
-        with playbook.inputs(ROWS, folder, bos=False):
-            other.join(30)
-            assert entered.is_set()
-            assert (folder / playbook.SCRIPT_ROWS).exists(), (
-                "the one that wrote them takes them back"
-            )
-            raise UsageError("refused")
-
-    with pytest.raises(UsageError):
-        lead()
-    assert not folder.exists()
 
 
 # --- where it goes, what is said
@@ -369,21 +313,6 @@ def test_opening_lines_name_what_was_asked(script: str) -> None:
         "Torch compile: False",
     } <= set(lines)
     assert ("LoRA rank: 8" in lines) == (script != FULL)
-
-
-def test_the_warm_up_is_a_twentieth_of_an_epoch_elsewhere(tmp_path: Path) -> None:
-    run = make_recipe(
-        LORA, parser(LORA).parse_args(["--use_torch_compile"]), folder=tmp_path, batches=1
-    )
-    warm = playbook.warm_up(run, 512, tmp_path / "scratch")
-    assert str(warm.train.duration) == "4 steps"
-    assert warm.train.compile == "on"
-    assert (
-        not Path(warm.output_dir).is_relative_to(Path(run.output_dir))
-        or "scratch" in warm.output_dir
-    )
-    assert not warm.log.tensorboard
-    assert warm.checkpoint.every is None
 
 
 def test_final_files_lie_in_the_folder_too(tmp_path: Path) -> None:

@@ -37,10 +37,8 @@ from tunesmith.run_dir import (
 )
 
 LAUNCH = "launch"  # a folder of what a launcher writes
-# What the playbook's scripts write into a run directory before its first start.
-SCRIPT_ROWS = Path("data", "rows.jsonl")
-SCRIPT_TEMPLATE = Path("data", "template.jinja")
-# What `train(rows=...)` writes there: see `program_rows_file`.
+ROWS_FOLDER = "data"
+# What `train(rows=...)` writes there before the first start: see `program_rows_file`.
 _PROGRAM_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
 NAMED_FILES = 5  # in an error
 MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
@@ -119,7 +117,7 @@ def stop_requested_at(output_dir: Path) -> int:
 
 def program_rows_file(output_dir: Path, digest: str) -> Path:
     """The file for rows that a program passes; digest: of their content, in hex."""
-    return output_dir / SCRIPT_ROWS.parent / f"rows-{digest}.jsonl"
+    return output_dir / ROWS_FOLDER / f"rows-{digest}.jsonl"
 
 
 def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
@@ -178,7 +176,7 @@ def _other_folders(output_dir: Path) -> list[str]:
         # What is hidden, and `lost+found` of a disk, is nobody's work.
         is_system = path.name.startswith(".") or path.name == "lost+found"
         is_of_run = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name))
-        if is_system or is_of_run or _is_data_of_script(path):
+        if is_system or is_of_run or _is_rows_of_program(path):
             continue
         # The runs of a sweep lie below its own folder.
         if not is_run(path):
@@ -186,13 +184,10 @@ def _other_folders(output_dir: Path) -> list[str]:
     return folders
 
 
-def _is_data_of_script(folder: Path) -> bool:
-    """Whether it is the folder of SCRIPT_ROWS, SCRIPT_TEMPLATE and rows of a program, with nothing
-    else in it.
-    """
+def _is_rows_of_program(folder: Path) -> bool:
+    """Whether it is the folder of a program's rows, with nothing else in it."""
     names = {path.name for path in folder.iterdir()}
-    names -= {SCRIPT_ROWS.name, SCRIPT_TEMPLATE.name}
-    return folder.name == SCRIPT_ROWS.parent.name and all(map(_PROGRAM_ROWS.fullmatch, names))
+    return folder.name == ROWS_FOLDER and all(map(_PROGRAM_ROWS.fullmatch, names))
 
 
 @contextlib.contextmanager
