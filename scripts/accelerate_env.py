@@ -15,7 +15,25 @@ from typing import Literal
 from tunesmith.config.schema import Parallel
 
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
-DTYPE_FLAGS = {"bf16": "bfloat16", "fp16": "float16"}
+TRUE = ("true", "1", "yes")
+# Values that ask for nothing: accelerate sets most variables in every launch.
+NOTHING = {"", "false", "no", "none", "default"}
+DEFAULTS = {
+    "FSDP_MIN_NUM_PARAMS": "100000000", "PARALLELISM_CONFIG_CP_SIZE": "1", "PARALLELISM_CONFIG_CP_BACKEND": "torch",
+    "PARALLELISM_CONFIG_SP_SIZE": "1", "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+}  # fmt: skip
+# Variable -> the flag that it sets, and the flag's value for each of its own
+FLAGS: dict[str, tuple[str, dict[str, str | bool]]] = {
+    "ACCELERATE_MIXED_PRECISION": ("dtype", {"bf16": "bfloat16", "fp16": "float16"}),
+    "ACCELERATE_DYNAMO_BACKEND": ("use_torch_compile", {"inductor": True}),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("gradient_checkpointing", dict.fromkeys(TRUE, True)),
+}
+OFFLOADS: dict[str, Literal["parameters", "activations"]] = {
+    "FSDP_OFFLOAD_PARAMS": "parameters",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "activations",
+}
+SIZES = {"DP_REPLICATE_SIZE": "replicate", "DP_SHARD_SIZE": "shard", "TP_SIZE": "tensor"}
 # 1 to 5 as numbers
 STRATEGIES = (
     "FULL_SHARD",
@@ -24,39 +42,22 @@ STRATEGIES = (
     "HYBRID_SHARD",
     "HYBRID_SHARD_ZERO2",
 )
-SIZES = {"DP_REPLICATE_SIZE": "replicate", "DP_SHARD_SIZE": "shard", "TP_SIZE": "tensor"}
-
-# Values that ask for nothing: accelerate sets most variables in every launch.
-NOTHING = {"", "false", "no", "none", "default"}
-DEFAULTS = {
-    "FSDP_MIN_NUM_PARAMS": "100000000", "PARALLELISM_CONFIG_CP_SIZE": "1", "PARALLELISM_CONFIG_CP_BACKEND": "torch",
-    "PARALLELISM_CONFIG_SP_SIZE": "1", "PARALLELISM_CONFIG_SP_BACKEND": "deepspeed",
-}  # fmt: skip
-
-GROUPS = "each decoder layer is a group, and embedding and head are one"
-READING = "each rank always reads only the part of the weights that it holds"
-AHEAD = "FSDP2 gathers the next group ahead by itself"
-UNCUT = "a sequence is not cut over ranks"
+WITHOUT_FSDP = "ACCELERATE_USE_FSDP is not true"
+GATHERED = "the layers' weights are always gathered again in the backward, which takes less memory"
+# Why a variable is ignored, by the beginning of its name; the last one has any name
 IGNORED = {
-    "FSDP_AUTO_WRAP_POLICY": GROUPS,
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": GROUPS,
-    "FSDP_MIN_NUM_PARAMS": GROUPS,
-    "FSDP_IGNORED_MODULES": GROUPS,
-    "FSDP_BACKWARD_PREFETCH": AHEAD,
-    "FSDP_FORWARD_PREFETCH": AHEAD,
-    "FSDP_STATE_DICT_TYPE": "what is written are the files of PEFT or Transformers; checkpoints on the way hold shards",
-    "FSDP_USE_ORIG_PARAMS": "FSDP2 always keeps them",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": READING,
-    "FSDP_SYNC_MODULE_STATES": READING,
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not used; ranks shard where memory needs it",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not used",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "ACCELERATE_USE_FSDP is not true",
-    "ACCELERATE_CPU_AFFINITY": "threads are not bound to cores",
+    "FSDP_VERSION": "shards are those of FSDP 2",
+    "FSDP_SHARDING_STRATEGY": "FSDP 2 reads FSDP_RESHARD_AFTER_FORWARD in its place",
+    "FSDP_STATE_DICT_TYPE": "the result is in files of PEFT or Transformers",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "each rank reads its own part of the weights",
+    "FSDP_SYNC_MODULE_STATES": "each rank reads its own part of the weights",
+    "FSDP_": "each decoder layer is a group of FSDP2, which gathers the next one ahead",
+    "ACCELERATE_MIXED_PRECISION": "--dtype says what is computed in",
+    "ACCELERATE_DYNAMO_BACKEND": "torch.compile runs with inductor or not at all",
     "ACCELERATE_DEBUG_MODE": "TUNESMITH_DEBUG=1 shows tracebacks",
-    "PARALLELISM_CONFIG_CP_SIZE": UNCUT,
-    "PARALLELISM_CONFIG_SP_SIZE": UNCUT,
+    "PARALLELISM_CONFIG_": "a sequence is not cut over ranks",
+    "": "it has no counterpart here",
 }
-UNKNOWN = "it has no counterpart here"
 
 
 @dataclass
@@ -78,44 +79,6 @@ class LauncherSettings:
     lines: list[str] = field(default_factory=list)
 
 
-class _Reader:
-    """Takes variables one by one; what nobody took is ignored."""
-
-    def __init__(self, environ: Mapping[str, str], given: Set[str]) -> None:
-        self.left = {name: value for name, value in environ.items() if name.startswith(PREFIXES)}
-        self.given, self.found = given, LauncherSettings()
-
-    def take(self, name: str) -> str:
-        return self.left.pop(name, "")
-
-    def is_true(self, name: str) -> bool:
-        return self.take(name).lower() in ("true", "1", "yes")
-
-    def honour(self, name: str, value: str, result: str) -> None:
-        self.found.lines.append(f"{name}={value}: {result}")
-
-    def ignore(self, name: str, value: str, why: str) -> None:
-        self.found.lines.append(f"{name}={value} is ignored: {why}")
-
-    def set_flag(self, flag: str, wanted: str | int | bool, name: str, value: str) -> None:
-        """Set a flag of the script, unless it was given on the command line."""
-        if flag in self.given:
-            self.ignore(name, value, f"--{flag} is given")
-        else:
-            self.found.flags[flag] = wanted
-            self.honour(name, value, f"--{flag}" if wanted is True else f"--{flag} {wanted}")
-
-    def ignore_the_rest(self, *, fsdp: bool) -> None:
-        for name, value in sorted(self.left.items()):
-            if value.lower() not in NOTHING and DEFAULTS.get(name) != value:
-                unused = not fsdp and name.startswith("FSDP_")
-                self.ignore(
-                    name,
-                    value,
-                    "ACCELERATE_USE_FSDP is not true" if unused else IGNORED.get(name, UNKNOWN),
-                )
-
-
 def read_launcher(
     environ: Mapping[str, str], given: Set[str], *, world: int, local_world: int
 ) -> LauncherSettings:
@@ -125,93 +88,83 @@ def read_launcher(
         given: flags of the script that were typed, without dashes.
         world, local_world: ranks, and those of this node.
     """
-    read = _Reader(environ, given)
-    _compute(read)
-    if fsdp := read.is_true("ACCELERATE_USE_FSDP"):
-        _memory(read)
-        _strategy(read, world, local_world)
-        _sizes(read, world)
-    read.ignore_the_rest(fsdp=fsdp)
-    return read.found
-
-
-def _compute(read: _Reader) -> None:
-    name = "ACCELERATE_MIXED_PRECISION"
-    if dtype := DTYPE_FLAGS.get(value := read.take(name)):
-        read.set_flag("dtype", dtype, name, value)
-    elif value not in ("", "no"):
-        read.ignore(
-            name,
-            value,
-            "--dtype says what is computed in; a recipe's model.quantize has a base in fp8",
-        )
+    left = {name: value for name, value in environ.items() if name.startswith(PREFIXES)}
+    found = LauncherSettings()
+    uses_fsdp = left.pop("ACCELERATE_USE_FSDP", "").lower() in TRUE
+    uses_sizes = left.pop("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in TRUE
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-    if (value := read.take(name)).isdecimal() and int(value) > 1:
-        read.set_flag("gradient_accumulation_steps", int(value), name, value)
-    name = "ACCELERATE_DYNAMO_BACKEND"
-    if (value := read.take(name)).upper() == "INDUCTOR":
-        read.set_flag("use_torch_compile", True, name, value)
-    elif value.upper() not in ("", "NO"):
-        read.ignore(name, value, "torch.compile runs with inductor or not at all")
-    if read.is_true(name := "ACCELERATE_USE_CPU"):
-        read.found.on_cpu = True
-        read.honour(name, "true", "no GPU is used")
+    wanted: dict[str, tuple[str, str | int | bool]] = {}
+    if left.get(name, "1") != "1" and left[name].isdecimal():
+        wanted[name] = ("gradient_accumulation_steps", int(left[name]))
+    for name, (flag, values) in FLAGS.items():
+        if left.get(name, "").lower() in values and (uses_fsdp or not name.startswith("FSDP_")):
+            wanted[name] = (flag, values[left[name].lower()])
+    for name, (flag, setting) in wanted.items():
+        value = left.pop(name)
+        if flag in given:
+            found.lines.append(f"{name}={value} is ignored: --{flag} is given")
+        else:
+            found.flags[flag] = setting
+            found.lines.append(
+                f"{name}={value}: --{flag}" + ("" if setting is True else f" {setting}")
+            )
+    if left.get("ACCELERATE_USE_CPU", "").lower() in TRUE:
+        found.on_cpu = True
+        found.lines.append(f"ACCELERATE_USE_CPU={left.pop('ACCELERATE_USE_CPU')}: no GPU is used")
+    if uses_fsdp:
+        for name, kind in OFFLOADS.items():
+            if left.get(name, "").lower() in TRUE:
+                found.offload += (kind,)
+                found.lines.append(f"{name}={left.pop(name)}: train.cpu_offload {kind}")
+        _read_strategy(left, found, world, local_world)
+        if uses_sizes:
+            _read_sizes(left, found, world)
+    for name, value in sorted(left.items()):
+        asks = value.lower() not in NOTHING and DEFAULTS.get(name) != value
+        if asks:
+            why = next(why for begin, why in IGNORED.items() if name.startswith(begin))
+            if name.startswith("FSDP_") and not uses_fsdp:
+                why = WITHOUT_FSDP
+            found.lines.append(f"{name}={value} is ignored: {why}")
+    return found
 
 
-def _memory(read: _Reader) -> None:
-    if read.is_true(name := "FSDP_ACTIVATION_CHECKPOINTING"):
-        read.set_flag("gradient_checkpointing", True, name, "true")
-    if read.is_true(name := "FSDP_OFFLOAD_PARAMS"):
-        read.found.offload += ("parameters",)
-        read.honour(name, "true", "train.cpu_offload parameters")
-    if read.is_true(name := "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"):
-        read.found.offload += ("activations",)
-        read.honour(name, "true", "train.cpu_offload activations")
-
-
-def _strategy(read: _Reader, world: int, local_world: int) -> None:
+def _read_strategy(
+    left: dict[str, str], found: LauncherSettings, world: int, local_world: int
+) -> None:
     """The mesh of FSDP 1, which has five strategies, or of FSDP 2, which shards over all ranks."""
-    version, reshards = (
-        read.take("FSDP_VERSION") or "1",
-        read.take("FSDP_RESHARD_AFTER_FORWARD").lower(),
-    )
-    name, value = "FSDP_SHARDING_STRATEGY", read.take("FSDP_SHARDING_STRATEGY")
-    number = int(value) - 1 if value in ("1", "2", "3", "4", "5") else -1
-    strategy = STRATEGIES[number] if number >= 0 else value.upper()
-    gathered = (
-        "the layers' weights are always gathered again in the backward, which takes less memory"
-    )
-    shard = world
-    if version == "1":
-        shard = {"NO_SHARD": 1, "HYBRID_SHARD": local_world, "HYBRID_SHARD_ZERO2": local_world}.get(
-            strategy, world
-        )
-        read.ignore("FSDP_VERSION", version, "shards are those of FSDP 2")
-    elif strategy not in ("", "FULL_SHARD"):
-        read.ignore(name, value, "FSDP 2 reads FSDP_RESHARD_AFTER_FORWARD in its place")
-    if version != "1" and reshards == "false":
-        read.ignore("FSDP_RESHARD_AFTER_FORWARD", reshards, gathered)
+    name, shard, more = "FSDP_VERSION", world, ""
+    reshards = left.pop("FSDP_RESHARD_AFTER_FORWARD", "")
+    if left.get(name, "1") == "1":
+        name = "FSDP_SHARDING_STRATEGY"
+        value = left.get(name, "")
+        strategy = STRATEGIES[int(value) - 1] if value in "12345" and value else value.upper()
+        if strategy == "NO_SHARD":
+            shard = 1
+        elif strategy.startswith("HYBRID"):
+            shard = local_world
+        if strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
+            more = f"; {GATHERED}"
+    elif reshards.lower() == "false":
+        found.lines.append(f"FSDP_RESHARD_AFTER_FORWARD={reshards} is ignored: {GATHERED}")
+    value = left.pop(name, "")
     mesh = f"parallel.replicate {world // shard}, parallel.shard {shard}"
-    if version == "1" and strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
-        mesh += f"; {gathered}"
-    read.honour(*((name, value) if version == "1" else ("FSDP_VERSION", version)), mesh)
-    read.found.parallel = Parallel(replicate=world // shard, shard=shard)
+    found.lines.append(f"{name}={value}: {mesh}{more}")
+    found.parallel = Parallel(replicate=world // shard, shard=shard)
 
 
-def _sizes(read: _Reader, world: int) -> None:
-    """The mesh that a `parallelism_config` names, if its sizes multiply to the ranks that there
-    are.
-    """
-    if not read.is_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return
-    named = {key: read.take(f"PARALLELISM_CONFIG_{size}") or "1" for size, key in SIZES.items()}
-    replicate, shard, tensor = (int(value) if value.isdecimal() else 0 for value in named.values())
-    fits = replicate * shard * tensor == world
-    for (key, value), size in zip(named.items(), SIZES, strict=True):
-        if value != "1" and fits:
-            read.honour(f"PARALLELISM_CONFIG_{size}", value, f"parallel.{key} {value}")
-        elif value != "1":
-            why = f"the sizes multiply to {replicate * shard * tensor}, and the ranks are {world}"
-            read.ignore(f"PARALLELISM_CONFIG_{size}", value, why)
-    if fits:
-        read.found.parallel = Parallel(replicate=replicate, shard=shard, tensor=tensor)
+def _read_sizes(left: dict[str, str], found: LauncherSettings, world: int) -> None:
+    """The mesh that a `parallelism_config` names, if its sizes multiply to the ranks."""
+    named = {size: left.pop(f"PARALLELISM_CONFIG_{size}", "1") for size in SIZES}
+    replicate, shard, tensor = (int(text) if text.isdecimal() else 0 for text in named.values())
+    product = replicate * shard * tensor
+    for size, text in named.items():
+        line = f"PARALLELISM_CONFIG_{size}={text}"
+        if product != world:
+            line += f" is ignored: the sizes multiply to {product}, and the ranks are {world}"
+        else:
+            line += f": parallel.{SIZES[size]} {text}"
+        if text != "1":
+            found.lines.append(line)
+    if product == world:
+        found.parallel = Parallel(replicate=replicate, shard=shard, tensor=tensor)

@@ -61,6 +61,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 THEIR_FLAGS = {
     "--advertise-addr", "--flag", "--force", "--lora", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
     "--now", "--only-upgrade", "--runtime", "--sort", "--stream", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
+    "--set-as-default",
 }  # fmt: skip
 # Read in the worker that asks: each collects these tests, and one runs them.
 fixes = cache(collect)

@@ -4,14 +4,12 @@ scripts, and on all GPUs.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +26,7 @@ from launch.namespaces import start_in
 from playbook import SCRIPTS
 from ranks import free_port, run_ranks
 from tunesmith.config.schema import Parallel
+from tunesmith.launch import deploy
 from warm import Warm, fork_in_place, fork_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -347,88 +346,6 @@ def test_another_launcher_says_how_many(
 # --- where a node stands
 
 
-def meet_all(
-    addresses: list[str], nodes: int, ranks: list[int] | None = None, patience: float = 20.0
-) -> list[Any]:
-    """What `meet` finds, or the text of its refusal, on each of these addresses of the loopback
-    network at once.
-    """
-    found: list[Any] = [None] * len(addresses)
-
-    def call(i: int) -> None:
-        own = ipaddress.IPv4Interface(f"{addresses[i]}/8")
-        try:
-            found[i] = run_multi.meet(
-                own, nodes, "script.py", (ranks or [1] * len(addresses))[i], patience
-            )
-        except run_multi.Refused as error:
-            found[i] = str(error)
-
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(len(addresses))]
-    for caller in callers:
-        caller.start()
-        time.sleep(0.3)
-    for caller in callers:
-        caller.join()
-    return found
-
-
-def test_nodes_that_call_agree_on_ranks_and_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_multi, "CALL_PORT", free_port())
-    found = meet_all(["127.0.0.30", "127.0.0.4", "127.0.0.5"], 3)
-    assert [place.rank for place in found] == [2, 0, 1], (
-        "in the order of their addresses as numbers"
-    )
-    assert {place[::2] for place in found} == {(3, "127.0.0.4")}
-    assert len({place.port for place in found}) == 1
-    assert run_multi.place_flags(found[2], 2)[:6] == [
-        "--num_machines",
-        "3",
-        "--num_processes",
-        "6",
-        "--machine_rank",
-        "1",
-    ]
-
-
-def test_too_many_too_few_and_unlike_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_multi, "CALL_PORT", free_port())
-    (alone,) = meet_all(["127.0.0.4"], 2, patience=1.0)
-    assert holds(alone, "127.0.0.4", "2 nodes", "1 s")
-    unlike = meet_all(["127.0.0.4", "127.0.0.5"], 2, ranks=[1, 2])
-    assert all(holds(said, "PET_NPROC_PER_NODE=1", 1, 2) for said in unlike)
-    monkeypatch.setattr(run_multi, "AFTER", 5.0)
-    assert "PET_NNODES=3" in meet_all(["127.0.0.4", "127.0.0.5", "127.0.0.6"], 2, patience=4.0)[0]
-
-
-def test_words_from_elsewhere_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_multi, "CALL_PORT", port := free_port())
-    own = ipaddress.IPv4Interface("127.0.0.4/8")
-    calls = [
-        b"",
-        b"[]",
-        b'["script.py", 99999, 1, []]',
-        b'["script.py", 29500, 1, ["127.0.0.4"]]',
-        b"\xff" * 100,
-    ]
-    with (
-        run_multi.datagrams("127.255.255.255", port) as listening,
-        run_multi.datagrams("127.0.0.9", 0) as calling,
-    ):
-        for call in calls:
-            calling.sendto(call, ("127.255.255.255", port))
-        heard = run_multi.listen(listening, own)
-    assert heard == {"127.0.0.9": run_multi.Call("script.py", 29500, 1, ("127.0.0.4",))}
-    with (
-        run_multi.datagrams("127.255.255.255", port) as listening,
-        run_multi.datagrams("127.0.0.9", 0) as calling,
-    ):
-        calling.sendto(calls[3], ("127.255.255.255", port))
-        assert run_multi.listen(listening, ipaddress.IPv4Interface("127.0.0.4/30")) == {}, (
-            "not of this network"
-        )
-
-
 STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_NODEID": "1",
         "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0"}  # fmt: skip
 
@@ -443,33 +360,58 @@ def test_a_slurm_step_says_where_a_node_stands(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert run_multi.find_place("script.py", 8) == run_multi.Place(2, 1, "gpu3", 24567)
+    assert run_multi.find_place() == run_multi.Place(2, 1, "gpu3", 24567)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     with pytest.raises(run_multi.Refused, match="--ntasks-per-node 1"):
-        run_multi.find_place("script.py", 8)
+        run_multi.find_place()
     for name in STEP:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     with pytest.raises(run_multi.Refused, match="srun"):
-        run_multi.find_place("script.py", 8)
+        run_multi.find_place()
 
 
-@pytest.mark.parametrize("own", [None, "0"])
-def test_both_functions_of_the_cable_are_used_as_one(
-    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, (2, 0, "127.0.0.1", 29500)),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711"}, (2, 0, "127.0.0.1", 4711)),
+        ({"MASTER_ADDR": "127.0.0.9"}, (2, 1, "127.0.0.9", 29500)),
+        (
+            {"MASTER_ADDR": "127.0.0.9", "PET_NNODES": "3", "PET_NODE_RANK": "2"},
+            (3, 2, "127.0.0.9", 29500),
+        ),
+        ({"MASTER_ADDR": "127.0.0.9", "PET_NNODES": "3"}, "PET_NODE_RANK"),
+        ({"PET_NNODES": "2"}, "MASTER_ADDR"),
+        ({"PET_NNODES": "two"}, "PET_NNODES=two"),
+        ({}, (1, 0, "127.0.0.1", 0)),
+    ],
+)
+def test_an_address_of_the_first_node_says_where_a_node_stands(
+    env: dict[str, str], place: tuple[object, ...] | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for device in ("rocep1s0f1", "roceP2p1s0f1"):
-        (tmp_path / device / "ports" / "1").mkdir(parents=True)
-        (tmp_path / device / "ports" / "1" / "state").write_text("4: ACTIVE\n")
-    environment = {"NCCL_SOCKET_IFNAME": "lo", "PET_NNODES": "2"}
-    if own:
-        environment["NCCL_IB_MERGE_NICS"] = own
+    look = deploy.NodeLook("a", (0, 0), False, {})
+    monkeypatch.setattr(deploy, "look_at", lambda host: look)
+    monkeypatch.setattr(os, "environ", dict(env))
+    if isinstance(place, tuple):
+        assert run_multi.find_place() == place
+        return
+    with pytest.raises(run_multi.Refused, match=place):
+        run_multi.find_place()
+
+
+def test_both_functions_of_the_cable_are_used_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = deploy.NodeLook("a", (0, 0), True, {"rocep1s0f1": {}, "roceP2p1s0f1": {}})
+    monkeypatch.setattr(deploy, "look_at", lambda host: look)
+    environment = {"MASTER_ADDR": "127.0.0.1"}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(run_multi, "RDMA", tmp_path)
-    monkeypatch.setattr(run_multi, "meet", lambda *_: run_multi.Place(2, 0, "127.0.0.1", 1))
-    assert run_multi.find_place("script.py", 1).nodes == 2
-    assert environment["NCCL_IB_HCA"] == "roceP2p1s0f1,rocep1s0f1"
-    assert environment["NCCL_IB_MERGE_NICS"] == (own or "1")
+    assert run_multi.find_place().nodes == 2
+    assert environment["NCCL_IB_HCA"] == "=roceP2p1s0f1,rocep1s0f1"
+    assert environment["NCCL_IB_MERGE_NICS"] == "1"
+    assert environment["NCCL_SOCKET_IFNAME"] == "lo"
+    del environment["MASTER_ADDR"]
+    with pytest.raises(run_multi.Refused, match="MASTER_ADDR"):
+        run_multi.find_place()
 
 
 @pytest.mark.parametrize("name", ["3b", "8b", "70b"])
@@ -552,13 +494,13 @@ def start_on(node: str) -> None:
     fork_in_place()
 
 
-def test_a_run_script_on_two_nodes_finds_the_other_over_the_cable(
+def test_a_run_script_on_two_nodes_meets_the_other_over_the_cable(
     words: list[str], tiny: Path, tmp_path: Path, cable: tuple[str, str]
 ) -> None:
     """What run-multi-llama_8b starts, as a test above says, in a process that is forked."""
     out = tmp_path / "run"
     flags = [*words, "--batch_size", "2", "--output_dir", str(out)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_SOCKET_IFNAME": "port0"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "10.77.0.1"}
     nodes = [
         Warm(
             ["config_fsdp_lora.yaml", f"{LORA}.py", *flags],
