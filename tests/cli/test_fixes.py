@@ -216,9 +216,7 @@ def test_a_word_comes_back_from_a_shell(value: str, tmp_path: Path) -> None:
 
 
 def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
-    """Each as the doctor would say it of a machine with hostile names; remarks stand in brackets
-    behind four spaces.
-    """
+    """Each as the doctor would say it of a machine with hostile names; remarks are comments."""
     checked = 0
     for case, texts in TEXTS.items():
         names = {name for text in texts for name in re.findall(r"{(\w+)", text)} - {"host"}
@@ -227,7 +225,7 @@ def test_the_doctors_fixes_are_lines_of_a_shell(tmp_path: Path) -> None:
             name: 1.0 if name in numbers else "a-b" if name in ("fix", "names") else HOSTILE
             for name in names
         }
-        command = finding(case, host=HOSTILE, **values).fix.partition("    (")[0]
+        command = finding(case, host=HOSTILE, **values).fix.partition("    #")[0]
         if command:
             bash = subprocess.run(
                 ["bash", "-n", "-c", command], capture_output=True, text=True, check=False

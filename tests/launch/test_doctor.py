@@ -232,7 +232,7 @@ def test_a_machine_without_gpu_and_docker(tmp_path: Path) -> None:
 def test_the_command_for_the_resource_of_swarm_keeps_what_else_is_set(tmp_path: Path) -> None:
     file = tmp_path / "daemon.json"
     file.write_text('{"log-driver": "local", "node-generic-resources": ["NVIDIA_GPU=other"]}')
-    fix = finding("daemon.json/resource", named="other", uuids="", ids="GPU-1 GPU-2").fix
+    fix = finding("daemon.json/resource", named="other", uuids="GPU-1 GPU-2").fix
     command = fix.replace("/etc/docker/daemon.json", str(file)).replace("sudo ", "")
     subprocess.run(["bash", "-c", command.partition(" && ")[0]], check=True)
     assert json.loads(file.read_text()) == {

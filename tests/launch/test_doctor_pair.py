@@ -69,7 +69,7 @@ SITE = "import time\n_time = time.time\ntime.time = lambda: _time() + 40"
 CASES = {
     # one turn: Docker, memory, disk, image, versions
     "nvidia is not the default runtime": Case("docker", "a", *kept(DAEMON, f"echo '{{}}' >{DAEMON}"), "spark-a: daemon.json: fault", "not the default runtime", "--set-as-default"),
-    "the GPU of another machine in daemon.json": Case("docker", "b", *kept(DAEMON, f"echo '{OTHER % UUIDS['a']}' >{DAEMON}"), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", f"{UUIDS['b']} && sudo systemctl restart docker"),
+    "the GPU of another machine in daemon.json": Case("docker", "b", *kept(DAEMON, f"echo '{OTHER % UUIDS['a']}' >{DAEMON}"), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", UUIDS["b"]),
     "toolkit without Swarm": Case("docker", "a", *said("toolkit", "NVIDIA Container Toolkit CLI version 1.18.1"), "spark-a: toolkit: fault", "1.18.1 has no support for Docker Swarm", "--only-upgrade nvidia-container-toolkit"),
     "no toolkit": Case("docker", "b", *said("toolkit", ""), "spark-b: toolkit: fault", "not installed", "apt-get install nvidia-container-toolkit"),
     "the line of the toolkit is commented out": Case("docker", "a", *kept(TOML, f"sed -i 's/^swarm-res/#swarm-res/' {TOML}"), "spark-a: swarm-resource: fault", "no line swarm-resource", "sed -i"),

@@ -145,7 +145,7 @@ def connect_store(endpoint: Endpoint) -> "TCPStore":
             where=endpoint.place,
             why=str(error).partition("\n")[0][:200],
             fix=f"start the run on that node too; a firewall there: sudo ufw allow from "
-            f"{endpoint.address}; tunesmith doctor --pair {shell_word(host)}",
+            f"{shell_word(endpoint.address)}; tunesmith doctor --pair {shell_word(host)}",
         ) from None
     # The long wait was for the other node's start; from now on answers come soon or not at all.
     store.set_timeout(ANSWER_TIMEOUT)

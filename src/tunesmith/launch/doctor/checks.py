@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -237,8 +236,7 @@ def _daemon(system: System) -> Findings:
         yield finding("daemon.json/runtime")
     elif named != uuids:
         shown = ", ".join(named) or "nothing"
-        ids = shlex.join(uuids)
-        yield finding("daemon.json/resource", named=shown, uuids=", ".join(uuids), ids=ids)
+        yield finding("daemon.json/resource", named=shown, uuids=" ".join(uuids))
     elif system.docker.get("DefaultRuntime", "nvidia") != "nvidia":
         # The daemon reads its file when it starts.
         yield finding("daemon.json/old")

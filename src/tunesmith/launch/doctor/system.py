@@ -24,8 +24,8 @@ GIB = 1 << 30
 TEXTS: dict[str, list[str]] = json.loads(
     Path(__file__).with_name("findings.json").read_text(encoding="utf-8")
 )
-# Values in a fix that are a fix themselves, or several words: names of packages, quoted ids
-UNQUOTED = ("fix", "names", "ids")
+# Values in a fix that are a fix themselves, and several words: names of packages
+UNQUOTED = ("fix", "names")
 # `distributions` rather than `version`: a source tree that is not installed has none, and that is
 # no error here.
 VERSIONS = """
