@@ -112,7 +112,7 @@ def find_place() -> Place:
     if place is not None:
         return place
     from tunesmith.errors import TunesmithError
-    from tunesmith.launch.deploy import look_at, passed_variables
+    from tunesmith.launch.deploy import look_at, variables_of_ranks
     from tunesmith.launch.rendezvous import find_endpoint
 
     nodes = number("PET_NNODES")
@@ -131,7 +131,7 @@ def find_place() -> Place:
         raise Refused(f"MASTER_ADDR={host}: {error.what}", error.fix) from None
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         os.environ.setdefault(name, endpoint.interface)
-    os.environ |= passed_variables(devices)
+    os.environ |= variables_of_ranks(devices)
     rank = 0 if endpoint.is_here else number("PET_NODE_RANK")
     if rank is None and (nodes or 2) > 2:
         raise Refused(

@@ -397,38 +397,6 @@ def test_a_mesh_of_other_ranks_than_the_job_has_is_refused_before_the_queue(
     assert not (tmp_path / "run" / "launch").exists()
 
 
-PARTITIONS = """
-PartitionName=one Default=YES MaxNodes=UNLIMITED Nodes=node1 TotalNodes=1
-PartitionName=many Default=NO MaxNodes=4 Nodes=node[1-9] TotalNodes=9
-PartitionName=cloud Default=NO MaxNodes=UNLIMITED Nodes=(null) TotalNodes=0
-"""
-
-
-@pytest.mark.parametrize(
-    ("nodes", "request_", "most"),
-    [
-        (2, Request(), 1),
-        (1, Request(), None),
-        (4, Request(partition="many"), None),
-        (5, Request(partition="many"), 4),
-        (5, Request(partition="cloud"), None),
-        (5, Request(partition="one,many"), None),
-        (2, Request(sbatch=("--partition=many",)), None),
-    ],
-)
-def test_more_nodes_than_a_partition_gives_are_refused_before_the_queue(
-    nodes: int, request_: Request, most: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
-    monkeypatch.setattr(slurm, "_slurm", lambda *_: (0, PARTITIONS, ""))
-    request = replace(request_, nodes=nodes)
-    if most is None:
-        slurm.check_nodes(request)
-        return
-    with refuses(UsageError, where=f"--nodes {nodes}", names=[most], fix=[f"--nodes {most}"]):
-        slurm.check_nodes(request)
-
-
 def test_a_finished_run_is_not_submitted(
     tiny: Path,
     tmp_path: Path,

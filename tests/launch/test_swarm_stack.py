@@ -20,7 +20,7 @@ from errors import lines_with, refuses, warnings_with
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
-from tunesmith.launch.deploy import check_exposed, passed_variables
+from tunesmith.launch.deploy import check_exposed, variables_of_ranks
 from tunesmith.launch.stack import LABEL, SERVICE, Stack
 
 PLAIN = Stack(
@@ -248,7 +248,7 @@ def test_both_functions_of_a_port_are_used_as_one(
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    passed = passed_variables(devices)
+    passed = variables_of_ranks(devices)
     assert {name: value for name, value in passed.items() if name.startswith("NCCL_IB")} == expected
 
 

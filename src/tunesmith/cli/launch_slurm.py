@@ -100,7 +100,6 @@ def run(args: argparse.Namespace) -> None:
         print(script, end="")
         return
     slurm.check_reach(recipe, request, [args.recipe, *args.overrides])
-    slurm.check_nodes(request)
     check_free(recipe.output_dir)
     if is_finished(recipe, "submitted"):
         return

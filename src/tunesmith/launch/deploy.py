@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.errors import MachineError, TunesmithError, UsageError, is_secret_name
+from tunesmith.errors import MachineError, TunesmithError, UsageError
 from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.launch.inputs import (
     caches,
     copy_input,
     find_secrets,
     hub_sources,
+    passed_variables,
     place_by_content,
     recipe_inputs,
 )
@@ -112,16 +113,15 @@ def how_to_copy(stack: Stack, recipe: Path) -> str:
     """Comments above a rendered stack: what a launch would bring to the nodes, and how."""
     files = [(str(recipe), str(recipe)), *((path, place) for place, path in stack.mounts)]
     folders = dict.fromkeys([*stack.cache, *(os.path.dirname(place) for _, place in files)])
-    commands = [["ssh", "NODE", "mkdir", "-p", *folders]]
-    for path, place in files:
-        commands.append(["rsync", "-aL", path, f"NODE:{os.path.dirname(place)}/"])
     lines = [
         "Nothing is copied yet: `tunesmith launch swarm` without --render copies all of it.",
         "By hand, for each NODE, this one included:",
-        *(f"  {shell_command(words)}" for words in commands),
-        f"  docker save {shell_word(stack.image)} | ssh NODE docker load",
-        "The Hub's caches may be empty: each node fetches there what the recipe names.",
+        f"  ssh NODE mkdir -p {shell_command(folders)}",
     ]
+    for path, place in files:
+        lines.append(f"  rsync -aL {shell_word(path)} NODE:{shell_word(os.path.dirname(place))}/")
+    lines.append(f"  docker save {shell_word(stack.image)} | ssh NODE docker load")
+    lines.append("The Hub's caches may be empty: each node fetches there what the recipe names.")
     return "".join(f"# {line}\n" for line in lines)
 
 
@@ -252,7 +252,7 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
         cache=(str(folders["HF_HUB_CACHE"]), str(folders["HF_DATASETS_CACHE"])),
         user=looks[0].user,
         gpus=nodes[0].gpus,
-        environment=tuple(sorted(passed_variables(sorted(devices)).items())),
+        environment=tuple(sorted(variables_of_ranks(sorted(devices)).items())),
     )
 
 
@@ -297,13 +297,9 @@ def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, rest
     return replace(stack, nodes=nodes, endpoint=f"{socket.gethostname()}:{RENDERED_PORT}")
 
 
-def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
+def variables_of_ranks(rdma_devices: Sequence[str]) -> dict[str, str]:
     """The variables that ranks get: of this environment, and those that NCCL needs for RDMA."""
-    passed = {
-        name: value
-        for name, value in os.environ.items()
-        if PASSED_ON.fullmatch(name) and not is_secret_name(name)
-    }
+    passed = passed_variables(PASSED_ON)
     if rdma_devices:
         # `=`: exact names. A port of a Spark has two.
         passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))
@@ -313,9 +309,8 @@ def passed_variables(rdma_devices: Sequence[str]) -> dict[str, str]:
 
 
 def hub_files(run: Run) -> list[str]:
-    """Get what a recipe names from the Hub into this node's cache -> its files, links and folders.
-
-    They are to be at the same places on every node.
+    """Get what a recipe names from the Hub into this node's cache -> its folders, which are at the
+    same places on every node.
     """
     models = filter(None, (run.model.name, run.model.tokenizer, run.adapter.from_))
     names = [name for name in models if not os.path.isabs(name)]
@@ -330,11 +325,8 @@ def hub_files(run: Run) -> list[str]:
 
     paths: list[Path] = []
     for name in names:
-        snapshot = _fetch_snapshot(run, name)
-        paths += [snapshot, repo_cache(name) / "refs"]
-        # A snapshot is links to files beside it, which other snapshots may share.
-        for link in filter(Path.is_symlink, snapshot.rglob("*")):
-            paths.append(Path(os.path.normpath(link.parent / link.readlink())))
+        _fetch_for_nodes(run, name)
+        paths.append(repo_cache(name))
     for source in sources:
         # Which loads it into the caches.
         read_rows(source)
@@ -343,17 +335,18 @@ def hub_files(run: Run) -> list[str]:
     return [str(path.absolute()) for path in paths if path.exists()]
 
 
-def _fetch_snapshot(run: Run, name: str) -> Path:
-    """The folder of a model, tokenizer or adapter of the recipe in the Hub's cache."""
+def _fetch_for_nodes(run: Run, name: str) -> None:
+    """Get a model, tokenizer or adapter of the recipe into the Hub's cache."""
     from tunesmith.hub.fetch import fetch, fetch_without_weights
 
     if name == run.model.name:
-        return fetch(run.model)
-    if name == run.model.tokenizer:
-        return fetch_without_weights(name)
-    from tunesmith.checkpoint.start_adapter import find_adapter  # loads torch
+        fetch(run.model)
+    elif name == run.model.tokenizer:
+        fetch_without_weights(name)
+    else:
+        from tunesmith.checkpoint.start_adapter import find_adapter  # loads torch
 
-    return find_adapter(name).folder
+        find_adapter(name)
 
 
 def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:

@@ -24,12 +24,17 @@ from tunesmith.errors import (
     EXIT_STOPPED,
     MachineError,
     UsageError,
-    is_secret_name,
     mask,
 )
 from tunesmith.host.shell import shell_word
 from tunesmith.host.signals import NAMES
-from tunesmith.launch.inputs import SECRETS, caches, find_secrets, recipe_inputs
+from tunesmith.launch.inputs import (
+    SECRETS,
+    caches,
+    find_secrets,
+    passed_variables,
+    recipe_inputs,
+)
 from tunesmith.launch.jobs import (
     Job,
     JobState,
@@ -40,6 +45,7 @@ from tunesmith.launch.jobs import (
     save_job,
     write_recipe,
 )
+from tunesmith.launch.ssh import NO_COMMAND, try_on
 from tunesmith.run_dir import RunState
 
 GPU = Path("/dev/nvidiactl")
@@ -150,14 +156,10 @@ class DockerJob(Job):
 
 def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run docker; MachineError if it cannot be used, or if it fails and `check`."""
-    try:
-        process = subprocess.run(
-            ["docker", *words], capture_output=True, text=True, errors="replace", check=False
-        )
-    except FileNotFoundError:
-        raise MachineError(
-            "docker is not installed", where="PATH", fix="sudo apt-get install docker.io"
-        ) from None
+    process = try_on("", "docker", *words)
+    if process.returncode == NO_COMMAND:
+        fix = "sudo apt-get install docker.io"
+        raise MachineError("docker is not installed", where="PATH", fix=fix)
     if process.returncode == 0:
         return process
     where = f"docker {words[0]}"
@@ -233,12 +235,8 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     words += [f"--mount={mount.text()}" for mount in mounts]
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
     words += [f"--env={name}={path}" for name, path in paths.items()]
-    for name, value in sorted(os.environ.items()):
-        # The name of a variable or the form of its value may give a secret away.
-        is_secret = is_secret_name(name) or mask(value) != value
-        # Docker takes the value from its own environment: it is on no command line.
-        if PASSED.fullmatch(name) and not is_secret:
-            words.append(f"--env={name}")
+    # Docker takes the value from its own environment: it is on no command line.
+    words += [f"--env={name}" for name in passed_variables(PASSED)]
     words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 

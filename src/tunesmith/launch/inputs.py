@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from hashlib import sha256
@@ -10,7 +11,7 @@ from pathlib import Path
 from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.config.paths import inputs_of
 from tunesmith.config.schema import Run, Source
-from tunesmith.errors import UsageError
+from tunesmith.errors import UsageError, is_secret_name, mask
 from tunesmith.host.files import cache_folder
 
 # In a container: the files with tokens; docker/entrypoint.sh exports the trackers' from there.
@@ -99,6 +100,18 @@ def caches() -> dict[str, Path]:
         "TUNESMITH_CACHE": cache_folder(),
     }
     return {name: folder.expanduser().absolute() for name, folder in folders.items()}
+
+
+def passed_variables(names: re.Pattern[str]) -> dict[str, str]:
+    """The variables of this environment with such names, but for secrets.
+
+    A secret may hide in a variable with a harmless name: its value is looked at too.
+    """
+    passed = {}
+    for name, value in sorted(os.environ.items()):
+        if names.fullmatch(name) and not is_secret_name(name) and mask(value) == value:
+            passed[name] = value
+    return passed
 
 
 def find_secrets() -> dict[str, str]:

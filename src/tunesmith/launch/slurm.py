@@ -10,8 +10,6 @@ import math
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,11 +18,11 @@ from pathlib import Path
 
 from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
 from tunesmith.config.schema import Parallel, Run
-from tunesmith.errors import MachineError, UsageError, is_secret_name, mask
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
 from tunesmith.host.shell import shell_command, shell_word
-from tunesmith.launch.inputs import hub_sources, recipe_inputs
+from tunesmith.launch.inputs import hub_sources, passed_variables, recipe_inputs
 from tunesmith.launch.jobs import (
     FOLDER,
     Job,
@@ -36,11 +34,11 @@ from tunesmith.launch.jobs import (
     step_and_time_left,
     write_recipe,
 )
+from tunesmith.launch.ssh import NO_COMMAND, try_on
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.shapes import config_of_model
 from tunesmith.run_dir import STOP_FILE, RunState
-from tunesmith.units import count_of
 
 # Names in the folder `launch` of the run directory
 SCRIPT = "slurm.sh"
@@ -361,13 +359,10 @@ def warn_of_default_resources(request: Request) -> str:
 
 def _job_environment(request: Request) -> dict[str, str]:
     """The variables of this environment that the job gets."""
-    environment = {}
-    for key, value in os.environ.items():
-        is_of_this_system = request.container and "PATH" in key
-        # A token may hide in a variable with a harmless name: its value is looked at too.
-        is_secret = is_secret_name(key) or mask(value) != value
-        if EXPORTED.fullmatch(key) and not is_of_this_system and not is_secret:
-            environment[key] = value
+    environment = passed_variables(EXPORTED)
+    if request.container:
+        # Paths of this system are none of the container's.
+        environment = {key: value for key, value in environment.items() if "PATH" not in key}
     # A shell that starts shells repeats entries; of equal ones the first is searched.
     if "PATH" in environment:
         entries = environment["PATH"].split(os.pathsep)
@@ -529,31 +524,6 @@ def check_mesh_of_job(run: Run, request: Request) -> None:
         possible_shapes(run.parallel, request.nodes * ranks_of(request))
 
 
-def check_nodes(request: Request) -> None:
-    """UsageError where the partition never gives a job as many nodes: Slurm would keep it waiting.
-
-    Nothing is said where the partition is not known.
-    """
-    others = " ".join(request.sbatch)
-    if request.nodes == 1 or re.search(r"(^|\s)(-p|--partition)", others):
-        return
-    target = os.environ.get("SBATCH_PARTITION") or request.partition
-    _, out, _ = _slurm("scontrol", "--oneliner", "show", "partition")
-    for line in out.splitlines():
-        values = dict(word.partition("=")[::2] for word in line.split())
-        name = values.get("PartitionName", "")
-        is_target = name == target if target else values.get("Default") == "YES"
-        counts = [values.get(key, "") for key in ("TotalNodes", "MaxNodes")]
-        # Without a limit it is a word; nodes that come and go are 0 before they came.
-        most = min((int(count) for count in counts if count.isdecimal() and int(count)), default=0)
-        if is_target and most and request.nodes > most:
-            raise UsageError(
-                f"the partition {name} gives a job at most {count_of(most, 'node')}",
-                where=f"--nodes {request.nodes}",
-                fix=f"--nodes {most}, or --partition NAME: sinfo lists them",
-            )
-
-
 def hub_home() -> str:
     """The folder of the Hub's cache and of the stored token."""
     from huggingface_hub import constants
@@ -587,13 +557,11 @@ def submit(run: Run, request: Request) -> SlurmJob:
 
 def _slurm(*command: str) -> tuple[int, str, str]:
     """Run one of Slurm's commands: exit code, what it printed, and the last line of its errors."""
-    if shutil.which(command[0]) is None:
+    done = try_on("", *command)
+    if done.returncode == NO_COMMAND:
         fix = "run it on a login node of the cluster"
         raise MachineError(f"this machine has no {command[0]}", where="PATH", fix=fix)
-    process = subprocess.run(
-        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    return process.returncode, process.stdout, process.stderr.strip().rpartition("\n")[2]
+    return done.returncode, done.stdout, done.stderr.strip().rpartition("\n")[2]
 
 
 def _directive_word(value: str, where: str) -> str:

@@ -30,7 +30,9 @@ SSH = [
     # Processors have instructions for it: large files took a quarter less CPU time.
     "-oCiphers=^aes128-gcm@openssh.com",
 ]
-SSH_FAILED = 255  # exit code
+# Exit codes
+SSH_FAILED = 255
+NO_COMMAND = 127
 IMAGE_ID = ("docker", "image", "inspect", "--format", "{{.Id}}")
 _HOST = re.compile(r"(?!-)[\w.@:%\[\]-]+", re.ASCII)
 
@@ -64,8 +66,8 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
         if host:
             what = f"ssh cannot be started: {error.strerror}"
             raise MachineError(what, fix="sudo apt-get install openssh-client") from None
-        # As a shell says that there is no such command.
-        return subprocess.CompletedProcess(command, 127, "", f"{words[0]}: {error.strerror}")
+        text = f"{words[0]}: {error.strerror}"
+        return subprocess.CompletedProcess(command, NO_COMMAND, "", text)
     if host and done.returncode == SSH_FAILED:
         raise _unreached(host, done.stderr)
     return done

@@ -261,39 +261,15 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     inspected = json.loads(run_on(manager, "docker", "node", "inspect", *ids))
     infos = {info["ID"]: info for info in inspected}
     ready = [id_ for id_ in ids if _is_ready(infos[id_])]
-    # The node of the launch is always one of them, and the first.
-    # Node id -> the host that ssh takes, as far as it was named
+    # Node id -> the host that ssh takes, as far as it was named; the node of the launch is always
+    # one of them, and the first.
     chosen = {swarm["NodeID"]: ""}
-    if hosts:
-        for host in hosts:
-            id_ = run_on(host, "docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
-            chosen.setdefault(id_, host)
-    else:
-        for id_ in ready:
-            if len(chosen) < (count or len(ready)):
-                chosen.setdefault(id_, "")
-    _check_chosen(chosen, infos, ready, count)
-    nodes = []
-    for id_, host in chosen.items():
-        info = infos[id_]
-        # The Status of a manager may have 0.0.0.0.
-        manager_address = _address(info.get("ManagerStatus", {}).get("Addr", ""))
-        address = manager_address or info["Status"]["Addr"]
-        is_here = id_ == swarm["NodeID"]
-        nodes.append(SwarmNode("" if is_here else host or address, address, _gpus_of(info)))
-    excluded = [id_ for id_ in ids if id_ not in chosen]
-    return nodes, excluded, manager
-
-
-def _is_ready(info: dict[str, Any]) -> bool:
-    """Whether a node is up and takes tasks; `info`: of `docker node inspect`."""
-    return info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
-
-
-def _check_chosen(
-    chosen: dict[str, str], infos: dict[str, dict[str, Any]], ready: list[str], count: int | None
-) -> None:
-    """MachineError unless all chosen nodes are ready in this swarm, and they are `count`."""
+    for host in hosts:
+        id_ = run_on(host, "docker", "info", "--format", "{{.Swarm.NodeID}}").strip()
+        chosen.setdefault(id_, host)
+    if not hosts:
+        others = [id_ for id_ in ready if id_ != swarm["NodeID"]]
+        chosen |= dict.fromkeys(others[: (count or len(ids)) - 1], "")
     fix = "docker swarm join on each, and as many --hosts as --nodes"
     for id_, host in chosen.items():
         if id_ not in ready:
@@ -303,6 +279,21 @@ def _check_chosen(
     if count and len(chosen) != count:
         what = f"--nodes {count}, and there are {len(chosen)}"
         raise MachineError(what, where="docker node ls", fix=fix)
+    nodes = []
+    for id_, host in chosen.items():
+        info = infos[id_]
+        # The Status of a manager may have 0.0.0.0.
+        manager_address = _address(info.get("ManagerStatus", {}).get("Addr", ""))
+        address = manager_address or info["Status"]["Addr"]
+        name = "" if id_ == swarm["NodeID"] else host or address
+        nodes.append(SwarmNode(name, address, _gpus_of(info)))
+    excluded = [id_ for id_ in ids if id_ not in chosen]
+    return nodes, excluded, manager
+
+
+def _is_ready(info: dict[str, Any]) -> bool:
+    """Whether a node is up and takes tasks; `info`: of `docker node inspect`."""
+    return info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
 
 
 def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
