@@ -6,15 +6,15 @@ memory is a tmpfs mount. No ssh server, no docker socket, no folder with a token
 container; it runs as the user who launched it.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.inputs import SECRETS
-from tunesmith.launch.jobs import agent_words, recipe_file, safe_value
+from tunesmith.launch.jobs import agent_words, recipe_file
 
 LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
@@ -150,13 +150,12 @@ class Stack:
         return deploy
 
     def text(self, extra: Path | None = None) -> str:
-        """The file; UsageError for a value with a line break.
+        """The file, in JSON, which YAML has in it: each text is quoted, whatever it holds.
 
         extra: a file of the user's whose content is laid over it.
         """
-        from ruamel.yaml import YAML
-
-        values = _quoted(self.values())
+        # docker takes `$NAME` for a variable, and `$$` for a dollar sign.
+        values = json.loads(json.dumps(self.values()).replace("$", "$$"))
         if extra is not None:
             values = _laid_over(values, _read_extra(extra))
         # Only objects that the user's file adds have no `external`: they get our label for the
@@ -165,12 +164,7 @@ class Stack:
             for entry in values.get(kind, {}).values():
                 if not entry.get("external"):
                     entry.setdefault("labels", {})[LABEL] = self.name
-        yaml = YAML()
-        # No text is broken into lines.
-        yaml.width = 1 << 20
-        out = StringIO()
-        yaml.dump(values, out)
-        return out.getvalue()
+        return json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n"
 
 
 def _read_extra(file: Path) -> Mapping[str, Any]:
@@ -191,22 +185,6 @@ def _read_extra(file: Path) -> Mapping[str, Any]:
         fix = "services: {ranks: {volumes: [...]}}"
         raise UsageError("the extra file is not a stack file", where=str(file), fix=fix)
     return values
-
-
-def _quoted(value: Any) -> Any:
-    """The same with each text in quotes, one line long, and with `$` doubled.
-
-    docker reads YAML 1.1, where a plain `on` is true, and takes `$NAME` for a variable.
-    """
-    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
-
-    if isinstance(value, dict):
-        return {key: _quoted(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_quoted(inner) for inner in value]
-    if isinstance(value, str):
-        return DoubleQuotedScalarString(safe_value(value, "stack file").replace("$", "$$"))
-    return value
 
 
 def _laid_over(base: Any, more: Any, key: str = "") -> Any:
