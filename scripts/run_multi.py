@@ -117,7 +117,7 @@ def find_place() -> Place:
 
     nodes = number("PET_NNODES")
     host = os.environ.get("MASTER_ADDR")
-    devices = sorted(look_at("").rdma)
+    devices = look_at("").rdma
     if nodes == 1 or not (nodes or host or devices):
         print("one node: no Slurm step of several, no MASTER_ADDR, no cable", file=sys.stderr)
         return Place(1, 0, "127.0.0.1", 0)

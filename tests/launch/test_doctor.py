@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,8 @@ def test_figures_that_nvidia_smi_does_not_give(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("SPARK_STATE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    report = examine(System(), pair=False)
+    findings, _ = examine(System(), pair=False)
+    report = {"findings": [asdict(result) for result in findings]}
     level, what = named(report, "driver")[:2]
     assert (level, what.count(missing)) == (OK, 2)
     assert holds(what, "1 x NVIDIA GB10")

@@ -231,7 +231,7 @@ def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
     done = subprocess.run(
         command, input=program, capture_output=True, text=True, timeout=120, check=False
     )
-    found = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "docker"]
+    found = [f for f in json.loads(done.stdout)[0] if f["check"] == "docker"]
     assert [f["level"] for f in found] == ["fault"], done.stderr
     assert holds(found[0]["what"], "group")
     assert "usermod -aG docker" in found[0]["fix"]

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.launch.doctor.checks import examine
     from tunesmith.launch.doctor.pair import check_pair
     from tunesmith.launch.doctor.slurm import check_slurm
-    from tunesmith.launch.doctor.system import FAULT, OK, Finding, System
+    from tunesmith.launch.doctor.system import FAULT, OK, System
 
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.pair:
         findings = check_pair(args.pair, folders)
     else:
-        report = examine(System(folders=folders), pair=False)
-        findings = [Finding(**row) for row in report["findings"]]
+        findings, _ = examine(System(folders=folders), pair=False)
     if recipe:
         findings += check_model(recipe.model)
     here = os.uname().nodename

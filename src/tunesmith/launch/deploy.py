@@ -191,33 +191,27 @@ class NodeLook(NamedTuple):
 
     Attributes:
         user: of the launch there: uid and gid.
-        rdma: RDMA device whose link is up -> MTU of each of its network interfaces.
+        rdma: the RDMA devices whose link is up.
     """
 
     host: str
     user: tuple[int, int]
     has_gpu: bool
-    rdma: dict[str, dict[str, str]]
+    rdma: list[str]
 
 
-# A file's name and text in each line after the first three.
-LOOK = """hostname; id -u; id -g; ls /dev/nvidiactl 2>/dev/null
-cd /sys/class/infiniband 2>/dev/null && grep . */ports/1/state */device/net/*/mtu /dev/null"""
+# What is not there prints nothing.
+LOOK = (
+    "hostname; id -u; id -g; ls /dev/nvidiactl 2>/dev/null; "
+    "grep -l ACTIVE /sys/class/infiniband/*/ports/1/state 2>/dev/null"
+)
 
 
 def look_at(host: str) -> NodeLook:
     """Ask a node who the user is there, for its GPU and its RDMA devices."""
-    name, user, group, *rest = try_on(host, "sh", "-c", LOOK).stdout.splitlines()
-    rdma: dict[str, dict[str, str]] = {}
-    # States come first.
-    for line in rest:
-        file, _, text = line.partition(":")
-        parts = file.split("/")
-        if parts[-1] == "state" and "ACTIVE" in text:
-            rdma[parts[0]] = {}
-        elif parts[-1] == "mtu" and parts[0] in rdma:
-            rdma[parts[0]][parts[-2]] = text
-    return NodeLook(name, (int(user), int(group)), "/dev/nvidiactl" in rest, rdma)
+    name, user, group, *files = try_on(host, "sh", "-c", LOOK).stdout.splitlines()
+    devices = [Path(file).parts[4] for file in files if file.startswith("/sys/")]
+    return NodeLook(name, (int(user), int(group)), "/dev/nvidiactl" in files, sorted(devices))
 
 
 def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
@@ -226,15 +220,10 @@ def plan_stack(out: Path, nodes: Sequence[SwarmNode], restarts: int) -> Stack:
     The nodes are looked at. MachineError where they differ in a way that the run would meet.
     """
     looks = [look_at(node.host) for node in nodes]
-    devices = set()
+    devices = set[str]()
     for node, look in zip(nodes, looks, strict=True):
         _check_alike(node, look, nodes[0], looks[0])
-        for device, mtus in look.rdma.items():
-            devices.add(device)
-            for name, mtu in mtus.items():
-                if mtu != "9000":
-                    what = f"{name} on {look.host} does not have MTU 9000, which is slow"
-                    log.warning(f"{what}: ip link set {name} mtu 9000")
+        devices |= {*look.rdma}
     # The address at which the other nodes reach this one; alone, the loopback is enough.
     address = route_to(nodes[1].address) if len(nodes) > 1 else "127.0.0.1"
     # A port that is free now.

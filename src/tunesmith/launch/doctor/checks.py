@@ -357,7 +357,7 @@ def _run(system: System, checks: list[Check]) -> list[Finding]:
     return [result for check in checks for result in check(system)]
 
 
-def examine(system: System, *, pair: bool) -> dict[str, Any]:
+def examine(system: System, *, pair: bool) -> tuple[list[Finding], dict[str, Any]]:
     """The findings of this machine, and properties that a pair compares.
 
     Only a pair needs Docker: without one its faults are warnings.
@@ -382,18 +382,15 @@ def examine(system: System, *, pair: bool) -> dict[str, Any]:
     host = os.uname().nodename
     managers = (docker.get("Swarm") or {}).get("RemoteManagers") or []
     properties = {
-        "host": host,
         "versions": system.versions,
         "packages": system.packages,
         "cable": system.cable,
         "managers": [manager["Addr"] for manager in managers],
     }
-    return {
-        "findings": [asdict(replace(result, host=host)) for result in findings],
-        "properties": properties,
-    }
+    return [replace(result, host=host) for result in findings], properties
 
 
 def answer_peer() -> None:
     """On the other node: print what `examine` says; the first word is the runs' interpreter."""
-    print(json.dumps(examine(System(python=sys.argv[1]), pair=True)))
+    findings, properties = examine(System(python=sys.argv[1]), pair=True)
+    print(json.dumps([[asdict(result) for result in findings], properties]))

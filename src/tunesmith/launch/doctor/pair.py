@@ -54,17 +54,16 @@ def check_pair(host: str, folders: tuple[str, ...]) -> list[Finding]:
     with ThreadPoolExecutor(1) as pool:
         # The other node examines itself while this one does.
         peer = pool.submit(ask_peer, host)
-        here = examine(System(folders=folders), pair=True)
+        findings, here = examine(System(folders=folders), pair=True)
         out, errors = peer.result()
-    findings = [Finding(**row) for row in here["findings"]]
     # A shell of the other node may print text of its own, and ssh prints nothing where it fails.
-    if not out.startswith("{"):
+    if not out.startswith("["):
         return [*findings, _why_ssh_failed(host, errors)]
-    there = json.loads(out)
+    rows, there = json.loads(out)
     both = [finding("ssh/ok", host)]
-    both += _compare(here["properties"], there["properties"], host)
+    both += _compare(here, there, host)
     both.append(_compare_clocks(host))
-    findings += [Finding(**row) for row in there["findings"]]
+    findings += [Finding(**row) for row in rows]
     return findings + [replace(result, host="the pair") for result in both]
 
 
