@@ -69,7 +69,6 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from tunesmith.launch import slurm
-    from tunesmith.launch.inputs import recipe_inputs
     from tunesmith.launch.jobs import check_free, write_recipe
 
     request = slurm.Request(
@@ -90,16 +89,17 @@ def run(args: argparse.Namespace) -> None:
         if warning:
             notify(warning)
     script = slurm.render_script(recipe, request)
+    words = [args.recipe, *args.overrides]
     if args.render:
         # It may be submitted on another machine, which has the files.
         try:
-            recipe_inputs(recipe)
+            slurm.check_reach(recipe, request, words)
         except UsageError as error:
-            notify(f"warning: {error.where}: {error.what} on this machine")
+            notify(f"warning: {error.where}: {error.what}, on this machine")
         notify(f"recipe: {write_recipe(recipe)}")
         print(script, end="")
         return
-    slurm.check_reach(recipe, request, [args.recipe, *args.overrides])
+    slurm.check_reach(recipe, request, words)
     check_free(recipe.output_dir)
     if is_finished(recipe, "submitted"):
         return
