@@ -17,7 +17,7 @@ import pytest
 from errors import check_shown, holds
 from launch.spark_pair import NEEDED, SBIN, UUIDS, Spark, SparkPair, wait_until
 from tunesmith.launch.doctor import pair as pair_module
-from tunesmith.launch.doctor.pair import PROGRAM, SENT
+from tunesmith.launch.doctor.pair import PROGRAM, SENT_FILES
 
 missing = [
     tool for tool in NEEDED if shutil.which(tool, path=f"{os.environ['PATH']}:{SBIN}") is None
@@ -221,7 +221,7 @@ def test_a_user_who_is_not_in_the_group_docker(sparks: SparkPair) -> None:
     )
     if docker is None:
         pytest.skip("needs the docker command (make cluster-tools)")
-    files = {name: Path(pair_module.__file__).with_name(name).read_text() for name in SENT}
+    files = {name: Path(pair_module.__file__).with_name(name).read_text() for name in SENT_FILES}
     program = PROGRAM.format(files=files)
     listen = "import socket; s = socket.socket(socket.AF_UNIX); s.bind('/var/run/docker.sock'); s.listen()"
     script = f'python3 -c "{listen}"; chmod 660 /var/run/docker.sock; mkdir -p /tmp/empty; setpriv --reuid 65534 --regid 65534 --clear-groups env PATH=/usr/bin:/bin /usr/bin/python3 - python3'

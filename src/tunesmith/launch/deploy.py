@@ -32,13 +32,13 @@ from tunesmith.launch.node import MERGE_NICS, count_gpus
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
 from tunesmith.launch.ssh import require_image, run_on, send_files, send_image, try_on
 from tunesmith.launch.stack import LABEL, Stack
-from tunesmith.launch.swarm import GPU, SwarmJob, SwarmNode, find_nodes, in_swarm
+from tunesmith.launch.swarm import GPU_RESOURCES, SwarmJob, SwarmNode, find_nodes, in_swarm
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
 # Variables of this environment that the ranks get
-PASSED_ON = re.compile(
+PASSED_TO_SWARM = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
     r"|WANDB_(PROJECT|ENTITY|MODE)"
 )
@@ -272,7 +272,7 @@ def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, rest
     """
     nodes = count or 1 + len(hosts)
     gpus = count_gpus()
-    here = SwarmNode("", "", (GPU[0], gpus) if gpus else None)
+    here = SwarmNode("", "", (GPU_RESOURCES[0], gpus) if gpus else None)
     stack = plan_stack(out, [here], restarts)
     what = "this node is not in a swarm, or docker does not respond"
     kind = f"with {count_of(gpus, 'GPU')} each" if gpus else "without GPUs, which train on CPUs"
@@ -288,7 +288,7 @@ def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, rest
 
 def variables_of_ranks(rdma_devices: Sequence[str]) -> dict[str, str]:
     """The variables that ranks get: of this environment, and those that NCCL needs for RDMA."""
-    passed = passed_variables(PASSED_ON)
+    passed = passed_variables(PASSED_TO_SWARM)
     if rdma_devices:
         # `=`: exact names. A port of a Spark has two.
         passed.setdefault("NCCL_IB_HCA", "=" + ",".join(rdma_devices))

@@ -48,9 +48,9 @@ from tunesmith.launch.jobs import (
 from tunesmith.launch.ssh import NO_COMMAND, try_on
 from tunesmith.run_dir import RunState
 
-GPU = Path("/dev/nvidiactl")
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
 # Variables that mean the same in the container, and whose values `docker inspect` may show.
-PASSED = re.compile(
+PASSED_TO_CONTAINER = re.compile(
     r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS"
     r"|(NCCL|WANDB)_\w+",
     re.I,
@@ -230,13 +230,13 @@ def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = Fal
     ]
     # A file may be readable for a group alone.
     words += [f"--group-add={group}" for group in os.getgroups() if group]
-    if GPU.exists():
+    if NVIDIA_DEVICE.exists():
         words.append("--gpus=all")
     words += [f"--mount={mount.text()}" for mount in mounts]
     paths = {**caches(), "HF_TOKEN_PATH": Path(SECRETS, "HF_TOKEN")}
     words += [f"--env={name}={path}" for name, path in paths.items()]
     # Docker takes the value from its own environment: it is on no command line.
-    words += [f"--env={name}" for name in passed_variables(PASSED)]
+    words += [f"--env={name}" for name in passed_variables(PASSED_TO_CONTAINER)]
     words += [image, "python", *agent_words(recipe_file(job.run_dir), debug=debug, ranks="auto")]
     return [safe_value(word, word.partition("=")[0]) for word in words]
 

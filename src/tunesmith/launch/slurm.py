@@ -41,18 +41,18 @@ from tunesmith.model.shapes import config_of_model
 from tunesmith.run_dir import STOP_FILE, RunState
 
 # Names in the folder `launch` of the run directory
-SCRIPT = "slurm.sh"
-LOG = "slurm"
+SCRIPT_NAME = "slurm.sh"
+LOG_NAME = "slurm"
 # Seconds before the time limit at which the run gets the signal to save, at least; a short limit
 # has less
-WARNING = 300
+MIN_WARNING_SECONDS = 300
 # Of them for the step under way, and for Slurm's clock, which goes by the minute
-STEP_AND_CLOCK = 60
+STEP_AND_CLOCK_SECONDS = 60
 # Bytes/s of a checkpoint where none of the run is there to be measured: a shared disk that several
 # nodes write to
-ASSUMED_DISK = 1e9
+ASSUMED_BYTES_PER_SECOND = 1e9
 # States of a job. Slurm has more, which are those of a job that runs.
-WAITING = {
+WAITING_JOBS = {
     "PENDING",
     "CONFIGURING",
     "REQUEUED",
@@ -61,7 +61,7 @@ WAITING = {
     "SPECIAL_EXIT",
     "RESV_DEL_HOLD",
 }
-ENDED = {
+ENDED_JOBS = {
     "BOOT_FAIL": RunState.FAILED,
     "CANCELLED": RunState.KILLED,
     "COMPLETED": RunState.FINISHED,
@@ -74,7 +74,7 @@ ENDED = {
 }
 # Variables of the submitting shell that the job gets, but for those with the name or the form of a
 # secret.
-EXPORTED = re.compile(
+PASSED_TO_JOB = re.compile(
     r"PATH|LD_LIBRARY_PATH|PYTHONPATH|XDG_CACHE_HOME"
     r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_CACHE|TOKEN_PATH|ENDPOINT)"
     r"|WANDB_(PROJECT|ENTITY|MODE|BASE_URL|NAME)"
@@ -167,7 +167,7 @@ exit "$code"
 """
 
 # Of a node, for each rank: the loader's threads and those of torch.
-CORES_OF_RANK = 8
+CORES_PER_RANK = 8
 
 
 # Keys of `Request` that are passed on to sbatch
@@ -221,13 +221,13 @@ class SlurmJob(Job):
         if not out.strip():
             return super().state()
         name, reason, elapsed, limit, nodes = out.splitlines()[-1].split("|")
-        if name in WAITING:
+        if name in WAITING_JOBS:
             # A requeued job goes on from there.
             run = super().state()
             done = run.text if run.state is RunState.STOPPED else last_step(self.run_dir)
             return JobState(RunState.QUEUED, "; ".join(filter(None, (f"{name}: {reason}", done))))
-        if name in ENDED:
-            return super().state().after(ENDED[name], name)
+        if name in ENDED_JOBS:
+            return super().state().after(ENDED_JOBS[name], name)
         step = step_and_time_left(self.run_dir) or "before the first step"
         return JobState(RunState.RUNNING, f"{step}; {name} for {elapsed} of {limit} on {nodes}")
 
@@ -304,7 +304,7 @@ def _directives(run: Run, request: Request) -> list[str]:
     folder = run.output_dir.replace("%", "%%")
     options: dict[str, str | None] = {
         "job-name": Path(run.output_dir).name,
-        "output": f"{folder}/{FOLDER}/{LOG}-%j.log",
+        "output": f"{folder}/{FOLDER}/{LOG_NAME}-%j.log",
         # A requeued job goes on in the log of its first start.
         "open-mode": "append",
         "nodes": str(request.nodes),
@@ -342,7 +342,7 @@ def warn_of_default_resources(request: Request) -> str:
         is_exclusive or request.cpus_per_task or re.search(r"(^|\s)(--cpus-per-|-c)", options)
     )
     has_memory = request.mem or re.search(r"(^|\s)--mem", options)
-    cores = f"--cpus-per-task {CORES_OF_RANK * ranks_of(request)}"
+    cores = f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)}"
     if has_cores and has_memory:
         return ""
     if has_cores:
@@ -359,7 +359,7 @@ def warn_of_default_resources(request: Request) -> str:
 
 def _job_environment(request: Request) -> dict[str, str]:
     """The variables of this environment that the job gets."""
-    environment = passed_variables(EXPORTED)
+    environment = passed_variables(PASSED_TO_JOB)
     if request.container:
         # Paths of this system are none of the container's.
         environment = {key: value for key, value in environment.items() if "PATH" not in key}
@@ -394,7 +394,7 @@ def warning_of(request: Request) -> int:
     seconds = request.warning
     if not seconds:
         # Saving must end before the limit, but most of the time belongs to the training.
-        seconds = max(WARNING, seconds_to_save(request))
+        seconds = max(MIN_WARNING_SECONDS, seconds_to_save(request))
         if limit >= 4:
             seconds = min(seconds, limit // 4)
     if limit and seconds > limit // 2:
@@ -416,7 +416,7 @@ def seconds_to_save(request: Request) -> int:
     if not request.saving:
         return 0
     # A disk may be half as fast the next time.
-    return STEP_AND_CLOCK + math.ceil(2 * request.saving)
+    return STEP_AND_CLOCK_SECONDS + math.ceil(2 * request.saving)
 
 
 def warn_of_short_limit(request: Request) -> str:
@@ -439,8 +439,8 @@ def warn_of_short_limit(request: Request) -> str:
 def saving_seconds(run: Run) -> float:
     """Seconds that writing a checkpoint of the run takes.
 
-    As many as the newest one in its directory took, else by its bytes at ASSUMED_DISK; 0 for an
-    adapter, and where the model's shape is not at hand.
+    As many as the newest one in its directory took, else by its bytes at ASSUMED_BYTES_PER_SECOND;
+    0 for an adapter, and where the model's shape is not at hand.
     """
     # The newest comes first; one that notes no time is passed over.
     for checkpoint in list_checkpoints(Path(run.output_dir)):
@@ -460,7 +460,7 @@ def saving_seconds(run: Run) -> float:
     if run.model.dtype == "auto":
         run = replace(run, model=replace(run.model, dtype="bf16"))  # as on most GPUs
     size, _ = checkpoint_bytes(run, spec.parameters, base)
-    return size / ASSUMED_DISK
+    return size / ASSUMED_BYTES_PER_SECOND
 
 
 def limit_seconds(text: str) -> int:
@@ -540,7 +540,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
     text = render_script(run, request)
     # A job that cannot be noted is not submitted.
     state_folder()
-    script = write_recipe(run).with_name(SCRIPT)
+    script = write_recipe(run).with_name(SCRIPT_NAME)
     write_atomically(script, text)
     # The flag too, because SBATCH_EXPORT of the environment wins over the script.
     code, out, errors = _slurm("sbatch", "--parsable", "--export=NONE", str(script))
@@ -549,7 +549,7 @@ def submit(run: Run, request: Request) -> SlurmJob:
         raise MachineError("sbatch rejects the job", where=str(script), why=errors, fix=fix)
     # ID, or ID;CLUSTER
     id_ = out.strip().partition(";")[0]
-    log = Path(run.output_dir, FOLDER, f"{LOG}-{id_}.log")
+    log = Path(run.output_dir, FOLDER, f"{LOG_NAME}-{id_}.log")
     job = SlurmJob(f"slurm-{id_}", run.output_dir, log=str(log), details={"id": id_})
     save_job(job)
     return job

@@ -18,11 +18,11 @@ from tunesmith.launch.jobs import agent_words, recipe_file
 
 LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
-SHM = 16 << 30  # bytes at most; what is not used takes no memory
+SHM_BYTES = 16 << 30  # bytes at most; what is not used takes no memory
 SECONDS_TO_SAVE = 3600  # that the ranks have after a stop, before they are killed
 # In the container
-HUB = "/cache/hub"
-DATASETS = "/cache/datasets"
+HUB_FOLDER = "/cache/hub"
+DATASETS_FOLDER = "/cache/datasets"
 # Lists that an extra file replaces; it adds to others.
 _REPLACED = ("command", "entrypoint")
 
@@ -33,7 +33,7 @@ class Stack:
 
     Attributes:
         endpoint: HOST:PORT that the ranks meet at.
-        cache: the folders of HUB and DATASETS on each node.
+        cache: the folders of HUB_FOLDER and DATASETS_FOLDER on each node.
         gpus: (kind, count) of the generic resource that each node has, or None.
         excluded: ids of the swarm's nodes that get no task.
         mounts: (place on each node, path in the container) of what the recipe reads.
@@ -82,8 +82,8 @@ class Stack:
         environment = {
             # The user of the launch has no home folder in the image.
             "HOME": "/tmp",
-            "HF_HUB_CACHE": HUB,
-            "HF_DATASETS_CACHE": DATASETS,
+            "HF_HUB_CACHE": HUB_FOLDER,
+            "HF_DATASETS_CACHE": DATASETS_FOLDER,
             # The run directory is a folder that the container may write to on every node.
             "TUNESMITH_CACHE": f"{self.run_dir}/launch/cache",
             "NVIDIA_MOFED": "enabled",
@@ -115,11 +115,15 @@ class Stack:
     def _volumes(self) -> list[dict[str, Any]]:
         hub, datasets = self.cache
         volumes: list[dict[str, Any]] = []
-        for place, path in ((self.run_dir, self.run_dir), (hub, HUB), (datasets, DATASETS)):
+        for place, path in (
+            (self.run_dir, self.run_dir),
+            (hub, HUB_FOLDER),
+            (datasets, DATASETS_FOLDER),
+        ):
             volumes.append({"type": "bind", "source": place, "target": path})
         for place, path in self.mounts:
             volumes.append({"type": "bind", "source": place, "target": path, "read_only": True})
-        volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM}})
+        volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}})
         return volumes
 
     def _deploy(self) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from tunesmith.run_dir import RunState
 log = logging.getLogger(__name__)
 
 # Generic resources, as guides name them
-GPU = ("NVIDIA_GPU", "NVIDIA-GPU")
+GPU_RESOURCES = ("NVIDIA_GPU", "NVIDIA-GPU")
 # Seconds between two lines of a stop that waits
-NOTIFY_EVERY = 10.0
+NOTIFY_SECONDS = 10.0
 # Seconds that Swarm has to remove containers before they are removed by force
-REMOVE_TIMEOUT = 20.0
+REMOVE_SECONDS = 20.0
 # States of a task
-ENDED = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
+ENDED_TASKS = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SwarmJob(Job):
             node = task["Node"] or "no node"
             texts.append(f"{node} {task['CurrentState'].lower()} {task['Error']}".strip())
         # A subset: all tasks have ended, in whichever of these states.
-        if states <= ENDED:
+        if states <= ENDED_TASKS:
             state = RunState.FAILED
             if states == {"Complete"}:
                 state = RunState.FINISHED
@@ -163,7 +163,7 @@ class SwarmJob(Job):
         while tasks and time.monotonic() - began < SECONDS_TO_SAVE + 60:
             time.sleep(POLL)
             tasks = self.tasks_at_work(manager)
-            if tasks and time.monotonic() - notified_at >= NOTIFY_EVERY:
+            if tasks and time.monotonic() - notified_at >= NOTIFY_SECONDS:
                 notified_at = time.monotonic()
                 nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
                 step = last_step(self.run_dir) or "before the first step"
@@ -183,7 +183,7 @@ class SwarmJob(Job):
         tasks = self.tasks(manager) or []
         at_work = []
         for task in tasks:
-            if _state_of(task) not in ENDED and task["Node"] not in lost_nodes:
+            if _state_of(task) not in ENDED_TASKS and task["Node"] not in lost_nodes:
                 at_work.append(task)
         return at_work
 
@@ -216,7 +216,7 @@ def _state_of(task: dict[str, str]) -> str:
 
 def _remove_containers(host: str, mark: str) -> None:
     """Wait until Swarm has removed a node's containers with this label, or remove them."""
-    deadline = time.monotonic() + REMOVE_TIMEOUT
+    deadline = time.monotonic() + REMOVE_SECONDS
     # At least one look, however late it is.
     while True:
         ids = run_on(host, "docker", "ps", "--all", "--quiet", "--filter", mark).split()
@@ -304,7 +304,7 @@ def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
         # {"DiscreteResourceSpec": {"Kind": ..., "Value": 2}}, or a NamedResourceSpec for each GPU,
         # whose value is its UUID.
         for spec in resource.values():
-            if spec["Kind"] in GPU:
+            if spec["Kind"] in GPU_RESOURCES:
                 kind = kind or spec["Kind"]
                 count += spec["Value"] if isinstance(spec["Value"], int) else 1
     return (kind, count) if count else None

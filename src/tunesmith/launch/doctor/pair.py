@@ -14,9 +14,9 @@ from tunesmith.launch.doctor.checks import TORCH_SECONDS, examine
 from tunesmith.launch.doctor.system import TEXTS, Finding, System, finding
 from tunesmith.launch.ssh import check_host, remote_words, run_on
 
-SENT = ("system.py", "checks.py", "findings.json")
-MAX_SKEW = 2.0  # seconds between the clocks
-LIMIT = TORCH_SECONDS + 20  # seconds for the other node's answer
+SENT_FILES = ("system.py", "checks.py", "findings.json")
+MAX_SKEW_SECONDS = 2.0  # seconds between the clocks
+ANSWER_SECONDS = TORCH_SECONDS + 20  # seconds for the other node's answer
 # The other node needs ssh and python3 alone: the checks are imported from a folder that is gone
 # before they run.
 PROGRAM = """
@@ -36,12 +36,19 @@ answer_peer()
 
 def ask_peer(host: str) -> tuple[str, str]:
     """What the checks print on the other node, and what ssh says."""
-    files = {name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT}
+    files = {
+        name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT_FILES
+    }
     program = PROGRAM.format(files=files)
     command = remote_words(host, ["python3", "-", sys.executable])
     try:
         answer = subprocess.run(
-            command, input=program, capture_output=True, text=True, timeout=LIMIT, check=False
+            command,
+            input=program,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return "", "no answer in time"
@@ -129,4 +136,6 @@ def _compare_clocks(host: str) -> Finding:
         seconds, way = clock - answered_at, "ahead of"
     else:
         seconds, way = max(0.0, sent_at - clock), "behind"
-    return finding("time/off" if seconds > MAX_SKEW else "time/ok", host, seconds=seconds, way=way)
+    return finding(
+        "time/off" if seconds > MAX_SKEW_SECONDS else "time/ok", host, seconds=seconds, way=way
+    )
