@@ -129,8 +129,8 @@ def run_ranks(
 
 
 def world_of(mesh: dict[str, int]) -> int:
-    """Ranks of the keys of `parallel`; those that divide experts are counted in the others."""
-    return math.prod(size for key, size in mesh.items() if key != "experts")
+    """Ranks of the keys of `parallel`."""
+    return math.prod(mesh.values())
 
 
 def gathered(tensor: Any) -> Any:

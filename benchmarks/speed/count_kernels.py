@@ -70,7 +70,7 @@ from tunesmith.model.shapes import find_shape
 from tunesmith.model.shipped import AS_SHIPPED, shipped_form
 from tunesmith.model.support import TUNED
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
-from tunesmith.quant import expert_rows, expert_turns, frozen_matmul, frozen_stack
+from tunesmith.quant import expert_matmul, expert_rows, frozen_matmul, frozen_stack
 from tunesmith.quant.expert_rows import RowIndex
 from tunesmith.quant.scaled_matmul import ROW_WISE
 from tunesmith.runtime.compilation import compile_layers
@@ -375,7 +375,7 @@ def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
     with (
         patch.object(expert_rows, "uses_grouped_mm", lambda *_: not by_expert),
         patch.object(RowIndex, "ends_on_host", even_ends),
-        patch.object(expert_turns, "is_cpu", lambda _: False),
+        patch.object(expert_matmul, "is_cpu", lambda _: False),
         patch.object(frozen_stack, "compiled_mxfp4", lambda: counted_mxfp4),
     ):
         yield

@@ -27,7 +27,6 @@ from tunesmith.model.support import Support
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
-from tunesmith.parallel.experts import divide_experts
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import apply_tensor_parallel
@@ -146,7 +145,6 @@ def build_model(
     use_packed_calls(model, {name: trial.call for name, trial in root.recurrent_trials.items()})
     # Before what wraps the layers: it changes the modules inside them.
     root.partial_gradients = apply_tensor_parallel(root, mesh)
-    root.expert_gradients = divide_experts(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     # After recompute: the mixin that is added last runs first, so the graph holds the
     # recomputation.
@@ -166,7 +164,7 @@ def build_model(
         # Of what was free before anything was built: the trial counts all that is allocated.
         budget = int(plan.memory.free * USABLE)
         meter = MemoryMeter(device)
-        shares = max(mesh.shape.shard, mesh.shape.tensor, mesh.shape.experts) > 1
+        shares = max(mesh.shape.shard, mesh.shape.tensor) > 1
         plan = calibrate_recompute(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
         )

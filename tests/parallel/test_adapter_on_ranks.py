@@ -119,11 +119,10 @@ def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(tiny,
     assert others == [[0] * len(MESHES)] * 3
 
 
-EXPERT_MESHES = [{"replicate": 4, "experts": 4}, {"replicate": 2, "shard": 2, "experts": 2}]
+EXPERT_MESHES = [{"replicate": 2, "shard": 2}, {"shard": 2, "tensor": 2}]
 
 
 def test_experts_over_ranks_are_written_as_by_one_process(mixture, tmp_path):
-    """B of a rank's experts is no run of columns of the file."""
     places = [tmp_path / str(index) for index in range(len(EXPERT_MESHES) + 1)]
     for place in places:
         (place / "final").mkdir(parents=True)

@@ -15,15 +15,11 @@ from recipes import merge
 
 pytestmark = pytest.mark.slow
 
-# By the number of ranks. What divides experts is counted in the other keys already.
+# By the number of ranks.
 CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
     2: {
         "shards": (LORA, {"shard": 2}),
-        "copies, experts over ranks": (LORA, {"replicate": 2, "experts": 2}),
-        "shards, experts over ranks": (
-            {"train": {"recompute": "full"}},
-            {"shard": 2, "experts": 2},
-        ),
+        "copies": (LORA, {"replicate": 2}),
         "tensor, recomputed": (
             {"train": {"recompute": "full"}},
             {"tensor": 2},
@@ -31,10 +27,9 @@ CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
         "full, tensor": (merge(FULL, BITES), {"tensor": 2}),
     },
     4: {
-        "experts over all": (LORA, {"replicate": 4, "experts": 4}),
-        "copies of experts over ranks": (
-            {"train": {"clip_norm": 0.05}},
-            {"replicate": 2, "shard": 2, "experts": 2},
+        "copies of shards": (
+            {"train": {"clip_norm": 0.05, "recompute": "full"}},
+            {"replicate": 2, "shard": 2},
         ),
         "shards of a tensor group": (
             {"adapter": {"modules_to_save": ["experts"], "target": ["q_proj"]}},

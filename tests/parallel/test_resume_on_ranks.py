@@ -187,8 +187,8 @@ def test_another_mesh_goes_on_where_the_first_stopped(
 
 @pytest.mark.parametrize(
     ("what", "mesh"),
-    [(LORA, {"replicate": 2, "experts": 2}), (FULL, TENSOR)],
-    ids=["experts", "full, tensor"],
+    [(LORA, {"shard": 2}), (FULL, TENSOR)],
+    ids=["shards", "full, tensor"],
 )
 def test_a_mixture_goes_on_bit_for_bit_and_on_one_process(
     what, mesh, mixture, tmp_path, uninterrupted
@@ -202,7 +202,7 @@ def test_a_mixture_goes_on_bit_for_bit_and_on_one_process(
     assert plain(alone) == pytest.approx(uninterrupted(mixture, what), rel=ROUNDING)
 
 
-@pytest.mark.parametrize("mesh", [{"shard": 2, "experts": 2}, TENSOR], ids=["experts", "tensor"])
+@pytest.mark.parametrize("mesh", [{"shard": 2}, TENSOR], ids=["shards", "tensor"])
 def test_ranks_go_on_with_the_experts_of_a_run_of_one_process(
     mesh, mixture, tmp_path, uninterrupted
 ):

@@ -8,16 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import refuses
 from tunesmith.adapter import lora
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter, Run
-from tunesmith.errors import RecipeError
 from tunesmith.model.measured_spec import build_to_measure, text_config
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.parallel.mesh import check_mesh
-from tunesmith.parallel.mesh_shape import ONE, MeshShape
+from tunesmith.parallel.mesh_shape import ONE
 from tunesmith.planning import resolve
 from tunesmith.planning.expert_traffic import CopyWidths, copied_elements, copy_widths
 from tunesmith.planning.forecast import Forecast, measure_work, plan_on_paper
@@ -121,14 +118,6 @@ def test_a_mixture_may_have_larger_micro_batches() -> None:
     dense = read_spec(SHAPES["llama3-8b"].config, where="test")
     assert resolve.most_tokens(mixture(), "cuda:0") > resolve.most_tokens(dense, "cuda:0")
     assert resolve.most_tokens(mixture(), "cpu") == resolve.most_tokens(dense, "cpu")
-
-
-def test_experts_in_codes_are_not_divided_over_ranks() -> None:
-    two = MeshShape(replicate=2, experts=2)
-    check_mesh(recipe(), mixture(), two, per_node=2)
-    fix = ["parallel.experts=1", "model.quantize=none"]
-    with refuses(RecipeError, where="parallel.experts", fix=fix):
-        check_mesh(recipe("nf4"), mixture(), two, per_node=2)
 
 
 def test_codes_are_made_dense_in_both_passes() -> None:

@@ -4,7 +4,6 @@ weights, in logits and in every gradient.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 
@@ -15,11 +14,11 @@ from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import ExpertsLora, expert_updates
+from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.model.twin import VOCAB, build_twin
-from tunesmith.quant import expert_matmul, expert_rows, expert_turns, experts, frozen_stack
+from tunesmith.quant import expert_matmul, expert_rows, experts, frozen_stack
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex
 from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.frozen_stack import DenseStack
@@ -114,69 +113,6 @@ def test_experts_equal_transformers_over_folded_weights(model_type: str) -> None
     assert max(found.values()) < FP32.get(model_type, 2e-6), found
 
 
-def part_of(module: nn.Module, own: range) -> nn.Module:
-    """A layer's experts as a rank has them that divides them with others; gradients go to all."""
-    count = module.num_experts
-    part = copy.copy(module)
-    part._parameters = {}
-    for key, parameter in module.named_parameters(recurse=False):
-        setattr(part, key, nn.Parameter(parameter[own.start : own.stop], requires_grad=False))
-    part._modules = dict(module._modules)
-    for name, child in module.named_children():
-        if isinstance(child, ExpertsLora):
-            update = part._modules[name] = copy.copy(child)
-            update._parameters = {}
-            rows = child.lora_A.unflatten(0, (count, -1))[own.start : own.stop]
-            update.lora_A = rows.flatten(0, 1)
-            update.lora_B = child.lora_B[..., own.start : own.stop]
-    return part
-
-
-@pytest.mark.parametrize("is_grouped", [False, True])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
-def test_parts_of_the_experts_add_up_to_all(
-    model_type: str, is_grouped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As ranks compute them: on a CPU with the rows of own experts, on a GPU with those of all."""
-    model = twin(model_type, torch.float32)
-    lora.attach_lora(model, Adapter(rank=4, alpha=8, target=("experts",)), seed=0)
-    draw(model, torch.float32)
-    if is_grouped:
-        monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda device, dtype: True)
-        # What a kernel leaves of rows that belong to no expert.
-        grouped_mm = expert_matmul.F.grouped_mm
-
-        def leaving_rows(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
-            if weights.ndim == 2:
-                return grouped_mm(x[:, : offs[-1]], weights[: offs[-1]], offs=offs)
-            y = grouped_mm(x[: offs[-1]], weights, offs=offs)
-            return torch.cat([y, y.new_full((len(x) - len(y), y.shape[1]), float("nan"))])
-
-        monkeypatch.setattr(expert_matmul.F, "grouped_mm", leaving_rows)
-    [module, *_] = experts.expert_modules(model).values()
-    count = module.num_experts
-    generator = torch.Generator().manual_seed(7)
-    hidden = torch.randn(11, model.config.hidden_size, generator=generator, requires_grad=True)
-    # None goes to the last expert, and the padding of other ranks to none at all.
-    index = torch.stack([torch.randperm(count - 1, generator=generator)[:2] for _ in range(11)])
-    index[-1] = count
-    weights = torch.rand(11, 2, generator=generator, requires_grad=True)
-    update = next(m for m in module.children() if isinstance(m, ExpertsLora))
-    inputs = [hidden, weights, update.lora_A, update.lora_B]
-    gradient = torch.randn(11, model.config.hidden_size, generator=generator)
-
-    def results(y: Tensor) -> list[Tensor]:
-        return [y.detach(), *torch.autograd.grad((y[:-1] * gradient[:-1]).sum(), inputs)]
-
-    real = slice(0, 10)
-    whole = experts._compute(module, hidden[real], index[real], weights[real], range(count))
-    expected = results(torch.cat([whole, torch.zeros_like(gradient[-1:])]))
-    halves = [range(0, count // 2), range(count // 2, count - 1), range(count - 1, count)]
-    parts = [experts._compute(part_of(module, h), hidden, index, weights, h) for h in halves]
-    for one, other in zip(results(sum(parts)), expected, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
 def test_the_norm_of_each_experts_output_comes_before_its_weight() -> None:
     """As Transformers' own loop. Its release 5.17 has no such experts, nor a flag for
     them: there the other tests of this file show that experts do without.
@@ -248,8 +184,10 @@ MUTATIONS: dict[str, tuple[object, str, Callable]] = {
         ),
     ),
     "gradients of A and B for one expert": (
-        expert_turns.FactorGradients, "results",
-        lambda original: lambda self, dtype: [g.roll(1, 0) for g in original(self, dtype)],
+        expert_matmul, "_backward",
+        lambda original: lambda *inputs: [
+            original(*inputs)[0], *(g.roll(1, 0) for g in original(*inputs)[1:])
+        ],
     ),
     "the sum of other copies": (
         expert_matmul, "sum_of_rows",
@@ -295,40 +233,6 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
     for one, other in zip(*results, strict=True):
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         assert error(one.float(), other.float()) < tolerance
-
-
-@pytest.mark.slow
-def test_products_in_16_bits_have_few_sizes() -> None:
-    """oneDNN compiles a kernel for each number of rows. Empty rows that fill up count nowhere."""
-    counts = torch.tensor([*range(1, 40), 127, 129, 200, 255, 256, 257, 300, 513])
-    chosen = torch.arange(len(counts)).repeat_interleave(counts)
-    torch.manual_seed(0)
-    weight = torch.randn(len(counts), 24, 16) / 4
-    shapes = ((len(chosen), 16), (len(counts), 3, 16), (len(counts), 3, 24))
-    leaves = [torch.randn(shape).bfloat16() for shape in shapes]
-    weights = torch.randn(len(chosen), 24)
-    results = []
-    # In fp64 each expert is one product, of the same rounded numbers.
-    for dtype in (torch.bfloat16, torch.float64):
-        x, *factors = [leaf.detach().to(dtype).requires_grad_(True) for leaf in leaves]
-        stack = DenseStack.of(weight.bfloat16().to(dtype), is_transposed=False)
-        with torch.profiler.profile(record_shapes=True) as profile:
-            rows = ExpertRows.of(chosen.unsqueeze(1), len(counts), dtype)
-            y = expert_matmul.expert_matmul(x, stack, rows.row_index, *factors)
-            (y * weights).sum().backward()
-        results.append([y, x.grad, *(factor.grad for factor in factors)])
-        products = [
-            event for event in profile.events() if event.name in {"aten::mm", "aten::addmm_"}
-        ]
-        sizes = {str(event.input_shapes) for event in products}
-        if dtype == torch.bfloat16:
-            # Of rows through W and back; times A, B and back, and to the gradients of both.
-            assert len(sizes) <= 2 * 13 + 6 * 9
-        else:
-            # Of three rows two products look like those of gradients.
-            assert len(sizes) == 8 * len(counts) - 2
-    for rounded, exact in zip(*results, strict=True):
-        assert error(rounded.double(), exact) < 2e-2
 
 
 @pytest.mark.parametrize("per_token", [1, 2])
@@ -425,7 +329,7 @@ def test_a_stack_in_codes_is_dense_in_groups_of_a_limit(monkeypatch: pytest.Monk
 
 def test_experts_in_turns_are_dense_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: of three experts a group each, and no group beside another."""
-    monkeypatch.setattr(expert_turns, "is_cpu", lambda _: False)
+    monkeypatch.setattr(expert_matmul, "is_cpu", lambda _: False)
     monkeypatch.setattr(DenseStack, "experts_at_once", lambda *_: 3)
     alive: list[weakref.ref[Tensor]] = []
     groups = []

@@ -283,7 +283,6 @@ def test_the_default_waits_for_the_longest_warmup(
         ({"adapter": {"kind": "none"}}, "needs a frozen base"),
         ({"train": {"duration": "10 min"}}, "duration in steps"),
         ({"parallel": {"tensor": 2}}, "does not support tensor parallelism"),
-        ({"parallel": {"experts": 2}}, "does not divide experts"),
         ({"data": {"validation": None, "hold_out": "4 examples"}}, "selects the held-out rows"),
     ],
 )

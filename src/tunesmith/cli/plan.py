@@ -92,8 +92,6 @@ PARTS = {
     "update": "optimizer",
     "shard copies": "copying other ranks' weights",
     "copies for experts": "sorting tokens by expert",
-    "rows of other ranks": "copying other ranks' tokens",
-    "rows of experts": "exchanging tokens of experts",
     "tensor parallel": "exchanging activations",
     "shards": "reading other ranks' weights",
     "gradients": "summing gradients",
@@ -635,7 +633,7 @@ def _report(
 
     meshes = []
     for forecast in forecasts:
-        mesh = planner.sizes(forecast.plan.mesh)
+        mesh = forecast.plan.mesh._asdict()
         plan = vars(forecast.plan) | {"mesh": mesh, "savings": None}
         meshes.append(vars(forecast) | {"plan": plan})
     size, _ = checkpoint_bytes(planner.run, planner.trained, base)
@@ -679,9 +677,6 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     lines += [_row(planner, forecast) for forecast in shown]
     if planner.cluster.world > 1:
         lines.append(MESH_TEXT)
-    experts = max(forecast.plan.mesh.experts for forecast in shown)
-    if experts > 1:
-        lines.append(f"(e{experts}: {experts} ranks divide the experts of a layer)")
     hidden = [forecast for forecast in forecasts if forecast not in shown]
     if hidden:
         lines.append(f"({_describe_hidden(hidden)}: --all shows every one)")
@@ -798,9 +793,6 @@ def _details(
             "reading other ranks' weights overlaps with compute if a micro batch has "
             f"{best.hides_from:,} tokens or more"
         )
-    experts = planner.describe_experts(best)
-    if experts:
-        lines.append(experts)
     warning = planner.warn_of_exposed_gathers(best)
     if warning:
         lines.append(warning)

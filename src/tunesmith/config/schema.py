@@ -306,9 +306,6 @@ class Parallel:
     tensor: Count | Literal["auto"] = key(
         1, "tensor-parallel ranks, on one node; auto: the fastest"
     )
-    experts: Count | Literal["auto"] = key(
-        "auto", "ranks that divide a mixture's experts, with LoRA; auto: the fastest"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

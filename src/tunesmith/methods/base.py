@@ -39,7 +39,6 @@ from tunesmith.model.documents import (
 from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
-from tunesmith.quant.expert_ranks import ExpertRanks
 from tunesmith.quant.frozen_linear import parameter_count
 
 Value = TypeVar("Value")
@@ -166,9 +165,6 @@ class TrainModel(nn.Module):
         self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
         # Names of the parameters for `tensor.reduce_gradients`.
         self.partial_gradients: frozenset[str] = frozenset()
-        # Of those that a rank has for its own experts, and the ranks that divide them.
-        self.expert_gradients: frozenset[str] = frozenset()
-        self.expert_ranks: ExpertRanks | None = None
         # What became of the kernels of recurrent layers, by class.
         self.recurrent_trials: Mapping[str, Trial] = {}
         self.expert_load = ExpertLoad(model)
@@ -275,8 +271,6 @@ class TrainModel(nn.Module):
             ids = ids.view(1, -1)
             positions = positions.view(1, -1)
             options["documents"] = documents
-        if self.expert_ranks is not None:
-            self.expert_ranks.agree_on_rows(ids.numel())
         decoder = find_decoder(self.model)
         # Again around the decoder alone: inside `step_context` these are the same documents.
         with use_documents(documents):
@@ -334,8 +328,6 @@ class TrainModel(nn.Module):
     def generate(self, **options: Any) -> Tensor:
         """Token ids that the causal LM continues a prompt with; `options` as of Transformers'
         own."""
-        if self.expert_ranks is not None:
-            self.expert_ranks.rows = 0  # all ranks answer the same prompts
         return self.model.generate(**options)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

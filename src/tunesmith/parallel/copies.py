@@ -12,7 +12,7 @@ ranks must complete their gradients in the same order, which the same graph does
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -49,8 +49,6 @@ class GradientSum:
     Args:
         parts: the optimizer's, of all trained parameters.
         beside_backward: begin with large gradients in the backward.
-        of_experts: names of the parameters that are summed over `expert_copies` in place of
-            `group`: a rank's gradients of its own experts are those of all ranks that divide them.
     """
 
     def __init__(
@@ -59,12 +57,8 @@ class GradientSum:
         group: dist.ProcessGroup | None,
         *,
         beside_backward: bool,
-        of_experts: Collection[str] = (),
-        expert_copies: dist.ProcessGroup | None = None,
     ) -> None:
         self.group = group
-        self.of_experts = of_experts
-        self.expert_copies = expert_copies
         self.is_last_backward = False
         self.pending: deque[PendingSum] = deque()
         # Names of the parameters whose gradients are summed, or on the way.
@@ -110,17 +104,10 @@ class GradientSum:
         while self.pending:
             self._complete_oldest()
         # By the order of the optimizer's parameters, which is the same on all ranks.
-        rest = []
-        of_experts = []
-        for name, gradient in gradients.items():
-            if name in self.of_experts:
-                of_experts.append(gradient)
-            elif name not in self.begun:
-                rest.append(gradient)
+        rest = [gradient for name, gradient in gradients.items() if name not in self.begun]
         self.is_last_backward = False
         self.begun.clear()
         all_reduce_together(rest, self.group)
-        all_reduce_together(of_experts, self.expert_copies)
 
     def _complete_oldest(self) -> None:
         """Wait for a sum; on a GPU only the current stream does."""

@@ -42,9 +42,6 @@ class Mesh:
         tensor_group: those that compute each layer together with this one; None where it computes
             them alone.
         data_rank, tensor_rank: this one's number in them.
-        expert_mesh: [experts], the ranks that divide the experts of each layer with this one; None
-            where each rank has all.
-        expert_copies: the ranks with the same experts, with this one; None where it is alone.
     """
 
     shape: MeshShape = ONE
@@ -53,8 +50,6 @@ class Mesh:
     tensor_group: dist.ProcessGroup | None = None
     data_rank: int = 0
     tensor_rank: int = 0
-    expert_mesh: DeviceMesh | None = None
-    expert_copies: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, shape: MeshShape, device_type: str) -> "Mesh":
@@ -81,17 +76,6 @@ class Mesh:
             # layer.
             data_group = _group_of(ranks.flatten(0, 1).T.tolist())
         data_rank, tensor_rank = divmod(dist.get_rank(), shape.tensor)
-        expert_mesh = None
-        expert_copies = None
-        if shape.experts > 1:
-            # Neighbors divide the experts, as those of a shard group do.
-            by_experts = ranks.view(-1, shape.experts)
-            group = _group_of(by_experts.tolist())
-            expert_mesh = DeviceMesh.from_group(
-                group, device_type, mesh_dim_names=(f"experts-{number}",)
-            )
-            if len(by_experts) > 1:
-                expert_copies = _group_of(by_experts.T.tolist())
         return cls(
             shape,
             device_mesh,
@@ -99,8 +83,6 @@ class Mesh:
             tensor_group=groups[2] if shape.tensor > 1 else None,
             data_rank=data_rank,
             tensor_rank=tensor_rank,
-            expert_mesh=expert_mesh,
-            expert_copies=expert_copies,
         )
 
     @property
@@ -180,11 +162,8 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
             replicate, rest = divmod(world, shard * tensor)
             has_shard = parallel.shard in ("auto", shard)
             has_replicate = parallel.replicate in ("auto", replicate)
-            # `auto` is one here: which numbers divide a model's experts, `meshes_for` knows.
-            experts = 1 if parallel.experts == "auto" else parallel.experts
-            is_divided = replicate * shard % experts == 0
-            if has_shard and has_replicate and is_divided and not rest:
-                shapes.append(MeshShape(replicate, shard, tensor, experts))
+            if has_shard and has_replicate and not rest:
+                shapes.append(MeshShape(replicate, shard, tensor))
     if not shapes:
         sizes = " x ".join(f"{name} {size}" for name, size in vars(parallel).items())
         ranks = count_of(world, "rank")
@@ -200,20 +179,11 @@ def possible_shapes(parallel: Parallel, world: int) -> list[MeshShape]:
 def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[MeshShape]:
     """Those of `possible_shapes` that compute this run on nodes of `per_node` ranks.
 
-    With `parallel.experts: auto` each comes with its data ranks dividing experts too, behind all
-    others. RecipeError if there is none: that of the first shape.
+    RecipeError if there is none: that of the first shape.
     """
     shapes = []
     errors = []
-    candidates = possible_shapes(run.parallel, world)
-    if run.parallel.experts == "auto":
-        candidates += [
-            shape._replace(experts=size)
-            for shape in candidates
-            for size in range(2, shape.data + 1)
-            if shape.data % size == 0
-        ]
-    for shape in candidates:
+    for shape in possible_shapes(run.parallel, world):
         try:
             check_mesh(run, spec, shape, per_node)
             shapes.append(shape)
@@ -227,8 +197,6 @@ def meshes_for(run: Run, spec: ModelSpec, world: int, per_node: int) -> list[Mes
 def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> None:
     """RecipeError for what a mesh does not compute, before anything is loaded."""
     tensor = shape.tensor
-    if shape.experts > 1:
-        _check_experts_of(run, spec, shape)
     if tensor > 1 and spec.quantized == "bnb-nf4":
         raise _cannot_shard("a ready-made nf4 base", shape)
     if tensor > 1 and not scheme_of(run.model, spec.quantized).is_cut:
@@ -262,73 +230,6 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
             raise _cannot_shard(what, shape, fix="auto")
 
 
-def _check_experts_of(run: Run, spec: ModelSpec, shape: MeshShape) -> None:
-    """RecipeError where the ranks of a mesh cannot divide the experts of a run."""
-    key = "parallel.experts"
-    counts = {layer.expert_count for layer in spec.layers if layer.experts}
-    if not counts or 0 in counts:
-        raise RecipeError(
-            f"{spec.model_type} has no experts that ranks can divide",
-            where=key,
-            why="it is not a mixture of experts, or Transformers does not use its experts "
-            "interface",
-            fix=f"{key}=1",
-        )
-    if shape.tensor > 1:
-        raise RecipeError(
-            f"{key} does not go with parallel.tensor={shape.tensor}",
-            where=key,
-            why="each rank of a tensor group has all experts, for its own tokens",
-            fix=f"{key}=1, or parallel.tensor=1",
-        )
-    if scheme_of(run.model, spec.quantized).expert_bytes is not None:
-        raise RecipeError(
-            "quantized experts cannot be divided over ranks",
-            where=key,
-            why="their scales are kept on every rank",
-            fix=f"{key}=1, or model.quantize=none",
-        )
-    for count in sorted(counts):
-        check_experts(count, shape.experts)
-    saves_experts = any(
-        name.endswith("experts") or "experts".endswith(name) for name in run.adapter.modules_to_save
-    )
-    if run.adapter.kind == "none" or saves_experts:
-        raise RecipeError(
-            "fully trained experts cannot be divided over ranks",
-            where=key,
-            why="their gradients and fp32 weights are not kept by expert; LoRA's are",
-            fix=f"{key}=1: parallel.shard divides all that is trained",
-        )
-    train = run.train
-    excluded = {
-        "train.cpu_offload=[]": "parameters" in train.cpu_offload,
-        "train.optimizer=adamw": train.optimizer == "adamw-8bit",
-        "train.optimizer_in_backward=false": train.optimizer_in_backward,
-    }
-    for fix, is_used in excluded.items():
-        if is_used:
-            raise RecipeError(
-                f"{key} requires {fix}",
-                where=fix.partition("=")[0],
-                why=f"the ranks make {shape.describe()}",
-                fix=f"{fix}, or {key}=1",
-            )
-
-
-def check_experts(experts: int, size: int) -> None:
-    """RecipeError where `size` ranks cannot take as many of a layer's experts each."""
-    if experts % size == 0:
-        return
-    sizes = [str(n) for n in range(1, experts + 1) if experts % n == 0]
-    raise RecipeError(
-        f"{size} ranks cannot divide {experts} experts",
-        where="parallel.experts",
-        why="each rank needs the same number of whole experts",
-        fix=f"parallel.experts: {' or '.join(sizes)}",
-    )
-
-
 def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
     """RecipeError unless a small model of this type was cut over ranks, and gave equal numbers."""
     model_type = read_model_types().get(spec.model_type)
@@ -337,8 +238,6 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
         return
     ranks = shape.shard * shape.tensor
     fix = f"parallel.tensor=1 parallel.shard={ranks}: copies and shards work for every type"
-    if any(layer.expert_count for layer in spec.layers):
-        fix = f"{fix}; or, under LoRA, parallel.tensor=1 parallel.experts={ranks}"
     why = f"the ranks make {shape.describe()}; `tunesmith models TYPE` says whether one is cut"
     if model_type is not None and model_type.uncut:
         why = model_type.uncut

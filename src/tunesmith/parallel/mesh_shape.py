@@ -9,17 +9,11 @@ if TYPE_CHECKING:
 
 
 class MeshShape(NamedTuple):
-    """Copies of the model, ranks that shard one copy, and ranks that compute one layer together.
-
-    Attributes:
-        experts: ranks with micro batches of their own that divide the experts of each layer among
-            them; they are some of the `data` ranks, counted in the others already.
-    """
+    """Copies of the model, ranks that shard one copy, and ranks that compute one layer together."""
 
     replicate: int = 1
     shard: int = 1
     tensor: int = 1
-    experts: int = 1
 
     @property
     def world(self) -> int:
@@ -31,14 +25,12 @@ class MeshShape(NamedTuple):
         return self.replicate * self.shard
 
     def describe(self) -> str:
-        """`replicate 2 x shard 4 x tensor 1`, with `experts over 8` where ranks divide them."""
-        text = f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
-        return text + (f", experts over {self.experts}" if self.experts > 1 else "")
+        """`replicate 2 x shard 4 x tensor 1`."""
+        return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
 
     def sizes(self) -> str:
-        """`2 x 4 x 1`, in the order of `describe`; `2 x 4 x 1, e8` where ranks divide experts."""
-        text = f"{self.replicate} x {self.shard} x {self.tensor}"
-        return text + (f", e{self.experts}" if self.experts > 1 else "")
+        """`2 x 4 x 1`, in the order of `describe`."""
+        return f"{self.replicate} x {self.shard} x {self.tensor}"
 
 
 ONE = MeshShape()

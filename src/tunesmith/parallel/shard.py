@@ -28,7 +28,6 @@ from tunesmith.distributed.vocab_parallel import GatheredHead
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.fused import add_mixin
 from tunesmith.model.load import widen
-from tunesmith.parallel.experts import divided_parameters
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import needs_fsdp
 
@@ -50,7 +49,7 @@ def shard_model(
 
     Of a frozen base only the layers are sharded. Embedding, last norm and head are whole on every
     rank: nothing would hide their gather, and it would spare no memory, as they stay gathered from
-    the start of a forward to the end of its backward. Experts that ranks divide are no shards.
+    the start of a forward to the end of its backward.
     """
     if not needs_fsdp(run, mesh.shape, offload=offload):
         return
@@ -58,7 +57,7 @@ def shard_model(
     param_dtype = None
     ignored = None
     if run.adapter.kind == "lora":
-        ignored = whole_parameters(root, run) | divided_parameters(root)
+        ignored = whole_parameters(root, run)
     else:
         if run.train.master_weights == "fp32":
             widen(root)

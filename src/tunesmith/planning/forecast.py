@@ -8,8 +8,8 @@ copies, and communication.
 Gathers of shards and reductions into them hide behind the compute of their pass as far as they are
 shorter, except that of the first layer, and those of an embedding that is trained: the forward
 begins and the backward ends with it. A head that shares its weight with the embedding goes with
-that. Nothing hides tensor parallelism's gathers and scatters, nor those of experts over
-ranks, nor the sum of an adapter's gradients. Experts are assumed to be evenly loaded.
+that. Nothing hides tensor parallelism's gathers and scatters, nor the sum of an adapter's
+gradients. Experts are assumed to be evenly loaded.
 
 The rate of whole steps was measured on dense models and has their norms and activations in it. The
 products of experts are counted at the rate of products alone, with the empty part of each expert's
@@ -141,7 +141,6 @@ class Collectives(NamedTuple):
     reduce: Collective
     reduce_last: Collective
     gradients: Collective
-    expert_rows: Collective
     expert_gradients: Collective
 
 
@@ -434,28 +433,7 @@ class Planner:
         if best.step_seconds:
             reason = "the fastest in the forecast"
         reason = f"{reason}, of {len(self.meshes())} possible meshes"
-        if best.plan.mesh.experts > 1:
-            reason += f"; {self.describe_experts(best)}"
         return replace(plan, why={**plan.why, "mesh": reason})
-
-    def describe_experts(self, forecast: Forecast) -> str:
-        """What a pass over a layer of experts moves, as rows and as shards; "" where ranks could
-        not divide them.
-        """
-        spec = self.spec
-        mesh = forecast.plan.mesh
-        stacks = max((layer.experts for layer in spec.layers if layer.expert_count), default=0)
-        if not stacks or mesh.data == 1 or not self.trains_adapter:
-            return ""
-        ranks = mesh.experts if mesh.experts > 1 else mesh.data
-        itemsize = DTYPES[self.run.model.dtype].itemsize
-        # All ranks' hidden states are gathered, and the sums for them scattered.
-        rows = 2 * ranks * forecast.plan.memory.tokens * spec.hidden * itemsize
-        return (
-            f"a pass over a layer of experts sends {rows / 1e9:.2f} GB of hidden states if {ranks} "
-            f"ranks divide the experts, and {stacks * itemsize / 1e9:.2f} GB of weights if they "
-            "are shards"
-        )
 
     def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
         """A warning where a rank's share of a step is too short to hide the gathers of shards.
@@ -511,7 +489,7 @@ class Planner:
 
     def _crosses_nodes(self, forecast: Forecast) -> bool:
         mesh = forecast.plan.mesh
-        return max(mesh.shard * mesh.tensor, mesh.experts) > self.cluster.per_node
+        return mesh.shard * mesh.tensor > self.cluster.per_node
 
     def _order(self, forecast: Forecast) -> tuple[bool, bool, bool, float]:
         """`Forecast.order`; of those that fit at an unknown speed, groups over nodes come last."""
@@ -547,7 +525,7 @@ class Planner:
     def forecast(self, mesh: MeshShape, size: Size | None = None) -> Forecast:
         """Memory and time of a mesh, with the recipe's micro batch or one of `size`."""
         run = self.run
-        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in self.sizes(mesh).items())
+        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items())
         if size:
             run = replace(run, train=replace(run.train, micro_batch=size))
             keys += f" train.micro_batch='{size}'"
@@ -606,13 +584,6 @@ class Planner:
             hours=hours,
             keys=keys,
         )
-
-    def sizes(self, mesh: MeshShape) -> dict[str, int]:
-        """The keys of `parallel` that make a mesh; `experts` is one of a mixture's."""
-        sizes = mesh._asdict()
-        if not any(layer.expert_count for layer in self.spec.layers):
-            del sizes["experts"]
-        return sizes
 
     def stored_bytes(self) -> int:
         """What is read to load the base: codes where it ships in them, else 16 bits a weight."""
@@ -738,15 +709,13 @@ class Planner:
     def _collectives(self, plan: RunPlan, tokens: float, micro_batches: int) -> Collectives:
         """Those of a step of `tokens`, in so many micro batches."""
         spec = self.spec
-        replicate, shard, tensor, experts = plan.mesh
+        replicate, shard, tensor = plan.mesh
         itemsize = DTYPES[self.run.model.dtype].itemsize
         estimator = self._estimator(plan.mesh)
         layers, ends = estimator.weights(itemsize)
         # In fp32; of a model trained in full, of this rank's shards.
         # An all-reduce is a reduction and a gather: 2 times 4 bytes a parameter.
         gradients = 2 * 4 * estimator.trained_here
-        if experts > 1:
-            gradients -= 2 * 4 * estimator.trained_of_experts
         head = 0
         embedding = 0
         in_fp32 = 0.0
@@ -778,11 +747,8 @@ class Planner:
             reduce=of_shards(micro_batches, (layers + head) * in_fp32),
             reduce_last=of_shards(micro_batches, embedding * in_fp32),
             gradients=sum_of_gradients,
-            # A gather and a scatter of all ranks' hidden states in each pass, as above.
-            expert_rows=Collective(
-                1, self._expert_passes(plan) * tokens * experts * spec.hidden * itemsize, experts, 1
-            ),
-            expert_gradients=self._expert_gradients(plan),
+            # Beside the sum over the data ranks.
+            expert_gradients=Collective(1, 2 * 4 * estimator.summed_of_experts, tensor, 1),
         )
 
     def _tensor_sums(self, plan: RunPlan) -> int:
@@ -793,16 +759,6 @@ class Planner:
         """
         blocks = [self._shared_blocks(layer) for layer in self.spec.layers]
         return 2 * sum(blocks) + sum(blocks[: plan.recomputed_layers]) + 2
-
-    def _expert_gradients(self, plan: RunPlan) -> Collective:
-        """The sum of gradients of experts, of which ranks hold a part, or a tensor group all."""
-        replicate, shard, tensor, experts = plan.mesh
-        estimator = self._estimator(plan.mesh)
-        if experts > 1:
-            size = 2 * 4 * estimator.trained_of_experts
-            return Collective(1, size, replicate * shard // experts, experts)
-        # Of a tensor group beside the sum over the data ranks.
-        return Collective(1, 2 * 4 * estimator.summed_of_experts, tensor, 1)
 
     def _shared_blocks(self, layer: Layer) -> int:
         """How many blocks of a layer a tensor group shares: attention, and an MLP of all tokens.
@@ -815,12 +771,6 @@ class Planner:
         attention = self.spec.hidden * of_heads * (layer.head_dim + layer.value_dim)
         router = self.spec.hidden * layer.expert_count
         return 1 + (layer.matmul > attention + router)
-
-    def _expert_passes(self, plan: RunPlan) -> int:
-        """How often a step exchanges the rows of a token for experts: forward, and backward."""
-        layers = self.spec.layers
-        recomputed = sum(bool(layer.experts) for layer in layers[: plan.recomputed_layers])
-        return 4 * sum(bool(layer.experts) for layer in layers) + 2 * recomputed
 
     def _step_time(
         self, plan: RunPlan, tokens: float, micro_batches: int, collectives: Collectives
@@ -852,8 +802,6 @@ class Planner:
             "shards": micro_batches * exposed,
             "gradients": exposed_sum + self._transfer_seconds(collectives.expert_gradients),
         }
-        if plan.mesh.experts > 1:
-            communication["rows of experts"] = self._transfer_seconds(collectives.expert_rows)
         of_micro_batch = beside_forward + beside_backward + gather_first + reduce_last
         # So many times longer the passes must be, and so the micro batch.
         hiding_passes = max(beside_forward / forward, beside_backward / backward)
@@ -887,9 +835,8 @@ class Planner:
         mixture = max(self.spec.layers, key=lambda layer: layer.expert_count)
         if not mixture.expert_count:
             return 1.0
-        # Ranks that divide experts compute the tokens of all: an expert has as many rows of each.
-        # Those of a tensor group share the tokens.
-        tokens = plan.memory.tokens * plan.mesh.experts / plan.mesh.tensor
+        # The ranks of a tensor group share the tokens.
+        tokens = plan.memory.tokens / plan.mesh.tensor
         rows = tokens * mixture.experts_per_token / mixture.expert_count
         return 1 + TILE / 2 / rows
 
@@ -922,10 +869,6 @@ class Planner:
         if self.work.experts:
             parts["experts"] = tokens * time.experts
             parts["copies for experts"] = tokens * time.expert_copies
-        if plan.mesh.experts > 1:
-            itemsize = DTYPES[self.run.model.dtype].itemsize
-            passed_bytes = tokens * estimator.passed_bytes(itemsize)
-            parts["rows of other ranks"] = passed_bytes / self._memory_bandwidth
         return parts
 
     @property

@@ -396,8 +396,7 @@ class MemoryEstimator:
         """Bytes of the base that a tensor-parallel rank computes with.
 
         Of all layers' matrices, and of what else there is. Tensor-parallel ranks shard everything
-        but experts, norms and biases. Experts are not counted where ranks divide them. The scales
-        of a base in fp8, 4 bytes a row, are not counted.
+        but experts, norms and biases. The scales of a base in fp8, 4 bytes a row, are not counted.
         """
         spec = self.spec
         tensor = self.mesh.tensor
@@ -410,16 +409,9 @@ class MemoryEstimator:
         if width is None:
             width = itemsize
         layers = int(ceil_div(matrices, tensor) * width) + self.scales
-        if self.mesh.experts == 1:
-            layers += self._expert_weights(itemsize)
+        layers += self._expert_weights(itemsize)
         ends = int((ceil_div(tables, tensor) + rest) * itemsize)
         return layers, ends
-
-    def own_experts(self, itemsize: float) -> int:
-        """Bytes of the experts of a rank that divides them with others; 0 where none does."""
-        if self.mesh.experts == 1:
-            return 0
-        return ceil_div(self._expert_weights(itemsize), self.mesh.experts)
 
     def _expert_weights(self, itemsize: float) -> int:
         """Bytes of all experts, without scales."""
@@ -431,11 +423,6 @@ class MemoryEstimator:
         return int(spec.expert_stacks * width + (experts - spec.expert_stacks) * itemsize)
 
     @property
-    def trained_of_experts(self) -> int:
-        """Trained parameters of one rank's experts."""
-        return count_expert_adapter(self.spec, self.run.adapter) // self.mesh.experts
-
-    @property
     def summed_of_experts(self) -> int:
         """Trained parameters of experts, of which each tensor-parallel rank has a part of the
         gradient.
@@ -443,30 +430,8 @@ class MemoryEstimator:
         if self.mesh.tensor == 1:
             return 0
         if self.trains_adapter:
-            return self.trained_of_experts
+            return count_expert_adapter(self.spec, self.run.adapter)
         return ceil_div(self._expert_weights(1), self.mesh.shard)
-
-    @property
-    def rows_of_others(self) -> int:
-        """How many rows a GPU has for each row of its experts, beside it.
-
-        Where one kernel multiplies all experts, the host does not know how many go to its own, and
-        leaves room for all of the group.
-        """
-        return self.mesh.experts - 1 if self.machine.grouped_mm else 0
-
-    def passed_bytes(self, itemsize: int) -> int:
-        """Bytes of a token that a step reads and writes for rows that go to other ranks' experts.
-
-        Products and sums leave them out. Three gathers read and write the hidden width, and
-        activations pass 29 times over an expert's (see `copied_elements`).
-        """
-        elements = 0
-        for layer in self.spec.layers:
-            if layer.experts:
-                hidden = layer.experts_per_token * self.spec.hidden
-                elements += 6 * hidden + 29 * layer.intermediate
-        return self.rows_of_others * elements * itemsize
 
     @cached_property
     def scales(self) -> int:
@@ -478,7 +443,7 @@ class MemoryEstimator:
         spec = self.spec
         tensor = self.mesh.tensor
         scheme = self.scheme
-        of_stacks = spec.expert_stacks * scheme.expert_scale_bytes / self.mesh.experts
+        of_stacks = spec.expert_stacks * scheme.expert_scale_bytes
         if not scheme.scale_bytes:
             return int(of_stacks)
         rowwise = 0
@@ -498,16 +463,13 @@ class MemoryEstimator:
     def trained_here(self) -> int:
         """Trained parameters of one rank.
 
-        Those of an adapter are whole on every data rank, except those of experts that ranks divide;
-        all others are sharded.
+        Those of an adapter are whole on every data rank; all others are sharded.
         """
         tensor = self.mesh.tensor
         adapter = self.run.adapter
         if self.trains_adapter:
             whole = count_adapter(self.spec, adapter)
             here = count_adapter(self.spec, adapter, tensor)
-            if self.mesh.experts > 1:
-                here += self.trained_of_experts - count_expert_adapter(self.spec, adapter)
             return self.trained - whole + here
         # `weights(1)` counts elements: those of this rank's part of each layer.
         weights = sum(self.weights(1))
@@ -764,9 +726,6 @@ class MemoryEstimator:
                 size = min(size, self._block_bytes(layer, tokens, itemsize))
             elif self.machine.attention[0] == "products" and spec.attention_softcap is None:
                 size += int(layer.heads * self.probabilities * tokens) * itemsize
-            if layer.experts and self.mesh.experts > 1:
-                # Gate and up, and the weighted activation.
-                size += self.rows_of_others * 3 * layer.intermediate * tokens * itemsize
             sizes.append(size)
         return sizes
 
@@ -873,9 +832,6 @@ class MemoryEstimator:
             elements += gated + (1 + self.machine.grouped_mm) * copies + 2 * wide * tokens
         else:
             elements += gated
-        if self.mesh.experts > 1:
-            # The hidden states of all ranks, and the sums for them.
-            elements += 2 * self.mesh.experts * hidden * tokens
         return elements * itemsize
 
     def base_bytes(self, itemsize: float) -> int:
@@ -885,8 +841,7 @@ class MemoryEstimator:
         # `layers` has their share of a shard: what is missing of them is added.
         scales = self.scales - self.scales // self.mesh.shard
         if self.trains_adapter:
-            own_experts = self.own_experts(itemsize)
-            return ceil_div(layers, self.mesh.shard) + own_experts + ends + scales
+            return ceil_div(layers, self.mesh.shard) + ends + scales
         return ceil_div(layers + ends, self.mesh.shard) + scales
 
     @cached_property
@@ -987,16 +942,16 @@ class MemoryEstimator:
             turns = sum(layer.expert_count for layer in spec.layers)
             kernels = (SMALL_PRODUCTS_FORWARD + SMALL_PRODUCTS_BACKWARD) * turns
             moved += SHORTEST_KERNEL_BYTES * kernels * copies.adapted_share
-        return moved / self.mesh.experts
+        return moved
 
     @property
     def compiles_experts(self) -> bool:
         """Whether the experts are in the compiled graph of their layer.
 
-        Those of several ranks wait for each other; those that train in full are Transformers'.
+        Those that train in full are Transformers'.
         """
         compiled, _ = self.machine.compiles
-        return compiled and self.mesh.experts == 1 and self.trains_adapter
+        return compiled and self.trains_adapter
 
     @property
     def expert_traffic(self) -> float:

@@ -11,8 +11,9 @@ Two paths share the arithmetic: an autograd function in eager mode, and one opaq
 torch.compile, in which the host may read the edges between experts, as no graph can.
 
 GPUs for which torch has a kernel (see `uses_grouped_mm`) multiply all experts at once, and the host
-does not wait for the edges. Everything else takes them in turns (see `expert_turns`), as torch's
-own `grouped_mm` would on other GPUs; the host reads the edges once a layer and forward.
+does not wait for the edges. Everything else takes them in turns, as torch's own `grouped_mm` would
+on other GPUs; the host reads the edges once a layer and forward. An expert's rows come from memory
+once a turn, as they are gathered, and are in the cache for the products that follow.
 
 A stack in codes that is large when dense (see `frozen_stack.DENSE_BYTES`) is multiplied by groups
 of experts on any GPU. A group's product takes the rows between two edges, and no kernel of torch
@@ -21,7 +22,7 @@ router then, and the products that follow take milliseconds each: the GPU has wo
 long.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,6 @@ from torch import Tensor
 
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
-from tunesmith.quant.expert_turns import FactorGradients, Product, multiply_in_turns
 from tunesmith.quant.frozen_stack import FrozenStack, frozen_stack
 
 # Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
@@ -68,13 +68,13 @@ def expert_matmul(
         lora = [lora_A, lora_B]
     y: Tensor
     if torch.compiler.is_compiling():
-        flags = [gathers, sums, row_index.is_part]
+        flags = [gathers, sums]
         tensors = list(stack.tensors)
         y, *_ = expert_products(
             x, lora, row_index.tensors(), tensors, stack.encoding, list(stack.shape), flags
         )
         return y
-    form = _ProductForm(stack.encoding, stack.shape, gathers, sums, row_index.is_part)
+    form = _ProductForm(stack.encoding, stack.shape, gathers, sums)
     of_index = row_index.tensors()
     y = _ExpertMatmul.apply(x, form, len(lora), len(of_index), *lora, *of_index, *stack.tensors)
     return y
@@ -87,10 +87,71 @@ class _ProductForm(NamedTuple):
     shape: tuple[int, int, int]
     gathers: bool
     sums: bool
-    is_part: bool
 
 
 # ---- the arithmetic; `lora` is [A, B], or empty
+
+
+class Product(NamedTuple):
+    """Rows times the frozen weight of their expert, and the two factors of its update.
+
+    Attributes:
+        x: [rows, in]; the gradients [rows, out] if it `is_backward`, which exchanges `in` and
+            `out`. If it `gathers`, those of the tokens.
+        factors: [experts, in, rank] and [experts, rank, out]; None: there is no update.
+        stack: W [experts, in, out], which is transposed if it `is_backward`; None: only the first
+            factor is multiplied.
+    """
+
+    x: Tensor
+    factors: tuple[Tensor, Tensor] | None
+    stack: FrozenStack | None
+    row_index: RowIndex
+    is_backward: bool
+    gathers: bool
+
+    def empty_results(self) -> tuple[Tensor | None, Tensor | None]:
+        """Room for x times the first factor, and x W: [rows, ...]; None for what there is not."""
+        count = len(self.row_index.tokens)
+        low = None
+        y = None
+        if self.factors is not None:
+            low = self.x.new_empty(count, self.factors[0].shape[2])
+        if self.stack is not None:
+            y = self.x.new_empty(count, self.stack.shape[1 if self.is_backward else 2])
+        return low, y
+
+
+class FactorGradients:
+    """The gradients of A and B, from the gradients dy of the rows and d_xa = dy B^T.
+
+    d_A = d_xa^T x  [experts, rank, in],  d_B = xa^T dy  [experts, rank, out]
+
+    Attributes:
+        x, xa: of the forward; x are tokens if it `gathers`.
+        tokens: of the rows, if it `gathers`.
+    """
+
+    def __init__(self, x: Tensor, xa: Tensor, row_index: RowIndex, *, gathers: bool) -> None:
+        self.x = x
+        self.xa = xa
+        self.row_index = row_index
+        self.tokens = row_index.tokens if gathers else None
+
+    def allocate(self, dy: Tensor) -> None:
+        """Zeros: what an expert without rows has."""
+        experts = len(self.row_index.offsets)
+        rank = self.xa.shape[1]
+        self.d_A = dy.new_zeros(experts, rank, self.x.shape[1])
+        self.d_B = dy.new_zeros(experts, rank, dy.shape[1])
+
+    def compute_at_once(self, dy: Tensor, d_xa: Tensor) -> None:
+        """Those of all experts, by one kernel."""
+        x = self.x
+        if self.tokens is not None:
+            x = x.index_select(0, self.tokens)
+        self.d_A = F.grouped_mm(d_xa.T, x, offs=self.row_index.offsets)
+        self.d_B = F.grouped_mm(self.xa.T, dy, offs=self.row_index.offsets)
 
 
 def _forward(
@@ -103,7 +164,7 @@ def _forward(
     )
     assert y is not None  # as there is a stack
     if form.sums:
-        y = sum_of_rows(y, row_index.places, is_part=row_index.is_part)
+        y = sum_of_rows(y, row_index.places)
     return [y] if xa is None else [y, xa]
 
 
@@ -134,8 +195,8 @@ def _backward(
     if dx is None:
         dx = dy.new_empty(0)
     elif form.gathers:
-        dx = sum_of_rows(dx, row_index.places, is_part=row_index.is_part)
-    return [dx] if gradients is None else [dx, *gradients.results(dy.dtype)]
+        dx = sum_of_rows(dx, row_index.places)
+    return [dx] if gradients is None else [dx, gradients.d_A, gradients.d_B]
 
 
 def _multiply(
@@ -152,7 +213,7 @@ def _multiply(
         return product.empty_results()
     if expert_rows.uses_grouped_mm(x.device, x.dtype):
         return _multiply_at_once(product, gradients)
-    return multiply_in_turns(product, gradients)
+    return _multiply_in_turns(product, gradients)
 
 
 def _multiply_at_once(
@@ -208,6 +269,101 @@ def _add_frozen(
     return y
 
 
+def is_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _multiply_in_turns(
+    product: Product, gradients: FactorGradients | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_multiply`, all rows of an expert at a time."""
+    low, y = product.empty_results()
+    if gradients is not None:
+        gradients.allocate(product.x)
+    counts = _rows_by_expert(product.row_index)
+    # All are cut at once: a slice takes as long as a small product takes to start.
+    x_parts = _Parts(product.x, counts, product.row_index.tokens if product.gathers else None)
+    low_parts = low.split(counts) if low is not None else ()
+    y_parts = y.split(counts) if y is not None else ()
+    first_factors: Sequence[Tensor] = ()
+    second_factors: Sequence[Tensor] = ()
+    if product.factors is not None:
+        first_factors, second_factors = (factor.unbind() for factor in product.factors)
+    if gradients is not None:
+        forward_parts = _Parts(gradients.x, counts, gradients.tokens)
+        xa_parts = gradients.xa.split(counts)
+        d_A = gradients.d_A.unbind()
+        d_B = gradients.d_B.unbind()
+    for expert, weight in _dense_weights(product, counts):
+        x = x_parts[expert]
+        if low is not None:
+            torch.mm(x, first_factors[expert], out=low_parts[expert])
+        if gradients is not None:
+            torch.mm(low_parts[expert].T, forward_parts[expert], out=d_A[expert])
+            torch.mm(xa_parts[expert].T, x, out=d_B[expert])
+        if weight is None:
+            continue
+        if low is None:
+            torch.mm(x, weight, out=y_parts[expert])
+        else:
+            torch.mm(low_parts[expert], second_factors[expert], out=y_parts[expert])
+            y_parts[expert].addmm_(x, weight)
+        del weight  # those of the next experts would be there beside it
+    return low, y
+
+
+class _Parts:
+    """The rows of each expert in x, or of the tokens that its rows are copies of."""
+
+    def __init__(self, x: Tensor, counts: Sequence[int], tokens: Tensor | None) -> None:
+        self.x = x
+        self.is_gathered = tokens is not None
+        self.parts = (x if tokens is None else tokens).split(counts)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        part = self.parts[expert]
+        return self.x.index_select(0, part) if self.is_gathered else part
+
+
+def _rows_by_expert(row_index: RowIndex) -> list[int]:
+    """How many rows each expert has."""
+    counts = []
+    first = 0
+    for end in row_index.ends_on_host():
+        counts.append(end - first)
+        first = end
+    return counts
+
+
+def _dense_weights(product: Product, counts: Sequence[int]) -> Iterator[tuple[int, Tensor | None]]:
+    """Each expert that has rows, and its dense weight, transposed in a backward.
+
+    A GPU makes some experts dense at a time, as that may take several kernels.
+    """
+    stack = product.stack
+    step = 1
+    if stack is not None and not is_cpu(product.x):
+        step = stack.experts_at_once(product.x.dtype)
+    weights = None
+    dense_from = 0
+    dense_to = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        if stack is None:
+            yield expert, None
+            continue
+        if expert >= dense_to:
+            weights = None  # before others are there beside them
+            dense_from = expert - expert % step
+            dense_to = min(dense_from + step, stack.shape[0])
+            weights = stack.dense(dense_from, dense_to, product.x.dtype)
+        assert weights is not None
+        weight = weights[expert - dense_from]
+        yield expert, weight.T if product.is_backward else weight
+        del weight
+
+
 # ---- what both paths rebuild, and what they save: [x, x A^T], and the tensors of three lists
 
 
@@ -220,7 +376,7 @@ def _rebuild(
 ) -> tuple[FrozenStack, RowIndex]:
     """The stack and the index of some tensors."""
     stack = frozen_stack(form.encoding, tensors, form.shape, is_compiled=is_compiled)
-    return stack, RowIndex.of_tensors(of_index, is_part=form.is_part)
+    return stack, RowIndex.of_tensors(of_index)
 
 
 def _save(ctx: Any, x: Tensor, xa: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]) -> None:
@@ -319,7 +475,7 @@ expert_products_backward = torch.library.custom_op(
 @expert_products.register_fake
 def _(x, lora, of_index, tensors, encoding, shape, flags):  # type: ignore[no-untyped-def]
     tokens, places, *_ = of_index
-    _, sums, _ = flags
+    _, sums = flags
     y = x.new_empty((places if sums else tokens).shape[0], shape[2])
     return [y, x.new_empty(tokens.shape[0], lora[0].shape[1])] if lora else [y]
 
@@ -327,7 +483,7 @@ def _(x, lora, of_index, tensors, encoding, shape, flags):  # type: ignore[no-un
 @expert_products_backward.register_fake
 def _(dy, saved, lora, of_index, tensors, encoding, shape, flags, needs_dx):  # type: ignore[no-untyped-def]
     tokens, places, *_ = of_index
-    gathers, _, _ = flags
+    gathers, _ = flags
     rows = (places if gathers else tokens).shape[0]
     dx = dy.new_empty((rows, shape[1]) if needs_dx else (0,))
     return [dx, *(factor.new_empty(factor.shape) for factor in lora)]

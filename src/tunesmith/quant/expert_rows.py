@@ -21,14 +21,12 @@ class RowIndex(NamedTuple):
         offsets: int32 [experts], on the device: the end of each expert's rows.
         ends: the same on the host, on a CPU the same tensor; None where the host need not know, and
             wait for the GPU.
-        is_part: copies for experts of other ranks have a place behind the last row.
     """
 
     tokens: Tensor
     places: Tensor
     offsets: Tensor
     ends: Tensor | None
-    is_part: bool = False
 
     def ends_on_host(self) -> list[int]:
         """The end of each expert's rows."""
@@ -42,9 +40,9 @@ class RowIndex(NamedTuple):
         return tensors if self.ends is None else [*tensors, self.ends]
 
     @classmethod
-    def of_tensors(cls, tensors: Sequence[Tensor], *, is_part: bool) -> "RowIndex":
+    def of_tensors(cls, tensors: Sequence[Tensor]) -> "RowIndex":
         tokens, places, offsets, *ends = tensors
-        return cls(tokens, places, offsets, ends[0] if ends else None, is_part)
+        return cls(tokens, places, offsets, ends[0] if ends else None)
 
 
 class ExpertRows(NamedTuple):
@@ -67,8 +65,7 @@ class ExpertRows(NamedTuple):
         """The rows of all copies.
 
         Args:
-            chosen: int64 [n, k], the experts of each token, each below `experts`; others belong to
-                other ranks.
+            chosen: int64 [n, k], the experts of each token, each below `experts`.
             dtype: in which the products are computed.
             in_groups: a stack is dense for some experts at a time.
         """
@@ -85,31 +82,6 @@ class ExpertRows(NamedTuple):
         index = RowIndex(copies // per_token, places.view(-1, per_token), offsets, ends)
         return cls(copies, sorted_experts, index)
 
-    def leave_out_others(self) -> "ExpertRows":
-        """Without the copies for experts of other ranks.
-
-        Only where the host knows how many there are, their rows are left out; elsewhere they belong
-        to the last expert, whose products do not reach them.
-        """
-        copies, experts, index = self
-        tokens, places, offsets, ends, _ = index
-        count: Tensor | int = offsets[-1]
-        if ends is not None:
-            count = int(ends[-1])
-            copies = copies[:count]
-            experts = experts[:count]
-            tokens = tokens[:count]
-        places = torch.where(places < count, places, len(copies))
-        experts = experts.clamp_max(len(offsets) - 1)
-        return ExpertRows(copies, experts, RowIndex(tokens, places, offsets, ends, is_part=True))
-
-    def hide_others(self, x: Tensor) -> Tensor:
-        """x [rows, width] with 0 in rows of other ranks' experts, which no product has written."""
-        if not self.row_index.is_part or self.row_index.ends is not None:
-            return x
-        is_other = torch.arange(len(x), device=x.device) >= self.row_index.offsets[-1]
-        return x.masked_fill(is_other.unsqueeze(1), 0)
-
 
 @torch.compiler.assume_constant_result
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
@@ -119,15 +91,10 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
-def sum_of_rows(
-    x: Tensor, places: Tensor, weights: Tensor | None = None, *, is_part: bool
-) -> Tensor:
+def sum_of_rows(x: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
     """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width].
 
-    weights: of the rows: [n, k], in the dtype of x. is_part: a place may be behind the last row,
-    for a row of 0, which takes a copy of x.
+    weights: of the rows: [n, k], in the dtype of x.
     """
-    if is_part:
-        x = F.pad(x, (0, 0, 0, 1))
     # One kernel, which reads each row once and adds up a token's in their order.
     return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)

@@ -6,22 +6,19 @@ again, by gathers alone: neither pass adds at an index, so sums have one order o
     sorted copies -> x W_up, activation, routing weights, times W_down -> sum over a token's k
 
 Frozen experts are computed here (see `expert_matmul`); those that train in full as Transformers
-does. Where ranks divide them (see `expert_ranks`), each computes its own for the tokens of all, and
-what goes to other experts counts as 0.
+does.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.quant.expert_matmul import expert_matmul
-from tunesmith.quant.expert_ranks import ExpertRanks
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.frozen_stack import DenseStack, FrozenStack
@@ -31,8 +28,6 @@ NAME = "tunesmith"
 IN_FULL = "grouped_mm"
 # The child module with the update of a stack has the stack's name and this.
 UPDATE = "_lora"
-# The attribute of a module whose experts ranks divide: an `ExpertRanks`.
-RANKS = "expert_ranks"
 # What Transformers sets on the modules that it calls by the interface.
 _FACTS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 
@@ -123,54 +118,22 @@ def experts_forward(
         top_k_index: int64 [n, k], the experts of each token.
         top_k_weights: [n, k].
     """
-    if _is_traceable(module):
-        return _compute(module, hidden, top_k_index, top_k_weights, range(module.num_experts))
-    return _experts_apart(module, hidden, top_k_index, top_k_weights)
-
-
-def _is_traceable(module: Any) -> bool:
-    """Whether the compiler, if it runs, takes these experts into the graph of their layer."""
-    if not torch.compiler.is_compiling() or trains_in_full(module):
-        return False
-    return not hasattr(module, RANKS)  # whose collectives wait for other ranks
-
-
-@torch.compiler.disable
-def _experts_apart(
-    module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """`experts_forward` outside of a graph."""
+    # The compiler, if it runs, takes frozen experts into the graph of their layer.
     if trains_in_full(module):
-        y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, top_k_index, top_k_weights)
-        return y
-    ranks: ExpertRanks | None = getattr(module, RANKS, None)
-    if ranks is None:
-        return _compute(module, hidden, top_k_index, top_k_weights, range(module.num_experts))
-    gathered = ranks.gather(hidden, top_k_index, top_k_weights, module.num_experts)
-    output = _compute(module, *gathered, ranks.local_experts(module.num_experts))
-    return ranks.scatter(output, len(hidden))
-
-
-def _compute(
-    module: Any, hidden: Tensor, index: Tensor, weights: Tensor, local_experts: range
-) -> Tensor:
-    """As `experts_forward`; what goes to others than `local_experts` counts as 0."""
-    is_part = len(local_experts) < module.num_experts
-    chosen = _local_numbers(index, local_experts) if is_part else index
+        return _train_in_full(module, hidden, top_k_index, top_k_weights)
     in_groups = _is_dense_in_groups(module, hidden.dtype)
-    rows = ExpertRows.of(chosen, len(local_experts), hidden.dtype, in_groups=in_groups)
-    if is_part:
-        rows = rows.leave_out_others()
-    output = _apply_experts(module, hidden, _Weights.apply(weights, rows), rows)
+    rows = ExpertRows.of(top_k_index, module.num_experts, hidden.dtype, in_groups=in_groups)
+    output = _apply_experts(module, hidden, _Weights.apply(top_k_weights, rows), rows)
     if module.has_bias:
-        output = output + _weighted_bias(module, chosen, weights, is_part=is_part)
+        output = output + _weighted_bias(module, top_k_index, top_k_weights)
     return output.to(hidden.dtype)
 
 
-def _local_numbers(index: Tensor, local_experts: range) -> Tensor:
-    """This rank's experts from 0 on; all others have the number behind them."""
-    is_local = (index >= local_experts.start) & (index < local_experts.stop)
-    return torch.where(is_local, index - local_experts.start, len(local_experts))
+@torch.compiler.disable
+def _train_in_full(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`experts_forward` by Transformers, outside of a graph."""
+    y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, index, weights)
+    return y
 
 
 def _is_dense_in_groups(module: Any, dtype: torch.dtype) -> bool:
@@ -195,7 +158,7 @@ def _apply_experts(module: Any, x: Tensor, weight: Tensor, rows: ExpertRows) -> 
     activation = module._apply_gate if module.has_gate else module.act_fn
     # The norm itself: Transformers 5.17 has no such experts, and no flag for them.
     if hasattr(module, "post_expert_norm"):
-        x = rows.hide_others(_project(module, second, activation(x), rows))
+        x = _project(module, second, activation(x), rows)
         x = module.post_expert_norm(x)
         return _Sum.apply((x * weight).to(x.dtype), rows)
     if torch.compiler.is_compiling():  # which keeps no more by itself
@@ -205,14 +168,14 @@ def _apply_experts(module: Any, x: Tensor, weight: Tensor, rows: ExpertRows) -> 
     return _project(module, second, x, rows, sums=True)
 
 
-def _weighted_bias(module: Any, chosen: Tensor, weights: Tensor, *, is_part: bool) -> Tensor:
+def _weighted_bias(module: Any, chosen: Tensor, weights: Tensor) -> Tensor:
     """The last biases of a token's experts, by their weights: [n, hidden].
 
-    chosen: int64 [n, k]; where `is_part`, those of other ranks are behind the last one.
+    chosen: int64 [n, k].
     """
     _, second = stack_names(module)
     bias = local_part(getattr(module, f"{second}_bias"))
-    return sum_of_rows(bias, chosen, weights.to(bias.dtype), is_part=is_part)
+    return sum_of_rows(bias, chosen, weights.to(bias.dtype))
 
 
 def _project(
@@ -236,17 +199,13 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, rows: ExpertRows) -> Tensor:
-        ctx.is_part = rows.row_index.is_part
         ctx.save_for_backward(rows.row_index.places)
         return weights.flatten()[rows.copies].unsqueeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
-        d_rows = grads[0].squeeze(1)
-        if ctx.is_part:
-            d_rows = F.pad(d_rows, (0, 1))
-        return d_rows[places], None
+        return grads[0].squeeze(1)[places], None
 
 
 class _Sum(torch.autograd.Function):
@@ -256,7 +215,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: ExpertRows) -> Tensor:
         index = rows.row_index
         ctx.save_for_backward(index.tokens)
-        return sum_of_rows(x, index.places, is_part=index.is_part)
+        return sum_of_rows(x, index.places)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

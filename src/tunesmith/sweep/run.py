@@ -157,9 +157,6 @@ def check_sweep(run: Run, space: Space, search: Search) -> None:
     if run.parallel.tensor != 1:
         what = "a sweep does not support tensor parallelism"
         raise RecipeError(what, where="parallel.tensor", fix="parallel.tensor=1")
-    if run.parallel.experts not in ("auto", 1):
-        what = "a sweep does not divide experts over ranks"
-        raise RecipeError(what, where="parallel.experts", fix="parallel.experts=1")
     if run.train.duration.seconds:
         what = "a sweep needs a duration in steps or epochs"
         raise RecipeError(what, where="train.duration", fix="train.duration='500 steps'")

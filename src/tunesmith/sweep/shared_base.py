@@ -34,8 +34,6 @@ class SharedBase:
     """
 
     def __init__(self, widest: Run, ranks: Ranks) -> None:
-        # `auto` divides no experts here: each candidate's adapter is whole.
-        widest = replace(widest, parallel=replace(widest.parallel, experts=1))
         self.first = build(widest, Start(), ranks=ranks)
         self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}
 

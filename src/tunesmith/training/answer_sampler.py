@@ -27,8 +27,7 @@ class AnswerSampler:
         self.progress = progress
         self.sinks = sinks
         # Of a sharded model all ranks must answer together, to gather its weights.
-        divides_experts = session.mesh.shape.experts > 1
-        self.is_sharded = bool(sharded_modules(session.model)) or divides_experts
+        self.is_sharded = bool(sharded_modules(session.model))
         self.references = self._read_references()
         self.seconds = 0.0  # that answers took in this start
         self.has_warned = False

@@ -103,8 +103,6 @@ class Trainer:
             session.optimizer.parts.values(),
             None if is_summed_by_fsdp else session.mesh.data_group,
             beside_backward=not is_adapter,
-            of_experts=session.model.expert_gradients,
-            expert_copies=session.mesh.expert_copies,
         )
 
     def fit(self) -> Result:
