@@ -10,26 +10,22 @@ lora/lora_weights.py stacks them. A name that is not among these is not read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import vision_models
+from errors import refuses
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, TunesmithError
-from tunesmith.export.streamed_model import streamed_logits
-from tunesmith.export.tuned_weights import open_tuned_model
 from tunesmith.export.vllm_adapter import export_peft
-from tunesmith.inference.load_run import locate_run, read_run_files
 from tunesmith.model import load
 from tunesmith.model.twin import build_twin
 
@@ -139,43 +135,15 @@ def test_vllm_reads_the_experts_one_by_one(model_type: str, tmp_path: Path) -> N
         torch.testing.assert_close(read[name], update, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_peft_and_this_engine_open_what_vllm_reads(
-    model_type: str, rslora: bool, tmp_path: Path
-) -> None:
-    adapter = Adapter(rank=3, alpha=6, target=("q_proj", "experts"), rslora=rslora)
-    model, folder = make_adapter(model_type, tmp_path, adapter)
+def test_experts_one_by_one_are_not_read_back(tmp_path: Path) -> None:
+    _, folder = make_adapter("mixtral", tmp_path)
     export_peft(folder, tmp_path / "out")
-    expected = logits(model)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    assert (logits(plain) - expected).abs().max() > 0.05 * expected.abs().max()
-    if not rslora:  # PEFT gives the experts twice the rank, whose root is another scaling
-        theirs = logits(PeftModel.from_pretrained(plain, tmp_path / "out").eval())
-        assert (theirs - expected).abs().max() < 2e-6 * expected.abs().max()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    read = peft_files.read_adapter(tmp_path / "out")
-    assert read.target == ("experts", "q_proj")
-    lora.attach_lora(again, read, seed=1)
-    peft_files.load_adapter(again, tmp_path / "out")
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, again.get_parameter(name)), name
-
-
-def test_a_merge_reads_experts_one_by_one(tmp_path: Path) -> None:
-    model, folder = make_adapter("mixtral", tmp_path)
-    export_peft(folder, tmp_path / "out")
-    for file in folder.glob("tokenizer*"):
-        (tmp_path / "out" / file.name).write_bytes(file.read_bytes())
-    tuned = open_tuned_model(read_run_files(locate_run(tmp_path / "out")))
-    ids = list(range(3, 14))
-    (merged,) = streamed_logits(
-        tuned, [ids], values="merged", dtype=torch.float32, device=torch.device("cpu")
-    )
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids])).logits[0]
-    assert (merged - expected).abs().max() < 1e-5 * expected.abs().max()
+    with refuses(
+        ModelError,
+        where="adapter_model.safetensors",
+        names=["model.layers.0.block_sparse_moe.experts.0.w1.lora_A.weight"],
+    ):
+        peft_files.read_adapter(tmp_path / "out")
 
 
 def test_linear_layers_of_the_names_of_projections_stay_targets(tmp_path: Path) -> None:
@@ -186,61 +154,6 @@ def test_linear_layers_of_the_names_of_projections_stay_targets(tmp_path: Path) 
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
     assert "target_parameters" not in settings
-    assert peft_files.read_adapter(tmp_path / "out").target == ("experts", "gate_proj")
-
-
-def drop(tensors: dict[str, Tensor], name: str) -> None:
-    del tensors[name]
-
-
-def stack_too(tensors: dict[str, Tensor], name: str) -> None:
-    layer = name.partition(".experts.")[0]
-    tensors[f"{layer}.experts.base_layer.lora_A.weight"] = torch.zeros(12, 64)
-
-
-def cut(tensors: dict[str, Tensor], name: str) -> None:
-    tensors[name] = tensors[name][:, :-1].clone()
-
-
-def change(tensors: dict[str, Tensor], name: str) -> None:
-    tensors[name] = tensors[name] + 1
-
-
-def add_one(tensors: dict[str, Tensor], name: str) -> None:
-    tensors[name.replace(".experts.3.", ".experts.4.")] = tensors[name].clone()
-
-
-FAULTS: dict[str, tuple[Callable[[dict[str, Tensor], str], None], str]] = {
-    "a factor is missing": (drop, r"1 tensors are missing .*experts\.3\.up_proj\.lora_A"),
-    "both forms": (stack_too, "both separately and stacked"),
-    "another shape": (cut, r"have another shape: .*experts\.3\.up_proj"),
-    "an A of its own": (change, "gate_proj and up_proj have different lora_A"),
-    "one expert more": (add_one, r"and not in the recipe.*experts\.4\.up_proj"),
-}
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("single")
-    _, adapter = make_adapter("qwen3_moe", folder)
-    export_peft(adapter, folder / "out")
-    return folder
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_set_that_is_not_whole_is_refused_by_name(
-    fault: str, single: Path, tmp_path: Path
-) -> None:
-    apply, what = FAULTS[fault]
-    tensors = load_file(single / "out" / "adapter_model.safetensors")
-    apply(tensors, "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight")
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    settings = (single / "out" / "adapter_config.json").read_bytes()
-    (tmp_path / "adapter_config.json").write_bytes(settings)
-    model = AutoModelForCausalLM.from_pretrained(single / "base")
-    lora.attach_lora(model, peft_files.read_adapter(tmp_path), seed=0)
-    with pytest.raises(ModelError, match=what):
-        peft_files.load_adapter(model, tmp_path)
 
 
 def test_gpt_oss_is_read_as_peft_writes_it(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ never ignored.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_keys import (
-    PREFIX,
-    check_none,
-    join_experts,
-    projections_in,
-    stacks_of,
-)
 from tunesmith.adapter.expert_lora import EXPERTS, expert_updates
 from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.schema import Adapter
@@ -40,9 +34,13 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
+from tunesmith.quant.experts import UPDATE, expert_modules, stacks_in_order
 
 CONFIG = ADAPTER_CONFIG
 WEIGHTS = ADAPTER_WEIGHTS
+PREFIX = "base_model.model."
+# A factor of a single expert, as vLLM reads those of most mixtures.
+SINGLE_EXPERT = re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight")
 
 # Options of PEFT's LoraConfig that change the result, and which of their values mean plain LoRA.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
@@ -254,11 +252,19 @@ def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those of experts, by PEFT's names."""
+    """Those of experts, by PEFT's names, which wraps the first of two stacks twice."""
     tensors = {}
-    for factors in stacks_of(model):
-        tensors[f"{factors.key}.lora_A.weight"] = factors.update.lora_A
-        tensors[f"{factors.key}.lora_B.weight"] = factors.update.lora_B
+    for name, module in expert_modules(model).items():
+        updates = []
+        for stack in stacks_in_order(module):
+            update = getattr(module, stack + UPDATE, None)
+            if update is not None:
+                updates.append(update)
+        key = PREFIX + name_in_whole(model, name) + len(updates) * ".base_layer"
+        for update in updates:
+            key = key.removesuffix(".base_layer")
+            tensors[f"{key}.lora_A.weight"] = update.lora_A
+            tensors[f"{key}.lora_B.weight"] = update.lora_B
     return tensors
 
 
@@ -281,6 +287,7 @@ def read_adapter(folder: Path) -> Adapter:
                 why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix="merge it into its base with PEFT, and start from the merged model",
             )
+    _check_stacked(folder / WEIGHTS)
     try:
         target = settings["target_modules"]
         experts = _experts_of(settings.get("target_parameters") or [], file)
@@ -288,7 +295,6 @@ def read_adapter(folder: Path) -> Adapter:
             target = target if target == lora.ALL_LINEAR else [target]
         if not isinstance(target, str):
             target = sorted({*(target or ()), *experts})
-            target = _with_single_experts(target, folder / WEIGHTS)
         values = {
             "rank": settings["r"],
             "alpha": settings["lora_alpha"],
@@ -312,23 +318,23 @@ def read_adapter(folder: Path) -> Adapter:
         ) from error
 
 
-def _with_single_experts(targets: list[str], file: Path) -> list[str]:
-    """The targets, with the experts for their projections where the file has them one by one."""
+def _check_stacked(file: Path) -> None:
+    """ModelError where an adapter's weights have the experts of a mixture one by one."""
     if not file.is_file():
-        return targets
-    with suppress(ModelError):  # a file that cannot be read is reported where it is loaded
+        return
+    names: list[str] = []
+    # A file that cannot be read is reported where it is loaded.
+    with suppress(ModelError):
         names = [entry.name for entry in read_header(file)]
-        projections = projections_in(names)
-        if projections:
-            others = [name for name in names if not projections_in([name])]
-            whole = [EXPERTS]
-            for target in targets:
-                # Shared experts and dense layers may have linear layers of these names.
-                is_linear = any(f".{target}.lora_A." in name for name in others)
-                if is_linear or last_part(target) not in projections:
-                    whole.append(target)
-            return sorted(whole)
-    return targets
+    for name in names:
+        if SINGLE_EXPERT.fullmatch(name):
+            raise ModelError(
+                f"the adapter stores its experts separately: {name.removeprefix(PREFIX)}",
+                where=str(file),
+                why="this is the form for vLLM; PEFT's stacked form (target_parameters) is read",
+                fix="name the run that it was exported from; an adapter of another tool: merge it "
+                "into its base with PEFT, and start from the merged model",
+            )
 
 
 def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
@@ -394,8 +400,7 @@ def stored_adapter(
         what = "the adapter's weights cannot be read"
         why = f"{error.what}. {error.why}"
         raise ModelError(what, where=str(file), why=why, fix="copy the adapter again") from error
-    with stored_tensors(file) as tensors:
-        stored = join_experts(model, tensors, file)
+    with stored_tensors(file) as stored:
         names = set()
         for name, tensor in stored.items():
             # A copy of the base's values that PEFT added is skipped. One that differs stays here,
@@ -408,10 +413,10 @@ def stored_adapter(
         for name in names - unknown:
             if stored[name].shape != _file_shape(name, parameters[name]):
                 reshaped.add(name)
-        check_none(parameters.keys() - names, "are missing in the adapter", file)
+        _check_none(parameters.keys() - names, "are missing in the adapter", file)
         what = "are in the adapter and not in the recipe's target or modules_to_save"
-        check_none(unknown, what, file)
-        check_none(reshaped, "have another shape", file)
+        _check_none(unknown, what, file)
+        _check_none(reshaped, "have another shape", file)
         in_model = {}
         for name in sorted(names):
             parameter = parameters[name]
@@ -431,6 +436,22 @@ def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
                 where=f"{file}, layer {name}",
                 fix=f"set {keys}, adapter.rslora: {str(adapter.rslora).lower()}",
             )
+
+
+def _check_none(names: Collection[str], problem: str, file: Path) -> None:
+    """ModelError that says the problem and some of the names, if there are any."""
+    if not names:
+        return
+    shown = ", ".join(name.removeprefix(PREFIX) for name in sorted(names)[:3])
+    if len(names) > 3:
+        shown += ", ..."
+    raise ModelError(
+        f"{len(names)} tensors {problem}: {shown}",
+        where=str(file),
+        why="adapter and model do not match",
+        fix="use the base model, target, rank and modules_to_save that the adapter was "
+        "trained with",
+    )
 
 
 def _base_name(model: nn.Module, name: str, stored: StoredTensor) -> str | None:

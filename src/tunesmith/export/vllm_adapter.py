@@ -16,18 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.adapter.expert_keys import (
-    DOWN,
-    GATE,
-    OF_MIXTRAL,
-    PREFIX,
-    UP,
-    b_by_expert,
-    parts_of_stack,
-    projections_in,
-    stored_module,
-)
-from tunesmith.adapter.peft_files import CONFIG, WEIGHTS, last_part, read_adapter
+from tunesmith.adapter.peft_files import CONFIG, PREFIX, WEIGHTS, last_part, read_adapter
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import model_card, weights_file
 from tunesmith.errors import ModelError, UsageError
@@ -42,15 +31,21 @@ from tunesmith.export.tuned_weights import ExpertsUpdate, LoraUpdate, TunedModel
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
 from tunesmith.model.names import composite_of, name_in_whole
-from tunesmith.model.safetensors_files import read_header, read_json
+from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor
+from tunesmith.quant.experts import stack_of
 from tunesmith.run_dir import weights_step
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
-PROJECTIONS = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
-MIXTRALS = {projection: name for name, projection in OF_MIXTRAL.items()}
+# The projections of an expert: the two halves of the first stack, and the second stack.
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN}
+# As Mixtral's checkpoints call them, and those of models that follow it.
+MIXTRALS = {GATE: "w1", UP: "w3", DOWN: "w2"}
+# Types whose checkpoints have the experts in another module than Transformers' classes.
+BLOCK = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
 # How vLLM calls the projections of an expert (`get_expert_mapping`), by the type of the text model.
 READ_SINGLE: dict[str, dict[str, str]] = {
     **dict.fromkeys(
@@ -139,7 +134,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
     with undeleted(location):
         # Checks sums, and that base and adapter fit.
         tuned = open_tuned_model(read_run_files(location))
-        is_single = _reads_single(tuned, folder)
+        is_single = _reads_single(tuned)
         size = sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
         factors: dict[str, Factor] = {}
         if is_single:
@@ -170,7 +165,7 @@ def _refusal(what: str, why: str) -> ModelError:
     return ModelError(what, where="--adapter", why=why, fix=MERGE)
 
 
-def _reads_single(tuned: TunedModel, folder: Path) -> bool:
+def _reads_single(tuned: TunedModel) -> bool:
     """Whether vLLM reads the experts of this adapter one by one; False too where it has none.
 
     ModelError for an adapter that vLLM does not serve, or would take for another.
@@ -187,11 +182,6 @@ def _reads_single(tuned: TunedModel, folder: Path) -> bool:
         return False
     is_whole = composite_of(tuned.model.config) is not None
     if model_type in READ_STACKED or (model_type in STACKED_IN_WHOLE and is_whole):
-        if projections_in([entry.name for entry in read_header(folder / WEIGHTS)]):
-            raise _refusal(
-                "the adapter stores its experts separately",
-                f"of a {model_type} vLLM reads them stacked",
-            )
         return False
     if model_type not in READ_SINGLE:
         raise _refusal(
@@ -239,13 +229,38 @@ def _factors_of_stack(
     config: Any = model.config
     single_names = READ_SINGLE[config.model_type]
     module, _, stack = name.rpartition(".")
-    prefix = PREFIX + stored_module(model, module)
+    prefix = PREFIX + _stored_module(model, module)
     for expert in range(update.experts):
-        parts = parts_of_stack(model.get_submodule(module), stack)
+        parts = _parts_of_stack(model.get_submodule(module), stack)
         for projection, rows in parts.items():
             layer = f"{prefix}.{expert}.{single_names[projection]}"
             yield f"{layer}.lora_A.weight", _factor_a(update, expert)
             yield f"{layer}.lora_B.weight", _factor_b(update, expert, rows, read_whole)
+
+
+def _stored_module(model: nn.Module, name: str) -> str:
+    """The name that the experts' module of this name has in a file of the one-by-one form."""
+    whole = name_in_whole(model, name)
+    config: Any = model.config
+    block = BLOCK.get(config.model_type)
+    if block is None:
+        return whole
+    parent = whole.removesuffix(".mlp.experts")
+    return f"{parent}.{block}.experts"
+
+
+def _parts_of_stack(module: nn.Module, stack: str) -> dict[str, slice]:
+    """The projections in a stack of experts, and the rows of each in an expert's B."""
+    rows = slice(None)
+    if stack == "down_proj":
+        return {DOWN: rows}
+    if not module.has_gate:
+        return {UP: rows}
+    # Interleaved, or one after the other: as halves of what is left.
+    if not module.is_concatenated:
+        return {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
+    width = stack_of(module, stack).shape[2] // 2
+    return {GATE: slice(0, width), UP: slice(width, 2 * width)}
 
 
 def _factor_a(update: ExpertsUpdate, expert: int) -> Factor:
@@ -282,7 +297,11 @@ def _expert_b(
     rows: slice,
 ) -> Tensor:
     """The rows of an expert's B: [rows, rank]."""
-    return b_by_expert(read_whole(stored), experts)[expert][rows]
+    lora_B = read_whole(stored)
+    # PEFT's file has B flat: the experts vary fastest in its columns.
+    if lora_B.ndim == 2:
+        lora_B = lora_B.unflatten(1, (-1, experts))
+    return lora_B[rows, :, expert]
 
 
 def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> None:
