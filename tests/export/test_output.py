@@ -39,7 +39,7 @@ def _ollama(run: Path, output: Any, **options: Any) -> Any:
 
 
 def _rounded(run: Path, output: Any) -> Any:
-    return export_rounded(run, output, quant="fp8", device="cpu")
+    return export_rounded(run, output, device="cpu")
 
 
 def _merged(run: Path, output: Any) -> Any:

@@ -255,7 +255,7 @@ def test_exported_files_in_a_folder_and_one_alone(exported: Path, tmp_path: Path
 
 
 def test_folders_for_vllm_and_transformers(exported: Path, tmp_path: Path) -> None:
-    rounded = export_rounded(exported, tmp_path / "fp8", quant="fp8", device="cpu")
+    rounded = export_rounded(exported, tmp_path / "fp8", device="cpu")
     merged = merge(exported, tmp_path / "merged", device="cpu")
     run = on_the_hub(exported, tmp_path)
     export_peft(exported, tmp_path / "lora")

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import built_model, make_run
-from runs import make_run as make_finished_run
-from runs import peft_model
 from shipped_bases import (
     change_config,
     compressed_config,
@@ -19,9 +17,8 @@ from shipped_bases import (
     write_nvfp4,
     write_qwen3_moe,
 )
-from tunesmith.export.vllm import export_rounded
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.fp4 import E2M1_VALUES
+from tunesmith.model.fp4 import E2M1_VALUES, round_e2m1
 from tunesmith.quant.as_shipped import Nvfp4Linear
 from tunesmith.quant.shipped_experts import Nvfp4Experts
 
@@ -31,6 +28,15 @@ UP = "model.layers.0.mlp.up_proj"
 def built(folder: Path, place: Path, quantize: str, dtype: str = "fp32"):
     run = make_run(folder, place, held=False, model={"quantize": quantize, "dtype": dtype})
     return built_model(run, folder).model
+
+
+def test_e2m1_rounds_to_the_nearest_and_ties_to_even() -> None:
+    grid = torch.linspace(0, 6, 4801)
+    distances = (grid[:, None] - E2M1_VALUES).abs()
+    nearest = distances.min(dim=1).values
+    assert torch.equal((grid - E2M1_VALUES[round_e2m1(grid)]).abs(), nearest)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert E2M1_VALUES[round_e2m1(ties)].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, Nvfp4Linear]:
@@ -91,16 +97,6 @@ def test_dense_bits_of_modelopt(dtype: str, tiny: Path, tmp_path: Path) -> None:
         wanted = (values.unflatten(1, (-1, 16)) * scales.unsqueeze(2)).flatten(1)
         assert torch.equal(layer.dense(), wanted.to(layer.compute_dtype)), name
         assert torch.equal(dense[f"{name}.weight"], wanted.to(layer.compute_dtype)), name
-
-
-@pytest.mark.slow
-def test_an_export_in_nvfp4_is_a_base(tiny: Path, tmp_path: Path) -> None:
-    make_finished_run(tmp_path / "run", tiny, peft_model(tiny))
-    export_rounded(tmp_path / "run", tmp_path / "base", quant="nvfp4", device="cpu")
-    files = read_model_files(tmp_path / "base", make_run(tmp_path / "base", tmp_path).model)
-    assert files.model.quantize == "as-shipped"
-    assert not files.form.has_activation_scales
-    assert len(layers_of(built(tmp_path / "base", tmp_path, "as-shipped"))) == 14
 
 
 def test_modelopt_may_say_it_in_a_file_of_its_own(tiny: Path, tmp_path: Path) -> None:

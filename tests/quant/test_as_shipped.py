@@ -140,7 +140,7 @@ def export_in_fp8(tiny: Path, folder: Path) -> Path:
     """A scale a row, in compressed-tensors' files."""
     folder.mkdir(exist_ok=True)
     make_finished_run(folder / "run", tiny, peft_model(tiny))
-    export_rounded(folder / "run", folder / "base", quant="fp8", device="cpu")
+    export_rounded(folder / "run", folder / "base", device="cpu")
     return folder / "base"
 
 

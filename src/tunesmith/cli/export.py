@@ -18,8 +18,8 @@ that very file: both are checked together, and the command that serves them is
 printed.
 
 --to vllm writes a folder: the merged model in bf16, or with linear layers in
-fp8 or nvfp4, and prints the KL divergence that this causes. With --adapter it
-writes the LoRA, if vLLM supports it.
+fp8, and prints the KL divergence that this causes. With --adapter it writes the
+LoRA, if vLLM supports it.
 
 --to transformers, the default, assembles a checkpoint that several ranks saved,
 one tensor in memory at a time. final/ and checkpoints of a single process are
@@ -54,8 +54,7 @@ SAME = 1.5  # changes within this factor count as equal
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
 NEAREST = ("f32", "f16", "bf16", "q8_0")
-ROUNDED = ("fp8", "nvfp4")
-VLLM_QUANTS = ("bf16", *ROUNDED)
+VLLM_QUANTS = ("bf16", "fp8")
 
 
 class ExportOptions(TypedDict):
@@ -89,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         type=str.lower,
-        choices=(*GGUF_QUANTS, "fp8", "nvfp4"),
-        help="of the weights (default: q4_k_m; for vllm, which takes bf16, fp8 and nvfp4, bf16)",
+        choices=(*GGUF_QUANTS, "fp8"),
+        help="of the weights (default: q4_k_m; for vllm, which takes bf16 and fp8, bf16)",
     )
     parser.add_argument(
         "--adapter",
@@ -129,8 +128,8 @@ def run(args: argparse.Namespace) -> None:
         _export_sharded(args)
     elif args.to == "vllm":
         _check_options(args, ("force", "threads"), "--to gguf or ollama")
-        if args.quant not in ROUNDED:
-            _check_options(args, ("no_check",), "--to gguf or ollama, or --quant fp8 or nvfp4")
+        if args.quant != "fp8":
+            _check_options(args, ("no_check",), "--to gguf or ollama, or --quant fp8")
         _export_vllm(args)
     else:
         _export_gguf(args)
@@ -223,7 +222,6 @@ def _export_vllm(args: argparse.Namespace) -> None:
             rounded = export_rounded(
                 args.run,
                 args.output,
-                quant=args.quant,
                 device=args.device,
                 check=not args.no_check,
                 checking=lambda done, total: progress("layers checked", done, total),

@@ -1,11 +1,10 @@
-"""A run as a folder that vLLM serves, rounded to fp8 or nvfp4.
+"""A run as a folder that vLLM serves, rounded to fp8.
 
 A folder in 16 bits is what `merge` writes.
 """
 
 import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,7 @@ import torch
 
 from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError
-from tunesmith.export.compressed import (
-    JointScale,
-    RoundedFp8,
-    RoundedNvfp4,
-    RoundedWeight,
-)
+from tunesmith.export.compressed import RoundedWeight
 from tunesmith.export.merge import add_files_to_card, write_merged
 from tunesmith.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.export.output import (
@@ -38,22 +32,38 @@ from tunesmith.inference.load_run import (
     select_device,
     undeleted,
 )
-from tunesmith.model.shipped import NVFP4_GROUP
 from tunesmith.model.stored_form import is_stored_otherwise
 from tunesmith.quant.frozen_linear import linear_names
 
 log = logging.getLogger(__name__)
 
-# Layers that vLLM joins to one matrix.
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-WEIGHTS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
-ACTIVATIONS_OF_FP8 = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True}
-WEIGHTS_OF_NVFP4 = {
-    "num_bits": 4,
-    "type": "float",
-    "strategy": "tensor_group",
-    "group_size": NVFP4_GROUP,
-    "symmetric": True,
+QUANT = "fp8"  # the word of --quant
+
+# What config.json says of the weights, in compressed-tensors' words.
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "channel",
+                "symmetric": True,
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
+        }
+    },
 }
 
 
@@ -83,12 +93,11 @@ def export_rounded(
     path: str | Path,
     output: str | Path,
     *,
-    quant: str,
     device: str | None = None,
     check: bool = True,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoundedFolder:
-    """Write what a run has trained with its linear weights in fp8 or nvfp4.
+    """Write what a run has trained with its linear weights in fp8.
 
     Args:
         check: compare it with the tuned model, by passes over all weights in fp32.
@@ -96,7 +105,7 @@ def export_rounded(
 
     Raises:
         UsageError: the output is not a new or empty folder.
-        ModelError: a layer's width does not fit the format, or the model is stored in another form.
+        ModelError: the model is stored in another form.
         MachineError: no room on the disk.
     """
     location = locate_run(path)
@@ -104,85 +113,46 @@ def export_rounded(
     place = torch.device(select_device(device))
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
-        weights = round_weights(tuned, quant)
+        weights = round_weights(tuned)
         rounded = {weight.name: weight for weight in weights.values()}
         require_disk_space(
             goal,
             _size(tuned, weights),
-            what=f"the model in {quant}",
+            what=f"the model in {QUANT}",
             fix=OTHER_DISK,
         )
         with part_folder(goal) as part:
-            tuned.model.config.quantization_config = quantization_config(quant)
-            write_merged(tuned, part, "bf16", weights, shown_dtype=quant)
+            tuned.model.config.quantization_config = QUANTIZATION_CONFIG
+            write_merged(tuned, part, "bf16", weights, shown_dtype=QUANT)
             del tuned.model.config.quantization_config
             follow_umask(part)
             positions, kl, base = 0, None, None
             if check:
                 positions, kl, base = _compare(tuned, weights, place, checking)
             measured = (kl.mean_kl, kl.agreement) if kl else ()
-            kind = f"compressed-tensors, {quant}"
+            kind = f"compressed-tensors, {QUANT}"
             add_files_to_card(part, weights_file(part, kind, *measured))
             move_into_place(part, goal)
     size = sum(file.stat().st_size for file in goal.iterdir())
-    return RoundedFolder(str(output), quant, len(rounded), size, positions, kl, base)
+    return RoundedFolder(str(output), QUANT, len(rounded), size, positions, kl, base)
 
 
-def round_weights(tuned: TunedModel, quant: str) -> dict[str, RoundedWeight]:
+def round_weights(tuned: TunedModel) -> dict[str, RoundedWeight]:
     """The linear layers of the decoder, by the names of their weights."""
     # Experts are stored one by one under other names than those of the layers here.
     if is_stored_otherwise(tuned.model):
         raise ModelError(
-            f"a {tuned.model.config.model_type} is not written in {quant} yet",
+            f"a {tuned.model.config.model_type} is not written in {QUANT} yet",
             where="--quant",
             why="its checkpoints store experts separately, or contain other parts than the "
             "text model",
             fix="--quant bf16",
         )
-    joints: defaultdict[str, JointScale] = defaultdict(JointScale)
-    weights: dict[str, RoundedWeight] = {}
+    weights = {}
     for layer in linear_names(tuned.model, head=False):
         name = f"{layer}.weight"
-        weight = tuned.weights[name]
-        if quant == "fp8":
-            weights[name] = RoundedFp8(name, weight)
-            continue
-        if weight.shape[1] % NVFP4_GROUP:
-            raise ModelError(
-                f"{layer} has {weight.shape[1]} inputs, not a multiple of {NVFP4_GROUP}",
-                where="--quant nvfp4",
-                why="that many weights share a scale",
-                fix="--quant fp8",
-            )
-        # Matrices that vLLM joins have one global scale.
-        weights[name] = RoundedNvfp4(name, weight, joints[_joined_name(layer)])
+        weights[name] = RoundedWeight(name, tuned.weights[name])
     return weights
-
-
-def _joined_name(layer: str) -> str:
-    parent, _, last = layer.rpartition(".")
-    for names in JOINED:
-        if last in names:
-            return f"{parent}.{names}"
-    return layer
-
-
-def quantization_config(quant: str) -> dict[str, Any]:
-    """What config.json says of the weights, in compressed-tensors' words."""
-    group: dict[str, Any] = {"targets": ["Linear"]}
-    if quant == "fp8":
-        group["weights"] = {**WEIGHTS_OF_FP8, "dynamic": False}
-        group["input_activations"] = {**ACTIVATIONS_OF_FP8, "dynamic": True}
-    else:
-        group["weights"] = {**WEIGHTS_OF_NVFP4, "dynamic": False}
-        group["input_activations"] = None
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized" if quant == "fp8" else "nvfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": group},
-    }
 
 
 def _size(tuned: TunedModel, weights: Mapping[str, RoundedWeight]) -> int:
