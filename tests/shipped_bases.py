@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith.model.fp4 import encode_nvfp4, nvfp4_scale
-from tunesmith.model.shipped import ROW
+from tunesmith.formats.form import ROW
+from tunesmith.formats.nvfp4 import encode_nvfp4, nvfp4_scale
 
 Tensors = dict[str, torch.Tensor]
 

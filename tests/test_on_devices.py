@@ -24,6 +24,7 @@ from tunesmith.adapter import lora
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint.resume import Start
 from tunesmith.data.batch import Example, collate
+from tunesmith.formats.fp8 import Fp8, select_scaling
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import sample_answers
 from tunesmith.model.attention import attend
@@ -31,8 +32,6 @@ from tunesmith.model.documents import Documents
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
-from tunesmith.quant.eight_bit import select_scaling
-from tunesmith.quant.frozen_weight import EightBitWeight
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.recompute import recompute_layers
@@ -153,15 +152,20 @@ def test_8_bit_products_of_true_shapes_run_for_every_number_of_rows(device, rows
     for inputs, outputs in ((14336 // part, 4096 // part), (4096 // part, 1024 // part)):
         w = torch.randn(outputs, inputs).to(device, torch.bfloat16)
         x, dy = (torch.randn(rows, n).to(device, torch.bfloat16) for n in (inputs, outputs))
-        weight = EightBitWeight.from_dense(kind, w)
+        weight = Fp8(kind).round(w)
         # Two factors of 4 bits, each off by 3 % at most, and the errors of a sum cancel in part.
         assert (
-            error(weight.forward_matmul(x, weight.quantize_input(x), None), x.float() @ w.float().T)
+            error(
+                weight.format.forward_matmul(weight, x, weight.format.quantize_input(x), None),
+                x.float() @ w.float().T,
+            )
             < 0.06
         )
         assert (
             error(
-                weight.backward_matmul(dy, weight.quantize_gradient(dy), None),
+                weight.format.backward_matmul(
+                    weight, dy, weight.format.quantize_gradient(weight, dy), None
+                ),
                 dy.float() @ w.float(),
             )
             < 0.06

@@ -23,10 +23,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tunesmith.model.fp4 import encode_mxfp4
+from tunesmith.formats.base import FrozenStack
+from tunesmith.formats.dense import dense_stack
+from tunesmith.formats.mxfp4 import Mxfp4, encode_mxfp4
 from tunesmith.quant import expert_matmul, expert_rows
 from tunesmith.quant.expert_rows import ExpertRows
-from tunesmith.quant.frozen_stack import DenseStack, FrozenStack, Mxfp4Stack
 
 EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
 # Of each expert; the first, one in the middle and the last have none.
@@ -42,10 +43,12 @@ def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack
     weight = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
     if kind == "mxfp4":
         blocks, exponents = encode_mxfp4(weight)
-        return Mxfp4Stack("mxfp4", [blocks.to(device), exponents.to(device)], (EXPERTS, IN, OUT))
+        return FrozenStack(
+            Mxfp4.parse(), [blocks.to(device), exponents.to(device)], (EXPERTS, IN, OUT)
+        )
     if kind == "transposed":
         weight = weight.mT.contiguous()
-    return DenseStack.of(weight.to(device, dtype), is_transposed=kind == "transposed")
+    return dense_stack(weight.to(device, dtype), is_transposed=kind == "transposed")
 
 
 def results_of(

@@ -40,7 +40,7 @@ def adapters_alone() -> None:
             low = torch.nn.functional.linear(x, m.lora_A.to(x.dtype))
             return m.base(x) + torch.nn.functional.linear(low, m.lora_B.to(x.dtype)) * m.scaling
 
-        return [one(m) if isinstance(m, lora.Lora) else m(x) for m in linears]
+        return [one(m) if isinstance(m, lora.LoraLinear) else m(x) for m in linears]
 
     lora.project = alone
     build_model.lora.project = alone

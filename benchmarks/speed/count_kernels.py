@@ -59,9 +59,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig
 
-from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.build_model import define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
+from tunesmith.formats import frozen_matmul, mxfp4
+from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.host.chips import CHIPS
 from tunesmith.model import attention
 from tunesmith.model.documents import Documents
@@ -70,9 +71,9 @@ from tunesmith.model.shapes import find_shape
 from tunesmith.model.shipped import AS_SHIPPED, shipped_form
 from tunesmith.model.support import TUNED
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
-from tunesmith.quant import expert_matmul, expert_rows, frozen_matmul, frozen_stack
+from tunesmith.quant import expert_matmul, expert_rows
 from tunesmith.quant.expert_rows import RowIndex
-from tunesmith.quant.scaled_matmul import ROW_WISE
+from tunesmith.quant.replace import convert_to_eight_bit
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 
@@ -376,7 +377,7 @@ def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
         patch.object(expert_rows, "uses_grouped_mm", lambda *_: not by_expert),
         patch.object(RowIndex, "ends_on_host", even_ends),
         patch.object(expert_matmul, "is_cpu", lambda _: False),
-        patch.object(frozen_stack, "compiled_mxfp4", lambda: counted_mxfp4),
+        patch.object(mxfp4, "compiled_mxfp4", lambda: counted_mxfp4),
     ):
         yield
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.formats.base import FrozenWeight
+from tunesmith.formats.dense import DENSE
+from tunesmith.formats.fp8 import Fp8, select_scaling
+from tunesmith.formats.frozen_matmul import grouped_matmul
 from tunesmith.host.packages import bnb_functional
 from tunesmith.model.attention import attend, select_attention_backend
 from tunesmith.model.documents import Documents
-from tunesmith.quant.eight_bit import select_scaling
-from tunesmith.quant.frozen_matmul import grouped_matmul
-from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight, FrozenWeight
 
 RANK = 8
 HIDDEN, MLP, KV = 4096, 14336, 1024
@@ -87,11 +88,11 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
 def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[FrozenWeight]:
     """Frozen weights in a base: bf16, or fp8 as this device scales it."""
     if base == "bf16":
-        return [DenseWeight("dense", [w], (w.shape[0], w.shape[1])) for w in dense]
+        return [FrozenWeight(DENSE, [w], (w.shape[0], w.shape[1])) for w in dense]
     recipe, why = select_scaling(device)
     if recipe is None:
         raise RuntimeError(why)
-    return [EightBitWeight.from_dense(recipe, w) for w in dense]
+    return [Fp8(recipe).round(w) for w in dense]
 
 
 def groups(
@@ -158,11 +159,11 @@ def main() -> None:
         except RuntimeError as error:
             print(f"fp8: {error}")
             break
-        timed(f"fp8 quantize {rows} rows", lambda w=weight, x=x: w.quantize_input(x))
-        ready = weight.quantize_input(x)
+        timed(f"fp8 quantize {rows} rows", lambda w=weight, x=x: w.format.quantize_input(x))
+        ready = weight.format.quantize_input(x)
         timed(
             f"fp8 product of {rows} rows",
-            lambda w=weight, x=x, ready=ready: w.forward_matmul(x, ready, None),
+            lambda w=weight, x=x, ready=ready: w.format.forward_matmul(w, x, ready, None),
         )
     edges = torch.arange(0, n + 1, 256, device=device, dtype=torch.int32)
     heads = (

@@ -9,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora, peft_files
-from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
+from tunesmith.formats.scaled_matmul import SCALING_RECIPES
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
@@ -33,11 +33,9 @@ from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.resolve import USABLE
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.quant.as_shipped import check_plain
-from tunesmith.quant.eight_bit import eight_bit_names
 from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
 from tunesmith.quant.llama4_experts import choose_top_k
-from tunesmith.quant.scaled_matmul import SCALING_RECIPES
+from tunesmith.quant.replace import check_plain, convert_to_eight_bit, eight_bit_names
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator

@@ -38,6 +38,7 @@ from tunesmith.distributed import row_exchange
 from tunesmith.distributed.ranks import SECONDS
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import OtherRankError, RunError
+from tunesmith.formats.nf4 import Nf4
 from tunesmith.methods.base import TrainModel
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model.fused import FusedNorm
@@ -46,7 +47,6 @@ from tunesmith.optim.adamw import ParameterState
 from tunesmith.parallel import tensor
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
-from tunesmith.quant import nf4
 from tunesmith.training import agree, build, trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 
@@ -262,14 +262,14 @@ def read_another_ranks_moments() -> None:
 def quantize_parts_by_themselves() -> None:
     """Their scales are then rounded with others: the loss is 4e-5 off."""
 
-    original = nf4.Nf4Linear.quantize
+    original = Nf4.quantize
 
-    def quantize(self, dense):
-        cut, self.tensor_shard = self.tensor_shard, None
+    def quantize(self, layer, dense):
+        cut, layer.tensor_shard = layer.tensor_shard, None
         whole = dense if isinstance(dense, Tensor) else dense.read()
-        original(self, whole.chunk(cut.parts, cut.dim)[cut.part] if cut else whole)
+        original(self, layer, whole.chunk(cut.parts, cut.dim)[cut.part] if cut else whole)
 
-    nf4.Nf4Linear.quantize = quantize
+    Nf4.quantize = quantize
 
 
 COPY, SHARD, TENSOR = MeshShape(2, 1, 1), MeshShape(1, 2, 1), MeshShape(1, 1, 2)

@@ -27,8 +27,8 @@ from shipped_bases import (
     write_nvfp4,
 )
 from tunesmith.errors import ModelError, RecipeError, TunesmithError
+from tunesmith.formats.form import ROW
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.shipped import ROW
 from tunesmith.parallel.mesh import check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.training.run import train

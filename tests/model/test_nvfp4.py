@@ -17,10 +17,10 @@ from shipped_bases import (
     write_nvfp4,
     write_qwen3_moe,
 )
+from tunesmith.formats.e2m1 import E2M1_VALUES, round_e2m1
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.model.fp4 import E2M1_VALUES, round_e2m1
-from tunesmith.quant.as_shipped import Nvfp4Linear
-from tunesmith.quant.shipped_experts import Nvfp4Experts
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -39,8 +39,8 @@ def test_e2m1_rounds_to_the_nearest_and_ties_to_even() -> None:
     assert E2M1_VALUES[round_e2m1(ties)].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
 
 
-def layers_of(model: torch.nn.Module) -> dict[str, Nvfp4Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, Nvfp4Linear)}
+def layers_of(model: torch.nn.Module) -> dict[str, FrozenLinear]:
+    return {n: m for n, m in model.named_modules() if has_codes(m)}
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_modules_that_the_file_ignores_stay_dense(name: str, tiny: Path, tmp_pat
     change_config(folder, quantization_config=stated(*ignored))
     model = built(folder, tmp_path, "as-shipped")
     assert len(layers_of(model)) == 10
-    assert not isinstance(model.lm_head, Nvfp4Linear)
+    assert not has_codes(model.lm_head)
 
 
 def test_only_the_targets_of_a_group_are_in_codes(tiny: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_experts_are_kept_as_they_ship(modelopt: bool, tiny: Path, tmp_path: Pat
     base = write_nvfp4(plain, tmp_path / "base", modelopt=modelopt, keep=("mlp.gate",))
     model = built(base, tmp_path, "auto")
     dense = built(base, tmp_path, "none")
-    stacks = {n: m for n, m in model.named_modules() if isinstance(m, Nvfp4Experts)}
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, ExpertStack)}
     assert len(stacks) == 2
     for name, stack in stacks.items():
         assert torch.equal(stack.dense(), dense.get_parameter(name))
@@ -189,7 +189,7 @@ def test_a_weight_in_pieces_is_the_whole_one(tiny: Path, tmp_path: Path, monkeyp
     folder = write_nvfp4(tiny, tmp_path / "base")
     layer = built(folder, tmp_path, "as-shipped").get_submodule(UP)
     whole = layer.dense()
-    monkeypatch.setattr("tunesmith.quant.frozen_weight.PIECE", 64 * 50)
+    monkeypatch.setattr("tunesmith.formats.nvfp4.MAX_DECODED_WEIGHTS", 64 * 50)
     assert torch.equal(layer.dense(), whole)
     monkeypatch.setattr("tunesmith.model.weights.PIECE", 64 * 50)
     assert torch.equal(built(folder, tmp_path, "none").get_submodule(UP).weight, whole)

@@ -12,11 +12,11 @@ from transformers import AutoConfig
 
 from recipes import built_model, make_run
 from tunesmith.config.schema import Run
+from tunesmith.formats.frozen_linear import has_codes
 from tunesmith.model import measured_spec, spec
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.random_init import init_weight
 from tunesmith.model.shapes import SHAPES
-from tunesmith.quant.nf4 import Nf4Linear
 
 
 def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def test_nf4_layers_are_quantised_from_the_same_draw(bare: Path, tmp_path: Path)
     dense = weights(make_run(bare, tmp_path, model={"dtype": "bf16"}), bare)
     run = make_run(bare, tmp_path, model={"dtype": "bf16", "quantize": "nf4"})
     model = built_model(run, bare, weights="random").model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
+    layers = {n: m for n, m in model.named_modules() if has_codes(m)}
     assert len(layers) == 14
     for name, layer in layers.items():
         packed, _ = functional.quantize_4bit(

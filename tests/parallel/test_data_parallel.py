@@ -17,10 +17,10 @@ from safetensors import safe_open
 from ranks import free_port, run_ranks, world_of
 from recipes import make_run, merge, recipe
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
+from tunesmith.formats.fp8 import select_scaling
+from tunesmith.formats.scaled_matmul import TENSOR_WISE
 from tunesmith.inference import decoding
 from tunesmith.parallel import copies, mesh
-from tunesmith.quant.eight_bit import select_scaling
-from tunesmith.quant.scaled_matmul import TENSOR_WISE
 from tunesmith.training import build
 from tunesmith.training.run import train
 from untied import write_untied

@@ -27,12 +27,12 @@ from tunesmith.distributed.ranks import join_ranks
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError, TunesmithError
+from tunesmith.formats import fp8
+from tunesmith.formats.frozen_linear import FrozenLinear
 from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.shard import sharded_modules
-from tunesmith.quant import eight_bit
-from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.training import build, compare_eight_bit
 from tunesmith.training.run import train
 
@@ -53,7 +53,7 @@ def start(
         model, folder, held=False, model={"dtype": "bf16", "quantize": quantize}, parallel=mesh,
         train={"duration": "2 steps", "micro_batch": "128 tokens"}, output_dir=str(folder / name),
     )  # fmt: skip
-    rounded, built, models = eight_bit.round_to_e4m3, build_model, []
+    rounded, built, models = fp8.round_to_e4m3, build_model, []
     alive: list[int] = []
 
     def watched(*arguments: Any, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def start(
     with (
         mock.patch.object(build, "PROBE_TOKENS", 256),
         mock.patch.object(build, "build_model", watched),
-        mock.patch.object(eight_bit, "round_to_e4m3", wrongly if is_wrong_here else rounded),
+        mock.patch.object(fp8, "round_to_e4m3", wrongly if is_wrong_here else rounded),
         mock.patch.object(compare_eight_bit, "TOLERANCE", -1.0 if fault == "all" else TOLERATED),
     ):
         result = train(run, quiet=True)
@@ -127,22 +127,22 @@ def codes_of_a_rank(model: Path, folder: Path) -> list[tuple[str, int, int]]:
         session = build.build(run, Start(), ranks=ranks)
         sizes: list[tuple[str, int, int]] = []
 
-        layers = [m for m in session.model.modules() if isinstance(m, EightBitLinear)]
+        layers = list(compare_eight_bit.eight_bit_layers(session.model))
         for module in sharded_modules(session.model):
             module.reshard()
         held = {m: local_part(m.weight).untyped_storage().nbytes() for m in layers}
-        frozen_weight = EightBitLinear.frozen_weight
+        frozen_weight = FrozenLinear.frozen_weight
         whole = {m: m.in_features * m.out_features for m in layers}
         assert sum(held.values()) * 2 == sum(whole.values())
 
-        def noted(layer: EightBitLinear) -> Any:
+        def noted(layer: FrozenLinear) -> Any:
             weight = frozen_weight(layer)
             codes = weight.tensors[0]
             sizes.append((str(layer.weight.dtype), held[layer], codes.numel() * codes.itemsize))
             assert codes.numel() == whole[layer]
             return weight
 
-        with mock.patch.object(EightBitLinear, "frozen_weight", noted):
+        with mock.patch.object(FrozenLinear, "frozen_weight", noted):
             session.model(session.loader(0).batch(0).micro[0])
         return sizes
 

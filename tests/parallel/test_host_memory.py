@@ -28,14 +28,15 @@ from tunesmith.distributed.ranks import ONE_PROCESS, join_ranks
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
+from tunesmith.formats import nf4
+from tunesmith.formats.base import FrozenWeight
+from tunesmith.formats.frozen_linear import has_codes
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import save_tensors, weights
 from tunesmith.model.safetensors_files import read_into
 from tunesmith.parallel.mesh import Mesh, possible_shapes
 from tunesmith.planning.resolve import inference_plan
-from tunesmith.quant import nf4
-from tunesmith.quant.frozen_weight import Nf4Weight
 from tunesmith.training.build import make_optimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -327,13 +328,13 @@ def quantized(
         for mesh in meshes:
             read.clear()
             _, root = built(model, folder, mesh, {"model": {"quantize": "nf4"}}, ranks.world)
-            layers = {n: m for n, m in root.model.named_modules() if isinstance(m, nf4.Nf4Linear)}
+            layers = {n: m for n, m in root.model.named_modules() if has_codes(m)}
             dense = {}
             for name, layer in layers.items():
                 frozen = layer.frozen_weight()
                 codes = gathered(layer.weight).contiguous()
-                values = Nf4Weight(
-                    frozen.encoding, [codes, *frozen.tensors[1:]], frozen.shape
+                values = FrozenWeight(
+                    frozen.format, [codes, *frozen.tensors[1:]], frozen.shape
                 ).dense(torch.float32)
                 dense[name] = (
                     values.numpy(),
@@ -376,11 +377,7 @@ def scales(models: list[Path], folder: Path) -> dict[str, np.ndarray]:
         _, root = built(
             models[ranks.rank], folder, {"shard": 2}, {"model": {"quantize": "nf4"}}, ranks.world
         )
-    return {
-        name: m.absmax.numpy()
-        for name, m in root.model.named_modules()
-        if isinstance(m, nf4.Nf4Linear)
-    }
+    return {name: m.absmax.numpy() for name, m in root.model.named_modules() if has_codes(m)}
 
 
 def test_nodes_may_have_the_tensors_in_other_files(tiny, tmp_path):

@@ -9,7 +9,7 @@ from test_data_parallel import LORA, assert_those_of_one_process
 
 from shipped_bases import write_fp8, write_nvfp4
 from tunesmith.config.schema import Model
-from tunesmith.model.shipped import ROW
+from tunesmith.formats.form import ROW
 
 pytestmark = pytest.mark.slow
 

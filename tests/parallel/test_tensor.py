@@ -18,12 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from errors import error_in, holds, refuses
 from ranks import gathered, run_ranks
 from tunesmith.adapter import lora
-from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter, MethodConfig, Model, Train
 from tunesmith.data.batch import Batch
 from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
+from tunesmith.formats.base import FrozenWeight
+from tunesmith.formats.dense import DENSE
+from tunesmith.formats.fp8 import Fp8
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.model import load
@@ -33,12 +38,8 @@ from tunesmith.model.weights import copy_whole, load_weights
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
-from tunesmith.quant import nf4
-from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.quant.frozen_linear import load_hooks
-from tunesmith.quant.frozen_matmul import grouped_matmul
-from tunesmith.quant.frozen_weight import DenseWeight, EightBitWeight
-from tunesmith.quant.scaled_matmul import ROW_WISE
+from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.training import compare_eight_bit
@@ -314,23 +315,23 @@ def quantized(folder: Path) -> tuple[int, float]:
         model, whole = (
             load.build_on_meta(dense.config, Model(name="x", dtype="bf16")) for _ in range(2)
         )
-        nf4.replace_linears(model, torch.bfloat16)
+        replace_by_nf4(model, torch.bfloat16)
         lora.attach_lora(model, ADAPTER, seed=1)
-        nf4.replace_linears(whole, torch.bfloat16)
+        replace_by_nf4(whole, torch.bfloat16)
         apply_tensor_parallel(rooted(model), mesh)
         for each in (model, whole):
             load.materialize(each, torch.device("cpu"))
         count, nested = 0, []
         for name, layer in whole.named_modules():
-            if isinstance(layer, nf4.Nf4Linear):
+            if isinstance(layer, FrozenLinear):
                 weight, part = dense.get_submodule(name).weight.detach(), model.get_submodule(name)
-                layer.quantize(weight)
-                part.quantize(weight)
+                layer.load({"": weight}, name)
+                part.load({"": weight}, name)
                 own = layer.dense().chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[
                     rank
                 ]
                 assert torch.equal(part.dense(), own), name
-                nested.append(part.nested_absmax is not None)
+                nested.append(part.format.nested_block > 0)
                 count += 1
         assert any(nested), "no part has scales in one piece"
         assert not all(nested)
@@ -344,14 +345,12 @@ def quantized(folder: Path) -> tuple[int, float]:
         load_weights(eight, folder, skip=lora.is_adapter_weight, convert=load_hooks(eight))
         lora.init_lora(eight, ADAPTER, seed=1)
         for name, layer in eight.named_modules():
-            if isinstance(layer, EightBitLinear):
+            if isinstance(layer, FrozenLinear) and has_codes(layer):
                 whole_weight = dense.get_submodule(name).weight
                 part = whole_weight.chunk(2, 1 if name.endswith(("o_proj", "down_proj")) else 0)[
                     rank
                 ]
-                assert torch.equal(
-                    layer.dense(), EightBitWeight.from_dense(ROW_WISE, part).dense(torch.bfloat16)
-                )
+                assert torch.equal(layer.dense(), Fp8(ROW_WISE).round(part).dense(torch.bfloat16))
                 assert torch.equal(read_dense_weight(layer, mesh, ranks), part), name
         change = compare_with_bf16(root, [batch()], mesh, ranks)
         after, denominator = root(batch())[:2]
@@ -381,7 +380,7 @@ def refused() -> list[str]:
 
         attempt(causal_lm("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=6))
         packed = causal_lm("llama")  # 192 and 64 columns: 3 blocks and 1
-        nf4.replace_linears(packed, torch.float32)
+        replace_by_nf4(packed, torch.float32)
         attempt(packed)
         attempt(causal_lm("phi3"))
         attempt(causal_lm("glm4"))
@@ -402,7 +401,7 @@ def refused() -> list[str]:
         weight = fine.layers[0].mlp.up_proj.weight
         assert isinstance(weight, DTensor)
         with pytest.raises(AssertionError):
-            grouped_matmul(torch.zeros(1, 64), [DenseWeight("dense", [weight], (192, 64))], [None])
+            grouped_matmul(torch.zeros(1, 64), [FrozenWeight(DENSE, [weight], (192, 64))], [None])
         with refuses(AssertionError, names=["4 tokens"]):
             fine(batch((5,)))
         return texts

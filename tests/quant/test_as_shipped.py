@@ -22,9 +22,11 @@ from shipped_bases import compressed_fp8_config, write_fp8, write_nvfp4
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.export.vllm import export_rounded
-from tunesmith.model.shipped import ROW, form_of_folder
-from tunesmith.quant.as_shipped import ShippedLinear
-from tunesmith.quant.frozen_weight import ShippedWeight
+from tunesmith.formats.base import FrozenWeight
+from tunesmith.formats.form import ROW
+from tunesmith.formats.fp8_blocks import Fp8Blocks
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.model.shipped import form_of_folder
 
 IDS = torch.arange(5, 35).view(2, 15)
 # Both divide the tiny model's matrices, as Transformers wants it.
@@ -62,7 +64,7 @@ def test_dense_bits_are_those_of_transformers(tiny, tmp_path, name, dtype) -> No
     for name_, weight in dense.named_parameters():
         assert torch.equal(weight, wanted[name_].to(weight.dtype)), name_
     for name_, layer in kept.named_modules():
-        if isinstance(layer, ShippedLinear):
+        if has_codes(layer):
             weight = layer.dense()
             assert torch.equal(weight, wanted[f"{name_}.weight"].to(weight.dtype)), name_
             compared += 1
@@ -128,8 +130,8 @@ def test_scales_of_activations_are_named(tool, block, has_scales, tiny, tmp_path
     assert form.has_activation_scales == has_scales
 
 
-def layers_of(model: nn.Module) -> dict[str, ShippedLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, ShippedLinear)}
+def layers_of(model: nn.Module) -> dict[str, FrozenLinear]:
+    return {name: m for name, m in model.named_modules() if has_codes(m)}
 
 
 def fp8_of(block: tuple[int, int] | None) -> Write:
@@ -214,24 +216,24 @@ def test_modules_that_are_not_converted_stay_dense(tool, tiny, tmp_path) -> None
     kept = layers_of(model)
     assert len(kept) == 14 - 4 - 2
     assert not any("layers.0.self_attn" in name or "down_proj" in name for name in kept)
-    assert not isinstance(model.lm_head, ShippedLinear)
+    assert not has_codes(model.lm_head)
 
 
 def test_a_weight_in_pieces_is_the_whole_one(monkeypatch) -> None:
     codes = torch.randn(70, 50).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 3) + 0.5
-    for encoding, tensors in {
-        "shipped 32 20": [codes, scales],
-        "shipped 1 0": [codes, scales.repeat_interleave(32, 0)[:70, :1]],
-        "shipped 0 0": [codes, scales[:1, :1]],
+    for block, tensors in {
+        (32, 20): [codes, scales],
+        (1, 0): [codes, scales.repeat_interleave(32, 0)[:70, :1]],
+        (0, 0): [codes, scales[:1, :1]],
     }.items():
-        weight = ShippedWeight(encoding, tensors, (70, 50))
+        weight = FrozenWeight(Fp8Blocks.parse(*block), tensors, (70, 50))
         spread = scales.repeat_interleave(32, 0).repeat_interleave(20, 1)[:70, :50]
-        wanted = codes.float() * (spread if "32" in encoding else tensors[1])
+        wanted = codes.float() * (spread if block == (32, 20) else tensors[1])
         assert torch.equal(weight.dense(torch.float32), wanted)
-        monkeypatch.setattr("tunesmith.quant.frozen_weight.PIECE", 50 * 40)
+        monkeypatch.setattr("tunesmith.formats.fp8_blocks.MAX_DECODED_WEIGHTS", 50 * 40)
         assert torch.equal(weight.dense(torch.float32), wanted)
-        monkeypatch.setattr("tunesmith.quant.frozen_weight.PIECE", 1)
+        monkeypatch.setattr("tunesmith.formats.fp8_blocks.MAX_DECODED_WEIGHTS", 1)
         assert torch.equal(weight.dense(torch.float32), wanted)
         monkeypatch.undo()
 

@@ -15,11 +15,14 @@ from devices import gpu
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import mark_varying
-from tunesmith.model import fp4
+from tunesmith.formats import mxfp4
+from tunesmith.formats.base import FrozenStack
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.form import ShippedForm
+from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.model.expert_load import ExpertLoad
-from tunesmith.quant import expert_rows, frozen_stack
-from tunesmith.quant.frozen_stack import Mxfp4Stack
-from tunesmith.quant.shipped_experts import MXFP4, replace_shipped_stacks
+from tunesmith.quant import expert_rows
+from tunesmith.quant.replace import replace_by_shipped
 
 TOKENS = 40
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -40,8 +43,10 @@ def build(model_type: str, dtype: torch.dtype, device: str) -> Any:
     model: Any = AutoModelForCausalLM.from_config(CONFIGS[model_type](), dtype=dtype)
     if model_type == "gpt_oss":  # as it ships
         dense = dict(model.named_parameters())
-        for name in replace_shipped_stacks(model, MXFP4, dtype):
-            stack: Any = model.get_submodule(name)
+        replace_by_shipped(model, ShippedForm("mxfp4"), dtype)
+        for name, stack in model.named_modules():
+            if not isinstance(stack, ExpertStack):
+                continue
             stack.allocate(torch.device("cpu"))
             stack.store(dense[name].detach())
     lora.attach_lora(model, Adapter(rank=4, alpha=8), seed=0)
@@ -88,7 +93,7 @@ def test_a_layer_is_one_graph_with_the_same_bits(
     model_type: str, is_grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_: is_grouped)
-    monkeypatch.setattr(frozen_stack, "compiled_mxfp4", lambda: fp4.mxfp4_formula)
+    monkeypatch.setattr(mxfp4, "compiled_mxfp4", lambda: mxfp4.mxfp4_formula)
     torch.compiler.reset()
     model = build(model_type, torch.bfloat16, "cpu")
     load = ExpertLoad(model)
@@ -159,15 +164,15 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
 def all_codes() -> tuple[Tensor, Tensor]:
     """Every byte of codes beside every exponent that is a number."""
     blocks = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    exponents = torch.arange(fp4.NAN, dtype=torch.uint8).unsqueeze(1)
-    return blocks.expand(fp4.NAN, 16, 16).contiguous(), exponents.expand(-1, 16).contiguous()
+    exponents = torch.arange(mxfp4.NAN, dtype=torch.uint8).unsqueeze(1)
+    return blocks.expand(mxfp4.NAN, 16, 16).contiguous(), exponents.expand(-1, 16).contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_formula_of_mxfp4_has_the_bits_of_the_look_up(dtype: torch.dtype) -> None:
     blocks, exponents = all_codes()
-    found = fp4.mxfp4_formula(blocks, exponents, dtype)
-    expected = fp4.decode_mxfp4(blocks, exponents, dtype)
+    found = mxfp4.mxfp4_formula(blocks, exponents, dtype)
+    expected = mxfp4.decode_mxfp4(blocks, exponents, dtype)
     word = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(found.view(word), expected.view(word))
 
@@ -178,8 +183,8 @@ def test_a_compiled_stack_of_mxfp4(device: str) -> None:
     blocks, exponents = (tensor.to(device) for tensor in all_codes())
     tensors = [blocks.view(5, 51, 16, 16), exponents.view(5, 51, 16)]
     shape = (5, 512, 51)
-    expected = Mxfp4Stack("mxfp4", tensors, shape).dense(1, 4, torch.bfloat16)
-    stack = Mxfp4Stack("mxfp4", tensors, shape, is_compiled=True)
+    expected = FrozenStack(Mxfp4.parse(), tensors, shape).dense(1, 4, torch.bfloat16)
+    stack = FrozenStack(Mxfp4.parse(), tensors, shape, is_compiled=True)
     assert torch.equal(stack.dense(1, 4, torch.bfloat16), expected)
 
 

@@ -9,23 +9,31 @@ from transformers import AutoModelForCausalLM
 
 from devices import cpu_and_gpu
 from tunesmith.adapter import lora, peft_files
-from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import scaled_mm
 from tunesmith.errors import ModelError
-from tunesmith.quant import eight_bit, nf4, scaled_matmul
-from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_linear import parameter_count
-from tunesmith.quant.frozen_weight import EightBitWeight
-from tunesmith.quant.scaled_matmul import (
+from tunesmith.formats import fp8, scaled_matmul
+from tunesmith.formats.fp8 import Fp8
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.scaled_matmul import (
     LEAST_ROWS,
     ROW_WISE,
     SCALING_RECIPES,
     TENSOR_WISE,
     quantize,
 )
+from tunesmith.quant.frozen_linear import parameter_count
+from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
 
 CPU = torch.device("cpu")
+
+
+def rounded(base: nn.Linear, kind: Fp8) -> FrozenLinear:
+    """A layer in 8 bits with the weight of another."""
+    sizes = (base.in_features, base.out_features)
+    layer = FrozenLinear(kind, *sizes, base.bias, torch.bfloat16, "cpu")
+    layer.load({"": base.weight}, "w")
+    return layer
 
 
 def test_quantizing_keeps_every_element_within_half_a_step_of_e4m3():
@@ -128,7 +136,7 @@ def dequantized(a, b, scale_a, scale_b):
 )
 def test_the_scaling_is_found_by_trying_the_models_shapes(product, kind, why, monkeypatch):
     monkeypatch.setattr(scaled_matmul, "scaled_mm", product)
-    found = eight_bit.select_scaling(CPU, ((48, 32), (48, 1024)), (1, 16, 300))
+    found = fp8.select_scaling(CPU, ((48, 32), (48, 1024)), (1, 16, 300))
     assert found.recipe == kind or (product is scaled_mm and found.recipe == ROW_WISE)
     assert why in found.why
 
@@ -172,13 +180,13 @@ def test_the_sums_of_a_hopper_are_right_and_a_wrong_scale_beside_them_is_not(
     assert lost(torch.ones(16, k), columns) == pytest.approx(powers, rel=0.1)
 
     monkeypatch.setattr(scaled_matmul, "scaled_mm", hopper_sums)
-    assert eight_bit.matmul_fault(ROW_WISE, CPU, (48, k), 40) == ""
+    assert fp8.matmul_fault(ROW_WISE, CPU, (48, k), 40) == ""
 
     def of_next_row(a, b, *, scale_a, scale_b, **rest):
         return hopper_sums(a, b, scale_a=scale_a.roll(1, 0), scale_b=scale_b)
 
     monkeypatch.setattr(scaled_matmul, "scaled_mm", of_next_row)
-    assert eight_bit.matmul_fault(ROW_WISE, CPU, (48, k), 40) != ""
+    assert fp8.matmul_fault(ROW_WISE, CPU, (48, k), 40) != ""
 
 
 def test_a_forward_takes_fast_sums_and_a_backward_full_ones(monkeypatch):
@@ -192,8 +200,7 @@ def test_a_forward_takes_fast_sums_and_a_backward_full_ones(monkeypatch):
     x = torch.randn(16, 32, dtype=torch.bfloat16)
     for fast_sums in (False, True):
         base = nn.Linear(32, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-        layer = EightBitLinear(base, ROW_WISE)
-        layer.fast_sums = fast_sums
+        layer = rounded(base, Fp8(ROW_WISE, fast_sums))
         layer(x.requires_grad_()).sum().backward()
         assert taken == [fast_sums, False]
         taken.clear()
@@ -211,33 +218,33 @@ def test_few_rows_are_padded_and_cut_again(kind, n, monkeypatch):
         return dequantized(a, b, rest["scale_a"], rest["scale_b"])
 
     monkeypatch.setattr(scaled_matmul, "scaled_mm", product)
-    weight = EightBitWeight.from_dense(kind, torch.randn(48, 64, dtype=torch.bfloat16))
+    weight = Fp8(kind).round(torch.randn(48, 64, dtype=torch.bfloat16))
     x = torch.randn(400, 64, dtype=torch.bfloat16)
     x[0] = 4 * x.abs().max()  # the scale of the tensor
-    quantized = weight.quantize_input(x)
-    got = weight.forward_matmul(x[:n], weight.quantize_input(x[:n]), None)
-    assert torch.equal(got, weight.forward_matmul(x, quantized, None)[:n])
+    quantized = weight.format.quantize_input(x)
+    got = weight.format.forward_matmul(weight, x[:n], weight.format.quantize_input(x[:n]), None)
+    assert torch.equal(got, weight.format.forward_matmul(weight, x, quantized, None)[:n])
 
 
 def test_a_matmul_is_that_of_its_rounded_factors():
     """Beside float64 on the same 8-bit numbers only the sum (fp32) and the result (bf16: 2^-9) are
     rounded.
     """
-    kind = eight_bit.select_scaling(CPU).recipe
+    kind = fp8.select_scaling(CPU).recipe
     assert kind is not None
     x, w = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
-    dy, weight = torch.randn(48, 32, dtype=torch.bfloat16), EightBitWeight.from_dense(kind, w)
+    dy, weight = torch.randn(48, 32, dtype=torch.bfloat16), Fp8(kind).round(w)
 
     def plain(left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:
         (a, a_scale), (b, b_scale) = left, right
         return (a.double() * a_scale.double()) @ (b.double() * b_scale.double()).T
 
-    x8, dy8 = weight.quantize_input(x), weight.quantize_gradient(dy)
+    x8, dy8 = weight.format.quantize_input(x), weight.format.quantize_gradient(weight, dy)
     codes, scale = weight.tensors
     transposed = (codes.float().T, torch.ones(64, 1) if kind == ROW_WISE else scale)
     for got, left, right in (
-        (weight.forward_matmul(x, x8, None), x8, weight.tensors),
-        (weight.backward_matmul(dy, dy8, None), dy8, transposed),
+        (weight.format.forward_matmul(weight, x, x8, None), x8, weight.tensors),
+        (weight.format.backward_matmul(weight, dy, dy8, None), dy8, transposed),
     ):
         expected = plain(left, right)
         assert (got.double() - expected).norm() / expected.norm() < 2**-8
@@ -255,20 +262,19 @@ def test_only_frozen_layers_of_fitting_widths_go_into_fp8():
     model.requires_grad_(False)
     model["trained"].requires_grad_(True)
     assert convert_to_eight_bit(model, ROW_WISE) == 1
-    assert isinstance(model["fits"], EightBitLinear)
+    assert has_codes(model["fits"])
     assert type(model["odd"]) is type(model["trained"]) is nn.Linear
 
 
 @pytest.mark.parametrize("kind", SCALING_RECIPES)
 def test_an_empty_layer_takes_a_weight_piece_by_piece(kind, monkeypatch):
     weight = torch.randn(48, 32) * torch.logspace(-2, 2, 48).unsqueeze(1)
-    base = nn.Linear(32, 48, device="meta", dtype=torch.bfloat16).requires_grad_(False)
-    layer = EightBitLinear(base, kind)
+    layer = FrozenLinear(Fp8(kind), 32, 48, None, torch.bfloat16)
     assert all(tensor.is_meta for tensor in (layer.weight, layer.scale))
     layer.allocate(CPU)
-    monkeypatch.setattr(eight_bit, "PIECE", 7 * 32)
-    layer.quantize(weight)
-    whole = EightBitWeight.from_dense(kind, weight.bfloat16())
+    monkeypatch.setattr(fp8, "PIECE", 7 * 32)
+    layer.load({"": weight}, "w")
+    whole = Fp8(kind).round(weight.bfloat16())
     assert torch.equal(layer.dense(), whole.dense(torch.bfloat16))
     assert torch.equal(layer.scale, whole.tensors[1])
 
@@ -290,7 +296,7 @@ def test_an_adapter_keeps_its_very_parameters_and_the_head_its_weight(tiny):
     after = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert list(before) == list(after)
     assert all(after[name] is parameter for name, parameter in before.items())
-    assert isinstance(model.get_submodule("model.layers.0.mlp.gate_proj"), EightBitLinear)
+    assert has_codes(model.get_submodule("model.layers.0.mlp.gate_proj"))
     assert model.lm_head.weight.dtype is torch.bfloat16
     assert not any("scale" in name for name in model.state_dict())
 
@@ -302,7 +308,7 @@ def test_a_quantized_weight_counts_as_the_dense_one_and_is_in_no_adapter_file(ba
     count = sum(p.numel() for p in model.parameters())
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
-        nf4.replace_linears(model, torch.bfloat16)
+        replace_by_nf4(model, torch.bfloat16)
         assert parameter_count(model) == count
     lora.attach_lora(model, Adapter(rank=2), seed=1)
     if base == "fp8":
@@ -315,9 +321,8 @@ def test_a_quantized_weight_counts_as_the_dense_one_and_is_in_no_adapter_file(ba
 
 def test_all_that_grows_with_the_weight_is_a_parameter():
     """FSDP shards parameters, and leaves buffers whole on every rank."""
-    layer = eight_bit.EightBitLinear(
-        nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False), ROW_WISE
-    )
+    base = nn.Linear(64, 32, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer = rounded(base, Fp8(ROW_WISE))
     assert {n: (p.dtype, tuple(p.shape)) for n, p in layer.named_parameters()} == {
         "weight": (torch.uint8, (32, 64))
     }
@@ -349,7 +354,7 @@ def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) 
 
     Gradients are small: here of 1e-7 and less.
     """
-    if kind == ROW_WISE and eight_bit.select_scaling(CPU).recipe != ROW_WISE:
+    if kind == ROW_WISE and fp8.select_scaling(CPU).recipe != ROW_WISE:
         pytest.skip("torch 2.11 multiplies no factors that are scaled by row on a CPU")
     rows, columns, batch = SPREADS[spread]
     torch.manual_seed(0)
@@ -360,13 +365,15 @@ def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) 
     )
     dy = 1e-7 * torch.randn(64, 96) * torch.logspace(-batch, 0, 64).unsqueeze(1)
     w, dy = w.bfloat16(), dy.bfloat16()
-    weight = EightBitWeight.from_dense(kind, w)
+    weight = Fp8(kind).round(w)
     expected = dy.double() @ w.double()
 
     def error(dx: torch.Tensor) -> float:
         return float(((dx.double() - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
-    one = error(weight.backward_matmul(dy, weight.quantize_gradient(dy), None))
+    one = error(
+        weight.format.backward_matmul(weight, dy, weight.format.quantize_gradient(weight, dy), None)
+    )
     assert one < 1.1 * error(two_copies(kind, w, dy))
     assert one < 0.045 or kind == TENSOR_WISE
 
@@ -378,20 +385,20 @@ def test_a_product_is_that_of_the_rounded_factors(device):
         torch.randn(256, 512).to(device, torch.bfloat16),
         torch.randn(384, 512).to(device, torch.bfloat16),
     )
-    kind = eight_bit.select_scaling(device).recipe
+    kind = fp8.select_scaling(device).recipe
     if kind is None:
         pytest.skip("this device has no fp8 matmuls")
-    weight = EightBitWeight.from_dense(kind, w)
-    ready = weight.quantize_input(x)
+    weight = Fp8(kind).round(w)
+    ready = weight.format.quantize_input(x)
     left, right = (codes.double() * scale.double() for codes, scale in (ready, weight.tensors))
-    got, expected = weight.forward_matmul(x, ready, None).double(), left @ right.T
+    got, expected = weight.format.forward_matmul(weight, x, ready, None).double(), left @ right.T
     assert (
         got - expected
     ).norm() < 0.01 * expected.norm()  # a GPU's fast accumulation keeps fewer bits of partial sums
 
 
 def test_a_weight_that_is_stored_in_parts_is_refused_with_the_way_on() -> None:
-    layer = EightBitLinear(torch.nn.Linear(32, 16, bias=False, device="meta"), TENSOR_WISE)
+    layer = FrozenLinear(Fp8(TENSOR_WISE), 32, 16, None, torch.bfloat16)
     parts = {"": torch.zeros(256, 1, dtype=torch.uint8), "absmax": torch.zeros(8)}
     with pytest.raises(ModelError, match=r"layer\.weight\.absmax") as caught:
         layer.load(parts, "layer.weight")

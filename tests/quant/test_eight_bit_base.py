@@ -12,8 +12,7 @@ from errors import holds
 from logged import logged_lines
 from recipes import make_run, write_rows
 from tunesmith.checkpoint.resume import Start
-from tunesmith.quant import eight_bit, scaled_matmul
-from tunesmith.quant.eight_bit import EightBitLinear
+from tunesmith.formats import fp8, scaled_matmul
 from tunesmith.training import compare_eight_bit
 from tunesmith.training.build import Session, build, first_batches
 
@@ -35,13 +34,13 @@ def base(session: Session) -> tuple[str, str]:
 
 
 def count(session: Session) -> int:
-    return sum(isinstance(m, EightBitLinear) for m in session.model.modules())
+    return len(list(compare_eight_bit.eight_bit_layers(session.model)))
 
 
 def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
     session, said = begin(tiny, tmp_path)
     taken, why = base(session)
-    assert taken == eight_bit.select_scaling(torch.device("cpu")).recipe
+    assert taken == fp8.select_scaling(torch.device("cpu")).recipe
     assert count(session) == 14
     assert "14 layers" in why
     assert "loss " in why
@@ -77,7 +76,7 @@ def test_fast_sums_are_taken_where_the_loss_stays(loss, taken, tiny, tmp_path, m
     """
     monkeypatch.setattr(compare_eight_bit, "SUMS_TOLERANCE", 1e-4)
     session, _ = begin(tiny, tmp_path)
-    layers = [m for m in session.model.modules() if isinstance(m, EightBitLinear)]
+    layers = list(compare_eight_bit.eight_bit_layers(session.model))
     batches = first_batches(session.loader(0), session.device, 200)
     product = scaled_matmul.scaled_mm
 
@@ -87,12 +86,12 @@ def test_fast_sums_are_taken_where_the_loss_stays(loss, taken, tiny, tmp_path, m
     monkeypatch.setattr(scaled_matmul, "scaled_mm", short)
     said = compare_eight_bit.choose_sums(session.model, batches, session.ranks)
     assert said.split()[0] == taken, said
-    assert {layer.fast_sums for layer in layers} == {taken == "fast"}
+    assert {layer.format.fast_sums for layer in layers} == {taken == "fast"}
 
 
 def test_a_machine_without_fp8_matmuls_trains_in_bf16(tiny, tmp_path, monkeypatch):
-    refused = eight_bit.Scaling(None, "this chip has no fp8 matmuls: too old")
-    monkeypatch.setattr(eight_bit, "select_scaling", lambda *tried, **options: refused)
+    refused = fp8.Scaling(None, "this chip has no fp8 matmuls: too old")
+    monkeypatch.setattr(fp8, "select_scaling", lambda *tried, **options: refused)
     session, said = begin(tiny, tmp_path)
     assert base(session) == ("bf16", refused.why)
     assert count(session) == 0

@@ -17,12 +17,17 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
+from tunesmith.formats import base
+from tunesmith.formats.base import FrozenStack
+from tunesmith.formats.dense import dense_stack
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.frozen_linear import FrozenTensors
+from tunesmith.formats.nf4 import Nf4
 from tunesmith.model.twin import VOCAB, build_twin
-from tunesmith.quant import expert_matmul, expert_rows, experts, frozen_stack
+from tunesmith.quant import expert_matmul, expert_rows, experts
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex
 from tunesmith.quant.experts import UPDATE
-from tunesmith.quant.frozen_stack import DenseStack
-from tunesmith.quant.nf4_experts import Nf4Experts, replace_nf4_stacks
+from tunesmith.quant.replace import replace_by_nf4
 
 # What a config needs beside the defaults of its type to have experts at all.
 OPTIONS: dict[str, dict] = {
@@ -215,7 +220,7 @@ def test_one_kernel_for_all_experts_equals_one_after_the_other(
     counts = torch.tensor([5, 0, 9, 2])
     chosen = torch.arange(4).repeat_interleave(counts)[torch.randperm(16)].view(8, 2)
     torch.manual_seed(0)
-    stack = DenseStack.of(torch.randn(4, 24, 16).to(dtype), is_transposed=False)
+    stack = dense_stack(torch.randn(4, 24, 16).to(dtype), is_transposed=False)
     shapes = ((8 if "gathers" in options else 16, 16), (4, 3, 16), (4, 3, 24))
     leaves = [torch.randn(shape).to(dtype) for shape in shapes]
     results = []
@@ -283,19 +288,19 @@ def test_groups_of_experts_equal_all_at_once(
     chosen = torch.arange(5).repeat_interleave(torch.tensor([0, 5, 0, 9, 2]))
     monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda device, dtype: True)
     torch.manual_seed(0)
-    stack = DenseStack.of(torch.randn(5, 24, 16), is_transposed=False)
+    stack = dense_stack(torch.randn(5, 24, 16), is_transposed=False)
     leaves = [torch.randn(shape) for shape in ((16, 16), (5, 4, 16), (5, 4, 24))]
     sizes = []
-    original = DenseStack.dense
+    original = FrozenStack.dense
 
-    def dense(self: DenseStack, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def dense(self: FrozenStack, first: int, last: int, dtype: torch.dtype) -> Tensor:
         sizes.append(last - first)
         return original(self, first, last, dtype)
 
-    monkeypatch.setattr(DenseStack, "dense", dense)
+    monkeypatch.setattr(FrozenStack, "dense", dense)
     results = []
     for at_once in (5, experts_at_once):
-        monkeypatch.setattr(DenseStack, "experts_at_once", lambda *_, count=at_once: count)
+        monkeypatch.setattr(FrozenStack, "experts_at_once", lambda *_, count=at_once: count)
         rows = ExpertRows.of(chosen.unsqueeze(1), 5, torch.float32, in_groups=at_once < 5)
         ends = None if rows.row_index.ends is None else rows.row_index.ends_on_host()
         assert ends == (None if at_once == 5 else [0, 5, 5, 14, 16])
@@ -316,33 +321,34 @@ def test_a_stack_in_codes_is_dense_in_groups_of_a_limit(monkeypatch: pytest.Monk
     at_once = {}
     for name, (count, width, height) in shapes.items():
         shape = torch.Size((count, height, width))
-        stack = Nf4Experts(shape, is_transposed=False, compute_dtype=bf16).frozen_stack()
+        layer = ExpertStack(Nf4(bf16), shape, is_transposed=False, compute_dtype=bf16)
+        stack = layer.frozen_stack()
         at_once[name] = stack.experts_at_once(bf16)
     assert at_once == {"Qwen3-30B-A3B": 128, "gpt-oss-120b": 32}
     weight = torch.empty(shape, dtype=bf16, device="meta")
     # A view takes no memory, a copy in another dtype does.
-    assert DenseStack.of(weight, is_transposed=False).experts_at_once(bf16) == 128
-    assert DenseStack.of(weight, is_transposed=False).experts_at_once(torch.float32) == 16
-    monkeypatch.setattr(frozen_stack, "DENSE_BYTES", 1)
+    assert dense_stack(weight, is_transposed=False).experts_at_once(bf16) == 128
+    assert dense_stack(weight, is_transposed=False).experts_at_once(torch.float32) == 16
+    monkeypatch.setattr(base, "DENSE_BYTES", 1)
     assert stack.experts_at_once(bf16) == 1
 
 
 def test_experts_in_turns_are_dense_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: of three experts a group each, and no group beside another."""
     monkeypatch.setattr(expert_matmul, "is_cpu", lambda _: False)
-    monkeypatch.setattr(DenseStack, "experts_at_once", lambda *_: 3)
+    monkeypatch.setattr(FrozenStack, "experts_at_once", lambda *_: 3)
     alive: list[weakref.ref[Tensor]] = []
     groups = []
 
-    def dense(self: DenseStack, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def dense(self: FrozenStack, first: int, last: int, dtype: torch.dtype) -> Tensor:
         assert not any(reference() is not None for reference in alive)
         groups.append((first, last))
         weight = self.tensors[0][first:last].mT.clone()
         alive.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(DenseStack, "dense", dense)
-    stack = DenseStack.of(torch.randn(8, 24, 16), is_transposed=False)
+    monkeypatch.setattr(FrozenStack, "dense", dense)
+    stack = dense_stack(torch.randn(8, 24, 16), is_transposed=False)
     chosen = torch.tensor([[0], [0], [4], [5], [7], [7]])
     rows = ExpertRows.of(chosen, 8, torch.float32)
     x = torch.randn(6, 16, requires_grad=True)
@@ -360,14 +366,15 @@ def test_a_model_on_one_kernel_is_the_model_one_expert_after_the_other(
     for on_gpu in (False, True):
         model = twin("qwen3_moe", torch.float32)
         dense = dict(model.named_parameters())
-        replace_nf4_stacks(model, torch.float32)
+        replace_by_nf4(model, torch.float32)
         for name, stack in model.named_modules():
-            if isinstance(stack, Nf4Experts):
+            if isinstance(stack, FrozenTensors):
+                key = name if isinstance(stack, ExpertStack) else f"{name}.weight"
                 stack.allocate(torch.device("cpu"))
-                stack.store(dense[name].detach())
+                stack.load({"": dense[key].detach()}, name)
         lora.attach_lora(model, Adapter(rank=4, alpha=8), seed=0)
         draw(model, torch.float32)
-        monkeypatch.setattr(frozen_stack, "DENSE_BYTES", limit)
+        monkeypatch.setattr(base, "DENSE_BYTES", limit)
         monkeypatch.setattr(expert_rows, "uses_grouped_mm", lambda *_, answer=on_gpu: answer)
         logits, dx = compute(model, {})
         results.append([logits, dx, *(p.grad for p in model.parameters() if p.requires_grad)])

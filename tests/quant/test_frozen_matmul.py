@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.eight_bit import LoraEightBitLinear
 from tunesmith.config.schema import Adapter
-from tunesmith.quant import eight_bit, frozen_matmul
-from tunesmith.quant.eight_bit import EightBitLinear
-from tunesmith.quant.frozen_weight import DenseWeight
-from tunesmith.quant.nf4 import Nf4Linear
-from tunesmith.quant.scaled_matmul import TENSOR_WISE
+from tunesmith.formats import fp8, frozen_matmul
+from tunesmith.formats.dense import Dense
+from tunesmith.formats.fp8 import Fp8
+from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.nf4 import Nf4
+from tunesmith.formats.scaled_matmul import TENSOR_WISE
 
 # torch 2.11 has no fp8 matmuls scaled by row on a CPU.
-FP8 = sorted({TENSOR_WISE, eight_bit.select_scaling(torch.device("cpu")).recipe or TENSOR_WISE})
+FP8 = sorted({TENSOR_WISE, fp8.select_scaling(torch.device("cpu")).recipe or TENSOR_WISE})
 WIDTHS = (48, 16, 16)  # like q, k and v
 ADAPTER = Adapter(rank=4, alpha=8)
 
@@ -29,7 +29,7 @@ def dense_layers(dtype: torch.dtype, *, bias: bool = False) -> list[nn.Linear]:
     return [nn.Linear(64, width, bias=bias, dtype=dtype).requires_grad_(False) for width in WIDTHS]
 
 
-def adapted(layers: list[nn.Linear]) -> list[lora.Lora]:
+def adapted(layers: list[nn.Linear]) -> list[lora.LoraLinear]:
     made = [lora.LoraLinear(layer, ADAPTER) for layer in layers]
     for number, layer in enumerate(made):
         torch.manual_seed(number)
@@ -41,7 +41,7 @@ def adapted(layers: list[nn.Linear]) -> list[lora.Lora]:
     return made
 
 
-def plain(x: Tensor, layers: list[lora.Lora], weights: list[Tensor]) -> list[Tensor]:
+def plain(x: Tensor, layers: list[lora.LoraLinear], weights: list[Tensor]) -> list[Tensor]:
     return [
         F.linear(x, w, m.bias)
         + F.linear(F.linear(x, m.lora_A.to(x.dtype)), m.lora_B.to(x.dtype)) * m.scaling
@@ -49,7 +49,7 @@ def plain(x: Tensor, layers: list[lora.Lora], weights: list[Tensor]) -> list[Ten
     ]
 
 
-def gradients(outputs: list[Tensor], x: Tensor, layers: list[lora.Lora]) -> dict[str, Tensor]:
+def gradients(outputs: list[Tensor], x: Tensor, layers: list[lora.LoraLinear]) -> dict[str, Tensor]:
     torch.manual_seed(9)
     leaves = {
         "x": x,
@@ -86,22 +86,27 @@ def test_gradients_are_those_of_plain_lora(dtype, tolerance, bias):
         assert distance(got[name], gradient) < tolerance, name
 
 
-def kinds() -> dict[str, list[lora.Lora]]:
+def coded(layer: FrozenLinear | nn.Linear, kind: Nf4 | Fp8) -> FrozenLinear:
+    """A layer in codes with the weight of a dense one."""
+    frozen = FrozenLinear(kind, 64, layer.out_features, None, torch.bfloat16, "cpu")
+    frozen.load({"": layer.weight}, "w")
+    return frozen
+
+
+def kinds() -> dict[str, list[lora.LoraLinear]]:
     """The same three layers with adapters, for each kind of weight."""
-    made: dict[str, list[lora.Lora]] = {"dense": adapted(dense_layers(torch.bfloat16))}
+    made: dict[str, list[lora.LoraLinear]] = {"dense": adapted(dense_layers(torch.bfloat16))}
     packed = []
     for layer in adapted(dense_layers(torch.bfloat16)):
-        base = Nf4Linear(
-            64, layer.out_features, bias=False, compute_dtype=torch.bfloat16, device="cpu"
-        )
-        base.quantize(layer.weight)
-        packed.append(lora.LoraNf4Linear(base, ADAPTER))
+        packed.append(lora.LoraLinear(coded(layer, Nf4(torch.bfloat16)), ADAPTER))
         packed[-1].lora_A, packed[-1].lora_B = layer.lora_A, layer.lora_B
     made["nf4"] = packed
     for kind in FP8:
-        made[kind] = [
-            LoraEightBitLinear(layer, kind) for layer in adapted(dense_layers(torch.bfloat16))
-        ]
+        rounded = []
+        for layer in adapted(dense_layers(torch.bfloat16)):
+            rounded.append(lora.LoraLinear(coded(layer, Fp8(kind)), ADAPTER))
+            rounded[-1].lora_A, rounded[-1].lora_B = layer.lora_A, layer.lora_B
+        made[kind] = rounded
     return made
 
 
@@ -171,25 +176,27 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
         given = (
             x.clone().requires_grad_(),
             xa,
-            weight.quantize_input(x),
+            weight.format.quantize_input(x),
             leaves,
             tensors,
-            weight.encoding,
+            weight.format.encoding,
             widths,
         )
         torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
-        quantized = [t for dy, w in zip(dys, weights, strict=True) for t in w.quantize_gradient(dy)]
+        quantized = [
+            t for dy, w in zip(dys, weights, strict=True) for t in w.format.quantize_gradient(w, dy)
+        ]
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
-            given = (dys, quantized, saved, factors, tensors, weight.encoding, 64, needs_dx)
+            given = (dys, quantized, saved, factors, tensors, weight.format.encoding, 64, needs_dx)
             torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
 
 
 @pytest.mark.parametrize("kind", ["nf4", *FP8])
 def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]
-    layer = EightBitLinear(dense_layers(torch.bfloat16)[0], kind) if kind in FP8 else adapter
+    layer = coded(dense_layers(torch.bfloat16)[0], Fp8(kind)) if kind in FP8 else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
     y = (
         layer(x)
@@ -214,7 +221,7 @@ def test_an_output_that_nobody_uses_has_no_part_in_the_gradient():
 def test_an_input_without_gradient_costs_no_matmul(monkeypatch):
     layers = adapted(dense_layers(torch.float64))
     called: list[int] = []
-    monkeypatch.setattr(DenseWeight, "backward_matmul", lambda *_: called.append(1))
+    monkeypatch.setattr(Dense, "backward_matmul", lambda *_: called.append(1))
     sum(y.sum() for y in lora.project(torch.randn(10, 64, dtype=torch.float64), layers)).backward()
     assert not called
     assert all(m.lora_A.grad is not None and m.lora_A.grad.norm() > 0 for m in layers)

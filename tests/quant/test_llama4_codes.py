@@ -11,11 +11,11 @@ from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.build_model import define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
+from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.model.measured_spec import measure_spec, text_config
 from tunesmith.model.support import TUNED
 from tunesmith.planning.measured_layers import measure_activations
 from tunesmith.quant.experts import expert_modules, stack_names
-from tunesmith.quant.nf4_experts import Nf4Experts
 
 EXPERTS, HIDDEN, WIDTH, LAYERS = 4, 64, 96, 2
 TINY = {
@@ -44,7 +44,7 @@ def test_the_stacks_are_quantized_and_have_their_adapter() -> None:
     modules = expert_modules(model)
     assert len(modules) == LAYERS
     for module in modules.values():
-        assert all(isinstance(getattr(module, name), Nf4Experts) for name in stack_names(module))
+        assert all(isinstance(getattr(module, name), ExpertStack) for name in stack_names(module))
     assert len([*expert_updates(model)]) == 2 * LAYERS
 
 

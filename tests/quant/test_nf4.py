@@ -14,11 +14,11 @@ from recipes import built_model
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError, ModelError
+from tunesmith.formats import nf4
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.nf4 import FEW_ROWS, Nf4, nf4_functions
 from tunesmith.host.chips import Chip
-from tunesmith.quant import nf4
-from tunesmith.quant.frozen_matmul import grouped_matmul
-from tunesmith.quant.frozen_weight import FEW_ROWS, Nf4Weight, nf4_functions
-from tunesmith.quant.nf4 import Nf4Linear
 from tunesmith.training.build import check_machine
 
 pytest.importorskip("bitsandbytes")
@@ -122,17 +122,17 @@ def test_it_is_small(tiny):
 
 def test_the_head_the_embedding_and_the_norms_stay_dense(tiny):
     model = ours(tiny)
-    assert not isinstance(model.lm_head, nf4.Nf4Linear)
+    assert not has_codes(model.lm_head)
     assert {p.dtype for n, p in model.named_parameters() if "norm" in n or "embed" in n} == {
         torch.float32
     }
-    assert sum(isinstance(m, nf4.Nf4Linear) for m in model.modules()) == 14
+    assert sum(has_codes(m) for m in model.modules()) == 14
 
 
 def test_gradient_of_a_layer_without_an_adapter():
     torch.manual_seed(0)
-    layer = nf4.Nf4Linear(64, 32, bias=True, compute_dtype=torch.float32, device="cpu")
-    layer.quantize(torch.randn(32, 64))
+    layer = FrozenLinear(Nf4(torch.float32), 64, 32, None, torch.float32, "cpu")
+    layer.load({"": torch.randn(32, 64)}, "w")
     layer.bias = nn.Parameter(torch.randn(32))
     x = torch.randn(3, 64, requires_grad=True)
     y = torch.nn.functional.linear(x, layer.dense(), layer.bias)
@@ -144,19 +144,22 @@ def test_gradient_of_a_layer_without_an_adapter():
 
 
 def test_parts_of_a_packed_weight_that_do_not_fit_are_refused():
-    layer = nf4.Nf4Linear(64, 32, bias=False, compute_dtype=torch.float32, device="cpu")
+    kind = Nf4(torch.float32)
+    layer = FrozenLinear(kind, 64, 32, None, torch.float32, "cpu")
     with refuses(ModelError, where="w", names=["bitsandbytes"]) as caught:
-        layer.load_quantized(
-            {"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)}, where="w"
+        kind.load_quantized(
+            layer,
+            {"": torch.zeros(1024, 1, dtype=torch.uint8), "absmax": torch.zeros(32)},
+            where="w",
         )
     assert "fetch" in caught.value.fix
     packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(16, 64), quant_type="nf4")
     with pytest.raises(ModelError, match=r"shape \(16, 64\)") as caught:
-        layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
+        kind.load_quantized(layer, {"": packed, **state.as_dict(packed=True)}, where="w")
     assert caught.value.fix
     packed, state = nf4.nf4_functions().quantize_4bit(torch.randn(32, 64), quant_type="fp4")
     with refuses(ModelError, where="w", names=["fp4", "nf4"]):
-        layer.load_quantized({"": packed, **state.as_dict(packed=True)}, where="w")
+        kind.load_quantized(layer, {"": packed, **state.as_dict(packed=True)}, where="w")
 
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
@@ -201,7 +204,7 @@ def test_a_few_rows_are_multiplied_with_the_weight_in_4_bits(rows, double, monke
     factors = torch.randn(8, 128), torch.randn(192, 8)
     x = torch.randn(rows, 128)
     expected = x @ layer.dense().T + x @ factors[0].T @ factors[1].T
-    monkeypatch.setattr(Nf4Weight, "dense", lambda *_: pytest.fail("the weight was made dense"))
+    monkeypatch.setattr(Nf4, "decode", lambda *_: pytest.fail("the weight was made dense"))
     with torch.no_grad():
         (y,) = grouped_matmul(x, [layer.frozen_weight()], [None], [factors[0]], [factors[1]])
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
@@ -209,24 +212,24 @@ def test_a_few_rows_are_multiplied_with_the_weight_in_4_bits(rows, double, monke
 
 def test_more_rows_and_steps_make_the_weight_dense(monkeypatch):
     layer, made = layer_of(double=True), []
-    dense = Nf4Weight.dense
-    monkeypatch.setattr(Nf4Weight, "dense", lambda *given: made.append(1) or dense(*given))
+    dense = Nf4.decode
+    monkeypatch.setattr(Nf4, "decode", lambda *given: made.append(1) or dense(*given))
     with torch.no_grad():
         layer(torch.randn(FEW_ROWS + 1, 128))
     layer(torch.randn(1, 128))
     assert len(made) == 2
 
 
-def layer_of(double: bool) -> Nf4Linear:
+def layer_of(double: bool) -> FrozenLinear:
     torch.manual_seed(0)
-    layer = Nf4Linear(128, 192, False, torch.float32, device="cpu")
-    layer.quantize(torch.randn(192, 128))
+    layer = FrozenLinear(Nf4(torch.float32), 128, 192, None, torch.float32, "cpu")
+    layer.load({"": torch.randn(192, 128)}, "w")
     if not double:
-        encoding, tensors = layer.encoding, layer.frozen_weight().tensors
+        tensors = layer.frozen_weight().tensors
         functional = nf4_functions()
         nested = functional.QuantState(
             tensors[3], blocksize=256, code=tensors[4], dtype=torch.float32
         )
         absmax = functional.dequantize_blockwise(tensors[1], nested) + tensors[5]
-        layer._store_scales(encoding.replace(" 256 ", " 0 "), absmax, tensors[2])
+        layer.store(Nf4(torch.float32, nested_block=0), [layer.weight, absmax, tensors[2]])
     return layer

@@ -19,11 +19,13 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.export.merge import merge
+from tunesmith.formats import nf4
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.nf4 import Nf4
 from tunesmith.model.weights import JoinedTensor
-from tunesmith.quant import nf4, nf4_experts
 from tunesmith.quant.frozen_linear import parameter_count
-from tunesmith.quant.nf4 import Nf4Linear
-from tunesmith.quant.nf4_experts import Nf4Experts
+from tunesmith.quant.replace import replace_by_nf4
 from tunesmith.training.run import train
 from tunesmith.units import Length
 
@@ -34,8 +36,9 @@ TWO_STEPS = {"duration": "2 steps"}
 
 def quantized(
     stack: Tensor, *, is_transposed: bool = False, dtype: torch.dtype = BF16
-) -> Nf4Experts:
-    layer = Nf4Experts(stack.shape, is_transposed=is_transposed, compute_dtype=dtype)
+) -> ExpertStack:
+    kind = Nf4(dtype)
+    layer = ExpertStack(kind, stack.shape, is_transposed=is_transposed, compute_dtype=dtype)
     layer.allocate(torch.device("cpu"))
     layer.store(stack)
     return layer
@@ -48,18 +51,18 @@ def quantized(
 def test_an_expert_has_the_bits_of_a_linear_layer(matrix, is_transposed, monkeypatch) -> None:
     stack = torch.randn(3, *matrix).to(BF16)
     layer = quantized(stack, is_transposed=is_transposed)
-    monkeypatch.setattr(nf4_experts, "PIECE", 64 * 5)
+    monkeypatch.setattr(nf4, "PIECE", 64 * 5)
     in_pieces = quantized(stack, is_transposed=is_transposed)
     for expert, weight in enumerate(stack):
         rows, columns = matrix
-        linear = Nf4Linear(columns, rows, False, BF16, device="cpu")
-        linear.quantize(weight)
+        linear = FrozenLinear(Nf4(BF16), columns, rows, None, BF16, "cpu")
+        linear.load({"": weight}, "w")
         count = linear.weight.numel()
         for one in (layer, in_pieces, quantized(stack[expert : expert + 1])):
             own = 0 if one.stored_shape[0] == 1 else expert
             # Of an odd number of weights the last byte has half of a code.
             whole = rows * columns // 2
-            assert torch.equal(one.codes[own, :whole], linear.weight.view(-1)[:whole])
+            assert torch.equal(one.weight[own, :whole], linear.weight.view(-1)[:whole])
             assert count - whole <= 1
             assert torch.equal(one.absmax[own], linear.absmax)
             assert torch.equal(one.nested_absmax[own], linear.nested_absmax)
@@ -73,8 +76,8 @@ def test_the_codes_are_bitsandbytes_of_the_stack() -> None:
     stack = torch.randn(4, 32, 48).to(BF16)
     codes, state = functional.quantize_4bit(stack, blocksize=nf4.BLOCK, quant_type="nf4")
     layer = quantized(stack)
-    assert torch.equal(layer.codes.view(-1), codes.view(-1))
-    scales = layer.frozen_stack()._scales(0, 4, nf4.NESTED_BLOCK)
+    assert torch.equal(layer.weight.view(-1), codes.view(-1))
+    scales = layer.format.scales_of_experts(layer.read_tensors(), slice(0, 4))
     # In 8 bits: a hundredth of the largest.
     torch.testing.assert_close(scales.flatten(), state.absmax, atol=0.03, rtol=0)
 
@@ -144,7 +147,7 @@ SAVED = {
 @pytest.mark.parametrize("adapter", SAVED.values(), ids=SAVED)
 def test_codes_are_not_trained_in_full(adapter: Adapter, base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
-    nf4_experts.replace_nf4_stacks(model, BF16)
+    replace_by_nf4(model, BF16)
     fix = ["adapter.target", "model.quantize=none"]
     with refuses(RecipeError, where="adapter.modules_to_save", names=["nf4"], fix=fix):
         lora.attach_lora(model, adapter, seed=0)
@@ -152,13 +155,14 @@ def test_codes_are_not_trained_in_full(adapter: Adapter, base: Path) -> None:
 
 def test_all_linear_leaves_out_the_routers_alone(base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
-    nf4_experts.replace_nf4_stacks(model, BF16)
+    replace_by_nf4(model, BF16)
     lora.attach_lora(model, Adapter(), seed=0)
     assert lora.describe_unreached(model) == "the adapter excludes the routers"
 
 
 def test_a_stack_that_does_not_fit_is_refused() -> None:
-    layer = Nf4Experts(torch.Size((4, 8, 8)), is_transposed=False, compute_dtype=BF16)
+    shape = torch.Size((4, 8, 8))
+    layer = ExpertStack(Nf4(BF16), shape, is_transposed=False, compute_dtype=BF16)
     with refuses(ModelError, where="experts.down_proj", names=["[4, 8, 9]", "[4, 8, 8]"]):
         layer.load({"": torch.zeros(4, 8, 9)}, "experts.down_proj")
     with refuses(

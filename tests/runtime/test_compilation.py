@@ -30,15 +30,16 @@ from transformers import (
 from errors import holds, refuses
 from ranks import run_ranks
 from tunesmith.adapter import lora
-from tunesmith.adapter.eight_bit import convert_to_eight_bit
 from tunesmith.config.schema import Adapter
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.distributed.torch_private import graphs_compiled
 from tunesmith.errors import MachineError
+from tunesmith.formats import fp8
+from tunesmith.formats.frozen_linear import FrozenLinear
 from tunesmith.loss import loss_and_grad
 from tunesmith.model import attention, fused
 from tunesmith.model.documents import Documents
-from tunesmith.quant import eight_bit, nf4
+from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
 from tunesmith.runtime import compilation
 from tunesmith.runtime.compilation import compile_layers, compile_loss, select_compile
 from tunesmith.runtime.recompute import recompute_layers
@@ -116,11 +117,12 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
     model = model.double() if base == "dense" else model.float()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     if base == "nf4":
-        names = nf4.replace_linears(model, torch.float32)
-        for name in names:
-            layer = model.get_submodule(name)
+        replace_by_nf4(model, torch.float32)
+        for name, layer in model.named_modules():
+            if not isinstance(layer, FrozenLinear):
+                continue
             layer.to_empty(device="cpu")
-            layer.quantize(weights[f"{name}.weight"])
+            layer.load({"": weights[f"{name}.weight"]}, name)
             if layer.bias is not None:
                 layer.bias.data.copy_(weights[f"{name}.bias"])
     lora.attach_lora(model, Adapter(rank=2), seed=1)
@@ -129,7 +131,7 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
         if base == "dense":
             layer.double()
     if base == "fp8":
-        kind = eight_bit.select_scaling(torch.device("cpu")).recipe
+        kind = fp8.select_scaling(torch.device("cpu")).recipe
         assert kind is not None
         assert convert_to_eight_bit(model, kind) > 0
     fused.fuse_modules(model, project=lora.project)

@@ -19,8 +19,8 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, ModelError, RecipeError
 from tunesmith.export.merge import merge
+from tunesmith.formats.form import ROW
 from tunesmith.inference.load_run import load_run
-from tunesmith.model.shipped import ROW
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,8 @@ it as before.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,44 +26,38 @@ from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
+from tunesmith.formats.frozen_linear import FrozenLinear, FrozenTensors, has_codes
+from tunesmith.formats.frozen_matmul import grouped_matmul
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
-from tunesmith.quant.as_shipped import Fp8Linear, Nvfp4Linear, ShippedLinear
-from tunesmith.quant.expert_stack import ExpertStack
 from tunesmith.quant.experts import expert_modules, has_interface, use_grouped_experts
 from tunesmith.quant.frozen_linear import (
-    FrozenLinear,
     is_bypassed,
     is_plain_linear,
     linear_names,
     parameter_count,
 )
-from tunesmith.quant.frozen_matmul import grouped_matmul
-from tunesmith.quant.frozen_weight import DenseWeight, FrozenWeight
 from tunesmith.quant.llama4_experts import choose_top_k
-from tunesmith.quant.nf4 import Nf4Linear
 
 ALL_LINEAR = "all-linear"
 # A module trained in full keeps its base values in buffers of this prefix.
 ORIGINAL = "before_tuning_"
 
 
-class Lora(LowRank):
-    """What a linear layer with an adapter has, however its base weight is stored.
+class LoraLinear(LowRank, FrozenLinear):
+    """A linear layer with an adapter; it takes over the very parameters of another layer.
 
     lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank].
     """
 
-    weight: Any  # of the base; its shape and dtype are those of how it is stored
-    bias: Any  # nn.Parameter or None
-    # The base weight [out_features, in_features], in the matmuls' dtype
-    dense: Callable[..., Tensor]
-    frozen_weight: Callable[..., FrozenWeight]
-    in_features: int
-    out_features: int
     # Of the whole layer's inputs this rank has `in_features`, from this one on.
     first: int = 0
+
+    def __init__(self, base: nn.Linear | FrozenLinear, adapter: Adapter) -> None:
+        nn.Module.__init__(self)
+        self.take_over(base)
+        self.add_lora(adapter, base.weight.device)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)
@@ -83,7 +76,6 @@ class Lora(LowRank):
 
     def base(self, x: Tensor) -> Tensor:
         """The layer without its adapter: [..., in_features] -> [..., out_features]."""
-        # The next class of the method resolution order: Nf4Linear or EightBitLinear.
         return super().forward(x)
 
     def update(self) -> Tensor:
@@ -96,57 +88,7 @@ class Lora(LowRank):
 
     def extra_repr(self) -> str:
         rank = self.lora_A.shape[0]
-        sizes = f"{self.in_features}, {self.out_features}"
-        return f"{sizes}, rank={rank}, scaling={self.scaling:g}"
-
-
-class LoraLinear(Lora, nn.Linear):
-    """An `nn.Linear` with an adapter; it takes over the very parameters: tied weights stay tied."""
-
-    def __init__(self, base: nn.Linear, adapter: Adapter) -> None:
-        # On meta: both parameters are replaced at once, and nothing is allocated for them.
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight = base.weight
-        self.bias = base.bias
-        self.add_lora(adapter, base.weight.device)
-
-    def dense(self) -> Tensor:
-        return local_part(self.weight)
-
-    def base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(), local_part(self.bias))
-
-    def frozen_weight(self) -> DenseWeight:
-        return DenseWeight("dense", [self.dense()], (self.out_features, self.in_features))
-
-
-class LoraNf4Linear(Lora, Nf4Linear):
-    """An `Nf4Linear` with an adapter (QLoRA: Dettmers et al. 2023, arXiv:2305.14314)."""
-
-    def __init__(self, base: Nf4Linear, adapter: Adapter) -> None:
-        has_bias = base.bias is not None
-        super().__init__(base.in_features, base.out_features, has_bias, base.compute_dtype, "meta")
-        self.share(base)
-        self.add_lora(adapter, base.weight.device)
-
-
-class LoraShippedLinear(Lora, ShippedLinear):
-    """A `ShippedLinear` with an adapter."""
-
-    def __init__(self, base: ShippedLinear, adapter: Adapter) -> None:
-        super().__init__(
-            base.in_features, base.out_features, base.bias, base.form, base.compute_dtype
-        )
-        self.share(base)
-        self.add_lora(adapter, base.weight.device)
-
-
-class LoraFp8Linear(LoraShippedLinear, Fp8Linear):
-    """An `Fp8Linear` with an adapter."""
-
-
-class LoraNvfp4Linear(LoraShippedLinear, Nvfp4Linear):
-    """An `Nvfp4Linear` with an adapter."""
+        return f"{super().extra_repr()}, rank={rank}, scaling={self.scaling:g}"
 
 
 def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
@@ -168,13 +110,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
         )
     for name in names:
         base = model.get_submodule(name)
-        if isinstance(base, Nf4Linear):
-            model.set_submodule(name, LoraNf4Linear(base, adapter))
-        elif isinstance(base, Fp8Linear):
-            model.set_submodule(name, LoraFp8Linear(base, adapter))
-        elif isinstance(base, Nvfp4Linear):
-            model.set_submodule(name, LoraNvfp4Linear(base, adapter))
-        elif isinstance(base, nn.Linear):
+        if isinstance(base, nn.Linear | FrozenLinear):
             model.set_submodule(name, LoraLinear(base, adapter))
         else:
             attach_to_experts(base, adapter)
@@ -346,7 +282,7 @@ def describe_unreached(model: nn.Module) -> str:
             continue
         if name in routers or has_interface(module) or is_plain_linear(module):
             continue
-        if isinstance(module, ExpertStack):
+        if has_codes(module):
             continue
         if is_bypassed(module):
             bypassed[words[-1]] = None
@@ -410,10 +346,10 @@ def _check_saved(model: nn.Module, adapter: Adapter) -> None:
     for name in _names_to_save(model, adapter):
         module = model.get_submodule(name)
         for layer in (module, *module.children()):
-            if not isinstance(layer, FrozenLinear | ExpertStack):
+            if not isinstance(layer, FrozenTensors) or not has_codes(layer):
                 continue
             raise RecipeError(
-                f"{name} is stored in codes ({layer.encoding}), and cannot be trained in full",
+                f"{name} is stored in codes ({layer.format.name}), and cannot be trained in full",
                 where="adapter.modules_to_save",
                 why="codes are frozen",
                 fix="take it out and let adapter.target reach it, or model.quantize=none",
@@ -425,10 +361,10 @@ def modules_to_save(model: nn.Module, adapter: Adapter) -> list[nn.Module]:
     return [model.get_submodule(name) for name in _names_to_save(model, adapter)]
 
 
-def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:
+def loras(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Every linear layer with an adapter, by its full name."""
     for name, module in model.named_modules():
-        if isinstance(module, Lora):
+        if isinstance(module, LoraLinear):
             yield name, module
 
 
@@ -448,7 +384,7 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 @torch.no_grad()
-def merged_weight(layer: Lora, dtype: torch.dtype | None = None) -> Tensor:
+def merged_weight(layer: LoraLinear, dtype: torch.dtype | None = None) -> Tensor:
     """Base weight plus update, [out_features, in_features] in `dtype` (None: the base's).
 
     They are added in fp32 and rounded once.
@@ -508,9 +444,9 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     `grouped_matmul` reads x once for all layers where it can compute them; otherwise each layer is
     computed by itself, by plain autograd.
     """
-    layers = [layer for layer in linears if isinstance(layer, Lora) and can_be_grouped(layer)]
+    layers = [layer for layer in linears if isinstance(layer, LoraLinear) and can_be_grouped(layer)]
     weights = [layer.frozen_weight() for layer in layers]
-    is_grouped = len(layers) == len(linears) and len({w.encoding for w in weights}) == 1
+    is_grouped = len(layers) == len(linears) and len({w.format.encoding for w in weights}) == 1
     if not is_grouped:
         # One layer that needs plain autograd, or two encodings: each layer by itself.
         return [_project_alone(x, layer) for layer in linears]
@@ -521,7 +457,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
     return grouped_matmul(x, weights, biases, lora_A, lora_B)
 
 
-def can_be_grouped(layer: Lora) -> bool:
+def can_be_grouped(layer: LoraLinear) -> bool:
     """Whether `grouped_matmul` computes the layer: an adapter without dropout on a frozen base."""
     if not layer.enabled:
         return False
@@ -532,7 +468,7 @@ def can_be_grouped(layer: Lora) -> bool:
 
 def _project_alone(x: Tensor, layer: nn.Module) -> Tensor:
     y: Tensor
-    if not isinstance(layer, Lora):
+    if not isinstance(layer, LoraLinear):
         y = layer(x)
         return y
     y = layer.base(x)

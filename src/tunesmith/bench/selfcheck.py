@@ -40,12 +40,12 @@ from tunesmith.errors import (
     TunesmithError,
     first_line,
 )
+from tunesmith.formats.nf4 import check_nf4
 from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
-from tunesmith.quant.nf4 import check_nf4
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
 from tunesmith.training.agree import software_versions

@@ -575,8 +575,8 @@ def _check_base_of_fp8(model: "Model", config: Mapping[str, Any], where: str) ->
     if form is None:
         return
     from tunesmith.model.measured_spec import build_to_measure, text_config
-    from tunesmith.quant.as_shipped import check_plain
     from tunesmith.quant.frozen_linear import linear_names
+    from tunesmith.quant.replace import check_plain
 
     plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
     on_meta = build_to_measure(text_config(plain_config, where))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.export.tuned_weights import TunedWeight
-from tunesmith.model.fp4 import E4M3, E4M3_MAX
+from tunesmith.formats.base import E4M3, E4M3_MAX
 
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 

@@ -8,10 +8,9 @@ matrix.
 """
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -24,13 +23,14 @@ from tunesmith.adapter.peft_files import stored_adapter
 from tunesmith.build_model import define_model, embedding_rows
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import ShardedTensors, is_sharded
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import StoredTensor, find_stored
 from tunesmith.quant.experts import UPDATE
-from tunesmith.quant.frozen_linear import FrozenLinear, set_bypassed
-from tunesmith.quant.nf4_experts import Nf4Experts
+from tunesmith.quant.frozen_linear import set_bypassed
 
 BAND = 16 << 20  # bytes of a band in fp32
 
@@ -99,42 +99,21 @@ class LastRead:
 
 
 @dataclass(frozen=True, eq=False)
-class WholeRows(ABC):
-    """A tensor that is read as a whole: the first band of it takes as long as all."""
+class WholeRows:
+    """A tensor that is read as a whole: the first band of it takes as long as all.
 
-    name: str
+    Attributes:
+        read: all of it, in the dtype that training computed with.
+    """
+
     shape: torch.Size
+    read: Callable[[], Tensor]
     last_read: LastRead
-
-    @abstractmethod
-    def read(self) -> Tensor:
-        """All of it, in the dtype that training computed with."""
 
     def rows(self, first: int, last: int) -> Tensor:
         values = self.last_read.values(self)
         rows = values[first:last] if values.ndim else values
         return rows.float() if rows.is_floating_point() else rows
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedRows(WholeRows):
-    """The weight of a quantized layer, dequantized.
-
-    Attributes:
-        layer: on meta; it says how the weight is quantized.
-        stored: the weight under "", and its scales where the checkpoint is quantized already.
-    """
-
-    layer: FrozenLinear
-    stored: Mapping[str, StoredTensor]
-
-    def read(self) -> Tensor:
-        try:
-            self.layer.allocate(torch.device("cpu"))
-            self.layer.load(self.stored, self.name)
-            return self.layer.dense()
-        finally:
-            self.layer.allocate(torch.device("meta"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +125,7 @@ class QuantizedExperts:
         stored: the dense stack.
     """
 
-    layer: Nf4Experts
+    layer: ExpertStack
     stored: StoredTensor
 
     @property
@@ -157,16 +136,23 @@ class QuantizedExperts:
         return self.layer.rounded(self.stored, first, last).float()
 
 
-@dataclass(frozen=True, eq=False)
-class ShardedRows(WholeRows):
+def _read_quantized(layer: FrozenLinear, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
+    """The weight of a quantized layer on meta, dequantized.
+
+    stored: the weight under "", and its scales where the checkpoint is quantized already.
+    """
+    try:
+        layer.allocate(torch.device("cpu"))
+        layer.load(stored, name)
+        return layer.dense()
+    finally:
+        layer.allocate(torch.device("meta"))
+
+
+def _read_sharded(tensors: ShardedTensors, name: str, dtype: torch.dtype) -> Tensor:
     """A tensor of a checkpoint of several ranks."""
-
-    tensors: ShardedTensors
-    dtype: torch.dtype
-
-    def read(self) -> Tensor:
-        values = self.tensors.read(self.name)
-        return values.to(self.dtype) if values.is_floating_point() else values
+    values = tensors.read(name)
+    return values.to(dtype) if values.is_floating_point() else values
 
 
 @dataclass(frozen=True)
@@ -283,8 +269,8 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
         last_read = LastRead()
         weights: dict[str, TunedWeight] = {}
         for name, shape in weights_of(model).items():
-            rows: RowSource = ShardedRows(name, shape.shape, last_read, tensors, shape.dtype)
-            weights[name] = TunedWeight(None, rows)
+            read_all = partial(_read_sharded, tensors, name, shape.dtype)
+            weights[name] = TunedWeight(None, WholeRows(shape.shape, read_all, last_read))
         return TunedModel(read, model, weights)
     trained = define_model(run, files)
     sources = _base_rows(model, trained, read)
@@ -304,9 +290,9 @@ def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> d
     frozen = {}
     stacks = {}
     for name, layer in trained.named_modules():
-        if isinstance(layer, FrozenLinear):
+        if isinstance(layer, FrozenLinear) and has_codes(layer):
             frozen[f"{name}.weight"] = layer
-        elif isinstance(layer, Nf4Experts):
+        elif isinstance(layer, ExpertStack) and layer.format.rounds:
             stacks[name] = layer
     grow_from = int(files.config.vocab_size) if run.model.added_tokens else None
     stored = find_stored(model, files.folder, quantized=frozen, grow_from=grow_from)
@@ -318,8 +304,8 @@ def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> d
         name = tied.get(stored_name, stored_name)
         # An nf4 or fp8 base is rounded as it was in training: the adapter was trained on that.
         if name in frozen:
-            shape = shapes[name].shape
-            sources[name] = QuantizedRows(name, shape, last_read, frozen[name], parts)
+            read_all = partial(_read_quantized, frozen[name], parts, name)
+            sources[name] = WholeRows(shapes[name].shape, read_all, last_read)
         elif name in stacks:
             sources[name] = QuantizedExperts(stacks[name], parts[""])
         else:

@@ -7,28 +7,29 @@ torch is imported here.
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.config.schema import Model, Run
 from tunesmith.errors import ModelError, RecipeError
+from tunesmith.formats.form import (
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    NVFP4_GROUP,
+    ROW,
+    WEIGHT_SCALE,
+    ShippedForm,
+)
 from tunesmith.model.safetensors_files import read_model_config
-from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
     from tunesmith.model.spec import ModelSpec
 
 FETCH_CONFIG = "take config.json from the model's page again: tunesmith fetch MODEL"
-FETCH = "fetch the model again: tunesmith fetch MODEL"
 UNQUANTIZED = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
 # Transformers' own default of `weight_block_size`.
 BLOCK = (128, 128)
-ROW = (1, 0)  # as a block: all of a row
-# How the name of the scales of a weight in fp8 ends, by Transformers and by other tools.
-WEIGHT_SCALE_INV = ".weight_scale_inv"
-WEIGHT_SCALE = ".weight_scale"
-NVFP4_GROUP = 16  # weights of a row that share a scale
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
 KEEPABLE = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
 # What `format` of compressed-tensors says of weights in fp8, with inputs in 8 bits and without.
@@ -40,92 +41,6 @@ MODELOPT_FP8 = "FP8"
 # What both have for the weights of a group.
 FP8_WEIGHTS = {"num_bits": 8, "type": "float"}
 NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
-
-
-@dataclass(frozen=True)
-class Nvfp4Names:
-    """How a tool calls the three tensors of a weight in nvfp4, after the name of its module.
-
-    Attributes:
-        codes: two a byte; scales: one for 16 weights of a row; scale: one of all.
-        divides: `scales` are divided by `scale`; False: multiplied.
-    """
-
-    codes: str
-    scales: str
-    scale: str
-    divides: bool
-
-
-COMPRESSED_TENSORS = Nvfp4Names(
-    ".weight_packed", ".weight_scale", ".weight_global_scale", divides=True
-)
-MODELOPT = Nvfp4Names(".weight", ".weight_scale", ".weight_scale_2", divides=False)
-
-
-@dataclass(frozen=True)
-class ShippedForm:
-    """How a checkpoint's weights are stored, as its config.json says.
-
-    Attributes:
-        method: one of KEEPABLE.
-        block: rows and columns of a weight that share a scale; ROW: one a row; None: all share one.
-        not_converted: patterns of the modules whose weights are plain.
-        converted: those of the modules whose weights are not; empty: all others.
-        has_expressions: these patterns are regular expressions; False: Transformers' own.
-        scale_suffix: how the name of the scales of fp8 ends.
-        names: of the tensors of nvfp4.
-        has_activation_scales: it ships scales for inputs, or keys and values, which training does
-            not round.
-    """
-
-    method: str
-    block: tuple[int, int] | None = None
-    not_converted: tuple[str, ...] = ()
-    converted: tuple[str, ...] = ()
-    has_expressions: bool = False
-    scale_suffix: str = WEIGHT_SCALE_INV
-    names: Nvfp4Names | None = None
-    has_activation_scales: bool = False
-
-    def describe(self) -> str:
-        """Words for the user."""
-        if self.method != "fp8":
-            return self.method.upper()
-        if self.block is None:
-            return "FP8 with a scale a matrix"
-        if self.block == ROW:
-            return "FP8 with a scale a row"
-        rows, columns = self.block
-        return f"FP8 in blocks of {rows} x {columns}"
-
-    @property
-    def plain_key(self) -> str:
-        """Of the list in `quantization_config` that `not_converted` is of."""
-        if self.has_expressions:
-            return "ignore"
-        # AutoFP8's
-        return "ignored_layers" if self.scale_suffix == WEIGHT_SCALE else "modules_to_not_convert"
-
-    def has_codes(self, module: str) -> bool:
-        """Whether the weights of a module, by its name in the checkpoint, are in codes; of forms
-        that have regular expressions.
-        """
-        if _matches(self.not_converted, module):
-            return False
-        return not self.converted or _matches(self.converted, module)
-
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Of the scales of a weight [rows, columns]."""
-        if self.block is None:
-            return 1, 1
-        height, width = self.block
-        return ceil_div(rows, height), ceil_div(columns, width) if width else 1
-
-    def block_of(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of a weight [rows, columns] that share a scale."""
-        height, width = self.block or (rows, columns)
-        return height, width or columns
 
 
 # ---- config.json
@@ -368,10 +283,6 @@ def _expressions(names: Sequence[str], where: str) -> tuple[str, ...]:
             ) from error
         expressions.append(expression)
     return tuple(expressions)
-
-
-def _matches(expressions: Sequence[str], name: str) -> bool:
-    return any(re.match(expression, name) for expression in expressions)
 
 
 def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None:

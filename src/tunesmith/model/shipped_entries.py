@@ -4,12 +4,12 @@
   AutoFP8: `weight_scale`): a scale for each block of weights (DeepSeek, Qwen: 128 x 128), for each
   row, or one of all (Ministral 3). weight = codes * scale.
 - nvfp4: two 4-bit codes a byte [out, in / 2], an e4m3 scale for each 16 of a row, and one of all in
-  fp32; their names are those of the tool that wrote them (`shipped.Nvfp4Names`).
+  fp32; their names are those of the tool that wrote them (`Nvfp4Names`).
 - mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
   exponent for each 32 of them.
 
-The values of an entry are dense, and so is its shape; see `fp4.py` for those of 4 bits. Experts are
-stored one by one, but for those of mxfp4. No torch is imported here.
+The values of an entry are dense, and so is its shape (see `formats/`). Experts are stored one
+by one, but for those of mxfp4. No torch is imported here.
 """
 
 import math
@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError
+from tunesmith.formats.form import FETCH, MXFP4_GROUP, NVFP4_GROUP, Nvfp4Names, ShippedForm
 from tunesmith.model.safetensors_files import Entry, read_headers
-from tunesmith.model.shipped import FETCH, NVFP4_GROUP, Nvfp4Names, ShippedForm, form_of_folder
+from tunesmith.model.shipped import form_of_folder
 
 CODES = ".weight"
 PACKED = "_blocks"
 EXPONENTS = "_scales"
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
-# Weights of mxfp4 that share an exponent, in so many bytes.
-GROUP = 32
-GROUP_BYTES = GROUP // 2
+GROUP_BYTES = MXFP4_GROUP // 2
 # Of inputs, outputs, keys and values: what is trained here is not rounded.
 ACTIVATION_SCALES = (
     ".activation_scale",
@@ -38,105 +37,37 @@ ACTIVATION_SCALES = (
 )
 
 
-class _CodedEntry:
-    """An entry of several tensors, whose place in the files is that of its codes."""
-
-    @property
-    def place(self) -> Entry:
-        """The tensor of the codes."""
-        raise NotImplementedError
-
-    @property
-    def file(self) -> Path:
-        return self.place.file
-
-    @property
-    def start(self) -> int:
-        return self.place.start
-
-
 @dataclass(frozen=True)
-class ScaledEntry(_CodedEntry):
-    """A weight in fp8: codes and their scales. It goes by the name of the codes.
+class CodedEntry:
+    """A weight that is stored as codes and scales; its place in the files is that of its codes.
 
     Attributes:
-        block: as of `ShippedForm`.
-        dtype: of the values that are read.
-    """
-
-    codes: Entry
-    scale: Entry
-    block: tuple[int, int] | None
-    dtype: str = "F32"
-
-    @property
-    def place(self) -> Entry:
-        return self.codes
-
-    @property
-    def name(self) -> str:
-        return self.codes.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-
-@dataclass(frozen=True)
-class PackedEntry(_CodedEntry):
-    """A stack of experts in mxfp4, by its own name; dense it is [experts, in, out].
-
-    Attributes:
-        blocks: [experts, out, groups, 16]; exponents: [experts, out, groups].
-        dtype: of the values that are read.
-    """
-
-    blocks: Entry
-    exponents: Entry
-    dtype: str = "F32"
-
-    @property
-    def place(self) -> Entry:
-        return self.blocks
-
-    @property
-    def name(self) -> str:
-        return self.blocks.name.removesuffix(PACKED)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        experts, rows, groups, _ = self.blocks.shape
-        return experts, groups * GROUP, rows
-
-
-@dataclass(frozen=True)
-class Nvfp4Entry(_CodedEntry):
-    """A weight in nvfp4, by the name that it has where it is dense.
-
-    Attributes:
-        codes: [out, in / 2]; scales: [out, in / 16]; scale: of all.
-        divides: as of `Nvfp4Names`.
+        name, shape: those that it has where it is dense.
+        codes: the tensors that have something of each row, the codes first; of fp8 [out, in], of
+            nvfp4 [out, in / 2] and [out, in / 16], of a stack in mxfp4 [experts, out, groups, 16]
+            and [experts, out, groups].
+        scale: of the whole weight, but for mxfp4.
+        form: of the checkpoint.
         dtype: of the values that are read.
     """
 
     name: str
-    codes: Entry
-    scales: Entry
-    scale: Entry
-    divides: bool
+    shape: tuple[int, ...]
+    codes: tuple[Entry, ...]
+    scale: Entry | None
+    form: ShippedForm
     dtype: str = "F32"
 
     @property
-    def place(self) -> Entry:
-        return self.codes
+    def file(self) -> Path:
+        return self.codes[0].file
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        rows, width = self.codes.shape
-        return rows, 2 * width
+    def start(self) -> int:
+        return self.codes[0].start
 
 
-StoredEntry = Entry | ScaledEntry | PackedEntry | Nvfp4Entry
+StoredEntry = Entry | CodedEntry
 
 
 def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
@@ -196,7 +127,7 @@ def _join_scaled(
     if scale.shape != expected_shape and not is_one:
         why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(expected_shape)}"
         raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
-    return ScaledEntry(entry, scale, form.block)
+    return CodedEntry(name, entry.shape, (entry,), scale, form)
 
 
 def _join_packed(
@@ -222,7 +153,10 @@ def _join_packed(
     if exponents.shape != entry.shape[:-1]:
         why = f"{name} is {list(entry.shape)}: a scale for each {GROUP_BYTES} bytes"
         raise _torn(exponents, f"{exponents.name} is {list(exponents.shape)}", why)
-    return PackedEntry(entry, exponents)
+    experts, rows, groups, _ = entry.shape
+    # The model has it the other way around.
+    shape = (experts, groups * MXFP4_GROUP, rows)
+    return CodedEntry(name.removesuffix(PACKED), shape, (entry, exponents), None, form)
 
 
 def _join_nvfp4(
@@ -263,7 +197,8 @@ def _join_nvfp4(
     if dense != name and dense in by_name:
         raise _torn(by_name[dense], f"{dense} is stored both unquantized and in codes")
     _check_nvfp4_scales(entry, scales, scale)
-    return Nvfp4Entry(dense, entry, scales, scale, names.divides)
+    rows, row_bytes = entry.shape
+    return CodedEntry(dense, (rows, 2 * row_bytes), (entry, scales), scale, form)
 
 
 def _has_scales(entry: Entry, by_name: Mapping[str, Entry], names: Nvfp4Names) -> bool:

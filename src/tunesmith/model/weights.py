@@ -21,17 +21,13 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
+from tunesmith.formats.as_shipped import not_finite
+from tunesmith.formats.base import Format
+from tunesmith.formats.registry import shipped_format
 from tunesmith.host.memory import drop_pages, open_uncached
-from tunesmith.model.fp4 import NAN, decode_mxfp4, decode_nvfp4, has_nan_scale
 from tunesmith.model.names import Piece, Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
-from tunesmith.model.shipped_entries import (
-    Nvfp4Entry,
-    PackedEntry,
-    ScaledEntry,
-    StoredEntry,
-    read_entries,
-)
+from tunesmith.model.shipped_entries import CodedEntry, StoredEntry, read_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none
@@ -49,6 +45,7 @@ STORED = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FP8_CODES = "F8_E4M3"  # read as bytes: 127 and 255 are NaN, and infinity has no code
 PIECE = 1 << 20  # weights decoded at a time: they are in fp32 then
 SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight into its target
 SCALES = "_scales"  # ends the name of a parameter that has the scales of the one before it
@@ -59,7 +56,14 @@ class StoredTensor:
 
     Shape and dtype as stored. Without an open file, or once that is closed, each read opens it.
     What is read is noted in `check`.
+
+    Attributes:
+        format: of a weight in codes; None: it is dense.
+        codes: of a weight in codes, what is stored of its rows; scale: of all of it.
     """
+
+    format: Format | None = None
+    codes: Sequence["StoredTensor"] = ()
 
     def __init__(
         self, entry: Entry, file: BufferedReader | None = None, check: "FiniteCheck | None" = None
@@ -69,11 +73,15 @@ class StoredTensor:
         self._check = check
         self.name = entry.name
         self.shape = torch.Size(entry.shape)
-        self.dtype = STORED[entry.dtype]
+        self.dtype = torch.uint8 if entry.dtype == FP8_CODES else STORED[entry.dtype]
 
     def with_shape(self, shape: torch.Size) -> "StoredTensor":
         """The same elements in the same order, in another shape."""
         return StoredTensor(replace(self._entry, shape=tuple(shape)), self._file, self._check)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        return None
 
     def read(self) -> torch.Tensor:
         """The whole tensor, on the CPU, in its stored dtype."""
@@ -108,6 +116,9 @@ class StoredTensor:
     def _probe(self, flat: torch.Tensor) -> torch.Tensor | None:
         """A number of some values, on their device: finite only if all are, and seldom not where
         they are; None for values that always are."""
+        if self._entry.dtype == FP8_CODES:
+            has_nan = (flat.view(torch.int8).max() == 127) | (flat.view(torch.uint8).max() == 255)
+            return torch.where(has_nan, math.nan, 0.0)
         if self.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             return None
         if flat.dtype == torch.float16:
@@ -119,9 +130,19 @@ class StoredTensor:
     def has_only_finite(self) -> bool:
         """Whether all values are finite: reads the whole tensor."""
         tensor = StoredTensor(self._entry, self._file)
+        if self._entry.dtype == FP8_CODES:
+            probes = [self._probe(band) for _, band in tensor.bands()]
+            return all(bool(probe.isfinite()) for probe in probes if probe is not None)
         if not self.shape:
             return bool(tensor.read().isfinite())
         return all(bool(band.isfinite().all()) for _, band in tensor.bands())
+
+    def pieces(self, rows: slice) -> Iterator[tuple[Piece, "StoredTensor"]]:
+        """The pieces of a tensor that have some of these rows; none of one that is whole."""
+        return iter(())
+
+    def check_rows(self, codes: Sequence[torch.Tensor], more: str = "") -> None:
+        """ModelError where a scale of some rows, as they are stored, is no number."""
 
     def error_not_finite(self) -> ModelError:
         return ModelError(
@@ -184,18 +205,6 @@ class StoredTensor:
             assert self._file is not None  # `into` opens it
             # Bytes, whatever the dtype: numpy has no bf16.
             read_into(self._file, self._entry, flat.view(torch.uint8).numpy().data, offset)
-
-
-class Fp8Codes(StoredTensor):
-    """E4m3 values, read as bytes: 127 and 255 are NaN, and infinity has no code."""
-
-    def _probe(self, flat: torch.Tensor) -> torch.Tensor:
-        has_nan = (flat.view(torch.int8).max() == 127) | (flat.view(torch.uint8).max() == 255)
-        return torch.where(has_nan, math.nan, 0.0)
-
-    def has_only_finite(self) -> bool:
-        codes = StoredTensor(self._entry, self._file)
-        return all(bool(self._probe(band).isfinite()) for _, band in codes.bands())
 
 
 class FiniteCheck:
@@ -287,10 +296,28 @@ class DecodedTensor(StoredTensor):
     scales, a piece at a time.
     """
 
-    def __init__(self, entry: ScaledEntry | PackedEntry | Nvfp4Entry) -> None:
+    def __init__(
+        self,
+        entry: CodedEntry,
+        files: Mapping[Path, BufferedReader],
+        check: FiniteCheck | None = None,
+    ) -> None:
         self.name = entry.name
         self.shape = torch.Size(entry.shape)
         self.dtype = STORED[entry.dtype]
+        self.shipped = shipped_format(entry.form)
+        self.format = self.shipped
+        first, *others = entry.codes
+        self.codes = [stored_tensor(first, files, check)]
+        self.codes += [stored_tensor(part, files) for part in others]
+        self._scale = None if entry.scale is None else stored_tensor(entry.scale, files)
+
+    @cached_property
+    def scale(self) -> torch.Tensor | None:
+        """Of the whole weight; ModelError where one is no finite number."""
+        if self._scale is None:
+            return None
+        return self.shipped.read_scale(self._scale, self.name)
 
     def into(self, target: torch.Tensor, begin: int = 0) -> None:
         """As `StoredTensor.into`, for whole rows."""
@@ -299,147 +326,41 @@ class DecodedTensor(StoredTensor):
         columns = (slice(0, size) for size in self.shape[1:])
         self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
 
-    def _pieces(self, rows: slice) -> Iterator[tuple[slice, slice]]:
-        """Rows of a matrix, a piece at a time: those of the weight, and their place in `rows`."""
-        last = min(rows.stop, self.shape[0])
+    def check_rows(self, codes: Sequence[torch.Tensor], more: str = "") -> None:
+        """ModelError where a scale of some rows, as they are stored, is no number."""
+        if self.shipped.has_nan_scale(codes):
+            raise not_finite(self.name, self.name if more else self.codes[-1].name, more)
+
+    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
+        if len(slices) == 2:
+            self._fill_matrix(local, *slices)
+            return
+        # Of experts in one tensor the codes are [out, in].
+        experts, inputs, outputs = slices
+        for expert in range(experts.start, min(experts.stop, self.shape[0])):
+            self._fill_matrix(local[expert - experts.start].T, outputs, inputs, expert)
+
+    def _fill_matrix(
+        self, local: torch.Tensor, rows: slice, columns: slice, expert: int | None = None
+    ) -> None:
+        """Read rows and columns of a matrix, a piece at a time."""
+        more = "" if expert is None else f": that of expert {expert}"
+        last = min(rows.stop, self.codes[0].shape[0 if expert is None else 1])
         step = max(1, PIECE // self.shape[1])
         for first in range(rows.start, last, step):
             end = min(first + step, last)
-            yield slice(first, end), slice(first - rows.start, end - rows.start)
+            codes = [_rows_of(stored, slice(first, end), expert) for stored in self.codes]
+            self.check_rows(codes, more)
+            values = self.shipped.decode_rows(codes, self.scale, first)
+            local[first - rows.start : end - rows.start].copy_(values[:, columns])
 
 
-class ScaledTensor(DecodedTensor):
-    """A weight in fp8.
-
-    Attributes:
-        codes: uint8 [out, in], e4m3 values.
-        scale: one for each block of weights, or of all.
-        block: as of `ShippedForm`.
-    """
-
-    def __init__(
-        self,
-        entry: ScaledEntry,
-        files: Mapping[Path, BufferedReader],
-        check: FiniteCheck | None = None,
-    ) -> None:
-        super().__init__(entry)
-        self.block = entry.block
-        codes = replace(entry.codes, dtype="U8")
-        self.codes = Fp8Codes(codes, files.get(codes.file), check)
-        self.scale = stored_tensor(entry.scale, files)
-
-    @cached_property
-    def scales(self) -> torch.Tensor:
-        """fp32 [block rows, block columns]; ModelError where one is no finite number."""
-        scales = self.scale.read().float()
-        if not scales.isfinite().all():
-            raise _not_finite(self.name, self.scale.name)
-        return scales.view(-1, 1 if scales.ndim < 2 else scales.shape[1])
-
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
-        rows, columns = slices
-        for part, place in self._pieces(rows):
-            codes = self.codes[part, columns].view(torch.float8_e4m3fn)
-            local[place].copy_(codes.float() * self._scales_of(part, columns))
-
-    def _scales_of(self, rows: slice, columns: slice) -> torch.Tensor:
-        """The scale of each weight in a region, or of each row, or of all; fp32."""
-        if self.block is None:
-            return self.scales
-        height, width = self.block
-        of_rows = self.scales[torch.arange(rows.start, rows.stop) // height]
-        if not width:
-            return of_rows
-        return of_rows[:, torch.arange(columns.start, columns.stop) // width]
-
-
-class Nvfp4Tensor(DecodedTensor):
-    """A weight in nvfp4.
-
-    Attributes:
-        codes: uint8 [out, in / 2], two a byte.
-        scales: uint8 [out, in / 16], e4m3 values.
-        divides: `scales` are divided by `scale`; False: multiplied.
-    """
-
-    def __init__(self, entry: Nvfp4Entry, files: Mapping[Path, BufferedReader]) -> None:
-        super().__init__(entry)
-        self.divides = entry.divides
-        self.codes = stored_tensor(entry.codes, files)
-        self.scales = stored_tensor(replace(entry.scales, dtype="U8"), files)
-        self._scale = stored_tensor(entry.scale, files)
-
-    @cached_property
-    def scale(self) -> torch.Tensor:
-        """Of all of the weight: fp32 [1, 1]. ModelError where it is no finite number above 0."""
-        scale = self._scale.read().view(1, 1)
-        if not scale.isfinite() or scale <= 0:
-            raise _not_finite(self.name, self._scale.name, f" and above 0: {scale.item():g}")
-        return scale
-
-    def check_scales(self, scales: torch.Tensor) -> None:
-        """ModelError where one of some scales, as bytes, is no number."""
-        if has_nan_scale(scales):
-            raise _not_finite(self.name, self.scales.name)
-
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
-        rows, columns = slices
-        for part, place in self._pieces(rows):
-            codes = self.codes[part, slice(0, self.codes.shape[1])]
-            scales = self.scales[part, slice(0, self.scales.shape[1])]
-            self.check_scales(scales)
-            values = decode_nvfp4(
-                codes, scales.view(torch.float8_e4m3fn), self.scale, divides=self.divides
-            )
-            local[place].copy_(values[:, columns])
-
-
-class PackedTensor(DecodedTensor):
-    """A stack of experts in mxfp4: dense it is [experts, in, out].
-
-    Attributes:
-        blocks: uint8 [experts, out, groups, 16]; exponents: uint8 [experts, out, groups].
-    """
-
-    def __init__(self, entry: PackedEntry, files: Mapping[Path, BufferedReader]) -> None:
-        super().__init__(entry)
-        self.blocks = stored_tensor(entry.blocks, files)
-        self.exponents = stored_tensor(entry.exponents, files)
-
-    def check_exponents(self, exponents: torch.Tensor, expert: int) -> None:
-        """ModelError for a scale of this expert that is no number."""
-        if (exponents == NAN).any():
-            raise _not_finite(self.name, self.name, f": that of expert {expert}")
-
-    def _fill(self, local: torch.Tensor, slices: tuple[slice, ...]) -> None:
-        experts, inputs, outputs = slices
-        for expert in range(experts.start, min(experts.stop, self.shape[0])):
-            blocks = self.blocks[_of_first(self.blocks.shape, expert)][0]
-            exponents = self.exponents[_of_first(self.exponents.shape, expert)][0]
-            self.check_exponents(exponents, expert)
-            step = max(1, PIECE // self.shape[1])
-            for first in range(outputs.start, outputs.stop, step):
-                part = slice(first, min(first + step, outputs.stop))
-                values = decode_mxfp4(blocks[part], exponents[part])
-                start = first - outputs.start
-                target = local[expert - experts.start, :, start : start + len(values)]
-                target.copy_(values[:, inputs].T)
-
-
-def _not_finite(name: str, where: str, more: str = "") -> ModelError:
-    return ModelError(
-        f"a scale of {name} is not finite{more}",
-        where=where,
-        why="codes times scales are the weight: the file is damaged, or the model was broken when "
-        "it was quantized",
-        fix="fetch the model again: tunesmith fetch MODEL",
-    )
-
-
-def _of_first(shape: torch.Size, index: int) -> tuple[slice, ...]:
-    """The region of one index of the first dimension."""
-    return slice(index, index + 1), *(slice(0, size) for size in shape[1:])
+def _rows_of(stored: StoredTensor, rows: slice, expert: int | None) -> torch.Tensor:
+    """Rows of a matrix, or of an expert's in a stack."""
+    if expert is None:
+        return stored[(rows, *(slice(0, size) for size in stored.shape[1:]))]
+    others = (slice(0, size) for size in stored.shape[2:])
+    return stored[(slice(expert, expert + 1), rows, *others)][0]
 
 
 def stored_tensor(
@@ -454,12 +375,8 @@ def stored_tensor(
     files = files or {}
     if isinstance(entry, Pieces):
         return JoinedTensor(entry, files, check)
-    if isinstance(entry, ScaledEntry):
-        return ScaledTensor(entry, files, check)
-    if isinstance(entry, Nvfp4Entry):
-        return Nvfp4Tensor(entry, files)
-    if isinstance(entry, PackedEntry):
-        return PackedTensor(entry, files)
+    if isinstance(entry, CodedEntry):
+        return DecodedTensor(entry, files, check)
     return StoredTensor(entry, files.get(entry.file), check)
 
 

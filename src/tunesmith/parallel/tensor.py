@@ -26,20 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from tunesmith.adapter.lora import Lora
+from tunesmith.adapter.lora import LoraLinear
 from tunesmith.adapter.low_rank import LowRank
 from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_sum
 from tunesmith.distributed.torch_private import collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import RecipeError
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.frozen_linear import FrozenLinear, TensorShard, has_codes
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import find_decoder
 from tunesmith.model.fused import FusedNorm, FusedWideNorm, FusedZeroCenteredNorm, add_mixin
 from tunesmith.parallel.cuts import KEY, ParallelBlock, find_blocks
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
-from tunesmith.quant.expert_stack import ExpertStack
-from tunesmith.quant.frozen_linear import FrozenLinear, TensorShard
-from tunesmith.quant.nf4 import BLOCK, Nf4Linear
 from tunesmith.units import ceil_div
 
 ROWS, COLUMNS = 0, 1  # dimensions of a weight [out_features, in_features]
@@ -70,7 +69,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
     _check_sizes(model, blocks, mesh.shape.tensor)
     if root.attention_backend == "eager":
         raise _not_supported("eager attention", "model.attention")
-    if isinstance(root.head, Lora):
+    if isinstance(root.head, LoraLinear):
         raise _not_supported("an adapter on the head", "adapter.target")
     sharder = _ModelSharder(mesh)
     for block in blocks:
@@ -110,12 +109,13 @@ def _check_sizes(model: Any, blocks: list[ParallelBlock], size: int) -> None:
         units = {f"columns in {kind}": layer.in_features}
         if block.kv_heads is not None:
             units = {f"key-value heads in {kind}": block.kv_heads}
-        if isinstance(layer, Nf4Linear):
+        block_size = layer.format.block if isinstance(layer, FrozenLinear) else 1
+        if block_size > 1:
             # No block of weights with one scale reaches into another row, of this layer and of
             # those it follows.
-            whole = layer.in_features % BLOCK == layer.out_features % BLOCK == 0
+            whole = layer.in_features % block_size == layer.out_features % block_size == 0
             units[f"nf4 blocks in a row of {kind}.{name}"] = (
-                layer.in_features // BLOCK if whole else 1
+                layer.in_features // block_size if whole else 1
             )
         for what, count in units.items():
             counts[what] = math.gcd(counts.get(what, 0), count)
@@ -168,7 +168,7 @@ class _ModelSharder:
             return  # codes, of which every rank has all; they are not trained, and no DTensors
         computes_locally = isinstance(module, FusedNorm | FusedZeroCenteredNorm | LowRank)
         parameters = dict(module.named_parameters(recurse=False))
-        if isinstance(module, FrozenLinear):
+        if has_codes(module):
             # Codes are not trained, and no DTensors.
             computes_locally = True
             names = parameters.keys() & {"bias", "lora_A", "lora_B"}
@@ -198,13 +198,13 @@ class _ModelSharder:
         # From here on the layer has the sizes of this rank's part.
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
-        if isinstance(layer, FrozenLinear):
+        if has_codes(layer):
             layer.tensor_shard = TensorShard(dim, self.group.rank, self.group.size, self.group.name)
             # Anew, for the smaller sizes; the weights come later.
             layer.allocate(torch.device("meta"))
         else:
             # With an adapter the layer's own forward computes with local parts.
-            if not isinstance(layer, Lora):
+            if not isinstance(layer, LoraLinear):
                 self.add_mixin(layer, ShardedLinear)
             self.shard_parameter(layer, "weight", dim)
         if layer.bias is not None and dim == ROWS:
@@ -212,7 +212,7 @@ class _ModelSharder:
         elif layer.bias is not None:
             self.replicate_parameter(layer, "bias")
             self.add_mixin(layer, BiasOfSum)
-        if not isinstance(layer, Lora):
+        if not isinstance(layer, LoraLinear):
             return
         # A reads what its layer reads, and B writes what it writes.
         layer.first = 0

@@ -26,6 +26,7 @@ import torch
 from tunesmith.config.schema import Dtype, Model, Run, Train
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import MachineError
+from tunesmith.formats.base import DENSE_BYTES
 from tunesmith.host.chips import Chip
 from tunesmith.loss import card_bytes, chunk_size
 from tunesmith.model import attention
@@ -58,7 +59,6 @@ from tunesmith.planning.run_plan import (
 )
 from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
 from tunesmith.quant.expert_rows import uses_grouped_mm
-from tunesmith.quant.frozen_stack import DENSE_BYTES
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import chip_of, free_memory, host_budget, is_integrated

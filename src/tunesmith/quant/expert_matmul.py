@@ -15,7 +15,7 @@ does not wait for the edges. Everything else takes them in turns, as torch's own
 on other GPUs; the host reads the edges once a layer and forward. An expert's rows come from memory
 once a turn, as they are gathered, and are in the cache for the products that follow.
 
-A stack in codes that is large when dense (see `frozen_stack.DENSE_BYTES`) is multiplied by groups
+A stack in codes that is large when dense (see `formats.base.DENSE_BYTES`) is multiplied by groups
 of experts on any GPU. A group's product takes the rows between two edges, and no kernel of torch
 begins at a row that only the device knows. So the host reads the edges there too. It waits for the
 router then, and the products that follow take milliseconds each: the GPU has work again before
@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.formats.base import FrozenStack
+from tunesmith.formats.registry import find_format
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
-from tunesmith.quant.frozen_stack import FrozenStack, frozen_stack
 
 # Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
 ALIGNMENT = 16
@@ -68,13 +69,13 @@ def expert_matmul(
         lora = [lora_A, lora_B]
     y: Tensor
     if torch.compiler.is_compiling():
-        flags = [gathers, sums]
+        flags = [gathers, sums, stack.is_transposed]
         tensors = list(stack.tensors)
         y, *_ = expert_products(
-            x, lora, row_index.tensors(), tensors, stack.encoding, list(stack.shape), flags
+            x, lora, row_index.tensors(), tensors, stack.format.encoding, list(stack.shape), flags
         )
         return y
-    form = _ProductForm(stack.encoding, stack.shape, gathers, sums)
+    form = _ProductForm(stack.format.encoding, stack.shape, gathers, sums, stack.is_transposed)
     of_index = row_index.tensors()
     y = _ExpertMatmul.apply(x, form, len(lora), len(of_index), *lora, *of_index, *stack.tensors)
     return y
@@ -87,6 +88,7 @@ class _ProductForm(NamedTuple):
     shape: tuple[int, int, int]
     gathers: bool
     sums: bool
+    is_transposed: bool
 
 
 # ---- the arithmetic; `lora` is [A, B], or empty
@@ -375,7 +377,8 @@ def _rebuild(
     is_compiled: bool = False,
 ) -> tuple[FrozenStack, RowIndex]:
     """The stack and the index of some tensors."""
-    stack = frozen_stack(form.encoding, tensors, form.shape, is_compiled=is_compiled)
+    kind = find_format(form.encoding)
+    stack = FrozenStack(kind, tensors, form.shape, form.is_transposed, is_compiled)
     return stack, RowIndex.of_tensors(of_index)
 
 
@@ -475,7 +478,7 @@ expert_products_backward = torch.library.custom_op(
 @expert_products.register_fake
 def _(x, lora, of_index, tensors, encoding, shape, flags):  # type: ignore[no-untyped-def]
     tokens, places, *_ = of_index
-    _, sums = flags
+    _, sums, _ = flags
     y = x.new_empty((places if sums else tokens).shape[0], shape[2])
     return [y, x.new_empty(tokens.shape[0], lora[0].shape[1])] if lora else [y]
 
@@ -483,7 +486,7 @@ def _(x, lora, of_index, tensors, encoding, shape, flags):  # type: ignore[no-un
 @expert_products_backward.register_fake
 def _(dy, saved, lora, of_index, tensors, encoding, shape, flags, needs_dx):  # type: ignore[no-untyped-def]
     tokens, places, *_ = of_index
-    gathers, _ = flags
+    gathers, _, _ = flags
     rows = (places if gathers else tokens).shape[0]
     dx = dy.new_empty((rows, shape[1]) if needs_dx else (0,))
     return [dx, *(factor.new_empty(factor.shape) for factor in lora)]

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.distributed.vocab_parallel import local_part
+from tunesmith.formats.base import FrozenStack
+from tunesmith.formats.dense import dense_stack
+from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
-from tunesmith.quant.expert_stack import ExpertStack
-from tunesmith.quant.frozen_stack import DenseStack, FrozenStack
 
 NAME = "tunesmith"
 # Transformers' own, of experts that train in full.
@@ -61,29 +62,6 @@ def stacks_in_order(module: nn.Module) -> list[str]:
     return sorted(stack_names(module), key=names.index)
 
 
-def replace_stacks(
-    model: nn.Module, empty: Callable[[str, nn.Module, Tensor], ExpertStack | None]
-) -> list[str]:
-    """Replace parameters of a model on meta by stacks in codes.
-
-    empty: makes one of the experts' full name, their module and the parameter; None: it stays.
-
-    Returns their full names.
-    """
-    names = []
-    for name, module in expert_modules(model).items():
-        for key in stacks_in_order(module):
-            stack = empty(name, module, getattr(module, key))
-            if stack is None:
-                continue
-            delattr(module, key)
-            module.add_module(key, stack)
-            names.append(f"{name}.{key}")
-    if names:
-        use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
-    return names
-
-
 def trains_in_full(module: nn.Module) -> bool:
     """Whether a stack of a module of experts gets gradients."""
     stacks = [getattr(module, name) for name in stack_names(module)]
@@ -104,7 +82,7 @@ def stack_of(module: nn.Module, name: str) -> FrozenStack:
     if isinstance(weight, ExpertStack):
         return weight.frozen_stack()
     weight = local_part(weight)
-    return DenseStack.of(weight, is_transposed=bool(module.is_transposed))
+    return dense_stack(weight, is_transposed=bool(module.is_transposed))
 
 
 def experts_forward(

@@ -1,103 +1,15 @@
-"""Linear layers with a quantized weight that is not trained, and what a model asks about them."""
+"""What a model is asked about its linear layers."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.model.weights import SCALES, Hook, StoredTensor
-from tunesmith.quant.expert_stack import ExpertStack
-from tunesmith.quant.frozen_matmul import grouped_matmul
-from tunesmith.quant.frozen_weight import FrozenWeight
-
-
-class TensorShard(NamedTuple):
-    """Number `part` of `parts` equal ones along a dimension of a weight [out, in].
-
-    The others are on the ranks of the process group named `group`.
-    """
-
-    dim: int
-    part: int
-    parts: int
-    group: str
-
-    def shard_of(self, blocks: Tensor, rows: int) -> Tensor:
-        """The shard [its rows, its blocks of a row] of [rows * blocks of a row], as a view."""
-        # Along dimension 0 whole rows, along dimension 1 a span of blocks of every row.
-        return blocks.view(rows, -1).chunk(self.parts, self.dim)[self.part]
-
-
-class FrozenLinear(nn.Module, ABC):
-    """y = x W^T + b with a quantized W that gets no gradient.
-
-    One layer is quantized without knowing of the others. What is as large as W is a parameter:
-    FSDP shards parameters, and leaves buffers whole on every rank.
-
-    Attributes:
-        encoding: of its frozen weight.
-        compute_dtype: of the matmuls' results, and of `dense`.
-        bias: compute_dtype [out_features], or None.
-        tensor_shard: which part of the layer this rank of a tensor group has; `in_features` and
-            `out_features` are those of the part. None: all of it.
-    """
-
-    in_features: int
-    out_features: int
-    encoding: str
-    compute_dtype: torch.dtype
-    bias: nn.Parameter | None
-    tensor_shard: TensorShard | None = None
-
-    @abstractmethod
-    def allocate(self, device: torch.device) -> None:
-        """Make the tensors of the weight, empty, for the layer's sizes; the bias stays as it is."""
-
-    @abstractmethod
-    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
-        """Take the weight, called `name`, of a checkpoint: a hook of `load_weights`.
-
-        It may be a collective call.
-        """
-
-    @abstractmethod
-    def frozen_weight(self) -> FrozenWeight:
-        """The weight as the operators take it."""
-
-    def part_of(self, dense: Tensor | StoredTensor, rows: slice) -> Tensor:
-        """Rows of this rank's part of the whole weight; a new tensor where read from a file."""
-        # `rows` count from the first row of this rank's part, `dense` is the whole layer.
-        first_row, first_column = self.origin
-        columns = slice(first_column, first_column + self.in_features)
-        return dense[slice(first_row + rows.start, first_row + rows.stop), columns]
-
-    @property
-    def origin(self) -> tuple[int, int]:
-        """The first row and column of the whole weight that this rank has."""
-        shard = self.tensor_shard
-        if shard is None:
-            return 0, 0
-        if shard.dim == 0:
-            return shard.part * self.out_features, 0
-        return 0, shard.part * self.in_features
-
-    @torch.no_grad()
-    def dense(self) -> Tensor:
-        """The weight that the layer stands for: a new tensor in the compute dtype."""
-        return self.frozen_weight().dense(self.compute_dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in_features]; returns [..., out_features]."""
-        return grouped_matmul(x, [self.frozen_weight()], [local_part(self.bias)])[0]
-
-    def extra_repr(self) -> str:
-        has_bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, bias={has_bias}, {self.encoding}"
+from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.model.weights import SCALES, Hook
 
 
 def load_hooks(model: nn.Module) -> dict[str, Hook]:
@@ -107,10 +19,10 @@ def load_hooks(model: nn.Module) -> dict[str, Hook]:
     """
     hooks: dict[str, Hook] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, FrozenLinear):
-            hooks[f"{name}.weight"] = partial(layer.load, name=f"{name}.weight")
-        elif isinstance(layer, ExpertStack):
+        if isinstance(layer, ExpertStack):
             hooks[name] = partial(layer.load, name=name)
+        elif isinstance(layer, FrozenLinear) and has_codes(layer):
+            hooks[f"{name}.weight"] = partial(layer.load, name=f"{name}.weight")
     return hooks
 
 
@@ -194,7 +106,7 @@ def parameter_count(model: nn.Module) -> int:
         if isinstance(layer, ExpertStack):
             count += layer.stored_shape.numel()
             count -= sum(parameter.numel() for parameter in layer.parameters())
-        elif isinstance(layer, FrozenLinear):
+        elif isinstance(layer, FrozenLinear) and has_codes(layer):
             for name, parameter in layer.named_parameters(recurse=False):
                 # Out with the stored elements (nf4 has two weights in each), in with out * in
                 # below.

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tunesmith.config.schema import Model
-    from tunesmith.model.shipped import ShippedForm
+    from tunesmith.formats.form import ShippedForm
 
 PROBE_ROWS = (4096, 16, 1)  # of x, tried with fp8: many (3 GiB for an 8B model), few, and one
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A base in the dtype of the model, and what the quantized ones answer differently.
+    """A way to store the base; by default in the dtype of the model.
 
     Attributes:
         name: the word of `model.quantize`.
@@ -40,7 +40,10 @@ class Scheme:
         block: neighbors in a row that share a scale, so that a rank must have all of them.
         traffic_bytes: per weight, of one forward and backward. This is the fixed cost of a micro
             batch: both passes read the weight.
-        has_fp8_matmuls: it needs a machine with them; the base stays dense on others.
+        has_fp8_matmuls: it needs a machine with them; the base stays dense on others. The scales of
+            its rows, 4 bytes each, are not counted.
+        is_decoded: codes and scales are dequantized for one product at a time: in the backward once
+            more.
         is_cut: a tensor group can share a layer.
     """
 
@@ -55,15 +58,20 @@ class Scheme:
     block: int = 1
     traffic_bytes: float = 4.0
     has_fp8_matmuls: bool = False
+    is_decoded: bool = False
     is_cut: bool = True
 
     def storage(self, scaling: str | None, dtype: str) -> str:
         """How a plan calls the stored base, on a machine with this scaling recipe of fp8."""
-        return dtype
+        if self.has_fp8_matmuls:
+            return scaling or dtype
+        return self.name if self.is_decoded else dtype
 
     def backward_elements(self, weights: int, itemsize: int) -> int:
         """Elements of a matmul's dtype that its backward makes of a matrix with so many weights."""
-        return 0
+        if self.has_fp8_matmuls:
+            return weights // itemsize  # the transposed codes, a byte each
+        return weights if self.is_decoded else 0
 
     def replace_linears(
         self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
@@ -71,91 +79,46 @@ class Scheme:
         """Insert the scheme's empty layers and stacks of experts into a model on meta, before its
         adapter.
 
+        The scaling recipe of fp8 depends on the machine, so `convert_to_eight_bit` inserts those
+        layers once the plan is complete.
+
         form: of the checkpoint, where that is quantized.
         """
+        from tunesmith.quant.replace import replace_by_nf4, replace_by_shipped
+
+        if self.name == "nf4":
+            replace_by_nf4(model, dtype)
+        elif self.name == AS_SHIPPED:
+            assert form is not None  # `check_quantize` refuses others
+            replace_by_shipped(model, form, dtype)
 
     def check_device(self, device: torch.device) -> None:
         """MachineError where a package that the scheme needs is missing or has no code for it."""
+        if self.name == "nf4":
+            from tunesmith.formats.nf4 import check_nf4
+
+            check_nf4(device)
 
     def select_scaling(
         self, device: torch.device, shapes: Sequence[tuple[int, int]]
     ) -> tuple[str | None, str]:
         """The scaling recipe of fp8 on this device and why; (None, "") where none is needed.
 
-        shapes: (out_features, in_features) of the layers, as of `eight_bit.eight_bit_shapes`.
+        shapes: (out_features, in_features) of the layers, as of `eight_bit_shapes`.
         """
-        return None, ""
+        if not self.has_fp8_matmuls:
+            return None, ""
+        from tunesmith.formats import fp8
 
-
-class Fp8Scheme(Scheme):
-    """8-bit floats. Their scales, 4 bytes a row, are not counted.
-
-    The scaling recipe depends on the machine, so `convert_to_eight_bit` inserts the layers
-    once the plan is complete.
-    """
-
-    def storage(self, scaling: str | None, dtype: str) -> str:
-        return scaling or dtype
-
-    def backward_elements(self, weights: int, itemsize: int) -> int:
-        return weights // itemsize  # the transposed codes, a byte each
-
-    def select_scaling(
-        self, device: torch.device, shapes: Sequence[tuple[int, int]]
-    ) -> tuple[str | None, str]:
-        from tunesmith.quant import eight_bit
-
-        return eight_bit.select_scaling(device, shapes, PROBE_ROWS)
-
-
-class CodesScheme(Scheme):
-    """Codes and scales, dequantized for one product at a time: in the backward once more."""
-
-    def storage(self, scaling: str | None, dtype: str) -> str:
-        return self.name
-
-    def backward_elements(self, weights: int, itemsize: int) -> int:
-        return weights  # the dense weight
-
-
-class Nf4Scheme(CodesScheme):
-    """4-bit NormalFloat in blocks of 64, with scales in 8 bits."""
-
-    def replace_linears(
-        self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
-    ) -> None:
-        from tunesmith.quant import nf4, nf4_experts
-
-        nf4.replace_linears(model, dtype)
-        nf4_experts.replace_nf4_stacks(model, dtype)
-
-    def check_device(self, device: torch.device) -> None:
-        from tunesmith.quant import nf4
-
-        nf4.check_nf4(device)
-
-
-class ShippedScheme(CodesScheme):
-    """Codes and scales as the checkpoint has them: FP8, NVFP4, or MXFP4, which experts alone are
-    in.
-    """
-
-    def replace_linears(
-        self, model: nn.Module, dtype: torch.dtype, form: ShippedForm | None = None
-    ) -> None:
-        from tunesmith.quant import as_shipped, shipped_experts
-
-        assert form is not None  # `check_quantize` refuses others
-        if form.method != "mxfp4":
-            as_shipped.replace_shipped(model, form, dtype)
-        shipped_experts.replace_shipped_stacks(model, form, dtype)
+        return fp8.select_scaling(device, shapes, PROBE_ROWS)
 
 
 DENSE = Scheme()
 # Two passes read 1 byte a weight.
-FP8 = Fp8Scheme("fp8", weight_bytes=1, traffic_bytes=2.0, has_fp8_matmuls=True)
-NF4 = Nf4Scheme(
+FP8 = Scheme("fp8", weight_bytes=1, traffic_bytes=2.0, has_fp8_matmuls=True)
+NF4 = Scheme(
     "nf4",
+    is_decoded=True,
     weight_bytes=0.5,
     # An 8-bit scale of 64 weights, an fp32 scale of 256 of these.
     scale_bytes=1 / 64 + 4 / (64 * 256),
@@ -167,8 +130,9 @@ NF4 = Nf4Scheme(
     # The codes are read, and the dequantized weight is written and read: 2 x (0.52 + 2 + 2).
     traffic_bytes=9.03,
 )
-SHIPPED = ShippedScheme(
+SHIPPED = Scheme(
     AS_SHIPPED,
+    is_decoded=True,
     weight_bytes=1,
     # An fp32 scale of 128 x 128 weights. One of all takes less. One of each row takes more, 4 bytes
     # for some thousand weights, which is not counted.
@@ -183,8 +147,9 @@ SHIPPED = ShippedScheme(
 )
 # Of gpt-oss the experts, which no tensor group cuts: two codes a byte, and a byte of scale for 32
 # of them, which ranks share.
-SHIPPED_MXFP4 = ShippedScheme(
+SHIPPED_MXFP4 = Scheme(
     AS_SHIPPED,
+    is_decoded=True,
     expert_bytes=1 / 2 + 1 / 32,
     # In plain PyTorch: bytes to int32, two values of each looked up, times the scales.
     expert_dense_bytes=(0.5 + 2) + (2 + 2) + (2 + 2),
@@ -193,8 +158,9 @@ SHIPPED_MXFP4 = ShippedScheme(
     traffic_bytes=9.06,
 )
 # Two codes a byte, and a byte of scale for 16 of them, which ranks share; experts as the rest.
-SHIPPED_NVFP4 = ShippedScheme(
+SHIPPED_NVFP4 = Scheme(
     AS_SHIPPED,
+    is_decoded=True,
     weight_bytes=1 / 2 + 1 / 16,
     expert_bytes=1 / 2 + 1 / 16,
     # In plain PyTorch: bytes to int32, two values of each looked up in fp32, times the scales, to

@@ -53,6 +53,7 @@ from tunesmith.data.source import is_local
 from tunesmith.data.tokens import Repeats
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError, TunesmithError, UsageError
+from tunesmith.formats.scaled_matmul import SCALING_RECIPES
 from tunesmith.host import packages
 from tunesmith.host.chips import Chip, Peak
 from tunesmith.host.files import (
@@ -95,8 +96,7 @@ from tunesmith.planning.run_plan import (
     one_document_a_row,
     shares_prompts,
 )
-from tunesmith.quant.eight_bit import eight_bit_shapes
-from tunesmith.quant.scaled_matmul import SCALING_RECIPES
+from tunesmith.quant.replace import eight_bit_shapes
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE, Phase
 from tunesmith.runtime.device import chip_of, choose_device, free_device_memory

@@ -20,9 +20,10 @@ from tunesmith.data.batch import Batch
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective
+from tunesmith.formats.fp8 import Fp8, read_bf16_rows
+from tunesmith.formats.frozen_linear import FrozenLinear
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.quant.eight_bit import EightBitLinear
 from tunesmith.run_dir import Phase
 from tunesmith.units import ceil_div
 
@@ -67,7 +68,7 @@ def compare_with_bf16(
     Returns the figures of the rank whose loss changed most, on every rank.
     """
     ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
-    layers = [module for module in root.modules() if isinstance(module, EightBitLinear)]
+    layers = list(eight_bit_layers(root))
     # Eager: graphs that read files would break at every layer, and compile for two passes.
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
         with computed_dense(layers, mesh, ranks):
@@ -88,23 +89,35 @@ def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str
     Returns what was taken, with both losses, of the rank where they differ most.
     """
     ranks.heartbeat.phase(Phase.COMPARING, STUCK_AFTER_S)
-    layers = [module for module in root.modules() if isinstance(module, EightBitLinear)]
+    layers = list(eight_bit_layers(root))
     losses = []
     with lora.disabled(root.model), torch.compiler.set_stance("force_eager"):
         for fast_sums in (False, True):
-            for layer in layers:
-                layer.fast_sums = fast_sums
+            set_fast_sums(layers, fast_sums)
             losses.append(mean_loss(root, batches))
     full, fast = max(ranks.all_gather_object(losses), key=sums_severity)
     takes_fast = math.isfinite(fast) and abs(fast / full - 1) <= SUMS_TOLERANCE
-    for layer in layers:
-        layer.fast_sums = takes_fast
+    set_fast_sums(layers, takes_fast)
     taken = "fast" if takes_fast else "full"
     tokens = sum(batch.tokens for batch in batches)
     return (
         f"{taken} sums in the forward: loss {fast:.5f} with fast ones, {full:.5f} with full ones "
         f"({fast / full - 1:+.3%}, up to {SUMS_TOLERANCE:.1%} is taken), on {tokens:,} tokens"
     )
+
+
+def eight_bit_layers(root: TrainModel) -> Iterator[FrozenLinear]:
+    """Every layer that computes in 8 bits."""
+    for module in root.modules():
+        if isinstance(module, FrozenLinear) and isinstance(module.format, Fp8):
+            yield module
+
+
+def set_fast_sums(layers: Sequence[FrozenLinear], fast_sums: bool) -> None:
+    """Let the forward of 8-bit layers take fast sums, or full ones."""
+    for layer in layers:
+        assert isinstance(layer.format, Fp8)
+        layer.format = Fp8(layer.format.recipe, fast_sums)
 
 
 def sums_severity(losses: Sequence[float]) -> tuple[bool, float]:
@@ -134,7 +147,7 @@ def mean_loss(model: TrainModel, batches: Sequence[Batch]) -> float:
 
 
 @contextmanager
-def computed_dense(layers: Sequence[EightBitLinear], mesh: Mesh, ranks: Ranks) -> Iterator[None]:
+def computed_dense(layers: Sequence[FrozenLinear], mesh: Mesh, ranks: Ranks) -> Iterator[None]:
     """Inside, layers compute with the dense weights that they were rounded from."""
     try:
         for layer in layers:
@@ -145,12 +158,12 @@ def computed_dense(layers: Sequence[EightBitLinear], mesh: Mesh, ranks: Ranks) -
             layer.read_dense = None
 
 
-def read_dense_weight(layer: EightBitLinear, mesh: Mesh, ranks: Ranks) -> Tensor:
+def read_dense_weight(layer: FrozenLinear, mesh: Mesh, ranks: Ranks) -> Tensor:
     """A layer's weight [out_features, in_features] in bf16, from its file. A collective call.
 
     Each of the data ranks reads as many rows.
     """
-    assert layer.stored is not None
+    assert layer.rounded_from is not None
     ranks.heartbeat.progress()
     count = layer.out_features
     data_ranks = mesh.shape.data
@@ -158,7 +171,7 @@ def read_dense_weight(layer: EightBitLinear, mesh: Mesh, ranks: Ranks) -> Tensor
     start = min(mesh.data_rank * rows_of_rank, count)
     # Past the last row: an empty slice, padded below like a short one.
     stop = min(start + rows_of_rank, count)
-    rows = layer.read_rows(layer.stored, slice(start, stop))
+    rows = read_bf16_rows(layer, layer.rounded_from, slice(start, stop))
     if mesh.data_group is None:
         return rows
     # A gather takes as many rows of every rank: the last ranks may have fewer.

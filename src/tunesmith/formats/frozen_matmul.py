@@ -6,7 +6,7 @@
 The backward saves x and xa and nothing dense, and adds up dx in place. Two paths share the
 arithmetic: an autograd function in eager mode (an operator takes 0.6 ms longer for three layers on
 a CPU), and one opaque operator inside torch.compile, whose own patterns would undo the order of the
-sums (see `FrozenWeight.forward_matmul`). xa is an input of both: as an output of the operator it
+sums (see `Format.forward_matmul`). xa is an input of both: as an output of the operator it
 would make a recomputed layer run its last product again, whose y nobody reads.
 """
 
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tunesmith.quant.frozen_weight import FrozenWeight, Update, frozen_weight
+from tunesmith.formats.base import FrozenWeight, Update
+from tunesmith.formats.registry import find_format
 
 
 def grouped_matmul(
@@ -43,7 +44,8 @@ def grouped_matmul(
     assert all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
     # [n, in]: the kernels take matrices.
     rows = x.flatten(0, -2)
-    encoding = weights[0].encoding
+    kind = weights[0].format
+    encoding = kind.encoding
     widths = [weight.shape[0] for weight in weights]
     lora: list[Tensor] = []
     xa: list[Tensor] = []
@@ -59,7 +61,7 @@ def grouped_matmul(
     if not torch.is_grad_enabled() and not is_compiling:
         outputs = _few_rows(rows, weights, xa, lora)
     if not outputs:
-        quantized = weights[0].quantize_input(rows.detach())
+        quantized = kind.quantize_input(rows.detach())
         if is_compiling:
             # A traced graph holds the operator, whose list arguments torch.library takes as they
             # are.
@@ -93,11 +95,12 @@ class Counts(NamedTuple):
 def _rebuild_weights(
     encoding: str, tensors: list[Tensor], widths: list[int], in_features: int
 ) -> list[FrozenWeight]:
+    kind = find_format(encoding)
     per_layer = len(tensors) // len(widths)  # one encoding, so equally many tensors a layer
     weights = []
     for i, width in enumerate(widths):
         layer_tensors = tensors[i * per_layer : (i + 1) * per_layer]
-        weights.append(frozen_weight(encoding, layer_tensors, (width, in_features)))
+        weights.append(FrozenWeight(kind, layer_tensors, (width, in_features)))
     return weights
 
 
@@ -112,7 +115,7 @@ def _few_rows(
     """The outputs where the weights have a kernel for so few rows, else none; no gradients."""
     products = []
     for weight in weights:
-        product = weight.few_rows_matmul(x)
+        product = weight.format.few_rows_matmul(weight, x)
         if product is None:
             return []
         products.append(product)
@@ -137,11 +140,11 @@ def _forward(
     """The outputs."""
     weights = _rebuild_weights(encoding, tensors, widths, x.shape[1])
     if not lora:
-        return [weight.forward_matmul(x, quantized, None) for weight in weights]
+        return [weight.format.forward_matmul(weight, x, quantized, None) for weight in weights]
     lora_B = lora[1:]
     updates = zip(_split_by_layer(xa[0], lora_B), lora_B, strict=True)
     return [
-        weight.forward_matmul(x, quantized, update)
+        weight.format.forward_matmul(weight, x, quantized, update)
         for weight, update in zip(weights, updates, strict=True)
     ]
 
@@ -186,7 +189,7 @@ def _backward(
     # Each product is added to the same dx: one tensor [n, in] for all layers.
     for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
         quantized_dy = quantized[i * per_layer : (i + 1) * per_layer]
-        dx = weight.backward_matmul(dy, quantized_dy, dx, update)
+        dx = weight.format.backward_matmul(weight, dy, quantized_dy, dx, update)
         update = None  # the first product has added it, for all layers
     assert dx is not None
     return [dx, *d_lora]
@@ -240,7 +243,7 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     weights = _rebuild_weights(ctx.encoding, tensors, ctx.widths, ctx.in_features)
     quantized = []
     for dy, weight in zip(dys, weights, strict=True):
-        quantized += weight.quantize_gradient(dy)
+        quantized += weight.format.quantize_gradient(weight, dy)
     needs_dx = ctx.needs_input_grad[0]
     return dys, quantized, saved, lora, tensors, ctx.encoding, ctx.in_features, needs_dx
 

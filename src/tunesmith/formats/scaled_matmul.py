@@ -12,23 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.distributed.torch_private import scaled_mm
+from tunesmith.formats.base import E4M3, E4M3_MAX, LEAST_SCALE
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = torch.finfo(E4M3).max
 ROW_WISE = "fp8 row-wise"
 TENSOR_WISE = "fp8 tensor-wise"
 SCALING_RECIPES = (ROW_WISE, TENSOR_WISE)  # the best first
-# After a recipe: sums keep fewer bits. Hopper's cut each product to the 13 bits that the running
-# sum has, which takes a tenth to a fifth off the time; sums of one sign lose 7.5 % over 4,096
-# products and 21.6 % over 14,336, others 0.3 % (measured on an H200).
-FAST_SUMS = ", fast sums"
 # Fewer rows are padded to so many. cuBLASLt has no row-wise kernel for a large K below 257 rows on
 # Hopper (github.com/pytorch/ao/issues/4582: K = 9216).
 LEAST_ROWS = {ROW_WISE: 272, TENSOR_WISE: 16}
-
-# Of a row of zeros. A row of gradients that the scales of W are multiplied into may be of 1e-12
-# and less.
-LEAST_SCALE = 1e-30
 
 
 def quantize(recipe: str, x: Tensor) -> tuple[Tensor, Tensor]:

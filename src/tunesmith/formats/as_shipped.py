@@ -1,0 +1,141 @@
+"""What formats have in common that keep the codes and scales which a checkpoint ships.
+
+In memory is what is on the disk. A weight is dequantized for one product at a time, in the forward
+and again in the backward, and computes what the dense weight computes. Experts are stored one by
+one, and an expert in one part or two (gate and up), but for those of MXFP4.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
+from tunesmith.errors import ModelError
+from tunesmith.formats.base import Format, Stored, TensorForm
+from tunesmith.formats.form import FETCH, ShippedForm
+
+if TYPE_CHECKING:
+    from tunesmith.formats.expert_stack import ExpertStack
+    from tunesmith.formats.frozen_linear import FrozenLinear
+
+
+class AsShipped(Format):
+    """Tensors that are shared have rows of a matrix, and come first; another one has its scales."""
+
+    def __init__(self, form: ShippedForm, *options: str | float | None) -> None:
+        super().__init__(*options)
+        self.form = form
+
+    def stack_forms(
+        self, experts: int, rows: int, columns: int, parts: int
+    ) -> dict[str, TensorForm]:
+        of_part = self.matrix_forms(rows // parts, columns)
+        forms = {}
+        for name, form in self.matrix_forms(rows, columns).items():
+            shape = (experts, *form.shape)
+            if not form.is_shared:
+                shape = (experts, parts, *of_part[name].shape)
+            forms[name] = form._replace(shape=shape)
+        return forms
+
+    @abstractmethod
+    def encode(self, dense: Tensor) -> list[Tensor]:
+        """The tensors of a dense matrix in fp32."""
+
+    @abstractmethod
+    def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
+        """Rows of a matrix from `first` on, as they are read of a file: in fp32.
+
+        scale: of the whole matrix, as of `read_scale`.
+        """
+
+    def read_scale(self, stored: Stored, weight: str) -> Tensor:
+        """The scales of the whole weight of this name; ModelError where one is no finite number."""
+        raise NotImplementedError
+
+    def has_nan_scale(self, codes: Sequence[Tensor]) -> bool:
+        """Whether a scale of some rows is no number."""
+        return False
+
+    @torch.no_grad()
+    def load_matrix(
+        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+    ) -> None:
+        weight = stored[""]
+        targets = layer.stored_tensors()
+        if isinstance(weight, Tensor):
+            for target, values in zip(targets, self.encode(weight.float()), strict=True):
+                local_part(target).copy_(values[local_slices(target)])
+            return
+        if not self._is_of(weight):
+            raise self._without_scales(name, "its weight is")
+        if weight.shape != layer.shape:
+            what = f"it is stored as {list(weight.shape)}, and {list(layer.shape)} is needed"
+            raise ModelError(what, where=name, fix=FETCH)
+        for target, codes in zip(targets, weight.codes, strict=False):
+            codes.into_part(target)
+        if weight.scale is not None:
+            targets[-1].copy_(weight.scale)
+        weight.check_rows([local_part(target) for target in targets[: len(weight.codes)]])
+
+    @torch.no_grad()
+    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+        experts = range(stack.stored_shape[0])
+        if isinstance(weight, Tensor):
+            for expert in experts:
+                self._encode_expert(stack, expert, weight[first + expert].float())
+            return
+        pieces = list(weight.pieces(slice(first, first + len(experts))))
+        if not pieces:
+            raise self._without_scales(weight.name, "these experts are")
+        for piece, stored in pieces:
+            if not self._is_of(stored):
+                raise self._without_scales(stored.name, "an expert is")
+            of_expert, rows, _ = piece.region
+            part = rows.start * stack.parts // stack.rows
+            *places, scale = stack.places_of(of_expert.start - first, part)
+            assert scale is not None
+            assert stored.scale is not None
+            scale.copy_(stored.scale)
+            local = [place for place in places if place is not None]
+            for place, codes in zip(local, stored.codes, strict=False):
+                codes.into(place)
+            if local:
+                stored.check_rows(local)
+
+    def _encode_expert(self, stack: "ExpertStack", expert: int, dense: Tensor) -> None:
+        """Store a dense expert, as far as this rank holds it."""
+        matrix = dense.T if stack.is_turned else dense
+        for part, rows in enumerate(matrix.split(stack.rows // stack.parts)):
+            places = stack.places_of(expert, part)
+            for place, values in zip(places, self.encode(rows), strict=True):
+                if place is not None:
+                    place.copy_(values)
+
+    def _is_of(self, weight: Stored) -> bool:
+        return weight.format is not None and weight.format.name == self.name
+
+    def _without_scales(self, name: str, what: str) -> ModelError:
+        """The error for a plain weight called `name` where config.json says that it is in codes."""
+        return ModelError(
+            f"{what} stored without scales",
+            where=name,
+            why=f"config.json says that it is in {self.form.describe()}",
+            fix=f"name its module in quantization_config.{self.form.plain_key} of config.json,"
+            " or model.quantize=none",
+        )
+
+
+def not_finite(name: str, where: str, more: str = "") -> ModelError:
+    """The error for a scale of the weight `name`."""
+    return ModelError(
+        f"a scale of {name} is not finite{more}",
+        where=where,
+        why="codes times scales are the weight: the file is damaged, or the model was broken when "
+        "it was quantized",
+        fix=FETCH,
+    )

@@ -1,0 +1,275 @@
+"""How frozen weights are stored: one file a format, all with the interface of `Format`.
+
+- dense: the weight itself.
+- nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023,
+  arXiv:2305.14314).
+- fp8: 8-bit values with a scale a row, or one scale, for products in 8 bits.
+- fp8-blocks, nvfp4, mxfp4: what a checkpoint in FP8, NVFP4 or MXFP4 holds.
+
+A format makes and reads the tensors of a matrix [out, in], and those of a stack of experts. It
+holds no tensors itself: `FrozenLinear` and `ExpertStack` do, and `FrozenWeight` and `FrozenStack`
+are what the products take of them.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tunesmith.formats.expert_stack import ExpertStack
+    from tunesmith.formats.frozen_linear import FrozenLinear
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+# Of a row of zeros. A row of gradients that the scales of W are multiplied into may be of 1e-12
+# and less.
+LEAST_SCALE = 1e-30
+# Weights as shipped that are dequantized at a time: they are in fp32 then.
+MAX_DECODED_WEIGHTS = 1 << 24
+# Of a stack that is dense at a time, where all experts are multiplied by one kernel: a stack of
+# Qwen3-30B-A3B or of gpt-oss-20b takes less in 16 bits, one of gpt-oss-120b 4 GiB.
+DENSE_BYTES = 1 << 30
+Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
+
+
+class Stored(Protocol):
+    """A tensor of a checkpoint, not yet read: `model.weights.StoredTensor`.
+
+    Attributes:
+        format: of a weight in codes; None: it is dense.
+        codes: of a weight in codes, what is stored of its rows; scale: of all of it.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def format(self) -> "Format | None": ...
+    @property
+    def codes(self) -> Sequence["Stored"]: ...
+    @property
+    def scale(self) -> Tensor | None: ...
+    def read(self) -> Tensor: ...
+    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
+    def into(self, target: Tensor, begin: int = 0) -> None: ...
+    def into_part(self, target: Tensor) -> None: ...
+    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None: ...
+    def pieces(self, rows: slice) -> "Iterator[tuple[Any, Stored]]": ...
+
+
+class TensorForm(NamedTuple):
+    """A tensor of a stored weight.
+
+    Attributes:
+        is_shared: it grows with the weight: a parameter, of which FSDP leaves each rank a part. The
+            others are buffers, whole on every rank.
+        read_as: the dtype of its bytes, where torch and FSDP shall move them as integers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    is_shared: bool = False
+    read_as: torch.dtype | None = None
+
+
+class Format(ABC):
+    """A way to store a frozen weight.
+
+    Attributes:
+        encoding: its name and options, of which `find_format` makes it again. It is one string
+            because a `torch.library` operator takes strings and tensors but no objects, and because
+            two weights can share an operator where their strings are equal.
+        block: weights of a row that share a scale, and whose codes cannot be parted.
+        rounds: a dense weight is rounded as it is loaded; False: it is taken as it is.
+        is_output_major: the rows of a matrix of experts are outputs, however Transformers has them.
+    """
+
+    name: ClassVar[str]
+    block: int = 1
+    rounds: ClassVar[bool] = False
+    is_output_major: ClassVar[bool] = False
+
+    def __init__(self, *options: str | float | None) -> None:
+        self.encoding = json.dumps([self.name, *options])
+
+    @classmethod
+    def parse(cls, *options: Any) -> "Format":
+        """The format of these options, as they are in `encoding`."""
+        return cls(*options)
+
+    # ---- tensors
+
+    @abstractmethod
+    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+        """The tensors of a matrix, by their names in a layer; the weight's codes come first."""
+
+    def stack_forms(
+        self, experts: int, rows: int, columns: int, parts: int
+    ) -> dict[str, TensorForm]:
+        """Those of a stack, whose experts are the first dimension of what is shared.
+
+        parts: that an expert is stored in, one over the other.
+        """
+        raise NotImplementedError
+
+    def load_matrix(
+        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+    ) -> None:
+        """Take the weight, called `name`, of a checkpoint, or a tensor that was drawn.
+
+        It may be a collective call.
+        """
+        raise NotImplementedError
+
+    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+        """Take the experts of a dense or stored stack, of which this one's begin at `first`.
+
+        A rank takes those that it holds. Where ranks share the stack it is a collective call.
+        """
+        raise NotImplementedError
+
+    # ---- values
+
+    @abstractmethod
+    def decode(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """The dense matrix of this shape."""
+
+    def decode_experts(
+        self,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        experts: slice,
+        dtype: torch.dtype,
+        *,
+        is_compiled: bool,
+    ) -> Tensor:
+        """The dense matrices of some experts: [experts, *shape].
+
+        is_compiled: the compiler runs, and may make a kernel of its own.
+        """
+        raise NotImplementedError
+
+    def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether the weight is there in this dtype, so that `decode` takes no memory."""
+        return False
+
+    # ---- products
+
+    def quantize_input(self, x: Tensor) -> list[Tensor]:
+        """What `forward_matmul` needs of x beside itself.
+
+        Plain tensor code: the compiler fuses it into x's producer.
+        """
+        return []
+
+    def quantize_gradient(self, weight: "FrozenWeight", dy: Tensor) -> list[Tensor]:
+        """What `backward_matmul` needs of dy beside itself, as above."""
+        return []
+
+    def few_rows_matmul(self, weight: "FrozenWeight", x: Tensor) -> Tensor | None:
+        """x W^T for so few rows as decoding has, by a kernel of their own, without a backward.
+
+        None where there is no such kernel.
+        """
+        return None
+
+    def forward_matmul(
+        self, weight: "FrozenWeight", x: Tensor, quantized: Sequence[Tensor], update: Update
+    ) -> Tensor:
+        """x W^T + (x A^T) B^T: a new [n, out].
+
+        Args:
+            x: [n, in].
+            quantized: `quantize_input(x)`.
+            update: x A^T [n, rank] and B [out, rank] in the dtype of x, or None for x W^T alone.
+        """
+        dense = weight.dense(x.dtype)
+        if update is None:
+            return F.linear(x, dense)
+        xa, b = update
+        # The small product first: `addmm` adds x W^T onto it in its epilogue, so y is written once.
+        return (xa @ b.T).addmm_(x, dense.T)
+
+    def backward_matmul(
+        self,
+        weight: "FrozenWeight",
+        dy: Tensor,
+        quantized: Sequence[Tensor],
+        dx: Tensor | None,
+        update: Update = None,
+    ) -> Tensor:
+        """dy W for dy [n, out], added to `dx` [n, in] if there is one, which is then overwritten.
+
+        quantized: `quantize_gradient(dy)`.
+        update: d_xa [n, rank] and A^T [in, rank], whose product is added; not beside `dx`.
+        """
+        dense = weight.dense(dy.dtype)
+        if update is not None:
+            d_xa, a_transposed = update
+            # [n, rank] times [rank, in].
+            dx = d_xa @ a_transposed.T
+        if dx is None:
+            return dy @ dense
+        return dx.addmm_(dy, dense)
+
+
+class FrozenWeight(NamedTuple):
+    """A weight W that gets no gradient, as the products take it.
+
+    Attributes:
+        tensors: those of `format.matrix_forms`.
+        shape: (out_features, in_features).
+    """
+
+    format: Format
+    tensors: Sequence[Tensor]
+    shape: tuple[int, int]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W, [out, in]."""
+        return self.format.decode(self.tensors, self.shape, dtype)
+
+
+class FrozenStack(NamedTuple):
+    """The weights of all experts of a layer, which get no gradient, as the products take them.
+
+    Attributes:
+        tensors: those of `format.stack_forms`.
+        shape: (experts, in_features, out_features).
+        is_transposed: the matrices of experts are stored as [in, out], not [out, in].
+        is_compiled: the compiler runs, and may make a kernel of its own for `dense`.
+    """
+
+    format: Format
+    tensors: Sequence[Tensor]
+    shape: tuple[int, int, int]
+    is_transposed: bool = False
+    is_compiled: bool = False
+
+    def experts_at_once(self, dtype: torch.dtype) -> int:
+        """So many experts are at most DENSE_BYTES when dense; one, if it is larger."""
+        experts, in_features, out_features = self.shape
+        if self.format.is_dense(self.tensors, dtype):
+            return experts
+        of_expert = in_features * out_features * dtype.itemsize
+        return min(experts, max(1, DENSE_BYTES // of_expert))
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The experts from `first` to before `last`: [last - first, in, out], y = x W.
+
+        A view where it is stored so, and transposed where it is stored as [experts, out, in].
+        """
+        _, in_features, out_features = self.shape
+        shape = (in_features, out_features) if self.is_transposed else (out_features, in_features)
+        dense = self.format.decode_experts(
+            self.tensors, shape, slice(first, last), dtype, is_compiled=self.is_compiled
+        )
+        return dense if self.is_transposed else dense.mT

@@ -1,0 +1,46 @@
+"""Frozen weights as they are."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tunesmith.formats.base import Format, FrozenStack, TensorForm
+
+
+class Dense(Format):
+    """A weight in the dtype of x."""
+
+    name = "dense"
+
+    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+        return {"weight": TensorForm((rows, columns), is_shared=True)}
+
+    def decode(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        return tensors[0]
+
+    def decode_experts(
+        self,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        experts: slice,
+        dtype: torch.dtype,
+        *,
+        is_compiled: bool,
+    ) -> Tensor:
+        return tensors[0][experts].to(dtype)
+
+    def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        return tensors[0].dtype == dtype
+
+
+DENSE = Dense()
+
+
+def dense_stack(weight: Tensor, *, is_transposed: bool) -> FrozenStack:
+    """A stack `weight` as a module of Transformers has it."""
+    experts, rows, columns = weight.shape
+    shape = (experts, rows, columns) if is_transposed else (experts, columns, rows)
+    return FrozenStack(DENSE, [weight], shape, is_transposed)

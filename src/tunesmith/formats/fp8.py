@@ -1,0 +1,285 @@
+"""Frozen weights in 8 bits for products in 8 bits, for speed; nf4 is for memory.
+
+Weights, inputs and output gradients are e4m3; the matmuls give bf16. Only the frozen base is
+rounded: the adapter's own matmuls and gradients stay in bf16.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tunesmith.distributed.torch_private import collective, local_slices
+from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
+from tunesmith.errors import ModelError, first_line
+from tunesmith.formats.base import E4M3, Format, FrozenWeight, Stored, TensorForm, Update
+from tunesmith.formats.scaled_matmul import (
+    SCALING_RECIPES,
+    TENSOR_WISE,
+    find_scale,
+    quantize,
+    round_to_e4m3,
+    scaled_matmul,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.formats.frozen_linear import FrozenLinear
+
+PIECE = 1 << 22  # weights rounded at a time: they are in fp32 then
+# An element may be wrong by this share of the usual size of a sum. Sums lose at most 0.3 % of it
+# and bf16 rounds by 0.4 % of an element, of which the largest are of six times that size. A scale
+# of another row or column is wrong by half or more.
+WRONG = 0.1
+
+
+class Fp8(Format):
+    """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of all.
+
+    dx = dy W sums over the rows of W. Their scales are factors within that sum, where no matmul
+    applies them, so they are multiplied into dy before it is rounded. A GPU multiplies along
+    contiguous rows only: the backward makes W^T of the codes.
+
+    Attributes:
+        recipe: one of `scaled_matmul.SCALING_RECIPES`.
+        fast_sums: sums of the forward keep fewer bits. Hopper's cut each product to the 13 bits
+            that the running sum has, which takes a tenth to a fifth off the time; sums of one sign
+            lose 7.5 % over 4,096 products and 21.6 % over 14,336, others 0.3 % (measured on an
+            H200).
+    """
+
+    name = "fp8"
+    rounds = True
+
+    def __init__(self, recipe: str, fast_sums: bool = False) -> None:
+        super().__init__(recipe, fast_sums)
+        self.recipe = recipe
+        self.fast_sums = fast_sums
+
+    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+        scales = 1 if self.recipe == TENSOR_WISE else rows
+        return {
+            "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
+            # Not persistent: a checkpoint of the base holds dense weights.
+            "scale": TensorForm((scales, 1)),
+        }
+
+    def round(self, dense: Tensor) -> FrozenWeight:
+        """Quantize W [out, in] in the dtype of x."""
+        return FrozenWeight(self, quantize(self.recipe, dense), (dense.shape[0], dense.shape[1]))
+
+    def decode(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        codes, scale = tensors
+        return (codes.float() * scale).to(dtype)
+
+    # ---- products
+
+    def quantize_input(self, x: Tensor) -> list[Tensor]:
+        return list(quantize(self.recipe, x))
+
+    def quantize_gradient(self, weight: FrozenWeight, dy: Tensor) -> list[Tensor]:
+        if self.recipe != TENSOR_WISE:
+            _, scale = weight.tensors
+            # [n, out] times [1, out].
+            dy = dy * scale.T
+        return list(quantize(self.recipe, dy))
+
+    def forward_matmul(
+        self, weight: FrozenWeight, x: Tensor, quantized: Sequence[Tensor], update: Update
+    ) -> Tensor:
+        y = scaled_matmul(self.recipe, quantized, weight.tensors, x.dtype, fast_sums=self.fast_sums)
+        if update is not None:
+            xa, b = update
+            y.addmm_(xa, b.T)
+        return y
+
+    def backward_matmul(
+        self,
+        weight: FrozenWeight,
+        dy: Tensor,
+        quantized: Sequence[Tensor],
+        dx: Tensor | None,
+        update: Update = None,
+    ) -> Tensor:
+        codes, scale = weight.tensors
+        # [in, out] in memory, rows contiguous; the codes are moved as bytes.
+        transposed = codes.view(torch.uint8).t().contiguous().view(E4M3)
+        if self.recipe != TENSOR_WISE:
+            scale = scale.new_ones(len(transposed), 1)  # it is in `quantized`
+        dy_w = scaled_matmul(self.recipe, quantized, (transposed, scale), dy.dtype)
+        if update is not None:
+            d_xa, a_transposed = update
+            dy_w.addmm_(d_xa, a_transposed.T)
+        if dx is None:
+            return dy_w
+        return dx.add_(dy_w)
+
+    # ---- loading
+
+    def load_matrix(
+        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+    ) -> None:
+        dense = stored[""]
+        if len(stored) > 1:
+            more = ", ".join(f"{name}.{suffix}" for suffix in stored if suffix)
+            raise ModelError(
+                f"its weight is stored with {more}",
+                where=name,
+                why="model.quantize: fp8 needs an unquantized one",
+                fix="use the unquantized model, or model.quantize=none",
+            )
+        self.quantize(layer, dense)
+        layer.rounded_from = None if isinstance(dense, Tensor) else dense
+
+    @torch.no_grad()
+    def quantize(self, layer: "FrozenLinear", dense: Stored | Tensor) -> None:
+        """Store the whole layer's `dense` [out_features, in_features], rounded to bf16 first.
+
+        A rank reads and rounds the rows that it holds, a piece at a time. Where ranks share the
+        layer it is a collective call.
+        """
+        # FSDP2 shards dimension 0: `rows` below count from the first row of the layer's part,
+        # `codes` from the first row of this rank.
+        local_rows = local_slices(layer.weight)[0]
+        codes = local_part(layer.weight)
+        rows_per_piece = max(1, PIECE // layer.in_features)
+        pieces = []
+        for start in range(local_rows.start, local_rows.stop, rows_per_piece):
+            pieces.append(slice(start, min(start + rows_per_piece, local_rows.stop)))
+
+        def store(rows: slice, weight: Tensor, scale: Tensor) -> None:
+            rounded = round_to_e4m3(weight, scale).view(torch.uint8)
+            codes[rows.start - local_rows.start : rows.stop - local_rows.start] = rounded
+
+        # Zeros: the maximum over ranks leaves alone what a rank does not hold.
+        scale = torch.zeros_like(layer.get_buffer("scale"))
+        if self.recipe == TENSOR_WISE:
+            # Every piece stays until the one scale is there, which comes from all of them.
+            weights = [read_bf16_rows(layer, dense, rows) for rows in pieces]
+            for weight in weights:
+                scale = scale.maximum(find_scale(self.recipe, weight))
+            scale = _largest_of_ranks(layer, scale)
+            for rows, weight in zip(pieces, weights, strict=True):
+                store(rows, weight, scale)
+        else:
+            # A row's scale depends on that row alone, so one piece is in memory at a time.
+            for rows in pieces:
+                weight = read_bf16_rows(layer, dense, rows)
+                scale[rows] = find_scale(self.recipe, weight)
+                store(rows, weight, scale[rows])
+            scale = _largest_of_ranks(layer, scale)
+        layer.get_buffer("scale").copy_(scale)
+
+
+def read_bf16_rows(layer: "FrozenLinear", dense: Stored | Tensor, rows: slice) -> Tensor:
+    """Rows of the layer's part of `dense`, in bf16, where the matmuls are."""
+    return layer.part_of(dense, rows).to(layer.get_buffer("scale").device, torch.bfloat16)
+
+
+def _largest_of_ranks(layer: "FrozenLinear", scale: Tensor) -> Tensor:
+    """The largest scales of the ranks that have shards of the weight.
+
+    The scales of rows of other ranks are 0.
+    """
+    for group in sharding_groups(layer.weight):
+        scale = collective("all_reduce", scale, "max", group.group_name)
+    return scale
+
+
+# ---- which recipe a machine takes
+
+
+class Scaling(NamedTuple):
+    """How this machine scales 8-bit matmuls: one of SCALING_RECIPES, or None for none; and why."""
+
+    recipe: str | None
+    why: str
+
+
+def select_scaling(
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]] = ((48, 32),),
+    rows: Sequence[int] = (1, 16, 40),
+) -> Scaling:
+    """The first scaling recipe whose matmuls are right on this device: by trying, not by version.
+
+    sm_120 and sm_121 have fp8 tensor-wise only. All layers take one recipe.
+
+    Args:
+        shapes: (out_features, in_features) of the model's layers.
+        rows: of x, each tried with each shape.
+    """
+    faults: list[str] = []
+    for recipe in SCALING_RECIPES:
+        fault = ""
+        # Few and many rows take different kernels, and one that is wrong rules the recipe out.
+        for shape, n_rows in product(shapes, rows):
+            fault = matmul_fault(recipe, device, shape, n_rows)
+            if fault:
+                break
+        if not fault:
+            return Scaling(recipe, "; ".join([f"{recipe} matmuls run here", *faults]))
+        faults.append(f"{recipe} does not: {fault}")
+    return Scaling(None, f"this device has no fp8 matmuls: {'; '.join(faults)}")
+
+
+@torch.no_grad()
+def matmul_fault(
+    recipe: str,
+    device: torch.device,
+    shape: tuple[int, int],
+    n_rows: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> str:
+    """What is wrong with a frozen layer and its adapter on n rows, or "".
+
+    One forward and two added backwards are tried. Rows and columns are different powers of two, so
+    that scales that are swapped or shifted change the result. Signs are drawn: a sum of one sign
+    tells of fast sums rather than of a fault.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def powers(count: int, period: int) -> Tensor:
+        return torch.arange(count, device=device).remainder(period).float().exp2()
+
+    def signed(sizes: Tensor) -> Tensor:
+        signs = torch.randint(2, sizes.shape, generator=generator, device=device)
+        return (sizes * (2 * signs - 1)).to(dtype)
+
+    row_powers = powers(n_rows, 7)
+    out_powers = powers(shape[0], 5)
+    in_powers = powers(shape[1], 3)
+    dense = signed(out_powers.outer(in_powers))
+    x = signed(row_powers.outer(torch.ones_like(in_powers)))
+    dy = signed(row_powers.outer(torch.ones_like(out_powers)))
+    # A sum of signed numbers is of the size of their norm. A LoRA update of rank 1 adds as much.
+    update = (signed(row_powers.outer(in_powers.norm().view(1))), signed(out_powers.view(-1, 1)))
+    dx_update = (signed(row_powers.outer(out_powers.norm().view(1))), signed(in_powers.view(-1, 1)))
+
+    def is_wrong(result: Tensor, expected: Tensor, column_powers: Tensor, summed: Tensor) -> bool:
+        sizes = row_powers.outer(column_powers * summed.norm())
+        return not bool(((result - expected).abs() <= WRONG * sizes).all())
+
+    fault = ""
+    try:
+        kind = Fp8(recipe, fast_sums=device.type == "cuda")
+        weight = kind.round(dense)
+        y = kind.forward_matmul(weight, x, kind.quantize_input(x), update)
+        quantized_dy = kind.quantize_gradient(weight, dy)
+        dx = kind.backward_matmul(weight, dy, quantized_dy, None, dx_update)
+        dx = kind.backward_matmul(weight, dy, quantized_dy, dx)
+        # The powers are e4m3 numbers: only the sums and bf16 round.
+        expected_y = x @ dense.T + update[0] @ update[1].T
+        expected_dx = 2 * (dy @ dense) + dx_update[0] @ dx_update[1].T
+        if is_wrong(y, expected_y, out_powers, in_powers):
+            fault = "a wrong result"
+        if is_wrong(dx, expected_dx, in_powers, out_powers):
+            fault = "a wrong result"
+    except Exception as error:  # whatever torch and the driver raise for matmuls that they lack
+        fault = first_line(error)
+    if not fault:
+        return ""
+    return f"{n_rows} rows times [{shape[1]}, {shape[0]}]: {fault}"

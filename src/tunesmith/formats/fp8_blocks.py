@@ -1,0 +1,143 @@
+"""Frozen weights as FP8 checkpoints have them: 8-bit values with a scale a block or a row, or one
+scale.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.formats.as_shipped import AsShipped, not_finite
+from tunesmith.formats.base import (
+    E4M3,
+    E4M3_MAX,
+    LEAST_SCALE,
+    MAX_DECODED_WEIGHTS,
+    Stored,
+    TensorForm,
+)
+from tunesmith.formats.form import ShippedForm
+from tunesmith.units import ceil_div
+
+
+class Fp8Blocks(AsShipped):
+    """tensors: the e4m3 codes of W [out, in], and their scales: fp32 [block rows, block columns].
+
+    Attributes:
+        height, width: of a block that shares a scale; 0: all that W has.
+    """
+
+    name = "fp8-blocks"
+
+    def __init__(self, form: ShippedForm) -> None:
+        self.height, self.width = form.block or (0, 0)
+        super().__init__(form, self.height, self.width)
+
+    @classmethod
+    def parse(cls, height: int, width: int) -> "Fp8Blocks":
+        return cls(ShippedForm("fp8", (height, width) if height else None))
+
+    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+        return {
+            "weight": TensorForm((rows, columns), torch.uint8, is_shared=True, read_as=E4M3),
+            # Not persistent: a checkpoint of the base holds dense weights.
+            "scale": TensorForm(self.form.scale_shape(rows, columns)),
+        }
+
+    def encode(self, dense: Tensor) -> list[Tensor]:
+        # Each block scaled to the largest code.
+        block = self.form.block_of(dense.shape[0], dense.shape[1])
+        scales = block_scales(dense, block)
+        codes = (dense / spread_blocks(scales, block, dense.shape)).clamp_(-E4M3_MAX, E4M3_MAX)
+        return [codes.to(E4M3).view(torch.uint8), scales]
+
+    def decode(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        codes, scales = tensors
+        out_features, in_features = shape
+        weight = codes.new_empty(shape, dtype=dtype)
+        rows = self.height or out_features
+        of_columns = self._spread_columns(scales, in_features)  # [block rows, in or 1]
+        # In fp32 there is one piece, of whole blocks.
+        per_piece = max(1, MAX_DECODED_WEIGHTS // (rows * in_features))
+        if len(of_columns) == 1:
+            rows = max(1, MAX_DECODED_WEIGHTS // in_features)
+            of_columns = of_columns.expand(ceil_div(out_features, rows), -1)
+        for first in range(0, len(of_columns), per_piece):
+            last = min(first + per_piece, len(of_columns))
+            start, stop = first * rows, min(last * rows, out_features)
+            values = codes[start:stop].float()
+            whole = (stop - start) // rows * rows
+            if whole:
+                blocks = values[:whole].view(-1, rows, in_features)
+                blocks.mul_(of_columns[first : first + len(blocks), None])
+            values[whole:].mul_(of_columns[last - 1])
+            weight[start:stop] = values
+        return weight
+
+    def _spread_columns(self, scales: Tensor, in_features: int) -> Tensor:
+        """The scale of each column of each row of blocks, or one for all of a row."""
+        if not self.width:
+            return scales
+        return scales.repeat_interleave(self.width, 1)[:, :in_features]
+
+    def decode_experts(
+        self,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        experts: slice,
+        dtype: torch.dtype,
+        *,
+        is_compiled: bool,
+    ) -> Tensor:
+        codes, scales = (tensor[experts] for tensor in tensors)
+        rows, columns = shape
+        height = rows // scales.shape[1]  # of a part, in which blocks begin anew
+        of_block = self.height or height
+        form = Fp8Blocks.parse(of_block, self.width)
+        codes = codes.flatten(0, 1)
+        scales = scales.flatten(0, 1)
+        # Where each part has whole blocks alone, all parts are dequantized as one matrix.
+        parts_at_once = len(scales) if height % of_block == 0 else 1
+        step = parts_at_once * height
+        matrices = []
+        for part in range(0, len(scales), parts_at_once):
+            of_part = [
+                codes[part * height : part * height + step],
+                scales[part : part + parts_at_once].flatten(0, 1),
+            ]
+            matrices.append(form.decode(of_part, (step, columns), dtype))
+        dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        return dense.view(-1, rows, columns)
+
+    def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
+        assert scale is not None
+        values = codes[0].view(E4M3).float()
+        if not self.height:
+            return values * scale
+        of_rows = scale[torch.arange(first, first + len(values)) // self.height]
+        return values * self._spread_columns(of_rows, values.shape[1])
+
+    def read_scale(self, stored: Stored, weight: str) -> Tensor:
+        scales = stored.read().float()
+        if not scales.isfinite().all():
+            raise not_finite(weight, stored.name)
+        return scales.view(-1, 1 if scales.ndim < 2 else scales.shape[1])
+
+
+def block_scales(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """The scale of each block of a weight [out, in]: its largest value has the largest code."""
+    height, width = block
+    rows, columns = weight.shape
+    whole = F.pad(weight.abs(), (0, -columns % width, 0, -rows % height))
+    blocks = whole.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    return (blocks.amax((1, 3)) / E4M3_MAX).clamp_(min=LEAST_SCALE)
+
+
+def spread_blocks(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """The scale of each weight, of the scales of blocks: [*shape]."""
+    height, width = block
+    of_columns = scales.repeat_interleave(width, 1)[:, : shape[1]]
+    return of_columns.repeat_interleave(height, 0)[: shape[0]]

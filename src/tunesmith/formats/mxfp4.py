@@ -1,0 +1,158 @@
+"""Frozen experts in MXFP4, in which gpt-oss ships them: 32 weights share an exponent (OCP
+Microscaling Formats, version 1.0).
+
+A checkpoint has the experts of a layer in one tensor, as [experts, out, in]; the model has them as
+[experts, in, out].
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tunesmith.distributed.torch_private import local_slices
+from tunesmith.distributed.vocab_parallel import local_part
+from tunesmith.formats.as_shipped import AsShipped
+from tunesmith.formats.base import MAX_DECODED_WEIGHTS, Stored, TensorForm
+from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
+from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
+
+if TYPE_CHECKING:
+    from tunesmith.formats.expert_stack import ExpertStack
+
+NAN = 255  # as an exponent
+
+
+class Mxfp4(AsShipped):
+    """tensors: blocks uint8 [..., out, groups, 16] and exponents uint8 [..., out, groups]."""
+
+    name = "mxfp4"
+    is_output_major = True
+
+    @classmethod
+    def parse(cls) -> "Mxfp4":
+        return cls(ShippedForm("mxfp4"))
+
+    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+        groups = (rows, columns // MXFP4_GROUP)
+        return {
+            "weight": TensorForm((*groups, MXFP4_GROUP // 2), torch.uint8, is_shared=True),
+            # Shared too: it is a sixteenth of the blocks.
+            "weight_scales": TensorForm(groups, torch.uint8, is_shared=True),
+        }
+
+    def encode(self, dense: Tensor) -> list[Tensor]:
+        return list(encode_mxfp4(dense))
+
+    @torch.no_grad()
+    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+        if isinstance(weight, Tensor) or not self._is_of(weight):
+            super().load_stack(stack, weight, first)
+            return
+        targets = stack.stored_tensors()
+        expert = first + local_slices(targets[0])[0].start
+        # One run of the file each, straight into its place.
+        for target, codes in zip(targets, weight.codes, strict=True):
+            codes.into(local_part(target), expert * codes.shape[1:].numel())
+        for place, exponents in enumerate(local_part(targets[1])):
+            weight.check_rows([exponents], f": that of expert {expert + place}")
+
+    def decode(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        blocks, exponents = tensors
+        _, in_features = shape
+        dense = blocks.new_empty(shape, dtype=dtype)
+        # bf16 has every value of MXFP4, fp16 has not.
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        step = max(1, MAX_DECODED_WEIGHTS // in_features)  # rows that are looked up at a time
+        for start in range(0, len(blocks), step):
+            rows = slice(start, start + step)
+            decode_mxfp4(blocks[rows], exponents[rows], exact, out=dense[rows])
+        return dense
+
+    def decode_experts(
+        self,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        experts: slice,
+        dtype: torch.dtype,
+        *,
+        is_compiled: bool,
+    ) -> Tensor:
+        blocks, exponents = (tensor[experts].flatten(0, 1) for tensor in tensors)
+        if is_compiled:
+            dense = compiled_mxfp4()(blocks, exponents, dtype)
+        else:
+            dense = self.decode([blocks, exponents], (len(blocks), shape[1]), dtype)
+        return dense.view(-1, *shape)
+
+    def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
+        blocks, exponents = codes
+        return decode_mxfp4(blocks, exponents)
+
+    def has_nan_scale(self, codes: Sequence[Tensor]) -> bool:
+        return bool((codes[-1] == NAN).any())
+
+
+def decode_mxfp4(
+    blocks: Tensor,
+    exponents: Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The values of mxfp4 weights: [..., groups * 32].
+
+    Each is exact, but for the outermost exponents.
+
+    Args:
+        blocks: uint8 [..., groups, 16], two codes a byte, the low half first.
+        exponents: uint8 [..., groups], of a power of two, with a bias of 127.
+        dtype: fp32 or bf16, which have the same exponents; in it the values are computed.
+        out: where they are written, rounded to its dtype.
+    """
+    ones = torch.ones_like(exponents, dtype=torch.float32)
+    powers = torch.ldexp(ones, exponents.int() - 127).to(dtype)
+    values = unpack_fp4(blocks, dtype)
+    groups = values if out is None else out.unflatten(-1, (-1, MXFP4_GROUP))
+    torch.mul(values, powers.unsqueeze(-1), out=groups)
+    return groups.flatten(-2)
+
+
+def mxfp4_formula(blocks: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """`decode_mxfp4` without look-ups, which a compiler makes one kernel of.
+
+    It reads half a byte a weight and writes its value; the look-ups move eight bytes more.
+    """
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).int()
+    mantissa = codes & 1
+    exponent = (codes >> 1) & 3
+    # Below 1 there is no leading one: 0 and a half.
+    halves = torch.where(exponent == 0, mantissa, (mantissa + 2) << (exponent - 1).clamp_min(0))
+    sizes = halves.to(torch.float32) * 0.5
+    values = torch.where(codes >= 8, -sizes, sizes)
+    # The bits of a power of two: its exponent, or of the smallest one the highest of the mantissa.
+    biased = exponents.int()
+    powers = torch.where(biased == 0, 1 << 22, biased << 23).view(torch.float32)
+    return (values * powers.unsqueeze(-1)).to(dtype).flatten(-2)
+
+
+@cache
+def compiled_mxfp4() -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
+    """`mxfp4_formula` as one kernel."""
+    return torch.compile(mxfp4_formula)
+
+
+def encode_mxfp4(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Round weights [..., groups * 32] to mxfp4, each group by its largest: blocks and exponents
+    as of `decode_mxfp4`.
+    """
+    groups = weights.float().unflatten(-1, (-1, MXFP4_GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    # The largest code is 6 = 1.5 * 2^2.
+    _, power = torch.frexp(largest)
+    exponents = (power - 3 + 127).clamp_(0, 254)
+    scaled = torch.ldexp(groups, 127 - exponents).clamp_(-E2M1_MAX, E2M1_MAX)
+    return pack_fp4(scaled), exponents.squeeze(-1).to(torch.uint8)

@@ -1,0 +1,134 @@
+"""Frozen weights as NVFP4 checkpoints have them: 16 weights of a row share a scale in e4m3, and all
+of a matrix one in fp32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tunesmith.formats.as_shipped import AsShipped, not_finite
+from tunesmith.formats.base import E4M3, E4M3_MAX, MAX_DECODED_WEIGHTS, Stored, TensorForm
+from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
+from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
+
+SIGNLESS_NAN = 127  # as the byte of a scale
+SMALLEST = 1e-12  # of a matrix of zeros
+
+
+class Nvfp4(AsShipped):
+    """tensors: the codes of W, uint8 [out, in / 2]; the scale of each 16 of a row, e4m3 [out, in /
+    16]; and that of all, fp32 [1, 1], or of each row, [out, 1].
+
+    Attributes:
+        divides: the groups' scales are divided by that of all, as compressed-tensors does; False:
+            multiplied, as ModelOpt does.
+    """
+
+    name = "nvfp4"
+
+    def __init__(self, form: ShippedForm) -> None:
+        assert form.names is not None
+        self.divides = form.names.divides
+        super().__init__(form, self.divides)
+
+    @classmethod
+    def parse(cls, divides: bool) -> "Nvfp4":
+        return cls(ShippedForm("nvfp4", names=COMPRESSED_TENSORS if divides else MODELOPT))
+
+    def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
+        groups = (rows, columns // NVFP4_GROUP)
+        return {
+            "weight": TensorForm((rows, columns // 2), torch.uint8, is_shared=True),
+            # Shared too: it is an eighth of the codes.
+            "weight_scales": TensorForm(groups, torch.uint8, is_shared=True, read_as=E4M3),
+            "scale": TensorForm((1, 1)),
+        }
+
+    def encode(self, dense: Tensor) -> list[Tensor]:
+        scale = nvfp4_scale(dense.abs().max().item())
+        codes, scales = encode_nvfp4(dense, scale)
+        stored_scale = torch.full((1, 1), scale if self.divides else 1 / scale)
+        return [codes, scales.view(torch.uint8), stored_scale]
+
+    def decode(
+        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        codes, scales, scale = tensors
+        out_features, in_features = shape
+        scale = scale.expand(out_features, 1)
+        weight = codes.new_empty(shape, dtype=dtype)
+        step = max(1, MAX_DECODED_WEIGHTS // in_features)
+        for start in range(0, out_features, step):
+            rows = slice(start, start + step)
+            weight[rows] = decode_nvfp4(
+                codes[rows], scales[rows], scale[rows], divides=self.divides
+            )
+        return weight
+
+    def decode_experts(
+        self,
+        tensors: Sequence[Tensor],
+        shape: tuple[int, int],
+        experts: slice,
+        dtype: torch.dtype,
+        *,
+        is_compiled: bool,
+    ) -> Tensor:
+        codes, scales, of_parts = (tensor[experts] for tensor in tensors)
+        rows, columns = shape
+        # One matrix of all of them, whose rows have the scale of their part.
+        height = rows // of_parts.shape[1]
+        of_rows = of_parts.flatten().repeat_interleave(height).unsqueeze(1)
+        matrix = [codes.flatten(0, 1), scales.flatten(0, 1), of_rows]
+        return self.decode(matrix, (len(of_rows), columns), dtype).view(-1, rows, columns)
+
+    def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
+        assert scale is not None
+        packed, scales = codes
+        return decode_nvfp4(packed, scales.view(E4M3), scale, divides=self.divides)
+
+    def read_scale(self, stored: Stored, weight: str) -> Tensor:
+        scale = stored.read().view(1, 1)
+        if not scale.isfinite() or scale <= 0:
+            raise not_finite(weight, stored.name, f" and above 0: {scale.item():g}")
+        return scale
+
+    def has_nan_scale(self, codes: Sequence[Tensor]) -> bool:
+        return bool(((codes[1] & SIGNLESS_NAN) == SIGNLESS_NAN).any())
+
+
+def decode_nvfp4(packed: Tensor, scales: Tensor, scale: Tensor, *, divides: bool) -> Tensor:
+    """The values of nvfp4 weights in fp32: [..., n].
+
+    Args:
+        packed: uint8 [..., n / 2], two codes a byte, the low half first.
+        scales: e4m3 [..., n / 16].
+        scale: fp32, of all; of a shape that `scales` can be multiplied with.
+        divides: as of `Nvfp4`.
+    """
+    steps = scales.float()
+    steps = steps.div_(scale) if divides else steps.mul_(scale)
+    groups = unpack_fp4(packed, torch.float32).unflatten(-1, (-1, NVFP4_GROUP))
+    return groups.mul_(steps.unsqueeze(-1)).flatten(-2)
+
+
+def nvfp4_scale(largest: float) -> float:
+    """The scale of matrices whose largest weight is `largest`, for `encode_nvfp4`: the largest of
+    the groups' scales then is e4m3's largest.
+    """
+    return E4M3_MAX * E2M1_MAX / max(largest, SMALLEST)
+
+
+def encode_nvfp4(weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Round weights [..., n] to nvfp4, each group by its largest: `packed` and `scales` as of
+    `decode_nvfp4`, which divides by `scale`.
+    """
+    groups = weights.float().unflatten(-1, (-1, NVFP4_GROUP))
+    largest = groups.abs().amax(-1)
+    scales = (largest / E2M1_MAX * scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    # A group that rounds to no scale at all is zeros in any case.
+    scales = torch.where(scales.float() == 0, torch.ones_like(scales), scales)
+    # What a reader multiplies with: the group's rounded scale over that of all.
+    steps = (scales.float() / scale).unsqueeze(-1)
+    return pack_fp4((groups / steps).clamp_(-E2M1_MAX, E2M1_MAX).flatten(-2)), scales
