@@ -274,3 +274,13 @@ def test_a_whole_number_of_many_digits_from_python() -> None:
     for key in ("adapter.rank", "train.seed", "train.learning_rate"):
         with pytest.raises(RecipeError, match=key):
             load_recipe("smollm2-135m-lora", {key: -(10**4400)})
+
+
+def test_the_default_of_a_key_that_is_gone_is_left_out(recipe: Path) -> None:
+    """Runs have `parallel.experts: auto` in their config.yaml."""
+    values = to_mapping(load_recipe(recipe))
+    values["parallel"]["experts"] = "auto"
+    assert from_mapping(values, where="config.yaml", base=Path.cwd()) == load_recipe(recipe)
+    values["parallel"]["experts"] = 2
+    with refuses(RecipeError, where="config.yaml: parallel.experts", fix=["parallel.shard: 2"]):
+        from_mapping(values, where="config.yaml", base=Path.cwd())

@@ -54,6 +54,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
 
 
 def checked(tree: Node) -> Run:
+    _drop_divided_experts(tree)
     tree = with_method_section(tree)
     run = build_run(resolve_paths(tree))
     places = dict(tree.places())
@@ -62,6 +63,18 @@ def checked(tree: Node) -> Run:
     run = replace(run, data=replace(run.data, train=train, validation=validation))
     check_run(run, lambda key: places.get(key, ""))
     return run
+
+
+def _drop_divided_experts(tree: Node) -> None:
+    """Leave out the default of `parallel.experts`, a key that is gone: runs have it in their
+    config.yaml. Another value is an unknown key.
+    """
+    parallel = tree.value.get("parallel") if isinstance(tree.value, dict) else None
+    if parallel is None or not isinstance(parallel.value, dict):
+        return
+    experts = parallel.value.get("experts")
+    if experts is not None and experts.value in ("auto", 1):
+        del parallel.value["experts"]
 
 
 def _with_format(
