@@ -12,6 +12,7 @@ are what the products take of them.
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -137,24 +138,11 @@ class Format(ABC):
     # ---- values
 
     @abstractmethod
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        """The dense matrix of this shape."""
+    def decode(self, weight: "FrozenWeight", dtype: torch.dtype) -> Tensor:
+        """The dense matrix."""
 
-    def decode_experts(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        experts: slice,
-        dtype: torch.dtype,
-        *,
-        is_compiled: bool,
-    ) -> Tensor:
-        """The dense matrices of some experts: [experts, *shape].
-
-        is_compiled: the compiler runs, and may make a kernel of its own.
-        """
+    def decode_experts(self, stack: "FrozenStack", experts: slice, dtype: torch.dtype) -> Tensor:
+        """The dense matrices of some experts: [experts, *stack.matrix]."""
         raise NotImplementedError
 
     def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -235,7 +223,7 @@ class FrozenWeight(NamedTuple):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W, [out, in]."""
-        return self.format.decode(self.tensors, self.shape, dtype)
+        return self.format.decode(self, dtype)
 
 
 class FrozenStack(NamedTuple):
@@ -254,12 +242,18 @@ class FrozenStack(NamedTuple):
     is_transposed: bool = False
     is_compiled: bool = False
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of an expert, as it is stored."""
+        _, in_features, out_features = self.shape
+        return (in_features, out_features) if self.is_transposed else (out_features, in_features)
+
     def experts_at_once(self, dtype: torch.dtype) -> int:
         """So many experts are at most DENSE_BYTES when dense; one, if it is larger."""
-        experts, in_features, out_features = self.shape
+        experts = self.shape[0]
         if self.format.is_dense(self.tensors, dtype):
             return experts
-        of_expert = in_features * out_features * dtype.itemsize
+        of_expert = math.prod(self.matrix) * dtype.itemsize
         return min(experts, max(1, DENSE_BYTES // of_expert))
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -267,9 +261,5 @@ class FrozenStack(NamedTuple):
 
         A view where it is stored so, and transposed where it is stored as [experts, out, in].
         """
-        _, in_features, out_features = self.shape
-        shape = (in_features, out_features) if self.is_transposed else (out_features, in_features)
-        dense = self.format.decode_experts(
-            self.tensors, shape, slice(first, last), dtype, is_compiled=self.is_compiled
-        )
+        dense = self.format.decode_experts(self, slice(first, last), dtype)
         return dense if self.is_transposed else dense.mT

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.formats.base import Format, FrozenStack, TensorForm
+from tunesmith.formats.base import Format, FrozenStack, FrozenWeight, TensorForm
 
 
 class Dense(Format):
@@ -16,21 +16,11 @@ class Dense(Format):
     def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
         return {"weight": TensorForm((rows, columns), is_shared=True)}
 
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        return tensors[0]
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        return weight.tensors[0]
 
-    def decode_experts(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        experts: slice,
-        dtype: torch.dtype,
-        *,
-        is_compiled: bool,
-    ) -> Tensor:
-        return tensors[0][experts].to(dtype)
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
+        return stack.tensors[0][experts].to(dtype)
 
     def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
         return tensors[0].dtype == dtype

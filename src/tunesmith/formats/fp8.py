@@ -69,10 +69,8 @@ class Fp8(Format):
         """Quantize W [out, in] in the dtype of x."""
         return FrozenWeight(self, quantize(self.recipe, dense), (dense.shape[0], dense.shape[1]))
 
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        codes, scale = tensors
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        codes, scale = weight.tensors
         return (codes.float() * scale).to(dtype)
 
     # ---- products

@@ -14,6 +14,8 @@ from tunesmith.formats.base import (
     E4M3_MAX,
     LEAST_SCALE,
     MAX_DECODED_WEIGHTS,
+    FrozenStack,
+    FrozenWeight,
     Stored,
     TensorForm,
 )
@@ -52,12 +54,10 @@ class Fp8Blocks(AsShipped):
         codes = (dense / spread_blocks(scales, block, dense.shape)).clamp_(-E4M3_MAX, E4M3_MAX)
         return [codes.to(E4M3).view(torch.uint8), scales]
 
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        codes, scales = tensors
-        out_features, in_features = shape
-        weight = codes.new_empty(shape, dtype=dtype)
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        codes, scales = weight.tensors
+        out_features, in_features = weight.shape
+        dense = codes.new_empty(weight.shape, dtype=dtype)
         rows = self.height or out_features
         of_columns = self._spread_columns(scales, in_features)  # [block rows, in or 1]
         # In fp32 there is one piece, of whole blocks.
@@ -74,8 +74,8 @@ class Fp8Blocks(AsShipped):
                 blocks = values[:whole].view(-1, rows, in_features)
                 blocks.mul_(of_columns[first : first + len(blocks), None])
             values[whole:].mul_(of_columns[last - 1])
-            weight[start:stop] = values
-        return weight
+            dense[start:stop] = values
+        return dense
 
     def _spread_columns(self, scales: Tensor, in_features: int) -> Tensor:
         """The scale of each column of each row of blocks, or one for all of a row."""
@@ -83,24 +83,16 @@ class Fp8Blocks(AsShipped):
             return scales
         return scales.repeat_interleave(self.width, 1)[:, :in_features]
 
-    def decode_experts(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        experts: slice,
-        dtype: torch.dtype,
-        *,
-        is_compiled: bool,
-    ) -> Tensor:
-        codes, scales = (tensor[experts] for tensor in tensors)
-        rows, columns = shape
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
+        codes, scales = (tensor[experts] for tensor in stack.tensors)
+        rows, columns = stack.matrix
         height = rows // scales.shape[1]  # of a part, in which blocks begin anew
-        of_block = self.height or height
-        form = Fp8Blocks.parse(of_block, self.width)
+        block_height = self.height or height
+        of_block = Fp8Blocks.parse(block_height, self.width)
         codes = codes.flatten(0, 1)
         scales = scales.flatten(0, 1)
         # Where each part has whole blocks alone, all parts are dequantized as one matrix.
-        parts_at_once = len(scales) if height % of_block == 0 else 1
+        parts_at_once = len(scales) if height % block_height == 0 else 1
         step = parts_at_once * height
         matrices = []
         for part in range(0, len(scales), parts_at_once):
@@ -108,7 +100,7 @@ class Fp8Blocks(AsShipped):
                 codes[part * height : part * height + step],
                 scales[part : part + parts_at_once].flatten(0, 1),
             ]
-            matrices.append(form.decode(of_part, (step, columns), dtype))
+            matrices.append(FrozenWeight(of_block, of_part, (step, columns)).dense(dtype))
         dense = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         return dense.view(-1, rows, columns)
 

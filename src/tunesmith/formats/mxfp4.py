@@ -15,7 +15,13 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.formats.as_shipped import AsShipped
-from tunesmith.formats.base import MAX_DECODED_WEIGHTS, Stored, TensorForm
+from tunesmith.formats.base import (
+    MAX_DECODED_WEIGHTS,
+    FrozenStack,
+    FrozenWeight,
+    Stored,
+    TensorForm,
+)
 from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
 from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 
@@ -59,12 +65,10 @@ class Mxfp4(AsShipped):
         for place, exponents in enumerate(local_part(targets[1])):
             weight.check_rows([exponents], f": that of expert {expert + place}")
 
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        blocks, exponents = tensors
-        _, in_features = shape
-        dense = blocks.new_empty(shape, dtype=dtype)
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        blocks, exponents = weight.tensors
+        _, in_features = weight.shape
+        dense = blocks.new_empty(weight.shape, dtype=dtype)
         # bf16 has every value of MXFP4, fp16 has not.
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         step = max(1, MAX_DECODED_WEIGHTS // in_features)  # rows that are looked up at a time
@@ -73,21 +77,14 @@ class Mxfp4(AsShipped):
             decode_mxfp4(blocks[rows], exponents[rows], exact, out=dense[rows])
         return dense
 
-    def decode_experts(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        experts: slice,
-        dtype: torch.dtype,
-        *,
-        is_compiled: bool,
-    ) -> Tensor:
-        blocks, exponents = (tensor[experts].flatten(0, 1) for tensor in tensors)
-        if is_compiled:
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
+        blocks, exponents = (tensor[experts].flatten(0, 1) for tensor in stack.tensors)
+        if stack.is_compiled:
             dense = compiled_mxfp4()(blocks, exponents, dtype)
         else:
-            dense = self.decode([blocks, exponents], (len(blocks), shape[1]), dtype)
-        return dense.view(-1, *shape)
+            shape = (len(blocks), stack.matrix[1])
+            dense = FrozenWeight(self, [blocks, exponents], shape).dense(dtype)
+        return dense.view(-1, *stack.matrix)
 
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
         blocks, exponents = codes

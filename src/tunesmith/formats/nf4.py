@@ -16,7 +16,7 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import collective, local_slices
 from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import MachineError, ModelError, first_line
-from tunesmith.formats.base import Format, FrozenWeight, Stored, TensorForm
+from tunesmith.formats.base import Format, FrozenStack, FrozenWeight, Stored, TensorForm
 from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
@@ -125,28 +125,24 @@ class Nf4(Format):
 
     # ---- decode
 
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        weight: Tensor = nf4_functions().dequantize_4bit(
-            tensors[0], self._quant_state(tensors, shape)
-        )
-        return weight.to(dtype)
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        codes = weight.tensors[0]
+        dense: Tensor = nf4_functions().dequantize_4bit(codes, self._quant_state(weight))
+        return dense.to(dtype)
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
         if len(x) > FEW_ROWS:
             return None
         from bitsandbytes import matmul_4bit
 
-        state = self._quant_state(weight.tensors, weight.shape)
-        product: Tensor = matmul_4bit(x, weight.tensors[0], state)
+        product: Tensor = matmul_4bit(x, weight.tensors[0], self._quant_state(weight))
         return product
 
-    def _quant_state(self, tensors: Sequence[Tensor], shape: tuple[int, int]) -> Any:
+    def _quant_state(self, weight: FrozenWeight) -> Any:
         """bitsandbytes' QuantState: what it needs beside the codes."""
         functional = nf4_functions()
         # The codes, their scales, and where these are in 8 bits the scales of the scales.
-        _, absmax, code, *nested = tensors
+        _, absmax, code, *nested = weight.tensors
         offset = None
         nested_state = None
         if nested:
@@ -156,7 +152,7 @@ class Nf4(Format):
             )
         return functional.QuantState(
             absmax=absmax,
-            shape=torch.Size(shape),
+            shape=torch.Size(weight.shape),
             code=code,
             blocksize=self.block,
             quant_type="nf4",
@@ -165,18 +161,10 @@ class Nf4(Format):
             state2=nested_state,
         )
 
-    def decode_experts(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        experts: slice,
-        dtype: torch.dtype,
-        *,
-        is_compiled: bool,
-    ) -> Tensor:
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
         functional = nf4_functions()
-        codes, _, code, *_ = tensors
-        scales = self.scales_of_experts(tensors, experts)
+        codes, _, code, *_ = stack.tensors
+        scales = self.scales_of_experts(stack.tensors, experts)
         count, blocks = scales.shape
         # One call for all of them: blocks do not reach from one expert into the next.
         state = functional.QuantState(
@@ -189,7 +177,7 @@ class Nf4(Format):
         )
         weights: Tensor = functional.dequantize_4bit(codes[experts].reshape(-1, 1), state)
         # Without what fills up an expert's last block.
-        return weights.to(dtype)[:, : math.prod(shape)].unflatten(1, shape)
+        return weights.to(dtype)[:, : math.prod(stack.matrix)].unflatten(1, stack.matrix)
 
     def scales_of_experts(self, tensors: Sequence[Tensor], experts: slice) -> Tensor:
         """The scale of each block of some experts: fp32 [experts, blocks]."""

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from tunesmith.formats.as_shipped import AsShipped, not_finite
-from tunesmith.formats.base import E4M3, E4M3_MAX, MAX_DECODED_WEIGHTS, Stored, TensorForm
+from tunesmith.formats.base import (
+    E4M3,
+    E4M3_MAX,
+    MAX_DECODED_WEIGHTS,
+    FrozenStack,
+    FrozenWeight,
+    Stored,
+    TensorForm,
+)
 from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
 
@@ -51,37 +59,26 @@ class Nvfp4(AsShipped):
         stored_scale = torch.full((1, 1), scale if self.divides else 1 / scale)
         return [codes, scales.view(torch.uint8), stored_scale]
 
-    def decode(
-        self, tensors: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
-    ) -> Tensor:
-        codes, scales, scale = tensors
-        out_features, in_features = shape
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+        codes, scales, scale = weight.tensors
+        out_features, in_features = weight.shape
         scale = scale.expand(out_features, 1)
-        weight = codes.new_empty(shape, dtype=dtype)
+        dense = codes.new_empty(weight.shape, dtype=dtype)
         step = max(1, MAX_DECODED_WEIGHTS // in_features)
         for start in range(0, out_features, step):
             rows = slice(start, start + step)
-            weight[rows] = decode_nvfp4(
-                codes[rows], scales[rows], scale[rows], divides=self.divides
-            )
-        return weight
+            dense[rows] = decode_nvfp4(codes[rows], scales[rows], scale[rows], divides=self.divides)
+        return dense
 
-    def decode_experts(
-        self,
-        tensors: Sequence[Tensor],
-        shape: tuple[int, int],
-        experts: slice,
-        dtype: torch.dtype,
-        *,
-        is_compiled: bool,
-    ) -> Tensor:
-        codes, scales, of_parts = (tensor[experts] for tensor in tensors)
-        rows, columns = shape
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
+        codes, scales, of_parts = (tensor[experts] for tensor in stack.tensors)
+        rows, columns = stack.matrix
         # One matrix of all of them, whose rows have the scale of their part.
         height = rows // of_parts.shape[1]
         of_rows = of_parts.flatten().repeat_interleave(height).unsqueeze(1)
         matrix = [codes.flatten(0, 1), scales.flatten(0, 1), of_rows]
-        return self.decode(matrix, (len(of_rows), columns), dtype).view(-1, rows, columns)
+        dense = FrozenWeight(self, matrix, (len(of_rows), columns)).dense(dtype)
+        return dense.view(-1, rows, columns)
 
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
         assert scale is not None
