@@ -94,66 +94,76 @@ class _ProductForm(NamedTuple):
 # ---- the arithmetic; `lora` is [A, B], or empty
 
 
+class Rows(NamedTuple):
+    """The rows of all experts: x [rows, width], or the tokens of which they are copies, if it
+    `gathers`.
+    """
+
+    x: Tensor
+    index: RowIndex
+    gathers: bool
+
+    def all(self) -> Tensor:
+        """All rows, expert after expert."""
+        return self.x.index_select(0, self.index.tokens) if self.gathers else self.x
+
+    def split(self, counts: Sequence[int]) -> Sequence[Tensor]:
+        """What `part` takes, of each expert."""
+        return (self.index.tokens if self.gathers else self.x).split(counts)
+
+    def part(self, part: Tensor) -> Tensor:
+        """The rows of an expert."""
+        return self.x.index_select(0, part) if self.gathers else part
+
+
 class Product(NamedTuple):
     """Rows times the frozen weight of their expert, and the two factors of its update.
 
     Attributes:
-        x: [rows, in]; the gradients [rows, out] if it `is_backward`, which exchanges `in` and
-            `out`. If it `gathers`, those of the tokens.
+        rows: [rows, in]; the gradients [rows, out] if it `is_backward`, which exchanges `in` and
+            `out`.
         factors: [experts, in, rank] and [experts, rank, out]; None: there is no update.
         stack: W [experts, in, out], which is transposed if it `is_backward`; None: only the first
             factor is multiplied.
+        forward: x and x A^T, for the gradients of A and B.
     """
 
-    x: Tensor
+    rows: Rows
     factors: tuple[Tensor, Tensor] | None
     stack: FrozenStack | None
-    row_index: RowIndex
-    is_backward: bool
-    gathers: bool
-
-    def empty_results(self) -> tuple[Tensor | None, Tensor | None]:
-        """Room for x times the first factor, and x W: [rows, ...]; None for what there is not."""
-        count = len(self.row_index.tokens)
-        low = None
-        y = None
-        if self.factors is not None:
-            low = self.x.new_empty(count, self.factors[0].shape[2])
-        if self.stack is not None:
-            y = self.x.new_empty(count, self.stack.shape[1 if self.is_backward else 2])
-        return low, y
+    is_backward: bool = False
+    forward: tuple[Rows, Tensor] | None = None
 
 
-class FactorGradients:
-    """The gradients of A and B, from the gradients dy of the rows and d_xa = dy B^T.
-
-    d_A = d_xa^T x  [experts, rank, in],  d_B = xa^T dy  [experts, rank, out]
+class Results(NamedTuple):
+    """What a product makes; None of what it does not.
 
     Attributes:
-        x, xa: of the forward; x are tokens if it `gathers`.
-        tokens: of the rows, if it `gathers`.
+        low: the rows times the first factor; y: times W, and low times the second factor.
+        d_A: d_xa^T x [experts, rank, in]; d_B: xa^T dy [experts, rank, out]. An expert without rows
+            has zeros.
     """
 
-    def __init__(self, x: Tensor, xa: Tensor, row_index: RowIndex, *, gathers: bool) -> None:
-        self.x = x
-        self.xa = xa
-        self.row_index = row_index
-        self.tokens = row_index.tokens if gathers else None
+    low: Tensor | None
+    y: Tensor | None
+    d_A: Tensor | None
+    d_B: Tensor | None
 
-    def allocate(self, dy: Tensor) -> None:
-        """Zeros: what an expert without rows has."""
-        experts = len(self.row_index.offsets)
-        rank = self.xa.shape[1]
-        self.d_A = dy.new_zeros(experts, rank, self.x.shape[1])
-        self.d_B = dy.new_zeros(experts, rank, dy.shape[1])
-
-    def compute_at_once(self, dy: Tensor, d_xa: Tensor) -> None:
-        """Those of all experts, by one kernel."""
-        x = self.x
-        if self.tokens is not None:
-            x = x.index_select(0, self.tokens)
-        self.d_A = F.grouped_mm(d_xa.T, x, offs=self.row_index.offsets)
-        self.d_B = F.grouped_mm(self.xa.T, dy, offs=self.row_index.offsets)
+    @classmethod
+    def empty(cls, product: Product) -> "Results":
+        """Room for what a product makes."""
+        x, index, _ = product.rows
+        low = y = d_A = d_B = None
+        if product.factors is not None:
+            low = x.new_empty(len(index.tokens), product.factors[0].shape[2])
+        if product.stack is not None:
+            y = x.new_empty(len(index.tokens), product.stack.shape[1 if product.is_backward else 2])
+        if product.forward is not None:
+            forward, xa = product.forward
+            of_experts = (len(index.offsets), xa.shape[1])
+            d_A = x.new_zeros(*of_experts, forward.x.shape[1])
+            d_B = x.new_zeros(*of_experts, x.shape[1])
+        return cls(low, y, d_A, d_B)
 
 
 def _forward(
@@ -161,9 +171,7 @@ def _forward(
 ) -> list[Tensor]:
     """The output, and x A^T [rows, rank] where there is an update."""
     factors = (lora[0].mT, lora[1]) if lora else None
-    xa, y = _multiply(
-        Product(x, factors, stack, row_index, is_backward=False, gathers=form.gathers)
-    )
+    xa, y, _, _ = _multiply(Product(Rows(x, row_index, form.gathers), factors, stack))
     assert y is not None  # as there is a stack
     if form.sums:
         y = sum_of_rows(y, row_index.places)
@@ -185,58 +193,48 @@ def _backward(
     """
     dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
     factors = None
-    gradients = None
+    forward = None
     if lora:
         x, xa = saved
         lora_A, lora_B = lora
         factors = (lora_B.mT, lora_A)
-        gradients = FactorGradients(x, xa, row_index, gathers=form.gathers)
+        forward = (Rows(x, row_index, form.gathers), xa)
+    rows = Rows(dy, row_index, form.sums)
     needed = stack if needs_dx else None
-    product = Product(dy, factors, needed, row_index, is_backward=True, gathers=form.sums)
-    _, dx = _multiply(product, gradients)
+    _, dx, *d_lora = _multiply(Product(rows, factors, needed, is_backward=True, forward=forward))
     if dx is None:
         dx = dy.new_empty(0)
     elif form.gathers:
         dx = sum_of_rows(dx, row_index.places)
-    return [dx] if gradients is None else [dx, gradients.d_A, gradients.d_B]
+    return [dx, *(gradient for gradient in d_lora if gradient is not None)]
 
 
-def _multiply(
-    product: Product, gradients: FactorGradients | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """x times the first factor, and x W with that times the second: [rows, ...].
-
-    gradients: of the factors, to be computed beside.
-    """
-    x = product.x
+def _multiply(product: Product) -> Results:
+    """Multiply the rows of all experts, each of them by the kernels of the device."""
+    x = product.rows.x
     if x.is_meta:
-        if gradients is not None:
-            gradients.allocate(x)
-        return product.empty_results()
+        return Results.empty(product)
     if expert_rows.uses_grouped_mm(x.device, x.dtype):
-        return _multiply_at_once(product, gradients)
-    return _multiply_in_turns(product, gradients)
+        return _multiply_at_once(product)
+    return _multiply_in_turns(product)
 
 
-def _multiply_at_once(
-    product: Product, gradients: FactorGradients | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _multiply_at_once(product: Product) -> Results:
     """`_multiply` by kernels for all experts."""
-    offsets = product.row_index.offsets
-    x = product.x
-    if product.gathers:
-        x = x.index_select(0, product.row_index.tokens)
-    low = None
-    y = None
+    index = product.rows.index
+    x = product.rows.all()
+    low = y = d_A = d_B = None
     if product.factors is not None:
-        low = F.grouped_mm(x, product.factors[0], offs=offsets)
+        low = F.grouped_mm(x, product.factors[0], offs=index.offsets)
         if product.stack is not None:
-            y = F.grouped_mm(low, product.factors[1], offs=offsets)
-        if gradients is not None:
-            gradients.compute_at_once(x, low)
+            y = F.grouped_mm(low, product.factors[1], offs=index.offsets)
+        if product.forward is not None:
+            forward, xa = product.forward
+            d_A = F.grouped_mm(low.T, forward.all(), offs=index.offsets)
+            d_B = F.grouped_mm(xa.T, x, offs=index.offsets)
     if product.stack is not None:
-        y = _add_frozen(y, x, product.stack, product.row_index, backward=product.is_backward)
-    return low, y
+        y = _add_frozen(y, x, product.stack, index, backward=product.is_backward)
+    return Results(low, y, d_A, d_B)
 
 
 def _add_frozen(
@@ -275,66 +273,37 @@ def is_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _multiply_in_turns(
-    product: Product, gradients: FactorGradients | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _multiply_in_turns(product: Product) -> Results:
     """`_multiply`, all rows of an expert at a time."""
-    low, y = product.empty_results()
-    if gradients is not None:
-        gradients.allocate(product.x)
-    counts = _rows_by_expert(product.row_index)
+    results = Results.empty(product)
+    counts = product.rows.index.counts_on_host()
     # All are cut at once: a slice takes as long as a small product takes to start.
-    x_parts = _Parts(product.x, counts, product.row_index.tokens if product.gathers else None)
-    low_parts = low.split(counts) if low is not None else ()
-    y_parts = y.split(counts) if y is not None else ()
-    first_factors: Sequence[Tensor] = ()
-    second_factors: Sequence[Tensor] = ()
-    if product.factors is not None:
-        first_factors, second_factors = (factor.unbind() for factor in product.factors)
-    if gradients is not None:
-        forward_parts = _Parts(gradients.x, counts, gradients.tokens)
-        xa_parts = gradients.xa.split(counts)
-        d_A = gradients.d_A.unbind()
-        d_B = gradients.d_B.unbind()
+    x_parts = product.rows.split(counts)
+    low_parts = () if results.low is None else results.low.split(counts)
+    y_parts = () if results.y is None else results.y.split(counts)
+    factors = list(zip(*(factor.unbind() for factor in product.factors or ()), strict=True))
+    of_gradients = []
+    if product.forward is not None and results.d_A is not None and results.d_B is not None:
+        forward, xa = product.forward
+        parts = (forward.split(counts), xa.split(counts))
+        of_gradients = list(zip(*parts, results.d_A, results.d_B, strict=True))
     for expert, weight in _dense_weights(product, counts):
-        x = x_parts[expert]
-        if low is not None:
-            torch.mm(x, first_factors[expert], out=low_parts[expert])
-        if gradients is not None:
-            torch.mm(low_parts[expert].T, forward_parts[expert], out=d_A[expert])
-            torch.mm(xa_parts[expert].T, x, out=d_B[expert])
+        x = product.rows.part(x_parts[expert])
+        if low_parts:
+            torch.mm(x, factors[expert][0], out=low_parts[expert])
+        if of_gradients:
+            forward_x, xa_part, d_A, d_B = of_gradients[expert]
+            torch.mm(low_parts[expert].T, forward.part(forward_x), out=d_A)
+            torch.mm(xa_part.T, x, out=d_B)
         if weight is None:
             continue
-        if low is None:
-            torch.mm(x, weight, out=y_parts[expert])
-        else:
-            torch.mm(low_parts[expert], second_factors[expert], out=y_parts[expert])
+        if low_parts:
+            torch.mm(low_parts[expert], factors[expert][1], out=y_parts[expert])
             y_parts[expert].addmm_(x, weight)
+        else:
+            torch.mm(x, weight, out=y_parts[expert])
         del weight  # those of the next experts would be there beside it
-    return low, y
-
-
-class _Parts:
-    """The rows of each expert in x, or of the tokens that its rows are copies of."""
-
-    def __init__(self, x: Tensor, counts: Sequence[int], tokens: Tensor | None) -> None:
-        self.x = x
-        self.is_gathered = tokens is not None
-        self.parts = (x if tokens is None else tokens).split(counts)
-
-    def __getitem__(self, expert: int) -> Tensor:
-        part = self.parts[expert]
-        return self.x.index_select(0, part) if self.is_gathered else part
-
-
-def _rows_by_expert(row_index: RowIndex) -> list[int]:
-    """How many rows each expert has."""
-    counts = []
-    first = 0
-    for end in row_index.ends_on_host():
-        counts.append(end - first)
-        first = end
-    return counts
+    return results
 
 
 def _dense_weights(product: Product, counts: Sequence[int]) -> Iterator[tuple[int, Tensor | None]]:
@@ -344,8 +313,8 @@ def _dense_weights(product: Product, counts: Sequence[int]) -> Iterator[tuple[in
     """
     stack = product.stack
     step = 1
-    if stack is not None and not is_cpu(product.x):
-        step = stack.experts_at_once(product.x.dtype)
+    if stack is not None and not is_cpu(product.rows.x):
+        step = stack.experts_at_once(product.rows.x.dtype)
     weights = None
     dense_from = 0
     dense_to = 0
@@ -359,7 +328,7 @@ def _dense_weights(product: Product, counts: Sequence[int]) -> Iterator[tuple[in
             weights = None  # before others are there beside them
             dense_from = expert - expert % step
             dense_to = min(dense_from + step, stack.shape[0])
-            weights = stack.dense(dense_from, dense_to, product.x.dtype)
+            weights = stack.dense(dense_from, dense_to, product.rows.x.dtype)
         assert weights is not None
         weight = weights[expert - dense_from]
         yield expert, weight.T if product.is_backward else weight

@@ -34,6 +34,11 @@ class RowIndex(NamedTuple):
         ends: list[int] = self.ends.tolist()
         return ends
 
+    def counts_on_host(self) -> list[int]:
+        """How many rows each expert has."""
+        ends = self.ends_on_host()
+        return [end - first for first, end in zip([0, *ends[:-1]], ends, strict=True)]
+
     def tensors(self) -> list[Tensor]:
         """All of them, for `of_tensors`."""
         tensors = [self.tokens, self.places, self.offsets]
