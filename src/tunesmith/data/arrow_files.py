@@ -6,11 +6,10 @@ reading its group again from the start (Parquet's row group, Arrow's record batc
 
 import bisect
 import itertools
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from tunesmith.data.arrow_nulls import without_nulls
 from tunesmith.data.table import (
     FileVersion,
+    ReadInTurn,
     Table,
     changed_error,
     file_digest,
@@ -76,19 +76,13 @@ def _broken(path: Path, error: Exception, version: FileVersion | None) -> DataEr
     )
 
 
-class _ForwardReader:
-    """Rows by their number, in groups that are read from their start.
-
-    A folder may have more files than a process may open: the one that was read last alone is open,
-    and has rows in memory.
+class _ForwardReader(ReadInTurn):
+    """Rows by their number, in groups that are read from their start; some are in memory.
 
     Args:
         sizes: rows of each group.
         read_group: the rows of one, in batches.
     """
-
-    _latest: ClassVar["_ForwardReader | None"] = None
-    _lock = threading.RLock()
 
     def __init__(
         self, sizes: Sequence[int], read_group: Callable[[int], Iterator[pa.RecordBatch]]
@@ -103,7 +97,7 @@ class _ForwardReader:
         self._first = 0
 
     def row(self, i: int) -> dict[str, Any]:
-        with self._lock:
+        with self.lock:
             if not self._first <= i < self._first + len(self._rows):
                 try:
                     self._read_on(i)
@@ -115,20 +109,15 @@ class _ForwardReader:
 
     def close(self) -> None:
         """Close the file, if it is open, and forget its rows."""
-        with self._lock:
+        with self.lock:
             self._group = -1
             # Its file is closed with the iterator.
             self._blocks = iter(())
             self._rows = []
-            if _ForwardReader._latest is self:
-                _ForwardReader._latest = None
 
     def _read_on(self, i: int) -> None:
         """Read the block of row i."""
-        latest = _ForwardReader._latest
-        if latest is not None and latest is not self:
-            latest.close()
-        _ForwardReader._latest = self
+        self.take_turn()
         group = bisect.bisect_right(self._ends, i)
         if group != self._group or i < self._first:
             self._group = group

@@ -1,4 +1,4 @@
-"""CSV files -> tables of rows; of a file only the places of some rows are in memory."""
+"""CSV files -> tables of rows; of a file only the places of its rows are in memory."""
 
 import codecs
 import csv
@@ -10,21 +10,18 @@ import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.data.table import (
     MAX_ROW_BYTES,
-    ROWS_PER_PLACE,
     OpenFile,
     Table,
     changed_error,
     file_digest,
     new_name,
     not_utf8_error,
-    version_of,
 )
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
@@ -54,7 +51,7 @@ def read_csv(path: Path) -> Table:
             " ignored",
             path.name,
         )
-    header = index.columns
+    header = index.header[index.has_row_numbers :]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated or "" in header:
         what = "the header has an unnamed column"
@@ -62,90 +59,52 @@ def read_csv(path: Path) -> Table:
             what = f"the header names {', '.join(repeated)} twice"
         fix = "give each column a unique name in the first line"
         raise DataError(what, where=f"{path}:1", fix=fix)
-    if not index.rows:
+    if not index.lines:
         fix = "add rows below the header"
         raise DataError("the file has a header and no rows", where=str(path), fix=fix)
-    rows = _CsvRows(path, index)
+    separator = index.separator
+    file = OpenFile(path)
 
     def row(i: int) -> dict[str, str]:
-        return rows.row(i)
+        text = file.read(*index.places[i : i + 2]).decode(errors="replace")
+        try:
+            # Blank lines may follow it.
+            values = next(
+                csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+            )
+        except (csv.Error, StopIteration):
+            raise changed_error(path) from None
+        if len(values) != len(index.header):
+            file.check_unchanged()
+            raise _wrong_count(f"{path}:{index.lines[i]}", values, index.header, separator)
+        return dict(zip(header, values[index.has_row_numbers :], strict=True))
 
     # The table holds `row` as long as somebody reads.
-    weakref.finalize(row, rows.file.close)
-    separator = index.separator
+    weakref.finalize(row, file.close)
     return Table(
-        index.rows,
+        len(index.lines),
         row,
-        where=lambda i: f"{path}:{rows.find(i)[0]}",
+        where=lambda i: f"{path}:{index.lines[i]}",
         fingerprint=lambda: file_digest(path),
         layout="" if separator == "," else f"values separated by {SEPARATORS[separator]}",
     )
-
-
-class _CsvRows:
-    """The rows of a file that was read once, read again block by block."""
-
-    def __init__(self, path: Path, index: "_CsvIndex") -> None:
-        self.file = OpenFile(path)
-        self._version = version_of(path)
-        self._index = index
-        self._block = lru_cache(maxsize=2)(self._read_block)
-
-    def row(self, i: int) -> dict[str, str]:
-        index = self._index
-        line, values = self.find(i)
-        if len(values) != len(index.header):
-            path = self.file.path
-            if version_of(path) != self._version:
-                raise changed_error(path)
-            raise _wrong_count(f"{path}:{line}", values, index.header, index.separator)
-        return dict(zip(index.columns, values[index.has_row_numbers :], strict=True))
-
-    def find(self, i: int) -> tuple[int, list[str]]:
-        """The line in which row i begins, and its values."""
-        rows = self._block(i // ROWS_PER_PLACE)
-        if i % ROWS_PER_PLACE >= len(rows):
-            raise changed_error(self.file.path)
-        return rows[i % ROWS_PER_PLACE]
-
-    def _read_block(self, n: int) -> list[tuple[int, list[str]]]:
-        index = self._index
-        start = index.places[n]
-        text = self.file.read(start, index.places[n + 1] - start).decode(errors="replace")
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=index.separator, strict=True)
-        rows = []
-        line = index.lines[n]
-        try:
-            for values in reader:
-                if values:
-                    rows.append((line, values))
-                line = index.lines[n] + reader.line_num
-        except csv.Error:
-            raise changed_error(self.file.path) from None
-        return rows
 
 
 class _CsvIndex(NamedTuple):
     """What is kept of a file.
 
     Attributes:
-        rows: below the header.
-        places, lines: of each ROWS_PER_PLACE-th row, the byte and the line where it begins; the
-            last place is where the rows end.
+        places, lines: the byte and the line where each row begins; the last place is where the rows
+            end.
         has_row_numbers: whether the first column is the index that pandas' `to_csv` writes: it has
             no name, and holds whole numbers.
     """
 
     header: list[str]
     separator: str
-    rows: int
     places: "array[int]"
     lines: "array[int]"
     has_row_numbers: bool
-
-    @property
-    def columns(self) -> list[str]:
-        return self.header[self.has_row_numbers :]
 
 
 class _CsvLines(Iterator[str]):
@@ -204,7 +163,6 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
     """Read the lines behind the first `skipped` ones."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
-    rows = 0
     misfits = 0
     first_misfit: tuple[int, list[str]] = (0, [])
     places = array("q")
@@ -225,10 +183,8 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
                 header = values
                 is_numbered = len(header) > 1 and header[0] == ""
                 continue
-            if rows % ROWS_PER_PLACE == 0:
-                places.append(start)
-                line_numbers.append(first_line)
-            rows += 1
+            places.append(start)
+            line_numbers.append(first_line)
             if len(values) == len(header):
                 is_numbered = is_numbered and values[0].isdecimal()
                 continue
@@ -243,6 +199,7 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
             fix="close the quote that opens in this row; a quote within a quoted value is written"
             ' twice: "say ""hi"""',
         ) from None
+    rows = len(places)
     # A few are listed with other bad rows, when they are read.
     if misfits * 2 > rows:
         line, values = first_misfit
@@ -250,7 +207,7 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
         misfit.why += f"; {misfits:,} of {rows:,} rows do not fit it"
         raise misfit
     places.append(position)
-    return _CsvIndex(header, separator, rows, places, line_numbers, is_numbered and rows > 0)
+    return _CsvIndex(header, separator, places, line_numbers, is_numbered and rows > 0)
 
 
 def _wrong_count(where: str, values: list[str], header: list[str], separator: str) -> DataError:

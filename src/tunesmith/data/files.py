@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from tunesmith.data.conversions import conversion
 from tunesmith.data.csv_files import read_csv
 from tunesmith.data.table import (
     MAX_ROW_BYTES,
-    ROWS_PER_PLACE,
     OpenFile,
     Table,
     changed_error,
@@ -147,13 +145,14 @@ def _numbered_rows(path: Path, rows: list[Any]) -> Table:
 
 
 class _JsonLines:
-    """The lines of a file that are not blank: of each ROWS_PER_PLACE-th its place is in memory."""
+    """Where the lines of a file that are not blank begin, and their numbers.
+
+    `starts` has one entry more, the end of the file.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = OpenFile(path)
-        self._starts = array("q")
-        self._numbers = array("q")
-        self._count = 0
+        self.starts = array("q")
+        self.numbers = array("q")
         number = 1
         is_counted = False
         with open_uncached(path) as file:
@@ -165,73 +164,40 @@ class _JsonLines:
             while part := file.readline(READ_BYTES):
                 if not is_counted and part.strip():
                     is_counted = True
-                    if self._count % ROWS_PER_PLACE == 0:
-                        self._starts.append(start)
-                        self._numbers.append(number)
-                    self._count += 1
+                    self.starts.append(start)
+                    self.numbers.append(number)
                 position += len(part)
                 if part.endswith(b"\n"):
                     start = position
                     number += 1
                     is_counted = False
-        self._starts.append(position)
-        self._block = lru_cache(maxsize=2)(self._find_block)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def find(self, i: int) -> tuple[int, int, int]:
-        """Of line i: its first byte, the one after its last, and its number."""
-        places = self._block(i // ROWS_PER_PLACE)
-        if i % ROWS_PER_PLACE >= len(places):
-            raise changed_error(self.file.path)
-        return places[i % ROWS_PER_PLACE]
-
-    def _find_block(self, n: int) -> list[tuple[int, int, int]]:
-        places = []
-        position = start = self._starts[n]
-        stop = self._starts[n + 1]
-        number = self._numbers[n]
-        is_blank = True
-        while position < stop:
-            data = self.file.read(position, min(READ_BYTES, stop - position))
-            at = 0
-            while (end := data.find(b"\n", at)) >= 0:
-                if not is_blank or data[at:end].strip():
-                    places.append((start, position + end + 1, number))
-                start = position + end + 1
-                number += 1
-                is_blank = True
-                at = end + 1
-            is_blank = is_blank and not data[at:].strip()
-            position += len(data)
-        if not is_blank:
-            places.append((start, stop, number))
-        return places
+        self.starts.append(position)
 
 
 def _read_json_lines(path: Path) -> Table:
     """One JSON object a line; blank lines are skipped."""
+    file = OpenFile(path)
     lines = _JsonLines(path)
-    if not len(lines):
+    count = len(lines.numbers)
+    if not count:
         fix = "add rows to it"
         raise DataError("the file has only blank lines", where=str(path), fix=fix)
 
     def where(i: int) -> str:
-        return f"{path}:{lines.find(i)[2]}"
+        return f"{path}:{lines.numbers[i]}"
 
     def row(i: int) -> Any:
-        start, stop, number = lines.find(i)
-        size = stop - start
-        if size > MAX_ROW_BYTES:
-            limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
+        start, stop = lines.starts[i : i + 2]
+        if stop - start > MAX_ROW_BYTES:
             raise DataError(
-                f"a row of {size / 2**20:.0f} MiB",
+                f"a row of {(stop - start) / 2**20:.0f} MiB",
                 where=where(i),
-                why=f"{limit}; line breaks between rows may be missing",
+                why=f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be"
+                " missing",
                 fix="write one row per line, or split the text into several rows",
             )
-        data = lines.file.read(start, size)
+        # Blank lines may follow it.
+        data, line_break, _ = file.read(start, stop).partition(b"\n")
         text = decode_text(path, data, lambda _: where(i), "utf-8")
         try:
             return json.loads(text)
@@ -242,10 +208,10 @@ def _read_json_lines(path: Path) -> Table:
         except RecursionError:
             why = "nested too deep"
         fix = (
-            f"sed -n {number}p {shell_path(path)}"
+            f"sed -n {lines.numbers[i]}p {shell_path(path)}"
             "   # fix or delete this line: one JSON object a line"
         )
-        if i == len(lines) - 1 and not data.endswith(b"\n"):
+        if i == count - 1 and not line_break:
             why += "; the file ends here without a line break, so it may be cut off"
             fix = "download or write the file again, or delete its last line"
         elif i == 0 and data.lstrip().startswith(b"["):
@@ -255,8 +221,8 @@ def _read_json_lines(path: Path) -> Table:
         raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
 
     # The table holds `row`, and so the file, as long as somebody reads.
-    weakref.finalize(row, lines.file.close)
-    return Table(len(lines), row, where, fingerprint=lambda: file_digest(path))
+    weakref.finalize(row, file.close)
+    return Table(count, row, where, fingerprint=lambda: file_digest(path))
 
 
 def _read_json(path: Path) -> Table:

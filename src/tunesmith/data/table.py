@@ -1,14 +1,13 @@
 """Rows of a file by their number, and what all readers of files share.
 
-A corpus may be larger than memory: readers keep the places of some rows, and read the others again
-from there. No file is memory-mapped: where another program shortens it, the next access to a
-mapping kills the process (SIGBUS).
+A corpus may be larger than memory: readers keep the places of its rows, and read a row from
+there. No file is memory-mapped: where another program shortens it, the next access to a mapping
+kills the process (SIGBUS).
 """
 
 import hashlib
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,10 +20,6 @@ from tunesmith.host.shell import shell_path, shell_word
 
 # A longer row is a file with its line breaks lost; tokenizing it would take minutes.
 MAX_ROW_BYTES = 32 << 20
-# Rows between two whose places are in memory: those between are found by reading on.
-ROWS_PER_PLACE = 64
-# Of all files of a folder that are open at once; a process may open some 1,000.
-MAX_OPEN_FILES = 64
 # In memory, for the files of a folder.
 DIGESTS_KEPT = 100_000
 
@@ -137,51 +132,58 @@ def new_name(path: Path, name: str) -> str:
     return shell_word(name)
 
 
-class OpenFile:
-    """A file that is read at any place, by several threads, and is open only now and then.
+class ReadInTurn:
+    """A file that is read by several threads; the one that was read last alone is open.
+
+    A folder may have more files than a process may open.
+    """
+
+    lock = threading.RLock()
+    _latest: ClassVar["ReadInTurn | None"] = None
+
+    def take_turn(self) -> None:
+        """Close the file that was read last, where it is another one."""
+        latest = ReadInTurn._latest
+        if latest is not None and latest is not self:
+            latest.close()
+        ReadInTurn._latest = self
+
+    def close(self) -> None:
+        """Close it, if it is open; it is opened again when it is read."""
+        raise NotImplementedError
+
+
+class OpenFile(ReadInTurn):
+    """A file that is read at any place.
 
     Raises DataError from `read` where the file is another than when this was made.
     """
 
-    # The descriptors of all such files that are open, the one that was read last at the end.
-    _descriptors: ClassVar[OrderedDict[int, tuple["OpenFile", int]]] = OrderedDict()
-    _lock = threading.Lock()
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self._version = version_of(path)
+        self._descriptor: int | None = None
 
-    def read(self, start: int, size: int) -> bytes:
-        """The bytes from `start` on; DataError where there are fewer than `size`."""
-        with self._lock:
-            descriptor = self._open()
-            data = os.pread(descriptor, size, start)
-        if len(data) < size:
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`; DataError where there are fewer."""
+        with self.lock:
+            self.take_turn()
+            if self._descriptor is None:
+                self.check_unchanged()
+                self._descriptor = os.open(self.path, os.O_RDONLY)
+            data = os.pread(self._descriptor, stop - start, start)
+        if len(data) < stop - start:
             raise changed_error(self.path)
         return data
 
-    def close(self) -> None:
-        """Close it, if it is open; it is opened again when it is read."""
-        with self._lock:
-            entry = self._descriptors.pop(id(self), None)
-            if entry is not None:
-                _close(entry[1])
-
-    def _open(self) -> int:
-        entry = self._descriptors.get(id(self))
-        if entry is not None:
-            self._descriptors.move_to_end(id(self))
-            return entry[1]
+    def check_unchanged(self) -> None:
+        """DataError where the file is another than when this was made."""
         if version_of(self.path) != self._version:
             raise changed_error(self.path)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        self._descriptors[id(self)] = (self, descriptor)
-        if len(self._descriptors) > MAX_OPEN_FILES:
-            _, (_, oldest) = self._descriptors.popitem(last=False)
-            _close(oldest)
-        return descriptor
 
-
-def _close(descriptor: int) -> None:
-    drop_pages(descriptor)
-    os.close(descriptor)
+    def close(self) -> None:
+        with self.lock:
+            if self._descriptor is not None:
+                drop_pages(self._descriptor)
+                os.close(self._descriptor)
+                self._descriptor = None
