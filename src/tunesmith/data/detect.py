@@ -8,10 +8,8 @@ remains open is an error that names the choices.
 """
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.names import nearest
@@ -27,16 +25,14 @@ from tunesmith.data.row_reader import (
     plain,
     role_key_of,
 )
-from tunesmith.data.source import Rows, is_local
+from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
 # Rows looked at, spread over the file.
 SAMPLE = 200
-# Columns of text that a proposal is looked for in: those with the most letters.
-_PROPOSED_FROM = 5
 _IMAGES = ("images", "image")
 # Names of columns that hold a chat, though one is empty.
 _CHAT_NAMES = frozenset(
@@ -136,8 +132,7 @@ def detect(
     # The content of its cells shows a chat, not the column's name.
     chats = _find_chats(columns, sample)
     only_format = None if any_format else source.format
-    all_layouts = list(_possible_layouts(columns, chats, only_format, source.columns))
-    layouts = _of_one_kind(all_layouts)
+    layouts = _of_one_kind([*_possible_layouts(columns, chats, only_format, source.columns)])
     if any_format and not source.columns:
         _check_pair_is_read(layouts, columns, chats, sample, rows, source)
     # Each layout is tried on the sample, with the reader of training.
@@ -146,11 +141,7 @@ def detect(
     if len(readable) == 1:
         layout = readable[0].layout
         if (readable[0].errors or not is_whole) and not skips_bad_rows:
-            raise _with_formats(
-                _all_errors(rows, source, readable[0], len(sample)),
-                layout,
-                _other_formats(layout, all_layouts, sample, rows, source),
-            )
+            raise _all_errors(rows, source, readable[0], len(sample))
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
         ignored = tuple(name for name in columns if name not in used and not is_mark(name))
@@ -158,12 +149,7 @@ def detect(
     if readable:
         raise _ambiguous(readable, rows, sample, columns_text)
     if trials:
-        layout = trials[0].layout
-        raise _with_formats(
-            _nothing_read(trials, len(sample)),
-            layout,
-            _other_formats(layout, all_layouts, sample, rows, source),
-        )
+        raise _nothing_read(trials, len(sample))
     what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
@@ -304,8 +290,7 @@ def _check_pair_is_read(
     for chosen, rejected in _named_as_pairs(columns):
         mapping = {"chosen": chosen, "rejected": rejected}
         pairs = _possible_layouts(columns, chats, "preference", mapping)
-        trials = [_try_layout(sample, rows, source, layout) for layout in pairs]
-        if any(trial.read for trial in trials):
+        if any(_try_layout(sample, rows, source, layout).read for layout in pairs):
             raise DataError(
                 f"{chosen} and {rejected} look like the two answers of a pair",
                 where=from_here(rows.name),
@@ -313,12 +298,8 @@ def _check_pair_is_read(
                 fix=Detected("preference", mapping).flags(),
             )
     rejected_alone = [column for column in columns if _is_named_rejected(column)]
-    if not rejected_alone:
-        return
-    others = [_try_layout(sample, rows, source, layout) for layout in layouts]
-    readable = _most_specific([trial for trial in others if trial.read])
-    formats = dict.fromkeys(trial.layout.format for trial in readable)
-    if formats:
+    formats = dict.fromkeys(layout.format for layout in layouts)
+    if rejected_alone and formats:
         raise DataError(
             f"{rejected_alone[0]} looks like the rejected answer of a pair, and there is no chosen",
             where=from_here(rows.name),
@@ -391,6 +372,7 @@ def _all_errors(rows: Rows, source: Source, trial: _Trial, examined: int) -> Dat
     if len(bad) > 1:
         why = f"{readable} {trial.layout.format}"
     listed.why = f"{listed.why}; {why}" if listed.why else why
+    listed.fix += _or_no_label(trial.layout)
     return listed
 
 
@@ -401,33 +383,18 @@ def _nothing_read(trials: list[_Trial], count: int) -> DataError:
     why = f"none of the {count_of(count, 'row')} examined can be read as {likeliest.layout.format}"
     if error.why:
         why = f"{error.why}; {why}"
-    return DataError(error.what, where=error.where, why=why, fix=error.fix)
+    fix = error.fix + _or_no_label(likeliest.layout)
+    return DataError(error.what, where=error.where, why=why, fix=fix)
 
 
-def _other_formats(
-    layout: Detected,
-    layouts: list[Detected],
-    sample: Mapping[int, dict[str, Any]],
-    rows: Rows,
-    source: Source,
-) -> list[str]:
-    """The formats that read labeled answers without their label."""
+def _or_no_label(layout: Detected) -> str:
+    """The way on where a column that looks like labels is none."""
     if layout.format != "feedback":
-        return []
-    others = [other for other in layouts if other.format not in ("feedback", "text")]
-    trials = [_try_layout(sample, rows, source, other) for other in others]
-    readable = _most_specific([trial for trial in trials if trial.read])
-    return list(dict.fromkeys(trial.layout.format for trial in readable))
-
-
-def _with_formats(error: DataError, layout: Detected, others: list[str]) -> DataError:
-    """The error, with the formats that remain where a column of labels is none."""
-    if others:
-        column = layout.columns["label"]
-        error.fix += (
-            f"; if {column} says something else: rename it, and --format {' or '.join(others)}"
-        )
-    return error
+        return ""
+    column = layout.columns["label"]
+    return (
+        f"; if {column} says something else: rename it, and --format says how the others are read"
+    )
 
 
 def _ambiguous(
@@ -437,7 +404,8 @@ def _ambiguous(
     order = list(ROW_FORMATS)
     trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))  # type: ignore[arg-type]
     most = max(trials, key=lambda trial: len(trial.read))
-    if len(most.read) == len(sample) or not _differ_by_rows(trials):
+    share_rows = any(a.read & b.read for a, b in itertools.combinations(trials, 2))
+    if len(most.read) == len(sample) or share_rows:
         return DataError(
             f"the rows can be read in {len(trials)} ways",
             where=from_here(rows.name),
@@ -451,39 +419,8 @@ def _ambiguous(
         where=rows.where(others),
         why=f"of the {count_of(len(sample), 'row')} examined {', '.join(counts)} can be read;"
         f" this one is not {most.layout.format}",
-        fix=_split_file(rows, trials),
+        fix="write the rows of each format into a file of their own, and name each in data.train",
     )
-
-
-def _differ_by_rows(trials: Iterable[_Trial]) -> bool:
-    """Whether no row is read by two of the layouts."""
-    return all(not (a.read & b.read) for a, b in itertools.combinations(trials, 2))
-
-
-def _split_file(rows: Rows, trials: list[_Trial]) -> str:
-    """The commands that write the rows of each layout into a file of their own."""
-    path = Path(rows.name)
-    is_lines = is_local(rows.name) and path.suffix.lower() in (".jsonl", ".ndjson")
-    if not is_lines:
-        return "write the rows of each format into a file of their own, and name each in data.train"
-    commands = []
-    for trial in trials:
-        columns = set(trial.layout.columns.values())
-        for other in trials:
-            if other is not trial:
-                columns -= set(other.layout.columns.values())
-        # The column that only rows of this layout have.
-        of_layout = trial.layout.columns.values()
-        column = next((name for name in of_layout if name in columns), next(iter(of_layout)))
-        key = json.dumps(column)
-        program = (
-            "import json, sys; sys.stdout.writelines(line for line in sys.stdin"
-            f" if line.strip() and json.loads(line).get({key}) is not None)"
-        )
-        output = f"{path.stem}-{trial.layout.format}.jsonl"
-        command = f"python3 -c {shell_word(program)} < {shell_path(path)} > {shell_word(output)}"
-        commands.append(command)
-    return f"{'; '.join(commands)}   # and train on one, or name both in a recipe's data.train"
 
 
 def _propose(
@@ -497,10 +434,9 @@ def _propose(
     formats = [only_format] if only_format else ["prompt-completion", "text"]
     for format_name in formats:
         layout = ROW_FORMATS[format_name].layouts[0]  # type: ignore[index]
-        for mapping in _guesses(layout, columns, sample):
-            guess = Detected(format_name, mapping)
-            if _try_layout(sample, rows, source, guess).read == sample.keys():
-                return f"name the columns, such as {guess.flags()}"
+        guess = Detected(format_name, _guess(layout, columns, sample))
+        if _try_layout(sample, rows, source, guess).read == sample.keys():
+            return f"name the columns, such as {guess.flags()}"
     names = ROW_FORMATS[formats[0]].layouts[0].needed  # type: ignore[index]
     pairs = ",".join(f"{name}=..." for name in names)
     needs_chat = any(usual_names is CHAT for usual_names in names.values())
@@ -508,10 +444,10 @@ def _propose(
     return f"name the columns with {kind}: --columns {pairs}"
 
 
-def _guesses(
+def _guess(
     layout: ColumnSet, columns: list[str], sample: Mapping[int, dict[str, Any]]
-) -> Iterator[dict[str, str]]:
-    """Columns of text for all names that a layout needs, the likeliest first.
+) -> dict[str, str]:
+    """Columns of text for the names that a layout needs, the likeliest.
 
     A column of a usual name is mapped to it. Of the others those with the most letters are, in the
     order that they have in the file.
@@ -537,12 +473,9 @@ def _guesses(
     if not mapped:
         others = [column for column in others if plain(column) not in _NO_TEXTS]
     others.sort(key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
-    likeliest = others[:_PROPOSED_FROM]
-    # Combinations of the columns with the most letters come first.
-    for picked in itertools.combinations(likeliest, len(missing)):
-        in_order = sorted(picked, key=columns.index)
-        guess = mapped | dict(zip(missing, in_order, strict=True))
-        yield {name: guess[name] for name in layout.needed}
+    picked = sorted(others[: len(missing)], key=columns.index)
+    mapped |= dict(zip(missing, picked, strict=False))
+    return {name: mapped[name] for name in layout.needed if name in mapped}
 
 
 def _letters(sample: Mapping[int, dict[str, Any]], column: str) -> int:
