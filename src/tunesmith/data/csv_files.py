@@ -9,7 +9,7 @@ import re
 import weakref
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +33,7 @@ log = logging.getLogger(__name__)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NAMED_SEPARATOR = re.compile(r"""["']?sep=([,;\t|])["']?\r?\n""", re.IGNORECASE)
 FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
-# Of a file, where these first rows are looked for.
-HEAD_CHARS = 1 << 20
+HEAD_BYTES = 1 << 19  # of a file, where these first rows are looked for
 
 
 def read_csv(path: Path) -> Table:
@@ -108,7 +107,7 @@ class _CsvIndex(NamedTuple):
 
 
 class _CsvLines(Iterator[str]):
-    """The lines of a file as text, and the byte behind the one that was taken last."""
+    """The lines of an open file as text, and the byte behind the one that was taken last."""
 
     def __init__(self, file: BufferedReader) -> None:
         mark = codecs.BOM_UTF8
@@ -121,42 +120,23 @@ class _CsvLines(Iterator[str]):
         self.position += len(line) if line.isascii() else len(line.encode())
         return line
 
-    def detach(self) -> None:
-        """Leave the file open."""
-        self._text.detach()
-
 
 def _index_rows(path: Path) -> _CsvIndex:
     """Read a file once; DataError where a quote is broken, or most rows do not fit the header."""
-    with _lines_of(path) as lines:
-        head = "".join(_head(lines))
-    # Excel reads the separator from such a first line, which is no row.
-    named = _NAMED_SEPARATOR.match(head)
-    separator = named[1] if named else _separator(path, head)
-    with _lines_of(path) as lines:
+    with open_uncached(path) as file:
+        first_bytes = file.read(HEAD_BYTES)
+        if len(first_bytes) == HEAD_BYTES:
+            # Up to the end of a line.
+            first_bytes = first_bytes[: first_bytes.rfind(b"\n") + 1]
+        head = first_bytes.decode("utf-8-sig", errors="replace")
+        # Excel reads the separator from such a first line, which is no row.
+        named = _NAMED_SEPARATOR.match(head)
+        separator = named[1] if named else _separator(path, head)
+        file.seek(0)
+        lines = _CsvLines(file)
         if named:
             next(lines)
         return _index_lines(path, lines, separator, skipped=1 if named else 0)
-
-
-@contextmanager
-def _lines_of(path: Path) -> Iterator[_CsvLines]:
-    with open_uncached(path) as file:
-        lines = _CsvLines(file)
-        try:
-            yield lines
-        finally:
-            lines.detach()
-
-
-def _head(lines: Iterator[str]) -> Iterator[str]:
-    """The first lines, HEAD_CHARS or a little more."""
-    characters = 0
-    for line in lines:
-        yield line
-        characters += len(line)
-        if characters > HEAD_CHARS:
-            return
 
 
 def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) -> _CsvIndex:

@@ -14,7 +14,6 @@ import sys
 import weakref
 from array import array
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -204,7 +203,7 @@ def _read_json_lines(path: Path) -> Table:
         except json.JSONDecodeError as error:
             why = f"{error.msg}: column {error.colno}"
         except ValueError:
-            raise long_number(where(i)) from None
+            raise _long_number(where(i)) from None
         except RecursionError:
             why = "nested too deep"
         fix = (
@@ -244,7 +243,7 @@ def _read_json(path: Path) -> Table:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         # ValueError itself stands for a number of too many digits.
-        if _looks_like_json_lines(text, error):
+        if _has_object_a_line(text, error):
             return _read_json_lines(path)
         raise _broken_json(path, text, error) from None
     if isinstance(rows, list) and rows:
@@ -270,14 +269,13 @@ def _begins_with_object(path: Path) -> bool:
         return file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
 
 
-def _looks_like_json_lines(text: str, error: Exception) -> bool:
+def _has_object_a_line(text: str, error: Exception) -> bool:
     """Whether a text that is not JSON, for this error, has an object a line."""
     first_line_text, _, rest = text.strip().partition("\n")
     if not first_line_text.startswith("{"):
         return False
-    if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-        return True
-    return first_line_text.rstrip().endswith("}") and bool(rest)
+    is_followed = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+    return is_followed or (first_line_text.rstrip().endswith("}") and bool(rest))
 
 
 def _jq_key(key: str) -> str:
@@ -288,22 +286,11 @@ def _jq_key(key: str) -> str:
 
 
 def _broken_json(path: Path, text: str, error: Exception) -> DataError:
-    """Count the whole rows before the fault, so that the broken one is named by its number."""
     if isinstance(error, RecursionError):
         fix = "write an array of flat objects"
         return DataError("the file is nested too deep", where=str(path), fix=fix)
-    fault_at = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
-    row = 0
-    # Behind the bracket that opens the array.
-    at = len(text) - len(text.lstrip()) + 1
-    with suppress(ValueError, RecursionError):
-        while at <= fault_at:
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
-            row += 1
-            _, at = json.JSONDecoder().raw_decode(text, at)
     if not isinstance(error, json.JSONDecodeError):
-        return long_number(f"{path} row {row}")
+        return _long_number(str(path))
     place = f"line {error.lineno} column {error.colno}"
     what = "the file is not JSON"
     fix = f"fix it at {place}"
@@ -312,13 +299,10 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     if is_at_end or error.msg.startswith("Unterminated string"):
         what = "the file ends in the middle of its JSON"
         fix = "download or write the file again"
-    where = f"{path}:{error.lineno}"
-    if text.lstrip().startswith("["):
-        where = f"{path} row {row}"
-    return DataError(what, where=where, why=f"{error.msg}, {place}", fix=fix)
+    return DataError(what, where=f"{path}:{error.lineno}", why=f"{error.msg}, {place}", fix=fix)
 
 
-def long_number(where: str) -> DataError:
+def _long_number(where: str) -> DataError:
     """The error for JSON with a whole number that Python does not read.
 
     int() of a text takes a time of its square.
