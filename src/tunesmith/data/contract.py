@@ -4,7 +4,7 @@ Every rule checks all examples (arrays at a time, so a million rows take seconds
 things it checked, and names the first fault by its row, with the tokens around it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -112,32 +112,22 @@ class _Chunk(NamedTuple):
         return np.searchsorted(self.offsets, tokens, side="right") - 1
 
 
-class _Rule(NamedTuple):
-    """What must hold of the tokens. of: of which things; why, fix: where it does not."""
-
-    name: str
-    of: str
-    note: str
-    why: str
-    fix: str
-
-
-_PAIRS_DIFFER = _Rule(
-    name="the answers of a pair differ, and their prompts do not",
-    of="pairs",
-    note="",
-    why="the prompt's tokens differ between chosen and rejected, or both are the same"
-    " tokens; the rejected answer begins here",
-    fix="delete the row; or, where the template writes a prompt differently for each"
-    " answer, use another (data.template)",
-)
-
-
 class _Faults(NamedTuple):
     """How many things of a chunk a rule checked, and the tokens that break it (indices, int64)."""
 
     checked: int
     tokens: np.ndarray
+
+
+class _Rule(NamedTuple):
+    """What must hold of the tokens. of: of which things; why, fix: where it does not."""
+
+    name: str
+    of: str
+    why: str
+    fix: str
+    find: Callable[[_Chunk], _Faults]
+    note: str = ""
 
 
 def check_tokens(
@@ -173,16 +163,11 @@ def check_tokens(
             fix="raise data.seq_len, or use a larger split",
         )
         return Contract(split, (is_empty,))
-    end_ids = sorted(template.end_ids)
-    earlier_end_ids = sorted(template.earlier_end_ids)
-    bos = tokenizer.bos_token_id
-    rules = _rules(tokens, tokenizer, end_ids, vocab_size, position_limit)
+    rules = _rules(tokens, template, tokenizer, vocab_size, position_limit)
     checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
     for chunk in _chunks(tokens):
-        all_faults = [*_find_faults(chunk, end_ids, earlier_end_ids, bos, vocab_size)]
-        if tokens.has_pairs:
-            all_faults.insert(-1, _pairs_alike(chunk))
-        for n, faults in enumerate(all_faults):
+        for n, rule in enumerate(rules):
+            faults = rule.find(chunk)
             check = checks[n]
             # Only the first fault of each rule is shown; all are counted.
             if len(faults.tokens) and not check.broken:
@@ -191,12 +176,8 @@ def check_tokens(
                 example = chunk.first + in_chunk
                 start = int(chunk.arrays.offsets[in_chunk])
                 around = excerpt(tokens, tokenizer, example, fault - start)
-                check = replace(
-                    check,
-                    where=tokens.where(example),
-                    why=f"{rules[n].why}: {around}",
-                    fix=rules[n].fix,
-                )
+                where = tokens.where(example)
+                check = replace(check, where=where, why=f"{rule.why}: {around}", fix=rule.fix)
             checks[n] = replace(
                 check,
                 checked=check.checked + faults.checked,
@@ -235,13 +216,15 @@ def _answers_are_whole(tokens: TokenSet) -> Check:
 
 def _rules(
     tokens: TokenSet,
+    template: Template,
     tokenizer: Any,
-    end_ids: list[int],
     vocab_size: int,
     position_limit: int | None,
 ) -> list[_Rule]:
-    """The rules, in the order of `_find_faults`."""
     counts = tokens.counts
+    end_ids = sorted(template.end_ids)
+    earlier_end_ids = sorted(template.earlier_end_ids)
+    bos = tokenizer.bos_token_id
     ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
     compared = f"{count_of(counts.prompts, 'prompt')} rendered separately and compared"
     if counts.prompts_apart:
@@ -250,57 +233,70 @@ def _rules(
         _Rule(
             name="every row has a supervised token",
             of="rows",
-            note="",
             why="none of its tokens is supervised",
             fix="delete the row, or check data.train_on and data.template",
+            find=_rows_without_target,
         ),
         _Rule(
             name="every answer has a supervised token besides its end",
             of="answers",
-            note="",
             why="of an answer that is not empty the end token alone is supervised",
             fix="use another template (data.template); or delete the row, if it has no answer",
+            find=lambda chunk: _answers_without_text(chunk, end_ids),
         ),
         _Rule(
             name="every supervised answer ends with an end token",
             of="answers",
-            note=f"end tokens: {ends}",
             why=f"the end tokens are {ends}, and a supervised span ends with another token",
             fix="use a template that ends each answer (data.template), or the tokenizer of the"
             " model",
+            find=lambda chunk: _answers_without_end(chunk, end_ids, earlier_end_ids)[0],
+            note=f"end tokens: {ends}",
         ),
         _Rule(
             name="no row begins with two BOS tokens",
             of="rows",
-            note="the tokenizer has no BOS" if tokenizer.bos_token_id is None else "",
             why="the template writes a BOS and the tokenizer adds one",
             fix="remove the BOS from the template (data.template), or from the rows",
+            find=lambda chunk: _rows_with_two_bos(chunk, bos),
+            note="the tokenizer has no BOS" if bos is None else "",
         ),
         _Rule(
             name="no prompt token is supervised",
             of="rows",
-            note=compared,
             why="a token of the prompt is supervised",
             fix="use another template (data.template); this one cannot be masked correctly",
+            find=_supervised_prompts,
+            note=compared,
         ),
         _Rule(
             name="every token is in the model's vocabulary",
             of="tokens",
-            note="",
             why=f"the model's embedding has {vocab_size:,} entries, and the tokenizer gives an id"
             " beyond them",
             fix="use the model's own tokenizer, or name new tokens in model.added_tokens",
+            find=lambda chunk: _tokens_beyond(chunk, vocab_size),
         ),
     ]
     if tokens.has_pairs:
-        rules.append(_PAIRS_DIFFER)
+        rules.append(
+            _Rule(
+                name="the answers of a pair differ, and their prompts do not",
+                of="pairs",
+                why="the prompt's tokens differ between chosen and rejected, or both are the same"
+                " tokens; the rejected answer begins here",
+                fix="delete the row; or, where the template writes a prompt differently for each"
+                " answer, use another (data.template)",
+                find=_pairs_alike,
+            )
+        )
     rules.append(
         _Rule(
             name=_FEW_CUT,
             of="rows",
-            note="",
             why="the model learns these answers without their end, and may not learn to stop",
             fix=_fix_cut_answers(tokens, position_limit),
+            find=lambda chunk: _answers_without_end(chunk, end_ids, earlier_end_ids)[1],
         )
     )
     return rules
@@ -377,48 +373,39 @@ def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
         first_of_source += len(source)
 
 
-def _find_faults(
-    chunk: _Chunk, end_ids: list[int], earlier_end_ids: list[int], bos: int | None, vocab: int
-) -> Iterator[_Faults]:
-    """For each rule, how many things of a chunk it checks, and the tokens that break it."""
-    ids = chunk.arrays.ids
-    trained = chunk.arrays.trained
-    offsets = chunk.offsets
-    starts = chunk.starts
-    nothing = _Faults(0, starts[:0])
+def _rows_without_target(chunk: _Chunk) -> _Faults:
+    """The first token does not count, because nothing predicts it."""
+    predicted = chunk.arrays.trained.astype(np.int64)
+    predicted[chunk.starts] = 0
+    supervised_per_row = np.add.reduceat(predicted, chunk.starts)
+    return _Faults(len(chunk.starts), chunk.starts[supervised_per_row == 0])
 
-    # Rows without a supervised token; the first does not count, because nothing predicts it.
-    predicted = trained.astype(np.int64)
-    predicted[starts] = 0
-    supervised_per_row = np.add.reduceat(predicted, starts)
-    yield _Faults(len(starts), starts[supervised_per_row == 0])
 
-    yield _answers_without_text(chunk, end_ids) if chunk.has_answers else nothing
-
-    answers, cut_off = _answers_without_end(chunk, end_ids, earlier_end_ids)
-    yield answers
-
-    # The second of two BOS.
+def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
+    """The second BOS of each."""
     if bos is None:
-        yield nothing
-    else:
-        second = np.minimum(starts + 1, len(ids) - 1)
-        has_second = np.diff(offsets) > 1
-        has_two = (ids[starts] == bos) & (ids[second] == bos) & has_second
-        yield _Faults(len(starts), second[has_two])
+        return _Faults(0, chunk.starts[:0])
+    ids = chunk.arrays.ids
+    second = np.minimum(chunk.starts + 1, len(ids) - 1)
+    has_second = np.diff(chunk.offsets) > 1
+    has_two = (ids[chunk.starts] == bos) & (ids[second] == bos) & has_second
+    return _Faults(len(chunk.starts), second[has_two])
 
-    # The first supervised token of a row that supervises its first token, or its prompt as rendered
-    # apart.
-    leaking = starts[trained[starts] | chunk.leaks[chunk.examples_of(starts)]].tolist()
+
+def _supervised_prompts(chunk: _Chunk) -> _Faults:
+    """The first supervised token of a row that supervises its first token, or its prompt as
+    rendered apart.
+    """
+    trained = chunk.arrays.trained
+    leaks = chunk.leaks[chunk.examples_of(chunk.starts)]
+    leaking = chunk.starts[trained[chunk.starts] | leaks].tolist()
     first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
-    yield _Faults(len(starts), np.asarray(first_trained, np.int64))
+    return _Faults(len(chunk.starts), np.asarray(first_trained, np.int64))
 
-    yield _Faults(len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
 
-    if chunk.has_answers:
-        yield _Faults(len(starts), cut_off)
-    else:
-        yield nothing
+def _tokens_beyond(chunk: _Chunk, vocab: int) -> _Faults:
+    ids = chunk.arrays.ids
+    return _Faults(len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
 
 
 def _pairs_alike(chunk: _Chunk) -> _Faults:
@@ -441,6 +428,8 @@ def _pairs_alike(chunk: _Chunk) -> _Faults:
 
 def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
     """The end token of each answer of which nothing else is supervised, but of empty ones."""
+    if not chunk.has_answers:
+        return _Faults(0, chunk.starts[:0])
     trained = chunk.arrays.trained
     is_row_start = np.zeros(len(trained), np.bool_)
     is_row_start[chunk.starts] = True
@@ -454,7 +443,7 @@ def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
 
 def _answers_without_end(
     chunk: _Chunk, end_ids: list[int], earlier_end_ids: list[int]
-) -> tuple[_Faults, np.ndarray]:
+) -> tuple[_Faults, _Faults]:
     """The last token of each supervised stretch that ends no answer; those cut at seq_len apart.
 
     earlier_end_ids: as of a template; these stand behind a stretch.
@@ -475,12 +464,11 @@ def _answers_without_end(
 
     # At the end of a row, what the template writes after an end token may be supervised too.
     examples = chunk.examples_of(stops)
-    starts = chunk.starts[chunk.sequences_of(stops)]
     ends_row = is_row_end[stops]
     has_end_token = np.zeros(len(stops), np.bool_)
     for back in range(1, _TAIL):
         earlier = stops - back
-        is_in_row = earlier >= starts
+        is_in_row = earlier >= chunk.starts[chunk.sequences_of(stops)]
         # Indices before the array are clamped to 0; `is_in_row` rules them out.
         is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
         has_end_token |= ends_row & is_in_row & is_end_token
@@ -488,9 +476,11 @@ def _answers_without_end(
     is_cut_off = ends_row & chunk.arrays.truncated[examples] & ~has_end_token
     # A document ends in its last example alone.
     has_end_token |= ends_row & chunk.arrays.continued[examples]
-    faults = stops[~has_end_token & ~is_cut_off]
     unfinished = int(is_cut_off.sum()) + int(chunk.arrays.continued.sum())
-    return _Faults(len(stretch_ends) - unfinished, faults), stops[is_cut_off]
+    ended = _Faults(len(stretch_ends) - unfinished, stops[~has_end_token & ~is_cut_off])
+    if not chunk.has_answers:
+        return ended, _Faults(0, chunk.starts[:0])
+    return ended, _Faults(len(chunk.starts), stops[is_cut_off])
 
 
 def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:

@@ -206,8 +206,9 @@ def _read_json_lines(path: Path) -> Table:
             raise _long_number(where(i)) from None
         except RecursionError:
             why = "nested too deep"
+        number = lines.numbers[i]
         fix = (
-            f"sed -n {lines.numbers[i]}p {shell_path(path)}"
+            f"sed -n {number}p {shell_path(path)}"
             "   # fix or delete this line: one JSON object a line"
         )
         if i == count - 1 and not line_break:
