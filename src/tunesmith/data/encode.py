@@ -77,28 +77,6 @@ def _of_row(error: TunesmithError, place: str) -> DataError:
     raise error
 
 
-def _check_raw(samples: Sequence[Sample], place: str) -> None:
-    """DataError for a system message of a row whose texts no template joins."""
-    if any(isinstance(sample, Completion) and sample.system for sample in samples):
-        raise DataError(
-            "there is no template to write the system message",
-            where=place,
-            why="raw rows are a prompt and a completion without a template",
-            fix="data.template=alpaca; or write it into the prompt, and remove data.system",
-        )
-
-
-def _check_differs(chosen: Example, rejected: Example, place: str) -> None:
-    """DataError for a pair that has nothing to learn from."""
-    if np.array_equal(chosen.ids, rejected.ids):
-        raise DataError(
-            "chosen and rejected are the same tokens",
-            where=place,
-            why="a pair is learned from by the difference of its answers",
-            fix="delete the row",
-        )
-
-
 def _side_by_side(chosen: Example, rejected: Example) -> Example:
     """A pair as one example of two sequences."""
     return Example(
@@ -125,31 +103,57 @@ class RowEncoder:
         Other errors are raised: a file that was changed, a template that fits no row.
         """
         read = []
+        samples = []
+        places = []
         for values, place in zip(batch.rows, batch.places, strict=True):
-            read.append(self._read(values, place))
-        rows = [row for row in read if isinstance(row, _ReadRow)]
-        examples = iter(self._encode_or_explain(rows))
+            row = self._read(values, place)
+            read.append(row)
+            if isinstance(row, _ReadRow):
+                of_row = samples_of(row.sample)
+                samples += of_row
+                places += [place] * len(of_row)
+        # One call of the tokenizer for all of them.
+        examples = iter(self.template.encode_many(samples, self.train_on, where=places))
         encoded: list[EncodedRow | DataError] = []
         for i, row in enumerate(read, batch.first):
-            if isinstance(row, DataError):
+            if isinstance(row, _ReadRow):
+                own = [next(examples) for _ in samples_of(row.sample)]
+                encoded.append(self._encoded(row, own, i))
+            else:
                 encoded.append(row)
-                continue
-            example = next(examples)
-            if isinstance(example, DataError):
-                encoded.append(example)
-                continue
-            prompt: Prompt = "unchecked"
-            # All of the first rows and a sample of the others: rendering the prompt alone takes
-            # time.
-            is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
-            samples = samples_of(row.sample)
-            if is_compared and self.train_on != "all":
-                prompt = self._check_prompt(samples[0], example)
-            warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
-            # Of a pair the rejected answer is no row to warn of.
-            has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
-            encoded.append(EncodedRow(example, warnings, prompt, has_empty_answer, row.unread))
         return encoded
+
+    def _encoded(
+        self, row: "_ReadRow", examples: Sequence[Example | DataError], i: int
+    ) -> EncodedRow | DataError:
+        """The examples of row i as one."""
+        sequences = []
+        for example in examples:
+            if isinstance(example, DataError):
+                return _of_row(example, row.place)
+            sequences.append(example)
+        example = sequences[0]
+        if isinstance(row.sample, Pair):
+            if np.array_equal(example.ids, sequences[1].ids):
+                return DataError(
+                    "chosen and rejected are the same tokens",
+                    where=row.place,
+                    why="a pair is learned from by the difference of its answers",
+                    fix="delete the row",
+                )
+            example = _side_by_side(example, sequences[1])
+        elif isinstance(row.sample, Feedback):
+            example = example._replace(label=row.sample.is_good)
+        prompt: Prompt = "unchecked"
+        # All of the first rows and a sample of the others: rendering the prompt alone takes time.
+        is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
+        samples = samples_of(row.sample)
+        if is_compared and self.train_on != "all":
+            prompt = self._check_prompt(samples[0], example)
+        warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
+        # Of a pair the rejected answer is no row to warn of.
+        has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
+        return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread)
 
     def _read(self, values: dict[str, Any] | TunesmithError, place: str) -> "_ReadRow | DataError":
         """A row as a sample, or why it is none."""
@@ -163,41 +167,16 @@ class RowEncoder:
             )
         except DataError as error:
             return _of_row(error, place)
+        if self.template.raw and any(
+            isinstance(part, Completion) and part.system for part in samples_of(sample)
+        ):
+            return DataError(
+                "there is no template to write the system message",
+                where=place,
+                why="raw rows are a prompt and a completion without a template",
+                fix="data.template=alpaca; or write it into the prompt, and remove data.system",
+            )
         return _ReadRow(sample, place, tuple(sorted(unread)))
-
-    def _encode_or_explain(self, rows: Sequence["_ReadRow"]) -> list[Example | DataError]:
-        """The example of each row, or why it has none."""
-        try:
-            return [*self._encode_samples(rows)]
-        except DataError as error:
-            # One row spoils the call for all: the halves find it.
-            if len(rows) == 1:
-                return [_of_row(error, rows[0].place)]
-        half = len(rows) // 2
-        return [*self._encode_or_explain(rows[:half]), *self._encode_or_explain(rows[half:])]
-
-    def _encode_samples(self, rows: Sequence["_ReadRow"]) -> list[Example]:
-        """The example of each row, with one call of the tokenizer for all of them."""
-        samples = []
-        sample_places = []
-        for row in rows:
-            of_row = samples_of(row.sample)
-            samples += of_row
-            sample_places += [row.place] * len(of_row)
-            if self.template.raw:
-                _check_raw(of_row, row.place)
-        encoded = iter(self.template.encode_many(samples, self.train_on, where=sample_places))
-        examples = []
-        for row in rows:
-            example = next(encoded)
-            if isinstance(row.sample, Pair):
-                rejected = next(encoded)
-                _check_differs(example, rejected, row.place)
-                example = _side_by_side(example, rejected)
-            elif isinstance(row.sample, Feedback):
-                example = example._replace(label=row.sample.is_good)
-            examples.append(example)
-        return examples
 
     def _check_prompt(self, sample: Sample, example: Example) -> Prompt:
         """Compare the prompt, rendered alone, with the beginning of the example."""

@@ -246,12 +246,15 @@ class Template:
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
         """Tokens and mask of one sample, however long it is; see `encode_many`."""
-        return self.encode_many([sample], train_on, where=[where])[0]
+        [example] = self.encode_many([sample], train_on, where=[where])
+        if isinstance(example, DataError):
+            raise example
+        return example
 
     def encode_many(
         self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]
-    ) -> list[Example]:
-        """Tokens and masks of many samples, with one call of the tokenizer.
+    ) -> list[Example | DataError]:
+        """Tokens and masks of many samples, or why one has none, with one call of the tokenizer.
 
         Args:
             train_on: `response` (every answer), `last` (the last one) or `all` (every token but the
@@ -259,22 +262,23 @@ class Template:
             where: the rows' places, for the DataError of one that cannot be rendered or masked.
         """
         samples = [self._as_turns(sample) for sample in samples]
-        texts = []
-        spans = []
-        flaws = []
+        located: list[RenderedAnswers | DataError] = []
         for sample, place in zip(samples, where, strict=True):
-            text, text_spans, missing = self._locate(sample, train_on, place)
-            flaws.append(missing)
-            texts.append(text)
-            spans.append(text_spans)
-        examples = []
-        # One call for all texts of the batch: the tokenizer works on them with several threads.
-        aligned_texts = self._aligner.encode(texts, spans, self.end_ids)
-        for i, aligned in enumerate(aligned_texts):
-            example = self._example(samples[i], aligned, where[i])
-            names = (*_flaws(texts[i], aligned), *sorted(flaws[i]))
-            control_tokens = self._control_tokens(samples[i])
-            examples.append(example._replace(flaws=names, control_tokens=control_tokens))
+            try:
+                located.append(self._locate(sample, train_on, place))
+            except DataError as error:
+                located.append(error)
+        found = [answers for answers in located if not isinstance(answers, DataError)]
+        texts = [answers.text for answers in found]
+        # The tokenizer works on the texts with several threads.
+        aligned = self._aligner.encode(texts, [answers.spans for answers in found], self.end_ids)
+        next_aligned = iter(aligned)
+        examples: list[Example | DataError] = []
+        for sample, answers, place in zip(samples, located, where, strict=True):
+            if isinstance(answers, DataError):
+                examples.append(answers)
+            else:
+                examples.append(self._example(sample, answers, next(next_aligned), place))
         return examples
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -489,7 +493,9 @@ class Template:
         trained_spans = [span for span in trained_spans if span.start < span.end]
         return RenderedAnswers(text, trained_spans, missing)
 
-    def _example(self, sample: Sample, aligned: Aligned, where: str) -> Example:
+    def _example(
+        self, sample: Sample, answers: RenderedAnswers, aligned: Aligned, where: str
+    ) -> Example | DataError:
         ids = aligned.ids
         trained = aligned.trained
         if not isinstance(sample, Conversation):
@@ -501,17 +507,18 @@ class Template:
             ids = np.concatenate([bos, ids, end])
             trained = np.concatenate([np.zeros(len(bos), bool), trained, np.ones(len(end), bool)])
         elif not aligned.ended:
-            raise DataError(
+            return DataError(
                 "the end of an answer is not a separate token",
                 where=where,
                 why="the tokenizer merges it with adjacent text, or splits it",
                 fix="add it as a special token: model.added_tokens",
             )
         if len(ids) < 2:
-            raise DataError("the row has no text", where=where, fix="delete the row")
+            return DataError("the row has no text", where=where, fix="delete the row")
         # Nothing predicts the first token.
         trained[0] = False
-        return Example(ids, trained)
+        flaws = (*_flaws(answers.text, aligned), *sorted(answers.missing))
+        return Example(ids, trained, flaws=flaws, control_tokens=self._control_tokens(sample))
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]
