@@ -1,6 +1,7 @@
 """The formats of rows: the columns that each needs and may have, by their names in files.
 
-A new format has its entry here, and its reader in data/formats.py.
+A new format has its entry here, and its reader in data/formats.py; the recipe's schema, the
+detection, templates and the commands follow from them.
 """
 
 from collections.abc import Mapping
@@ -30,8 +31,17 @@ _SYSTEM_OF_CHAT = (*_SYSTEM, "instructions")
 _TOOLS = ("tools", "functions")
 _INPUT = ("input", "context")
 _LABEL = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")
-# A column of any name that holds lists of objects, or JSON text of them.
-CHAT: tuple[str, ...] = ()
+
+
+class ChatColumn(tuple[str, ...]):
+    """A column of any name with lists of objects, or JSON text of them, that have one of these keys
+    for who speaks.
+    """
+
+
+_ROLES = ChatColumn(("role",))
+_FROMS = ChatColumn(("from",))
+_ANY_CHAT = ChatColumn(("role", "from"))
 
 # The format's name of a column -> its names in files.
 Names = Mapping[str, tuple[str, ...]]
@@ -52,12 +62,14 @@ class RowFormat(NamedTuple):
         answer: the column with the answer.
         key: the column that tells the format from others.
         has_turns: False for plain text, which has no place for a system message.
+        is_plain: its rows need no chat template.
     """
 
     layouts: tuple[ColumnSet, ...]
     answer: str
     key: str
     has_turns: bool = True
+    is_plain: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -78,12 +90,12 @@ class RowFormat(NamedTuple):
 
 ROW_FORMATS: dict[FormatName, RowFormat] = {
     "messages": RowFormat(
-        (ColumnSet({"messages": CHAT}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
+        (ColumnSet({"messages": _ROLES}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
         answer="messages",
         key="messages",
     ),
     "sharegpt": RowFormat(
-        (ColumnSet({"conversations": CHAT}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
+        (ColumnSet({"conversations": _FROMS}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
         answer="conversations",
         key="conversations",
     ),
@@ -107,9 +119,14 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         ),
         answer="completion",
         key="prompt",
+        is_plain=True,
     ),
     "text": RowFormat(
-        (ColumnSet({"text": ("text", "content")}, {}),), answer="text", key="text", has_turns=False
+        (ColumnSet({"text": ("text", "content")}, {}),),
+        answer="text",
+        key="text",
+        has_turns=False,
+        is_plain=True,
     ),
     "preference": RowFormat(
         (
@@ -138,7 +155,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 {"input": _INPUT, "system": _SYSTEM, "tools": _TOOLS},
             ),
             ColumnSet(
-                {"messages": CHAT, "label": _LABEL},
+                {"messages": _ANY_CHAT, "label": _LABEL},
                 {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS},
             ),
         ),

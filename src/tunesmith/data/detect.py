@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tunesmith.config.names import nearest
-from tunesmith.config.row_formats import CHAT, READ_BY_ANY_NAME, ROW_FORMATS, ColumnSet, FormatName
+from tunesmith.config.row_formats import (
+    READ_BY_ANY_NAME,
+    ROW_FORMATS,
+    ChatColumn,
+    ColumnSet,
+    FormatName,
+)
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import find_bad_rows
 from tunesmith.data.formats import convert_row
@@ -246,16 +252,12 @@ def _possible_layouts(
 
 
 def _columns_for(
-    format_name: str, usual_names: tuple[str, ...], columns: list[str], chats: _Chats
+    format_name: FormatName, usual_names: tuple[str, ...], columns: list[str], chats: _Chats
 ) -> list[str]:
     """The columns that may be what a format has under these names in files."""
-    if usual_names is CHAT:
-        if format_name == "messages":
-            return chats["role"]
-        if format_name == "sharegpt":
-            return chats["from"]
-        return list(dict.fromkeys([*chats["role"], *chats["from"]]))
-    if format_name != "text":
+    if isinstance(usual_names, ChatColumn):
+        return list(dict.fromkeys(column for key in usual_names for column in chats[key]))
+    if ROW_FORMATS[format_name].has_turns:
         return [column for column in columns if plain(column) in usual_names]
     # A single column needs no usual name to be the text; a chat is none.
     named = [column for column in columns if plain(column) in usual_names or len(columns) == 1]
@@ -439,7 +441,7 @@ def _propose(
             return f"name the columns, such as {guess.flags()}"
     names = ROW_FORMATS[formats[0]].layouts[0].needed  # type: ignore[index]
     pairs = ",".join(f"{name}=..." for name in names)
-    needs_chat = any(usual_names is CHAT for usual_names in names.values())
+    needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
     kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
     return f"name the columns with {kind}: --columns {pairs}"
 

@@ -1,20 +1,9 @@
 """A row of any of the formats -> a sample.
 
-    alpaca              instruction, input, output [system, history]
-    messages            messages (OpenAI's chat form) [system, tools]
-    sharegpt            conversations (from, value) [system, tools]
-    prompt-completion   prompt, completion: texts or lists of messages [system, tools]
-    text                text
-    preference          prompt, chosen, rejected: texts or messages; without a prompt, chosen and
-                        rejected begin with the same one [input, system, tools]; or conversations
-                        and two turns chosen, rejected (LLaMA-Factory's form)
-    feedback            prompt, completion or messages, and label (good or bad) [input, system,
-                        tools]
-
-The columns are those of `config/row_formats.py`; turns are read by `messages.py`. Nothing is
-guessed. A row with something that training would ignore (a role that no template knows, an image, a
-loss weight of 0.5, a label beside an answer that is to be learned) is refused, by its place; what
-nothing knows is counted.
+The columns are those of `config/row_formats.py`, and `@_reads` names the reader of a format; turns
+are read by `messages.py`. Nothing is guessed. A row with something that training would ignore (a
+role that no template knows, an image, a loss weight of 0.5, a label beside an answer that is to be
+learned) is refused, by its place; what nothing knows is counted.
 """
 
 import json
@@ -209,6 +198,21 @@ def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _Any
     )
 
 
+_Reader = Callable[[RowReader], Sample | Pair | Feedback]
+_READERS: dict[FormatName, _Reader] = {}
+
+
+def _reads(name: FormatName) -> Callable[[_Reader], _Reader]:
+    """Make a function the reader of a format."""
+
+    def register(reader: _Reader) -> _Reader:
+        _READERS[name] = reader
+        return reader
+
+    return register
+
+
+@_reads("alpaca")
 def _alpaca(row: RowReader) -> Sample:
     instruction = _no_messages(row, row.required("instruction"), "instruction")
     output = _no_messages(row, row.required("output"), "output")
@@ -245,10 +249,12 @@ def _no_messages(row: RowReader, value: Any, column: str) -> str:
     return row.text(value, column)
 
 
+@_reads("messages")
 def _messages(row: RowReader) -> Sample:
     return _chat(row, "messages", MESSAGE)
 
 
+@_reads("sharegpt")
 def _sharegpt(row: RowReader) -> Sample:
     return _chat(row, "conversations", TURN)
 
@@ -260,6 +266,7 @@ def _chat(row: RowReader, column: str, form: Form) -> Sample:
     return Conversation(with_row_system(row, messages), read_tools(row))
 
 
+@_reads("prompt-completion")
 def _prompt_completion(row: RowReader) -> Sample:
     prompt = row.text_or_messages(row.required("prompt"), "prompt")
     completion = row.text_or_messages(row.required("completion"), "completion")
@@ -292,6 +299,7 @@ def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | C
     return Conversation([*messages, answer], tools, prompt_messages=len(messages))
 
 
+@_reads("text")
 def _text(row: RowReader) -> Sample:
     text = row.text(row.required("text"), "text")
     if not text:
@@ -299,6 +307,7 @@ def _text(row: RowReader) -> Sample:
     return Text(text)
 
 
+@_reads("preference")
 def _preference(row: RowReader) -> Pair:
     chosen = row.text_or_messages(row.required("chosen"), "chosen")
     rejected = row.text_or_messages(row.required("rejected"), "rejected")
@@ -378,6 +387,7 @@ def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: st
     return Pair(_completed(row, prompt, chosen), _completed(row, prompt, rejected))
 
 
+@_reads("feedback")
 def _feedback(row: RowReader) -> Feedback:
     label = row.required("label")
     is_good = read_label(label)
@@ -511,14 +521,3 @@ def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
 
 def _texts_of(messages: list[dict[str, Any]]) -> list[str]:
     return [message["content"].strip() for message in messages]
-
-
-_READERS: dict[FormatName, Callable[[RowReader], Sample | Pair | Feedback]] = {
-    "alpaca": _alpaca,
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "prompt-completion": _prompt_completion,
-    "text": _text,
-    "preference": _preference,
-    "feedback": _feedback,
-}

@@ -21,6 +21,7 @@ from unicodedata import normalize
 
 import numpy as np
 
+from tunesmith.config.row_formats import ROW_FORMATS
 from tunesmith.config.schema import Data
 from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
@@ -33,10 +34,6 @@ from tunesmith.data.thoughts import THOUGHT_TAGS
 from tunesmith.errors import DataError, ModelError
 
 TrainOn = Literal["response", "last", "all"]
-# Formats whose rows need no template.
-_PLAIN = frozenset({"prompt-completion", "text"})
-# Formats whose rows may hold tool calls.
-_WITH_TOOLS = frozenset({"messages", "sharegpt", "prompt-completion", "preference", "feedback"})
 # What errors call a template that is no file.
 _TITLES = {
     "chat": "the tokenizer's chat template",
@@ -60,12 +57,13 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
     Raises:
         DataError: there is no such template, or it cannot tell answers from prompts.
     """
-    formats = {source.format for source in (*data.train, *data.validation)}
-    may_have_tools = bool(formats & _WITH_TOOLS)
+    formats = [ROW_FORMATS[source.format] for source in (*data.train, *data.validation)]
+    may_have_tools = any("tools" in form.columns for form in formats)
     chat_template = _chat_template_of(tokenizer, tools=may_have_tools)
     if chat_template is not None and data.template in ("auto", "chat"):
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
-    needs_none = chat_template is None and bool(formats) and formats <= _PLAIN
+    are_plain = bool(formats) and all(form.is_plain for form in formats)
+    needs_none = chat_template is None and are_plain
     if data.template == "raw" or (data.template == "auto" and needs_none):
         why = "the tokenizer has no chat template"
         if data.template == "raw":
@@ -85,7 +83,7 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
                 fix="remove data.template_args, or data.template=FILE.jinja",
             )
         return Template(tokenizer, eos_ids, jinja=None, name="raw")
-    if data.template == "auto" and formats == {"text"}:
+    if data.template == "auto" and formats and not any(form.has_turns for form in formats):
         # Chats with what is trained here use the tokenizer's template.
         try:
             return Template(tokenizer, eos_ids, jinja=chat_template, name="text")
