@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.pack import best_fit_decreasing, groups_of_like_length
 from tunesmith.data.tokens import TokenSet
 from tunesmith.units import ceil_div
 
@@ -71,17 +71,7 @@ class Layout:
         # All examples of a set have as many sequences.
         sequences = examples[0].sequence_count
         widths = _widths(examples)
-        groups: list[list[int]] = []
-        # Rows of like length together; the first of a group is the longest.
-        for i in np.argsort(-widths, kind="stable").tolist():
-            has_room = False
-            if groups:
-                rows = sequences * (len(groups[-1]) + 1)
-                has_room = rows * int(widths[groups[-1][0]]) <= room
-            if not has_room:
-                groups.append([])
-            groups[-1].append(i)
-        return groups
+        return groups_of_like_length(widths, lambda i: room // (sequences * int(widths[i])))
 
 
 def _lengths(examples: Sequence[Example] | TokenSet) -> np.ndarray:

@@ -9,7 +9,7 @@ A group is a list of examples, by their indices in the schedule, that makes one 
 import math
 from dataclasses import dataclass
 
-from tunesmith.data.pack import balanced_bins, best_fit_decreasing
+from tunesmith.data.pack import balanced_bins, best_fit_decreasing, groups_of_like_length
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.units import Size, ceil_div
 
@@ -125,21 +125,18 @@ class MicroBatches:
         `max_cost` at most; but at least one example. The sum over the step does not depend on the
         order.
         """
-        lengths = self.schedule.sequence_lengths
-        groups: list[list[int]] = []
-        # The longest first: it sets the width to which the others of its group are padded.
-        remaining = sorted(examples, key=lambda example: -lengths[example])
-        while remaining:
-            most = self.micro_batch.amount
+        lengths = self.schedule.sequence_lengths[examples]
+
+        def most(i: int) -> int:
+            count = self.micro_batch.amount
             if self.micro_batch.unit == "tokens":
-                # Each row of the group is as wide as its first.
-                width = self.row_length or int(lengths[remaining[0]])
-                most = most // (width * self.schedule.sequences)
-            cost_of_one = self.cost(remaining[:1])
-            count = int(max(1, min(most, max_cost / cost_of_one)))
-            groups.append(remaining[:count])
-            remaining = remaining[count:]
-        return groups
+                # Each row of the group is as wide as its longest.
+                width = self.row_length or int(lengths[i])
+                count = count // (width * self.schedule.sequences)
+            return int(min(count, max_cost / self.cost([examples[i]])))
+
+        groups = groups_of_like_length(lengths, most)
+        return [[examples[i] for i in group] for group in groups]
 
     def _balance(self, groups: list[list[int]], examples: list[int], count: int) -> list[list[int]]:
         """The examples of `groups`, at most `count`, in at most `count` groups of like cost."""

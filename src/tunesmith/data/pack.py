@@ -10,7 +10,7 @@ memory moves of at most `capacity` entries.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -56,6 +56,26 @@ def best_fit_decreasing(lengths: Sequence[int] | np.ndarray, capacity: int) -> l
                 insort(rooms, room_left)
             bins_by_room[room_left].append(target)
     return bins
+
+
+def groups_of_like_length(lengths: np.ndarray, most: Callable[[int], int]) -> list[list[int]]:
+    """Group items of similar length, so that rows as long as the longest of a group pad little.
+
+    Args:
+        lengths: int64 [n].
+        most: how many items a group has, by the index of its longest; it has one at least.
+
+    Returns:
+        Groups of indices into `lengths`, the longest first.
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    groups = []
+    first = 0
+    while first < len(order):
+        stop = first + max(1, most(order[first]))
+        groups.append(order[first:stop])
+        first = stop
+    return groups
 
 
 def balanced_bins(
