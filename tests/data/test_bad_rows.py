@@ -15,7 +15,6 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.data import workers
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
 from tunesmith.training.early_checks import check_start
 
@@ -105,18 +104,6 @@ def test_a_start_lists_the_bad_rows_of_all_files_before_torch_is_imported(
         check_start(run, resumes=False)
     places = {cause.split(": ")[0] for cause in refused.value.why.split("; ")}
     assert places == {"first.jsonl:1", *(f"rows.jsonl:{number}" for number in BAD)}
-
-
-def test_what_other_rows_are_warned_of_is_told_with_the_bad_ones(
-    tiny: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    rows = [good(1), {"messages": [A]}, {"messages": [U, {**A, "content": ""}]}, {"messages": [U]}]
-    for count in (3, 4):
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
-        with refuses(DataError, where="rows.jsonl:2, message 1") as refused:
-            prepared(tiny, tmp_path, path)
-        assert holds(refused.value.why, ROW_WARNINGS["empty"].what, "rows.jsonl:3")
 
 
 def test_bad_rows_that_are_skipped_are_counted(tiny: Path, tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_row, samples_of
-from tunesmith.data.row_warnings import ROW_WARNINGS, row_warnings
+from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows
 from tunesmith.errors import DataError
-from tunesmith.units import count_of
 
 LISTED = 20  # rows
 # Of a cause in a list; the whole error of a single row is shown.
@@ -24,29 +22,20 @@ class BadRow(NamedTuple):
     what: str
 
 
-class _Candidate(NamedTuple):
-    """A bad row that may be listed; `is_new`: no row before it has its kind of fault."""
-
-    place: str
-    bad: BadRow
-    is_new: bool
-
-
 @dataclass
 class BadRows:
     """The bad rows of a source of so many rows, or of several.
 
     Attributes:
         is_whole: whether all rows of a source are bad.
-        warned: name in ROW_WARNINGS -> how many of the other rows fit it, and the first's place.
+        listed: places and faults of the first of them, and of the first of each kind, in order.
     """
 
     rows: int
     count: int = 0
     is_whole: bool = False
-    warned: dict[str, tuple[int, str]] = field(default_factory=dict)
-    _candidates: list[_Candidate] = field(default_factory=list)
-    _kinds: set[str] = field(default_factory=set)
+    listed: list[tuple[str, BadRow]] = field(default_factory=list)
+    _kinds: dict[str, list[tuple[str, BadRow]]] = field(default_factory=dict)
     _first_error: DataError | None = None
 
     def __len__(self) -> int:
@@ -55,13 +44,7 @@ class BadRows:
     @property
     def first(self) -> list[BadRow]:
         """At most LISTED of them."""
-        return [candidate.bad for candidate in self._listed()]
-
-    def _listed(self) -> list[_Candidate]:
-        """The first of each kind and the first of all, in order."""
-        numbers = range(len(self._candidates))
-        chosen = sorted(numbers, key=lambda n: not self._candidates[n].is_new)[:LISTED]
-        return [self._candidates[n] for n in sorted(chosen)]
+        return [bad for _, bad in self.listed]
 
     def add(self, row: int, place: str, error: DataError) -> bool:
         """Count a row by its error; False if the error is not of this row, but of the file."""
@@ -74,27 +57,24 @@ class BadRows:
         bad = BadRow(row, f"{inside}: {error.what}" if inside else error.what)
         # One fault differs from row to row by a number alone.
         kind = re.sub(r"\d+", "", bad.what)
-        is_new = kind not in self._kinds and len(self._kinds) < LISTED
-        if is_new:
-            self._kinds.add(kind)
-        if is_new or self.count <= LISTED:
-            self._candidates.append(_Candidate(place, bad, is_new))
+        repeated = self._kinds.setdefault(kind, [])
+        if len(self.listed) == LISTED and not repeated:
+            # Rows of kinds that are there already make room.
+            crowded = max(self._kinds.values(), key=len)
+            if len(crowded) > 1:
+                self.listed.remove(crowded.pop())
+        if len(self.listed) < LISTED:
+            repeated.append((place, bad))
+            self.listed.append((place, bad))
         return True
-
-    def warn(self, name: str, place: str, count: int = 1) -> None:
-        """Count other rows for a name in ROW_WARNINGS."""
-        before, first = self.warned.get(name, (0, place))
-        self.warned[name] = (before + count, first)
 
     def join(self, other: "BadRows") -> None:
         """Add those of another source."""
         self.rows += other.rows
         self.count += other.count
         self.is_whole = self.is_whole or other.is_whole
-        self._candidates += other._candidates
+        self.listed += other.listed
         self._first_error = self._first_error or other._first_error
-        for name, (count, place) in other.warned.items():
-            self.warn(name, place, count)
 
     def error(self, side: str = "") -> DataError:
         """The error for all of them; `side`: `train` or `validation`, if all are of one of two."""
@@ -109,7 +89,7 @@ class BadRows:
             rows = {"train": "training rows", "validation": "validation rows"}.get(side, "rows")
             what = f"{self.count:,} of {self.rows:,} {rows} cannot be read"
             why = []
-            for place, bad, _ in self._listed():
+            for place, bad in self.listed[:LISTED]:
                 cause = bad.what
                 if len(cause) > _CAUSE_CHARS:
                     cause = f"{cause[:_CAUSE_CHARS]}..."
@@ -117,10 +97,6 @@ class BadRows:
                 why.append(f"{place.rpartition('/')[2]}: {cause}")
             if self.count > len(why):
                 why.append(f"and {self.count - len(why):,} more")
-        # Who mends these rows mends the others at the same time.
-        for name, (count, place) in self.warned.items():
-            rows = count_of(count, "readable row")
-            why.append(f"{rows} with {ROW_WARNINGS[name].what} (first {place.rpartition('/')[2]})")
         if not self.is_whole:
             fix += "; or data.bad_rows=skip leaves such rows out, counted"
         return DataError(what, where=first.where, why="; ".join(why), fix=fix)
@@ -148,11 +124,8 @@ def find_bad_rows(rows: Rows, source: Source, system: str | None = None) -> BadR
     for i in range(len(rows)):
         place = rows.where(i)
         try:
-            row = convert_row(rows[i], source, where=place, system=system)
+            convert_row(rows[i], source, where=place, system=system)
         except DataError as error:
             if not bad.add(i, place, error):
                 raise
-            continue
-        for name in row_warnings(samples_of(row)[0], raw=False):
-            bad.warn(name, place)
     return bad

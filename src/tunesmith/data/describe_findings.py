@@ -76,23 +76,18 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
             f"{near:,} of {total} rows repeat an earlier row, or nearly (case, punctuation or a "
             f"few words differ): first {places}; {_fix('near-duplicates')}"
         )
-    pairs = _pairs_across(splits, findings)
-    places_across = [f"{place(sources, a)} ({place(sources, b)})" for a, b in pairs]
-    fix = "delete them, or 'data.leave_out=[near-duplicates]'"
-    if across:
-        fix = (
-            "delete them from one of the two, or data.validation=null data.hold_out='5 %', which "
-            "keeps such rows on one side"
-        )
-        pairs = [list(pair) for pair in across]
-        places_across = []
-        for held_out, trained in pairs[:SHOWN_PLACES]:
-            where = place(splits.validation, held_out)
-            places_across.append(f"{where} ({place(splits.train, trained)})")
+    pairs = _pairs_across(splits, findings, across)
     if pairs:
+        fix = "delete them, or 'data.leave_out=[near-duplicates]'"
+        if across:
+            fix = (
+                "delete them from one of the two, or data.validation=null data.hold_out='5 %',"
+                " which keeps such rows on one side"
+            )
+        shown = ", ".join(f"{a} ({b})" for a, b in pairs[:SHOWN_PLACES])
         lines.append(
             f"{len(pairs):,} validation rows nearly repeat a row that is trained on, so val_loss "
-            f"is too optimistic: first {', '.join(places_across[:SHOWN_PLACES])}; fix: {fix}"
+            f"is too optimistic: first {shown}; fix: {fix}"
         )
     if findings.contradictions:
         rows = len(findings.faulty_rows("contradictions"))
@@ -125,15 +120,22 @@ def _kept_findings(splits: Splits) -> RowFindings | None:
     return splits.findings.without(gone)
 
 
-def _pairs_across(splits: Splits, findings: RowFindings) -> list[list[int]]:
-    """Held-out rows with a near-duplicate that is trained on: where one group is too large."""
+def _pairs_across(
+    splits: Splits, findings: RowFindings, across: Sequence[Sequence[int]]
+) -> list[list[str]]:
+    """Places of rows to validate on, each with that of a near-duplicate that is trained on.
+
+    Of rows that are held out: where one group is too large.
+    """
+    if not splits.held_out:
+        return [[place(splits.validation, a), place(splits.train, b)] for a, b in across]
     held_out = set(splits.held_out)
     pairs = []
     for group in findings.near_duplicates:
         trained = [row for row in group if row not in held_out]
         if trained:
             pairs += [[row, trained[0]] for row in group if row in held_out]
-    return pairs
+    return [[place(splits.sources, row) for row in pair] for pair in pairs]
 
 
 def _fix(fault: RowFault) -> str:
@@ -163,21 +165,15 @@ def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[st
     def groups(of: Sequence[Sequence[int]]) -> list[list[str]]:
         return [places(group) for group in of[:LISTED_PLACES]]
 
-    shown = across[:LISTED_PLACES]
-    pairs = [[place(splits.validation, a), place(splits.train, b)] for a, b in shown]
-    count_across = len(across)
-    if splits.held_out:
-        within = _pairs_across(splits, findings)
-        pairs = [places(pair) for pair in within[:LISTED_PLACES]]
-        count_across = len(within)
+    pairs = _pairs_across(splits, findings, across)
     counts = {fault: len(findings.faulty_rows(fault)) for fault in FAULTS}
     return {
         "rows": findings.rows,
         "compared": findings.compared,
         "left_out": {fault: len(rows) for fault, rows in splits.left_out.items()},
-        "counts": {**counts, "across": count_across},
+        "counts": {**counts, "across": len(pairs)},
         "near-duplicates": groups(findings.near_duplicates),
-        "across": pairs,
+        "across": pairs[:LISTED_PLACES],
         "contradictions": groups(findings.contradictions),
         "unfinished": places(findings.unfinished),
         "rare-languages": {name: places(rows) for name, rows in findings.languages.items()},

@@ -12,7 +12,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -118,27 +118,26 @@ class RowFindings:
             rows = list(chain.from_iterable(self.languages.values()))
         return sorted(set(rows))
 
-    def without(self, left_out: Iterable[int]) -> "RowFindings":
-        """What is found in the other rows, under the indices that they have."""
-        gone = set(left_out)
+    def mapped(self, take: Callable[[list[int]], list[int]]) -> "RowFindings":
+        """What is found in other rows: those that `take` gives for a list of rows."""
 
         def groups(of: list[list[int]]) -> list[list[int]]:
-            kept = ([row for row in group if row not in gone] for group in of)
-            return [group for group in kept if len(group) > 1]
+            return [group for group in map(take, of) if len(group) > 1]
 
-        languages = {}
-        for name, rows in self.languages.items():
-            others = [row for row in rows if row not in gone]
-            if others:
-                languages[name] = others
+        languages = {name: take(rows) for name, rows in self.languages.items()}
         return replace(
             self,
             near_duplicates=groups(self.near_duplicates),
             shared=groups(self.shared),
             contradictions=groups(self.contradictions),
-            unfinished=[row for row in self.unfinished if row not in gone],
-            languages=languages,
+            unfinished=take(self.unfinished),
+            languages={name: rows for name, rows in languages.items() if rows},
         )
+
+    def without(self, left_out: Iterable[int]) -> "RowFindings":
+        """What is found in the other rows, under the indices that they have."""
+        gone = set(left_out)
+        return self.mapped(lambda rows: [row for row in rows if row not in gone])
 
 
 def check_rows(sources: SourceRows) -> RowFindings:
@@ -149,7 +148,8 @@ def check_rows(sources: SourceRows) -> RowFindings:
         _tell(len(indices))
         texts = read_texts(sources, indices)
         findings = find_faults(texts, _counts_by_source(sources, indices))
-        return _at_indices(replace(findings, rows=indices.stop), indices)
+        found = findings.mapped(lambda rows: [indices[row] for row in rows])
+        return replace(found, rows=indices.stop)
 
     return measure_once("row-checks", _key("rows", sources), check, _decoded)
 
@@ -171,21 +171,16 @@ def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
     One for each row of `validation` that has any. Rows are indices over the sources of either.
     """
 
-    def check() -> RowFindings:
-        pairs: list[list[int]] = []
-        both = [sampled_rows(train), sampled_rows(validation)]
-        _tell(sum(map(len, both)))
-        counts = _counts_by_source(train, both[0]) + _counts_by_source(validation, both[1])
-        texts = chain(read_texts(train, both[0]), read_texts(validation, both[1]))
-        for group in find_near_duplicates(texts, counts):
-            trained = [i for i in group if i < len(both[0])]
-            for i in group:
-                if trained and i >= len(both[0]):
-                    pairs.append([both[1][i - len(both[0])], both[0][trained[0]]])
-        return RowFindings(near_duplicates=sorted(pairs))
+    def pairs() -> Iterator[list[int]]:
+        trained, held_out = sampled_rows(train), sampled_rows(validation)
+        first = len(trained)
+        _tell(first + len(held_out))
+        counts = _counts_by_source(train, trained) + _counts_by_source(validation, held_out)
+        texts = chain(read_texts(train, trained), read_texts(validation, held_out))
+        for i, other in _near_pairs(texts, counts, range(first, first + len(held_out))):
+            yield [held_out[i - first], trained[other]]
 
-    key = [*_key("across", train), *_key("validation", validation)]
-    return measure_once("row-checks", key, check, _decoded).near_duplicates
+    return _pairs_once([*_key("across", train), *_key("validation", validation)], pairs)
 
 
 def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[list[int]]:
@@ -198,22 +193,35 @@ def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[l
         prompts: those of several sets, numbered one after another.
     """
 
-    def check() -> RowFindings:
+    def pairs() -> Iterator[list[int]]:
         indices = sampled_rows(train)
         questions = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
         first = sum(map(len, prompts))
         _tell(first + len(indices))
         texts = chain(questions, map(_only_prompt, read_texts(train, indices)))
         counts = [*map(len, prompts), *_counts_by_source(train, indices)]
-        pairs: list[list[int]] = []
-        for group in find_near_duplicates(texts, counts):
-            trained = [row for row in group if row >= first]
-            if trained:
-                row = indices[trained[0] - first]
-                pairs += [[prompt, row] for prompt in group if prompt < first]
-        return RowFindings(near_duplicates=sorted(pairs))
+        for prompt, row in _near_pairs(texts, counts, range(first)):
+            yield [prompt, indices[row - first]]
 
-    key = [*_key("prompts", train), _hash64(json.dumps(prompts))]
+    return _pairs_once([*_key("prompts", train), _hash64(json.dumps(prompts))], pairs)
+
+
+def _near_pairs(
+    texts: Iterable[RowText | None], counts: Sequence[int], asked: range
+) -> Iterator[tuple[int, int]]:
+    """Each of the texts `asked` that is a near-duplicate of others, with the first of these."""
+    for group in find_near_duplicates(texts, counts):
+        others = [i for i in group if i not in asked]
+        if others:
+            yield from ((i, others[0]) for i in group if i in asked)
+
+
+def _pairs_once(key: list[Any], pairs: Callable[[], Iterable[list[int]]]) -> list[list[int]]:
+    """The pairs, sorted, or what was found before under this key."""
+
+    def check() -> RowFindings:
+        return RowFindings(near_duplicates=sorted(pairs()))
+
     return measure_once("row-checks", key, check, _decoded).near_duplicates
 
 
@@ -258,24 +266,6 @@ def _counts_by_source(sources: SourceRows, indices: range) -> list[int]:
         counts.append(len(range(-(-first // indices.step), -(-stop // indices.step))))
         first = stop
     return counts
-
-
-def _at_indices(findings: RowFindings, indices: range) -> RowFindings:
-    """Positions among the rows that were looked at -> indices of rows."""
-    if indices.step == 1:
-        return findings
-
-    def of(rows: list[int]) -> list[int]:
-        return [indices[row] for row in rows]
-
-    return replace(
-        findings,
-        near_duplicates=list(map(of, findings.near_duplicates)),
-        shared=list(map(of, findings.shared)),
-        contradictions=list(map(of, findings.contradictions)),
-        unfinished=of(findings.unfinished),
-        languages={name: of(rows) for name, rows in findings.languages.items()},
-    )
 
 
 def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = None) -> RowFindings:

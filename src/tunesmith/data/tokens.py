@@ -690,10 +690,6 @@ def _tokenize_rows(
     rows.check_unchanged()
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
     if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
-        for name, (count, first) in warnings.items():
-            # Prompt and completion may be meant to stand so.
-            if name != "joined":
-                bad.warn(name, rows.where(first), count)
         raise _RefusedRowsError(bad)
     arrays = writer.arrays()
     counts["longest"] = max(lengths, default=0)
