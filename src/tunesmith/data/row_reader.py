@@ -93,7 +93,7 @@ def looks_like_list(value: Any) -> bool:
 
 def _yaml_text(name: str) -> str:
     """A column's name as a value in a mapping of YAML on one line."""
-    if re.fullmatch(r"[A-Za-z_][\w .-]*", name):
+    if name == "..." or re.fullmatch(r"[A-Za-z_][\w .-]*", name):
         return name
     return json.dumps(name, ensure_ascii=False)
 
@@ -180,29 +180,21 @@ class RowReader:
         needed = ROW_FORMATS[self.source.format].layouts[0].needed
         mapped = self.source.columns
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        # Columns that nothing reads yet are proposed for those that are missing: the nearest name,
-        # or else the first.
-        readable = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
-        unmapped = [c for c in self.row if isinstance(c, str) and c not in readable]
-        proposed: dict[str, str | None] = dict(mapped)
-        for name in missing:
-            near = nearest(mapped.get(name, name), unmapped)
-            proposed[name] = near
-            if near is not None:
-                unmapped.remove(near)
+        read = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
         # A number is no text to learn.
-        unmapped = [name for name in unmapped if not isinstance(self.row[name], int | float)]
-        # Where nothing is left to propose, it is this row that lacks something.
-        is_incomplete = not unmapped and not any(proposed[name] for name in missing)
-        pairs = []
-        for name, row_column in proposed.items():
-            if row_column is None:
-                pairs.append(f"{name}: {_yaml_text(unmapped.pop(0)) if unmapped else '...'}")
-            elif row_column != name:
-                pairs.append(f"{name}: {_yaml_text(row_column)}")
-        fix = f"columns: {{{', '.join(pairs)}}}"
-        if is_incomplete:
-            fix = "add it to the row, or delete the row"
+        unread = [c for c, value in self.row.items() if not isinstance(value, int | float)]
+        free = [c for c in unread if c not in read]
+        fix = "add it to the row, or delete the row"
+        if free:
+            # Columns that nothing reads yet: the nearest name, or else the first.
+            proposed = dict(mapped)
+            for name in sorted(missing, key=lambda name: not nearest(mapped.get(name, name), free)):
+                near = nearest(mapped.get(name, name), free)
+                proposed[name] = near or next(iter(free), "...")
+                free = [c for c in free if c != proposed[name]]
+            names = [name for name in (*mapped, *missing) if name != proposed[name]]
+            pairs = [f"{name}: {_yaml_text(proposed[name])}" for name in dict.fromkeys(names)]
+            fix = f"columns: {{{', '.join(pairs)}}}"
         fitting = []
         for format_name, form in ROW_FORMATS.items():
             if self.row.keys() >= form.layouts[0].needed.keys():
@@ -210,13 +202,12 @@ class RowReader:
         if fitting:
             fix += f", or format: {' or '.join(fitting)}"
         wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
-        what = f"there is no column {column}"
-        if len(wrong) > 1:
-            what = f"there are no columns {', '.join(wrong)}"
         columns = ", ".join(map(str, self.row)) or "none"
-        needs = "needs it" if len(wrong) == 1 else "needs them"
-        why = f"format {self.source.format} {needs}; the columns are {columns}"
-        return self.error(what, why, fix)
+        return self.error(
+            f"there {'is no column' if len(wrong) == 1 else 'are no columns'} {', '.join(wrong)}",
+            f"format {self.source.format} needs them; the columns are {columns}",
+            fix,
+        )
 
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
