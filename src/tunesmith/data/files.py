@@ -15,8 +15,6 @@ import weakref
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from tunesmith.data.table import (
     changed_error,
     decode_text,
     file_digest,
+    json_type,
     new_name,
     unreadable_error,
     version_of,
@@ -310,26 +309,6 @@ def _long_number(where: str) -> DataError:
     """
     what = f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
     return DataError(what, where=where, fix='write it as a string, "123...", or delete it')
-
-
-_TYPE_NAMES: dict[type, str] = {
-    str: "a text",
-    int: "a number",
-    float: "a number",
-    Decimal: "a number",
-    bool: "true or false",
-    list: "an array",
-    dict: "an object",
-    type(None): "null",
-    bytes: "bytes",
-    datetime: "a date with a time",
-    date: "a date",
-}
-
-
-def json_type(value: Any) -> str:
-    """What a JSON value is, in plain words."""
-    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def _read_arrow(path: Path) -> Table:

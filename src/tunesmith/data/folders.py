@@ -4,21 +4,18 @@ A folder has documents (text files), or the parts of one data set (files of rows
 their names. Whatever else is in it is named.
 """
 
-import bisect
-import hashlib
-import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES
 from tunesmith.data.conversions import conversion
 from tunesmith.data.files import check_data_file, check_is_file, open_table
-from tunesmith.data.table import Table, unreadable_error
+from tunesmith.data.table import RowRange, Rows, Table, unreadable_error
 from tunesmith.data.text_files import NAMES_SHOWN, read_text_files
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
@@ -82,32 +79,10 @@ def check_local(path: Path) -> None:
 
 def _join(tables: Sequence[Table]) -> Table:
     """The rows of some tables, one after another."""
-    ends = list(itertools.accumulate(map(len, tables)))
-
-    def find(i: int) -> tuple[Table, int]:
-        n = bisect.bisect_right(ends, i)
-        return tables[n], i - (ends[n] - len(tables[n]))
-
-    def row(i: int) -> Any:
-        table, at = find(i)
-        return table.row(at)
-
-    def where(i: int) -> str:
-        table, at = find(i)
-        return table.where(at)
-
-    def fingerprint() -> str:
-        digest = hashlib.sha256()
-        for table in tables:
-            digest.update(table.fingerprint().encode())
-        return digest.hexdigest()
-
-    def check_unchanged() -> None:
-        for table in tables:
-            table.check_unchanged()
-
-    layouts = dict.fromkeys(table.layout for table in tables if table.layout)
-    return Table(ends[-1], row, where, fingerprint, check_unchanged, layout=", ".join(layouts))
+    rows = Rows("", [RowRange(table, range(len(table))) for table in tables])
+    return Table(
+        len(rows), rows.__getitem__, rows.where, rows.digest, rows.check_unchanged, rows.layout
+    )
 
 
 class _Content(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tunesmith.data.arrow_nulls import without_nulls
-from tunesmith.data.files import json_type
 from tunesmith.data.row_reader import RowReader, is_absent, plain
+from tunesmith.data.table import json_type
 from tunesmith.errors import DataError
 
 ROLES = {

@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith.config.names import nearest
 from tunesmith.config.row_formats import COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
-from tunesmith.data.files import MAX_ROW_BYTES, json_type
+from tunesmith.data.table import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
 
 # What Python prints for a list or an object, and pandas writes into a csv file.

@@ -1,21 +1,18 @@
 """A recipe's source -> rows, each with its place: a local file, or a dataset on the Hub."""
 
-import bisect
 import hashlib
-import itertools
 import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.schema import Source
 from tunesmith.data.arrow_nulls import without_nulls
 from tunesmith.data.conversions import CONVERTED_SUFFIXES
-from tunesmith.data.files import json_type
 from tunesmith.data.folders import open_local
-from tunesmith.data.table import Table
+from tunesmith.data.table import RowRange, Rows, Table
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import from_here, near_path
 from tunesmith.units import count_of
@@ -28,116 +25,6 @@ CHARACTERS_PER_TOKEN = 4
 _NAMES = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
 # A percentage and a row number, which `datasets` confuses.
 _MIXED = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
-
-
-class RowRange(NamedTuple):
-    """Consecutive rows of one table."""
-
-    table: Table
-    rows: range
-
-
-class Rows:
-    """The rows of one source, in order.
-
-    `rows[i]` is a dict, `rows.where(i)` its place, counted from 1.
-    """
-
-    def __init__(self, name: str, ranges: list[RowRange]) -> None:
-        self.name = name
-        self._ranges = ranges
-        self._ends = list(itertools.accumulate(len(part.rows) for part in ranges))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @property
-    def available(self) -> int:
-        """All rows of the files and splits, before a selection."""
-        return sum(len(table) for table in self._tables())
-
-    @property
-    def layout(self) -> str:
-        """What was found out about its files, such as `separated by semicolons`."""
-        return ", ".join(dict.fromkeys(table.layout for table in self._tables() if table.layout))
-
-    @property
-    def are_documents(self) -> bool:
-        """Whether the rows are texts of files: their format is text."""
-        return all(table.are_documents for table in self._tables())
-
-    @property
-    def skipped(self) -> str:
-        """What of its folder is not read, in a clause."""
-        return ", ".join(dict.fromkeys(table.skipped for table in self._tables() if table.skipped))
-
-    def _find(self, i: int) -> tuple[Table, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        p = bisect.bisect_right(self._ends, i)
-        part = self._ranges[p]
-        # A negative index, counted from the range's end.
-        return part.table, part.rows[i - self._ends[p]]
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        table, at = self._find(i)
-        row = table.row(at)
-        if not isinstance(row, dict):
-            raise DataError(
-                f"the row is {json_type(row)}, not an object",
-                where=table.where(at),
-                why="each row is an object with named columns",
-                fix='write it as {"column": value, ...}, or delete it',
-            )
-        return row
-
-    def where(self, i: int) -> str:
-        """`file:line`, `file row N` or `id split row N`."""
-        table, at = self._find(i)
-        return table.where(at)
-
-    def ends_document(self, i: int) -> bool:
-        """Whether no other row goes on with the document of row i, selected or not."""
-        table, at = self._find(i)
-        return not table.continues(at)
-
-    def continues(self, i: int) -> bool:
-        """Whether row i + 1 goes on with the document of row i."""
-        table, at = self._find(i)
-        if i + 1 == len(self) or not table.continues(at):
-            return False
-        next_table, next_at = self._find(i + 1)
-        return next_table is table and next_at == at + 1
-
-    def take(self, spans: Iterable[range]) -> "Rows":
-        """The rows of some spans of indices, span after span."""
-        ranges = []
-        for span in spans:
-            for part, end in zip(self._ranges, self._ends, strict=True):
-                start = end - len(part.rows)
-                rows = part.rows[max(0, span.start - start) : max(0, span.stop - start)]
-                if rows:
-                    ranges.append(RowRange(part.table, rows))
-        return Rows(self.name, ranges)
-
-    def check_unchanged(self) -> None:
-        """DataError if a file was changed since it was opened."""
-        for table in self._tables():
-            table.check_unchanged()
-
-    def _tables(self) -> list[Table]:
-        return list({id(part.table): part.table for part in self._ranges}.values())
-
-    def digest(self) -> str:
-        """sha256 (hex) of the content and of which rows are selected.
-
-        The file's name and folder do not enter.
-        """
-        digest = hashlib.sha256()
-        fingerprints = {id(table): table.fingerprint() for table in self._tables()}
-        for table, rows in self._ranges:
-            digest.update(f"{fingerprints[id(table)]}[{rows.start}:{rows.stop}]".encode())
-        return digest.hexdigest()
 
 
 def read_rows(source: Source) -> Rows:

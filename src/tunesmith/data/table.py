@@ -1,18 +1,22 @@
-"""Rows of a file by their number, and what all readers of files share.
+"""Rows of files by their number, and what all readers of files share.
 
 A corpus may be larger than memory: readers keep the places of its rows, and read a row from
 there. No file is memory-mapped: where another program shortens it, the next access to a mapping
 kills the process (SIGBUS).
 """
 
+import bisect
 import hashlib
+import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from tunesmith.errors import DataError
 from tunesmith.host.memory import drop_pages, open_uncached
@@ -54,6 +58,136 @@ class Table:
 
     def __len__(self) -> int:
         return self.size
+
+
+_TYPE_NAMES: dict[type, str] = {
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    Decimal: "a number",
+    bool: "true or false",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+    bytes: "bytes",
+    datetime: "a date with a time",
+    date: "a date",
+}
+
+
+def json_type(value: Any) -> str:
+    """What a JSON value is, in plain words."""
+    return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
+
+
+class RowRange(NamedTuple):
+    """Consecutive rows of one table."""
+
+    table: Table
+    rows: range
+
+
+class Rows:
+    """The rows of one source, in order.
+
+    `rows[i]` is a dict, `rows.where(i)` its place, counted from 1.
+    """
+
+    def __init__(self, name: str, ranges: list[RowRange]) -> None:
+        self.name = name
+        self._ranges = ranges
+        self._ends = list(itertools.accumulate(len(part.rows) for part in ranges))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def available(self) -> int:
+        """All rows of the files and splits, before a selection."""
+        return sum(len(table) for table in self._tables())
+
+    @property
+    def layout(self) -> str:
+        """What was found out about its files, such as `separated by semicolons`."""
+        return ", ".join(dict.fromkeys(table.layout for table in self._tables() if table.layout))
+
+    @property
+    def are_documents(self) -> bool:
+        """Whether the rows are texts of files: their format is text."""
+        return all(table.are_documents for table in self._tables())
+
+    @property
+    def skipped(self) -> str:
+        """What of its folder is not read, in a clause."""
+        return ", ".join(dict.fromkeys(table.skipped for table in self._tables() if table.skipped))
+
+    def _find(self, i: int) -> tuple[Table, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        p = bisect.bisect_right(self._ends, i)
+        part = self._ranges[p]
+        # A negative index, counted from the range's end.
+        return part.table, part.rows[i - self._ends[p]]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        table, at = self._find(i)
+        row = table.row(at)
+        if not isinstance(row, dict):
+            raise DataError(
+                f"the row is {json_type(row)}, not an object",
+                where=table.where(at),
+                why="each row is an object with named columns",
+                fix='write it as {"column": value, ...}, or delete it',
+            )
+        return row
+
+    def where(self, i: int) -> str:
+        """`file:line`, `file row N` or `id split row N`."""
+        table, at = self._find(i)
+        return table.where(at)
+
+    def ends_document(self, i: int) -> bool:
+        """Whether no other row goes on with the document of row i, selected or not."""
+        table, at = self._find(i)
+        return not table.continues(at)
+
+    def continues(self, i: int) -> bool:
+        """Whether row i + 1 goes on with the document of row i."""
+        table, at = self._find(i)
+        if i + 1 == len(self) or not table.continues(at):
+            return False
+        next_table, next_at = self._find(i + 1)
+        return next_table is table and next_at == at + 1
+
+    def take(self, spans: Iterable[range]) -> "Rows":
+        """The rows of some spans of indices, span after span."""
+        ranges = []
+        for span in spans:
+            for part, end in zip(self._ranges, self._ends, strict=True):
+                start = end - len(part.rows)
+                rows = part.rows[max(0, span.start - start) : max(0, span.stop - start)]
+                if rows:
+                    ranges.append(RowRange(part.table, rows))
+        return Rows(self.name, ranges)
+
+    def check_unchanged(self) -> None:
+        """DataError if a file was changed since it was opened."""
+        for table in self._tables():
+            table.check_unchanged()
+
+    def _tables(self) -> list[Table]:
+        return list({id(part.table): part.table for part in self._ranges}.values())
+
+    def digest(self) -> str:
+        """sha256 (hex) of the content and of which rows are selected.
+
+        The file's name and folder do not enter.
+        """
+        digest = hashlib.sha256()
+        fingerprints = {id(table): table.fingerprint() for table in self._tables()}
+        for table, rows in self._ranges:
+            digest.update(f"{fingerprints[id(table)]}[{rows.start}:{rows.stop}]".encode())
+        return digest.hexdigest()
 
 
 def version_of(path: Path) -> FileVersion | None:
