@@ -12,7 +12,7 @@ these must add up to the text: they give its place. Otherwise (SentencePiece, no
 tokenizer's own offsets do.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -109,14 +109,9 @@ class Aligner:
             crossed = self._crossed_edges(text, ids[i], bounds[i], spans[i])
             if crossed:
                 cuts[i] = crossed
-        for context in _CONTEXTS:
-            if not cuts:
-                break
-            for i, pieces in self._encode_pieces(context, texts, spans, cuts, end_ids).items():
-                if self._is_exact(aligned[i], pieces):
-                    aligned[i] = _join(pieces, cuts.pop(i))
-        for i in cuts:
-            aligned[i] = self._with_merged(texts[i], aligned[i], bounds[i], spans[i])
+        for i, edges in cuts.items():
+            apart = self._encode_apart(aligned[i], texts[i], spans[i], edges, end_ids)
+            aligned[i] = apart or self._with_merged(texts[i], aligned[i], bounds[i], spans[i])
         return aligned
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -262,45 +257,53 @@ class Aligner:
             self._ids_of_tails[tail] = self.ids([tail])[0]
         return not np.array_equal(self._ids_of_tails[tail], last_ids)
 
-    def _encode_pieces(
+    def _encode_apart(
+        self,
+        whole: Aligned,
+        text: str,
+        spans: Sequence[CharSpan],
+        cuts: Sequence[int],
+        end_ids: Collection[int],
+    ) -> Aligned | None:
+        """The text as its pieces between the cuts; None where these are other text."""
+        for context in _CONTEXTS:
+            pieces = self._pieces(context, text, spans, cuts, end_ids)
+            if pieces and self._is_exact(whole, pieces):
+                return _join(pieces, cuts)
+        return None
+
+    def _pieces(
         self,
         context: str,
-        texts: Sequence[str],
-        spans: Sequence[Sequence[CharSpan]],
-        cuts: Mapping[int, Sequence[int]],
+        text: str,
+        spans: Sequence[CharSpan],
+        cuts: Sequence[int],
         end_ids: Collection[int],
-    ) -> dict[int, list[_Piece]]:
-        """The pieces of the texts that have cuts, by the text's index.
-
-        A text is left out whose pieces merge with the context before them.
-        """
-        pieces: list[tuple[int, str, str, list[CharSpan]]] = []
-        for i, text_cuts in cuts.items():
-            for start, stop in pairwise([0, *text_cuts, len(texts[i])]):
-                before = context if start else ""
-                in_piece = []
-                for span in spans[i]:
-                    if start <= span.start and span.end <= stop:
-                        in_piece.append(span.shifted(len(before) - start))
-                pieces.append((i, before, before + texts[i][start:stop], in_piece))
-        piece_texts = [text for _, _, text, _ in pieces]
-        context_ids, *piece_ids = self.ids([context, *piece_texts])
-        bounds = self._bounds(piece_texts, piece_ids)
-        encoded: dict[int, list[_Piece]] = {i: [] for i in cuts}
-        merged = set()
-        for n, (i, before, text, in_piece) in enumerate(pieces):
-            aligned = self._align(text, piece_ids[n], bounds[n], in_piece, end_ids)
+    ) -> list[_Piece]:
+        """The pieces of a text behind a context; none where one merges with it."""
+        stretches = list(pairwise([0, *cuts, len(text)]))
+        texts = [(context if start else "") + text[start:stop] for start, stop in stretches]
+        context_ids, *ids = self.ids([context, *texts])
+        bounds = self._bounds(texts, ids)
+        pieces = []
+        for n, (start, stop) in enumerate(stretches):
+            before = len(context) if start else 0
+            inside = []
+            for span in spans:
+                if start <= span.start and span.end <= stop:
+                    inside.append(span.shifted(before - start))
+            aligned = self._align(texts[n], ids[n], bounds[n], inside, end_ids)
             if before:
                 skipped = len(context_ids)
                 if not np.array_equal(aligned.ids[:skipped], context_ids):
-                    merged.add(i)
+                    return []
                 aligned = aligned._replace(
                     ids=aligned.ids[skipped:], trained=aligned.trained[skipped:]
                 )
             # Behind an answer's end token a template may write what that token takes in.
-            stop = next((span.stop for span in in_piece if span.stop >= 0), len(text))
-            encoded[i].append(_Piece(text[len(before) : stop], aligned))
-        return {i: encoded[i] for i in cuts if i not in merged}
+            end = next((span.stop for span in inside if span.stop >= 0), len(texts[n]))
+            pieces.append(_Piece(texts[n][before:end], aligned))
+        return pieces
 
     def _is_exact(self, whole: Aligned, pieces: Sequence[_Piece]) -> bool:
         """Whether each piece, behind those before it, decodes to its text."""

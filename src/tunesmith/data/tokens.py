@@ -4,9 +4,8 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import sys
-from collections import Counter
+from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -109,6 +108,14 @@ class TokenCounts:
         """Of the rows' tokens, those that are in no example."""
         lost = self.cut_tokens + self.dropped_tokens
         return lost / max(1, self.tokens + lost)
+
+
+# Of several sources, what adds up, and of what the largest counts.
+_SUMMED = (
+    *("rows", "kept", "tokens", "supervised", "cut", "dropped", "emptied", "bad", "prompts"),
+    *("prompts_apart", "available", "kept_rows", "split", "cut_tokens", "dropped_tokens"),
+)
+_LONGEST = ("longest", "longest_of_99")
 
 
 @dataclass(frozen=True)
@@ -355,29 +362,16 @@ class TokenSet:
     @property
     def counts(self) -> TokenCounts:
         """The sum over all sources."""
-        sources = self.sources
+        values = [vars(part.counts) for part in self.parts]
         # A source with another weight is another epoch.
         digests = [f"{part.counts.digest}*{part.weight}" for part in self.parts]
+        sums = {name: sum(of[name] for of in values) for name in _SUMMED}
+        most = {name: max((of[name] for of in values), default=0) for name in _LONGEST}
         return TokenCounts(
-            source=", ".join(counts.source for counts in sources),
-            rows=sum(counts.rows for counts in sources),
-            kept=sum(counts.kept for counts in sources),
-            tokens=sum(counts.tokens for counts in sources),
-            supervised=sum(counts.supervised for counts in sources),
-            cut=sum(counts.cut for counts in sources),
-            dropped=sum(counts.dropped for counts in sources),
-            emptied=sum(counts.emptied for counts in sources),
-            bad=sum(counts.bad for counts in sources),
-            longest=max((counts.longest for counts in sources), default=0),
+            source=", ".join(of["source"] for of in values),
             digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
-            prompts=sum(counts.prompts for counts in sources),
-            prompts_apart=sum(counts.prompts_apart for counts in sources),
-            longest_of_99=max((counts.longest_of_99 for counts in sources), default=0),
-            available=sum(counts.available for counts in sources),
-            kept_rows=sum(counts.kept_rows for counts in sources),
-            split=sum(counts.split for counts in sources),
-            cut_tokens=sum(counts.cut_tokens for counts in sources),
-            dropped_tokens=sum(counts.dropped_tokens for counts in sources),
+            **sums,
+            **most,
         )
 
     def first(self, n: int) -> "TokenSet":
@@ -650,6 +644,7 @@ def _tokenize_rows(
         "dropped_tokens": 0,
         "prompts": 0,
         "prompts_apart": 0,
+        "longest_of_99": 0,
     }
     leaks: list[int] = []
     empties: list[int] = []
@@ -658,8 +653,7 @@ def _tokenize_rows(
     unread: dict[str, list[int]] = {}
     control_tokens: dict[str, list[int]] = {}
     bad = BadRows(len(rows))
-    # How many rows have each length: a corpus has many rows, and few lengths.
-    lengths = Counter[int]()
+    lengths = array("q")
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
     too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
@@ -681,7 +675,7 @@ def _tokenize_rows(
             _count_names(warnings, row.warnings, i)
             _count_names(unread, row.unread, i)
             _count_names(control_tokens, sorted(row.example.control_tokens), i)
-            lengths[row.example.longest_sequence] += 1
+            lengths.append(row.example.longest_sequence)
             if too_long == "split":
                 splitter.add(row.example, i)
             else:
@@ -693,7 +687,8 @@ def _tokenize_rows(
         raise _RefusedRowsError(bad)
     arrays = writer.arrays()
     counts["longest"] = max(lengths, default=0)
-    counts["longest_of_99"] = _length_of_share(lengths, 0.99)
+    if lengths:
+        counts["longest_of_99"] = int(np.quantile(lengths, 0.99, method="higher"))
     about = {
         "rows": len(rows),
         **_count_tokens(arrays),
@@ -712,16 +707,6 @@ def _count_names(counts: dict[str, list[int]], names: Iterable[str], row: int) -
     """Count a row for each of some names; the first row of a name is kept."""
     for name in names:
         counts.setdefault(name, [0, row])[0] += 1
-
-
-def _length_of_share(lengths: Counter[int], share: float) -> int:
-    """The least length that this share of the rows does not exceed; 0 of no rows."""
-    rank = math.ceil(share * (lengths.total() - 1))
-    for length in sorted(lengths):
-        rank -= lengths[length]
-        if rank < 0:
-            return length
-    return 0
 
 
 def _add_example(
