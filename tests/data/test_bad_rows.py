@@ -77,7 +77,7 @@ def test_bad_rows_that_are_held_out_and_those_of_other_files_are_listed_with_the
     assert places == {f"rows.jsonl:{number}" for number in BAD}
     (tmp_path / "good.jsonl").write_text(f"{json.dumps(good(50))}\n")
     other = {"source": str(tmp_path / "good.jsonl"), "format": "messages"}
-    with refuses(DataError, names=["5 of 40 training"]):
+    with refuses(DataError, names=["5 of 40"]):
         prepared(tiny, tmp_path, path, validation=other)
     (tmp_path / "more.jsonl").write_text(
         f"{json.dumps(good(41))}\n{json.dumps({'messages': [A]})}\n"

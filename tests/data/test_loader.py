@@ -391,8 +391,11 @@ def test_rows_are_named_for_the_report(make) -> None:
 def test_wrong_use(make) -> None:
     tokens = make(alpaca(4), seq_len=256)
     c = schedule(lengths=tokens.lengths)
-    with refuses(ValueError, names=[3]):
-        Loader(tokens, c, pad_id=0, micro_batch=Size(8, "tokens"), row_length=3)
+    with (
+        refuses(ValueError, names=["lengths"]),
+        Loader(tokens, c, pad_id=0, micro_batch=Size(8, "tokens"), row_length=3) as loader,
+    ):
+        loader.batch(0)
     with refuses(ValueError, names=["examples"]):
         schedule(lengths=np.zeros(0, int)).examples(0)
 

@@ -133,7 +133,7 @@ def test_a_mark_of_the_row_that_cannot_be_followed_is_refused(marks: Row) -> Non
 
 
 @pytest.mark.parametrize(
-    "marks", [{"weight": 1.0}, {"train": True}, {"masked": False}, {"mask": "User"}, {"loss": None}]
+    "marks", [{"weight": 1.0}, {"train": True}, {"masked": False}, {"loss": None}]
 )
 def test_a_mark_of_the_row_that_says_nothing_new(marks: Row) -> None:
     assert unread({"messages": [U, A], **marks}) == set()

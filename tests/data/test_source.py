@@ -148,12 +148,6 @@ def test_an_error_shows_no_tab(write) -> None:
     assert "\t" not in raised.value.text()
 
 
-def test_csv_of_which_most_rows_do_not_fit_the_header_is_refused_as_a_whole(write) -> None:
-    name = write("a.csv", "a,b\n1,2\n" + "1,2,3\n" * 1500)
-    with refuses(DataError, where=f"{name}:3", names=["1,500", "1,501"]):
-        read_rows(Source(source=name))
-
-
 def test_csv_rows_that_do_not_fit_the_header_leave_its_row_numbers_alone(write) -> None:
     rows = read_rows(Source(source=write("a.csv", ",a\n0,x\nmore\n1,y\n")))
     assert [rows[0], rows[2]] == [{"a": "x"}, {"a": "y"}]

@@ -76,8 +76,8 @@ class BadRows:
         self.listed += other.listed
         self._first_error = self._first_error or other._first_error
 
-    def error(self, side: str = "") -> DataError:
-        """The error for all of them; `side`: `train` or `validation`, if all are of one of two."""
+    def error(self) -> DataError:
+        """The error for all of them."""
         first = self._first_error
         assert first is not None
         what = first.what
@@ -86,8 +86,7 @@ class BadRows:
         if self.count == self.rows > 1:
             why.append(f"all {self.rows:,} rows are like it, or cannot be read for other reasons")
         elif self.count > 1:
-            rows = {"train": "training rows", "validation": "validation rows"}.get(side, "rows")
-            what = f"{self.count:,} of {self.rows:,} {rows} cannot be read"
+            what = f"{self.count:,} of {self.rows:,} rows cannot be read"
             why = []
             for place, bad in self.listed[:LISTED]:
                 cause = bad.what
@@ -102,12 +101,12 @@ class BadRows:
         return DataError(what, where=first.where, why="; ".join(why), fix=fix)
 
 
-def error_of_sources(sources: Sequence[BadRows], side: str = "") -> DataError:
-    """One error for the bad rows of several sources; `side` as of `BadRows.error`."""
+def error_of_sources(sources: Sequence[BadRows]) -> DataError:
+    """One error for the bad rows of several sources."""
     joined = BadRows(0)
     for bad in sources:
         joined.join(bad)
-    return joined.error(side)
+    return joined.error()
 
 
 def is_of_row(error: DataError, place: str) -> bool:

@@ -122,7 +122,7 @@ class _CsvLines(Iterator[str]):
 
 
 def _index_rows(path: Path) -> _CsvIndex:
-    """Read a file once; DataError where a quote is broken, or most rows do not fit the header."""
+    """Read a file once; DataError where a quote is broken."""
     with open_uncached(path) as file:
         first_bytes = file.read(HEAD_BYTES)
         if len(first_bytes) == HEAD_BYTES:
@@ -143,8 +143,6 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
     """Read the lines behind the first `skipped` ones."""
     reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
-    misfits = 0
-    first_misfit: tuple[int, list[str]] = (0, [])
     places = array("q")
     line_numbers = array("q")
     is_numbered = True
@@ -165,12 +163,9 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
                 continue
             places.append(start)
             line_numbers.append(first_line)
+            # A row that does not fit the header is listed with other bad rows.
             if len(values) == len(header):
                 is_numbered = is_numbered and values[0].isdecimal()
-                continue
-            if not misfits:
-                first_misfit = (first_line, values)
-            misfits += 1
     except csv.Error as error:
         raise DataError(
             "the file is not CSV",
@@ -179,15 +174,8 @@ def _index_lines(path: Path, lines: _CsvLines, separator: str, *, skipped: int) 
             fix="close the quote that opens in this row; a quote within a quoted value is written"
             ' twice: "say ""hi"""',
         ) from None
-    rows = len(places)
-    # A few are listed with other bad rows, when they are read.
-    if misfits * 2 > rows:
-        line, values = first_misfit
-        misfit = _wrong_count(f"{path}:{line}", values, header, separator)
-        misfit.why += f"; {misfits:,} of {rows:,} rows do not fit it"
-        raise misfit
     places.append(position)
-    return _CsvIndex(header, separator, places, line_numbers, is_numbered and rows > 0)
+    return _CsvIndex(header, separator, places, line_numbers, is_numbered and len(line_numbers) > 0)
 
 
 def _wrong_count(where: str, values: list[str], header: list[str], separator: str) -> DataError:

@@ -97,28 +97,15 @@ def _missing_file(path: Path) -> DataError:
             where=str(path),
             fix=f"ls -l {shell_path(path)}   # use the file itself, or fix the link",
         )
-    folder = path.parent
-    names = []
-    if folder.is_dir():
-        names = [file.name for file in folder.iterdir()]
-    # Notes in Markdown are seldom the rows that were meant.
-    suffixes = [suffix for suffix in SUFFIXES if suffix == path.suffix.lower()] or SUFFIXES
-    data_files = sorted(name for name in names if Path(name).suffix.lower() in suffixes)
-    data_files_text = ", ".join(data_files[:5]) or f"no {suffixes[0]} file"
-    what = "there is no such file"
-    why = ""
-    fix = "fix the path"
     if path.exists():
         what = "the source is not a regular file"
-        fix = "copy its rows into a regular file and use that"
-    elif not folder.is_dir():
-        why = f"there is no folder {folder}"
-    else:
-        why = f"{folder} has {data_files_text}"
-        near = near_file(path, SUFFIXES)
-        if near is not None:
-            fix = f"did you mean {near}?"
-    return DataError(what, where=str(path), why=why, fix=fix)
+        return DataError(
+            what, where=str(path), fix="copy its rows into a regular file and use that"
+        )
+    why = "" if path.parent.is_dir() else f"there is no folder {path.parent}"
+    near = near_file(path, SUFFIXES)
+    fix = "fix the path" if near is None else f"did you mean {near}?"
+    return DataError("there is no such file", where=str(path), why=why, fix=fix)
 
 
 def _read_text(path: Path) -> str:

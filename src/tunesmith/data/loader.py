@@ -111,16 +111,6 @@ class Loader(AbstractContextManager["Loader"]):
     prefetcher: BatchPrefetcher | None = None
 
     def __post_init__(self) -> None:
-        lengths = self.tokens.lengths
-        if not self.schedule.packed:
-            lengths = self.schedule.sequence_lengths
-        longest = int(lengths.max(initial=0))
-        rooms = [room for room in (self.row_length, self.max_document) if room is not None]
-        # Wrong sizes are a fault of the plan: such an example would not fit into any row.
-        if rooms and min(rooms) < longest:
-            raise ValueError(
-                f"the longest row has {longest} tokens, and there is room for {min(rooms)}"
-            )
         self.rank, data_ranks = self.share
         self._micro_batches = MicroBatches(
             self.schedule,

@@ -454,7 +454,7 @@ class AssistantMask:
             dropped = f"{message} ({rendering.messages[field.message]['role']})"
         else:
             dropped = f"the {field.kind} of {message}"
-        if field.kind == "reasoning_content" and self._keeps_inline_thoughts():
+        if field.kind == "reasoning_content":
             fix = (
                 'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
                 " template that renders it: data.template=FILE.jinja"
@@ -466,13 +466,6 @@ class AssistantMask:
                 " remove tool_calls; or add calls to the template: data.template=FILE.jinja"
             )
         return self._error(f"drops {dropped}", where, why, fix)
-
-    def _keeps_inline_thoughts(self) -> bool:
-        """Whether a thought within an answer's text is rendered as it stands there."""
-        try:
-            return _PROBE_INLINE[1]["content"] in self.render(_PROBE_INLINE)
-        except DataError:
-            return False
 
     def _answer(
         self, rendering: _Rendering, i: int, is_last: bool, where: str

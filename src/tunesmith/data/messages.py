@@ -322,10 +322,6 @@ def check_row_marks(row: RowReader) -> None:
         is_weight = name in ("weight", "loss_weight", "sample_weight")
         if not is_weight and not is_mark(column):
             continue
-        # A mask of the user's turns is what training does; so is a row that is trained on.
-        if name == "mask" and isinstance(value, str) and value.lower() in ("user", "human"):
-            row.mark_read(column)
-            continue
         is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)
         if is_plain_mark and bool(value) == (name not in UNTRAINED_MARKS):
             row.mark_read(column)

@@ -509,7 +509,7 @@ def tokenize_sides(
     if cache is not None:
         of_tokenizer = of_tokenizer or tokenizer_hash(tokenizer)
     token_sets = {}
-    refused: dict[str, list[BadRows]] = {}
+    refused = []
     for what, sources in sides.items():
         parts = []
         for source, rows in sources:
@@ -527,11 +527,10 @@ def tokenize_sides(
                     )
                 )
             except _RefusedRowsError as error:
-                refused.setdefault(what, []).append(error.bad)
+                refused.append(error.bad)
         token_sets[what] = TokenSet(parts)
     if refused:
-        side = next(iter(refused)) if len(sides) > len(refused) else ""
-        raise error_of_sources([*itertools.chain.from_iterable(refused.values())], side)
+        raise error_of_sources(refused)
     return token_sets
 
 
@@ -596,12 +595,7 @@ def _raise_not_cached(writer: TokenWriter) -> TokenEntry:
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 (hex) of what makes tokens of a text."""
-    from transformers import PreTrainedTokenizerFast
-
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        core = tokenizer.backend_tokenizer.to_str()
-    else:
-        core = type(tokenizer).__name__ + json.dumps(sorted(tokenizer.get_vocab().items()))
+    core = tokenizer.backend_tokenizer.to_str()
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special = json.dumps(special_tokens, sort_keys=True)
     return hashlib.sha256((core + special).encode()).hexdigest()
