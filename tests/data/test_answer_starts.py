@@ -243,10 +243,9 @@ def test_pairs_have_one_prompt_and_labeled_answers_the_same(kind: str, tmp_path:
         )
         contract.raise_if_broken()
     prompt = raw(tokenizer).prompt(Completion("The answer: ", ""))
-    (chosen, _), (rejected, _) = tokens["preference"][0].split()
-    (answer, _) = tokens["feedback"][0].split()[0]
-    for ids in (chosen, rejected, answer):
-        assert ids[: len(prompt)].tolist() == prompt
+    chosen, rejected = tokens["preference"][0].parts()
+    for part in (chosen, rejected, tokens["feedback"][0]):
+        assert part.ids[: len(prompt)].tolist() == prompt
 
 
 def test_an_end_token_of_the_prompt_ends_no_answer() -> None:

@@ -95,12 +95,12 @@ def test_documents_are_the_sequences(texts: list[tuple[str, str, str]], padding:
         tensor.flatten().numpy() for tensor in (batch.input_ids, batch.position_ids, batch.targets)
     )
     documents = [places[start:end] for start, end in pairwise(batch.cu_seqlens.tolist())]
-    sequences = [part for example in examples for part in example.split()]
-    for document, (sequence, _) in zip(documents, sequences, strict=False):
-        assert ids[document].tolist() == sequence.tolist()
-        assert positions[document].tolist() == list(range(len(sequence)))
+    sequences = [part for example in examples for part in example.parts()]
+    for document, sequence in zip(documents, sequences, strict=False):
+        assert ids[document].tolist() == sequence.ids.tolist()
+        assert positions[document].tolist() == list(range(len(sequence.ids)))
     # In the order of the row, as `Sequences.of_target` takes them.
-    expected = [token for part, trained in sequences for token in part[1:][trained[1:]].tolist()]
+    expected = [token for part in sequences for token in part.ids[1:][part.trained[1:]].tolist()]
     assert targets[targets != IGNORE].tolist() == expected
     if batch.whole is not None:
         assert np.array_equal(places[batch.whole.firsts.numpy()], np.arange(length))

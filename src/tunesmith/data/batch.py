@@ -54,21 +54,25 @@ class Example(NamedTuple):
     flaws: tuple[str, ...] = ()
     control_tokens: frozenset[str] = frozenset()
 
-    def split(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`ids` and `trained` of each sequence."""
+    def parts(self) -> list[Example]:
+        """Each sequence as an example; of a pair the second has what it leaves out."""
+        if not self.sequences:
+            return [self]
         edges = np.cumsum(self.sequences[:-1], dtype=np.int64)
         ids = np.split(self.ids, edges)
-        return list(zip(ids, np.split(self.trained, edges), strict=True))
+        parts = [Example(*part) for part in zip(ids, np.split(self.trained, edges), strict=True)]
+        parts[1] = parts[1]._replace(shared=self.shared)
+        return parts
 
     def count_shared(self) -> int:
         """Tokens with which both sequences of a pair begin and that neither has a target on."""
         if not self.sequences:
             return 0
-        first, second = self.split()
-        length = min(len(ids) for ids, _ in (first, second))
-        differs = first[0][:length] != second[0][:length]
+        first, second = self.parts()
+        length = min(len(first.ids), len(second.ids))
+        differs = first.ids[:length] != second.ids[:length]
         shared = int(differs.argmax()) if differs.any() else length
-        for _, trained in (first, second):
+        for trained in (first.trained, second.trained):
             # The position before the first supervised token has that as its target.
             if trained[1:].any():
                 shared = min(shared, int(trained[1:].argmax()))
@@ -87,8 +91,7 @@ class Example(NamedTuple):
     @property
     def supervised(self) -> int:
         """Positions that carry loss, as `collate` counts them."""
-        starts = [0, *np.cumsum(self.sequences[:-1], dtype=np.int64)]
-        return int(self.trained.sum() - self.trained[starts].sum())
+        return sum(int(part.trained[1:].sum()) for part in self.parts())
 
     @property
     def chosen_tokens(self) -> int:
@@ -243,13 +246,13 @@ def collate(
     import torch
 
     examples = [example for row in rows for example in row]
-    sequences = [[part for example in row for part in _parts(example)] for row in rows]
+    parts = [[part for example in row for part in example.parts()] for row in rows]
     if sequence_rows is not None:
-        sequences = [[part._replace(shared=0)] for row in sequences for part in row]
-        sequences += [[] for _ in range(sequence_rows - len(sequences))]
-    flat = _FlatRows(len(sequences) * length, pad_id)
+        parts = [[part._replace(shared=0)] for row in parts for part in row]
+        parts += [[] for _ in range(sequence_rows - len(parts))]
+    flat = _FlatRows(len(parts) * length, pad_id)
     row_tokens = []
-    for r, row in enumerate(sequences):
+    for r, row in enumerate(parts):
         row_start = r * length
         at = row_start
         previous = row_start
@@ -263,7 +266,7 @@ def collate(
         row_tokens.append(at - row_start)
         # No document may be longer than the length that attention has.
         flat.add_padding(at, row_start + length, max_document or length)
-    shape = (len(sequences), length)
+    shape = (len(parts), length)
     return Batch(
         input_ids=torch.from_numpy(flat.ids.reshape(shape)),
         position_ids=torch.from_numpy(flat.positions.reshape(shape)),
@@ -279,21 +282,6 @@ def collate(
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
     )
-
-
-class _Part(NamedTuple):
-    """A sequence of an example, and how many of its first tokens the one before it has laid."""
-
-    ids: np.ndarray
-    trained: np.ndarray
-    shared: int = 0
-
-
-def _parts(example: Example) -> list[_Part]:
-    parts = [_Part(ids, trained) for ids, trained in example.split()]
-    if example.shared:
-        parts[1] = parts[1]._replace(shared=example.shared)
-    return parts
 
 
 class _FlatRows:
@@ -313,7 +301,7 @@ class _FlatRows:
         self.edges = [0]
         self.runs: list[tuple[int, int]] = []
 
-    def add_sequence(self, part: _Part, at: int, previous: int) -> None:
+    def add_sequence(self, part: Example, at: int, previous: int) -> None:
         """Lay a sequence from place `at` on; the one before it in the row begins at `previous`."""
         n = len(part.ids)
         span = slice(at, at + n - part.shared)
@@ -366,12 +354,9 @@ def _sequences(examples: Sequence[Example]) -> Sequences | None:
     labels = []
     reference: list[float] = []
     for example in examples:
-        start = 0
-        for number, n in enumerate(example.sequences or (len(example.ids),)):
-            # The first token of a sequence has none before it that predicts it.
-            lengths.append(int(example.trained[start + 1 : start + n].sum()))
+        for number, part in enumerate(example.parts()):
+            lengths.append(part.supervised)
             labels.append(number == 0 if example.label is None else example.label)
-            start += n
         reference += example.reference
     return Sequences(
         total=len(lengths),

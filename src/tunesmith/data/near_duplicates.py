@@ -88,31 +88,26 @@ class Groups:
 
     def __init__(self) -> None:
         # Of the rows that were joined; any other is alone.
-        self._parents: dict[int, int] = {}
-
-    def root(self, row: int) -> int:
-        """The row that stands for the set of this one: its first."""
-        parents = self._parents
-        while parents.get(row, row) != row:
-            # Halves the way of the next search.
-            parents[row] = parents[parents[row]]
-            row = parents[row]
-        return row
+        self._groups: dict[int, list[int]] = {}
 
     def join(self, one: int, other: int) -> None:
-        first, second = sorted((self.root(one), self.root(other)))
-        self._parents.setdefault(first, first)
-        self._parents[second] = first
+        large = self._groups.setdefault(one, [one])
+        small = self._groups.setdefault(other, [other])
+        if large is small:
+            return
+        if len(large) < len(small):
+            large, small = small, large
+        large += small
+        for row in small:
+            self._groups[row] = large
 
     def are_joined(self, one: int, other: int) -> bool:
-        return self.root(one) == self.root(other)
+        return one in self._groups and self._groups[one] is self._groups.get(other)
 
     def of_several(self) -> list[list[int]]:
         """The sets of two rows and more, each in order, by their first row."""
-        groups: dict[int, list[int]] = {}
-        for row in sorted(self._parents):
-            groups.setdefault(self.root(row), []).append(row)
-        return [group for group in groups.values() if len(group) > 1]
+        groups = {id(group): sorted(group) for group in self._groups.values()}
+        return sorted(group for group in groups.values() if len(group) > 1)
 
 
 class WordArrays(NamedTuple):
