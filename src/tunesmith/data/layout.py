@@ -66,23 +66,9 @@ class Layout:
         if not len(examples):
             return []
         if self.packed:
-            lengths = _lengths(examples)
+            lengths = np.array([len(example.ids) - example.shared for example in examples])
             return best_fit_decreasing(lengths, max(room, int(lengths.max())))
         # All examples of a set have as many sequences.
         sequences = examples[0].sequence_count
-        widths = _widths(examples)
+        widths = np.array([example.longest_sequence for example in examples])
         return groups_of_like_length(widths, lambda i: room // (sequences * int(widths[i])))
-
-
-def _lengths(examples: Sequence[Example] | TokenSet) -> np.ndarray:
-    """int64 [n], tokens of each example in a packed row."""
-    if isinstance(examples, TokenSet):
-        return examples.row_lengths
-    return np.array([len(example.ids) - example.shared for example in examples])
-
-
-def _widths(examples: Sequence[Example] | TokenSet) -> np.ndarray:
-    """int64 [n], tokens of each example's longest sequence."""
-    if isinstance(examples, TokenSet):
-        return examples.longest_sequences
-    return np.array([example.longest_sequence for example in examples])

@@ -40,17 +40,19 @@ ROLES = {
 }
 # What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
-# Marks of a turn, or of a row: those with which true means trained, and those with which it means
-# untrained.
-TRAINED_MARKS = frozenset(
-    """
-    train trainable train_on_turn training train_on trained is_trained learn learnable supervised
-    loss loss_mask loss_weight compute_loss calculate_loss include_in_loss weight
-    """.split()
-)
-UNTRAINED_MARKS = frozenset(
-    "mask masked untrained ignore ignore_loss no_loss no_train exclude_from_loss".split()
-)
+# Marks of a turn, or of a row, and whether true means that it is trained on.
+_MARKS = {
+    **dict.fromkeys(
+        """
+        train trainable train_on_turn training train_on trained is_trained learn learnable
+        supervised loss loss_mask loss_weight compute_loss calculate_loss include_in_loss weight
+        """.split(),
+        True,
+    ),
+    **dict.fromkeys(
+        "mask masked untrained ignore ignore_loss no_loss no_train exclude_from_loss".split(), False
+    ),
+}
 # Marks of a part of a turn, which no mask of whole answers can follow.
 _PARTIAL_MARKS = ("train_detail", "training_detail")
 # Keys of a turn that say where it is from, or what it measures.
@@ -236,7 +238,7 @@ def _note_unread(row: RowReader, others: Mapping[str, Any], form: Form) -> None:
         name = plain(key)
         if is_absent(value) or name in THOUGHTS or name in _HARMLESS:
             continue
-        if name in TRAINED_MARKS or name in UNTRAINED_MARKS or name in _PARTIAL_MARKS:
+        if name in _MARKS or name in _PARTIAL_MARKS:
             continue
         if name in _MEDIA:
             why = "this trains a model of text"
@@ -257,12 +259,9 @@ def _is_trained(row: RowReader, role: str, turn: Mapping[str, Any], at: str) -> 
         if name in _PARTIAL_MARKS and value:
             why = "an answer is trained on as a whole, or not at all"
             raise row.error(f"a turn has {key}", why, f"split the turn, or remove {key}", at)
-        if name not in TRAINED_MARKS and name not in UNTRAINED_MARKS:
+        if name not in _MARKS:
             continue
-        says_trained = _mark(row, key, value, role, at)
-        if says_trained and role != "assistant":
-            raise _wrong_mark(row, key, value, role, at)
-        marks[key] = says_trained
+        marks[key] = _mark(row, key, value, role, at)
     if len(set(marks.values())) > 1:
         what = f"{' and '.join(marks)} contradict each other"
         raise row.error(what, "one says that the turn is trained on", "remove one of them", at)
@@ -273,12 +272,13 @@ def _mark(row: RowReader, key: str, value: Any, role: str, at: str) -> bool:
     """Whether a mark says that its turn is trained on."""
     if isinstance(value, str | list | dict) or value not in (0, 1):
         raise _wrong_mark(row, key, value, role, at)
-    if plain(key) not in UNTRAINED_MARKS:
-        return bool(value)
     # A mask of numbers is as often that of the trained tokens.
     if plain(key) == "mask" and not isinstance(value, bool):
         raise _wrong_mark(row, key, value, role, at)
-    return not value
+    is_trained = bool(value) == _MARKS[plain(key)]
+    if is_trained and role != "assistant":
+        raise _wrong_mark(row, key, value, role, at)
+    return is_trained
 
 
 def _wrong_mark(row: RowReader, key: str, value: Any, role: str, at: str) -> DataError:
@@ -302,16 +302,13 @@ def apply_list_of_marks(row: RowReader, messages: list[dict[str, Any]], turns: i
         row.mark_read(column)
         for n, (message, mark) in enumerate(zip(messages, value, strict=True), 1):
             at = f"{column} {n}"
-            is_trained = _mark(row, column, mark, message["role"], at)
-            if is_trained and message["role"] != "assistant":
-                raise _wrong_mark(row, column, mark, message["role"], at)
-            if not is_trained and message["role"] == "assistant":
+            if not _mark(row, column, mark, message["role"], at) and message["role"] == "assistant":
                 message["train"] = False
 
 
 def is_mark(column: str) -> bool:
     """Whether a column has the name of a mark."""
-    return plain(column) in TRAINED_MARKS or plain(column) in UNTRAINED_MARKS
+    return plain(column) in _MARKS
 
 
 def check_row_marks(row: RowReader) -> None:
@@ -323,7 +320,7 @@ def check_row_marks(row: RowReader) -> None:
         if not is_weight and not is_mark(column):
             continue
         is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)
-        if is_plain_mark and bool(value) == (name not in UNTRAINED_MARKS):
+        if is_plain_mark and bool(value) == _MARKS.get(name, True):
             row.mark_read(column)
             continue
         if is_plain_mark or is_weight or isinstance(value, list):

@@ -162,7 +162,7 @@ def find_near_duplicates(
     rare = features.below(_RARE_ROWS)
     for rows in _bands(rare):
         _join_matches(combinations(rows, 2), check, groups)
-    for rows in _bands(features.all()):
+    for rows in _bands(features.sets):
         if len(rows) <= _RARE_ROWS:
             continue  # found by their rare words
         pairs = list(pairwise(rows))
@@ -282,23 +282,20 @@ class _Features:
             counts = self._counts(sets.values[span])
             is_template[span] = counts > max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_SHARE * rows)
             first += rows
-        self._sets = sets.where(~is_template)
+        self.sets = sets.where(~is_template)
 
     def _counts(self, values: np.ndarray) -> np.ndarray:
         """In how many rows each value is."""
         places = values >> (32 - self._COUNT_BITS)
         return np.bincount(places, minlength=1)[places]
 
-    def all(self) -> RowSets:
-        return self._sets
-
     def below(self, rows: int) -> RowSets:
         """Those that no more rows have."""
-        return self._sets.where(self._counts(self._sets.values) <= rows)
+        return self.sets.where(self._counts(self.sets.values) <= rows)
 
     def jaccard(self, one: int, other: int) -> float:
         """The Jaccard index of two rows; 0 where one has nothing but words of templates."""
-        sets = [self._sets.row(row) for row in (one, other)]
+        sets = [self.sets.row(row) for row in (one, other)]
         return jaccard(*sets) if all(map(len, sets)) else 0.0
 
 

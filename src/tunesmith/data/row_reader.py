@@ -188,10 +188,13 @@ class RowReader:
         if free:
             # Columns that nothing reads yet: the nearest name, or else the first.
             proposed = dict(mapped)
-            for name in sorted(missing, key=lambda name: not nearest(mapped.get(name, name), free)):
-                near = nearest(mapped.get(name, name), free)
-                proposed[name] = near or next(iter(free), "...")
-                free = [c for c in free if c != proposed[name]]
+            near = {name: nearest(mapped.get(name, name), free) for name in missing}
+            for name in sorted(missing, key=lambda name: near[name] is None):
+                likely = near[name]
+                if likely not in free:
+                    likely = next(iter(free), "...")
+                proposed[name] = likely
+                free = [c for c in free if c != likely]
             names = [name for name in (*mapped, *missing) if name != proposed[name]]
             pairs = [f"{name}: {_yaml_text(proposed[name])}" for name in dict.fromkeys(names)]
             fix = f"columns: {{{', '.join(pairs)}}}"

@@ -169,9 +169,7 @@ class BatchSchedule:
 
     def _order_examples(self, epoch: int) -> np.ndarray:
         """int64: the examples of an epoch in its order."""
-        if self._shuffle and np.all(self._repeats == 1):
-            return shuffled(len(self._repeats), self._seed, epoch, 0)
-        whole_repeats = np.floor(self._repeats).astype(np.int64)
+        whole_repeats = self._repeats.astype(np.int64)
         examples = np.repeat(np.arange(len(self._repeats)), whole_repeats)
         for number, fraction in enumerate(self._fractions):
             group = np.flatnonzero(self._repeats % 1.0 == fraction)

@@ -365,13 +365,15 @@ class TokenSet:
         values = [vars(part.counts) for part in self.parts]
         # A source with another weight is another epoch.
         digests = [f"{part.counts.digest}*{part.weight}" for part in self.parts]
-        sums = {name: sum(of[name] for of in values) for name in _SUMMED}
-        most = {name: max((of[name] for of in values), default=0) for name in _LONGEST}
+        joined: dict[str, Any] = {}
+        for name in _SUMMED:
+            joined[name] = sum(of[name] for of in values)
+        for name in _LONGEST:
+            joined[name] = max((of[name] for of in values), default=0)
         return TokenCounts(
             source=", ".join(of["source"] for of in values),
             digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
-            **sums,
-            **most,
+            **joined,
         )
 
     def first(self, n: int) -> "TokenSet":
