@@ -78,7 +78,7 @@ class Detected:
         ignored: the columns that are not read.
     """
 
-    format: str
+    format: FormatName
     columns: dict[str, str]
     ignored: tuple[str, ...] = ()
 
@@ -128,40 +128,34 @@ def detect(
     Raises:
         DataError: no layout reads the rows, several do, or some rows are not of the one that does.
     """
-    where = from_here(rows.name)
     sample, is_whole = sample_rows(rows)
-    columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
-    columns_text = f"the columns are {', '.join(columns) or 'none'}"
-    if any_format and not source.columns:
-        filled = [c for c in columns if any(not is_absent(row.get(c)) for row in sample.values())]
-        _check_kind(filled, where, columns_text)
-    # The content of its cells shows a chat, not the column's name.
-    chats = _find_chats(columns, sample)
-    only_format = None if any_format else source.format
-    layouts = _of_one_kind([*_possible_layouts(columns, chats, only_format, source.columns)])
-    if any_format and not source.columns:
-        _check_pair_is_read(layouts, columns, chats, sample, rows, source)
+    examined = _Examined(rows, source, sample, None if any_format else source.format)
+    is_free = any_format and not source.columns
+    if is_free:
+        examined.check_kind()
+    layouts = _of_one_kind([*examined.layouts(examined.only_format, source.columns)])
+    if is_free:
+        examined.check_pair_is_read(layouts)
     # Each layout is tried on the sample, with the reader of training.
-    trials = [_try_layout(sample, rows, source, layout) for layout in layouts]
+    trials = [examined.try_layout(layout) for layout in layouts]
     readable = _most_specific([trial for trial in trials if trial.read])
     if len(readable) == 1:
         layout = readable[0].layout
         if (readable[0].errors or not is_whole) and not skips_bad_rows:
-            raise _all_errors(rows, source, readable[0], len(sample))
+            raise examined.all_errors(readable[0])
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
-        ignored = tuple(name for name in columns if name not in used and not is_mark(name))
-        return replace(layout, ignored=ignored)
+        others = (name for name in examined.columns if name not in used)
+        return replace(layout, ignored=tuple(name for name in others if not is_mark(name)))
     if readable:
-        raise _ambiguous(readable, rows, sample, columns_text)
+        raise examined.ambiguous(readable)
     if trials:
-        raise _nothing_read(trials, len(sample))
+        raise examined.nothing_read(trials)
     what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
         what = f"no format reads {', '.join(pairs)}"
-    fix = _propose(columns, sample, rows, source, only_format)
-    raise DataError(what, where=where, why=columns_text, fix=fix)
+    raise examined.error(what, examined.propose())
 
 
 def sample_rows(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
@@ -185,83 +179,220 @@ def sample_rows(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
     return sample, first_error is None
 
 
-def _find_chats(columns: list[str], sample: Mapping[int, dict[str, Any]]) -> _Chats:
-    """The columns that look like lists of messages, or JSON text of them, by what is in them.
+class _Examined:
+    """Some rows of a source, by their index, and what their columns are.
 
-    Under a chat's usual name these are also lists of another form: their error tells what is wrong.
+    Attributes:
+        only_format: the format that the user names; None: any.
+        chats: the columns that look like lists of messages, or JSON text of them, by what is in
+            them. Under a chat's usual name these are also lists of another form: their error tells
+            what is wrong.
     """
-    chats: _Chats = {"role": [], "from": []}
-    for column in columns:
-        values = [row.get(column) for row in sample.values()]
-        role_keys = {role_key_of(value) for value in values} - {""}
-        is_named_so = plain(column) in _CHAT_NAMES
-        if not role_keys and is_named_so and any(map(looks_like_list, values)):
-            role_keys = {"role"}
-        for role_key in role_keys:
-            chats[role_key].append(column)
-    return chats
 
+    def __init__(
+        self,
+        rows: Rows,
+        source: Source,
+        sample: dict[int, dict[str, Any]],
+        only_format: FormatName | None,
+    ) -> None:
+        self.rows = rows
+        self.source = source
+        self.sample = sample
+        self.only_format = only_format
+        self.columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
+        self.chats: _Chats = {"role": [], "from": []}
+        for column in self.columns:
+            values = self._values(column)
+            role_keys = {role_key_of(value) for value in values} - {""}
+            is_named_so = plain(column) in _CHAT_NAMES
+            if not role_keys and is_named_so and any(map(looks_like_list, values)):
+                role_keys = {"role"}
+            for role_key in role_keys:
+                self.chats[role_key].append(column)
 
-def _check_kind(columns: list[str], where: str, columns_text: str) -> None:
-    """DataError where the columns are those of rows for another kind of training."""
-    if any(plain(column) in _IMAGES for column in columns):
-        raise DataError(
-            "the rows contain images, which is not supported yet",
-            where=where,
-            why=columns_text,
-            fix="train on some columns only, such as --columns prompt=...,completion=...",
-        )
+    def _values(self, column: str) -> list[Any]:
+        return [row.get(column) for row in self.sample.values()]
 
+    def error(self, what: str, fix: str, why: str = "") -> DataError:
+        """An error about the columns."""
+        columns_text = f"the columns are {', '.join(self.columns) or 'none'}"
+        return DataError(what, where=from_here(self.rows.name), why=columns_text + why, fix=fix)
 
-def _possible_layouts(
-    columns: list[str],
-    chats: _Chats,
-    only_format: str | None,
-    chosen_columns: Mapping[str, str],
-) -> Iterator[Detected]:
-    """Every way to read the columns that their names allow.
+    def check_kind(self) -> None:
+        """DataError where the columns are those of rows for another kind of training."""
+        images = [column for column in self.columns if plain(column) in _IMAGES]
+        if any(not is_absent(value) for column in images for value in self._values(column)):
+            fix = "train on some columns only, such as --columns prompt=...,completion=..."
+            raise self.error("the rows contain images, which is not supported yet", fix)
 
-    `only_format` and `chosen_columns` (the format's name of a column -> the file's) narrow it.
-    """
-    layouts: list[tuple[FormatName, ColumnSet]] = []
-    for format_name, form in ROW_FORMATS.items():
-        layouts += [(format_name, layout) for layout in form.layouts]
-    # Of two with the same columns the one that has no others is meant.
-    layouts.sort(key=lambda entry: bool(entry[1].optional))
-    for name_of_format, layout in layouts:
-        if only_format not in (None, name_of_format):
-            continue
-        # Columns that the user names must all belong to the format.
-        if not chosen_columns.keys() <= {*layout.needed, *layout.optional}:
-            continue
-        candidates: dict[str, list[str | None]] = {}
-        for name, usual_names in {**layout.needed, **layout.optional}.items():
-            if name in chosen_columns:
-                candidates[name] = [chosen_columns[name]]
+    def layouts(
+        self, only_format: FormatName | None, chosen_columns: Mapping[str, str]
+    ) -> Iterator[Detected]:
+        """Every way to read the columns that their names allow.
+
+        `only_format` and `chosen_columns` (the format's name of a column -> the file's) narrow it.
+        """
+        layouts: list[tuple[FormatName, ColumnSet]] = []
+        for format_name, form in ROW_FORMATS.items():
+            if only_format in (None, format_name):
+                layouts += [(format_name, layout) for layout in form.layouts]
+        # Of two with the same columns the one that has no others is meant.
+        layouts.sort(key=lambda entry: bool(entry[1].optional))
+        for format_name, layout in layouts:
+            # Columns that the user names must all belong to the format.
+            if not chosen_columns.keys() <= {*layout.needed, *layout.optional}:
                 continue
-            candidates[name] = [*_columns_for(name_of_format, usual_names, columns, chats)]
-            if name in layout.optional:
-                candidates[name].append(None)
-        # Each choice of one column a name; no column may serve twice.
-        for picked in itertools.product(*candidates.values()):
-            used = [column for column in picked if column is not None]
-            if len(set(used)) == len(used):
+            candidates: dict[str, list[str | None]] = {}
+            for name, usual_names in {**layout.needed, **layout.optional}.items():
+                if name in chosen_columns:
+                    candidates[name] = [chosen_columns[name]]
+                    continue
+                candidates[name] = [*self._columns_for(format_name, usual_names)]
+                if name in layout.optional:
+                    candidates[name].append(None)
+            # Each choice of one column a name; no column may serve twice.
+            for picked in itertools.product(*candidates.values()):
                 pairs = zip(candidates, picked, strict=True)
                 mapping = {name: column for name, column in pairs if column is not None}
-                yield Detected(name_of_format, mapping)
+                if len(set(mapping.values())) == len(mapping):
+                    yield Detected(format_name, mapping)
 
+    def _columns_for(self, format_name: FormatName, usual_names: tuple[str, ...]) -> list[str]:
+        """The columns that may be what a format has under these names in files."""
+        if isinstance(usual_names, ChatColumn):
+            return list(dict.fromkeys(name for key in usual_names for name in self.chats[key]))
+        named = [column for column in self.columns if plain(column) in usual_names]
+        if ROW_FORMATS[format_name].has_turns:
+            return named
+        # A single column needs no usual name to be the text; a chat is none.
+        texts = self.columns if len(self.columns) == 1 else named
+        return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
 
-def _columns_for(
-    format_name: FormatName, usual_names: tuple[str, ...], columns: list[str], chats: _Chats
-) -> list[str]:
-    """The columns that may be what a format has under these names in files."""
-    if isinstance(usual_names, ChatColumn):
-        return list(dict.fromkeys(column for key in usual_names for column in chats[key]))
-    if ROW_FORMATS[format_name].has_turns:
-        return [column for column in columns if plain(column) in usual_names]
-    # A single column needs no usual name to be the text; a chat is none.
-    named = [column for column in columns if plain(column) in usual_names or len(columns) == 1]
-    return [column for column in named if column not in (*chats["role"], *chats["from"])]
+    def try_layout(self, layout: Detected) -> _Trial:
+        """What the reader of training reads of the rows by a layout, and what it raises."""
+        source = _with_layout(self.source, layout)
+        read = set()
+        errors = []
+        for i, row in self.sample.items():
+            try:
+                convert_row(row, source, where=self.rows.where(i))
+                read.add(i)
+            except DataError as error:
+                errors.append(error)
+        return _Trial(layout, frozenset(read), errors)
+
+    def check_pair_is_read(self, layouts: list[Detected]) -> None:
+        """DataError where columns are named as two answers of a pair, and `layouts` read none."""
+        if any(layout.format == "preference" for layout in layouts):
+            return
+        for chosen, rejected in _named_as_pairs(self.columns):
+            mapping = {"chosen": chosen, "rejected": rejected}
+            pairs = self.layouts("preference", mapping)
+            if any(self.try_layout(layout).read for layout in pairs):
+                what = f"{chosen} and {rejected} look like the two answers of a pair"
+                why = "; pairs are read by columns named chosen and rejected"
+                raise self.error(what, Detected("preference", mapping).flags(), why)
+        rejected_alone = [column for column in self.columns if _is_named_rejected(column)]
+        formats = dict.fromkeys(layout.format for layout in layouts)
+        if rejected_alone and formats:
+            name = rejected_alone[0]
+            raise self.error(
+                f"{name} looks like the rejected answer of a pair, and there is no chosen",
+                f"name both as --columns chosen=...,rejected={name}; or train on the other columns"
+                f" alone: --format {' or '.join(formats)}",
+            )
+
+    def all_errors(self, trial: _Trial) -> DataError:
+        """The error that lists all rows that a layout does not read: not of the sample alone."""
+        bad = find_bad_rows(self.rows, _with_layout(self.source, trial.layout))
+        listed = bad.error()
+        why = f"{len(trial.read)} of the {len(self.sample)} rows examined can be read as"
+        why += f" {trial.layout.format}"
+        if len(bad) == 1:
+            why += "; not this one"
+        listed.why = f"{listed.why}; {why}" if listed.why else why
+        listed.fix += _or_no_label(trial.layout)
+        return listed
+
+    def nothing_read(self, trials: list[_Trial]) -> DataError:
+        """What keeps the layout with the most columns from reading any of the rows."""
+        layout, _, errors = max(trials, key=lambda trial: len(trial.layout.columns))
+        error = errors[0]
+        count = count_of(len(self.sample), "row")
+        why = f"none of the {count} examined can be read as {layout.format}"
+        if error.why:
+            why = f"{error.why}; {why}"
+        return DataError(
+            error.what, where=error.where, why=why, fix=error.fix + _or_no_label(layout)
+        )
+
+    def ambiguous(self, trials: list[_Trial]) -> DataError:
+        """The error for several layouts: a choice, or rows of several formats in one file."""
+        order = list(ROW_FORMATS)
+        trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))
+        most = max(trials, key=lambda trial: len(trial.read))
+        share_rows = any(a.read & b.read for a, b in itertools.combinations(trials, 2))
+        if len(most.read) == len(self.sample) or share_rows:
+            ways = " or ".join(trial.layout.flags() for trial in trials)
+            what = f"the rows can be read in {len(trials)} ways"
+            return self.error(what, f"choose one: {ways}", "; it is ambiguous")
+        counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
+        formats = " and ".join(trial.layout.format for trial in trials)
+        return DataError(
+            f"the rows have several formats: {formats}",
+            where=self.rows.where(min(i for i in self.sample if i not in most.read)),
+            why=f"of the {count_of(len(self.sample), 'row')} examined {', '.join(counts)} can be"
+            f" read; this one is not {most.layout.format}",
+            fix="write the rows of each format into a file of their own, and name each in"
+            " data.train",
+        )
+
+    def propose(self) -> str:
+        """How to name the columns: with the likeliest ones, where the rows are read by them."""
+        formats: tuple[FormatName, ...] = ("prompt-completion", "text")
+        if self.only_format is not None:
+            formats = (self.only_format,)
+        for format_name in formats:
+            guess = Detected(format_name, self._guess(ROW_FORMATS[format_name].layouts[0]))
+            if self.try_layout(guess).read == self.sample.keys():
+                return f"name the columns, such as {guess.flags()}"
+        names = ROW_FORMATS[formats[0]].layouts[0].needed
+        pairs = ",".join(f"{name}=..." for name in names)
+        needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
+        kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
+        return f"name the columns with {kind}: --columns {pairs}"
+
+    def _guess(self, layout: ColumnSet) -> dict[str, str]:
+        """Columns of text for the names that a layout needs, the likeliest.
+
+        A column of a usual name is mapped to it. Of the others those with the most letters are, in
+        the order that they have in the file.
+        """
+        mapped: dict[str, str] = {}
+        for name, usual_names in layout.needed.items():
+            for column in self.columns:
+                if plain(column) in usual_names and column not in mapped.values():
+                    mapped[name] = column
+                    break
+        unmapped = {plain(c): c for c in self.columns if c not in mapped.values()}
+        for name in [name for name in layout.needed if name not in mapped]:
+            near = nearest(name, unmapped, cutoff=_MISTYPED)
+            if near:
+                mapped[name] = unmapped.pop(near)
+        letters = {column: _letters(self._values(column)) for column in unmapped.values()}
+        others = [column for column in letters if letters[column]]
+        if "rejected" not in layout.needed:
+            # Nobody means to learn the worse answers.
+            others = [column for column in others if not _is_named_rejected(column)]
+        # Beside a mapped column one that is seldom a text may be the other; two of them are not.
+        if not mapped:
+            others = [column for column in others if plain(column) not in _NO_TEXTS]
+        others.sort(key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
+        missing = [name for name in layout.needed if name not in mapped]
+        picked = sorted(others[: len(missing)], key=self.columns.index)
+        mapped |= dict(zip(missing, picked, strict=False))
+        return {name: mapped[name] for name in layout.needed if name in mapped}
 
 
 def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
@@ -276,39 +407,6 @@ def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
         if of_format:
             return of_format
     return [layout for layout in layouts if layout.format != "text"] or layouts
-
-
-def _check_pair_is_read(
-    layouts: list[Detected],
-    columns: list[str],
-    chats: _Chats,
-    sample: Mapping[int, dict[str, Any]],
-    rows: Rows,
-    source: Source,
-) -> None:
-    """DataError where columns are named as two answers of a pair, and the layouts read no pairs."""
-    if any(layout.format == "preference" for layout in layouts):
-        return
-    for chosen, rejected in _named_as_pairs(columns):
-        mapping = {"chosen": chosen, "rejected": rejected}
-        pairs = _possible_layouts(columns, chats, "preference", mapping)
-        if any(_try_layout(sample, rows, source, layout).read for layout in pairs):
-            raise DataError(
-                f"{chosen} and {rejected} look like the two answers of a pair",
-                where=from_here(rows.name),
-                why="rows of pairs are read by columns named chosen and rejected",
-                fix=Detected("preference", mapping).flags(),
-            )
-    rejected_alone = [column for column in columns if _is_named_rejected(column)]
-    formats = dict.fromkeys(layout.format for layout in layouts)
-    if rejected_alone and formats:
-        raise DataError(
-            f"{rejected_alone[0]} looks like the rejected answer of a pair, and there is no chosen",
-            where=from_here(rows.name),
-            why=f"the columns are {', '.join(columns)}",
-            fix=f"name both as --columns chosen=...,rejected={rejected_alone[0]}; or train on the"
-            f" other columns alone: --format {' or '.join(formats)}",
-        )
 
 
 def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
@@ -331,24 +429,8 @@ def _is_named_rejected(column: str) -> bool:
     return "rejected" in name.split("_") or bool(nearest("rejected", [name], cutoff=_MISTYPED))
 
 
-def _try_layout(
-    sample: Mapping[int, dict[str, Any]], rows: Rows, source: Source, layout: Detected
-) -> _Trial:
-    """What the reader of training reads of some rows by a layout, and what it raises."""
-    source = _with_layout(source, layout)
-    read = set()
-    errors = []
-    for i, row in sample.items():
-        try:
-            convert_row(row, source, where=rows.where(i))
-            read.add(i)
-        except DataError as error:
-            errors.append(error)
-    return _Trial(layout, frozenset(read), errors)
-
-
 def _with_layout(source: Source, layout: Detected) -> Source:
-    return replace(source, format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
+    return replace(source, format=layout.format, columns=layout.columns)
 
 
 def _most_specific(trials: list[_Trial]) -> list[_Trial]:
@@ -365,30 +447,6 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
     return specific
 
 
-def _all_errors(rows: Rows, source: Source, trial: _Trial, examined: int) -> DataError:
-    """The error that lists all rows that a layout does not read: not of the sample alone."""
-    bad = find_bad_rows(rows, _with_layout(source, trial.layout))
-    listed = bad.error()
-    readable = f"{len(trial.read)} of the {examined} rows examined can be read as"
-    why = f"{readable} {trial.layout.format}; not this one"
-    if len(bad) > 1:
-        why = f"{readable} {trial.layout.format}"
-    listed.why = f"{listed.why}; {why}" if listed.why else why
-    listed.fix += _or_no_label(trial.layout)
-    return listed
-
-
-def _nothing_read(trials: list[_Trial], count: int) -> DataError:
-    """What keeps the layout with the most columns from reading any of the `count` rows."""
-    likeliest = max(trials, key=lambda trial: len(trial.layout.columns))
-    error = likeliest.errors[0]
-    why = f"none of the {count_of(count, 'row')} examined can be read as {likeliest.layout.format}"
-    if error.why:
-        why = f"{error.why}; {why}"
-    fix = error.fix + _or_no_label(likeliest.layout)
-    return DataError(error.what, where=error.where, why=why, fix=fix)
-
-
 def _or_no_label(layout: Detected) -> str:
     """The way on where a column that looks like labels is none."""
     if layout.format != "feedback":
@@ -399,92 +457,10 @@ def _or_no_label(layout: Detected) -> str:
     )
 
 
-def _ambiguous(
-    trials: list[_Trial], rows: Rows, sample: Mapping[int, dict[str, Any]], columns_text: str
-) -> DataError:
-    """The error for several layouts: a choice, or rows of several formats in one file."""
-    order = list(ROW_FORMATS)
-    trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))  # type: ignore[arg-type]
-    most = max(trials, key=lambda trial: len(trial.read))
-    share_rows = any(a.read & b.read for a, b in itertools.combinations(trials, 2))
-    if len(most.read) == len(sample) or share_rows:
-        return DataError(
-            f"the rows can be read in {len(trials)} ways",
-            where=from_here(rows.name),
-            why=f"{columns_text}; it is ambiguous",
-            fix=f"choose one: {' or '.join(trial.layout.flags() for trial in trials)}",
-        )
-    counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
-    others = min(i for i in sample if i not in most.read)
-    return DataError(
-        f"the rows have several formats: {' and '.join(trial.layout.format for trial in trials)}",
-        where=rows.where(others),
-        why=f"of the {count_of(len(sample), 'row')} examined {', '.join(counts)} can be read;"
-        f" this one is not {most.layout.format}",
-        fix="write the rows of each format into a file of their own, and name each in data.train",
-    )
-
-
-def _propose(
-    columns: list[str],
-    sample: Mapping[int, dict[str, Any]],
-    rows: Rows,
-    source: Source,
-    only_format: str | None,
-) -> str:
-    """How to name the columns: with the likeliest ones, where the rows are read by them."""
-    formats = [only_format] if only_format else ["prompt-completion", "text"]
-    for format_name in formats:
-        layout = ROW_FORMATS[format_name].layouts[0]  # type: ignore[index]
-        guess = Detected(format_name, _guess(layout, columns, sample))
-        if _try_layout(sample, rows, source, guess).read == sample.keys():
-            return f"name the columns, such as {guess.flags()}"
-    names = ROW_FORMATS[formats[0]].layouts[0].needed  # type: ignore[index]
-    pairs = ",".join(f"{name}=..." for name in names)
-    needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
-    kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
-    return f"name the columns with {kind}: --columns {pairs}"
-
-
-def _guess(
-    layout: ColumnSet, columns: list[str], sample: Mapping[int, dict[str, Any]]
-) -> dict[str, str]:
-    """Columns of text for the names that a layout needs, the likeliest.
-
-    A column of a usual name is mapped to it. Of the others those with the most letters are, in the
-    order that they have in the file.
-    """
-    mapped: dict[str, str] = {}
-    for name, usual_names in layout.needed.items():
-        for column in columns:
-            if plain(column) in usual_names and column not in mapped.values():
-                mapped[name] = column
-                break
-    unmapped = {plain(column): column for column in columns if column not in mapped.values()}
-    for name in [name for name in layout.needed if name not in mapped]:
-        near = nearest(name, unmapped, cutoff=_MISTYPED)
-        if near:
-            mapped[name] = unmapped.pop(near)
-    missing = [name for name in layout.needed if name not in mapped]
-    letters = {column: _letters(sample, column) for column in columns}
-    others = [column for column in unmapped.values() if letters[column]]
-    if "rejected" not in layout.needed:
-        # Nobody means to learn the worse answers.
-        others = [column for column in others if not _is_named_rejected(column)]
-    # Beside a mapped column one that is seldom a text may be the other; two of them are not.
-    if not mapped:
-        others = [column for column in others if plain(column) not in _NO_TEXTS]
-    others.sort(key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
-    picked = sorted(others[: len(missing)], key=columns.index)
-    mapped |= dict(zip(missing, picked, strict=False))
-    return {name: mapped[name] for name in layout.needed if name in mapped}
-
-
-def _letters(sample: Mapping[int, dict[str, Any]], column: str) -> int:
-    """How many letters a column has; 0 where a value is no text, so that nobody could learn it."""
+def _letters(values: list[Any]) -> int:
+    """How many letters values have; 0 where one is no text, so that nobody could learn it."""
     count = 0
-    for row in sample.values():
-        value = row.get(column)
+    for value in values:
         if value is not None and not isinstance(value, str):
             return 0
         count += sum(map(str.isalpha, value or ""))

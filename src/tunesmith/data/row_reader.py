@@ -188,11 +188,9 @@ class RowReader:
         if free:
             # Columns that nothing reads yet: the nearest name, or else the first.
             proposed = dict(mapped)
-            near = {name: nearest(mapped.get(name, name), free) for name in missing}
-            for name in sorted(missing, key=lambda name: near[name] is None):
-                likely = near[name]
-                if likely not in free:
-                    likely = next(iter(free), "...")
+            near = {name: nearest(mapped.get(name) or name, free) or "" for name in missing}
+            for name in sorted(missing, key=lambda name: not near[name]):
+                likely = near[name] if near[name] in free else next(iter(free), "...")
                 proposed[name] = likely
                 free = [c for c in free if c != likely]
             names = [name for name in (*mapped, *missing) if name != proposed[name]]

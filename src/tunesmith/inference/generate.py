@@ -198,7 +198,7 @@ def find_source(
                 }
                 shown = replace(layout, columns=columns_here)
                 log.info(f"{from_here(rows.name)}: {shown.describe()}")
-            return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
+            return replace(source, format=layout.format, columns=layout.renamed)
     return None
 
 

@@ -321,7 +321,7 @@ def _with_split(source: Source) -> Source:
 
 def _with_layout(source: Source, layout: Detected) -> Source:
     """The source with its format, and the columns whose names are not the format's own."""
-    return replace(source, format=layout.format, columns=layout.renamed)  # type: ignore[arg-type]
+    return replace(source, format=layout.format, columns=layout.renamed)
 
 
 def short_name(name: str) -> str:
