@@ -20,7 +20,7 @@ from tunesmith.data.bad_rows import BadRows, error_of_sources
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
-from tunesmith.data.formats import Sample, convert_sample
+from tunesmith.data.formats import Conversation, Sample, Text, convert_sample
 from tunesmith.data.source import Rows, count_characters
 from tunesmith.data.template import Template
 from tunesmith.data.workers import encode_batches
@@ -237,33 +237,26 @@ class TokenSet:
     @cached_property
     def shared(self) -> np.ndarray:
         """int64 [n], `Example.shared` of each example."""
-        shared = np.zeros(len(self), np.int64)
-        if self.shares_prompts:
-            for i in range(len(self)):
-                part, at = self._find(i)
-                shared[i] = part.arrays.example(at).count_shared()
-        return shared
+        if not self.shares_prompts:
+            return np.zeros(len(self), np.int64)
+        return self._of_each(Example.count_shared)
 
     @property
     def supervised(self) -> np.ndarray:
-        """int64 [n], `Example.supervised` of each example, without the examples themselves."""
-        counts = [np.zeros(0, np.int64)]
-        for arrays in self._array_parts():
-            starts = arrays.offsets[:-1]
-            trained = arrays.trained
-            of_part = np.add.reduceat(trained, starts, dtype=np.int64) - trained[starts]
-            # The first token of a pair's second sequence has none before it either.
-            seconds = (starts + arrays.firsts)[arrays.firsts > 0]
-            of_part[arrays.firsts > 0] -= trained[seconds]
-            counts.append(of_part)
-            arrays.release()
-        return np.concatenate(counts)
+        """int64 [n], `Example.supervised` of each example."""
+        return self._of_each(lambda example: example.supervised)
 
-    def _array_parts(self) -> Iterator[TokenArrays]:
-        """All examples in order, thousands at once."""
+    def _of_each(self, figure: Callable[[Example], int], dtype: type = np.int64) -> np.ndarray:
+        """A figure of each example, [n]; few of them are in memory at once."""
+        return np.fromiter(map(figure, self._stored()), dtype, len(self))
+
+    def _stored(self) -> Iterator[Example]:
+        """All examples in order, as they are stored."""
         for part in self.parts:
-            for first in range(0, len(part), RELEASE_EXAMPLES):
-                yield part.arrays.part(first, min(len(part), first + RELEASE_EXAMPLES))
+            for i in range(len(part)):
+                yield part.arrays.example(i)
+                if i % RELEASE_EXAMPLES == 0:
+                    part.arrays.release()
 
     @property
     def row_lengths(self) -> np.ndarray:
@@ -304,26 +297,14 @@ class TokenSet:
 
         Two different examples share one in 1 of 2^64 cases.
         """
-        return np.fromiter(self._hash_examples(), np.uint64, len(self))
+        return self._of_each(_hash64, np.uint64)
 
     @property
     def chosen_hashes(self) -> np.ndarray:
         """As `hashes`; of a pair of its chosen answer alone."""
         if not self.has_pairs:
             return self.hashes
-        return np.fromiter(self._hash_examples(chosen=True), np.uint64, len(self))
-
-    def _hash_examples(self, *, chosen: bool = False) -> Iterator[int]:
-        for part in self.parts:
-            ids = memoryview(np.ascontiguousarray(part.arrays.ids).data)
-            firsts = part.arrays.firsts
-            for i, (start, end) in enumerate(itertools.pairwise(map(int, part.arrays.offsets))):
-                # The first sequence of a pair is the chosen one; 0 where there is one alone.
-                length = int(firsts[i]) if chosen else 0
-                digest = hashlib.sha256(ids[start : start + length if length else end]).digest()
-                yield int.from_bytes(digest[:8], "big")
-                if i % RELEASE_EXAMPLES == 0:
-                    part.arrays.release()
+        return self._of_each(lambda example: _hash64(example.parts()[0]), np.uint64)
 
     def where(self, i: int) -> str:
         """The place of the row that example i came from."""
@@ -344,15 +325,15 @@ class TokenSet:
     def beginning(self, i: int) -> str:
         """How the row of example i begins, in one line: what tells it from others.
 
-        Of a conversation its first question, else the first text of several words.
+        Of a conversation its first question, else its prompt or its text.
         """
-        part, at = self._find(i)
-        texts = list(_texts_of(part.rows[int(part.arrays.rows[at])]))
-        # A number or a name in front of the texts is seldom what tells rows apart.
-        sentences = [text for text in texts if " " in text.strip()]
-        text = " ".join(next(iter(sentences or texts), "").split())
-        # Half of a surrogate pair cannot be written.
-        text = text.encode(errors="replace").decode()
+        sample = self.sample(i, None)
+        if isinstance(sample, Conversation):
+            questions = [message for message in sample.messages if message["role"] == "user"]
+            text = questions[0]["content"] if questions else ""
+        else:
+            text = sample.text if isinstance(sample, Text) else sample.prompt
+        text = " ".join(text[:1000].split())
         return text if len(text) <= BEGINNING_CHARS else f"{text[: BEGINNING_CHARS - 4]} ..."
 
     @property
@@ -387,28 +368,9 @@ class TokenSet:
         return tokens
 
 
-def _texts_of(value: Any) -> Iterator[str]:
-    """The texts in a row, or in a value of it; of turns those of the user first."""
-    if isinstance(value, str):
-        if value.strip():
-            yield value
-        return
-    if isinstance(value, Mapping):
-        # Who speaks is no text of the row.
-        for name, item in value.items():
-            if name not in ("role", "from"):
-                yield from _texts_of(item)
-        return
-    if isinstance(value, list | tuple):
-        for item in sorted(value, key=_is_no_question):
-            yield from _texts_of(item)
-
-
-def _is_no_question(turn: Any) -> bool:
-    """Whether this is another thing than a turn of the user."""
-    if not isinstance(turn, Mapping):
-        return True
-    return turn.get("role", turn.get("from")) not in ("user", "human")
+def _hash64(example: Example) -> int:
+    digest = hashlib.sha256(np.ascontiguousarray(example.ids).data).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 @dataclass(frozen=True)
