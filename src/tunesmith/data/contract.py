@@ -413,16 +413,11 @@ def _pairs_alike(chunk: _Chunk) -> _Faults:
     pairs = np.flatnonzero(chunk.arrays.firsts)
     faults = []
     for pair in pairs.tolist():
-        example = chunk.arrays.example(pair)
-        border = example.sequences[0]
-        chosen = example.ids[:border]
-        rejected = example.ids[border:]
-        chosen_prompt = int(np.argmax(example.trained[:border]))
-        rejected_prompt = int(np.argmax(example.trained[border:]))
-        has_one_prompt = np.array_equal(chosen[:chosen_prompt], rejected[:rejected_prompt])
-        if not has_one_prompt or np.array_equal(chosen, rejected):
+        chosen, rejected = chunk.arrays.example(pair).parts()
+        prompts = [part.ids[: int(np.argmax(part.trained))] for part in (chosen, rejected)]
+        if not np.array_equal(*prompts) or np.array_equal(chosen.ids, rejected.ids):
             start = int(chunk.arrays.offsets[pair])
-            faults.append(start + border + rejected_prompt)
+            faults.append(start + len(chosen.ids) + len(prompts[1]))
     return _Faults(len(pairs), np.asarray(faults, np.int64))
 
 

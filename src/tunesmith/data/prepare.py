@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -228,9 +228,8 @@ class TrainingData:
         warnings += describe_long_warmup(train, self.schedule.steps(train.duration))
         for contract in self.contracts:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
-        warnings += self._bad_row_warnings()
-        warnings += self._unread_warnings()
-        warnings += self._control_token_warnings()
+        for tell in (self._tell_bad_rows, self._tell_unread, self._tell_control_tokens):
+            warnings += self._of_sources(tell)
         skipped = {}
         for _, part in self.sources():
             if part.rows.skipped:
@@ -239,8 +238,8 @@ class TrainingData:
         warnings += [
             f"files in {folder} are not read: {names}" for folder, names in skipped.items()
         ]
-        warnings += self._lost_warnings()
-        warnings += self._row_warnings()
+        warnings += self._of_sources(self._tell_lost_tokens)
+        warnings += self._of_sources(self._tell_flaws)
         # Most of them are repeated rows, which have their line below.
         if self.duplicates.count > count_repeating(self.splits):
             what = "training examples are duplicates"
@@ -277,104 +276,87 @@ class TrainingData:
         only = f"only {count_of(steps, 'optimizer step')}"
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
 
-    def _bad_row_warnings(self) -> list[str]:
+    def _of_sources(self, tell: Callable[[SourceTokens], Iterator[str]]) -> list[str]:
+        """What there is to tell of each source, behind its split."""
+        return [f"{split}: {text}" for split, part in self.sources() for text in tell(part)]
+
+    def _tell_bad_rows(self, part: SourceTokens) -> Iterator[str]:
         """The rows that are left out because they cannot be read."""
-        warnings = []
-        for split, part in self.sources():
-            counts = part.counts
-            if not counts.bad:
-                continue
-            listed = [f"{part.rows.where(row)}: {what}" for row, what in counts.bad_rows]
-            if counts.bad > len(listed):
-                listed.append(f"and {counts.bad - len(listed):,} more")
-            what = f"{counts.bad:,} of {counts.rows:,} rows cannot be read and are left out"
-            warnings.append(
-                f"{split}: {what} (data.bad_rows: skip): {'; '.join(listed)}; fix: fix these rows"
-            )
-        return warnings
+        counts = part.counts
+        if not counts.bad:
+            return
+        listed = [f"{part.rows.where(row)}: {what}" for row, what in counts.bad_rows]
+        if counts.bad > len(listed):
+            listed.append(f"and {counts.bad - len(listed):,} more")
+        yield (
+            f"{counts.bad:,} of {counts.rows:,} rows cannot be read and are left out"
+            f" (data.bad_rows: skip): {'; '.join(listed)}; fix: fix these rows"
+        )
 
-    def _unread_warnings(self) -> list[str]:
+    def _tell_unread(self, part: SourceTokens) -> Iterator[str]:
         """Columns, and keys of turns, that nothing reads and that may change what is meant."""
-        warnings = []
-        for split, part in self.sources():
-            names = []
-            columns = part.source.columns.values() if part.source else ()
-            for name, (count, first) in part.counts.unread.items():
-                if name == "rejected" and "chosen" in columns:
-                    continue  # who names the chosen answers leaves out the others
-                names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
-            if names:
-                warnings.append(
-                    f"{split}: nothing reads {', '.join(names)}: if one changes what is to be"
-                    " learned, it is lost; fix: map a column by columns, or delete what is not"
-                    " needed"
-                )
-        return warnings
+        names = []
+        columns = part.source.columns.values() if part.source else ()
+        for name, (count, first) in part.counts.unread.items():
+            if name == "rejected" and "chosen" in columns:
+                continue  # who names the chosen answers leaves out the others
+            names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
+        if names:
+            yield (
+                f"nothing reads {', '.join(names)}: if one changes what is to be learned, it is"
+                " lost; fix: map a column by columns, or delete what is not needed"
+            )
 
-    def _control_token_warnings(self) -> list[str]:
+    def _tell_control_tokens(self, part: SourceTokens) -> Iterator[str]:
         """Special tokens that rows spell in their own text."""
         if self.run.data.template == "raw":
-            return []  # the recipe asks for texts that hold their own
-        warnings = []
-        for split, part in self.sources():
-            tokens = []
-            for token, (count, first) in part.counts.control_tokens.items():
-                # Tokens that the recipe adds are for the rows to use.
-                if token not in self.run.model.added_tokens:
-                    where = part.rows.where(first)
-                    tokens.append(f"{token} in {count_of(count, 'row')} (first {where})")
-            if tokens:
-                warnings.append(
-                    f"{split}: the text of a row contains special tokens of the tokenizer:"
-                    f" {', '.join(tokens)}: the model sees the control token, which may end the"
-                    " turn or begin another, and not its characters; fix: remove it from the text,"
-                    " or put a space into it"
-                )
-        return warnings
-
-    def _lost_warnings(self) -> list[str]:
-        """Sources of which more than a few tokens are not trained on."""
-        warnings = []
-        for split, part in self.sources():
-            counts = part.counts
-            if counts.lost_share <= MOST_LOST_TOKENS:
-                continue
-            left_out = counts.dropped + counts.emptied
-            lost = []
-            if left_out:
-                lost.append(f"{count_of(left_out, 'row')} dropped")
-            if counts.cut:
-                lost.append(f"{count_of(counts.cut, 'row')} cut")
-            fixes = []
-            if part.source is not None and part.source.format == "text":
-                fixes.append("data.too_long=auto, which splits text")
-            seq_len = self.run.data.seq_len
-            for length in dict.fromkeys((counts.longest_of_99, counts.longest)):
-                if seq_len < length <= (self.position_limit or length):
-                    fixes.append(f"data.seq_len={length}")
-            if not fixes:
-                fixes.append("shorten or split these rows: the model takes no longer ones")
-            warnings.append(
-                f"{split}: {_percent(counts.lost_share)} of the tokens of"
-                f" {from_here(counts.source)} are lost: {' and '.join(lost)} at data.seq_len"
-                f" {seq_len:,}; fix: {', or '.join(fixes)}"
+            return  # the recipe asks for texts that hold their own
+        tokens = []
+        for token, (count, first) in part.counts.control_tokens.items():
+            # Tokens that the recipe adds are for the rows to use.
+            if token not in self.run.model.added_tokens:
+                where = part.rows.where(first)
+                tokens.append(f"{token} in {count_of(count, 'row')} (first {where})")
+        if tokens:
+            yield (
+                "the text of a row contains special tokens of the tokenizer:"
+                f" {', '.join(tokens)}: the model sees the control token, which may end the turn or"
+                " begin another, and not its characters; fix: remove it from the text, or put a"
+                " space into it"
             )
-        return warnings
 
-    def _row_warnings(self) -> list[str]:
-        warnings = []
-        for split, part in self.sources():
-            for name, (count, first) in part.counts.flaws.items():
-                if name == "joined" and self.run.data.template != "auto":
-                    # The recipe asks for it.
-                    continue
+    def _tell_lost_tokens(self, part: SourceTokens) -> Iterator[str]:
+        """More than a few tokens that are not trained on."""
+        counts = part.counts
+        if counts.lost_share <= MOST_LOST_TOKENS:
+            return
+        left_out = counts.dropped + counts.emptied
+        lost = []
+        if left_out:
+            lost.append(f"{count_of(left_out, 'row')} dropped")
+        if counts.cut:
+            lost.append(f"{count_of(counts.cut, 'row')} cut")
+        fixes = []
+        if part.source is not None and part.source.format == "text":
+            fixes.append("data.too_long=auto, which splits text")
+        seq_len = self.run.data.seq_len
+        for length in dict.fromkeys((counts.longest_of_99, counts.longest)):
+            if seq_len < length <= (self.position_limit or length):
+                fixes.append(f"data.seq_len={length}")
+        if not fixes:
+            fixes.append("shorten or split these rows: the model takes no longer ones")
+        yield (
+            f"{_percent(counts.lost_share)} of the tokens of {from_here(counts.source)} are lost:"
+            f" {' and '.join(lost)} at data.seq_len {seq_len:,}; fix: {', or '.join(fixes)}"
+        )
+
+    def _tell_flaws(self, part: SourceTokens) -> Iterator[str]:
+        for name, (count, first) in part.counts.flaws.items():
+            # Without a template the texts are joined as the recipe asks.
+            if name != "joined" or self.run.data.template == "auto":
                 warning = ROW_WARNINGS[name]
                 what = f"{count:,} of {part.counts.rows:,} rows with {warning.what}"
-                where = part.rows.where(first)
-                warnings.append(
-                    f"{split}: {what}, first {where}: {warning.why}; fix: {warning.fix}"
-                )
-        return warnings
+                yield f"{what}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"
 
 
 def _percent(share: float) -> str:

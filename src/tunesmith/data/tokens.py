@@ -770,25 +770,17 @@ class DocumentSplitter:
 
 def _truncate(example: Example, length: int) -> Example | None:
     """The example with each of its sequences cut; None where that leaves one without a target."""
-    ids = []
-    trained = []
-    start = 0
-    for n in example.sequences or (len(example.ids),):
-        sequence = slice(start, start + n)
-        shortened = slice(start, start + min(n, length))
-        had_target = np.any(example.trained[sequence])
+    parts = []
+    for part in example.parts():
+        shortened = part._replace(ids=part.ids[:length], trained=part.trained[:length])
         # The first token of a sequence is never a target.
-        if had_target and not np.any(example.trained[shortened][1:]):
+        if part.trained.any() and not shortened.trained[1:].any():
             return None
-        ids.append(example.ids[shortened])
-        trained.append(example.trained[shortened])
-        start += n
-    if not example.sequences:
-        return example._replace(ids=ids[0], trained=trained[0])
+        parts.append(shortened)
     return example._replace(
-        ids=np.concatenate(ids),
-        trained=np.concatenate(trained),
-        sequences=tuple(len(sequence) for sequence in ids),
+        ids=np.concatenate([part.ids for part in parts]),
+        trained=np.concatenate([part.trained for part in parts]),
+        sequences=tuple(len(part.ids) for part in parts) if example.sequences else (),
     )
 
 
