@@ -14,7 +14,7 @@ import mmap
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,16 +59,9 @@ class TokenArrays(NamedTuple):
     def part(self, first: int, stop: int) -> "TokenArrays":
         """Examples first to stop - 1; their offsets count from 0."""
         tokens = slice(int(self.offsets[first]), int(self.offsets[stop]))
-        return TokenArrays(
-            ids=self.ids[tokens],
-            trained=self.trained[tokens],
-            offsets=self.offsets[first : stop + 1] - tokens.start,
-            rows=self.rows[first:stop],
-            truncated=self.truncated[first:stop],
-            continued=self.continued[first:stop],
-            firsts=self.firsts[first:stop],
-            labels=self.labels[first:stop],
-        )
+        offsets = self.offsets[first : stop + 1] - tokens.start
+        of_examples = [values[first:stop] for values in self[3:]]
+        return TokenArrays(self.ids[tokens], self.trained[tokens], offsets, *of_examples)
 
     def example(self, i: int) -> Example:
         """The i-th example."""
@@ -95,19 +88,14 @@ class TokenArrays(NamedTuple):
 
     def count_trained(self) -> int:
         """Tokens that are supervised."""
-        count = 0
-        for start in range(0, len(self.trained), READ_VALUES):
-            count += int(np.count_nonzero(self.trained[start : start + READ_VALUES]))
-            _release(self.trained)
-        return count
+        return sum(int(np.count_nonzero(block)) for block in _read_blocks(self.trained))
 
     def sha256(self) -> str:
         """Of the examples, in hex; the rows that they came from do not enter."""
         digest = hashlib.sha256()
         for values in (self.ids, self.trained, self.offsets):
-            for start in range(0, len(values), READ_VALUES):
-                digest.update(np.ascontiguousarray(values[start : start + READ_VALUES]).data)
-                _release(values)
+            for block in _read_blocks(values):
+                digest.update(np.ascontiguousarray(block).data)
         # Left out where no example has any, so that such rows keep the digest that they had.
         if np.any(self.firsts):
             digest.update(np.ascontiguousarray(self.firsts).data)
@@ -149,14 +137,12 @@ class TokenWriter:
     ) -> None:
         self._examples += 1
         self._tokens += len(example.ids)
-        self._append("ids.bin", example.ids)
-        self._append("trained.bin", example.trained)
-        self._append("offsets.bin", self._tokens)
-        self._append("rows.bin", row)
-        self._append("cut.bin", truncated)
-        self._append("continued.bin", continued)
-        self._append("firsts.bin", example.sequences[0] if example.sequences else 0)
-        self._append("labels.bin", NO_LABEL if example.label is None else example.label)
+        first = example.sequences[0] if example.sequences else 0
+        label = NO_LABEL if example.label is None else example.label
+        written = (example.ids, example.trained, self._tokens, row, truncated, continued)
+        # In the order of the files.
+        for name, values in zip(_FILES, (*written, first, label), strict=True):
+            self._append(name, values)
 
     def _append(self, name: str, values: Any) -> None:
         self._files[name].write(np.asarray(values, _FILES[name]).tobytes())
@@ -175,6 +161,13 @@ class TokenWriter:
             file.seek(0)
             arrays.append(np.frombuffer(file.read(), _FILES[name]))
         return TokenArrays(*arrays)
+
+
+def _read_blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """A mapped array, some of it in memory at once."""
+    for start in range(0, len(values), READ_VALUES):
+        yield values[start : start + READ_VALUES]
+        _release(values)
 
 
 def _release(values: np.ndarray) -> None:

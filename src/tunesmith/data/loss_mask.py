@@ -262,59 +262,43 @@ class AssistantMask:
 
         Where no sentinels keep it equal, those beside the answers that are trained may: a template
         may read a text of an earlier turn.
-        """
-        rendering = self._locate_texts_of(None, text, messages, tools, where, trained)
-        if rendering is None and trained is not None:
-            near = {i + step for i in trained for step in (-1, 0, 1)}
-            rendering = self._locate_texts_of(near, text, messages, tools, where, trained)
-        if rendering is None:
-            raise self._error(
-                "renders differently depending on the message text, so assistant spans cannot be"
-                " located",
-                where,
-            )
-        return rendering
-
-    def _locate_texts_of(
-        self,
-        only: Collection[int] | None,
-        text: str,
-        messages: Messages,
-        tools: Tools,
-        where: str,
-        trained: Collection[int] | None,
-    ) -> _Rendering | None:
-        """Find the texts of some messages; None where all sentinels change the rendering.
 
         The first position of sentinels that keeps the rendering equal is used. Further positions
         are tried while a text is missing that the template must show or that holds an end token.
         """
         word = _unused_word(text, messages, tools)
-        rendering: _Rendering | None = None
-        shown: set[int] = set()
-        # Sentinels before, after or around each text: a template may trim one side.
-        for position in POSITIONS:
-            inserted = Sentinels(word, position, only)
-            marked_messages, marked_tools = inserted.insert(messages, tools)
-            marked_text = self.render(marked_messages, marked_tools, where=where)
-            plain_text, sentinels = self._strip(inserted, marked_text)
-            # A template that reads its texts renders others with sentinels; such a position tells
-            # nothing.
-            if plain_text != text:
-                continue
-            shown.update(sentinel.field for sentinel in sentinels)
-            if rendering is None:
-                rendering = _Rendering(
-                    text, sentinels, inserted, marked_messages, marked_tools, frozenset()
-                )
-            missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
-            # All that must show has shown itself: the other positions need not be tried.
-            if all(
-                self._may_drop(field, trained) and not self._has_end(field.text)
-                for field in missing
-            ):
-                break
-        return rendering and rendering._replace(shown=frozenset(shown))
+        marked: list[Collection[int] | None] = [None]
+        if trained is not None:
+            marked.append({i + step for i in trained for step in (-1, 0, 1)})
+        for only in marked:
+            rendering: _Rendering | None = None
+            shown: set[int] = set()
+            # Sentinels before, after or around each text: a template may trim one side.
+            for position in POSITIONS:
+                inserted = Sentinels(word, position, only)
+                marked_messages, marked_tools = inserted.insert(messages, tools)
+                marked_text = self.render(marked_messages, marked_tools, where=where)
+                plain_text, sentinels = self._strip(inserted, marked_text)
+                # A template that reads its texts renders others with sentinels; such a position
+                # tells nothing.
+                if plain_text != text:
+                    continue
+                shown.update(sentinel.field for sentinel in sentinels)
+                if rendering is None:
+                    rendering = _Rendering(
+                        text, sentinels, inserted, marked_messages, marked_tools, frozenset()
+                    )
+                missing = [field for n, field in enumerate(inserted.fields) if n not in shown]
+                # All that must show has shown itself: the other positions need not be tried.
+                if all(
+                    self._may_drop(field, trained) and not self._has_end(field.text)
+                    for field in missing
+                ):
+                    break
+            if rendering is not None:
+                return rendering._replace(shown=frozenset(shown))
+        what = "renders differently depending on the message text"
+        raise self._error(what, where, "so assistant spans cannot be located")
 
     def _strip(self, inserted: Sentinels, marked_text: str) -> tuple[str, list[Sentinel]]:
         """The rendering without sentinels, and those of the texts where they stand first.

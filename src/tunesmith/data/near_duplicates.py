@@ -310,22 +310,22 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
 
 def _feature_sets(arrays: WordArrays) -> RowSets:
     """The words and pairs of neighboring words of each row."""
-    values = []
-    sizes = [0]
     words = arrays.words
     # Mixed, so that a pair in another order is another feature.
     pairs = (words[:-1] * np.uint32(0x9E3779B1)) ^ (words[1:] * np.uint32(0x85EBCA6B))
     is_word = words >= _FIRST_WORD
     is_pair = is_word[:-1] & is_word[1:]
+    rows = []
     for start, stop in zip(arrays.starts.tolist(), arrays.stops.tolist(), strict=True):
-        alone = words[start:stop][is_word[start:stop]]
-        of_pairs = pairs[start : stop - 1][is_pair[start : stop - 1]]
-        row = np.unique(np.concatenate([alone, of_pairs]))
-        if len(alone) < MIN_WORDS:
-            row = row[:0]
-        values.append(row)
-        sizes.append(len(row))
-    return RowSets(np.concatenate([np.zeros(0, np.uint32), *values]), np.cumsum(sizes))
+        features = words[start:stop][is_word[start:stop]]
+        if len(features) < MIN_WORDS:
+            features = features[:0]
+        else:
+            of_pairs = pairs[start : stop - 1][is_pair[start : stop - 1]]
+            features = np.unique(np.concatenate([features, of_pairs]))
+        rows.append(features)
+    offsets = np.cumsum([0, *map(len, rows)])
+    return RowSets(np.concatenate([np.zeros(0, np.uint32), *rows]), offsets)
 
 
 def _bands(sets: RowSets) -> Iterator[list[int]]:

@@ -69,19 +69,13 @@ def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Te
         if data.template == "raw":
             why = "data.template is raw"
         if data.system is not None:
-            raise DataError(
-                "a raw prompt has no system message",
-                where="data.system",
-                why=why,
-                fix="remove data.system, or data.template=alpaca",
-            )
+            what = "a raw prompt has no system message"
+            fix = "remove data.system, or data.template=alpaca"
+            raise DataError(what, where="data.system", why=why, fix=fix)
         if data.template_args:
-            raise DataError(
-                "a raw prompt has no template to take arguments",
-                where="data.template_args",
-                why=why,
-                fix="remove data.template_args, or data.template=FILE.jinja",
-            )
+            what = "a raw prompt has no template to take arguments"
+            fix = "remove data.template_args, or data.template=FILE.jinja"
+            raise DataError(what, where="data.template_args", why=why, fix=fix)
         return Template(tokenizer, eos_ids, jinja=None, name="raw")
     if data.template == "auto" and formats and not any(form.has_turns for form in formats):
         # Chats with what is trained here use the tokenizer's template.
