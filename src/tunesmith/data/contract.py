@@ -414,10 +414,10 @@ def _pairs_alike(chunk: _Chunk) -> _Faults:
     faults = []
     for pair in pairs.tolist():
         chosen, rejected = chunk.arrays.example(pair).parts()
-        prompts = [part.ids[: int(np.argmax(part.trained))] for part in (chosen, rejected)]
-        if not np.array_equal(*prompts) or np.array_equal(chosen.ids, rejected.ids):
+        first, second = (part.ids[: int(np.argmax(part.trained))] for part in (chosen, rejected))
+        if not np.array_equal(first, second) or np.array_equal(chosen.ids, rejected.ids):
             start = int(chunk.arrays.offsets[pair])
-            faults.append(start + len(chosen.ids) + len(prompts[1]))
+            faults.append(start + len(chosen.ids) + len(second))
     return _Faults(len(pairs), np.asarray(faults, np.int64))
 
 

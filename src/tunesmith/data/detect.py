@@ -129,7 +129,7 @@ def detect(
         DataError: no layout reads the rows, several do, or some rows are not of the one that does.
     """
     sample, is_whole = sample_rows(rows)
-    examined = _Examined(rows, source, sample, None if any_format else source.format)
+    examined = _SampledRows(rows, source, sample, None if any_format else source.format)
     is_free = any_format and not source.columns
     if is_free:
         examined.check_kind()
@@ -179,7 +179,7 @@ def sample_rows(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
     return sample, first_error is None
 
 
-class _Examined:
+class _SampledRows:
     """Some rows of a source, by their index, and what their columns are.
 
     Attributes:

@@ -117,8 +117,8 @@ class RowEncoder:
         encoded: list[EncodedRow | DataError] = []
         for i, row in enumerate(read, batch.first):
             if isinstance(row, _ReadRow):
-                own = [next(examples) for _ in samples_of(row.sample)]
-                encoded.append(self._encoded(row, own, i))
+                sequences = [next(examples) for _ in samples_of(row.sample)]
+                encoded.append(self._encoded(row, sequences, i))
             else:
                 encoded.append(row)
         return encoded

@@ -148,8 +148,8 @@ def check_rows(sources: SourceRows) -> RowFindings:
         _tell(len(indices))
         texts = read_texts(sources, indices)
         findings = find_faults(texts, _counts_by_source(sources, indices))
-        found = findings.mapped(lambda rows: [indices[row] for row in rows])
-        return replace(found, rows=indices.stop)
+        at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
+        return replace(at_indices, rows=indices.stop)
 
     return measure_once("row-checks", _key("rows", sources), check, _decoded)
 
@@ -207,13 +207,13 @@ def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[l
 
 
 def _near_pairs(
-    texts: Iterable[RowText | None], counts: Sequence[int], asked: range
+    texts: Iterable[RowText | None], counts: Sequence[int], questions: range
 ) -> Iterator[tuple[int, int]]:
-    """Each of the texts `asked` that is a near-duplicate of others, with the first of these."""
+    """Each of some texts that is a near-duplicate of others, with the first of these."""
     for group in find_near_duplicates(texts, counts):
-        others = [i for i in group if i not in asked]
+        others = [i for i in group if i not in questions]
         if others:
-            yield from ((i, others[0]) for i in group if i in asked)
+            yield from ((i, others[0]) for i in group if i in questions)
 
 
 def _pairs_once(key: list[Any], pairs: Callable[[], Iterable[list[int]]]) -> list[list[int]]:

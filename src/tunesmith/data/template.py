@@ -260,10 +260,12 @@ class Template:
                 located.append(self._locate(sample, train_on, place))
             except DataError as error:
                 located.append(error)
-        found = [answers for answers in located if not isinstance(answers, DataError)]
-        texts = [answers.text for answers in found]
+        renderings = [answers for answers in located if not isinstance(answers, DataError)]
+        texts = [answers.text for answers in renderings]
         # The tokenizer works on the texts with several threads.
-        aligned = self._aligner.encode(texts, [answers.spans for answers in found], self.end_ids)
+        aligned = self._aligner.encode(
+            texts, [answers.spans for answers in renderings], self.end_ids
+        )
         next_aligned = iter(aligned)
         examples: list[Example | DataError] = []
         for sample, answers, place in zip(samples, located, where, strict=True):
