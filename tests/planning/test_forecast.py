@@ -15,7 +15,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.errors import RecipeError
-from tunesmith.host.chips import CHIPS, Chip
+from tunesmith.host.chips import Chip
 from tunesmith.loss import chunk_size
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import adapter_parameters, flops, read_spec
@@ -222,49 +222,6 @@ def test_a_mesh_that_cannot_be(text: str) -> None:
     with pytest.raises(RecipeError, match=text) as refused:
         planner("llama3-70b", parallel.pop("world", "2x8xh100"), {}, **parallel).meshes()
     assert "auto" in refused.value.fix
-
-
-def test_a_recipe_that_keeps_to_one_tensor_rank_is_told_of_auto() -> None:
-    """70B in full: 16 shards do not fit with fp32 masters, 2 shards of 8 ranks that compute a layer
-    together do.
-    """
-    made = planner("llama3-70b", "2x8xh100", FULL)
-    best = made.with_tensor()
-    assert best is not None
-    auto = planner("llama3-70b", "2x8xh100", FULL, tensor="auto").ranked()[0]
-    assert (best.keys, best.step_seconds, best.phases) == (
-        auto.keys,
-        auto.step_seconds,
-        auto.phases,
-    )
-    nearest = made.ranked()[0]
-    assert nearest.fits or nearest.plan.less_memory().startswith("parallel.tensor=auto (")
-    assert planner("llama3-8b", "2x-dgx-spark", {}).with_tensor() is None, "a node has one rank"
-    assert planner("llama3-70b", "2x8xh100", FULL, tensor=8).with_tensor() is None
-
-
-def test_lora_on_a_bf16_base_is_told_of_fp8() -> None:
-    """Of 70B the base alone is larger than an H100 in bf16, and half as large in fp8."""
-    made = planner("llama3-70b", "h100", {})
-    in_fp8 = made.with_fp8()
-    assert in_fp8 is not None
-    recipe_says = planner("llama3-70b", "h100", {"model": {"quantize": "fp8"}}).ranked()[0]
-    assert (in_fp8.phases, in_fp8.step_seconds) == (recipe_says.phases, recipe_says.step_seconds)
-    assert made.ranked()[0].plan.less_memory().startswith("model.quantize=fp8 (")
-
-
-def test_fp8_is_only_named_where_it_can_be_had() -> None:
-    assert planner("llama3-70b", "a100-80gb", {}).with_fp8() is None, "no fp8 matmuls"
-    assert planner("llama3-70b", "rtx-4090", {}).with_fp8() is None, "does not fit in fp8 either"
-    assert planner("llama3-8b", "h100", {"adapter": {"kind": "none"}}).with_fp8() is None
-    assert planner("llama3-8b", "h100", {"model": {"dtype": "fp16"}}).with_fp8() is None
-    for quantize in ("fp8", "nf4"):
-        assert planner("llama3-8b", "h100", {"model": {"quantize": quantize}}).with_fp8() is None
-    plain = planner("llama3-8b", "h100", {})
-    assert plain.with_fp8() is not None
-    for form in ("fp8", "nvfp4"):
-        shipped = replace(plain, spec=replace(plain.spec, quantized=form))
-        assert shipped.with_fp8() is None, "its weights are in codes already"
 
 
 def test_a_step_of_one_rank_takes_its_operations_at_the_rate_of_the_chip() -> None:
@@ -513,42 +470,9 @@ def test_what_does_not_fit_comes_last_and_has_its_savings() -> None:
     nearest = made.ranked()[0]
     assert not nearest.fits
     assert "model.quantize=nf4" in nearest.plan.less_memory()
-    assert larger(made) == [(Cluster(CHIPS["dgx-spark"], 2), "")]
-    # GPUs of one node before a second node; without a network no second one.
-    full = {"adapter": {"kind": "none"}}
-    assert larger(planner("llama3-8b", "h100", full)) == [(Cluster(CHIPS["h100"], 1, 2), "")]
-    assert larger(planner("llama3-70b", "rtx-4090", full)) == []
     nf4 = planner("llama3-70b", "dgx-spark", {"model": {"quantize": "nf4"}}).ranked()[0]
     assert nf4.fits
     assert nf4.phases["save"] - nf4.phases["step"] == 12 * made.trained
-
-
-def larger(made: Planner) -> list[tuple[Cluster, str]]:
-    return [(enough.cluster, enough.keys) for enough in made.enough_machines(made.ranked()[0])]
-
-
-def test_fewer_gpus_do_with_a_quantized_base() -> None:
-    """Of 70B eight cards of 23 GiB hold shards in bf16; no key makes it fit on one."""
-    keys = {"adapter": {"rank": 64}}
-    made = planner("llama3-70b", "rtx-4090", keys, length=400, tensor="auto")
-    best = made.ranked()[0]
-    assert not best.plan.savings()
-    (quantized, as_it_is) = made.enough_machines(best)
-    assert (as_it_is.cluster, as_it_is.keys) == (read_cluster("8xrtx-4090"), "")
-    assert quantized.cluster == read_cluster("4xrtx-4090")
-    section, _, value = quantized.keys.rpartition("=")
-    assert section == "model.quantize"
-    again = planner(
-        "llama3-70b",
-        "4xrtx-4090",
-        keys | {"model": {"quantize": value}},
-        length=400,
-        tensor="auto",
-    ).ranked()[0]
-    assert again.fits
-    assert (again.phases, again.hours) == (quantized.forecast.phases, quantized.forecast.hours)
-    # A card without links to others gets no advice of several.
-    assert larger(replace(made, cluster=Cluster(Chip("other", 23.4)))) == []
 
 
 def test_without_tokens_examples_are_as_long_as_said() -> None:

@@ -255,100 +255,9 @@ def test_the_table_and_what_the_first_takes(
     )
 
 
-SPARK_H100_BOXES = ["--on", "1x-dgx-spark", "--on", "h100", "--on", "2x8xh100"]
-
-
-def test_several_machines_are_compared_in_one_table(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["plan", str(llama), *SPARK_H100_BOXES]
-    assert main([*words, "--price", "2.5"]) == 0
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 100
-    rows = {line.split()[0].rstrip("*"): line.split()[1:] for line in lines_with(shown, "/")}
-    assert [rows[machine][0] for machine in SPARK_H100_BOXES[1::2]] == ["no", "no", "yes"]
-    assert rows["h100"][-3:] == ["-", "-", "-"]
-    assert main([*words[:2], "--on", "2x8xh100", "--price", "2.5"]) == 0
-    alone = capsys.readouterr().out
-    cost = re.search(r"steps: .*?, ([\d.,]+) USD", alone)
-    assert cost is not None
-    assert rows["2x8xh100"][-1] == cost[1]
-    assert lines_with(shown, "fix", "model.quantize=nf4")
-
-
-def test_a_fix_has_the_time_that_its_own_plan_has(
-    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    words = ["plan", str(llama), "--length", "400"]
-    assert main([*words, "--on", "h200", "--on", "2x8xh100"]) == 0
-    compared = capsys.readouterr().out
-    assert main([*words, "--on", "h200"]) == 2
-    alone = capsys.readouterr().err
-    plans = {
-        "model.quantize=nf4": ["--on", "h200", "model.quantize=nf4"],
-        "2 x NVIDIA H200": ["--on", "2xh200"],
-        "2x8xh100: model.quantize=fp8": ["--on", "2x8xh100", "model.quantize=fp8"],
-    }
-    for keys, machine in plans.items():
-        assert main([*words, *machine]) == 0
-        (duration,) = re.findall(r"run's steps: ([^;]+);", capsys.readouterr().out)
-        assert lines_with(compared, keys, duration)
-        assert keys.startswith("2x8x") or lines_with(alone, keys, duration)
-
-
-def test_a_machine_whose_speed_was_not_measured_has_a_mark(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", str(llama), "--on", "2xh200", "--on", "2x-dgx-spark"]) == 0
-    shown = capsys.readouterr().out
-    assert len(lines_with(shown, "2x-dgx-spark* ")) == 1
-    assert lines_with(shown, "2xh200 ")
-    assert any(line.startswith("* ") for line in shown.splitlines())
-
-
-@pytest.mark.parametrize(
-    ("price", "readings"),
-    [
-        ("0.5,2.5", ["--price 0.5 --price 2.5"]),
-        ("2,5", ["--price 2.5", "--price 2 --price 5"]),
-        ("0,5", ["--price 0.5"]),
-        ("1,2,3", ["--price 1 --price 2 --price 3"]),
-    ],
-)
-def test_a_price_with_a_comma_is_refused_with_the_words_for_what_it_may_mean(
-    price: str, readings: list[str], llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", str(llama), "--on", "h100", "--on", "h200", "--price", price]) == 2
-    shown = error_in(capsys.readouterr().err)
-    assert holds(shown.what, price)
-    choices = shown.fix.split("; or ")
-    assert [choice.partition(", ")[0] for choice in choices] == readings
-
-
-def test_several_machines_as_json_are_a_list_of_their_plans(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["plan", str(llama), "--json"]
-    prices = ["--price", "1", "--price", "2", "--price", "3"]
-    assert main([*words, *SPARK_H100_BOXES, *prices]) == 0
-    plans = json.loads(capsys.readouterr().out)
-    assert [plan.pop("on") for plan in plans] == SPARK_H100_BOXES[1::2]
-    assert [bool(plan.get("fix")) for plan in plans] == [True, True, False]
-    assert main([*words, "--on", "2x8xh100", "--price", "3"]) == 0
-    assert plans[2] == json.loads(capsys.readouterr().out)
-
-
-def test_a_run_that_fits_on_none_of_the_machines_ends_with_2(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One that a machine cannot do at all is a line, too."""
-    assert main(["plan", str(llama), "model.dtype=bf16", "--on", "t4", "--on", "h100"]) == 2
-    shown = capsys.readouterr().out
-    assert lines_with(shown, "t4", "no")
-    assert lines_with(shown, "fix", "model.dtype=fp16")
-    assert main(["plan", str(llama), "--on", "h100", "--price", "1", "--price", "2"]) == 2
-    check_shown(capsys.readouterr().err, where="command line: --price", names=[2, 1])
+def test_a_second_machine_is_refused(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(llama), "--on", "h100", "--on", "h200"]) == 2
+    check_shown(capsys.readouterr().err, where="command line: --on", names=[2])
 
 
 @pytest.mark.slow
@@ -428,8 +337,8 @@ def test_each_choice_of_a_long_fix_has_its_line(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["plan", "llama3.2-3b-full", "--on", "rtx-4090"]) == 2
-    choices = [line.split()[:2] for line in capsys.readouterr().err.splitlines()[-3:]]
-    assert choices == [["fix:", "data.seq_len=1024"], ["or", "adapter.kind=lora"], ["or", "4"]]
+    choices = [line.split()[:2] for line in capsys.readouterr().err.splitlines()[-2:]]
+    assert choices == [["fix:", "train.optimizer=adamw-8bit"], ["or", "adapter.kind=lora"]]
 
 
 def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture[str]) -> None:
@@ -441,24 +350,6 @@ def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture
     assert needed is not None
     assert float(needed[1]) <= float(needed[2])
     assert lines_with(shown, "checkpoint", "waits")
-
-
-def test_the_least_memory_is_what_its_keys_take(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    words = ["plan", "llama3.1-8b-lora", "--on", "dgx-spark"]
-    keys = ["train.micro_batch=2048 tokens", "train.recompute=full"]
-    assert main(words) == 0
-    (line,) = lines_with(capsys.readouterr().out, "train.recompute=full")
-    assert main([*words, *keys]) == 0
-    shown = capsys.readouterr().out
-    assert not lines_with(shown, "train.recompute=full"), "it takes the least already"
-    (row,) = lines_with(shown, "32 of 32")
-    assert re.findall(r"([\d.]+) GiB in a step, ([\d.]+) s", line)[0][1] == row.split()[-3]
-    memory = re.search(r"([\d.]+) (?:of [\d.]+ usable GiB )?in a step", shown)
-    assert memory is not None
-    assert f" {memory[1]} GiB in a step" in line
 
 
 def test_full_fine_tuning_names_its_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -640,7 +531,7 @@ def test_a_price_that_is_not_known_is_said(llama: Path, capsys: pytest.CaptureFi
     assert lines_with(capsys.readouterr().out, "million", "USD", "train.duration=")
     assert main([*words, "--on", "2x8xh100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cost_usd"] > 0
-    for price in ("0", "-1", "nan", "inf", "much", ",", "2,", "2,much"):
+    for price in ("0", "-1", "nan", "inf", "much", ",", "2,", "2,5"):
         assert main([*words[:3], price, "--on", "2x8xh100"]) == 2
         shown = error_in(capsys.readouterr().err)
         assert "--price" in shown.what
@@ -678,9 +569,8 @@ def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(
 def test_experts_that_fp8_leaves_dense_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     """A base that ships them in codes would take three times the memory."""
     words = ["plan", "gpt-oss-20b-lora", "--on", "h100"]
-    for several in (words, [*words, "--on", "h200"]):
-        assert main([*several, "model.quantize=fp8"]) == 0
-        assert lines_with(capsys.readouterr().out, "warning", "MXFP4", "41.2", "13.8 GB")
+    assert main([*words, "model.quantize=fp8"]) == 0
+    assert lines_with(capsys.readouterr().out, "warning", "MXFP4", "41.2", "13.8 GB")
     assert main(words) == 0
     assert not lines_with(capsys.readouterr().out, "warning")
 
@@ -691,9 +581,7 @@ def test_what_does_not_fit_ends_with_2_and_what_to_change(
     assert main(["plan", str(llama), "--on", "dgx-spark"]) == 2
     shown = capsys.readouterr()
     check_shown(shown.err, names=["GiB", "weights", "recompute"])
-    assert "fix: model.quantize=fp8 (" in shown.err
-    assert "or model.quantize=nf4 (" in shown.err
-    assert "or 2 x NVIDIA GB10 " in shown.err
+    assert "fix: model.quantize=nf4 (" in shown.err
 
 
 def test_what_makes_a_run_fit_is_searched_for_once(
@@ -753,8 +641,6 @@ def test_the_time_on_this_cpu_is_a_range_around_a_trial_of_it(
     shown = capsys.readouterr().out
     assert re.search(r"^1 x 1 x 1 .* ~[\d.]+ +~[\d,]+ +0%$", shown, re.MULTILINE)
     assert re.search(r": about \d+ to \d+ (s|min|h), ", shown)
-    assert main(["plan", str(file), "--on", "here", "--on", "h100"]) == 0
-    assert re.search(r"^here .* \d+ to \d+ (s|min|h) ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_trial_that_fails_leaves_a_plan_of_memory(

@@ -17,11 +17,14 @@ from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
 from tunesmith.errors import EXIT_USAGE, MachineError
+from tunesmith.host.chips import Chip
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
-from tunesmith.model.spec import read_spec
-from tunesmith.planning.resolve import USABLE, probe_machine, resolve_plan
+from tunesmith.model.spec import ModelSpec, read_spec
+from tunesmith.planning.forecast import Planner, measure_work
+from tunesmith.planning.machines import Cluster
+from tunesmith.planning.resolve import USABLE, probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan
 from tunesmith.planning.savings import ALLOCATABLE, check_memory_fits, warn_of_overrun
 from tunesmith.units import Size
@@ -40,6 +43,14 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
+def plan_on(
+    machine: Machine, run: Run, spec: ModelSpec, trained: int, before: Size | None = None
+) -> RunPlan:
+    work = measure_work(run, spec, None)._replace(step=STEP, longest=2000)
+    cluster = Cluster(Chip("other", machine.card_bytes / GIB))
+    return Planner(run, spec, cluster, work, machine, trained, before).ranked()[0].plan
+
+
 def plan_of(
     run: Run, shape: str, gib: float, before: Size | None = None, **found: object
 ) -> RunPlan:
@@ -47,9 +58,7 @@ def plan_of(
     trained = spec.parameters if run.adapter.kind == "none" else spec.parameters // 400
     parts = {"device": "cuda:0", "attention": ("varlen", ""), "compiles": (True, "")} | found
     machine = Machine(free_bytes=int(gib * GIB), card_bytes=int(gib * GIB), **parts)
-    plan = resolve_plan(
-        run, spec, machine, trained=trained, step=STEP, longest=2000, previous_micro_batch=before
-    )
+    plan = plan_on(machine, run, spec, trained, before)
     check_memory_fits(plan, machine, resumed=before is not None)
     return plan
 
@@ -180,7 +189,7 @@ def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> 
     assert "train.optimizer=adamw-8bit" in refused.value.fix
     unknown = Machine("cpu", GIB, ("sdpa", ""), (False, ""))
     spec = read_spec(SHAPES["llama3-3b"].config, where="test")
-    plan = resolve_plan(run, spec, unknown, trained=spec.parameters, step=STEP, longest=2000)
+    plan = plan_on(unknown, run, spec, spec.parameters)
     check_memory_fits(plan, unknown)
     assert plan.memory.total > GIB
 
@@ -212,10 +221,9 @@ def test_on_a_cpu_a_plan_that_may_not_fit_is_warned_of(
     machine = Machine(
         "cpu", 200 * GIB, ("products", ""), (False, ""), card_bytes=200 * GIB, limit=group
     )
-    options = {"trained": spec.parameters, "step": STEP, "longest": 2000}
-    plan = resolve_plan(run, spec, machine, **options)
+    plan = plan_on(machine, run, spec, spec.parameters)
     machine = replace(machine, free_bytes=int(plan.memory.total * free))
-    plan = warn_of_overrun(resolve_plan(run, spec, machine, **options), machine)
+    plan = warn_of_overrun(plan_on(machine, run, spec, spec.parameters), machine)
     assert len(plan.warnings) == warned
     if warned:
         assert warnings_with(plan.warnings[0], "/job", "200.00 GiB")

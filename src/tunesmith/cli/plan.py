@@ -8,13 +8,10 @@ example:
   # what `train` with the same options would take; nothing is written
   tunesmith plan --model Qwen/Qwen3-8B --data faq.csv --on h100
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
-  # a line for each of several machines
-  tunesmith plan llama3.3-70b-lora --rows 50000 --length 400 \\
-    --on dgx-spark --on h200 --on 2x8xh100
 
 Needs the model's config.json (the models of shipped recipes need nothing) and
 no GPU. Lengths come from the token cache, which `tunesmith data` fills. The
-exit code is 2 if it fits on none of the machines.
+exit code is 2 if it does not fit.
 """
 
 import argparse
@@ -23,9 +20,9 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +31,11 @@ from rich.filesize import decimal as size_text
 from tunesmith.cli.options import add_json, add_recipe, chosen_recipe, whole_number
 from tunesmith.errors import (
     EXIT_OK,
-    EXIT_USAGE,
     DataError,
     TunesmithError,
     UsageError,
     first_line,
 )
-from tunesmith.host.chips import MEASURED
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
 from tunesmith.planning.machines import MEASURED_HERE, TRIAL_RANGE, UNMEASURED
@@ -74,11 +69,6 @@ MESH_TEXT = (
     "(a way to divide the GPUs is a mesh: copies of the model x shards of its layers x parts of "
     "each matrix; idle: the share of GPUs that a step has too few examples for)"
 )
-# Keys with which a run may be faster.
-TENSOR_KEY = "parallel.tensor=auto"
-FP8_KEY = "model.quantize=fp8"
-# Beside a machine of a table whose speed was not measured.
-MARK = "*"
 # Meshes that are shown without --all.
 SHOWN = 3
 # Parts of a step that take a smaller share of it are not shown.
@@ -104,8 +94,7 @@ LINKS = {"link": "within its node", "network": "to other nodes"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine); "
-    machines += "several --on are compared"
+    machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
     parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
     names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
     figures = f"a property of the GPUs: {names}"
@@ -129,18 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"show every mesh (default: the best {SHOWN} that fit)",
     )
-    price = "USD per GPU-hour, on all machines, or one for each --on"
-    parser.add_argument(
-        "--price", type=_price, action="append", default=[], metavar="USD", help=price
-    )
+    parser.add_argument("--price", type=_price, metavar="USD", help="USD per GPU-hour")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    clusters = _clusters(args)
-    # Of several machines none is meant more than another.
-    ranks = clusters[0].world if len(clusters) == 1 else 1
-    recipe, examined = _recipe(args, ranks)
+    cluster = _cluster(args)
+    recipe, examined = _recipe(args, cluster.world)
     # They load torch, and a wrong word has been refused by now.
     from tunesmith.model.measured_spec import model_spec
     from tunesmith.model.model_types import read_model_types
@@ -148,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     from tunesmith.model.spec import check_seq_len
     from tunesmith.planning.forecast import plan_on_paper
     from tunesmith.planning.run_plan import one_document_a_row, shares_prompts
+    from tunesmith.planning.savings import check_memory_fits
 
     config, where, folder = _config(recipe.model)
     spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
@@ -170,183 +155,38 @@ def run(args: argparse.Namespace) -> int:
         shares=shares_prompts(recipe, recurrent),
     )
 
-    def planner_of(cluster: "Cluster") -> "Planner":
-        if cluster.chip.fp8:
-            _check_base_of_fp8(recipe.model, config, where)
-        planner = plan_on_paper(recipe, spec, cluster, work)
-        is_here = cluster.chip.source == UNMEASURED
-        return planner.measured_here(config) if is_here else planner
-
-    if len(clusters) > 1:
-        return _compare(args, clusters, planner_of, folder)
-    price = args.price[0] if args.price else None
-    planner = planner_of(clusters[0])
+    if cluster.chip.fp8:
+        _check_base_of_fp8(recipe.model, config, where)
+    planner = plan_on_paper(recipe, spec, cluster, work)
+    if cluster.chip.source == UNMEASURED:
+        planner = planner.measured_here(config)
     forecasts = planner.ranked()
     best = forecasts[0]
     if args.json:
-        print(json.dumps(_report(planner, forecasts, price, folder), indent=1, default=vars))
+        print(json.dumps(_report(planner, forecasts, args.price, folder), indent=1, default=vars))
     else:
         shown = forecasts if args.all else _best(forecasts)
         lines = _table(planner, forecasts, shown)
         if best.fits:
-            lines += _details(planner, forecasts, price, folder)
+            lines += _details(planner, forecasts, args.price, folder)
         show("\n".join(lines), sys.stdout)
-    if not best.fits:
-        _check_fits(planner, best)
+    check_memory_fits(best.plan, planner.machine, where=cluster.describe())
     return EXIT_OK
 
 
-def _check_fits(planner: "Planner", best: "Forecast") -> None:
-    """The same error that `train` would give, with what would be enough."""
-    from tunesmith.planning.savings import check_memory_fits
-
-    machines = []
-    for enough in planner.enough_machines(best):
-        keys = enough.keys or "the recipe as it is"
-        hours = enough.forecast.hours
-        duration = f" ({_time_text(hours)})" if hours else ""
-        machines.append(f"{enough.cluster.describe()} with {keys}{duration}")
-    where = planner.cluster.describe()
-    check_memory_fits(best.plan, planner.machine, where=where, machines=machines)
-
-
-def _clusters(args: argparse.Namespace) -> "list[Cluster]":
-    """The machines of each --on, with the figures of --assume."""
+def _cluster(args: argparse.Namespace) -> "Cluster":
+    """The machines of --on, with the figures of --assume."""
     from tunesmith.planning.machines import read_cluster
 
     machines = args.on or ["here"]
-    if len(args.price) not in (0, 1, len(machines)):
+    if len(machines) > 1:
         raise UsageError(
-            f"--price was given {len(args.price)} times, and --on {len(machines)} times",
-            where="command line: --price",
-            fix="one price for all machines, or one for each --on, in their order",
+            f"--on was given {len(machines)} times",
+            where="command line: --on",
+            why="a plan is for one machine",
+            fix="tunesmith plan once for each machine; --json has the figures to compare",
         )
-    return [read_cluster(words, args.assume) for words in machines]
-
-
-@dataclass(frozen=True)
-class ComparedPlan:
-    """One machine of several.
-
-    Attributes:
-        on: the word of --on.
-        error: why the run does not work there as the recipe is, with the fix.
-        planner, forecasts: None and empty where the machine cannot be planned for.
-    """
-
-    on: str
-    price: float | None
-    error: TunesmithError | None
-    planner: "Planner | None" = None
-    forecasts: "Sequence[Forecast]" = ()
-
-
-def _compare(
-    args: argparse.Namespace,
-    clusters: "Sequence[Cluster]",
-    planner_of: "Callable[[Cluster], Planner]",
-    base: Path | None,
-) -> int:
-    """Print a line for each of several machines, and what makes the run fit where it does not."""
-    plans = []
-    for number, (on, cluster) in enumerate(zip(args.on, clusters, strict=True)):
-        # One price is that of all machines.
-        price = args.price[number % len(args.price)] if args.price else None
-        planner = None
-        forecasts: Sequence[Forecast] = ()
-        error = None
-        try:
-            planner = planner_of(cluster)
-            forecasts = planner.ranked()
-            if not forecasts[0].fits:
-                _check_fits(planner, forecasts[0])
-        except TunesmithError as fault:
-            error = fault
-        plans.append(ComparedPlan(on, price, error, planner, forecasts))
-    if args.json:
-        print(json.dumps([_compared_report(plan, base) for plan in plans], indent=1, default=vars))
-    else:
-        show("\n".join(_compared_lines(plans)), sys.stdout)
-    return EXIT_USAGE if all(plan.error for plan in plans) else EXIT_OK
-
-
-def _compared_report(compared: ComparedPlan, base: Path | None) -> dict[str, Any]:
-    """As the report of one machine, with the word of --on, and the error where it does not fit."""
-    report: dict[str, Any] = {"on": compared.on}
-    if compared.planner is not None and compared.forecasts:
-        report |= _report(compared.planner, compared.forecasts, compared.price, base)
-    if compared.error is not None:
-        report |= {"error": compared.error.what, "fix": compared.error.fix}
-    return report
-
-
-def _compared_lines(plans: Sequence[ComparedPlan]) -> list[str]:
-    """The table of several machines, and what makes the run fit."""
-    with_work = [plan.planner.work for plan in plans if plan.planner is not None]
-    lines = [f"examples: {work.source}" for work in with_work[:1]]
-    lines.append(
-        f"{'machine':<20} {'fits':<4} {'GiB a GPU: run / has':>20} {'tokens/s':>10} "
-        f"{'time':>11} {'USD':>9}"
-    )
-    lines += [_compared_row(plan) for plan in plans]
-    lines.append("time and USD are those of the run's steps; --on of one machine shows its plan")
-    if any(_has_assumed_speed(plan) for plan in plans):
-        lines.append(f"{MARK} its speed is assumed, or a goal: --on of it alone says from what")
-    if any(plan.error is None and not plan.forecasts[0].hours for plan in plans):
-        lines.append(f"time: unknown without the number of rows and a speed: {ROWS_FIX}")
-    # Warnings are those of the recipe, the same on all machines that have fp8: once each.
-    warnings: list[str] = []
-    for plan in plans:
-        if plan.forecasts:
-            warnings += plan.forecasts[0].plan.warnings
-    lines += dict.fromkeys(warnings)
-    for plan in plans:
-        lines += _compared_faster(plan)
-    for plan in plans:
-        if plan.error is not None:
-            lines.append(f"{plan.on}: {plan.error.what}")
-            for choice in plan.error.fix.split("; or "):
-                lines.append(f"  fix: {choice}")
-    return lines
-
-
-def _compared_faster(compared: ComparedPlan) -> list[str]:
-    """A line for each key with which the run is faster on one machine of several."""
-    if compared.planner is None or compared.error is not None:
-        return []
-    lines = []
-    for keys, faster in _faster_keys(compared.planner, compared.forecasts[0]):
-        duration = f"{_step_text(faster.step_seconds or 0)} s a step"
-        if faster.hours:
-            duration = _time_text(faster.hours)
-        lines.append(f"{compared.on}: {keys} is faster: {duration}")
-    return lines
-
-
-def _has_assumed_speed(compared: ComparedPlan) -> bool:
-    """Whether nobody measured the speed that the times of a machine are from."""
-    if compared.planner is None:
-        return False
-    chip = compared.planner.cluster.chip
-    return chip.tflops is not None and not chip.source.startswith(MEASURED)
-
-
-def _compared_row(compared: ComparedPlan) -> str:
-    """The line of one machine."""
-    memory = speed = time = cost = "-"
-    fits = "no"
-    if compared.planner is not None and compared.forecasts:
-        best = compared.forecasts[0]
-        needed = _largest_phase(compared.planner, best)[1]
-        memory = f"{needed / GIB:.1f} / {best.room / GIB:.1f}"
-        if best.fits:
-            fits = "yes"
-            speed = f"{best.tokens_per_second:,.0f}" if best.tokens_per_second else "-"
-            time = _duration(compared.planner, best.hours) if best.hours else "-"
-            dollars = _cost(compared.planner, best, compared.price) if compared.price else None
-            cost = _dollars_text(dollars) if dollars else "-"
-    machine = compared.on + MARK if _has_assumed_speed(compared) else compared.on
-    return f"{machine:<20} {fits:<4} {memory:>20} {speed:>10} {time:>11} {cost:>9}"
+    return read_cluster(machines[0], args.assume)
 
 
 def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, tuple[int | None, bool]]":
@@ -584,35 +424,11 @@ def _check_base_of_fp8(model: "Model", config: Mapping[str, Any], where: str) ->
 
 
 def _price(text: str) -> float:
-    """A finite number above 0.
-
-    UsageError for numbers with a comma between them, with the words for what that may mean.
-    """
-    if _is_price(text):
-        return float(text)
-    readings = []
-    with_point = text.replace(",", ".")
-    if re.fullmatch("[0-9]+,[0-9]+", text) and _is_price(with_point):
-        readings.append(f"--price {with_point}")
-    prices = text.split(",")
-    if len(prices) > 1 and all(map(_is_price, prices)):
-        repeated = " ".join(f"--price {price.strip()}" for price in prices)
-        readings.append(f"{repeated}, one for each --on")
-    if readings:
-        raise UsageError(
-            f"{text} is not one price",
-            where="command line: --price",
-            fix="; or ".join(readings),
-        )
+    """A finite number above 0."""
+    with suppress(ValueError):
+        if 0 < (price := float(text)) < math.inf:
+            return price
     raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-
-
-def _is_price(text: str) -> bool:
-    """Whether a word is a finite number above 0."""
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | None:
@@ -776,7 +592,6 @@ def _details(
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
     lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
-    lines += _least_memory(planner, best)
     lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
@@ -797,41 +612,9 @@ def _details(
     if warning:
         lines.append(warning)
     lines += _hours(planner, best, price, checkpoint_size=size)
-    for keys, faster in _faster_keys(planner, best):
-        seconds = f"{_step_text(faster.step_seconds or 0)} s a step"
-        beside = f"{faster.plan.mesh.describe()}, {seconds}"
-        if keys == FP8_KEY:
-            beside = f"{seconds}, with a loss that differs a little: see docs/choosing.md"
-        lines.append(f"{keys} is faster: {beside}")
     if planner.cluster.world > 1:
         lines.append(f"`train` takes the first by itself; a recipe fixes it with {best.keys}")
     return lines
-
-
-def _least_memory(planner: "Planner", best: "Forecast") -> list[str]:
-    """That these GiB are not the least, and what is, where it is less by a tenth or more."""
-    least = planner.with_least_memory(best)
-    if least is None:
-        return []
-    seconds = f", {_step_text(least.step_seconds)} s a step" if least.step_seconds else ""
-    return [
-        "  so much as the micro batch makes use of the memory there is; the least in this mesh: "
-        f"{least.phases['step'] / GIB:.1f} GiB in a step{seconds}, with {least.keys}"
-    ]
-
-
-def _faster_keys(planner: "Planner", best: "Forecast") -> "list[tuple[str, Forecast]]":
-    """Keys with which a run that fits is faster by more than a forecast's error."""
-    from tunesmith.planning.forecast import MIN_GAIN
-
-    choices = [(TENSOR_KEY, planner.with_tensor()), (FP8_KEY, planner.with_fp8())]
-    faster = []
-    for keys, choice in choices:
-        if choice is None or not (choice.step_seconds and best.step_seconds):
-            continue
-        if choice.step_seconds < (1 - MIN_GAIN) * best.step_seconds:
-            faster.append((keys, choice))
-    return faster
 
 
 def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:

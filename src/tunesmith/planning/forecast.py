@@ -24,7 +24,7 @@ stream of the gather, and count as a part of it.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
@@ -63,8 +63,6 @@ UPDATE_BYTES = 46
 # the nodes, or a micro batch over that of `auto`, which knows of no link. Forecasts differ from
 # measurements by as much.
 MIN_GAIN = 0.05
-# So many times the GPUs of a cluster are much to ask: fewer are named too, with a quantized base.
-MANY_TIMES = 4
 # A model whose first layers and head have more parameters is not tried on a CPU, which would take
 # many seconds.
 MOST_TRIED = 1_000_000_000
@@ -321,19 +319,6 @@ class Forecast:
         if self.fits:
             cost = self.step_seconds or 0.0
         return not self.fits, self.tight, cost
-
-
-class EnoughMachines(NamedTuple):
-    """A larger cluster on which a run fits.
-
-    Attributes:
-        keys: of the recipe that the run needs there; empty: as it is.
-        forecast: of its best mesh.
-    """
-
-    cluster: Cluster
-    keys: str
-    forecast: Forecast
 
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
@@ -596,95 +581,29 @@ class Planner:
         estimator = resolve.MemoryEstimator(run, self.spec, self.machine, self.trained)
         return sum(estimator.weights(2))
 
-    def with_tensor(self) -> Forecast | None:
-        """What `parallel.tensor=auto` makes of the run, if the recipe keeps to 1 and it fits."""
-        parallel = self.run.parallel
-        if parallel.tensor != 1 or self.cluster.per_node == 1:
-            return None
-        run = replace(self.run, parallel=replace(parallel, tensor="auto"))
-        best = replace(self, run=run).ranked()[0]
-        if best.fits and best.plan.mesh.tensor > 1:
-            return best
-        return None
+    def _savings(self, plan: RunPlan) -> tuple[Saving, ...]:
+        """Find the keys with which this run needs less memory than `plan`."""
 
-    def with_fp8(self) -> Forecast | None:
-        """What `model.quantize=fp8` makes of LoRA on a bf16 base, if the chip has fp8 matmuls and
-        the run fits.
-        """
-        planner = self._with_quantize("fp8")
-        if planner is None:
-            return None
-        best = planner.ranked()[0]
-        return best if best.fits else None
+        def plan_of(changed: Run) -> RunPlan:
+            return self._changed(changed).ranked()[0].plan
 
-    def _with_quantize(self, quantize: Literal["fp8", "nf4"]) -> "Planner | None":
-        """The planner of LoRA with its dense base in fp8 or nf4; None where that cannot be had."""
-        model = self.run.model
-        if not self.trains_adapter or scheme_of(model, self.spec.quantized) is not DENSE:
-            return None
-        machine = self.machine
-        if quantize == "fp8":
-            if model.dtype != "bf16" or not self.cluster.chip.fp8 or machine.device == "cpu":
-                return None
-            # Weights that ship in codes are not rounded again.
-            if self.spec.quantized in ("fp8", "nvfp4"):
-                return None
-            machine = replace(machine, scaling=("fp8", "assumed"))
-        run = replace(self.run, model=replace(model, quantize=quantize))
-        return replace(self, run=run, machine=machine)
+        usable = int(plan.memory.free * resolve.usable_share(plan.device))
+        return savings.find_savings(
+            self.run, plan, self.machine, plan_of, below=usable, longest=self.work.longest
+        )
 
-    def with_least_memory(self, forecast: Forecast) -> Forecast | None:
-        """The same run in the least memory without another result: the smallest micro batch, all
-        layers recomputed. None where that is not a tenth less.
-
-        Its keys are those that differ.
-        """
-        train = self.run.train
-        # An update in the backward takes the global batch as one micro batch.
-        if train.optimizer_in_backward:
-            return None
-        unit = forecast.plan.layout.micro_batch.unit
-        size = Size(self.run.row_tokens if unit == "tokens" else 1, unit)
-        run = replace(self.run, train=replace(train, micro_batch=size, recompute="full"))
-        least = replace(self, run=run).forecast(forecast.plan.mesh)
-        if least.phases["step"] > 0.9 * forecast.phases["step"]:
-            return None
-        return replace(least, keys=f"train.micro_batch='{size}' train.recompute=full")
-
-    def _savings(self, plan: RunPlan) -> Sequence[Saving]:
-        """Those of a plan, and before them two that let a step be as fast: `parallel.tensor=auto`,
-        which changes no result, and fp8.
-        """
-        first = []
-        with_tensor = self.with_tensor()
-        if with_tensor:
-            total = savings.bytes_of_run(with_tensor.plan, self.machine)
-            saving = Saving("parallel.tensor=auto", total, resumes=True, hours=with_tensor.hours)
-            first.append(saving)
-        with_fp8 = self.with_fp8()
-        if with_fp8:
-            total = savings.bytes_of_run(with_fp8.plan, self.machine)
-            saving = Saving("model.quantize=fp8", total, resumes=False, hours=with_fp8.hours)
-            first.append(saving)
-        return (*first, *map(self._with_hours, plan.savings()))
-
-    def _with_hours(self, saving: Saving) -> Saving:
-        """A saving with the hours of its run, and what its fastest mesh needs, where a step has the
-        same tokens and operations.
-        """
-        run = self.run
-        changed = saving.run
-        if changed is None or not self.cluster.chip.tflops:
-            return saving
-        if (changed.data, changed.adapter) != (run.data, run.adapter):
-            return saving
-        if changed.train.global_batch != run.train.global_batch:
-            return saving
-        best = replace(self, run=changed).ranked()[0]
-        if not best.fits:
-            return saving
-        total = savings.bytes_of_run(best.plan, self.machine)
-        return saving._replace(total=total, hours=best.hours)
+    def _changed(self, run: Run) -> "Planner":
+        """The planner of a recipe that differs in what `find_savings` changes."""
+        trained = self.trained
+        if run.adapter.kind != self.run.adapter.kind:
+            trained = count_adapter(self.spec, run.adapter)
+        step = self.work.step
+        share = run.train.global_batch.amount / self.run.train.global_batch.amount
+        work = self.work._replace(
+            step=StepSize(step.mean * share, math.ceil(step.largest * share)),
+            longest=min(self.work.longest, run.row_tokens),
+        )
+        return replace(self, run=run, work=work, trained=trained)
 
     def _phase_bytes(self, plan: RunPlan) -> dict[str, int]:
         memory = plan.memory
@@ -924,61 +843,3 @@ class Planner:
                 # All members of a node share what the ring sends to the next node.
                 sent["network"] += collective.times * collective.sent / inside
         return sent
-
-    def enough_machines(self, best: Forecast) -> list[EnoughMachines]:
-        """The smallest of some larger clusters on which the recipe fits, if one is large enough.
-
-        Before it one of fewer GPUs on which it fits with a quantized base, if the recipe as it is
-        takes many times the GPUs, or if no keys make it fit on these.
-
-        Args:
-            best: the first of `ranked`, whose plan searches for savings once.
-        """
-        as_it_is = self._larger_cluster("")
-        if as_it_is is not None:
-            is_near = as_it_is.cluster.world <= MANY_TIMES * self.cluster.world
-            if is_near and best.plan.savings():
-                return [as_it_is]
-        quantized = self._enough_quantized()
-        if as_it_is is None:
-            return [quantized] if quantized else []
-        if quantized is None or quantized.cluster.world >= as_it_is.cluster.world:
-            return [as_it_is]
-        return [quantized, as_it_is]
-
-    def _enough_quantized(self) -> EnoughMachines | None:
-        """The fewest GPUs on which the run fits with its base in fp8 or nf4; None if it does on
-        these.
-        """
-        choices = []
-        quantizations: tuple[Literal["fp8", "nf4"], ...] = ("fp8", "nf4")
-        for quantize in quantizations:
-            planner = self._with_quantize(quantize)
-            if planner is None:
-                continue
-            if planner.ranked()[0].fits:
-                return None
-            choice = planner._larger_cluster(f"model.quantize={quantize}")
-            if choice is not None:
-                choices.append(choice)
-        return min(
-            choices, key=lambda choice: (choice.cluster.world, choice.forecast.order), default=None
-        )
-
-    def _larger_cluster(self, keys: str) -> EnoughMachines | None:
-        """The first that is enough: up to eight GPUs in a node, then more nodes."""
-        chip = self.cluster.chip
-        larger = []
-        if chip.link and not chip.integrated:
-            for per_node in (2, 4, 8):
-                if per_node > self.cluster.per_node:
-                    larger.append(replace(self.cluster, per_node=per_node))
-        if chip.network:
-            largest = larger[-1] if larger else self.cluster
-            for times in (2, 4, 8, 16, 32):
-                larger.append(replace(largest, nodes=largest.nodes * times))
-        for cluster in larger:
-            best = replace(self, cluster=cluster).ranked()[0]
-            if best.fits:
-                return EnoughMachines(cluster, keys, best)
-        return None

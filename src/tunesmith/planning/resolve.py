@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,7 +57,7 @@ from tunesmith.planning.run_plan import (
     RunPlan,
     describe_reference,
 )
-from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, find_savings, moved_to_host
+from tunesmith.planning.savings import USABLE_ON_CPU, check_offload, moved_to_host
 from tunesmith.quant.expert_rows import uses_grouped_mm
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
 from tunesmith.runtime import compilation
@@ -251,24 +251,9 @@ def resolve_plan(
             fits: dropout and the order of sums depend on it.
     """
 
-    def plan_of(changed: Run) -> RunPlan:
-        """The plan of a recipe that differs in what `find_savings` changes."""
-        count = trained
-        if changed.adapter.kind != run.adapter.kind:
-            count = count_adapter(spec, changed.adapter)
-        share = changed.train.global_batch.amount / run.train.global_batch.amount
-        size = StepSize(step.mean * share, math.ceil(step.largest * share))
-        estimator = MemoryEstimator(changed, spec, machine, count, mesh, probabilities, whole)
-        return estimator.plan(
-            rank_step(changed, size, mesh), min(longest, changed.row_tokens), previous_micro_batch
-        )
-
     check_offload(run, machine, mesh)
-    plan = plan_of(run)
-    below = int(plan.memory.free * usable_share(machine.device))
-    savings = partial(find_savings, run, plan, machine, plan_of, below=below, longest=longest)
-    # Searched for once, and only where a run does not fit.
-    return replace(plan, savings=cache(savings))
+    estimator = MemoryEstimator(run, spec, machine, trained, mesh, probabilities, whole)
+    return estimator.plan(rank_step(run, step, mesh), longest, previous_micro_batch)
 
 
 def most_tokens(spec: ModelSpec, device: str) -> int:

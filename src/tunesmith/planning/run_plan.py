@@ -14,7 +14,7 @@ from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import MemoryLimit
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
-from tunesmith.units import Size, ceil_div, format_seconds
+from tunesmith.units import Size, ceil_div
 
 
 class Reference(NamedTuple):
@@ -193,22 +193,15 @@ class Saving(NamedTuple):
         keys: as words of the command line.
         total: bytes that the run then needs.
         resumes: whether a run that is resumed may change them.
-        run: the changed recipe.
-        hours: of all its steps; None where not known.
     """
 
     keys: str
     total: int
     resumes: bool
-    run: Run | None = None
-    hours: float | None = None
 
     def describe(self) -> str:
-        """`model.quantize=nf4 (45.1 GiB, 2:05 h)`."""
-        size = f"{self.total / 2**30:.1f} GiB"
-        if self.hours:
-            size += f", {format_seconds(3600 * self.hours)}"
-        return f"{self.keys} ({size})"
+        """`model.quantize=nf4 (45.1 GiB)`."""
+        return f"{self.keys} ({self.total / 2**30:.1f} GiB)"
 
 
 @dataclass(frozen=True)
@@ -279,28 +272,24 @@ class RunPlan:
             choices["cpu offload"] = ", ".join(self.cpu_offload)
         return choices
 
-    def less_memory(
-        self, *, resumed: bool = False, recompute: bool = True, machines: Sequence[str] = ()
-    ) -> str:
+    def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:
         """The advice for a run that does not fit.
 
         Args:
             resumed: it has a checkpoint.
             recompute: that may help.
-            machines: on which it fits.
         """
         savings = []
         for saving in self.savings():
             if recompute or not saving.keys.startswith("train.recompute"):
                 savings.append(saving)
-        if not savings and not machines:
-            return "a smaller model, or a device with more memory"
+        if not savings:
+            return "a smaller model, more GPUs, or a device with more memory"
         resumable = [saving for saving in savings if saving.resumes]
         if resumed and resumable:
             savings = resumable
         # As all choices of a fix, so that each gets a line of its own where they are long.
-        choices = [saving.describe() for saving in savings]
-        keys = "; or ".join([*choices, *machines])
+        keys = "; or ".join(saving.describe() for saving in savings)
         return f"{keys} with --fresh" if resumed and not resumable else keys
 
     def describe(self, *, why: bool = False) -> list[str]:

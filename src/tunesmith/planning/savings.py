@@ -5,8 +5,8 @@ And the checks of a plan against the memory of its machine.
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tunesmith.config.check import check_run
@@ -28,6 +28,18 @@ USABLE_ON_CPU = 0.8
 SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
+ADAPTER: Keys = {
+    "adapter.kind": "lora",
+    "train.master_weights": "fp32",
+    "train.optimizer_in_backward": False,
+}
+
+
+class PlannedChange(NamedTuple):
+    """A changed recipe and its plan."""
+
+    run: Run
+    plan: RunPlan
 
 
 def find_savings(
@@ -39,14 +51,11 @@ def find_savings(
     below: int,
     longest: int,
 ) -> tuple[Saving, ...]:
-    """Changes that bring a run below so many bytes, in the order in which a user would try them.
-
-    Of each kind the smallest. Where none does alone, the first two or three that do together stand
-    in their place; training an adapter comes last. Where nothing brings it below, what just fits is
-    enough.
+    """Find changes that bring a run below so many bytes, in the order in which a user would try
+    them; where nothing does, what just fits is enough. Training an adapter comes last.
 
     Args:
-        plan_of: plans a changed recipe; what the recipe's rules refuse is left out.
+        plan_of: plans a changed recipe; what the recipe's rules or the meshes refuse is left out.
         longest: tokens of the longest example.
     """
     worth = plan.memory.total
@@ -60,89 +69,68 @@ def find_savings(
     def just_fits(changed: RunPlan) -> bool:
         return changed.memory.total <= worth and _fits(changed, machine)
 
-    kinds = _changes(run, plan, longest)
-    changed_runs = _ChangedRuns(run, machine, plan_of)
-    savings = changed_runs.find_savings(kinds, is_below)
-    return savings or changed_runs.find_savings(kinds, just_fits)
+    starts = [PlannedChange(run, plan)]
+    if run.adapter.kind == "none":
+        starts += _changed(starts[0], ADAPTER, plan_of)
+    for is_enough in (is_below, just_fits):
+        found: list[PlannedChange] = []
+        for start in starts:
+            found += _find_enough(start, is_enough, plan_of, longest)
+        if found:
+            return tuple(_saving(run, change, machine) for change in found)
+    return ()
 
 
-class _PlannedChange(NamedTuple):
-    """A changed recipe and its plan."""
-
-    run: Run
-    plan: RunPlan
-
-
-@dataclass
-class _ChangedRuns:
-    """A recipe with some of its keys changed, each change planned once.
-
-    Attributes:
-        planned: the changes so far, by their keys; None: the recipe's rules refuse it.
+def _find_enough(
+    start: PlannedChange,
+    is_enough: Callable[[RunPlan], bool],
+    plan_of: Callable[[Run], RunPlan],
+    longest: int,
+) -> list[PlannedChange]:
+    """What is enough: the start itself; or of each kind of change the smallest that does alone; or
+    all that save memory, made one after the other until they do together.
     """
-
-    run: Run
-    machine: Machine
-    plan_of: Callable[[Run], RunPlan]
-    planned: dict[str, _PlannedChange | None] = field(default_factory=dict)
-
-    def find_savings(
-        self, kinds: Sequence[Sequence[Keys]], is_enough: Callable[[RunPlan], bool]
-    ) -> tuple[Saving, ...]:
-        """As the function; the last of `kinds` trains an adapter."""
-        *others, adapter = kinds
-        savings = []
-        for kind in others:
-            saving = self.smallest([kind], is_enough)
-            if saving is not None:
-                savings.append(saving)
-        as_adapter = self.smallest([adapter], is_enough)
-        if not savings:
-            combined = kinds if as_adapter is None else others
-            pairs = itertools.combinations(combined, 2)
-            triples = itertools.combinations(combined, 3)
-            for several in itertools.chain(pairs, triples):
-                saving = self.smallest(several, is_enough)
-                if saving is not None:
-                    savings.append(saving)
-                    break
-        if as_adapter is not None:
-            savings.append(as_adapter)
-        return tuple(savings)
-
-    def smallest(
-        self, kinds: Sequence[Sequence[Keys]], is_enough: Callable[[RunPlan], bool]
-    ) -> Saving | None:
-        """The first change that is enough, of one change of each kind."""
-        for parts in itertools.product(*kinds):
-            change = self._plan(parts)
-            if change is not None and is_enough(change.plan):
-                return _saving(self.run, change, self.machine)
-        return None
-
-    def _plan(self, parts: Sequence[Keys]) -> _PlannedChange | None:
-        cache_key = repr(parts)
-        if cache_key not in self.planned:
-            changed = self.run
-            for keys in parts:
-                changed = _with_keys(changed, keys)
-            try:
-                check_run(changed, lambda key: "")
-            except UsageError:
-                self.planned[cache_key] = None
-            else:
-                self.planned[cache_key] = _PlannedChange(changed, self.plan_of(changed))
-        return self.planned[cache_key]
+    if is_enough(start.plan):
+        return [start]
+    kinds = _changes(start.run, start.plan, longest)
+    found = []
+    for kind in kinds:
+        changes = [change for keys in kind for change in _changed(start, keys, plan_of)]
+        found += [change for change in changes if is_enough(change.plan)][:1]
+    if found:
+        return found
+    for keys in itertools.chain(*kinds):
+        for change in _changed(start, keys, plan_of):
+            if change.plan.memory.total < start.plan.memory.total:
+                start = change
+        if is_enough(start.plan):
+            return [start]
+    return []
 
 
-def _saving(run: Run, planned: _PlannedChange, machine: Machine) -> Saving:
+def _changed(
+    start: PlannedChange, keys: Keys, plan_of: Callable[[Run], RunPlan]
+) -> list[PlannedChange]:
+    """The start with other keys; empty where they are refused."""
+    run = start.run
+    for key, value in keys.items():
+        section, name = key.split(".")
+        run = replace(run, **{section: replace(getattr(run, section), **{name: value})})
+    try:
+        check_run(run, lambda key: "")
+        return [PlannedChange(run, plan_of(run))]
+    except UsageError:
+        return []
+
+
+def _saving(run: Run, planned: PlannedChange, machine: Machine) -> Saving:
     changes = differences(run, planned.run)
     words = []
     for change in changes:
         value = change.new if isinstance(change.new, str) else json.dumps(change.new)
         words.append(f"{change.key}={shell_word(value)}")
     resumes = all(change.allowed for change in changes)
-    return Saving(" ".join(words), bytes_of_run(planned.plan, machine), resumes, planned.run)
+    return Saving(" ".join(words), bytes_of_run(planned.plan, machine), resumes)
 
 
 def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
@@ -155,29 +143,20 @@ def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
 
 
 def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
-    """Changes of a recipe, kind by kind, the smaller ones first; some change nothing.
-
-    Training an adapter is the last.
-    """
+    """Changes of a recipe, kind by kind, the smaller ones first; some change nothing."""
     size = plan.layout.micro_batch
-    seq_len = run.data.seq_len
     # An update in the backward takes the global batch as one micro batch.
     batch = "train.global_batch" if run.train.optimizer_in_backward else "train.micro_batch"
     least = run.row_tokens if size.unit == "tokens" else 1
-    adapter: Keys = {
-        "adapter.kind": "lora",
-        "train.master_weights": "fp32",
-        "train.optimizer_in_backward": False,
-    }
     return [
+        [{"parallel.tensor": "auto"}] if plan.mesh.world > 1 else [],
         [{batch: Size(amount, size.unit)} for amount in _halves(size.amount, least)],
         [{"train.recompute": "full"}],
-        [_shorter(run, length, longest) for length in _halves(seq_len, SHORTEST)],
         [{"train.optimizer": "adamw-8bit"}],
         [{"train.master_weights": "stochastic"}],
         [{"train.optimizer_in_backward": True, "train.clip_norm": None}],
         [{"model.quantize": "nf4"}],
-        [adapter],
+        [_shorter(run, length, longest) for length in _halves(run.data.seq_len, SHORTEST)],
     ]
 
 
@@ -200,26 +179,17 @@ def _halves(amount: int, least: int) -> Iterator[int]:
         amount //= 2
 
 
-def _with_keys(run: Run, keys: Keys) -> Run:
-    for key, value in keys.items():
-        section, name = key.split(".")
-        run = replace(run, **{section: replace(getattr(run, section), **{name: value})})
-    return run
-
-
 def check_memory_fits(
     plan: RunPlan,
     machine: Machine,
     *,
     resumed: bool = False,
     where: str = "",
-    machines: Sequence[str] = (),
 ) -> None:
     """MachineError where a plan needs more memory than there is.
 
     Args:
         where: names machines that are not here, in place of the plan's device.
-        machines: on which the run fits.
     """
     if not _exceeds(plan, machine):
         return
@@ -242,7 +212,7 @@ def check_memory_fits(
         f"{there / 2**30:.1f} GiB can be used",
         where=where,
         why=why,
-        fix=_ways_to_fit(plan, machine, resumed=resumed, machines=machines),
+        fix=_ways_to_fit(plan, machine, resumed=resumed),
     )
 
 
@@ -282,11 +252,9 @@ def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
     return needed > machine.free_bytes * USABLE_ON_CPU
 
 
-def _ways_to_fit(
-    plan: RunPlan, machine: Machine, *, resumed: bool, machines: Sequence[str] = ()
-) -> str:
+def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
     """Keys with which the run needs less, and how to raise the limit that it does not fit into."""
-    keys = plan.less_memory(resumed=resumed, machines=machines)
+    keys = plan.less_memory(resumed=resumed)
     if machine.limit is None:
         return keys
     # Of what the limit allows a part is planned with, so more than the estimate must be there.
