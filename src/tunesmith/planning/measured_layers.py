@@ -25,14 +25,13 @@ from tunesmith.model.measured_spec import (
     text_config,
 )
 from tunesmith.model.spec import ModelSpec, adapter_parameters
-from tunesmith.planning.expert_traffic import CopyWidths
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 11  # of the cached files; which modules are fused, and which adapted, counts
+FORMAT = 12  # of the cached files; which modules are fused, and which adapted, counts
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class SavedActivations:
         adapter: parameters that the adapter trains; 0 where the model is trained in full.
         active: of these, what a token is multiplied with: of experts those that it goes to.
         experts: of these, those of all experts.
-        copies: of a token, for experts, in all layers.
     """
 
     by_token: tuple[float, ...]
@@ -55,14 +53,6 @@ class SavedActivations:
     adapter: int
     active: int
     experts: int = 0
-    copies: CopyWidths | None = None
-
-
-def copies_for_experts(spec: ModelSpec, adapter: Adapter) -> CopyWidths | None:
-    """`SavedActivations.copies` of a model; None without experts."""
-    if not spec.measured or not any(layer.expert_count for layer in spec.layers):
-        return None
-    return measure_activations(spec, adapter, "bf16").copies
 
 
 def count_active_adapter(spec: ModelSpec, adapter: Adapter) -> int:
@@ -124,10 +114,7 @@ def _decode(values: dict[str, Any]) -> SavedActivations:
     """What was measured, as the cache has it."""
     by_token = tuple(values.pop("by_token"))
     constant = tuple(values.pop("constant"))
-    copies = values.pop("copies")
-    if copies is not None:
-        copies = CopyWidths(*copies)
-    return SavedActivations(by_token, constant, copies=copies, **values)
+    return SavedActivations(by_token, constant, **values)
 
 
 def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
@@ -137,7 +124,6 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     from tunesmith.model.fused import fuse_modules
     from tunesmith.model.meta_forward import run_on_meta
     from tunesmith.model.support import find_support
-    from tunesmith.planning.expert_traffic import copy_widths
     from tunesmith.quant.frozen_linear import set_bypassed
 
     values = json.loads(sizes)
@@ -168,10 +154,7 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     chosen = [call.experts_per_token or stated for call in short]
     layers = [*model.get_submodule(find_layers(model)).children()]
     of_experts, idle = _expert_parameters(layers, chosen)
-    copies = copy_widths(layers, chosen)
-    return SavedActivations(
-        by_token, constant, outside, trained, trained - idle, of_experts, copies
-    )
+    return SavedActivations(by_token, constant, outside, trained, trained - idle, of_experts)
 
 
 def _lines(

@@ -38,14 +38,7 @@ from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import HALF, checkpoint_bytes_per_parameter, state_bytes_per_parameter
 from tunesmith.parallel.copies import GRADIENT_PIECE, MOST_GRADIENT_PIECES
 from tunesmith.parallel.mesh_shape import ONE, MeshShape, needs_fsdp
-from tunesmith.planning.expert_traffic import (
-    SHORTEST_KERNEL_BYTES,
-    SMALL_PRODUCTS_BACKWARD,
-    SMALL_PRODUCTS_FORWARD,
-    copied_elements,
-)
 from tunesmith.planning.measured_layers import (
-    copies_for_experts,
     count_adapter,
     count_expert_adapter,
     measure_activations,
@@ -89,6 +82,13 @@ OPERATIONS_PER_BYTE = {
 # Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a
 # gather arrives in.
 GATHERED_LAYERS = 3
+# Rows of the hidden width and of an expert's that the kernels around the products of experts read
+# and write for each expert of a token, forward and backward: gathers, sums and activations, as
+# benchmarks/speed/count_kernels.py counts them. Where one kernel multiplies all experts, the
+# products of an adapter's low rank go through memory too; in an expert's turn they are in the
+# cache.
+EXPERT_ROWS = (5, 17)
+GROUPED_ROWS = (20, 35)
 # A second forward, as a share of a step: 2 of 6 operations, or of 4.
 RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a
@@ -910,8 +910,7 @@ class MemoryEstimator:
     def expert_pass_bytes(self) -> float:
         """Bytes of this rank's experts that one forward and backward reads and makes dense.
 
-        All experts: those of few tokens are read as those of many. Of the kernels of an expert's
-        turn, what moves in their time.
+        All experts: those of few tokens are read as those of many.
         """
         spec = self.spec
         itemsize = DTYPES[self.run.model.dtype].itemsize
@@ -920,14 +919,7 @@ class MemoryEstimator:
         dense_bytes = self.scheme.expert_dense_bytes
         if self.compiles_experts and self.scheme.compiled_dense_bytes:
             dense_bytes = self.scheme.compiled_dense_bytes
-        moved = 2 * (experts * itemsize + spec.expert_stacks * dense_bytes)
-        copies = copies_for_experts(spec, self.run.adapter)
-        in_turns = self.machine.device != "cpu" and not self.machine.grouped_mm
-        if copies is not None and in_turns:
-            turns = sum(layer.expert_count for layer in spec.layers)
-            kernels = (SMALL_PRODUCTS_FORWARD + SMALL_PRODUCTS_BACKWARD) * turns
-            moved += SHORTEST_KERNEL_BYTES * kernels * copies.adapted_share
-        return moved
+        return 2 * (experts * itemsize + spec.expert_stacks * dense_bytes)
 
     @property
     def compiles_experts(self) -> bool:
@@ -941,13 +933,15 @@ class MemoryEstimator:
     @property
     def expert_traffic(self) -> float:
         """Bytes of a token that the kernels around the products of experts move, both ways."""
+        spec = self.spec
         run = self.run
-        copies = copies_for_experts(self.spec, run.adapter)
-        if copies is None:
-            return 0.0
-        elements = copied_elements(
-            copies, compiled=self.compiles_experts, grouped=self.machine.grouped_mm
-        )
+        in_one_kernel = self.machine.grouped_mm and count_expert_adapter(spec, run.adapter)
+        of_hidden, of_width = GROUPED_ROWS if in_one_kernel else EXPERT_ROWS
+        elements = 0
+        for layer in spec.layers:
+            if layer.expert_count:
+                elements += of_hidden * layer.experts_per_token * spec.hidden
+                elements += of_width * layer.intermediate
         return DTYPES[run.model.dtype].itemsize * elements / self.mesh.tensor
 
     @property

@@ -73,11 +73,11 @@ def find_savings(
     if run.adapter.kind == "none":
         starts += _changed(starts[0], ADAPTER, plan_of)
     for is_enough in (is_below, just_fits):
-        found: list[PlannedChange] = []
+        enough: list[PlannedChange] = []
         for start in starts:
-            found += _find_enough(start, is_enough, plan_of, longest)
-        if found:
-            return tuple(_saving(run, change, machine) for change in found)
+            enough += _find_enough(start, is_enough, plan_of, longest)
+        if enough:
+            return tuple(_saving(run, change, machine) for change in enough)
     return ()
 
 
@@ -93,12 +93,12 @@ def _find_enough(
     if is_enough(start.plan):
         return [start]
     kinds = _changes(start.run, start.plan, longest)
-    found = []
+    enough = []
     for kind in kinds:
         changes = [change for keys in kind for change in _changed(start, keys, plan_of)]
-        found += [change for change in changes if is_enough(change.plan)][:1]
-    if found:
-        return found
+        enough += [change for change in changes if is_enough(change.plan)][:1]
+    if enough:
+        return enough
     for keys in itertools.chain(*kinds):
         for change in _changed(start, keys, plan_of):
             if change.plan.memory.total < start.plan.memory.total:
