@@ -46,9 +46,10 @@ from tunesmith.loss import chunk_size, even_chunk_size
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.spec import ModelSpec
-from tunesmith.planning.forecast import measure_work, plan_on_paper
+from tunesmith.planning.forecast import plan_on_paper
 from tunesmith.planning.machines import read_cluster
 from tunesmith.planning.measured_layers import count_adapter
+from tunesmith.planning.workload import measure_work
 from tunesmith.units import Size
 
 SUPERVISED = 0.74  # of the tokens of alpaca rows as chats

@@ -23,7 +23,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.planning.resolve import USABLE, MemoryEstimator
+from tunesmith.planning.memory import USABLE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine
 
 MODELS = ("llama3-3b", "llama3-8b", "llama3-70b")

@@ -31,7 +31,7 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
-from tunesmith.planning.resolve import USABLE
+from tunesmith.planning.memory import USABLE
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
 from tunesmith.quant.llama4_experts import choose_top_k

@@ -26,7 +26,8 @@ from tunesmith.model.spec import read_spec
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import accumulate_in_fp32, fp32_gradients
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
-from tunesmith.planning.resolve import MemoryEstimator, inference_plan
+from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine
 from tunesmith.training.run import train
 

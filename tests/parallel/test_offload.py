@@ -36,7 +36,7 @@ from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel import shard
 from tunesmith.parallel.mesh import DIMENSIONS, Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning import resolve
+from tunesmith.planning import memory
 from tunesmith.runtime import recompute
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
 from tunesmith.training.run import train
@@ -60,7 +60,7 @@ def offloaded(model: Path, folder: Path, cases: list[tuple[dict[str, Any], int]]
     """
     found, policy, hook = [], shard.CPUOffloadPolicy, save_on_cpu
     used: list[str] = []
-    resolve.moved_to_host = lambda run, machine: run.train.cpu_offload  # type: ignore[assignment]
+    memory.moved_to_host = lambda run, machine: run.train.cpu_offload  # type: ignore[assignment]
     shard.CPUOffloadPolicy = lambda **options: used.append("policy") or policy(**options)  # type: ignore
     recompute.save_on_cpu = lambda **options: used.append("input") or hook(**options)  # type: ignore
     for changes, port in cases:

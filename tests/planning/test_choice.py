@@ -22,9 +22,10 @@ from tunesmith.host.chips import Chip
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.forecast import Planner, measure_work, plan_on_paper
+from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster, cluster_of, read_cluster
 from tunesmith.planning.run_plan import RunPlan
+from tunesmith.planning.workload import measure_work
 from tunesmith.training import build
 from tunesmith.units import Size
 

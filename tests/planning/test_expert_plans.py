@@ -12,8 +12,9 @@ from transformers import Qwen3MoeConfig
 from tunesmith.config.load import from_mapping
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.forecast import Planner, measure_work, plan_on_paper
+from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import read_cluster
+from tunesmith.planning.workload import measure_work
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, RANK = 2, 128, 2048, 768, 8
 STACKS = 3 * EXPERTS * HIDDEN * WIDTH  # parameters of a layer

@@ -12,9 +12,12 @@ from tunesmith.config.schema import Run
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.parallel.mesh_shape import ONE
-from tunesmith.planning import resolve
-from tunesmith.planning.forecast import Forecast, measure_work, plan_on_paper
+from tunesmith.planning import micro_batch
+from tunesmith.planning.forecast import Forecast, plan_on_paper
 from tunesmith.planning.machines import read_cluster
+from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.micro_batch import PassCosts
+from tunesmith.planning.workload import measure_work
 
 HIDDEN, WIDTH, EXPERTS, PER_TOKEN, LAYERS = 512, 256, 8, 2, 2
 TINY = {
@@ -81,8 +84,8 @@ def test_a_step_of_a_mixture_by_hand() -> None:
 
 def test_a_mixture_may_have_larger_micro_batches() -> None:
     dense = read_spec(SHAPES["llama3-8b"].config, where="test")
-    assert resolve.most_tokens(mixture(), "cuda:0") > resolve.most_tokens(dense, "cuda:0")
-    assert resolve.most_tokens(mixture(), "cpu") == resolve.most_tokens(dense, "cpu")
+    assert micro_batch.most_tokens(mixture(), "cuda:0") > micro_batch.most_tokens(dense, "cuda:0")
+    assert micro_batch.most_tokens(mixture(), "cpu") == micro_batch.most_tokens(dense, "cpu")
 
 
 def test_codes_are_made_dense_in_both_passes() -> None:
@@ -92,8 +95,8 @@ def test_codes_are_made_dense_in_both_passes() -> None:
         run = recipe(quantize)
         work = measure_work(run, mixture(), None)
         planner = plan_on_paper(run, mixture(), read_cluster("dgx-spark"), work)
-        estimator = resolve.MemoryEstimator(run, mixture(), planner.machine, 0)
-        figures[quantize] = estimator.expert_pass_bytes, estimator.base_bytes(2)
+        estimator = MemoryEstimator(run, mixture(), planner.machine, 0)
+        figures[quantize] = PassCosts(estimator).expert_pass_bytes, estimator.base_bytes(2)
     experts = 32 * 64 * 3 * 4096 * 1024
     assert figures["none"][0] == 2 * experts * 2
     assert figures["nf4"][0] == 2 * experts * (0.5 + 4 / 64 + 2 + 2)

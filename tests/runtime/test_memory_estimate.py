@@ -26,7 +26,8 @@ from tunesmith.data.batch import Example, collate
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.support import TUNED
-from tunesmith.planning.resolve import MemoryEstimator, inference_plan
+from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate
 
 TOKENS, LAYERS = 1024, 4

@@ -21,7 +21,8 @@ from tunesmith.host.chips import Chip
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.resolve import MemoryEstimator, resolve_plan
+from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan
 from tunesmith.training import build
 

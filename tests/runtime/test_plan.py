@@ -25,7 +25,9 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute, revise_recomputed
-from tunesmith.planning.resolve import LENGTHS, MemoryEstimator, fewest_recomputed, resolve_plan
+from tunesmith.planning.memory import MemoryEstimator, fewest_recomputed
+from tunesmith.planning.micro_batch import LENGTHS
+from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.planning.savings import check_memory_fits
 from tunesmith.runtime.recompute import recompute_layers

@@ -22,11 +22,13 @@ from tunesmith.host.memory import MemoryLimit
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.planning.forecast import Planner, measure_work
+from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster
-from tunesmith.planning.resolve import USABLE, probe_machine
+from tunesmith.planning.memory import USABLE
+from tunesmith.planning.resolve import probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan
 from tunesmith.planning.savings import ALLOCATABLE, check_memory_fits, warn_of_overrun
+from tunesmith.planning.workload import measure_work
 from tunesmith.units import Size
 
 GIB = 2**30

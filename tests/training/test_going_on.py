@@ -22,6 +22,7 @@ from tunesmith.errors import DataError, ModelError, RecipeError, StoppedError, T
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.planning import resolve
+from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.training import trainer
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
@@ -86,16 +87,16 @@ def test_other_free_memory_does_not_change_the_numbers(
     Here the memory alone would choose another one after the stop.
     """
     chosen: list[int] = []
-    fastest = resolve.MemoryEstimator.fastest_micro_batch
+    fastest = resolve.fastest_micro_batch
 
-    def choose(self: resolve.MemoryEstimator, *args: Any, **options: Any) -> int:
-        chosen.append(fastest(self, *args, **options) if not chosen else 128)
+    def choose(*args: Any, **options: Any) -> int:
+        chosen.append(fastest(*args, **options) if not chosen else 128)
         return chosen[-1]
 
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(resolve.MemoryEstimator, "fastest_micro_batch", choose)
+        patch.setattr(resolve, "fastest_micro_batch", choose)
         run = make_run(tiny, tmp_path / "cut", **DROPOUT)
         with refuses(StoppedError, names=["SIGTERM"]):
             train(run, quiet=True, on_record=stopping(2))
@@ -128,10 +129,8 @@ def test_another_micro_batch_is_told(
     assert holds(told[0], "128 tokens", "256 tokens", "train.micro_batch='256 tokens'")
     assert effect in told[0]
     shown.clear()
-    monkeypatch.setattr(resolve.MemoryEstimator, "overrun", lambda *args: 2.0)
-    monkeypatch.setattr(
-        resolve.MemoryEstimator, "fastest_micro_batch", lambda *args, **options: 384
-    )
+    monkeypatch.setattr(MemoryEstimator, "overrun", lambda *args: 2.0)
+    monkeypatch.setattr(resolve, "fastest_micro_batch", lambda *args, **options: 384)
     go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
     told = [line for line in shown if "micro batch is" in line]
     assert len(told) == 1

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from tunesmith.config.schema import Model, Run
     from tunesmith.data.tokens import TokenSet
     from tunesmith.model.spec import ModelSpec
-    from tunesmith.planning.forecast import Forecast, Planner, Workload
+    from tunesmith.planning.forecast import Forecast, Planner
     from tunesmith.planning.machines import Cluster
+    from tunesmith.planning.workload import Workload
 
 log = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ def _work_of(
         shares: as `TokenSet.shares_prompts`.
     """
     from tunesmith.data.splits import count_held_out
-    from tunesmith.planning.forecast import measure_work
+    from tunesmith.planning.workload import measure_work
 
     # With --rows the files are elsewhere.
     if rows is None:
@@ -657,7 +658,7 @@ def _hours(
     planner: "Planner", best: "Forecast", price: float | None, *, checkpoint_size: int
 ) -> list[str]:
     """How long the run takes and what it costs, or a part of it where the whole is not known."""
-    from tunesmith.planning.forecast import FILLED
+    from tunesmith.planning.workload import FILLED
 
     gpus = planner.cluster.world
     if best.hours:
@@ -667,7 +668,7 @@ def _hours(
         dollars = _cost(planner, best, price) if price else None
         cost = f", {_dollars_text(dollars)} USD" if dollars else ""
         beside = (
-            f"loading {size_text(planner.stored_bytes())}, compilation, validation and checkpoints "
+            f"loading, compilation, validation and checkpoints "
             f"of {size_text(checkpoint_size)} come on top"
         )
         if planner.run.validate.patience:

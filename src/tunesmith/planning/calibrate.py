@@ -26,7 +26,7 @@ from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.recompute import recompute_layers
 
 if TYPE_CHECKING:
-    from tunesmith.planning.forecast import Workload
+    from tunesmith.planning.workload import Workload
 
 # Of a CPU's trial: layers that stay, of which the others are as fast as the second and third;
 # tokens of its micro batch; seconds for each number of layers, after one pass.

@@ -15,6 +15,7 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning.memory import USABLE_ON_CPU, moved_to_host
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.units import Size
 
@@ -22,9 +23,6 @@ from tunesmith.units import Size
 # activations that was compared with a GPU was 1.5 % too small; segments that the allocator cannot
 # fill take a few percent (not measured).
 ALLOCATABLE = 0.97
-# The share of a CPU's free memory that is planned with: a run's resident memory exceeded the
-# estimate by up to a quarter there (docs/plan.md).
-USABLE_ON_CPU = 0.8
 SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
@@ -299,8 +297,3 @@ def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
             fix=f"train.cpu_offload=[] with {smaller}, or train.cpu_offload=[activations], or "
             "several ranks",
         )
-
-
-def moved_to_host(run: Run, machine: Machine) -> tuple[str, ...]:
-    """What `train.cpu_offload` has an effect on."""
-    return run.train.cpu_offload if machine.device.startswith("cuda") else ()

@@ -81,7 +81,7 @@ from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.forecast import Planner, measure_work
+from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import cluster_of
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.resolve import (
@@ -96,6 +96,7 @@ from tunesmith.planning.run_plan import (
     one_document_a_row,
     shares_prompts,
 )
+from tunesmith.planning.workload import measure_work
 from tunesmith.quant.replace import eight_bit_shapes
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE, Phase

@@ -1,0 +1,175 @@
+"""What a run trains on: tokens and operations of its steps, by the token cache or as assumed."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from tunesmith.config.schema import Run
+from tunesmith.data.schedule import BatchSchedule, StepSize
+from tunesmith.data.tokens import TokenSet
+from tunesmith.model.documents import count_saved_probabilities
+from tunesmith.model.spec import ModelSpec, flops
+from tunesmith.planning.measured_layers import count_active_adapter
+from tunesmith.planning.micro_batch import step_units
+from tunesmith.units import ceil_div, count_of
+
+# How a workload describes examples of unknown length.
+FILLED = "assumed to fill data.seq_len"
+
+
+class Workload(NamedTuple):
+    """What a run trains on.
+
+    Attributes:
+        steps: None where unknown.
+        operations: floating-point ones, of a token that is computed.
+        attention, experts: the shares of attention and of the experts' products in them.
+        probabilities: that a head keeps of a token on a CPU, on average.
+        whole: tokens of sequences for each that is computed: more than 1 where the sequences of a
+            pair share some.
+        document: tokens of a sequence, on average.
+        supervised: the share of tokens that enter the loss.
+        source: what the lengths of examples are from.
+    """
+
+    step: StepSize
+    longest: int
+    steps: int | None
+    operations: float
+    attention: float
+    experts: float
+    probabilities: float
+    whole: float
+    document: float
+    supervised: float
+    source: str
+
+
+def _describe_assumed(
+    run: Run, rows: int, length: int | None, *, held_out: int, is_assumed: bool, is_estimated: bool
+) -> str:
+    """What is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
+    counted = count_of(rows + held_out, "row") if rows else "unknown"
+    if is_assumed:
+        counted += " (--rows)"
+    if held_out:
+        counted += f", {held_out:,} of them held out"
+    sequences = run.row_tokens // run.data.seq_len
+    each = f"{FILLED}, {run.data.seq_len:,} tokens each"
+    if length:
+        each = f"about {length:,} tokens each"
+        if is_estimated:
+            are_texts = all(source.format == "text" for source in run.data.train)
+            without = "" if are_texts else ", without a chat template"
+            each += f" (estimated from characters{without})"
+    elif sequences > 1:
+        each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
+    return f"{counted}, {each}, all counted as supervised"
+
+
+def measure_work(
+    run: Run,
+    spec: ModelSpec,
+    tokens: TokenSet | None,
+    length: int | None = None,
+    schedule: BatchSchedule | None = None,
+    *,
+    rows: int = 0,
+    held_out: int = 0,
+    is_assumed: bool = False,
+    is_estimated: bool = False,
+) -> Workload:
+    """From the recipe's tokens.
+
+    Without them every example has `length` tokens, or fills `data.seq_len`; there are `rows` of
+    them, if that is known, beside those that are `held_out`.
+
+    Args:
+        is_assumed: the rows were not counted, `--rows` says so.
+        is_estimated: `length` is, from the characters of rows.
+    """
+    steps = None
+    shared = np.zeros(1, np.int64)
+    if tokens is not None:
+        lengths = tokens.lengths
+        shared = tokens.shared
+        documents = tokens.document_lengths()
+        supervised = tokens.counts.supervised
+        schedule = schedule or BatchSchedule.of(run, tokens)
+        step = schedule.step_size()
+        steps = schedule.steps(run.train.duration)
+        source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
+    else:
+        sequences = run.row_tokens // run.data.seq_len
+        supervised = min(length or run.row_tokens, run.row_tokens)
+        lengths = np.array([supervised])
+        documents = np.repeat(supervised // sequences, sequences)
+        step, steps = _steps_of_equal_rows(run, rows, supervised)
+        source = _describe_assumed(
+            run,
+            rows,
+            supervised if length else None,
+            held_out=held_out,
+            is_assumed=is_assumed,
+            is_estimated=is_estimated,
+        )
+    trained: Literal["full", "lora"] = "full"
+    adapter_weights = 0
+    if run.adapter.kind == "lora":
+        trained = "lora"
+        adapter_weights = count_active_adapter(spec, run.adapter)
+
+    def operations(spec: ModelSpec) -> float:
+        count = partial(
+            flops,
+            spec,
+            trained=trained,
+            adapter_parameters=adapter_weights,
+            forwards=run.extra_forwards,
+        )
+        return count(documents.tolist(), supervised) - count(shared.tolist(), 0)
+
+    everything = operations(spec)
+    # Without heads no attention is counted: what is left is products.
+    without_heads = tuple(replace(layer, heads=0) for layer in spec.layers)
+    products = operations(replace(spec, layers=without_heads))
+    total = float(lengths.sum() - shared.sum())
+    experts = (6 if trained == "full" else 4) * spec.active_of_experts * total
+    return Workload(
+        step,
+        longest=int(lengths.max()) if schedule is None else schedule.longest,
+        steps=steps,
+        operations=everything / total,
+        attention=1 - products / everything,
+        experts=experts / everything,
+        probabilities=float(count_saved_probabilities(documents).sum()) / total,
+        whole=float(lengths.sum()) / total,
+        document=float(documents.mean()),
+        supervised=supervised / float(lengths.sum()),
+        source=source,
+    )
+
+
+def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, int | None]:
+    """What a step has, and the steps of the run, with `rows` examples of `length` tokens each; 0:
+    their number is not known.
+    """
+    duration = run.train.duration
+    steps = int(duration.amount) if duration.unit == "steps" else None
+    units_per_step = step_units(run)
+    counts_examples = run.train.global_batch.unit == "examples"
+    unit_tokens = length if counts_examples else run.row_tokens
+    if not rows:
+        return StepSize(units_per_step * unit_tokens, units_per_step * unit_tokens), steps
+    units = rows if counts_examples else ceil_div(rows, run.row_tokens // length)
+    steps_per_epoch = ceil_div(units, units_per_step)
+    if duration.unit == "epochs":
+        # The small term removes what binary fractions add.
+        steps = max(1, math.ceil(duration.amount * steps_per_epoch - 1e-6))
+    largest = min(units, units_per_step) * unit_tokens
+    # The last step of an epoch may have fewer examples.
+    mean = rows * length / steps_per_epoch if counts_examples else largest
+    return StepSize(mean, largest), steps
