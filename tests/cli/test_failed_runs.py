@@ -23,7 +23,7 @@ from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.planning.resolve import probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
-from tunesmith.training import build
+from tunesmith.training import build, prepare
 from tunesmith.training.result import failure_of
 from warm import run_warm
 
@@ -161,7 +161,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(
     def small(*args: Any) -> Machine:
         return replace(probe_machine(*args), card_bytes=1 << 20, free_bytes=1 << 20)
 
-    monkeypatch.setattr(build, "probe_machine", small)
+    monkeypatch.setattr(prepare, "probe_machine", small)
     monkeypatch.setattr(build, "build_model", lambda *args, **options: pytest.fail("built"))
     code, parts, err = started(world.train("adapter.kind=none", "model.dtype=bf16"), capsys)
     assert code == EXIT_USAGE, err

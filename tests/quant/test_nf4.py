@@ -19,7 +19,7 @@ from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
 from tunesmith.formats.frozen_matmul import grouped_matmul
 from tunesmith.formats.nf4 import FEW_ROWS, Nf4, nf4_functions
 from tunesmith.host.chips import Chip
-from tunesmith.training.build import check_machine
+from tunesmith.training.prepare import check_machine
 
 pytest.importorskip("bitsandbytes")
 

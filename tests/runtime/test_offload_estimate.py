@@ -24,7 +24,7 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan
-from tunesmith.training import build
+from tunesmith.training import prepare
 
 SPEC: ModelSpec = read_spec(SHAPES["llama3-8b"].config, where="test")
 SHARDS, ONE = MeshShape(1, 8, 1), MeshShape()
@@ -156,6 +156,6 @@ def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: P
     assert plan(run, ONE, machine("cpu")).cpu_offload == ()
     offloaded = make_run(tiny, tmp_path, train={"cpu_offload": ["activations"]})
     with logged_lines() as said:
-        build.check_machine(offloaded, torch.device("cpu"), Chip("cpu", 8.0))
+        prepare.check_machine(offloaded, torch.device("cpu"), Chip("cpu", 8.0))
     assert len(said) == 1
     assert warnings_with(said[0], "train.cpu_offload", "CPU")

@@ -44,7 +44,7 @@ from tunesmith.sweep.run import check_sweep, run_sweep
 from tunesmith.sweep.search import Search
 from tunesmith.sweep.space import read_space
 from tunesmith.sweep.table import sweep_lines
-from tunesmith.training import build
+from tunesmith.training import prepare
 from tunesmith.training.run import joined, start_run, train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -513,12 +513,12 @@ def test_a_sweep_goes_on_in_the_dtype_that_it_began_with(
         return train_step(trainer, batch)
 
     chip = Chip("cpu", 64.0)
-    monkeypatch.setattr(build, "chip_of", lambda device, ranks: replace(chip, bf16=False))
+    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: replace(chip, bf16=False))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopped)
         with pytest.raises(LowMemoryError):
             sweep(file)
-    monkeypatch.setattr(build, "chip_of", lambda device, ranks: chip)
+    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: chip)
     outcome = sweep(file)
     assert outcome["fixed"]["dtype"] == "fp32"
     configs = [Path(each["run_dir"], "config.yaml") for each in outcome["candidates"]]

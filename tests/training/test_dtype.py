@@ -23,8 +23,8 @@ from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.planning.resolve import resolve_dtype
 from tunesmith.run_dir import RECIPE
 from tunesmith.runtime.device import chip_of
-from tunesmith.training import build
-from tunesmith.training.build import check_machine, common_chip
+from tunesmith.training import prepare
+from tunesmith.training.prepare import check_machine, common_chip
 from tunesmith.training.run import train
 
 SPEC = read_spec(SHAPES["llama3-8b"].config, where="test")  # 30 GiB in fp32
@@ -128,7 +128,7 @@ def test_a_run_keeps_the_dtype_that_it_began_with(
     config = tmp_path / "run" / RECIPE
     assert load_recipe(config).model.dtype == "fp32"
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(build, "chip_of", lambda device, ranks: FAST_CPU)
+    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: FAST_CPU)
     with logged_lines() as lines:
         assert train(start(4)).steps == 4
     assert sum(holds(line, "model.dtype", "fp32") for line in lines) == 1
@@ -148,12 +148,12 @@ def test_a_dtype_that_was_chosen_elsewhere_is_checked_here(
         changes = {"train": {"duration": f"{steps} steps", "warmup": "1 steps"}}
         return make_run(tiny, tmp_path, held=False, model={"dtype": "auto"}, **changes)
 
-    monkeypatch.setattr(build, "chip_of", lambda device, ranks: FAST_CPU)
+    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: FAST_CPU)
     train(start(1), quiet=True)
-    monkeypatch.setattr(build, "chip_of", lambda device, ranks: SLOW_CPU)
+    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: SLOW_CPU)
     with logged_lines() as lines:
         train(start(2))
     assert lines_with("\n".join(lines), "warning", "bf16", "model.dtype=fp32")
-    monkeypatch.setattr(build, "chip_of", lambda device, ranks: T4)
+    monkeypatch.setattr(prepare, "chip_of", lambda device, ranks: T4)
     with refuses(MachineError, where="model.dtype", names=["T4"]):
         train(start(3), quiet=True)

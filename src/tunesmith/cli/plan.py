@@ -18,9 +18,8 @@ import argparse
 import json
 import logging
 import math
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,32 +28,22 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal as size_text
 
 from tunesmith.cli.options import add_json, add_recipe, chosen_recipe, whole_number
-from tunesmith.errors import (
-    EXIT_OK,
-    DataError,
-    TunesmithError,
-    UsageError,
-    first_line,
-)
+from tunesmith.errors import EXIT_OK, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.host.streams import show
-from tunesmith.planning.machines import MEASURED_HERE, TRIAL_RANGE, UNMEASURED
+from tunesmith.planning.machines import MEASURED_HERE, TRIAL_RANGE
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.units import ceil_div, count_of, format_seconds
+from tunesmith.units import count_of, format_seconds
 
 if TYPE_CHECKING:
-    from tunesmith.config.schema import Model, Run
-    from tunesmith.data.tokens import TokenSet
-    from tunesmith.model.spec import ModelSpec
+    from tunesmith.config.schema import Run
     from tunesmith.planning.forecast import Forecast, Planner
     from tunesmith.planning.machines import Cluster
-    from tunesmith.planning.workload import Workload
+    from tunesmith.training.on_paper import Rows
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Rows of a source whose characters are counted.
-LOOKED_AT = 1000
 # The keys of a new recipe that are shown.
 CHOSEN_KEYS = (
     "adapter.rank",
@@ -125,42 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     cluster = _cluster(args)
-    recipe, examined = _recipe(args, cluster.world)
+    recipe, rows = _recipe(args, cluster.world)
     # They load torch, and a wrong word has been refused by now.
-    from tunesmith.model.measured_spec import model_spec
-    from tunesmith.model.model_types import read_model_types
-    from tunesmith.model.shipped import check_frozen, check_quantize, resolve_quantize
-    from tunesmith.model.spec import check_seq_len
-    from tunesmith.planning.forecast import plan_on_paper
-    from tunesmith.planning.run_plan import one_document_a_row, shares_prompts
     from tunesmith.planning.savings import check_memory_fits
+    from tunesmith.training.on_paper import prepare_on_paper
 
-    config, where, folder = _config(recipe.model)
-    spec = model_spec(config, where=where, trust_remote_code=recipe.model.trust_remote_code)
-    check_quantize(recipe.model.quantize, config, where)
-    recipe = replace(recipe, model=resolve_quantize(recipe.model, spec))
-    check_frozen(recipe)
-    model_type = read_model_types().get(spec.model_type)
-    # Layers of this type do not keep packed documents apart.
-    if model_type is not None and model_type.support.state == "padded":
-        recipe = one_document_a_row(recipe, spec.model_type, model_type.support.why)
-    check_seq_len(spec, recipe.data.seq_len, where=where)
-    recurrent = () if model_type is None else model_type.support.recurrent
-    work = _work_of(
-        recipe,
-        spec,
-        folder,
-        length=args.length,
-        rows=args.rows,
-        examined=examined,
-        shares=shares_prompts(recipe, recurrent),
-    )
-
-    if cluster.chip.fp8:
-        _check_base_of_fp8(recipe.model, config, where)
-    planner = plan_on_paper(recipe, spec, cluster, work)
-    if cluster.chip.source == UNMEASURED:
-        planner = planner.measured_here(config)
+    planner, folder = prepare_on_paper(recipe, cluster, rows)
     forecasts = planner.ranked()
     best = forecasts[0]
     if args.json:
@@ -190,238 +149,21 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
     return read_cluster(machines[0], args.assume)
 
 
-def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, tuple[int | None, bool]]":
-    """The recipe; of a new one for a model and rows also the tokens of a row on average, and
-    whether they are estimated."""
+def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, Rows]":
+    """The recipe, and what is said of its rows, which a new recipe was chosen by."""
     from tunesmith.config.dump import flatten
+    from tunesmith.training.on_paper import Rows
 
     recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows, ranks=ranks)
+    rows = Rows(args.rows, args.length)
     if new_recipe is None:
-        return recipe, (None, False)
+        return recipe, rows
     values = flatten(recipe)
     pairs = [f"{key}={shell_word(values[key])}" for key in CHOSEN_KEYS if values.get(key)]
     log.info(f"chosen, as `train` with the same options does: {' '.join(pairs)}")
-    return recipe, (new_recipe.mean_length, new_recipe.is_estimated)
-
-
-def _config(model: "Model") -> "tuple[Mapping[str, Any], str, Path | None]":
-    """What a model's config.json says, where that is from, and the folder that holds it, if any.
-
-    The folder holds the tokenizer too. The shapes of models of recipes that ship are in the
-    package: they take no network, no token and no license.
-    """
-    from tunesmith.hub import fetch
-    from tunesmith.model.safetensors_files import read_model_config
-
-    path = fetch.local_model(model)
-    config = fetch.config_in_package(model)
-    if config is not None:
-        return config, model.name, None
-    is_gguf = path is not None and path.is_file()
-    if is_gguf:
-        folder = fetch.fetch_for_tokens(model)
-    else:
-        folder = fetch.fetch_without_weights(model.name, model.revision)
-    return read_model_config(folder), str(folder / "config.json"), folder
-
-
-def _cached_tokens(recipe: "Run", folder: Path) -> "TokenSet | None":
-    """The tokens of a recipe, if the token cache has them; no rows are downloaded."""
-    from tunesmith.data.source import is_local
-    from tunesmith.host.files import cache_folder
-    from tunesmith.hub import fetch
-
-    cache = cache_folder("tokens")
-    if not cache.exists():
-        return None
-    for source in recipe.data.train:
-        if not is_local(source.source) and not fetch.repo_cache(source.source, "dataset").exists():
-            return None
-    from tunesmith.data.splits import read_splits
-    from tunesmith.data.template import select_template
-    from tunesmith.data.tokens import tokenize
-    from tunesmith.model.tokenizer import eos_ids, load_tokenizer
-
-    # A plan goes on without the tokens: they make it more exact.
-    with suppress(TunesmithError, LookupError):
-        tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
-        template = select_template(recipe.data, tokenizer, eos_ids(folder, tokenizer))
-        rows, _ = read_splits(recipe.data, recipe.train.seed, only_cached=True)
-        return tokenize(
-            rows, recipe.data, template, tokenizer, cache=cache, what="train", only_cached=True
-        )
-    return None
-
-
-def _warn_of_missing(recipe: "Run") -> None:
-    """Warn of what a start would refuse beside the rows to train on, which are warned of later."""
-    from tunesmith.checkpoint.start_adapter import find_local_adapter
-
-    for source in recipe.data.validation:
-        if _is_missing(source.source):
-            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
-    if recipe.adapter.from_ is not None:
-        try:
-            find_local_adapter(recipe.adapter.from_)
-        except TunesmithError as error:
-            log.warning(f"adapter.from: {error.what}; {error.fix}")
-
-
-def _work_of(
-    recipe: "Run",
-    spec: "ModelSpec",
-    folder: Path | None,
-    *,
-    length: int | None,
-    rows: int | None,
-    examined: tuple[int | None, bool],
-    shares: bool,
-) -> "Workload":
-    """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
-
-    Args:
-        folder: has the tokenizer.
-        length: of an example in tokens, if `--length` says it.
-        rows: of data.train, if `--rows` says it.
-        examined: the same as `length`, of the rows that the recipe was chosen by, and whether it
-            is estimated.
-        shares: as `TokenSet.shares_prompts`.
-    """
-    from tunesmith.data.splits import count_held_out
-    from tunesmith.planning.workload import measure_work
-
-    # With --rows the files are elsewhere.
-    if rows is None:
-        _warn_of_missing(recipe)
-    tokens = None
-    if folder is not None and not length:
-        tokens = _cached_tokens(recipe, folder)
-    if tokens is not None and rows is None:
-        tokens.shares_prompts = shares
-        return measure_work(recipe, spec, tokens)
-    if tokens is not None:
-        length = round(tokens.lengths.mean())
-    is_estimated = False
-    if not length:
-        length, is_estimated = examined
-    counted = 0
-    if not rows or not length:
-        counted, counted_length = _count_rows(recipe, is_needed=rows is None)
-        if counted_length and not length:
-            length = counted_length
-            is_estimated = True
-    parts = _parts_of_row(recipe, length or 1)
-    length = length and ceil_div(length, parts)
-    if rows is None:
-        return measure_work(
-            recipe, spec, None, length, rows=counted * parts, is_estimated=is_estimated
-        )
-    missing = [source.source for source in recipe.data.train if _is_missing(source.source)]
-    if missing:
-        log.info(f"the number of rows is that of --rows: {', '.join(missing)} does not exist here")
-    elif counted:
-        log.info(
-            f"the number of rows is that of --rows; their length is that of the {counted:,} in "
-            "data.train"
-        )
-    held_out = 0
-    if recipe.data.hold_out is not None:
-        held_out = count_held_out(recipe.data.hold_out, rows)
-    return measure_work(
-        recipe,
-        spec,
-        None,
-        length,
-        rows=(rows - held_out) * parts,
-        held_out=held_out * parts,
-        is_assumed=True,
-        is_estimated=is_estimated,
+    return recipe, replace(
+        rows, looked_at=new_recipe.mean_length, is_estimated=new_recipe.is_estimated
     )
-
-
-def _parts_of_row(recipe: "Run", length: int) -> int:
-    """Examples that a row of so many tokens makes: long texts are split."""
-    are_texts = all(source.format == "text" for source in recipe.data.train)
-    if not are_texts or recipe.data.too_long != "auto":
-        return 1
-    return max(1, ceil_div(length - 1, recipe.data.seq_len - 1))
-
-
-def _is_missing(source: str) -> bool:
-    """Whether it is a local file that is not here."""
-    from tunesmith.data.source import is_local
-
-    return is_local(source) and not Path(source).expanduser().exists()
-
-
-def _count_rows(recipe: "Run", *, is_needed: bool) -> tuple[int, int]:
-    """Training rows of a recipe, and the tokens of one on average, if all sources are local files
-    that can be read. Else the rows that its splits name, zeros for what is unknown, and a warning
-    of a file that is needed.
-
-    Tokens are estimated from the texts of a row's columns, as a tokenizer is not needed here.
-    """
-    from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_of_example, is_local
-    from tunesmith.data.splits import read_splits
-
-    if not all(is_local(source.source) for source in recipe.data.train):
-        return _rows_of_splits(recipe), 0
-    try:
-        data = replace(recipe.data, validation=())
-        sources, _ = read_splits(data, recipe.train.seed, only_cached=True)
-        count = 0
-        characters = 0
-        looked_at = 0
-        for source, rows in sources:
-            count += len(rows)
-            for number in range(0, len(rows), ceil_div(len(rows), LOOKED_AT)):
-                # One that cannot be read is named by `train`.
-                with suppress(DataError):
-                    characters += count_of_example(rows[number], source)
-                    looked_at += 1
-    # A plan goes on without the rows: they make it more exact.
-    except (TunesmithError, LookupError, OSError) as error:
-        if is_needed:
-            what = first_line(error)
-            if isinstance(error, TunesmithError):
-                what = f"{error.what}: {error.where}; {error.fix}"
-            log.warning(f"the rows of data.train are not counted: {what}; or {ROWS_FIX}")
-        return 0, 0
-    return count, ceil_div(characters, max(1, looked_at) * CHARACTERS_PER_TOKEN)
-
-
-def _rows_of_splits(recipe: "Run") -> int:
-    """Training rows that splits such as `train[:512]` name; 0 if one has no count."""
-    count = 0
-    for source in recipe.data.train:
-        match = re.fullmatch(r"\w+\[(\d*):(\d+)\]", source.split or "")
-        if match is None or source.weight != 1 or recipe.data.hold_out:
-            return 0
-        rows = int(match[2]) - int(match[1] or 0)
-        count += min(rows, source.max_examples or rows)
-    return max(0, count)
-
-
-def _check_base_of_fp8(model: "Model", config: Mapping[str, Any], where: str) -> None:
-    """The error of `train` for fp8 of layers that ship in codes, on GPUs with fp8 matmuls.
-
-    Of a model that runs its own code the layers are not known here.
-    """
-    from tunesmith.model.shipped import shipped_form
-
-    runs_own_code = model.trust_remote_code and "auto_map" in config
-    if not scheme_of(model).has_fp8_matmuls or runs_own_code:
-        return
-    form = shipped_form(config, where)
-    if form is None:
-        return
-    from tunesmith.model.measured_spec import build_to_measure, text_config
-    from tunesmith.quant.frozen_linear import linear_names
-    from tunesmith.quant.replace import check_plain
-
-    plain_config = {key: value for key, value in config.items() if key != "quantization_config"}
-    on_meta = build_to_measure(text_config(plain_config, where))
-    check_plain(on_meta, linear_names(on_meta, head=False), form)
 
 
 def _price(text: str) -> float:

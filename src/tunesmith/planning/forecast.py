@@ -87,12 +87,8 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
     Everything is assumed to work which the chip has. MachineError for bf16, where it has none.
     """
     chip = cluster.chip
-    dtype = run.model.dtype
-    if dtype == "auto":
-        dtype, line = resolve.resolve_dtype(run.model, run.train, chip, lambda: spec)
-        log.info(line)
-        run = replace(run, model=replace(run.model, dtype=dtype))
-    resolve.check_bf16(dtype, chip)
+    run = replace(run, model=resolve.with_dtype(run.model, run.train, chip, lambda: spec))
+    resolve.check_bf16(run.model.dtype, chip)
     is_cpu = chip.name == "cpu"
     size = int(chip.gib * 2**30)
     scaling: tuple[str | None, str] = (None, "")

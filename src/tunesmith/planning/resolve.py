@@ -90,6 +90,19 @@ def resolve_dtype(
     return chosen(half, f"although {name} has no units for bf16: {too_large}")
 
 
+def with_dtype(
+    model: Model, train: Train, chip: Chip, read_sizes: Callable[[], ModelSpec]
+) -> Model:
+    """The recipe's `model` section with the dtype that `auto` stands for, which is logged; the
+    arguments are those of `resolve_dtype`.
+    """
+    if model.dtype != "auto":
+        return model
+    dtype, line = resolve_dtype(model, train, chip, read_sizes)
+    log.info(line)
+    return replace(model, dtype=dtype)
+
+
 def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
     """The dtype of a base on a device of this machine; a choice other than bf16 is logged."""
     if model.dtype != "auto":

@@ -13,6 +13,9 @@ from typing import NamedTuple
 from tunesmith.config.schema import PAIR_METHODS, Run
 from tunesmith.errors import RecipeError
 from tunesmith.host.memory import MemoryLimit
+from tunesmith.model.model_types import Support
+from tunesmith.model.shipped import check_frozen
+from tunesmith.model.spec import ModelSpec, check_seq_len
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.units import Size, ceil_div
 
@@ -55,16 +58,26 @@ def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
     return run.method.name in PAIR_METHODS and is_packed and not recurrent
 
 
-def one_document_a_row(run: Run, model_type: str, why: str) -> Run:
-    """The recipe with unpacked rows, for a type whose layers do not keep packed documents apart.
+def fit_to_model(
+    run: Run, spec: ModelSpec, support: Support, *, where: str, began: bool = False
+) -> Run:
+    """The recipe as its model can be trained: with one document a row, where layers do not keep
+    packed documents apart. RecipeError where the model rules out more.
 
-    RecipeError where its steps are counted in tokens, which only packed rows fill.
+    Args:
+        where: the model's config.json.
+        began: the run goes on, with rows that were cut when it began.
     """
+    check_frozen(run)
+    if not began:
+        check_seq_len(spec, run.data.seq_len, where=where)
+    if support.state != "padded":
+        return run
     if run.train.global_batch.unit == "tokens":
         raise RecipeError(
-            f"train.global_batch counts tokens, but {model_type} trains unpacked",
+            f"train.global_batch counts tokens, but {spec.model_type} trains unpacked",
             where="train.global_batch",
-            why=why,
+            why=support.why,
             fix="train.global_batch: 64 examples",
         )
     return replace(

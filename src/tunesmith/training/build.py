@@ -1,14 +1,11 @@
-"""The composition root: a recipe becomes a Session, in the order in which faults are cheapest to
-find.
+"""The composition root: a recipe becomes a Session.
 
-machine -> model files -> data and token contract -> model on meta -> plan -> weights -> optimizer
--> checkpoint
+`prepare.py` reads and plans; then weights -> optimizer -> checkpoint
 """
 
 import itertools
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,89 +15,57 @@ from typing import Any, Literal
 
 import torch
 from rich.filesize import decimal as size_text
-from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.peft_files import describe_misread, read_adapter
+from tunesmith.adapter.peft_files import describe_misread
 from tunesmith.build_model import (
     Weights,
     build_model,
     count_trained,
-    define_model,
     fill_parameters,
 )
 from tunesmith.checkpoint.contents import read_optimizer
-from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.resume import (
     COUNTER,
     Progress,
     Start,
-    as_it_began,
-    check_unchanged,
-    describe_resume,
 )
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
-from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.dump import digest, dump
-from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
 from tunesmith.data.batch import Batch
-from tunesmith.data.contract import CutAnswers
-from tunesmith.data.folders import check_local
 from tunesmith.data.loader import GlobalBatch, Loader
-from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
-from tunesmith.data.source import is_local
-from tunesmith.data.tokens import Repeats
+from tunesmith.data.prepare import TrainingData
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, TunesmithError, UsageError
+from tunesmith.errors import UsageError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
-from tunesmith.host import packages
-from tunesmith.host.chips import Chip, Peak
+from tunesmith.host.chips import Peak
 from tunesmith.host.files import (
     existing_folder,
-    from_here,
     require_disk_space,
     write_atomically,
 )
-from tunesmith.host.memory import available_memory
-from tunesmith.host.shell import shell_word
-from tunesmith.hub import fetch
-from tunesmith.hub.download import FetchProgress
-from tunesmith.hub.model_files import ModelFiles, read_model_files, spec_of_folder
+from tunesmith.hub.model_files import ModelFiles
 from tunesmith.methods import METHODS
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics import hardware
-from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent_kernels import describe_trials
-from tunesmith.model.safetensors_files import weights_digest
-from tunesmith.model.shipped import check_frozen
-from tunesmith.model.spec import ModelSpec, attention_weight, check_seq_len, flops
-from tunesmith.model.tokenizer import eos_ids
+from tunesmith.model.spec import attention_weight, flops
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.optim.weight_gradients import fp32_gradients
 from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.forecast import Planner
-from tunesmith.planning.machines import cluster_of
 from tunesmith.planning.measured_layers import count_active_adapter, count_adapter
 from tunesmith.planning.resolve import (
-    check_bf16,
     checkpoint_bytes,
-    probe_machine,
-    resolve_dtype,
 )
 from tunesmith.planning.run_plan import (
-    Machine,
     RunPlan,
-    one_document_a_row,
-    shares_prompts,
 )
-from tunesmith.planning.workload import measure_work
-from tunesmith.quant.replace import eight_bit_shapes
 from tunesmith.quant.schemes import scheme_of
-from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE, Phase
-from tunesmith.runtime.device import chip_of, choose_device, free_device_memory
+from tunesmith.run_dir import HELD_OUT, IDENTITY, RECIPE
+from tunesmith.runtime.device import choose_device, free_device_memory
 from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
@@ -110,6 +75,7 @@ from tunesmith.training.compare_eight_bit import (
     choose_sums,
     compare_with_bf16,
 )
+from tunesmith.training.prepare import Prepared, plan_model, prepare
 from tunesmith.training.reference import BaseReference
 
 log = logging.getLogger(__name__)
@@ -220,39 +186,22 @@ def build(
     if torch.cuda.is_initialized():
         free_device_memory()  # of an earlier run of this process
     device = choose_device()
-    chip = common_chip(device, ranks)
-    # What one rank of a node downloads and tokenizes, the others read from the cache.
-    with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
-        run = run_as_it_began(run, start)
-        check_machine(run, device, chip)
-        check_inputs(run, start)
-        files, hashes = read_base(run, start, chip, ranks, weights=weights)
-        # As the recipe has it, but for what `auto` means in its model section: config.yaml keeps
-        # it, and a resumed run compares its own with it.
-        run = session_run = replace(run, model=files.model)
-        run = lay_out_rows(run, files)
-        # Nothing is learned in a measurement, and a run that began keeps the rows that it began
-        # with.
-        cut_answers: CutAnswers = "warn" if measured or start.checkpoint else "refuse"
-        data = read_data(run, start, files, hashes, cut_answers, why=why)
-        if measured:
-            data = fill_steps(data)
-    check_same_inputs(run, start, files, data, ranks, drawn=weights == "random")
+    prepared = prepare(run, start, device, ranks, why=why, weights=weights, measured=measured)
+    run = prepared.run
+    data = prepared.data
+    check_same_inputs(run, start, prepared.files, data, ranks, drawn=weights == "random")
     torch.manual_seed(run.train.seed)
     load = partial(
         load_model,
-        run,
+        prepared,
         start,
-        files,
-        data,
         device,
         ranks,
         weights=weights,
         measured=measured,
         make_mesh=make_mesh,
-        model_hash=hashes["model_hash"],
     )
-    root, plan, mesh = load_compared(load, files, data, device, ranks, weights=weights)
+    root, plan, mesh = load_compared(load, prepared, device, ranks, weights=weights)
     optimizer = make_optimizer(run, root, start, ranks)
     progress = start.progress or Progress()
     if device.type == "cpu":
@@ -262,7 +211,17 @@ def build(
         log.info(line)
     total_steps = data.schedule.steps(run.train.duration)
     session = Session(
-        session_run, files, data, root, optimizer, plan, total_steps, hashes, peak, ranks, mesh
+        prepared.recipe,
+        prepared.files,
+        data,
+        root,
+        optimizer,
+        plan,
+        total_steps,
+        prepared.hashes,
+        peak,
+        ranks,
+        mesh,
     )
     is_over = total_steps is not None and progress.step >= total_steps
     if run.train.optimizer_in_backward and not is_over:
@@ -270,87 +229,24 @@ def build(
     return session
 
 
-def lay_out_rows(run: Run, files: ModelFiles) -> Run:
-    """The recipe with one document a row, where the model's layers do not keep packed documents
-    apart.
-
-    RecipeError where its steps are counted in tokens, which only packed rows fill.
-    """
-    support = files.support
-    for line in support.describe():
-        log.info(line)
-    if support.state != "padded":
-        return run
-    return one_document_a_row(run, files.config.model_type, support.why)
-
-
-def common_chip(device: torch.device, ranks: Ranks) -> Chip:
-    """The chip that all ranks choose a dtype for; a collective call.
-
-    That of a rank without units for bf16, if there is one, with the least memory of all.
-    """
-    chips = ranks.all_gather_object(chip_of(device, ranks.heartbeat.peers.local_processes()))
-    chip = min(chips, key=lambda chip: chip.bf16)
-    return replace(chip, gib=min(chip.gib for chip in chips))
-
-
-def run_as_it_began(run: Run, start: Start) -> Run:
-    """The recipe of a run that goes on: `auto` stands for what it did under its checkpoints."""
-    model = as_it_began(run.model, start.previous_run)
-    if model.dtype != run.model.dtype:
-        log.info(f"model.dtype: {model.dtype}, as this run began")
-    return replace(run, model=model)
-
-
-def read_base(
-    run: Run, start: Start, chip: Chip, ranks: Ranks, *, weights: Weights
-) -> tuple[ModelFiles, dict[str, Any]]:
-    """The files of the base, brought from the Hub where they are missing, and the hash of its
-    weights.
-    """
-    # A resumed run's rows were cut to this length when it began.
-    seq_len = None if start.checkpoint else run.data.seq_len
-    model = run.model
-    folder = Path(model.name)
-    if model.dtype == "auto":
-
-        def read_sizes() -> ModelSpec:
-            # Drawn weights have a folder with less in it than a fetch demands.
-            place = fetch.fetch_for_tokens(model) if weights == "stored" else folder
-            return spec_of_folder(place, model)
-
-        dtype, line = resolve_dtype(model, run.train, chip, read_sizes)
-        model = replace(model, dtype=dtype)
-        log.info(line)
-    if weights == "stored":
-        folder = fetch.fetch(model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
-        if ranks.local_rank == 0:
-            check_sums(folder)  # the base may be a model that an earlier run wrote
-    files = read_model_files(folder, model)
-    check_frozen(replace(run, model=files.model))
-    if seq_len is not None:
-        check_seq_len(files.spec, seq_len, where=f"{folder}/config.json")
-    return files, {"model_hash": weights_digest(folder) if weights == "stored" else None}
-
-
 def load_model(
-    run: Run,
+    prepared: Prepared,
     start: Start,
-    files: ModelFiles,
-    data: TrainingData,
     device: torch.device,
     ranks: Ranks,
     *,
     weights: Weights,
     measured: bool,
     make_mesh: Callable[[MeshShape, str], Mesh],
-    model_hash: str | None,
     refused: str = "",
 ) -> tuple[TrainModel, RunPlan, Mesh]:
     """Plan the run and load its model: without an fp8 base if that was `refused`, for the reason in
     it.
     """
-    model, plan = plan_model(run, start, files, data, device, ranks, refused)
+    run = prepared.run
+    files = prepared.files
+    data = prepared.data
+    model, plan = plan_model(prepared, start, device, ranks, refused)
     mesh = make_mesh(plan.mesh, device.type)
     if not measured:
         with ranks.raise_on_all_ranks():
@@ -364,7 +260,7 @@ def load_model(
     [largest] = first_batches(make_loader(data, files, plan), device, 1)
     reference = None
     if is_full and METHODS[run.method.name].needs_reference:
-        reference = BaseReference(run, data, model_hash, ranks)
+        reference = BaseReference(run, data, prepared.hashes["model_hash"], ranks)
         if not reference.is_complete and weights == "stored":
             # It is measured on the base; a checkpoint's weights follow.
             base_weights = None
@@ -389,8 +285,7 @@ def load_model(
 
 def load_compared(
     load: Callable[..., tuple[TrainModel, RunPlan, Mesh]],
-    files: ModelFiles,
-    data: TrainingData,
+    prepared: Prepared,
     device: torch.device,
     ranks: Ranks,
     *,
@@ -404,7 +299,7 @@ def load_compared(
     root, plan, mesh = load()
     if plan.base not in SCALING_RECIPES:
         return root, plan, mesh
-    batches = first_batches(make_loader(data, files, plan), device, PROBE_TOKENS)
+    batches = first_batches(make_loader(prepared.data, prepared.files, plan), device, PROBE_TOKENS)
     if device.type == "cuda":
         log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
     # Random weights have no file to compare with.
@@ -459,184 +354,6 @@ def describe_session(
         yield f"MFU is relative to {peak.tflops:.0f} TFLOP/s, {peak.source}"
 
 
-def plan_model(
-    run: Run,
-    start: Start,
-    files: ModelFiles,
-    data: TrainingData,
-    device: torch.device,
-    ranks: Ranks,
-    refused: str = "",
-) -> tuple[PreTrainedModel, RunPlan]:
-    """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits
-    will do, if it is `refused`.
-    """
-    with ranks.raise_on_all_ranks():
-        model = define_model(run, files)
-        shapes = eight_bit_shapes(model)
-        machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
-    machines, local = (
-        ranks.all_gather_object(machine),
-        # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
-        math.gcd(*ranks.all_gather_object(ranks.local_world)),
-    )
-    with ranks.raise_on_all_ranks():
-        machine, trained = common_machine(machines, ranks), count_trained(run, model)
-        if refused:
-            machine = replace(machine, scaling=(None, refused))
-        cluster = cluster_of(machine.name, ranks.world // local, local)
-        work = measure_work(run, files.spec, data.train, schedule=data.schedule)
-        plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
-        # `memory.host` is a rank's share; the ranks of a node have one host.
-        needed, there = plan.memory.host * ranks.local_world, available_memory()
-        if needed > there:
-            what = (
-                f"the host needs {size_text(needed)} for offloading, "
-                f"but only {size_text(there)} are available"
-            )
-            fix = "train.cpu_offload=[], or more nodes"
-            raise MachineError(
-                what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix
-            )
-    ranks.heartbeat.phase(Phase.LOADING)
-    return model, plan
-
-
-def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
-    """The machine that all ranks plan for: as each of them, with the least memory.
-
-    Raises:
-        MachineError: they differ in more. Ranks that compute otherwise would not give equal
-            numbers.
-    """
-    first = machines[0]
-    for rank, machine in enumerate(machines):
-        for part in ("attention", "compiles", "scaling", "integrated"):
-            value, first_value = getattr(machine, part), getattr(first, part)
-            if value != first_value:
-                raise MachineError(
-                    f"{ranks.name(rank)} and {ranks.name(0)} differ: "
-                    f"{part} {value}, and {first_value}",
-                    why="all ranks must compute identically",
-                    fix="make the nodes the same, or set what differs in the recipe, "
-                    "such as train.compile=off",
-                )
-    have_one_name = len({machine.name for machine in machines}) == 1
-    tightest = min(machines, key=lambda machine: machine.card_bytes)
-    return replace(
-        first,
-        free_bytes=min(machine.free_bytes for machine in machines),
-        card_bytes=tightest.card_bytes,
-        limit=tightest.limit,
-        # Each rank's own GPU, by its index.
-        device=machines[ranks.rank].device,
-        name=first.name if have_one_name else "",
-    )
-
-
-def read_data(
-    run: Run,
-    start: Start,
-    files: ModelFiles,
-    hashes: dict[str, Any],
-    cut_answers: CutAnswers,
-    *,
-    why: bool,
-) -> TrainingData:
-    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and log what
-    is trained on; with `why` also how it was checked.
-    """
-    for line in files.describe():
-        log.info(line)
-    check_unchanged(start, run, hashes)
-    shares = shares_prompts(run, files.support.recurrent)
-    if start.progress is not None:
-        # Sums are rounded otherwise: a run goes on as it began.
-        shares = shares and bool(start.progress.shares_prompts)
-    data = prepare_data(
-        run,
-        files.tokenizer,
-        eos_ids(files.folder, files.tokenizer),
-        files.vocab_rows,
-        cut_answers=cut_answers,
-        position_limit=files.spec.position_limit,
-        shares_prompts=shares,
-    )
-    hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
-    if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:
-        hashes["reference_hash"] = adapter_digest(run.adapter.from_)
-    check_unchanged(start, run, hashes)
-    log.info(data.describe(why=why))
-    if run.adapter.from_ is not None and start.checkpoint is None:
-        for line in describe_earlier_run(run.adapter.from_, data):
-            log.info(line)
-    limit = files.spec.position_limit or files.spec.context
-    longest = int(data.train.lengths.max())
-    if longest > limit:
-        text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
-        log.warning(f"{text}; fix: data.seq_len={limit}")
-    for line in describe_resume(start, run, data.schedule):
-        log.info(line)
-    return data
-
-
-def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
-    """Lines for the user where the run of the adapter that is continued had another base, or was
-    trained on rows that are held out now.
-
-    adapter: as in `adapter.from`; of one that is no run's nothing is known.
-    """
-    folder = find_adapter(adapter).folder
-    if not (folder.parent / RECIPE).is_file():
-        return []
-    name = from_here(folder.parent)
-    try:
-        earlier = load_recipe(folder.parent / RECIPE)
-    except TunesmithError as error:
-        return [f"warning: could not check what {name} was trained on: {error.what}"]
-    lines = []
-    base = data.run.model.name
-    if earlier.model.name != base:
-        lines.append(
-            f"warning: the base of {name} is {earlier.model.name}, and here it is {base}; if these "
-            f"are two models, fix: {shell_word(f'model.name={earlier.model.name}')}"
-        )
-    if data.validation is None:
-        return lines
-    tokenizer = data.template.tokenizer
-    seen, fault = find_trained_rows(
-        data.validation, earlier, data.run.data, data.template, tokenizer
-    )
-    if seen is None:
-        lines.append(
-            f"warning: could not check whether {name} was trained on held-out rows: {fault}"
-        )
-    elif seen.count:
-        lines.append(_warn_of_trained_rows(name, seen, len(data.validation)))
-    return lines
-
-
-def _warn_of_trained_rows(name: str, seen: Repeats, held_out: int) -> str:
-    return (
-        f"warning: {name} was trained on {seen.count:,} of the {held_out:,} rows that are held out "
-        f"now, so val_loss is too optimistic; first {seen.where} ({seen.earlier}); fix: name a "
-        "file without the rows of that run, or train on all rows from the base, without "
-        "adapter.from"
-    )
-
-
-def fill_steps(data: TrainingData) -> TrainingData:
-    """The data with rows repeated within an epoch where a step of the run would be short."""
-    schedule = data.schedule
-    data = data.repeated(schedule.steps(data.run.train.duration) or 0)
-    if data.schedule is not schedule:
-        last = schedule.steps_per_epoch(0)
-        log.info(
-            f"step {last} would be incomplete: rows are repeated within an epoch to fill every step"
-        )
-    return data
-
-
 def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     """A line for the user where a resumed run takes another micro batch than before."""
     previous, now = start.micro_batch, plan.layout.micro_batch
@@ -664,49 +381,6 @@ def describe_rounding(start: Start, run: Run) -> list[str]:
         "stochastic rounding: this version draws other noise than the one that wrote the "
         "checkpoint: weights are rounded equally well on average, but not bit for bit"
     ]
-
-
-def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
-    """Refuse a dtype that the device has no matmuls for, and packages that are not installed.
-
-    It comes before anything is fetched. A CPU that only emulates products in bf16 is warned of.
-    """
-    dtype = run.model.dtype
-    check_bf16(dtype, chip)
-    if dtype == "bf16" and not chip.bf16:
-        log.warning(
-            "this CPU has no units for bf16, whose products take up to 200 times as long as fp32's;"
-            " fix: model.dtype=fp32"
-        )
-    if run.train.cpu_offload and device.type == "cpu":
-        log.warning("train.cpu_offload has no effect on a CPU")
-    if run.train.optimizer == "adamw-8bit":
-        packages.bnb_functional("8-bit moments", "train.optimizer")
-    scheme_of(run.model).check_device(device)
-    if dtype == "fp16" and device.type == "cpu":
-        raise MachineError(
-            "fp16 cannot be trained on a CPU",
-            where="model.dtype",
-            why="its matmuls are emulated, hundreds of times slower than bf16",
-            fix="model.dtype=bf16, or model.dtype=fp32",
-        )
-
-
-def check_inputs(run: Run, start: Start) -> None:
-    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the model is
-    looked up at the Hub.
-    """
-    for name in trackers_of(run):
-        packages.require(name, **key_and_fix(run, name))
-    for source in (*run.data.train, *run.data.validation):
-        if is_local(source.source):
-            check_local(Path(source.source).expanduser())
-    if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
-        fetch.fetch_without_weights(run.model.tokenizer)
-    if run.adapter.from_ is not None and start.checkpoint is None:
-        folder = find_adapter(run.adapter.from_).folder
-        check_sums(folder)
-        read_adapter(folder)
 
 
 def check_disk(run: Run, trained: int, base: Path, ranks: Ranks) -> None:

@@ -1,0 +1,272 @@
+"""What a run will do on machines that need not be here, by the recipe and small files alone.
+
+The model is known by its config.json, the rows by the token cache, by themselves or by the user's
+words. `prepare.py` has the same for the machine that trains.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tunesmith.checkpoint.start_adapter import find_local_adapter
+from tunesmith.config.schema import Model, Run
+from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_of_example, is_local
+from tunesmith.data.splits import count_held_out, read_splits
+from tunesmith.data.template import select_template
+from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.errors import DataError, TunesmithError, first_line
+from tunesmith.host.files import cache_folder
+from tunesmith.hub import fetch
+from tunesmith.model.measured_spec import build_to_measure, model_spec, text_config
+from tunesmith.model.model_types import Support, read_model_types
+from tunesmith.model.safetensors_files import read_model_config
+from tunesmith.model.shipped import check_quantize, resolve_quantize, shipped_form
+from tunesmith.model.spec import ModelSpec
+from tunesmith.planning.forecast import Planner, plan_on_paper
+from tunesmith.planning.machines import UNMEASURED, Cluster
+from tunesmith.planning.run_plan import fit_to_model, shares_prompts
+from tunesmith.planning.workload import Workload, measure_work
+from tunesmith.quant.schemes import scheme_of
+from tunesmith.units import ceil_div
+
+log = logging.getLogger(__name__)
+
+COUNTED_ROWS = 1000  # of a source, whose characters are counted
+ROWS_FIX = "give their number: --rows N"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is said of the rows of `data.train`; None: nothing.
+
+    Attributes:
+        count: how many there are, of files that are elsewhere.
+        length: tokens of an example.
+        looked_at: the same, as the recipe was chosen by; is_estimated: from characters.
+    """
+
+    count: int | None = None
+    length: int | None = None
+    looked_at: int | None = None
+    is_estimated: bool = False
+
+
+class PaperModel(NamedTuple):
+    """What a model's config.json says, and the folder with it and the tokenizer, if any."""
+
+    config: Mapping[str, Any]
+    where: str
+    folder: Path | None
+
+
+def prepare_on_paper(run: Run, cluster: Cluster, rows: Rows) -> tuple[Planner, Path | None]:
+    """The planner of a recipe on machines that need not be here, and the model's folder, if any.
+
+    The shapes of models of recipes that ship are in the package: they take no network, no token and
+    no license.
+    """
+    model = _read_model(run.model)
+    spec = model_spec(
+        model.config, where=model.where, trust_remote_code=run.model.trust_remote_code
+    )
+    check_quantize(run.model.quantize, model.config, model.where)
+    run = replace(run, model=resolve_quantize(run.model, spec))
+    types = read_model_types()
+    support = types[spec.model_type].support if spec.model_type in types else Support("packed")
+    run = fit_to_model(run, spec, support, where=model.where)
+    work = _work_of(run, spec, model.folder, rows, shares=shares_prompts(run, support.recurrent))
+    if cluster.chip.fp8:
+        _check_base_of_fp8(run.model, model)
+    planner = plan_on_paper(run, spec, cluster, work)
+    if cluster.chip.source == UNMEASURED:
+        planner = planner.measured_here(model.config)
+    return planner, model.folder
+
+
+def _read_model(model: Model) -> PaperModel:
+    config = fetch.config_in_package(model)
+    if config is not None:
+        return PaperModel(config, model.name, None)
+    path = fetch.local_model(model)
+    if path is not None and path.is_file():
+        folder = fetch.fetch_for_tokens(model)
+    else:
+        folder = fetch.fetch_without_weights(model.name, model.revision)
+    return PaperModel(read_model_config(folder), str(folder / "config.json"), folder)
+
+
+def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
+    """The tokens of a run, if the token cache has them; no rows are downloaded."""
+
+    cache = cache_folder("tokens")
+    if not cache.exists():
+        return None
+    for source in run.data.train:
+        if not is_local(source.source) and not fetch.repo_cache(source.source, "dataset").exists():
+            return None
+
+    # With Transformers, which a plan can do without.
+    from tunesmith.model.tokenizer import eos_ids, load_tokenizer
+
+    # A plan goes on without the tokens: they make it more exact.
+    with suppress(TunesmithError, LookupError):
+        tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
+        template = select_template(run.data, tokenizer, eos_ids(folder, tokenizer))
+        rows, _ = read_splits(run.data, run.train.seed, only_cached=True)
+        return tokenize(
+            rows, run.data, template, tokenizer, cache=cache, what="train", only_cached=True
+        )
+    return None
+
+
+def _warn_of_missing(run: Run) -> None:
+    """Warn of what a start would refuse beside the rows to train on, which are warned of later."""
+
+    for source in run.data.validation:
+        if _is_missing(source.source):
+            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
+    if run.adapter.from_ is not None:
+        try:
+            find_local_adapter(run.adapter.from_)
+        except TunesmithError as error:
+            log.warning(f"adapter.from: {error.what}; {error.fix}")
+
+
+def _work_of(
+    run: Run, spec: ModelSpec, folder: Path | None, rows: Rows, *, shares: bool
+) -> Workload:
+    """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
+
+    Args:
+        folder: has the tokenizer.
+        shares: as `TokenSet.shares_prompts`.
+    """
+    # With --rows the files are elsewhere.
+    if rows.count is None:
+        _warn_of_missing(run)
+    length = rows.length
+    is_estimated = False
+    if folder is not None and not length:
+        tokens = _cached_tokens(run, folder)
+        if tokens is not None and rows.count is None:
+            tokens.shares_prompts = shares
+            return measure_work(run, spec, tokens)
+        if tokens is not None:
+            length = round(tokens.lengths.mean())
+    if not length:
+        length = rows.looked_at
+        is_estimated = rows.is_estimated
+    counted = 0
+    if rows.count is None or not length:
+        counted, estimate = _count_rows(run, is_needed=rows.count is None)
+        is_estimated = is_estimated or bool(estimate and not length)
+        length = length or estimate or None
+    parts = _parts_of_row(run, length or 1)
+    length = length and ceil_div(length, parts)
+    held_out = 0
+    if rows.count is not None:
+        _note_count(run, counted)
+        if run.data.hold_out is not None:
+            held_out = count_held_out(run.data.hold_out, rows.count)
+        counted = rows.count - held_out
+    return measure_work(
+        run,
+        spec,
+        None,
+        length,
+        rows=counted * parts,
+        held_out=held_out * parts,
+        is_assumed=rows.count is not None,
+        is_estimated=is_estimated,
+    )
+
+
+def _note_count(run: Run, counted: int) -> None:
+    """Say that --rows is taken for the number of rows, whatever is here."""
+    missing = [source.source for source in run.data.train if _is_missing(source.source)]
+    if missing:
+        log.info(f"the number of rows is that of --rows: {', '.join(missing)} does not exist here")
+    elif counted:
+        log.info(
+            f"the number of rows is that of --rows; their length is that of the {counted:,} in "
+            "data.train"
+        )
+
+
+def _parts_of_row(run: Run, length: int) -> int:
+    """Examples that a row of so many tokens makes: long texts are split."""
+    are_texts = all(source.format == "text" for source in run.data.train)
+    if not are_texts or run.data.too_long != "auto":
+        return 1
+    return max(1, ceil_div(length - 1, run.data.seq_len - 1))
+
+
+def _is_missing(source: str) -> bool:
+    """Whether it is a local file that is not here."""
+
+    return is_local(source) and not Path(source).expanduser().exists()
+
+
+def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:
+    """Training rows of a run, and the tokens of one on average, if all sources are local files
+    that can be read. Else the rows that its splits name, zeros for what is unknown, and a warning
+    of a file that is needed.
+
+    Tokens are estimated from the texts of a row's columns, as a tokenizer is not needed here.
+    """
+    if not all(is_local(source.source) for source in run.data.train):
+        return _rows_of_splits(run), 0
+    count = 0
+    lengths = []
+    try:
+        data = replace(run.data, validation=())
+        sources, _ = read_splits(data, run.train.seed, only_cached=True)
+        for source, rows in sources:
+            count += len(rows)
+            for number in range(0, len(rows), ceil_div(len(rows), COUNTED_ROWS)):
+                # One that cannot be read is named by `train`.
+                with suppress(DataError):
+                    lengths.append(count_of_example(rows[number], source))
+    # A plan goes on without the rows: they make it more exact.
+    except (TunesmithError, LookupError, OSError) as error:
+        if is_needed:
+            what = first_line(error)
+            if isinstance(error, TunesmithError):
+                what = f"{error.what}: {error.where}; {error.fix}"
+            log.warning(f"the rows of data.train are not counted: {what}; or {ROWS_FIX}")
+        return 0, 0
+    return count, ceil_div(sum(lengths), max(1, len(lengths)) * CHARACTERS_PER_TOKEN)
+
+
+def _rows_of_splits(run: Run) -> int:
+    """Training rows that splits such as `train[:512]` name; 0 if one has no count."""
+    count = 0
+    for source in run.data.train:
+        match = re.fullmatch(r"\w+\[(\d*):(\d+)\]", source.split or "")
+        if match is None or source.weight != 1 or run.data.hold_out:
+            return 0
+        rows = int(match[2]) - int(match[1] or 0)
+        count += min(rows, source.max_examples or rows)
+    return max(0, count)
+
+
+def _check_base_of_fp8(model: Model, paper: PaperModel) -> None:
+    """The error of `train` for fp8 of layers that ship in codes, on GPUs with fp8 matmuls.
+
+    Of a model that runs its own code the layers are not known here.
+    """
+    runs_own_code = model.trust_remote_code and "auto_map" in paper.config
+    form = shipped_form(paper.config, paper.where)
+    if not scheme_of(model).has_fp8_matmuls or runs_own_code or form is None:
+        return
+    # With Transformers, which other plans can do without.
+    from tunesmith.quant.frozen_linear import linear_names
+    from tunesmith.quant.replace import check_plain
+
+    plain = {key: value for key, value in paper.config.items() if key != "quantization_config"}
+    on_meta = build_to_measure(text_config(plain, paper.where))
+    check_plain(on_meta, linear_names(on_meta, head=False), form)

@@ -1,0 +1,371 @@
+"""What a start knows before weights are read, in the order in which faults are cheapest to find.
+
+machine -> model files -> data and token contract -> model on meta -> plan
+
+`on_paper.py` has the same for machines that need not be here.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal as size_text
+from transformers import PreTrainedModel
+
+from tunesmith.adapter.peft_files import read_adapter
+from tunesmith.build_model import Weights, count_trained, define_model
+from tunesmith.checkpoint.manifest import check_sums
+from tunesmith.checkpoint.resume import Start, as_it_began, check_unchanged, describe_resume
+from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
+from tunesmith.config.load import load_recipe
+from tunesmith.config.schema import Run
+from tunesmith.data.contract import CutAnswers
+from tunesmith.data.folders import check_local
+from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
+from tunesmith.data.source import is_local
+from tunesmith.data.tokens import Repeats
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.host import packages
+from tunesmith.host.chips import Chip
+from tunesmith.host.files import from_here
+from tunesmith.host.memory import available_memory
+from tunesmith.host.shell import shell_word
+from tunesmith.hub import fetch
+from tunesmith.hub.download import FetchProgress
+from tunesmith.hub.model_files import ModelFiles, read_model_files, spec_of_folder
+from tunesmith.methods import METHODS
+from tunesmith.metrics.trackers import key_and_fix, trackers_of
+from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.model.spec import ModelSpec
+from tunesmith.model.tokenizer import eos_ids
+from tunesmith.planning.forecast import Planner
+from tunesmith.planning.machines import cluster_of
+from tunesmith.planning.resolve import check_bf16, probe_machine, with_dtype
+from tunesmith.planning.run_plan import Machine, RunPlan, fit_to_model, shares_prompts
+from tunesmith.planning.workload import measure_work
+from tunesmith.quant.replace import eight_bit_shapes
+from tunesmith.quant.schemes import scheme_of
+from tunesmith.run_dir import RECIPE, Phase
+from tunesmith.runtime.device import chip_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run of which all but the weights was read.
+
+    Attributes:
+        recipe: as config.yaml keeps it: with what `auto` means in its model section, which a
+            resumed run compares with its own.
+        run: as it is trained.
+        files: of the base model, and its tokenizer.
+        hashes: of base and data, by their names in `Progress`.
+    """
+
+    recipe: Run
+    run: Run
+    files: ModelFiles
+    data: TrainingData
+    hashes: Mapping[str, Any]
+
+
+def prepare(
+    run: Run,
+    start: Start,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    why: bool = False,
+    weights: Weights = "stored",
+    measured: bool = False,
+) -> Prepared:
+    """Read what a run needs, checking before each slow thing what can be checked without it.
+
+    The arguments are those of `build`.
+    """
+    chip = common_chip(device, ranks)
+    # What one rank of a node downloads and tokenizes, the others read from the cache.
+    with ranks.raise_on_all_ranks(), ranks.local_main_process_first():
+        run = run_as_it_began(run, start)
+        check_machine(run, device, chip)
+        check_inputs(run, start)
+        files, hashes = read_base(run, start, chip, ranks, weights=weights)
+        recipe = replace(run, model=files.model)
+        for line in files.support.describe():
+            log.info(line)
+        began = start.checkpoint is not None
+        where = f"{files.folder}/config.json"
+        run = fit_to_model(recipe, files.spec, files.support, where=where, began=began)
+        # Nothing is learned in a measurement, and a run that began keeps the rows that it began
+        # with.
+        cut_answers: CutAnswers = "warn" if measured or began else "refuse"
+        data = read_data(run, start, files, hashes, cut_answers, why=why)
+        if measured:
+            data = fill_steps(data)
+    return Prepared(recipe, run, files, data, hashes)
+
+
+def common_chip(device: torch.device, ranks: Ranks) -> Chip:
+    """The chip that all ranks choose a dtype for; a collective call.
+
+    That of a rank without units for bf16, if there is one, with the least memory of all.
+    """
+    chips = ranks.all_gather_object(chip_of(device, ranks.heartbeat.peers.local_processes()))
+    chip = min(chips, key=lambda chip: chip.bf16)
+    return replace(chip, gib=min(chip.gib for chip in chips))
+
+
+def run_as_it_began(run: Run, start: Start) -> Run:
+    """The recipe of a run that goes on: `auto` stands for what it did under its checkpoints."""
+    model = as_it_began(run.model, start.previous_run)
+    if model.dtype != run.model.dtype:
+        log.info(f"model.dtype: {model.dtype}, as this run began")
+    return replace(run, model=model)
+
+
+def check_machine(run: Run, device: torch.device, chip: Chip) -> None:
+    """Refuse a dtype that the device has no matmuls for, and packages that are not installed.
+
+    It comes before anything is fetched. A CPU that only emulates products in bf16 is warned of.
+    """
+    dtype = run.model.dtype
+    check_bf16(dtype, chip)
+    if dtype == "bf16" and not chip.bf16:
+        log.warning(
+            "this CPU has no units for bf16, whose products take up to 200 times as long as fp32's;"
+            " fix: model.dtype=fp32"
+        )
+    if run.train.cpu_offload and device.type == "cpu":
+        log.warning("train.cpu_offload has no effect on a CPU")
+    if run.train.optimizer == "adamw-8bit":
+        packages.bnb_functional("8-bit moments", "train.optimizer")
+    scheme_of(run.model).check_device(device)
+    if dtype == "fp16" and device.type == "cpu":
+        raise MachineError(
+            "fp16 cannot be trained on a CPU",
+            where="model.dtype",
+            why="its matmuls are emulated, hundreds of times slower than bf16",
+            fix="model.dtype=bf16, or model.dtype=fp32",
+        )
+
+
+def check_inputs(run: Run, start: Start) -> None:
+    """Refuse packages, data files, a tokenizer and an adapter that are missing, before the model is
+    looked up at the Hub.
+    """
+    for name in trackers_of(run):
+        packages.require(name, **key_and_fix(run, name))
+    for source in (*run.data.train, *run.data.validation):
+        if is_local(source.source):
+            check_local(Path(source.source).expanduser())
+    if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
+        fetch.fetch_without_weights(run.model.tokenizer)
+    if run.adapter.from_ is not None and start.checkpoint is None:
+        folder = find_adapter(run.adapter.from_).folder
+        check_sums(folder)
+        read_adapter(folder)
+
+
+def read_base(
+    run: Run, start: Start, chip: Chip, ranks: Ranks, *, weights: Weights
+) -> tuple[ModelFiles, dict[str, Any]]:
+    """The files of the base, brought from the Hub where they are missing, and the hash of its
+    weights.
+    """
+    folder = Path(run.model.name)
+
+    def read_sizes() -> ModelSpec:
+        # Drawn weights have a folder with less in it than a fetch demands.
+        place = fetch.fetch_for_tokens(run.model) if weights == "stored" else folder
+        return spec_of_folder(place, run.model)
+
+    model = with_dtype(run.model, run.train, chip, read_sizes)
+    if weights == "random":
+        return read_model_files(folder, model), {"model_hash": None}
+    # A resumed run's rows were cut to this length when it began.
+    seq_len = None if start.checkpoint else run.data.seq_len
+    folder = fetch.fetch(model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
+    if ranks.local_rank == 0:
+        check_sums(folder)  # the base may be a model that an earlier run wrote
+    return read_model_files(folder, model), {"model_hash": weights_digest(folder)}
+
+
+def read_data(
+    run: Run,
+    start: Start,
+    files: ModelFiles,
+    hashes: dict[str, Any],
+    cut_answers: CutAnswers,
+    *,
+    why: bool,
+) -> TrainingData:
+    """Prepare the data, add its hashes to the base's, compare all with the checkpoint, and log what
+    is trained on; with `why` also how it was checked.
+    """
+    for line in files.describe():
+        log.info(line)
+    check_unchanged(start, run, hashes)
+    shares = shares_prompts(run, files.support.recurrent)
+    if start.progress is not None:
+        # Sums are rounded otherwise: a run goes on as it began.
+        shares = shares and bool(start.progress.shares_prompts)
+    data = prepare_data(
+        run,
+        files.tokenizer,
+        eos_ids(files.folder, files.tokenizer),
+        files.vocab_rows,
+        cut_answers=cut_answers,
+        position_limit=files.spec.position_limit,
+        shares_prompts=shares,
+    )
+    hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
+    if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:
+        hashes["reference_hash"] = adapter_digest(run.adapter.from_)
+    check_unchanged(start, run, hashes)
+    log.info(data.describe(why=why))
+    if run.adapter.from_ is not None and start.checkpoint is None:
+        for line in describe_earlier_run(run.adapter.from_, data):
+            log.info(line)
+    limit = files.spec.position_limit or files.spec.context
+    longest = int(data.train.lengths.max())
+    if longest > limit:
+        text = f"the longest example has {longest:,} tokens, but the model supports {limit:,}"
+        log.warning(f"{text}; fix: data.seq_len={limit}")
+    for line in describe_resume(start, run, data.schedule):
+        log.info(line)
+    return data
+
+
+def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
+    """Lines for the user where the run of the adapter that is continued had another base, or was
+    trained on rows that are held out now.
+
+    adapter: as in `adapter.from`; of one that is no run's nothing is known.
+    """
+    folder = find_adapter(adapter).folder
+    if not (folder.parent / RECIPE).is_file():
+        return []
+    name = from_here(folder.parent)
+    try:
+        earlier = load_recipe(folder.parent / RECIPE)
+    except TunesmithError as error:
+        return [f"warning: could not check what {name} was trained on: {error.what}"]
+    lines = []
+    base = data.run.model.name
+    if earlier.model.name != base:
+        lines.append(
+            f"warning: the base of {name} is {earlier.model.name}, and here it is {base}; if these "
+            f"are two models, fix: {shell_word(f'model.name={earlier.model.name}')}"
+        )
+    if data.validation is None:
+        return lines
+    tokenizer = data.template.tokenizer
+    seen, fault = find_trained_rows(
+        data.validation, earlier, data.run.data, data.template, tokenizer
+    )
+    if seen is None:
+        lines.append(
+            f"warning: could not check whether {name} was trained on held-out rows: {fault}"
+        )
+    elif seen.count:
+        lines.append(_warn_of_trained_rows(name, seen, len(data.validation)))
+    return lines
+
+
+def _warn_of_trained_rows(name: str, seen: Repeats, held_out: int) -> str:
+    return (
+        f"warning: {name} was trained on {seen.count:,} of the {held_out:,} rows that are held out "
+        f"now, so val_loss is too optimistic; first {seen.where} ({seen.earlier}); fix: name a "
+        "file without the rows of that run, or train on all rows from the base, without "
+        "adapter.from"
+    )
+
+
+def fill_steps(data: TrainingData) -> TrainingData:
+    """The data with rows repeated within an epoch where a step of the run would be short."""
+    schedule = data.schedule
+    data = data.repeated(schedule.steps(data.run.train.duration) or 0)
+    if data.schedule is not schedule:
+        last = schedule.steps_per_epoch(0)
+        log.info(
+            f"step {last} would be incomplete: rows are repeated within an epoch to fill every step"
+        )
+    return data
+
+
+def plan_model(
+    prepared: Prepared, start: Start, device: torch.device, ranks: Ranks, refused: str = ""
+) -> tuple[PreTrainedModel, RunPlan]:
+    """The model on meta, and what each of the ranks will do, on which mesh; why no base in 8 bits
+    will do, if it is `refused`.
+    """
+    run = prepared.run
+    files = prepared.files
+    data = prepared.data
+    with ranks.raise_on_all_ranks():
+        model = define_model(run, files)
+        shapes = eight_bit_shapes(model)
+        machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
+    machines, local = (
+        ranks.all_gather_object(machine),
+        # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
+        math.gcd(*ranks.all_gather_object(ranks.local_world)),
+    )
+    with ranks.raise_on_all_ranks():
+        machine, trained = common_machine(machines, ranks), count_trained(run, model)
+        if refused:
+            machine = replace(machine, scaling=(None, refused))
+        cluster = cluster_of(machine.name, ranks.world // local, local)
+        work = measure_work(run, files.spec, data.train, schedule=data.schedule)
+        plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
+        # `memory.host` is a rank's share; the ranks of a node have one host.
+        needed, there = plan.memory.host * ranks.local_world, available_memory()
+        if needed > there:
+            what = (
+                f"the host needs {size_text(needed)} for offloading, "
+                f"but only {size_text(there)} are available"
+            )
+            fix = "train.cpu_offload=[], or more nodes"
+            raise MachineError(
+                what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix
+            )
+    ranks.heartbeat.phase(Phase.LOADING)
+    return model, plan
+
+
+def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
+    """The machine that all ranks plan for: as each of them, with the least memory.
+
+    Raises:
+        MachineError: they differ in more. Ranks that compute otherwise would not give equal
+            numbers.
+    """
+    first = machines[0]
+    for rank, machine in enumerate(machines):
+        for part in ("attention", "compiles", "scaling", "integrated"):
+            value, first_value = getattr(machine, part), getattr(first, part)
+            if value != first_value:
+                raise MachineError(
+                    f"{ranks.name(rank)} and {ranks.name(0)} differ: "
+                    f"{part} {value}, and {first_value}",
+                    why="all ranks must compute identically",
+                    fix="make the nodes the same, or set what differs in the recipe, "
+                    "such as train.compile=off",
+                )
+    have_one_name = len({machine.name for machine in machines}) == 1
+    tightest = min(machines, key=lambda machine: machine.card_bytes)
+    return replace(
+        first,
+        free_bytes=min(machine.free_bytes for machine in machines),
+        card_bytes=tightest.card_bytes,
+        limit=tightest.limit,
+        # Each rank's own GPU, by its index.
+        device=machines[ranks.rank].device,
+        name=first.name if have_one_name else "",
+    )
