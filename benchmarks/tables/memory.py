@@ -23,7 +23,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
-from tunesmith.planning.memory import USABLE, MemoryEstimator
+from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator
 from tunesmith.planning.run_plan import Machine
 
 MODELS = ("llama3-3b", "llama3-8b", "llama3-70b")
@@ -80,7 +80,7 @@ def rows() -> Iterator[tuple[str, ...]]:
                 MemoryEstimator(run, spec, machine, trained).estimate(tokens).total
                 for run, tokens in cases
             ]
-            cards = [card for card, size in CARDS.items() if bytes_[0] <= size * USABLE]
+            cards = [card for card, size in CARDS.items() if bytes_[0] <= size * USABLE_SHARE]
             model = SHAPES[name].source.partition("/")[2]
             yield (
                 model,

@@ -31,7 +31,7 @@ from tunesmith.parallel.mesh import ALONE, Mesh
 from tunesmith.parallel.shard import shard_model
 from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
-from tunesmith.planning.memory import USABLE
+from tunesmith.planning.memory import USABLE_SHARE
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
 from tunesmith.quant.llama4_experts import choose_top_k
@@ -160,7 +160,7 @@ def build_model(
         peft_files.load_adapter(model, adapter)
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
         # Of what was free before anything was built: the trial counts all that is allocated.
-        budget = int(plan.memory.free * USABLE)
+        budget = int(plan.memory.free * USABLE_SHARE)
         meter = MemoryMeter(device)
         shares = max(mesh.shape.shard, mesh.shape.tensor) > 1
         plan = calibrate_recompute(

@@ -46,7 +46,6 @@ NAMES = {
 }  # fmt: skip
 REFUSED = {
     "8xh10": ("there is no machine '8xh10'", "did you mean --on 8xh100?"),
-    "2x8h100": ("there is no machine '2x8h100'", "did you mean --on 2x8xh100?"),
     "a100": ("there is no machine 'a100'", "did you mean --on a100-80gb or --on a100-40gb?"),
     "2xsprak": ("there is no machine '2xsprak'", "did you mean --on 2xspark?"),
     # Another card than the RTX PRO 6000.
@@ -387,21 +386,6 @@ def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str
     assert sum(parts) == pytest.approx(1000 * float(seconds[1]), abs=0.1)
 
 
-@pytest.mark.parametrize(
-    ("fits", "text"),
-    [
-        ((True,), "1 more fits"),
-        ((True, True, False), "2 more fit, 1 does not"),
-        ((True, False, False), "1 more fits, 2 do not"),
-        ((False,), "1 more does not fit"),
-        ((False, False), "2 more do not fit"),
-    ],
-)
-def test_meshes_that_are_not_shown_are_counted(fits: tuple[bool, ...], text: str) -> None:
-    hidden = [SimpleNamespace(fits=each) for each in fits]
-    assert cli_plan._describe_hidden(hidden) == text  # type: ignore[arg-type]
-
-
 def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -640,7 +624,7 @@ def test_the_time_on_this_cpu_is_a_range_around_a_trial_of_it(
     assert main(["plan", str(file)]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^1 x 1 x 1 .* ~[\d.]+ +~[\d,]+ +0%$", shown, re.MULTILINE)
-    assert re.search(r": about \d+ to \d+ (s|min|h), ", shown)
+    assert re.search(r": about (\S+ )+to (\S+ )*\S+, ", shown)
 
 
 def test_a_trial_that_fails_leaves_a_plan_of_memory(

@@ -26,7 +26,7 @@ from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute, revise_recomputed
 from tunesmith.planning.memory import MemoryEstimator, fewest_recomputed
-from tunesmith.planning.micro_batch import LENGTHS
+from tunesmith.planning.micro_batch import MIN_ROW_LENGTHS
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.planning.savings import check_memory_fits
@@ -248,7 +248,7 @@ def test_without_expandable_segments_micro_batches_have_few_lengths(
         whole = sum(batch.input_ids.numel() for batch in batches)
         padding.append(1 - sum(batch.tokens for batch in batches) / whole)
     varied, few = counts
-    assert few <= 2 * LENGTHS
+    assert few <= 2 * MIN_ROW_LENGTHS
     assert varied > (30 if compiles else 60)
     assert padding[1] - padding[0] < 0.06, "the price of it"
 

@@ -24,10 +24,10 @@ from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, read_spec
 from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster
-from tunesmith.planning.memory import USABLE
+from tunesmith.planning.memory import USABLE_SHARE
 from tunesmith.planning.resolve import probe_machine
 from tunesmith.planning.run_plan import Machine, RunPlan
-from tunesmith.planning.savings import ALLOCATABLE, check_memory_fits, warn_of_overrun
+from tunesmith.planning.savings import ALLOCATABLE_SHARE, check_memory_fits, warn_of_overrun
 from tunesmith.planning.workload import measure_work
 from tunesmith.units import Size
 
@@ -98,7 +98,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
     for words, claimed in changes.items():
         # As the user would: the same recipe, with the words on the command line.
         again = plan_of(load_recipe(recipe, [*words_of(keys), *shlex.split(words)]), shape, gib)
-        assert again.memory.total <= gib * GIB * USABLE, words
+        assert again.memory.total <= gib * GIB * USABLE_SHARE, words
         # The size of an adapter that the recipe does not have yet is worked out without its model.
         tolerance = 0.7 if "adapter.kind" in words else 0.06
         assert again.memory.total / GIB == pytest.approx(
@@ -139,7 +139,7 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
     assert words == "model.quantize=nf4"
     again = plan_of(load_recipe(recipe, [*keys, words]), "llama3-8b", gib)
     needed = again.memory.total - again.memory.copies
-    assert gib * GIB * USABLE < needed <= gib * GIB * ALLOCATABLE
+    assert gib * GIB * USABLE_SHARE < needed <= gib * GIB * ALLOCATABLE_SHARE
     assert float(claimed.partition(" GiB")[0]) == pytest.approx(needed / GIB, abs=0.06)
 
 
@@ -159,12 +159,12 @@ def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(
 
 
 def test_what_fits_but_leaves_little_is_not_refused(recipe: Path) -> None:
-    """The planner aims below USABLE; a plan between that and ALLOCATABLE is tried, and has advice
+    """The planner aims below USABLE_SHARE; a plan between that and ALLOCATABLE_SHARE is tried, and has advice
     in case it fails.
     """
     keys = {"train.recompute": "none", "train.micro_batch": "2048 tokens"}
     plan = plan_of(load_recipe(recipe, keys), "llama3-8b", 26)
-    assert USABLE < plan.memory.total / plan.memory.free < ALLOCATABLE
+    assert USABLE_SHARE < plan.memory.total / plan.memory.free < ALLOCATABLE_SHARE
     assert plan.savings()[0].keys == "train.recompute=full"
     assert plan.savings()[0].resumes
     assert "train.recompute" not in plan.less_memory(recompute=False)
@@ -175,9 +175,9 @@ def test_a_checkpoint_s_copies_refuse_nothing(recipe: Path) -> None:
     run = load_recipe(recipe, {"train.recompute": "full", "train.micro_batch": "2048 tokens"})
     memory = plan_of(run, "llama3-8b", 139).memory
     needed = memory.total - memory.copies
-    assert plan_of(run, "llama3-8b", 1.001 * needed / ALLOCATABLE / GIB).memory.total > needed
+    assert plan_of(run, "llama3-8b", 1.001 * needed / ALLOCATABLE_SHARE / GIB).memory.total > needed
     with pytest.raises(MachineError):
-        plan_of(run, "llama3-8b", 0.999 * needed / ALLOCATABLE / GIB)
+        plan_of(run, "llama3-8b", 0.999 * needed / ALLOCATABLE_SHARE / GIB)
 
 
 def test_on_a_cpu_only_what_no_machine_memory_holds_is_refused(recipe: Path) -> None:

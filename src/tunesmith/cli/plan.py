@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.planning.forecast import Forecast, Planner
     from tunesmith.planning.machines import Cluster
-    from tunesmith.training.on_paper import Rows
+    from tunesmith.training.on_paper import StatedRows
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,13 @@ ROWS_FIX = "give their number: --rows N"
 # Below the table of several GPUs.
 MESH_TEXT = (
     "(a way to divide the GPUs is a mesh: copies of the model x shards of its layers x parts of "
-    "each matrix; idle: the share of GPUs that a step has too few examples for)"
+    "each matrix; of those within 5 % of the fastest the simplest comes first; idle: the share of "
+    "GPUs that a step has too few examples for)"
 )
 # Meshes that are shown without --all.
-SHOWN = 3
+SHOWN_MESHES = 3
 # Parts of a step that take a smaller share of it are not shown.
-SMALLEST_PART = 0.01
+MIN_SHOWN_SHARE = 0.01
 # What the phases of memory and the parts of a step are called here; --json has the short names.
 PHASES = {"load": "while it loads", "step": "in a step", "save": "while it saves"}
 PARTS = {
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help=f"show every mesh (default: the best {SHOWN} that fit)",
+        help=f"show every mesh (default: the best {SHOWN_MESHES} that fit)",
     )
     parser.add_argument("--price", type=_price, metavar="USD", help="USD per GPU-hour")
     add_json(parser)
@@ -125,10 +126,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_report(planner, forecasts, args.price, folder), indent=1, default=vars))
     else:
-        shown = forecasts if args.all else _best(forecasts)
-        lines = _table(planner, forecasts, shown)
+        fitting = [forecast for forecast in forecasts if forecast.fits][:SHOWN_MESHES]
+        lines = _table(planner, forecasts, forecasts if args.all else fitting or [best])
         if best.fits:
-            lines += _details(planner, forecasts, args.price, folder)
+            lines += _details(planner, best, args.price, folder)
         show("\n".join(lines), sys.stdout)
     check_memory_fits(best.plan, planner.machine, where=cluster.describe())
     return EXIT_OK
@@ -149,13 +150,13 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
     return read_cluster(machines[0], args.assume)
 
 
-def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, Rows]":
+def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, StatedRows]":
     """The recipe, and what is said of its rows, which a new recipe was chosen by."""
     from tunesmith.config.dump import flatten
-    from tunesmith.training.on_paper import Rows
+    from tunesmith.training.on_paper import StatedRows
 
     recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows, ranks=ranks)
-    rows = Rows(args.rows, args.length)
+    rows = StatedRows(args.rows, args.length)
     if new_recipe is None:
         return recipe, rows
     values = flatten(recipe)
@@ -172,16 +173,6 @@ def _price(text: str) -> float:
         if 0 < (price := float(text)) < math.inf:
             return price
     raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-
-
-def _cost(planner: "Planner", forecast: "Forecast", price: float) -> float | None:
-    """USD of the whole run; None where its hours are unknown."""
-    return forecast.hours * price * planner.cluster.world if forecast.hours else None
-
-
-def _dollars_text(dollars: float) -> str:
-    """`1,234`, and `9.28` of a few."""
-    return f"{dollars:,.0f}" if dollars >= 10 else f"{dollars:,.2f}"
 
 
 def _report(
@@ -201,17 +192,12 @@ def _report(
         "work": planner.work._asdict(),
         "checkpoint_bytes": size,
     }
+    hours = forecasts[0].hours
     if price:
-        report["cost_usd"] = _cost(planner, forecasts[0], price)
-    if forecasts[0].hours and _measured_here(planner):
-        report["hours_range"] = [forecasts[0].hours * factor for factor in TRIAL_RANGE]
+        report["cost_usd"] = hours * price * planner.cluster.world if hours else None
+    if hours and _measured_here(planner):
+        report["hours_range"] = [hours * factor for factor in TRIAL_RANGE]
     return report | {"meshes": meshes}
-
-
-def _best(forecasts: "list[Forecast]") -> "list[Forecast]":
-    """The first few that fit; where none does, the one that needs the least."""
-    fitting = [forecast for forecast in forecasts if forecast.fits]
-    return fitting[:SHOWN] or forecasts[:1]
 
 
 def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecast]") -> list[str]:
@@ -236,9 +222,8 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     lines += [_row(planner, forecast) for forecast in shown]
     if planner.cluster.world > 1:
         lines.append(MESH_TEXT)
-    hidden = [forecast for forecast in forecasts if forecast not in shown]
-    if hidden:
-        lines.append(f"({_describe_hidden(hidden)}: --all shows every one)")
+    if len(forecasts) > len(shown):
+        lines.append(f"({len(forecasts) - len(shown)} more meshes: --all shows every one)")
     best = forecasts[0].plan
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"
@@ -247,17 +232,6 @@ def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecas
     long_warmup = describe_long_warmup(planner.run.train, work.steps)
     lines += [f"warning: {text}" for text in long_warmup]
     return lines
-
-
-def _describe_hidden(hidden: "list[Forecast]") -> str:
-    """`9 more fit, 1 does not`."""
-    fitting = sum(forecast.fits for forecast in hidden)
-    failing = len(hidden) - fitting
-    do_not = "does not" if failing == 1 else "do not"
-    if not fitting:
-        return f"{failing} more {do_not} fit"
-    text = f"{fitting} more {'fits' if fitting == 1 else 'fit'}"
-    return f"{text}, {failing} {do_not}" if failing else text
 
 
 def _largest_phase(planner: "Planner", forecast: "Forecast") -> tuple[str, int]:
@@ -313,28 +287,19 @@ def _optimizer_lines(run: "Run") -> list[str]:
 
 
 def _details(
-    planner: "Planner", forecasts: "list[Forecast]", price: float | None, base: Path | None
+    planner: "Planner", best: "Forecast", price: float | None, base: Path | None
 ) -> list[str]:
-    """What the first mesh does: memory, seconds of a step, what is sent, disk, hours."""
-    from tunesmith.planning.forecast import MIN_GAIN
+    """What the best mesh does: memory, seconds of a step, what is sent, disk, hours."""
     from tunesmith.planning.resolve import checkpoint_bytes
 
-    best = forecasts[0]
     step_seconds = best.step_seconds or 0
-    lines = []
-    # The order is by speed with a margin, so the first need not be the fastest.
-    if any(f.fits and (f.step_seconds or 0) < step_seconds for f in forecasts):
-        lines.append(
-            f"another is faster by less than {MIN_GAIN:.0%}, which is within the error of a "
-            "forecast: the first has fewer shards or tensor ranks, or stays within nodes"
-        )
     is_gpu = planner.machine.device == "cuda"
     device = "a GPU" if is_gpu else "the process, without 0.5 GiB of Python and its libraries"
     phase, largest = _largest_phase(planner, best)
     needed = f"{largest / GIB:.1f} of {best.room / GIB:.1f} usable GiB {PHASES[phase]}"
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
-    lines.append(f"memory of {device}: {needed}: {best.plan.memory.describe()}")
+    lines = [f"memory of {device}: {needed}: {best.plan.memory.describe()}"]
     lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
@@ -346,11 +311,6 @@ def _details(
     size, copies = checkpoint_bytes(planner.run, planner.trained, base)
     most = f"at most {copies} at once, {size_text(copies * size)}"
     lines.append(f"disk: {size_text(size)} per checkpoint, {most}")
-    if best.hides_from:
-        lines.append(
-            "reading other ranks' weights overlaps with compute if a micro batch has "
-            f"{best.hides_from:,} tokens or more"
-        )
     warning = planner.warn_of_exposed_gathers(best)
     if warning:
         lines.append(warning)
@@ -366,7 +326,7 @@ def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:
     parts = [
         f"{PARTS.get(part, part)} {scale * value:.2f}"
         for part, value in forecast.seconds.items()
-        if value >= SMALLEST_PART * step_seconds
+        if value >= MIN_SHOWN_SHARE * step_seconds
     ]
     lines = [f"{unit} of a step: {', '.join(parts)}"]
     if forecast.hidden_seconds:
@@ -386,41 +346,24 @@ def _measured_here(planner: "Planner") -> bool:
     return planner.cluster.chip.source == MEASURED_HERE
 
 
-def _duration(planner: "Planner", hours: float) -> str:
-    """`_time_text`, or a range as `3 to 8 min`, where a trial on this CPU gave the speed."""
-    if not _measured_here(planner):
-        return _time_text(hours)
-    least, most = (3600 * hours * factor for factor in TRIAL_RANGE)
-    units = {"h": 3600, "min": 60, "s": 1}
-    unit, size = next(item for item in units.items() if least >= 2 * item[1] or item[0] == "s")
-    return f"{math.floor(least / size)} to {math.ceil(most / size)} {unit}"
-
-
 def _hours(
     planner: "Planner", best: "Forecast", price: float | None, *, checkpoint_size: int
 ) -> list[str]:
     """How long the run takes and what it costs, or a part of it where the whole is not known."""
-    from tunesmith.planning.workload import FILLED
-
-    gpus = planner.cluster.world
+    hourly = (price or 0) * planner.cluster.world
     if best.hours:
-        duration = _duration(planner, best.hours)
+        duration = _time_text(best.hours)
         if _measured_here(planner):
-            duration = f"about {duration}, as {planner.cluster.chip.source}"
-        dollars = _cost(planner, best, price) if price else None
-        cost = f", {_dollars_text(dollars)} USD" if dollars else ""
-        beside = (
-            f"loading, compilation, validation and checkpoints "
+            least, most = (_time_text(best.hours * factor) for factor in TRIAL_RANGE)
+            duration = f"about {least} to {most}, as {planner.cluster.chip.source}"
+        cost = f", {best.hours * hourly:,.2f} USD" if price else ""
+        return [
+            f"the run's steps: {duration}{cost}; loading, compilation, validation and checkpoints "
             f"of {size_text(checkpoint_size)} come on top"
-        )
-        if planner.run.validate.patience:
-            beside += "; less where validate.patience ends it"
-        if FILLED in planner.work.source:
-            beside += "; less with --length TOKENS, if the examples are shorter than assumed"
-        return [f"the run's steps: {duration}{cost}; {beside}"]
+        ]
     if best.tokens_per_second:
         hours = 1e6 / best.tokens_per_second / 3600
-        cost = f" and {hours * price * gpus:,.2f} USD" if price else ""
+        cost = f" and {hours * hourly:,.2f} USD" if price else ""
         return [
             f"per million tokens: {_time_text(hours)}{cost}; the number of rows is "
             f"unknown, and so are the hours of the run: {ROWS_FIX}, or set "

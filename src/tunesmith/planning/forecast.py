@@ -21,7 +21,7 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import MEASURED_HERE, Cluster
 from tunesmith.planning.measured_layers import count_adapter
-from tunesmith.planning.memory import USABLE, MemoryEstimator, usable_share
+from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator, usable_share
 from tunesmith.planning.micro_batch import most_tokens, rank_step, step_units
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.planning.step_time import Step, StepTime
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 # The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
 # the nodes, or a micro batch over that of `auto`, which knows of no link. Forecasts differ from
 # measurements by as much.
-MIN_GAIN = 0.05
+MIN_GAIN_SHARE = 0.05
 # A model whose first layers and head have more parameters is not tried on a CPU, which would take
 # many seconds.
-MOST_TRIED = 1_000_000_000
+MAX_TRIED_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Planner:
         size += sum(layer.matmul + layer.experts for layer in spec.layers[:TRIAL_LAYERS])
         is_recurrent = any(layer.mixing == "recurrent" for layer in spec.layers)
         is_dense = scheme_of(run.model, spec.quantized) is DENSE
-        if not best.fits or size > MOST_TRIED or is_recurrent or not is_dense:
+        if not best.fits or size > MAX_TRIED_PARAMETERS or is_recurrent or not is_dense:
             return self
         try:
             tflops, bandwidth = measure_cpu(run, spec, config, best.plan, self.work)
@@ -185,7 +185,7 @@ class Planner:
         run = self.run
         mesh = forecast.plan.mesh
         exposed = forecast.seconds.get("shards", 0.0)
-        if not forecast.step_seconds or exposed <= MIN_GAIN * forecast.step_seconds:
+        if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
             return None
         share = rank_step(run, self.work.step, mesh).mean
         if share >= forecast.hides_from:
@@ -210,8 +210,9 @@ class Planner:
         the memory that they lack.
 
         A mesh with more shards or tensor ranks than another, or with groups over several nodes,
-        comes first only if its step is shorter by MIN_GAIN of the other's at least. Where no speed
-        is known, those that fit keep the order of `meshes_for`, and groups over nodes come last.
+        comes first only if its step is shorter by MIN_GAIN_SHARE of the other's at least. Where no
+        speed is known, those that fit keep the order of `meshes_for`, and groups over nodes come
+        last.
         """
         forecasts = [self.fastest(mesh) for mesh in self.meshes()]
         # The class of the best: whether it fails to fit, fits tightly (`Forecast.tight`), or spans
@@ -220,7 +221,7 @@ class Planner:
         contenders = []
         for forecast in forecasts:
             *forecast_class, cost = self._order(forecast)
-            if forecast_class == best_class and (1 - MIN_GAIN) * cost <= least_cost:
+            if forecast_class == best_class and (1 - MIN_GAIN_SHARE) * cost <= least_cost:
                 contenders.append(forecast)
         # `meshes_for` has those with the fewest tensor ranks and shards first, and `min` takes the
         # first of equal ones.
@@ -252,8 +253,8 @@ class Planner:
         largest = min(limit, rank_step(self.run, self.work.step, mesh).largest)
         best = auto
         fails, tight, cost = auto.order
-        # Another micro batch than that of `auto` must save MIN_GAIN of its cost.
-        least = (fails, tight, (1 - MIN_GAIN) * cost)
+        # Another micro batch than that of `auto` must save MIN_GAIN_SHARE of its cost.
+        least = (fails, tight, (1 - MIN_GAIN_SHARE) * cost)
         tokens = self.run.row_tokens
         while tokens <= largest:
             forecast = self.forecast(mesh, Size(tokens, "tokens"))
@@ -303,8 +304,8 @@ class Planner:
         return Forecast(
             plan,
             fits=needed <= room,
-            # `room` is what can be allocated; USABLE of the memory is what is planned with.
-            tight=needed > room * USABLE / savings.ALLOCATABLE,
+            # `room` is what can be allocated; USABLE_SHARE of the memory is what is planned with.
+            tight=needed > room * USABLE_SHARE / savings.ALLOCATABLE_SHARE,
             room=room,
             phases=self._phase_bytes(plan),
             # Ranks without a unit in the last round wait for those with one.

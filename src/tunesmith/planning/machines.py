@@ -113,10 +113,6 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
         names = [*CHIPS, *(re.sub("^(rtx|dgx)-", "", key) for key in CHIPS)]
         near = near or [key for key in (nearest(name, names),) if key]
         counts_of_text = words.removesuffix(name) if match and "0" not in match.groups() else ""
-        # `8h100`: eight of them.
-        count_alone = re.match(r"\d+(?=-?(.*))", name)
-        if count_alone and any(_is_called(count_alone[1], *chip) for chip in CHIPS.items()):
-            near = [f"{count_alone[0]}x{count_alone[1]}"]
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
         if near:
             fix = f"did you mean {' or '.join(f'--on {counts_of_text}{key}' for key in near)}?"

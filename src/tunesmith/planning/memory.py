@@ -36,10 +36,10 @@ from tunesmith.units import ceil_div
 GATHERED_LAYERS = 3
 # The share of the free memory that is planned with: the rest is the allocator's, and the estimate's
 # error.
-USABLE = 0.9
+USABLE_SHARE = 0.9
 # The share of a CPU's free memory that is planned with: a run's resident memory exceeded the
 # estimate by up to a quarter there (docs/plan.md).
-USABLE_ON_CPU = 0.8
+USABLE_CPU_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -490,7 +490,7 @@ def fewest_recomputed(room: float, layers: Sequence[int], recomputed_layer: int)
 
 def usable_share(device: str) -> float:
     """The share of a device's free memory to plan with."""
-    return USABLE_ON_CPU if device == "cpu" else USABLE
+    return USABLE_CPU_SHARE if device == "cpu" else USABLE_SHARE
 
 
 def moved_to_host(run: Run, machine: Machine) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.run_plan import Machine, MicroBatchLayout
 from tunesmith.units import Size, ceil_div
 
-MAX_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
+MAX_MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 4096}  # a larger micro batch is not faster
 # Of a mixture on a GPU: each pass reads all experts, whatever few a token is multiplied with.
-MAX_TOKENS_OF_MIXTURE = 32768
+MAX_MIXTURE_TOKENS = 32768
 # Operations in the time of a byte, in 16 bits and in 8, by Machine.integrated. An H200 reaches 700
 # TFLOP/s (in 8 bits twice that) and 4 TB/s, and other discrete cards lie between 150 and 300; a
 # GB10 92 (in 8 bits 188) and 226 GB/s. So a pass over 70B in nf4 costs as much as 396 tokens on an
@@ -36,7 +36,7 @@ OPERATIONS_PER_BYTE = {
 EXPERT_ROWS = (5, 17)
 GROUPED_ROWS = (20, 35)
 # A second forward, as a share of a step: 2 of 6 operations, or of 4.
-RECOMPUTE_COST = {"none": 1 / 3, "lora": 1 / 2}
+RECOMPUTE_SHARE = {"none": 1 / 3, "lora": 1 / 2}
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a
 # usual step...
 ROW_MULTIPLE = 128
@@ -45,15 +45,15 @@ DOCUMENT_BLOCK = 128
 # Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the
 # allocator, which no other length fits. So rows of varied steps are padded to one of at least so
 # many lengths, and fewer than twice as many.
-LENGTHS = 16
+MIN_ROW_LENGTHS = 16
 
 
 def most_tokens(spec: ModelSpec, device: str) -> int:
     """Tokens of the largest micro batch that is planned on a device, `cuda:0` or `cpu`."""
     device_type = device.partition(":")[0]
     if device_type == "cuda" and any(layer.experts for layer in spec.layers):
-        return MAX_TOKENS_OF_MIXTURE
-    return MAX_TOKENS[device_type]
+        return MAX_MIXTURE_TOKENS
+    return MAX_MICRO_BATCH_TOKENS[device_type]
 
 
 def step_units(run: Run) -> int:
@@ -104,7 +104,7 @@ class PassCosts:
         estimator = self.estimator
         memory = estimator.estimate(tokens)
         recomputed = memory.recomputed_layers / estimator.spec.depth
-        work = 1 + RECOMPUTE_COST[estimator.run.adapter.kind] * recomputed
+        work = 1 + RECOMPUTE_SHARE[estimator.run.adapter.kind] * recomputed
         micro_batches = math.ceil(step.mean / tokens)
         if fixed:
             # Padding up to the fixed size is computed too.
@@ -197,9 +197,9 @@ def layout_of(
     """The shapes of micro batches of `size`, which have up to so many tokens."""
     bucket = 1
     if machine.integrated:
-        # The largest power of two in a LENGTHS-th of the longest row.
+        # The largest power of two in a MIN_ROW_LENGTHS-th of the longest row.
         row = tokens if run.data.pack else longest
-        bucket = 1 << max(0, (row // LENGTHS).bit_length() - 1)
+        bucket = 1 << max(0, (row // MIN_ROW_LENGTHS).bit_length() - 1)
     if not machine.compiles[0]:
         return MicroBatchLayout(size, multiple=bucket)
     max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Of the free memory, which weights in fp32 may take where bf16 has no units.
-MOST_WEIGHTS = 0.5
+MAX_FP32_SHARE = 0.5
 
 
 def resolve_dtype(
@@ -84,7 +84,7 @@ def resolve_dtype(
         return chosen(half, f"as the base is quantized, although {name} has no units for bf16")
     weights = sizes.parameters * torch.float32.itemsize
     fp32_weights = f"weights of {weights / 2**30:.2g} GiB in fp32"
-    if weights < MOST_WEIGHTS * chip.gib * 2**30:
+    if weights < MAX_FP32_SHARE * chip.gib * 2**30:
         return chosen("fp32", f"as {name} has no units for bf16, and {fp32_weights} fit")
     too_large = f"{fp32_weights} leave too little of {chip.gib:.2g} GiB"
     return chosen(half, f"although {name} has no units for bf16: {too_large}")

@@ -15,15 +15,15 @@ from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.parallel.mesh_shape import MeshShape
-from tunesmith.planning.memory import USABLE_ON_CPU, moved_to_host
+from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.units import Size
 
 # A plan beyond this is refused. Weights, gradients and moments are counted, and the one estimate of
 # activations that was compared with a GPU was 1.5 % too small; segments that the allocator cannot
 # fill take a few percent (not measured).
-ALLOCATABLE = 0.97
-SHORTEST = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
+ALLOCATABLE_SHARE = 0.97
+MIN_SEQ_LEN = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
 ADAPTER: Keys = {
@@ -154,7 +154,7 @@ def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
         [{"train.master_weights": "stochastic"}],
         [{"train.optimizer_in_backward": True, "train.clip_norm": None}],
         [{"model.quantize": "nf4"}],
-        [_shorter(run, length, longest) for length in _halves(run.data.seq_len, SHORTEST)],
+        [_shorter(run, length, longest) for length in _halves(run.data.seq_len, MIN_SEQ_LEN)],
     ]
 
 
@@ -247,7 +247,7 @@ def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
     if machine.device != "cpu" or not machine.card_bytes:
         return False
     needed = plan.memory.total - plan.memory.copies
-    return needed > machine.free_bytes * USABLE_ON_CPU
+    return needed > machine.free_bytes * USABLE_CPU_SHARE
 
 
 def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
@@ -256,7 +256,7 @@ def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
     if machine.limit is None:
         return keys
     # Of what the limit allows a part is planned with, so more than the estimate must be there.
-    missing = int(plan.memory.total / USABLE_ON_CPU) - machine.free_bytes
+    missing = int(plan.memory.total / USABLE_CPU_SHARE) - machine.free_bytes
     larger = machine.limit.fix(max(0, missing))
     return f"{keys} or {larger}" if larger else keys
 
@@ -270,7 +270,7 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     """
     memory = plan.memory
     if plan.device.startswith("cuda"):
-        return memory.total - memory.copies, int(machine.free_bytes * ALLOCATABLE)
+        return memory.total - memory.copies, int(machine.free_bytes * ALLOCATABLE_SHARE)
     return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 

@@ -30,7 +30,7 @@ from tunesmith.config.schema import Run
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator
-from tunesmith.planning.micro_batch import RECOMPUTE_COST, PassCosts, rank_step
+from tunesmith.planning.micro_batch import RECOMPUTE_SHARE, PassCosts, rank_step
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.planning.workload import Workload
 from tunesmith.units import ceil_div
@@ -44,20 +44,6 @@ PRODUCT_SPEED = 1.27
 TILE_ROWS = 128
 # Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
 UPDATE_BYTES = 46
-
-
-class TokenTime(NamedTuple):
-    """Seconds of a token, forward and backward, on one rank.
-
-    Attributes:
-        products: those of experts not among them.
-        expert_copies: what moves the k copies of a token, around the products of experts.
-    """
-
-    products: float
-    attention: float
-    experts: float
-    expert_copies: float
 
 
 class Collective(NamedTuple):
@@ -217,7 +203,7 @@ class Step:
 
         # A frozen weight has no gradient of its own: two matmuls a token in place of three.
         passes = 2 if self.estimator.trains_adapter else 3
-        seconds = self.tokens * sum(self.token_time) / micro_batches
+        seconds = self.tokens * sum(self.token_seconds.values()) / micro_batches
         forward = seconds / passes
         backward = (1 + self._recompute_share) * seconds - forward
         exposed += max(0.0, beside_forward - forward) + max(0.0, beside_backward - backward)
@@ -239,8 +225,8 @@ class Step:
         )
 
     @cached_property
-    def token_time(self) -> TokenTime:
-        """What a token takes in the plan's micro batches."""
+    def token_seconds(self) -> dict[str, float]:
+        """What a token takes in the plan's micro batches, forward and backward, by part."""
         tflops = self.cluster.chip.tflops
         assert tflops is not None
         work = self.work
@@ -250,13 +236,15 @@ class Step:
             rate *= EIGHT_BIT_SPEED
         # The ranks of a tensor group share a token's work.
         operations = work.operations / self.plan.mesh.tensor
-        traffic = PassCosts(self.estimator).expert_traffic
-        return TokenTime(
-            products=operations * (1 - work.attention - work.experts) / rate,
-            attention=operations * work.attention / rate,
-            experts=operations * work.experts * self._tile_cost() / product_rate,
-            expert_copies=traffic / self._memory_bandwidth,
-        )
+        seconds = {
+            "products": operations * (1 - work.attention - work.experts) / rate,
+            "attention": operations * work.attention / rate,
+        }
+        if work.experts:
+            traffic = PassCosts(self.estimator).expert_traffic
+            seconds["experts"] = operations * work.experts * self._tile_cost() / product_rate
+            seconds["copies for experts"] = traffic / self._memory_bandwidth
+        return seconds
 
     def _tile_cost(self) -> float:
         """What the products of experts cost beside the same with full tiles."""
@@ -271,13 +259,12 @@ class Step:
     @property
     def _recompute_share(self) -> float:
         """What recomputed layers add to a step's products, as a share of them."""
-        cost = RECOMPUTE_COST[self.run.adapter.kind]
+        cost = RECOMPUTE_SHARE[self.run.adapter.kind]
         return cost * self.plan.recomputed_layers / self.spec.depth
 
     def _compute_seconds(self) -> dict[str, float]:
         """The parts of the step that are no communication."""
-        time = self.token_time
-        token_seconds = sum(time)
+        token_seconds = sum(self.token_seconds.values())
         costs = PassCosts(self.estimator)
         passes = costs.pass_tokens * token_seconds
         # A layer that recomputes reads its experts a third time.
@@ -285,18 +272,13 @@ class Step:
         passes += reads * costs.expert_pass_bytes / self._memory_bandwidth
         if self.estimator.machine.device == "cpu":
             passes = 0.0  # its measured rate is that of such passes
-        parts = {
-            "products": self.tokens * time.products,
-            "attention": self.tokens * time.attention,
+        parts = {name: self.tokens * seconds for name, seconds in self.token_seconds.items()}
+        return parts | {
             "recompute": self.tokens * token_seconds * self._recompute_share,
             "fixed cost of passes": self.micro_batches * passes,
             "update": UPDATE_BYTES * self.estimator.trained_here / self._memory_bandwidth,
             "shard copies": self._copied_bytes() / self._memory_bandwidth,
         }
-        if self.work.experts:
-            parts["experts"] = self.tokens * time.experts
-            parts["copies for experts"] = self.tokens * time.expert_copies
-        return parts
 
     @property
     def _memory_bandwidth(self) -> float:

@@ -16,9 +16,6 @@ from tunesmith.planning.measured_layers import count_active_adapter
 from tunesmith.planning.micro_batch import step_units
 from tunesmith.units import ceil_div, count_of
 
-# How a workload describes examples of unknown length.
-FILLED = "assumed to fill data.seq_len"
-
 
 class Workload(NamedTuple):
     """What a run trains on.
@@ -57,16 +54,11 @@ def _describe_assumed(
         counted += " (--rows)"
     if held_out:
         counted += f", {held_out:,} of them held out"
-    sequences = run.row_tokens // run.data.seq_len
-    each = f"{FILLED}, {run.data.seq_len:,} tokens each"
+    each = f"assumed to fill data.seq_len, {run.row_tokens:,} tokens each"
     if length:
         each = f"about {length:,} tokens each"
-        if is_estimated:
-            are_texts = all(source.format == "text" for source in run.data.train)
-            without = "" if are_texts else ", without a chat template"
-            each += f" (estimated from characters{without})"
-    elif sequences > 1:
-        each = f"{FILLED}, {sequences} x {run.data.seq_len:,} tokens each"
+    if is_estimated:
+        each += " (estimated from characters, without a chat template)"
     return f"{counted}, {each}, all counted as supervised"
 
 

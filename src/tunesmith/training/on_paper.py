@@ -40,7 +40,7 @@ ROWS_FIX = "give their number: --rows N"
 
 
 @dataclass(frozen=True)
-class Rows:
+class StatedRows:
     """What is said of the rows of `data.train`; None: nothing.
 
     Attributes:
@@ -63,7 +63,7 @@ class PaperModel(NamedTuple):
     folder: Path | None
 
 
-def prepare_on_paper(run: Run, cluster: Cluster, rows: Rows) -> tuple[Planner, Path | None]:
+def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Planner, Path | None]:
     """The planner of a recipe on machines that need not be here, and the model's folder, if any.
 
     The shapes of models of recipes that ship are in the package: they take no network, no token and
@@ -137,7 +137,7 @@ def _warn_of_missing(run: Run) -> None:
 
 
 def _work_of(
-    run: Run, spec: ModelSpec, folder: Path | None, rows: Rows, *, shares: bool
+    run: Run, spec: ModelSpec, folder: Path | None, rows: StatedRows, *, shares: bool
 ) -> Workload:
     """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
 
