@@ -21,7 +21,7 @@ from recipes import make_run, merge
 from tunesmith.errors import DataError, ModelError, RecipeError, StoppedError, TunesmithError
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.model.safetensors_files import weights_digest
-from tunesmith.planning import resolve
+from tunesmith.planning import micro_batch
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.training import trainer
 from tunesmith.training.result import Result
@@ -87,7 +87,7 @@ def test_other_free_memory_does_not_change_the_numbers(
     Here the memory alone would choose another one after the stop.
     """
     chosen: list[int] = []
-    fastest = resolve.fastest_micro_batch
+    fastest = micro_batch.fastest_micro_batch
 
     def choose(*args: Any, **options: Any) -> int:
         chosen.append(fastest(*args, **options) if not chosen else 128)
@@ -96,7 +96,7 @@ def test_other_free_memory_does_not_change_the_numbers(
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(resolve, "fastest_micro_batch", choose)
+        patch.setattr(micro_batch, "fastest_micro_batch", choose)
         run = make_run(tiny, tmp_path / "cut", **DROPOUT)
         with refuses(StoppedError, names=["SIGTERM"]):
             train(run, quiet=True, on_record=stopping(2))
@@ -130,7 +130,7 @@ def test_another_micro_batch_is_told(
     assert effect in told[0]
     shown.clear()
     monkeypatch.setattr(MemoryEstimator, "overrun", lambda *args: 2.0)
-    monkeypatch.setattr(resolve, "fastest_micro_batch", lambda *args, **options: 384)
+    monkeypatch.setattr(micro_batch, "fastest_micro_batch", lambda *args, **options: 384)
     go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
     told = [line for line in shown if "micro batch is" in line]
     assert len(told) == 1

@@ -7,6 +7,7 @@ fixed cost of a forward and backward, a smaller one leaves memory for activation
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
@@ -73,6 +74,58 @@ def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
     # Examples and rows are not divided: the busiest rank's share is rounded up.
     share = ceil_div(units, mesh.data) / units
     return StepSize(step.mean * share, math.ceil(step.largest * share))
+
+
+class MicroBatch(NamedTuple):
+    """The micro batch of a run.
+
+    Attributes:
+        tokens: the most that it has, padding counted.
+        fixed: every micro batch is padded to one size.
+        reason: why it has this size.
+    """
+
+    size: Size
+    tokens: int
+    fixed: bool
+    reason: str
+
+
+def choose_micro_batch(
+    estimator: MemoryEstimator, step: StepSize, longest: int, previous: Size | None
+) -> MicroBatch:
+    """The micro batch that the recipe names, or that of the checkpoint if it fits, or the fastest.
+
+    Args:
+        step: a rank's share of a step.
+        longest: tokens of the longest example.
+        previous: of the checkpoint that a run goes on from.
+    """
+    run = estimator.run
+    batch = run.train.global_batch
+    size = run.train.micro_batch
+    reason = "as train.micro_batch says"
+    if run.train.optimizer_in_backward:
+        # An update in the backward leaves no place for a second micro batch.
+        size = Size(ceil_div(batch.amount, estimator.mesh.data), batch.unit)
+        reason = "the whole global batch"
+    elif size == "auto" and previous is not None:
+        memory = estimator.estimate(tokens_of(run, previous, step, longest))
+        if not estimator.overrun(memory):
+            size = previous
+            reason = "from the checkpoint"
+    if size != "auto" and size.unit == "examples":
+        return MicroBatch(size, tokens_of(run, size, step, longest), False, reason)
+    # Where every step has the same tokens, one padded shape serves all micro batches.
+    fixed = estimator.machine.compiles[0] and run.data.pack and batch.unit == "tokens"
+    if size == "auto":
+        tokens = fastest_micro_batch(estimator, step, fixed=fixed)
+        reason = "the fastest in the estimate"
+    else:
+        tokens = size.amount
+    # A padded row must hold the longest example.
+    size = Size(max(tokens, longest) if fixed else tokens, "tokens")
+    return MicroBatch(size, tokens, fixed, reason)
 
 
 def fastest_micro_batch(estimator: MemoryEstimator, step: StepSize, *, fixed: bool) -> int:
@@ -191,19 +244,18 @@ def tokens_of(run: Run, size: Size, step: StepSize, longest: int) -> int:
     return tokens
 
 
-def layout_of(
-    run: Run, machine: Machine, size: Size, tokens: int, longest: int, *, fixed: bool
-) -> MicroBatchLayout:
-    """The shapes of micro batches of `size`, which have up to so many tokens."""
+def layout_of(run: Run, machine: Machine, chosen: MicroBatch, longest: int) -> MicroBatchLayout:
+    """The shapes of micro batches; `longest` as for `choose_micro_batch`."""
+    size = chosen.size
     bucket = 1
     if machine.integrated:
         # The largest power of two in a MIN_ROW_LENGTHS-th of the longest row.
-        row = tokens if run.data.pack else longest
+        row = chosen.tokens if run.data.pack else longest
         bucket = 1 << max(0, (row // MIN_ROW_LENGTHS).bit_length() - 1)
     if not machine.compiles[0]:
         return MicroBatchLayout(size, multiple=bucket)
     max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK
-    if fixed:
+    if chosen.fixed:
         return MicroBatchLayout(size, row_length=size.amount, max_document=max_document)
     multiple = ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
     return MicroBatchLayout(size, multiple=max(bucket, multiple), max_document=max_document)

@@ -26,7 +26,7 @@ from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.planning.memory import MemoryEstimator
-from tunesmith.planning.micro_batch import fastest_micro_batch, layout_of, rank_step, tokens_of
+from tunesmith.planning.micro_batch import choose_micro_batch, layout_of, rank_step
 from tunesmith.planning.run_plan import (
     Machine,
     RunPlan,
@@ -38,7 +38,7 @@ from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import chip_of, free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
-from tunesmith.units import Size, ceil_div
+from tunesmith.units import Size
 
 if TYPE_CHECKING:
     # With Transformers, which a plan can do without
@@ -216,35 +216,11 @@ def resolve_plan(
     train = run.train
     estimator = MemoryEstimator(run, spec, machine, trained, mesh, probabilities, whole)
     step = rank_step(run, step, mesh)
-    compiled, compile_reason = machine.compiles
-    size = train.micro_batch
-    size_reason = "as train.micro_batch says"
-    if train.optimizer_in_backward:
-        # An update in the backward leaves no place for a second micro batch.
-        amount = ceil_div(train.global_batch.amount, mesh.data)
-        size = Size(amount, train.global_batch.unit)
-        size_reason = "the whole global batch"
-    elif size == "auto" and previous_micro_batch is not None:
-        previous = estimator.estimate(tokens_of(run, previous_micro_batch, step, longest))
-        if not estimator.overrun(previous):
-            size = previous_micro_batch
-            size_reason = "from the checkpoint"
-    # Where every step has the same tokens, one padded shape serves all micro batches.
-    by_examples = size != "auto" and size.unit == "examples"
-    has_equal_steps = run.data.pack and train.global_batch.unit == "tokens"
-    fixed = compiled and has_equal_steps and not by_examples
-    if size == "auto":
-        tokens = fastest_micro_batch(estimator, step, fixed=fixed)
-        size_reason = "the fastest in the estimate"
-    else:
-        tokens = tokens_of(run, size, step, longest)
-    memory = estimator.estimate(tokens)
-    least = estimator.least_bytes(min(tokens, longest), memory.recomputed_layers)
+    chosen = choose_micro_batch(estimator, step, longest, previous_micro_batch)
+    memory = estimator.estimate(chosen.tokens)
+    least = estimator.least_bytes(min(chosen.tokens, longest), memory.recomputed_layers)
     memory = replace(memory, least=least)
-    if not by_examples:
-        # A padded row must hold the longest example.
-        size = Size(max(tokens, longest) if fixed else tokens, "tokens")
-    assert size != "auto"
+    compiled, compile_reason = machine.compiles
     reference = describe_reference(run)
     why = {
         "attention": machine.attention[1],
@@ -258,7 +234,7 @@ def resolve_plan(
         "up, unrounded",
         "cpu offload": f"as train.cpu_offload says: {memory.host / 2**30:.1f} GiB of the host's "
         "memory a rank",
-        "micro batch": f"{size_reason}: about {memory.total / 2**30:.1f} of "
+        "micro batch": f"{chosen.reason}: about {memory.total / 2**30:.1f} of "
         f"{memory.free / 2**30:.1f} GiB",
     }
     return RunPlan(
@@ -274,7 +250,7 @@ def resolve_plan(
         fp32_gradients=estimator.fp32_gradients,
         cpu_offload=estimator.moved,
         warnings=describe_dense_experts(estimator),
-        layout=layout_of(run, machine, size, tokens, longest, fixed=fixed),
+        layout=layout_of(run, machine, chosen, longest),
         memory=memory,
         mesh=mesh,
         why=why,
