@@ -19,8 +19,21 @@ import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, NamedTuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    BinaryIO,
+    Generic,
+    NamedTuple,
+    NotRequired,
+    TypeVar,
+)
+
+from annotated_types import Ge, Le, Len
+from typing_extensions import TypedDict  # that pydantic reads also before Python 3.12
 
 from tunesmith.config import schema
 from tunesmith.config.load import load_recipe
@@ -29,6 +42,9 @@ from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
 from tunesmith.host.packages import COMPUTE
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -84,7 +100,7 @@ class Phase(StrEnum):
 
 LARGEST = 1e100  # of a number: its square, and sums of them, are still finite
 LARGEST_COUNT = 2**53  # of a step or a count: a browser's numbers are exact up to here
-LARGEST_FILE = 64 << 20  # bytes of a JSON file: the largest manifests have a few MiB
+MAX_FILE_BYTES = 64 << 20  # of a JSON file: the largest manifests have a few MiB
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -188,49 +204,66 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
 
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
+Count = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
+Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+Interval = Annotated[list[Number], Len(3, 3)]  # a mean and the ends of its interval
 
 
-def is_texts(value: Any) -> bool:
-    """A list of texts."""
-    return isinstance(value, list) and all(map(is_text, value))
+def form_fault(value: object, form: object) -> str:
+    """Say what about a value is not of a form, which is a type for pydantic; empty for nothing."""
+    from pydantic import ValidationError
+
+    try:
+        _validator(form).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:80] for part in first["loc"])
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    return ""
 
 
-def is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
+@cache
+def _validator(form: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(form)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def read_object(path: Path, form: object = dict[str, Any]) -> dict[str, Any]:
+    """A JSON file that holds an object of a form, with what the form does not name.
 
     OSError where it cannot be read, ValueError where it holds something else.
     """
     with open_regular(path) as file:
-        text = file.read(LARGEST_FILE + 1)
-    if len(text) > LARGEST_FILE:
+        text = file.read(MAX_FILE_BYTES + 1)
+    if len(text) > MAX_FILE_BYTES:
         raise ValueError("it is larger than 64 MiB")
-    value = parse_json(text)
-    if isinstance(value, dict):
-        return value
-    raise ValueError("it is not a JSON object")
+    values = parse_json(text)
+    fault = form_fault(values, form)
+    if fault:
+        raise ValueError(fault)
+    fields: dict[str, Any] = values
+    return fields
 
 
-# Key -> whether a value is of its type; null is, for every key.
-Shape = Mapping[str, Callable[[Any], bool]]
-
-
-def _read_shaped(path: Path, shape: Shape) -> Part[dict[str, Any] | None]:
-    """The object of a JSON file without the values of a wrong type; None where there is none."""
+def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
+    """Read a file of a run; None without it, or where it is damaged."""
     try:
-        values = read_object(path)
+        return Part(read(path))
     except FileNotFoundError:
         return Part(None)
     except (OSError, ValueError) as error:
         return Part(None, reason_of(error))
+
+
+def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[dict[str, Any] | None]:
+    """The object of a JSON file without the values of a wrong type; None where there is none."""
+    values, fault, _ = read_part(path, read_object)
+    if values is None:
+        return Part(None, fault)
     wrong = []
-    for name, is_of_type in shape.items():
-        if values.get(name) is not None and not is_of_type(values[name]):
+    for name, form in forms.items():
+        if values.get(name) is not None and form_fault(values[name], form):
             wrong.append(name)
             del values[name]
     return Part(values, _wrong_types(wrong))
@@ -257,36 +290,35 @@ _ENV_TEXTS = (
     "model_hash",
     "recipe_hash",
 )
-_ENV: Shape = {
-    **dict.fromkeys(_ENV_TEXTS, is_text),
-    "command": is_texts,
-    "validation_examples": is_count,
+_ENV_FORMS = {
+    **dict.fromkeys(_ENV_TEXTS, str),
+    "command": list[str],
+    "validation_examples": Count,
 }
 _FAILURE_TEXTS = ("what", "where", "why", "cause", "host", "phase", "collective", "next")
-_FAILURE: Shape = {
-    **dict.fromkeys(_FAILURE_TEXTS, is_text),
-    "rank": is_count,
-    "last_step": is_count,
+_FAILURE_FORMS = {**dict.fromkeys(_FAILURE_TEXTS, str), "rank": Count, "last_step": Count}
+_STOPPED_FORMS = {
+    "signal": str,
+    "reason": str,
+    "step": Count,
+    "what": str,
+    "figures": dict[str, Any],
 }
-_STOPPED: Shape = {
-    "signal": is_text,
-    "reason": is_text,
-    "step": is_count,
-    "what": is_text,
-    "figures": is_mapping,
-}
-_NOTE: Shape = {
-    "host": is_text,
-    "boot": is_text,
-    "began": is_text,
-    "process": is_count,
-    "oom_kills": is_count,
-}
+
+
+class RunningNote(TypedDict):
+    """running.json, of a start that is at work or was killed."""
+
+    host: str
+    boot: str
+    began: str
+    process: Count
+    oom_kills: Count
 
 
 def read_env(folder: Path) -> Part[dict[str, Any]]:
     """env.json; empty where it is not there."""
-    values, fault, _ = _read_shaped(folder / IDENTITY, _ENV)
+    values, fault, _ = _read_fields(folder / IDENTITY, _ENV_FORMS)
     return Part(values or {}, fault)
 
 
@@ -309,11 +341,11 @@ def held_out_hash(folder: Path) -> str | None:
 
 
 def read_failure(folder: Path) -> Part[dict[str, Any] | None]:
-    return _read_shaped(folder / FAILURE, _FAILURE)
+    return _read_fields(folder / FAILURE, _FAILURE_FORMS)
 
 
 def read_stopped(folder: Path) -> Part[dict[str, Any] | None]:
-    return _read_shaped(folder / STOPPED, _STOPPED)
+    return _read_fields(folder / STOPPED, _STOPPED_FORMS)
 
 
 def ended_state(
@@ -346,14 +378,8 @@ def steps_taken(recorded: int, state: RunState, stopped: Mapping[str, Any] | Non
 
 
 def read_running(folder: Path) -> dict[str, Any] | None:
-    """The note of a start that is at work or was killed.
-
-    None where it is not there or lacks something.
-    """
-    values = _read_shaped(folder / RUNNING, _NOTE).value or {}
-    if any(values.get(name) is None for name in _NOTE):
-        return None
-    return values
+    """The note of a start; None where it is not there or lacks something."""
+    return read_part(folder / RUNNING, lambda path: read_object(path, RunningNote)).value
 
 
 def read_recipe(folder: Path) -> Part[dict[str, Any]]:
@@ -425,31 +451,35 @@ def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
     return runs, fault
 
 
+class ManifestEntry(TypedDict):
+    """A file of a checkpoint."""
+
+    bytes: Count
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """manifest.json: the step of the weights, that of the run, and the files."""
+
+    step: Count
+    last_step: NotRequired[Count]
+    files: dict[str, ManifestEntry]
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """manifest.json of final/ or of a checkpoint; None where it is not there.
 
     `step` of the weights; `last_step` of the run, which the best weights may be older than; and
     `files` as {"path": {"bytes": n, "sha256": "..."}}. ValueError where it is damaged.
     """
-    try:
-        values = read_object(folder / MANIFEST)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(reason_of(error)) from error
-    files = values.get("files")
-    values.setdefault("last_step", values.get("step"))
-    has_steps = is_count(values.get("step")) and is_count(values["last_step"])
-    if not has_steps or not isinstance(files, dict):
-        raise ValueError("it lacks `step` or `files`")
-    for name, entry in files.items():
-        if not is_mapping(entry) or not is_count(entry.get("bytes")):
-            raise ValueError(f"it lacks the size or the checksum of {name:.80}")
-        if not is_text(entry.get("sha256")):
-            raise ValueError(f"it lacks the size or the checksum of {name:.80}")
-        # No system opens a file of such a name.
-        if "\0" in name:
-            raise ValueError("a file's name in it contains a zero byte")
+    values, fault, _ = read_part(folder / MANIFEST, lambda path: read_object(path, Manifest))
+    # No system opens a file whose name has a zero byte.
+    if values is not None and any("\0" in name for name in values["files"]):
+        fault = "a file's name in it contains a zero byte"
+    if fault:
+        raise ValueError(fault)
+    if values is not None:
+        values.setdefault("last_step", values["step"])
     return values
 
 
@@ -468,14 +498,14 @@ def describe_weights(step: int, last_step: int) -> str:
     return f"of step {step:,} of {last_step:,}, the best saved validation"
 
 
-def is_sample(row: Any) -> bool:
-    """Whether a line of samples.jsonl has a step, a prompt, an answer; maybe `expected`, `row`."""
-    if not isinstance(row, dict) or not is_count(row.get("step")):
-        return False
-    for name in ("expected", "row"):
-        if row.get(name) is not None and not is_text(row[name]):
-            return False
-    return is_text(row.get("prompt")) and is_text(row.get("answer"))
+class Sample(TypedDict):
+    """A line of samples.jsonl; `expected` and `row` came later."""
+
+    step: Count
+    prompt: str
+    answer: str
+    expected: NotRequired[str | None]
+    row: NotRequired[str | None]
 
 
 def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
@@ -496,7 +526,7 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
             row = parse_json(line)
         except ValueError:
             row = None
-        if is_sample(row):
+        if not form_fault(row, Sample):
             rows.append(row)
         # A torn line in the middle is a fault; at the end it may still be written.
         elif line.endswith(b"\n"):
@@ -507,22 +537,56 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
     return Part(rows, f"line {skipped[0]} has no step, prompt and answer", len(skipped))
 
 
-def read_profile(path: Path) -> dict[str, Any]:
-    """A summary of `profile/`: `gpu_busy_share`, `peak_bytes` and `operations`.
+class ProfiledOperation(TypedDict):
+    """An operation of a profile: its calls, own time and share of all time."""
 
-    OSError or ValueError where it is damaged.
-    """
-    values = read_object(path)
-    busy = values.get("gpu_busy_share")
-    peaks = values.get("peak_bytes")
-    operations = values.get("operations")
-    if busy is not None and not is_number(busy):
-        raise ValueError("gpu_busy_share is not a number")
-    if not isinstance(peaks, dict) or not all(map(is_number, peaks.values())):
-        raise ValueError("peak_bytes is not a mapping of numbers")
-    if not isinstance(operations, list) or not all(map(_is_operation, operations)):
-        raise ValueError("operations is not a list of operations")
-    return {"gpu_busy_share": busy, "peak_bytes": peaks, "operations": operations}
+    name: str
+    calls: Count
+    ms: Number
+    share: Number
+
+
+class ProfileSummary(TypedDict):
+    """A summary of `profile/`; `peak_bytes` by device."""
+
+    gpu_busy_share: Number | None
+    peak_bytes: dict[str, Number]
+    operations: list[ProfiledOperation]
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """A summary of `profile/`; OSError or ValueError where it is damaged."""
+    return read_object(path, ProfileSummary)
+
+
+class RowLosses(TypedDict):
+    """The loss of each row and its tokens; of a row whose loss is not finite it has none."""
+
+    row_hash: str
+    tokens: list[Count]
+    tuned: list[Number]
+    base: NotRequired[list[Number]]
+
+
+class Score(TypedDict):
+    """What a scorer measured of each model."""
+
+    verdict: str
+    tuned: Interval
+    base: NotRequired[Interval | None]
+    difference: NotRequired[Interval | None]
+
+
+class EvalScores(TypedDict):
+    """A file of scores; `losses` by model, which a task has not."""
+
+    data: str
+    rows: Count
+    row_hash: str
+    step: NotRequired[Count | None]
+    seen: NotRequired[Count | None]
+    losses: NotRequired[dict[str, Any] | None]
+    scores: dict[str, Score]
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -531,111 +595,53 @@ def read_scores(path: Path) -> dict[str, Any]:
     `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
     which has none), `scores`: by scorer, of `base`, `tuned` and `difference` those that are there
     as [mean, low, high], and `verdict`; and `row_losses` of the tuned model, as
-    `{"row_hash", "tokens", "tuned"}` with a number a row, and maybe `base` (None of a task, and of
-    an earlier version).
+    `{"row_hash", "tokens", "tuned"}` with a number a row, and maybe `base` (None of a task).
     OSError or ValueError where it is damaged.
     """
-    values = read_object(path)
-    for name, is_of_type in _SCORES.items():
-        if not is_of_type(values.get(name)):
-            raise ValueError(f"`{name}` is missing or of another form")
-    for name in ("step", "seen"):
-        if values.get(name) is not None and not is_count(values[name]):
-            raise ValueError(f"{name} is not a count")
-    scores = {}
-    for scorer, entry in values["scores"].items():
-        intervals = {}
-        for name in ("base", "tuned", "difference"):
-            if _is_interval(entry.get(name)):
-                intervals[name] = entry[name]
-        verdict = entry.get("verdict")
-        if "tuned" not in intervals or not is_text(verdict):
-            raise ValueError(f"the scores of {scorer:.80} lack an interval or a verdict")
-        scores[scorer] = {**intervals, "verdict": verdict}
-    about = {name: values.get(name) for name in ("data", "rows", "row_hash", "step", "seen")}
-    losses = values.get("losses")
-    if losses is not None:
-        losses = {name: loss for name, loss in losses.items() if is_number(loss)}
-    row_losses = values.get("row_losses")
-    if not _are_row_losses(row_losses):
-        row_losses = None
-    return {**about, "losses": losses, "scores": scores, "row_losses": row_losses}
+    values = read_object(path, EvalScores)
+    result: dict[str, Any] = {name: values.get(name) for name in EvalScores.__annotations__}
+    if result["losses"] is not None:
+        losses = result["losses"].items()
+        result["losses"] = {name: loss for name, loss in losses if is_number(loss)}
+    result["scores"] = {}
+    for scorer, score in values["scores"].items():
+        kept = {name: score.get(name) for name in Score.__annotations__}
+        result["scores"][scorer] = {name: kept[name] for name in kept if kept[name] is not None}
+    rows = values.get("row_losses")
+    result["row_losses"] = rows if _are_row_losses(rows) else None
+    return result
 
 
-def _are_row_losses(value: Any) -> bool:
-    """Whether each row has a loss of the tuned model and its tokens; of one whose loss is not
-    finite it has none."""
-    if not isinstance(value, dict) or not is_text(value.get("row_hash")):
+def _are_row_losses(rows: Any) -> bool:
+    if form_fault(rows, RowLosses):
         return False
-    tokens = value.get("tokens")
-    if not isinstance(tokens, list) or not all(map(is_count, tokens)):
-        return False
-    for losses in (value.get("tuned"), value.get("base", [0.0] * len(tokens))):
-        if not isinstance(losses, list) or len(losses) != len(tokens):
-            return False
-        if not all(map(is_number, losses)):
-            return False
-    return True
+    return all(len(rows[name]) == len(rows["tokens"]) for name in ("tuned", "base") if name in rows)
 
 
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
+class SweepPlan(TypedDict):
+    """What all candidates of a sweep share."""
+
+    rungs: list[Count]
+    validate_every: NotRequired[str | None]
+    steps: Count
+    micro_batch: str
 
 
-def _are_losses(value: Any) -> bool:
-    return value is None or is_mapping(value)
+class SweepCandidate(TypedDict):
+    """A candidate of a sweep."""
+
+    name: str
+    state: str
+    step: Count
 
 
-def _are_scores(value: Any) -> bool:
-    return is_mapping(value) and all(isinstance(entry, dict) for entry in value.values())
-
-
-_SCORES: Shape = {
-    "data": is_text,
-    "rows": is_count,
-    "row_hash": is_text,
-    "losses": _are_losses,
-    "scores": _are_scores,
-}
-
-
-def _is_operation(row: Any) -> bool:
-    if not isinstance(row, dict) or not is_text(row.get("name")) or not is_count(row.get("calls")):
-        return False
-    return is_number(row.get("ms")) and is_number(row.get("share"))
+# `fixed` is empty until the first candidate begins.
+class SweepFile(TypedDict):
+    asked: dict[str, Any]
+    fixed: Annotated[dict[str, Any], Len(0, 0)] | SweepPlan
+    candidates: list[SweepCandidate]
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
-    values = read_object(path)
-    for name, is_of_form in SWEEP_FORM.items():
-        if not is_of_form(values.get(name)):
-            raise ValueError(f"`{name}` is missing or of another form")
-    return values
-
-
-def _is_fixed(fixed: Any) -> bool:
-    if not isinstance(fixed, dict):
-        return False
-    if not fixed:  # until the first candidate begins
-        return True
-    rungs = fixed.get("rungs")
-    if not isinstance(rungs, list) or not all(map(is_count, rungs)):
-        return False
-    every = fixed.get("validate_every", 0)
-    if every is not None and not is_text(every):
-        return False
-    return is_count(fixed.get("steps")) and is_text(fixed.get("micro_batch"))
-
-
-def _are_candidates(rows: Any) -> bool:
-    return isinstance(rows, list) and all(map(_is_candidate, rows))
-
-
-def _is_candidate(row: Any) -> bool:
-    if not isinstance(row, dict) or not is_count(row.get("step")):
-        return False
-    return is_text(row.get("name")) and is_text(row.get("state"))
-
-
-SWEEP_FORM = {"asked": is_mapping, "fixed": _is_fixed, "candidates": _are_candidates}
+    return read_object(path, SweepFile)

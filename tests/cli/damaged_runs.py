@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -236,14 +235,16 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def look_at_page(watched: Any) -> None:
-    """All that the live page asks for; ValueError where the look itself failed."""
-    from tunesmith.watch.feed import curves, to_json
+    """Ask for all that the live page asks for."""
+    from tunesmith.report.curves import curves
+    from tunesmith.report.run_files import to_json
 
-    watched.refresh(threading.Lock())
-    status = watched.status()
-    if any(file["file"] == "." for file in status["damaged"]):
-        raise ValueError(f"internal error: {status['damaged']}")
-    json.loads(to_json([status, watched.texts(), watched.table(-math.inf, math.inf, 25)]).encode())
+    watched.refresh()
+    json.loads(
+        to_json(
+            [watched.status(), watched.texts(), watched.table(-math.inf, math.inf, 25)]
+        ).encode()
+    )
     for axis in ("step", "tokens", "seconds"):
         json.loads(to_json(curves([watched], axis, -math.inf, math.inf, 500)).encode())
 
@@ -254,13 +255,13 @@ def try_seed(
     """Every command, or those of `names`, on one damaged copy of the run `template`, made in the
     new folder `folder`.
     """
-    from tunesmith.watch.feed import WatchedRun
+    from tunesmith.report.run_files import RunFiles
 
     draw = random.Random(seed)
     whole = Path(shutil.copytree(template, folder / "whole", symlinks=True))
     name = b"run-\xff" if draw.random() < 0.1 else b"run"
     run = Path(shutil.copytree(template, folder / os.fsdecode(name), symlinks=True))
-    watched = WatchedRun(run)
+    watched = RunFiles(run)
     change = damage(draw, run)
     before = snapshot(run)
     page = folder / "report"

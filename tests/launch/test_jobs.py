@@ -93,7 +93,7 @@ def test_a_start_that_has_not_locked_its_directory_is_running_everywhere(
             found.append((told[0] if command == "status" else told["runs"][0])["state"])
         listed = RunList([out.parent])
         assert any(listed.refresh())
-        return [*found, *(run.row["state"] for run in listed.runs.values())]
+        return [*found, *(row["state"] for row in listed.rows.values())]
 
     assert states() == ["stopped"] * 4
     with psutil.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as agent:

@@ -36,10 +36,13 @@ def bits(value: float | None) -> bytes | None:
     return None if value is None else struct.pack("<d", value)
 
 
+FLOATS = st.floats(-1e100, 1e100) | st.sampled_from([math.inf, -math.inf])
+
+
 @given(
-    loss=st.floats(allow_nan=False),
-    norm=st.floats(allow_nan=False),
-    mfu=st.none() | st.floats(allow_nan=False),
+    loss=FLOATS,
+    norm=FLOATS,
+    mfu=st.none() | FLOATS,
 )
 def test_floats_round_trip_bit_for_bit(loss: float, norm: float, mfu: float | None) -> None:
     before = StepRecord(
@@ -76,11 +79,10 @@ def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out() -> None
 
 
 @pytest.mark.parametrize(
-    ("line", "error"),
-    [("[]", TypeError), ("{", ValueError), ("{}", ValueError)],
+    ("line", "why"), [("[]", "step"), ("{", "Expecting"), ('{"step": 1}', "loss")]
 )
-def test_what_is_no_record_is_refused(line: str, error: type[Exception]) -> None:
-    with pytest.raises(error):
+def test_what_is_no_record_is_refused(line: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
         StepRecord.from_json(line)
 
 
@@ -89,7 +91,7 @@ def test_what_is_no_record_is_refused(line: str, error: type[Exception]) -> None
 )
 def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
     values = json.loads(record().to_json()) | {name: value}
-    with pytest.raises(TypeError, match=name):
+    with pytest.raises(ValueError, match=name):
         StepRecord.from_json(json.dumps(values))
 
 

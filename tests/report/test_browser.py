@@ -84,25 +84,27 @@ def opened(
     page.on("pageerror", lambda error: page.said.append(str(error)))
     page.on("request", lambda request: page.asked.append(request.url))
     page.goto(report.as_uri())
-    page.wait_for_selector("#main .u-over")
+    page.wait_for_selector("#charts .u-over")
     return page
 
 
 @pytest.mark.slow
 def test_it_draws_offline_and_asks_for_nothing(browser: Any, report: Path) -> None:
     page = opened(browser, report)
-    assert page.locator("#main figure").count() == 2
+    assert page.locator("#charts figure").count() == 2
     assert page.asked == [report.as_uri()]
-    page.locator("#rest summary").click()
-    page.wait_for_selector("#more-constant dt")
-    assert page.locator("#more-constant dt").count() > 3
+    assert page.locator("#constants dt").count() > 3
+    answers = page.locator("#answers .answer .role").all_text_contents()
+    assert [by.partition(", ")[0] for by in answers[1:]] == ["good", "bad"]
+    assert page.locator("#answers mark").all_text_contents() == ["4", "4"]
+    assert page.locator(".note.bad dd").count() == 3
     assert (page.said, page.title()) == ([], "good · bad: report")
     page.context.close()
 
 
 def test_curves_are_read_by_keys_and_zoom_together(browser: Any, report: Path) -> None:
     page = opened(browser, report)
-    plots, said = page.locator("#main .plot"), page.locator("#main output")
+    plots, said = page.locator("#charts .plot"), page.locator("#charts output")
     plots.nth(0).focus()
     page.keyboard.press("ArrowRight")
     assert said.nth(0).text_content() == "step 1: good 3.1, bad 3.1"

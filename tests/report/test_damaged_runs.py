@@ -133,7 +133,7 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
     assert name.startswith("profile") or [file["file"] for file in first["damaged"]] == [name]
     assert second["damaged"] == []
     for text in (page.with_suffix(".html").read_text(), page.with_suffix(".md").read_text()):
-        assert "damaged" in text
+        assert name in text.replace("\\", "")
 
 
 def test_a_lock_that_is_a_fifo_does_not_hang(
@@ -168,10 +168,10 @@ def test_a_folder_that_is_no_run_is_left_out_of_a_report(
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
-        ('"x"', "size or the checksum"),
-        ("{}", "size or the checksum"),
+        ('"x"', "files.a"),
+        ("{}", "files.a.bytes"),
         ('{"bytes": 1e999, "sha256": ""}', "too large"),
-        ('{"bytes": 5, "sha256": 3}', "size or the checksum"),
+        ('{"bytes": 5, "sha256": 3}', "files.a.sha256"),
     ],
 )
 def test_a_manifest_of_another_form_is_no_manifest(tmp_path: Path, entry: str, why: str) -> None:

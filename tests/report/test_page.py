@@ -6,6 +6,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,22 +39,21 @@ def visible(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
-def test_a_run_that_is_alone_is_not_named_beside_its_answers(two: list[RunFiles]) -> None:
-    heading = re.compile("<h4>(Before [^<]*)</h4>")
-    assert heading.findall(render_report(two[:1])) == ["Before training"]
-    # Where another began with another answer, each has its name.
-    two[1].samples[0]["answer"] = "I am another."
-    both = heading.findall(render_report(two))
-    assert [words.partition(", ")[2] for words in both] == ["good", "bad"]
+def data_of(page: str) -> Any:
+    """What the page's script draws."""
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data
+    return json.loads(data[1])
 
 
 def test_an_answer_names_its_row(two: list[RunFiles]) -> None:
     two[0].samples[0]["row"] = "faq.csv:12"
-    assert "<h3>Prompt 1: faq.csv:12</h3>" in render_report(two)
+    assert data_of(render_report(two))["texts"][0]["samples"][0]["row"] == "faq.csv:12"
     assert "### Prompt 1: faq.csv:12\n" in render_report(two, markdown=True)
     # An earlier version did not write it.
     del two[0].samples[0]["row"]
-    assert "### Prompt 1\n" in render_report(two, markdown=True)
+    text = render_report(two, markdown=True)
+    assert "### Prompt 1\n" in text
 
 
 def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:
@@ -66,14 +66,6 @@ def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> N
     assert places == sorted(places)
     assert holds(text[: places[2]], "train.learning_rate", "0.001", "0.0001")
     for words in (
-        "Answers before and after",
-        "Before training I am a model.",
-        "good, step 40 4",
-        "bad, step 40 22",
-        "In between: 1 answer",
-    ):
-        assert words in text
-    for words in (
         "tunesmith train 'my recipe.yaml'",
         "git -C tunesmith checkout 0123abcd && pip install ./tunesmith torch==2.13.0",
         "0123abcd+",
@@ -81,7 +73,10 @@ def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> N
         "seed 42",
     ):
         assert words in text
-    assert text.count("I am a model.") == 1, "the base answers the same for both"
+    texts = data_of(render_report(two))["texts"]
+    assert [row["answer"] for row in texts[1]["samples"]] == ["I am a model.", "22"]
+    plain = render_report(two, markdown=True)
+    assert all(lines_with(plain, run, "step 40") for run in ("good", "bad"))
 
 
 def test_nothing_comes_from_outside(two: list[RunFiles]) -> None:
@@ -120,9 +115,7 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
     page = render_report([run, write_run(tmp_path / "b", falling(3.0))])
     assert "<img" not in page
     assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script>", page)) == 2
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    assert data
-    assert json.loads(data[1])[0]["series"][0]["label"].startswith(name)
+    assert data_of(page)["runs"][0]["name"] == name
     assert "{{ 7*7 }}" in page, "no template runs in what a run says"
     text = render_report([run], markdown=True)
     assert not re.search(r"(?<!\\)<img", re.sub(r"(`{3,})text\n.*?\n\1", "", text, flags=re.DOTALL))
@@ -131,7 +124,7 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
-    assert holds(visible(render_report([run])), "killed", "tunesmith train")
+    assert holds(render_report([run], markdown=True), "killed", "tunesmith train")
     note = {
         "process": 7,
         "host": "spark-b",
@@ -140,9 +133,9 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
         "began": "2026-01-31 10:00:00",
     }
     (run.folder / "running.json").write_text(json.dumps(note))
-    text = visible(render_report([run]))
-    assert "where process 7 on spark-b" in text
-    assert "cause killed next" in text
+    text = render_report([run], markdown=True)
+    assert "| where | process 7 on spark-b" in text
+    assert "| cause | killed |" in text
     failure = {
         "what": "a link broke",
         "where": "step 8",
@@ -157,13 +150,11 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     }
     (run.folder / "failure.json").write_text(json.dumps(failure))
     run.refresh()
-    text = visible(render_report([run]))
+    text = render_report([run], markdown=True).replace("\\", "")
     for field, value in failure.items():
         words = str(value).partition("   #")[0]
-        assert not value or f"{field.replace('_', ' ')} {words}" in text
-    # A comment is no part of what is copied: zsh would take it for arguments.
-    assert '<code class="typed">tunesmith doctor</code>' in render_report([run])
-    assert "| cause | link |" in render_report([run], markdown=True)
+        assert not value or f"| {field.replace('_', ' ')} | {words}" in text
+    assert data_of(render_report([run]))["runs"][0]["end"]["cause"] == "link"
 
 
 def test_a_profile(tmp_path: Path) -> None:
@@ -176,6 +167,8 @@ def test_a_profile(tmp_path: Path) -> None:
     }
     (run.folder / "profile" / "summary-rank0-1.json").write_text(json.dumps(summary))
     (run.folder / "profile" / "summary-rank1-1.json").write_text("{cut")
+    run.refresh()
+    assert [file.file for file in run.damaged] == ["profile/summary-rank1-1.json"]
     text = visible(render_report([run]))
     assert "87.5 %" in text
     assert "Peak on GPU 0: 1.50 GiB." in text
@@ -189,8 +182,10 @@ def test_ranks(tmp_path: Path) -> None:
         '{"step": 1, "gpu_clock_mhz": 1000.0}\n{"step": 2, "gpu_clock_mhz": 2000.0}\n'
     )
     run.refresh()
-    assert "1 1,500 ± 707 (n = 2)" in visible(render_report([run]))
-    assert "2,000" in visible(render_report([run]))
+    clocks = next(
+        chart for chart in data_of(render_report([run]))["curves"] if chart["title"] == "GPU clock"
+    )
+    assert [(row["rank"], row["y"]) for row in clocks["series"]] == [(1, [1000.0, 2000.0])]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

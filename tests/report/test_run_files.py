@@ -24,7 +24,8 @@ from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
-from tunesmith.report.run_files import JsonlColumns, RunFiles, downsample, smooth
+from tunesmith.report.curves import downsample, smooth
+from tunesmith.report.run_files import JsonlColumns, RunFiles
 from tunesmith.run_dir import Phase, RunState
 
 

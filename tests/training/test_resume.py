@@ -30,7 +30,7 @@ from tunesmith.report.run_summary import summaries_of
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation import Validation
-from tunesmith.watch.run_list import ListedRun
+from tunesmith.watch.run_list import RunList
 from warm import Warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -337,10 +337,10 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
 
     def told_steps() -> list[int | None]:
         summary = summaries_of([RunFiles(folder)])[0]
-        listed = ListedRun(folder, "run", 0)
-        listed.refresh()
+        listed = RunList([folder.parent])
+        list(listed.refresh())
         stopped = json.loads((folder / "stopped.json").read_text())
-        return [summary.steps, listed.row["step"], stopped["step"]]
+        return [summary.steps, listed.rows[folder]["step"], stopped["step"]]
 
     measure = Validation.measure
 

@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,17 @@ from records import record
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import save_job
 from tunesmith.launch.slurm import SlurmJob
-from tunesmith.watch import feed
-from tunesmith.watch.feed import WatchedRun, curves, open_run, to_json
+from tunesmith.report.curves import curves
+from tunesmith.report.run_files import RunFiles, to_json
+from tunesmith.watch import waiting
+from tunesmith.watch.waiting import open_run
 from watching import add_steps, write_run
 
 ALL = (-math.inf, math.inf)
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
-    status = WatchedRun(write_run(tmp_path / "run", 100)).status()
+    status = RunFiles(write_run(tmp_path / "run", 100)).status()
     assert (status["state"], status["step"], status["steps"], status["done"]) == (
         "finished",
         100,
@@ -40,39 +41,39 @@ def test_a_finished_run(tmp_path: Path) -> None:
 
 def test_warnings_of_the_start_are_kept(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 20)
-    run, lock = WatchedRun(folder), threading.Lock()
+    run = RunFiles(folder)
     with (folder / "log.txt").open("a") as log:
         log.write(
             "2026-01-01 10:00:02  step 2\n" * 1000
             + "2026-01-01 10:00:09  warning: the chip is slow\n" * 2
         )
         log.write("2026-01-01 10:00:10  warning: half a li")
-    assert run.refresh(lock)
+    assert run.refresh()
     assert run.status()["warnings"] == ["3 rows were cut", "the chip is slow"]
     (folder / "log.txt").write_text("2026-01-01 11:00:00  warning: anew\n")
-    assert run.refresh(lock)
+    assert run.refresh()
     assert run.status()["warnings"] == ["anew"]
 
 
 def test_time_left_is_what_the_last_steps_took(tmp_path: Path) -> None:
-    run = WatchedRun(write_run(tmp_path / "run", 40, of=100))
+    run = RunFiles(write_run(tmp_path / "run", 40, of=100))
     with (tmp_path / "run/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run.refresh(threading.Lock())
+        assert run.refresh()
         status = run.status()
     assert (status["state"], status["done"]) == ("running", 0.4)
     assert status["seconds_left"] == pytest.approx(60 * 0.25)
-    assert run.refresh(threading.Lock())  # the lock is gone
+    assert run.refresh()  # the lock is gone
     assert run.status()["state"] == "killed"
     assert run.status()["seconds_left"] is None
     assert "tunesmith train" in run.status()["end"]["next"]
     (tmp_path / "run/stopped.json").write_text(
         json.dumps({"signal": None, "reason": "memory", "figures": {"free_bytes": 5}})
     )
-    assert run.refresh(threading.Lock())
+    assert run.refresh()
     assert run.status()["end"] == {"reason": "memory", "figures.free_bytes": 5}
     (tmp_path / "run/stopped.json").write_text(json.dumps({"reason": "file", "step": 40}))
-    assert run.refresh(threading.Lock())
+    assert run.refresh()
     assert holds(run.status()["end"]["reason"], "tunesmith stop")
 
 
@@ -82,7 +83,7 @@ def test_time_left_is_what_the_last_steps_took(tmp_path: Path) -> None:
 def test_the_share_that_is_done(tmp_path: Path, duration: str, done: float | None) -> None:
     folder = write_run(tmp_path / "run", 40)
     (folder / "config.yaml").write_text(json.dumps({"train": {"duration": duration}}))
-    assert WatchedRun(folder).status()["done"] == (done if done is None else pytest.approx(done))
+    assert RunFiles(folder).status()["done"] == (done if done is None else pytest.approx(done))
 
 
 @pytest.mark.slow
@@ -95,7 +96,7 @@ def test_a_spike_of_one_step_in_100_000_is_seen(tmp_path: Path) -> None:
         for step in range(1, 100_001)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
-    run = WatchedRun(folder)
+    run = RunFiles(folder)
     raw = curves([run], "step", *ALL, 800)[0]["series"][0]
     assert len(raw["x"]) <= 802
     assert raw["x"][raw["y"].index(max(raw["y"]))] == 54_321
@@ -112,7 +113,7 @@ def test_every_panel_of_what_is_there(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         extra = {"reward_margin": 0.5, "val_reward_accuracy": 0.75, "kl": 0.1, "my_own": 2.0}
         file.write(record(31, loss=math.nan, extra=extra).to_json() + "\n")
-    run = WatchedRun(folder)
+    run = RunFiles(folder)
     panels = {panel["title"]: panel["series"] for panel in curves([run], "step", *ALL, 100)}
     assert [(row["rank"], row["y"][-1]) for row in panels["Memory"]] == [
         (None, 1.5),
@@ -140,7 +141,7 @@ def test_what_moves_much_is_drawn_smoothed_too_from_15_steps_on(tmp_path: Path) 
         (14, []),
         (15, ["loss", "tokens_per_second", "step_seconds", "grad_norm"]),
     ):
-        run = WatchedRun(write_run(tmp_path / str(steps), steps))
+        run = RunFiles(write_run(tmp_path / str(steps), steps))
         series = [line for panel in curves([run], "step", *ALL, 200) for line in panel["series"]]
         for choice in ("some", "strong"):
             assert [line["field"] for line in series if line["smoothed"] == choice] == smoothed
@@ -149,7 +150,7 @@ def test_what_moves_much_is_drawn_smoothed_too_from_15_steps_on(tmp_path: Path) 
 
 def test_a_smoothed_curve_is_the_same_in_a_window(tmp_path: Path) -> None:
     """Over steps of the run, not over the points that a window shows."""
-    run = WatchedRun(write_run(tmp_path / "run", 2000, spike=500))
+    run = RunFiles(write_run(tmp_path / "run", 2000, spike=500))
     losses = [1.0 + math.exp(-step / 100) for step in range(1, 2001)]
     losses[499] = 9.0
     for choice, share in (("some", 0.02), ("strong", 0.1)):
@@ -170,7 +171,7 @@ def test_a_smoothed_curve_is_the_same_in_a_window(tmp_path: Path) -> None:
 
 
 def test_other_axes(tmp_path: Path) -> None:
-    run = WatchedRun(write_run(tmp_path / "run", 30, ranks=2))
+    run = RunFiles(write_run(tmp_path / "run", 30, ranks=2))
     tokens = curves([run], "tokens", *ALL, 100)
     assert tokens[0]["series"][0]["x"] == [100.0 * step for step in range(1, 31)]
     memory = next(panel for panel in tokens if panel["title"] == "Memory")
@@ -179,21 +180,21 @@ def test_other_axes(tmp_path: Path) -> None:
 
 
 def test_what_is_added_and_cut_back_is_followed(tmp_path: Path) -> None:
-    folder, lock = write_run(tmp_path / "run", 30, of=100), threading.Lock()
-    run = WatchedRun(folder)
-    assert not run.refresh(lock)
+    folder = write_run(tmp_path / "run", 30, of=100)
+    run = RunFiles(folder)
+    assert not run.refresh()
     add_steps(folder, 31, 35)
-    assert run.refresh(lock)
+    assert run.refresh()
     assert run.axis("step")[-1] == 35
     (folder / "metrics.jsonl").write_text(
         "".join((folder / "metrics.jsonl").read_text().splitlines(True)[:20])
     )
-    assert run.refresh(lock)
+    assert run.refresh()
     assert run.axis("tokens") == [100.0 * step for step in range(1, 21)]
     assert run.table(-math.inf, math.inf, 4)["rows"][-1][0] == 20
     before = run.status()["texts"]
     (folder / "samples.jsonl").write_text("")
-    assert run.refresh(lock)
+    assert run.refresh()
     assert run.status()["texts"] == before + 1
     assert run.texts()["samples"] == []
 
@@ -209,7 +210,7 @@ def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(squeue.parent), prepend=":")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(feed, "QUEUE", 0.01)
+    monkeypatch.setattr(waiting, "QUEUE_SECONDS", 0.01)
     (folder / "launch").mkdir(parents=True)  # what a launch leaves there before the job begins
     save_job(SlurmJob("slurm-7", str(folder), details={"id": "7"}))
     for word in ("slurm-7", str(folder)):
@@ -217,10 +218,10 @@ def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
             open_run(word)
         assert caught.value.why == "PENDING: Resources"
     monkeypatch.setattr(
-        feed.time, "sleep", lambda _: shutil.copytree(made, folder, dirs_exist_ok=True)
+        waiting.time, "sleep", lambda _: shutil.copytree(made, folder, dirs_exist_ok=True)
     )
     with logged_lines() as said:
-        assert open_run("slurm-7", wait=True).files.columns["step"] == [1, 2, 3]
+        assert open_run("slurm-7", wait=True).columns["step"] == [1, 2, 3]
     (line,) = said
     assert holds(line, "slurm-7", "PENDING: Resources")
 

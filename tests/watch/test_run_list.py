@@ -16,7 +16,7 @@ from watching import add_steps, write_run
 
 def rows(runs: RunList) -> dict[str, dict[str, object]]:
     list(runs.refresh())
-    return {str(run.row["name"]): run.row for run in runs.runs.values()}
+    return {str(row["name"]): row for row in runs.rows.values()}
 
 
 def test_what_a_line_says(tmp_path: Path) -> None:

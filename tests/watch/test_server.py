@@ -42,7 +42,7 @@ def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Pop
     base = address.removesuffix(f"{token}/")
     assert len(token) >= 32
     wrong = ["", "events", "curves", f"{token[:-1]}/", f"{token}x/", f"x{token}/", f"{token.swapcase()}/", f"x/{token}/",
-             f"?token={token}", f"..%2f{token}/", "watch.js", "%00", "%ff", "%c3%a9"]  # fmt: skip
+             f"?token={token}", f"..%2f{token}/", "run.js", "%00", "%ff", "%c3%a9"]  # fmt: skip
     for path in wrong:
         status, body, headers = ask(base, path)
         assert (status, body) == (404, b""), path
@@ -78,7 +78,7 @@ def test_this_machine_gets_the_page_through_any_port(
 def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
     for path in (
         "",
-        "watch.js",
+        "run.js",
         "plots.js",
         "uPlot.iife.min.js",
         "uPlot.min.css",
@@ -106,7 +106,7 @@ def test_no_file_beside_the_static_ones_is_served(
         "%2e%2e/server.py",
         "..%2fserver.py",
         "%2fetc/passwd",
-        "static/index.html",
+        "static/list.html",
     ):
         assert ask(served[0], path)[0] == 404, path
 
@@ -142,7 +142,8 @@ def test_events_tell_what_was_added(
     connection.close()
     assert get(served[0], "curves?points=10&panels=1")[0]["series"][0]["x"][-1] == 45
     assert get(served[0], "table?rows=3&from=10&to=20")[0]["rows"][-1][0] == 20
-    assert get(served[0], "texts")[0]["recipe"]["train.duration"] == "100 steps"
+    assert [row["step"] for row in get(served[0], "texts")[0]["samples"]] == [0, 20, 40]
+    assert b"100 steps" in ask(served[0])[1]
     for path in ("curves?from=x", "curves?points=", "table?rows=1e9"):
         assert ask(served[0], path)[0] == 400
 
@@ -280,7 +281,7 @@ def test_a_folder_of_runs_is_a_list_and_each_has_a_page(tmp_path: Path) -> None:
         assert [(row["name"], row["step"]) for row in next(told)] == [("b", 12)]
         one, two = (row["id"] for row in rows.values())
         assert b"<canvas" not in ask(address)[1]
-        assert b"watch.js" in ask(address, f"runs/{one}/")[1]
+        assert b"run.js" in ask(address, f"runs/{one}/")[1]
         assert get(address, f"runs/{one}/curves?points=10")[0]["series"][0]["x"][-1] == 10
         both = get(address, f"runs/{two},{one}/table?rows=1")
         assert [table["rows"][0][0] for table in both] == [12, 10]

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.report.compare import judge
     from tunesmith.report.comparison import comparison_values
     from tunesmith.report.page import write_report
-    from tunesmith.report.run_files import RunFiles, read_profiles
+    from tunesmith.report.run_files import RunFiles
     from tunesmith.report.run_summary import summaries_of
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> None:
         replaced = "; it replaced a report of other runs"
     summaries = summaries_of(runs)
     for summary in summaries:
-        _, damaged_profiles = read_profiles(summary.files.folder)
-        for file in (*summary.files.damaged, *damaged_profiles):
+        for file in summary.files.damaged:
             show(f"damaged: {summary.label}: {file}", sys.stderr)
     verdict = judge(summaries)
     if args.json:

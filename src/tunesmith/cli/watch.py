@@ -50,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(what, where="command line: --port", fix="remove one of them")
     _check_local(args)
     from tunesmith.launch.jobs import holds_runs, run_folders
-    from tunesmith.watch.feed import WatchedRun, open_run, to_json
+    from tunesmith.report.run_files import RunFiles, to_json
     from tunesmith.watch.run_list import RunList
+    from tunesmith.watch.waiting import open_run
 
     folders = [Path(word) for word in args.runs]
     is_list = all(map(holds_runs, folders))
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         if is_list:
             paths = [path for folder in folders for path in run_folders(folder)]
             # One after the other: the records of all of them might not fit.
-            print(to_json({"runs": [WatchedRun(path).status() for path in paths]}))
+            print(to_json({"runs": [RunFiles(path).status() for path in paths]}))
             return
         runs = []
         unreadable: list[UsageError] = []

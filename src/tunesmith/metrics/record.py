@@ -11,17 +11,14 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
 from typing import Any, Self
 
 from tunesmith.errors import RunError
 from tunesmith.host.files import write_atomically
 from tunesmith.run_dir import (
-    LARGEST,
-    LARGEST_COUNT,
     METRICS,
     is_count,
     is_number,
@@ -31,7 +28,7 @@ from tunesmith.run_dir import (
 )
 
 VALIDATION = "val_"  # how names of what was measured on held-out rows begin
-TAIL = 1 << 16  # bytes of metrics.jsonl that hold its last line
+TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,33 +118,27 @@ class StepRecord:
         """The record of a `to_plain`. Unknown names go to `extra` if their value is a number,
         else they are skipped.
 
-        ValueError for a missing name; TypeError for what is no dict, or a value of another type.
+        ValueError for a missing name, a value of another type, and what is no dict.
         """
-        if not isinstance(values, dict):
-            raise TypeError("not a JSON object")
-        missing = [name for name in _NAMES if name not in values and name not in _OPTIONAL]
+        numbers = checked_values(values)
+        missing = [name for name in _NAMES if name not in numbers and name not in _OPTIONAL]
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}")
-        field_values: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         extra: dict[str, float] = {}
-        for name, value in values.items():
-            number = _parse_number(name, value)
+        for name, number in numbers.items():
+            if name in _WHOLE:
+                fields[name] = number
+            elif name in _NAMES:
+                fields[name] = number if number is None else float(number)
             # A later version may write more: such numbers stay.
-            if name not in cls.__dataclass_fields__:
-                if number is not None:
-                    extra[name] = number
-                continue
-            if number is None and not (value is None and name in _MAY_BE_NULL):
-                kind = "whole number" if name in _WHOLE else "number"
-                raise TypeError(f"{name} is {value!r}, which is not a {kind}")
-            if number is not None and name not in _WHOLE:
-                number = float(number)
-            field_values[name] = number
-        return cls(**field_values, extra=extra)
+            elif number is not None:
+                extra[name] = number
+        return cls(**fields, extra=extra)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
-        """Read what `to_json` wrote; raises as `from_plain`, and ValueError for no JSON."""
+        """Read what `to_json` wrote; ValueError for anything else."""
         try:
             values = json.loads(line)
         except RecursionError:
@@ -162,23 +153,6 @@ _WHOLE = frozenset({"step", "tokens", "supervised_tokens", "examples"})
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
 
 
-def _parse_number(name: str, value: Any) -> int | float | None:
-    """The number that a value of this name is, NaN and the infinities by their names.
-
-    None for what is no number.
-    """
-    # A bool is an int to Python.
-    if isinstance(value, bool):
-        return None
-    if name in _WHOLE:
-        return value if isinstance(value, int) else None
-    if isinstance(value, str) and value in _NON_FINITE:
-        return float(value)
-    if isinstance(value, int) and not is_number(value):
-        raise TypeError(f"{name} is too large for a float")
-    return value if isinstance(value, int | float) else None
-
-
 def read_records(path: str | Path) -> list[StepRecord]:
     """All records of a metrics.jsonl, without a partial last line (of a run that still writes, or
     was killed).
@@ -191,8 +165,7 @@ def read_records(path: str | Path) -> list[StepRecord]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(StepRecord.from_json(line))
-        # JSON and UTF-8 both raise ValueError.
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             if number < len(lines):
                 raise RunError(
                     "a line of the metrics cannot be read",
@@ -240,30 +213,20 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def is_column(name: str, values: Sequence[Any]) -> bool:
-    """Whether all values of one name are plain numbers in range, seen without looking at each in
-    Python."""
-    kinds = set(map(type, values))
-    if name in _WHOLE:
-        return kinds == {int} and min(values) >= 0 and max(values) <= LARGEST_COUNT
-    if NoneType in kinds and (name in _MAY_BE_NULL or name not in _NAMES):
-        kinds.remove(NoneType)
-        values = [value for value in values if value is not None] or [0]
-    return kinds <= {int, float} and min(values) >= -LARGEST and max(values) <= LARGEST
-
-
 def newest_record(folder: Path) -> dict[str, int | float | None]:
     """The last whole record of a run directory's metrics.jsonl, read from the file's end alone;
     empty without one."""
     return next(newest_records(folder), {})
 
 
-def newest_records(folder: Path) -> Iterator[dict[str, int | float | None]]:
-    """The whole records at the end of a run directory's metrics.jsonl, the newest first."""
+def newest_records(
+    folder: Path, size_bytes: int = TAIL_BYTES
+) -> Iterator[dict[str, int | float | None]]:
+    """The whole records in the end of a run directory's metrics.jsonl, the newest first."""
     try:
         with open_regular(folder / METRICS) as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL))
+            file.seek(max(0, size - size_bytes))
             lines = file.read().splitlines(keepends=True)
     except OSError:
         return
@@ -290,7 +253,7 @@ def cut_back(path: str | Path, step: int, step_of: Callable[[bytes], int] = _ste
     lines = path.read_bytes().splitlines(keepends=True)
     remaining = []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             # Without its line break a record may be cut off.
             if line.endswith(b"\n") and 0 <= step_of(line) <= step:
                 remaining.append(line)

@@ -1,5 +1,5 @@
-"""The report: runs -> one HTML page that needs nothing from outside, or Markdown; both are written
-from one context."""
+"""The page of runs, written once as a report that needs nothing from outside, or served live; and
+the same as Markdown."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,61 +19,35 @@ from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
-from tunesmith.metrics.conversations import conversations_of, whole_characters
+from tunesmith.metrics.conversations import Turn, conversations_of
 from tunesmith.report.compare import (
     differing_keys,
     eval_figures,
     judge,
 )
+from tunesmith.report.curves import curves
 from tunesmith.report.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
-from tunesmith.report.run_files import (
-    NO_CHART,
-    Columns,
-    RunFiles,
-    downsample,
-    finite,
-    how_it_ended,
-    read_profiles,
-    smoothings,
-)
+from tunesmith.report.run_files import RunFiles, finite, how_it_ended, to_json
 from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
 from tunesmith.units import format_seconds
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
-PROMPTS = 6  # whose answers are shown
-LOG_LINES = 20
+ROWS = 25  # of the table of records
+PROMPTS = 6  # whose answers are shown in Markdown
 KEYS_IN_BOARD = 3
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 _TITLE = re.compile(r"<title>.*</title>|^# .*", re.MULTILINE)  # names the runs
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
-STATIC = ("uPlot.min.css", "plots.css", "report.css", "uPlot.iife.min.js", "plots.js", "report.js")
-
-
-class Chart(NamedTuple):
-    """How a number of the records is drawn; `zero`: its axis begins there."""
-
-    title: str
-    unit: str = ""
-    zero: bool = False
-    smoothed: bool = False
-
-
-# Curves that are shown at once.
-MAIN = {
-    "loss": Chart("Training loss", smoothed=True),
-    "val_loss": Chart("Validation loss"),
-    # Of methods that learn from preferences.
-    "val_reward_accuracy": Chart("Accuracy on held-out pairs"),
-    "reward_accuracy": Chart("Accuracy on training pairs", smoothed=True),
-    "reward_margin": Chart("Reward margin", smoothed=True),
-    "rewards_chosen": Chart("Reward of chosen answers", smoothed=True),
-    "rewards_rejected": Chart("Reward of rejected answers", smoothed=True),
-    "kl": Chart("KL to the reference", smoothed=True),
-    "tokens_per_second": Chart("Speed", "tokens/s", zero=True, smoothed=True),
-    "memory_gib": Chart("Peak memory", "GiB", zero=True),
-}
+STATIC = (
+    "uPlot.min.css",
+    "plots.css",
+    "page.css",
+    "uPlot.iife.min.js",
+    "plots.js",
+    "page.js",
+)
 
 
 def write_report(
@@ -112,49 +86,61 @@ def _title(page: str) -> str:
     return title[0] if title else ""
 
 
-def render_report(runs: Sequence[RunFiles], *, markdown: bool = False, note: str = "") -> str:
-    """The page as text."""
+def render_report(
+    runs: Sequence[RunFiles], *, markdown: bool = False, live: bool = False, note: str = ""
+) -> str:
+    """The page as text.
+
+    A live page asks for its curves, samples and files, which a report holds.
+    """
     loader = PackageLoader("tunesmith.report", "templates")
     env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
     env.trim_blocks = True
     env.lstrip_blocks = True
-    env.filters |= {"value": _value, "figure": _figure, "command": _command}
+    env.filters |= {"value": _value, "figure": _figure}
     env.filters |= {"cell": _cell, "reason": _reason, "fenced": _fenced}
-    context = _context(summaries_of(runs)) | {"note": note, "mark": MARK}
+    summaries = summaries_of(runs)
+    context = _context(summaries) | {"note": note, "mark": MARK}
     if markdown:
-        return env.get_template("report.md.j2").render(context)
+        ends = [(run, how_it_ended(run.files)) for run in summaries]
+        template = env.get_template("report.md.j2")
+        return template.render(context, samples=_samples_of(summaries), ends=ends)
+    page = env.get_template("page.html.j2")
+    if live:
+        return page.render(context, live=True, static=(*STATIC, "live.js", "run.js"))
     folder = resources.files("tunesmith.report") / "static"
-    static = {name: (folder / name).read_text(encoding="utf-8") for name in STATIC}
-    script = f"{static['uPlot.iife.min.js']}\n{static['plots.js']}\n{static['report.js']}"
+    static = {name: (folder / name).read_text(encoding="utf-8") for name in (*STATIC, "run.js")}
+    script = "\n".join(text for name, text in static.items() if name.endswith(".js"))
     # Only these scripts run: text of a run that looks like one does not.
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    styles = "\n".join(text for name, text in static.items() if name.endswith(".css"))
     # Nor does "</script>" in a text end the data.
-    data = json.dumps(context["charts"], allow_nan=False).replace("<", "\\u003c")
-    context |= {
-        "script": Markup(script),
-        "allowed": allowed,
-        "styles": Markup(styles),
-        "data": Markup(data),
+    data = to_json(page_data(runs)).replace("<", "\\u003c")
+    return page.render(
+        context,
+        live=False,
+        allowed=allowed,
+        script=Markup(script),
+        styles=Markup("\n".join(text for name, text in static.items() if name.endswith(".css"))),
+        data=Markup(data),
+    )
+
+
+def page_data(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """What a report holds of that which a live page asks for."""
+    return {
+        "runs": [run.status() for run in runs],
+        "pause": 0,
+        "curves": curves(runs, "step", -math.inf, math.inf, POINTS),
+        "table": [run.table(-math.inf, math.inf, ROWS) for run in runs],
+        "texts": [run.texts() for run in runs],
     }
-    return env.get_template("report.html.j2").render(context)
 
 
 def _context(runs: list[RunSummary]) -> dict[str, Any]:
     verdict = judge(runs)
     keys = differing_keys(runs)
-    profiles = []
-    damaged = []
-    for run in runs:
-        summaries, damaged_profiles = read_profiles(run.files.folder)
-        if summaries:
-            profiles.append((run, summaries))
-        damaged_files = [*run.files.damaged, *damaged_profiles]
-        if damaged_files:
-            damaged.append((run.label, damaged_files))
     board = list(range(len(runs)))
     measure = measure_of(runs)
-    samples, system = _samples_of(runs)
 
     def rank(index: int) -> float:
         best = measure.best(runs[index])
@@ -175,16 +161,23 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
             *eval_figures(runs),
         ],
         "environment": _environment(runs),
-        "charts": _charts(runs),
-        "samples": samples,
-        "system": system,
         "time_text": format_seconds,
-        "ranks": [(run, _rank_rows(run.files)) for run in runs if run.files.ranks],
-        "profiles": profiles,
-        "damaged": damaged,
-        "ends": [_end(run) for run in runs],
+        "profiles": [(run, profile) for run in runs for profile in run.files.profiles],
         "reproduce": [_reproduce(run) for run in runs],
     }
+
+
+def _samples_of(runs: Sequence[RunSummary]) -> list[tuple[list[Turn], list[tuple[str, Any]]]]:
+    """For each prompt its turns, and of each run the first and the last sample."""
+    samples: dict[str, list[tuple[str, Any]]] = {}
+    for run in runs:
+        of_run = run.files.texts()["samples"]
+        for prompt in dict.fromkeys(sample["prompt"] for sample in of_run):
+            of_prompt = [sample for sample in of_run if sample["prompt"] == prompt]
+            ends = of_prompt[:: max(1, len(of_prompt) - 1)]
+            samples.setdefault(prompt, []).extend((run.label, sample) for sample in ends)
+    conversations, _ = conversations_of([*samples][:PROMPTS])
+    return [(turns, samples[prompt]) for prompt, turns in conversations.items()]
 
 
 def _environment(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]]:
@@ -235,121 +228,6 @@ FIGURES: dict[str, Callable[[RunSummary], Any]] = {
 }
 
 
-def _charts(runs: Sequence[RunSummary]) -> list[dict[str, Any]]:
-    """What plots.js draws: the main curves, then every other number of the records."""
-    names = dict.fromkeys(MAIN)
-    for run in runs:
-        names |= dict.fromkeys(name for name in run.files.columns if name not in NO_CHART)
-    charts = []
-    for name in names:
-        chart = MAIN.get(name, Chart(name))
-        series = []
-        for index, run in enumerate(runs):
-            series += _series(run, index, name, chart.smoothed)
-        if series:
-            charts.append(
-                {
-                    "title": chart.title,
-                    "unit": chart.unit,
-                    "zero": chart.zero,
-                    "series": series,
-                    "place": "main" if name in MAIN else "more",
-                }
-            )
-    return charts
-
-
-def _series(run: RunSummary, index: int, name: str, smoothed: bool) -> list[dict[str, Any]]:
-    steps = run.files.columns.get("step", [])
-    values = run.files.columns.get(name, [])
-    # Values by how they are smoothed; "" for not at all.
-    lines: dict[str, Sequence[float | None]] = {"": values}
-    if smoothed:
-        lines |= smoothings(values)
-    series: list[dict[str, Any]] = []
-    for smoothing, line in lines.items():
-        x, y = downsample(steps, line, POINTS)
-        if x:
-            series.append(
-                {
-                    "label": run.label,
-                    "run": index,
-                    "smoothed": smoothing,
-                    "dots": 2 * len(x) < len(steps),
-                    "x": x,
-                    "y": [float(f"{value:.6g}") for value in y],
-                }
-            )
-    return series
-
-
-def _samples_of(runs: Sequence[RunSummary]) -> tuple[list[dict[str, Any]], str]:
-    """For each prompt: (run, step, answer) before training, once where all runs agree, and after;
-    the steps between. And the system prompt of all of them."""
-    prompts = dict.fromkeys(row["prompt"] for run in runs for row in run.files.samples)
-    conversations, system = conversations_of([*prompts][:PROMPTS])
-    samples = []
-    for prompt, turns in conversations.items():
-        expected = None
-        place = ""
-        first = []
-        between = []
-        last = []
-        for run in runs:
-            # A run may have answered a prompt at several steps, in order.
-            rows = [row for row in run.files.samples if row["prompt"] == prompt]
-            for row in rows:
-                expected = expected or row.get("expected")
-                place = place or row.get("row") or ""
-                answer = (run.label, row["step"], whole_characters(row["answer"]))
-                if 0 < row["step"] < rows[-1]["step"]:
-                    between.append(answer)
-                if row is rows[0] and row["step"] == 0:
-                    first.append(answer)
-                if row is rows[-1] and row["step"] > 0:
-                    last.append(answer)
-        # Before training all runs have the same model: one answer stands for all.
-        if (len(first) > 1 or len(runs) == 1) and len({answer for *_, answer in first}) == 1:
-            first = [("", *first[0][1:])]
-        samples.append(
-            {
-                "turns": turns,
-                "expected": expected,
-                "row": shown(place),
-                "before": first,
-                "after": last,
-                "between": between,
-            }
-        )
-    return samples, system
-
-
-def _rank_rows(run: RunFiles) -> dict[str, Any]:
-    """Mean and maximum of what each rank measured of itself."""
-    names = dict.fromkeys(name for columns in run.ranks.values() for name in columns)
-    shown_names = [name for name in names if name not in NO_CHART]
-    ranks: dict[int, Columns] = {0: run.columns} | run.ranks
-    rows = {}
-    for rank, columns in sorted(ranks.items()):
-        cells = []
-        for name in shown_names:
-            values = finite(columns.get(name, []))
-            cells.append((Spread.from_values(values), max(values, default=None)))
-        rows[rank] = cells
-    return {"names": shown_names, "rows": rows}
-
-
-def _end(run: RunSummary) -> dict[str, Any]:
-    """How a run ended, where it did not finish, its warnings and the end of its log."""
-    files = run.files
-    return {
-        "run": run,
-        "fields": how_it_ended(files),
-        "warnings": files.warnings,
-        "log": files.log_tail[-LOG_LINES:],
-    }
-
-
 def _reproduce(run: RunSummary) -> dict[str, Any]:
     """What it takes to make a run again; each part is None where env.json does not have it."""
     env = run.files.env
@@ -382,7 +260,6 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
         "commit": commit,
         "versions": f"{checkout}pip install {' '.join(versions)}" if versions else None,
         "hashes": {name.replace("_", " "): env[name] for name in HASHES if env.get(name)},
-        "seed": run.seed,
         "recipe": text,
     }
 
@@ -392,12 +269,6 @@ def _value(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _command(fix: str) -> tuple[str, str]:
-    """A fix as what is typed and the comment behind it: not every shell takes comments."""
-    command, _, comment = fix.partition("   # ")
-    return command, comment
 
 
 def _figure(value: Any) -> str:

@@ -18,16 +18,17 @@ from importlib import resources
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config, Server
 
 from tunesmith.errors import UsageError
-from tunesmith.launch.jobs import holds_run
-from tunesmith.watch.feed import WatchedRun, curves, to_json
-from tunesmith.watch.run_list import RunList
+from tunesmith.report.curves import curves
+from tunesmith.report.page import render_report
+from tunesmith.report.run_files import RunFiles, to_json
+from tunesmith.watch.run_list import Row, RunList
 
 # At any port: `ssh -L` may come by another one.
 HOSTS = (b"127.0.0.1", b"localhost")
@@ -150,7 +151,7 @@ class LivePage:
 class Page(LivePage):
     """The data of a page with the curves of some runs."""
 
-    def __init__(self, runs: Sequence[WatchedRun]) -> None:
+    def __init__(self, runs: Sequence[RunFiles]) -> None:
         super().__init__()
         self.runs = runs
         # Over what the runs hold: threads answer requests.
@@ -165,10 +166,13 @@ class Page(LivePage):
         return self.state
 
     async def look_once(self) -> None:
-        if self._open_pages:
-            changes = [await asyncio.to_thread(run.refresh, self.lock) for run in self.runs]
-            if any(changes):
-                self.wake_pages()
+        if self._open_pages and await asyncio.to_thread(self._refresh):
+            self.wake_pages()
+
+    def _refresh(self) -> bool:
+        with self.lock:
+            changes = [run.refresh() for run in self.runs]
+        return any(changes)
 
     def state(self) -> str:
         """Where the runs stand.
@@ -178,6 +182,10 @@ class Page(LivePage):
         with self.lock:
             runs = [run.status() for run in self.runs]
             return to_json({"runs": runs, "pause": self._curves_seconds / SHARE})
+
+    def html(self, request: Request) -> Response:
+        with self.lock:
+            return HTMLResponse(render_report(self.runs, live=True))
 
     def curves(self, request: Request) -> Response:
         """The charts, or the first `panels`.
@@ -217,28 +225,24 @@ class ListPage(LivePage):
         self._lock = threading.Lock()
 
     def routes(self, static: StaticFiles) -> list[BaseRoute]:
+        page = str(resources.files("tunesmith.report") / "static" / "list.html")
         return [
-            Route("/", self.html),
+            Route("/", lambda _: FileResponse(page)),
             Route("/events", self.events),
             Mount("/runs/{numbers}", routes=[*routes_of(self.page_of), Mount("/", static)]),
             Mount("/", static),
         ]
 
-    async def html(self, request: Request) -> Response:
-        page = resources.files("tunesmith.watch") / "static" / "list.html"
-        return Response(page.read_text(encoding="utf-8"), media_type="text/html")
-
     def reader(self) -> Callable[[], str]:
         """Each time the rows that have changed since the last."""
-        sent: dict[int, int] = {}
+        sent: list[Row] = []
 
         def read() -> str:
-            rows = []
-            for run in list(self.runs.runs.values()):
-                if run.changes > sent.get(run.number, 0):
-                    sent[run.number] = run.changes
-                    rows.append(run.row)
-            return to_json({"rows": rows})
+            # A row that changes is a new one.
+            rows = [row for row in list(self.runs.rows.values()) if "state" in row]
+            earlier = {id(row) for row in sent}
+            sent[:] = rows
+            return to_json({"rows": [row for row in rows if id(row) not in earlier]})
 
         return read
 
@@ -269,13 +273,11 @@ class ListPage(LivePage):
         return page
 
     def _open(self, numbers: Sequence[int]) -> Page:
-        runs = []
-        for number in numbers:
-            folder = self.runs.folder_of(number)
-            if folder is None or not holds_run(folder):
-                raise HTTPException(404)
-            runs.append(WatchedRun(folder))
-        return Page(runs)
+        folders = dict(enumerate(self.runs.rows))
+        try:
+            return Page([RunFiles(folders[number]) for number in numbers])
+        except (KeyError, UsageError):  # a run that is not there, or gone
+            raise HTTPException(404) from None
 
     def end(self) -> None:
         super().end()
@@ -302,6 +304,7 @@ def routes_of(page_of: Callable[[Request], Page]) -> list[BaseRoute]:
         return await page.events(request)
 
     return [
+        Route("/", lambda request: page_of(request).html(request)),
         Route("/events", events),
         Route("/curves", lambda request: page_of(request).curves(request)),
         Route("/table", lambda request: page_of(request).table(request)),
@@ -330,11 +333,7 @@ def make_app(page: LivePage, token: str) -> Guard:
         yield
         task.cancel()
 
-    packages: list[str | tuple[str, str]] = [
-        ("tunesmith.watch", "static"),
-        ("tunesmith.report", "static"),
-    ]
-    routes = page.routes(StaticFiles(packages=packages, html=True))
+    routes = page.routes(StaticFiles(packages=[("tunesmith.report", "static")]))
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], lifespan=lifespan)
     return Guard(app, token)
 

@@ -1,4 +1,4 @@
-// What the live page of runs and the list of runs share: elements made from text, and the link to the command.
+// What the page of runs and the list of runs share: elements made from text.
 // All that comes from a run (names, prompts, answers, logs) is put in as text, never as markup.
 "use strict";
 const Page = (() => {
@@ -18,19 +18,5 @@ const Page = (() => {
 
   const count = (value) => Math.round(value).toLocaleString("en");
 
-  // Calls `hear` with what each event tells.
-  function connect(hear) {
-    const source = new EventSource("events"), link = document.querySelector("#link");
-    source.onopen = () => {
-      link.className = "";
-      put(link, "live");
-    };
-    source.onmessage = (event) => hear(JSON.parse(event.data));
-    source.onerror = () => {
-      link.className = "lost";
-      put(link, "not live: tunesmith watch has ended");
-    };
-  }
-
-  return { make, put, count, connect };
+  return { make, put, count };
 })();

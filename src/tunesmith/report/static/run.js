@@ -1,12 +1,15 @@
-// The live page. `events` tells where the runs stand; `curves`, `table` and `texts` are asked for when that has changed.
+// The page of runs. A live one hears where the runs stand, and asks for `curves`, `table`, `texts` and the written sections
+// when that has changed; a report holds all of it.
 "use strict";
 (() => {
-  const { make, put, count, connect } = Page;
+  const { make, put, count } = Page;
+  const embedded = document.getElementById("data");
+  const report = embedded && JSON.parse(embedded.textContent);
   const $ = (query) => document.querySelector(query);
   const RANKS = 8;  // at most, in one chart
   const charts = new Map();  // title -> chart
   const slots = new Map();  // title -> its place, which stays empty while the values are constant
-  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", sampleSteps = [];
+  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", written = null, sampleSteps = [];
 
   const percent = (value) => `${(value * 100).toFixed(value < 0.0995 ? 1 : 0)}`;
 
@@ -163,11 +166,8 @@
     return series.filter((s) => !s.rank || kept.includes(s));
   }
 
-  async function getJson(path) {
-    const answer = await fetch(path);
-    if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
-    return answer.json();
-  }
+  // `curves`, `table` or `texts`, with what is asked of a live page.
+  const get = async (part, query = "") => (report ? report[part] : Live.getJson(part + query));
 
   function windowed() {
     return zoomed ? `&from=${zoomed[0]}&to=${zoomed[1]}` : "";
@@ -188,8 +188,8 @@
     try {
       const points = Math.min(2000, Math.round(0.7 * innerWidth * devicePixelRatio));
       const first = slots.size ? "" : "&panels=4";  // what is seen at once comes first
-      const asked = axis, window = zoomed, panels = await getJson(`curves?x=${axis}&points=${points}${windowed()}${first}`);
-      if (first && panels.length) stale = true;
+      const asked = axis, window = zoomed, panels = await get("curves", `?x=${axis}&points=${points}${windowed()}${first}`);
+      if (first && panels.length && !report) stale = true;
       if (asked !== axis || window !== zoomed) stale = true;
       else showPanels(panels, drawn !== axis);
       drawn = asked;
@@ -223,7 +223,7 @@
   }
 
   async function showTable() {
-    const tables = await getJson(`table?rows=25${axis === "step" ? windowed() : ""}`);
+    const tables = await get("table", `?rows=25${axis === "step" ? windowed() : ""}`);
     const place = $("#values > div");
     place.replaceChildren();
     tables.forEach(({ columns, rows }, index) => {
@@ -237,9 +237,8 @@
   // ---- texts: samples, recipe, log
 
   function showSamples() {
-    const all = texts.flatMap((text) => text.samples);
     const range = $("#when input"), newest = Number(range.value) >= sampleSteps.length - 1;
-    sampleSteps = [...new Set(all.map((row) => row.step))].sort((a, b) => a - b);
+    sampleSteps = [...new Set(all().map((row) => row.step))].sort((a, b) => a - b);
     range.max = Math.max(0, sampleSteps.length - 1);
     if (newest) range.value = range.max;  // whoever looks at an older one stays there
     $("#when").hidden = sampleSteps.length < 2;
@@ -261,10 +260,24 @@
       place.append(make("details", {}, make("summary", {}, "System prompt of all"), make("p", { class: "turn system" }, system)));
     }
     for (const [prompt, turns] of Object.entries(conversations)) {
-      const answers = make("div", { class: "answers" });
+      const rows = all().filter((row) => row.prompt === prompt), answers = make("div", { class: "answers" });
+      const expected = rows.find((row) => row.expected), from = rows.find((row) => row.row);
+      if (expected) answers.append(answer("the row's own answer", "expected", expected.expected));
+      if (step) showFirstAnswers(answers, prompt);
       texts.forEach((text, index) => showAnswer(answers, text.samples.filter((row) => row.prompt === prompt && row.step <= step), index));
-      place.append(make("article", { class: "sample", "aria-label": "sample" }, ...turns.map(bubble), answers));
+      const title = make("h3", { class: from ? null : "unseen" }, from ? from.row : "A sample");
+      place.append(make("article", { class: "sample" }, title, ...turns.map(bubble), answers));
     }
+  }
+
+  const all = () => texts.flatMap((text) => text.samples);
+  const answer = (by, kind, ...text) => make("div", { class: `turn assistant answer ${kind}` }, make("span", { class: "role" }, by), ...text);
+
+  // Before training all runs have the same model: one answer stands for all that agree.
+  function showFirstAnswers(answers, prompt) {
+    const firsts = texts.map((text) => text.samples.find((row) => row.prompt === prompt && row.step === 0)?.answer);
+    if (new Set(firsts).size === 1 && firsts[0] != null) answers.append(answer("before training", "before", firsts[0]));
+    else firsts.forEach((text, index) => text != null && answers.append(answer(`${runName(index)}, before training`, "before", text)));
   }
 
   function bubble([role, text]) {
@@ -276,7 +289,7 @@
     if (!rows.length) return;
     const before = rows.at(-2), now = rows.at(-1);
     const by = `${runs.length > 1 ? `${runName(index)}, ` : ""}${now.step ? `step ${count(now.step)}` : "before training"}`;
-    answers.append(make("div", { class: "turn assistant answer" }, make("span", { class: "role" }, by), ...changes(before?.answer, now.answer)));
+    answers.append(answer(by, "", ...changes(before?.answer, now.answer)));
   }
 
   // The words of an answer; those that the answer before did not have, in this order, are marked.
@@ -300,27 +313,6 @@
     return words.map((word) => (!word.trim() || kept.has(at++) ? word : make("mark", {}, word)));
   }
 
-  function showRecipe() {
-    const only = $("#differences input").checked && texts.length > 1;
-    const all = [...new Set(texts.flatMap((text) => Object.keys(text.recipe)))];
-    const keys = all.filter((key) => texts.length === 1 || key !== "output_dir");  // that of two runs always differs
-    const rows = keys.map((key) => {
-      const values = texts.map((text) => (key in text.recipe ? asText(text.recipe[key]) : "–"));
-      return { key, values, differs: new Set(values).size > 1 };
-    });
-    const shown = rows.filter((row) => !only || row.differs);
-    if (texts.length === 1) {
-      const pairs = shown.map((row) => make("div", {}, make("dt", {}, row.key), make("dd", {}, row.values[0])));
-      $("#keys").replaceChildren(pairs.length ? make("dl", {}, ...pairs) : make("p", { class: "soft" }, "config.yaml is not written yet."));
-      return;
-    }
-    const head = make("tr", {}, make("th", { scope: "col" }, "key"), ...runs.map((run) => make("th", { scope: "col" }, run.name)));
-    const body = shown.map((row) => make("tr", { class: row.differs ? "differs" : null }, make("th", { scope: "row" }, row.key), ...row.values.map((value) => make("td", {}, value))));
-    const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
-    const none = make("p", { class: "soft" }, "The recipes are the same.");
-    $("#keys").replaceChildren(shown.length ? make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "keys of the recipes" }, table) : none);
-  }
-
   const logs = [];
 
   function showLog(run, index) {
@@ -341,17 +333,27 @@
     const now = runs.map((run) => run.texts).join();
     if (document.hidden || now === read) return;
     try {
-      texts = await getJson("texts");
+      texts = await get("texts");
     } catch {
       return;
     }
     read = now;
-    $("#differences").hidden = runs.length < 2;
     showSamples();
-    showRecipe();
   }
 
-  // ---- the link to the command
+  async function getSections() {
+    const now = JSON.stringify(runs.map((run) => [run.texts, run.state, run.figures.val_loss]));
+    if (report || document.hidden || now === written) return;
+    const isFirst = written === null;  // the page came with them
+    written = now;
+    try {
+      if (!isFirst) await Live.refreshSections();
+    } catch {
+      written = "";
+    }
+  }
+
+  // ---- what the runs say
 
   // What cannot be shown of one run must not keep the others, and what comes later, from the page.
   function apart(show) {
@@ -369,9 +371,10 @@
     runs.forEach(apart(showRun));
     runs.forEach(apart(showLog));
     const first = runs[0], done = first.done == null ? "" : `${Math.round(first.done * 100)} % `;
-    document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
+    if (!report) document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
     if (!later) later = setTimeout(drawCurves, Math.max(0, drawnAt + 1000 * told.pause - performance.now()));
     getTexts();
+    getSections();
   }
 
   $("#axis").addEventListener("change", (event) => {
@@ -381,14 +384,16 @@
   });
   Plots.page.zoomed = (window) => {
     zoomed = window;
-    drawCurves();
+    if (!report) drawCurves();  // with finer points
   };
   Plots.controls($("#controls"));
   $("#values").addEventListener("toggle", () => $("#values").open && showTable());
   $("#when input").addEventListener("input", showAnswers);
-  $("#differences input").addEventListener("change", showRecipe);
-  $("#differences input").checked = true;
-  document.addEventListener("visibilitychange", () => !document.hidden && (drawCurves(), getTexts()));
-  $("#all-runs").hidden = !/\/runs\/[^/]+\/$/.test(location.pathname);
-  connect(hear);
+  document.addEventListener("visibilitychange", () => !document.hidden && (drawCurves(), getTexts(), getSections()));
+  $("#axis").hidden = Boolean(report);  // it has the points over steps
+  if (report) hear(report);
+  else {
+    $("#all-runs").hidden = !/\/runs\/[^/]+\/$/.test(location.pathname);
+    Live.connect(hear);
+  }
 })();

@@ -1,7 +1,7 @@
 // The list of runs: `events` tells the rows that have changed; each opens the page of its run.
 "use strict";
 (() => {
-  const { make, put, count, connect } = Page;
+  const { make, put, count } = Page;
   const $ = (query) => document.querySelector(query);
   const WIDTH = 120, HEIGHT = 28;  // of a sparkline
   const lines = new Map();  // id -> its row and what is in it
@@ -79,5 +79,5 @@
   }
 
   $("#find input").addEventListener("input", arrange);
-  connect(hear);
+  Live.connect(hear);
 })();
