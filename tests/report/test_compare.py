@@ -116,16 +116,7 @@ def test_a_training_loss_alone_decides_nothing(tmp_path: Path) -> None:
 def test_a_lower_training_loss_does_not_win_against_val_loss(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", falling(2.0), loss=1.5)
     fits = write_run(tmp_path / "fits", falling(2.5), recipe=rate(1e-2), loss=0.1)
-    found = verdict(good, fits)
-    assert (found.kind, found.best) == ("better", (0,))
-    assert sentence(found, "fits", "training loss")
-    alike = write_run(
-        tmp_path / "alike",
-        falling(2.5),
-        recipe=rate(1e-2),
-        loss=lambda step: 1.49 + 0.2 * (-1) ** step,
-    )
-    assert not sentence(verdict(good, alike), "training loss")
+    assert verdict(good, fits).best == (0,)
 
 
 def test_seeds_give_the_noise(tmp_path: Path) -> None:
@@ -257,7 +248,7 @@ def test_cautions(tmp_path: Path) -> None:
         ("rises", "val_loss 1.9000", "step 36"),
         ("short (killed at step 20)", "val_loss"),
         ("rises 4,000", "short 2,000"),
-        ("cpu", "a processor", "another"),
+        ("cpu", "differ"),
         ("step 20", "1.5000", "2.4900"),
     ):
         assert lines_with(text, *values)
@@ -278,14 +269,7 @@ def test_every_difference_of_two_runs_is_named(tmp_path: Path) -> None:
     text = said(found)
     keys = [f"train.{name}" for name in (*five, "schedule")]
     assert lines_with(text, "5 things", *keys)
-    assert lines_with(text, "train.micro_batch")
-    for name, one, two in (
-        ("ranks", "1", "2"),
-        ("gpus", "none", "2 x GB10"),
-        ("torch", "2.13.0+cpu", "2.14.0"),
-        ("compile", "off", "on"),
-    ):
-        assert lines_with(text, f"`{name}` ({one} against {two})")
+    assert lines_with(text, "`gpus`", "`torch`", "`choices.compile.taken`", "`hosts`")
 
 
 def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
@@ -299,21 +283,11 @@ def test_too_few_validations_to_know_the_noise(tmp_path: Path) -> None:
 
 def test_what_the_end_of_a_run_said_is_said_again(tmp_path: Path) -> None:
     rises = {**dict.fromkeys(range(4, 21, 4), 2.0), 8: 1.9}
-    folder = tmp_path / "my run"
-    run = write_run(folder, rises, steps=20)
-    few = f"`tunesmith train '{folder}/config.yaml' 'train.duration=50 steps'`"
-    assert sentence(verdict(run), "my run (20)", few)
+    run = write_run(tmp_path / "my run", rises, steps=20)
+    assert sentence(verdict(run), "my run (20)", "train.duration")
     assert sentence(verdict(run), "val_loss 2.0000", "step 8")
-    assert "tunesmith chat" not in said(verdict(run)), "there is no checkpoint to take"
-    (folder / "checkpoint-8").mkdir()
-    assert sentence(verdict(run), "step 8", f"`tunesmith chat '{folder}/checkpoint-8'`")
     unmeasured = write_run(tmp_path / "unmeasured", steps=20)
-    assert sentence(verdict(unmeasured), "unmeasured (20)")
-    assert sentence(verdict(run, unmeasured), "my run (20), unmeasured (20)", few)
-    warm = write_run(tmp_path / "warm", steps=20, recipe={"train": {"warmup": "60 steps"}})
-    assert sentence(verdict(warm), "'train.duration=120 steps'"), "50 are refused"
-    tuned = write_run(tmp_path / "tuned", steps=20, recipe={"adapter": {"from": "runs/first"}})
-    assert sentence(verdict(warm, tuned), "warm (20)", "tuned")
+    assert sentence(verdict(run, unmeasured), "my run (20), unmeasured (20)")
     long = write_run(tmp_path / "long", dict.fromkeys(range(10, 51, 10), 2.0), steps=50)
     assert not sentence(verdict(long), "50")
 
@@ -354,10 +328,7 @@ def test_what_ends_a_run_or_chooses_its_weights_changes_what_is_learned(tmp_path
         ]
         found = differing_keys(summaries_of(runs))
         assert {one.key for one in found if one.learns} == chosen | more
-        [text] = sentence(verdict(*runs), "does not change what is learned")
-        _, _, without_effect = text.partition("also differ in")
-        assert "log.every" in without_effect
-        assert not chosen & set(without_effect.split("`"))
+        assert {"log.every", "checkpoint.keep"} <= {one.key for one in found if not one.learns}
 
 
 def test_a_section_that_one_run_leaves_empty_is_one_difference(tmp_path: Path) -> None:
@@ -458,24 +429,12 @@ def test_pairs_are_compared_by_accuracy_and_its_interval(tmp_path: Path) -> None
     assert holds(alone.headline, "90.0 %", "82.9 to 94.8", "step 20")
 
 
-def test_a_lower_training_loss_that_held_out_rows_confirm_is_not_held_against_a_run(
-    tmp_path: Path,
-) -> None:
-    """Of equal accuracies, and where val_loss is lower too; training losses of two methods are of
-    different kinds."""
+def test_equal_accuracies_are_equal(tmp_path: Path) -> None:
     first = preferring(tmp_path / "first", {40: 0.9}, recipe=rate(1e-5), loss=0.5)
     tie = preferring(tmp_path / "tie", {40: 0.9}, recipe=rate(1e-6), loss=0.1)
     found = verdict(first, tie)
     assert found.kind == "equal"
     assert found.headline.count("90.0 %") == 2
-    assert holds(found.headline, "first", "tie")
-    assert not sentence(found, "training loss")
-    for name, val_loss, is_told in (("surer", 0.4, False), ("vaguer", 0.6, True)):
-        run = preferring(tmp_path / name, {40: 0.7}, recipe=rate(1e-6), loss=0.1, val_loss=val_loss)
-        assert bool(sentence(verdict(first, run), name, "training loss")) == is_told
-    simpo = preferring(tmp_path / "simpo", {40: 0.9}, "simpo", loss=0.5)
-    orpo = preferring(tmp_path / "orpo", {40: 0.7}, "orpo", loss=0.1, val_loss=0.6)
-    assert not sentence(verdict(simpo, orpo), "training loss")
 
 
 def test_without_their_number_the_noise_of_pairs_is_that_of_the_curve(tmp_path: Path) -> None:
@@ -503,6 +462,14 @@ def test_methods_that_measure_otherwise_are_compared_by_eval_alone(tmp_path: Pat
     found = verdict(dpo, simpo, sft)
     assert (found.kind, found.best) == ("better", (0,))
     assert holds(found.headline, "95.0 %", "60.0 %")
+    # Further pairs of one run do not hide those that all have.
+    write_eval(simpo.folder, pairs_eval(0.99, row_hash="o" * 64), "further")
+    assert simpo.refresh()
+    assert verdict(dpo, simpo).best == (0,)
+    # Of two evals of the same pairs the newer counts, whatever its name.
+    write_eval(dpo.folder, pairs_eval(0.3), "again")
+    assert dpo.refresh()
+    assert verdict(dpo, simpo).best == (1,)
     # Other pairs are another measure.
     write_eval(simpo.folder, pairs_eval(0.99, row_hash="o" * 64))
     assert simpo.refresh()

@@ -10,16 +10,17 @@ apart, or how far val_loss moves around its own trend.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tunesmith.config.dump import is_free, leaves
+from tunesmith.config.dump import leaves
 from tunesmith.data.schedule import FEW_STEPS
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_path
 from tunesmith.metrics.summary import has_risen
-from tunesmith.report.measure import VAL_LOSS, Measure, measure_of
+from tunesmith.report.measure import HELD_OUT_ACCURACY, VAL_LOSS, Measure, measure_of
+from tunesmith.report.run_files import finite
 from tunesmith.report.run_summary import (
     HASHES_OF_INPUTS,
     RunSummary,
@@ -28,7 +29,7 @@ from tunesmith.report.run_summary import (
 )
 from tunesmith.run_dir import RECIPE, RunState, shown
 from tunesmith.scoring.intervals import loss_sentence, paired_losses
-from tunesmith.units import count_of
+from tunesmith.units import count_of, format_seconds
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
 STANDARD_ERRORS = 2.0
@@ -36,7 +37,78 @@ STANDARD_ERRORS = 2.0
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 FEWEST_VALIDATIONS = 5  # whose moves tell the noise
-SHORT_SHOWN = 3  # runs of few steps, or recipes that are worse, that are named
+MAX_NAMED = 3  # runs of few steps, or recipes that are worse
+# Of env.json: hashes of what the run read, how it was started, and what its checks reported.
+HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
+NO_ENVIRONMENT = (*HASHES, "command", "commit", "checks", "validation_examples", "template")
+
+
+def _mean(run: RunSummary, name: str) -> Spread | None:
+    return Spread.from_values(finite(run.files.columns.get(name, [])))
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+# Rows of the table of figures, below the state and what decides.
+FIGURES: dict[str, Callable[[RunSummary], str | float | Spread | None]] = {
+    VAL_LOSS.best_word: VAL_LOSS.best_text,
+    "val_loss, last": lambda run: next(reversed(run.validations.values()), None),
+    HELD_OUT_ACCURACY.best_word: HELD_OUT_ACCURACY.best_text,
+    "training loss, mean of the last steps": lambda run: run.loss,
+    "tokens/s, without the first step": lambda run: run.speed,
+    "MFU": lambda run: _percent(run.mfu),
+    "waiting for data": lambda run: _percent(run.waiting),
+    "peak memory, GiB": lambda run: run.memory_gib,
+    "training tokens": lambda run: f"{run.tokens:,.0f}",
+    "total step time": lambda run: format_seconds(run.seconds),
+    "gradient norm": lambda run: _mean(run, "grad_norm"),
+    "GPU utilization, %": lambda run: _mean(run, "gpu_utilization"),
+    "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),
+}
+
+
+def figure_rows(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
+    """The table of figures: a name, and a text for each run, `–` for what was not measured."""
+    measure = measure_of(runs)
+    figures = {
+        "state": lambda run: run.files.described_state,
+        measure.best_word: measure.best_text,
+        **FIGURES,
+    }
+    rows: list[tuple[str, list[Any]]] = [
+        (name, [figure(run) for run in runs]) for name, figure in figures.items()
+    ]
+    # What no run has is left out, but for what decides.
+    shown_rows = [row for row in rows if any(row[1]) or row[0] == measure.best_word]
+    return [
+        (name, [figure_text(cell) for cell in cells])
+        for name, cells in (*shown_rows, *eval_figures(runs))
+    ]
+
+
+def figure_text(value: str | float | Spread | None) -> str:
+    """A figure: text as it is, a mean with its standard deviation, a dash for what was not
+    measured."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Spread):
+        return _digits(value)
+    mean = _digits(value.mean)
+    if value.count == 1:
+        return mean
+    deviation = value.deviation
+    # Two digits: a third would be noise.
+    shown = f"{deviation:,.0f}" if deviation >= 10 else f"{deviation:.2g}"
+    return f"{mean} ± {shown} (n = {value.count:,})"
+
+
+def _digits(value: float) -> str:
+    """Four significant digits: 0.03125, 1.234, 12,480."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
@@ -44,80 +116,77 @@ def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]
 
     Runs share a line where they answered the same rows: not the file's name decides, but the rows.
     """
-    lines: dict[tuple[str, str], list[str | None]] = {}
+    # Of several checkpoints of a run, one after the other in its cell.
+    lines: dict[tuple[str, str], list[list[str]]] = {}
     labels: dict[tuple[str, str], str] = {}
     for index, run in enumerate(runs):
         for result in run.files.evals:
-            about = f"{result['data']}, {result['rows']} rows"
-            cells = {}
-            if result["losses"] is not None:
-                cells["loss"] = _losses_text(result)
-            for scorer, intervals in result["scores"].items():
-                cells[scorer] = _scores_text(intervals)
-            for name, text in cells.items():
-                row_hash = result["row_hash"]
-                if name == "loss" and result["row_losses"]:
-                    row_hash = result["row_losses"]["row_hash"]
-                # The same rows, by their hash, share a line; rows of the same name may differ.
+            for name, row_hash, text in _eval_texts(result):
                 key = (name, row_hash)
-                if key not in labels:
-                    label = f"eval: {name} ({about})"
-                    is_other = label in labels.values()
-                    labels[key] = f"{label}, {row_hash[:8]}" if is_other else label
-                line = lines.setdefault(key, [None] * len(runs))
-                # Of several checkpoints of a run, one after the other in its cell.
+                label = f"eval: {name} ({result['data']}, {result['rows']} rows)"
+                # Rows of the same name may differ.
+                if key not in labels and label in labels.values():
+                    label += f", {row_hash[:8]}"
+                labels.setdefault(key, label)
                 cell = f"{text} at step {result['step']}"
                 if result["seen"]:
                     cell += f" ({result['seen']} of the rows were trained on)"
-                earlier_cell = line[index]
+                cells = lines.setdefault(key, [[] for _ in runs])[index]
                 # A loss is in the file of the scores too: shown once.
-                if earlier_cell is None:
-                    line[index] = cell
-                elif cell not in earlier_cell.split("; "):
-                    line[index] = f"{earlier_cell}; {cell}"
-    return [(labels[key], line) for key, line in lines.items()]
+                if cell not in cells:
+                    cells.append(cell)
+    return [
+        (labels[key], ["; ".join(cells) or None for cells in line]) for key, line in lines.items()
+    ]
 
 
-def _losses_text(result: dict[str, Any]) -> str:
+def _eval_texts(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The loss and each score of an eval: name, hash of the rows, and text."""
+    if result["losses"] is not None:
+        rows = result["row_losses"] or {}
+        yield "loss", rows.get("row_hash", result["row_hash"]), _losses_text(result["losses"], rows)
+    for scorer, intervals in result["scores"].items():
+        texts = {
+            name: _interval_text(intervals[name]) for name in ("tuned", "base") if name in intervals
+        }
+        yield scorer, result["row_hash"], _beside_base(texts, _gain_text(intervals))
+
+
+def _losses_text(losses: dict[str, float], rows: dict[str, Any]) -> str:
     """`1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`, without the intervals
     where the losses of the rows are not there, or too few."""
-    losses = result["losses"]
-    rows = result["row_losses"] or {}
-    if "tuned" not in losses:
-        text = "not finite"
-    else:
-        text = f"{losses['tuned']:.4f}"
-        if rows:
-            of_rows = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"])
-            if of_rows.interval is not None:
-                _, low, high = of_rows.interval
-                low = max(low, 0.0)  # no loss is below
-                text += f" ({low:.4f} to {high:.4f})"
-    if "base" not in losses:
-        return text
-    text += f", base {losses['base']:.4f}"
+    texts = {name: f"{loss:.4f}" for name, loss in losses.items()}
+    texts.setdefault("tuned", "not finite")
+    gain = ""
+    if rows:
+        own = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"]).interval
+        if own is not None:
+            # No loss is below 0.
+            texts["tuned"] += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
     if rows.get("base"):
         difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).interval
         if difference is not None:
             mean, low, high = difference
-            text += f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    return text
+            gain = f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    return _beside_base(texts, gain)
 
 
-def _scores_text(intervals: dict[str, Any]) -> str:
-    """`62.0 % (52.1 to 71.3), base 50.0 % (...): +12.0 points (+4.0 to +20.1)`."""
-    text = _share_text(intervals["tuned"])
-    if "base" in intervals:
-        text += f", base {_share_text(intervals['base'])}"
-    if "difference" in intervals:
-        mean, low, high = (f"{100 * value:+.1f}" for value in intervals["difference"])
-        text += f": {mean} points ({low} to {high})"
-    return text
+def _beside_base(texts: dict[str, str], gain: str) -> str:
+    base = f", base {texts['base']}" if "base" in texts else ""
+    return texts["tuned"] + base + (gain if base else "")
 
 
-def _share_text(interval: Sequence[float]) -> str:
+def _interval_text(interval: Sequence[float]) -> str:
     mean, low, high = (100 * value for value in interval)
     return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _gain_text(intervals: dict[str, Any]) -> str:
+    """`: +12.0 points (+4.0 to +20.1)`; empty without a difference."""
+    if "difference" not in intervals:
+        return ""
+    mean, low, high = (100 * value for value in intervals["difference"])
+    return f": {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
 def validation_noise(val_losses: Sequence[float]) -> float | None:
@@ -254,13 +323,13 @@ def _judge(runs: Sequence[RunSummary]) -> Verdict:
         )
         fix = "Use the same held-out rows in the recipes: data.validation, or data.hold_out: 5 %."
         return Verdict("none", "It is unclear which is better", [*absent, why, fix])
-    obstacle = _different_losses(measured, measure) or _different_rows(measured, measure)
+    obstacle = _obstacle(measured, measure)
     if obstacle is not None:
         return obstacle
 
     ranking = _rank(measured, measure)
     first = ranking[0]
-    cautions = [*absent, *_cautions(measured, first, measure)]
+    cautions = [*absent, *_cautions(measured, measure)]
     # One group: all runs learned from the same recipe.
     if len(ranking) == 1:
         return _one_recipe(first, measured, cautions)
@@ -277,12 +346,11 @@ def _one_recipe(
 ) -> Verdict:
     """The verdict on runs of one recipe, of which `group` has those that are comparable."""
     name = group.measure.name
-    without_effect = _keys_without_effect(measured)
     if len(group.runs) > 1:
         seeds = count_of(len({run.seed for run in group.runs}), "seed")
         headline = "One recipe: the difference is the seed's or the machine's"
         why = f"These are {len(group.runs)} runs of one recipe with {seeds}: {name} {group}."
-        return Verdict("equal", headline, [why + without_effect, *cautions])
+        return Verdict("equal", headline, [why, *cautions])
     (first,) = group.runs
     headline = f"One recipe: only {first.label} is trained as far as step {first.steps}"
     if first.files.state is RunState.FINISHED:
@@ -291,7 +359,7 @@ def _one_recipe(
     for run in measured:
         if run is not first:
             why += _at_common_step(first, run, group.measure)
-    return Verdict("none", headline, [why + without_effect, *cautions])
+    return Verdict("none", headline, [why, *cautions])
 
 
 def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
@@ -317,7 +385,8 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     ]
     kind, headline = _headline(first, second, gap, noise)
     if kind == "equal" and beaten:
-        headline += f"; {first.name} {first.is_are} better than {_names_of(beaten)}"
+        names = ", ".join(group.name for group in beaten)
+        headline += f"; {first.name} {first.is_are} better than {names}"
     name = measure.name.strip(",")
     difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
     return Verdict(kind, headline, reasons, difference=difference)
@@ -344,13 +413,6 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
     return "better", f"{first.name} {first.is_are} better{where}: {against}"
 
 
-def _names_of(groups: Sequence[RunGroup]) -> str:
-    """`a, b`, or of many recipes their number."""
-    if len(groups) <= SHORT_SHOWN:
-        return ", ".join(group.name for group in groups)
-    return f"{len(groups)} others"
-
-
 def _may_improve(run: RunSummary) -> bool:
     """Whether the run was to train further; a candidate that a sweep has left was not."""
     stopped = run.files.stopped or {}
@@ -366,59 +428,50 @@ def _alone(run: RunSummary, measure: Measure) -> Verdict:
         if run.validation_hash:
             fix = "It has not been validated yet."
         return Verdict("alone", f"{headline}, without {measure.name}", [fix])
-    reasons = _cautions([run], None, measure)
-    (start, first_value), *later = measure.values(run)
-    if later:
+    reasons = _cautions([run], measure)
+    start, first_value = next(iter(measure.values(run).items()))
+    if len(measure.values(run)) > 1:
         reasons.insert(0, f"The first one was {measure.text(first_value)} at step {start}.")
     return Verdict("alone", f"{headline}, {measure.best_word} {best}", reasons)
 
 
-def _different_losses(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
-    """The verdict on runs whose methods have another loss each; None if they have one, or are not
-    compared by it."""
-    methods = {run.label: run.method for run in measured}
-    if measure.is_share or len(set(methods.values())) == 1:
-        return None
-    names = [f"{label}: {method}" for label, method in methods.items()]
-    why = f"The methods differ: {', '.join(names)}."
+def _obstacle(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
+    """The verdict on runs that were measured by other losses or on other rows; None if not."""
+
+    def of_each(value: Callable[[RunSummary], object]) -> str:
+        return ", ".join(f"{run.label}: {value(run)}" for run in measured)
+
     command = _eval_command(measured)
     hashes = {run.validation_hash for run in measured}
     if len(hashes) > 1 or None in hashes:
         command += " --data held-out.jsonl"
-    fix = (
-        f"Evaluate all on the same pairs, which none was trained on: `{command}`, and create the "
-        "report again; or compare their answers, with --score."
-    )
-    return Verdict("none", "Not comparable: val_loss is a different loss in each", [why, fix])
-
-
-def _different_rows(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
-    """The verdict on runs that were not measured on the same rows; None if they were."""
+    if not measure.is_share and len({run.method for run in measured}) > 1:
+        why = f"The methods differ: {of_each(lambda run: run.method)}."
+        fix = (
+            f"Evaluate all on the same pairs, which none was trained on: `{command}`, and create "
+            "the report again; or compare their answers, with --score."
+        )
+        return Verdict("none", "Not comparable: val_loss is a different loss in each", [why, fix])
     rows = {measure.rows(run) for run in measured}
     if len(rows) == 1 and None not in rows:
         return None
     headline = f"Not comparable: it is unknown what {measure.name} was measured on"
-    if all(run.validation_hash for run in measured):
+    if None not in hashes:
         headline = f"Not comparable: {measure.name} was measured on different rows"
-    hashes = [f"{run.label}: {str(run.validation_hash or 'unknown')[:12]}" for run in measured]
-    counts = [f"{run.label}: {run.max_examples or 'all'}" for run in measured]
-    why = f"Hash of the held-out rows: {', '.join(hashes)}; taken of them: {', '.join(counts)}."
-    sentences = [why, *_draws(measured)]
-    command = f"{_eval_command(measured)} --data held-out.jsonl"
-    fix = f"Compare them on the same rows: `{command}`."
-    return Verdict("none", headline, [*sentences, fix])
-
-
-def _draws(measured: Sequence[RunSummary]) -> list[str]:
-    """A sentence where several seeds have drawn the held-out rows."""
+    why = (
+        f"Hash of the held-out rows: {of_each(lambda run: str(run.validation_hash)[:12])}; "
+        f"taken of them: {of_each(lambda run: run.max_examples or 'all')}."
+    )
+    reasons = [why, f"Compare them on the same rows: `{command}`."]
     seeds = [run.hold_out_seed for run in measured]
-    if None in seeds or len(set(seeds)) == 1:
-        return []
-    draws = [f"{run.label}: {run.hold_out_seed}" for run in measured]
-    return [
-        f"The seeds that drew data.hold_out differ ({', '.join(draws)}); without "
-        f"data.hold_out_seed it is train.seed: set data.hold_out_seed={seeds[0]} in all."
-    ]
+    if None not in seeds and len(set(seeds)) > 1:
+        reasons.insert(
+            1,
+            "The seeds that drew data.hold_out differ "
+            f"({of_each(lambda run: run.hold_out_seed)}); without data.hold_out_seed it is "
+            f"train.seed: set data.hold_out_seed={seeds[0]} in all.",
+        )
+    return Verdict("none", headline, reasons)
 
 
 def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
@@ -485,7 +538,7 @@ def _noise(ranking: Sequence[RunGroup], second: RunGroup) -> Noise:
         return Noise(threshold, _threshold_text(text, threshold, measure, advice))
     noises = []
     for group in (first, second):
-        noise = validation_noise([value for _, value in measure.values(group.runs[0])])
+        noise = validation_noise(list(measure.values(group.runs[0]).values()))
         if noise is not None:
             noises.append(noise)
     if not noises:
@@ -507,13 +560,11 @@ def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str
     runs = [first.runs[0], second.runs[0]]
     # Of many runs, as those of a sweep, the first two alone may have been evaluated.
     measure = measure_of(runs)
-    evals = []
-    for run in runs:
-        best = measure.best(run)
-        evals.append(best and measure.row_losses(run, best[1]))
-    better, worse = evals
-    if not better or not worse:
+    bests = [measure.best(run) for run in runs]
+    evals = [measure.evals(run).get(best[1]) for run, best in zip(runs, bests, strict=True) if best]
+    if None in evals or len(evals) < 2:
         return None
+    better, worse = filter(None, evals)
     rows = better["row_losses"]
     difference = paired_losses(worse["row_losses"]["tuned"], rows["tuned"], rows["tokens"])
     if difference.mean > 0:
@@ -527,10 +578,11 @@ def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str
 
 def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:
     """The same from the intervals of two shares; None where unknown."""
-    higher = first.measure.span(first.runs[0], first.best.mean)
-    lower = first.measure.span(second.runs[0], second.best.mean)
-    if higher is None or lower is None:
+    bests = [(group.runs[0], first.measure.best(group.runs[0])) for group in (first, second)]
+    spans = [first.measure.span(run, best[1]) for run, best in bests if best]
+    if None in spans or len(spans) < 2:
         return None
+    higher, lower = filter(None, spans)
     # Newcombe's interval of a difference (1998, method 10). Of two models on the same rows it is
     # too wide rather than too narrow.
     threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
@@ -582,14 +634,13 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
     elif names:
         listed = ", ".join(names)
         text = f"They differ in {len(names)} things ({listed}): any of them may be the reason."
-    text += _keys_without_effect([first, second])
     return text + _at_common_step(first, second, measure)
 
 
 def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> str:
     """A sentence on the values of runs of unequal length after the same steps; empty without."""
-    first_values = dict(measure.values(first))
-    second_values = dict(measure.values(second))
+    first_values = measure.values(first)
+    second_values = measure.values(second)
     # Unequal runs are compared at a step that both have reached.
     common_steps = first_values.keys() & second_values.keys()
     if first.steps == second.steps or not common_steps:
@@ -601,47 +652,7 @@ def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> 
     )
 
 
-def _keys_without_effect(runs: Sequence[RunSummary]) -> str:
-    """A sentence on the keys that differ and change nothing that is learned; empty without any."""
-    keys = []
-    for difference in differing_keys(runs):
-        # A file of the same rows under another name is no difference.
-        if is_free(difference.key) and not difference.learns:
-            keys.append(f"`{difference.key}` ({difference.values_text})")
-    if not keys:
-        return ""
-    return f" They also differ in {', '.join(keys)}; this does not change what is learned."
-
-
-def _fits_training_rows_alone(run: RunSummary, winner: RunSummary, measure: Measure) -> bool:
-    """Whether the training loss of the run is clearly lower than that of the winner, while all that
-    was measured on held-out rows is worse."""
-    if run.method != winner.method or not run.loss or not winner.loss:
-        return False
-    for of_rows in (measure, VAL_LOSS):
-        best = of_rows.best(run)
-        winning = of_rows.best(winner)
-        if best and winning and of_rows.worse_by(best[0], than=winning[0]) <= 0:
-            return False
-    return _clearly_lower(run.loss, winner.loss)
-
-
-def _clearly_lower(first: Spread, second: Spread) -> bool:
-    error = math.sqrt(first.deviation**2 / first.count + second.deviation**2 / second.count)
-    return first.mean + STANDARD_ERRORS * error < second.mean
-
-
-def _weights_of(run: RunSummary, step: int) -> str:
-    """The end of a sentence on a step: where its weights are."""
-    checkpoint = run.files.folder / f"checkpoint-{step}"
-    if run.files.final_step == step:
-        return ", whose weights are in final/."
-    if checkpoint.is_dir():
-        return f", whose checkpoint is kept: `tunesmith chat {shell_path(shown(checkpoint))}`"
-    return "."
-
-
-def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measure) -> list[str]:
+def _cautions(runs: Sequence[RunSummary], measure: Measure) -> list[str]:
     """What a reader should know before believing the verdict."""
     cautions = []
     for run in runs:
@@ -649,7 +660,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         if best is None:
             continue
         best_value, step = best
-        values = [value for _, value in measure.values(run)]
+        values = list(measure.values(run).values())
         noise = validation_noise(values) or 0.0
         worse_by = measure.worse_by(values[-1], than=best_value)
         # Worse than its best by more than noise, or by as much as the end of a run mentions.
@@ -657,8 +668,7 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         if worse_by > 0 and (is_rise or worse_by > STANDARD_ERRORS * noise):
             side = "below" if measure.is_share else "above"
             text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
-            text += f"{side} that of step {step}"
-            cautions.append(text + _weights_of(run, step))
+            cautions.append(f"{text}{side} that of step {step}.")
     unfinished = [
         f"{run.label} ({run.files.state} at step {run.steps})"
         for run in runs
@@ -668,71 +678,46 @@ def _cautions(runs: Sequence[RunSummary], first: RunGroup | None, measure: Measu
         cautions.append(
             f"Not finished: {', '.join(unfinished)}. Their {measure.name} may still improve."
         )
-    if first is None:
-        return cautions
-    for run in runs:
-        if run not in first.runs and _fits_training_rows_alone(run, first.runs[0], measure):
-            cautions.append(
-                f"{run.label} has the lower training loss: "
-                "it fits its training rows better, but not the held-out rows."
-            )
-            break
     tokens = [run.tokens for run in runs]
     # More tokens are more training, whatever the recipe.
     if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
         amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
         cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
-    surroundings = differing_surroundings(runs)
-    if surroundings:
-        listed = ", ".join(f"`{name}` ({values})" for name, values in surroundings.items())
+    names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
+    if names:
         cautions.append(
-            f"Ranks, machines or software differ: {listed}. Speed and memory are not comparable."
+            f"Ranks, machines or software differ: {', '.join(names)}. "
+            "Speed and memory are not comparable."
         )
     return cautions
 
 
 def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
     """A sentence on the finished runs that took few steps, if there are any."""
-    short = []
-    for run in runs:
-        if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS:
-            short.append(run)
-    # These have learned before.
-    continuing = [run.label for run in short if run.continues_adapter]
-    short = [run for run in short if not run.continues_adapter]
-    if not short:
+    names = [
+        f"{run.label} ({run.steps})"
+        for run in runs
+        if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
+    ]
+    if not names:
         return []
-    names = ", ".join(f"{run.label} ({run.steps})" for run in short[:SHORT_SHOWN])
-    if len(short) > SHORT_SHOWN:
-        names += f" and {len(short) - SHORT_SHOWN} more"
-    recipe = shell_path(shown(short[0].files.folder / RECIPE))
-    if continuing:
-        names += f", not counting {', '.join(continuing)}, trained from an adapter"
-    # A run that is no longer than its warmup is refused.
-    steps = max(FEW_STEPS, 2 * short[0].warmup_steps)
-    longer = shell_word(f"train.duration={steps} steps")
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return [
-        f"Few steps: {names}; a model hardly changes in fewer than {FEW_STEPS}. "
-        f"To continue training: `tunesmith train {recipe} {longer}`"
+        f"Few steps: {', '.join(names[:MAX_NAMED])}{more}; a model hardly changes in fewer than "
+        f"{FEW_STEPS}: a longer train.duration continues a run."
     ]
 
 
-def differing_surroundings(runs: Sequence[RunSummary]) -> dict[str, str]:
-    """What env.json says differently of runs: ranks, machines, software and what was chosen for
-    them, as `{"torch": "2.13.0 against 2.14.0"}`."""
-    environments = [run.surroundings for run in runs]
-    differing = {}
-    for name in dict.fromkeys(name for values in environments for name in values):
-        texts = dict.fromkeys(_surrounding_text(values.get(name)) for values in environments)
-        if len(texts) > 1:
-            differing[name] = " against ".join(texts)
-    return differing
-
-
-def _surrounding_text(value: Any) -> str:
-    """A value of env.json, short: `8 x NVIDIA H100` for a list of the same."""
-    if value is None or value == []:
-        return "none"
-    if isinstance(value, list) and value.count(value[0]) == len(value):
-        return f"{len(value)} x {_surrounding_text(value[0])}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def environment_rows(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]]:
+    """The rows of env.json: name, a value a run, whether they differ."""
+    environments = []
+    for run in runs:
+        env = {k: v for k, v in run.files.env.items() if k not in NO_ENVIRONMENT}
+        environments.append(leaves(env))
+    rows = []
+    for name in dict.fromkeys(name for env in environments for name in env):
+        # A reason belongs to the value beside it, and has no row.
+        if not name.endswith(".why"):
+            values = [env.get(name) for env in environments]
+            rows.append((name, values, len({str(value) for value in values}) > 1))
+    return rows

@@ -11,12 +11,11 @@ from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import path_of
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.report.compare import Verdict, differing_keys, eval_figures, judge
+from tunesmith.report.compare import Verdict, differing_keys, figure_rows, judge
 from tunesmith.report.measure import measure_of
 from tunesmith.report.run_files import RunFiles
-from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
+from tunesmith.report.run_summary import RunSummary, summaries_of
 from tunesmith.run_dir import shown
-from tunesmith.units import format_seconds
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,9 @@ def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str,
                 "step": run.steps,
                 "final_step": run.files.final_step,
                 "best": best and {"value": best[0], "step": best[1]},
-                "val_losses": [{"step": step, "value": value} for step, value in run.validations],
+                "val_losses": [
+                    {"step": step, "value": value} for step, value in run.validations.items()
+                ],
                 "loss": run.loss and run.loss.mean,
                 "tokens": run.tokens,
                 "seconds": run.seconds,
@@ -109,19 +110,8 @@ def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str,
 
 def _figures(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
     """The keys that change what is learned, then what was measured."""
-    texts: dict[str, Sequence[str | None]] = {}
+    texts: dict[str, list[str]] = {}
     for difference in differing_keys(runs):
         if difference.learns:
             texts[difference.key] = [json.dumps(value) for value in difference.values]
-    texts["state"] = [run.files.described_state for run in runs]
-    measure = measure_of(runs)
-    texts[measure.best_word] = [measure.best_text(run) for run in runs]
-    texts["training loss, last steps"] = [_mean_text(run.loss, ".4f") for run in runs]
-    texts["time of the steps"] = [format_seconds(run.seconds) for run in runs]
-    texts["tokens/s"] = [_mean_text(run.speed, ",.0f") for run in runs]
-    texts |= dict(eval_figures(runs))
-    return {name: [cell or "–" for cell in cells] for name, cells in texts.items()}
-
-
-def _mean_text(spread: Spread | None, form: str) -> str | None:
-    return None if spread is None else format(spread.mean, form)
+    return texts | dict(figure_rows(runs))

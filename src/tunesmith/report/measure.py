@@ -1,6 +1,6 @@
 """The number that tells which of some runs is better: a loss, or the share of pairs in order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +15,20 @@ class Measure:
 
     Attributes:
         name: as texts call it.
-        values: of a run: (step, value), in their order.
-        is_share: it is from 0 to 1, and higher is better; else lower is.
-        span: of a run whose best value is shown: the ends of its 95 % interval; None where they are
-            not known.
+        values: of a run: step -> value, in the order of the steps.
         rows: of a run: what tells the rows that it was measured on; None where unknown.
-        row_losses: of a run at a step: what `eval` said of these rows, as `run_dir.read_scores` has
-            it with their losses; None where unknown.
+        is_share: it is from 0 to 1, and higher is better; else lower is.
+        span: of a run at a step: the ends of the value's 95 % interval; None where they are not
+            known.
+        evals: of a run by step, where `eval` measured it, as `run_dir.read_scores` has it.
     """
 
     name: str
-    values: Callable[[RunSummary], Sequence[tuple[int, float]]]
-    rows: Callable[[RunSummary], Any]
+    values: Callable[[RunSummary], Mapping[int, float]]
+    rows: Callable[[RunSummary], object]
     is_share: bool = False
-    span: Callable[[RunSummary, float], tuple[float, float] | None] = lambda _, __: None
-    row_losses: Callable[[RunSummary, int], dict[str, Any] | None] = lambda _, __: None
+    span: Callable[[RunSummary, int], tuple[float, float] | None] = lambda _, __: None
+    evals: Callable[[RunSummary], Mapping[int, dict[str, Any]]] = lambda _: {}
 
     @property
     def best_word(self) -> str:
@@ -41,11 +40,11 @@ class Measure:
 
     def best(self, run: RunSummary) -> tuple[float, int] | None:
         """The best value of a run and its step; of equal ones the first."""
-        best = None
-        for step, value in self.values(run):
-            if best is None or self.worse_by(value, best[0]) < 0:
-                best = (value, step)
-        return best
+        places = [(self.worse_by(value, 0.0), step) for step, value in self.values(run).items()]
+        if not places:
+            return None
+        _, step = min(places)
+        return self.values(run)[step], step
 
     def text(self, value: float) -> str:
         return f"{100 * value:.1f} %" if self.is_share else f"{value:.4f}"
@@ -59,43 +58,22 @@ class Measure:
         if best is None:
             return None
         value, step = best
-        span = self.span(run, value)
+        span = self.span(run, step)
         text = self.text(value)
         if span is not None:
             text += f" ({100 * span[0]:.1f} to {100 * span[1]:.1f})"
         return f"{text} at step {step}"
 
 
-def _validation_rows(run: RunSummary) -> tuple[str, Any] | None:
+def _validation_rows(run: RunSummary) -> object:
     return (run.validation_hash, run.max_examples) if run.validation_hash else None
 
 
-def _accuracy_span(run: RunSummary, value: float) -> tuple[float, float] | None:
-    pairs = run.held_out
-    if not pairs:
+def _accuracy_span(run: RunSummary, step: int) -> tuple[float, float] | None:
+    if not run.held_out:
         return None
-    interval = share_interval(round(value * pairs), pairs)
+    interval = share_interval(round(run.accuracies[step] * run.held_out), run.held_out)
     return interval.low, interval.high
-
-
-def _pair_evals(run: RunSummary) -> list[dict[str, Any]]:
-    """The results of `eval` on pairs, of steps with a number, in their order."""
-    evals = [e for e in run.files.evals if PAIRS in e["scores"] and e["step"] is not None]
-    return sorted(evals, key=lambda result: result["step"])
-
-
-def _eval_span(run: RunSummary, value: float) -> tuple[float, float] | None:
-    for result in _pair_evals(run):
-        mean, low, high = result["scores"][PAIRS]["tuned"]
-        if mean == value:
-            return low, high
-    return None
-
-
-def _eval_rows(run: RunSummary) -> str | None:
-    """The rows of a run's evals of pairs; None unless all are the same."""
-    hashes = {result["row_hash"] for result in _pair_evals(run)}
-    return hashes.pop() if len(hashes) == 1 else None
 
 
 VAL_LOSS = Measure("val_loss", lambda run: run.validations, _validation_rows)
@@ -106,64 +84,67 @@ HELD_OUT_ACCURACY = Measure(
     is_share=True,
     span=_accuracy_span,
 )
-EVAL_ACCURACY = Measure(
-    "accuracy on pairs, by eval,",
-    lambda run: [(e["step"], e["scores"][PAIRS]["tuned"][0]) for e in _pair_evals(run)],
-    _eval_rows,
-    is_share=True,
-    span=_eval_span,
-)
 
 
-def _loss_evals(run: RunSummary) -> dict[str, dict[int, dict[str, Any]]]:
-    """What `eval` said of each row, by the rows' hash and the step.
+def _evals_of(run: RunSummary, pairs: bool) -> dict[str, dict[int, dict[str, Any]]]:
+    """What `eval` measured of pairs or of the loss of each row, by the rows' hash and the step.
 
-    Without rows that the run was trained on, which show what it has kept of them; its own held-out
-    rows count as for val_loss.
+    Losses are without rows that the run was trained on, which show what it has kept of them; its
+    own held-out rows count as for val_loss.
     """
     evals: dict[str, dict[int, dict[str, Any]]] = {}
-    for result in run.files.evals:
+    for result in sorted(run.files.evals, key=lambda result: result["step"] or 0):
         row_losses = result["row_losses"]
-        has_tuned = "tuned" in (result["losses"] or {})
-        if not row_losses or not has_tuned or result["step"] is None:
-            continue
-        if not result["seen"] or row_losses["row_hash"] == run.validation_hash:
-            evals.setdefault(row_losses["row_hash"], {})[result["step"]] = result
+        row_hash = result["row_hash"]
+        is_measured = PAIRS in result["scores"]
+        if not pairs and row_losses:
+            row_hash = row_losses["row_hash"]
+            is_unseen = not result["seen"] or row_hash == run.validation_hash
+            is_measured = is_unseen and "tuned" in (result["losses"] or {})
+        if is_measured and (pairs or row_losses) and result["step"] is not None:
+            # Of several of one step the newest counts.
+            evals.setdefault(row_hash, {})[result["step"]] = result
     return evals
 
 
-def _eval_loss(runs: Sequence[RunSummary]) -> Measure | None:
-    """The loss by `eval` on rows that all runs have been evaluated on, row by row.
+def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
+    """What `eval` measured on rows that all runs have been evaluated on.
 
     None where there are no such rows, or fewer than val_loss was measured on in all runs.
     """
-    evals = [_loss_evals(run) for run in runs]
+    evals = [_evals_of(run, pairs) for run in runs]
     common = set(evals[0]).intersection(*evals[1:])
 
     def rows_of(row_hash: str) -> int:
-        (result, *_) = evals[0][row_hash].values()
-        return len(result["row_losses"]["tokens"])
+        return max(result["rows"] for result in evals[0][row_hash].values())
 
-    if len(runs) < 2 or not common:
+    if not common:
         return None
     # Of equally many rows always the same ones.
     chosen = max(sorted(common), key=rows_of)
+
+    def at_steps(run: RunSummary) -> dict[int, dict[str, Any]]:
+        return _evals_of(run, pairs)[chosen]
+
+    def values(run: RunSummary) -> dict[int, float]:
+        if pairs:
+            return {step: e["scores"][PAIRS]["tuned"][0] for step, e in at_steps(run).items()}
+        return {step: e["losses"]["tuned"] for step, e in at_steps(run).items()}
+
+    if pairs:
+        return Measure(
+            "accuracy on pairs, by eval,",
+            values,
+            lambda _: chosen,
+            is_share=True,
+            span=lambda run, step: tuple(at_steps(run)[step]["scores"][PAIRS]["tuned"][1:]),
+        )
     validated = {_validation_rows(run) for run in runs}
     if len(validated) == 1 and None not in validated and all(run.validations for run in runs):
         held_out = runs[0].held_out or 0
         if rows_of(chosen) < min(held_out, runs[0].max_examples or held_out):
             return None
-
-    def at_steps(run: RunSummary) -> list[tuple[int, float]]:
-        results = _loss_evals(run)[chosen]
-        return [(step, results[step]["losses"]["tuned"]) for step in sorted(results)]
-
-    return Measure(
-        "loss by eval",
-        at_steps,
-        lambda _: chosen,
-        row_losses=lambda run, step: _loss_evals(run)[chosen][step],
-    )
+    return Measure("loss by eval", values, lambda _: chosen, evals=at_steps)
 
 
 def measure_of(runs: Sequence[RunSummary]) -> Measure:
@@ -177,11 +158,12 @@ def measure_of(runs: Sequence[RunSummary]) -> Measure:
     one way: dpo by the log-ratio to its reference, orpo and simpo by log-probabilities.
     """
     methods = {run.method for run in runs}
-    if methods == {"sft"}:
-        return _eval_loss(runs) or VAL_LOSS
-    eval_rows = {_eval_rows(run) for run in runs}
-    if len(eval_rows) == 1 and None not in eval_rows:
-        return EVAL_ACCURACY
+    is_sft = methods == {"sft"}
+    by_eval = None
+    if not is_sft or len(runs) > 1:
+        by_eval = _eval_measure(runs, pairs=not is_sft)
+    if by_eval is not None:
+        return by_eval
     if methods == {"dpo"} or methods <= {"orpo", "simpo"}:
         return HELD_OUT_ACCURACY
     return VAL_LOSS

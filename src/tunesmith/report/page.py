@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
@@ -15,20 +15,21 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tunesmith.config.dump import leaves
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.conversations import Turn, conversations_of
 from tunesmith.report.compare import (
+    HASHES,
     differing_keys,
-    eval_figures,
+    environment_rows,
+    figure_rows,
     judge,
 )
 from tunesmith.report.curves import curves
-from tunesmith.report.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
-from tunesmith.report.run_files import RunFiles, finite, how_it_ended, to_json
-from tunesmith.report.run_summary import RunSummary, Spread, summaries_of
+from tunesmith.report.measure import measure_of
+from tunesmith.report.run_files import RunFiles, how_it_ended, to_json
+from tunesmith.report.run_summary import RunSummary, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
 from tunesmith.units import format_seconds
 
@@ -37,7 +38,6 @@ POINTS = 600  # of a curve: two for each pixel of a wide chart
 ROWS = 25  # of the table of records
 PROMPTS = 6  # whose answers are shown in Markdown
 KEYS_IN_BOARD = 3
-HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
 _TITLE = re.compile(r"<title>.*</title>|^# .*", re.MULTILINE)  # names the runs
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
 STATIC = (
@@ -97,8 +97,7 @@ def render_report(
     env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
     env.trim_blocks = True
     env.lstrip_blocks = True
-    env.filters |= {"value": _value, "figure": _figure}
-    env.filters |= {"cell": _cell, "reason": _reason, "fenced": _fenced}
+    env.filters |= {"value": _value, "cell": _cell, "reason": _reason, "fenced": _fenced}
     summaries = summaries_of(runs)
     context = _context(summaries) | {"note": note, "mark": MARK}
     if markdown:
@@ -156,11 +155,8 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
         "board": board,
         "measure": measure,
         "board_keys": [difference for difference in keys if difference.learns][:KEYS_IN_BOARD],
-        "figures": [
-            *((name, [figure(run) for run in runs]) for name, figure in FIGURES.items()),
-            *eval_figures(runs),
-        ],
-        "environment": _environment(runs),
+        "figures": figure_rows(runs),
+        "environment": environment_rows(runs),
         "time_text": format_seconds,
         "profiles": [(run, profile) for run in runs for profile in run.files.profiles],
         "reproduce": [_reproduce(run) for run in runs],
@@ -178,54 +174,6 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[tuple[list[Turn], list[tuple
             samples.setdefault(prompt, []).extend((run.label, sample) for sample in ends)
     conversations, _ = conversations_of([*samples][:PROMPTS])
     return [(turns, samples[prompt]) for prompt, turns in conversations.items()]
-
-
-def _environment(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]]:
-    """The rows of env.json: name, a value a run, whether they differ."""
-    environments = []
-    for run in runs:
-        env = {k: v for k, v in run.files.env.items() if k not in ("command", *HASHES)}
-        environments.append(leaves(env))
-    rows = []
-    for name in dict.fromkeys(name for env in environments for name in env):
-        # A reason belongs to the value beside it, and has no row.
-        if not name.endswith(".why"):
-            values = [env.get(name) for env in environments]
-            rows.append((name, values, len({str(value) for value in values}) > 1))
-    return rows
-
-
-def _mean(run: RunSummary, name: str) -> Spread | None:
-    return Spread.from_values(finite(run.files.columns.get(name, [])))
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
-
-
-def _last(values: Sequence[tuple[int, float]]) -> float | None:
-    return values[-1][1] if values else None
-
-
-# Rows of the table of figures.
-FIGURES: dict[str, Callable[[RunSummary], Any]] = {
-    "state": lambda run: run.files.described_state,
-    "val_loss, lowest": VAL_LOSS.best_text,
-    "val_loss, last": lambda run: _last(run.validations),
-    f"{HELD_OUT_ACCURACY.name}, highest": HELD_OUT_ACCURACY.best_text,
-    f"{HELD_OUT_ACCURACY.name}, last": lambda run: _percent(_last(run.accuracies)),
-    "training loss, mean of the last steps": lambda run: run.loss,
-    "tokens/s, without the first step": lambda run: run.speed,
-    "MFU": lambda run: _percent(run.mfu),
-    "waiting for data": lambda run: _percent(run.waiting),
-    "peak memory, GiB": lambda run: run.memory_gib,
-    "training tokens": lambda run: f"{run.tokens:,.0f}",
-    "total step time": lambda run: format_seconds(run.seconds),
-    "seconds per step": lambda run: _mean(run, "step_seconds"),
-    "gradient norm": lambda run: _mean(run, "grad_norm"),
-    "GPU utilization, %": lambda run: _mean(run, "gpu_utilization"),
-    "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),
-}
 
 
 def _reproduce(run: RunSummary) -> dict[str, Any]:
@@ -269,29 +217,6 @@ def _value(value: Any) -> str:
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _figure(value: Any) -> str:
-    """A figure: text as it is, a mean with its standard deviation, a dash for what was not
-    measured."""
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Spread):
-        return _digits(value)
-    mean = _digits(value.mean)
-    if value.count == 1:
-        return mean
-    deviation = value.deviation
-    # Two digits: a third would be noise.
-    shown = f"{deviation:,.0f}" if deviation >= 10 else f"{deviation:.2g}"
-    return f"{mean} ± {shown} (n = {value.count:,})"
-
-
-def _digits(value: float) -> str:
-    """Four significant digits: 0.03125, 1.234, 12,480."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _cell(text: str) -> str:

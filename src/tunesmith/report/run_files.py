@@ -218,7 +218,7 @@ class RunFiles:
         self._tables = {METRICS: JsonlColumns(self.folder / METRICS)}
         self._log = AppendedLines(self.folder / LOG)
         self._parts: dict[str, Part[Any]] = {}
-        self._signatures: dict[Path, tuple[int, int, int]] = {}
+        self._signatures: dict[Path, list[int]] = {}
         # By axis; computed when a page asks, and held until the run has grown.
         self._axes: dict[str, list[float]] = {}
         if not holds_run(self.folder):
@@ -270,9 +270,10 @@ class RunFiles:
         parts: dict[str, Part[Any]] = {}
         is_changed = False
         for pattern, read in READERS.items():
-            for path in sorted(self.folder.glob(pattern)):
+            signatures = [(*signature_of(path)[::-1], path) for path in self.folder.glob(pattern)]
+            # The oldest first: of two evals of the same rows the newer counts.
+            for *signature, path in sorted(signatures):
                 name = shown(path.relative_to(self.folder))
-                signature = signature_of(path)
                 if name in self._parts and signature == self._signatures.get(path):
                     parts[name] = self._parts[name]
                     continue

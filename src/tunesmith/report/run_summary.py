@@ -12,8 +12,6 @@ from tunesmith.report.run_files import RunFiles, finite
 from tunesmith.run_dir import shown
 
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
-# Of env.json: how a run was started, and what its checks reported.
-_INPUTS = ("command", "commit", "checks", "validation_examples", "template")
 # Columns of metrics.jsonl.
 LOSS = "val_loss"
 ACCURACY = "val_reward_accuracy"
@@ -45,8 +43,8 @@ class RunSummary:
 
     Attributes:
         seconds: of the recorded steps.
-        validations: (step, val_loss).
-        accuracies: (step, the share of held-out pairs in order).
+        validations: step -> val_loss.
+        accuracies: step -> the share of held-out pairs in order.
         loss: training loss of the last steps.
         speed: tokens per second without the first step, which compiles.
         waiting: share of the time spent waiting for data.
@@ -57,8 +55,8 @@ class RunSummary:
     steps: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    accuracies: list[tuple[int, float]] = field(default_factory=list)
+    validations: dict[int, float] = field(default_factory=dict)
+    accuracies: dict[int, float] = field(default_factory=dict)
     loss: Spread | None = None
     speed: Spread | None = None
     mfu: float | None = None
@@ -75,10 +73,14 @@ class RunSummary:
         """How many examples were held out, as env.json has it."""
         return self.files.env.get("validation_examples") or None
 
+    def key(self, section: str, name: str) -> Any:
+        """The value of a key of the recipe; None where it is not there."""
+        return (self.files.recipe.get(section) or {}).get(name)
+
     @property
     def max_examples(self) -> Any:
         """How many of the held-out rows were measured; None: all."""
-        return (self.files.recipe.get("validate") or {}).get("max_examples")
+        return self.key("validate", "max_examples")
 
     @property
     def method(self) -> str:
@@ -92,33 +94,15 @@ class RunSummary:
         return method if isinstance(method, dict) else {"name": method}
 
     @property
-    def trains_in_full(self) -> bool:
-        return (self.files.recipe.get("adapter") or {}).get("kind") == "none"
+    def seed(self) -> Any:
+        return self.key("train", "seed")
 
     @property
-    def warmup_steps(self) -> int:
-        """Where the recipe counts them in steps; else 0."""
-        warmup = str((self.files.recipe.get("train") or {}).get("warmup"))
-        steps = re.fullmatch(r"(\d+) steps", warmup)
-        return int(steps[1]) if steps else 0
-
-    @property
-    def continues_adapter(self) -> bool:
-        """Whether training began with an adapter that was trained before."""
-        return (self.files.recipe.get("adapter") or {}).get("from") is not None
-
-    @property
-    def seed(self) -> int | None:
-        seed: int | None = (self.files.recipe.get("train") or {}).get("seed")
-        return seed
-
-    @property
-    def hold_out_seed(self) -> int | None:
+    def hold_out_seed(self) -> Any:
         """What drew the rows of `data.hold_out`; None without them, or where unknown."""
-        data = self.files.recipe.get("data") or {}
-        if not data.get("hold_out"):
+        if not self.key("data", "hold_out"):
             return None
-        seed: int | None = data.get("hold_out_seed")
+        seed = self.key("data", "hold_out_seed")
         return self.seed if seed is None else seed
 
     @property
@@ -133,18 +117,6 @@ class RunSummary:
             learned[name] = self.files.env.get(name)
         return learned
 
-    @property
-    def surroundings(self) -> dict[str, Any]:
-        """What env.json says of ranks, machines, software and choices, without the reasons."""
-        env = self.files.env
-        hosts = env.get("hosts")
-        surroundings: dict[str, Any] = {"ranks": len(hosts) if isinstance(hosts, list) else 1}
-        for name, value in leaves(env).items():
-            is_of_inputs = name.endswith("_hash") or name in _INPUTS
-            if not is_of_inputs and not name.endswith(".why"):
-                surroundings[name.removeprefix("choices.").removesuffix(".taken")] = value
-        return surroundings
-
 
 def changes_learning(key: str, runs: Sequence[RunSummary]) -> bool:
     """Whether runs that differ in a key of their recipes learn something else.
@@ -156,7 +128,7 @@ def changes_learning(key: str, runs: Sequence[RunSummary]) -> bool:
         return True
     # The best of a model trained in full is one of the steps that have a checkpoint.
     if key == "checkpoint.every":
-        return any(run.trains_in_full for run in runs)
+        return any(run.key("adapter", "kind") == "none" for run in runs)
     if is_free(key):
         return False
     data_hashes = {run.files.env.get("data_hash") for run in runs}
@@ -187,7 +159,7 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
     for name, values in ((LOSS, summary.validations), (ACCURACY, summary.accuracies)):
         for step, value in zip(steps, column(name), strict=True):
             if value is not None and math.isfinite(value):
-                values.append((int(step or 0), value))
+                values[int(step or 0)] = value
     losses = finite(column("loss"))
     # A tenth of the steps, and at least 10.
     summary.loss = Spread.from_values(losses[-max(10, len(losses) // 10) :])
