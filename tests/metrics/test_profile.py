@@ -46,10 +46,6 @@ def test_each_cycle_leaves_its_files_and_holds_its_active_steps(
     for trace in traces:
         assert sum(e.get("name") == "aten::mm" and e.get("ph") == "X" for e in load(trace)) == 3
     for cycle in (1, 2):
-        tracks = load(folder / f"memory-rank1-{cycle}.json.gz")
-        assert tracks
-        assert {e["ph"] for e in tracks} == {"C"}
-        assert max(e["args"]["bytes"] for e in tracks) >= 3 * 64 * 64 * 4
         table = (folder / f"top-rank1-{cycle}.txt").read_text()
         assert "aten::mm" in table
         summary = json.loads((folder / f"summary-rank1-{cycle}.json").read_text())
@@ -59,7 +55,8 @@ def test_each_cycle_leaves_its_files_and_holds_its_active_steps(
         assert sum(row["share"] for row in summary["operations"]) == pytest.approx(1, abs=1e-6), (
             "few enough to be all"
         )
-        assert summary["peak_bytes"] == {"CPU": max(e["args"]["bytes"] for e in tracks)}
+        assert summary["peak_bytes"].keys() == {"CPU"}
+        assert summary["peak_bytes"]["CPU"] >= 3 * 64 * 64 * 4
         assert summary["gpu_busy_share"] is None
 
 
@@ -122,14 +119,15 @@ def test_the_time_of_an_operation_is_torchs(tmp_path: Path) -> None:
     """Reference: `self_cpu_time_total` of torch's own averages over the same trace."""
     settings = Profile(enabled=True, wait=0, warmup=1, active=3)
     profiler, seen = Profiler(settings, tmp_path, rank=0, device=CPU), {}
-    trace = profiler._trace
+    write = profiler._write
 
     def also_average(done: torch.profiler.profile) -> None:
         seen.update({e.key: (e.self_cpu_time_total / 1e3, e.count) for e in done.key_averages()})
-        trace(done)
+        write(done)
 
-    profiler._trace = also_average
     with profiler:
+        assert profiler._profile is not None
+        profiler._profile.on_trace_ready = also_average
         for _ in range(4):
             layer = torch.nn.Linear(64, 64)
             torch.nn.functional.layer_norm(layer(torch.ones(64, 64)), (64,)).sum().backward()

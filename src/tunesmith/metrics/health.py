@@ -12,13 +12,13 @@ import timeit
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.chips import Peak
-from tunesmith.host.cores import available_cores, control_groups
+from tunesmith.host.cores import available_cores
 from tunesmith.host.memory import unavailable_percent
 from tunesmith.metrics.sink import Sink
 from tunesmith.units import ratio
@@ -36,7 +36,6 @@ TIMES = {
 EVERY = 60.0  # seconds between checks: below 0.05 % of a run
 SLOW = 0.7  # of the best check
 PEAK_SHARE = 1 / 3  # of the chip's peak
-THROTTLED = 0.2  # of the time, by a limit on cores
 IN_A_ROW = 3  # slow checks that are named
 
 Sources = dict[str, Callable[[], float]]
@@ -155,14 +154,6 @@ def nvlink_bytes(handle: Any) -> int:
     return 1024 * sum(value.value.ullVal for value in values)
 
 
-class Reading(NamedTuple):
-    """One check: the product's TFLOP/s, and the share of the time since the last one in which a
-    limit on cores throttled it."""
-
-    tflops: float
-    throttled: float
-
-
 class ChipCheck:
     """A short product, timed at the start and once per `every` seconds between two steps.
 
@@ -181,12 +172,10 @@ class ChipCheck:
         peak: Peak,
         *,
         every: float = EVERY,
-        root: Path = Path("/"),
     ) -> None:
         self.device = device
         self.peak = peak
         self.every = every
-        self.root = root
         size = SIZE[device.type]
         self.work = 2 * size**3
         if device.type == "cuda":
@@ -203,21 +192,19 @@ class ChipCheck:
         self._checked_at = time.monotonic()
         # Seconds of the current check, None while it runs.
         self._pending: Callable[[], float | None] | None = None
-        self._throttled = throttled_seconds(root)
 
-    def first(self) -> Reading:
+    def first(self) -> float:
         """The check at the start, waited for; the chip is warm after some of them."""
         for _ in range(3):
             self._pending = self._run()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            reading = self.read()
-        assert reading is not None
-        return reading
+            tflops = self.read()
+        assert tflops is not None
+        return tflops
 
-    def read(self) -> Reading | None:
-        """The result of the current check, if it has ended; begins the next one when it is
-        time."""
+    def read(self) -> float | None:
+        """TFLOP/s of the current check, if it has ended; begins the next one when it is time."""
         if self._pending is None:
             if time.monotonic() - self._checked_at < self.every:
                 return None
@@ -226,7 +213,10 @@ class ChipCheck:
         if seconds is None:
             return None
         self._pending = None
-        return self._read(seconds)
+        self._checked_at = time.monotonic()
+        tflops = ratio(self.work, seconds) / 1e12
+        self.best = max(self.best, tflops)
+        return tflops
 
     def _run(self) -> Callable[[], float | None]:
         """Run the product, on CUDA behind what is queued; the function returns its seconds, or None
@@ -245,34 +235,17 @@ class ChipCheck:
         # The events are queried, and not waited for: the training goes on meanwhile.
         return lambda: start.elapsed_time(end) / 1000 if end.query() else None
 
-    def _read(self, seconds: float) -> Reading:
-        now = time.monotonic()
-        throttled = throttled_seconds(self.root)
-        passed = max(now - self._checked_at, 1e-9)
-        share = (throttled - self._throttled) / passed / torch.get_num_threads()
-        self._checked_at = now
-        self._throttled = throttled
-        reading = Reading(ratio(self.work, seconds) / 1e12, share)
-        self.best = max(self.best, reading.tflops)
-        return reading
-
-    def fault(self, reading: Reading) -> str:
+    def fault(self, tflops: float) -> str:
         """What is wrong with this check in a line, once; empty where nothing is, or it has been
         reported."""
         # The clock stood still.
-        if not reading.tflops:
+        if not tflops:
             return ""
-        share = reading.tflops / self.best
+        share = tflops / self.best
         self.slow = self.slow + 1 if share < SLOW else 0
         fault = ""
-        if reading.throttled > THROTTLED:
-            cores = f"{available_cores(self.root)} of {os.cpu_count()} cores"
-            fault = (
-                f"this process was throttled {reading.throttled:.0%} of the time: "
-                f"its control group is limited to {cores}; fix: a higher limit"
-            )
-        elif self.peak.tflops and reading.tflops < PEAK_SHARE * self.peak.tflops:
-            speeds = f"{reading.tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
+        if self.peak.tflops and tflops < PEAK_SHARE * self.peak.tflops:
+            speeds = f"{tflops:.0f} TFLOP/s where its peak is {self.peak.tflops:.0f}"
             fault = f"the chip computes {speeds}: {self._cause()}"
         elif self.slow >= IN_A_ROW:
             fault = f"the chip computes at {share:.0%} of its speed at the start: {self._cause()}"
@@ -285,7 +258,7 @@ class ChipCheck:
         if self.device.type != "cpu":
             return f"{clock_reason(self.device)}; tunesmith doctor shows more"
         load = os.getloadavg()[0]
-        cores = available_cores(self.root)
+        cores = available_cores()
         if load > 1.5 * cores:
             return f"other programs use its cores (load {load:.1f} on {cores}); fix: close them"
         return "hot, or on battery; fix: check its temperature and power settings"
@@ -315,20 +288,6 @@ def clock_reason(device: torch.device) -> str:
     )
 
 
-def throttled_seconds(root: Path = Path("/")) -> float:
-    """Seconds, over all its threads, in which a limit on cores throttled this process's control
-    groups of version 1 or 2."""
-    total = 0.0
-    for group in control_groups("cpu", root):
-        with contextlib.suppress(OSError, ValueError):
-            lines = (group / "cpu.stat").read_text(encoding="ascii").splitlines()
-            stat = dict(line.split() for line in lines)
-            # Version 2 counts in microseconds, version 1 in nanoseconds.
-            total += int(stat.get("throttled_usec", 0)) / 1e6
-            total += int(stat.get("throttled_time", 0)) / 1e9
-    return total
-
-
 class Health:
     """Gauges and checks of this rank's machine; what is wrong goes to the sinks as a warning."""
 
@@ -342,19 +301,19 @@ class Health:
 
     def start(self) -> None:
         """The first check, on all ranks at once; a collective call."""
-        reading = self.chip.first()
-        self._warn(self.chip.fault(reading))
-        slow = describe_slow_host(self.ranks.hosts, self.ranks.all_gather_object(reading))
+        tflops = self.chip.first()
+        self._warn(self.chip.fault(tflops))
+        slow = describe_slow_host(self.ranks.hosts, self.ranks.all_gather_object(tflops))
         if slow and self.ranks.is_main_process:
             self.sink.text("health", f"warning: {slow}")
 
     def read(self) -> dict[str, float]:
         """Fields of a step's record."""
-        reading = self.chip.read()
-        if reading is None:
+        tflops = self.chip.read()
+        if tflops is None:
             return dict(self.gauges.read())
-        self._warn(self.chip.fault(reading))
-        return {**self.gauges.read(), "product_tflops": reading.tflops}
+        self._warn(self.chip.fault(tflops))
+        return {**self.gauges.read(), "product_tflops": tflops}
 
     def _warn(self, fault: str) -> None:
         if fault:
@@ -362,16 +321,16 @@ class Health:
             self.sink.text("health", f"warning: {name}{fault}")
 
 
-def describe_slow_host(hosts: Sequence[str], readings: Sequence[Reading]) -> str:
+def describe_slow_host(hosts: Sequence[str], tflops: Sequence[float]) -> str:
     """A line that names the host whose chips are slower than those of the others; empty where all
     are alike.
 
-    hosts, readings: of each rank.
+    hosts, tflops: of each rank.
     """
     # Of the quickest chip of each host.
     speeds: dict[str, float] = {}
-    for host, reading in zip(hosts, readings, strict=True):
-        speeds[host] = max(reading.tflops, speeds.get(host, 0.0))
+    for host, speed in zip(hosts, tflops, strict=True):
+        speeds[host] = max(speed, speeds.get(host, 0.0))
     slowest = min(speeds, key=speeds.__getitem__)
     other_speeds = [speed for host, speed in speeds.items() if host != slowest]
     others = statistics.median(other_speeds or [0.0])

@@ -3,24 +3,24 @@
 In its folder, `output_dir/profile/` for a training run, each rank r writes for each cycle:
 
     rank<r>.<time>.pt.trace.json.gz   the trace, for ui.perfetto.dev
-    memory-rank<r>-<cycle>.json.gz    allocated bytes over time as counter tracks, for Perfetto
     memory-rank<r>-<cycle>.pickle     GPU only: the allocator's segments, for pytorch.org/memory_viz
     top-rank<r>-<cycle>.txt           the ten operations with the most time of their own; on a GPU
                                       its idle time
-    summary-rank<r>-<cycle>.json      the same for programs, with the peak of each memory track:
+    summary-rank<r>-<cycle>.json      the same for programs, with the peak of each device:
                                       `tunesmith report` shows it
 """
 
 import gzip
 import json
 import pickle
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from tunesmith.config.schema import Profile
 
@@ -46,9 +46,6 @@ class Profiler:
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._trace = tensorboard_trace_handler(
-            str(folder), worker_name=f"rank{rank}", use_gzip=True
-        )
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -101,30 +98,20 @@ class Profiler:
 
     def _write(self, cycle: profile) -> None:
         """Called by torch at the end of each cycle, also of one that the run's end cuts short."""
-        trace = self._write_trace(cycle)
+        trace = self.folder / f"rank{self.rank}.{time.time_ns()}.pt.trace.json.gz"
+        cycle.export_chrome_trace(str(trace))
         self.traces.append(trace)
         name = f"rank{self.rank}-{len(self.traces)}"
         with gzip.open(trace, "rt", encoding="utf-8") as file:
             events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-        peaks = _write_memory(events, self.folder / f"memory-{name}.json.gz")
         if self.device.type == "cuda":
             _write_snapshot(self.folder / f"memory-{name}.pickle")
-        summary = {**summarize(events), "peak_bytes": peaks}
+        summary = {**summarize(events), "peak_bytes": peak_bytes(events)}
         text = json.dumps(summary, indent=1)
         (self.folder / f"summary-{name}.json").write_text(text, encoding="utf-8")
         table = self.folder / f"top-{name}.txt"
         table.write_text(_table(summary), encoding="utf-8")
         self.tables.append(table)
-
-    def _write_trace(self, cycle: profile) -> Path:
-        """Write the trace of a cycle, and return its file."""
-        # torch puts the time into the trace's name and does not return it: the new file is the one
-        # that was absent before.
-        older_traces = set(self.folder.glob("*.pt.trace.json.gz"))
-        self._trace(cycle)
-        traces = set(self.folder.glob(f"rank{self.rank}.*.pt.trace.json.gz"))
-        (trace,) = traces - older_traces
-        return trace
 
 
 def _write_snapshot(file: Path) -> None:
@@ -174,8 +161,8 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         _count_own_times(operations, times, calls)
     total = sum(times.values()) or 1.0
     top = []
-    for name, time in times.most_common(TOP):
-        top.append({"name": name, "calls": calls[name], "ms": time / 1e3, "share": time / total})
+    for name, spent in times.most_common(TOP):
+        top.append({"name": name, "calls": calls[name], "ms": spent / 1e3, "share": spent / total})
     idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in kernels)
     return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
 
@@ -217,35 +204,14 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
     return idle / (latest - first) if latest > first else 0.0
 
 
-def _write_memory(events: Sequence[Mapping[str, Any]], out: Path) -> dict[str, int]:
-    """Write counter tracks of allocated bytes, one per device, from the allocation events of a
-    trace.
-
-    Returns the most bytes of each device. On a CPU they count from the start of the trace.
-    """
-    counters = []
+def peak_bytes(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The most bytes that were allocated on each device; on a CPU they count from the start of the
+    trace."""
     peaks: dict[str, int] = {}
     for event in events:
-        if event.get("name") != "[memory]":
-            continue
-        values = event["args"]
-        # The numbers of c10::DeviceType: 0 is the CPU, 1 a CUDA device.
-        device_type = values["Device Type"]  # c10::DeviceType
-        device = {0: "CPU", 1: "GPU"}.get(device_type, f"device type {device_type}")
-        if values["Device Id"] >= 0:
-            device += f" {values['Device Id']}"
-        allocated = values["Total Allocated"]
-        counters.append(
-            {
-                "name": f"{device} allocated",
-                # "C" is a counter in the format of Chrome's traces.
-                "ph": "C",
-                "ts": event["ts"],
-                "pid": event["pid"],
-                "args": {"bytes": allocated},
-            }
-        )
-        peaks[device] = max(allocated, peaks.get(device, 0))
-    with gzip.open(out, "wt", encoding="utf-8") as file:
-        json.dump({"displayTimeUnit": "ms", "traceEvents": counters}, file)
+        if event.get("name") == "[memory]":
+            values = event["args"]
+            is_cpu = values["Device Type"] == 0  # c10::DeviceType
+            device = "CPU" if is_cpu else f"GPU {values['Device Id']}"
+            peaks[device] = max(values["Total Allocated"], peaks.get(device, 0))
     return peaks

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -200,7 +199,6 @@ class TensorBoardSink(Sink):
         self.folder, self.shared = folder, shared
         self._writer: Any = None
         self._has_failed = False
-        self._previous_hook: Callable[[threading.ExceptHookArgs], object] | None = None
 
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -220,8 +218,6 @@ class TensorBoardSink(Sink):
                 why=str(error),
                 fix="log.tensorboard_dir=FOLDER, or log.tensorboard=false",
             ) from None
-        self._previous_hook = threading.excepthook
-        threading.excepthook = self._on_thread_error
         self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -247,12 +243,9 @@ class TensorBoardSink(Sink):
             self._writer.flush()
 
     def close(self) -> None:
-        if self._previous_hook is None:
-            return
-        with self._without_faults():
-            self._writer.close()
-        threading.excepthook = self._previous_hook
-        self._previous_hook = None
+        if self._writer is not None:
+            with self._without_faults():
+                self._writer.close()
 
     def _add(self, kind: Literal["scalar", "text"], *values: object) -> None:
         with self._without_faults():
@@ -274,12 +267,6 @@ class TensorBoardSink(Sink):
                     f"TensorBoard's events in {self.folder} are left out from here on: "
                     f"{error.strerror}; {METRICS} has all records; fix: df -h"
                 )
-
-    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        """Print no traceback of the writer's thread, whose error its next call raises."""
-        is_of_writer = type(error.thread).__module__.startswith("tensorboard.")
-        if not (is_of_writer and isinstance(error.exc_value, OSError)):
-            (self._previous_hook or threading.__excepthook__)(error)
 
 
 def _verbatim(text: str) -> str:
