@@ -4,18 +4,18 @@ A result says what is in its table (`Tabular.table`); how a table looks is here 
 that of a dataclass, with every field.
 """
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import zip_longest
 
-from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
 
 from tunesmith.host.streams import WIDTH, folded
 
 GAP = "  "  # between columns
-NARROWEST = 20  # columns of a terminal, of a cell that is folded
+MIN_COLUMNS = 20  # of a terminal, of a cell that is folded
+MAX_COLUMNS = 100_000  # of a terminal, of a line that is not folded
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,30 @@ class ResultTable:
         no room come in a table below. Cells without headings hold commands, which stay whole.
         """
         lines = [_one_line(self.title)] if self.title else []
-        headings = [["", *self.columns]] if self.columns else []
-        grid = []
-        for row in [*headings, *self.rows]:
-            grid.append([_one_line(cell) for cell in row])
-        widths = [0] * max(map(len, grid), default=0)
-        for row in grid:
-            for column, cell in enumerate(row):
-                widths[column] = max(widths[column], cell_len(cell))
-        groups = [list(range(len(widths)))]
-        if self.columns and sum(widths) + len(GAP) * len(self.columns) > width:
-            widths = _narrowed(widths, width)
-            groups = _groups(widths, width)
-        for group in groups:
-            if group is not groups[0]:
+        count = max(map(len, self.rows), default=1)
+        console = Console(width=MAX_COLUMNS, color_system=None, force_jupyter=False)
+        tables = [self._side_by_side(1, count)]
+        if self.columns and console.measure(tables[0]).maximum > width:
+            console = Console(width=width, color_system=None, force_jupyter=False)
+            step = max(1, width // (MIN_COLUMNS + len(GAP)) - 1)
+            tables = [self._side_by_side(first, first + step) for first in range(1, count, step)]
+        for table in tables:
+            with console.capture() as capture:
+                console.print(table, markup=False, emoji=False, highlight=False)
+            lines += [line.rstrip() for line in capture.get().splitlines()]
+            if table is not tables[-1]:
                 lines.append("")
-            for row in grid:
-                lines += _lines_of(
-                    [row[i] for i in group if i < len(row)], [widths[i] for i in group]
-                )
-        for note in self.notes:
-            lines.append(folded(_one_line(note), width))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(folded(_one_line(note), width) for note in self.notes)])
+
+    def _side_by_side(self, first: int, end: int) -> Table:
+        """Some columns, behind that which names the rows."""
+        table = Table(box=None, padding=(0, len(GAP), 0, 0), show_header=bool(self.columns))
+        table.add_column(no_wrap=not self.columns, max_width=WIDTH // 3 if self.columns else None)
+        for heading in self.columns[first - 1 : end - 1]:
+            table.add_column(_one_line(heading), overflow="fold")
+        for name, *cells in self.rows:
+            table.add_row(*map(_one_line, (name, *cells[first - 1 : end - 1])))
+        return table
 
     def html(self) -> str:
         """The same as a `<table>`; every text is escaped."""
@@ -80,38 +82,6 @@ class ResultTable:
         parts.append("</tbody></table>")
         parts += [f"<div>{escape(note)}</div>" for note in self.notes]
         return "\n".join(parts)
-
-
-def _narrowed(widths: list[int], width: int) -> list[int]:
-    """Widths of columns that fit side by side, or NARROWEST where they are too many for that."""
-    first = min(widths[0], width // 3)
-    widest = (width - first) // max(1, len(widths) - 1) - len(GAP)
-    return [first, *(min(column, max(NARROWEST, widest)) for column in widths[1:])]
-
-
-def _groups(widths: list[int], width: int) -> list[list[int]]:
-    """The columns of each table: as many as fit, behind the first, which names the rows."""
-    groups = [[0]]
-    for column in range(1, len(widths)):
-        group = [*groups[-1], column]
-        if len(group) > 2 and sum(widths[i] + len(GAP) for i in group) - len(GAP) > width:
-            groups.append([0, column])
-        else:
-            groups[-1] = group
-    return groups
-
-
-def _lines_of(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The lines of a row, with cells folded to the widths of their columns."""
-    columns = []
-    for cell, width in zip(row, widths, strict=False):
-        parts = [cell] if cell_len(cell) <= width else textwrap.wrap(cell, width)
-        columns.append([part + " " * (width - cell_len(part)) for part in parts])
-    lines = []
-    for cells in zip_longest(*columns):
-        padded = [cell or " " * width for cell, width in zip(cells, widths, strict=False)]
-        lines.append(GAP.join(padded).rstrip())
-    return lines
 
 
 class Tabular:
