@@ -240,11 +240,7 @@ def look_at_page(watched: Any) -> None:
     from tunesmith.report.run_files import to_json
 
     watched.refresh()
-    json.loads(
-        to_json(
-            [watched.status(), watched.texts(), watched.table(-math.inf, math.inf, 25)]
-        ).encode()
-    )
+    json.loads(to_json([watched.status(), watched.texts()]).encode())
     for axis in ("step", "tokens", "seconds"):
         json.loads(to_json(curves([watched], axis, -math.inf, math.inf, 500)).encode())
 

@@ -15,7 +15,6 @@ from tunesmith.host.chips import Peak
 from tunesmith.metrics.health import (
     ChipCheck,
     Gauges,
-    describe_slow_host,
     network_bytes,
 )
 from tunesmith.metrics.record import read_records
@@ -130,17 +129,6 @@ def test_a_chip_far_below_its_published_peak_is_named_at_once(
     assert holds(fault, "14 TFLOP/s", 92, "nvidia-smi", "30 s")
     check.best = 60.0
     assert check.fault(60.0) == ""
-
-
-def test_a_slow_host_is_named_with_both_speeds() -> None:
-    hosts = ("spark-a", "spark-a", "spark-b", "spark-b")
-    readings = [80.0, 50.0, 40.0, 41.0]  # a host's best counts
-    text = describe_slow_host(hosts, readings)
-    assert text.startswith("spark-b ")
-    assert "51%" in text
-    assert holds(text, 41, "80 TFLOP/s", "tunesmith doctor")
-    assert describe_slow_host(hosts, [80.0] * 4) == ""
-    assert describe_slow_host(("one", "one"), [80.0, 8.0]) == ""
 
 
 def test_a_check_is_due_once_in_its_interval_and_its_speed_is_the_products() -> None:

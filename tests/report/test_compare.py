@@ -295,7 +295,6 @@ def test_what_the_end_of_a_run_said_is_said_again(tmp_path: Path) -> None:
 def test_one_run(tmp_path: Path) -> None:
     found = verdict(write_run(tmp_path / "a", falling(2.0)))
     assert holds(found.headline, "a", "step 40", "val_loss 1.0100")
-    assert sentence(found, "1.8900", "step 4")
     assert verdict(write_run(tmp_path / "once", {60: 1.0}, steps=60)).reasons == []
     assert "without val_loss" in verdict(write_run(tmp_path / "b")).headline
     assert verdict(write_run(tmp_path / "c", steps=0, finished=False)).kind == "alone"

@@ -18,7 +18,6 @@ from records import record
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.metrics import hardware
-from tunesmith.metrics.health import describe_slow_host
 from tunesmith.metrics.summary import run_figures
 from tunesmith.units import ratio
 
@@ -59,13 +58,6 @@ def test_measured_rates_are_zero() -> None:
     assert ratio(5, 0) == 0.0
     assert ratio(6, 4) == 1.5
     assert hardware.matmul_tflops(torch.device("cpu"), torch.float32, size=8) == 0.0
-
-
-def test_a_host_whose_clock_stood_still_is_not_called_slow() -> None:
-    assert describe_slow_host(["a", "b"], [0.0, 5.0]) == ""
-    text = describe_slow_host(["a", "b"], [1.0, 5.0])
-    assert text.startswith("a ")
-    assert "20%" in text
 
 
 def test_the_closing_figures_of_a_run() -> None:

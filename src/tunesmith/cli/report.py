@@ -58,10 +58,8 @@ def run(args: argparse.Namespace) -> None:
         reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
         note = f"Skipped: {reasons}"
     # A script that reads the JSON needs no page, unless it names one.
-    replaced = ""
-    writes = args.output or not args.json
-    if writes and write_report(runs, output, markdown=args.markdown, note=shown(note)):
-        replaced = "; it replaced a report of other runs"
+    if args.output or not args.json:
+        write_report(runs, output, markdown=args.markdown, note=shown(note))
     summaries = summaries_of(runs)
     for summary in summaries:
         for file in summary.files.damaged:
@@ -73,6 +71,6 @@ def run(args: argparse.Namespace) -> None:
     verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
     show("\n".join(verdict_lines), sys.stdout)
     if args.markdown:
-        print(f"{output}{replaced}")
+        print(output)
     else:
-        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser{replaced}")
+        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")

@@ -6,10 +6,9 @@ A gauge or a check never ends a run: what cannot be read is left out.
 
 import contextlib
 import os
-import statistics
 import time
 import timeit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -300,12 +299,8 @@ class Health:
         self.chip = ChipCheck(device, dtype, peak)
 
     def start(self) -> None:
-        """The first check, on all ranks at once; a collective call."""
-        tflops = self.chip.first()
-        self._warn(self.chip.fault(tflops))
-        slow = describe_slow_host(self.ranks.hosts, self.ranks.all_gather_object(tflops))
-        if slow and self.ranks.is_main_process:
-            self.sink.text("health", f"warning: {slow}")
+        """Run the first check."""
+        self._warn(self.chip.fault(self.chip.first()))
 
     def read(self) -> dict[str, float]:
         """Fields of a step's record."""
@@ -319,27 +314,3 @@ class Health:
         if fault:
             name = f"{self.ranks.name(self.ranks.rank)}: " if self.ranks.world > 1 else ""
             self.sink.text("health", f"warning: {name}{fault}")
-
-
-def describe_slow_host(hosts: Sequence[str], tflops: Sequence[float]) -> str:
-    """A line that names the host whose chips are slower than those of the others; empty where all
-    are alike.
-
-    hosts, tflops: of each rank.
-    """
-    # Of the quickest chip of each host.
-    speeds: dict[str, float] = {}
-    for host, speed in zip(hosts, tflops, strict=True):
-        speeds[host] = max(speed, speeds.get(host, 0.0))
-    slowest = min(speeds, key=speeds.__getitem__)
-    other_speeds = [speed for host, speed in speeds.items() if host != slowest]
-    others = statistics.median(other_speeds or [0.0])
-    # 0: the clock stood still there.
-    if not speeds[slowest] or speeds[slowest] >= SLOW * others:
-        return ""
-    return (
-        f"{slowest} computes at {speeds[slowest] / others:.0%} of the speed of the others "
-        f"({speeds[slowest]:.3g} and {others:.3g} TFLOP/s in a short matmul), "
-        "and all ranks wait for it; "
-        "fix: tunesmith doctor there, which checks clock, power and packages"
-    )

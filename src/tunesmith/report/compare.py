@@ -428,11 +428,7 @@ def _alone(run: RunSummary, measure: Measure) -> Verdict:
         if run.validation_hash:
             fix = "It has not been validated yet."
         return Verdict("alone", f"{headline}, without {measure.name}", [fix])
-    reasons = _cautions([run], measure)
-    start, first_value = next(iter(measure.values(run).items()))
-    if len(measure.values(run)) > 1:
-        reasons.insert(0, f"The first one was {measure.text(first_value)} at step {start}.")
-    return Verdict("alone", f"{headline}, {measure.best_word} {best}", reasons)
+    return Verdict("alone", f"{headline}, {measure.best_word} {best}", _cautions([run], measure))
 
 
 def _obstacle(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:

@@ -35,10 +35,8 @@ from tunesmith.units import format_seconds
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
-ROWS = 25  # of the table of records
 PROMPTS = 6  # whose answers are shown in Markdown
 KEYS_IN_BOARD = 3
-_TITLE = re.compile(r"<title>.*</title>|^# .*", re.MULTILINE)  # names the runs
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
 STATIC = (
     "uPlot.min.css",
@@ -52,25 +50,21 @@ STATIC = (
 
 def write_report(
     runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = ""
-) -> bool:
-    """Write the report of runs to a file; whether it replaced a report of other runs.
+) -> None:
+    """Write the report of runs to a file, in place of an earlier report.
 
     UsageError if that is there and no report; MachineError if it cannot be written.
 
     `note`: a paragraph below the verdict, such as what the runs were chosen from.
     """
-    old = ""
     try:
-        if output.exists():
-            old = output.read_text(encoding="utf-8", errors="replace")
-            if MARK not in old[:200]:
-                raise UsageError(
-                    "this file exists and is not a tunesmith report",
-                    where=str(output),
-                    fix="--output another-name.html",
-                )
-        page = render_report(runs, markdown=markdown, note=note)
-        output.write_text(page, encoding="utf-8")
+        if output.exists() and MARK not in output.read_text("utf-8", errors="replace")[:200]:
+            raise UsageError(
+                "this file exists and is not a tunesmith report",
+                where=str(output),
+                fix="--output another-name.html",
+            )
+        output.write_text(render_report(runs, markdown=markdown, note=note), encoding="utf-8")
     except OSError as error:
         raise MachineError(
             "the report cannot be written",
@@ -78,12 +72,6 @@ def write_report(
             why=error.strerror or str(error),
             fix="--output FILE in a writable folder",
         ) from error
-    return bool(old) and _title(old) != _title(page)
-
-
-def _title(page: str) -> str:
-    title = _TITLE.search(page)
-    return title[0] if title else ""
 
 
 def render_report(
@@ -130,7 +118,6 @@ def page_data(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "runs": [run.status() for run in runs],
         "pause": 0,
         "curves": curves(runs, "step", -math.inf, math.inf, POINTS),
-        "table": [run.table(-math.inf, math.inf, ROWS) for run in runs],
         "texts": [run.texts() for run in runs],
     }
 

@@ -7,7 +7,6 @@ files that are not there yet, a last line that is still being written, fields of
 import math
 import os
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -429,17 +428,6 @@ class RunFiles:
             samples.append(row | {"answer": whole_characters(row["answer"]), "row": place})
         conversations, system = conversations_of(row["prompt"] for row in samples)
         return {"samples": samples, "conversations": conversations, "system": system}
-
-    def table(self, low: float, high: float, count: int) -> dict[str, Any]:
-        """About `count` records of a window of steps, evenly spaced, the last one among them."""
-        steps = self.axis("step")
-        first = bisect_left(steps, low)
-        end = bisect_right(steps, high)
-        records: set[int] = set()
-        if end > first:
-            records = {end - 1 - part * (end - first) // count for part in range(count)}
-        rows = [[values[record] for values in self.columns.values()] for record in sorted(records)]
-        return {"columns": list(self.columns), "rows": rows}
 
 
 def how_it_ended(run: RunFiles) -> dict[str, Any]:

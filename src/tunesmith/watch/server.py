@@ -201,13 +201,6 @@ class Page(LivePage):
         self._curves_seconds = time.thread_time() - start
         return Response(body, media_type=JSON)
 
-    def table(self, request: Request) -> Response:
-        """The records of a window of steps, `rows` of them."""
-        low, high, rows = _window(request, "rows", 25, POINTS)
-        with self.lock:
-            body = to_json([run.table(low, high, rows) for run in self.runs])
-        return Response(body, media_type=JSON)
-
     def texts(self, request: Request) -> Response:
         with self.lock:
             body = to_json([run.texts() for run in self.runs])
@@ -307,7 +300,6 @@ def routes_of(page_of: Callable[[Request], Page]) -> list[BaseRoute]:
         Route("/", lambda request: page_of(request).html(request)),
         Route("/events", events),
         Route("/curves", lambda request: page_of(request).curves(request)),
-        Route("/table", lambda request: page_of(request).table(request)),
         Route("/texts", lambda request: page_of(request).texts(request)),
     ]
 

@@ -1,4 +1,4 @@
-// The page of runs. A live one hears where the runs stand, and asks for `curves`, `table`, `texts` and the written sections
+// The page of runs. A live one hears where the runs stand, and asks for `curves`, `texts` and the written sections
 // when that has changed; a report holds all of it.
 "use strict";
 (() => {
@@ -166,7 +166,7 @@
     return series.filter((s) => !s.rank || kept.includes(s));
   }
 
-  // `curves`, `table` or `texts`, with what is asked of a live page.
+  // `curves` or `texts`, with what is asked of a live page.
   const get = async (part, query = "") => (report ? report[part] : Live.getJson(part + query));
 
   function windowed() {
@@ -193,7 +193,6 @@
       if (asked !== axis || window !== zoomed) stale = true;
       else showPanels(panels, drawn !== axis);
       drawn = asked;
-      if ($("#values").open) await showTable();
     } catch {
       pause = 2000;  // the link says so
       stale = true;
@@ -222,19 +221,7 @@
     Plots.showConstants($("#constants"), constant);
   }
 
-  async function showTable() {
-    const tables = await get("table", `?rows=25${axis === "step" ? windowed() : ""}`);
-    const place = $("#values > div");
-    place.replaceChildren();
-    tables.forEach(({ columns, rows }, index) => {
-      const head = make("tr", {}, ...columns.map((column) => make("th", { scope: "col" }, column)));
-      const body = rows.map((row) => make("tr", {}, ...row.map((value, at) => make(at ? "td" : "th", at ? {} : { scope: "row" }, Plots.format(value)))));
-      const table = make("table", {}, make("caption", {}, runs[index].name), make("thead", {}, head), make("tbody", {}, ...body));
-      place.append(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `values of ${runs[index].name}` }, table));
-    });
-  }
-
-  // ---- texts: samples, recipe, log
+  // ---- texts: samples, log
 
   function showSamples() {
     const range = $("#when input"), newest = Number(range.value) >= sampleSteps.length - 1;
@@ -387,7 +374,6 @@
     if (!report) drawCurves();  // with finer points
   };
   Plots.controls($("#controls"));
-  $("#values").addEventListener("toggle", () => $("#values").open && showTable());
   $("#when input").addEventListener("input", showAnswers);
   document.addEventListener("visibilitychange", () => !document.hidden && (drawCurves(), getTexts(), getSections()));
   $("#axis").hidden = Boolean(report);  // it has the points over steps
