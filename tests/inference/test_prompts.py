@@ -192,23 +192,6 @@ def test_a_run_and_its_final_folder_elsewhere_ask_alike(
     )
 
 
-def test_a_run_of_before_answers_as_it_was_trained(tiny: Path, tmp_path: Path) -> None:
-    """Its env.json names no template: prompt and completion were never written through one."""
-    make_run(
-        tmp_path / "run",
-        tiny,
-        peft_model(tiny),
-        data={"train": {"source": "x.jsonl", "format": "prompt-completion"}},
-    )
-    for env, text in (
-        ({"data_hash": "0"}, ASKED),
-        ({"data_hash": "0", "template": "chat"}, WRITTEN["chat"]),
-    ):
-        (tmp_path / "run" / "env.json").write_text(json.dumps(env))
-        found = load_run(tmp_path / "run", device="cpu")
-        assert found.tokenizer.decode(prompt_of(found, {"prompt": ASKED}).ids) == text
-
-
 def test_a_base_model_without_a_template_is_given_prompts_as_they_stand(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -317,21 +317,6 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         )
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """What is left of a run by its `train` section.
-
-    Attributes:
-        steps: of the whole run; of one by the clock, at the speed so far.
-        duration: in words.
-        learning_rate: of the next step.
-    """
-
-    steps: int
-    duration: str
-    learning_rate: float
-
-
 def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str]:
     """Lines for the user about a resumed run.
 
@@ -342,30 +327,30 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
     if start.checkpoint is None or progress is None or start.previous_run is None:
         return []
     previous_train = start.previous_run.train
-    previous = _outlook(previous_train, schedule, progress)
-    outlook = _outlook(run.train, schedule, progress)
-    end = outlook.duration if run.train.duration.seconds else outlook.steps
+    previous_steps, previous_duration, previous_rate = _outlook(previous_train, schedule, progress)
+    steps, duration, rate = _outlook(run.train, schedule, progress)
+    end = duration if run.train.duration.seconds else steps
     lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint.path}"]
     if previous_train.duration != run.train.duration:
-        lines.append(f"train.duration: {previous.duration} -> {outlook.duration}")
-    if outlook.steps < previous.steps and run.checkpoint.resume != "force":
+        lines.append(f"train.duration: {previous_duration} -> {duration}")
+    if steps < previous_steps and run.checkpoint.resume != "force":
         raise RecipeError(
             "the run would be shorter than at its start",
             where=lines[-1],
             why=MIXED,
             fix=f"a longer train.duration, or {START_OVER}, {FORCE}",
         )
-    jump = abs(outlook.learning_rate - previous.learning_rate)
-    has_steps_left = progress.step < outlook.steps
+    jump = abs(rate - previous_rate)
+    has_steps_left = progress.step < steps
     if progress.record and has_steps_left and jump > JUMP * run.train.learning_rate:
-        rates = f"{progress.record.learning_rate:.2e} to {outlook.learning_rate:.2e}"
-        lines.append(
-            f"the learning rate jumps from {rates}: its schedule now spans {outlook.duration}"
-        )
+        rates = f"{progress.record.learning_rate:.2e} to {rate:.2e}"
+        lines.append(f"the learning rate jumps from {rates}: its schedule now spans {duration}")
     return lines
 
 
-def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> Outlook:
+def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple[int, str, float]:
+    """The steps of the whole run (of one by the clock, at the speed so far), its duration in words,
+    and the learning rate of the next step, by a `train` section."""
     total = schedule.steps(train.duration)
     text = str(train.duration)
     if total:
@@ -384,4 +369,4 @@ def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> Outlo
         steps_per_epoch=schedule.steps_per_epoch(0),
         seconds=progress.seconds,
     )
-    return Outlook(steps, text, rate)
+    return steps, text, rate

@@ -1,7 +1,6 @@
 """Which folder of a run directory holds the model that the run has trained."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from tunesmith.checkpoint import manifest
 from tunesmith.errors import CheckpointError
@@ -9,21 +8,12 @@ from tunesmith.host.shell import shell_path
 from tunesmith.run_dir import FINAL, RECIPE, describe_weights, read_manifest
 
 
-class SavedModel(NamedTuple):
-    """A folder of a run that holds model files.
+def find_saved_model(run_dir: Path) -> tuple[Path, str, bool]:
+    """Find final/ of a run directory, else the newest whole checkpoint that holds model files.
 
-    Attributes:
-        note: a line for the user: which folder it is, and which ones were passed over, and why.
-        is_notable: it does not hold the last step of a run that has finished.
-    """
-
-    folder: Path
-    note: str
-    is_notable: bool
-
-
-def find_saved_model(run_dir: Path) -> SavedModel:
-    """final/ of a run directory, else the newest whole checkpoint that holds model files.
+    Returns:
+        The folder; a line for the user that says which it is, and which ones were passed over and
+        why; and whether it does not hold the last step of a run that has finished.
 
     CheckpointError where there is none.
     """
@@ -46,7 +36,7 @@ def find_saved_model(run_dir: Path) -> SavedModel:
                 note += ": the run has not finished"
             if skipped:
                 note += f" (skipped {'; '.join(skipped)})"
-            return SavedModel(candidate, note, is_unfinished or is_earlier)
+            return candidate, note, is_unfinished or is_earlier
         # The user sees which checkpoints were passed over, and why.
         skipped.append(f"{candidate.name}: {damage or 'has training state only'}")
     raise CheckpointError(

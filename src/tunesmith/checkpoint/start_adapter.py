@@ -95,15 +95,15 @@ def folder_in_run(folder: str | None, run_dir: str | None) -> str | None:
 
 
 def _of_run(run_dir: Path) -> StartAdapter:
-    saved = find_saved_model(Path(from_here(run_dir)))
-    if not (saved.folder / ADAPTER_CONFIG).is_file():
+    folder, note, _ = find_saved_model(Path(from_here(run_dir)))
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
             "the run has no adapter: it trained all weights",
             where=f"adapter.from: {run_dir}",
-            fix=f"continue from its model: {shell_word(f'model.name={saved.folder}')}, without "
+            fix=f"continue from its model: {shell_word(f'model.name={folder}')}, without "
             "adapter.from",
         )
-    return StartAdapter(saved.folder.absolute(), f"the adapter to continue is {saved.note}")
+    return StartAdapter(folder.absolute(), f"the adapter to continue is {note}")
 
 
 def adapter_digest(name: str) -> str:

@@ -33,7 +33,7 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.safetensors_files import read_json
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.run_dir import IDENTITY, RECIPE, held_out_hash, name_a_run
+from tunesmith.run_dir import RECIPE, held_out_hash, name_a_run
 
 if TYPE_CHECKING:
     import torch
@@ -194,9 +194,8 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
         location = RunLocation("base", None, base, note=f"the demo's model: {demo_model.ABOUT}")
     elif place.is_dir():
         if (place / RECIPE).is_file():
-            saved = find_saved_model(place)
-            location = _in_folder(saved.folder, note=saved.note)
-            location = replace(location, is_notable=saved.is_notable)
+            folder, note, is_notable = find_saved_model(place)
+            location = replace(_in_folder(folder, note=note), is_notable=is_notable)
         else:
             location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
@@ -566,11 +565,4 @@ def _template(
     # A base model without a template gets unchanged prompts; its chats take the alpaca
     # text.
     template.raw |= run is None and jinja is None
-    if run and saved and (saved.parent / IDENTITY).is_file():
-        formats = [source.format for source in run.data.train]
-        env = saved.parent / IDENTITY
-        # An env.json without `template` is of the time when prompts with completions were never
-        # written through a template.
-        if "prompt-completion" in formats:
-            template.raw |= "template" not in read_json(env)
     return template
