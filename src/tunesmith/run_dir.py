@@ -259,18 +259,17 @@ def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
 def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[dict[str, Any] | None]:
     """The object of a JSON file without the values of a wrong type; None where there is none."""
     values, fault, _ = read_part(path, read_object)
-    if values is None:
-        return Part(None, fault)
+    return Part(values, fault if values is None else _drop_wrong_types(values, forms))
+
+
+def _drop_wrong_types(values: dict[str, Any], forms: Mapping[str, object]) -> str:
+    """Remove the values that are not of their form, and say which these are."""
     wrong = []
     for name, form in forms.items():
         if values.get(name) is not None and form_fault(values[name], form):
             wrong.append(name)
             del values[name]
-    return Part(values, _wrong_types(wrong))
-
-
-def _wrong_types(names: list[str]) -> str:
-    return f"of the wrong type: {', '.join(names)}" if names else ""
+    return f"of the wrong type: {', '.join(wrong)}" if wrong else ""
 
 
 def reason_of(error: OSError | ValueError) -> str:
@@ -383,7 +382,7 @@ def read_running(folder: Path) -> dict[str, Any] | None:
 
 
 def read_recipe(folder: Path) -> Part[dict[str, Any]]:
-    """config.yaml as plain values, without sections that are no mapping (but a method's name).
+    """config.yaml as plain values, without sections of a wrong type.
 
     Empty where it is not there. It is not checked against the schema: the run may be of another
     version.
@@ -402,24 +401,30 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
     # A lone half of a surrogate pair cannot be written to any file or page.
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
         return Part({}, "it contains invalid Unicode")
-    wrong = []
-    for name in _SECTIONS:
-        if name == "method" and isinstance(values.get(name), str):
-            continue  # a method without numbers of its own is written as its name
-        if values.get(name) is not None and not isinstance(values[name], dict):
-            wrong.append(name)
-            del values[name]
-    for section, name in _COUNTS:
-        if name in values.get(section, {}) and not is_count(values[section][name] or 0):
-            wrong.append(f"{section}.{name}")
-            del values[section][name]
-    return Part(values, _wrong_types(wrong))
+    return Part(values, _drop_wrong_types(values, _SECTION_FORMS))
 
 
-_SECTIONS = [
-    name for name, (_, hint) in keys().items() if "." not in name and schema.is_section(hint)
-]
-_COUNTS = (("train", "seed"), ("validate", "max_examples"))  # that a comparison of runs goes by
+class TrainSection(TypedDict):
+    """What a comparison of runs takes from `train`."""
+
+    seed: NotRequired[Count | None]
+
+
+class ValidateSection(TypedDict):
+    """What a comparison of runs takes from `validate`."""
+
+    max_examples: NotRequired[Count | None]
+
+
+_SECTION_FORMS = {
+    name: dict[str, Any]
+    for name, (_, hint) in keys().items()
+    if "." not in name and schema.is_section(hint)
+} | {
+    "train": TrainSection,
+    "validate": ValidateSection,
+    "method": str | dict[str, Any],  # one without keys is written as its name
+}
 
 
 def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
@@ -513,28 +518,23 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
 
     A last line without its end may still be written.
     """
-    try:
-        lines = read_bytes(folder / SAMPLES).splitlines(keepends=True)
-    except FileNotFoundError:
-        return Part([])
-    except OSError as error:
-        return Part([], reason_of(error))
+    content, fault, _ = read_part(folder / SAMPLES, read_bytes)
     rows: list[dict[str, Any]] = []
-    skipped: list[int] = []
-    for number, line in enumerate(lines, start=1):
+    skipped = 0
+    for number, line in enumerate((content or b"").splitlines(keepends=True), start=1):
         try:
             row = parse_json(line)
-        except ValueError:
-            row = None
-        if not form_fault(row, Sample):
+            reason = form_fault(row, Sample)
+        except ValueError as error:
+            reason = str(error)
+        if not reason:
             rows.append(row)
         # A torn line in the middle is a fault; at the end it may still be written.
         elif line.endswith(b"\n"):
-            skipped.append(number)
+            skipped += 1
+            fault = fault or f"line {number}: {reason}"
     rows.sort(key=lambda row: int(row["step"]))
-    if not skipped:
-        return Part(rows)
-    return Part(rows, f"line {skipped[0]} has no step, prompt and answer", len(skipped))
+    return Part(rows, fault, skipped or None)
 
 
 class ProfiledOperation(TypedDict):

@@ -216,8 +216,8 @@ class RunFiles:
         self.revision = 0
         self._tables = {METRICS: JsonlColumns(self.folder / METRICS)}
         self._log = AppendedLines(self.folder / LOG)
-        self._parts: dict[str, Part[Any]] = {}
-        self._signatures: dict[Path, list[int]] = {}
+        # By name: what its file looked like, and what was read of it.
+        self._parts: dict[str, tuple[tuple[int, int, int], Part[Any]]] = {}
         # By axis; computed when a page asks, and held until the run has grown.
         self._axes: dict[str, list[float]] = {}
         if not holds_run(self.folder):
@@ -242,8 +242,8 @@ class RunFiles:
             for name, table in self._tables.items()
         ]
         damaged.append(DamagedFile(LOG, None, self._log.fault))
-        for name, (_, fault, lines) in self._parts.items():
-            damaged.append(DamagedFile(name, lines, fault))
+        for name, (_, part) in self._parts.items():
+            damaged.append(DamagedFile(name, part.lines, part.fault))
         return [file for file in damaged if file.why]
 
     def refresh(self) -> bool:
@@ -266,23 +266,18 @@ class RunFiles:
 
     def _read_parts(self) -> bool:
         """Read the small files that are new or were written again; whether anything changed."""
-        parts: dict[str, Part[Any]] = {}
-        is_changed = False
+        parts: dict[str, tuple[tuple[int, int, int], Part[Any]]] = {}
         for pattern, read in READERS.items():
-            signatures = [(*signature_of(path)[::-1], path) for path in self.folder.glob(pattern)]
+            files = [(signature_of(path), path) for path in self.folder.glob(pattern)]
             # The oldest first: of two evals of the same rows the newer counts.
-            for *signature, path in sorted(signatures):
+            for signature, path in sorted(files):
                 name = shown(path.relative_to(self.folder))
-                if name in self._parts and signature == self._signatures.get(path):
-                    parts[name] = self._parts[name]
-                    continue
-                self._signatures[path] = signature
-                parts[name] = read(path)
-                is_changed = True
-        is_changed |= parts.keys() != self._parts.keys()
+                previous = self._parts.get(name)
+                is_same = previous is not None and previous[0] == signature
+                parts[name] = previous if is_same else (signature, read(path))
+        is_changed = parts != self._parts
         self._parts = parts
-        if is_changed:
-            self.revision += 1
+        self.revision += is_changed
         self.recipe: dict[str, Any] = self._value(RECIPE) or {}
         self.env: dict[str, Any] = self._value(IDENTITY) or {}
         self.samples: list[dict[str, Any]] = self._value(SAMPLES) or []
@@ -296,10 +291,10 @@ class RunFiles:
         return is_changed
 
     def _value(self, name: str) -> Any:
-        return self._parts[name].value if name in self._parts else None
+        return self._parts[name][1].value if name in self._parts else None
 
     def _values(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, part in self._parts.items():
+        for name, (_, part) in self._parts.items():
             if name.startswith(f"{folder}/") and part.value is not None:
                 yield name, part.value
 
@@ -459,12 +454,12 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
 
 
 def signature_of(path: Path) -> tuple[int, int, int]:
-    """The inode, size and time of a file; zeros without one."""
+    """The time, size and inode of a file; zeros without one."""
     try:
         status = path.stat()
     except OSError:
         return (0, 0, 0)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def finite(values: Sequence[float | None]) -> list[float]:

@@ -101,7 +101,7 @@ def _read(folder: Path) -> Row:
         "step": steps_taken(step, state, stopped.value),
         "loss": newest.get("loss"),
         "val_loss": next((value for value in val_losses if value is not None), None),
-        "started": signature_of(folder / RECIPE)[-1] / 1e9,
+        "started": signature_of(folder / RECIPE)[0] / 1e9,
         "spark": sparkline(losses),
         "damage": next(filter(None, faults), ""),
     }
