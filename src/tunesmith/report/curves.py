@@ -21,19 +21,6 @@ class Panel(NamedTuple):
     scale: float = 1.0
 
 
-class Series(NamedTuple):
-    """A record field of one rank; `rank`: None for rank 0's own record.
-
-    `smoothed`: the choice of the page, "" for raw values.
-    """
-
-    field: str
-    rank: int | None
-    x: Sequence[float]
-    y: Sequence[float | None]
-    smoothed: str = ""
-
-
 PANELS = (
     Panel("Training loss", "", ("loss",)),
     Panel("Validation loss", "", ("val_loss",)),
@@ -106,15 +93,14 @@ def curves(
             break
         series = []
         for index, run in enumerate(runs):
-            for line in _series_of(run, panel, axis):
+            for line in _lines_of(run, panel, axis):
                 # One point more on both sides: the curve goes on to the edge of the window.
-                first = max(0, bisect_left(line.x, low) - 1)
-                end = bisect_right(line.x, high) + 1
-                x, y = downsample(line.x[first:end], line.y[first:end], points)
+                first = max(0, bisect_left(line["x"], low) - 1)
+                end = bisect_right(line["x"], high) + 1
+                x, y = downsample(line["x"][first:end], line["y"][first:end], points)
                 if x:
                     scaled = [float(f"{value * panel.scale:.6g}") for value in y]
-                    about = {"field": line.field, "rank": line.rank, "smoothed": line.smoothed}
-                    series.append({"run": index, **about, "x": x, "y": scaled})
+                    series.append({**line, "run": index, "x": x, "y": scaled})
         if series:
             charts.append({"title": panel.title, "unit": panel.unit, "series": series})
     return charts
@@ -122,38 +108,31 @@ def curves(
 
 def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
     """A panel for each record field that has none, such as a method's own metric."""
-    names: set[str] = set()
-    for run in runs:
-        names.update(run.columns)
-        for columns in run.ranks.values():
-            names.update(columns)
-    names -= _IN_PANELS
-    names.difference_update(NO_CHART)
+    names = {
+        name for run in runs for columns in (run.columns, *run.ranks.values()) for name in columns
+    }
+    names -= {*_IN_PANELS, *NO_CHART}
     return [Panel(name, "", (name,)) for name in sorted(names)]
 
 
-def _series_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[Series]:
-    """The lines of a panel of one run."""
+def _lines_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[dict[str, Any]]:
+    """The lines of a panel of one run, whole: each a record field of one rank (None for rank 0's
+    own record); `smoothed` is the choice of the page, "" for raw values."""
     x = run.axis(axis)
     # Other ranks record their steps alone: rank 0 says how many tokens or seconds these are.
-    x_by_step: dict[float, float] = {}
-    if run.ranks and axis != "step":
-        x_by_step = dict(zip(run.axis("step"), x, strict=True))
-    for column in panel.columns:
-        y = run.columns.get(column)
-        if y:
-            yield Series(column, None, x, y)
-            if column in _SMOOTHED:
-                for name, smoothed in smoothings(y).items():
-                    yield Series(column, None, x, smoothed, smoothed=name)
-        if column not in _OF_RANKS:
-            continue
+    x_by_step = dict(zip(run.axis("step"), x, strict=True))
+    for field in panel.columns:
+        y = run.columns.get(field, [])
+        smooth_lines = smoothings(y) if field in _SMOOTHED else {}
+        for smoothed, values in {"": y, **smooth_lines}.items():
+            yield {"field": field, "rank": None, "smoothed": smoothed, "x": x, "y": values}
         for rank, columns in sorted(run.ranks.items()):
-            if column in columns:
-                rank_x = [value or 0.0 for value in columns["step"]]
-                if x_by_step:
-                    rank_x = [x_by_step.get(step, 0.0) for step in rank_x]
-                yield Series(column, rank, rank_x, columns[column])
+            if field in _OF_RANKS and field in columns:
+                steps = [step or 0.0 for step in columns["step"]]
+                if axis != "step":
+                    steps = [x_by_step.get(step, 0.0) for step in steps]
+                line = {"field": field, "rank": rank, "smoothed": ""}
+                yield {**line, "x": steps, "y": columns[field]}
 
 
 def downsample(

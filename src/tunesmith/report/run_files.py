@@ -272,9 +272,10 @@ class RunFiles:
             # The oldest first: of two evals of the same rows the newer counts.
             for signature, path in sorted(files):
                 name = shown(path.relative_to(self.folder))
-                previous = self._parts.get(name)
-                is_same = previous is not None and previous[0] == signature
-                parts[name] = previous if is_same else (signature, read(path))
+                part = self._parts.get(name)
+                if part is None or part[0] != signature:
+                    part = (signature, read(path))
+                parts[name] = part
         is_changed = parts != self._parts
         self._parts = parts
         self.revision += is_changed
@@ -443,13 +444,8 @@ def how_it_ended(run: RunFiles) -> dict[str, Any]:
             why="it was killed, or this is a copy of a running run",
             fix=f"{command}   # resumes from the newest checkpoint",
         )
-        fields = {
-            "what": end.what,
-            "where": end.where,
-            "why": end.why,
-            "cause": end.cause,
-            "next": end.fix,
-        }
+        fields = {"what": end.what, "where": end.where, "why": end.why, "cause": end.cause}
+        fields["next"] = end.fix
     return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
