@@ -173,16 +173,10 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
     speeds = finite(column("tokens_per_second")[start:])
     summary.speed = Spread.from_values(speeds, total("tokens", start) / seconds)
     summary.waiting = total("data_seconds", start) / seconds
-    # The mean over time: a step that took twice as long counts twice.
-    weighted = 0.0
-    measured_seconds = 0.0
-    # A step without a measured MFU does not count in the mean.
-    for mfu, step_seconds in zip(
-        column("mfu")[start:], column("step_seconds")[start:], strict=True
-    ):
-        if mfu and step_seconds:
-            weighted += mfu * step_seconds
-            measured_seconds += step_seconds
-    if measured_seconds:
-        summary.mfu = weighted / measured_seconds
+    # The mean over time, of the steps whose MFU was measured: a step that took twice as long counts
+    # twice.
+    times = zip(column("mfu")[start:], column("step_seconds")[start:], strict=True)
+    measured = [(mfu, time) for mfu, time in times if mfu and time]
+    if measured:
+        summary.mfu = sum(mfu * time for mfu, time in measured) / sum(t for _, t in measured)
     return summary

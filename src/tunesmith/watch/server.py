@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from importlib import resources
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response, StreamingResponse
@@ -31,20 +32,20 @@ from tunesmith.report.run_files import RunFiles, to_json
 from tunesmith.watch.run_list import Row, RunList
 
 # At any port: `ssh -L` may come by another one.
-HOSTS = (b"127.0.0.1", b"localhost")
+HOSTS = ("127.0.0.1", "localhost")
 # Seconds between two looks at the runs.
-POLL = 1.0
+POLL_SECONDS = 1.0
 # Of one core, at most, goes into curves without a request: those of a long run come less often.
-SHARE = 0.02
+MAX_CORE_SHARE = 0.02
 # Seconds after which a line is sent to find out whether the page is still there.
-QUIET = 15.0
+QUIET_SECONDS = 15.0
 # Points of one series, at most.
-POINTS = 4000
+MAX_POINTS = 4000
 # Seconds of reading between two messages to the page that lists runs.
-BATCH = 0.3
+BATCH_SECONDS = 0.3
 # Pages of runs whose records stay in memory for a list, and runs of such a page.
-OPEN_PAGES = 4
-OPEN_RUNS = 16
+MAX_PAGES = 4
+MAX_RUNS = 16
 JSON = "application/json"
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -70,26 +71,22 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if scope["method"] != "GET" or not self._is_permitted(scope):
-            await send({"type": "http.response.start", "status": 404, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
+            await Response(status_code=404)(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [row for row in message["headers"] if row[0].decode() not in HEADERS]
-                for name, value in HEADERS.items():
-                    headers.append((name.encode(), value.encode()))
-                message["headers"] = headers
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
 
     def _is_permitted(self, scope: Scope) -> bool:
         """Whether the request is for this machine's name, and its path begins with the token."""
-        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        hosts = Headers(scope=scope).getlist("host")
         if len(hosts) != 1:
             return False
-        host = hosts[0].rpartition(b":")[0] or hosts[0]  # without the port
+        host = hosts[0].rpartition(":")[0] or hosts[0]  # without the port
         token = scope["path"][1:].partition("/")[0].encode()
         return host in HOSTS and secrets.compare_digest(token, self.token)
 
@@ -126,7 +123,7 @@ class LivePage:
                 yield f"data: {await asyncio.to_thread(read)}\n\n"
                 while not changed.is_set():
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), QUIET)
+                        await asyncio.wait_for(changed.wait(), QUIET_SECONDS)
                         continue
                     yield ": still here\n\n"
         finally:
@@ -135,7 +132,7 @@ class LivePage:
     async def look(self) -> None:
         while not self.ended:
             await self.look_once()
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(POLL_SECONDS)
 
     def wake_pages(self) -> None:
         """Let each open page send the state as it is now."""
@@ -181,7 +178,7 @@ class Page(LivePage):
         """
         with self.lock:
             runs = [run.status() for run in self.runs]
-            return to_json({"runs": runs, "pause": self._curves_seconds / SHARE})
+            return to_json({"runs": runs, "pause": self._curves_seconds / MAX_CORE_SHARE})
 
     def html(self, request: Request) -> Response:
         with self.lock:
@@ -192,7 +189,7 @@ class Page(LivePage):
 
         `x` is step, tokens or seconds; `from` and `to` bound it, with so many `points`.
         """
-        low, high, points = _window(request, "points", 800, POINTS)
+        low, high, points = _window(request, "points", 800, MAX_POINTS)
         most = _window(request, "panels", 1000, 1000)[2]
         axis = request.query_params.get("x", "step")
         start = time.thread_time()
@@ -254,14 +251,14 @@ class ListPage(LivePage):
     def page_of(self, request: Request) -> Page:
         """The page of the runs that an address names, such as runs/3,7; 404 for others."""
         try:
-            numbers = tuple(map(int, request.path_params["numbers"].split(",")[:OPEN_RUNS]))
+            numbers = tuple(map(int, request.path_params["numbers"].split(",")[:MAX_RUNS]))
         except ValueError:
             raise HTTPException(404) from None
         with self._lock:
             page = self._pages.pop(numbers, None) or self._open(numbers)
             self._pages[numbers] = page
             # The records of a run fill memory: those of the page opened longest ago are dropped.
-            while len(self._pages) > OPEN_PAGES:
+            while len(self._pages) > MAX_PAGES:
                 self._pages.pop(next(iter(self._pages))).end()
         return page
 
@@ -280,7 +277,7 @@ class ListPage(LivePage):
 
 def _look_for_a_while(looks: Iterator[bool]) -> tuple[bool, bool]:
     """Whether some of the next runs changed, and whether these were the last."""
-    end = time.monotonic() + BATCH
+    end = time.monotonic() + BATCH_SECONDS
     changed = False
     for has_changed in looks:
         changed |= has_changed
