@@ -254,11 +254,11 @@ class RunFiles:
                 self._tables[path.name] = JsonlColumns(path)
         changed = [table.read() for table in self._tables.values()]
         changed += [self._read_log(), self._read_parts()]
-        self.ranks = {
-            int(match[1]): table.columns
-            for name, table in self._tables.items()
-            if (match := _RANK.fullmatch(name))
-        }
+        self.ranks: dict[int, Columns] = {}
+        for name, table in self._tables.items():
+            match = _RANK.fullmatch(name)
+            if match:
+                self.ranks[int(match[1])] = table.columns
         self.state = self._state()
         if any(changed):
             self._axes = {}
