@@ -23,7 +23,6 @@ from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.planning import micro_batch
 from tunesmith.planning.memory import MemoryEstimator
-from tunesmith.training import trainer
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
@@ -136,21 +135,6 @@ def test_another_micro_batch_is_told(
     assert len(told) == 1
     assert holds(told[0], "384 tokens", "128 tokens")
     assert "train.micro_batch" not in told[0]
-
-
-def test_other_noise_of_stochastic_rounding_is_told(
-    tiny: Path, tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = {"adapter": {"kind": "none"}, "model": {"dtype": "bf16"}}
-    rounded: dict[str, Any] = {"master_weights": "stochastic", "micro_batch": "256 tokens"}
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "COUNTER", None)  # as a version before wrote it
-        go(tiny, tmp_path, shown, **changes, train=rounded)
-    go(tiny, tmp_path, shown, **changes, train={**rounded, "duration": "5 steps"})
-    assert len([line for line in shown if line.startswith("stochastic rounding: ")]) == 1
-    shown.clear()
-    go(tiny, tmp_path, shown, **changes, train={**rounded, "duration": "6 steps"})
-    assert not [line for line in shown if line.startswith("stochastic rounding: ")]
 
 
 def test_recompute_changes_no_number_with_dropout(tiny: Path, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is reported
 MIXED = "resuming would mix two runs in one set of metrics"
-COUNTER = "counter"  # `Progress.rounding`: noise by the index of an element
 FORCE = "or resume anyway with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is moved aside), or use another output_dir"
 
@@ -70,8 +69,6 @@ class Progress:
         reference_hash: of the adapter that a method compares with; None: it compares with none.
         micro_batch: what one forward takes, such as `4096 tokens`.
         threads: that torch computes with on the host.
-        rounding: how stochastic rounding gets its noise; None: there is none, or drawn by a
-            generator.
         shares_prompts: whether rows hold the prompt of a pair once; None: in an older version's
             they did not.
     """
@@ -96,7 +93,6 @@ class Progress:
     reference_hash: str | None = None
     micro_batch: str | None = None
     threads: int | None = None
-    rounding: str | None = None
     shares_prompts: bool | None = None
 
     def write(self, folder: Path) -> None:

@@ -25,11 +25,7 @@ from tunesmith.build_model import (
     fill_parameters,
 )
 from tunesmith.checkpoint.contents import read_optimizer
-from tunesmith.checkpoint.resume import (
-    COUNTER,
-    Progress,
-    Start,
-)
+from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
@@ -347,7 +343,6 @@ def describe_session(
     if why:
         yield from plan.describe(why=True)
     yield from describe_micro_batch(start, run, plan)
-    yield from describe_rounding(start, run)
     if why and "threads" in plan.why:
         yield f"threads: {torch.get_num_threads()}, {plan.why['threads']}"
     if peak.tflops and not peak.published:
@@ -366,20 +361,6 @@ def describe_micro_batch(start: Start, run: Run, plan: RunPlan) -> list[str]:
     return [
         f"the micro batch is {now}, and was {previous}, {why}: "
         f"results differ from an uninterrupted run, because {effect}"
-    ]
-
-
-def describe_rounding(start: Start, run: Run) -> list[str]:
-    """A line for the user where a checkpoint is of a version that drew the noise of stochastic
-    rounding otherwise.
-    """
-    if run.train.master_weights != "stochastic" or start.progress is None:
-        return []
-    if start.progress.rounding == COUNTER:
-        return []
-    return [
-        "stochastic rounding: this version draws other noise than the one that wrote the "
-        "checkpoint: weights are rounded equally well on average, but not bit for bit"
     ]
 
 

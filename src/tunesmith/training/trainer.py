@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.checkpoint.resume import COUNTER, Progress, Start
+from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
@@ -325,13 +325,9 @@ class Trainer:
 
 def progress_of(session: Session, start: Start) -> Progress:
     """Where the run stands as it starts, and what it computes with from here on."""
-    rounding = None
-    if session.run.train.master_weights == "stochastic":
-        rounding = COUNTER
     return dataclasses.replace(
         start.progress or Progress(),
         ended=None,
-        rounding=rounding,
         micro_batch=str(session.plan.layout.micro_batch),
         threads=torch.get_num_threads(),
         shares_prompts=session.data.train.shares_prompts,
