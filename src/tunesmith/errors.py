@@ -56,15 +56,10 @@ class TunesmithError(Exception):
         fix: the command or edit that fixes it.
         cause: the likely one, a name of CAUSES; empty where unknown.
         failed_rank: of a failed rank, for failure.json: `rank`, `host`, `phase` and `collective`.
-
-    Attributes:
-        smaller: where memory was short, the micro batch to go on with; empty where it cannot be
-            smaller.
     """
 
     exit_code = EXIT_FAILED
     cause = ""
-    smaller = ""
 
     def __init__(
         self,

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
 from typing import NoReturn
@@ -27,7 +26,6 @@ from tunesmith import __version__
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
-    LowMemoryError,
     MachineError,
     OtherRankError,
     TunesmithError,
@@ -41,7 +39,7 @@ from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
 from tunesmith.host.shell import shell_command, shell_word
-from tunesmith.host.signals import RESTART, StopRequest, ignore_stop_signals
+from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
 
@@ -274,36 +272,11 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     if isinstance(fault_of(sys.stdout), BrokenPipeError):
         code = EXIT_BROKEN_PIPE
         failure = None
-    low_memory = _low_memory(failure) if process else None
-    if process and low_memory is None:
-        # Else a process that takes this one's place would ignore them too.
+    if process:
         ignore_stop_signals()
     if failure is not None:
         _report(failure)
-    if low_memory is not None:
-        end_at_once(low_memory, code)
     return code
-
-
-def _low_memory(failure: BaseException | None) -> TunesmithError | None:
-    """The error of a run whose memory was short, of the host or the device, or None."""
-    for error in (failure, failure and failure.__cause__):
-        if isinstance(error, LowMemoryError):
-            return error
-        if isinstance(error, TunesmithError) and error.smaller:
-            return error
-    return None
-
-
-def end_at_once(error: TunesmithError, code: int) -> NoReturn:
-    """End this process, or become the next start of the run, once, if a launcher asks for that."""
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
-    if os.environ.pop(RESTART, "") and error.smaller:
-        again = f"train.micro_batch={error.smaller}"
-        print(f"restarting with {again!r}", file=sys.stderr, flush=True)
-        os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *sys.argv[1:], again])
-    os._exit(code)
 
 
 def _dispatch(words: list[str]) -> int:

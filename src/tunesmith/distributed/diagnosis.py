@@ -225,7 +225,6 @@ class Diagnosis:
             "why": failure.why,
             "fix": failure.fix,
             "cause": failure.cause,
-            "smaller": failure.smaller,
             "reporter": peers.rank,
             # It is newer than the beat that the others have read.
             "failed_rank": peers.place_of(peers.rank),

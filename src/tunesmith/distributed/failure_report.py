@@ -49,9 +49,7 @@ class FailureReport:
             if self.fault is not None:
                 return
             is_stop = fields.pop("stopped", False)
-            smaller = fields.pop("smaller", "")
             fault = StoppedEarlyError(**fields) if is_stop else RunError(**fields)
-            fault.smaller = smaller
             if is_stop:
                 fault.exit_code = self.stopped_code
             # Before the fault: who sees it counts the seconds that the main thread has to end.

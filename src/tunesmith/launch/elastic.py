@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from time import sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -88,13 +87,12 @@ class ForwardStop:
                 rank.send_signal(self.number)
 
 
-def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[], bool]) -> None:
+def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
     """Let torch's launcher use the agent of this module.
 
     Args:
         store: of the ranks of all nodes.
         stop: the stop signals of this process.
-        is_short: whether the ranks that have ended had too little memory, and would have it again.
     """
 
     class Agent(LocalElasticAgent):
@@ -113,9 +111,8 @@ def install_agent(store: "TCPStore", stop: ForwardStop, *, is_short: Callable[[]
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state != WorkerState.FAILED:
                 return result
-            if stop.is_requested or is_short():
-                # torch starts failed ranks again; after a stop, or with a smaller micro batch to
-                # come, it must not.
+            if stop.is_requested:
+                # torch starts failed ranks again; after a stop it must not.
                 self._remaining_restarts = 0
             signals = {}
             for rank, failure in result.failures.items():

@@ -10,12 +10,11 @@ A run that stops because memory is short starts once more, with half the micro b
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,7 @@ from tunesmith.host.chips import list_gpus
 from tunesmith.host.cores import available_cores
 from tunesmith.host.ending import run_and_exit
 from tunesmith.host.memory import oom_kills
-from tunesmith.host.signals import RESTART, ignore_stop_signals
+from tunesmith.host.signals import ignore_stop_signals
 from tunesmith.host.streams import visible
 from tunesmith.launch.debug import collect_logs, enable_debug_logs
 from tunesmith.launch.jobs import FOLDER
@@ -50,7 +49,7 @@ from tunesmith.launch.rendezvous import (
     register_backend,
     start_store,
 )
-from tunesmith.run_dir import FAILURE, FINAL, STOPPED
+from tunesmith.run_dir import FINAL, STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -134,7 +133,6 @@ def run_node(args: argparse.Namespace) -> int:
     # One rank needs no launcher: it takes the place of this process, so that signals reach it
     # directly.
     if is_one_rank and not args.restarts and not args.debug:
-        os.environ[RESTART] = "once"
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
 
@@ -157,8 +155,8 @@ def run_program(
         )
     from tunesmith.launch.elastic import ForwardStop, install_agent  # loads torch
 
-    # Files of an earlier run in this directory are no news: only what changes from here on counts.
-    earlier = endings(out)
+    # A file of an earlier run in this directory is no news.
+    stopped_before = stopped_at(out)
     stop = ForwardStop()
     endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
     prepare_environment(ranks, endpoint.interface)
@@ -167,7 +165,7 @@ def run_program(
     else:
         store = connect_store(endpoint)
     register_backend(store, endpoint)
-    install_agent(store, stop, is_short=lambda: bool(smaller_batch(out, earlier)))
+    install_agent(store, stop)
     # torch leaves its own folder behind.
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:
         launcher = _launcher_words(args, ranks, endpoint, folder)
@@ -175,15 +173,6 @@ def run_program(
             launcher += enable_debug_logs(Path(folder))
         try:
             code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
-            smaller = "" if stop.is_requested else smaller_batch(out, earlier)
-            # Once: if memory is short again, the micro batch is not why.
-            if smaller:
-                earlier = endings(out)
-                setting = f"train.micro_batch={smaller}"
-                print(f"restarting with {setting!r}", file=sys.stderr)
-                # Under another id: the first rendezvous is closed.
-                launcher += ["--rdzv-id", f"{args.id}-again"]
-                code = run_ranks([*launcher, *program, setting], store, stop)
         finally:
             if args.debug:
                 max_nodes = int(args.nodes.rpartition(":")[2])
@@ -192,7 +181,7 @@ def run_program(
                     target = (out or Path()) / FOLDER / "debug.tar.gz"
                 line = collect_logs(store, Path(folder), endpoint.address, max_nodes, target)
                 print(line, file=sys.stderr)
-    if code in (EXIT_FAILED, EXIT_OK) and endings(out)[STOPPED] > earlier[STOPPED]:
+    if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > stopped_before:
         return EXIT_STOPPED
     is_done = out is not None and (out / FINAL).is_dir()
     # stopped.json may be on another node.
@@ -285,28 +274,10 @@ def exit_code_of(error: "ChildFailedError", kills: int, stop: "ForwardStop") -> 
     return code if code in (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
 
 
-def endings(out: Path | None) -> dict[str, float]:
-    """When ranks last wrote stopped.json and failure.json; 0 where there is none."""
-    times = {STOPPED: 0.0, FAILURE: 0.0}
-    if out:
-        for name in times:
-            file = out / name
-            if file.exists():
-                times[name] = file.stat().st_mtime
-    return times
-
-
-def smaller_batch(out: Path | None, earlier: Mapping[str, float]) -> str:
-    """The micro batch to go on with where memory was short; empty where it was not.
-
-    earlier: the `endings` that count no more.
-    """
-    for name, written_at in endings(out).items():
-        if out and written_at > earlier[name]:
-            record = json.loads((out / name).read_text(encoding="utf-8"))
-            if record.get("smaller"):
-                return str(record["smaller"])
-    return ""
+def stopped_at(out: Path | None) -> float:
+    """When ranks last wrote stopped.json; 0 where there is none."""
+    file = None if out is None else out / STOPPED
+    return file.stat().st_mtime if file is not None and file.exists() else 0.0
 
 
 def prepare_environment(ranks: int, interface: str) -> None:

@@ -38,8 +38,7 @@ def write_failure(
     folder: Path, error: TunesmithError, *, last_step: int, next_command: str
 ) -> None:
     """Write failure.json: what stopped the run, where, why, its last step, and `error.fix` or else
-    `next_command`; the likely cause, and the rank that failed, null where unknown; and
-    the smaller micro batch to go on with, if any."""
+    `next_command`; the likely cause, and the rank that failed, null where unknown."""
     failure = {
         "what": error.what,
         "where": error.where,
@@ -50,8 +49,6 @@ def write_failure(
     }
     for name in ("rank", "host", "phase", "collective"):
         failure[name] = error.failed_rank.get(name)
-    if error.smaller:
-        failure["smaller"] = error.smaller
     write_atomically(folder / FAILURE, json.dumps(failure, indent=2) + "\n")
 
 

@@ -38,7 +38,7 @@ from tunesmith.host import signals
 from tunesmith.host.files import write_atomically
 from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.shell import shell_path, shell_word
-from tunesmith.host.signals import StopRequest
+from tunesmith.host.signals import END, StopRequest
 from tunesmith.metrics.record import read_records
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of, weights_step
@@ -343,13 +343,7 @@ class Sweep:
 
     def _train(self, candidate: SweepRun, until: int | None) -> bool:
         """Train a candidate up to step `until`, or to its end; False where its loss diverged."""
-        stop = StopControl(
-            self.stop,
-            Path(candidate.run.output_dir),
-            self.ranks,
-            # All candidates share one micro batch.
-            retry_with_smaller_batch=False,
-        )
+        stop = StopControl(self.stop, Path(candidate.run.output_dir), self.ranks)
         build = self.shared.build
         number = self.candidates.index(candidate) + 1
         candidates = count_of(len(self.candidates), "candidate")
@@ -369,8 +363,10 @@ class Sweep:
                 )
         except StoppedError as error:
             if isinstance(error, LowMemoryError):
-                micro_batch = self.fixed["micro_batch"]
-                error.fix += f"; the micro batch remains {micro_batch}, as for all candidates"
+                error.fix = (
+                    f"{END}, then start the same command again; the micro batch remains"
+                    f" {self.fixed['micro_batch']}, as for all candidates"
+                )
             self.stopped = error.what
             self.write()
             raise

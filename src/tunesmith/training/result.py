@@ -163,11 +163,10 @@ def failure_of(
     *,
     step: int,
     saved_step: int | None,
-    retry_with_smaller_batch: bool = True,
 ) -> TunesmithError:
     """The error of a run that had begun, in the words of failure.json.
 
-    `step`: the last complete one; `retry_with_smaller_batch` as in `stopped_by`.
+    `step`: the last complete one.
     """
     resume = how_to_resume(saved_step)
     where = f"step {step + 1}"
@@ -194,10 +193,7 @@ def failure_of(
             fix = f"{limit.fix(0)}, or {fix}"
         if not fix.endswith("--fresh"):
             fix = f"{fix}; {resume}"
-        failure = RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
-        if retry_with_smaller_batch:
-            failure.smaller = half_micro_batch(run, str(plan.layout.micro_batch))
-        return failure
+        return RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")
     if "does not have a deterministic implementation" in str(error):
         what = str(error).partition(", but you set")[0]
         why = "train.deterministic: true does not allow this operator"
@@ -244,8 +240,6 @@ def stopped_by(
     run: Run,
     progress: Progress,
     ranks: Ranks,
-    *,
-    retry_with_smaller_batch: bool = True,
 ) -> StoppedError:
     """The end of a run for want of memory, by a signal, or by the file `stop`, which is removed.
 
@@ -255,7 +249,6 @@ def stopped_by(
 
     Args:
         requests: for each rank its shortage of memory and its signal.
-        retry_with_smaller_batch: another start may take half the micro batch.
     """
     out = Path(run.output_dir)
     step = progress.step
@@ -280,15 +273,12 @@ def stopped_by(
     record: dict[str, Any] = {"signal": signal, "reason": "signal", "step": step}
     error: StoppedError
     if shortage is not None:
-        smaller = ""
-        if retry_with_smaller_batch and step:
-            smaller = half_micro_batch(run, progress.micro_batch)
+        smaller = half_micro_batch(run, progress.micro_batch) if step else ""
         fix = f"{END}, then {fix}"
         if smaller:
             fix += f"; or with train.micro_batch='{smaller}'"
         record |= {"reason": "memory", "next": fix, "smaller": smaller, "figures": shortage.record}
         error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
-        error.smaller = smaller
     elif is_by_file:
         record |= {"reason": "file", "next": fix}
         error = StoppedError("stopped by the stop file" + saved_text, where=where, why=why, fix=fix)

@@ -25,7 +25,6 @@ class StopControl:
     Attributes:
         request: the signals of this process, and its shortage of memory.
         run_dir: rank 0 looks for the file `stop` there.
-        retry_with_smaller_batch: for want of memory another start may take half the micro batch.
         wants_end: whether the caller of `train` ends the run here; rank 0 knows.
         is_ended: all ranks know that it does.
         is_agreed: all ranks know that one of them has a stop request.
@@ -35,7 +34,6 @@ class StopControl:
     request: StopRequest
     run_dir: Path
     ranks: Ranks = ONE_PROCESS
-    retry_with_smaller_batch: bool = True
     wants_end: Callable[[], bool] = lambda: False
     is_ended: bool = field(default=False, init=False)
     is_agreed: bool = field(default=False, init=False)
@@ -95,5 +93,4 @@ class StopControl:
     def error(self, run: Run, progress: Progress, ranks: Ranks) -> StoppedError:
         """The end of the run by this stop, on all ranks; a collective call. See `stopped_by`."""
         requests = ranks.all_gather_object((self.request.low_memory, self.request.signal))
-        retry = self.retry_with_smaller_batch
-        return stopped_by(requests, run, progress, ranks, retry_with_smaller_batch=retry)
+        return stopped_by(requests, run, progress, ranks)

@@ -319,7 +319,6 @@ class Trainer:
             self.session.plan,
             step=self.progress.step,
             saved_step=self.checkpoints.writer.saved_step,
-            retry_with_smaller_batch=self.stop.retry_with_smaller_batch,
         )
 
 
