@@ -182,13 +182,13 @@ def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path
     for function in (tunesmith.load_run, tunesmith.evaluate, tunesmith.compare):
         with refuses(UsageError, names=["list"], fix=["tunesmith.compare(a, b)"]):
             function([tiny, tiny])  # type: ignore[operator]
-    with refuses(UsageError, where="dtype", names=["float32"], fix=["fp32"]):
+    with refuses(UsageError, where="--dtype", names=["float32"], fix=["fp32"]):
         tunesmith.load_run(tiny, dtype="float32")  # type: ignore[arg-type]
     with refuses(
-        UsageError, where="scorers", names=["function"], fix=["my_scorers.py:my_function"]
+        UsageError, where="--score", names=["function"], fix=["my_scorers.py:my_function"]
     ):
         tunesmith.evaluate(tiny, scorers=[lambda answer, row: 1.0])  # type: ignore[list-item]
-    with refuses(UsageError, where="scorers", names=["exakt"], fix=['scorers=["exact"]']):
+    with refuses(UsageError, where="--score", names=["exakt"], fix=["--score exact"]):
         tunesmith.evaluate(tiny, scorers="exakt")
     (tmp_path / "my-run").mkdir()
     for function in (tunesmith.load_run, tunesmith.compare):

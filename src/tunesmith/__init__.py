@@ -22,7 +22,9 @@ export_gguf write a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
 What they return prints as a table, and renders in a notebook. What a user can fix is raised as a
-`TunesmithError`, whose text says what, where, why and the fix; `tunesmith.errors` has all of them.
+`TunesmithError`, whose text says what, where, why and the fix, in the words of the command line:
+`--fresh` is fresh=True here, and key=value is overrides={"key": value}. `tunesmith.errors` has all
+of them.
 """
 
 from importlib import import_module
@@ -112,14 +114,7 @@ def __getattr__(name: str) -> Any:
     host = import_module(f"{__name__}.runtime.host")
     host.bound_product_caches()
     host.prepare_threads()
-    member = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
-    if isinstance(member, type):
-        return member
-    function = import_module(f"{__name__}.config.in_python").in_python(member)
-    # Under the name that programs know: one object, which pickle finds again.
-    function.__module__ = __name__
-    globals()[name] = function
-    return function
+    return vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
 
 
 def __dir__() -> list[str]:

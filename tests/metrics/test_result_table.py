@@ -11,7 +11,6 @@ import torch
 
 from errors import holds, refuses
 from records import record
-from report import written
 from tunesmith.config.schema import Model
 from tunesmith.errors import UsageError
 from tunesmith.export.gguf.export import ExportedFile
@@ -184,17 +183,6 @@ def test_runs_are_compared_by_their_figures_and_a_verdict(tmp_path: Path) -> Non
     assert (twice.runs, twice.verdict.kind) == (("low",), "alone")
     assert holds(twice.verdict.reasons[0], 2, runs[0])
     assert twice.verdict.reasons[1:] == compare(runs[0]).verdict.reasons
-
-
-def test_what_to_do_next_is_a_call_of_python(tmp_path: Path) -> None:
-    """The rows of the two differ, so that the page proposes to evaluate both on the same."""
-    runs = [tmp_path / name for name in "ab"]
-    for folder, rows in zip(runs, ("r" * 64, "s" * 64), strict=True):
-        written.write_run(folder, {4: 2.0}, env={"validation_hash": rows})
-    notes = "\n".join(compare(*runs).table().notes)
-    for folder in runs:
-        assert f'tunesmith.evaluate("{folder}", data="held-out.jsonl")' in notes
-    assert "tunesmith eval" not in notes
 
 
 @pytest.mark.parametrize("count", [2, 9])

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.config.in_python import fix_in_python
 from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import path_of
 from tunesmith.launch.jobs import with_runs_of_folders
@@ -60,7 +59,7 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
     summaries = summaries_of([RunFiles(folder) for folder in folders])
     names = tuple(summary.label for summary in summaries)
     verdict = judge(summaries)
-    reasons = [fix_in_python(reason, compare.__name__) for reason in verdict.reasons]
+    reasons = list(verdict.reasons)
     if len(folders) == 1 < len(runs):
         reasons.insert(0, f"All {len(runs)} names are of one run: {folders[0]}.")
     return Comparison(names, verdict._replace(reasons=reasons), _figures(summaries))
