@@ -223,25 +223,3 @@ def test_a_secret_is_masked_by_the_name_of_its_key(
         "max_new_tokens: 128",
     ):
         assert plain in everything
-
-
-def test_a_secret_of_a_command_is_masked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    command = [
-        "trl",
-        "sft",
-        "--model_name_or_path",
-        "m/m",
-        "--dataset_name",
-        "d/d",
-        "--hub_token",
-        "canary",
-        "--seed",
-        "7",
-    ]
-    assert main(["import", "--world", "1", "--output", str(recipe), "--", *command]) == 0
-    assert "canary" not in capsys.readouterr().out + recipe.read_text()
-    assert "--hub_token" in recipe.read_text()
-    assert load_recipe(recipe).train.seed == 7

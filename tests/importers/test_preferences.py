@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from errors import refuses
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import other_tools
@@ -95,8 +94,8 @@ def test_llamafactorys_kto_on_an_adapter(tmp_path: Path) -> None:
     assert (run.data.train[0].format, run.data.train[0].columns) == ("feedback", {})
 
 
-def test_trls_command_for_dpo(tmp_path: Path) -> None:
-    run = imported("trl-dpo.sh", tmp_path)
+def test_trls_file_for_dpo(tmp_path: Path) -> None:
+    run = imported("trl-dpo.yaml", tmp_path)
     method = run.method
     assert (method.name, method.loss_type, method.beta) == ("dpo", "robust", 0.2)
     assert (method.label_smoothing, method.sft_weight) == (0.1, 0.25)
@@ -200,14 +199,6 @@ def test_what_would_be_learned_otherwise_is_said(
     tool: str, values: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     assert note(translated(tool, tmp_path, **values), key).differs
-
-
-def test_a_program_of_trl_that_is_not_known(tmp_path: Path) -> None:
-    with refuses(UsageError, where="command line"):
-        from tunesmith.importers.source_config import read_command
-
-        words = "trl grpo --model m/m".split()
-        read_command([(word, "command line") for word in words], "x", tmp_path)
 
 
 def test_numbers_of_trl_are_those_of_the_installed_trainers() -> None:

@@ -1,13 +1,10 @@
-"""What is imported of a TRL command beside what TRL itself, as it is installed, makes of the same
-command.
-"""
+"""What is imported of a file of TRL beside what TRL itself, as it is installed, makes of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from tunesmith.importers.tools import translate
 from tunesmith.optim.lr_schedule import scheduled_rate
 
 trl = pytest.importorskip("trl")
-FILE = Path(__file__).parent / "files" / "trl-sft.sh"
+FILE = Path(__file__).parent / "files" / "trl-sft.yaml"
 
 
 def parsed(words: list[str]) -> Any:
@@ -107,10 +104,9 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
     from transformers import get_scheduler
 
     recipe = tmp_path / "recipe.yaml"
-    assert main(["import", str(FILE), "--output", str(recipe)]) == 0
+    assert main(["import", str(FILE), "--world", "4", "--output", str(recipe)]) == 0
     run = load_recipe(recipe)
-    words = shlex.split(FILE.read_text().replace("\\\n", " "), comments=True)
-    script, training, model = parsed([*words[words.index("trl/scripts/sft.py") + 1 :]])
+    script, training, model = parsed(["--config", str(FILE)])
 
     processes = 4
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * processes
@@ -167,64 +163,3 @@ def test_batch_schedule_rate_and_adapter_are_trls(tmp_path: Path) -> None:
         )
         optimizer.step()
         theirs.step()
-
-
-def test_a_command_behind_two_dashes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    command = "trl sft --model Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --use_peft --learning-rate=1e-3 --max_steps 7"
-    assert main(["import", "--world", "1", "--", *command.split()]) == 0
-    assert load_recipe("trl-recipe.yaml").data.train_on == "all"
-    assert (
-        main(
-            [
-                "import",
-                "--force",
-                "--world",
-                "1",
-                "data.train.format=prompt-completion",
-                "--",
-                *command.split(),
-            ]
-        )
-        == 0
-    )
-    run = load_recipe("trl-recipe.yaml")
-    assert (run.model.name, run.train.learning_rate, str(run.train.duration)) == (
-        "Qwen/Qwen3-0.6B",
-        1e-3,
-        "7 steps",
-    )
-    assert (run.data.train_on, run.adapter.target, run.adapter.rank) == (
-        "response",
-        ("q_proj", "v_proj"),
-        16,
-    )
-    assert (run.data.pack, str(run.train.global_batch)) == (True, "8 examples")
-    (tmp_path / "sft.yaml").write_text(
-        "model_name_or_path: m/m\ndataset_name: d/d\nlearning_rate: 1.0e-4\nmax_length: 512\n"
-    )
-    assert (
-        main(
-            [
-                "import",
-                "--output",
-                "two.yaml",
-                "--world",
-                "1",
-                "--",
-                "trl",
-                "sft",
-                "--config",
-                "sft.yaml",
-                "--learning_rate",
-                "3e-4",
-            ]
-        )
-        == 0
-    )
-    run = load_recipe("two.yaml")
-    assert (run.model.name, run.train.learning_rate, run.data.seq_len) == ("m/m", 3e-4, 512)
-    assert main(["import"]) == 2
-    assert "lora_target_modules: null" in capsys.readouterr().out

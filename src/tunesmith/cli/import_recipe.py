@@ -7,12 +7,9 @@ example:
   tunesmith import sft.yaml data.train.source=rows.jsonl
   # an accelerate config names no model and no data
   tunesmith import fsdp.yaml --extends llama3.1-8b-lora
-  tunesmith import --world 1 -- trl sft \\
-    --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara
 
-It reads torchtune, Axolotl and LLaMA-Factory YAML files, accelerate configs,
-and TRL command lines, and lists each key that has no equivalent. Python is
-not read.
+It reads files of torchtune, Axolotl, LLaMA-Factory, TRL and accelerate, and
+lists each key that has no equivalent. Commands and Python are not read.
 """
 
 import argparse
@@ -29,16 +26,14 @@ from tunesmith.errors import UsageError, mask_words
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import visible
-from tunesmith.importers.source_config import TOOLS, SourceConfig, read_command, read_config
+from tunesmith.importers.source_config import TOOLS, command_error, read_config
 from tunesmith.importers.tools import translate
 from tunesmith.importers.translation import Note
-
-TAKES_COMMAND = True  # words after `--` are not ours to parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="*", metavar="FILE [key=value ...] | -- COMMAND", help="what to import"
+        "words", nargs="*", type=_no_program, metavar="FILE [key=value ...]", help="what to import"
     )
     parser.add_argument(
         "--from",
@@ -64,14 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite an existing file")
 
 
+def _no_program(word: str) -> str:
+    """A word of the command line; UsageError for the program of another tool's command."""
+    if word in ("trl", "accelerate", "torchrun", "python", "python3"):
+        raise command_error("command line")
+    return word
+
+
 def run(args: argparse.Namespace) -> None:
-    name, *words = [*args.command[:1], *args.words] or [""]
-    if not name:
+    if not args.words:
         fix = "tunesmith import --help"
-        raise UsageError(
-            "nothing to import: give a file or a command", where="command line", fix=fix
-        )
-    source = read_source(name, args)
+        raise UsageError("nothing to import: give a file", where="command line", fix=fix)
+    name, *words = args.words
+    source = read_config(Path(name), args.tool)
     extends = args.extends
     # A recipe that ships with the package is extended by name, another by its path.
     if extends not in (None, *shipped()):
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         checked(tree)
     # Quoted as JSON, a line break of the command stays within the comment.
-    origin = json.dumps(shlex.join(mask_words([*args.words, *args.command])))
+    origin = json.dumps(shlex.join(mask_words(args.words)))
     head = f"{schema_line()}\n# from {source.tool}: {origin}"
     write_atomically(path, recipe.text(tree, head, path.resolve().parent))
     print(f"{path}: {len(recipe.values)} values from {source.tool}")
@@ -102,14 +102,6 @@ def run(args: argparse.Namespace) -> None:
     print_notes("needs nothing in the recipe:", [n for n in recipe.notes if not n.differs])
     here = shell_path(from_here(path))
     notify(f"\ncheck the tokens: tunesmith data {here}; then: tunesmith train {here}")
-
-
-def read_source(name: str, args: argparse.Namespace) -> SourceConfig:
-    """The configuration to import: of the command after `--`, or of the file."""
-    if args.command:
-        command = [(word, "command line") for word in args.command]
-        return read_command(command, "command line", Path.cwd())
-    return read_config(Path(name), args.tool)
 
 
 def print_notes(title: str, notes: Sequence[Note]) -> None:

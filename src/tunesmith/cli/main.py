@@ -317,13 +317,7 @@ def _dispatch(words: list[str]) -> int:
     module.add_arguments(parser)
     parser.usage = parser.usage or parser.short_usage()
     parser.words = rest
-    if "TAKES_COMMAND" in vars(module):
-        # argparse loses a `--` before which no positional stands.
-        end = rest.index("--") if "--" in rest else len(rest)
-        args = parser.parse_intermixed_args(rest[:end])
-        args.command = rest[end + 1 :]
-    else:
-        args = parser.parse_intermixed_args(rest)
+    args = parser.parse_intermixed_args(rest)
     if verb in LOADING:
         _check_process_limits()
     # Before torch is loaded: libgomp reads its variables once.

@@ -389,15 +389,12 @@ def _batch(recipe: Translation, world: int | None) -> None:
     if _packs(recipe):
         why += f", {batch} packed rows of data.seq_len"
         size = f"{batch * recipe.number('max_length')} tokens"
-    process_names = ("num_processes", "nproc_per_node", "nnodes")
-    recipe.set_key("train.global_batch", size, *names, *process_names, why=why)
+    recipe.set_key("train.global_batch", size, *names, "num_processes", why=why)
 
 
 def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
     """How many processes train in all; 0 where nothing tells."""
     processes = world or recipe.number("num_processes")
-    if not processes:
-        processes = recipe.number("nproc_per_node") * recipe.count("nnodes")
     if recipe.is_set("shard") and recipe.number("shard") > 0:
         processes = recipe.number("shard") * recipe.count("replicate") * tensor
     return processes

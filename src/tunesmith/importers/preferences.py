@@ -33,9 +33,7 @@ _OLD_REFERENCE = (
 
 
 def trl_trainer(recipe: Translation) -> str:
-    """Which of TRL's trainers reads these keys: its command tells, or method=NAME, or the keys."""
-    if recipe.source.program:
-        return recipe.source.program
+    """Which of TRL's trainers reads these keys: method=NAME tells, or the keys."""
     method = recipe.overrides.get("method", recipe.overrides.get("method.name"))
     if method is not None:
         return "cpo" if method == "simpo" else str(method)

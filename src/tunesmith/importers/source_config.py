@@ -1,11 +1,8 @@
-"""The configuration of another tool as flat keys and their places: a YAML file, or a command that
-trains.
-"""
+"""The YAML or JSON file of another tool as flat keys and their places."""
 
 import json
 import re
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,10 +17,9 @@ from tunesmith.host.files import near_file
 from tunesmith.host.shell import shell_path
 
 TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
-# Scripts of TRL, each of which has a trainer.
+# TRL's trainers that have a counterpart.
 TRL_TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo")
-# The first word of a command that trains.
-PROGRAMS = ("trl", "accelerate", "torchrun", "python", "python3")
+_COMMAND = re.compile(r"(trl|accelerate|torchrun|python3?)\s")
 # In YAML 1.1, which these tools read, besides true and false.
 _TRUTH_1_1 = {
     word: value
@@ -32,9 +28,6 @@ _TRUTH_1_1 = {
 }
 _INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
 _MAX_INTERPOLATIONS = 10
-
-# A word of a command, and its place.
-Word = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,6 @@ class SourceConfig:
         tool: whose it is.
         keys: by dotted key: `optimizer.lr`, `datasets.0.path`.
         base: where relative paths start.
-        program: of a command of TRL, which trainer it starts; of a file "".
         referenced: keys that another value takes in by OmegaConf's `${key}`.
     """
 
@@ -62,7 +54,6 @@ class SourceConfig:
     name: str
     keys: dict[str, SourceKey]
     base: Path
-    program: str = ""
     referenced: frozenset[str] = frozenset()
 
 
@@ -86,11 +77,7 @@ def table(tool: str) -> dict[str, Any]:
 
 def read_config(path: Path, tool: str | None) -> SourceConfig:
     """A file; UsageError if it cannot be read, or does not tell its tool."""
-    if path.suffix == ".py" and path.is_file():
-        raise _unread_python(str(path), str(path))
-    words = _command_words(path)
-    if words:
-        return read_command(words, path.name, path.parent)
+    _check_no_program(path)
     raw_keys = {key.key: key for key in _leaves(path)}
     keys = {}
     referenced: set[str] = set()
@@ -136,127 +123,35 @@ def _marks(keys: dict[str, SourceKey], tool: str) -> list[str]:
     return [mark for mark in table(tool)["marks"] if mark in names]
 
 
-def read_command(words: Sequence[Word], name: str, base: Path) -> SourceConfig:
-    """The words of a command, as TRL reads them.
-
-    Flags of the program that starts it become `launch.FLAG`.
-    """
-    at = _program_index(words)
-    program, where = words[at]
-    arguments = words[at + 1 :]
-    # `trl sft` is a program with a word for what it does.
-    if program == "trl" and arguments:
-        program, where = arguments[0]
-        arguments = arguments[1:]
-    trainer = re.search(rf"(?:^|/|\.|_)({'|'.join(TRL_TRAINERS)})(?:\.py)?$", program)
-    script = nearby(base, program) if program.endswith(".py") else None
-    if script and b"Parser" not in script.read_bytes():
-        # It takes no arguments.
-        raise _unread_python(program, where)
-    if not trainer:
-        commands = ", ".join(f"trl {name}" for name in TRL_TRAINERS)
-        fix = f"what can be imported is {commands}, or TRL's own script of it"
-        raise UsageError(f"{program} is not a known TRL program", where=where, fix=fix)
-    keys = _flags(arguments)
-    if program.endswith(".py") and not re.search(r"(^|/)scripts/\w+\.py$", program):
-        keys["script"] = SourceKey("script", program, where)
-    # Flags before the program are the launcher's.
-    launch_words = [word for word in words[:at] if word[0] not in (*PROGRAMS, "launch", "-m")]
-    for flag, key in _flags(launch_words).items():
-        keys[f"launch.{flag}"] = replace(key, key=f"launch.{flag}")
-    # accelerate's own file, whose number of processes is that on all nodes.
-    launcher = keys.get("launch.config_file")
-    launcher_file = nearby(base, str(launcher.value)) if launcher else None
-    if launcher_file:
-        for key in _leaves(launcher_file):
-            if key.key == "num_processes":
-                keys.setdefault("launch.num_processes", replace(key, key="launch.num_processes"))
-    config = keys.get("config")
-    if config is not None:
-        in_file = {key.key: key for key in _leaves(base / str(config.value))}
-        # The command line wins over the file that it names.
-        keys = {**in_file, **keys}
-    keys = {leaf.key: leaf for key in keys.values() for leaf in _json_leaves(key)}
-    return SourceConfig("trl", name, keys, base, trainer[1])
-
-
-def _unread_python(script: str, where: str) -> UsageError:
-    """The error for a script of the user's own, which may set anything in Python."""
-    values = "**trainer.args.to_dict(), 'model_name_or_path': ..., 'dataset_name': ..."
-    lora = "'use_peft': True, 'lora_r': ..., 'lora_alpha': ..., 'lora_target_modules': ..."
-    return UsageError(
-        f"{script} is a Python script, and import does not read Python",
-        where=where,
-        why="what is read is the arguments of TRL's own scripts, such as trl sft, and YAML files",
-        fix=f"add before trainer.train(): import json; json.dump({{{values}, {lora}}},"
-        " open('trl.yaml', 'w')); run it, then: tunesmith import trl.yaml",
-    )
-
-
-def _program_index(words: Sequence[Word]) -> int:
-    """Which word names the program that trains; the last one if none looks like one."""
-    for i, (word, _) in enumerate(words):
-        if re.search(r"^trl$|\.py$|\.scripts\.", word):
-            return i
-    return len(words) - 1
-
-
-def _command_words(path: Path) -> list[Word]:
-    """The words of a file that holds a command, each with its line; else none."""
+def _check_no_program(path: Path) -> None:
+    """UsageError for a Python script or a command, whose values are not in a configuration file."""
     try:
-        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+        with path.open(encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.strip() and not line.lstrip().startswith("#")]
     except OSError:
-        # The reader of YAML says why.
-        return []
-    code_lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not code_lines or code_lines[0].split()[0] not in PROGRAMS:
-        return []
-    words = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path.name}:{number}"
-        try:
-            line_words = shlex.split(line.rstrip().removesuffix("\\"), comments=True)
-        except ValueError as error:
-            what = "this line of the command cannot be read"
-            fix = "close the quotation on the same line"
-            raise UsageError(what, where=where, why=str(error), fix=fix) from None
-        words += [(word, where) for word in line_words]
-    return words
+        return  # the reader of YAML says why
+    if path.suffix == ".py":
+        raise UsageError(
+            f"{path} is a Python script, and import does not read Python",
+            where=str(path),
+            why="configuration files are read: YAML or JSON",
+            fix="add before trainer.train(): import json; json.dump({**trainer.args.to_dict(),"
+            " 'model_name_or_path': ..., 'dataset_name': ..., 'use_peft': True, 'lora_r': ...,"
+            " 'lora_alpha': ..., 'lora_target_modules': ...}, open('trl.yaml', 'w')); run it, then:"
+            " tunesmith import trl.yaml",
+        )
+    if path.suffix == ".sh" or (lines and _COMMAND.match(lines[0].lstrip())):
+        raise command_error(str(path))
 
 
-def _flags(words: Sequence[Word]) -> dict[str, SourceKey]:
-    """`--key value ...`, `--key=value` and `--key`, which is true; numbers as Python reads them."""
-    keys: dict[str, SourceKey] = {}
-    name = ""
-    for word, where in words:
-        flag = re.fullmatch(r"--([A-Za-z][\w-]*)(=(.*))?", word, re.DOTALL)
-        if flag:
-            name = flag[1].replace("-", "_")
-        fault = ""
-        if "$" in word:
-            fault = "contains a variable"
-        elif flag and name in keys:
-            fault = "is given twice"
-        elif not name:
-            fault = "does not belong to a flag"
-        if fault:
-            fix = "write each flag once, as --flag value, without variables"
-            raise UsageError(f"{word} {fault}", where=where, fix=fix)
-        if flag:
-            # `--flag` alone is true.
-            value = python_scalar(flag[3]) if flag[2] else True
-            keys[name] = SourceKey(name, value, where)
-        else:
-            keys[name] = _with_value(keys[name], python_scalar(word))
-    return keys
-
-
-def _with_value(key: SourceKey, value: Any) -> SourceKey:
-    """A flag with one more value: its first, or a list of all."""
-    if key.value is True:
-        return replace(key, value=value)
-    values = key.value if isinstance(key.value, list) else [key.value]
-    return replace(key, value=[*values, value])
+def command_error(where: str) -> UsageError:
+    """The error for the command of another tool in place of a file."""
+    return UsageError(
+        "this is a command, and import reads configuration files",
+        where=where,
+        fix="write its options as YAML, one a line: `learning_rate: 2e-4` for --learning_rate 2e-4;"
+        " then: tunesmith import --from trl options.yaml",
+    )
 
 
 def _leaves(path: Path) -> Iterator[SourceKey]:
@@ -266,11 +161,11 @@ def _leaves(path: Path) -> Iterator[SourceKey]:
             yield from _json_leaves(key)
     except RecipeError as error:
         fix = error.fix
-        near = None if path.exists() else near_file(path, (".yaml", ".yml", ".json", ".sh"))
+        near = None if path.exists() else near_file(path, (".yaml", ".yml", ".json"))
         if near:
             fix = f"did you mean {near}?"
         if "a recipe is" in error.what:
-            fix = "use the YAML file of another tool, or a command"
+            fix = "use the YAML file of another tool"
         what = error.what.replace("recipe", "file")
         raise UsageError(what, where=error.where, why=error.why, fix=fix) from None
 

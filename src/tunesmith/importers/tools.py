@@ -357,8 +357,6 @@ def _trl(recipe: Translation) -> None:
     for key in recipe.source.keys:
         if key.startswith("chat_template_kwargs"):
             recipe.note(key, "TRL has no such key; here it is data.template_args")
-    why = "tunesmith import FILE --extends RECIPE reads its sharding, offloading and precision"
-    recipe.note("launch.config_file", why)
     # Their keys that leave the prompt untrained.
     names = [name for name, key in other_tools("keys").items() if key == "data.train_on: response"]
     masks_prompt = any(map(recipe.is_on, names))
