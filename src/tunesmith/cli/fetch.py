@@ -6,7 +6,7 @@ example:
   tunesmith fetch Qwen/Qwen3-8B --dry-run
   tunesmith fetch --list
   tunesmith fetch --remove Qwen/Qwen3-8B
-  tunesmith fetch --remove 'meta-llama/*' --dry-run
+  ssh spark-b tunesmith fetch --remove "'meta-llama/*'" --dry-run
 
 An interrupted download resumes where it stopped. HF_HOME names the cache,
 HF_TOKEN is your access token.
