@@ -16,10 +16,10 @@ import argparse
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
@@ -27,13 +27,11 @@ from tunesmith.data.source import Rows, from_list, read_rows
 from tunesmith.errors import (
     DataError,
     MachineError,
-    RunError,
     StoppedError,
     UsageError,
-    disk_fault,
-    first_line,
 )
 from tunesmith.host.streams import visible
+from tunesmith.inference.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
 
 
@@ -67,8 +65,9 @@ def run(args: argparse.Namespace) -> None:
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
     check_output(output, args)
+    sink = ResumedFile(output) if output and not _is_stream(output) else _Stream(output)
     # Rows that are answered already need no model.
-    answer_count, size = _answered_rows(output, rows, args)
+    answer_count = _answered_rows(sink, rows, args)
     if answer_count == len(rows) and args.resume:
         options.notify(f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}")
         return
@@ -94,30 +93,12 @@ def run(args: argparse.Namespace) -> None:
         options.notify(location.note)
     print(f"{count_of(len(rows) - answer_count, 'row')}, {decoding.describe()}", file=sys.stderr)
     name = output or "standard output"
-    try:
-        # The file is flushed after each row: a process that is killed loses one answer.
-        with _open_output(output, size) as file, stop, options.ProgressCounter() as progress:
+    with sink, stop, options.ProgressCounter() as progress:
+        progress("answers", answer_count, len(rows))
+        for row in answers:
+            sink.write(row, why=f"{answer_count} of {count_of(len(rows), 'row')} are in it")
+            answer_count += 1
             progress("answers", answer_count, len(rows))
-            for row in answers:
-                record = _record(row)
-                file.write(visible(record) if file.isatty() else record)
-                file.flush()
-                answer_count += 1
-                progress("answers", answer_count, len(rows))
-    except OSError as error:
-        # The reader of a pipe has gone: that is its end, and no fault.
-        if isinstance(error, BrokenPipeError):
-            raise
-        what = disk_fault(error)
-        fix = "free disk space (df -h)"
-        cause = "disk"
-        if what is None:
-            cause = ""
-            what = f"{name} cannot be written: {first_line(error)}"
-            fix = "name another file"
-        why = f"{answer_count} of {count_of(len(rows), 'row')} are in it"
-        fix += f", then run the same command again{_with_resume(output, args)}"
-        raise RunError(what, where=str(name), why=why, fix=fix, cause=cause) from error
     if answer_count < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to continue, run the same command again{again}" if again else ""
@@ -133,19 +114,41 @@ def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
     return " with --resume" + (" instead of --force" if args.force else "")
 
 
-def _record(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+def _is_stream(output: Path) -> bool:
+    """Whether it is a pipe or device: it can be written to, but not read again."""
+    return output.exists() and not (output.is_file() or output.is_dir())
 
 
-def _open_output(output: Path | None, size: int) -> AbstractContextManager[IO[str]]:
-    """Stdout, or the file, of which the first `size` bytes stay."""
-    if output is None:
-        return nullcontext(sys.stdout)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if size:
-        os.truncate(output, size)
-    # UTF-8 has no lone surrogate: it is written as its JSON escape.
-    return output.open("a" if size else "w", encoding="utf-8", errors="backslashreplace")
+class _Stream:
+    """Standard output, a pipe or a device, which takes a line for each answer. A context."""
+
+    lines: tuple[bytes, ...] = ()
+    torn = b""
+
+    def __init__(self, output: Path | None) -> None:
+        self.name = str(output or "standard output")
+        self.file = sys.stdout if output is None else output.open("w", encoding="utf-8")
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not sys.stdout:
+            with suppress(OSError):
+                self.file.close()
+
+    def write(self, record: dict[str, Any], *, why: str = "") -> None:
+        line = _line(record)
+        try:
+            print(visible(line) if self.file.isatty() else line, end="", file=self.file, flush=True)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone: that is its end, and no fault
+        except OSError as error:
+            raise write_error(self.name, error, why) from error
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
 def _read_input(name: str) -> Rows:
@@ -177,9 +180,7 @@ def _read_input(name: str) -> Rows:
 def check_output(output: Path | None, args: argparse.Namespace) -> None:
     """UsageError or MachineError for an output that cannot be written, or gone on with."""
     where = "--output"
-    # A pipe or device can be written to, but neither read again nor gone on with.
-    is_stream = output is None or (output.exists() and not (output.is_file() or output.is_dir()))
-    if is_stream and args.resume:
+    if args.resume and (output is None or _is_stream(output)):
         place = f"{where} {args.output}"
         raise UsageError("--resume requires an output file", where=place, fix="name a file")
     if output is None:
@@ -202,30 +203,30 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
         raise MachineError(what, where=f"{where} {output}", why=why, fix=fix)
 
 
-def _answered_rows(output: Path | None, rows: Rows, args: argparse.Namespace) -> tuple[int, int]:
-    """How many rows --resume finds answered in the output, and their bytes.
+def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Namespace) -> int:
+    """How many rows --resume finds answered in the output; a last line that is cut off is not.
 
-    The output's last line may be cut off, or lack its line break: it is written again.
+    With --force the file will begin anew.
     """
-    if output is None or not output.exists() or args.force or output.stat().st_size == 0:
-        return 0, 0
+    if args.force:
+        file.lines = []
+        return 0
+    if not file.lines and not file.torn:
+        return 0
     if not args.resume:
         fix = "add --resume to continue it, --force to overwrite it, or use another file"
-        raise UsageError(f"{output} already exists", where="--output", fix=fix)
-    # The last piece has no line break: it is empty, or a row that a kill has cut.
-    *lines, last = output.read_bytes().split(b"\n")
-    matching = 0
-    end = min(len(lines), len(rows))
+        raise UsageError(f"{args.output} already exists", where="--output", fix=fix)
     # The output must begin with answers to the rows, in their order.
-    while matching < end and _is_answer_to(lines[matching], rows[matching]):
+    matching = 0
+    end = min(len(file.lines), len(rows))
+    while matching < end and _is_answer_to(file.lines[matching], rows[matching]):
         matching += 1
-    is_torn = matching < len(rows) and _begins_answer_to(last, rows[matching])
-    if matching < len(lines) or (last and not is_torn):
+    is_torn = matching < len(rows) and _begins_answer_to(file.torn, rows[matching])
+    if matching < len(file.lines) or (file.torn and not is_torn):
         what = "the rows in the output differ from those in the input"
         fix = "use the input it was made from, or --force instead of --resume"
-        raise UsageError(what, where=f"{output}:{matching + 1}", fix=fix)
-    # The file continues after its last whole line; the torn one is overwritten.
-    return len(lines), sum(len(line) + 1 for line in lines)
+        raise UsageError(what, where=f"{args.output}:{matching + 1}", fix=fix)
+    return matching
 
 
 def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
@@ -245,6 +246,6 @@ def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
 def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
     """Whether an incomplete line is the beginning of the record that answers `row`."""
     fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
-    record = _record({**fields, "output": ""}).removesuffix('"}\n')
+    record = _line({**fields, "output": ""}).removesuffix('"}\n')
     start = record.encode("utf-8", "backslashreplace")
     return line.startswith(start) or start.startswith(line)
