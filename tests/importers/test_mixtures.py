@@ -88,29 +88,8 @@ def test_a_data_set_of_weight_0_is_left_away(tmp_path: Path) -> None:
     assert not notes_by_key(recipe)["datasets.1.fraction"].differs
 
 
-@pytest.mark.parametrize("strategy", ["no", '"no"', "epoch"])
-def test_the_handbooks_mixer(strategy: str, tmp_path: Path) -> None:
-    text = f"""{HEAD}dataset_mixer: {{org/chats_v1.5: 1.0, org/half: 0.5, org/none: 0}}
-dataset_splits: [train_sft, test_sft]
-dataset_configs: [a, b, c]
-evaluation_strategy: {strategy}
-"""
-    recipe = translated_text("trl", text, tmp_path)
-    assert recipe.values["data.train"] == [
-        source("org/chats_v1.5", "train_sft", name="a"),
-        source("org/half", "train_sft[:50%]", name="b"),
-    ]
-    validation = recipe.values.get("data.validation")
-    if strategy == "epoch":
-        names = ("org/chats_v1.5", "org/half", "org/none")
-        assert [one["source"] for one in validation] == [*names]
-        assert {one["split"] for one in validation} == {"test_sft"}
-    else:
-        assert validation is None
-
-
 def test_pairs_of_the_handbook_are_dpo_unless_another_method_is_given(tmp_path: Path) -> None:
-    text = f"{HEAD}dataset_mixer: {{org/prefs: 1.0}}\nbeta: 0.1\n"
+    text = f"{HEAD}dataset_mixture: {{datasets: [{{id: org/prefs}}]}}\nbeta: 0.1\n"
     recipe = translated_text("trl", text, tmp_path)
     assert recipe.values["method.name"] == "dpo"
     assert recipe.values["data.train"] == source("org/prefs", "train", "preference")
@@ -123,8 +102,7 @@ def test_pairs_of_the_handbook_are_dpo_unless_another_method_is_given(tmp_path: 
     ("text", "name"),
     [
         ("dataset_mixer: [org/a, org/b]", "dataset_mixer"),
-        ("dataset_mixer: {org/a: many}", "many"),
-        ("dataset_mixer: {org/a: 1}\ndataset_configs: [a, b]", "dataset_configs"),
+        ("dataset_mixer: {org/a: 1}", "dataset_mixer.org/a"),
         ("datasets: [{path: org/a, data_dir: folder}]", "folder"),
         ("datasets: [{split: train}]", "datasets.0.path"),
         ("dataset_mixture: [{id: org/a, weight: 0.5}]", "dataset_mixture.0.id"),

@@ -1,7 +1,7 @@
 """The rows of TRL's scripts: one data set, or a mixture of several.
 
-A mixture has one of three forms: TRL's list `datasets`, `dataset_mixture` of the alignment-handbook
-and open-r1, or `dataset_mixer` of the handbook's older files, in which each data set has its share.
+A mixture has one of two forms: TRL's list `datasets`, or `dataset_mixture` of the
+alignment-handbook and open-r1.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,6 @@ _LISTS: dict[str, Mapping[str, str]] = {
     "datasets": {"source": "path", "name": "name", "split": "split"},
 }
 _OTHER_KEYS = ("data_files", "columns", "weight")
-_MIXER = "dataset_mixer"
-_MIXER_SPLITS = ("train", "test")
 _TEST_SIZES = ("dataset_mixture.test_split_size", "test_split_size")
 _DRAWN_ROWS = "a share of the rows is drawn at random there; here it is the first ones"
 _ALL_ROWS = (
@@ -65,7 +63,7 @@ def _text_column(recipe: Translation) -> str:
 def names_without_columns(recipe: Translation) -> list[str]:
     """The keys of data sets whose columns the file does not name: their format is a guess."""
     names = []
-    has_mixture = bool(recipe.find_below(_MIXER))
+    has_mixture = False
     for prefix, theirs in _LISTS.items():
         for entry in entries_below(recipe, prefix):
             has_mixture = True
@@ -76,7 +74,13 @@ def names_without_columns(recipe: Translation) -> list[str]:
 
 def set_trl_rows(recipe: Translation, format_: str) -> None:
     """`data.train` and `data.validation`."""
-    if _set_mixture(recipe, format_) or _set_mixer(recipe, format_):
+    if "data.train.source" in recipe.overrides:
+        note_replaced(recipe, "dataset_mixer")
+    elif recipe.find("dataset_mixer") or recipe.find_below("dataset_mixer"):
+        name = (*recipe.find_below("dataset_mixer"), "dataset_mixer")[0]
+        why = "this older form of the alignment-handbook is not read: dataset_mixture is"
+        raise recipe.error(name, why, NAME_ROWS)
+    if _set_mixture(recipe, format_):
         recipe.note("dataset_name", "the mixture is taken in its place", differs=False)
         for name in ("dataset_config", "dataset_train_split", "dataset_test_split"):
             if recipe.is_set(name):
@@ -198,57 +202,3 @@ def _take_share(recipe: Translation, source: dict[str, Any], share: float, name:
         recipe.note(name, why)
         return
     source["split"] = f"{split}[:{percent:g}%]"
-
-
-def _set_mixer(recipe: Translation, format_: str) -> bool:
-    """`data.train` and `data.validation` from the older files' shares; False where there are
-    none.
-    """
-    keys = recipe.find_below(_MIXER)
-    if not keys:
-        if recipe.is_set(_MIXER):
-            why = "a mapping of data sets and their shares is expected"
-            raise recipe.error(_MIXER, why, NAME_ROWS)
-        return False
-    names = (*keys, "dataset_splits", "dataset_configs")
-    if "data.train.source" in recipe.overrides:
-        for name in names:
-            recipe.note(name, "data.train.source is given in its place", differs=False)
-        return True
-    train, validation = _mixer_sources(recipe, keys, format_)
-    recipe.set_key("data.train", train[0] if len(train) == 1 else train, *names)
-    if validation and _validates(recipe):
-        value = validation[0] if len(validation) == 1 else validation
-        recipe.set_key("data.validation", value, *names)
-    recipe.note(
-        keys[0],
-        "values that the file leaves out are TRL's defaults of today; the alignment-handbook had"
-        " its own: optimizer, length, an empty system message in each row",
-    )
-    return True
-
-
-def _mixer_sources(
-    recipe: Translation, keys: list[str], format_: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The sources to train on, each with its share of the rows, and those to validate on."""
-    splits = recipe.listed("dataset_splits") or list(_MIXER_SPLITS)
-    configs = recipe.listed("dataset_configs")
-    if configs and len(configs) != len(keys):
-        raise recipe.error("dataset_configs", "there is one for each data set", NAME_ROWS)
-    train: list[dict[str, Any]] = []
-    validation: list[dict[str, Any]] = []
-    for i, key in enumerate(keys):
-        share = recipe.number(key)
-        for split in splits:
-            source = {"source": key.removeprefix(f"{_MIXER}."), "split": split}
-            if configs:
-                source["name"] = configs[i]
-            source = _with_format(recipe, source, format_)
-            if "train" not in split:
-                # Always all rows of it.
-                validation.append(source)
-            elif share > 0:
-                _take_share(recipe, source, share, key)
-                train.append(source)
-    return train, validation
