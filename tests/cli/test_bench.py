@@ -126,7 +126,7 @@ GOOD: list[Any] = ["--shape", "llama3-8b", "--tokenizer", "t", "--data", "d"]
         ([*GOOD, "--profile", __file__], "is a file", "use a folder"),
         ([*GOOD, "--ablation", "--rounds", "0"], "--rounds 0 is out of range", "at least 1"),
         ([*GOOD, "--only", "recomputed"], "--only chooses variants", "add --ablation"),
-        ([*GOOD, "--ablation", "--cold"], "--ablation measures complete runs only", "remove --cold"),
+        ([*GOOD, "--ablation", "--cold"], "--cold and --ablation cannot be combined", "remove --cold"),
         ([*GOOD, "model.name=gpt2"], "the model and tokenizer of a shape cannot be overridden", "--shape NAME --tokenizer"),
         ([*GOOD, "train.sed=1"], "unknown key train.sed", "did you mean train.seed?"),
     ],

@@ -29,6 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.cli.options import refuse_options
 from tunesmith.config.row_formats import COLUMNS
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
@@ -134,12 +135,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         if number < least:
             what = f"--{option} {number} is out of range"
             raise UsageError(what, where=f"--{option}", fix=f"use at least {least}")
-    if args.only and not args.ablation:
-        what = "--only chooses variants of --ablation"
-        raise UsageError(what, where="--only", fix="add --ablation")
-    if args.ablation and (args.cold or args.profile):
-        fix = "remove --cold and --profile, or --ablation"
-        raise UsageError("--ablation measures complete runs only", where="--ablation", fix=fix)
+    if args.ablation:
+        why = "it measures complete runs only"
+        refuse_options(args, ("cold", "profile"), "and --ablation cannot be combined", why=why)
+    else:
+        refuse_options(args, ("only",), "chooses variants of --ablation", fix="add --ablation")
     folder = Path(args.json or ".").parent
     if not folder.is_dir():
         fix = f"mkdir -p {shell_path(folder)}"

@@ -58,6 +58,7 @@ from tunesmith.cli.options import (
     leave_lines_to_rank_0,
     notify,
     notify_weights,
+    refuse_options,
     whole_number,
 )
 from tunesmith.data.folders import check_local
@@ -68,7 +69,6 @@ from tunesmith.distributed.ranks import (
     require_one_process,
     started_as,
 )
-from tunesmith.errors import UsageError
 from tunesmith.host.streams import width_of
 from tunesmith.scoring.scorers import check_scorer_names
 
@@ -81,25 +81,20 @@ if TYPE_CHECKING:
     from tunesmith.scoring.intervals import Interval, LossDifference
 
 MAX_NEW_TOKENS = 256
-FOR_TASKS = ("tasks", "limit", "chat_template")
-# Options for a user's own rows, with their defaults.
-FOR_ROWS: dict[str, Any] = {
-    "data": None,
-    "split": None,
-    "max_examples": None,
-    "exact_match": False,
-    "scorers": [],
-    "output": None,
-    "fresh": False,
-    "max_new_tokens": MAX_NEW_TOKENS,
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "seed": 0,
-    "format_name": "auto",
-    "columns": [],
-}
-_OPTIONS = {"scorers": "--score", "format_name": "--format"}
+FOR_TASKS = ("limit", "chat_template")
+# Keywords of `evaluate` that have the names of their options, and no others.
+KEYWORDS = (
+    "split",
+    "max_examples",
+    "exact_match",
+    "scorers",
+    "output",
+    "fresh",
+    "max_new_tokens",
+    "format_name",
+)
+OF_DECODING = ("temperature", "top_p", "top_k", "seed")
+FOR_ROWS = ("data", *KEYWORDS, *OF_DECODING, "columns")
 
 
 def task_names(text: str) -> list[str]:
@@ -168,7 +163,14 @@ def run(args: argparse.Namespace) -> None:
         locations = [locate_run(run_name) for run_name in args.runs]
         for location in locations:
             notify_weights(location)
-        check_one_run(args)
+        if len(args.runs) > 1:
+            refuse_options(
+                args,
+                ("tasks", "output"),
+                "is for one run",
+                why=f"{len(args.runs)} are named: {', '.join(args.runs)}",
+                fix="use one command for each run; `tunesmith report RUN RUN` shows them together",
+            )
     if args.base is None:
         args.base = len(args.runs) == 1
     if args.tasks:
@@ -179,13 +181,23 @@ def run(args: argparse.Namespace) -> None:
 
 def run_rows(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> None:
     """`eval` of rows, of one run or of several."""
+    from tunesmith.inference.load_run import require_held_out
+
     with reported_once_a_node():
-        check_rows_not_tasks(args)
+        fix = "add --tasks NAME; the first rows of --data are --max-examples N"
+        refuse_options(args, FOR_TASKS, "is for --tasks", fix=fix)
         if args.data is None:
-            check_rows_of_the_runs(args, locations)
+            of_data = ("split", "columns", "format_name")
+            refuse_options(args, of_data, "is for the rows of --data", fix="add --data FILE")
+            for run_name, location in zip(args.runs, locations, strict=True):
+                require_held_out(location, run_name)
         elif is_local(args.data):
             check_local(Path(args.data).expanduser())
-        check_answer_options(args)
+        if not args.scorers:
+            # Exact match is always greedy.
+            of_answers = ("output", "fresh", "temperature", "seed")
+            fix = "add --score exact, or another"
+            refuse_options(args, of_answers, "is for the answers of --score", fix=fix)
         check_scorer_names(args.scorers)
         decoding = decoding_of(args)
     from tunesmith.inference.evaluate import evaluate
@@ -193,10 +205,8 @@ def run_rows(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> No
 
     if started_as() is None:
         require_one_process("eval")
-    options = vars(args) | {"columns": dict(args.columns) or None, "decoding": decoding}
-    # The rest has the names of the parameters of `evaluate`.
-    for name in ("runs", "data", "json", "temperature", "top_p", "top_k", "seed", *FOR_TASKS):
-        del options[name]
+    options = {name: vars(args)[name] for name in (*KEYWORDS, "base", "batch_size", "device")}
+    options |= {"columns": dict(args.columns) or None, "decoding": decoding}
     leave_lines_to_rank_0()
     with join_ranks() as ranks, ExitStack() as stack, fixes_as_options():
         if ranks.is_main_process:
@@ -231,48 +241,15 @@ def print_result(args: argparse.Namespace, result: "Evaluation | RunsEvaluation"
         notify(note)
 
 
-def check_one_run(args: argparse.Namespace) -> None:
-    """UsageError for options that are of one run, beside several."""
-    if len(args.runs) == 1:
-        return
-    for option in ("tasks", "output"):
-        if vars(args)[option]:
-            raise UsageError(
-                f"--{option} is for one run",
-                where=f"--{option}",
-                why=f"{len(args.runs)} are named: {', '.join(args.runs)}",
-                fix="use one command for each run; `tunesmith report RUN RUN` shows them together",
-            )
-
-
-def check_rows_not_tasks(args: argparse.Namespace) -> None:
-    """UsageError for options of --tasks, without it."""
-    for name in ("limit", "chat_template"):
-        if vars(args)[name] is not None:
-            option = "--" + name.replace("_", "-")
-            fix = "add --tasks NAME"
-            if name == "limit":
-                fix += "; the first rows of --data are --max-examples N"
-            raise UsageError(f"{option} is for --tasks", where=option, fix=fix)
-
-
-def check_tasks_not_rows(args: argparse.Namespace) -> None:
-    """UsageError for options of rows, beside --tasks: a task has rows, decoding and scores."""
-    for name, default in FOR_ROWS.items():
-        if vars(args)[name] == default:
-            continue
-        option = _OPTIONS.get(name, "--" + name.replace("_", "-"))
-        what = f"--tasks and {option} cannot be combined"
-        why = "a task defines its rows, decoding and metrics"
-        fix = f"remove {option}, or run two commands"
-        if name == "max_examples":
-            fix = "use --limit N for the first rows of a task"
-        raise UsageError(what, where=option, why=why, fix=fix)
-
-
 def run_tasks(args: argparse.Namespace) -> None:
     """`eval --tasks`."""
-    check_tasks_not_rows(args)
+    refuse_options(
+        args,
+        FOR_ROWS,
+        "and --tasks cannot be combined",
+        why="a task defines its rows, decoding and metrics",
+        fix="remove {option}, or run two commands; the first rows of a task are --limit N",
+    )
     from tunesmith.inference.harness import evaluate_tasks
 
     # lm-eval and what a task brings print notes between, and stdout is for the result.
@@ -418,32 +395,3 @@ def scores_as_json(scores: "RowScores") -> dict[str, Any]:
         values["differing"] = scores.paired.differing
         values["verdict"] = scores.verdict
     return values
-
-
-def check_answer_options(args: argparse.Namespace) -> None:
-    """UsageError for options that are for --score, without it; exact match is always greedy."""
-    if args.scorers:
-        return
-    for option in ("output", "fresh", "temperature", "seed"):
-        if vars(args)[option]:
-            what = f"--{option} is for the answers of --score"
-            raise UsageError(what, where=f"--{option}", fix="add --score exact, or another")
-
-
-def check_rows_of_the_runs(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> None:
-    """UsageError for options of --data, where the rows are those that the runs held out, and for a
-    run that held out none."""
-    from tunesmith.inference.load_run import require_held_out
-
-    option = ""
-    if args.split:
-        option = "--split"
-    elif args.columns:
-        option = "--columns"
-    elif args.format_name != "auto":
-        option = "--format"
-    if option:
-        what = f"{option} is for the rows of --data"
-        raise UsageError(what, where=option, fix="add --data FILE")
-    for run_name, location in zip(args.runs, locations, strict=True):
-        require_held_out(location, run_name)

@@ -39,6 +39,7 @@ from tunesmith.cli.options import (
     add_run,
     notify,
     notify_weights,
+    refuse_options,
     whole_number,
 )
 from tunesmith.errors import UsageError
@@ -121,15 +122,16 @@ def run(args: argparse.Namespace) -> None:
             fix=f"one of {', '.join(QUANTS[args.to])}",
         )
     if args.adapter:
-        _check_options(args, ("quant",), "a whole model")
+        refuse_options(args, ("quant",), "is for a whole model")
     if args.to == "transformers":
         options = ("quant", "adapter", "force", "threads", "no_check", "device")
-        _check_options(args, options, "--to gguf, ollama or vllm")
+        refuse_options(args, options, "is for --to gguf, ollama or vllm")
         _export_sharded(args)
     elif args.to == "vllm":
-        _check_options(args, ("force", "threads"), "--to gguf or ollama")
+        refuse_options(args, ("force", "threads"), "is for --to gguf or ollama")
         if args.quant != "fp8":
-            _check_options(args, ("no_check",), "--to gguf or ollama, or --quant fp8")
+            place = "is for --to gguf or ollama, or --quant fp8"
+            refuse_options(args, ("no_check",), place)
         _export_vllm(args)
     else:
         _export_gguf(args)
@@ -247,17 +249,6 @@ def _export_vllm(args: argparse.Namespace) -> None:
         return
     for line in lines:
         print(line)
-
-
-def _check_options(args: argparse.Namespace, names: tuple[str, ...], place: str) -> None:
-    for name in names:
-        if getattr(args, name):
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} is for {place}",
-                where=f"command line: {option}",
-                fix=f"remove {option}",
-            )
 
 
 def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:

@@ -177,6 +177,14 @@ class Parser(argparse.ArgumentParser):
                 words.append(_USAGE[action.nargs].format(action.metavar or action.dest))
         return " ".join([*words, "[options]"])
 
+    def given(self, args: argparse.Namespace) -> dict[str, str]:
+        """The options with another value than their default: attribute of `args` -> as typed."""
+        given = {}
+        for action in self._actions:
+            if action.option_strings and vars(args).get(action.dest) != action.default:
+                given[action.dest] = action.option_strings[0]
+        return given
+
     def _near_choice(self, option: str, word: str) -> str:
         """The option with the choice that is nearest to a word; empty if none is near."""
         for action in self._actions:
@@ -318,6 +326,7 @@ def _dispatch(words: list[str]) -> int:
     parser.usage = parser.usage or parser.short_usage()
     parser.words = rest
     args = parser.parse_intermixed_args(rest)
+    args.given = parser.given(args)
     if verb in LOADING:
         _check_process_limits()
     # Before torch is loaded: libgomp reads its variables once.

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,6 +175,25 @@ def fixes_as_options() -> Iterator[None]:
         error.fix = re.sub(_COLUMNS, lambda match: _columns_option(match[1]), error.fix)
         error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
         raise
+
+
+def refuse_options(
+    args: argparse.Namespace,
+    names: Iterable[str],
+    what: str,
+    *,
+    why: str = "",
+    fix: str = "remove {option}",
+) -> None:
+    """UsageError for the first of these options that is given: it `what`, such as "is for --tasks".
+
+    names: attributes of `args`.
+    """
+    for name in names:
+        option = args.given.get(name)
+        if option:
+            fix = fix.format(option=option)
+            raise UsageError(f"{option} {what}", where=option, why=why, fix=fix)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
