@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
-from tunesmith.inference.generate import find_source, generate, row_source
+from tunesmith.inference.generate import find_source, row_source
 from tunesmith.inference.load_run import (
     LoadedModel,
     RunLocation,
@@ -61,7 +61,6 @@ from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 from tunesmith.run_dir import PAIRS, weights_step
 from tunesmith.scoring.intervals import Interval, LossDifference, loss_sentence, paired_losses
 from tunesmith.scoring.scorers import check_scorer_names
-from tunesmith.scoring.text import exact
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -504,32 +503,29 @@ def evaluate(
             name = str(data)
             source = Source(source=name, split=split, max_examples=max_examples)
             parts = [_read_source(source, location, format_name, columns, ranks)]
-        if (exact_match or scorers) and all(source.format == "text" for source, _ in parts):
-            why = "rows of the format text were read"
-            raise _no_answers(name, why) if exact_match else no_scored_rows(name, why)
+        # Asked for alone, exact match keeps no answers.
+        keeps_answers = bool(scorers)
+        if exact_match:
+            scorers = _with_exact(scorers, decoding)
+        if scorers:
+            _require_answers(parts, name)
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
-        shown = name if data is None else _short_name(name)
+        shown = name
         if data is None:
             tokens = _first_validated(tokens, location, max_examples)
+        else:
+            shown = _short_name(name)
         if scorers:
             decoding = decoding or Decoding(max_new_tokens)
             scoring = Scoring(loaded, tokens, parts, shown, scorers, decoding, batch_size, ranks)
-            scoring.open(answers_path(location, name, output), fresh=fresh)
+            scoring.open(answers_path(location, name, output) if keeps_answers else None, fresh)
 
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
-        # Before the loss, so that a broken row is reported first.
-        if exact_match:
-            answers = _answers(loaded, tokens, parts, max_new_tokens, batch_size, ranks)
         if scoring is not None:
             scoring.answer(loaded, model, progress)
         with loaded.training_attention() as train_model:
-            result = score(
-                train_model, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks
-            )
-        if exact_match:
-            result = _with_matches(result, answers, len(tokens), name, progress)
-        return result
+            return score(train_model, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks)
 
     with scoring or nullcontext():
         tuned = "model" if location.kind == "base" else "tuned"
@@ -545,18 +541,43 @@ def evaluate(
             base_model = load_run(path, device=device, base_only=True)
             scores = {"base": score_model(base_model, "base"), **scores}
         evaluation = replace(_evaluation(scores, tokens, shown), seen=seen, seen_fault=seen_fault)
-        _keep_losses(evaluation, tokens, location, ranks, has_answers=scoring is not None)
+        _keep_losses(evaluation, tokens, location, ranks, has_answers=keeps_answers)
         if scoring is None:
             return evaluation
-        by_scorer = [*evaluation.by_scorer, *scoring.finish(_about(evaluation, location))]
-        return replace(
-            evaluation,
-            by_scorer=tuple(by_scorer),
-            answers=scoring.path,
-            unanswered=scoring.rows.unanswered,
-            unfinished=scoring.unfinished(),
-            reference_hash=scoring.rows.reference_digest(),
+        by_scorer = scoring.finish(_about(evaluation, location))
+        if exact_match:
+            evaluation = _with_matches(evaluation, by_scorer)
+        return _with_scores(evaluation, by_scorer, scoring) if keeps_answers else evaluation
+
+
+def _require_answers(parts: SourceRows, name: str) -> None:
+    """UsageError for rows of text alone, which ask nothing."""
+    if all(source.format == "text" for source, _ in parts):
+        raise no_scored_rows(name, "rows of the format text were read")
+
+
+def _with_exact(scorers: Sequence[str], decoding: Decoding | None) -> Sequence[str]:
+    """The scorers with `exact`; UsageError where answers are drawn."""
+    if decoding is not None and decoding.temperature:
+        raise UsageError(
+            "exact match compares greedy answers, and a temperature draws them",
+            where="--exact-match",
+            fix="--score exact in its place",
         )
+    return [*scorers, "exact"]
+
+
+def _with_scores(
+    evaluation: Evaluation, by_scorer: Sequence[RowScores], scoring: Scoring
+) -> Evaluation:
+    return replace(
+        evaluation,
+        by_scorer=(*evaluation.by_scorer, *by_scorer),
+        answers=scoring.path,
+        unanswered=scoring.rows.unanswered,
+        unfinished=scoring.unfinished(),
+        reference_hash=scoring.rows.reference_digest(),
+    )
 
 
 def _require_file(data: object) -> None:
@@ -730,53 +751,11 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     return tokens
 
 
-def _answers(
-    loaded: LoadedModel,
-    tokens: TokenSet,
-    parts: SourceRows,
-    max_new_tokens: int,
-    batch_size: int,
-    ranks: Ranks,
-) -> Iterator[dict[str, Any]]:
-    """Answers to the rows that `tokens` are of; broken rows are reported at the call."""
-    answers = []
-    for (source, rows), part in zip(parts, tokens.parts, strict=True):
-        # Rows that are too long have no tokens, and get no answer.
-        indices = part.row_indices
-        is_whole = len(indices) == len(rows)
-        answers.append(
-            generate(
-                loaded,
-                rows if is_whole else rows.take([range(i, i + 1) for i in indices]),
-                Decoding(max_new_tokens),
-                format_name=source.format,
-                columns=source.columns,
-                batch_size=batch_size,
-                ranks=ranks,
-            )
-        )
-    return chain.from_iterable(answers)
-
-
-def _with_matches(
-    result: EvalResult,
-    answers: Iterator[dict[str, Any]],
-    count: int,
-    name: str,
-    progress: Progress,
-) -> EvalResult:
-    matches = []
-    progress("answers", 0, count)
-    for number, row in enumerate(answers, 1):
-        # A row with an empty answer has no reference.
-        if "reference" in row:
-            matches.append(exact(row["output"], row["reference"]))
-        progress("answers", number, count)
-    if not matches:
-        raise _no_answers(name, "every answer is empty")
-    return replace(result, exact_match=sum(matches) / len(matches), answered=len(matches))
-
-
-def _no_answers(where: str, why: str) -> UsageError:
-    fix = "remove --exact-match, or use rows with answers"
-    return UsageError("no row contains an answer to compare with", where=where, why=why, fix=fix)
+def _with_matches(evaluation: Evaluation, by_scorer: Sequence[RowScores]) -> Evaluation:
+    """The evaluation with the share of answers that are exactly the reference."""
+    matches = next(scores for scores in by_scorer if scores.name == "exact")
+    scores = {}
+    for model, result in evaluation.scores.items():
+        share = matches.models[model].mean
+        scores[model] = replace(result, exact_match=share, answered=matches.rows)
+    return replace(evaluation, scores=scores)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -232,8 +233,11 @@ class Scoring:
             batch_size=batch_size,
         )
 
-    def open(self, path: Path, *, fresh: bool) -> None:
-        """Read the existing answers; `fresh` will move them aside."""
+    def open(self, path: Path | None, fresh: bool) -> None:
+        """Read the existing answers; `fresh` will move them aside. No path: they are not kept."""
+        if path is None:
+            self._folder = TemporaryDirectory(prefix="tunesmith-answers-")
+            path = Path(self._folder.name, "answers.jsonl")
         self.path = path
         self.file: AnswersFile | None = None
         if self.ranks.is_main_process:
@@ -418,5 +422,5 @@ def save_scores(path: Path, content: dict[str, Any], *, fix: str) -> None:
 
 def no_scored_rows(name: str, why: str) -> UsageError:
     """The error for rows without an answer to score against."""
-    fix = "remove --score, or use rows with answers"
+    fix = "remove --score or --exact-match, or use rows with answers"
     return UsageError("no row contains an answer to compare with", where=name, why=why, fix=fix)
