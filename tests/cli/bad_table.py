@@ -199,6 +199,7 @@ GENERATE = [
     Case("generate", "output is the input", lambda w: w.generate_to(w.folder / "held.jsonl", "--force"), "--output", "same file"),
     Case("generate", "resume of other rows", lambda w: w.generate_to(w.write("o", '{"a": 1, "output": ""}\n'), "--resume"), "o:1", "--force"),
     Case("generate", "resume of no JSON", lambda w: w.generate_to(w.write("o", "hello\n"), "--resume"), "o:1", "--force"),
+    Case("generate", "a table", lambda w: w.generate_to(w.folder / "o.csv"), "o.csv", "--output", "o.jsonl"),
     Case("generate", "resume of stdout", lambda w: w.generate(GOOD, "--resume"), "--output -", "--resume"),
     Case("generate", "resume and force", lambda w: w.generate(GOOD, "--resume", "--force"), "command line: tunesmith generate", "--resume", "--force"),
     Case("generate", "temperature", lambda w: w.generate(GOOD, "--temperature", "-1"), "--temperature", "-1"),

@@ -224,7 +224,8 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
             "the recipe changed since this run started",
             where="\n         ".join(map(str, refused)),
             why=MIXED,
-            fix=f"{START_OVER}, {FORCE}",
+            # A finished run has nothing to resume.
+            fix=f"{START_OVER}, {FORCE}" if final_step is None else START_OVER,
         )
     return final_step, previous_run
 

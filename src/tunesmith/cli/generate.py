@@ -30,6 +30,7 @@ from tunesmith.errors import (
     StoppedError,
     UsageError,
 )
+from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import visible
 from tunesmith.inference.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
@@ -185,6 +186,9 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
         raise UsageError("--resume requires an output file", where=place, fix="name a file")
     if output is None:
         return
+    if output.suffix.lower() in (".csv", ".parquet"):
+        fix = f"--output {shell_path(output.with_suffix('.jsonl'))}"
+        raise UsageError("answers are written as JSON lines", where=f"{where} {output}", fix=fix)
     # Opening the output would empty the input.
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")

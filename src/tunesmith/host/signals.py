@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT = "stopped because memory is low"
 END = "close the programs that use the memory"
-# Of the environment: a launcher whose process is the run has it start again, once.
 # Set by the script of `launch slurm` where it puts the job back into the queue after SIGUSR1.
 REQUEUE = "TUNESMITH_REQUEUE"
 # Seconds; for `StopRequest.patience`.

@@ -163,19 +163,21 @@ class Evaluation(Tabular):
             verdicts.append(loss_sentence(self.loss_difference))
         return verdicts + [scores.verdict for scores in self.by_scorer if scores.verdict]
 
-    def warnings(self) -> Iterator[str]:
-        """What a reader must know before believing the scores."""
+    def warnings(self) -> list[str]:
+        """Tell what a reader must know before believing the scores."""
+        warnings = []
         if self.empty:
-            yield (
+            warnings.append(
                 f"warning: {self.empty} of {count_of(self.rows, 'row')} have an empty answer: "
                 "their loss is that of its end; fix: leave these rows out"
             )
         if self.seen is not None and self.seen.count:
-            yield (
+            warnings.append(
                 f"warning: {self.seen.count} of {count_of(self.rows, 'row')} were trained on: "
                 "they do not show how good the model is on new rows; "
                 f"first {self.seen.where} ({self.seen.earlier})"
             )
+        return warnings
 
     def notes(self) -> Iterator[str]:
         """What else there is to know of the rows, a line each."""

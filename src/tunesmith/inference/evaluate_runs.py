@@ -83,11 +83,13 @@ class RunsEvaluation(Tabular):
         notes = [*self.warnings(), *self.verdicts(), *self.notes()]
         return ResultTable(rows, list(scores), title=f"rows: {self.data}", notes=notes)
 
-    def warnings(self) -> Iterator[str]:
-        """What a reader must know before believing the scores."""
-        for name, evaluation in self.evaluations.items():
-            for warning in evaluation.warnings():
-                yield f"warning: {name}: {warning.removeprefix('warning: ')}"
+    def warnings(self) -> list[str]:
+        """Tell what a reader must know before believing the scores."""
+        return [
+            f"warning: {name}: {warning.removeprefix('warning: ')}"
+            for name, evaluation in self.evaluations.items()
+            for warning in evaluation.warnings()
+        ]
 
     def verdicts(self) -> list[str]:
         """A sentence for each comparison, and for each that is not possible."""
