@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import refuse_options
+from tunesmith.cli.options import refuse_options, typed_again
 from tunesmith.config.row_formats import COLUMNS
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
@@ -305,9 +305,7 @@ def command_of(args: argparse.Namespace, steps: int, warmup: int, change: str = 
     command = [sys.executable, "-m", "tunesmith", "bench", *args.words]
     if change:
         command.append(change)
-    for option in ("shape", *SHAPE_OPTIONS):
-        if vars(args)[option] is not None:
-            command += [f"--{option}", vars(args)[option]]
+    command += typed_again(args, ("shape", *SHAPE_OPTIONS))
     return [*command, "--steps", str(steps), "--warmup", str(warmup)]
 
 

@@ -196,6 +196,16 @@ def refuse_options(
             raise UsageError(f"{option} {what}", where=option, why=why, fix=fix)
 
 
+def typed_again(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of these options that are given, as words for another process of the same command."""
+    words: list[str] = []
+    for name in names:
+        if name in args.given:
+            value = vars(args)[name]
+            words += [args.given[name]] if value is True else [args.given[name], str(value)]
+    return words
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Keys that win over a recipe's."""
     parser.add_argument(

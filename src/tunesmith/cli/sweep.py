@@ -30,6 +30,7 @@ from tunesmith.cli.options import (
     chosen_recipe,
     is_main_process,
     leave_lines_to_rank_0,
+    typed_again,
     whole_number,
 )
 from tunesmith.config.load import load_recipe
@@ -157,15 +158,7 @@ def sweep_on_ranks(args: argparse.Namespace, space: Space) -> int:
     from tunesmith.launch.node import run_agent
 
     words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
-    if args.candidates is not None:
-        words += ["--candidates", str(args.candidates)]
-    if args.rungs:
-        words += ["--rungs", str(args.rungs)]
-    if args.to_the_end:
-        words.append("--to-the-end")
-    if args.json:
-        words.append("--json")
-    code = run_agent(words)
+    code = run_agent([*words, *typed_again(args, ("candidates", "rungs", "to_the_end", "json"))])
     # Ranks that a stop has ended exit with 0, lest torchrun start them again.
     file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
     if code == EXIT_OK and read_sweep(file).get("stopped"):

@@ -233,17 +233,9 @@ def _compare_losses(evaluations: dict[str, Evaluation]) -> Iterator[RowCompariso
     for other, result in results.items():
         if other == best:
             continue
-        difference = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
-        verdict = loss_sentence(difference, first=other, second=best)
-        yield RowComparison(
-            name="loss",
-            best=best,
-            other=other,
-            mean=difference.mean,
-            interval=difference.interval,
-            is_better=difference.is_apart,
-            verdict=verdict,
-        )
+        loss = paired_losses(result.row_losses, results[best].row_losses, result.row_tokens)
+        verdict = loss_sentence(loss, first=other, second=best)
+        yield RowComparison("loss", best, other, loss.mean, loss.interval, loss.is_apart, verdict)
 
 
 def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator[RowComparison]:
@@ -254,15 +246,10 @@ def _compare_scores(evaluations: dict[str, Evaluation], scorer: int) -> Iterator
     name = next(iter(evaluations.values())).by_scorer[scorer].name
     best = max(by_row, key=lambda run: fmean(by_row[run]))
     for other, scores in by_row.items():
-        if other == best:
-            continue
-        paired = paired_intervals(scores, by_row[best])
-        yield RowComparison(
-            name=name,
-            best=best,
-            other=other,
-            mean=paired.difference.mean,
-            interval=paired.difference,
-            is_better=paired.is_apart,
-            verdict=difference_sentence(name, paired, len(scores), first=other, second=best),
-        )
+        if other != best:
+            paired = paired_intervals(scores, by_row[best])
+            verdict = difference_sentence(name, paired, len(scores), first=other, second=best)
+            mean = paired.difference.mean
+            yield RowComparison(
+                name, best, other, mean, paired.difference, paired.is_apart, verdict
+            )
