@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.cli.options import refuse_options, typed_again
+from tunesmith.cli.options import check_not_given, typed_again
 from tunesmith.config.row_formats import COLUMNS
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
@@ -137,9 +137,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UsageError(what, where=f"--{option}", fix=f"use at least {least}")
     if args.ablation:
         why = "it measures complete runs only"
-        refuse_options(args, ("cold", "profile"), "and --ablation cannot be combined", why=why)
+        check_not_given(args, ("cold", "profile"), "and --ablation cannot be combined", why=why)
     else:
-        refuse_options(args, ("only",), "chooses variants of --ablation", fix="add --ablation")
+        check_not_given(args, ("only",), "chooses variants of --ablation", fix="add --ablation")
     folder = Path(args.json or ".").parent
     if not folder.is_dir():
         fix = f"mkdir -p {shell_path(folder)}"

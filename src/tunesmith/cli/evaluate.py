@@ -53,12 +53,12 @@ from tunesmith.cli.options import (
     add_json,
     add_rows,
     add_run,
+    check_not_given,
     decoding_of,
     fixes_as_options,
     leave_lines_to_rank_0,
     notify,
     notify_weights,
-    refuse_options,
     whole_number,
 )
 from tunesmith.data.folders import check_local
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
         for location in locations:
             notify_weights(location)
         if len(args.runs) > 1:
-            refuse_options(
+            check_not_given(
                 args,
                 ("tasks", "output"),
                 "is for one run",
@@ -185,10 +185,10 @@ def run_rows(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> No
 
     with reported_once_a_node():
         fix = "add --tasks NAME; the first rows of --data are --max-examples N"
-        refuse_options(args, FOR_TASKS, "is for --tasks", fix=fix)
+        check_not_given(args, FOR_TASKS, "is for --tasks", fix=fix)
         if args.data is None:
             of_data = ("split", "columns", "format_name")
-            refuse_options(args, of_data, "is for the rows of --data", fix="add --data FILE")
+            check_not_given(args, of_data, "is for the rows of --data", fix="add --data FILE")
             for run_name, location in zip(args.runs, locations, strict=True):
                 require_held_out(location, run_name)
         elif is_local(args.data):
@@ -197,7 +197,7 @@ def run_rows(args: argparse.Namespace, locations: "Sequence[RunLocation]") -> No
             # Exact match is always greedy.
             of_answers = ("output", "fresh", "temperature", "seed")
             fix = "add --score exact, or another"
-            refuse_options(args, of_answers, "is for the answers of --score", fix=fix)
+            check_not_given(args, of_answers, "is for the answers of --score", fix=fix)
         check_scorer_names(args.scorers)
         decoding = decoding_of(args)
     from tunesmith.inference.evaluate import evaluate
@@ -243,7 +243,7 @@ def print_result(args: argparse.Namespace, result: "Evaluation | RunsEvaluation"
 
 def run_tasks(args: argparse.Namespace) -> None:
     """`eval --tasks`."""
-    refuse_options(
+    check_not_given(
         args,
         FOR_ROWS,
         "and --tasks cannot be combined",

@@ -37,9 +37,9 @@ from tunesmith.cli.options import (
     ProgressCounter,
     add_json,
     add_run,
+    check_not_given,
     notify,
     notify_weights,
-    refuse_options,
     whole_number,
 )
 from tunesmith.errors import UsageError
@@ -122,16 +122,16 @@ def run(args: argparse.Namespace) -> None:
             fix=f"one of {', '.join(QUANTS[args.to])}",
         )
     if args.adapter:
-        refuse_options(args, ("quant",), "is for a whole model")
+        check_not_given(args, ("quant",), "is for a whole model")
     if args.to == "transformers":
         options = ("quant", "adapter", "force", "threads", "no_check", "device")
-        refuse_options(args, options, "is for --to gguf, ollama or vllm")
+        check_not_given(args, options, "is for --to gguf, ollama or vllm")
         _export_sharded(args)
     elif args.to == "vllm":
-        refuse_options(args, ("force", "threads"), "is for --to gguf or ollama")
+        check_not_given(args, ("force", "threads"), "is for --to gguf or ollama")
         if args.quant != "fp8":
             place = "is for --to gguf or ollama, or --quant fp8"
-            refuse_options(args, ("no_check",), place)
+            check_not_given(args, ("no_check",), place)
         _export_vllm(args)
     else:
         _export_gguf(args)

@@ -177,7 +177,7 @@ def fixes_as_options() -> Iterator[None]:
         raise
 
 
-def refuse_options(
+def check_not_given(
     args: argparse.Namespace,
     names: Iterable[str],
     what: str,
