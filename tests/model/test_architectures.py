@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.model import spec
 from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.decoder import find_decoder, find_layers
+from tunesmith.model.decoder import find_decoder, find_head, find_layers
 
 from . import families
 
@@ -25,14 +25,11 @@ def model(request):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_hidden_states_and_the_row_give_the_models_logits(model) -> None:
-    row = spec.read_spec(model.config.to_dict(), where="")
+def test_hidden_states_and_the_head_give_the_models_logits(model) -> None:
     ids = torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         hidden = find_decoder(model)(ids).last_hidden_state
-        logits = nn.functional.linear(hidden, model.lm_head.weight) * row.logit_scale
-        if row.final_softcap is not None:
-            logits = row.final_softcap * torch.tanh(logits / row.final_softcap)
+        logits = find_head(model).logits(nn.functional.linear(hidden, model.lm_head.weight))
         # Multiplied against divided
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-6, atol=1e-6)
 

@@ -27,10 +27,7 @@ class Architecture:
     # Which layers see a bounded window: none, all with `sliding_window`, those that the config
     # picks and only with `use_sliding_window`, all but every second, or `sliding_window_pattern`.
     window: Literal["none", "all", "opt-in", "every-second", "pattern"] = "none"
-    # Defaults of final_logit_softcapping and attn_logit_softcapping; None: the family has no such
-    # keys.
-    softcaps: tuple[float | None, float | None] | None = None
-    logits_scaling: bool = False  # the model divides its logits by `logits_scaling`
+    attention_softcap: float | None = None  # the default of attn_logit_softcapping
     all_fused: bool = False  # attention, MLP and norms have the forwards of `model/fused.py`
     joined: bool = False  # q, k and v are one linear layer, and so are gate and up
 
@@ -61,7 +58,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         kv_heads=4,
         norms=4,
         window="every-second",
-        softcaps=(30.0, 50.0),
+        attention_softcap=50.0,
     ),
     "gemma3_text": Architecture(
         "Gemma 3 (text)",
@@ -71,14 +68,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         norms=4,
         head_norms="head",
         window="pattern",
-        softcaps=(None, None),
     ),
     "phi3": Architecture(
         "Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all", joined=True
     ),
     "smollm3": Architecture("SmolLM3", tied=True, kv_heads=4, window="opt-in", all_fused=True),
     "olmo2": Architecture("OLMo 2", head_norms="projection"),
-    "granite": Architecture("Granite 3", logits_scaling=True),
+    "granite": Architecture("Granite 3"),
 }
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 5  # of the cached files; how layers are counted, counts
+FORMAT = 6  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 TOKENS = 256
 # Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16

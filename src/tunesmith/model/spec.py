@@ -147,11 +147,8 @@ class ModelSpec:
     # Parameters of the head's matrix, which every position with a label is multiplied with.
     head_matmul: int
     quantized: str | None  # how the checkpoint is: `shipped.stored_quantization`
-    # Logits become cap * tanh(logits / cap) before the loss; None: as they are.
-    final_softcap: float | None = None
-    attention_softcap: float | None = None  # the same for attention scores
-    # Logits are multiplied by it before the loss (and before `final_softcap`).
-    logit_scale: float = 1.0
+    # Attention scores become cap * tanh(score / cap); None: as they are.
+    attention_softcap: float | None = None
     # Parameters of matrices outside the layers, without embedding and head.
     other_matmul: int = 0
     # What `measured_spec` measured the model by, as JSON; empty: the sizes are from the table.
@@ -248,10 +245,6 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
     layer_parameters = layer.matmul + _vector_parameters(config, family, hidden, layer)
     # Embedding and head, or one matrix for both.
     tables = 1 if tied else 2
-    final_softcap, attention_softcap = _softcaps(config, family)
-    logit_scale = 1.0
-    if family.logits_scaling:
-        logit_scale = 1.0 / config.get("logits_scaling", 1.0)
     return ModelSpec(
         model_type=model_type,
         layers=layers,
@@ -264,9 +257,7 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         parameters=vocab * hidden * tables + depth * layer_parameters + hidden,
         head_matmul=vocab * hidden,
         quantized=stored_quantization(config, where),
-        final_softcap=final_softcap,
-        attention_softcap=attention_softcap,
-        logit_scale=logit_scale,
+        attention_softcap=config.get("attn_logit_softcapping", family.attention_softcap),
     )
 
 
@@ -286,17 +277,6 @@ def _dense_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, head
         matmul=matmul,
         active=matmul,
         largest=hidden * intermediate,
-    )
-
-
-def _softcaps(config: Mapping[str, Any], family: Architecture) -> tuple[float | None, float | None]:
-    """The caps of the logits and of attention's scores; None for a family without."""
-    if not family.softcaps:
-        return None, None
-    final_default, attention_default = family.softcaps
-    return (
-        config.get("final_logit_softcapping", final_default),
-        config.get("attn_logit_softcapping", attention_default),
     )
 
 
