@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -18,7 +16,6 @@ from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Log
 from tunesmith.host.signals import StopRequest
-from tunesmith.inference.decoding import AnswerClock
 from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.training import trainer, validation
@@ -29,7 +26,6 @@ from tunesmith.training.result import Result
 from tunesmith.training.run import sinks_of, train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
-from tunesmith.units import Length
 
 FIELDS = [
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",
@@ -258,29 +254,7 @@ def test_slow_sample_answers_are_left_out_and_that_is_said_once(
     assert answered == steps
     said = lines_with((tmp_path / "run" / "log.txt").read_text(), "log.samples=0")
     assert len(said) == (not steps)
-    assert all(re.search(r"log\.sample_seconds=\d+0 ", line) for line in said)
-
-
-@pytest.mark.parametrize(
-    ("every", "steps", "enough"),
-    [
-        (Length(2, "steps"), 8, 30),  # before the first step, and after four pairs of steps
-        (Length(50, "%"), 8, 20),
-        (None, None, 20),  # before the first step and after the last one
-        (Length(5, "min"), 8, None),
-        (Length(2, "steps"), None, None),  # of a run whose duration is a time
-    ],
-)
-def test_seconds_that_are_enough_for_all_sample_answers(
-    every: Length | None, steps: int | None, enough: int | None
-) -> None:
-    run = SimpleNamespace(validate=SimpleNamespace(every=every))
-    data = SimpleNamespace(schedule=SimpleNamespace(steps_per_epoch=lambda epoch: 4))
-    session = SimpleNamespace(run=run, total_steps=steps, data=data)
-    clock = AnswerClock()
-    clock.predicted = 6.0
-    sampler = cast(AnswerSampler, SimpleNamespace(session=session))
-    assert AnswerSampler.enough_seconds(sampler, clock) == enough
+    assert all("log.sample_seconds" in line for line in said)
 
 
 @pytest.mark.slow

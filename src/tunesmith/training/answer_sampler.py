@@ -1,31 +1,25 @@
 """Sample answers to held-out prompts while a run trains, if they cost little of its time."""
 
 import math
-from pathlib import Path
 
-from tunesmith.checkpoint.resume import Progress
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import DataError
 from tunesmith.inference.decoding import AnswerClock, sample_answers
-from tunesmith.metrics.sink import Sinks
 from tunesmith.parallel.shard import sharded_modules
 from tunesmith.run_dir import Phase, read_samples
-from tunesmith.training.build import Session
-from tunesmith.units import Cadence
+from tunesmith.training.loop_part import LoopPart, LoopShared
 
 # Sample answers may take `log.sample_seconds`, or this share of the time trained once it is more.
 # The last ones may take as much again.
 ANSWER_SHARE = 0.01
 
 
-class AnswerSampler:
+class AnswerSampler(LoopPart):
     """Lets the model answer the first held-out prompts, on the ranks that its weights need."""
 
-    def __init__(self, session: Session, progress: Progress, sinks: Sinks) -> None:
-        self.session = session
-        self.ranks = session.ranks
-        self.progress = progress
-        self.sinks = sinks
+    def __init__(self, shared: LoopShared) -> None:
+        super().__init__(shared)
+        session = self.session
         # Of a sharded model all ranks must answer together, to gather its weights.
         self.is_sharded = bool(sharded_modules(session.model))
         self.references = self._read_references()
@@ -37,9 +31,9 @@ class AnswerSampler:
         validation = self.session.data.validation
         if validation is None or not self.ranks.is_main_process:
             return []
-        data = self.session.run.data
+        data = self.run.data
         references = []
-        for i in range(min(self.session.run.log.samples, len(validation))):
+        for i in range(min(self.run.log.samples, len(validation))):
             try:
                 sample = validation.sample(i, data.system)
                 answer = self.session.data.template.first_answer(sample, data.train_on)
@@ -63,7 +57,7 @@ class AnswerSampler:
         """
         sampled = set()
         if self.ranks.is_main_process:
-            samples = read_samples(Path(self.session.run.output_dir)).value
+            samples = read_samples(self.out).value
             sampled = {row["step"] for row in samples}
         if self.is_sharded:
             sampled = self.ranks.broadcast_object(sampled)
@@ -74,7 +68,7 @@ class AnswerSampler:
         session = self.session
         heartbeat = self.ranks.heartbeat
         heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
-        count = session.run.log.samples
+        count = self.run.log.samples
         if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
             return
         # A whole model answers on rank 0 alone; of a sharded one every rank gathers each layer.
@@ -102,42 +96,17 @@ class AnswerSampler:
             self.sinks.samples(step, answers)
         elif not self.has_warned:
             self.has_warned = True
-            seconds = self.enough_seconds(clock)
-            enough = "a higher log.sample_seconds"
-            if seconds is not None:
-                enough = f"log.sample_seconds={seconds}"
             self.sinks.text(
                 "samples",
                 f"no sample answers at step {step}: "
                 f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s may be spent "
-                f"on them; {enough} allows them, log.samples=0 asks for none",
+                "on them in the whole run; a higher log.sample_seconds allows them, log.samples=0 "
+                "asks for none",
             )
-
-    def enough_seconds(self, clock: AnswerClock) -> int | None:
-        """The `log.sample_seconds` with which all validations of the run have their answers.
-
-        None where time decides how many these are.
-        """
-        assert clock.predicted is not None
-        total = self.session.total_steps
-        every = self.session.run.validate.every
-        validations = 1
-        if every is not None:
-            if total is None or every.seconds is not None:
-                return None
-            cadence = Cadence(
-                every,
-                total=total,
-                steps_per_epoch=self.session.data.schedule.steps_per_epoch(0),
-                seconds=0.0,
-            )
-            validations = max(1, total // cadence.interval)
-        # They also answer before the first step. Tens, since it is an estimate.
-        return 10 * math.ceil(clock.predicted * (1 + validations) / 10)
 
     def allowed_seconds(self, *, is_final: bool = False) -> float:
         """Seconds for the answers that are due, which must not cost more than they tell."""
-        allowed = max(self.session.run.log.sample_seconds, ANSWER_SHARE * self.progress.seconds)
+        allowed = max(self.run.log.sample_seconds, ANSWER_SHARE * self.progress.seconds)
         if is_final:
             return allowed
         return max(0.0, allowed - self.seconds)

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.data.loader import GlobalBatch
 from tunesmith.metrics.health import Health
 from tunesmith.metrics.record import StepRecord
-from tunesmith.metrics.sink import Sinks
 from tunesmith.runtime.transfer import Mark
-from tunesmith.training.build import Session
+from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.training.result import non_finite_error
 from tunesmith.training.step_scalars import RankStatus, StepNumbers, StepScalars
-from tunesmith.training.stop_control import StopControl
 from tunesmith.units import ratio
 
 
@@ -36,7 +33,7 @@ class StepOutput:
     ended: Mark  # of the step, on the device
 
 
-class AsyncMetrics:
+class AsyncMetrics(LoopPart):
     """Makes the records of one start of a run.
 
     Attributes:
@@ -46,20 +43,11 @@ class AsyncMetrics:
         records: of the steps of this start.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        progress: Progress,
-        sinks: Sinks,
-        stop: StopControl,
-        writer: Writer,
-    ) -> None:
-        self.session = session
-        self.progress = progress
-        self.sinks = sinks
-        self.stop = stop
+    def __init__(self, shared: LoopShared, writer: Writer) -> None:
+        super().__init__(shared)
         self.writer = writer
-        self.health = Health(session.device, session.dtype, session.peak, session.ranks, sinks)
+        session = self.session
+        self.health = Health(session.device, session.dtype, session.peak, self.ranks, self.sinks)
         self.reads_late = session.device.type == "cuda"
         self.pending: StepOutput | None = None
         self.records: list[StepRecord] = []
@@ -75,7 +63,7 @@ class AsyncMetrics:
         """The numbers of a step, summed over the ranks; with them the ranks agree on a stop and on
         a checkpoint that could not be written."""
         scalars = StepScalars(loss, metrics, expert_counts)
-        if self.session.ranks.world == 1:
+        if self.ranks.world == 1:
             return scalars
         status = RankStatus(
             stop_requests=float(self.stop.is_requested()),
@@ -110,7 +98,7 @@ class AsyncMetrics:
         self.step_began = output.ended
         # Ranks share rank 0's seconds: a run by the clock ends on all of them after the same step.
         # The step's reduction cannot carry them, as it runs before the step ends.
-        seconds = self.session.ranks.broadcast_number(seconds)
+        seconds = self.ranks.broadcast_number(seconds)
         self.progress.seconds += seconds
         self.stop.expect_step(seconds, micro_batches=len(output.batch.micro))
         self._check_finite(output, numbers)
@@ -129,7 +117,7 @@ class AsyncMetrics:
         raise non_finite_error(
             numbers.loss,
             numbers.grad_norm,
-            self.session.run,
+            self.run,
             step=output.step,
             rows=output.batch.row_names(),
             saved_step=self.writer.saved_step,

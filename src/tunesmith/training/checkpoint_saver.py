@@ -2,24 +2,20 @@
 
 import time
 from functools import partial
-from pathlib import Path
 
 from tunesmith.adapter.peft_files import load_adapter
 from tunesmith.build_model import fill_parameters
 from tunesmith.checkpoint import contents, manifest
 from tunesmith.checkpoint.model_card import model_card
-from tunesmith.checkpoint.resume import Progress, validation_score
+from tunesmith.checkpoint.resume import validation_score
 from tunesmith.checkpoint.sharded import RanksWriter, fits_twice, sharded_save_function
 from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.record import VALIDATION
-from tunesmith.metrics.sink import Sinks
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL, Phase
-from tunesmith.training.build import Session
-from tunesmith.training.stop_control import StopControl
-from tunesmith.units import Cadence
+from tunesmith.training.loop_part import LoopPart, LoopShared
 
 # A rank that waits longer for a save counts as stuck: a disk that is slower than SLOWEST_DISK,
 # or a save that takes SLOWER times as long as an earlier one, counts as one that stands still.
@@ -28,8 +24,8 @@ SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
 SLOWER = 4.0
 
 
-class CheckpointSaver:
-    """Saves one start of a run. All ranks call its methods at the same step.
+class CheckpointSaver(LoopPart):
+    """Saves one start of a run.
 
     Attributes:
         writer: writes checkpoint-<step> into the run directory.
@@ -39,48 +35,30 @@ class CheckpointSaver:
         saved_step: step of the checkpoint that the run resumes from, or None.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        progress: Progress,
-        sinks: Sinks,
-        stop: StopControl,
-        saved_step: int | None,
-    ) -> None:
-        self.session = session
-        self.run = session.run
-        self.ranks = session.ranks
-        self.progress = progress
-        self.sinks = sinks
-        self.stop = stop
-        self.out = Path(session.run.output_dir)
+    def __init__(self, shared: LoopShared, saved_step: int | None) -> None:
+        super().__init__(shared)
         self.stalls: list[float] = []
         self.longest_save = 0.0  # seconds
         keep = self.run.checkpoint.keep
         self.writer: Writer
+        sync = self.sinks.flush
         if self.ranks.world > 1:
-            ranks = self.ranks
-            self.writer = RanksWriter(self.out, keep, saved_step, sync=sinks.flush, ranks=ranks)
+            self.writer = RanksWriter(self.out, keep, saved_step, sync=sync, ranks=self.ranks)
         else:
-            self.writer = Writer(self.out, keep, saved_step, sync=sinks.flush)
+            self.writer = Writer(self.out, keep, saved_step, sync=sync)
         # Serialized once, in the main thread: later the tokenizer is in use.
         self.tokenizer: contents.TokenizerFiles = {}
         if self.ranks.is_main_process:
-            template = session.data.template
-            files = session.files
+            template = self.session.data.template
+            files = self.session.files
             self.tokenizer = contents.tokenizer_files(
                 files.tokenizer, template, files.folder, self.out
             )
-        self.cadence = Cadence(
-            self.run.checkpoint.every,
-            total=session.total_steps,
-            steps_per_epoch=session.data.schedule.steps_per_epoch(0),
-            seconds=progress.seconds,
-        )
+        self.schedule = self.cadence(self.run.checkpoint.every, seconds=self.progress.seconds)
 
     def is_due(self) -> bool:
         """Whether a periodic checkpoint is due; ask once a step."""
-        return self.cadence.due(self.progress.step, self.progress.seconds)
+        return self.schedule.due(self.progress.step, self.progress.seconds)
 
     def is_new_best(self) -> bool:
         """Whether the validation of this step is the best so far, and its weights are saved for

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -38,6 +37,7 @@ from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.duration import Duration
+from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.training.result import Result, failure_of, write_paused
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
@@ -50,11 +50,8 @@ SLOW_FIRST_STEP = (
 )
 
 
-class Trainer:
+class Trainer(LoopPart):
     """One start of a run, from its first step to its end, stop or failure.
-
-    Attributes:
-        progress: where the run stands; a checkpoint holds it.
 
     Args:
         pause_after: leave the run, saved, after this step; None: train to the end.
@@ -70,15 +67,11 @@ class Trainer:
         pause_after: int | None = None,
     ) -> None:
         run = session.run
-        self.session = session
-        self.run = run
-        self.ranks = session.ranks
-        self.sinks = sinks
-        self.stop = stop
-        self.out = Path(run.output_dir)
+        progress = progress_of(session, start)
+        shared = LoopShared(session, progress, sinks, stop)
+        super().__init__(shared)
         # The guard of the host's memory leaves room for a save.
         stop.request.saving = session.plan.memory.copies
-        self.progress = progress = progress_of(session, start)
         self.first_step = progress.step
         seconds = run.train.duration.seconds or 0.0
         self.duration = Duration(session.total_steps, seconds, pause_after)
@@ -86,10 +79,10 @@ class Trainer:
         ended = start.progress.ended if start.progress else None
         # Patience has ended a shorter run: this one goes on.
         self.is_longer = ended not in (None, str(run.train.duration))
-        self.checkpoints = CheckpointSaver(session, progress, sinks, stop, saved_step)
-        self.metrics = AsyncMetrics(session, progress, sinks, stop, self.checkpoints.writer)
-        self.validation = Validation(session, progress, sinks, stop, self.metrics)
-        self.answers = AnswerSampler(session, progress, sinks)
+        self.checkpoints = CheckpointSaver(shared, saved_step)
+        self.metrics = AsyncMetrics(shared, self.checkpoints.writer)
+        self.validation = Validation(shared, self.metrics)
+        self.answers = AnswerSampler(shared)
         self.learning_rate = partial(
             scheduled_rate,
             run.train,

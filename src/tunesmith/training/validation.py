@@ -2,53 +2,34 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
-from tunesmith.checkpoint.resume import Progress, validation_score
+from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.inference.evaluate import ValidationResult, validation_loss
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.record import VALIDATION
-from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.summary import has_risen
 from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
-from tunesmith.training.build import Session
-from tunesmith.training.stop_control import StopControl
-from tunesmith.units import Cadence
+from tunesmith.training.loop_part import LoopPart, LoopShared
 
 # A run without patience is told when its loss has risen and not been lower for so many validations.
 RISES = 3
 
 
-class Validation:
-    """The validation of one start of a run. All ranks call its methods at the same step."""
+class Validation(LoopPart):
+    """The validation of one start of a run."""
 
-    def __init__(
-        self,
-        session: Session,
-        progress: Progress,
-        sinks: Sinks,
-        stop: StopControl,
-        metrics: AsyncMetrics,
-    ) -> None:
-        self.session = session
-        self.run = session.run
-        self.progress = progress
-        self.sinks = sinks
-        self.stop = stop
+    def __init__(self, shared: LoopShared, metrics: AsyncMetrics) -> None:
+        super().__init__(shared)
         self.metrics = metrics
-        self.cadence = Cadence(
-            self.run.validate.every if session.data.validation else None,
-            total=session.total_steps,
-            steps_per_epoch=session.data.schedule.steps_per_epoch(0),
-            seconds=progress.seconds,
-        )
+        every = self.run.validate.every if self.session.data.validation else None
+        self.schedule = self.cadence(every, seconds=self.progress.seconds)
 
     def is_due(self, *, is_last: bool) -> bool:
         """Whether to measure after this step, which may be the last one; ask once a step."""
-        is_time = self.cadence.due(self.progress.step, self.progress.seconds)
+        is_time = self.schedule.due(self.progress.step, self.progress.seconds)
         return (is_time or is_last) and self.session.data.validation is not None
 
     def is_out_of_patience(self) -> bool:
@@ -99,7 +80,7 @@ class Validation:
         progress.warned_of_rise = True
         best = f"the lowest was {progress.best_loss:.4f} at step {progress.best_step}"
         if progress.kept_step == progress.best_step:
-            checkpoint = Path(self.run.output_dir) / f"checkpoint-{progress.best_step}"
+            checkpoint = self.out / f"checkpoint-{progress.best_step}"
             best += f", which {from_here(checkpoint)} keeps"
             if self.run.checkpoint.final == "best":
                 best += " for final/"
@@ -123,7 +104,7 @@ class Validation:
     def _result(self) -> ValidationResult | None:
         session = self.session
         assert session.data.validation is not None
-        session.ranks.heartbeat.phase(Phase.VALIDATION, STUCK_AFTER_S + COMPILING_S)
+        self.ranks.heartbeat.phase(Phase.VALIDATION, STUCK_AFTER_S + COMPILING_S)
         micro_batch = session.plan.layout.micro_batch
         if micro_batch.unit == "tokens":
             micro_tokens = micro_batch.amount
@@ -137,7 +118,7 @@ class Validation:
             device=session.device,
             mesh=session.mesh,
             cancelled=self.stop.cancels_validation,
-            scored=session.ranks.heartbeat.progress,
+            scored=self.ranks.heartbeat.progress,
         )
         session.model.train()
         return result
@@ -147,5 +128,5 @@ class Validation:
         best = {"step": progress.best_step, "val_loss": progress.best_loss}
         if progress.best_accuracy is not None:
             best["val_accuracy"] = progress.best_accuracy
-        if self.session.ranks.is_main_process:
-            write_atomically(Path(self.run.output_dir) / BEST, json.dumps(best, indent=1))
+        if self.ranks.is_main_process:
+            write_atomically(self.out / BEST, json.dumps(best, indent=1))

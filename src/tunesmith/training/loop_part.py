@@ -1,0 +1,58 @@
+"""What the parts of one start's loop share: its objects, and when something periodic is due."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.config.schema import Run
+from tunesmith.distributed.ranks import Ranks
+from tunesmith.metrics.sink import Sinks
+from tunesmith.training.build import Session
+from tunesmith.training.stop_control import StopControl
+from tunesmith.units import Cadence, Length
+
+
+@dataclass
+class LoopShared:
+    """The objects of one start that its trainer and the parts of its loop work with.
+
+    Attributes:
+        progress: where the run stands; a checkpoint holds it.
+    """
+
+    session: Session
+    progress: Progress
+    sinks: Sinks
+    stop: StopControl
+
+
+class LoopPart:
+    """A part of one start's loop. All ranks call its methods at the same step."""
+
+    def __init__(self, shared: LoopShared) -> None:
+        self.session = shared.session
+        self.progress = shared.progress
+        self.sinks = shared.sinks
+        self.stop = shared.stop
+
+    @property
+    def run(self) -> Run:
+        return self.session.run
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.session.ranks
+
+    @property
+    def out(self) -> Path:
+        """The run directory."""
+        return Path(self.run.output_dir)
+
+    def cadence(self, every: Length | None, *, seconds: float) -> Cadence:
+        """Tells when something that comes `every` so often is due, in a run `seconds` old."""
+        return Cadence(
+            every,
+            total=self.session.total_steps,
+            steps_per_epoch=self.session.data.schedule.steps_per_epoch(0),
+            seconds=seconds,
+        )
