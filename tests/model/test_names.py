@@ -107,10 +107,10 @@ def test_a_base_that_is_gone_leaves_the_names_of_the_model(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("without", "more", "words"),
     [
-        (NAME, {}, "number 2 is missing of"),
-        (NAME.replace("up", "down"), {}, "number 2 is missing of"),
+        (NAME, {}, "do not make"),
+        (NAME.replace("up", "down"), {}, "tensors have a different shape"),
         (NAME.replace("2.up", "3.down"), {}, "tensors have a different shape"),
-        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "is \\[24, 64\\]"),
+        ("", {NAME.replace("up", "down"): torch.zeros(24, 64)}, "do not make"),
         ("", {"model.layers.1.mlp.extra.weight": torch.zeros(1)}, "do not belong to this model"),
     ],
     ids=["an expert's half", "an expert", "the last", "a turned expert", "a tensor too much"],

@@ -243,63 +243,41 @@ def _assign_converted(
 def _join(
     name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
 ) -> Pieces:
-    """The parameter that a rule of Transformers makes of the entries of each of its patterns."""
+    """The parameter that a rule of Transformers makes of the entries of each of its patterns.
+
+    Experts of a pattern are stacked; what the patterns make (gate, then up) is concatenated.
+    """
     from transformers.core_model_loading import dot_natural_key
 
-    merges, dim = _read_operations(name, rule, sources)
+    stacks, dim = _read_operations(name, rule, sources)
     pieces = []
-    offset = 0  # along the dimension that is concatenated
+    offset = 0  # of a pattern, along the dimension that is concatenated
     shape: list[int] = []
     for pattern in rule.source_patterns:
         # Natural order: expert 10 comes after expert 9.
         entries = sorted(sources.get(pattern, ()), key=lambda entry: dot_natural_key(entry.name))
-        missing = _missing_number(entries) if merges else None
-        if missing is not None:
-            why = f"number {missing} is missing of {pattern}"
-            raise _cannot_join(name, sources, why)
-        # A stack has one tensor an expert; without stacking each is by itself.
-        stacks = [entries] if merges else [[entry] for entry in entries]
-        for stack in stacks:
-            for index, entry in enumerate(stack):
-                # Of the same size it would be read into its place in another order.
-                if entry.shape != stack[0].shape:
-                    why = f"{entry.name} is {list(entry.shape)}, {stack[0].name} "
-                    raise _cannot_join(name, sources, f"{why}{list(stack[0].shape)}")
-                # What the pattern's tensors make together: [experts, ...] or one tensor's own
-                # shape.
-                shape = [len(stack), *entry.shape] if merges else list(entry.shape)
-                region = [slice(0, size) for size in shape]
-                if merges:
-                    region[0] = slice(index, index + 1)
-                # Patterns lie one after another along the concatenated dimension (gate, then up).
-                if dim is not None:
-                    region[dim] = slice(offset, offset + shape[dim])
-                pieces.append(Piece(entry, tuple(region), stacked=merges))
-            if stack and dim is not None:
-                offset += shape[dim]
+        for index, entry in enumerate(entries):
+            # Of the same size it would be read into its place in another order.
+            if stacks and entry.shape != entries[0].shape:
+                why = f"{entry.name} is {list(entry.shape)}, others {list(entries[0].shape)}"
+                raise _cannot_join(name, sources, why)
+            # The shape that the pattern's tensors make together.
+            shape = [len(entries), *entry.shape] if stacks else list(entry.shape)
+            region = [slice(0, size) for size in shape]
+            if stacks:
+                region[0] = slice(index, index + 1)
+            if dim is not None:
+                region[dim] = slice(offset, offset + shape[dim])
+                if not stacks or index == len(entries) - 1:
+                    offset += shape[dim]
+            pieces.append(Piece(entry, tuple(region), stacked=stacks))
     if dim is not None:
         shape[dim] = offset
-    entries = [piece.entry for piece in pieces]
-    # An expert too few of one kind, or one of another shape.
-    # Regions do not overlap, so equal counts mean that they fill the parameter.
-    if sum(math.prod(entry.shape) for entry in entries) != math.prod(shape):
+    # Regions do not overlap: with equal counts they fill the parameter. An expert too few of one
+    # kind, or one of another shape, does not.
+    if sum(math.prod(piece.entry.shape) for piece in pieces) != math.prod(shape):
         raise _cannot_join(name, sources, "they do not fill one tensor")
-    return Pieces(name, entries[0].dtype, tuple(shape), tuple(pieces))
-
-
-def _missing_number(entries: Sequence[StoredEntry]) -> int | None:
-    """The first number that is missing of entries whose names differ by a number alone; None where
-    they count from 0 on.
-    """
-    numbers = set()
-    for parts in zip(*(entry.name.split(".") for entry in entries), strict=False):
-        if len(set(parts)) > 1 and all(part.isdigit() for part in parts):
-            numbers = {int(part) for part in parts}
-            break
-    for number in range(len(numbers)):
-        if number not in numbers:
-            return number
-    return None
+    return Pieces(name, pieces[0].entry.dtype, tuple(shape), tuple(pieces))
 
 
 def _read_operations(
@@ -310,18 +288,18 @@ def _read_operations(
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    merges = False
+    stacks = False
     dim: int | None = None
     for operation in rule.operations:
         if isinstance(operation, MergeModulelist) and operation.dim == 0 and dim is None:
-            merges = True
+            stacks = True
         elif isinstance(operation, Concatenate):
             dim = operation.dim
         else:
             raise _cannot_join(name, sources, type(operation).__name__)
     if len(rule.target_patterns) > 1 or (dim is None and len(sources) > 1):
         raise _cannot_join(name, sources, "one tensor for several parameters")
-    return merges, dim
+    return stacks, dim
 
 
 def _cannot_join(name: str, sources: Mapping[str, Sequence[StoredEntry]], why: str) -> ModelError:

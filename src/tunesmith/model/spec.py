@@ -67,8 +67,6 @@ _WIDTHS = (
     "attention_chunk_size",
 )
 _NEVER_0 = ("vocab_size", "hidden_size", "attention_chunk_size")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-EXPERT_WIDTH = "moe_intermediate_size"
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -237,8 +235,6 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         raise ModelError(
             what, where=where, fix="correct num_attention_heads or num_key_value_heads"
         )
-    if not 0 <= (config.get("attention_dropout") or 0) < 1:
-        raise ValueError(f"attention_dropout is {config['attention_dropout']}")
     tied = bool(config.get("tie_word_embeddings", family.tied))
     layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
     layers = tuple(replace(layer, window=window) for window in _windows(config, family, depth))
@@ -352,16 +348,6 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
 
     What is no number is left to Transformers, which knows the kinds of each key.
     """
-    for key, value in config.items():
-        if "dropout" not in key or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if not 0 <= value < 1:
-            raise ModelError(
-                f"{key} is {value}: it must be at least 0 and below 1",
-                where=where,
-                fix=FETCH_CONFIG,
-            )
-    _check_experts(config, where)
     for key in (*DECODER_DEPTHS, *_WIDTHS):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -375,38 +361,6 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
                 where=where,
                 fix=FETCH_CONFIG,
             )
-
-
-def _check_experts(config: Mapping[str, Any], where: str) -> None:
-    """ModelError where a token goes to no expert, or to more than there are, experts have no width,
-    or their number is none.
-    """
-    for experts_key in _EXPERTS:
-        experts = config.get(experts_key)
-        if isinstance(experts, str):
-            raise ModelError(
-                f"{experts_key} is {experts!r}: it must be a whole number",
-                where=where,
-                fix=FETCH_CONFIG,
-            )
-        if isinstance(experts, int) and experts > 0 and config.get(EXPERT_WIDTH) == 0:
-            raise ModelError(
-                f"{EXPERT_WIDTH} is 0, and {experts_key} is {experts:,}",
-                where=where,
-                fix=FETCH_CONFIG,
-            )
-        for key in EXPERTS_PER_TOKEN:
-            per_token = config.get(key)
-            if not isinstance(experts, int) or not isinstance(per_token, int):
-                continue
-            # 0 experts: a dense model of a family that may have some (Granite 4).
-            if experts > 0 and not 1 <= per_token <= experts:
-                raise ModelError(
-                    f"{key} is {per_token:,}, and {experts_key} is {experts:,}",
-                    where=where,
-                    why="each token must go to at least one expert, and to each at most once",
-                    fix=FETCH_CONFIG,
-                )
 
 
 def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
