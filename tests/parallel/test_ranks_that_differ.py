@@ -77,12 +77,13 @@ def end_together(found: list[Any], layout: str, kind: str) -> str:
 
 @pytest.mark.parametrize("layout", ["ab", "aabb"])
 def test_another_key_of_the_recipe(layout, tiny, tmp_path):
-    on_b = {"train": {"learning_rate": 2e-3, "seed": 7}}
+    on_b = {"train": {"learning_rate": 2e-3, "seed": 7, "micro_batch": "2 examples"}}
     where = end_together(
         run_ranks(len(layout), start, layout, tiny, tmp_path, {}, on_b, {}), layout, "RecipeError"
     )
     assert "train.learning_rate: 0.001 on node-a, 0.002 on node-b" in where
     assert "train.seed: 42 on node-a, 7 on node-b" in where
+    assert "train.micro_batch: 128 tokens on node-a, 2 examples on node-b" in where
 
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
@@ -202,15 +203,11 @@ def test_another_adapter_to_begin_with(tiny, tmp_path):
     assert end_together(found, "ab", "ModelError").startswith(f"adapter.from: {tmp_path / 'first'}")
 
 
-def test_places_and_micro_batches_may_differ(tiny, tmp_path):
-    """The ranks take the smallest micro batch: each of its own would leave out rows, or take them
-    twice.
-    """
+def test_places_may_differ(tiny, tmp_path):
     rows = write_rows(tmp_path / "moved.jsonl", 48)
     on_b = {
         "output_dir": str(tmp_path / "elsewhere"),
         "data": {"train": {"source": str(rows), "format": "prompt-completion"}},
-        "train": {"micro_batch": "256 tokens"},
     }
     found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}}, on_b, {})
     same = run_ranks(
@@ -218,11 +215,3 @@ def test_places_and_micro_batches_may_differ(tiny, tmp_path):
     )
     assert found == same
     assert len(found[0]) == 3
-
-
-def test_micro_batches_of_two_units_are_refused(tiny, tmp_path):
-    found = run_ranks(
-        2, start, "ab", tiny, tmp_path, {}, {"train": {"micro_batch": "2 examples"}}, {}
-    )
-    where = end_together(found, "ab", "RecipeError")
-    assert where == "train.micro_batch: 128 tokens on node-a, 2 examples on node-b"

@@ -11,11 +11,10 @@ import hashlib
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -43,10 +42,7 @@ from tunesmith.model.safetensors_files import (
     read_headers,
     sampled_digest,
 )
-from tunesmith.units import Size
 
-# And what names a place: the ranks take the smallest micro batch of all
-MAY_DIFFER = ("train.micro_batch",)
 NEXT_LINE = "\n         "  # below `  where: `
 NAMES = 4  # of ranks or nodes that an error lists
 SHORT = 12  # characters of a digest that an error shows
@@ -71,34 +67,28 @@ class Compared(NamedTuple):
 MISSING = Compared("not there", "not there")
 
 
-def agree_on_recipe(run: Run, ranks: Ranks) -> Run:
-    """The recipe that all ranks follow: this one, with the smallest `train.micro_batch` of the
-    ranks. A collective call.
+def check_same_recipe(run: Run, ranks: Ranks) -> None:
+    """MachineError where the software of the ranks differs, RecipeError where a key does.
 
-    MachineError where their software differs, RecipeError where a key does.
+    A collective call.
     """
     if ranks.world == 1:
-        return run
-    of_rank = (software_versions(), recipe_values(run), run.train.micro_batch)
-    versions, recipes, micro_batches = zip(*ranks.all_gather_object(of_rank), strict=True)
-    differences = find_differences(ranks, versions)
+        return
+    differences = find_differences(ranks, ranks.all_gather_object(software_versions()))
     if differences:
         what = f"the ranks have different versions of {', '.join(differences)}"
         fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
-        end_all_ranks(
-            ranks, MachineError(what, where=lines_by_key(differences), fix=fix, cause="version")
-        )
-    differences = find_differences(ranks, recipes)
+        where = lines_by_key(differences)
+        end_all_ranks(ranks, MachineError(what, where=where, fix=fix, cause="version"))
+    values = recipe_values(run)
+    differences = find_differences(ranks, ranks.all_gather_object(values))
     if differences:
         key = next(iter(differences))
         what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
-        word = shell_word(f"{key}={recipes[0].get(key, MISSING).text}")
         fix = "use the same recipe and the same options on every node"
-        if key in recipes[0]:
-            fix += f", such as {word}"
+        if key in values:
+            fix += f", such as {shell_word(f'{key}={values[key].text}')}"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
-    size = smallest_micro_batch(ranks, micro_batches)
-    return replace(run, train=replace(run.train, micro_batch=size))
 
 
 def recipe_values(run: Run) -> dict[str, Compared]:
@@ -107,7 +97,7 @@ def recipe_values(run: Run) -> dict[str, Compared]:
     """
     values = {}
     for key, value in flatten(run).items():
-        if key not in MAY_DIFFER and not is_place(key):
+        if not is_place(key):
             text = value if isinstance(value, str) else json.dumps(value)
             values[key] = Compared(text, text)
     return values
@@ -137,25 +127,6 @@ def source_digest() -> str:
     return source.hexdigest()
 
 
-def smallest_micro_batch(
-    ranks: Ranks, sizes: Sequence[Size | Literal["auto"]]
-) -> Size | Literal["auto"]:
-    """The smallest of those that ranks state, or `auto`: all must make the same micro batches of
-    the global batch.
-    """
-    stated = [size for size in sizes if isinstance(size, Size)]
-    if not stated:
-        return "auto"
-    if len({size.unit for size in stated}) > 1:
-        differences = find_differences(
-            ranks, [{"train.micro_batch": Compared(str(s), str(s))} for s in sizes]
-        )
-        what = "some ranks have micro batches in examples, others in tokens"
-        fix = f"on every node train.micro_batch='{stated[0]}'"
-        end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
-    return min(stated, key=lambda size: size.amount)
-
-
 def check_same_inputs(
     run: Run,
     start: Start,
@@ -178,21 +149,17 @@ def check_same_inputs(
     differences = find_differences(ranks, ranks.all_gather_object(parts))
     if not differences:
         return
-    names = [key.partition(":")[0] for key in differences]
-    what = f"the ranks read different {', '.join(dict.fromkeys(names))}"
-    error: UsageError
-    if any(name.startswith("data.") for name in names) and not any(
-        name.startswith("model.") for name in names
-    ):
+    keys = dict.fromkeys(key.partition(":")[0] for key in differences)
+    what = f"the ranks read different {', '.join(keys)}"
+    where = lines_by_key(differences)
+    if all(key.startswith("data.") for key in keys):
         fix = "copy the same files of rows and template to every node"
-        error = DataError(what, where=lines_by_key(differences), fix=fix)
-    else:
-        fix = (
-            "copy the model's folder from one node to the others; "
-            "for a model on the Hub, pin a commit: model.revision=COMMIT"
-        )
-        error = ModelError(what, where=lines_by_key(differences), fix=fix)
-    end_all_ranks(ranks, error)
+        end_all_ranks(ranks, DataError(what, where=where, fix=fix))
+    fix = (
+        "copy the model's folder from one node to the others; "
+        "for a model on the Hub, pin a commit: model.revision=COMMIT"
+    )
+    end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
 def model_parts(

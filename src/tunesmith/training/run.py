@@ -84,7 +84,7 @@ from tunesmith.run_dir import (
 )
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.runtime.memory_guard import MemoryGuard
-from tunesmith.training.agree import agree_on_recipe
+from tunesmith.training.agree import check_same_recipe
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.early_checks import short_name
 from tunesmith.training.make_recipe import make_recipe
@@ -267,8 +267,7 @@ def start_run(
         build: makes the Session, as the function of that name does.
         pause_after: leave the run, saved, after this step.
     """
-    # One recipe for all ranks, with the smallest micro batch that one of them names.
-    run = agree_on_recipe(run, ranks)
+    check_same_recipe(run, ranks)
     out = Path(run.output_dir)
     log_file = log_file_of_run(out / LOG)
     stream: TextIO | None = None
