@@ -12,11 +12,9 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,7 +89,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                 heartbeat.probes.find_error = lambda: (
                     "NCCL: REMOTE_ERROR" if heartbeat.activity.step == 20 else ""
                 )
-            for step in range(40 if fault in ("none", "slow", "pause") else 1_000_000):
+            for step in range(40 if fault in ("none", "slow") else 1_000_000):
                 if fault == "stop":  # that of the operators in compiled and tensor-parallel layers
                     value = collective("all_reduce", value, "sum", dist.group.WORLD.group_name)
                 else:
@@ -100,7 +98,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
                 heartbeat.progress(step)
                 time.sleep(0.01)
                 if step == 20 and ranks.rank == 1:
-                    if fault in ("kill", "stop", "pause"):
+                    if fault in ("kill", "stop"):
                         os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
                     elif fault in ERRORS:
                         # As the trainer's are that need no other words
@@ -123,33 +121,14 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
     sys.exit(code)
 
 
-def continue_halted(printed: Path) -> None:
-    """Run the command that a rank prints about another one that is halted."""
-    fix = None
-    deadline = time.monotonic() + 60
-    while fix is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        if printed.exists():
-            fix = re.search(r"kill -CONT \d+", " ".join(printed.read_text().split()))
-    assert fix is not None
-    subprocess.run(fix[0].split(), check=True)
-
-
-def strike(
-    fault: str, folder: Path, fix: Callable[[Path], None] | None = None
-) -> tuple[list[int | None], str]:
-    """Three ranks that are struck by a fault: their exit codes, and all that they printed.
-
-    fix: called with the file of what rank 0 prints, while they run.
-    """
+def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
+    """Three ranks that are struck by a fault: their exit codes, and all that they printed."""
     context, port = forkserver(), free_port()
     envs = [environment_of(rank, 3, port) | {SECONDS: str(LIMIT)} for rank in range(3)]
     processes = [context.Process(target=take_steps, args=(fault, env, folder)) for env in envs]
     for process in processes:
         process.start()
     try:
-        if fix is not None:
-            fix(folder / "stderr-0")
         for process in processes:
             process.join(60)
         return [p.exitcode for p in processes], "".join(
@@ -227,13 +206,6 @@ def test_a_rank_that_is_gone_ends_the_others_which_name_it_once(
     blamed = (1, HOST, "training") if fault != "nccl" else (None, None, None)
     assert (failure["rank"], failure["host"], failure["phase"]) == blamed
     assert ("why: NCCL: REMOTE_ERROR" in printed) == (fault == "nccl")
-
-
-def test_a_halted_rank_is_named_in_time_and_goes_on_by_the_command_that_is_printed(tmp_path: Path):
-    codes, printed = strike("pause", tmp_path, continue_halted)
-    assert codes == [0, 0, 0]
-    assert printed.count(f"rank 1 on {HOST}") == 1, printed
-    assert not [*tmp_path.glob("failure-*")]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from tunesmith.distributed.activity import Activity, Probes
 from tunesmith.distributed.beats import Peers
 from tunesmith.errors import RunError, StoppedEarlyError, TunesmithError, first_line
 from tunesmith.host.memory import oom_kills
-from tunesmith.host.shell import shell_command
 
 MISSED_BEATS = 4  # beats in a row, after which a rank is blamed for a connection that broke
 AGAIN = "start the same command again: it resumes from the newest checkpoint"
@@ -88,23 +87,6 @@ class Diagnosis:
             what = "a connection between the ranks broke; all ranks are alive"
             return self.fields(what, self.broken, "link")
         return {}
-
-    def find_halted(self) -> str:
-        """A warning about ranks of this node that a signal halted, with the command that ends it.
-
-        Empty where there is none, and on all but the lowest rank of the node that runs.
-        """
-        peers = self.peers
-        limit = MISSED_BEATS * peers.clock.interval
-        halted = peers.halted(limit)
-        running = [rank for rank in peers.local if not peers.is_silent(rank, limit)]
-        if not halted or peers.rank != min(running):
-            return ""
-        command = shell_command(["kill", "-CONT", *(peers.pid(rank) for rank in halted)])
-        return (
-            f"warning: {peers.names(halted)} is halted by SIGSTOP or a debugger, and the run ends "
-            f"when it has sent no heartbeat for {peers.limit:.0f} s; to continue it: {command}"
-        )
 
     def _killed(self, ended: list[int]) -> ErrorFields:
         """The fault that processes of this node are gone."""

@@ -38,7 +38,6 @@ from tunesmith.errors import (
     TunesmithError,
     first_line,
 )
-from tunesmith.host.streams import show
 
 # Errors that all ranks raise at the same step.
 AGREED = (OtherRankError, StoppedError, NonFiniteError)
@@ -84,7 +83,6 @@ class Heartbeat:
         self.diagnosis = Diagnosis(self.peers, self.probes)
         self.report = FailureReport()
         self.agreed: BaseException | None = None
-        self._warning = ""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._talker = threading.Thread(target=self._talk, name="heartbeat", daemon=True)
@@ -232,18 +230,10 @@ class Heartbeat:
                 [rank for rank in ended if not peers.beats[rank].is_done]
             )
             if not fields:
-                self._warn_of_halted()
                 return
             # Of ranks that publish at once the first one's fault stands for all.
             verdict = self.store.compare_set("verdict", UNDECIDED, json.dumps(fields))
         self._accept(json.loads(verdict))
-
-    def _warn_of_halted(self) -> None:
-        """Name halted ranks of this node on stderr, once for each such set of them."""
-        warning = self.diagnosis.find_halted()
-        if warning and warning != self._warning:
-            show(warning, sys.stderr)
-        self._warning = warning
 
     def _accept(self, fields: ErrorFields) -> None:
         """End by the fault that a rank has published, and end the ranks of this node that hang."""
