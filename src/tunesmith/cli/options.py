@@ -311,14 +311,13 @@ def chosen_recipe(
     on_paper: bool = False,
     row_count: int | None = None,
     ranks: int = 1,
-    on_look: "Callable[[RowsLook], Run | None]" = lambda look: None,
+    on_look: "Callable[[RowsLook], object]" = lambda look: None,
 ) -> "tuple[Run, NewRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
     Where they make one, also its file's form; the other arguments are for `make_recipe`.
 
-    on_look: called with what the rows show, before torch is imported; the recipe that it gives is
-        taken, and none is made.
+    on_look: called with what the rows show, before torch is imported.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
     _check_no_blanks(words)
@@ -364,9 +363,7 @@ def chosen_recipe(
             words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
     with fixes_as_options():
         look = look_at_rows(args.model, args.data[0], words)
-        earlier = on_look(look)
-        if earlier is not None:
-            return earlier, None
+        on_look(look)
         from tunesmith.training.make_recipe import make_recipe
 
         recipe = make_recipe(

@@ -29,7 +29,6 @@ from tunesmith.cli.options import (
     leave_lines_to_rank_0,
 )
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
-from tunesmith.errors import RecipeError
 from tunesmith.host.signals import UNWIND_S, StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
@@ -101,22 +100,11 @@ def _read_recipe(
 
             result = check_start(run, resumes=resumes)
 
-    def on_look(look: "RowsLook") -> "Run | None":
-        """The recipe of a finished run; else libraries are loaded, to make one."""
-        recipe = look.earlier_recipe()
-        if recipe is None or not may_resume(recipe):
-            check_early(look.draft, resumes=False)
-        else:
-            # An edited recipe is told beside the one that this command makes.
-            with suppress(RecipeError):
-                check_early(recipe, resumes=True)
-        if result is None:
-            with early.loading_libraries():
-                import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` takes it
-        return recipe if result else None
-
-    def may_resume(run: "Run") -> bool:
-        return not args.fresh and run.checkpoint.resume != "never"
+    def on_look(look: "RowsLook") -> None:
+        """Check what is known of the recipe, and load the libraries that make the rest."""
+        check_early(look.draft, resumes=False)
+        with early.loading_libraries():
+            import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` takes it
 
     if is_launched():
         # A rank that waits for the report of another one is stopped by its launcher.
@@ -128,7 +116,7 @@ def _read_recipe(
         if new_file is not None:
             new_file.check_file()
         elif result is None:
-            check_early(recipe, resumes=may_resume(recipe))
+            check_early(recipe, resumes=not args.fresh and recipe.checkpoint.resume != "never")
     if new_file is not None:
         name = new_file.name
         log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")

@@ -21,7 +21,6 @@ from tunesmith.checkpoint.start_adapter import find_local_adapter
 from tunesmith.config.dump import Change, differences
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import load_recipe
-from tunesmith.config.names import without_indices
 from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
@@ -143,28 +142,6 @@ class RowsLook:
         """The file of the recipe, beside its run."""
         return Path(f"{self.draft.output_dir}.yaml")
 
-    def earlier_recipe(self) -> Run | None:
-        """The recipe that an earlier start of this command wrote for rows like these, or None.
-
-        RecipeError where the file differs in what is known already; `check_same` tells the rest.
-        """
-        if not self.path.exists():
-            return None
-        keys = self.override_keys
-        # Without the sections that hold them.
-        values = {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
-        final_keys = {"model.name", "data.train", *values}
-        check_same(self.path, self.draft, self.overrides, final_keys)
-        text = self.path.read_text(encoding="utf-8")
-        head = {f"# {line}" for line in self.command.splitlines()}
-        is_same = head <= {*text.splitlines()} and _plain(self.about_data) in _plain(text)
-        return load_recipe(self.path) if is_same else None
-
-
-def _plain(comment: str) -> str:
-    """A text without its breaks into lines of comments."""
-    return " ".join(comment.replace("#", " ").split())
-
 
 def look_at_rows(
     model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()
@@ -196,23 +173,12 @@ def look_at_rows(
     return RowsLook(model, data, overrides, layer, chosen, draft, source, rows, layout, about_data)
 
 
-def check_same(
-    path: Path,
-    run: Run,
-    overrides: Mapping[str, Any] | Sequence[str],
-    final_keys: set[str] | None = None,
-) -> None:
+def check_same(path: Path, run: Run, overrides: Mapping[str, Any] | Sequence[str]) -> None:
     """RecipeError if a recipe's file is there and says something else: it may have been edited.
 
-    Args:
-        overrides: of the command that makes `run`.
-        final_keys: the keys of `run` that are final, with those below them; None: all.
+    overrides: of the command that makes `run`.
     """
-    if not path.exists():
-        return
-    changes = differences(load_recipe(path), run)
-    if final_keys is not None:
-        changes = [change for change in changes if _is_below(change.key, final_keys)]
+    changes = differences(load_recipe(path), run) if path.exists() else []
     if not changes:
         return
     name = shell_path(from_here(path))
@@ -226,11 +192,6 @@ def check_same(
         why="it was edited, or the command or the data has changed; it is not overwritten",
         fix=f"train the existing recipe: {command}; or start another run: output_dir=runs/NAME",
     )
-
-
-def _is_below(key: str, final_keys: set[str]) -> bool:
-    parts = without_indices(key).split(".")
-    return any(".".join(parts[:n]) in final_keys for n in range(1, len(parts) + 1))
 
 
 def _free_overrides(

@@ -95,9 +95,12 @@ MOST_RATE = 1e-3
 # (arXiv:2305.14314). Of DeepSeek, gpt-oss, Kimi and Nemotron the cookbook's best rates are 1e-4 to
 # 1e-3; where it has the losses (sft_sweep.md), 2e-4 is within 1 % of the best.
 CAUTIOUS_FULL_RATE = 2e-5
-# The method that learns from rows of a format; of those that do the one that needs no second model
-# of the user's choice.
-METHODS_OF_FORMATS = {"preference": "dpo", "feedback": "kto"}
+# The method that learns from rows of a format, and why; of those that do the one that needs no
+# second model of the user's choice.
+METHODS_OF_FORMATS = {
+    "preference": ("dpo", "the rows are pairs of a chosen and a rejected answer"),
+    "feedback": ("kto", "the rows are answers labeled good or bad"),
+}
 # A method with a reference model takes a tenth of the rate of supervised fine-tuning: TRL's
 # defaults are 2e-5 and 1e-6, and its guides give LoRA ten times as much in both cases.
 PREFERENCE_RATE = 0.1
@@ -179,43 +182,33 @@ def make_recipe(
         UsageError: something is wrong or ambiguous; the fix says what to give.
     """
     look = look or look_at_rows(model, data, overrides)
-    layer, draft, layout = look.layer, look.draft, look.layout
-    override_keys = look.override_keys
-    chosen = dict(look.chosen)
-    output_dir = chosen.pop("output_dir")
-    why = {"data.train": look.about_data}
+    row_count = row_count or len(look.rows)
+    choices = _Choices(look)
     if model == demo_model.NAME:
-        why["model.name"] = (
+        choices.why["model.name"] = (
             "the demo's file in this Python environment: a recipe names files and Hub ids alone, "
             "so on another machine run the command above there"
         )
-    _choose_adapter(chosen, why, draft)
-    _choose_method(chosen, why, layout.format, override_keys)
+    choices.choose_adapter()
+    choices.choose_method()
+    examined = _examine(look.draft, look.source, look.rows, on_paper=on_paper)
+    parts = choices.choose_seq_len(examined)
+    held_out = choices.choose_hold_out(row_count, parts)
+    if examined.is_padded and "data.pack" not in choices.override_keys:
+        reason = f"{examined.spec.model_type} cannot keep packed examples apart"
+        choices.choose("data.pack", False, reason)
+    steps = choices.choose_steps(round(row_count * parts) - held_out, ranks)
+    choices.choose_validations(steps, held_out)
+    choices.choose_rate(examined.spec)
 
-    row_count = row_count or len(look.rows)
-    examined = _examine(draft, look.source, look.rows, on_paper=on_paper)
-    parts = _choose_seq_len(chosen, why, draft, override_keys, examined, layout.format)
-    held_out = _choose_hold_out(chosen, why, draft, override_keys, row_count, parts)
-    if examined.is_padded and "data.pack" not in override_keys:
-        chosen["data.pack"] = False
-        why["data.pack"] = f"{examined.spec.model_type} cannot keep packed examples apart"
-    examples = round(row_count * parts) - held_out
-    steps = _choose_steps(chosen, why, draft, override_keys, examples, layout.format, ranks)
-    _choose_validations(chosen, why, steps, held_out)
-    _choose_rate(chosen, why, draft, override_keys, examined.spec)
-    if layout.format in METHODS_OF_FORMATS:
-        _choose_preference_rate(chosen, why)
-    elif draft.adapter.from_ is not None:
-        _choose_continued_rate(chosen, why)
-
-    tree = over({**chosen, "output_dir": output_dir}, layer)
+    tree = over({**choices.values, "output_dir": look.chosen["output_dir"]}, look.layer)
     run = checked(tree)
-    for key in override_keys & why.keys() - {"data.train"}:
-        why[key] = "set on the command line"
+    for key in choices.override_keys & choices.why.keys() - {"data.train"}:
+        choices.why[key] = "set on the command line"
     return NewRecipe(
         run,
         look.path,
-        _recipe_text(tree, look.path, why, command=look.command),
+        _recipe_text(tree, look.path, choices.why, command=look.command),
         look.about_data,
         tuple(overrides),
         examined.mean_length,
@@ -309,142 +302,223 @@ def _examine_on_paper(
     return _Examined(spec, is_padded, lengths, mean_length, is_estimated=True)
 
 
-def _choose_hold_out(
-    chosen: dict[str, Any],
-    why: dict[str, str],
-    draft: Run,
-    override_keys: set[str],
-    rows: int,
-    parts: float,
-) -> int:
-    """Add how many of the rows are held out for validation; returns how many examples these make.
+class _Choices:
+    """The values of a new recipe, with the reasons for those that are no defaults.
 
-    parts: examples that a row makes on average; a long document makes many.
+    Attributes:
+        values: by key; those of the command line are laid over them.
+        why: by key.
+        draft: the recipe as far as the command line and the rows say.
+        override_keys: what the command line sets.
     """
-    hold_out = draft.data.hold_out
-    is_open = "data.hold_out" not in override_keys and not draft.data.validation
-    if is_open and rows >= FEW_ROWS:
-        hold_out = Share(5.0, "%")
-        fewest = TELLING if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
-        fewest = math.ceil(fewest / parts)
-        most = max(1, int(MOST_HELD_OUT / parts))
-        if rows * 0.05 < fewest:
-            hold_out = Share(fewest, "examples")
-        elif rows * 0.05 > most:
-            hold_out = Share(most, "examples")
-    if not hold_out:
-        if is_open:
-            why["data.train"] += "; too few to hold any out for validation"
-            log.info(f"{count_of(rows, 'row')} are too few to hold any out: no val_loss")
-        return 0
-    count = count_held_out(hold_out, rows)
-    chosen["data.hold_out"] = str(hold_out)
-    drawn = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed"
-    why["data.hold_out"] = f"{drawn}, to compute val_loss"
-    if count * parts < TELLING:
-        why["data.hold_out"] += f"; with fewer than {TELLING} it is only a rough estimate"
-    return round(count * parts)
 
+    def __init__(self, look: RowsLook) -> None:
+        self.values = {key: value for key, value in look.chosen.items() if key != "output_dir"}
+        self.why = {"data.train": look.about_data}
+        self.draft = look.draft
+        self.override_keys = look.override_keys
+        self.row_format = look.layout.format
 
-def _choose_seq_len(
-    chosen: dict[str, Any],
-    why: dict[str, str],
-    draft: Run,
-    override_keys: set[str],
-    examined: _Examined,
-    row_format: str,
-) -> float:
-    """Add a length that the longest example fits; if it is above SEQ_LEN, that 99 % of them fit.
+    def choose(self, key: str, value: object, why: str) -> None:
+        self.values[key] = value
+        self.why[key] = why
 
-    Text that is longer is split. Returns how many examples a row makes on average.
-    """
-    lengths = examined.lengths
-    is_split = row_format == "text" and draft.data.too_long == "auto"
-    context = examined.spec.position_limit or examined.spec.context
-    longest = int(lengths.max())
-    looked_at = f"the {len(lengths):,} rows examined"
-    if longest <= SEQ_LEN:
-        seq_len = longest
-        reason = f"the longest of {looked_at} has {longest:,} tokens"
-    elif is_split:
-        seq_len = SEQ_LEN
-        reason = f"longer texts are split; the longest of {looked_at} has {longest:,} tokens"
-    else:
-        # "higher": the length of a row that is there, not one between two.
-        most = int(np.quantile(lengths, 0.99, method="higher"))
-        seq_len = max(SEQ_LEN, most)
-        reason = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
-    seq_len = min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP)
-    chosen["data.seq_len"] = seq_len
-    why["data.seq_len"] = reason
-    too_long = float(np.mean(lengths > seq_len))
-    if is_split:
-        # Each part but the first begins with a token of the one before.
-        if "data.seq_len" in override_keys:
-            seq_len = draft.data.seq_len
-        return float(np.ceil((lengths - 1) / (seq_len - 1)).mean())
-    if too_long > MOST_CUT and "data.seq_len" not in override_keys:
-        chosen["data.too_long"] = "drop"
-        shown = f"{too_long:.0%} of the rows examined are longer than the {context:,} tokens"
-        effect = "truncated, their answers would have no end"
-        why["data.too_long"] = f"{shown} that the model supports; {effect}"
-    return 1.0
+    def choose_adapter(self) -> None:
+        """Add the shape of the adapter that is continued: the recipe's own has to be the same."""
+        name = self.draft.adapter.from_
+        if name is None or not Path(name).is_dir():
+            return  # one on the Hub is not asked for here
+        self.why["adapter.rank"] = "as the adapter that training continues from"
+        folder = find_adapter(name).folder
+        adapter = read_adapter(folder)
+        usual = Adapter()
+        # PEFT's file has the names that a run's `all-linear` stood for.
+        of_run = read_recipe(folder.parent).value.get("adapter") or {}
+        if of_run.get("target") == usual.target:
+            adapter = replace(adapter, target=usual.target)
+        self.values |= {"adapter.rank": adapter.rank, "adapter.alpha": adapter.alpha}
+        if adapter.target != usual.target:
+            target = adapter.target
+            self.values["adapter.target"] = target if isinstance(target, str) else [*target]
+        if adapter.rslora:
+            self.values["adapter.rslora"] = True
+        if adapter.modules_to_save:
+            self.values["adapter.modules_to_save"] = [*adapter.modules_to_save]
 
+    def choose_method(self) -> None:
+        """Add the method that learns from rows of this format, unless an override names one."""
+        if self.row_format not in METHODS_OF_FORMATS or "method.name" in self.override_keys:
+            return
+        self.choose("method.name", *METHODS_OF_FORMATS[self.row_format])
 
-def _choose_adapter(chosen: dict[str, Any], why: dict[str, str], draft: Run) -> None:
-    """Add the shape of the adapter that is continued: the recipe's own has to be the same."""
-    name = draft.adapter.from_
-    if name is None:
-        return
-    if not Path(name).is_dir():
-        return  # on the Hub, which is not asked here
-    why["adapter.rank"] = "as the adapter that training continues from"
-    folder = find_adapter(name).folder
-    adapter = read_adapter(folder)
-    usual = Adapter()
-    # PEFT's file has the names that a run's `all-linear` stood for.
-    of_run = read_recipe(folder.parent).value.get("adapter") or {}
-    if of_run.get("target") == usual.target:
-        adapter = replace(adapter, target=usual.target)
-    for field in ("rank", "alpha", "target", "rslora", "modules_to_save"):
-        value = getattr(adapter, field)
-        if field in ("rank", "alpha") or value != getattr(usual, field):
-            chosen[f"adapter.{field}"] = list(value) if isinstance(value, tuple) else value
+    def choose_seq_len(self, examined: _Examined) -> float:
+        """Add a length that the longest example fits; if it is above SEQ_LEN, that 99 % of them
+        fit.
 
+        Text that is longer is split. Returns how many examples a row makes on average.
+        """
+        lengths = examined.lengths
+        data = self.draft.data
+        is_set = "data.seq_len" in self.override_keys
+        is_split = self.row_format == "text" and data.too_long == "auto"
+        context = examined.spec.position_limit or examined.spec.context
+        longest = int(lengths.max())
+        looked_at = f"the {len(lengths):,} rows examined"
+        if longest <= SEQ_LEN:
+            seq_len = longest
+            reason = f"the longest of {looked_at} has {longest:,} tokens"
+        elif is_split:
+            seq_len = SEQ_LEN
+            reason = f"longer texts are split; the longest of {looked_at} has {longest:,} tokens"
+        else:
+            # "higher": the length of a row that is there, not one between two.
+            most = int(np.quantile(lengths, 0.99, method="higher"))
+            seq_len = max(SEQ_LEN, most)
+            reason = f"99 % of {looked_at} have up to {most:,} tokens, the longest {longest:,}"
+        seq_len = min(context, ceil_div(seq_len, SEQ_LEN_STEP) * SEQ_LEN_STEP)
+        self.choose("data.seq_len", seq_len, reason)
+        too_long = float(np.mean(lengths > seq_len))
+        if is_split:
+            # Each part but the first begins with a token of the one before.
+            if is_set:
+                seq_len = data.seq_len
+            return float(np.ceil((lengths - 1) / (seq_len - 1)).mean())
+        if too_long > MOST_CUT and not is_set:
+            self.choose(
+                "data.too_long",
+                "drop",
+                f"{too_long:.0%} of the rows examined are longer than the {context:,} tokens that "
+                "the model supports; truncated, their answers would have no end",
+            )
+        return 1.0
 
-def _choose_method(
-    chosen: dict[str, Any], why: dict[str, str], format_name: str, override_keys: set[str]
-) -> None:
-    """Add the method that learns from rows of this format, unless an override names one."""
-    method = METHODS_OF_FORMATS.get(format_name)
-    if method is None or "method.name" in override_keys:
-        return
-    chosen["method.name"] = method
-    kinds = {
-        "preference": "the rows are pairs of a chosen and a rejected answer",
-        "feedback": "the rows are answers labeled good or bad",
-    }
-    why["method.name"] = kinds[format_name]
+    def choose_hold_out(self, rows: int, parts: float) -> int:
+        """Add how many of the rows are held out for validation; returns how many examples these
+        make.
 
+        parts: examples that a row makes on average; a long document makes many.
+        """
+        data = self.draft.data
+        hold_out = data.hold_out
+        is_open = "data.hold_out" not in self.override_keys and not data.validation
+        if is_open and rows >= FEW_ROWS:
+            hold_out = Share(5.0, "%")
+            fewest = TELLING if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
+            fewest = math.ceil(fewest / parts)
+            most = max(1, int(MOST_HELD_OUT / parts))
+            if not fewest <= rows * 0.05 <= most:
+                hold_out = Share(min(max(rows * 0.05, fewest), most), "examples")
+        if not hold_out:
+            if is_open:
+                self.why["data.train"] += "; too few to hold any out for validation"
+                log.info(f"{count_of(rows, 'row')} are too few to hold any out: no val_loss")
+            return 0
+        count = count_held_out(hold_out, rows)
+        reason = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed, to compute val_loss"
+        if count * parts < TELLING:
+            reason += f"; with fewer than {TELLING} it is only a rough estimate"
+        self.choose("data.hold_out", str(hold_out), reason)
+        return round(count * parts)
 
-def _choose_preference_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
-    """Lower the learning rate for a method that compares answers."""
-    rate = chosen["train.learning_rate"] * PREFERENCE_RATE
-    chosen["train.learning_rate"] = float(f"{rate:.1e}")
-    why["train.learning_rate"] += "; preference training uses a tenth of it"
+    def choose_steps(self, examples: int, ranks: int) -> int | None:
+        """Add epochs and the global batch for so many examples; overrides stand, and count.
 
+        Returns the optimizer steps that this makes; None where unknown.
+        """
+        train = self.draft.train
+        usual_epochs = PREFERENCE_EPOCHS if self.row_format in METHODS_OF_FORMATS else EPOCHS
+        epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
+        if self.draft.adapter.from_ is not None:
+            epochs = usual_epochs  # more of few rows are for a new adapter
+        if examples * usual_epochs > MOST_SEEN:
+            epochs = max(1, MOST_SEEN // examples)
+        duration = train.duration
+        if "train.duration" not in self.override_keys:
+            duration = Length(epochs, "epochs")
+        examples_seen: float = examples * epochs
+        if duration.unit == "epochs":
+            examples_seen = examples * duration.amount
+        batch = train.global_batch
+        if "train.global_batch" not in self.override_keys:
+            # The largest batch that still makes STEPS steps.
+            sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
+            # Ranks of one tensor-parallel group share an example.
+            tensor = self.draft.parallel.tensor
+            of_ranks = min(examples, ranks if tensor == "auto" else ranks // tensor)
+            fewest = MIN_KTO_BATCH if self.row_format == "feedback" else 1
+            batch = Size(max([*sizes, fewest, of_ranks]), "examples")
+        reason = (
+            f"{count_of(examples, 'example')}; small data sets get more epochs, large ones fewer"
+        )
+        self.choose("train.duration", str(duration), reason)
+        self.values["train.global_batch"] = str(batch)
+        if duration.unit == "epochs" and batch.unit == "examples":
+            steps = round(ceil_div(examples, batch.amount) * duration.amount)
+            reason = (
+                f"{steps:,} optimizer steps; "
+                f"small data sets get small batches, for {STEPS} steps or more"
+            )
+            if batch.amount == ranks > 1:
+                reason += f", and an example for each of {ranks} ranks"
+            self.why["train.global_batch"] = reason
+            return steps
+        if duration.unit == "steps":
+            return int(duration.amount)
+        return None  # of a run by the clock or by tokens
 
-def _choose_continued_rate(chosen: dict[str, Any], why: dict[str, str]) -> None:
-    """Lower the learning rate for an adapter that was trained before."""
-    chosen["train.learning_rate"] = continued_rate(chosen["train.learning_rate"])
-    why["train.learning_rate"] += (
-        "; half of that for an adapter that is already trained, which a higher rate would undo"
-    )
+    def choose_validations(self, steps: int | None, held_out: int) -> None:
+        """Add how often the held-out rows are measured, and when their loss ends the run.
+
+        Each validation has its checkpoint, so that the best one stays.
+        """
+        if steps is not None:
+            validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS
+            intervals = [interval for interval in INTERVALS if interval * validations <= steps]
+            if not intervals:
+                intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
+            every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
+            self.values |= {"validate.every": every, "checkpoint.every": every}
+        if held_out >= TELLING:
+            reason = (
+                f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
+                "best one's weights (checkpoint.final)"
+            )
+            self.choose("validate.patience", PATIENCE, reason)
+
+    def choose_rate(self, spec: ModelSpec) -> None:
+        """Add the learning rate for a model of this family and width, and for what is trained."""
+        kind = self.draft.adapter.kind
+        rate = default_learning_rate(kind, spec.model_type, spec.hidden)
+        if _width_exponent(spec.model_type) is None:
+            reason = (
+                f"there is no rule for {spec.model_type} models: a cautious rate; try twice and "
+                "half of it, see docs/choosing.md"
+            )
+            if "train.learning_rate" not in self.override_keys:
+                log.info(f"train.learning_rate: {reason}")
+        else:
+            reason = f"from the model's family, {spec.model_type}, and hidden size, {spec.hidden:,}"
+        if kind == "lora":
+            reason += "; LoRA takes about ten times the rate of full fine-tuning"
+        if self.row_format in METHODS_OF_FORMATS:
+            rate = _two_digits(rate * PREFERENCE_RATE)
+            reason += "; preference training uses a tenth of it"
+        elif self.draft.adapter.from_ is not None:
+            rate = continued_rate(rate)
+            reason += (
+                "; half of that for an adapter that is already trained, which a higher rate would "
+                "undo"
+            )
+        self.choose("train.learning_rate", rate, reason)
 
 
 def continued_rate(rate: float) -> float:
     """The learning rate of an adapter that was trained before, from that of a new one."""
-    return float(f"{rate * CONTINUED_RATE:.1e}")
+    return _two_digits(rate * CONTINUED_RATE)
+
+
+def _two_digits(rate: float) -> float:
+    return float(f"{rate:.1e}")
 
 
 def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> float:
@@ -459,7 +533,7 @@ def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> fl
         rate = FULL_RATE * (WIDTH / hidden) ** exponent
     if adapter_kind == "lora":
         rate *= LORA_RATE
-    return min(MOST_RATE, float(f"{rate:.1e}"))
+    return min(MOST_RATE, _two_digits(rate))
 
 
 def _width_exponent(model_type: str) -> float | None:
@@ -472,103 +546,3 @@ def _width_exponent(model_type: str) -> float | None:
     if model_type.startswith("qwen"):
         return WIDTH_EXPONENTS["qwen"]
     return None
-
-
-def _choose_rate(
-    chosen: dict[str, Any],
-    why: dict[str, str],
-    draft: Run,
-    override_keys: set[str],
-    spec: ModelSpec,
-) -> None:
-    """Add the learning rate for a model of this family and width."""
-    kind = draft.adapter.kind
-    chosen["train.learning_rate"] = default_learning_rate(kind, spec.model_type, spec.hidden)
-    if _width_exponent(spec.model_type) is None:
-        reason = (
-            f"there is no rule for {spec.model_type} models: a cautious rate; try twice and half of"
-            " it, see docs/choosing.md"
-        )
-        if "train.learning_rate" not in override_keys:
-            log.info(f"train.learning_rate: {reason}")
-    else:
-        reason = f"from the model's family, {spec.model_type}, and hidden size, {spec.hidden:,}"
-    if kind == "lora":
-        reason += "; LoRA takes about ten times the rate of full fine-tuning"
-    why["train.learning_rate"] = reason
-
-
-def _choose_steps(
-    chosen: dict[str, Any],
-    why: dict[str, str],
-    draft: Run,
-    override_keys: set[str],
-    examples: int,
-    row_format: str,
-    ranks: int,
-) -> int | None:
-    """Add epochs and the global batch for so many examples; overrides stand, and count.
-
-    Returns the optimizer steps that this makes; None where unknown.
-    """
-    usual_epochs = PREFERENCE_EPOCHS if row_format in METHODS_OF_FORMATS else EPOCHS
-    epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
-    if draft.adapter.from_ is not None:
-        epochs = usual_epochs  # more of few rows are for a new adapter
-    if examples * usual_epochs > MOST_SEEN:
-        epochs = max(1, MOST_SEEN // examples)
-    duration = draft.train.duration
-    if "train.duration" not in override_keys:
-        duration = Length(epochs, "epochs")
-    examples_seen: float = examples * epochs
-    if duration.unit == "epochs":
-        examples_seen = examples * duration.amount
-    batch = draft.train.global_batch
-    if "train.global_batch" not in override_keys:
-        # The largest batch that still makes STEPS steps.
-        sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
-        # Ranks of one tensor-parallel group share an example.
-        tensor = draft.parallel.tensor
-        of_ranks = min(examples, ranks if tensor == "auto" else ranks // tensor)
-        fewest = MIN_KTO_BATCH if row_format == "feedback" else 1
-        batch = Size(max([*sizes, fewest, of_ranks]), "examples")
-    chosen["train.duration"] = str(duration)
-    chosen["train.global_batch"] = str(batch)
-    why["train.duration"] = (
-        f"{count_of(examples, 'example')}; small data sets get more epochs, large ones fewer"
-    )
-    if duration.unit == "epochs" and batch.unit == "examples":
-        steps = round(ceil_div(examples, batch.amount) * duration.amount)
-        why["train.global_batch"] = (
-            f"{steps:,} optimizer steps; "
-            f"small data sets get small batches, for {STEPS} steps or more"
-        )
-        if batch.amount == ranks > 1:
-            why["train.global_batch"] += f", and an example for each of {ranks} ranks"
-        return steps
-    if duration.unit == "steps":
-        return int(duration.amount)
-    return None  # of a run by the clock or by tokens
-
-
-def _choose_validations(
-    chosen: dict[str, Any], why: dict[str, str], steps: int | None, held_out: int
-) -> None:
-    """Add how often the held-out rows are measured, and when their loss ends the run.
-
-    Each validation has its checkpoint, so that the best one stays.
-    """
-    if steps is not None:
-        validations = MORE_VALIDATIONS if held_out <= FEW_HELD_OUT else VALIDATIONS
-        intervals = [interval for interval in INTERVALS if interval * validations <= steps]
-        if not intervals:
-            intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
-        every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
-        chosen["validate.every"] = every
-        chosen["checkpoint.every"] = every
-    if held_out >= TELLING:
-        chosen["validate.patience"] = PATIENCE
-        why["validate.patience"] = (
-            f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
-            "best one's weights (checkpoint.final)"
-        )
