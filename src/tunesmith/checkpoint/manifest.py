@@ -61,6 +61,11 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def entry_of_file(path: Path) -> dict[str, Any]:
+    """The manifest's entry of a file."""
+    return {"bytes": path.stat().st_size, "sha256": digest_of_file(path)}
+
+
 def flush_to_disk(path: Path) -> None:
     """Write what the system holds of a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -73,7 +78,7 @@ def flush_to_disk(path: Path) -> None:
 def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
     """Flush every file of `folder`; its manifest's entries.
 
-    hashed: entries of files that were hashed while they were written, and are not read again.
+    hashed: entries of files that are hashed already.
     """
     # safetensors writes its files with mode 600.
     follow_umask(folder)
@@ -83,11 +88,7 @@ def flush_files(folder: Path, hashed: Entries | None = None) -> Entries:
             continue
         flush_to_disk(path)
         name = path.relative_to(folder).as_posix()
-        size = path.stat().st_size
-        entry = (hashed or {}).get(name)
-        if entry is None or entry["bytes"] != size:
-            entry = {"bytes": size, "sha256": digest_of_file(path)}
-        entries[name] = entry
+        entries[name] = (hashed or {}).get(name) or entry_of_file(path)
     return entries
 
 

@@ -7,19 +7,15 @@ copies have alike is there once. `optimizer.<name>.<field>` are the optimizer's 
 in optimizer.safetensors; config, tokenizer and progress lie beside it as in every checkpoint.
 """
 
-import hashlib
-import io
 import json
-import os
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -40,7 +35,15 @@ from tunesmith.checkpoint.contents import (
     write_config,
     write_optimizer,
 )
-from tunesmith.checkpoint.manifest import CARD, MANIFEST, PART, Entries, atomic_folder, prune
+from tunesmith.checkpoint.manifest import (
+    CARD,
+    MANIFEST,
+    PART,
+    Entries,
+    atomic_folder,
+    entry_of_file,
+    prune,
+)
 from tunesmith.checkpoint.model_card import model_card, weights_file, with_files
 from tunesmith.checkpoint.replicate import commit_on_all_ranks, copy_files
 from tunesmith.checkpoint.resume import DELETE, Progress
@@ -68,7 +71,7 @@ from tunesmith.runtime.device import is_integrated
 
 STATE = "state"
 METADATA = ".metadata"
-FITS = 0.7  # of the host's free memory may hold a copy
+COPY_SHARE = 0.7  # of the host's free memory, which a copy may take
 
 
 def is_sharded(folder: Path) -> bool:
@@ -167,66 +170,8 @@ class _PartsReader(FileSystemReader):
         return super().prepare_local_plan(plan)
 
 
-class _HashedStream(io.RawIOBase):
-    """A file that is written from its beginning to its end, and hashed on the way."""
-
-    def __init__(self, file: io.IOBase) -> None:
-        self.file = file
-        self.size = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def fileno(self) -> int:
-        self.file.flush()
-        return self.file.fileno()
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-class _HashingFiles(FileSystem):
-    """DCP's files, each hashed while it is written.
-
-    Attributes:
-        entries: of those that were written, by name, as in a manifest.
-    """
-
-    def __init__(self) -> None:
-        self.entries: Entries = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        with super().create_stream(path, mode) as file:
-            if mode != "wb":
-                yield file
-                return
-            stream = _HashedStream(file)
-            yield stream
-            self.entries[Path(path).name] = {
-                "bytes": stream.size,
-                "sha256": stream.sha256.hexdigest(),
-            }
-
-
-class _HashingWriter(FileSystemWriter):
-    """DCP's writer of files. Each rank hashes its own while it writes them."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.fs: _HashingFiles = _HashingFiles()
-
-    def parts(self) -> Entries:
-        """The manifest's entries of what this rank wrote."""
-        entries = self.fs.entries.items()
-        return {f"{STATE}/{name}": entry for name, entry in entries if name.endswith(PART)}
+class _PartsWriter(FileSystemWriter):
+    """DCP's writer of files."""
 
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
@@ -252,7 +197,7 @@ def fits_twice(
     size = sum(local_part(tensor).nbytes for tensor in _named(model, optimizer).values())
     has_host_memory = device.type == "cpu" or not is_integrated(device)
     # The ranks of a node copy at the same time.
-    fits = has_host_memory and size * ranks.local_world < FITS * available_memory()
+    fits = has_host_memory and size * ranks.local_world < COPY_SHARE * available_memory()
     return all(ranks.all_gather_object(fits))
 
 
@@ -283,7 +228,7 @@ def sharded_save_function(
             scalars[name.removeprefix("optimizer.")] = tensors.pop(name)
 
     def save(folder: Path) -> Entries:
-        writer = _HashingWriter(folder / STATE)
+        writer = _PartsWriter(folder / STATE)
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
                 write_config(folder, model, tokenizer)
@@ -299,7 +244,9 @@ def sharded_save_function(
             raise OtherRankError(
                 f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED
             ) from None
-        return writer.parts()
+        # Each rank hashes what it has written; DCP names the files after the rank.
+        parts = (folder / STATE).glob(f"__{ranks.rank}_*{PART}")
+        return {f"{STATE}/{path.name}": entry_of_file(path) for path in parts}
 
     return save
 
