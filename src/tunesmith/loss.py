@@ -395,8 +395,7 @@ class _HeadLogprobs(torch.autograd.Function):
         for span in args.spans():
             raw = F.linear(hidden[span], weight, bias)
             # d(sum of g * logprob) = -d(sum of g * loss): the gradient of a log-probability comes
-            # in as
-            # minus the weight of its loss.
+            # in as minus the weight of its loss.
             _, grad_logits = args.loss_and_grad(raw, span, -grads[0][span])
             sums.add(span, grad_logits, hidden[span], weight)
         d_weight = None if sums.weight is None else sums.weight.to(weight.dtype)

@@ -3,12 +3,12 @@
 The edges of the documents travel as one keyword argument, `documents`, through the model's forward;
 where a model does not pass it on, they are those of `current_documents`. Three backends:
 
-varlen CUDA, `torch.nn.attention.varlen`: cuDNN or FlashAttention on the flattened block, no
-padding, no mask. products grouped batched matrix products with an explicit softmax: on CPU several
-times faster than sdpa in bf16 on
-            short documents, and the only backend with a soft cap.
-sdpa one `scaled_dot_product_attention` a document: cards that varlen refuses, and attention
-dropout.
+- varlen: `torch.nn.attention.varlen` on CUDA: cuDNN or FlashAttention on the flattened block, no
+  padding, no mask.
+- products: grouped batched matrix products with an explicit softmax: on a CPU several times faster
+  than sdpa in bf16 on short documents, and the only backend with a soft cap.
+- sdpa: one `scaled_dot_product_attention` a document: cards that varlen refuses, and attention
+  dropout.
 
 Attention without documents is refused: a plain causal mask over a packed row would let documents
 see each other. Generation therefore runs under another name ("sdpa"), never this one.
@@ -379,12 +379,10 @@ def _output_and_gradients(
         leaves = [t.detach().requires_grad_() for t in inputs]
         q, k, v, *rest = leaves
         sinks = rest[0] if rest else None
-        if backend == "varlen":
-            out = _varlen(q, k, v, rule, sinks)
-        elif backend == "products":
-            out = _products(q, k, v, rule, sinks)
-        else:
+        if backend == "sdpa":
             out = _sdpa(q, k, v, rule)
+        else:
+            out = (_varlen if backend == "varlen" else _products)(q, k, v, rule, sinks)
         return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
@@ -487,8 +485,7 @@ class _Products(torch.autograd.Function):
             keys = _pack_keys(k, group)
             values = _pack_keys(v, group)
             # A group either saves the probabilities of all its blocks or of none: the backward
-            # reads them
-            # back in this order.
+            # reads them back in this order.
             saves = needs_backward and _saves_probabilities(group, rule.softcap)
             results = []
             for block in _blocks(group.length, rule.window):
@@ -648,20 +645,9 @@ def _add_block(total: Tensor | None, part: Tensor, packed: Tensor, block: Block)
     return total
 
 
-def _gather(x: Tensor, group: Group) -> Tensor:
-    """The group's tokens of x [n, heads, d], padded: [count, length, heads, d]."""
-    if group.places is None or group.tokens is None:
-        # A document alone is a run of the block: a view, nothing is gathered.
-        return x[group.start : group.start + group.length].unsqueeze(0)
-    # Padding is zero: in the backward it stands for the gradients of rows without a token.
-    rows = x.new_zeros(group.count * group.length, *x.shape[1:])
-    rows.index_copy_(0, group.places, x.index_select(0, group.tokens))
-    return rows.unflatten(0, (group.count, -1))
-
-
 def _pack_keys(x: Tensor, group: Group) -> Tensor:
     """Keys or values x [n, kv heads, d] of the group, by head: [count * kv heads, length, d]."""
-    return _gather(x, group).transpose(1, 2).reshape(-1, group.length, x.shape[2])
+    return group.rows_of(x).transpose(1, 2).reshape(-1, group.length, x.shape[2])
 
 
 def _pack_queries(x: Tensor, group: Group, kv_heads: int, scale: float = 1.0) -> Tensor:
@@ -671,7 +657,7 @@ def _pack_queries(x: Tensor, group: Group, kv_heads: int, scale: float = 1.0) ->
         [count * kv heads, heads a kv head, length, d].
     """
     # [count, length, kv heads, heads a kv head, d] -> [count, kv heads, heads a kv head, length, d]
-    rows = _gather(x, group).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    rows = group.rows_of(x).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     # Written contiguous for `bmm`, and scaled in the same pass.
     return torch.mul(rows, scale, out=x.new_empty(rows.shape)).flatten(0, 1)
 

@@ -52,6 +52,15 @@ class Group:
     places: Tensor | None = None
     tokens: Tensor | None = None  # int64 [tokens], which token each of these holds
 
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The group's documents of x [n, ...], padded with zeros: [count, length, ...]."""
+        if self.places is None or self.tokens is None:
+            # A document alone is a run of the block: a view, nothing is gathered.
+            return x[self.start : self.start + self.length].unsqueeze(0)
+        rows = x.new_zeros(self.count * self.length, *x.shape[1:])
+        rows.index_copy_(0, self.places, x.index_select(0, self.tokens))
+        return rows.unflatten(0, (self.count, self.length))
+
 
 @dataclass(frozen=True)
 class Spaced:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
-from tunesmith.model.documents import Documents, Group, Spaced, current_documents
+from tunesmith.model.documents import Documents, Spaced, current_documents
 from tunesmith.model.fused import add_mixin
 
 
@@ -116,12 +116,8 @@ def _run_apart(
         return _run_in_one_call(forward, call, documents, args, kwargs)
     outputs = []
     for group in documents.rows:
-        # `group` as a default: a closure would see the loop's last one.
-        def as_rows(row: Tensor, group: Group = group) -> Tensor:
-            return _rows_of_group(row, group)
-
-        row_args = _change_tokens(args, documents, as_rows)
-        row_kwargs = _change_tokens(kwargs, documents, as_rows)
+        row_args = _change_tokens(args, documents, group.rows_of)
+        row_kwargs = _change_tokens(kwargs, documents, group.rows_of)
         outputs.append(forward(*row_args, **row_kwargs))
     return _join_rows(outputs, documents)
 
@@ -175,15 +171,6 @@ def _change_tokens(value: Any, documents: Documents, change: Callable[[Tensor], 
             fix="set model.attention: eager and data.pack: false",
         )
     return change(value.squeeze(0))
-
-
-def _rows_of_group(row: Tensor, group: Group) -> Tensor:
-    """The documents of a group in [n, ...], as [documents, length, ...]."""
-    if group.places is None or group.tokens is None:
-        return row[group.start : group.start + group.length].unsqueeze(0)
-    padded = row.new_zeros(group.count * group.length, *row.shape[1:])
-    padded = padded.index_copy(0, group.places, row.index_select(0, group.tokens))
-    return padded.unflatten(0, (group.count, group.length))
 
 
 def _join_rows(outputs: list[Any], documents: Documents) -> Any:
