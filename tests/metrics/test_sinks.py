@@ -390,13 +390,8 @@ def test_no_color_keeps_the_bar_and_takes_its_colours(
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
     def kinds(**log: object) -> list[str]:
-        sinks = sinks_of(
-            replace(run, log=Log(**log)),
-            tmp_path,
-            total_steps=1,
-            steps_per_epoch=1,
-            log_file=LogFile(tmp_path / "log.txt"),
-        )
+        terminal = Terminal(LogFile(tmp_path / "log.txt"), total_steps=1, steps_per_epoch=1)
+        sinks = sinks_of(replace(run, log=Log(**log)), tmp_path, terminal)
         return [type(s).__name__ for s in sinks.all]
 
     assert kinds() == ["Terminal", "JsonlSink", "SamplesSink", "TensorBoardSink"]
@@ -417,14 +412,10 @@ def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:
         "TrackerSink",
     ]
     elsewhere = replace(run, log=Log(tensorboard_dir=str(tmp_path / "logs")))
-    sinks = sinks_of(
-        elsewhere,
-        tmp_path,
-        total_steps=1,
-        steps_per_epoch=1,
-        log_file=LogFile(tmp_path / "log.txt"),
-        stream=io.StringIO(),
+    terminal = Terminal(
+        LogFile(tmp_path / "log.txt"), total_steps=1, steps_per_epoch=1, stream=io.StringIO()
     )
+    sinks = sinks_of(elsewhere, tmp_path, terminal)
     sinks.open(elsewhere, 0)
     sinks.step(record())
     sinks.flush()

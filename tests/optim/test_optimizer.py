@@ -375,7 +375,7 @@ def test_large_weights_are_rounded_piece_by_piece_with_the_same_bits(
 ) -> None:
     ends = []
     for most in (1 << 20, 1 << 10):
-        monkeypatch.setitem(adamw.CHUNK, "cpu", most)
+        monkeypatch.setitem(adamw.MAX_PIECE_ELEMENTS, "cpu", most)
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(37, 256).bfloat16())
         optimizer = Optimizer(

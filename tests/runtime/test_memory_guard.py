@@ -17,7 +17,12 @@ from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures, memory_floor
 from tunesmith.host.signals import StopRequest
 from tunesmith.runtime import memory_guard
-from tunesmith.runtime.memory_guard import OFTEN, RARELY, MemoryGuard, drop_page_cache
+from tunesmith.runtime.memory_guard import (
+    MAX_LOOK_SECONDS,
+    MIN_LOOK_SECONDS,
+    MemoryGuard,
+    drop_page_cache,
+)
 
 GIB, MIB = 2**30, 2**20
 LAPTOP = MemoryFigures(
@@ -228,9 +233,9 @@ def test_a_run_of_long_micro_batches_stops_earlier(monkeypatch: pytest.MonkeyPat
 def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     there = Pretended(lambda now: LAPTOP, monkeypatch, unified=False)
     there.until(60)
-    assert there.looks == 60 / RARELY
+    assert there.looks == 60 / MAX_LOOK_SECONDS
     near = replace(LAPTOP, available=memory_floor(LAPTOP.total, unified=False) + 30 * MIB)
-    assert Pretended(lambda now: near, monkeypatch, unified=False).guard.look() == OFTEN
+    assert Pretended(lambda now: near, monkeypatch, unified=False).guard.look() == MIN_LOOK_SECONDS
 
 
 def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ is not used: it waits for the device after each tensor.
 """
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,15 +28,15 @@ from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCK = 256  # elements of an 8-bit moment that share a scale
+BLOCK_ELEMENTS = 256  # of an 8-bit moment, which share a scale
 # A smaller tensor keeps fp32 moments, as in bitsandbytes, and a vector too: it costs nothing, and
 # norms are sensitive.
-MIN_8BIT = 4096
+MIN_8BIT_ELEMENTS = 4096
 
 # Elements that are rounded at once where no compiled kernel does it, so that temporaries stay
 # small: on a CPU they fit its cache, and on a GPU a piece must be worth the start of some 60
 # kernels.
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
+MAX_PIECE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 # Scalars that leave a weight and its moments as they are where the gradient is 0, in the order of
 # `_adamw_rounded`.
@@ -50,7 +52,7 @@ def checkpoint_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
     moments = 2 * 4.0
     if train.optimizer == "adamw-8bit":
         # Two moments of a byte, and an fp32 scale a block of each.
-        moments = 2 * (1 + 4 / BLOCK)
+        moments = 2 * (1 + 4 / BLOCK_ELEMENTS)
     # A 16-bit weight with stochastic rounding is its own master.
     has_master = weight_bytes == 2 and train.master_weights == "fp32"
     return moments + (4.0 if has_master else 0.0)
@@ -73,7 +75,7 @@ def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
 
 def has_eight_bit_moments(param: Tensor) -> bool:
     """Whether adamw-8bit stores the moments of this parameter in 8 bits; it may be a DTensor."""
-    return param.ndim >= 2 and param.numel() >= MIN_8BIT
+    return param.ndim >= 2 and param.numel() >= MIN_8BIT_ELEMENTS
 
 
 def check_blocks(named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -91,11 +93,12 @@ def check_blocks(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         # The whole row, unless a tensor mesh cuts it: FSDP2 shards dimension 0.
         columns = local_slices(param)[-1]
         width = columns.stop - columns.start
-        if width % BLOCK:
+        if width % BLOCK_ELEMENTS:
             raise RecipeError(
                 "8-bit moments cannot be sharded over these ranks",
                 where="train.optimizer",
-                why=f"{name} has rows of {width:,} elements on a rank, and {BLOCK} share a scale",
+                why=f"{name} has rows of {width:,} elements on a rank, and {BLOCK_ELEMENTS} share "
+                "a scale",
                 fix="train.optimizer=adamw, or only replicas: parallel.shard=1 parallel.tensor=1",
             )
 
@@ -168,7 +171,7 @@ class ParameterState:
         shape = like.shape
         # Codes have the weight's shape; their scales have one for each block of a row.
         if value.shape != self.weight.shape:  # scales of 8-bit moments
-            shape = torch.Size((*like.shape[:-1], like.shape[-1] // BLOCK))
+            shape = torch.Size((*like.shape[:-1], like.shape[-1] // BLOCK_ELEMENTS))
         # Strides of a contiguous whole: without shape and stride `from_local` assumes even shards.
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
@@ -185,11 +188,11 @@ class ParameterState:
         if self.eight_bit:
             codes = torch.zeros_like(self.weight, dtype=torch.uint8)
             *rows, width = codes.shape
-            shape = [*rows, width // BLOCK]
+            shape = [*rows, width // BLOCK_ELEMENTS]
             # Blocks of bitsandbytes' kernel run over the flat tensor: rows that are no whole blocks
             # share.
-            if width % BLOCK:
-                shape = [ceil_div(codes.numel(), BLOCK)]
+            if width % BLOCK_ELEMENTS:
+                shape = [ceil_div(codes.numel(), BLOCK_ELEMENTS)]
             scale = torch.zeros(shape, device=codes.device)
             return {
                 "exp_avg": codes,
@@ -227,8 +230,9 @@ class AdamWUpdate:
         self.device = device
         self.rounded = _adamw_rounded
         self.compiled = False
-        self._scalars: dict[tuple[float, ...], Tensor] = {}
-        self._step_key: tuple[int, Tensor] | None = None
+        # Computed once a step: tensors differ in their weight decay alone.
+        self.scalars_of = lru_cache(maxsize=8)(self._scalars_of)
+        self.key_of = lru_cache(maxsize=1)(self._key_of)
         self.functional: Any = None
         if train.optimizer == "adamw-8bit":
             self.functional = packages.bnb_functional("8-bit moments", "train.optimizer")
@@ -244,7 +248,7 @@ class AdamWUpdate:
 
         Its CUDA kernel does, its CPU code does not.
         """
-        weight = nn.Parameter(torch.ones(MIN_8BIT, device=self.device))
+        weight = nn.Parameter(torch.ones(MIN_8BIT_ELEMENTS, device=self.device))
         weight.grad = torch.full_like(weight, float("nan"))
         part = ParameterState("", weight, weight, 0.1, rounded=False, eight_bit=True)
         part.state = part.initial_state()
@@ -369,7 +373,7 @@ class AdamWUpdate:
             weight_decay=part.decay,
         )
         if part.rounded:
-            key = self._key_of(step)
+            key = self.key_of(step)
             # bitsandbytes has updated `weight`, an fp32 copy; its rounding goes to the parameter.
             for place, updated, rounded in self._pieces(part, weight, part.weight.data):
                 noise = noise_at(place, key, updated.shape)
@@ -382,15 +386,14 @@ class AdamWUpdate:
     ) -> None:
         state = part.state
         state["step"] += 1
-        scalars = self._scalars_of(int(state["step"]), lr, part.decay)
-        key = self._key_of(step)
+        scalars = self.scalars_of(int(state["step"]), lr, part.decay)
+        key = self.key_of(step)
         tensors = (part.weight.data, part.grad, state["exp_avg"], state["exp_avg_sq"])
         for place, weight, grad, exp_avg, exp_avg_sq in self._pieces(part, *tensors):
             self.rounded(weight, grad, exp_avg, exp_avg_sq, place, key, scalars, found_inf)
 
     def _scalars_of(self, count: int, lr: float, decay: float) -> Tensor:
-        """What `_adamw_rounded` takes as `scalars` in the update number `count`, computed once a
-        step.
+        """The `scalars` of `_adamw_rounded` in the update number `count`.
 
         They go in a tensor, so that no value needs a graph of its own.
         """
@@ -406,14 +409,7 @@ class AdamWUpdate:
             lr / (1 - beta1**count),
             (1 - beta2**count) ** 0.5,
         )
-        if values not in self._scalars:
-            # lr changes each step, so old values are of no use; several live at a time by weight
-            # decay.
-            if len(self._scalars) > 8:
-                self._scalars.clear()
-            scalars = torch.tensor((values, NO_UPDATE), dtype=torch.float32)
-            self._scalars[values] = self._to_device(scalars)
-        return self._scalars[values]
+        return self._to_device(torch.tensor((values, NO_UPDATE), dtype=torch.float32))
 
     def _to_device(self, value: Tensor) -> Tensor:
         """A small tensor of the host on the device, without waiting for it."""
@@ -423,11 +419,8 @@ class AdamWUpdate:
         return value.pin_memory().to(self.device, non_blocking=True)
 
     def _key_of(self, step: int) -> Tensor:
-        """The key of a step for `noise_at`, computed once a step."""
-        if self._step_key is None or self._step_key[0] != step:
-            key = torch.tensor(_two_words(f"{self.train.seed} {step}"))
-            self._step_key = (step, self._to_device(key))
-        return self._step_key[1]
+        """The key of a step for `noise_at`."""
+        return self._to_device(torch.tensor(_two_words(f"{self.train.seed} {step}")))
 
     def _pieces(self, part: ParameterState, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The tensors in pieces along the first dimension, each behind its place for `noise_at`.
@@ -438,13 +431,12 @@ class AdamWUpdate:
         if part.noise_place is None:
             part.noise_place = self._to_device(noise_place(part.name, part.param))
         count = part.weight.numel()
-        chunk = CHUNK[self.device.type]
+        most = MAX_PIECE_ELEMENTS[self.device.type]
         is_compiled = self.compiled and not part.eight_bit
-        if is_compiled or count <= chunk:
+        if is_compiled or count <= most:
             yield part.noise_place, *tensors
             return
-        # As many rows as hold about `chunk` elements.
-        rows = max(1, chunk * len(part.weight) // count)
+        rows = max(1, most * len(part.weight) // count)
         for start in range(0, len(part.weight), rows):
             place = part.noise_place.clone()
             # place[2] is the index of the first row: the noise is that of the whole tensor's rows.
@@ -454,10 +446,7 @@ class AdamWUpdate:
 
 def _two_words(text: str) -> list[int]:
     """Two numbers of 32 bits with a sign that follow from a text."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    low = int.from_bytes(digest[:4], "little", signed=True)
-    high = int.from_bytes(digest[4:], "little", signed=True)
-    return [low, high]
+    return [*struct.unpack("<2i", hashlib.blake2b(text.encode(), digest_size=8).digest())]
 
 
 def noise_place(name: str, param: Tensor) -> Tensor:

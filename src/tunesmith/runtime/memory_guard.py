@@ -38,22 +38,22 @@ from tunesmith.runtime.device import is_integrated
 # MemFree on unified memory, below which page cache is dropped, and below which the run ends where
 # that did not help: 2.6 GiB was the least that a load passed with, and allocations failed at 2.5
 # although 22 were available. Less is enough where a run can take no more than less.
-UNIFIED_FREE = 8 << 30
-UNIFIED_FREE_LEAST = 3 << 30
+UNIFIED_FREE_BYTES = 8 << 30
+UNIFIED_MIN_FREE_BYTES = 3 << 30
 # Seconds that a save and the end take, on a busy machine; before it comes `stop.takes`.
-AHEAD = 3.0
-LONGEST_WORK = 30.0  # seconds of `stop.takes` that count
+SAVE_SECONDS = 3.0
+MAX_WORK_SECONDS = 30.0  # seconds of `stop.takes` that count
 # Seconds between two looks, at most and at least: at most a thousandth of a core.
-RARELY = 1.0
-OFTEN = 0.12
-FASTEST = 4 << 30  # bytes a second that memory is filled with: page faults of one process
-# Seconds between two times that page cache is dropped: while MemFree is below the least; else the
-# second, doubled where a drop brought nothing, up to the third.
-AGAIN = 2.0
-PAUSE = 30.0
-LONGEST_PAUSE = 480.0
-WORTH = 2 << 30  # bytes of page cache that are worth it
-MOST_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
+MAX_LOOK_SECONDS = 1.0
+MIN_LOOK_SECONDS = 0.12
+FILL_BYTES_A_SECOND = (
+    4 << 30
+)  # bytes a second that memory is filled with: page faults of one process
+# Seconds between two times that page cache is dropped: while MemFree is below the least, and else.
+URGENT_PAUSE_S = 2.0
+PAUSE_S = 60.0
+MIN_CACHED_BYTES = 2 << 30  # of page cache, which are worth it
+MAX_DROPPED_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
 
 
 def drop_page_cache(paths: Sequence[Path], root: Path = ROOT) -> None:
@@ -63,7 +63,7 @@ def drop_page_cache(paths: Sequence[Path], root: Path = ROOT) -> None:
     take. The kernel's own switches took GB10s through every load, and give free memory in large
     blocks.
     """
-    for file in islice(_files_below(paths), MOST_FILES):
+    for file in islice(_files_below(paths), MAX_DROPPED_FILES):
         with suppress(OSError):  # it was removed, or may not be read
             handle = os.open(file, os.O_RDONLY)
             try:
@@ -95,8 +95,7 @@ class MemoryGuard:
             unified memory.
         unified: whether the GPU shares the host's memory; None until one is in use.
         others: times, and what this process did not take then.
-        pause: seconds between two times that page cache is dropped.
-        dropped_at: when that happened last.
+        dropped_at: when page cache was dropped last.
         still_short: MemFree was below the least before that, and after it.
     """
 
@@ -119,8 +118,7 @@ class MemoryGuard:
         self.clock = clock
         self.unified = unified
         self.others: deque[tuple[float, int]] = deque()
-        self.pause = PAUSE
-        self.dropped_at = -LONGEST_PAUSE
+        self.dropped_at = -PAUSE_S
         self.still_short = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
@@ -148,7 +146,7 @@ class MemoryGuard:
         """
         figures = self.read()
         if figures is None:
-            return RARELY
+            return MAX_LOOK_SECONDS
         allocator = self._allocator_bytes()
         this_run = own_memory(self.ranks.heartbeat.peers.local_processes()) + allocator
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified))
@@ -165,16 +163,16 @@ class MemoryGuard:
         elif self.unified:
             # The driver alone needs free memory, for what the allocator may still take: all else
             # drops page cache itself.
-            enough = min(UNIFIED_FREE, unified_budget(figures))
-            if figures.free < enough and figures.cached > WORTH:
-                least = min(UNIFIED_FREE_LEAST, enough)
+            enough = min(UNIFIED_FREE_BYTES, unified_budget(figures))
+            if figures.free < enough and figures.cached > MIN_CACHED_BYTES:
+                least = min(UNIFIED_MIN_FREE_BYTES, enough)
                 reason = self._drop(figures, least)
                 # Near the least the next look comes soon.
                 left = min(left, max(0, figures.free - least))
         if reason:
             self._ask(reason, figures, floor, allocator)
         # No sooner than memory can be filled as far as the floor.
-        return min(RARELY, max(OFTEN, (left - growth) / FASTEST))
+        return min(MAX_LOOK_SECONDS, max(MIN_LOOK_SECONDS, (left - growth) / FILL_BYTES_A_SECOND))
 
     def _allocator_bytes(self) -> int:
         """What torch's allocator has of the host's memory: on unified memory alone."""
@@ -190,7 +188,7 @@ class MemoryGuard:
 
         The first step compiles, and says nothing of those that follow.
         """
-        return AHEAD + min(self.stop.takes, LONGEST_WORK)
+        return SAVE_SECONDS + min(self.stop.takes, MAX_WORK_SECONDS)
 
     def _growth(self, others: int) -> int:
         """What others took in as long as a stop takes: they may do so again.
@@ -215,7 +213,7 @@ class MemoryGuard:
         """
         since = self.clock() - self.dropped_at
         critical = figures.free < least
-        if since < (AGAIN if critical else self.pause):
+        if since < (URGENT_PAUSE_S if critical else PAUSE_S):
             return ""
         if critical and self.still_short:
             free = f"MemFree is {gib(figures.free)} GiB"
@@ -224,10 +222,6 @@ class MemoryGuard:
         self.make_room(self.files)
         after = self.read() or figures
         self.still_short = critical and after.free < least
-        if after.free - figures.free >= WORTH / 2:
-            self.pause = PAUSE
-        else:
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
         return ""
 
     def _ask(self, reason: str, figures: MemoryFigures, floor: int, allocator: int) -> None:

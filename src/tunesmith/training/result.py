@@ -27,7 +27,6 @@ from tunesmith.errors import (
 )
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.memory import suspected_limit
-from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import END, REQUEUE, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
@@ -269,28 +268,28 @@ def stopped_by(
         why = "there was nothing to save yet"
         fix = "start the same command again"
 
-    # The record for stopped.json, and the error, by what stopped the run: memory, file, signal.
-    record: dict[str, Any] = {"signal": signal, "reason": "signal", "step": step}
+    # More for stopped.json, and the error, by what stopped the run: memory, file, signal.
+    more: dict[str, Any] = {}
+    reason = "signal"
     error: StoppedError
     if shortage is not None:
+        reason = "memory"
         smaller = half_micro_batch(run, progress.micro_batch) if step else ""
         fix = f"{END}, then {fix}"
         if smaller:
             fix += f"; or with train.micro_batch='{smaller}'"
-        record |= {"reason": "memory", "next": fix, "smaller": smaller, "figures": shortage.record}
+        more = {"smaller": smaller, "figures": shortage.record}
         error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
     elif is_by_file:
-        record |= {"reason": "file", "next": fix}
+        reason = "file"
         error = StoppedError("stopped by the stop file" + saved_text, where=where, why=why, fix=fix)
     else:
         if signal == "SIGUSR1" and os.environ.get(REQUEUE):
             fix = "nothing to do: the job is requeued, and resumes by itself"
-        record |= {"next": fix}
         error = StoppedError(f"stopped by {signal}{saved_text}", where=where, why=why, fix=fix)
         # Slurm's preemption and its `--signal` come as these.
         if "SLURM_JOB_ID" in os.environ and signal in ("SIGTERM", "SIGUSR1"):
             error.cause = "preempted"
-    record["cause"] = error.cause or None
 
     # The request is answered: the next start must not find it.
     if ranks.is_main_process:
@@ -298,24 +297,17 @@ def stopped_by(
     if is_launched():
         error.exit_code = EXIT_OK
     if ranks.is_run_dir_writer:
-        write_atomically(out / STOPPED, json.dumps(record, indent=1))
+        more |= {"signal": signal, "cause": error.cause or None}
+        write_stopped(out, step, reason=reason, next_command=fix, **more)
     return error
 
 
-def write_stopped(out: Path, what: str, step: int) -> None:
-    """Write stopped.json where a signal ended the run without a save.
-
-    `step`: the last complete one.
-    """
-    record = {
-        "signal": None,
-        "reason": "signal",
-        "step": step,
-        "next": AGAIN,
-        "what": what,
-        "cause": None,
-    }
-    write_atomically(out / STOPPED, json.dumps(record, indent=1))
+def write_stopped(
+    out: Path, step: int, *, reason: str = "signal", next_command: str = AGAIN, **more: object
+) -> None:
+    """Write stopped.json after the complete step `step`; `more` are further fields of it."""
+    record = {"signal": None, "reason": reason, "step": step, "next": next_command, "cause": None}
+    write_atomically(out / STOPPED, json.dumps(record | more, indent=1))
 
 
 def half_micro_batch(run: Run, micro_batch: str | None) -> str:
@@ -331,13 +323,6 @@ def half_micro_batch(run: Run, micro_batch: str | None) -> str:
     if half >= size.amount:
         return ""
     return f"{half} {size.unit}"
-
-
-def write_paused(out: Path, step: int) -> None:
-    """Write stopped.json where a sweep leaves a candidate after `step`."""
-    fix = f"tunesmith train {shell_path(out / RECIPE)} resumes it"
-    record = {"signal": None, "reason": "sweep", "step": step, "next": fix}
-    write_atomically(out / STOPPED, json.dumps(record, indent=1))
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:

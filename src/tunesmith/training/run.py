@@ -56,7 +56,7 @@ from tunesmith.host.logger import default_level, lines_by_default, stderr_only_f
 from tunesmith.host.signals import UNWIND_S, Interrupted, StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
-from tunesmith.metrics.log_file import LogFile, log_file_of_run
+from tunesmith.metrics.log_file import log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import (
     JsonlSink,
@@ -227,7 +227,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
             error.exit_code = EXIT_OK
             out = Path(run.output_dir)
             if is_run(out):
-                write_stopped(out, f"stopped by a signal {stop.when()}", stop.saved_step)
+                write_stopped(out, stop.saved_step, what=f"stopped by a signal {stop.when()}")
         raise
 
 
@@ -300,16 +300,15 @@ def start_run(
         run = session.run
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
             if ranks.is_main_process:
-                sinks = sinks_of(
-                    run,
-                    out,
+                terminal = Terminal(
+                    log_file,
                     total_steps=session.total_steps,
                     steps_per_epoch=session.data.schedule.steps_per_epoch(0),
                     trained_seconds=start.progress.seconds if start.progress else 0.0,
-                    log_file=log_file,
                     phase=ranks.heartbeat.phase_name,
                     stream=stream,
                 )
+                sinks = sinks_of(run, out, terminal)
                 sinks.all.append(callback)
             else:
                 sinks = Sinks([RankSink(out, ranks.rank)])
@@ -464,14 +463,14 @@ def noted_early_stop(out: Path, request: StopRequest) -> Iterator[None]:
 def note_early_stop(out: Path, request: StopRequest) -> None:
     """Leave stopped.json if there is a run; a start that has saved nothing leaves nothing."""
     if (out / IDENTITY).is_file():
-        write_stopped(out, f"stopped {request.when()}", request.saved_step)
+        write_stopped(out, request.saved_step, what=f"stopped {request.when()}")
     (out / RUNNING).unlink(missing_ok=True)
 
 
 def write_fault(out: Path, fault: TunesmithError, step: int) -> None:
     """Leave in the run directory what ends all ranks: failure.json, or stopped.json for a stop."""
     if isinstance(fault, StoppedError):
-        write_stopped(out, fault.what, step)
+        write_stopped(out, step, what=fault.what)
     else:
         write_failure(out, fault, last_step=step, next_command="")
 
@@ -510,7 +509,7 @@ def report_failure(
         writer.close()  # what it is writing still counts
         if trainer.stop.request.now:
             stop = stopped_twice(trainer.out, step, writer.saved_step)
-            write_stopped(trainer.out, stop.what, step)
+            write_stopped(trainer.out, step, what=stop.what)
             raise stop from error
         failure = trainer.as_failure(error)
         resume = how_to_resume(writer.saved_step)
@@ -557,30 +556,10 @@ def resumed_at(start: Start) -> int:
     return start.progress.step - 1
 
 
-def sinks_of(
-    run: Run,
-    folder: Path,
-    *,
-    total_steps: int | None,
-    steps_per_epoch: int,
-    trained_seconds: float = 0.0,
-    log_file: LogFile,
-    phase: Callable[[], str] = lambda: Phase.TRAINING,
-    stream: TextIO | None = None,
-) -> Sinks:
+def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
     """The sinks that a recipe asks for: the terminal first, and metrics.jsonl before those that may
     be slow.
-
-    total_steps, steps_per_epoch, trained_seconds, log_file, phase, stream: as of `Terminal`.
     """
-    terminal = Terminal(
-        log_file,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        trained_seconds=trained_seconds,
-        stream=stream,
-        phase=phase,
-    )
     sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
     if run.log.tensorboard:
         shared_folder = run.log.tensorboard_dir

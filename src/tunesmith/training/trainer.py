@@ -20,6 +20,7 @@ from tunesmith.data.loader import GlobalBatch
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.host.logger import logged_if_slow
+from tunesmith.host.shell import shell_path
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
@@ -29,7 +30,7 @@ from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import all_reduce_together
 from tunesmith.parallel.shard import set_gradient_sync, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
-from tunesmith.run_dir import Phase
+from tunesmith.run_dir import RECIPE, Phase
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import Mark
 from tunesmith.training.answer_sampler import AnswerSampler
@@ -38,7 +39,7 @@ from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.duration import Duration
 from tunesmith.training.loop_part import LoopPart, LoopShared
-from tunesmith.training.result import Result, failure_of, write_paused
+from tunesmith.training.result import Result, failure_of, write_stopped
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
 
@@ -277,7 +278,9 @@ class Trainer(LoopPart):
         if self.duration.is_over(progress) and not self.is_complete:
             self.checkpoints.save()
             if self.ranks.is_main_process:
-                write_paused(self.out, progress.step)
+                # A sweep leaves a candidate here, to go on with it or not.
+                resume = f"tunesmith train {shell_path(self.out / RECIPE)} resumes it"
+                write_stopped(self.out, progress.step, reason="sweep", next_command=resume)
             return self.result()
         self.stop.request.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
