@@ -18,7 +18,6 @@ from vision_models import FAMILIES, TEXT
 
 from .families import SMALL
 
-HUGE = 10**9
 EXPERTS = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
 KINDS = ["sliding_attention", "full_attention", "full_attention"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -59,13 +58,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"model_type": ["mixtral"]}, "model_type"),
     ("mixtral", {"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
     ("mixtral", {"hidden_size": "64"}, "'hidden_size' expected int, got str"),
-    ("mixtral", {"hidden_size": -64}, "hidden_size is -64"),
-    ("mixtral", {"hidden_size": HUGE}, "hidden_size is 1,000,000,000"),
-    ("mixtral", {"vocab_size": 0}, "vocab_size is 0"),
-    ("mixtral", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ("mixtral", {"num_hidden_layers": HUGE}, "num_hidden_layers is 1,000,000,000"),
+    ("mixtral", {"hidden_size": -64}, "negative dimension -64"),
+    ("mixtral", {"num_hidden_layers": 0}, "0 layers"),
     ("mixtral", {"num_attention_heads": 3, "num_key_value_heads": 2}, "RuntimeError"),
-    ("mixtral", {"num_local_experts": HUGE}, "num_local_experts is 1,000,000,000"),
     ("mixtral", {"pad_token_id": 10**6}, "Padding_idx"),
     ("mixtral", {"hidden_act": "spline"}, "spline"),
     ("mixtral", {"layer_types": ["full_attention"] * 7}, "layer_types"),
@@ -79,19 +74,15 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"quantization_config": "int4"}, "quantization_config is 'int4'"),
     ("mixtral", {"auto_map": {"AutoConfig": "x.X"}, "model_type": "mine"}, "trust"),
     ("gpt_oss", {"layer_types": ["odd_attention", *KINDS[1:]]}, "layer_types"),
-    ("llama4_text", {"num_local_experts": HUGE}, "num_local_experts"),
-    ("llama4_text", {"attention_chunk_size": -8}, "attention_chunk_size is -8"),
     ("gemma4_text", {"per_layer_config": {"first": {"head_dim": 32}}}, "'first'"),
     ("gemma4_text", {"per_layer_config": [1]}, "'list' object"),
     ("deepseek_v3", {"kv_lora_rank": -1}, "RuntimeError"),
     ("nemotron_h", {"layers_block_type": ["mamba", "magic"]}, "magic"),
-    ("nemotron_h", {"layers_block_type": ["mamba"] * 10_000}, "10,000 layers"),
     ("qwen3_5_text", {"layer_types": "linear_attention"}, "layer_types"),
     ("falcon", {"num_attention_heads": 0}, "ZeroDivisionError"),
     ("gemma3", {"text_config": None}, "no text_config"),
     ("gemma3", {"text_config": [1]}, "text_config is [1]"),
     ("gemma3", {"text_config": {"model_type": "gemma3_text", "quantization_config": "x"}}, "'x'"),
-    ("gemma3", {"text_config": {"num_hidden_layers": HUGE}}, "num_hidden_layers"),
 ]
 
 

@@ -34,7 +34,7 @@ from tunesmith.model.safetensors_files import (
     sampled_digest,
 )
 from tunesmith.model.shipped import check_quantize
-from tunesmith.model.spec import check_depth, check_supported, read_spec
+from tunesmith.model.spec import check_supported, read_spec
 
 
 def load_config(folder: Path, model: Model) -> PretrainedConfig:
@@ -64,7 +64,6 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         raise ModelError(
             "Transformers cannot read the config", where=str(file), why=one_line(error), fix=fix
         ) from error
-    check_depth(getattr(text, "num_hidden_layers", None), str(file))
     if text is not config and text.tie_word_embeddings:
         text.tie_word_embeddings = not _stores_other_head(folder)
     return text

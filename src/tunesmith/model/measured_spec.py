@@ -23,7 +23,6 @@ from tunesmith.model.spec import (
     Layer,
     ModelSpec,
     check_decoder,
-    check_depth,
     read_spec,
     stated_position_limit,
 )
@@ -155,7 +154,6 @@ def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
     # Unknown types, and keys of the wrong kind, in many forms.
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
-    check_depth(getattr(config, "num_hidden_layers", None), where)
     # Ids of tokens are no sizes, and a family's default may be beyond a small vocabulary.
     padding = getattr(config, "pad_token_id", None)
     if padding is not None and padding >= config.vocab_size:

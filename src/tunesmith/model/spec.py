@@ -49,24 +49,6 @@ DECODER_DEPTHS = (
     "decoder_layers",
     "num_decoder_layers",
 )
-_WIDTHS = (
-    "vocab_size",
-    "hidden_size",
-    "n_embd",
-    "d_model",
-    "intermediate_size",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "head_dim",
-    "num_attention_heads",
-    "n_head",
-    "num_key_value_heads",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "attention_chunk_size",
-)
-_NEVER_0 = ("vocab_size", "hidden_size", "attention_chunk_size")
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -75,11 +57,6 @@ EXPERTS_PER_TOKEN = (
     "moe_k",
     "top_k_experts",
 )
-# A model is built layer by layer to be measured, if on meta: ten thousand layers take many minutes.
-# The deepest that are published have 162.
-MOST_LAYERS = 400
-# Frequencies and masks of so many channels are computed for real. Vocabularies have 262,144 tokens.
-MOST_WIDTH = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -300,9 +277,7 @@ def _vector_parameters(
 
 
 def check_decoder(config: Mapping[str, Any], where: str) -> None:
-    """ModelError for a config that names no type or one of an encoder, or has sizes that no model
-    has.
-    """
+    """ModelError for a config that names no type, or one of an encoder."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ModelError(
@@ -318,10 +293,8 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
             where=where,
             fix=f"use a text decoder, such as {families_text()}",
         )
-    _check_sizes(config, where)
     text = config.get("text_config")
     if isinstance(text, Mapping):
-        _check_sizes(text, where)
         stated_quantization(text, where)
     if model_type in COMPOSITES and not (text and isinstance(text, Mapping)):
         raise ModelError(
@@ -330,37 +303,6 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
             why=f"of a {model_type} the text model is trained, which it describes",
             fix=FETCH_CONFIG,
         )
-
-
-def check_depth(layers: Any, where: str) -> None:
-    """ModelError for more layers than any model has; they may be counted by a list."""
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ModelError(
-            f"the config has {layers:,} layers; the maximum is {MOST_LAYERS:,}",
-            where=where,
-            fix=FETCH_CONFIG,
-        )
-
-
-def _check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """ModelError for a number that no model has: it would take hours or all memory to build, or
-    fail in a step.
-
-    What is no number is left to Transformers, which knows the kinds of each key.
-    """
-    for key in (*DECODER_DEPTHS, *_WIDTHS):
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        most = MOST_LAYERS if key in DECODER_DEPTHS else MOST_WIDTH
-        # Another width of 0 may mean that there is no such part.
-        least = 1 if key in (*DECODER_DEPTHS, *_NEVER_0) else 0
-        if not least <= value <= most:
-            raise ModelError(
-                f"{key} is {value:,}: it must be a whole number from {least} to {most:,}",
-                where=where,
-                fix=FETCH_CONFIG,
-            )
 
 
 def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
