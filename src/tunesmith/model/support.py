@@ -8,7 +8,7 @@ tried; where that fails too, the model is refused with the figures.
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -146,7 +146,7 @@ def _measure(twin: PreTrainedModel) -> Support:
         FIRST_ID, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)
     )
     try:
-        with _watch_linears(twin) as linears:
+        with LinearCalls(twin) as linears:
             # What all other ways are compared with.
             alone = _run_alone(twin, ids)
     except Exception as error:
@@ -452,23 +452,33 @@ def _watch_modules(
 
 
 class LinearCalls:
-    """Which linear layers of a model's decoder layers pass a gradient on through their forward."""
+    """Which linear layers of a model's decoder layers pass a gradient on through their forward.
+
+    Inside its block they are watched.
+    """
 
     def __init__(self, twin: PreTrainedModel) -> None:
-        self.prefix = f"{find_layers(twin)}."
-        self.names: list[str] = []
+        prefix = f"{find_layers(twin)}."
+        # Each by its name within its layer, which all layers share.
+        self.targets: dict[str, str] = {}
         self.called: set[str] = set()
         self.alive: set[str] = set()
-        self.hooks: list[Any] = []
+        self.hooks = ExitStack()
         for name, module in twin.named_modules():
-            if isinstance(module, nn.Linear) and name.startswith(self.prefix):
-                self.names.append(name)
-                self.hooks.append(module.register_forward_hook(self._note(name)))
+            if isinstance(module, nn.Linear) and name.startswith(prefix):
+                self.targets[name] = target_of(name, prefix)
+                self.hooks.callback(module.register_forward_hook(self._note(name)).remove)
+
+    def __enter__(self) -> "LinearCalls":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.close()
 
     def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def note_gradient(gradient: Tensor) -> None:
             if bool(gradient.any()):
-                self.alive.add(name)
+                self.alive.add(self.targets[name])
 
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
             self.called.add(name)
@@ -481,30 +491,19 @@ class LinearCalls:
 
     def unused(self, gradients: dict[str, Tensor]) -> str:
         """A layer that attends to another model, which is not there; "" where there is none."""
-        for name in self.names:
+        for name, target in self.targets.items():
             weight = gradients.get(f"{name}.weight")
             is_idle = name not in self.called and weight is not None and not bool(weight.any())
             if is_idle and ("encoder_attn" in name or "crossattention" in name):
-                return target_of(name, self.prefix)
+                return target
         return ""
 
     def dead_targets(self) -> tuple[str, ...]:
         """Names, within a layer, of those that pass none on in any layer: their weight is read
         past the forward (Mamba's dt_proj), or they only select (an indexer).
         """
-        alive = {target_of(name, self.prefix) for name in self.alive}
-        targets = dict.fromkeys(target_of(name, self.prefix) for name in self.names)
-        return tuple(target for target in targets if target not in alive)
-
-
-@contextmanager
-def _watch_linears(twin: PreTrainedModel) -> Iterator[LinearCalls]:
-    calls = LinearCalls(twin)
-    try:
-        yield calls
-    finally:
-        for hook in calls.hooks:
-            hook.remove()
+        targets = dict.fromkeys(self.targets.values())
+        return tuple(target for target in targets if target not in self.alive)
 
 
 def target_of(name: str, prefix: str) -> str:

@@ -7,7 +7,7 @@ own in HINTS.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
+from tunesmith.model.load import one_line
 from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
 
 VOCAB = 64
@@ -243,11 +244,15 @@ LISTS_OF_LAYERS = (
     "hybrid_layer_ids",
     "global_attn_layers",
 )
-# So many layers at the start, or at the end, are of another kind.
-FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-LAST_LAYERS = ("num_kv_shared_layers",)
-# The last layer of a kind, by its number.
-LAST_INDICES = ("moe_layer_end_index",)
+LAST_INDEX = "moe_layer_end_index"  # the last layer of a kind, by its number
+# Keys whose number says which layers are of another kind: of the layer `index` among `depth`.
+COUNTS_OF_LAYERS: dict[str, Callable[[int, int, int], bool]] = {
+    "first_k_dense_replace": lambda index, first, depth: index < first,
+    "num_dense_layers": lambda index, first, depth: index < first,
+    "moe_layer_start_index": lambda index, first, depth: index < first,
+    "num_kv_shared_layers": lambda index, last, depth: index >= depth - last,
+    LAST_INDEX: lambda index, last, depth: index <= last,
+}
 # Types whose layers of one kind share weights: two of each.
 SHARING = ("zamba", "zamba2")
 # Keys that give by a period what `layer_types` gives by layer.
@@ -291,7 +296,6 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 
     ModelError where Transformers cannot build it, or a size of it does not shrink.
     """
-    from tunesmith.model.load import one_line
 
     def build() -> PreTrainedModel:
         with _without_warnings():
@@ -392,18 +396,14 @@ def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> li
 def _layer_kind(values: Mapping[str, Any], index: int, depth: int) -> list[Any]:
     kind: list[Any] = []
     for key, value in values.items():
-        if key in LISTS_OF_LAYERS and isinstance(value, list):
+        if isinstance(value, list) and key in LISTS_OF_LAYERS:
             kind.append(index in value)
         elif isinstance(value, list) and len(value) == depth:
             kind.append(value[index])
         elif key == "per_layer_config" and isinstance(value, dict):
             kind.append(_of_layer(value, index))
-        elif key in FIRST_LAYERS and isinstance(value, int):
-            kind.append(index < value)
-        elif key in LAST_LAYERS and isinstance(value, int):
-            kind.append(index >= depth - value)
-        elif key in LAST_INDICES and isinstance(value, int):
-            kind.append(index <= value)
+        elif key in COUNTS_OF_LAYERS and isinstance(value, int):
+            kind.append(COUNTS_OF_LAYERS[key](index, value, depth))
     return kind
 
 
@@ -450,16 +450,12 @@ def _count_layers(key: str, value: int, layers: list[int], depth: int) -> int | 
     """A number of layers, or the index of one, among those of `layers`; None: the key is no such
     number.
     """
-    # So many of the chosen layers are among the first.
-    if key in FIRST_LAYERS:
-        return sum(index < value for index in layers)
-    if key in LAST_LAYERS:
-        return sum(index >= depth - value for index in layers)
-    if key in LAST_INDICES:
-        return sum(index <= value for index in layers) - 1
     if key in DEPTHS:
         return len(layers)
-    return None
+    if key not in COUNTS_OF_LAYERS:
+        return None
+    count = sum(COUNTS_OF_LAYERS[key](index, value, depth) for index in layers)
+    return count - 1 if key == LAST_INDEX else count
 
 
 def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """How many ranks share a run, by what they share. Importable without torch."""
 
-from __future__ import annotations
+from typing import NamedTuple
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from tunesmith.config.schema import Run
+from tunesmith.config.schema import Run
 
 
 class MeshShape(NamedTuple):
