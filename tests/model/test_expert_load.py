@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from tunesmith.data.batch import Example, collate
 from tunesmith.model.expert_load import ExpertLoad, load_metrics
 
-CPU = torch.device("cpu")
-
 
 class Experts(nn.Module):
     has_gate = True
@@ -42,11 +40,11 @@ def test_padding_is_not_counted() -> None:
         model[0](hidden, even, hidden)
         model[2](hidden, index=one, weights=hidden)
     model[0](hidden, one, hidden)  # outside of a step: answers, validation
-    counts = load.take(CPU)
+    counts = load.take()
     assert [layer.tolist() for layer in counts] == [[9, 9, 0, 0], [0, 0, 18, 0]]
     assert numbers(counts) == {"expert_load_max": 1.0, "experts_unused": 5.0}
     assert numbers(counts[:1]) == {"expert_load_max": 0.5, "experts_unused": 2.0}
-    assert not torch.stack(load.take(CPU)).any()
+    assert not torch.stack(load.take()).any()
 
 
 def test_micro_batches_add_up_and_what_is_no_expert_is_left_out() -> None:
@@ -56,4 +54,4 @@ def test_micro_batches_add_up_and_what_is_no_expert_is_left_out() -> None:
     for index in ([[0], [1]], [[0], [2]]):
         with load.count(torch.tensor([True, True])):
             model(hidden, torch.tensor(index), hidden)
-    assert [layer.tolist() for layer in load.take(CPU)] == [[2, 1]]
+    assert [layer.tolist() for layer in load.take()] == [[2, 1]]

@@ -24,7 +24,7 @@ def prepare_chunked_attention(causal_lm: PreTrainedModel) -> int | None:
     unchanged.
     """
     config = find_decoder(causal_lm).config
-    layer_types = getattr(config, "layer_types", None) or ()
+    layer_types = config.to_dict().get("layer_types") or ()
     if "chunked_attention" not in layer_types:
         return None
     layers = causal_lm.get_submodule(find_layers(causal_lm)).children()

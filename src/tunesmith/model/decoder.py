@@ -3,6 +3,7 @@
 All of it is read off the model, on meta or not, so that a family needs no row of a table to run.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,21 +92,20 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
 def find_head(causal_lm: PreTrainedModel) -> Head:
     """What the model does to its logits, as its config says; `head_fits` proves it."""
     config = find_decoder(causal_lm).config.get_text_config()
-    softcap = None
-    for key in CAPS:
-        softcap = getattr(config, key, None) or softcap
-    multipliers: tuple[str, ...] = MULTIPLIERS
-    divisors: tuple[str, ...] = DIVISORS
+
+    def stated(keys: tuple[str, ...]) -> list[float]:
+        # Attributes and not `to_dict`: MiniCPM3 computes its divisor in a property.
+        values = [getattr(config, key, None) for key in keys]
+        return [value for value in values if value]
+
+    softcaps = stated(CAPS)
     if config.model_type in MULTIPLIES_BY_SCALING:
-        divisors = ()
-        multipliers = DIVISORS
-    scale = 1.0
-    # Attributes and not `to_dict`: MiniCPM3 computes its divisor in a property.
-    for key in multipliers:
-        scale *= getattr(config, key, None) or 1.0
-    for key in divisors:
-        scale *= 1.0 / (getattr(config, key, None) or 1.0)
-    return Head(softcap, scale)
+        scale = math.prod(stated(DIVISORS), start=1.0)
+    else:
+        scale = math.prod(stated(MULTIPLIERS), start=1.0)
+        for divisor in stated(DIVISORS):
+            scale *= 1.0 / divisor
+    return Head(softcaps[-1] if softcaps else None, scale)
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from tunesmith.distributed.row_exchange import RankGroup
 from tunesmith.distributed.torch_private import mark_varying
-from tunesmith.model.meta_forward import are_experts
+from tunesmith.model.meta_forward import are_experts, count_experts, has_interface
 
 LOAD_MAX = "expert_load_max"
 UNUSED = "experts_unused"
-# The attribute of the experts of a layer with their counts, int64 [experts + 1]: all layers share a
-# compiled graph, which takes the tensor of each. The last place is for padding, and for what is no
-# expert (LongCat's identities).
+# The buffer of a layer's experts with their counts, int64 [experts + 1]: layers share a compiled
+# graph, which takes the tensor of each. The last place is for padding, and for what is no expert
+# (LongCat's identities).
 COUNTS = "expert_counts"
 
 
@@ -35,24 +35,22 @@ class ExpertLoad:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules: list[Any] = []
+        self.modules: list[nn.Module] = []
         self.is_token: Tensor | None = None
         self.tensor_group: RankGroup | None = None
         self.is_varied = False
         for module in model.modules():
-            # `has_gate` is there where Transformers calls them through its interface.
-            is_counted = hasattr(module, "has_gate") or are_experts(module)
-            if is_counted and hasattr(module, "num_experts"):
+            experts = count_experts(module)
+            if experts and (has_interface(module) or are_experts(module)):
+                # Real on meta too: `materialize` moves it, with its zeros.
+                counts = torch.zeros(experts + 1, dtype=torch.int64, device="cpu")
+                module.register_buffer(COUNTS, counts, persistent=False)
                 module.register_forward_pre_hook(self._note, with_kwargs=True)
                 self.modules.append(module)
 
     @contextmanager
     def count(self, is_token: Tensor) -> Iterator[None]:
         """Count what runs inside; is_token: bool [n] of the micro batch, False for padding."""
-        for module in self.modules:
-            counts = getattr(module, COUNTS, None)
-            if counts is None or counts.device != is_token.device:
-                self._allocate(module, is_token.device)
         if self.tensor_group is not None:
             is_token = is_token.chunk(self.tensor_group.size)[self.tensor_group.rank]
         self.is_token = is_token
@@ -73,29 +71,23 @@ class ExpertLoad:
         finally:
             self.is_token = is_token
 
-    def _allocate(self, module: Any, device: torch.device) -> None:
-        counts = torch.zeros(module.num_experts + 1, dtype=torch.int64, device=device)
-        setattr(module, COUNTS, counts)
-
-    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_token is None:
             return
         index = _choice((*args, *kwargs.values()))
         if index is None or len(index) != len(self.is_token):
             return
-        counts: Tensor = getattr(module, COUNTS)
+        counts = module.get_buffer(COUNTS)
         nowhere = len(counts) - 1
         with torch.no_grad():
             places = torch.where(self.is_token.unsqueeze(1), index, nowhere).clamp_max(nowhere)
             counts.scatter_add_(0, places.flatten(), torch.ones_like(places.flatten()))
 
-    def take(self, device: torch.device) -> list[Tensor]:
+    def take(self) -> list[Tensor]:
         """Tokens that each expert of each layer got since the last call: int64 [experts] each."""
         tokens_by_layer = []
         for module in self.modules:
-            if not hasattr(module, COUNTS):  # no micro batch came to this rank
-                self._allocate(module, device)
-            counts: Tensor = getattr(module, COUNTS)
+            counts = module.get_buffer(COUNTS)
             tokens_by_layer.append(counts[:-1].clone())
             counts.zero_()
         return tokens_by_layer

@@ -49,10 +49,10 @@ def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
         if mixin is FusedAttention:
             module.form = ATTENTIONS[reference]
         elif issubclass(mixin, FusedMLP | FusedJoinedMLP):
-            activation: Any = getattr(module, mixin.activation)
-            if type(activation) not in _gated_activations():
+            activation = type(module.get_submodule(mixin.activation))
+            if activation not in _gated_activations():
                 continue
-            module.gated = _gated_activations()[type(activation)]
+            module.gated = _gated_activations()[activation]
         add_mixin(module, mixin)
         module.project = project
         count += 1
@@ -75,7 +75,8 @@ def _is_candidate(module: nn.Module) -> bool:
     """
     if type(module).forward.__module__.startswith(("torch.", "tunesmith.")):
         return False
-    return any(hasattr(module, name) for name in ("o_proj", "down_proj", "weight"))
+    parts = dict(module.named_children()) | dict(module.named_parameters(recurse=False))
+    return not parts.keys().isdisjoint(("o_proj", "down_proj", "weight"))
 
 
 @cache
@@ -104,7 +105,7 @@ def _module_name(reference: str) -> str:
 @cache
 def _reference_code(reference: str) -> Hashable | None:
     _, _, name = reference.partition(".")
-    return forward_code(getattr(importlib.import_module(_module_name(reference)), name))
+    return forward_code(vars(importlib.import_module(_module_name(reference)))[name])
 
 
 def add_mixin(module: nn.Module, mixin: type[nn.Module]) -> None:

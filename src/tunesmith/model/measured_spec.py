@@ -155,7 +155,7 @@ def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
     except Exception as error:
         raise _cannot_measure(sizes, where, error) from error
     # Ids of tokens are no sizes, and a family's default may be beyond a small vocabulary.
-    padding = getattr(config, "pad_token_id", None)
+    padding = config.to_dict().get("pad_token_id")
     if padding is not None and padding >= config.vocab_size:
         config.pad_token_id = None
     return config
@@ -250,6 +250,8 @@ def _count_layer(
     """One layer's widths and parameters; `values` are those of the config."""
     from torch import nn
 
+    from tunesmith.model.meta_forward import count_experts
+
     matmul = _matrices(module)
     experts = 0
     expert_count = 0
@@ -267,7 +269,7 @@ def _count_layer(
         stacks = _stacks(part)
         if not stacks:
             continue
-        count = getattr(part, "num_experts", len(stacks[0]))
+        count = count_experts(part) or len(stacks[0])
         # As the layer was seen to choose, else as its config says, else all.
         per_token = call.experts_per_token or first_of(values, PER_TOKEN) or count
         if _has_interface(part):
@@ -311,8 +313,9 @@ def _has_interface(experts: "nn.Module") -> bool:
 
     With an adapter Llama 4's are, which have code of their own in Transformers.
     """
-    # Transformers sets it on those that it calls by its interface.
-    return hasattr(experts, "has_gate") or type(experts).__name__ == "Llama4TextExperts"
+    from tunesmith.model.meta_forward import has_interface
+
+    return has_interface(experts) or type(experts).__name__ == "Llama4TextExperts"
 
 
 def _is_matrix(name: str, weight: "nn.Parameter") -> bool:
@@ -339,10 +342,10 @@ def _stacks(module: "nn.Module") -> "list[nn.Parameter]":
 
     DBRX holds them in a module below, as [experts * out, in].
     """
-    from tunesmith.model.meta_forward import are_experts
+    from tunesmith.model.meta_forward import are_experts, count_experts
 
     stacks = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
-    if stacks and (hasattr(module, "num_experts") or are_experts(module)):
+    if stacks and (count_experts(module) or are_experts(module)):
         return stacks
     if not are_experts(module):
         return []

@@ -229,15 +229,14 @@ def _run(
         layer.forward = partial(watch.run_layer, form, layer.forward)
     AttentionInterface.register(NAME, watch.attention)
     model.set_attn_implementation(NAME)
-    has_experts = any(hasattr(module, "num_experts") for module in model.modules())
+    has_experts = any(map(count_experts, model.modules()))
     set_experts: Callable[[str], None] = model.set_experts_implementation
     if has_experts:
         watch.experts_function = model.get_experts_implementation()[""]
         ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
         set_experts(NAME)
     for module in model.modules():
-        # `has_gate` is there where Transformers calls them through its interface.
-        if are_experts(module) and not hasattr(module, "has_gate"):
+        if are_experts(module) and not has_interface(module):
             replaced[module] = module.forward
             module.forward = partial(watch.looping_experts, module.forward)
     if training:
@@ -304,6 +303,16 @@ def _outline(value: Any) -> Hashable:
 def are_experts(module: nn.Module) -> bool:
     """Whether a module is all experts of a layer, and gets the choice of each token."""
     return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
+
+
+def has_interface(module: nn.Module) -> bool:
+    """Whether Transformers calls a module through its experts interface, which marks it so."""
+    return hasattr(module, "has_gate")
+
+
+def count_experts(module: nn.Module) -> int:
+    """The experts that a module says it holds; 0 where it says nothing."""
+    return int(getattr(module, "num_experts", 0))
 
 
 def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

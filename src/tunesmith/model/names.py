@@ -98,7 +98,7 @@ def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
     text.tie_word_embeddings = config.tie_word_embeddings
     text.name_or_path = config.name_or_path
     text.composite = config.model_type
-    stored = getattr(config, "quantization_config", None)
+    stored = vars(config).get("quantization_config")
     if stored is not None:
         text.quantization_config = stored
     return text
@@ -106,7 +106,7 @@ def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
 
 def composite_of(config: "PretrainedConfig") -> Composite | None:
     """The family of the vision-language model that a text model is part of; None: of none."""
-    return COMPOSITES.get(getattr(config, "composite", ""))
+    return COMPOSITES.get(vars(config).get("composite", ""))
 
 
 def name_in_whole(model: "nn.Module", name: str) -> str:

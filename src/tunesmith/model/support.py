@@ -87,7 +87,7 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
     text_config = config.get_text_config()
     if text_config.model_type in ARCHITECTURES:
         return TUNED
-    runs_own_code = model.trust_remote_code and hasattr(config, "auto_map")
+    runs_own_code = model.trust_remote_code and "auto_map" in vars(config)
     try:
         if runs_own_code:
             support = measure_support(text_config, trust_remote_code=True)

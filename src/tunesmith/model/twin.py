@@ -373,7 +373,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     twin: PretrainedConfig = type(config)(**small)
     # Of a repository's own code, which is looked up by them.
     twin.name_or_path = config.name_or_path
-    if hasattr(config, "auto_map"):
+    if "auto_map" in vars(config):
         twin.auto_map = config.auto_map
     return twin
 

@@ -113,8 +113,7 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
     """
     decoder = find_decoder(model)
     config = decoder.config.get_text_config()
-    plan = getattr(config, "base_model_tp_plan", None) or {}
-    plan = {**plan, **ADDED_PLANS.get(config.model_type, {})}
+    plan = {**(config.base_model_tp_plan or {}), **ADDED_PLANS.get(config.model_type, {})}
     if not plan:
         raise _unsupported(model, "Transformers has no tensor-parallel plan for it")
     if not type(decoder).__module__.startswith("transformers."):
@@ -182,9 +181,10 @@ def _whole_modules(
 def _norms_of_heads(attention: nn.Module) -> dict[str, Any]:
     """The norms of an attention that are over all heads, if their code is supported; else none."""
     norms = {}
+    parts: dict[str, Any] = dict(attention.named_children())
     for name, projection in PROJECTIONS.items():
-        norm: Any = getattr(attention, name, None)
-        layer: Any = getattr(attention, projection, None)
+        norm = parts.get(name)
+        layer = parts.get(projection)
         if not isinstance(norm, FusedNorm) or layer is None:
             return {}
         if norm.weight.numel() != layer.out_features:
@@ -256,7 +256,7 @@ def _is_whole(shape: Any, block: ParallelBlock | None, hidden: int) -> bool:
     if block.whole:
         # A norm of latent attention, before its heads part.
         return any(shape.numel() <= layer.out_features for layer in block.whole.values())
-    return bool(shape.numel() == getattr(block.module, "head_dim", 0))
+    return bool(shape.numel() == vars(block.module).get("head_dim", 0))
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> ModelError:

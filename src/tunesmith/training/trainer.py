@@ -220,7 +220,7 @@ class Trainer(LoopPart):
         self.gradient_sum.finish(gradients)
         reduce_gradients(gradients, model.partial_gradients, mesh)
         means = {name: value / denominator for name, value in metrics.items()}
-        counts = model.expert_load.take(self.session.device)
+        counts = model.expert_load.take()
         scalars = self.metrics.reduce(loss / denominator, means, counts)
         if counts:
             scalars.add(load_metrics(scalars.expert_counts))
