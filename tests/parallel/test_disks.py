@@ -366,7 +366,7 @@ def pass_files(folder: Path, fault: str) -> Any:
     1,000 bytes.
     """
     node = on_node(folder, "ab")
-    replicate.CHUNK = 1000
+    replicate.CHUNK_BYTES = 1000
     out, names = Path("run"), ["big", "empty", "state/small"]
     with join_ranks() as joined:
         ranks = replicate.find_run_dir_writers(

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16 << 20  # bytes of a file in memory while it is copied
+CHUNK_BYTES = 16 << 20  # of a file in memory while it is copied
 _COPY = re.compile(r"\.?checkpoint-(\d+)(?:\.partial|\.old)?")
 
 
@@ -112,19 +112,17 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
     """
     local_copies = copies_in(run_dir) if ranks.is_run_dir_writer else {}
     keys = {key for keys in ranks.all_gather_object([*local_copies]) for key in keys}
-    not_whole = ""
+    incomplete = ""
     # In one order on all ranks: the body holds collectives.
     for step, digest in sorted(keys, reverse=True):
         place = run_dir / f"checkpoint-{step}"
         local_copy = local_copies.get((step, digest))
         names = ranks.all_gather_object(local_copy.name if local_copy else None)
         copies = _compare_copies(ranks, run_dir, names)
-        source = min(copies)
         # A file is lost where every copy lacks it or has it damaged.
-        lost_files = set(copies[source].damage)
-        for copy in copies.values():
-            lost_files &= copy.damage.keys()
+        lost_files = set.intersection(*(set(copy.damage) for copy in copies.values()))
         if not lost_files:
+            source = min(copies)
             with ranks.raise_on_all_ranks():
                 if local_copy:
                     _rename_copy(local_copy, place, copies[ranks.rank].damage)
@@ -133,18 +131,16 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
         # Of a folder that a kill left behind under another name nothing was expected.
         if all(copy.name != place.name for copy in copies.values()):
             continue
-        clauses = []
-        for file in copies[source].damage:
-            if file in lost_files:
-                clauses += [copy.damage[file] for copy in copies.values()]
+        clauses = [copy.damage[file] for file in sorted(lost_files) for copy in copies.values()]
+        # A part that is missing may lie on a node that is not here; any other fault is certain.
         certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
         log.info(f"{place.name} is skipped: {(certain or clauses)[0]}")
-        if not certain and not not_whole:
-            not_whole = f"{place.name} is incomplete: {clauses[0]}"
+        if not certain:
+            incomplete = incomplete or f"{place.name} is incomplete: {clauses[0]}"
     with ranks.raise_on_all_ranks():
-        if not_whole:
+        if incomplete:
             raise MachineError(
-                not_whole,
+                incomplete,
                 where=str(run_dir),
                 why="without it the run would start over",
                 fix="start on that node too, or copy its checkpoint's files into this one; "
@@ -333,7 +329,11 @@ def copy_files(
             fix="free disk space there and start again",
         )
     if announce:
-        log.info(_announcement(ranks, folder, transfers))
+        total = sum(transfer.size for transfer in transfers)
+        count = f"{count_of(len(transfers), 'file')}, {total:,} bytes"
+        name = folder.name.strip(".").removesuffix(".partial")
+        sources = {ranks.name(transfer.source) for transfer in transfers}
+        log.info(f"{name}: {count}, are copied to other nodes from {', '.join(sorted(sources))}")
     faults: list[OSError] = []
     for transfer in transfers:
         if ranks.rank == transfer.source:
@@ -364,16 +364,6 @@ def _sums_of(folder: Path, names: set[str], entries: Entries) -> dict[str, tuple
             digest = digest_of_file(path)
         sums[name] = path.stat().st_size, digest
     return sums
-
-
-def _announcement(ranks: Ranks, folder: Path, transfers: list[Transfer]) -> str:
-    """The line about files that are copied."""
-    sources = sorted({transfer.source for transfer in transfers})
-    total = sum(transfer.size for transfer in transfers)
-    place = folder.name.strip(".").removesuffix(".partial")
-    names = ", ".join(map(ranks.name, sources))
-    count = f"{count_of(len(transfers), 'file')}, {total:,} bytes"
-    return f"{place}: {count}, are copied to other nodes from {names}"
 
 
 def _send(folder: Path, transfer: Transfer, ranks: Ranks, faults: list[OSError]) -> None:
@@ -426,8 +416,8 @@ def _chunks(size: int) -> "Iterator[tuple[memoryview, torch.Tensor]]":
     """Memory for each piece of a file of `size` bytes, and the same as a tensor."""
     import torch
 
-    memory = bytearray(min(size, CHUNK))
-    for start in range(0, size, CHUNK):
+    memory = bytearray(min(size, CHUNK_BYTES))
+    for start in range(0, size, CHUNK_BYTES):
         piece = memoryview(memory)[: size - start]
         yield piece, torch.frombuffer(piece, dtype=torch.uint8)
 
