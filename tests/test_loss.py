@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.config.schema import Adapter
 from tunesmith.loss import (
-    TILE,
+    TILE_ROWS,
     chunk_size,
     chunked_cross_entropy,
     even_chunk_size,
@@ -212,12 +212,12 @@ def test_chunks_are_alike_and_on_a_gpu_whole_tiles():
     assert even_chunk_size(100, 40) == 34
     for size in (32, 384, 512):
         for count in range(1, 2000):
-            chunk = even_chunk_size(count, size, tile=TILE)
+            chunk = even_chunk_size(count, size, tile=TILE_ROWS)
             assert chunk <= size
             assert -(-count // chunk) <= -(-count // size)
-            assert count == 1 or count % chunk != 1 or size < TILE
-            if size >= TILE and (count - 1) % TILE:
-                assert chunk % TILE == 0 or count <= chunk
+            assert count == 1 or count % chunk != 1 or size < TILE_ROWS
+            if size >= TILE_ROWS and (count - 1) % TILE_ROWS:
+                assert chunk % TILE_ROWS == 0 or count <= chunk
 
 
 def test_a_chunk_on_a_gpu_is_whole_tiles_within_its_budget():

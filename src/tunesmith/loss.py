@@ -30,9 +30,10 @@ LossAndGradFn = Callable[
 # GPU the gradient by the hidden states is a product of only [rows, h]: with h = 4096, 512 rows make
 # 64 tiles of 128 x 256 for the 132 multiprocessors of an H200, 2048 rows make 256. Large cards get
 # the room for that, and long micro batches alone.
-CPU_CHUNK = 32 << 20
-GPU_CHUNK = (256 << 20, 1 << 30)  # at least and at most, between them a 96th of the card's memory
-TRAINED_CHUNK = 2 << 30  # at most, with a trained head
+CPU_CHUNK_BYTES = 32 << 20
+# At least and at most, between them a 96th of the card's memory.
+GPU_CHUNK_BYTES = (256 << 20, 1 << 30)
+MAX_TRAINED_CHUNK_BYTES = 2 << 30  # with a trained head
 # Rows whose loss is computed together on a CPU: their fp32 logits stay in its cache, for half the
 # time of a whole chunk.
 CACHED_ROWS = 16
@@ -40,7 +41,7 @@ CACHED_ROWS = 16
 # columns. SmolLM2's head and its backward take a fifth less time than without.
 VOCABULARY_ROWS = 1024
 # Rows of a GPU matmul's tile: a partial tile takes as long as a whole one.
-TILE = 128
+TILE_ROWS = 128
 
 
 def chunked_cross_entropy(
@@ -162,19 +163,19 @@ def chunk_size(
     # The loss is computed in fp32, whatever dtype the head's product has.
     row_bytes = 4 * vocabulary  # of fp32 logits
     if device.type == "cpu":
-        return max(16, CPU_CHUNK // row_bytes)
+        return max(16, CPU_CHUNK_BYTES // row_bytes)
     if card is None:
         card = card_bytes(device)
-    least, most = GPU_CHUNK
+    least, most = GPU_CHUNK_BYTES
     # More than a quarter of the positions would make few chunks fewer, and cost a small micro batch
     # its small peak.
     # vocabulary * positions is a quarter of 4 * vocabulary * positions, all the fp32 logits.
     budget = max(least, min(most, card // 96, vocabulary * positions))
     if trained:
-        budget = min(4 * budget, TRAINED_CHUNK)
+        budget = min(4 * budget, MAX_TRAINED_CHUNK_BYTES)
     rows = budget // row_bytes
     # Below one tile there is no whole one; then as many rows as the budget has.
-    whole_tiles = rows // TILE * TILE
+    whole_tiles = rows // TILE_ROWS * TILE_ROWS
     return max(16, whole_tiles or rows)
 
 
@@ -233,7 +234,7 @@ def _arguments(
         chunk = chunk_size(head.out_features, len(targets), device, trained=trained)
         if device.type != "cpu":
             # Only a GPU's matmul has tiles that a few more rows would leave partly empty.
-            tile = TILE
+            tile = TILE_ROWS
     size = even_chunk_size(len(targets), chunk, tile=tile)
     loss_and_grad_fn = loss_and_grad_fn or loss_and_grad
     return _LossArguments(targets, softcap, scale, size, loss_and_grad_fn, shard_of(head))

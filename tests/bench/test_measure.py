@@ -248,7 +248,7 @@ def test_fp8_products_pass_the_peak_of_16_bits_and_not_their_own(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunesmith.bench.measure.matmul_tflops", lambda *_: 1e-9)
-    monkeypatch.setattr(compare_eight_bit, "TOLERANCE", 1.0)
+    monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", 1.0)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     plan = BenchPlan(run, steps=1, warmup=0)
     monkeypatch.setattr("tunesmith.bench.measure.fp8_matmul_tflops", lambda *_: 1e3)
@@ -326,7 +326,7 @@ def test_the_base_is_named_as_it_was_held(
     """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's
     name.
     """
-    monkeypatch.setattr(compare_eight_bit, "TOLERANCE", tolerance)
+    monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
     assert found.attention == f"products, {KERNELS['products']}"

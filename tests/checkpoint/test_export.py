@@ -20,7 +20,7 @@ from tunesmith.config.schema import MethodConfig
 from tunesmith.data.template import select_template
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model.save_tensors import PIECE, save_tensors
+from tunesmith.model.save_tensors import MAX_PIECE_BYTES, save_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -148,8 +148,8 @@ def test_a_large_model_is_written_in_several_files(
     """
     from huggingface_hub import save_torch_state_dict
 
-    monkeypatch.setattr("tunesmith.model.save_tensors.SHARD", "50KB")
-    monkeypatch.setattr("tunesmith.model.save_tensors.PIECE", 1000)
+    monkeypatch.setattr("tunesmith.model.save_tensors.MAX_FILE_SIZE", "50KB")
+    monkeypatch.setattr("tunesmith.model.save_tensors.MAX_PIECE_BYTES", 1000)
     run, ours, theirs = (
         make_run(tiny, tmp_path, adapter={"kind": "none"}),
         tmp_path / "ours",
@@ -230,6 +230,6 @@ def test_the_host_holds_one_tensor_of_a_full_checkpoint(device: str, tmp_path: P
     assert written > 4 * size
     # One tensor made contiguous, or one piece that came from the GPU; the rest is code that is
     # imported meanwhile.
-    assert peak < max(largest, PIECE) + (24 << 20), (
+    assert peak < max(largest, MAX_PIECE_BYTES) + (24 << 20), (
         f"{peak / 2**20:.0f} MiB for {written / 2**20:.0f} MiB written"
     )

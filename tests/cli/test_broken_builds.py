@@ -35,7 +35,7 @@ from tunesmith.bench.selfcheck import (
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.distributed import row_exchange
-from tunesmith.distributed.ranks import SECONDS
+from tunesmith.distributed.ranks import HEARTBEAT_VARIABLE
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import OtherRankError, RunError
 from tunesmith.formats.nf4 import Nf4
@@ -451,7 +451,7 @@ def hang(env: dict[str, str], folder: Path) -> None:
 
 def test_a_rank_that_hangs_ends_all_with_one_message(tmp_path):
     context, port = forkserver(), free_port()
-    envs = [environment_of(r, 2, port) | {SECONDS: "3"} for r in range(2)]
+    envs = [environment_of(r, 2, port) | {HEARTBEAT_VARIABLE: "3"} for r in range(2)]
     ranks = [context.Process(target=hang, args=(env, tmp_path)) for env in envs]
     for process in ranks:
         process.start()

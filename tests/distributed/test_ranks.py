@@ -23,7 +23,7 @@ from tunesmith.cli.main import framed
 from tunesmith.distributed.ranks import (
     COLLECTIVE_TIMEOUT,
     REPORT_S,
-    WATCHDOG,
+    WATCHDOG_SETTINGS,
     Ranks,
     choose_gpu,
     join_ranks,
@@ -172,7 +172,7 @@ def test_nccls_watchdog_ends_no_process_unless_the_user_wants_it(monkeypatch: py
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
     }
-    names = [f"TORCH_NCCL_{name}" for name in WATCHDOG]
+    names = [f"TORCH_NCCL_{name}" for name in WATCHDOG_SETTINGS]
     with mock.patch.dict(os.environ, rank | {names[0]: "3"}):
         os.environ.pop("MASTER_ADDR", None)
         with pytest.raises(MachineError), join_ranks():

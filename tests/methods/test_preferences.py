@@ -260,7 +260,7 @@ class WidestLogits(TorchDispatchMode):
 def test_the_logits_of_all_tokens_never_exist(
     model: TrainModel, is_head_trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.loss.CPU_CHUNK", 0)  # the smallest chunks, of 16 positions
+    monkeypatch.setattr("tunesmith.loss.CPU_CHUNK_BYTES", 0)  # the smallest chunks, of 16 positions
     use(model, PAIR_METHODS["dpo"])
     [batch] = packed(pairs(8))
     assert batch.supervised > 4 * 16

@@ -11,7 +11,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model import sinks as sinks_module
 from tunesmith.model.attention import attend
-from tunesmith.model.documents import QUERIES, Documents, RepeatedTokens
+from tunesmith.model.documents import BLOCK_QUERIES, Documents, RepeatedTokens
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -54,8 +54,8 @@ RULES = {
 def test_products_and_their_gradients_equal_the_formula(lengths, rule, heads, monkeypatch):
     # Small blocks, so that documents of 37 and 70 tokens go through several; the first length keeps
     # its probabilities.
-    monkeypatch.setattr(attention, "QUERIES", 16)
-    monkeypatch.setattr(attention, "KEEP", 32)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
     attention._future.cache_clear()
     torch.manual_seed(0)
     n = sum(lengths)
@@ -112,7 +112,7 @@ def test_long_documents_never_hold_the_square_of_their_length():
         out = attention._Products.forward(
             _Context(), q, k, v, attention.Rule(documents([8192]), 0.5), None
         )
-    assert largest == 4 * QUERIES * 8192
+    assert largest == 4 * BLOCK_QUERIES * 8192
     assert torch.isfinite(out).all()
 
 
@@ -220,8 +220,8 @@ def assert_same_gradients(ours, expected, inputs):
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_products_with_sinks_equal_the_formula(lengths, window, monkeypatch):
-    monkeypatch.setattr(attention, "QUERIES", 16)
-    monkeypatch.setattr(attention, "KEEP", 32)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 16)
+    monkeypatch.setattr(attention, "MAX_SAVED_TOKENS", 32)
     attention._future.cache_clear()
     q, k, v, sinks = draw_with_sinks(lengths)
     ours = attend(q, k, v, documents(lengths), scale=0.3, window=window, sinks=sinks)

@@ -107,7 +107,7 @@ def test_a_twin_has_each_kind_of_layer_once_and_windows_shorter_than_documents()
     config = config_of("gemma4_text")
     small = twin.shrink(config)
     assert sorted(set(small.layer_types)) == ["full_attention", "sliding_attention"]
-    assert small.sliding_window < min(support.LENGTHS)
+    assert small.sliding_window < min(support.DOCUMENT_LENGTHS)
     assert small.num_hidden_layers < config.num_hidden_layers
     assert small.get_text_config().per_layer_config["full_attention"].head_dim == 32
 
@@ -145,7 +145,7 @@ def test_sizes_that_take_for_ever_to_measure_are_given_up(
     values: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    monkeypatch.setattr(measured_spec, "SECONDS", 0.1)  # fast machines take less than one
+    monkeypatch.setattr(measured_spec, "MAX_SPEC_SECONDS", 0.1)  # fast machines take less than one
     with time_limit(60, "measuring its sizes"), pytest.raises(ModelError) as caught:
         measured_spec.measure_spec(values, where="some/config.json")
     assert holds(caught.value.what, "0 s")
@@ -155,7 +155,7 @@ def test_sizes_that_take_for_ever_to_measure_are_given_up(
 
 def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.MonkeyPatch):
     spec = measured_spec.measure_spec({"model_type": "mamba"}, where="config.json")
-    monkeypatch.setattr(measured_spec, "SECONDS", 0.0)
+    monkeypatch.setattr(measured_spec, "MAX_SPEC_SECONDS", 0.0)
     with refuses(ModelError, names=["mamba", "0 s"]):
         measure_activations(spec, Adapter(rank=3), "fp32")
 

@@ -62,7 +62,7 @@ def write_all(
     """A checkpoint and final/ of each mesh, with values drawn by name; the bytes of adapter and
     moments that this rank then has for itself beside its own parts.
     """
-    save_tensors.GATHERED = 4000  # some rows at a time
+    save_tensors.MAX_GATHERED_BYTES = 4000  # some rows at a time
     sizes = []
     with join_ranks() as ranks:
         DTensor.full_tensor = None  # nothing is gathered on every rank

@@ -42,8 +42,8 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
     }  # fmt: skip
     with (
         mock.patch.object(build, "PROBE_TOKENS", 256),
-        mock.patch.object(copies, "LARGE", LARGE),
-        mock.patch.object(mesh, "BUCKET", LARGE),
+        mock.patch.object(copies, "MIN_OVERLAPPED_ELEMENTS", LARGE),
+        mock.patch.object(mesh, "BUCKET_ELEMENTS", LARGE),
         mock.patch.object(decoding, "SAMPLE_TOKENS", ANSWER),
     ):
         result = train(make_run(model, folder, **merge(base, changes)), quiet=True)

@@ -38,7 +38,7 @@ from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
 
-TOLERATED = compare_eight_bit.TOLERANCE
+TOLERATED = compare_eight_bit.MAX_LOSS_CHANGE
 
 
 def start(
@@ -70,7 +70,9 @@ def start(
         mock.patch.object(build, "PROBE_TOKENS", 256),
         mock.patch.object(build, "build_model", watched),
         mock.patch.object(fp8, "round_to_e4m3", wrongly if is_wrong_here else rounded),
-        mock.patch.object(compare_eight_bit, "TOLERANCE", -1.0 if fault == "all" else TOLERATED),
+        mock.patch.object(
+            compare_eight_bit, "MAX_LOSS_CHANGE", -1.0 if fault == "all" else TOLERATED
+        ),
     ):
         result = train(run, quiet=True)
     chosen = json.loads((folder / name / "env.json").read_text())["choices"]["base"]

@@ -52,7 +52,7 @@ def stick(
         begin(self, name, LIMIT if name == phase and limit else limit)
 
     Heartbeat.phase = with_short_limit  # type: ignore[method-assign]
-    heartbeat.END_OF_HUNG_RANK = 0.5  # seconds that a rank has to end
+    heartbeat.HUNG_RANK_SECONDS = 0.5  # seconds that a rank has to end
     if env["RANK"] == "1":
         place, name = PLACES[phase]
         setattr(place, name, stand_still)
@@ -101,7 +101,9 @@ def be_slow(model: Path, folder: Path) -> list[float]:
     answer_sampler.STUCK_AFTER_S = checkpoint_saver.STUCK_AFTER_S = trainer.STUCK_AFTER_S = (
         validation.STUCK_AFTER_S
     ) = LIMIT
-    checkpoint_saver.SLOWEST_DISK = 20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
+    checkpoint_saver.MIN_DISK_BYTES_A_SECOND = (
+        20_000.0  # bytes/s: the checkpoint of the adapter may take 6 s
+    )
     write, sample = RanksWriter._write, answer_sampler.sample_answers
 
     def write_slowly(self: RanksWriter, *arguments: Any) -> None:

@@ -23,7 +23,7 @@ import pytest
 
 from ranks import environment_of, forkserver, free_port
 from tunesmith.distributed.heartbeat import Heartbeat
-from tunesmith.distributed.ranks import SECONDS, heartbeat_limit, join_ranks, meet
+from tunesmith.distributed.ranks import HEARTBEAT_VARIABLE, heartbeat_limit, join_ranks, meet
 from tunesmith.distributed.torch_private import collective, current_collective
 from tunesmith.errors import (
     CheckpointError,
@@ -124,7 +124,7 @@ def take_steps(fault: str, env: dict[str, str], folder: Path) -> None:
 def strike(fault: str, folder: Path) -> tuple[list[int | None], str]:
     """Three ranks that are struck by a fault: their exit codes, and all that they printed."""
     context, port = forkserver(), free_port()
-    envs = [environment_of(rank, 3, port) | {SECONDS: str(LIMIT)} for rank in range(3)]
+    envs = [environment_of(rank, 3, port) | {HEARTBEAT_VARIABLE: str(LIMIT)} for rank in range(3)]
     processes = [context.Process(target=take_steps, args=(fault, env, folder)) for env in envs]
     for process in processes:
         process.start()
@@ -272,7 +272,7 @@ def test_a_group_that_is_started_again_does_not_meet_its_predecessors():
 def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):
     import torch.distributed as dist
 
-    monkeypatch.setenv(SECONDS, "1")
+    monkeypatch.setenv(HEARTBEAT_VARIABLE, "1")
     monkeypatch.setattr("tunesmith.distributed.ranks.JOIN", 0.2)
     monkeypatch.setenv("MASTER_ADDR", "node-a")
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -291,7 +291,7 @@ def test_one_process_has_nobody_to_watch():
 
 @pytest.mark.parametrize("text", ["soon", "0", "nan", "inf", "-3", ""])
 def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, text: str):
-    monkeypatch.setenv(SECONDS, text)
+    monkeypatch.setenv(HEARTBEAT_VARIABLE, text)
     with pytest.raises(MachineError, match="seconds"):
         heartbeat_limit()
 

@@ -95,7 +95,7 @@ def write_all(
     """Load a model on a mesh and write it as final/ has it, case by case; a piece holds 15 rows or
     so.
     """
-    save_tensors.PIECE = save_tensors.GATHERED = weights.SLICE = 4000
+    save_tensors.MAX_PIECE_BYTES = save_tensors.MAX_GATHERED_BYTES = weights.SLICE = 4000
     with join_ranks() as ranks:
         for mesh, changes, place in cases:
             run, root = built(model, folder, mesh, changes, ranks.world)

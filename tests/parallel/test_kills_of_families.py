@@ -31,7 +31,7 @@ SECONDS = 120  # for two ranks
 def run_rank(env: dict[str, str], model: Path, folder: Path, name: str, killed_in: int) -> None:
     """One rank of a run; rank 1 is killed in the step `killed_in`, between forward and update."""
     os.environ.update(env)
-    heartbeat.END_OF_HUNG_RANK = 0.5  # seconds that a rank has to end
+    heartbeat.HUNG_RANK_SECONDS = 0.5  # seconds that a rank has to end
     step = Trainer.train_step
 
     def killed(self: Trainer, batch: Any) -> Any:

@@ -54,7 +54,7 @@ def test_the_base_is_quantized_and_the_loss_is_told(tiny, tmp_path):
 
 
 def test_where_the_loss_moves_too_far_bf16_stays_whole(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_eight_bit, "TOLERANCE", -1.0)
+    monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", -1.0)
     session, said = begin(tiny, tmp_path)
     assert base(session)[0] == "bf16"
     assert holds(base(session)[1], "3%")
@@ -74,7 +74,7 @@ def test_fast_sums_are_taken_where_the_loss_stays(loss, taken, tiny, tmp_path, m
     """loss: the share that the stand-in's sums lose. It moves the loss of a model that knows
     nothing, near log(vocabulary), by 0.05 %.
     """
-    monkeypatch.setattr(compare_eight_bit, "SUMS_TOLERANCE", 1e-4)
+    monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE_BY_SUMS", 1e-4)
     session, _ = begin(tiny, tmp_path)
     layers = list(compare_eight_bit.eight_bit_layers(session.model))
     batches = first_batches(session.loader(0), session.device, 200)

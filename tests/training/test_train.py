@@ -296,7 +296,7 @@ def test_full_fine_tuning_in_bf16_learns_and_opens_in_transformers(
 def test_a_slow_first_step_is_told_of(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "SLOW_S", 0.0)
+    monkeypatch.setattr(trainer, "SLOW_STEP_SECONDS", 0.0)
     with logged_lines() as lines:
         train(make_run(tiny, tmp_path, held=False, train={"duration": "2 steps"}))
     assert lines.count(trainer.SLOW_FIRST_STEP) == 1

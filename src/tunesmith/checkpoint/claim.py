@@ -41,9 +41,9 @@ ROWS_FOLDER = "data"
 # What `train(rows=...)` writes there before the first start: see `program_rows_file`.
 _PROGRAM_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
 NAMED_FILES = 5  # in an error
-MARK = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
+LOCK_CONTENT = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
-FILES = (
+RUN_FILES = (
     RECIPE,
     IDENTITY,
     METRICS,
@@ -66,11 +66,11 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 _LEFTOVER = re.compile(
-    rf"\.(?:{_any_of(FILES)})(?:\.\d+)?\.partial"
+    rf"\.(?:{_any_of(RUN_FILES)})(?:\.\d+)?\.partial"
     r"|\.(?:checkpoint-\d+|final)\.(?:partial|old)|\.tokenizer-\w+\.partial"
 )
 _WRITTEN = re.compile(
-    rf"{_any_of(FILES)}|final|tensorboard|profile|{EVALS}|checkpoint-\d+|{_RANK_METRICS}"
+    rf"{_any_of(RUN_FILES)}|final|tensorboard|profile|{EVALS}|checkpoint-\d+|{_RANK_METRICS}"
     rf"|{_LEFTOVER.pattern}"
 )
 _EARLY = re.compile(rf"{_any_of(BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pattern}")
@@ -94,7 +94,7 @@ def is_run(output_dir: Path) -> bool:
     try:
         if identity.is_file():
             return "recipe_hash" in read_object(identity)
-        if not lock.is_file() or lock.read_bytes() != MARK:
+        if not lock.is_file() or lock.read_bytes() != LOCK_CONTENT:
             return False
         # The first step is recorded after the identity is written.
         if metrics.exists() and metrics.stat().st_size:
@@ -209,14 +209,14 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
 
     def mark() -> None:
         if os.fstat(handle).st_size == 0:
-            os.pwrite(handle, MARK, 0)
+            os.pwrite(handle, LOCK_CONTENT, 0)
             os.fsync(handle)
 
     try:
         yield mark
     finally:
         with contextlib.suppress(OSError):
-            if not run_files(output_dir) and (is_new or lock.read_bytes() == MARK):
+            if not run_files(output_dir) and (is_new or lock.read_bytes() == LOCK_CONTENT):
                 lock.unlink()
         remove_unused(created)
         os.close(handle)

@@ -43,9 +43,9 @@ from tunesmith.errors import (
 AGREED = (OtherRankError, StoppedError, NonFiniteError)
 # Seconds that a rank has to end by itself once the ranks have decided on a fault: one whose main
 # thread may hang in a collective, and one whose main thread has raised an error and unwinds.
-END_OF_HUNG_RANK = 3.0
-END_OF_UNWINDING_RANK = 60.0
-REFUSAL = 2.0  # seconds in which a machine that is up refuses a connection
+HUNG_RANK_SECONDS = 3.0
+UNWINDING_RANK_SECONDS = 60.0
+REFUSAL_SECONDS = 2.0  # seconds in which a machine that is up refuses a connection
 UNDECIDED = "-"  # what stands in the store as verdict until a rank publishes a fault
 # torch's errors of a collective and of a store
 _BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)
@@ -165,7 +165,7 @@ class Heartbeat:
                 time.sleep(peers.clock.interval / 20)
         self._closing.set()
         self._wake.set()
-        self._talker.join(END_OF_HUNG_RANK)
+        self._talker.join(HUNG_RANK_SECONDS)
         # A thread in a call to a mute store would crash an interpreter that ends.
         if self._talker.is_alive():
             atexit.register(_leave)
@@ -186,7 +186,7 @@ class Heartbeat:
         while not self._closing.wait(peers.clock.interval / 2):
             peers.clock.advance()
             if report.fault is not None:
-                seconds_to_end = END_OF_UNWINDING_RANK if report.is_ending else END_OF_HUNG_RANK
+                seconds_to_end = UNWINDING_RANK_SECONDS if report.is_ending else HUNG_RANK_SECONDS
                 if time.monotonic() - report.decided_at > seconds_to_end:
                     _leave(report.fault.exit_code)
             elif peers.clock.seconds - peers.answered_at > peers.limit:
@@ -276,7 +276,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 def refuses_connections(host: str, port: int) -> bool:
     """Whether a machine answers that no process listens at this port: its network is not cut."""
     try:
-        with socket.create_connection((host, port), timeout=REFUSAL):
+        with socket.create_connection((host, port), timeout=REFUSAL_SECONDS):
             return False
     except ConnectionRefusedError:
         return True

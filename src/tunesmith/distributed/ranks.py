@@ -42,18 +42,24 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = timedelta(hours=24)
 # A key of the launcher's store: the prefix of the keys of these ranks' heartbeats.
 HEARTBEAT_NAME = "heartbeat"
-DEFAULT_LIMIT = "60"  # seconds without a beat after which a rank is gone
-SECONDS = "TUNESMITH_HEARTBEAT_SECONDS"  # of the environment: for a slow network, or a test
+DEFAULT_LIMIT_SECONDS = "60"  # seconds without a beat after which a rank is gone
+# Of the environment: for a slow network, or a test.
+HEARTBEAT_VARIABLE = "TUNESMITH_HEARTBEAT_SECONDS"
 JOIN = 600.0  # seconds that the ranks have to find each other, as long as torchrun gives its nodes
 # Seconds that a rank leaves to the one of its node that reports the fault of both.
 REPORT_S = 10.0
 # NCCL's watchdog would end a process by SIGABRT, before a rank has reported what happened, where a
 # collective or kernel failed or it stood still for minutes. Its sign to dump stays in the
 # launcher's store for the ranks that start again.
-WATCHDOG = ("ASYNC_ERROR_HANDLING", "RETHROW_CUDA_ERRORS", "ENABLE_MONITORING", "DUMP_ON_TIMEOUT")
+WATCHDOG_SETTINGS = (
+    "ASYNC_ERROR_HANDLING",
+    "RETHROW_CUDA_ERRORS",
+    "ENABLE_MONITORING",
+    "DUMP_ON_TIMEOUT",
+)
 # Where torchrun and accelerate, srun, Open MPI, and other MPIs give the number of ranks.
 # SLURM_NTASKS does not: a batch script without srun has it too, and is one process.
-RANKS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+WORLD_VARIABLES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 T = TypeVar("T")
 
 
@@ -228,7 +234,7 @@ def join_ranks() -> Iterator[Ranks]:
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         choose_gpu(local_rank, local_world)
-        for name in WATCHDOG:
+        for name in WATCHDOG_SETTINGS:
             os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
     try:
         store, _, _ = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))
@@ -309,7 +315,7 @@ def heartbeat_limit() -> float:
 
     MachineError where the environment names no such number.
     """
-    text = os.environ.get(SECONDS, DEFAULT_LIMIT)
+    text = os.environ.get(HEARTBEAT_VARIABLE, DEFAULT_LIMIT_SECONDS)
     try:
         seconds = float(text)
     except ValueError:
@@ -317,8 +323,8 @@ def heartbeat_limit() -> float:
     if not 1 <= seconds < inf:
         raise MachineError(
             "not a number of seconds of at least 1",
-            where=f"environment: {SECONDS}={text}",
-            fix=f"unset {SECONDS}",
+            where=f"environment: {HEARTBEAT_VARIABLE}={text}",
+            fix=f"unset {HEARTBEAT_VARIABLE}",
         )
     return seconds
 
@@ -380,7 +386,7 @@ def _apart(what: str, rank: int, world: int, why: str = "") -> MachineError:
 
 def require_one_process(command: str) -> None:
     """MachineError where this process is one of several that would each do all of `command`."""
-    for name in RANKS:
+    for name in WORLD_VARIABLES:
         text = os.environ.get(name, "")
         if not text.isdecimal() or int(text) < 2:
             continue

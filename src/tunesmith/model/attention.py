@@ -29,8 +29,8 @@ from torch.nn.attention.varlen import varlen_attn
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.attention_kernels import choose_kernel
 from tunesmith.model.documents import (
-    KEEP,
-    QUERIES,
+    BLOCK_QUERIES,
+    MAX_SAVED_TOKENS,
     Documents,
     Group,
     RepeatedTokens,
@@ -38,19 +38,19 @@ from tunesmith.model.documents import (
 )
 from tunesmith.model.sinks import varlen_with_sinks
 
-NAME = "tunesmith"
+ATTENTION_NAME = "tunesmith"
 
 # Keywords of this torch's varlen_attn: they differ between releases; 2.11 takes grouped heads
 # without `enable_gqa`.
-VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
+VARLEN_KEYWORDS = frozenset(inspect.signature(varlen_attn).parameters)
 
 # Of the norm of output or gradients: bf16 loses half a percent, and a token that sees another
 # document changes much more.
-VARLEN_ERROR = 0.03
+VARLEN_TOLERANCE = 0.03
 
 # Keywords that Transformers passes to every attention function and that do not change the result
 # here.
-HARMLESS = frozenset(
+HARMLESS_KEYWORDS = frozenset(
     {
         "position_ids",
         "use_cache",
@@ -85,9 +85,9 @@ def register() -> str:
 
     # Without a mask function: a [1, 1, n, n] mask would have 16 million entries for 4096 tokens,
     # and before it makes one Transformers asks the device whether the row is packed.
-    AttentionInterface.register(NAME, documents_attention)
+    AttentionInterface.register(ATTENTION_NAME, documents_attention)
     # An error, not ignored: an unknown option may change the result.
-    return NAME
+    return ATTENTION_NAME
 
 
 def documents_attention(
@@ -121,7 +121,7 @@ def documents_attention(
     """
     if documents is None:
         documents = current_documents()
-    unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS)
+    unknown = sorted(k for k, v in others.items() if v is not None and k not in HARMLESS_KEYWORDS)
     request = ""
     if unknown:
         request = f"an unknown attention option: {', '.join(unknown)}"
@@ -210,7 +210,7 @@ def _attend_each(
     # attention of Gemma 4 has heads of 512, its sliding attention of 256.
     if (
         backend == "varlen"
-        and (window is None or "window_size" in VARLEN)
+        and (window is None or "window_size" in VARLEN_KEYWORDS)
         and fits_varlen(q.device, q.dtype, q.shape[-1], v.shape[-1], sinks is not None)
     ):
         return _varlen(q, k, v, rule, sinks)
@@ -366,7 +366,7 @@ def find_varlen_fault(shape: VarlenShape) -> str:
     for result, reference in zip(results, expected, strict=True):
         errors.append(float((result.float() - reference).norm() / reference.norm()))
     largest = float(torch.tensor(errors).max())  # torch's maximum is NaN where one of them is
-    if largest < VARLEN_ERROR:
+    if largest < VARLEN_TOLERANCE:
         return ""
     return f"it is off by {largest:.1%} of the values' norm"
 
@@ -418,9 +418,9 @@ def _plain_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         "enable_gqa": q.shape[1] != k.shape[1],
         "scale": scale,
     }
-    options = {name: value for name, value in options.items() if name in VARLEN}
+    options = {name: value for name, value in options.items() if name in VARLEN_KEYWORDS}
     # An older varlen_attn divides by sqrt(d) always: the rest of the factor goes into q.
-    if "scale" not in VARLEN and scale != q.shape[-1] ** -0.5:
+    if "scale" not in VARLEN_KEYWORDS and scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)
     # The bound is a constant of a compiled graph; the batches of a run all state the same one (see
     # data/loader.py).
@@ -601,7 +601,7 @@ def _sum_by_head(per_row: Tensor, group: Group, like: Tensor) -> Tensor:
 
 def _saves_probabilities(group: Group, softcap: float | None) -> bool:
     """Whether the backward of a group reads its probabilities, and does not compute them again."""
-    return softcap is None and group.length <= KEEP
+    return softcap is None and group.length <= MAX_SAVED_TOKENS
 
 
 def _join(blocks: list[Tensor]) -> Tensor:
@@ -621,8 +621,8 @@ class Block(NamedTuple):
 
 
 def _blocks(length: int, window: int | None) -> Iterator[Block]:
-    for start in range(0, length, QUERIES):
-        end = min(start + QUERIES, length)
+    for start in range(0, length, BLOCK_QUERIES):
+        end = min(start + BLOCK_QUERIES, length)
         first_key = 0
         if window is not None:
             # The first query of the block sees the furthest back: `window` tokens with itself.
@@ -728,9 +728,9 @@ def _probabilities(
 
 @cache
 def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[QUERIES, QUERIES]: minus infinity where the key lies in the query's future.
+    """[BLOCK_QUERIES, BLOCK_QUERIES]: minus infinity where the key lies in the query's future.
 
     To add it is cheaper than to fill.
     """
-    infinite = torch.full((QUERIES, QUERIES), float("-inf"), dtype=dtype, device=device)
+    infinite = torch.full((BLOCK_QUERIES, BLOCK_QUERIES), float("-inf"), dtype=dtype, device=device)
     return infinite.triu(1)

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Queries of a document are computed this many at a time, so that scores are [heads, QUERIES, n] and
-# keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 % faster
-# than 512 for documents of 75 to 310 tokens.
-QUERIES = 128
+# Queries of a document are computed this many at a time, so that scores are [heads, BLOCK_QUERIES,
+# n] and keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 %
+# faster than 512 for documents of 75 to 310 tokens.
+BLOCK_QUERIES = 128
 # Documents up to this length keep their probabilities for the backward; longer ones compute them
 # again.
-KEEP = 512
+MAX_SAVED_TOKENS = 512
 # Documents within one block of queries are padded to a common length and multiplied together, up to
-# GROUP_TOKENS and where they have at least ALIKE of the longest's length: twice as fast at 15 to 45
-# tokens, 10 % at 90 to 130.
-GROUP_TOKENS = 512
-ALIKE = 0.8
+# MAX_GROUP_TOKENS and where they have at least MIN_LENGTH_SHARE of the longest's length: twice as
+# fast at 15 to 45 tokens, 10 % at 90 to 130.
+MAX_GROUP_TOKENS = 512
+MIN_LENGTH_SHARE = 0.8
 
 
 def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
@@ -35,10 +35,12 @@ def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
 
     A block of queries has those of all keys up to its end.
     """
-    blocks, rest = np.divmod(length, QUERIES)
-    # Full blocks have QUERIES rows and QUERIES, 2 * QUERIES, ... keys; the last, of `rest` rows,
-    # has all keys.
-    return (length <= KEEP) * (QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length)
+    blocks, rest = np.divmod(length, BLOCK_QUERIES)
+    # Full blocks have BLOCK_QUERIES rows and once, twice, ... as many keys; the last has `rest`
+    # rows and all keys.
+    return (length <= MAX_SAVED_TOKENS) * (
+        BLOCK_QUERIES**2 * blocks * (blocks + 1) // 2 + rest * length
+    )
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def use_documents(documents: Documents | None) -> Iterator[None]:
 
 def _is_alike(length: int, group: list[tuple[int, int]]) -> bool:
     longest, _ = group[0]
-    return length >= ALIKE * longest
+    return length >= MIN_LENGTH_SHARE * longest
 
 
 def _fits_products(length: int, group: list[tuple[int, int]]) -> bool:
@@ -260,6 +262,6 @@ def _fits_products(length: int, group: list[tuple[int, int]]) -> bool:
     them.
     """
     longest, _ = group[0]
-    if longest > QUERIES or not _is_alike(length, group):
+    if longest > BLOCK_QUERIES or not _is_alike(length, group):
         return False
-    return (len(group) + 1) * longest <= GROUP_TOKENS
+    return (len(group) + 1) * longest <= MAX_GROUP_TOKENS

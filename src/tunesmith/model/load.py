@@ -94,7 +94,7 @@ def one_line(error: BaseException) -> str:
 
 # Elements from which on a tensor of zeros is a matrix: Llama 4's stacks of experts begin as zeros,
 # of 2.7 GB a layer in Scout. Buffers are far smaller.
-LARGE = 1 << 26
+MIN_MATRIX_ELEMENTS = 1 << 26
 # Modules whose functions fill a tensor in place
 INITIALIZERS = ("torch.nn.init", "transformers.initialization")
 
@@ -119,7 +119,7 @@ class _MatricesOnMeta(TorchFunctionMode):
         is_matrix = func is torch.empty
         if func is torch.zeros and args:
             # Counted on meta: the tensor itself may take gigabytes.
-            is_matrix = torch.empty(*args, device="meta").numel() >= LARGE
+            is_matrix = torch.empty(*args, device="meta").numel() >= MIN_MATRIX_ELEMENTS
         if is_matrix and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)

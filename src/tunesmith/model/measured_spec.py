@@ -40,7 +40,7 @@ FORMAT = 6  # of the cached files; how layers are counted, counts
 TOKENS = 256
 # Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
 # for the memory of training; FalconMamba, which loops over the tokens, takes 25 on meta.
-SECONDS = 300.0
+MAX_SPEC_SECONDS = 300.0
 # What a config says beside the model's sizes.
 NO_SIZES = (
     "_name_or_path",
@@ -54,7 +54,7 @@ NO_SIZES = (
 )
 # Keys whose product is the state of a recurrent layer: its heads, and the channels of a key (or of
 # the state) and of a value.
-STATES = (
+STATE_KEYS = (
     ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),  # gated delta rule
     ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),  # Nemotron-H
     ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),  # Bamba, Falcon-H1, Granite 4
@@ -134,11 +134,11 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def limit_measuring(model_type: str) -> "AbstractContextManager[None]":
-    """ModelError where what is built and run on meta within takes more than SECONDS."""
+    """ModelError where what is built and run on meta within takes more than MAX_SPEC_SECONDS."""
     from tunesmith.model.deadline import deadline
 
     why = "the model is built and run once, without weights, to measure each layer"
-    return deadline(SECONDS, f"measuring this {model_type}", why=why)
+    return deadline(MAX_SPEC_SECONDS, f"measuring this {model_type}", why=why)
 
 
 def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
@@ -286,7 +286,7 @@ def _count_layer(
         width = min(stack.numel() // count // hidden for stack in stacks)
         intermediate = max(intermediate, per_token * width)
     state = 0
-    # Every recurrent layer that STATES knows has a short convolution; an MLP alone has none.
+    # Every recurrent layer that STATE_KEYS knows has a short convolution; an MLP alone has none.
     if any(isinstance(part, nn.Conv1d) for part in module.modules()):
         state = _state(values)
     return Layer(
@@ -359,9 +359,9 @@ def _stacks(module: "nn.Module") -> "list[nn.Parameter]":
 
 def _state(values: Mapping[str, Any]) -> int:
     """Elements of a recurrent layer's state, of a config's values; 0 where it keeps to none of
-    STATES.
+    STATE_KEYS.
     """
-    for keys in STATES:
+    for keys in STATE_KEYS:
         if all(isinstance(values.get(key), int) for key in keys):
             state = 1
             for key in keys:

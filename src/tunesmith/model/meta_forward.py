@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.model.decoder import find_layers
 
-NAME = "tunesmith-sizes"
+MEASURING_NAME = "tunesmith-sizes"
 GROUPED = "grouped_mm"
 # Implementations of the experts, which all stand for GROUPED here; another computes on meta itself.
 OF_TRANSFORMERS = (GROUPED, "eager", "batched_mm")
@@ -227,14 +227,14 @@ def _run(
         replaced[layer] = layer.forward
         form = layer_form(layer, index, model.config)
         layer.forward = partial(watch.run_layer, form, layer.forward)
-    AttentionInterface.register(NAME, watch.attention)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(MEASURING_NAME, watch.attention)
+    model.set_attn_implementation(MEASURING_NAME)
     has_experts = any(map(count_experts, model.modules()))
     set_experts: Callable[[str], None] = model.set_experts_implementation
     if has_experts:
         watch.experts_function = model.get_experts_implementation()[""]
-        ALL_EXPERTS_FUNCTIONS.register(NAME, watch.experts)
-        set_experts(NAME)
+        ALL_EXPERTS_FUNCTIONS.register(MEASURING_NAME, watch.experts)
+        set_experts(MEASURING_NAME)
     for module in model.modules():
         if are_experts(module) and not has_interface(module):
             replaced[module] = module.forward

@@ -20,12 +20,12 @@ from tunesmith.model.load import materialize, one_line
 from tunesmith.model.recurrent import PackedCall, run_by_document, use_packed_calls
 
 # Longer than a chunk of FLA's kernels, 64 tokens, with edges within chunks.
-LENGTHS = (75, 130, 61)
+TRIAL_LENGTHS = (75, 130, 61)
 # Of the largest value, in output and gradient. Measured in bf16 with kernels written in PyTorch
 # (tests/model/test_recurrent_kernels.py): right ones differ from one row a document by 0.005 at
 # most, and where one document's state reaches the next, the worse of the two is off by 0.15 in the
 # smallest layer and by 0.4 in one of real width.
-TOLERANCE = 0.03
+TRIAL_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def try_packed_calls(
 
     `model` is on meta, in the dtype of the run, as Transformers builds it.
     """
-    shape = (1, sum(LENGTHS), model.config.get_text_config().hidden_size)
+    shape = (1, sum(TRIAL_LENGTHS), model.config.get_text_config().hidden_size)
     generator = torch.Generator().manual_seed(1)
     row, cotangent = torch.randn(2, *shape, generator=generator).to(device, model.dtype)
     trials = {}
@@ -130,16 +130,16 @@ def _keeps_apart(layer: nn.Module, call: PackedCall, row: Tensor, cotangent: Ten
     for result, expected in zip(results, _run(layer, row, cotangent), strict=True):
         difference = float((result - expected).abs().max())
         # Not so of a value that is not a number.
-        if not difference <= TOLERANCE * float(expected.abs().max()):
+        if not difference <= TRIAL_TOLERANCE * float(expected.abs().max()):
             return False
     return True
 
 
 def _run(layer: nn.Module, row: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
     """The output of a layer for a packed row [1, n, width], and the gradient of the row."""
-    edges = [0, LENGTHS[0], sum(LENGTHS[:2]), sum(LENGTHS)]
+    edges = [0, TRIAL_LENGTHS[0], sum(TRIAL_LENGTHS[:2]), sum(TRIAL_LENGTHS)]
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=row.device)
-    documents = Documents(cu_seqlens, max(LENGTHS))
+    documents = Documents(cu_seqlens, max(TRIAL_LENGTHS))
     documents.set_edges(edges)
     row = row.clone().requires_grad_()
     with use_documents(documents), torch.enable_grad():

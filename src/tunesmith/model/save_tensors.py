@@ -27,9 +27,9 @@ from tunesmith.model.weights import STORED
 NAMES = {dtype: name for name, dtype in STORED.items()}
 # Written alone: read as it stands it would lack its scales.
 NAMES[torch.float8_e4m3fn] = "F8_E4M3"
-PIECE = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
-GATHERED = 16 << 20  # bytes of one collective, which may take as much again
-SHARD = "5GB"
+MAX_PIECE_BYTES = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
+MAX_GATHERED_BYTES = 16 << 20  # bytes of one collective, which may take as much again
+MAX_FILE_SIZE = "5GB"
 # The values of some rows of a tensor on meta, in bands from first to last.
 Read = Callable[[Tensor, slice], Iterable[Tensor]]
 
@@ -67,7 +67,7 @@ def save_tensors(
 ) -> None:
     """Write tensors of any device and strides: the bytes that `safetensors.torch.save_file` writes.
 
-    The host holds at most PIECE bytes of another device's tensor; one that is not contiguous is
+    The host holds at most MAX_PIECE_BYTES of another device's tensor; one that is not contiguous is
     copied on its device. DTensors are gathered some rows at a time, in which all ranks take part.
 
     Args:
@@ -155,15 +155,15 @@ def _parts(source: Tensor | TensorPart, dtype: torch.dtype, read: Read | None) -
 def _file_pieces(entry: Entry) -> Iterator[memoryview]:
     """The bytes of a stored tensor."""
     with open_uncached(entry.file) as file:
-        for offset in range(0, entry.size, PIECE):
-            piece = memoryview(bytearray(min(PIECE, entry.size - offset)))
+        for offset in range(0, entry.size, MAX_PIECE_BYTES):
+            piece = memoryview(bytearray(min(MAX_PIECE_BYTES, entry.size - offset)))
             read_into(file, entry, piece, offset)
             yield piece
         drop_pages(file.fileno(), entry.start, entry.size)
 
 
 def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator[Tensor]:
-    """The rows `span` of a tensor in `dtype`, up to GATHERED bytes at a time; on ranks but 0 no
+    """The rows `span` of a tensor in `dtype`, up to MAX_GATHERED_BYTES at a time; on ranks but 0 no
     values.
 
     Each piece holds until the next. Not `full_tensor`: with gloo its peak was twice the tensor, on
@@ -178,7 +178,7 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
     mesh = tensor.device_mesh
     group = mesh.get_group() if mesh.ndim == 1 else None
     first_rank = int(mesh.mesh.min())
-    rows_per_piece = max(1, GATHERED // (math.prod(row_shape) * dtype.itemsize))
+    rows_per_piece = max(1, MAX_GATHERED_BYTES // (math.prod(row_shape) * dtype.itemsize))
     gives = _is_first_replica(tensor)
     buffer = torch.empty(
         min(rows_per_piece, row_count), *row_shape, dtype=dtype, device=local.device
@@ -231,7 +231,7 @@ def _written_dtype(source: Tensor | TensorPart, dtype: torch.dtype | None) -> to
 
 def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of a tensor in `dtype`, in its order of elements."""
-    for piece in tensor.contiguous().view(-1).split(PIECE // tensor.itemsize):
+    for piece in tensor.contiguous().view(-1).split(MAX_PIECE_BYTES // tensor.itemsize):
         yield piece.to(dtype).view(torch.uint8).cpu().numpy().data
 
 
@@ -243,15 +243,15 @@ def save_sharded(
 ) -> None:
     """Write a model's tensors by their names.
 
-    They go to model.safetensors, or files of up to SHARD and their index. `folder`, `dtype` and
-    `read` as `path`, `dtype` and `read` of `save_tensors`.
+    They go to model.safetensors, or files of up to MAX_FILE_SIZE and their index. `folder`, `dtype`
+    and `read` as `path`, `dtype` and `read` of `save_tensors`.
     """
     shapes = {}
     # Bytes only: DTensors and other files' tensors count as what is written of them.
     for name, source in tensors.items():
         size = _written_form(source, dtype).size
         shapes[name] = torch.empty(size, dtype=torch.uint8, device="meta")
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
         path = folder / file if folder else None
         file_tensors = {name: tensors[name] for name in names}

@@ -35,11 +35,11 @@ from tunesmith.model.twin import VOCAB, build_twin
 
 FORMAT = 6  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
-LENGTHS = (13, 22)
+DOCUMENT_LENGTHS = (13, 22)
 # Of a module's output: what reaches it from the other document.
-LEAK = 1e-5
+LEAK_TOLERANCE = 1e-5
 # Of one core; a twin takes one or two.
-SECONDS = 60.0
+MAX_SUPPORT_SECONDS = 60.0
 # Ids below have a meaning in some configs: padding, begin, end.
 FIRST_ID = 3
 
@@ -121,7 +121,10 @@ def _decode(values: dict[str, Any]) -> Support:
 
 
 def measure_support(
-    config: PretrainedConfig, *, trust_remote_code: bool = False, seconds: float = SECONDS
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    seconds: float = MAX_SUPPORT_SECONDS,
 ) -> Support:
     """How a model of this config trains, in a second or two, on the CPU.
 
@@ -143,7 +146,7 @@ def measure_support(
 
 def _measure(twin: PreTrainedModel) -> Support:
     ids = torch.randint(
-        FIRST_ID, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)
+        FIRST_ID, VOCAB, (sum(DOCUMENT_LENGTHS),), generator=torch.Generator().manual_seed(0)
     )
     try:
         with LinearCalls(twin) as linears:
@@ -204,7 +207,7 @@ def _measure(twin: PreTrainedModel) -> Support:
 def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
     """Each document by itself, as Transformers computes it."""
     outputs = []
-    for document in ids.split(LENGTHS):
+    for document in ids.split(DOCUMENT_LENGTHS):
         positions = torch.arange(len(document))[None]
         output = twin(input_ids=document[None], position_ids=positions, use_cache=False)
         outputs.append(output.logits[0])
@@ -225,12 +228,14 @@ def looks_ahead(twin: PreTrainedModel, ids: Tensor) -> bool:
 
 def _run_padded(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
     """One document a row, padded on the right, without a mask, as `TrainModel` does."""
-    longest = max(LENGTHS)
-    rows = [F.pad(document, (0, longest - len(document))) for document in ids.split(LENGTHS)]
-    positions = torch.arange(longest).expand(len(LENGTHS), -1)
+    longest = max(DOCUMENT_LENGTHS)
+    rows = [
+        F.pad(document, (0, longest - len(document))) for document in ids.split(DOCUMENT_LENGTHS)
+    ]
+    positions = torch.arange(longest).expand(len(DOCUMENT_LENGTHS), -1)
     hidden = _hidden(twin, torch.stack(rows), positions)
     # Logits of the tokens alone, in the order of the packed row.
-    tokens = [row[:length] for row, length in zip(hidden, LENGTHS, strict=True)]
+    tokens = [row[:length] for row, length in zip(hidden, DOCUMENT_LENGTHS, strict=True)]
     return _backward(twin, _logits(twin, torch.cat(tokens)), ids)
 
 
@@ -249,7 +254,7 @@ def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: TwinOutput) -> bool:
 
 def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = None) -> TwinOutput:
     """All documents in one row, under this engine's attention, as `TrainModel` does."""
-    documents = packed_documents(LENGTHS, chunk_size)
+    documents = packed_documents(DOCUMENT_LENGTHS, chunk_size)
     with use_documents(documents):
         hidden = _hidden(twin, ids[None], _positions(), documents=documents)
         return _backward(twin, _logits(twin, hidden[0]), ids)
@@ -269,7 +274,7 @@ def packed_documents(lengths: tuple[int, ...], chunk_size: int | None) -> Docume
 
 def _positions() -> Tensor:
     """Positions in each document: int64 [1, n]."""
-    return torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    return torch.cat([torch.arange(length) for length in DOCUMENT_LENGTHS])[None]
 
 
 def _hidden(twin: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
@@ -308,10 +313,12 @@ def find_recurrent(twin: PreTrainedModel, ids: Tensor) -> tuple[str, ...]:
     With another first document, such a layer gets the same second document and returns another.
     The innermost are named: what holds them does the same.
     """
-    documents = packed_documents(LENGTHS, None)
+    documents = packed_documents(DOCUMENT_LENGTHS, None)
     others = ids.clone()
     # Every token of the first document is another one; the second document is the same.
-    others[: LENGTHS[0]] = (ids[: LENGTHS[0]] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
+    others[: DOCUMENT_LENGTHS[0]] = (ids[: DOCUMENT_LENGTHS[0]] - FIRST_ID + 1) % (
+        VOCAB - FIRST_ID
+    ) + FIRST_ID
     first: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     second: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     with use_documents(documents):
@@ -357,7 +364,7 @@ def find_bypassed(
                 watched[part] = _WatchedLinear.watch(part)
     if not watched:
         return ()
-    documents = packed_documents(LENGTHS, None)
+    documents = packed_documents(DOCUMENT_LENGTHS, None)
     # In training: the fused kernels, which read weights past the forward, run only there.
     twin.train()
     try:
@@ -407,7 +414,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     largest = float(one.abs().max())
-    return _difference(one, other) <= LEAK * max(largest, 1e-6)
+    return _difference(one, other) <= LEAK_TOLERANCE * max(largest, 1e-6)
 
 
 @contextmanager
@@ -426,10 +433,10 @@ def _watch_modules(
                 isinstance(value, Tensor)
                 and value.is_floating_point()
                 # [1, tokens of both documents, ...]: what goes by position in the row.
-                and value.shape[:2] == (1, sum(LENGTHS))
+                and value.shape[:2] == (1, sum(DOCUMENT_LENGTHS))
             ):
                 # A clone: later layers may write into it.
-                tensors.append(value[:, LENGTHS[0] :].clone())
+                tensors.append(value[:, DOCUMENT_LENGTHS[0] :].clone())
         return tensors
 
     def watch(name: str, module: nn.Module) -> None:

@@ -28,7 +28,8 @@ from tunesmith.parallel.mesh import all_reduce_together
 # their way.
 GRADIENT_PIECE = 1 << 24
 MOST_GRADIENT_PIECES = 4
-LARGE = 1 << 16  # elements of a gradient that is worth a collective of its own: 256 KiB in fp32
+# Of a gradient that is worth a collective of its own: 256 KiB in fp32.
+MIN_OVERLAPPED_ELEMENTS = 1 << 16
 
 
 class PendingSum(NamedTuple):
@@ -66,7 +67,7 @@ class GradientSum:
         if group is None or not beside_backward:
             return
         for part in parts:
-            if part.weight.numel() >= LARGE:
+            if part.weight.numel() >= MIN_OVERLAPPED_ELEMENTS:
                 part.param.register_post_accumulate_grad_hook(partial(self._begin, part))
 
     def start(self) -> None:

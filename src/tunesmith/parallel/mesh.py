@@ -26,7 +26,7 @@ from tunesmith.units import count_of
 DIMENSIONS = ("replicate", "shard", "tensor")
 MESH_NUMBERS = itertools.count()  # of the meshes of this process
 # Elements that `all_reduce_together` copies at a time: 64 MiB in fp32.
-BUCKET = 1 << 24
+BUCKET_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,14 @@ def all_reduce_together(tensors: Sequence[Tensor], group: dist.ProcessGroup | No
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups of at most BUCKET elements, a large one in pieces."""
+    """The tensors in groups of at most BUCKET_ELEMENTS elements, a large one in pieces."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
         # A piece must be a view; what has no single run of memory stays whole.
-        pieces = tensor.view(-1).split(BUCKET) if tensor.is_contiguous() else (tensor,)
+        pieces = tensor.view(-1).split(BUCKET_ELEMENTS) if tensor.is_contiguous() else (tensor,)
         for piece in pieces:
-            if bucket and size + piece.numel() > BUCKET:
+            if bucket and size + piece.numel() > BUCKET_ELEMENTS:
                 yield bucket
                 bucket = []
                 size = 0

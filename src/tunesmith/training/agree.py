@@ -44,8 +44,8 @@ from tunesmith.model.safetensors_files import (
 )
 
 NEXT_LINE = "\n         "  # below `  where: `
-NAMES = 4  # of ranks or nodes that an error lists
-SHORT = 12  # characters of a digest that an error shows
+MAX_NAMES = 4  # of ranks or nodes that an error lists
+DIGEST_CHARACTERS = 12  # characters of a digest that an error shows
 # What a copy of config.json may have otherwise while the model is the same.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -64,7 +64,7 @@ class Compared(NamedTuple):
     text: str  # as an error shows it
 
 
-MISSING = Compared("not there", "not there")
+NOT_THERE = Compared("not there", "not there")
 
 
 def check_same_recipe(run: Run, ranks: Ranks) -> None:
@@ -84,7 +84,7 @@ def check_same_recipe(run: Run, ranks: Ranks) -> None:
     differences = find_differences(ranks, ranks.all_gather_object(values))
     if differences:
         key = next(iter(differences))
-        what = f"the ranks have different recipes: {', '.join([*differences][:NAMES])}"
+        what = f"the ranks have different recipes: {', '.join([*differences][:MAX_NAMES])}"
         fix = "use the same recipe and the same options on every node"
         if key in values:
             fix += f", such as {shell_word(f'{key}={values[key].text}')}"
@@ -176,11 +176,13 @@ def model_parts(
     parts["model.name: how its layers train"] = Compared(text, text)
     digest = data.tokenizer_hash
     parts["model.tokenizer"] = Compared(
-        digest, f"{len(files.tokenizer):,} tokens ({digest[:SHORT]})"
+        digest, f"{len(files.tokenizer):,} tokens ({digest[:DIGEST_CHARACTERS]})"
     )
     if run.adapter.from_ is not None and start.checkpoint is None:
         digest = adapter_digest(run.adapter.from_)
-        parts["adapter.from"] = Compared(digest, f"{run.adapter.from_} ({digest[:SHORT]})")
+        parts["adapter.from"] = Compared(
+            digest, f"{run.adapter.from_} ({digest[:DIGEST_CHARACTERS]})"
+        )
     return parts
 
 
@@ -196,8 +198,10 @@ def weight_parts(files: ModelFiles) -> dict[str, Compared]:
     sums = sums_of_weights(files.folder)
     name = files.model.name
     return {
-        "model.name: weights": Compared(digest, f"{name} ({digest[:SHORT]})"),
-        "model.name: checksums of the weights": Compared(sums, f"{name} ({sums[:SHORT]})"),
+        "model.name: weights": Compared(digest, f"{name} ({digest[:DIGEST_CHARACTERS]})"),
+        "model.name: checksums of the weights": Compared(
+            sums, f"{name} ({sums[:DIGEST_CHARACTERS]})"
+        ),
     }
 
 
@@ -208,13 +212,15 @@ def data_parts(data: TrainingData) -> dict[str, Compared]:
     digest = hashlib.sha256(prompt.encode()).hexdigest()
     counts = data.train.counts
     parts = {
-        "data.template": Compared(digest, f"{template.name} ({digest[:SHORT]})"),
-        "data.train": Compared(counts.digest, f"{counts.kept:,} rows ({counts.digest[:SHORT]})"),
+        "data.template": Compared(digest, f"{template.name} ({digest[:DIGEST_CHARACTERS]})"),
+        "data.train": Compared(
+            counts.digest, f"{counts.kept:,} rows ({counts.digest[:DIGEST_CHARACTERS]})"
+        ),
     }
     if data.validation is not None:
         digest = f"{data.validation_digest} {data.validation.counts.digest}"
         parts["data.validation"] = Compared(
-            digest, f"{data.validation.counts.kept:,} rows ({digest[:SHORT]})"
+            digest, f"{data.validation.counts.kept:,} rows ({digest[:DIGEST_CHARACTERS]})"
         )
     return parts
 
@@ -228,7 +234,7 @@ def find_differences(
     """
     differences = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(parts_of_ranks)):
-        parts = [of_rank.get(key, MISSING) for of_rank in parts_of_ranks]
+        parts = [of_rank.get(key, NOT_THERE) for of_rank in parts_of_ranks]
         if not all(part.digest for part in parts):
             continue
         holders: dict[str, list[int]] = {}
@@ -248,8 +254,8 @@ def name_places(ranks: Ranks, group: Collection[int]) -> str:
     hosts = dict.fromkeys(ranks.hosts[rank] for rank in group)
     whole = all(rank in group for rank, host in enumerate(ranks.hosts) if host in hosts)
     names = [*hosts] if whole else [ranks.name(rank) for rank in group]
-    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    return ", ".join(names[:NAMES]) + more
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def lines_by_key(differences: Mapping[str, str]) -> str:

@@ -66,8 +66,8 @@ from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
 from tunesmith.training.compare_eight_bit import (
+    MAX_LOSS_CHANGE,
     PROBE_TOKENS,
-    TOLERANCE,
     choose_sums,
     compare_with_bf16,
 )
@@ -310,7 +310,7 @@ def load_compared(
     # batch.
     del root, batches
     free_device_memory()
-    return load(refused=f"{dropped} {TOLERANCE:.0%}: {change.describe()}")
+    return load(refused=f"{dropped} {MAX_LOSS_CHANGE:.0%}: {change.describe()}")
 
 
 def describe_session(

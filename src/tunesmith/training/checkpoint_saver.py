@@ -17,11 +17,11 @@ from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL, Phase
 from tunesmith.training.loop_part import LoopPart, LoopShared
 
-# A rank that waits longer for a save counts as stuck: a disk that is slower than SLOWEST_DISK,
-# or a save that takes SLOWER times as long as an earlier one, counts as one that stands still.
-# What one rank writes alone is read again for its checksums.
-SLOWEST_DISK = 50e6  # bytes/s, of a checkpoint that is written
-SLOWER = 4.0
+# A rank that waits longer for a save counts as stuck: a disk that is slower than
+# MIN_DISK_BYTES_A_SECOND, or a save that takes SLOWER_SAVE_FACTOR times as long as an earlier one,
+# counts as one that stands still. What one rank writes alone is read again for its checksums.
+MIN_DISK_BYTES_A_SECOND = 50e6
+SLOWER_SAVE_FACTOR = 4.0
 
 
 class CheckpointSaver(LoopPart):
@@ -204,8 +204,11 @@ class CheckpointSaver(LoopPart):
             (folder / manifest.CARD).write_text(card, encoding="utf-8")
 
     def time_limit(self) -> float:
-        """Seconds that a rank may wait for a save: by its bytes at SLOWEST_DISK, and no less than
-        several times as long as the longest save of this start took."""
+        """Seconds that a rank may wait for a save: by its bytes on the slowest disk, and at least
+        several times as long as the longest save of this start took.
+        """
         trained = sum(parameter.numel() for parameter in self.session.optimizer.params.values())
         size, _ = checkpoint_bytes(self.run, trained, self.session.files.folder)
-        return STUCK_AFTER_S + max(size / SLOWEST_DISK, SLOWER * self.longest_save)
+        return STUCK_AFTER_S + max(
+            size / MIN_DISK_BYTES_A_SECOND, SLOWER_SAVE_FACTOR * self.longest_save
+        )

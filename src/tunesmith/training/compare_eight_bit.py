@@ -31,9 +31,9 @@ PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on
 # 4,500 tokens of alpaca rows, as chats and as plain text; nf4 changed it by 7 %. A larger change
 # than this has another cause than rounding.
-TOLERANCE = 0.03
+MAX_LOSS_CHANGE = 0.03
 # Relative change of the loss by fast sums: a tenth of the least that rounding changed it by.
-SUMS_TOLERANCE = 0.001
+MAX_LOSS_CHANGE_BY_SUMS = 0.001
 
 
 class LossChange(NamedTuple):
@@ -52,7 +52,7 @@ class LossChange(NamedTuple):
 
     @property
     def is_tolerable(self) -> bool:
-        return math.isfinite(self.in_8_bits) and abs(self.relative) <= TOLERANCE
+        return math.isfinite(self.in_8_bits) and abs(self.relative) <= MAX_LOSS_CHANGE
 
     def describe(self) -> str:
         losses = f"loss {self.in_8_bits:.4f}, {self.in_bf16:.4f} in bf16 ({self.relative:+.2%})"
@@ -96,13 +96,14 @@ def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str
             set_fast_sums(layers, fast_sums)
             losses.append(mean_loss(root, batches))
     full, fast = max(ranks.all_gather_object(losses), key=sums_severity)
-    takes_fast = math.isfinite(fast) and abs(fast / full - 1) <= SUMS_TOLERANCE
+    takes_fast = math.isfinite(fast) and abs(fast / full - 1) <= MAX_LOSS_CHANGE_BY_SUMS
     set_fast_sums(layers, takes_fast)
     taken = "fast" if takes_fast else "full"
     tokens = sum(batch.tokens for batch in batches)
     return (
         f"{taken} sums in the forward: loss {fast:.5f} with fast ones, {full:.5f} with full ones "
-        f"({fast / full - 1:+.3%}, up to {SUMS_TOLERANCE:.1%} is taken), on {tokens:,} tokens"
+        f"({fast / full - 1:+.3%}, up to {MAX_LOSS_CHANGE_BY_SUMS:.1%} is taken), "
+        f"on {tokens:,} tokens"
     )
 
 

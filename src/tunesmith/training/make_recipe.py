@@ -51,14 +51,14 @@ from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 log = logging.getLogger(__name__)
 
-LOOK = 2000  # rows whose tokens are counted, spread over the file
-LOOK_CHARS = 1 << 24  # of them, about: documents are long
+EXAMINED_ROWS = 2000  # rows whose tokens are counted, spread over the file
+EXAMINED_CHARACTERS = 1 << 24  # of them, about: documents are long
 FEW_ROWS = 20  # with fewer none are held out
 # Of so many rows enough are held out that their loss tells when to stop. Of fewer they are worth
 # more in training, but MIN_DIFFERING: with less, no comparison of two models row by row has an
 # interval, whatever they answer.
 ENOUGH_ROWS = 50
-TELLING = 10  # held-out rows
+TELLING_ROWS = 10  # held-out rows
 MOST_HELD_OUT = 500  # more rows make a validation longer, hardly more exact
 PATIENCE = 3  # validations without a better one
 SEQ_LEN = 2048
@@ -70,9 +70,9 @@ EPOCHS = 3
 # Of preferences one, as in Tulu 3 (arXiv:2411.15124) and the examples of TRL.
 PREFERENCE_EPOCHS = 1
 MOST_EPOCHS = 10
-FEWEST_SEEN = 500  # examples
-MOST_SEEN = 25_000  # examples
-STEPS = 100  # a smaller batch where it takes that to make so many steps
+MIN_SEEN_EXAMPLES = 500  # examples
+MAX_SEEN_EXAMPLES = 25_000  # examples
+WANTED_STEPS = 100  # a smaller batch where it takes that to make so many steps
 # KTO's reference point is a mean over the prompts of a batch, each with the answer of another one.
 MIN_KTO_BATCH = 4
 # Steps between validations: some five in a run, or ten of a few rows, which take no time. Five at
@@ -88,7 +88,7 @@ FEW_HELD_OUT = 100
 # their cookbook, fitted on Llama and on Qwen models; no more than small models take.
 FULL_RATE = 5e-5
 LORA_RATE = 10
-WIDTH = 2000
+FITTED_WIDTH = 2000
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 MOST_RATE = 1e-3
 # Of other families there is no fit. QLoRA took ten times this rate for LoRA on 7B and 13B models
@@ -247,7 +247,9 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
     # Evenly spaced rows: files are often sorted.
     few = _characters(_spread(rows, FEW_ROWS), count_characters)
     characters = sum(few) / max(1, len(few))
-    rows = _spread(rows, min(LOOK, max(FEW_ROWS, int(LOOK_CHARS / max(1, characters)))))
+    rows = _spread(
+        rows, min(EXAMINED_ROWS, max(FEW_ROWS, int(EXAMINED_CHARACTERS / max(1, characters))))
+    )
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
         return _examine_on_paper(run.model.name, config, source, rows)
@@ -403,7 +405,7 @@ class _Choices:
         is_open = "data.hold_out" not in self.override_keys and not data.validation
         if is_open and rows >= FEW_ROWS:
             hold_out = Share(5.0, "%")
-            fewest = TELLING if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
+            fewest = TELLING_ROWS if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
             fewest = math.ceil(fewest / parts)
             most = max(1, int(MOST_HELD_OUT / parts))
             if not fewest <= rows * 0.05 <= most:
@@ -415,8 +417,8 @@ class _Choices:
             return 0
         count = count_held_out(hold_out, rows)
         reason = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed, to compute val_loss"
-        if count * parts < TELLING:
-            reason += f"; with fewer than {TELLING} it is only a rough estimate"
+        if count * parts < TELLING_ROWS:
+            reason += f"; with fewer than {TELLING_ROWS} it is only a rough estimate"
         self.choose("data.hold_out", str(hold_out), reason)
         return round(count * parts)
 
@@ -427,11 +429,11 @@ class _Choices:
         """
         train = self.draft.train
         usual_epochs = PREFERENCE_EPOCHS if self.row_format in METHODS_OF_FORMATS else EPOCHS
-        epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(FEWEST_SEEN, examples)))
+        epochs = min(MOST_EPOCHS, max(usual_epochs, ceil_div(MIN_SEEN_EXAMPLES, examples)))
         if self.draft.adapter.from_ is not None:
             epochs = usual_epochs  # more of few rows are for a new adapter
-        if examples * usual_epochs > MOST_SEEN:
-            epochs = max(1, MOST_SEEN // examples)
+        if examples * usual_epochs > MAX_SEEN_EXAMPLES:
+            epochs = max(1, MAX_SEEN_EXAMPLES // examples)
         duration = train.duration
         if "train.duration" not in self.override_keys:
             duration = Length(epochs, "epochs")
@@ -440,8 +442,10 @@ class _Choices:
             examples_seen = examples * duration.amount
         batch = train.global_batch
         if "train.global_batch" not in self.override_keys:
-            # The largest batch that still makes STEPS steps.
-            sizes = [size for size in (64, 32, 16, 8, 4, 2, 1) if size * STEPS <= examples_seen]
+            # The largest batch that still makes WANTED_STEPS steps.
+            sizes = [
+                size for size in (64, 32, 16, 8, 4, 2, 1) if size * WANTED_STEPS <= examples_seen
+            ]
             # Ranks of one tensor-parallel group share an example.
             tensor = self.draft.parallel.tensor
             of_ranks = min(examples, ranks if tensor == "auto" else ranks // tensor)
@@ -456,7 +460,7 @@ class _Choices:
             steps = round(ceil_div(examples, batch.amount) * duration.amount)
             reason = (
                 f"{steps:,} optimizer steps; "
-                f"small data sets get small batches, for {STEPS} steps or more"
+                f"small data sets get small batches, for {WANTED_STEPS} steps or more"
             )
             if batch.amount == ranks > 1:
                 reason += f", and an example for each of {ranks} ranks"
@@ -478,7 +482,7 @@ class _Choices:
                 intervals = [n for n in SHORT_INTERVALS if n * VALIDATIONS <= steps]
             every = f"{max(intervals, default=SHORT_INTERVALS[0])} steps"
             self.values |= {"validate.every": every, "checkpoint.every": every}
-        if held_out >= TELLING:
+        if held_out >= TELLING_ROWS:
             reason = (
                 f"stops the run after {PATIENCE} validations without improvement; final/ holds the "
                 "best one's weights (checkpoint.final)"
@@ -530,7 +534,7 @@ def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> fl
     if exponent is None:
         rate = CAUTIOUS_FULL_RATE
     else:
-        rate = FULL_RATE * (WIDTH / hidden) ** exponent
+        rate = FULL_RATE * (FITTED_WIDTH / hidden) ** exponent
     if adapter_kind == "lora":
         rate *= LORA_RATE
     return min(MOST_RATE, _two_digits(rate))

@@ -40,7 +40,7 @@ from tunesmith.units import count_of
 log = logging.getLogger(__name__)
 
 # Raise it when the same weights and rows would give other numbers, or a file has another form.
-VERSION = 3
+CACHE_VERSION = 3
 _DAMAGED = "%s is damaged and will be recomputed (%s)"
 
 
@@ -117,7 +117,7 @@ class BaseReference:
 
     def _scores(self, tokens: TokenSet, *, is_mismatched: bool) -> _Scores:
         settings = {
-            "version": VERSION,
+            "version": CACHE_VERSION,
             "rows": tokens.counts.digest,
             "model": self.model_hash,
             "dtype": self.run.model.dtype,

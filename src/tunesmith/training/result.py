@@ -50,7 +50,7 @@ from tunesmith.units import Size, count_of
 log = logging.getLogger(__name__)
 
 # An error names no more rows than these.
-NAMED_ROWS = 8
+MAX_NAMED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ def non_finite_error(
     if math.isfinite(loss):
         name = "gradient norm"
     what = f"the {name} is not finite (loss {loss}, gradient norm {norm})"
-    where = f"step {step}, rows {', '.join(rows[:NAMED_ROWS])}"
-    if len(rows) > NAMED_ROWS:
+    where = f"step {step}, rows {', '.join(rows[:MAX_NAMED_ROWS])}"
+    if len(rows) > MAX_NAMED_ROWS:
         where += " ..."
     update = "the update was not applied"
     if run.train.optimizer_in_backward:

@@ -45,7 +45,7 @@ from tunesmith.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
-SLOW_S = 5.0
+SLOW_STEP_SECONDS = 5.0
 SLOW_FIRST_STEP = (
     "the first step is being computed: it compiles kernels, or has layers that go token by token"
 )
@@ -176,7 +176,7 @@ class Trainer(LoopPart):
         """Where the first step is silent for long, say what it may be at."""
         if self.progress.step > self.first_step or not self.ranks.is_main_process:
             return nullcontext()
-        return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_S)
+        return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_STEP_SECONDS)
 
     def train_step(self, batch: GlobalBatch) -> StepOutput | None:
         """Forward, backward and update on one global batch, whose loss is divided once.

@@ -15,7 +15,7 @@ from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.loop_part import LoopPart, LoopShared
 
 # A run without patience is told when its loss has risen and not been lower for so many validations.
-RISES = 3
+MIN_RISES = 3
 
 
 class Validation(LoopPart):
@@ -73,7 +73,7 @@ class Validation(LoopPart):
         # By accuracy, `worse` counts from the best accuracy, and `best_loss` is no minimum.
         if validate.best_by != "loss" or validate.patience is not None:
             return
-        if progress.warned_of_rise or progress.worse < RISES or progress.best_loss is None:
+        if progress.warned_of_rise or progress.worse < MIN_RISES or progress.best_loss is None:
             return
         if not has_risen(loss, progress.best_loss):
             return
@@ -87,8 +87,8 @@ class Validation(LoopPart):
         self.sinks.text(
             "overfitting",
             f"warning: val_loss has risen: no new minimum in {progress.worse} validations; "
-            f"the model memorizes the training rows; {best}; validate.patience={RISES} stops such "
-            "a run by itself",
+            f"the model memorizes the training rows; {best}; validate.patience={MIN_RISES} stops "
+            "such a run by itself",
         )
 
     def _is_best(self, result: ValidationResult) -> bool:
