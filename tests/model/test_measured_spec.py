@@ -130,10 +130,11 @@ def test_measured_is_what_the_table_says(name: str) -> None:
     config = AutoConfig.for_model(name, **values)
     table = spec.read_spec(config.to_dict(), where=name)
     model = measured_spec.build_to_measure(config)
+    from tunesmith.model.count_layers import count_layers
     from tunesmith.model.meta_forward import run_on_meta
 
     calls, _ = run_on_meta(model, 64)
-    found = measured_spec._count(model, calls)
+    found = count_layers(model, calls, None)
     expected = replace(table, position_limit=None)
     assert replace(found, layers=()) == replace(expected, layers=())
     for measured, layer in zip(found.layers, table.layers, strict=True):

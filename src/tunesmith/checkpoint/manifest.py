@@ -163,18 +163,6 @@ def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
     return entries
 
 
-def sums_of_weights(folder: Path) -> str:
-    """SHA-256 of the checksums that a manifest of ours has of a model's weights.
-
-    Empty where there is none.
-    """
-    entries = _manifest_entries(folder) or {}
-    sums = [entries[name] for name in sorted(entries) if name.endswith(".safetensors")]
-    if not sums:
-        return ""
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-
-
 def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> str | None:
     """What is wrong with a file of `size` bytes, as a clause, or None.
 

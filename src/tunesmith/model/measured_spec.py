@@ -30,10 +30,7 @@ from tunesmith.model.spec import (
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from tunesmith.model.meta_forward import LayerCall
 
 FORMAT = 6  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
@@ -51,15 +48,6 @@ NO_SIZES = (
     "pad_token_id",
     "torch_dtype",
     "transformers_version",
-)
-# Keys whose product is the state of a recurrent layer: its heads, and the channels of a key (or of
-# the state) and of a value.
-STATE_KEYS = (
-    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),  # gated delta rule
-    ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),  # Nemotron-H
-    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),  # Bamba, Falcon-H1, Granite 4
-    ("n_mamba_heads", "mamba_headdim", "mamba_d_state"),  # Zamba2
-    ("num_heads", "head_dim", "state_size"),  # Mamba2
 )
 # Keys for how many experts a token goes to, of models whose experts Transformers does not call
 # through its interface.
@@ -106,6 +94,7 @@ def _decode(values: dict[str, Any]) -> ModelSpec:
 
 def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
     """Build and run the model, and count what is seen."""
+    from tunesmith.model.count_layers import count_layers
     from tunesmith.model.meta_forward import run_on_meta
 
     config = text_config(sizes, where)
@@ -116,7 +105,7 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
         with limit_measuring(config.model_type):
             model = build_to_measure(config)
             calls, _ = run_on_meta(model, TOKENS)
-            return _count(model, calls)
+            return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
     except ModelError as error:
         error.where = error.where or where
         raise
@@ -202,172 +191,6 @@ def _cannot_measure(config: Mapping[str, Any], where: str, error: Exception) -> 
         why=why,
         fix=fix,
     )
-
-
-def _count(model: "PreTrainedModel", calls: "list[LayerCall]") -> ModelSpec:
-    """The spec of a model on meta, whose layers were seen to do `calls`."""
-    from tunesmith.model.decoder import find_layers
-
-    config = model.config.get_text_config()
-    values = config.to_dict()
-    layers = list(model.get_submodule(find_layers(model)).children())
-    if len(calls) != len(layers):
-        raise ModelError(
-            f"{len(layers)} layers of this {config.model_type} run {len(calls)} times",
-            why="a plan counts one run of each layer in a forward",
-            fix="use a model whose layers run once: tunesmith models lists the supported types",
-        )
-    kinds = values.get("layer_types") or [""] * len(layers)
-    counted = []
-    for module, call, kind in zip(layers, calls, kinds, strict=True):
-        layer = _count_layer(module, call, values, config.hidden_size)
-        if kind == "chunked_attention":
-            layer = replace(layer, chunk=values["attention_chunk_size"])
-        counted.append(layer)
-    head = model.get_output_embeddings().weight
-    in_layers = sum(_matrices(module) for module in layers)
-    softcaps = [call.softcap for call in calls if call.softcap is not None]
-    return ModelSpec(
-        model_type=config.model_type,
-        layers=tuple(counted),
-        hidden=config.hidden_size,
-        vocab=head.shape[0],
-        tied=head is model.get_input_embeddings().weight,
-        context=values.get("max_position_embeddings") or 2048,
-        position_limit=None,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        head_matmul=head.numel(),
-        quantized=None,
-        attention_softcap=softcaps[0] if softcaps else None,
-        # What is left of all matrices: projections before the first layer or after the last.
-        other_matmul=_matrices(model) - in_layers - head.numel(),
-    )
-
-
-def _count_layer(
-    module: "nn.Module", call: "LayerCall", values: Mapping[str, Any], hidden: int
-) -> Layer:
-    """One layer's widths and parameters; `values` are those of the config."""
-    from torch import nn
-
-    from tunesmith.model.meta_forward import count_experts
-
-    matmul = _matrices(module)
-    experts = 0
-    expert_count = 0
-    experts_per_token = 0
-    own_experts = 0
-    active = matmul
-    intermediate = 0
-    largest = 0
-    for name, weight in module.named_parameters():
-        if _is_matrix(name, weight):
-            largest = max(largest, weight.numel())
-            # [out, in]: the input of the down projection is the widest activation of a gated MLP.
-            intermediate = max(intermediate, weight.shape[1])
-    for part in module.modules():
-        stacks = _stacks(part)
-        if not stacks:
-            continue
-        count = count_experts(part) or len(stacks[0])
-        # As the layer was seen to choose, else as its config says, else all.
-        per_token = call.experts_per_token or first_of(values, PER_TOKEN) or count
-        if _has_interface(part):
-            expert_count = count
-            experts_per_token = per_token
-        for stack in stacks:
-            experts += stack.numel()
-            if not _has_interface(part):
-                own_experts += stack.numel()
-            # A token is multiplied with its own experts' share of the stack.
-            active += stack.numel() * per_token // count
-            largest = max(largest, stack.numel())
-        # The smallest is down, or up alone: gate and up in one are twice as wide.
-        width = min(stack.numel() // count // hidden for stack in stacks)
-        intermediate = max(intermediate, per_token * width)
-    state = 0
-    # Every recurrent layer that STATE_KEYS knows has a short convolution; an MLP alone has none.
-    if any(isinstance(part, nn.Conv1d) for part in module.modules()):
-        state = _state(values)
-    return Layer(
-        mixing="attention" if call.heads else "recurrent",
-        heads=call.heads,
-        kv_heads=call.kv_heads,
-        head_dim=call.head_dim,
-        value_dim=call.value_dim,
-        intermediate=intermediate,
-        matmul=matmul,
-        active=active,
-        largest=largest,
-        experts=experts,
-        expert_count=expert_count,
-        experts_per_token=experts_per_token,
-        own_experts=own_experts,
-        window=call.window,
-        state=state,
-    )
-
-
-def _has_interface(experts: "nn.Module") -> bool:
-    """Whether frozen experts are computed as Transformers' interface calls them.
-
-    With an adapter Llama 4's are, which have code of their own in Transformers.
-    """
-    from tunesmith.model.meta_forward import has_interface
-
-    return has_interface(experts) or type(experts).__name__ == "Llama4TextExperts"
-
-
-def _is_matrix(name: str, weight: "nn.Parameter") -> bool:
-    """Whether tokens are multiplied with this parameter: stacks of biases are no matrices."""
-    return weight.ndim == 2 and name.rpartition(".")[2] == "weight"
-
-
-def _matrices(model: "nn.Module") -> int:
-    """Parameters of a module's matrices; those of embeddings are looked up."""
-    from torch import nn
-
-    count = 0
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            if _is_matrix(name, weight):
-                count += weight.numel()
-    return count
-
-
-def _stacks(module: "nn.Module") -> "list[nn.Parameter]":
-    """The matrices of all experts of a module that has some: [experts, out, in], or in, out.
-
-    DBRX holds them in a module below, as [experts * out, in].
-    """
-    from tunesmith.model.meta_forward import are_experts, count_experts
-
-    stacks = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
-    if stacks and (count_experts(module) or are_experts(module)):
-        return stacks
-    if not are_experts(module):
-        return []
-    below = []
-    for name, weight in module.named_parameters():
-        # Linear layers are counted as matrices.
-        if weight.ndim > 1 and not _is_matrix(name, weight):
-            below.append(weight)
-    return below
-
-
-def _state(values: Mapping[str, Any]) -> int:
-    """Elements of a recurrent layer's state, of a config's values; 0 where it keeps to none of
-    STATE_KEYS.
-    """
-    for keys in STATE_KEYS:
-        if all(isinstance(values.get(key), int) for key in keys):
-            state = 1
-            for key in keys:
-                state *= values[key]
-            return state
-    return 0
 
 
 def first_of(values: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
