@@ -13,12 +13,12 @@ by one, but for those of mxfp4. No torch is imported here.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError
-from tunesmith.formats.form import FETCH, MXFP4_GROUP, NVFP4_GROUP, Nvfp4Names, ShippedForm
+from tunesmith.formats.form import FETCH, MXFP4_GROUP, NVFP4_GROUP, ShippedForm
 from tunesmith.model.safetensors_files import Entry, read_headers
 from tunesmith.model.shipped import form_of_folder
 
@@ -80,163 +80,113 @@ def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
     if form is None:
         return {file: [*entries] for file, entries in headers.items()}
     by_name = {entry.name: entry for entries in headers.values() for entry in entries}
-    join = JOINS[form.method]
     joined: dict[Path, list[StoredEntry]] = {}
     for file, entries in headers.items():
-        joined[file] = []
-        for entry in entries:
-            weight = join(entry, by_name, form)
-            if weight is not None:
-                joined[file].append(weight)
+        weights = (_join(entry, by_name, form) for entry in entries)
+        joined[file] = [weight for weight in weights if weight is not None]
     return joined
 
 
-def _join_scaled(
-    entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm
-) -> StoredEntry | None:
-    """The weight that a tensor of an fp8 checkpoint is, alone or with its scale; None: it is the
-    part of another, or not used.
+@dataclass(frozen=True)
+class _Layout:
+    """How the tensors of a weight in codes are called and typed.
+
+    Attributes:
+        codes: the end of the name of the codes; dtype: of these.
+        scales: the ends of the names of the scales, and the types that they may have.
+    """
+
+    codes: str
+    dtype: str
+    scales: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, form: ShippedForm) -> "_Layout":
+        if form.method == "fp8":
+            return cls(CODES, "F8_E4M3", {form.scale_suffix: SCALE_TYPES})
+        if form.names is not None:
+            names = form.names
+            return cls(names.codes, "U8", {names.scales: ("F8_E4M3",), names.scale: ("F32",)})
+        return cls(PACKED, "U8", {EXPONENTS: ("U8",)})
+
+
+def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> StoredEntry | None:
+    """The weight that a tensor of the checkpoint is, alone or with its scales; None: it is the part
+    of another, or not used.
     """
     name = entry.name
+    layout = _Layout.of(form)
     if name.endswith(ACTIVATION_SCALES):
         return None
-    if name.endswith(form.scale_suffix):
-        weight = by_name.get(name.removesuffix(form.scale_suffix) + CODES)
-        if weight is None:
-            raise _torn(entry, f"there is no weight for {name}")
-        if weight.dtype != "F8_E4M3":
-            why = "its scales are there, as of fp8: that is e4m3"
-            raise _torn(weight, f"{weight.name} is stored as {weight.dtype}", why)
-        return None
-    if not entry.dtype.startswith("F8_"):
-        return entry
-    if entry.dtype != "F8_E4M3":
-        raise _torn(entry, f"{name} is stored as {entry.dtype}", "e4m3 is read of fp8 checkpoints")
-    scale = None
-    if name.endswith(CODES):
-        scale = by_name.get(f"{name.removesuffix(CODES)}{form.scale_suffix}")
-    if scale is None:
-        raise _torn(entry, f"the scales of {name} are missing")
-    if len(entry.shape) != 2:
-        raise _torn(entry, f"{name} is {list(entry.shape)}", "of fp8 checkpoints matrices are read")
-    if scale.dtype not in SCALE_TYPES:
-        why = f"{', '.join(SCALE_TYPES)} are read"
-        raise _torn(scale, f"{scale.name} is stored as {scale.dtype}", why)
-    expected_shape = form.scale_shape(*entry.shape)
-    is_one = form.block is None and math.prod(scale.shape) == 1
-    if scale.shape != expected_shape and not is_one:
-        why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(expected_shape)}"
-        raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
-    return CodedEntry(name, entry.shape, (entry,), scale, form)
-
-
-def _join_packed(
-    entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm
-) -> StoredEntry | None:
-    """As `_join_scaled`, of an mxfp4 checkpoint."""
-    name = entry.name
-    if name.endswith(EXPONENTS):
-        if f"{name.removesuffix(EXPONENTS)}{PACKED}" not in by_name:
-            raise _torn(entry, f"there are no blocks for {name}")
-        return None
-    if not name.endswith(PACKED):
-        return entry
-    exponents = by_name.get(f"{name.removesuffix(PACKED)}{EXPONENTS}")
-    if exponents is None:
-        raise _torn(entry, f"the scales of {name} are missing")
-    for part in (entry, exponents):
-        if part.dtype != "U8":
-            raise _torn(part, f"{part.name} is stored as {part.dtype}", "mxfp4 is bytes (U8)")
-    if len(entry.shape) != 4 or entry.shape[-1] != GROUP_BYTES:
-        why = f"blocks are [experts, rows, groups, {GROUP_BYTES}]"
-        raise _torn(entry, f"{name} is {list(entry.shape)}", why)
-    if exponents.shape != entry.shape[:-1]:
-        why = f"{name} is {list(entry.shape)}: a scale for each {GROUP_BYTES} bytes"
-        raise _torn(exponents, f"{exponents.name} is {list(exponents.shape)}", why)
-    experts, rows, groups, _ = entry.shape
-    # The model has it the other way around.
-    shape = (experts, groups * MXFP4_GROUP, rows)
-    return CodedEntry(name.removesuffix(PACKED), shape, (entry, exponents), None, form)
-
-
-def _join_nvfp4(
-    entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm
-) -> StoredEntry | None:
-    """As `_join_scaled`, of an nvfp4 checkpoint."""
-    names = form.names
-    assert names is not None
-    name = entry.name
-    if name.endswith(ACTIVATION_SCALES):
-        return None
-    for suffix in (names.scales, names.scale):
-        stem = name.removesuffix(suffix)
-        if stem != name:
-            if f"{stem}{names.codes}" not in by_name:
-                raise _torn(entry, f"there are no codes for {name}")
+    for suffix in layout.scales:
+        if name.endswith(suffix):
+            _check_codes(entry, by_name.get(name.removesuffix(suffix) + layout.codes), layout)
             return None
-    if entry.dtype != "U8" and not _has_scales(entry, by_name, names):
+    # Of other floats in 8 bits none is a plain weight.
+    if not entry.dtype.startswith(layout.dtype[:2]):
         return entry
-    if entry.dtype != "U8":
-        why = "its scales are there, as of nvfp4: that is bytes (U8)"
+    if entry.dtype != layout.dtype or not name.endswith(layout.codes):
+        why = f"of {form.method} checkpoints {layout.dtype} is read, as NAME{layout.codes}"
         raise _torn(entry, f"{name} is stored as {entry.dtype}", why)
-    stem = name.removesuffix(names.codes)
-    if stem == name:
-        why = f"of nvfp4 checkpoints bytes are read under {names.codes}, a matrix each"
-        raise _torn(entry, f"{name} is stored as U8", why)
-    if len(entry.shape) != 2:
-        why = "of nvfp4 checkpoints matrices are read"
-        raise _torn(entry, f"{name} is {list(entry.shape)}", why)
-    parts = []
-    for suffix in (names.scales, names.scale):
-        part = by_name.get(f"{stem}{suffix}")
-        if part is None:
-            raise _torn(entry, f"{stem}{suffix} is missing")
-        parts.append(part)
-    scales, scale = parts
-    dense = f"{stem}{CODES}"
+    stem = name.removesuffix(layout.codes)
+    scales = [_scale_of(entry, by_name, layout, suffix) for suffix in layout.scales]
+    dense = stem if form.method == "mxfp4" else f"{stem}{CODES}"
     if dense != name and dense in by_name:
         raise _torn(by_name[dense], f"{dense} is stored both unquantized and in codes")
-    _check_nvfp4_scales(entry, scales, scale)
-    rows, row_bytes = entry.shape
-    return CodedEntry(dense, (rows, 2 * row_bytes), (entry, scales), scale, form)
+    shape, *scale_shapes = _shapes(entry, form)
+    for scale, expected in zip(scales, scale_shapes, strict=True):
+        is_one = math.prod(scale.shape) == math.prod(expected) == 1
+        if scale.shape != expected and not is_one:
+            why = f"{name} is {list(entry.shape)}, {form.describe()}: that makes {list(expected)}"
+            raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
+    if form.method == "mxfp4":
+        return CodedEntry(dense, shape, (entry, *scales), None, form)
+    *of_rows, of_all = scales
+    return CodedEntry(dense, shape, (entry, *of_rows), of_all, form)
 
 
-def _has_scales(entry: Entry, by_name: Mapping[str, Entry], names: Nvfp4Names) -> bool:
-    stem = entry.name.removesuffix(names.codes)
-    return stem != entry.name and f"{stem}{names.scales}" in by_name
+def _check_codes(scale: Entry, codes: Entry | None, layout: _Layout) -> None:
+    """ModelError unless there are codes for scales that are there."""
+    if codes is None:
+        raise _torn(scale, f"there is no weight in codes for {scale.name}")
+    if codes.dtype != layout.dtype:
+        why = f"its scales are there, as of codes: that is {layout.dtype}"
+        raise _torn(codes, f"{codes.name} is stored as {codes.dtype}", why)
 
 
-def _check_nvfp4_scales(codes: Entry, scales: Entry, scale: Entry) -> None:
-    """ModelError unless both scales have the types and the shapes of nvfp4 for a matrix's codes."""
-    rows, row_bytes = codes.shape
-    width = 2 * row_bytes
-    what = f"{codes.name} is {list(codes.shape)}, two weights a byte"
-    if width % NVFP4_GROUP:
-        why = f"{NVFP4_GROUP} weights of a row share a scale"
-        raise _torn(codes, what, why)
-    _check_dtype(scales, "F8_E4M3")
-    _check_dtype(scale, "F32")
-    expected_shape = (rows, width // NVFP4_GROUP)
-    if scales.shape != expected_shape:
-        why = f"{what}, with a scale for {NVFP4_GROUP}: that makes {list(expected_shape)}"
-        raise _torn(scales, f"{scales.name} is {list(scales.shape)}", why)
-    # The second scale is one number for the whole matrix.
-    if math.prod(scale.shape) != 1:
-        why = "all of a matrix share one"
-        raise _torn(scale, f"{scale.name} is {list(scale.shape)}", why)
+def _scale_of(codes: Entry, by_name: Mapping[str, Entry], layout: _Layout, suffix: str) -> Entry:
+    """The scales of some codes whose name ends so; ModelError where they are not, or of a type that
+    is not read.
+    """
+    name = codes.name.removesuffix(layout.codes) + suffix
+    scale = by_name.get(name)
+    if scale is None:
+        raise _torn(codes, f"the scales of {codes.name} are missing: {name}")
+    dtypes = layout.scales[suffix]
+    if scale.dtype not in dtypes:
+        why = f"of such scales {', '.join(dtypes)} is read"
+        raise _torn(scale, f"{scale.name} is stored as {scale.dtype}", why)
+    return scale
 
 
-def _check_dtype(part: Entry, dtype: str) -> None:
-    """ModelError unless a part of an nvfp4 weight is stored as `dtype`, as safetensors names it."""
-    if part.dtype != dtype:
-        raise _torn(part, f"{part.name} is stored as {part.dtype}", f"of nvfp4 it is {dtype}")
-
-
-JOINS: dict[str, Callable[[Entry, Mapping[str, Entry], ShippedForm], StoredEntry | None]] = {
-    "fp8": _join_scaled,
-    "mxfp4": _join_packed,
-    "nvfp4": _join_nvfp4,
-}
+def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
+    """The shape of the dense weight, and those that its scales are to have."""
+    shape = codes.shape
+    if form.method == "mxfp4" and len(shape) == 4 and shape[-1] == GROUP_BYTES:
+        experts, rows, groups, _ = shape
+        # The model has it the other way around.
+        return [(experts, groups * MXFP4_GROUP, rows), shape[:-1]]
+    if form.method == "fp8" and len(shape) == 2:
+        return [shape, form.scale_shape(*shape)]
+    if form.method == "nvfp4" and len(shape) == 2 and 2 * shape[1] % NVFP4_GROUP == 0:
+        rows, width = shape[0], 2 * shape[1]
+        return [(rows, width), (rows, width // NVFP4_GROUP), (1,)]
+    why = {
+        "fp8": "of fp8 checkpoints matrices are read",
+        "nvfp4": f"matrices are read, of whose rows {NVFP4_GROUP} weights share a scale",
+        "mxfp4": f"blocks are [experts, rows, groups, {GROUP_BYTES}]",
+    }
+    raise _torn(codes, f"{codes.name} is {list(shape)}", why[form.method])
 
 
 def _torn(entry: Entry, what: str, why: str = "") -> ModelError:
