@@ -9,7 +9,7 @@ it as before.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tunesmith.adapter.expert_lora import (
     ExpertsLora,
     attach_to_experts,
+    means,
     name_whole_experts,
     router_names,
 )
@@ -196,17 +197,37 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     linears = [name for name in linear_names(model, head=True) if name not in routers]
     all_names = [*linears, *experts]
     targets = name_whole_experts(model, targets, all_names)
-    endings = {target: f".{target}" for target in targets}
-    _check_bypassed(model, endings)
-    unmatched = {
-        target: ending
-        for target, ending in endings.items()
-        if not _is_named(target, ending, all_names)
-    }
-    _check_routers(unmatched, routers)
-    _check_other_experts(model, unmatched)
+    bypassed = [name for name, module in model.named_modules() if is_bypassed(module)]
+    _check_target(
+        targets,
+        bypassed,
+        "an adapter on {!r} would learn nothing",
+        "the model reads this layer's weight past its forward (a fused kernel of Mamba does), or "
+        "only selects by it: measured on a small model of its class",
+        f"take it out, or use {ALL_LINEAR}",
+    )
+    unmatched = [target for target in targets if not _named(target, all_names)]
+    _check_target(
+        unmatched,
+        routers,
+        "{!r} is a router, which takes no adapter",
+        "it chooses the experts of each token, and a small change sends tokens to experts that "
+        "were not trained on them",
+        f"take it out, or use {ALL_LINEAR}; adapter.modules_to_save trains it in full",
+    )
+    parts = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    _check_target(
+        unmatched,
+        [name for name in parts if "expert" in name],
+        f"{{!r}} of a {type(model).__name__} takes no adapter",
+        "Transformers computes these experts with separate code, and not through its experts "
+        "interface",
+        f"remove it, or use {ALL_LINEAR}, which adapts the other layers",
+    )
     described = "linear layer or experts named" if experts else "linear layer named"
-    names = _match(endings, all_names, "adapter.target", described)
+    for target in unmatched:
+        raise _unknown(target, all_names, "adapter.target", described, f"use {ALL_LINEAR}")
+    names = [name for name in all_names if any(means(target, name) for target in targets)]
     in_both = set(names).intersection(to_save)
     if in_both:
         raise RecipeError(
@@ -218,53 +239,18 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     return names
 
 
-def _is_named(target: str, ending: str, names: Iterable[str]) -> bool:
-    """Whether a target, or its `ending` after a dot, means one of the names."""
-    return any(name == target or name.endswith(ending) for name in names)
+def _named(target: str, names: Iterable[str]) -> bool:
+    """Whether a target means one of the names."""
+    return any(means(target, name) for name in names)
 
 
-def _check_routers(unmatched: Mapping[str, str], routers: Iterable[str]) -> None:
-    """RecipeError for a target that means routers alone."""
-    for target, ending in unmatched.items():
-        if _is_named(target, ending, routers):
-            raise RecipeError(
-                f"{target!r} is a router, which takes no adapter",
-                where="adapter.target",
-                why="it chooses the experts of each token, and a small change sends tokens to "
-                "experts that were not trained on them",
-                fix=f"take it out, or use {ALL_LINEAR}; adapter.modules_to_save trains it in full",
-            )
-
-
-def _check_other_experts(model: nn.Module, unmatched: Mapping[str, str]) -> None:
-    """RecipeError for a target that means experts which take no adapter."""
-    parts = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    in_experts = [name for name in parts if "expert" in name]
-    for target, ending in unmatched.items():
-        if _is_named(target, ending, in_experts):
-            raise RecipeError(
-                f"{target!r} of a {type(model).__name__} takes no adapter",
-                where="adapter.target",
-                why="Transformers computes these experts with separate code, and not through "
-                "its experts interface",
-                fix=f"remove it, or use {ALL_LINEAR}, which adapts the other layers",
-            )
-
-
-def _check_bypassed(model: nn.Module, endings: Mapping[str, str]) -> None:
-    """RecipeError for a target whose adapter would get no gradient."""
-    for name, module in model.named_modules():
-        if not is_bypassed(module):
-            continue
-        for target, ending in endings.items():
-            if name == target or name.endswith(ending):
-                raise RecipeError(
-                    f"an adapter on {target!r} would learn nothing",
-                    where="adapter.target",
-                    why="the model reads this layer's weight past its forward (a fused kernel of "
-                    "Mamba does), or only selects by it: measured on a small model of its class",
-                    fix=f"take it out, or use {ALL_LINEAR}",
-                )
+def _check_target(
+    targets: Iterable[str], names: Collection[str], what: str, why: str, fix: str
+) -> None:
+    """RecipeError for a target that means one of these names."""
+    for target in targets:
+        if _named(target, names):
+            raise RecipeError(what.format(target), where="adapter.target", why=why, fix=fix)
 
 
 def describe_unreached(model: nn.Module) -> str:
@@ -305,25 +291,15 @@ def describe_unreached(model: nn.Module) -> str:
     return f"the adapter excludes {'; '.join(parts)}"
 
 
-def _match(endings: Mapping[str, str], names: Sequence[str], key: str, described: str) -> list[str]:
-    """The names that equal a key of `endings` or end in its value.
-
-    RecipeError where one matches no name.
-    """
-    for target, ending in endings.items():
-        if not _is_named(target, ending, names):
-            last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
-            fix = f"remove {key}"
-            if key == "adapter.target":
-                fix = f"use {ALL_LINEAR}"
-            raise RecipeError(
-                f"the model has no {described} {target!r}",
-                where=key,
-                why=f"it has: {', '.join(last_parts)}",
-                fix=f"name some of these, or {fix}",
-            )
-    all_endings = tuple(endings.values())
-    return [name for name in names if name in endings or name.endswith(all_endings)]
+def _unknown(name: str, names: Iterable[str], key: str, described: str, fix: str) -> RecipeError:
+    """The error for a name of the recipe's `key` that the model does not have."""
+    last_parts = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    return RecipeError(
+        f"the model has no {described} {name!r}",
+        where=key,
+        why=f"it has: {', '.join(last_parts)}",
+        fix=f"name some of these, or {fix}",
+    )
 
 
 def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
@@ -336,9 +312,12 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
         # Experts in codes have their weights in modules below.
         if has_interface(module) or next(module.parameters(recurse=False), None) is not None:
             names.append(name)
-    saved = [name_in_text(model, name) for name in adapter.modules_to_save]
-    endings = {name: name for name in saved}
-    return _match(endings, names, "adapter.modules_to_save", "module with weights named")
+    saved = tuple(name_in_text(model, name) for name in adapter.modules_to_save)
+    key = "adapter.modules_to_save"
+    for ending in saved:
+        if not any(name.endswith(ending) for name in names):
+            raise _unknown(ending, names, key, "module with weights named", f"remove {key}")
+    return [name for name in names if name.endswith(saved)]
 
 
 def _check_saved(model: nn.Module, adapter: Adapter) -> None:
