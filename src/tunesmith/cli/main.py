@@ -177,13 +177,13 @@ class Parser(argparse.ArgumentParser):
                 words.append(_USAGE[action.nargs].format(action.metavar or action.dest))
         return " ".join([*words, "[options]"])
 
-    def given(self, args: argparse.Namespace) -> dict[str, str]:
+    def typed_options(self, args: argparse.Namespace) -> dict[str, str]:
         """The options with another value than their default: attribute of `args` -> as typed."""
-        given = {}
+        typed = {}
         for action in self._actions:
             if action.option_strings and vars(args).get(action.dest) != action.default:
-                given[action.dest] = action.option_strings[0]
-        return given
+                typed[action.dest] = action.option_strings[0]
+        return typed
 
     def _near_choice(self, option: str, word: str) -> str:
         """The option with the choice that is nearest to a word; empty if none is near."""
@@ -326,7 +326,7 @@ def _dispatch(words: list[str]) -> int:
     parser.usage = parser.usage or parser.short_usage()
     parser.words = rest
     args = parser.parse_intermixed_args(rest)
-    args.given = parser.given(args)
+    args.typed = parser.typed_options(args)
     if verb in LOADING:
         _check_process_limits()
     # Before torch is loaded: libgomp reads its variables once.

@@ -190,7 +190,7 @@ def check_not_given(
     names: attributes of `args`.
     """
     for name in names:
-        option = args.given.get(name)
+        option = args.typed.get(name)
         if option:
             fix = fix.format(option=option)
             raise UsageError(f"{option} {what}", where=option, why=why, fix=fix)
@@ -200,9 +200,9 @@ def typed_again(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
     """Those of these options that are given, as words for another process of the same command."""
     words: list[str] = []
     for name in names:
-        if name in args.given:
+        if name in args.typed:
             value = vars(args)[name]
-            words += [args.given[name]] if value is True else [args.given[name], str(value)]
+            words += [args.typed[name]] if value is True else [args.typed[name], str(value)]
     return words
 
 
