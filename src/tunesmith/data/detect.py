@@ -312,8 +312,19 @@ class _SampledRows:
         if len(bad) == 1:
             why += "; not this one"
         listed.why = f"{listed.why}; {why}" if listed.why else why
-        listed.fix += _or_no_label(trial.layout)
+        listed.fix += self._or_no_label(trial.layout)
         return listed
+
+    def _or_no_label(self, layout: Detected) -> str:
+        """The way on where a column that looks like labels is none."""
+        if layout.format != "feedback":
+            return ""
+        others = [other.format for other in self.layouts(self.only_format, self.source.columns)]
+        formats = [name for name in dict.fromkeys(others) if name not in ("feedback", "text")]
+        if not formats:
+            return ""
+        column = layout.columns["label"]
+        return f"; if {column} says something else: rename it, and --format {' or '.join(formats)}"
 
     def nothing_read(self, trials: list[_Trial]) -> DataError:
         """What keeps the layout with the most columns from reading any of the rows."""
@@ -324,7 +335,7 @@ class _SampledRows:
         if error.why:
             why = f"{error.why}; {why}"
         return DataError(
-            error.what, where=error.where, why=why, fix=error.fix + _or_no_label(layout)
+            error.what, where=error.where, why=why, fix=error.fix + self._or_no_label(layout)
         )
 
     def ambiguous(self, trials: list[_Trial]) -> DataError:
@@ -445,16 +456,6 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
         if not is_repeated and not any(columns < other for other in others):
             specific.append(trial)
     return specific
-
-
-def _or_no_label(layout: Detected) -> str:
-    """The way on where a column that looks like labels is none."""
-    if layout.format != "feedback":
-        return ""
-    column = layout.columns["label"]
-    return (
-        f"; if {column} says something else: rename it, and --format says how the others are read"
-    )
 
 
 def _letters(values: list[Any]) -> int:

@@ -206,7 +206,8 @@ class RowReader:
         columns = ", ".join(map(str, self.row)) or "none"
         return self.error(
             f"there {'is no column' if len(wrong) == 1 else 'are no columns'} {', '.join(wrong)}",
-            f"format {self.source.format} needs them; the columns are {columns}",
+            f"format {self.source.format} needs {'it' if len(wrong) == 1 else 'them'};"
+            f" the columns are {columns}",
             fix,
         )
 
