@@ -17,6 +17,7 @@ from tunesmith.data.formats import (
     Sample,
     Text,
     convert_row,
+    samples_of,
 )
 from tunesmith.data.source import Rows, count_characters
 from tunesmith.errors import DataError
@@ -109,29 +110,24 @@ def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterat
 def row_text(values: dict[str, Any], source: Source) -> RowText:
     """The text of one row; DataError where it is not of the source's format."""
     row = convert_row(values, source, where="")
-    if isinstance(row, Pair):
-        sample: Sample = row.chosen
-        prompt, chosen = _prompt_and_answer(row.chosen)
-        _, rejected = _prompt_and_answer(row.rejected)
-        text = RowText(prompt, f"{chosen}\n{rejected}", is_answered=False, chosen=chosen)
-    elif isinstance(row, Feedback):
-        sample = row.answer
-        text = RowText(*_prompt_and_answer(sample), is_answered=False, is_good=row.is_good)
-    elif isinstance(row, Text):
-        sample = row
-        text = RowText("", row.text, is_answered=False, is_plain=True)
-    else:
-        sample = row
-        text = RowText(*_prompt_and_answer(sample), is_answered=True)
+    sample, *others = samples_of(row)
+    prompt, answer = _prompt_and_answer(sample)
+    chosen = ""
+    for rejected in others:
+        chosen = answer
+        answer = f"{chosen}\n{_prompt_and_answer(rejected)[1]}"
     tools = ""
     if isinstance(sample, Conversation) and sample.tools:
         tools = json.dumps(sample.tools, sort_keys=True, default=str)
-    return text._replace(
+    return RowText(
+        _ends(prompt),
+        _ends(answer),
+        is_answered=not isinstance(row, Pair | Feedback | Text),
         tools=tools,
-        chosen=_ends(text.chosen),
-        prompt=_ends(text.prompt),
-        answer=_ends(text.answer),
-        answer_length=len(text.answer),
+        is_plain=isinstance(row, Text),
+        answer_length=len(answer),
+        chosen=_ends(chosen),
+        is_good=row.is_good if isinstance(row, Feedback) else None,
     )
 
 

@@ -191,15 +191,13 @@ def _hub_error(name: str, error: Exception) -> DataError:
     elif isinstance(error, ValueError) and "onfig" in text:
         what = f"the dataset {name} needs a configuration"
         fix = "name: <one of these>"
-    elif isinstance(error, OSError):
-        # A lost connection, a time-out, a full disk.
-        what = f"the dataset {name} cannot be downloaded"
-        fix = (
-            "check the network and the disk (HF_HOME), and start again: finished downloads are kept"
-        )
     else:
+        # A lost connection, a time-out, a full disk, or files of a form that nothing reads.
         what = f"the dataset {name} cannot be read"
-        fix = "use a local copy of its rows"
+        fix = (
+            "check the network and the disk (HF_HOME), and start again: finished downloads are"
+            " kept; or use a local copy of its rows"
+        )
     near = near_path(Path(name))
     if near is not None:
         fix = f"did you mean {near}, which is here? else {fix}"
