@@ -411,46 +411,37 @@ def prepare_data(
         sides, run.data, template, tokenizer, cache=cache, of_tokenizer=hash_
     )
     train = token_sets["train"]
-    if run.data.allow_cut_answers:
-        cut_answers = "accept"
-    contract = check_tokens(
-        train,
-        template,
-        tokenizer,
-        vocab_size=vocab_size,
-        split="train",
-        cut_answers=cut_answers,
-        position_limit=position_limit,
-    )
-    contracts = [contract]
-    train.shares_prompts = shares_prompts
     validation = token_sets.get("validation")
     validation_digest = None
-    overlap = Repeats()
+    if run.data.allow_cut_answers:
+        cut_answers = "accept"
+    checked = [("train", train, cut_answers)]
     if validation is not None:
-        validation.shares_prompts = shares_prompts
         validation_digest = validation.counts.digest
         if run.validate.max_examples is not None:
             validation = validation.first(run.validate.max_examples)
+        # Nothing is learned from these: a warning will do.
+        checked.append(("validation", validation, "accept" if cut_answers == "accept" else "warn"))
+    contracts = []
+    for split, tokens, cut in checked:
         contract = check_tokens(
-            validation,
+            tokens,
             template,
             tokenizer,
             vocab_size=vocab_size,
-            split="validation",
-            # Nothing is learned from these: a warning will do.
-            cut_answers="accept" if cut_answers == "accept" else "warn",
+            split=split,
+            cut_answers=cut,
             position_limit=position_limit,
         )
         contracts.append(contract)
+        tokens.shares_prompts = shares_prompts
     if strict:
         for contract in contracts:
             contract.raise_if_broken()
         _check_labels(train)
     schedule = _make_schedule(run, train)
     duplicates = find_repeats(train)
-    if validation is not None:
-        overlap = find_repeats(validation, train)
+    overlap = Repeats() if validation is None else find_repeats(validation, train)
     return TrainingData(
         run=run,
         train=train,
