@@ -107,7 +107,9 @@ class Progress:
         """Read progress.json of a checkpoint's folder; CheckpointError if it is not readable."""
         try:
             values = json.loads((folder / PROGRESS).read_text())
-            return cls(**{**values, "record": StepRecord.from_plain(values["record"])})
+            values["record"] = StepRecord.from_plain(values["record"])
+            values.pop("rounding", None)  # which way of rounding an earlier version drew
+            return cls(**values)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder.name} has no readable {PROGRESS}",

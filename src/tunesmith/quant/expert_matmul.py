@@ -100,16 +100,16 @@ class Rows(NamedTuple):
     """
 
     x: Tensor
-    index: RowIndex
+    row_index: RowIndex
     gathers: bool
 
     def all(self) -> Tensor:
         """All rows, expert after expert."""
-        return self.x.index_select(0, self.index.tokens) if self.gathers else self.x
+        return self.x.index_select(0, self.row_index.tokens) if self.gathers else self.x
 
     def split(self, counts: Sequence[int]) -> Sequence[Tensor]:
         """What `part` takes, of each expert."""
-        return (self.index.tokens if self.gathers else self.x).split(counts)
+        return (self.row_index.tokens if self.gathers else self.x).split(counts)
 
     def part(self, part: Tensor) -> Tensor:
         """The rows of an expert."""
@@ -221,7 +221,7 @@ def _multiply(product: Product) -> Results:
 
 def _multiply_at_once(product: Product) -> Results:
     """`_multiply` by kernels for all experts."""
-    index = product.rows.index
+    index = product.rows.row_index
     x = product.rows.all()
     low = y = d_A = d_B = None
     if product.factors is not None:
@@ -276,7 +276,7 @@ def is_cpu(x: Tensor) -> bool:
 def _multiply_in_turns(product: Product) -> Results:
     """`_multiply`, all rows of an expert at a time."""
     results = Results.empty(product)
-    counts = product.rows.index.counts_on_host()
+    counts = product.rows.row_index.counts_on_host()
     # All are cut at once: a slice takes as long as a small product takes to start.
     x_parts = product.rows.split(counts)
     low_parts = () if results.low is None else results.low.split(counts)
