@@ -184,7 +184,7 @@ SMALLER = (
         (SMALLER, None, "train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB); or data.seq_len=1024 (2.0 GiB)"),
         (SMALLER, 2, "train.micro_batch='4 examples' (3.0 GiB); or train.recompute=full (2.0 GiB)"),
         (SMALLER[2:], 2, "data.seq_len=1024 (2.0 GiB) with --fresh"),
-        ((), None, "a smaller model, or a device with more memory"),
+        ((), None, "a smaller model, more GPUs, or a device with more memory"),
     ],
     ids=["at the start", "what a resumed run may change", "what it may not", "nothing helps"],
 )  # fmt: skip
