@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunesmith.distributed.row_exchange import RankGroup
 from tunesmith.distributed.torch_private import mark_varying
-from tunesmith.model.meta_forward import are_experts, count_experts, has_interface
+from tunesmith.model.meta_forward import are_experts, count_experts, is_called_by_interface
 
 LOAD_MAX = "expert_load_max"
 UNUSED = "experts_unused"
@@ -41,7 +41,7 @@ class ExpertLoad:
         self.is_varied = False
         for module in model.modules():
             experts = count_experts(module)
-            if experts and (has_interface(module) or are_experts(module)):
+            if experts and (is_called_by_interface(module) or are_experts(module)):
                 # Real on meta too: `materialize` moves it, with its zeros.
                 counts = torch.zeros(experts + 1, dtype=torch.int64, device="cpu")
                 module.register_buffer(COUNTS, counts, persistent=False)

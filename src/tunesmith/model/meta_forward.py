@@ -236,7 +236,7 @@ def _run(
         ALL_EXPERTS_FUNCTIONS.register(MEASURING_NAME, watch.experts)
         set_experts(MEASURING_NAME)
     for module in model.modules():
-        if are_experts(module) and not has_interface(module):
+        if are_experts(module) and not is_called_by_interface(module):
             replaced[module] = module.forward
             module.forward = partial(watch.looping_experts, module.forward)
     if training:
@@ -305,7 +305,7 @@ def are_experts(module: nn.Module) -> bool:
     return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
 
 
-def has_interface(module: nn.Module) -> bool:
+def is_called_by_interface(module: nn.Module) -> bool:
     """Whether Transformers calls a module through its experts interface, which marks it so."""
     return hasattr(module, "has_gate")
 
