@@ -282,7 +282,9 @@ class Aligner:
     ) -> list[_Piece]:
         """The pieces of a text behind a context; none where one merges with it."""
         stretches = list(pairwise([0, *cuts, len(text)]))
-        texts = [(context if start else "") + text[start:stop] for start, stop in stretches]
+        texts = [text[start:stop] for start, stop in stretches]
+        # The first piece continues nothing.
+        texts[1:] = [context + piece for piece in texts[1:]]
         context_ids, *ids = self.ids([context, *texts])
         bounds = self._bounds(texts, ids)
         pieces = []
@@ -297,9 +299,8 @@ class Aligner:
                 skipped = len(context_ids)
                 if not np.array_equal(aligned.ids[:skipped], context_ids):
                     return []
-                aligned = aligned._replace(
-                    ids=aligned.ids[skipped:], trained=aligned.trained[skipped:]
-                )
+                behind = aligned.ids[skipped:]
+                aligned = aligned._replace(ids=behind, trained=aligned.trained[skipped:])
             # Behind an answer's end token a template may write what that token takes in.
             end = next((span.stop for span in inside if span.stop >= 0), len(texts[n]))
             pieces.append(_Piece(texts[n][before:end], aligned))

@@ -8,7 +8,7 @@ remains open is an error that names the choices.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -391,19 +391,27 @@ class _SampledRows:
             near = nearest(name, unmapped, cutoff=_MISTYPED)
             if near:
                 mapped[name] = unmapped.pop(near)
-        letters = {column: _letters(self._values(column)) for column in unmapped.values()}
-        others = [column for column in letters if letters[column]]
+        missing = [name for name in layout.needed if name not in mapped]
+        texts = self._likely_texts(unmapped.values(), is_mapped=bool(mapped))
         if "rejected" not in layout.needed:
             # Nobody means to learn the worse answers.
-            others = [column for column in others if not _is_named_rejected(column)]
-        # Beside a mapped column one that is seldom a text may be the other; two of them are not.
-        if not mapped:
-            others = [column for column in others if plain(column) not in _NO_TEXTS]
-        others.sort(key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
-        missing = [name for name in layout.needed if name not in mapped]
-        picked = sorted(others[: len(missing)], key=self.columns.index)
+            texts = [column for column in texts if not _is_named_rejected(column)]
+        picked = sorted(texts[: len(missing)], key=self.columns.index)
         mapped |= dict(zip(missing, picked, strict=False))
         return {name: mapped[name] for name in layout.needed if name in mapped}
+
+    def _likely_texts(self, columns: Iterable[str], *, is_mapped: bool) -> list[str]:
+        """Columns of text, those with the most letters first.
+
+        is_mapped: beside a mapped column one that is seldom a text may be the other; two of them
+        are not.
+        """
+        letters = {}
+        for column in columns:
+            count = _letters(self._values(column))
+            if count and (is_mapped or plain(column) not in _NO_TEXTS):
+                letters[column] = count
+        return sorted(letters, key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
 
 
 def _of_one_kind(layouts: list[Detected]) -> list[Detected]:

@@ -317,15 +317,16 @@ def _feature_sets(arrays: WordArrays) -> RowSets:
     is_pair = is_word[:-1] & is_word[1:]
     rows = []
     for start, stop in zip(arrays.starts.tolist(), arrays.stops.tolist(), strict=True):
-        features = words[start:stop][is_word[start:stop]]
-        if len(features) < MIN_WORDS:
-            features = features[:0]
-        else:
-            of_pairs = pairs[start : stop - 1][is_pair[start : stop - 1]]
-            features = np.unique(np.concatenate([features, of_pairs]))
-        rows.append(features)
-    offsets = np.cumsum([0, *map(len, rows)])
-    return RowSets(np.concatenate([np.zeros(0, np.uint32), *rows]), offsets)
+        of_row = words[start:stop]
+        of_row = of_row[is_word[start:stop]]
+        if len(of_row) < MIN_WORDS:
+            rows.append(of_row[:0])
+            continue
+        of_pairs = pairs[start : stop - 1]
+        of_pairs = of_pairs[is_pair[start : stop - 1]]
+        rows.append(np.unique(np.concatenate([of_row, of_pairs])))
+    values = np.concatenate([np.zeros(0, np.uint32), *rows])
+    return RowSets(values, np.cumsum([0, *map(len, rows)]))
 
 
 def _bands(sets: RowSets) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ What nothing reads is remembered, so that the user is told of it.
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -180,22 +180,7 @@ class RowReader:
         needed = ROW_FORMATS[self.source.format].layouts[0].needed
         mapped = self.source.columns
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        read = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
-        # A number is no text to learn.
-        unread = [c for c, value in self.row.items() if not isinstance(value, int | float)]
-        free = [c for c in unread if c not in read]
-        fix = "add it to the row, or delete the row"
-        if free:
-            # Columns that nothing reads yet: the nearest name, or else the first.
-            proposed = dict(mapped)
-            near = {name: nearest(mapped.get(name) or name, free) or "" for name in missing}
-            for name in sorted(missing, key=lambda name: not near[name]):
-                likely = near[name] if near[name] in free else next(iter(free), "...")
-                proposed[name] = likely
-                free = [c for c in free if c != likely]
-            names = [name for name in (*mapped, *missing) if name != proposed[name]]
-            pairs = [f"{name}: {_yaml_text(proposed[name])}" for name in dict.fromkeys(names)]
-            fix = f"columns: {{{', '.join(pairs)}}}"
+        fix = self._propose_columns(missing) or "add it to the row, or delete the row"
         fitting = []
         for format_name, form in ROW_FORMATS.items():
             if self.row.keys() >= form.layouts[0].needed.keys():
@@ -203,13 +188,36 @@ class RowReader:
         if fitting:
             fix += f", or format: {' or '.join(fitting)}"
         wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
+        what = f"there is no column {column}"
+        if len(wrong) > 1:
+            what = f"there are no columns {', '.join(wrong)}"
+        needs = "needs it" if len(wrong) == 1 else "needs them"
         columns = ", ".join(map(str, self.row)) or "none"
-        return self.error(
-            f"there {'is no column' if len(wrong) == 1 else 'are no columns'} {', '.join(wrong)}",
-            f"format {self.source.format} needs {'it' if len(wrong) == 1 else 'them'};"
-            f" the columns are {columns}",
-            fix,
-        )
+        why = f"format {self.source.format} {needs}; the columns are {columns}"
+        return self.error(what, why, fix)
+
+    def _propose_columns(self, missing: Sequence[str]) -> str:
+        """The `columns:` line with columns that nothing reads yet; empty where there are none.
+
+        Each missing one gets the column of the nearest name, or else the first that is left.
+        """
+        mapped = self.source.columns
+        read = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
+        # A number is no text to learn.
+        texts = [name for name, value in self.row.items() if not isinstance(value, int | float)]
+        free = [name for name in texts if name not in read]
+        if not free:
+            return ""
+        near = {name: nearest(mapped.get(name) or name, free) or "" for name in missing}
+        proposed = dict(mapped)
+        for name in sorted(missing, key=lambda name: not near[name]):
+            proposed[name] = near[name] if near[name] in free else next(iter(free), "...")
+            free = [other for other in free if other != proposed[name]]
+        pairs = []
+        for name, column in proposed.items():
+            if column != name:
+                pairs.append(f"{name}: {_yaml_text(column)}")
+        return f"columns: {{{', '.join(pairs)}}}"
 
     def text(self, value: Any, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
