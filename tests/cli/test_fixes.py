@@ -45,6 +45,7 @@ COMMAND = re.compile(
 QUOTED = re.compile(r"^(shell_word|shell_path|shell_command|new_name|_jq_key)\(")
 PLAIN = (
     "number",
+    "HEARTBEAT_VARIABLE",
     "likely_encoding",
     "requirement",
     "SECONDS",

@@ -116,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     cluster = _cluster(args)
     recipe, rows = _recipe(args, cluster.world)
-    # They load torch, and a wrong word has been refused by now.
     from tunesmith.planning.savings import check_memory_fits
     from tunesmith.training.on_paper import prepare_on_paper
 
@@ -153,9 +152,11 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
 def _recipe(args: argparse.Namespace, ranks: int) -> "tuple[Run, StatedRows]":
     """The recipe, and what is said of its rows, which a new recipe was chosen by."""
     from tunesmith.config.dump import flatten
-    from tunesmith.training.on_paper import StatedRows
 
     recipe, new_recipe = chosen_recipe(args, on_paper=True, row_count=args.rows, ranks=ranks)
+    # It loads torch, and a wrong word has been refused by now.
+    from tunesmith.training.on_paper import StatedRows
+
     rows = StatedRows(args.rows, args.length)
     if new_recipe is None:
         return recipe, rows
