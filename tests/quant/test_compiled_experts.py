@@ -164,8 +164,10 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
 def all_codes() -> tuple[Tensor, Tensor]:
     """Every byte of codes beside every exponent that is a number."""
     blocks = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    exponents = torch.arange(mxfp4.NAN, dtype=torch.uint8).unsqueeze(1)
-    return blocks.expand(mxfp4.NAN, 16, 16).contiguous(), exponents.expand(-1, 16).contiguous()
+    exponents = torch.arange(mxfp4.NAN_EXPONENT, dtype=torch.uint8).unsqueeze(1)
+    return blocks.expand(mxfp4.NAN_EXPONENT, 16, 16).contiguous(), exponents.expand(
+        -1, 16
+    ).contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

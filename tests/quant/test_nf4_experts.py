@@ -51,7 +51,7 @@ def quantized(
 def test_an_expert_has_the_bits_of_a_linear_layer(matrix, is_transposed, monkeypatch) -> None:
     stack = torch.randn(3, *matrix).to(BF16)
     layer = quantized(stack, is_transposed=is_transposed)
-    monkeypatch.setattr(nf4, "PIECE", 64 * 5)
+    monkeypatch.setattr(nf4, "MAX_ROUNDED_WEIGHTS", 64 * 5)
     in_pieces = quantized(stack, is_transposed=is_transposed)
     for expert, weight in enumerate(stack):
         rows, columns = matrix
@@ -74,7 +74,7 @@ def test_an_expert_has_the_bits_of_a_linear_layer(matrix, is_transposed, monkeyp
 def test_the_codes_are_bitsandbytes_of_the_stack() -> None:
     """It quantizes a stack as one array; blocks of 64 end where an expert does."""
     stack = torch.randn(4, 32, 48).to(BF16)
-    codes, state = functional.quantize_4bit(stack, blocksize=nf4.BLOCK, quant_type="nf4")
+    codes, state = functional.quantize_4bit(stack, blocksize=nf4.NF4_BLOCK, quant_type="nf4")
     layer = quantized(stack)
     assert torch.equal(layer.weight.view(-1), codes.view(-1))
     scales = layer.format.scales_of_experts(layer.read_tensors(), slice(0, 4))

@@ -12,7 +12,7 @@ from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.formats.form import MODELOPT, ShippedForm
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.frozen_linear import FrozenLinear
-from tunesmith.formats.nf4 import BLOCK, Nf4
+from tunesmith.formats.nf4 import NF4_BLOCK, Nf4
 from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
 from tunesmith.quant.frozen_linear import parameter_count
@@ -42,7 +42,7 @@ def test_the_estimate_counts_the_bytes_that_a_layer_has() -> None:
     packed = layer_bytes(Nf4(torch.bfloat16), *shape)
     assert packed["weight"] == NF4.weight_bytes * count
     assert packed["absmax"] + packed["nested_absmax"] == NF4.scale_bytes * count
-    assert NF4.block == BLOCK
+    assert NF4.block == NF4_BLOCK
     assert layer_bytes(Fp8(TENSOR_WISE), *shape)["weight"] == FP8.weight_bytes * count
     kept = layer_bytes(shipped_format(ShippedForm("fp8", (128, 128))), *shape)
     assert kept["weight"] == SHIPPED.weight_bytes * count

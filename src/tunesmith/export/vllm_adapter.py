@@ -45,7 +45,7 @@ PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN}
 # As Mixtral's checkpoints call them, and those of models that follow it.
 MIXTRALS = {GATE: "w1", UP: "w3", DOWN: "w2"}
 # Types whose checkpoints have the experts in another module than Transformers' classes.
-BLOCK = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
+STORED_PARENTS = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
 # How vLLM calls the projections of an expert (`get_expert_mapping`), by the type of the text model.
 READ_SINGLE: dict[str, dict[str, str]] = {
     **dict.fromkeys(
@@ -242,7 +242,7 @@ def _stored_module(model: nn.Module, name: str) -> str:
     """The name that the experts' module of this name has in a file of the one-by-one form."""
     whole = name_in_whole(model, name)
     config: Any = model.config
-    block = BLOCK.get(config.model_type)
+    block = STORED_PARENTS.get(config.model_type)
     if block is None:
         return whole
     parent = whole.removesuffix(".mlp.experts")

@@ -27,11 +27,11 @@ from tunesmith.formats.scaled_matmul import (
 if TYPE_CHECKING:
     from tunesmith.formats.frozen_linear import FrozenLinear
 
-PIECE = 1 << 22  # weights rounded at a time: they are in fp32 then
+MAX_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
 # An element may be wrong by this share of the usual size of a sum. Sums lose at most 0.3 % of it
 # and bf16 rounds by 0.4 % of an element, of which the largest are of six times that size. A scale
 # of another row or column is wrong by half or more.
-WRONG = 0.1
+WRONG_SHARE = 0.1
 
 
 class Fp8(Format):
@@ -143,7 +143,7 @@ class Fp8(Format):
         # `codes` from the first row of this rank.
         local_rows = local_slices(layer.weight)[0]
         codes = local_part(layer.weight)
-        rows_per_piece = max(1, PIECE // layer.in_features)
+        rows_per_piece = max(1, MAX_ROUNDED_WEIGHTS // layer.in_features)
         pieces = []
         for start in range(local_rows.start, local_rows.stop, rows_per_piece):
             pieces.append(slice(start, min(start + rows_per_piece, local_rows.stop)))
@@ -259,7 +259,7 @@ def matmul_fault(
 
     def is_wrong(result: Tensor, expected: Tensor, column_powers: Tensor, summed: Tensor) -> bool:
         sizes = row_powers.outer(column_powers * summed.norm())
-        return not bool(((result - expected).abs() <= WRONG * sizes).all())
+        return not bool(((result - expected).abs() <= WRONG_SHARE * sizes).all())
 
     fault = ""
     try:

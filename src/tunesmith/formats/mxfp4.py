@@ -28,7 +28,7 @@ from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 if TYPE_CHECKING:
     from tunesmith.formats.expert_stack import ExpertStack
 
-NAN = 255  # as an exponent
+NAN_EXPONENT = 255  # as an exponent
 
 
 class Mxfp4(AsShipped):
@@ -91,7 +91,7 @@ class Mxfp4(AsShipped):
         return decode_mxfp4(blocks, exponents)
 
     def has_nan_scale(self, codes: Sequence[Tensor]) -> bool:
-        return bool((codes[-1] == NAN).any())
+        return bool((codes[-1] == NAN_EXPONENT).any())
 
 
 def decode_mxfp4(

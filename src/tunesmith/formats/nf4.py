@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from tunesmith.formats.expert_stack import ExpertStack
     from tunesmith.formats.frozen_linear import FrozenLinear
 
-BLOCK = 64  # weights that share a scale
+NF4_BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
 WEIGHTS_PER_BYTE = 2
 # Weights quantized at a time: bitsandbytes' code for CPUs takes some 20 bytes for each.
-PIECE = 1 << 21
+MAX_ROUNDED_WEIGHTS = 1 << 21
 # Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
 # nine times as many bytes.
 FEW_ROWS = 16
@@ -48,9 +48,9 @@ def check_nf4(device: torch.device) -> None:
     versions of CUDA, and says so in the first call only.
     """
     functional = nf4_functions()
-    weights = torch.ones(BLOCK, BLOCK, device=device, dtype=torch.bfloat16)
+    weights = torch.ones(NF4_BLOCK, NF4_BLOCK, device=device, dtype=torch.bfloat16)
     try:
-        codes, state = functional.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
+        codes, state = functional.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
         quantize_scales(state.absmax)
         functional.dequantize_4bit(codes, state)
     except RuntimeError as error:
@@ -85,7 +85,7 @@ class Nf4(Format):
     rounds = True
 
     def __init__(
-        self, dtype: torch.dtype, block: int = BLOCK, nested_block: int = NESTED_BLOCK
+        self, dtype: torch.dtype, block: int = NF4_BLOCK, nested_block: int = NESTED_BLOCK
     ) -> None:
         super().__init__(str(dtype), block, nested_block)
         self.dtype = dtype
@@ -227,13 +227,13 @@ class Nf4(Format):
         # Codes lie in one row, byte by byte. FSDP2 cuts it into equal parts, wherever rows end.
         codes = local_part(layer.weight).view(-1)
         local_bytes = local_slices(layer.weight)[0]  # of the codes' bytes
-        scales = torch.zeros(ceil_div(layer.out_features * width, BLOCK), device=device)
+        scales = torch.zeros(ceil_div(layer.out_features * width, NF4_BLOCK), device=device)
 
         for rows in _pieces_of_rows(layer, local_bytes):
             weights = layer.part_of(dense, rows).flatten().to(device, self.dtype)
-            piece, state = functional.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
+            piece, state = functional.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
             # A whole number: pieces begin at the edge of a block.
-            first_block = rows.start * width // BLOCK
+            first_block = rows.start * width // NF4_BLOCK
             scales[first_block : first_block + len(state.absmax)] = state.absmax
 
             # The rows may begin before the bytes that this rank holds, and end after them.
@@ -272,7 +272,7 @@ class Nf4(Format):
                 absmax = functional.dequantize_blockwise(absmax, nested) + offset
                 absmax = shard.shard_of(absmax, rows).flatten().clone()
         nested_scales = (nested_absmax, nested_code, offset) if nested_block else ()
-        kind = Nf4(self.dtype, BLOCK, nested_block)
+        kind = Nf4(self.dtype, NF4_BLOCK, nested_block)
         layer.store(kind, [layer.weight, absmax, code, *nested_scales])
 
     @torch.no_grad()
@@ -337,14 +337,14 @@ class Nf4(Format):
 
 def _pieces_of_rows(layer: "FrozenLinear", local_bytes: slice) -> Iterator[slice]:
     """The rows that have these bytes of the codes, in pieces of whole blocks."""
-    # The fewest rows that are whole blocks: their weights are lcm(BLOCK, in_features).
-    rows_per_group = BLOCK // math.gcd(BLOCK, layer.in_features)  # whole blocks together
+    # The fewest rows that are whole blocks: their weights are lcm(NF4_BLOCK, in_features).
+    rows_per_group = NF4_BLOCK // math.gcd(NF4_BLOCK, layer.in_features)  # whole blocks together
     group_weights = rows_per_group * layer.in_features
     # From bytes to weights to groups, rounded outward: all bytes lie in the groups between.
     first_group = WEIGHTS_PER_BYTE * local_bytes.start // group_weights
     end_group = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights)
     end_row = min(end_group * rows_per_group, layer.out_features)
-    rows_per_piece = max(1, PIECE // group_weights) * rows_per_group
+    rows_per_piece = max(1, MAX_ROUNDED_WEIGHTS // group_weights) * rows_per_group
     for row in range(first_group * rows_per_group, end_row, rows_per_piece):
         yield slice(row, min(row + rows_per_piece, end_row))
 
@@ -357,7 +357,7 @@ def _gather_scales(layer: "FrozenLinear", scales: Tensor, shape: torch.Size) -> 
     # stays 0 until the reduction.
     if shard is not None:
         of_shard = scales.view(layer.out_features, -1)
-        scales = torch.zeros(shape.numel() // BLOCK, device=scales.device)
+        scales = torch.zeros(shape.numel() // NF4_BLOCK, device=scales.device)
         shard.shard_of(scales, shape[0]).copy_(of_shard)
         groups.append(shard.group)
     for group in groups:
@@ -372,12 +372,12 @@ def _quantize_expert(weights: Tensor, codes: Tensor, blocks: int) -> Tensor:
     """
     functional = nf4_functions()
     scales = torch.empty(blocks, device=weights.device)
-    for start in range(0, len(weights), PIECE):
-        piece = weights[start : start + PIECE]
-        packed, state = functional.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+    for start in range(0, len(weights), MAX_ROUNDED_WEIGHTS):
+        piece = weights[start : start + MAX_ROUNDED_WEIGHTS]
+        packed, state = functional.quantize_4bit(piece, blocksize=NF4_BLOCK, quant_type="nf4")
         first_byte = start // WEIGHTS_PER_BYTE
         codes[first_byte : first_byte + len(packed)] = packed.view(-1)
-        first_block = start // BLOCK
+        first_block = start // NF4_BLOCK
         scales[first_block : first_block + len(state.absmax)] = state.absmax
     return scales
 

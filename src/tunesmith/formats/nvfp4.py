@@ -21,7 +21,7 @@ from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
 
 SIGNLESS_NAN = 127  # as the byte of a scale
-SMALLEST = 1e-12  # of a matrix of zeros
+LEAST_MAXIMUM = 1e-12  # of a matrix of zeros
 
 
 class Nvfp4(AsShipped):
@@ -114,7 +114,7 @@ def nvfp4_scale(largest: float) -> float:
     """The scale of matrices whose largest weight is `largest`, for `encode_nvfp4`: the largest of
     the groups' scales then is e4m3's largest.
     """
-    return E4M3_MAX * E2M1_MAX / max(largest, SMALLEST)
+    return E4M3_MAX * E2M1_MAX / max(largest, LEAST_MAXIMUM)
 
 
 def encode_nvfp4(weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:

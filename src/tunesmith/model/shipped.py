@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FETCH_CONFIG = "take config.json from the model's page again: tunesmith fetch MODEL"
 UNQUANTIZED = "take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded"
 # Transformers' own default of `weight_block_size`.
-BLOCK = (128, 128)
+DEFAULT_FP8_BLOCK = (128, 128)
 AS_SHIPPED: Literal["as-shipped"] = "as-shipped"
 KEEPABLE = ("fp8", "mxfp4", "nvfp4")  # forms whose codes a frozen base can keep
 # What `format` of compressed-tensors says of weights in fp8, with inputs in 8 bits and without.
@@ -121,7 +121,7 @@ def _transformers_form(stored: Mapping[str, Any], where: str) -> ShippedForm:
             scale_suffix=WEIGHT_SCALE,
             has_activation_scales=has_activation_scales,
         )
-    block = stored.get("weight_block_size", BLOCK)
+    block = stored.get("weight_block_size", DEFAULT_FP8_BLOCK)
     return ShippedForm(
         "fp8",
         None if block is None else _block_size(block, "weight_block_size", where),

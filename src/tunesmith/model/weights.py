@@ -46,7 +46,7 @@ STORED = {
     "BOOL": torch.bool,
 }
 FP8_CODES = "F8_E4M3"  # read as bytes: 127 and 255 are NaN, and infinity has no code
-PIECE = 1 << 20  # weights decoded at a time: they are in fp32 then
+MAX_READ_WEIGHTS = 1 << 20  # weights decoded at a time: they are in fp32 then
 SLICE = 16 << 20  # bytes read at a time where a tensor is not read straight into its target
 SCALES = "_scales"  # ends the name of a parameter that has the scales of the one before it
 
@@ -346,7 +346,7 @@ class DecodedTensor(StoredTensor):
         """Read rows and columns of a matrix, a piece at a time."""
         more = "" if expert is None else f": that of expert {expert}"
         last = min(rows.stop, self.codes[0].shape[0 if expert is None else 1])
-        step = max(1, PIECE // self.shape[1])
+        step = max(1, MAX_READ_WEIGHTS // self.shape[1])
         for first in range(rows.start, last, step):
             end = min(first + step, last)
             codes = [_rows_of(stored, slice(first, end), expert) for stored in self.codes]

@@ -34,7 +34,7 @@ from tunesmith.formats.registry import find_format
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
 
-# Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
+# GatheredRows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
 ALIGNMENT = 16
 
 
@@ -94,7 +94,7 @@ class _ProductForm(NamedTuple):
 # ---- the arithmetic; `lora` is [A, B], or empty
 
 
-class RowsOfExperts(NamedTuple):
+class GatheredRows(NamedTuple):
     """The rows of all experts: x [rows, width], or the tokens of which they are copies, if it
     `gathers`.
     """
@@ -117,7 +117,7 @@ class RowsOfExperts(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Rows times the frozen weight of their expert, and the two factors of its update.
+    """GatheredRows times the frozen weight of their expert, and the two factors of its update.
 
     Attributes:
         rows: [rows, in]; the gradients [rows, out] if it `is_backward`, which exchanges `in` and
@@ -128,11 +128,11 @@ class Product(NamedTuple):
         forward: x and x A^T, for the gradients of A and B.
     """
 
-    rows: RowsOfExperts
+    rows: GatheredRows
     factors: tuple[Tensor, Tensor] | None
     stack: FrozenStack | None
     is_backward: bool = False
-    forward: tuple[RowsOfExperts, Tensor] | None = None
+    forward: tuple[GatheredRows, Tensor] | None = None
 
 
 class Results(NamedTuple):
@@ -171,7 +171,7 @@ def _forward(
 ) -> list[Tensor]:
     """The output, and x A^T [rows, rank] where there is an update."""
     factors = (lora[0].mT, lora[1]) if lora else None
-    xa, y, _, _ = _multiply(Product(RowsOfExperts(x, row_index, form.gathers), factors, stack))
+    xa, y, _, _ = _multiply(Product(GatheredRows(x, row_index, form.gathers), factors, stack))
     assert y is not None  # as there is a stack
     if form.sums:
         y = sum_of_rows(y, row_index.places)
@@ -198,8 +198,8 @@ def _backward(
         x, xa = saved
         lora_A, lora_B = lora
         factors = (lora_B.mT, lora_A)
-        forward = (RowsOfExperts(x, row_index, form.gathers), xa)
-    rows = RowsOfExperts(dy, row_index, form.sums)
+        forward = (GatheredRows(x, row_index, form.gathers), xa)
+    rows = GatheredRows(dy, row_index, form.sums)
     needed = stack if needs_dx else None
     _, dx, *d_lora = _multiply(Product(rows, factors, needed, is_backward=True, forward=forward))
     if dx is None:
