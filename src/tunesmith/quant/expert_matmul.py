@@ -34,7 +34,7 @@ from tunesmith.formats.registry import find_format
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
 
-# GatheredRows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
+# Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
 ALIGNMENT = 16
 
 
@@ -117,7 +117,7 @@ class GatheredRows(NamedTuple):
 
 
 class Product(NamedTuple):
-    """GatheredRows times the frozen weight of their expert, and the two factors of its update.
+    """Rows times the frozen weight of their expert, and the two factors of its update.
 
     Attributes:
         rows: [rows, in]; the gradients [rows, out] if it `is_backward`, which exchanges `in` and
