@@ -61,7 +61,7 @@ from transformers import AutoConfig
 
 from tunesmith.build_model import define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source
-from tunesmith.formats import frozen_matmul, mxfp4
+from tunesmith.formats import matmul, mxfp4
 from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.host.chips import CHIPS
 from tunesmith.model import attention
@@ -403,7 +403,7 @@ def count_layer(
     if run.adapter.kind == "none":  # as on one GPU
         accumulate_in_fp32(model.model.layers)
     # A CPU multiplies dB in another order, and copies it.
-    b_of_cuda = patch.object(frozen_matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
+    b_of_cuda = patch.object(matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
     kernel = patch.multiple(attention, varlen_attn=attention_of_cuda, fits_varlen=lambda *_: True)
     with fake, kernel, b_of_cuda, experts_of_cuda(by_expert=by_expert), INDUCTOR:
         materialize(model, torch.device("cpu"))

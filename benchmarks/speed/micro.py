@@ -24,7 +24,7 @@ from torch import Tensor
 from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.dense import DENSE
 from tunesmith.formats.fp8 import Fp8, select_scaling
-from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.host.packages import bnb_functional
 from tunesmith.model.attention import attend, select_attention_backend
 from tunesmith.model.documents import Documents

@@ -11,7 +11,7 @@ from errors import refuses
 from recipes import built_model, make_run
 from shipped_bases import change_config, fp8_config, write_fp8, write_qwen3_moe
 from tunesmith.errors import ModelError
-from tunesmith.formats.frozen_linear import has_codes
+from tunesmith.formats.linear import has_codes
 from tunesmith.hub.model_files import read_model_files
 
 BLOCK = (16, 24)

@@ -18,8 +18,8 @@ from shipped_bases import (
     write_qwen3_moe,
 )
 from tunesmith.formats.e2m1 import E2M1_VALUES, round_e2m1
-from tunesmith.formats.expert_stack import ExpertStack
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.linear import FrozenLinear, has_codes
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.hub.model_files import read_model_files
 
 UP = "model.layers.0.mlp.up_proj"

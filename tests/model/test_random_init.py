@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from recipes import built_model, make_run
 from tunesmith.config.schema import Run
-from tunesmith.formats.frozen_linear import has_codes
+from tunesmith.formats.linear import has_codes
 from tunesmith.model import measured_spec, spec
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.random_init import init_weight

@@ -28,7 +28,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.formats import fp8
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.optim import adamw
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.optimizer import Optimizer

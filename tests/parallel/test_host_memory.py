@@ -30,7 +30,7 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats import nf4
 from tunesmith.formats.base import FrozenWeight
-from tunesmith.formats.frozen_linear import has_codes
+from tunesmith.formats.linear import has_codes
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import save_tensors, weights

@@ -26,8 +26,8 @@ from tunesmith.errors import TunesmithError
 from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.dense import DENSE
 from tunesmith.formats.fp8 import Fp8
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
-from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.linear import FrozenLinear, has_codes
+from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel, supervised_positions

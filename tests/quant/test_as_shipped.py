@@ -25,7 +25,7 @@ from tunesmith.export.vllm import export_rounded
 from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.form import ROW
 from tunesmith.formats.fp8_blocks import Fp8Blocks
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.model.shipped import form_of_folder
 
 IDS = torch.arange(5, 35).view(2, 15)

@@ -17,9 +17,9 @@ from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import mark_varying
 from tunesmith.formats import mxfp4
 from tunesmith.formats.base import FrozenStack
-from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.mxfp4 import Mxfp4
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.quant import expert_rows
 from tunesmith.quant.replace import replace_by_shipped

@@ -14,7 +14,7 @@ from tunesmith.distributed.torch_private import scaled_mm
 from tunesmith.errors import ModelError
 from tunesmith.formats import fp8, scaled_matmul
 from tunesmith.formats.fp8 import Fp8
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.scaled_matmul import (
     LEAST_ROWS,
     ROW_WISE,

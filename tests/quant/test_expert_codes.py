@@ -14,10 +14,10 @@ from recipes import built_model, make_run
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.adapter import lora, peft_files
 from tunesmith.formats.base import FrozenStack
-from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.formats.form import ROW
 from tunesmith.formats.fp8_blocks import Fp8Blocks
-from tunesmith.formats.frozen_linear import has_codes
+from tunesmith.formats.linear import has_codes
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.runtime.recompute import recompute_layers
 
 IDS = torch.arange(5, 35).view(2, 15)

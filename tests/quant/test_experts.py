@@ -20,9 +20,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.formats import base
 from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.dense import dense_stack
-from tunesmith.formats.expert_stack import ExpertStack
-from tunesmith.formats.frozen_linear import FrozenTensors
+from tunesmith.formats.linear import FrozenTensors
 from tunesmith.formats.nf4 import Nf4
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.twin import VOCAB, build_twin
 from tunesmith.quant import expert_matmul, expert_rows, experts
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex

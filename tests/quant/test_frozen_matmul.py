@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
-from tunesmith.formats import fp8, frozen_matmul
+from tunesmith.formats import fp8, matmul
 from tunesmith.formats.dense import Dense
 from tunesmith.formats.fp8 import Fp8
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
 
@@ -182,7 +182,7 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
             weight.format.encoding,
             widths,
         )
-        torch.library.opcheck(frozen_matmul.frozen_matmul, given, test_utils=tests)
+        torch.library.opcheck(matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
         quantized = [
             t for dy, w in zip(dys, weights, strict=True) for t in w.format.quantize_gradient(w, dy)
@@ -190,7 +190,7 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
             given = (dys, quantized, saved, factors, tensors, weight.format.encoding, 64, needs_dx)
-            torch.library.opcheck(frozen_matmul.frozen_matmul_backward, given, test_utils=tests)
+            torch.library.opcheck(matmul.frozen_matmul_backward, given, test_utils=tests)
 
 
 @pytest.mark.parametrize("kind", ["nf4", *FP8])
@@ -198,11 +198,7 @@ def test_a_frozen_layer_without_an_adapter_passes_its_gradient_on(kind):
     adapter = kinds()[kind][0]
     layer = coded(dense_layers(torch.bfloat16)[0], Fp8(kind)) if kind in FP8 else adapter
     x = torch.randn(40, 64, dtype=torch.bfloat16, requires_grad=True)
-    y = (
-        layer(x)
-        if kind in FP8
-        else frozen_matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
-    )
+    y = layer(x) if kind in FP8 else matmul.grouped_matmul(x, [layer.frozen_weight()], [None])[0]
     d = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, d)
     tolerance = 0.05 if kind in FP8 else 0.01

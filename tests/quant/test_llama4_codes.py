@@ -11,7 +11,7 @@ from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.build_model import define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
-from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.measured_spec import measure_spec, text_config
 from tunesmith.model.support import TUNED
 from tunesmith.planning.measured_layers import measure_activations

@@ -15,8 +15,8 @@ from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.formats import nf4
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
-from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.linear import FrozenLinear, has_codes
+from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.formats.nf4 import FEW_ROWS, Nf4, nf4_functions
 from tunesmith.host.chips import Chip
 from tunesmith.training.prepare import check_machine

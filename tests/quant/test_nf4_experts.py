@@ -20,9 +20,9 @@ from tunesmith.config.schema import Adapter, Run
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.export.merge import merge
 from tunesmith.formats import nf4
-from tunesmith.formats.expert_stack import ExpertStack
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import JoinedTensor
 from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.quant.replace import replace_by_nf4

@@ -8,13 +8,13 @@ from torch import nn
 
 from tunesmith.config.schema import Model
 from tunesmith.formats.base import Format
-from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.formats.form import MODELOPT, ShippedForm
 from tunesmith.formats.fp8 import Fp8
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import NF4_BLOCK, Nf4
 from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, SHIPPED, SHIPPED_NVFP4, scheme_of
 

@@ -35,7 +35,7 @@ from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.distributed.torch_private import graphs_compiled
 from tunesmith.errors import MachineError
 from tunesmith.formats import fp8
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.loss import loss_and_grad
 from tunesmith.model import attention, fused
 from tunesmith.model.documents import Documents

@@ -27,8 +27,8 @@ from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
-from tunesmith.formats.frozen_linear import FrozenLinear, FrozenTensors, has_codes
-from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.linear import FrozenLinear, FrozenTensors, has_codes
+from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole

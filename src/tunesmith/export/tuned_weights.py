@@ -23,8 +23,8 @@ from tunesmith.adapter.peft_files import stored_adapter
 from tunesmith.build_model import define_model, embedding_rows
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import ShardedTensors, is_sharded
-from tunesmith.formats.expert_stack import ExpertStack
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.linear import FrozenLinear, has_codes
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES

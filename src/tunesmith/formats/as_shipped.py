@@ -19,8 +19,8 @@ from tunesmith.formats.base import Format, Stored, TensorForm
 from tunesmith.formats.form import FETCH, ShippedForm
 
 if TYPE_CHECKING:
-    from tunesmith.formats.expert_stack import ExpertStack
-    from tunesmith.formats.frozen_linear import FrozenLinear
+    from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.formats.stack import ExpertStack
 
 
 class AsShipped(Format):

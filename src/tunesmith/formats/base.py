@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tunesmith.formats.expert_stack import ExpertStack
-    from tunesmith.formats.frozen_linear import FrozenLinear
+    from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.formats.stack import ExpertStack
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max

@@ -25,7 +25,7 @@ from tunesmith.formats.scaled_matmul import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.formats.frozen_linear import FrozenLinear
+    from tunesmith.formats.linear import FrozenLinear
 
 MAX_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
 # An element may be wrong by this share of the usual size of a sum. Sums lose at most 0.3 % of it

@@ -26,7 +26,7 @@ from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
 from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 
 if TYPE_CHECKING:
-    from tunesmith.formats.expert_stack import ExpertStack
+    from tunesmith.formats.stack import ExpertStack
 
 NAN_EXPONENT = 255  # as an exponent
 

@@ -21,8 +21,8 @@ from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
-    from tunesmith.formats.expert_stack import ExpertStack
-    from tunesmith.formats.frozen_linear import FrozenLinear
+    from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.formats.stack import ExpertStack
 
 NF4_BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale

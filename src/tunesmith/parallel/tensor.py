@@ -32,8 +32,8 @@ from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_s
 from tunesmith.distributed.torch_private import collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import RecipeError
-from tunesmith.formats.expert_stack import ExpertStack
-from tunesmith.formats.frozen_linear import FrozenLinear, TensorShard, has_codes
+from tunesmith.formats.linear import FrozenLinear, TensorShard, has_codes
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import find_decoder
 from tunesmith.model.fused import FusedNorm, FusedWideNorm, FusedZeroCenteredNorm, add_mixin

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.dense import dense_stack
-from tunesmith.formats.expert_stack import ExpertStack
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.formats.expert_stack import ExpertStack
-from tunesmith.formats.frozen_linear import FrozenLinear, has_codes
+from tunesmith.formats.linear import FrozenLinear, has_codes
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import SCALES, Hook
 
 

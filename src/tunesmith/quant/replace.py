@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format
 from tunesmith.formats.dense import DENSE
-from tunesmith.formats.expert_stack import ExpertStack
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.fp8 import Fp8
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.registry import shipped_format
+from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.names import names_on_disk
 from tunesmith.model.shipped import AS_SHIPPED
 from tunesmith.quant.experts import (

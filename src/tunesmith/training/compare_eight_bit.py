@@ -21,7 +21,7 @@ from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.distributed.torch_private import collective
 from tunesmith.formats.fp8 import Fp8, read_bf16_rows
-from tunesmith.formats.frozen_linear import FrozenLinear
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.methods.base import TrainModel
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.run_dir import Phase

@@ -15,7 +15,7 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format, FrozenStack, Stored
 from tunesmith.formats.form import FETCH
-from tunesmith.formats.frozen_linear import FrozenTensors, empty_tensors
+from tunesmith.formats.linear import FrozenTensors, empty_tensors
 
 
 class ExpertStack(FrozenTensors):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.formats.base import Format, FrozenWeight, Stored, TensorForm
 from tunesmith.formats.dense import DENSE
-from tunesmith.formats.frozen_matmul import grouped_matmul
+from tunesmith.formats.matmul import grouped_matmul
 
 
 class TensorShard(NamedTuple):
