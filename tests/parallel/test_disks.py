@@ -24,10 +24,10 @@ from tunesmith.checkpoint import manifest, replicate
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
-from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.training import validation
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 from tunesmith.training.run import train
+from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

@@ -22,7 +22,6 @@ from tunesmith.checkpoint.resume import Progress
 from tunesmith.checkpoint.sharded import export_sharded
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import StoppedError
-from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.inference.load_run import locate_run
 from tunesmith.launch.jobs import Job
 from tunesmith.methods.answers import ACCURACY
@@ -33,6 +32,7 @@ from tunesmith.training import validation
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
+from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = pytest.mark.slow
 

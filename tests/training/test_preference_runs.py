@@ -18,7 +18,6 @@ from errors import refuses, warnings_with
 from recipes import make_run, write_feedback, write_pairs
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, ModelError, RecipeError
-from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.kto import KahnemanTverskyOptimization
@@ -27,6 +26,7 @@ from tunesmith.report.run_files import RunFiles
 from tunesmith.run_dir import PAIRS
 from tunesmith.training import prepare, validation
 from tunesmith.training.result import Result
+from tunesmith.training.validation_loss import ValidationResult
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,6 @@ from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Log
 from tunesmith.host.signals import StopRequest
-from tunesmith.inference.evaluate import ValidationResult
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.terminal import Terminal
 from tunesmith.training import trainer, validation
@@ -27,6 +26,7 @@ from tunesmith.training.result import Result
 from tunesmith.training.run import sinks_of, train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+from tunesmith.training.validation_loss import ValidationResult
 
 FIELDS = [
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "examples", "step_seconds",

@@ -6,13 +6,13 @@ import json
 from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.inference.evaluate import ValidationResult, validation_loss
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.metrics.summary import has_risen
 from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.loop_part import LoopPart, LoopShared
+from tunesmith.training.validation_loss import ValidationResult, validation_loss
 
 # A run without patience is told when its loss has risen and not been lower for so many validations.
 MIN_RISES = 3
