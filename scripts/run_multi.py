@@ -112,8 +112,8 @@ def find_place() -> Place:
     if place is not None:
         return place
     from tunesmith.errors import TunesmithError
-    from tunesmith.launch.deploy import look_at, variables_of_ranks
     from tunesmith.launch.rendezvous import find_endpoint
+    from tunesmith.tools.launch.deploy import look_at, variables_of_ranks
 
     nodes = number("PET_NNODES")
     host = os.environ.get("MASTER_ADDR")

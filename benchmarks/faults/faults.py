@@ -302,7 +302,7 @@ FAULTS = {
 
 
 def write_recipe(folder: Path) -> None:
-    from tunesmith.bench.selfcheck import write_inputs
+    from tunesmith.tools.bench.selfcheck import write_inputs
 
     write_inputs(folder, 64)
     recipe = {

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from launch.conftest import SLOW  # so that polling can hit between two steps
 
 ROOT = Path(__file__).resolve().parents[2]
-SLURM_PAIR = ROOT / "tests/launch/slurm_pair.sh"
+SLURM_PAIR = ROOT / "tests/tools/launch/slurm_pair.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 TARGETS, PHASES = ("rank", "agent", "node"), ("loading", "training", "saving")
 EVERY = 10  # steps between checkpoints

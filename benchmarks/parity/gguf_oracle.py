@@ -247,7 +247,7 @@ def difference(ours: Any, theirs: Any) -> str:
 def compare_with_quantizer(folder: Path) -> int:
     """f32 files through `llama_model_quantize`, against ours from the same weights."""
     from export.tiny_gguf import byte_level, random_model, structure_of, write_model
-    from tunesmith.export.gguf.types import QUANTS
+    from tunesmith.tools.export.gguf.types import QUANTS
 
     library = load_llama(folder)
     tokenizer = byte_level(structure_of("gpt-2"))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.scoring.intervals import (
+from tunesmith.metrics.intervals import (
     MIN_DIFFERING,
     Interval,
     PairedIntervals,

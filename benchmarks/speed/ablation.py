@@ -24,12 +24,12 @@ from torch import Tensor
 
 from tunesmith import build_model
 from tunesmith.adapter import lora
-from tunesmith.bench.ablation import BASELINE, lines_of, run_in_turns, table_of
 from tunesmith.cli.main import main as tunesmith
 from tunesmith.data.batch import Batch
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused
+from tunesmith.tools.bench.ablation import BASELINE, lines_of, run_in_turns, table_of
 
 
 def adapters_alone() -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from tunesmith.bench.shape import write_shape
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.config.schema import Model
 from tunesmith.model import load, random_init
 from tunesmith.model.shapes import SHAPES
+from tunesmith.tools.bench.shape import write_shape
 
 
 def write_random_model(

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tunesmith.cli.export import GGUF_QUANTS
-from tunesmith.export.gguf.llama_cpp import LlamaCpp
+from tunesmith.tools.export.cli import GGUF_QUANTS
+from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
 
 TOKENS = 240
 POSITIONS = 60  # every fourth

@@ -44,14 +44,14 @@ from tunesmith.errors import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.export.gguf.export import ExportedFile, export_gguf
-    from tunesmith.export.merge import Merged, merge
     from tunesmith.inference.decoding import Decoding
-    from tunesmith.inference.evaluate import Evaluation, evaluate
-    from tunesmith.inference.generate import generate
     from tunesmith.inference.load_run import LoadedModel, load_run
     from tunesmith.metrics.record import StepRecord
-    from tunesmith.report.comparison import Comparison, compare
+    from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
+    from tunesmith.tools.evaluate.generate import generate
+    from tunesmith.tools.export.gguf.export import ExportedFile, export_gguf
+    from tunesmith.tools.export.merge import Merged, merge
+    from tunesmith.tools.report.comparison import Comparison, compare
     from tunesmith.training.result import Result
     from tunesmith.training.run import train
 

@@ -19,8 +19,8 @@ from tunesmith.checkpoint.model_card import loss_curve, model_card
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Model, Run, Source
 from tunesmith.config.tree import read_value
-from tunesmith.export.merge import merge
 from tunesmith.inference.load_run import locate_run
+from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 LICENCE = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: https://example.org/l\n---\n# tiny\n"

@@ -22,8 +22,8 @@ from recipes import make_run
 from tunesmith.checkpoint import manifest, sharded
 from tunesmith.cli.main import main
 from tunesmith.errors import TunesmithError
-from tunesmith.export.tuned_weights import open_tuned_model
 from tunesmith.inference.load_run import load_run, locate_run, read_run_files
+from tunesmith.tools.export.tuned_weights import open_tuned_model
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow

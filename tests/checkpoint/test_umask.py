@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from recipes import make_run
-from tunesmith.export.merge import merge
 from tunesmith.host.files import follow_umask
+from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 

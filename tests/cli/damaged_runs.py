@@ -236,8 +236,8 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def look_at_page(watched: Any) -> None:
     """Ask for all that the live page asks for."""
-    from tunesmith.report.curves import curves
-    from tunesmith.report.run_files import to_json
+    from tunesmith.reader.run_files import to_json
+    from tunesmith.tools.report.curves import curves
 
     watched.refresh()
     json.loads(to_json([watched.status(), watched.texts()]).encode())
@@ -251,7 +251,7 @@ def try_seed(
     """Every command, or those of `names`, on one damaged copy of the run `template`, made in the
     new folder `folder`.
     """
-    from tunesmith.report.run_files import RunFiles
+    from tunesmith.reader.run_files import RunFiles
 
     draw = random.Random(seed)
     whole = Path(shutil.copytree(template, folder / "whole", symlinks=True))

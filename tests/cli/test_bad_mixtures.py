@@ -17,7 +17,7 @@ from shipped_bases import write_fp8, write_mxfp4_gpt_oss
 from tunesmith.adapter import lora, peft_files
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter
-from tunesmith.export.vllm_adapter import export_peft
+from tunesmith.tools.export.vllm_adapter import export_peft
 
 # The quickest of each kind; the others are slow.
 QUICK = ("one stack without the other", "top_k over experts", "both forms")

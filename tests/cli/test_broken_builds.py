@@ -20,18 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from ranks import environment_of, forkserver, free_port, run_ranks
 from tunesmith import build_model
-from tunesmith.bench import selfcheck
-from tunesmith.bench.selfcheck import (
-    ALIKE,
-    CHANGED,
-    COPIES,
-    GRADIENTS,
-    LOSS,
-    NORM,
-    ONE,
-    RESUME,
-    SelfCheck,
-)
 from tunesmith.data.loader import GlobalBatch, Loader
 from tunesmith.data.schedule import BatchSchedule
 from tunesmith.distributed import row_exchange
@@ -47,6 +35,18 @@ from tunesmith.optim.adamw import ParameterState
 from tunesmith.parallel import tensor
 from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
+from tunesmith.tools.bench import selfcheck
+from tunesmith.tools.bench.selfcheck import (
+    ALIKE,
+    CHANGED,
+    COPIES,
+    GRADIENTS,
+    LOSS,
+    NORM,
+    ONE,
+    RESUME,
+    SelfCheck,
+)
 from tunesmith.training import agree, build, trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 

@@ -28,10 +28,10 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import Source
 from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
-from tunesmith.export.gguf.export import export_gguf
 from tunesmith.host.shell import shell_command, shell_path, shell_word
-from tunesmith.launch.doctor.system import TEXTS, finding
-from tunesmith.sweep.space import read_space
+from tunesmith.tools.doctor.system import TEXTS, finding
+from tunesmith.tools.export.gguf.export import export_gguf
+from tunesmith.tools.sweep.space import read_space
 
 PROGRAMS = (
     "tunesmith", "pip", "sudo", "ssh", "ssh-copy-id", "ssh-keygen", "ls", "iconv", "jq", "sed", "mv", "mkdir", "df", "docker",

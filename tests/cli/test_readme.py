@@ -56,7 +56,7 @@ NOT_OURS = (
     "cd faq-model && ollama create",
     "cd my-model && ollama create",
 )
-# Verbs with a stand-in server of their own: tests/hub/test_push.py.
+# Verbs with a stand-in server of their own: tests/tools/export/test_push.py.
 ELSEWHERE = ("tunesmith push",)
 TINY_SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,

@@ -25,9 +25,9 @@ from tunesmith.data.source import from_list, read_rows
 from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
-from tunesmith.inference import generate
-from tunesmith.inference.evaluate import _eval_tokens
 from tunesmith.inference.load_run import LoadedModel, _template, load_run
+from tunesmith.tools.evaluate import generate
+from tunesmith.tools.evaluate.evaluate import _eval_tokens
 from tunesmith.training.run import train
 
 ASKED, SAID = "Which bird  sings?\n", " A wren."

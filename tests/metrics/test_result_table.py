@@ -13,15 +13,15 @@ from errors import holds, refuses
 from records import record
 from tunesmith.config.schema import Model
 from tunesmith.errors import UsageError
-from tunesmith.export.gguf.export import ExportedFile
-from tunesmith.export.merge import Merged
-from tunesmith.export.merge_check import Difference, MergeCheck
-from tunesmith.inference.evaluate import EvalResult, Evaluation
 from tunesmith.inference.load_run import LoadedModel, RunLocation
-from tunesmith.inference.score_rows import RowScores
+from tunesmith.metrics.intervals import Interval
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.report.comparison import Comparison, compare
-from tunesmith.scoring.intervals import Interval
+from tunesmith.tools.evaluate.evaluate import EvalResult, Evaluation
+from tunesmith.tools.evaluate.score_rows import RowScores
+from tunesmith.tools.export.gguf.export import ExportedFile
+from tunesmith.tools.export.merge import Merged
+from tunesmith.tools.export.merge_check import Difference, MergeCheck
+from tunesmith.tools.report.comparison import Comparison, compare
 from tunesmith.training.result import Result
 
 HOSTILE = "<script>alert('a')</script>&\"\n\x1b[31m"

@@ -16,8 +16,8 @@ from recipes import built_model, make_run
 from shipped_bases import write_mxfp4_gpt_oss
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import RecipeError
-from tunesmith.export.merge import merge
 from tunesmith.formats.mxfp4 import decode_mxfp4, encode_mxfp4
+from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 TWO = {"train": {"duration": "2 steps"}, "data": {"seq_len": 96}}

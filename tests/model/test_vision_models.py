@@ -23,7 +23,6 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.export.merge import merge
 from tunesmith.inference.load_run import load_run
 from tunesmith.model import load
 from tunesmith.model.composite import COMPOSITES
@@ -31,6 +30,7 @@ from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.weights import load_weights
 from tunesmith.planning.resolve import checkpoint_bytes
+from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow

@@ -21,12 +21,12 @@ from runs import peft_model
 from shipped_bases import compressed_fp8_config, write_fp8, write_nvfp4
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
-from tunesmith.export.vllm import export_rounded
 from tunesmith.formats.base import FrozenWeight
 from tunesmith.formats.form import ROW
 from tunesmith.formats.fp8_blocks import Fp8Blocks
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.model.shipped import form_of_folder
+from tunesmith.tools.export.vllm import export_rounded
 
 IDS = torch.arange(5, 35).view(2, 15)
 # Both divide the tiny model's matrices, as Transformers wants it.

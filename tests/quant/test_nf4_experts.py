@@ -18,7 +18,6 @@ from shipped_bases import write_qwen3_moe
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.export.merge import merge
 from tunesmith.formats import nf4
 from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
@@ -26,6 +25,7 @@ from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import JoinedTensor
 from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.quant.replace import replace_by_nf4
+from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 from tunesmith.units import Length
 

@@ -26,7 +26,7 @@ from tunesmith.inference.load_run import locate_run
 from tunesmith.launch.jobs import Job
 from tunesmith.methods.answers import ACCURACY
 from tunesmith.metrics.summary import closing_summary
-from tunesmith.report.run_files import RunFiles
+from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_manifest, read_samples
 from tunesmith.training import validation
 from tunesmith.training.answer_sampler import AnswerSampler

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import tunesmith
 from recipes import make_run
 from tunesmith.errors import TunesmithError
-from tunesmith.export.vllm_adapter import export_peft
+from tunesmith.tools.export.vllm_adapter import export_peft
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow

@@ -44,10 +44,10 @@ from tunesmith.errors import (
 )
 from tunesmith.model import twin
 from tunesmith.model.tokenizer import load_tokenizer
-from tunesmith.report.compare import FEWEST_VALIDATIONS
+from tunesmith.reader.compare import FEWEST_VALIDATIONS
 from tunesmith.run_dir import SWEEP
-from tunesmith.sweep import run as sweep_module
-from tunesmith.sweep.space import Space
+from tunesmith.tools.sweep import run as sweep_module
+from tunesmith.tools.sweep.space import Space
 from tunesmith.training.make_recipe import (
     continued_rate,
     default_learning_rate,

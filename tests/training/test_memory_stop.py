@@ -16,7 +16,7 @@ from recipes import make_run
 from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
 from tunesmith.methods.base import TrainModel
-from tunesmith.report.run_files import RunFiles, how_it_ended
+from tunesmith.reader.run_files import RunFiles, how_it_ended
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
 from tunesmith.training.result import half_micro_batch

@@ -22,7 +22,7 @@ from tunesmith.methods.answers import answer_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.methods.kto import KahnemanTverskyOptimization
 from tunesmith.metrics.record import read_records
-from tunesmith.report.run_files import RunFiles
+from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import PAIRS
 from tunesmith.training import prepare, validation
 from tunesmith.training.result import Result

@@ -25,12 +25,12 @@ from recipes import make_run, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
 from tunesmith.host.signals import NAMES, StopRequest
-from tunesmith.report.run_files import RunFiles
-from tunesmith.report.run_summary import summaries_of
+from tunesmith.reader.run_files import RunFiles
+from tunesmith.reader.run_summary import summaries_of
+from tunesmith.tools.report.run_list import RunList
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation import Validation
-from tunesmith.watch.run_list import RunList
 from warm import Warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

@@ -18,9 +18,9 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, ModelError, RecipeError
-from tunesmith.export.merge import merge
 from tunesmith.formats.form import ROW
 from tunesmith.inference.load_run import load_run
+from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow

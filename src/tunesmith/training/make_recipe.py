@@ -40,12 +40,12 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
+from tunesmith.metrics.intervals import MIN_DIFFERING
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.run_dir import read_recipe
-from tunesmith.scoring.intervals import MIN_DIFFERING
 from tunesmith.training.early_checks import RowsLook, check_same, look_at_rows, over
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
 

@@ -1,0 +1,719 @@
+"""What runs show side by side: numbers with their spread, differing keys, and which is better where
+that can be said.
+
+val_loss decides, and only on the same held-out rows; a training loss never does. Of methods that
+compare answers it is the share of held-out pairs in order: as `eval` measured it, or as training
+did. A difference counts above the noise: what seeds alone would exceed once in 20, where several
+runs share a recipe; else the interval of what `eval` measured row by row, what so many pairs tell
+apart, or how far val_loss moves around its own trend.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from tunesmith.config.dump import leaves
+from tunesmith.data.schedule import FEW_STEPS
+from tunesmith.host.shell import shell_path
+from tunesmith.metrics.intervals import loss_sentence, paired_losses
+from tunesmith.metrics.summary import has_risen
+from tunesmith.reader.measure import HELD_OUT_ACCURACY, VAL_LOSS, Measure, measure_of
+from tunesmith.reader.run_files import finite
+from tunesmith.reader.run_summary import (
+    HASHES_OF_INPUTS,
+    RunSummary,
+    Spread,
+    changes_learning,
+)
+from tunesmith.run_dir import RECIPE, RunState, shown
+from tunesmith.units import count_of, format_seconds
+
+# Standard errors above which a difference counts: about 95 % of a normal distribution.
+STANDARD_ERRORS = 2.0
+# The same of Student's t, from 1 degree of freedom.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
+FEWEST_VALIDATIONS = 5  # whose moves tell the noise
+MAX_NAMED = 3  # runs of few steps, or recipes that are worse
+# Of env.json: hashes of what the run read, how it was started, and what its checks reported.
+HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
+NO_ENVIRONMENT = (*HASHES, "command", "commit", "checks", "validation_examples", "template")
+
+
+def _mean(run: RunSummary, name: str) -> Spread | None:
+    return Spread.from_values(finite(run.files.columns.get(name, [])))
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+# Rows of the table of figures, below the state and what decides.
+FIGURES: dict[str, Callable[[RunSummary], str | float | Spread | None]] = {
+    VAL_LOSS.best_word: VAL_LOSS.best_text,
+    "val_loss, last": lambda run: next(reversed(run.validations.values()), None),
+    HELD_OUT_ACCURACY.best_word: HELD_OUT_ACCURACY.best_text,
+    "training loss, mean of the last steps": lambda run: run.loss,
+    "tokens/s, without the first step": lambda run: run.speed,
+    "MFU": lambda run: _percent(run.mfu),
+    "waiting for data": lambda run: _percent(run.waiting),
+    "peak memory, GiB": lambda run: run.memory_gib,
+    "training tokens": lambda run: f"{run.tokens:,.0f}",
+    "total step time": lambda run: format_seconds(run.seconds),
+    "gradient norm": lambda run: _mean(run, "grad_norm"),
+    "GPU utilization, %": lambda run: _mean(run, "gpu_utilization"),
+    "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),
+}
+
+
+def figure_rows(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
+    """The table of figures: a name, and a text for each run, `–` for what was not measured."""
+    measure = measure_of(runs)
+    figures = {
+        "state": lambda run: run.files.described_state,
+        measure.best_word: measure.best_text,
+        **FIGURES,
+    }
+    rows: list[tuple[str, list[Any]]] = [
+        (name, [figure(run) for run in runs]) for name, figure in figures.items()
+    ]
+    # What no run has is left out, but for what decides.
+    shown_rows = [row for row in rows if any(row[1]) or row[0] == measure.best_word]
+    return [
+        (name, [figure_text(cell) for cell in cells])
+        for name, cells in (*shown_rows, *eval_figures(runs))
+    ]
+
+
+def figure_text(value: str | float | Spread | None) -> str:
+    """A figure: text as it is, a mean with its standard deviation, a dash for what was not
+    measured."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Spread):
+        return _digits(value)
+    mean = _digits(value.mean)
+    if value.count == 1:
+        return mean
+    deviation = value.deviation
+    # Two digits: a third would be noise.
+    shown = f"{deviation:,.0f}" if deviation >= 10 else f"{deviation:.2g}"
+    return f"{mean} ± {shown} (n = {value.count:,})"
+
+
+def _digits(value: float) -> str:
+    """Four significant digits: 0.03125, 1.234, 12,480."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
+    """What `eval` measured: a label, and a cell for each run, None where it did not.
+
+    Runs share a line where they answered the same rows: not the file's name decides, but the rows.
+    """
+    # Of several checkpoints of a run, one after the other in its cell.
+    lines: dict[tuple[str, str], list[list[str]]] = {}
+    labels: dict[tuple[str, str], str] = {}
+    for index, run in enumerate(runs):
+        for result in run.files.evals:
+            for name, row_hash, text in _eval_texts(result):
+                key = (name, row_hash)
+                label = f"eval: {name} ({result['data']}, {result['rows']} rows)"
+                # Rows of the same name may differ.
+                if key not in labels and label in labels.values():
+                    label += f", {row_hash[:8]}"
+                labels.setdefault(key, label)
+                cell = f"{text} at step {result['step']}"
+                if result["seen"]:
+                    cell += f" ({result['seen']} of the rows were trained on)"
+                cells = lines.setdefault(key, [[] for _ in runs])[index]
+                # A loss is in the file of the scores too: shown once.
+                if cell not in cells:
+                    cells.append(cell)
+    return [
+        (labels[key], ["; ".join(cells) or None for cells in line]) for key, line in lines.items()
+    ]
+
+
+def _eval_texts(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The loss and each score of an eval: name, hash of the rows, and text."""
+    if result["losses"] is not None:
+        rows = result["row_losses"] or {}
+        yield "loss", rows.get("row_hash", result["row_hash"]), _losses_text(result["losses"], rows)
+    for scorer, intervals in result["scores"].items():
+        texts = {
+            name: _interval_text(intervals[name]) for name in ("tuned", "base") if name in intervals
+        }
+        yield scorer, result["row_hash"], _beside_base(texts, _gain_text(intervals))
+
+
+def _losses_text(losses: dict[str, float], rows: dict[str, Any]) -> str:
+    """`1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`, without the intervals
+    where the losses of the rows are not there, or too few."""
+    texts = {name: f"{loss:.4f}" for name, loss in losses.items()}
+    texts.setdefault("tuned", "not finite")
+    gain = ""
+    if rows:
+        own = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"]).interval
+        if own is not None:
+            # No loss is below 0.
+            texts["tuned"] += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
+    if rows.get("base"):
+        difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).interval
+        if difference is not None:
+            mean, low, high = difference
+            gain = f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    return _beside_base(texts, gain)
+
+
+def _beside_base(texts: dict[str, str], gain: str) -> str:
+    base = f", base {texts['base']}" if "base" in texts else ""
+    return texts["tuned"] + base + (gain if base else "")
+
+
+def _interval_text(interval: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in interval)
+    return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _gain_text(intervals: dict[str, Any]) -> str:
+    """`: +12.0 points (+4.0 to +20.1)`; empty without a difference."""
+    if "difference" not in intervals:
+        return ""
+    mean, low, high = (100 * value for value in intervals["difference"])
+    return f": {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def validation_noise(val_losses: Sequence[float]) -> float | None:
+    """The standard deviation of a curve's second half around its trend; None from fewer than
+    FEWEST_VALIDATIONS.
+
+    Of independent noise a third difference has 20 times the variance; a parabola has none, so that
+    the bend of a curve that still falls does not count as noise.
+    """
+    count = max(FEWEST_VALIDATIONS, len(val_losses) // 2)
+    differences = list(val_losses[-count:])
+    if len(differences) < FEWEST_VALIDATIONS:
+        return None
+    for _ in range(3):
+        differences = [b - a for a, b in pairwise(differences)]
+    return math.sqrt(fmean(value * value for value in differences) / 20)
+
+
+class KeyDifference(NamedTuple):
+    """A key that is not the same in all runs; `learns`: whether it changes what is learned."""
+
+    key: str
+    values: list[Any]
+    learns: bool
+
+    @property
+    def values_text(self) -> str:
+        """`1e-4 against 1e-3`, each value once."""
+        return " against ".join(dict.fromkeys(map(json.dumps, self.values)))
+
+
+def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
+    """The keys of the recipes that differ, those that change what is learned first; the output
+    folder is left out."""
+    recipes = [leaves(run.files.recipe | {"method": run.method_keys}) for run in runs]
+    names = dict.fromkeys(key for recipe in recipes for key in recipe if key != "output_dir")
+    differing = []
+    for key in names:
+        # An empty section is told by the keys that another run has there.
+        if any(name.startswith(f"{key}.") for name in names):
+            continue
+        values = [recipe.get(key) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            differing.append(KeyDifference(key, values, changes_learning(key, runs)))
+    return sorted(differing, key=lambda difference: not difference.learns)
+
+
+class RunDifference(NamedTuple):
+    """How far the second of two runs is behind the first, in the unit of `measure` (of accuracies a
+    share); it counts above `threshold`, None where the noise is not known."""
+
+    measure: str
+    first: str
+    second: str
+    gap: float
+    threshold: float | None
+
+
+class Verdict(NamedTuple):
+    """Which run is better, in words. `kind`: better | equal | none | alone; `best`: its runs, by
+    index; `difference`: of the two recipes in the headline."""
+
+    kind: str
+    headline: str
+    reasons: list[str]
+    best: tuple[int, ...] = ()
+    difference: RunDifference | None = None
+
+
+class Noise(NamedTuple):
+    """The difference between two runs above which it counts.
+
+    Attributes:
+        threshold: None where it is not known.
+        text: where it is from, and how to learn more.
+        tells_of_rows: other rows like these are covered; the course of one loss does not tell how
+            much rows differ.
+    """
+
+    threshold: float | None
+    text: str
+    tells_of_rows: bool = True
+
+
+class RunGroup(NamedTuple):
+    """Runs of one recipe, which differ in the seed at most, and their best values."""
+
+    runs: list[RunSummary]
+    measure: Measure
+    best: Spread
+
+    @property
+    def name(self) -> str:
+        return " and ".join(run.label for run in self.runs)
+
+    @property
+    def is_are(self) -> str:
+        return "is" if len(self.runs) == 1 else "are"
+
+    def __str__(self) -> str:
+        text = self.measure.text(self.best.mean)
+        if len(self.runs) == 1:
+            return text
+        return f"{text} ± {self.measure.gap_text(self.best.deviation)}"
+
+
+def judge(runs: Sequence[RunSummary]) -> Verdict:
+    """Which run is better, and why, or why that cannot be said; and cautions about the
+    runs whatever the verdict.
+    """
+    verdict = _judge(runs)
+    return verdict._replace(reasons=[*verdict.reasons, *_few_steps(runs)])
+
+
+def _judge(runs: Sequence[RunSummary]) -> Verdict:
+    """Which run is better, and why, or why that cannot be said.
+
+    It cannot where fewer than two runs were measured on held-out rows, where these are other rows
+    or not known, while one still trains, and where the noise of the measure is not known.
+    """
+    measure = measure_of(runs)
+    if len(runs) == 1:
+        return _alone(runs[0], measure)
+    measured = [run for run in runs if measure.best(run)]
+    absent = []
+    for run in runs:
+        if run not in measured:
+            absent.append(f"{run.label} has no {measure.name} ({run.files.state}).")
+    # A comparison needs two runs that were validated.
+    if len(measured) < 2:
+        why = (
+            "A training loss is measured on the training rows: "
+            "it does not show which model is better."
+        )
+        fix = "Use the same held-out rows in the recipes: data.validation, or data.hold_out: 5 %."
+        return Verdict("none", "It is unclear which is better", [*absent, why, fix])
+    obstacle = _obstacle(measured, measure)
+    if obstacle is not None:
+        return obstacle
+
+    ranking = _rank(measured, measure)
+    first = ranking[0]
+    cautions = [*absent, *_cautions(measured, measure)]
+    # One group: all runs learned from the same recipe.
+    if len(ranking) == 1:
+        return _one_recipe(first, measured, cautions)
+    verdict = _compare_groups(ranking, cautions)
+    # The winner's runs, by their place in the report.
+    if verdict.kind == "better":
+        best = tuple(i for i, run in enumerate(runs) if run in first.runs)
+        return verdict._replace(best=best)
+    return verdict
+
+
+def _one_recipe(
+    group: RunGroup, measured: Sequence[RunSummary], cautions: Sequence[str]
+) -> Verdict:
+    """The verdict on runs of one recipe, of which `group` has those that are comparable."""
+    name = group.measure.name
+    if len(group.runs) > 1:
+        seeds = count_of(len({run.seed for run in group.runs}), "seed")
+        headline = "One recipe: the difference is the seed's or the machine's"
+        why = f"These are {len(group.runs)} runs of one recipe with {seeds}: {name} {group}."
+        return Verdict("equal", headline, [why, *cautions])
+    (first,) = group.runs
+    headline = f"One recipe: only {first.label} is trained as far as step {first.steps}"
+    if first.files.state is RunState.FINISHED:
+        headline = f"One recipe: only {first.label} has finished"
+    why = f"Its {group.measure.best_word} is {group}."
+    for run in measured:
+        if run is not first:
+            why += _at_common_step(first, run, group.measure)
+    return Verdict("none", headline, [why, *cautions])
+
+
+def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
+    """The verdict on the first of several recipes and the second, or one further off that cannot be
+    told from the first: its rows may vary more."""
+    first, second = ranking[:2]
+    measure = first.measure
+    equal: list[RunGroup] = []
+    beaten: list[RunGroup] = []
+    for group in ranking[1:]:
+        threshold = _noise(ranking, group).threshold
+        if threshold is not None:
+            gap = measure.worse_by(group.best.mean, than=first.best.mean)
+            (equal if gap <= threshold else beaten).append(group)
+    if equal:
+        second = equal[0]
+    gap = measure.worse_by(second.best.mean, than=first.best.mean)
+    noise = _noise(ranking, second)
+    reasons = [
+        _difference(first.runs[0], second.runs[0], measure),
+        f"{measure.gap_text(gap)} apart. {noise.text}",
+        *cautions,
+    ]
+    kind, headline = _headline(first, second, gap, noise)
+    if kind == "equal" and beaten:
+        names = ", ".join(group.name for group in beaten)
+        headline += f"; {first.name} {first.is_are} better than {names}"
+    name = measure.name.strip(",")
+    difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
+    return Verdict(kind, headline, reasons, difference=difference)
+
+
+def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tuple[str, str]:
+    """Kind and headline of a verdict on the better and the worse one of two recipes."""
+    measure = first.measure
+    of_second = f"against {second} of {second.name}"
+    against = f"{measure.best_word} {first} {of_second}"
+    # A run that goes on, or is resumed, may still change places.
+    if any(map(_may_improve, (*first.runs, *second.runs))):
+        return "none", f"So far {first.name} leads: {against}"
+    if noise.threshold is None:
+        chance = "how much runs vary by chance is unknown"
+        return "none", f"{first.name} has the {measure.best_word}, but {chance}: {against}"
+    if gap <= noise.threshold:
+        best = f"{measure.best_word} {first} of {first.name}"
+        return "equal", f"No significant difference: {best} {of_second}"
+    where = ""
+    if not noise.tells_of_rows:
+        count = first.runs[0].held_out
+        where = f" on {count_of(count, 'held-out row')}" if count else " on these held-out rows"
+    return "better", f"{first.name} {first.is_are} better{where}: {against}"
+
+
+def _may_improve(run: RunSummary) -> bool:
+    """Whether the run was to train further; a candidate that a sweep has left was not."""
+    stopped = run.files.stopped or {}
+    is_left = run.files.state is RunState.STOPPED and stopped.get("reason") == "sweep"
+    return run.files.state is not RunState.FINISHED and not is_left
+
+
+def _alone(run: RunSummary, measure: Measure) -> Verdict:
+    headline = f"{run.label}: {run.files.described_state}"
+    best = measure.best_text(run)
+    if best is None:
+        fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
+        if run.validation_hash:
+            fix = "It has not been validated yet."
+        return Verdict("alone", f"{headline}, without {measure.name}", [fix])
+    return Verdict("alone", f"{headline}, {measure.best_word} {best}", _cautions([run], measure))
+
+
+def _obstacle(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
+    """The verdict on runs that were measured by other losses or on other rows; None if not."""
+
+    def of_each(value: Callable[[RunSummary], object]) -> str:
+        return ", ".join(f"{run.label}: {value(run)}" for run in measured)
+
+    command = _eval_command(measured)
+    hashes = {run.validation_hash for run in measured}
+    if len(hashes) > 1 or None in hashes:
+        command += " --data held-out.jsonl"
+    if not measure.is_share and len({run.method for run in measured}) > 1:
+        why = f"The methods differ: {of_each(lambda run: run.method)}."
+        fix = (
+            f"Evaluate all on the same pairs, which none was trained on: `{command}`, and create "
+            "the report again; or compare their answers, with --score."
+        )
+        return Verdict("none", "Not comparable: val_loss is a different loss in each", [why, fix])
+    rows = {measure.rows(run) for run in measured}
+    if len(rows) == 1 and None not in rows:
+        return None
+    headline = f"Not comparable: it is unknown what {measure.name} was measured on"
+    if None not in hashes:
+        headline = f"Not comparable: {measure.name} was measured on different rows"
+    why = (
+        f"Hash of the held-out rows: {of_each(lambda run: str(run.validation_hash)[:12])}; "
+        f"taken of them: {of_each(lambda run: run.max_examples or 'all')}."
+    )
+    reasons = [why, f"Compare them on the same rows: `{command}`."]
+    seeds = [run.hold_out_seed for run in measured]
+    if None not in seeds and len(set(seeds)) > 1:
+        reasons.insert(
+            1,
+            "The seeds that drew data.hold_out differ "
+            f"({of_each(lambda run: run.hold_out_seed)}); without data.hold_out_seed it is "
+            f"train.seed: set data.hold_out_seed={seeds[0]} in all.",
+        )
+    return Verdict("none", headline, reasons)
+
+
+def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
+    """The runs by recipe, the best first; of a recipe those that finished, or came furthest."""
+    by_recipe: dict[str, list[RunSummary]] = {}
+    for run in measured:
+        # Runs with the same keys that change what is learned differ by seed alone.
+        by_recipe.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
+    groups = []
+    for of_recipe in by_recipe.values():
+        # A shorter run of a recipe says nothing of its seeds.
+        runs = [run for run in of_recipe if not _may_improve(run)]
+        if not runs:
+            furthest = max(run.steps for run in of_recipe)
+            runs = [run for run in of_recipe if run.steps == furthest]
+        bests = [best for best in map(measure.best, runs) if best is not None]
+        spread = Spread.from_values([value for value, _ in bests])
+        if spread:
+            groups.append(RunGroup(runs, measure, spread))
+    return sorted(groups, key=lambda group: measure.worse_by(group.best.mean, than=0.0))
+
+
+def _seed_advice(run: RunSummary, measure: Measure) -> str:
+    """How to see what another seed changes, and what that is for."""
+    seed = (run.seed if run.seed is not None else 42) + 1
+    recipe = shell_path(shown(run.files.folder / RECIPE))
+    output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
+    keys = f"train.seed={seed}"
+    if run.hold_out_seed is not None:
+        # Its validation would be of other rows, so not comparable.
+        keys += f" data.hold_out_seed={run.hold_out_seed}"
+    command = f"tunesmith train {recipe} {keys} output_dir={output}"
+    return (
+        f"Each has a single seed, and another seed would change {measure.name} too. To see by how "
+        f"much, train one again and report it beside these: `{command}`"
+    )
+
+
+def _eval_command(runs: Sequence[RunSummary]) -> str:
+    """The command that compares runs row by row."""
+    folders = [shell_path(shown(run.files.folder)) for run in runs]
+    return f"tunesmith eval {' '.join(folders)}"
+
+
+def _noise(ranking: Sequence[RunGroup], second: RunGroup) -> Noise:
+    """The noise of the difference between the first and the `second`, one of the others."""
+    first = ranking[0]
+    measure = first.measure
+    # Several seeds of a recipe tell its noise better than one run can.
+    repeated = [group.best for group in ranking if group.best.count > 1]
+    if repeated:
+        return _seed_noise(repeated, first.best, second.best, measure)
+    advice = _seed_advice(first.runs[0], measure)
+    by_row = _noise_of_rows(first, second)
+    if by_row is not None:
+        threshold, text = by_row
+        return Noise(threshold, f"{text}. {advice}")
+    if measure is VAL_LOSS and first.runs[0].method == "sft":
+        command = _eval_command([first.runs[0], second.runs[0]])
+        advice = f"Whether other rows would say the same: `{command}`. {advice}"
+    by_span = _noise_of_shares(first, second)
+    if by_span is not None:
+        threshold, text = by_span
+        return Noise(threshold, _threshold_text(text, threshold, measure, advice))
+    noises = []
+    for group in (first, second):
+        noise = validation_noise(list(measure.values(group.runs[0]).values()))
+        if noise is not None:
+            noises.append(noise)
+    if not noises:
+        text = f"It takes {FEWEST_VALIDATIONS} validations to estimate the noise of {measure.name}"
+        text += " (validate.every)"
+        return Noise(None, f"{text}. {advice}")
+    noise = max(noises)
+    # The difference of two values of the same noise.
+    threshold = STANDARD_ERRORS * math.sqrt(2) * noise
+    moves = f"moves by {measure.gap_text(noise)} around its trend"
+    text = f"Noise: from one validation to the next {measure.name} {moves}"
+    text = _threshold_text(text, threshold, measure, advice)
+    return Noise(threshold, text, tells_of_rows=False)
+
+
+def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str] | None:
+    """The same from the losses of each row; None where a run lacks them, or they show the
+    second run ahead."""
+    runs = [first.runs[0], second.runs[0]]
+    # Of many runs, as those of a sweep, the first two alone may have been evaluated.
+    measure = measure_of(runs)
+    bests = [measure.best(run) for run in runs]
+    evals = [measure.evals(run).get(best[1]) for run, best in zip(runs, bests, strict=True) if best]
+    if None in evals or len(evals) < 2:
+        return None
+    better, worse = filter(None, evals)
+    rows = better["row_losses"]
+    difference = paired_losses(worse["row_losses"]["tuned"], rows["tuned"], rows["tokens"])
+    if difference.mean > 0:
+        return None
+    sentence = loss_sentence(difference, first=runs[1].label, second=runs[0].label)
+    text = f"Row by row ({better['data']}): {sentence}"
+    if difference.interval is None:
+        return None, text
+    return difference.interval.high - difference.mean, text
+
+
+def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:
+    """The same from the intervals of two shares; None where unknown."""
+    bests = [(group.runs[0], first.measure.best(group.runs[0])) for group in (first, second)]
+    spans = [first.measure.span(run, best[1]) for run, best in bests if best]
+    if None in spans or len(spans) < 2:
+        return None
+    higher, lower = filter(None, spans)
+    # Newcombe's interval of a difference (1998, method 10). Of two models on the same rows it is
+    # too wide rather than too narrow.
+    threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
+    ends = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in (higher, lower)]
+    return (
+        threshold,
+        f"Noise: the 95 % intervals for these numbers of pairs are {' and '.join(ends)}",
+    )
+
+
+def _threshold_text(text: str, threshold: float, measure: Measure, advice: str) -> str:
+    return f"{text}; a difference counts above {measure.gap_text(threshold)}. {advice}"
+
+
+def _seed_noise(
+    repeated: Sequence[Spread], first: Spread, second: Spread, measure: Measure
+) -> Noise:
+    """The same from the recipes that ran with several seeds."""
+    # The pooled variance: each recipe around its own mean.
+    freedom = sum(best.count - 1 for best in repeated)
+    squares = sum(best.deviation**2 * (best.count - 1) for best in repeated)
+    deviation = math.sqrt(squares / freedom)
+    # With few seeds Student's factor is larger than that of the normal distribution.
+    errors = STUDENT[freedom - 1] if freedom <= len(STUDENT) else STANDARD_ERRORS
+    threshold = errors * deviation * math.sqrt(1 / first.count + 1 / second.count)
+    text = (
+        f"Noise: from seed to seed {measure.name} differs by {measure.gap_text(deviation)} "
+        "(standard deviation over a recipe's seeds); "
+        f"once in 20 times seeds alone make a difference above {measure.gap_text(threshold)}."
+    )
+    return Noise(threshold, text)
+
+
+def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
+    """What two runs differ in, and what follows; and their values after the same steps, if they
+    took unequal ones."""
+    # What differs -> how.
+    differences = {}
+    for difference in differing_keys([first, second]):
+        if difference.learns:
+            differences[f"`{difference.key}`"] = f" ({difference.values_text})"
+    for key, name in HASHES_OF_INPUTS.items():
+        if first.files.env.get(key) != second.files.env.get(key):
+            differences[name] = ""
+    names = list(differences)
+    text = "Their recipes do not differ in anything that affects training."
+    if len(names) == 1:
+        text = f"They differ in {names[0]}{differences[names[0]]} alone."
+    elif names:
+        listed = ", ".join(names)
+        text = f"They differ in {len(names)} things ({listed}): any of them may be the reason."
+    return text + _at_common_step(first, second, measure)
+
+
+def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> str:
+    """A sentence on the values of runs of unequal length after the same steps; empty without."""
+    first_values = measure.values(first)
+    second_values = measure.values(second)
+    # Unequal runs are compared at a step that both have reached.
+    common_steps = first_values.keys() & second_values.keys()
+    if first.steps == second.steps or not common_steps:
+        return ""
+    step = max(common_steps)
+    return (
+        f" After step {step}, the last that both were measured at: "
+        f"{measure.text(first_values[step])} against {measure.text(second_values[step])}."
+    )
+
+
+def _cautions(runs: Sequence[RunSummary], measure: Measure) -> list[str]:
+    """What a reader should know before believing the verdict."""
+    cautions = []
+    for run in runs:
+        best = measure.best(run)
+        if best is None:
+            continue
+        best_value, step = best
+        values = list(measure.values(run).values())
+        noise = validation_noise(values) or 0.0
+        worse_by = measure.worse_by(values[-1], than=best_value)
+        # Worse than its best by more than noise, or by as much as the end of a run mentions.
+        is_rise = not measure.is_share and has_risen(values[-1], best_value)
+        if worse_by > 0 and (is_rise or worse_by > STANDARD_ERRORS * noise):
+            side = "below" if measure.is_share else "above"
+            text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
+            cautions.append(f"{text}{side} that of step {step}.")
+    unfinished = [
+        f"{run.label} ({run.files.state} at step {run.steps})"
+        for run in runs
+        if run.files.state is not RunState.FINISHED
+    ]
+    if unfinished:
+        cautions.append(
+            f"Not finished: {', '.join(unfinished)}. Their {measure.name} may still improve."
+        )
+    tokens = [run.tokens for run in runs]
+    # More tokens are more training, whatever the recipe.
+    if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
+        amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
+        cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
+    names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
+    if names:
+        cautions.append(
+            f"Ranks, machines or software differ: {', '.join(names)}. "
+            "Speed and memory are not comparable."
+        )
+    return cautions
+
+
+def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
+    """A sentence on the finished runs that took few steps, if there are any."""
+    names = [
+        f"{run.label} ({run.steps})"
+        for run in runs
+        if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
+    ]
+    if not names:
+        return []
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return [
+        f"Few steps: {', '.join(names[:MAX_NAMED])}{more}; a model hardly changes in fewer than "
+        f"{FEW_STEPS}: a longer train.duration continues a run."
+    ]
+
+
+def environment_rows(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]]:
+    """The rows of env.json: name, a value a run, whether they differ."""
+    environments = []
+    for run in runs:
+        env = {k: v for k, v in run.files.env.items() if k not in NO_ENVIRONMENT}
+        environments.append(leaves(env))
+    rows = []
+    for name in dict.fromkeys(name for env in environments for name in env):
+        # A reason belongs to the value beside it, and has no row.
+        if not name.endswith(".why"):
+            values = [env.get(name) for env in environments]
+            rows.append((name, values, len({str(value) for value in values}) > 1))
+    return rows

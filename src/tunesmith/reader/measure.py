@@ -1,0 +1,169 @@
+"""The number that tells which of some runs is better: a loss, or the share of pairs in order."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.metrics.intervals import share_interval
+from tunesmith.reader.run_summary import RunSummary
+from tunesmith.run_dir import PAIRS
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that tells which run is better.
+
+    Attributes:
+        name: as texts call it.
+        values: of a run: step -> value, in the order of the steps.
+        rows: of a run: what tells the rows that it was measured on; None where unknown.
+        is_share: it is from 0 to 1, and higher is better; else lower is.
+        span: of a run at a step: the ends of the value's 95 % interval; None where they are not
+            known.
+        evals: of a run by step, where `eval` measured it, as `run_dir.read_scores` has it.
+    """
+
+    name: str
+    values: Callable[[RunSummary], Mapping[int, float]]
+    rows: Callable[[RunSummary], object]
+    is_share: bool = False
+    span: Callable[[RunSummary, int], tuple[float, float] | None] = lambda _, __: None
+    evals: Callable[[RunSummary], Mapping[int, dict[str, Any]]] = lambda _: {}
+
+    @property
+    def best_word(self) -> str:
+        return f"{'highest' if self.is_share else 'lowest'} {self.name}"
+
+    def worse_by(self, value: float, than: float) -> float:
+        """How much worse a value is than another."""
+        return than - value if self.is_share else value - than
+
+    def best(self, run: RunSummary) -> tuple[float, int] | None:
+        """The best value of a run and its step; of equal ones the first."""
+        places = [(self.worse_by(value, 0.0), step) for step, value in self.values(run).items()]
+        if not places:
+            return None
+        _, step = min(places)
+        return self.values(run)[step], step
+
+    def text(self, value: float) -> str:
+        return f"{100 * value:.1f} %" if self.is_share else f"{value:.4f}"
+
+    def gap_text(self, gap: float) -> str:
+        return f"{100 * gap:.1f} points" if self.is_share else f"{gap:.4f}"
+
+    def best_text(self, run: RunSummary) -> str | None:
+        """`91.0 % (83.9 to 95.5) at step 40`; None where it was not measured."""
+        best = self.best(run)
+        if best is None:
+            return None
+        value, step = best
+        span = self.span(run, step)
+        text = self.text(value)
+        if span is not None:
+            text += f" ({100 * span[0]:.1f} to {100 * span[1]:.1f})"
+        return f"{text} at step {step}"
+
+
+def _validation_rows(run: RunSummary) -> object:
+    return (run.validation_hash, run.max_examples) if run.validation_hash else None
+
+
+def _accuracy_span(run: RunSummary, step: int) -> tuple[float, float] | None:
+    if not run.held_out:
+        return None
+    interval = share_interval(round(run.accuracies[step] * run.held_out), run.held_out)
+    return interval.low, interval.high
+
+
+VAL_LOSS = Measure("val_loss", lambda run: run.validations, _validation_rows)
+HELD_OUT_ACCURACY = Measure(
+    "accuracy on held-out pairs",
+    lambda run: run.accuracies,
+    _validation_rows,
+    is_share=True,
+    span=_accuracy_span,
+)
+
+
+def _evals_of(run: RunSummary, pairs: bool) -> dict[str, dict[int, dict[str, Any]]]:
+    """What `eval` measured of pairs or of the loss of each row, by the rows' hash and the step.
+
+    Losses are without rows that the run was trained on, which show what it has kept of them; its
+    own held-out rows count as for val_loss.
+    """
+    evals: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in sorted(run.files.evals, key=lambda result: result["step"] or 0):
+        row_losses = result["row_losses"]
+        row_hash = result["row_hash"]
+        is_measured = PAIRS in result["scores"]
+        if not pairs and row_losses:
+            row_hash = row_losses["row_hash"]
+            is_unseen = not result["seen"] or row_hash == run.validation_hash
+            is_measured = is_unseen and "tuned" in (result["losses"] or {})
+        if is_measured and (pairs or row_losses) and result["step"] is not None:
+            # Of several of one step the newest counts.
+            evals.setdefault(row_hash, {})[result["step"]] = result
+    return evals
+
+
+def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
+    """What `eval` measured on rows that all runs have been evaluated on.
+
+    None where there are no such rows, or fewer than val_loss was measured on in all runs.
+    """
+    evals = [_evals_of(run, pairs) for run in runs]
+    common = set(evals[0]).intersection(*evals[1:])
+
+    def rows_of(row_hash: str) -> int:
+        return max(result["rows"] for result in evals[0][row_hash].values())
+
+    if not common:
+        return None
+    # Of equally many rows always the same ones.
+    chosen = max(sorted(common), key=rows_of)
+
+    def at_steps(run: RunSummary) -> dict[int, dict[str, Any]]:
+        return _evals_of(run, pairs)[chosen]
+
+    def values(run: RunSummary) -> dict[int, float]:
+        if pairs:
+            return {step: e["scores"][PAIRS]["tuned"][0] for step, e in at_steps(run).items()}
+        return {step: e["losses"]["tuned"] for step, e in at_steps(run).items()}
+
+    if pairs:
+        return Measure(
+            "accuracy on pairs, by eval,",
+            values,
+            lambda _: chosen,
+            is_share=True,
+            span=lambda run, step: tuple(at_steps(run)[step]["scores"][PAIRS]["tuned"][1:]),
+        )
+    validated = {_validation_rows(run) for run in runs}
+    if len(validated) == 1 and None not in validated and all(run.validations for run in runs):
+        held_out = runs[0].held_out or 0
+        if rows_of(chosen) < min(held_out, runs[0].max_examples or held_out):
+            return None
+    return Measure("loss by eval", values, lambda _: chosen, evals=at_steps)
+
+
+def measure_of(runs: Sequence[RunSummary]) -> Measure:
+    """What tells which of the runs is better.
+
+    Of sft: `eval` of the same rows, if all runs have it and it has no fewer rows than val_loss, for
+    it compares row by row; else val_loss.
+
+    Where a method learns from preferences: `eval` of the same pairs, if all runs have it, for it
+    measures all methods alike. Else the accuracy on held-out pairs, where all compare answers in
+    one way: dpo by the log-ratio to its reference, orpo and simpo by log-probabilities.
+    """
+    methods = {run.method for run in runs}
+    is_sft = methods == {"sft"}
+    by_eval = None
+    if not is_sft or len(runs) > 1:
+        by_eval = _eval_measure(runs, pairs=not is_sft)
+    if by_eval is not None:
+        return by_eval
+    if methods == {"dpo"} or methods <= {"orpo", "simpo"}:
+        return HELD_OUT_ACCURACY
+    return VAL_LOSS

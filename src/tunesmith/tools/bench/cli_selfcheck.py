@@ -1,0 +1,134 @@
+"""Check that training on several ranks matches one process.
+
+example:
+  tunesmith selfcheck
+  tunesmith selfcheck --ranks 4
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
+    --rdzv-endpoint NODE:29500 -m tunesmith selfcheck
+
+It trains a small random model for a few steps, in one process and on every kind
+of mesh that the ranks can form (replicate, shard, tensor, and combinations). It
+takes a minute or two and needs no network. The exit code is 1 if a check fails,
+otherwise 0.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.cli.options import add_json, whole_number
+from tunesmith.distributed.ranks import started_as
+from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
+from tunesmith.host.cores import available_cores
+from tunesmith.host.shell import shell_command
+from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from tunesmith.tools.bench.selfcheck import CheckRow
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = "default: one per GPU, or 2"
+    ranks = f"number of ranks to start ({default}); not under torchrun"
+    parser.add_argument("--ranks", type=whole_number, metavar="N", help=ranks)
+    add_json(parser)
+    # Of ranks that `check_on_ranks` has started.
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    env = started_as()
+    if env is not None:
+        world = env["WORLD_SIZE"]
+        is_main_process = env["RANK"] == 0
+        if args.ranks not in (None, world):
+            what = f"--ranks {args.ranks}, and this is one of {world} ranks that already run"
+            raise UsageError(what, where="--ranks", fix="remove it under torchrun")
+    else:
+        world = args.ranks
+        is_main_process = True
+        if world is None:
+            import torch
+
+            world = torch.cuda.device_count() or 2
+    if env is None and world > 1:
+        report = check_on_ranks(world, quiet=args.json)
+    else:
+        from tunesmith.tools.bench.selfcheck import run_checks
+
+        report = run_checks((lambda row: None) if args.json else print_row)
+    if args.report is not None:
+        if is_main_process:
+            args.report.write_text(json.dumps(report), encoding="utf-8")
+        # Else torchrun would end in a traceback.
+        return EXIT_OK
+    if is_main_process:
+        print(json.dumps(report, indent=1) if args.json else verdict(report))
+    return EXIT_OK if report["passed"] else EXIT_FAILED
+
+
+def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
+    """Start ranks here by torchrun and wait for their report.
+
+    They print the table unless `quiet`.
+    """
+    # Torchrun would set 1.
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, available_cores() // world))}
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    words += ["-m", "tunesmith", "selfcheck"]
+    with tempfile.TemporaryDirectory(prefix="tunesmith-selfcheck-") as folder:
+        file = Path(folder) / "report.json"
+        command = [sys.executable, "-m", *words, "--report", str(file)]
+        if quiet:
+            command.append("--json")
+        process = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        if file.is_file():
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+    # Around a rank's own error stands what torchrun writes.
+    match = re.search(r"^error: .*(?:\n  .*)*", process.stderr, re.M)
+    why = process.stderr.strip().rpartition("\n")[2]
+    if match:
+        why = match[0].removeprefix("error: ")
+    fix = f"{shell_command(['python', '-m', *words])} shows all their output"
+    raise RunError("the ranks exited before the checks were done", why=why, fix=fix)
+
+
+def print_row(row: "CheckRow") -> None:
+    """A line of the table after its check, and below a failed one what it means."""
+    step = f"step {row.step}" if row.step else ""
+    figures = f"{step:>6} {row.expected:>11} {row.actual:>11} {row.tolerance:>6}"
+    result = {True: "pass", False: "FAIL", None: ""}[row.passed]
+    print(f"{row.check:<76} {figures} {result}".rstrip(), flush=True)
+    if row.meaning:
+        print(f"  {row.meaning}", flush=True)
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The last lines."""
+    judged = [row for row in report["checks"] if row["passed"] is not None]
+    ranks = f"{count_of(report['ranks'], 'rank')} on {', '.join(report['hosts'])}"
+    where = f"{ranks} ({report['device']}), {report['seconds']:.0f} s"
+    if report["passed"]:
+        return f"all {len(judged)} checks passed: {where}"
+    failures = [row for row in judged if not row["passed"]]
+    # As tuples: in a report that was read from its file a mesh is a list.
+    meshes = dict.fromkeys(tuple(row["mesh"]) for row in judged if row["mesh"])
+    # What is left in `meshes` had no failed check.
+    for row in failures:
+        if row["mesh"]:
+            meshes.pop(tuple(row["mesh"]), None)
+    sound = [MeshShape(*mesh).describe() for mesh in meshes]
+    fix = f"set `parallel` in the recipe to {', or '.join(sound) or 'no other mesh'}"
+    # A check without a mesh compares software: that comes before any mesh.
+    if any(row["mesh"] is None for row in failures):
+        fix = "install the same packages on every node, then check again"
+    what = f"{len(failures)} of {len(judged)} checks failed: {where}"
+    report_it = "report the output of `tunesmith selfcheck --json`"
+    return f"{what}; a run here would give wrong results\n  fix: {fix}; {report_it}"

@@ -1,0 +1,96 @@
+"""Check this machine, a pair of nodes or a cluster, and print fixes.
+
+example:
+  tunesmith doctor smollm2-135m-lora
+  tunesmith doctor --pair spark-b
+
+With a recipe it also checks access to its model: token, license, disk. Nothing
+is changed. The exit code is 1 if there is a fault, otherwise 0.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.cli.options import add_json
+from tunesmith.errors import EXIT_FAILED, EXIT_OK
+from tunesmith.host.streams import show, visible
+from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from tunesmith.tools.doctor.system import Finding
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--pair", metavar="HOST", help="this machine and HOST, which only needs ssh and python3"
+    )
+    where.add_argument("--slurm", action="store_true", help="the Slurm cluster of this machine")
+    add_json(parser)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check its model and disk")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tunesmith.config.load import load_recipe
+    from tunesmith.tools.doctor.access import check_model
+    from tunesmith.tools.doctor.checks import examine
+    from tunesmith.tools.doctor.pair import check_pair
+    from tunesmith.tools.doctor.slurm import check_slurm
+    from tunesmith.tools.doctor.system import FAULT, OK, System
+
+    begin = time.monotonic()
+    recipe = load_recipe(args.recipe, []) if args.recipe else None
+    # The runs' disk: that of the recipe's output, else of this folder.
+    folders = (recipe.output_dir if recipe else ".",)
+    if args.slurm:
+        findings = check_slurm(Path.cwd())
+    elif args.pair:
+        findings = check_pair(args.pair, folders)
+    else:
+        findings, _ = examine(System(folders=folders), pair=False)
+    if recipe:
+        findings += check_model(recipe.model)
+    here = os.uname().nodename
+    # What no node was named for is of this one.
+    findings = [replace(finding, host=finding.host or here) for finding in findings]
+    seconds = round(time.monotonic() - begin, 1)
+    faults = sum(finding.level == FAULT for finding in findings)
+    if args.json:
+        values = {
+            "passed": not faults,
+            "seconds": seconds,
+            "findings": [asdict(finding) for finding in findings],
+        }
+        print(json.dumps(values, indent=1))
+    else:
+        print_findings(findings)
+        warnings = sum(finding.level not in (FAULT, OK) for finding in findings)
+        counts = f"{count_of(faults, 'fault')}, {count_of(warnings, 'warning')}"
+        print(f"{count_of(len(findings), 'check')} in {seconds} s: {counts}")
+    return EXIT_FAILED if faults else EXIT_OK
+
+
+# Columns before what a finding says.
+FINDING = 27
+
+
+def print_findings(findings: "Sequence[Finding]") -> None:
+    """The findings, below the name of each host."""
+    host = ""
+    for finding in findings:
+        if finding.host != host:
+            host = finding.host
+            print(host)
+        line = f"  {finding.level:<9}{finding.check:<16}{finding.what}"
+        show(line, sys.stdout, indent=FINDING)
+        if finding.why:
+            show(f"{'':<11}{'why':<16}{finding.why}", sys.stdout, indent=FINDING)
+        if finding.fix:
+            print(visible(f"{'':<11}{'fix':<16}{finding.fix}"))

@@ -1,0 +1,255 @@
+"""Generate an answer for every row of a file.
+
+example:
+  tunesmith generate runs/my-run --input questions.jsonl --output answers.jsonl
+  tunesmith generate runs/my-run --input questions.jsonl \\
+    --output answers.jsonl --resume
+  echo '{"prompt": "Say hello"}' |
+    tunesmith generate runs/my-run --input - --output -
+
+Each output row is the input row with `output` added, and `reference` if the row
+had an answer. Rows are written in input order as soon as they are ready; after
+ctrl-C, --resume continues.
+"""
+
+import argparse
+import json
+import os
+import sys
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tunesmith.cli import options
+from tunesmith.config.schema import Source
+from tunesmith.data.source import Rows, from_list, read_rows
+from tunesmith.errors import (
+    DataError,
+    MachineError,
+    StoppedError,
+    UsageError,
+)
+from tunesmith.host.shell import shell_path
+from tunesmith.host.streams import visible
+from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
+from tunesmith.units import count_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_run(parser)
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="jsonl, json, csv, parquet; - is stdin (jsonl)",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="output file (jsonl); - is stdout"
+    )
+    parser.add_argument(
+        "--base", action="store_true", help="answer with the base model instead of the tuned one"
+    )
+    options.add_rows(parser, batch_size="rows answered at once")
+    options.add_decoding(parser, max_new_tokens=256)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="keep the rows that are already in the output"
+    )
+    existing.add_argument("--force", action="store_true", help="overwrite the output")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tunesmith.inference.load_run import locate_run
+
+    location = locate_run(args.run, base_only=args.base)
+    rows = _read_input(args.input)
+    output = None if args.output == "-" else Path(args.output)
+    check_output(output, args)
+    sink = ResumedFile(output) if output and not _is_stream(output) else _Stream(output)
+    # Rows that are answered already need no model.
+    answer_count = _answered_rows(sink, rows, args)
+    if answer_count == len(rows) and args.resume:
+        options.notify(f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}")
+        return
+    from tunesmith.host.signals import StopRequest
+    from tunesmith.inference.load_run import load_run
+    from tunesmith.tools.evaluate.generate import generate
+
+    decoding = options.decoding_of(args)
+    stop = StopRequest(interactive=True)
+    loaded = load_run(location, device=args.device)
+    with options.fixes_as_options():
+        answers = generate(
+            loaded,
+            rows,
+            decoding,
+            format_name=args.format_name,
+            columns=dict(args.columns) or None,
+            batch_size=args.batch_size,
+            start=answer_count,
+            cancelled=stop.requested,
+        )
+    if location.note:
+        options.notify(location.note)
+    print(f"{count_of(len(rows) - answer_count, 'row')}, {decoding.describe()}", file=sys.stderr)
+    name = output or "standard output"
+    with sink, stop, options.ProgressCounter() as progress:
+        progress("answers", answer_count, len(rows))
+        for row in answers:
+            sink.write(row, why=f"{answer_count} of {count_of(len(rows), 'row')} are in it")
+            answer_count += 1
+            progress("answers", answer_count, len(rows))
+    if answer_count < len(rows):
+        again = _with_resume(output, args)
+        go_on = f"; to continue, run the same command again{again}" if again else ""
+        raise StoppedError(
+            f"stopped: {answer_count} of {count_of(len(rows), 'row')} are in {name}{go_on}"
+        )
+
+
+def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
+    """What the command needs to go on with its output; nothing if that is no file."""
+    if output is None or not output.is_file():
+        return ""
+    return " with --resume" + (" instead of --force" if args.force else "")
+
+
+def _is_stream(output: Path) -> bool:
+    """Whether it is a pipe or device: it can be written to, but not read again."""
+    return output.exists() and not (output.is_file() or output.is_dir())
+
+
+class _Stream:
+    """Standard output, a pipe or a device, which takes a line for each answer. A context."""
+
+    lines: tuple[bytes, ...] = ()
+    torn = b""
+
+    def __init__(self, output: Path | None) -> None:
+        self.name = str(output or "standard output")
+        self.file = sys.stdout if output is None else output.open("w", encoding="utf-8")
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not sys.stdout:
+            with suppress(OSError):
+                self.file.close()
+
+    def write(self, record: dict[str, Any], *, why: str = "") -> None:
+        line = _line(record)
+        try:
+            print(visible(line) if self.file.isatty() else line, end="", file=self.file, flush=True)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone: that is its end, and no fault
+        except OSError as error:
+            raise write_error(self.name, error, why) from error
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
+def _read_input(name: str) -> Rows:
+    """Rows of a file, or JSON lines from stdin; DataError where there is none, or one is broken."""
+    if name != "-":
+        path = Path(name)
+        if not path.is_file():
+            fix = "name a jsonl, json, csv or parquet file, or - for stdin"
+            raise DataError(f"there is no file {name}", where=name, fix=fix)
+        return read_rows(Source(source=str(path.absolute())))
+    fix = 'send one JSON object per line: {"prompt": "..."}'
+    rows = []
+    for number, line in options.stdin_lines():
+        row = None
+        why = ""
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = str(error)
+        if not isinstance(row, dict):
+            what = "the line is not a JSON object"
+            raise DataError(what, where=f"stdin:{number}", why=why, fix=fix)
+        rows.append(row)
+    if not rows:
+        raise DataError("stdin has no rows", where="stdin", fix=fix)
+    return from_list(rows, "stdin")
+
+
+def check_output(output: Path | None, args: argparse.Namespace) -> None:
+    """UsageError or MachineError for an output that cannot be written, or gone on with."""
+    where = "--output"
+    if args.resume and (output is None or _is_stream(output)):
+        place = f"{where} {args.output}"
+        raise UsageError("--resume requires an output file", where=place, fix="name a file")
+    if output is None:
+        return
+    if output.suffix.lower() in (".csv", ".parquet"):
+        fix = f"--output {shell_path(output.with_suffix('.jsonl'))}"
+        raise UsageError("answers are written as JSON lines", where=f"{where} {output}", fix=fix)
+    # Opening the output would empty the input.
+    if args.input != "-" and output.exists() and output.samefile(args.input):
+        raise UsageError("input and output are the same file", where=where, fix="name another file")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", where=where, fix="name a file in it")
+    # The file need not be there yet: its first folder that is there tells whether it may be.
+    nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
+    why = ""
+    if nearest != output and not nearest.is_dir():
+        why = f"{nearest} is a file, not a folder"
+    elif not os.access(nearest, os.W_OK):
+        why = f"no permission to write to {nearest}"
+    if why:
+        what = f"{output} cannot be written"
+        fix = "use a writable file"
+        raise MachineError(what, where=f"{where} {output}", why=why, fix=fix)
+
+
+def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Namespace) -> int:
+    """How many rows --resume finds answered in the output; a last line that is cut off is not.
+
+    With --force the file will begin anew.
+    """
+    if args.force:
+        file.lines = []
+        return 0
+    if not file.lines and not file.torn:
+        return 0
+    if not args.resume:
+        fix = "add --resume to continue it, --force to overwrite it, or use another file"
+        raise UsageError(f"{args.output} already exists", where="--output", fix=fix)
+    # The output must begin with answers to the rows, in their order.
+    matching = 0
+    end = min(len(file.lines), len(rows))
+    while matching < end and _is_answer_to(file.lines[matching], rows[matching]):
+        matching += 1
+    is_torn = matching < len(rows) and _begins_answer_to(file.torn, rows[matching])
+    if matching < len(file.lines) or (file.torn and not is_torn):
+        what = "the rows in the output differ from those in the input"
+        fix = "use the input it was made from, or --force instead of --resume"
+        raise UsageError(what, where=f"{args.output}:{matching + 1}", fix=fix)
+    return matching
+
+
+def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    if not isinstance(record, dict) or "output" not in record:
+        return False
+    # As the record was written: a date of the row is text there.
+    fields = json.loads(json.dumps(row, default=str))
+    fields.pop("output", None)
+    fields.pop("reference", None)
+    return bool(fields.items() <= record.items())
+
+
+def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether an incomplete line is the beginning of the record that answers `row`."""
+    fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
+    record = _line({**fields, "output": ""}).removesuffix('"}\n')
+    start = record.encode("utf-8", "backslashreplace")
+    return line.startswith(start) or start.startswith(line)

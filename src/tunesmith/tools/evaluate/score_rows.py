@@ -1,0 +1,426 @@
+"""Answer the rows of an evaluation with a model, and score the answers with their intervals.
+
+Scoring is apart from answering: answers are written to a file (`answers_file.py`), and scored when
+all of them are there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from tunesmith.checkpoint import manifest
+from tunesmith.data.formats import Conversation
+from tunesmith.data.splits import SourceRows
+from tunesmith.data.tokens import TokenSet
+from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
+from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
+from tunesmith.host.files import write_atomically
+from tunesmith.host.signals import StopRequest
+from tunesmith.inference.decoding import Answer, Decoding, answer_all, decode
+from tunesmith.inference.load_run import LoadedModel, RunLocation
+from tunesmith.metrics.intervals import (
+    Interval,
+    PairedIntervals,
+    difference_sentence,
+    mean_interval,
+    paired_intervals,
+)
+from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.run_dir import EVALS, FINAL
+from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
+from tunesmith.tools.evaluate.generate import Prompt, check_room, make_prompt
+from tunesmith.tools.evaluate.scorers import ScoredRow, Scorer, score_answer, select_scorers
+from tunesmith.tools.evaluate.tool_calls import PROBE, PROBE_TOOL, CallReader, learn_call_form
+
+# Called with what is counted, their count so far, their total, and the tokens so far
+AnswerProgress = Callable[[str, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """Rows to answer, and what their answers are scored against.
+
+    Attributes:
+        unanswered: rows whose own answer is empty: they are not scored.
+    """
+
+    prompts: list[Prompt] = field(repr=False)
+    scored: list[ScoredRow] = field(repr=False)
+    unanswered: int = 0
+
+    def digest(self) -> str:
+        """sha256 (hex) of the prompts, as token ids."""
+        total = hashlib.sha256()
+        for prompt in self.prompts:
+            total.update(np.array([len(prompt.ids), *prompt.ids], np.int64).tobytes())
+        return total.hexdigest()
+
+    def reference_digest(self) -> str:
+        """sha256 (hex) of what the answers are scored against."""
+        references = [row.raw_reference for row in self.scored]
+        return hashlib.sha256(json.dumps(references).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What one scorer said of all rows.
+
+    Attributes:
+        models: the mean of each model, with its interval.
+        paired: base and tuned side by side; None for a model alone.
+        verdict: better, worse or no significant difference, in a sentence; empty for a model alone.
+        scores: of each model, row by row.
+    """
+
+    name: str
+    rows: int
+    models: dict[str, Interval]
+    paired: PairedIntervals | None
+    verdict: str
+    scores: dict[str, list[float]] = field(repr=False)
+
+
+def read_call_form(loaded: LoadedModel) -> CallReader | None:
+    """What reads the tool calls that the model's template writes; None if it writes none, or none
+    of a readable form."""
+    call = {"type": "function", "function": PROBE._asdict()}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    # Some templates of models that think write an answer without reasoning unlike their prompt.
+    for message in (answer, answer | {"reasoning_content": "It must be looked up."}):
+        sample = Conversation([{"role": "user", "content": "Look it up."}, message], [PROBE_TOOL])
+        try:
+            example = loaded.template.encode(sample, "last", where="the template")
+        except DataError:
+            continue
+        reader = learn_call_form(_raw_text(loaded, example.ids[example.trained].tolist()))
+        if reader is not None:
+            return reader
+    return None
+
+
+def _raw_text(loaded: LoadedModel, ids: Sequence[int]) -> str:
+    """The text of tokens, with special ones."""
+    return decode(loaded.tokenizer, ids, with_special=True)
+
+
+def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> EvalRows:
+    """The prompts and references of the rows that `tokens` are of.
+
+    Rows that are too long have no tokens, and get no answer.
+    """
+    prompts = []
+    scored = []
+    unanswered = 0
+    # Rows that tokenization dropped have no place in `part`.
+    for (source, rows), part in zip(parts, tokens.parts, strict=True):
+        for i in part.row_indices:
+            prompt = make_prompt(rows[i], rows.where(i), loaded, source)
+            if prompt.reference is None:
+                unanswered += 1
+                continue
+            prompts.append(prompt)
+            scored.append(_scored_row(loaded, prompt, rows[i]))
+    return EvalRows(prompts, scored, unanswered)
+
+
+def _scored_row(loaded: LoadedModel, prompt: Prompt, row: dict[str, Any]) -> ScoredRow:
+    calls = 0
+    has_tools = False
+    if isinstance(prompt.sample, Conversation):
+        calls = len(prompt.sample.messages[-1].get("tool_calls") or ())
+        has_tools = bool(prompt.sample.tools)
+    return ScoredRow(
+        prompt.reference or "",
+        prompt.raw_reference,
+        row,
+        prompt.where,
+        calls,
+        has_tools,
+        prompt.is_special,
+    )
+
+
+def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
+    """Where answers go: `output`, else evals/ of the run directory, else evals/ here.
+
+    Each checkpoint that is not `final/` has a file of its own.
+    """
+    if output is not None:
+        return Path(output)
+    stem = _file_stem(name)
+    folder = location.folder
+    if location.run is None or folder is None:
+        return Path(EVALS) / f"{_file_stem(Path(location.base.name).name)}-{stem}.jsonl"
+    if location.kind == "base":
+        stem += "-base"
+    elif folder.name != FINAL:
+        stem += f"-{folder.name}"
+    return folder.parent / EVALS / f"{stem}.jsonl"
+
+
+def _file_stem(name: str) -> str:
+    """A name of rows or of a model as a part of a file's name."""
+    path = Path(name)
+    stem = path.stem if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else name
+    safe_name = "".join(char if char.isalnum() or char in "._-" else "-" for char in stem)
+    return safe_name.strip("-.")[-80:] or "rows"
+
+
+def trained_weights(location: RunLocation) -> str:
+    """What tells the weights of a run's checkpoint from others; empty for a plain model."""
+    if location.folder is None:
+        return ""
+    file = location.folder / manifest.MANIFEST
+    if file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    if location.kind == "base":
+        return ""
+    return weights_digest(location.folder)
+
+
+class Scoring:
+    """The rows of one evaluation that are answered and scored, and the file of their answers.
+
+    A context from `open` on: `answer` for each model, then `finish`.
+    Of several ranks rank 0 has the file.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokens: TokenSet,
+        parts: SourceRows,
+        name: str,
+        scorers: Sequence[str],
+        decoding: Decoding,
+        batch_size: int,
+        ranks: Ranks = ONE_PROCESS,
+    ) -> None:
+        """Check scorers and rows; nothing is written.
+
+        Raises:
+            DataError: a row cannot be answered, or not be scored whatever the answer.
+            UsageError: a scorer cannot be used, or no row has an answer.
+        """
+        # Before any answer is paid for: a template whose calls cannot be read is refused.
+        reader = read_call_form(loaded) if "tool-call" in scorers else None
+        self.scorers = select_scorers(scorers, reader)
+        self.rows = prepare_rows(loaded, tokens, parts)
+        if not self.rows.prompts:
+            raise no_scored_rows(name, "every answer is empty")
+        check_room(self.rows.prompts, loaded.context, decoding)
+        # A row that no answer could satisfy is a fault of the data.
+        for row in self.rows.scored:
+            for scorer in self.scorers:
+                scorer.check(row)
+        self.decoding = decoding
+        self.batch_size = batch_size
+        self.ranks = ranks
+        base = loaded.location.base
+        self.header = AnswersHeader(
+            data=name,
+            rows=len(self.rows.prompts),
+            prompts=self.rows.digest(),
+            weights=trained_weights(loaded.location),
+            base=f"{base.name}@{base.revision}" if base.revision else base.name,
+            decoding=asdict(decoding),
+            batch_size=batch_size,
+        )
+
+    def open(self, path: Path | None, fresh: bool) -> None:
+        """Read the existing answers; `fresh` will move them aside. No path: they are not kept."""
+        if path is None:
+            self._folder = TemporaryDirectory(prefix="tunesmith-answers-")
+            path = Path(self._folder.name, "answers.jsonl")
+        self.path = path
+        self.file: AnswersFile | None = None
+        if self.ranks.is_main_process:
+            self.file = AnswersFile(path, self.header, fresh=fresh)
+
+    def __enter__(self) -> "Scoring":
+        with self.ranks.raise_on_all_ranks():
+            if self.file is not None:
+                self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file is not None:
+            self.file.__exit__(*error)
+
+    def answer(self, loaded: LoadedModel, model: str, progress: AnswerProgress) -> None:
+        """Answer the rows that the file lacks answers of `model` for.
+
+        Raises:
+            StoppedError: a stop signal came; the answers so far are saved.
+        """
+        total = len(self.rows.prompts)
+        answer_count = self._answered(model)
+        if answer_count == total:
+            return
+        what = f"answers of {model}"
+        tokens = 0
+        progress(what, answer_count, total, tokens)
+        rows_here = answer_count
+        tokens_here = 0
+
+        def count_batch(batch: Sequence[Answer]) -> None:
+            """Count this rank's answers; those of the others come at the end of a window."""
+            nonlocal rows_here, tokens_here
+            rows_here += len(batch)
+            tokens_here += sum(len(answer.ids) for answer in batch)
+            progress(what, max(answer_count, rows_here), total, max(tokens, tokens_here))
+
+        with StopRequest(interactive=True) as stop:
+            answers = answer_all(
+                loaded.model,
+                loaded.tokenizer,
+                [prompt.ids for prompt in self.rows.prompts],
+                self.decoding,
+                stops=loaded.template.end_ids,
+                batch_size=self.batch_size,
+                start=answer_count,
+                cancelled=stop.requested,
+                ranks=self.ranks,
+                answered=count_batch,
+            )
+            for i, answer in answers:
+                if self.file is not None:
+                    self.file.append(self._saved(loaded, model, i, answer))
+                answer_count = i + 1
+                tokens += len(answer.ids)
+                progress(what, max(answer_count, rows_here), total, max(tokens, tokens_here))
+        answer_count = self._answered(model)
+        with self.ranks.raise_on_all_ranks():
+            if answer_count < total:
+                raise StoppedError(
+                    f"stopped: {answer_count} of {total} answers of {model} are in {self.path}; "
+                    "to continue, run the same command again"
+                )
+
+    def _answered(self, model: str) -> int:
+        """How many answers of a model are in the file, on every rank."""
+        answer_count = 0 if self.file is None else len(self.file.of(model))
+        return self.ranks.broadcast_object(answer_count)
+
+    def unfinished(self) -> dict[str, int]:
+        """How many answers of each model were cut at --max-new-tokens, on every rank."""
+        counts = {} if self.file is None else self.file.unfinished()
+        return self.ranks.broadcast_object(counts)
+
+    def _saved(self, loaded: LoadedModel, model: str, i: int, answer: Answer) -> SavedAnswer:
+        raw = _raw_text(loaded, answer.ids)
+        row = self.rows.scored[i]
+        return SavedAnswer(
+            model=model,
+            row=i,
+            where=row.where,
+            answer=answer.text,
+            raw=None if raw == answer.text else raw,
+            tokens=len(answer.ids),
+            finished=answer.finished,
+            reference=row.reference,
+        )
+
+    def finish(self, about: dict[str, Any]) -> list[RowScores]:
+        """Score all answers, and write the scores beside them; RunError where a scorer fails.
+
+        Args:
+            about: what the file says too: the losses, the step, the rows that were seen.
+        """
+        results: list[RowScores] = []
+        with self.ranks.raise_on_all_ranks():
+            if self.file is not None:
+                results = score_rows(self.rows, self.scorers, self.file)
+                write_scores(scores_path(self.path), self.header, self.rows, results, about)
+        return self.ranks.broadcast_object(results)
+
+
+def score_rows(rows: EvalRows, scorers: Sequence[Scorer], file: AnswersFile) -> list[RowScores]:
+    """The scores of all answers, scorer by scorer; RunError where a scorer fails."""
+    results = []
+    for scorer in scorers:
+        scores: dict[str, list[float]] = {}
+        for model in ("base", "tuned", "model"):
+            answers = file.of(model)
+            # The file may have some answers of a base that is not evaluated now.
+            if len(answers) < len(rows.scored):
+                continue
+            scores[model] = []
+            for answer, row in zip(answers, rows.scored, strict=True):
+                has_special = scorer.raw or row.is_special
+                text = answer.raw_answer if has_special else answer.answer
+                scores[model].append(score_answer(scorer, text, row))
+        results.append(summarize_rows(scorer.name, scores))
+    return results
+
+
+def summarize_rows(
+    name: str, scores: dict[str, list[float]], *, higher_is_better: bool = True
+) -> RowScores:
+    """Means and intervals of each model's scores; of base and tuned with the sentence."""
+    count = len(next(iter(scores.values())))
+    if not {"base", "tuned"} <= scores.keys():
+        models = {model: mean_interval(values) for model, values in scores.items()}
+        return RowScores(name, count, models, None, "", scores)
+    paired = paired_intervals(scores["base"], scores["tuned"])
+    models = {"base": paired.base, "tuned": paired.tuned}
+    verdict = difference_sentence(name, paired, count, higher_is_better=higher_is_better)
+    return RowScores(name, count, models, paired, verdict, scores)
+
+
+def scores_path(answers: Path) -> Path:
+    """The file of the scores of some answers."""
+    return answers.with_name(f"{answers.stem}.scores.json")
+
+
+def write_scores(
+    path: Path, header: AnswersHeader, rows: EvalRows, results: Sequence[RowScores], about: Any
+) -> None:
+    """Write the scores, for `report` and for other tools; MachineError where that fails."""
+    content = {
+        "tunesmith": "eval scores",
+        "data": header.data,
+        "rows": header.rows,
+        "row_hash": hashlib.sha256(
+            f"{header.prompts} {rows.reference_digest()}".encode()
+        ).hexdigest(),
+        "decoding": Decoding(**header.decoding).describe(),
+        **about,
+        "scores": {result.name: saved_scores(result) for result in results},
+    }
+    save_scores(path, content, fix="start the same command again when it can: the answers are kept")
+
+
+def saved_scores(result: RowScores) -> dict[str, Any]:
+    """One of the `scores` of a file of scores, as `run_dir.read_scores` reads it."""
+    values: dict[str, Any] = {model: list(span) for model, span in result.models.items()}
+    if result.paired is not None:
+        values["difference"] = list(result.paired.difference)
+        values["differing"] = result.paired.differing
+    return values | {"verdict": result.verdict, "by_row": result.scores}
+
+
+def save_scores(path: Path, content: dict[str, Any], *, fix: str) -> None:
+    """Write a file of scores; MachineError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(content) + "\n")
+    except OSError as error:
+        raise MachineError(
+            "the scores cannot be written",
+            where=str(path),
+            why=error.strerror or str(error),
+            fix=fix,
+        ) from error
+
+
+def no_scored_rows(name: str, why: str) -> UsageError:
+    """The error for rows without an answer to score against."""
+    fix = "remove --score or --exact-match, or use rows with answers"
+    return UsageError("no row contains an answer to compare with", where=name, why=why, fix=fix)

@@ -1,0 +1,358 @@
+"""The scorers of `eval --score`: an answer and its row -> a number from 0 to 1.
+
+A scorer is a name, a check of each row before the first answer, and a function. They need no torch
+and no model: answers that were saved are scored again in a moment. What is wrong with a reference
+is the row's fault and raised before any answer; what is wrong with an answer is a score of 0.
+"""
+
+import difflib
+import importlib.util
+import json
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import regex
+
+from tunesmith.errors import DataError, RunError, UsageError
+from tunesmith.host.shell import shell_path
+from tunesmith.tools.evaluate import text
+from tunesmith.tools.evaluate.json_fields import equal_fields, fits, parse_strict, schema_validator
+from tunesmith.tools.evaluate.tool_calls import CallReader, call_score
+
+SCHEMA = "schema"  # the column of a row's JSON schema
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """What an answer is scored against.
+
+    Attributes:
+        reference: the row's own answer as the model would write it, without special tokens unless
+            it has no others.
+        raw_reference: with them.
+        row: as the file has it.
+        where: the row's place, for errors.
+        calls: how many tools the row's own answer calls.
+        has_tools: whether the row offers tools.
+        is_special: whether the answer has special tokens alone: with these it is compared.
+    """
+
+    reference: str
+    raw_reference: str
+    row: dict[str, Any] = field(repr=False)
+    where: str
+    calls: int = 0
+    has_tools: bool = False
+    is_special: bool = False
+
+
+def _accept(row: ScoredRow) -> None:
+    """Every row can be scored."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One way to score.
+
+    Attributes:
+        name: as on the command line.
+        score: of (answer, row), from 0 to 1.
+        check: DataError for a row that cannot be scored, whatever the answer.
+        raw: whether it reads answers with their special tokens.
+    """
+
+    name: str
+    score: Callable[[str, ScoredRow], float]
+    check: Callable[[ScoredRow], None] = _accept
+    raw: bool = False
+
+
+def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) -> list[Scorer]:
+    """The scorers of these names, each once.
+
+    Args:
+        names: of SCORERS, or `file.py:function` for one's own.
+        call_reader: what reads the template's tool calls; None if it has no supported form.
+
+    Raises:
+        UsageError: there is no such scorer, or its file cannot be used.
+    """
+    scorers = []
+    for name in dict.fromkeys(names):
+        if name in _TEXT_SCORERS:
+            scorers.append(_TEXT_SCORERS[name])
+        elif name == "tool-call":
+            scorers.append(_tool_call_scorer(call_reader))
+        else:
+            scorers.append(load_own_scorer(name))
+    return scorers
+
+
+def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
+    """The names, of which one may stand alone; UsageError for one that is neither a scorer's nor of
+    the form file.py:function.
+
+    Nothing of the file runs.
+    """
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        names = [names]
+    for name in names:
+        if not isinstance(name, str):
+            raise UsageError(
+                f"a scorer is a name, not {type(name).__name__}",
+                where="--score",
+                fix="write a function of your own into a file: --score my_scorers.py:my_function",
+            )
+        if name not in SCORERS:
+            _own_scorer_file(name)
+    return names
+
+
+def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
+    """The score of one answer, checked; RunError names the row where a scorer fails."""
+    try:
+        value = scorer.score(answer, row)
+    except (Exception, SystemExit) as error:
+        raise _scorer_failed(scorer.name, row.where, error) from error
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    if not is_number or not 0 <= value <= 1:
+        raise RunError(
+            f"the scorer {scorer.name} did not return a number from 0 to 1",
+            where=row.where,
+            why=f"it returned {value!r:.200}",
+            fix="return a float from 0 to 1, then start the same command again: "
+            "the answers are kept",
+        )
+    return float(value)
+
+
+def _scorer_failed(name: str, where: str, error: BaseException) -> RunError:
+    if isinstance(error, TimeoutError):
+        return RunError(
+            f"a search took longer than {text.REGEX_SECONDS:g} seconds",
+            where=where,
+            why="the pattern backtracks exponentially on this answer, as (a+)+$ does",
+            fix="write the row's pattern without nested repeats, then start the same command "
+            "again: the answers are kept",
+        )
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    return RunError(
+        f"the scorer {name} failed",
+        where=where,
+        why=f"{reason} ({Path(frame.filename).name}:{frame.lineno})",
+        fix="fix it, then start the same command again: the answers are kept",
+    )
+
+
+def _check_not_blank(row: ScoredRow) -> None:
+    if not row.reference.strip():
+        raise DataError(
+            "the reference is blank",
+            where=row.where,
+            why="every answer would have it",
+            fix="fix or delete the row, or use another scorer: --score exact",
+        )
+
+
+def _check_pattern(row: ScoredRow) -> None:
+    _check_not_blank(row)
+    try:
+        text.compile_pattern(row.reference.strip())
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise DataError(
+            "the reference is not a regular expression",
+            where=row.where,
+            why=f"{error} (--score regex takes the row's answer as a pattern)",
+            fix="fix the pattern, or use another scorer: --score exact",
+        ) from error
+
+
+def _json_score(answer: str, row: ScoredRow) -> float:
+    """0 for an answer that is no JSON or does not fit the schema, else the share of its fields that
+    are right."""
+    try:
+        value = parse_strict(answer)
+    except ValueError:
+        return 0.0
+    validator = _row_validator(row)
+    if validator is not None and not fits(validator, value):
+        return 0.0
+    return equal_fields(value, parse_strict(row.reference))
+
+
+def _check_json(row: ScoredRow) -> None:
+    try:
+        reference = parse_strict(row.reference)
+    except ValueError as error:
+        raise DataError(
+            "the reference is not JSON",
+            where=row.where,
+            why=f"{error} (--score json compares the row's answer field by field)",
+            fix="fix the row, or use another scorer: --score exact",
+        ) from error
+    # A row may bring a schema of its own.
+    try:
+        validator = _row_validator(row)
+        is_fitting = validator is None or fits(validator, reference)
+    except ValueError as error:
+        raise DataError(
+            f"the row's {SCHEMA} is not a JSON schema",
+            where=f"{row.where}, {SCHEMA}",
+            why=str(error),
+            fix="fix the schema, or remove the column",
+        ) from error
+    except TimeoutError as error:
+        raise DataError(
+            f"a search in the reference took longer than {text.REGEX_SECONDS:g} seconds",
+            where=f"{row.where}, {SCHEMA}",
+            why="a pattern of the schema backtracks exponentially on it, as (a+)+$ does",
+            fix="write the pattern without nested repeats",
+        ) from error
+    if not is_fitting:
+        problem = next(validator.iter_errors(reference))
+        raise DataError(
+            "the reference does not match the row's schema",
+            where=f"{row.where}, {SCHEMA}",
+            why=f"{problem.json_path}: {problem.message}",
+            fix="fix the row: no answer can be correct",
+        )
+
+
+def _row_validator(row: ScoredRow) -> Any:
+    """The validator of a row's schema, an object or JSON text of one; None without."""
+    schema = row.row.get(SCHEMA)
+    if schema is None or schema == "":
+        return None
+    if not isinstance(schema, str):
+        schema = json.dumps(schema)
+    return _validator_of(schema)
+
+
+@cache
+def _validator_of(schema: str) -> Any:
+    value = parse_strict(schema)
+    if not isinstance(value, dict | bool):
+        raise ValueError("it is not an object")  # noqa: TRY004
+    return schema_validator(value)
+
+
+def _tool_call_scorer(call_reader: CallReader | None) -> Scorer:
+    if call_reader is None:
+        raise UsageError(
+            "the tool calls of this template cannot be parsed",
+            where="--score tool-call",
+            why="it does not support calls, or uses an unknown format",
+            fix="write your own scorer: --score my_scorer.py:function",
+        )
+    read = call_reader
+
+    def check(row: ScoredRow) -> None:
+        if not row.has_tools:
+            raise DataError(
+                "the row has no tools",
+                where=row.where,
+                why="--score tool-call compares calls, and the prompt must list what can be called",
+                fix="add the column tools, or score rows without tools separately: --score exact",
+            )
+        # A row whose own calls do not come back could not be scored.
+        count = len(read(row.raw_reference))
+        if count != row.calls:
+            raise DataError(
+                "the row's tool calls cannot be parsed",
+                where=row.where,
+                why=f"it has {row.calls}, and as the template writes them {count} are read",
+                fix="remove the row, or write your own scorer: --score my_scorer.py:function",
+            )
+
+    def score(answer: str, row: ScoredRow) -> float:
+        return call_score(read(answer), read(row.raw_reference))
+
+    return Scorer("tool-call", score, check, raw=True)
+
+
+_TEXT_SCORERS = {
+    scorer.name: scorer
+    for scorer in (
+        Scorer("exact", lambda answer, row: text.exact(answer, row.reference)),
+        Scorer(
+            "contains", lambda answer, row: text.contains(answer, row.reference), _check_not_blank
+        ),
+        Scorer("regex", lambda answer, row: text.matches(answer, row.reference), _check_pattern),
+        Scorer("json", _json_score, _check_json),
+        Scorer("f1", lambda answer, row: text.token_f1(answer, row.reference)),
+        Scorer("rouge-l", lambda answer, row: text.rouge_l(answer, row.reference)),
+    )
+}
+SCORERS = (*_TEXT_SCORERS, "tool-call")
+
+
+def _own_scorer_file(name: str) -> tuple[Path, str]:
+    """The file and the function that `file.py:function` names; UsageError for anything else."""
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not re.fullmatch(r"[A-Za-z_]\w*", function):
+        near = difflib.get_close_matches(name, SCORERS, n=1)
+        raise UsageError(
+            f"there is no scorer {name}",
+            where="--score",
+            why=f"the scorers are {', '.join(SCORERS)}, or file.py:function",
+            fix=f"did you mean --score {near[0]}?" if near else "use one of these",
+        )
+    path = Path(file)
+    if not path.is_file():
+        raise UsageError(
+            f"there is no file {file}", where=f"--score {name}", fix="set the scorer's file"
+        )
+    return path, function
+
+
+def load_own_scorer(name: str) -> Scorer:
+    """The scorer `file.py:function`, called with (answer, row).
+
+    The row is a copy, with `reference` added.
+    """
+    path, function_name = _own_scorer_file(name)
+    where = f"--score {name}"
+    module = _run_module(path, where)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UsageError(
+            f"{path.name} has no function {function_name}",
+            where=where,
+            fix=f"define it: def {function_name}(answer: str, row: dict) -> float",
+        )
+
+    def score(answer: str, row: ScoredRow) -> float:
+        value: float = function(answer, {**row.row, "reference": row.reference})
+        return value
+
+    return Scorer(name, score)
+
+
+def _run_module(path: Path, where: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tunesmith_scorer_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file", where=where, fix="name another")
+    module = importlib.util.module_from_spec(spec)
+    # Data classes of the file look their module up.
+    sys.modules[spec.name] = module
+    try:
+        # Compiled here: the import system would leave a folder of bytecode beside the file.
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise UsageError(
+            f"{path.name} cannot be loaded",
+            where=where,
+            why=reason,
+            fix=f"run it on its own to see where: python {shell_path(path)}",
+        ) from error
+    return module

@@ -1,0 +1,120 @@
+"""A LoRA alone as a GGUF file, which `llama-server --lora` adds to the GGUF of its base."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.adapter.peft_files import PREFIX
+from tunesmith.errors import ModelError
+from tunesmith.tools.export.gguf.families import check_tensor_names, heads_to_permute, read_family
+from tunesmith.tools.export.gguf.plan import (
+    GgufPlan,
+    GgufTensor,
+    WeightRows,
+    header_bytes,
+    new_writer,
+    require_gguf,
+)
+
+
+@dataclass(frozen=True)
+class GgufBase:
+    """The GGUF file that a run was trained on, and the only one that its adapter is for."""
+
+    file: Path
+    sha256: str
+
+
+# PEFT's suffixes and llama.cpp's.
+_PARTS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+_MERGE = "export the whole model: the same command without --adapter"
+
+
+def plan_adapter(
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    weights: Mapping[str, WeightRows],
+    *,
+    name: str,
+    added_tokens: int = 0,
+    base: GgufBase | None = None,
+    ggml_type: str = "F16",
+) -> GgufPlan:
+    """The file of an adapter; no weight is read.
+
+    Args:
+        config: the base's `config.to_dict()`.
+        settings: `adapter_config.json`.
+        weights: those of `adapter_model.safetensors`, by their names there.
+        name: what llama.cpp shows as its name.
+        added_tokens: tokens that the run added to the base's.
+        base: the one file that it is for, where the run was trained on a GGUF file.
+        ggml_type: the type of the matrices.
+
+    ModelError where more was trained than such a file can hold.
+    """
+    require_gguf()
+    family = read_family(config)
+    if added_tokens:
+        raise _inexpressible(f"{added_tokens} tokens that the base does not have")
+    matrices = _by_base_name(weights)
+    new_names = check_tensor_names({base_name for base_name, _ in matrices}, config, family)
+    tensors = []
+    for (base_name, suffix), weight in matrices.items():
+        new_name = new_names[base_name]
+        if new_name == "token_embd.weight":
+            raise _inexpressible("a change of the embedding")
+        if new_name == "output.weight" and config.get("tie_word_embeddings"):
+            raise _inexpressible("a change of a head that is the embedding")
+        heads = None
+        # Rows of B are those of the base's weight; A has its columns, which stay.
+        if suffix == ".lora_b":
+            heads = heads_to_permute(new_name, config, family)
+        tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), ggml_type, weight, heads))
+    writer = new_writer(family.arch)
+    # `lora_a` is [r, in] and `lora_b` [out, r], as PEFT stores them.
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", _alpha(settings))
+    if base is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.file.name)
+        writer.add_string("tunesmith.base.sha256", base.sha256)
+    return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
+
+
+def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], WeightRows]:
+    """The matrices by the adapted weight's name and llama.cpp's suffix."""
+    matrices = {}
+    for name, weight in weights.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT's copy of a frozen head or embedding
+        for part, suffix in _PARTS.items():
+            if name.endswith(part):
+                layer = name.removeprefix(PREFIX).removesuffix(part)
+                matrices[f"{layer}.weight", suffix] = weight
+                break
+        # No suffix matched: a LoRA of another form, or a part that was trained whole.
+        else:
+            raise _inexpressible(f"{name}, which is not a LoRA matrix")
+    return matrices
+
+
+def _alpha(settings: Mapping[str, Any]) -> float:
+    """llama.cpp scales by alpha / r; rsLoRA by alpha / sqrt(r)."""
+    alpha = float(settings["lora_alpha"])
+    if settings.get("use_rslora"):
+        return alpha * math.sqrt(settings["r"])
+    return alpha
+
+
+def _inexpressible(what: str) -> ModelError:
+    return ModelError(
+        f"the adapter has {what}",
+        where="--adapter",
+        why="llama.cpp only supports LoRA matrices",
+        fix=_MERGE,
+    )

@@ -1,0 +1,242 @@
+"""Whether llama.cpp reads a run's prompts as its tokenizer does, and answers as the tuned model.
+
+The logits to compare with are computed while the weights are read (`streamed_model.py`), so that
+the check holds no whole model either.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tunesmith.errors import CheckpointError
+from tunesmith.tools.export.gguf.answers import (
+    TOKENS,
+    SideBySide,
+    answer_places,
+    compare_answers,
+    questions_of,
+    up_to_end,
+)
+from tunesmith.tools.export.gguf.llama_cpp import CONTEXT, LlamaCpp
+from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
+from tunesmith.tools.export.streamed_model import Values, decoder_layers, streamed_logits
+from tunesmith.tools.export.tuned_weights import TunedModel
+from tunesmith.units import format_seconds
+
+log = logging.getLogger(__name__)
+
+PROMPTS = 20  # whose ids are compared
+# Of a prompt, where next tokens are compared: each takes a request for the whole vocabulary.
+POSITIONS = 4
+KL_SHARE = 0.1  # of what the training changed
+KL_FLOOR = 1e-3  # nats: more than f16 and bf16 files differ by from the model in fp32
+# The same most likely token, of the positions: with less, greedy answers soon part.
+LEAST_AGREEMENT = 0.75
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What was compared.
+
+    Attributes:
+        prompts: texts that llama.cpp gave the tokenizer's ids for.
+        tuned: the file against the tuned model in fp32.
+        base: the base against the tuned model; None of a model that was not trained, or where the
+            base is not at hand.
+        positions: where next tokens were compared.
+        answers: to rows of the run, side by side.
+    """
+
+    prompts: int
+    tuned: Difference
+    base: Difference | None
+    positions: int
+    answers: tuple[SideBySide, ...]
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the file mostly writes the same tokens, and its KL is small beside what training
+        changed.
+        """
+        if self.tuned.agreement < LEAST_AGREEMENT:
+            return False
+        if self.base is None:
+            return True
+        return self.tuned.mean_kl <= max(KL_SHARE * self.base.mean_kl, KL_FLOOR)
+
+
+def check_file(
+    file: Path,
+    tuned: TunedModel,
+    base: tuple[TunedModel, Values] | None,
+    *,
+    adapter: Path | None = None,
+    device: torch.device,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FileCheck:
+    """Open the file in llama.cpp, and compare it with the tuned model.
+
+    Args:
+        base: the model before training, and which values of it.
+        adapter: the GGUF file of an adapter that llama.cpp adds to the file.
+        progress: gets the parts that are done, and all of them.
+
+    CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
+    wrongly.
+    """
+    prompts, _ = probe_prompts(tuned.files)
+    places = [_places(len(prompt)) for prompt in prompts]
+    questions = questions_of(tuned.files)
+    positions = sum(map(len, places))
+    # The weights of the tuned model and of the base are read once each, a layer at a time.
+    layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
+    log.info(
+        f"check: llama.cpp tokenizes up to {PROMPTS} prompts, answers {len(questions)} of them "
+        f"with up to {TOKENS} tokens, and gives the next token at {positions} positions; "
+        f"{layers} layers are computed in fp32 to compare with (--no-check skips this)"
+    )
+    passes = _Passes(device, layers, len(questions) + positions, progress)
+    base_logits = None
+    with LlamaCpp(file, adapter, threads=threads) as server:
+        texts = _check_ids(server, tuned)
+        # Before the answers, since how long a layer takes says how long all take.
+        if base is not None:
+            base_logits = passes.logits(*base, prompts, places)
+        answers = []
+        for question in questions:
+            answers.append(up_to_end(server.answer(question.ids, TOKENS), tuned.files))
+            passes.advance()
+        # Answers and prompts in one pass, which reads every weight once.
+        passages = [*prompts]
+        passage_places = [*places]
+        for question, answer in zip(questions, answers, strict=True):
+            passages.append([*question.ids, *answer])
+            passage_places.append(answer_places(question, answer))
+        expected = passes.logits(tuned, "adapter", passages, passage_places)
+        compared, served = _served_logits(
+            server, prompts, places, expected[: len(prompts)], passes.advance
+        )
+    side_by_side = []
+    for question, answer, values in zip(questions, answers, expected[len(prompts) :], strict=True):
+        side_by_side.append(compare_answers(question, answer, values, tuned.files))
+    against_base = None
+    if base_logits is not None:
+        against_base = compare_logits(expected[: len(prompts)], base_logits)
+    return FileCheck(
+        len(texts),
+        compare_logits(compared, served),
+        against_base,
+        len(served),
+        tuple(side_by_side),
+    )
+
+
+class _Passes:
+    """Passes over weights that are read a layer at a time, and the parts of a check that are done.
+
+    Args:
+        layers: of all passes.
+        others: parts that are no layer.
+        progress: gets the parts that are done, and all of them.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: int,
+        others: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._device = device
+        self._layers = layers
+        self._total = layers + others
+        self._progress = progress
+        self._done = -1
+        self._layers_done = 0
+        self.advance()
+
+    def advance(self) -> None:
+        """Count one more part."""
+        self._done += 1
+        self._progress(self._done, self._total)
+
+    def logits(
+        self,
+        model: TunedModel,
+        values: Values,
+        prompts: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+    ) -> list[torch.Tensor]:
+        """Those of `streamed_logits` in fp32; how long all layers take is logged after two."""
+        first_done = 0.0
+
+        def advance_layer() -> None:
+            nonlocal first_done
+            self._layers_done += 1
+            # The first reads the embedding and loads libraries, too.
+            if self._layers_done == 1:
+                first_done = time.monotonic()
+            elif self._layers_done == 2:
+                seconds = format_seconds(self._layers * (time.monotonic() - first_done))
+                log.info(f"check: about {seconds} for the layers, by the second of them")
+            self.advance()
+
+        return streamed_logits(
+            model,
+            prompts,
+            values=values,
+            dtype=torch.float32,
+            device=self._device,
+            places=places,
+            on_layer=advance_layer,
+        )
+
+
+def _served_logits(
+    server: LlamaCpp,
+    prompts: Sequence[list[int]],
+    places: Sequence[Sequence[int]],
+    expected: Sequence[torch.Tensor],
+    advance: Callable[[], None],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The expected logits and the server's, without the positions that it leaves out."""
+    compared = []
+    served = []
+    for prompt, where, reference in zip(prompts, places, expected, strict=True):
+        for position, row in zip(where, reference, strict=True):
+            # The prompt as ids, so that a fault of the tokenizer does not show here a second time.
+            values = server.log_probabilities(prompt[: position + 1], len(row))
+            advance()
+            if values is not None:
+                served.append(values.unsqueeze(0))
+                compared.append(row.unsqueeze(0))
+    return compared, served
+
+
+def _places(length: int) -> list[int]:
+    """Positions over a prompt of so many tokens, its last among them."""
+    # The last position is the one that an answer begins from.
+    count = min(POSITIONS, length)
+    return [length * (number + 1) // count - 1 for number in range(count)]
+
+
+def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
+    tokenizer = tuned.files.files.tokenizer
+    # One token less than the context: the server needs room for the answer.
+    prompts, _ = probe_prompts(tuned.files, rows=PROMPTS, tokens=CONTEXT - 1)
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    for text in texts:
+        own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if server.ids(text, add_special=False) != own_ids:
+            raise CheckpointError(
+                "llama.cpp tokenizes a text of the run differently",
+                where=repr(text[:120]),
+                why="the model would get a different prompt than in training",
+                fix="serve it in Transformers format: tunesmith merge RUN",
+            )
+    return texts

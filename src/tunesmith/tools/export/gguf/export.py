@@ -1,0 +1,430 @@
+"""A run as a GGUF file for llama.cpp, or as a folder with one for Ollama.
+
+    plan -> bands onto the disk, beside OUTPUT -> llama.cpp opens it (check.py) -> rename into place
+
+A file that fails the check is kept as `OUTPUT.rejected`; what was measured of another lies beside
+it (record.py).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PretrainedConfig
+
+from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
+from tunesmith.checkpoint.manifest import digest_of_file
+from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError
+from tunesmith.host.cores import available_cores
+from tunesmith.host.files import require_disk_space
+from tunesmith.host.logger import lines_by_default
+from tunesmith.hub.fetch import local_model
+from tunesmith.inference.load_run import (
+    OpenedRun,
+    RunLocation,
+    locate_run,
+    read_run_files,
+    select_device,
+    undeleted,
+)
+from tunesmith.metrics.result_table import ResultTable, Tabular
+from tunesmith.model.names import composite_of
+from tunesmith.model.safetensors_files import read_json, weights_digest
+from tunesmith.model.weights import stored_tensors
+from tunesmith.run_dir import read_env
+from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
+from tunesmith.tools.export.gguf.check import FileCheck, check_file
+from tunesmith.tools.export.gguf.families import OWN_SCRIPT
+from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
+from tunesmith.tools.export.gguf.ollama import guard_template, modelfile_text, write_modelfile
+from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
+from tunesmith.tools.export.gguf.write import write_gguf
+from tunesmith.tools.export.merge import copy_notices
+from tunesmith.tools.export.output import (
+    ADAPTER,
+    OTHER_DISK,
+    gguf_place,
+    move_into_place,
+    part_folder,
+)
+from tunesmith.tools.export.record import record_of, record_path, write_record
+from tunesmith.tools.export.streamed_model import Values
+from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
+
+DEFAULT_QUANT = "q4_k_m"
+OLLAMA_NOTE = (
+    "Ollama renders chats by the base's template, without the run's form of tools, or by one of "
+    "its own that is nearly the same; compare its answers with llama-server's"
+)
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class ExportedFile(Tabular):
+    """A finished export.
+
+    Attributes:
+        file: the GGUF file; for Ollama it lies in the folder `output`.
+        bytes: of the file.
+        notes: what llama.cpp does otherwise.
+        check: None where none ran, and `unchecked` says why.
+        base: the one GGUF file that an adapter is for; None where the run's base is none.
+        chat_template: the file of the run's template, where `base` has another one.
+    """
+
+    output: str
+    file: str
+    quant: str
+    bytes: int
+    notes: tuple[str, ...]
+    check: FileCheck | None
+    unchecked: str = ""
+    base: str | None = None
+    chat_template: str | None = None
+
+    def table(self) -> ResultTable:
+        """The file, and how far its answers are from the tuned model's."""
+        rows = [("file", self.file), ("size", f"{self.bytes / 1e6:,.1f} MB in {self.quant}")]
+        if self.check is not None:
+            tuned = self.check.tuned
+            answers = f"mean KL {tuned.mean_kl:.2g} nats against the tuned model"
+            if self.check.base:
+                answers += f" (base: {self.check.base.mean_kl:.2g})"
+            rows += [
+                ("prompts", f"{self.check.prompts} have identical token ids in llama.cpp"),
+                ("answers", answers),
+                ("", f"the same most likely token at {tuned.agreement:.0%}"),
+            ]
+        return ResultTable(rows, notes=[f"note: {note}" for note in self.notes])
+
+
+@lines_by_default()
+def export_gguf(
+    path: str | os.PathLike[str],
+    output: str | Path,
+    *,
+    quant: str = DEFAULT_QUANT,
+    for_ollama: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    check: bool = True,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    checking: Callable[[int, int], None] = lambda done, total: None,
+) -> ExportedFile:
+    """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
+
+    >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
+
+    Args:
+        path: as for `load_run`.
+        output: a new file; for Ollama a new folder. `force` replaces a file of that name.
+        quant: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m` or `q4_k_m`.
+        check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
+        progress: gets the bytes written and those of the file.
+        checking: gets the parts of the check that are done, and all of them.
+
+    Raises:
+        UsageError: the output cannot be used.
+        ModelError: llama.cpp cannot compute this model.
+        MachineError: no room on the disk, or a package is missing.
+        CheckpointError: llama.cpp reads prompts otherwise; the file is kept as `.rejected`.
+    """
+    location = locate_run(path)
+    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
+    place = torch.device(select_device(device))
+    threads = threads or available_cores()
+    file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
+    with undeleted(location):
+        tuned = open_tuned_model(read_run_files(location))
+        if for_ollama:
+            # Before the plan: the header holds the template.
+            guard_template(tuned.files.files.tokenizer)
+        plan = _plan_model(tuned, quant, goal.stem)
+        require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
+        with part_folder(goal) as part:
+            file = part / file_name
+            _write(plan, file, threads, progress)
+            if for_ollama:
+                write_modelfile(part, modelfile_text(file_name, tuned.files))
+                copy_notices(tuned.files.files.folder, part)
+            result = None
+            unchecked = _why_unchecked(check)
+            if not unchecked:
+                base = _find_base(location, tuned)
+                with _rejected(goal, part if for_ollama else file):
+                    result = check_file(
+                        file, tuned, base, device=place, threads=threads, progress=checking
+                    )
+            record = record_of(
+                location,
+                kind=f"GGUF, {quant}",
+                size=plan.size,
+                check=result,
+                unchecked=unchecked,
+                merged=True,
+            )
+            _place(file, record, goal, is_folder=for_ollama)
+    shown = Path(output) / file_name if for_ollama else output
+    return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result, unchecked)
+
+
+@lines_by_default()
+def export_adapter(
+    path: str | Path,
+    output: str | Path,
+    *,
+    for_ollama: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    check: bool = True,
+    device: str | None = None,
+    checking: Callable[[int, int], None] = lambda done, total: None,
+) -> ExportedFile:
+    """Write the LoRA of a run alone as a GGUF file, to be served beside that of its base.
+
+    Where the run's base is a GGUF file, the adapter is for that very file and no other, and the two
+    together are compared with the tuned model.
+
+    Args: as of `export_gguf`; for Ollama a folder whose Modelfile names both files.
+
+    Raises: as `export_gguf`; UsageError where the run has no adapter, or for Ollama no GGUF file as
+        base; ModelError where the base is not the file that the run was trained on.
+    """
+    location = locate_run(path)
+    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
+    folder = location.folder
+    if location.kind != "adapter" or folder is None:
+        raise UsageError(
+            f"{path} has no adapter", where="--adapter", fix="export the model: without --adapter"
+        )
+    place = torch.device(select_device(device))
+    threads = threads or available_cores()
+    file_name = f"{goal.name}-{ADAPTER}.gguf" if for_ollama else goal.name
+    with undeleted(location):
+        read = read_run_files(location)
+        _check_text_model(read.files.config)
+        base = _find_gguf_base(read)
+        chat_template = _other_template(read) if base else None
+        if for_ollama:
+            _check_for_ollama(read, base)
+        tuned = open_tuned_model(read)  # checks that base and adapter fit
+        with stored_tensors(folder / WEIGHTS) as stored:
+            weights = {}
+            for name, tensor in stored.items():
+                weights[name] = StoredRows(tensor, torch.float32, tensor.shape)
+        plan = plan_adapter(
+            read.files.config.to_dict(),
+            read_json(folder / CONFIG),
+            weights,
+            name=goal.stem,
+            added_tokens=len(read.run.model.added_tokens),
+            base=base,
+        )
+        require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
+        with part_folder(goal) as part:
+            file = part / file_name
+            _write(plan, file, threads, None)
+            if for_ollama and base is not None:
+                write_modelfile(part, modelfile_text(str(base.file), read, file_name))
+            result = None
+            unchecked = _why_unchecked(check)
+            if base is None:
+                unchecked = "the GGUF file of its base is not known"
+            elif not unchecked:
+                with _rejected(goal, part if for_ollama else file):
+                    result = check_file(
+                        base.file,
+                        tuned,
+                        (tuned, "base"),
+                        adapter=file,
+                        device=place,
+                        threads=threads,
+                        progress=checking,
+                    )
+            record = record_of(
+                location,
+                kind="GGUF, the LoRA alone in f16",
+                size=plan.size,
+                check=result,
+                unchecked=unchecked,
+                merged=False,
+                base=base,
+            )
+            _place(file, record, goal, is_folder=for_ollama)
+    return ExportedFile(
+        str(output),
+        str(Path(output) / file_name if for_ollama else output),
+        "f16",
+        plan.size,
+        (*plan.notes, *([OLLAMA_NOTE] if for_ollama else [])),
+        result,
+        unchecked,
+        base=str(base.file) if base else None,
+        chat_template=chat_template,
+    )
+
+
+def _why_unchecked(check: bool) -> str:
+    """Why a file is not compared with the tuned model; empty where it is."""
+    if not check:
+        return "--no-check"
+    return "" if has_llama_cpp() else "pip install xllamacpp, then export again"
+
+
+@contextmanager
+def _rejected(goal: Path, written: Path) -> Iterator[None]:
+    """Keep what was written beside its place where the check in the block refuses it: the user may
+    want to know what differs."""
+    try:
+        yield
+    except CheckpointError:
+        move_into_place(written, goal.with_name(f"{goal.name}.rejected"))
+        raise
+
+
+def _place(file: Path, record: Mapping[str, Any], goal: Path, *, is_folder: bool) -> None:
+    """Give a checked file, or its folder, its name, and its record beside it."""
+    write_record(file, record)
+    if is_folder:
+        move_into_place(file.parent, goal)
+    else:
+        _move_with_record(file, goal)
+
+
+def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
+    """The GGUF file that a run was trained on; None where its base is a folder or on the Hub.
+
+    ModelError where the file has other weights by now.
+    """
+    file = local_model(read.location.base)
+    if file is None or file.is_dir():
+        return None
+    folder = read.location.folder
+    assert folder is not None  # an adapter has one
+    trained_on = read_env(folder.parent).value.get("model_hash")
+    digest = weights_digest(read.files.folder)
+    if trained_on not in (None, digest):
+        raise ModelError(
+            f"{file.name} is not the file that this run was trained on",
+            where=str(file),
+            why=f"the hash of its weights is {digest[:12]}, the run's {trained_on[:12]}",
+            fix="put back the file that was there; an adapter is for that one alone",
+        )
+    return GgufBase(file.resolve(), digest_of_file(file))
+
+
+def _other_template(read: OpenedRun) -> str | None:
+    """The file of a run's chat template, where that is not the one of its base."""
+    folder = read.location.folder
+    assert folder is not None  # an adapter has one
+    saved = folder / CHAT_TEMPLATE
+    base = read.files.folder / CHAT_TEMPLATE
+    is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
+    return str(saved) if is_other else None
+
+
+def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
+    """UsageError where Ollama, which takes the template of the base, would not render chats as in
+    training."""
+    why = ""
+    if base is None:
+        why = f"the base, {read.location.base.name}, is not a GGUF file, which Ollama needs"
+    elif not _renders_alike(read):
+        why = f"{base.file.name} has another chat template than the run"
+    if why:
+        raise UsageError(
+            "Ollama cannot serve this adapter",
+            where="--to ollama --adapter",
+            why=why,
+            fix="--to gguf --adapter, or --to ollama without --adapter",
+        )
+
+
+def _renders_alike(read: OpenedRun) -> bool:
+    """Whether chats without tools are the same text in the templates of a run and of its base."""
+    base = read.files.folder / CHAT_TEMPLATE
+    templates = [read.files.tokenizer.chat_template, base.read_text() if base.is_file() else None]
+    user = {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "Yes?"}
+    for chat in ([user], [user, answer, user], [{"role": "system", "content": "Be brief"}, user]):
+        texts = set()
+        for template in templates:
+            try:
+                text = read.files.tokenizer.apply_chat_template(
+                    chat, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            # There is none, or it refuses a system message.
+            except (ValueError, TemplateError):
+                text = None
+            texts.add(text)
+        if len(texts) > 1:
+            return False
+    return True
+
+
+def _move_with_record(file: Path, goal: Path) -> None:
+    """Give a file and the record beside it their names, the file first: a record is never of one
+    that is not there, nor of an earlier one."""
+    record_path(goal).unlink(missing_ok=True)
+    move_into_place(file, goal)
+    move_into_place(record_path(file), record_path(goal))
+
+
+def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
+    read = tuned.files
+    _check_text_model(tuned.model.config)
+    settings = read.files.folder / "generation_config.json"
+    # Any of them ends an answer; a GGUF file has room for one beside eos.
+    ends = read.template.end_ids - {read.files.tokenizer.eos_token_id}
+    return plan_gguf(
+        tuned.model.config.to_dict(),
+        tuned.weights,
+        read.files.tokenizer,
+        quant=quant,
+        name=name,
+        generation=read_json(settings) if settings.is_file() else {},
+        turn_end=min(ends, default=None),
+    )
+
+
+def _check_text_model(config: PretrainedConfig) -> None:
+    if composite_of(config) is not None:
+        raise ModelError(
+            "GGUF export does not support the text model of a vision-language model yet",
+            where="--to gguf",
+            why="the file would not match its base model",
+            fix=OWN_SCRIPT,
+        )
+
+
+def _write(
+    plan: GgufPlan, file: Path, threads: int, progress: Callable[[int, int], None] | None
+) -> None:
+    def note(written: int) -> None:
+        if progress is not None:
+            progress(written, plan.size)
+
+    write_gguf(plan, file, threads=threads, progress=note)
+
+
+def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Values] | None:
+    """The model before training; None where there was none, or a whole one was trained and its base
+    is gone.
+    """
+    if location.kind == "base":
+        return None
+    if location.kind == "adapter":
+        return tuned, "base"
+    try:
+        # A full fine-tune names its base in the recipe; it may be gone from the disk or the Hub's
+        # cache.
+        base = replace(location, kind="base")
+        return open_tuned_model(read_run_files(base)), "base"
+    except TunesmithError:
+        return None

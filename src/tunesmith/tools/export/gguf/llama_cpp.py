@@ -1,0 +1,154 @@
+"""llama.cpp's server in a process beside this one, and what it says of a GGUF file."""
+
+import json
+import select
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Mapping
+from http.client import HTTPException
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import CheckpointError
+
+CONTEXT = 256  # tokens; the prompts of the check are shorter
+SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
+# Of a token that the server did not report: less likely than all that it did.
+UNREPORTED = -50.0
+
+
+def has_llama_cpp() -> bool:
+    return find_spec("xllamacpp") is not None
+
+
+class LlamaCpp:
+    """A GGUF file, and an adapter's beside it, served on a free local port within a `with`.
+
+    llama.cpp computes attention in fp16 unless `fp32_attention`.
+    CheckpointError where llama.cpp does not open it.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        adapter: Path | None = None,
+        *,
+        threads: int = 1,
+        context: int = CONTEXT,
+        fp32_attention: bool = False,
+    ) -> None:
+        options = {
+            "file": str(file),
+            "adapter": str(adapter) if adapter else None,
+            "threads": threads,
+            "context": context,
+            "fp32_attention": fp32_attention,
+        }
+        self._file = file
+        command = [sys.executable, "-m", "tunesmith.tools.export.gguf.serve", json.dumps(options)]
+        # A file rather than a pipe: llama.cpp would wait for ever at a full one that nobody reads.
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._messages,
+        )
+        try:
+            self._address = self._wait_for_address()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_for_address(self) -> str:
+        assert self._process.stdout is not None
+        # The process prints its address only when the file is open; a plain `readline` has no
+        # limit.
+        readable, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        address = self._process.stdout.readline().decode().strip() if readable else ""
+        if address:
+            return address
+        late = f"it is not ready after {SECONDS} seconds"
+        why = self._last_message() or "its process exited"
+        raise CheckpointError(
+            "llama.cpp cannot open the file",
+            where=str(self._file),
+            why=why if readable else late,
+            fix="serve the Transformers folder: tunesmith merge RUN",
+        )
+
+    def _last_message(self) -> str:
+        self._messages.seek(0)
+        text = self._messages.read().decode(errors="replace").strip()
+        return text.split("\n")[-1]
+
+    def close(self) -> None:
+        """End the process. It is killed: see `serve.py` for what its own end may do."""
+        self._process.kill()
+        self._process.communicate()
+        self._messages.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The answer to a request of llama.cpp's server.
+
+        CheckpointError where it ends meanwhile, as it does where memory runs short.
+        """
+        address = self._address + path
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                return json.load(answer)
+        except (OSError, HTTPException) as error:
+            raise CheckpointError(
+                f"llama.cpp gives no answer to {path}",
+                where=str(self._file),
+                why=self._last_message() or str(error),
+                fix="free memory and try again, or serve the Transformers folder: "
+                "tunesmith merge RUN",
+            ) from error
+
+    def ids(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The token ids of a text, special tokens in it among them."""
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        ids: list[int] = self.post("/tokenize", body)["tokens"]
+        return ids
+
+    def log_probabilities(self, ids: list[int], vocab: int) -> Tensor | None:
+        """Of the token after `ids`: fp32 [vocab]; None where the likeliest is half a letter, which
+        the server does not report.
+        """
+        # All tokens, so that a KL over the whole vocabulary can be computed.
+        body = {
+            "prompt": ids,
+            "n_predict": 1,
+            "n_probs": vocab,
+            "cache_prompt": False,
+            "ignore_eos": True,
+        }
+        answer = self.post("/completion", body)
+        if "completion_probabilities" not in answer:
+            return None
+        values = torch.full((vocab,), UNREPORTED)
+        for token in answer["completion_probabilities"][0]["top_logprobs"]:
+            values[token["id"]] = token["logprob"]
+        return values
+
+    def answer(self, ids: list[int], tokens: int) -> list[int]:
+        """The ids that it writes after `ids`, the likeliest each time, an end token among them."""
+        options = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
+        body = {"prompt": ids, "n_predict": tokens, **options}
+        answer_ids: list[int] = self.post("/completion", body)["tokens"]
+        return answer_ids

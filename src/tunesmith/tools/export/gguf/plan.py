@@ -1,0 +1,218 @@
+"""A GGUF file before a weight is read: header, tensors with their types, and its exact size."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.host.packages import require
+from tunesmith.tools.export.gguf.families import (
+    add_config,
+    check_tensor_names,
+    heads_to_permute,
+    notes_on_config,
+    read_family,
+    rope_tensors,
+)
+from tunesmith.tools.export.gguf.quantize import ggml, needs_ggml
+from tunesmith.tools.export.gguf.tokenizer import (
+    add_tokenizer,
+    model_name,
+    read_gguf_tokenizer,
+)
+from tunesmith.tools.export.gguf.types import read_quant, tensor_bytes, tensor_type
+from tunesmith.units import ceil_div
+
+ALIGNMENT = 32  # tensors begin at multiples of so many bytes
+# Keys of generation_config.json that llama.cpp takes as defaults of its sampler.
+_SAMPLING = ("top_k", "top_p", "min_p")
+
+
+class WeightRows(Protocol):
+    """A weight that is read in parts; `rows` is called from several threads."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first to last - 1, in fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """A tensor in memory as WeightRows."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first to last - 1, in fp32."""
+        return self.tensor[first:last].float()
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file.
+
+    Attributes:
+        ggml_type: its type, such as `Q4_K`.
+        heads: heads whose rows change places (`families.pair_neighbors`); None: all rows stay.
+        offset: added to every value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: str
+    source: WeightRows
+    heads: int | None = None
+    offset: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes, without padding."""
+        return tensor_bytes(self.ggml_type, self.shape)
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """What `write_gguf` writes.
+
+    Attributes:
+        header: the file up to the tensors, padded.
+        notes: for the user: what llama.cpp computes in another way.
+    """
+
+    header: bytes
+    tensors: tuple[GgufTensor, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(padded(tensor.size) for tensor in self.tensors)
+
+
+def padded(size: int) -> int:
+    """Bytes up to the next tensor."""
+    return ceil_div(size, ALIGNMENT) * ALIGNMENT
+
+
+def plan_gguf(
+    config: Mapping[str, Any],
+    weights: Mapping[str, WeightRows],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    quant: str,
+    name: str,
+    generation: Mapping[str, Any] = {},
+    turn_end: int | None = None,
+) -> GgufPlan:
+    """The file of a whole model; no weight is read.
+
+    Args:
+        config: `model.config.to_dict()`.
+        weights: by the names of Transformers' parameters, a tied head left out.
+        quant: a name of `types.QUANTS`.
+        name: what llama.cpp shows as the model's name.
+        generation: `generation_config.json`.
+        turn_end: the token that ends an answer, where it is not the tokenizer's eos.
+
+    ModelError where llama.cpp cannot compute this model, RecipeError for another quantization,
+    MachineError where a package is missing.
+    """
+    require_gguf()
+    chosen = read_quant(quant)
+    family = read_family(config)
+    new_names = check_tensor_names(weights, config, family)
+    rows = weights["model.embed_tokens.weight"].shape[0]
+    read_tokenizer = read_gguf_tokenizer(tokenizer, rows, config, turn_end)
+    tensors = []
+    for new_name, factors in rope_tensors(config).items():
+        tensors.append(GgufTensor(new_name, tuple(factors.shape), "F32", TensorRows(factors)))
+    # llama.cpp uses the embedding as head where the file has none.
+    tied = "output.weight" not in new_names.values()
+    for old_name, weight in weights.items():
+        new_name = new_names[old_name]
+        shape = tuple(weight.shape)
+        ggml_type = tensor_type(new_name, shape, chosen, config, tied=tied)
+        heads = heads_to_permute(new_name, config, family)
+        offset = family.norm_offset if new_name.endswith("_norm.weight") else 0.0
+        tensors.append(GgufTensor(new_name, shape, ggml_type, weight, heads, offset))
+    # A missing package shows now, not after the first gigabytes.
+    if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
+        ggml()
+    writer = new_writer(family.arch)
+    writer.add_type("model")
+    writer.add_name(model_name(name, read_tokenizer.strips_space))
+    writer.add_size_label(_size_label(tensors))
+    _add_sampling(writer, generation)
+    # The embedding may have more rows than the config says, for tokens that were added.
+    add_config(writer, {**config, "vocab_size": rows}, family)
+    writer.add_file_type(chosen.file_type)
+    writer.add_quantization_version(_quantization_version())
+    add_tokenizer(writer, read_tokenizer)
+    notes = (*notes_on_config(config, family), *read_tokenizer.notes)
+    return GgufPlan(header_bytes(writer, tensors), tuple(tensors), notes)
+
+
+def require_gguf() -> None:
+    """MachineError unless the package that names keys and tensors is installed."""
+    require("gguf", where="--to gguf", fix="serve the Transformers folder: tunesmith merge RUN")
+
+
+def new_writer(arch: str) -> Any:
+    """A `gguf.GGUFWriter` that no file is opened for."""
+    import gguf
+
+    return gguf.GGUFWriter(None, arch)
+
+
+def header_bytes(writer: Any, tensors: list[GgufTensor]) -> bytes:
+    """The file up to the first tensor."""
+    import gguf
+    import numpy
+    from gguf.gguf_writer import WriterState
+
+    for tensor in tensors:
+        ggml_type = gguf.GGMLQuantizationType[tensor.ggml_type]
+        # Each tensor is announced as bytes with its size: the writer of `gguf` gets no data at all.
+        writer.add_tensor_info(tensor.name, tensor.shape, numpy.dtype("V1"), tensor.size, ggml_type)
+    # Where a file would be opened.
+    stream = io.BytesIO()
+    writer.fout = [stream]
+    writer.state = WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    header = stream.getvalue()
+    return header.ljust(padded(len(header)), b"\0")
+
+
+def _size_label(tensors: list[GgufTensor]) -> str:
+    import gguf
+
+    parameters = sum(prod(tensor.shape) for tensor in tensors)
+    return str(gguf.size_label(parameters, parameters, 0, 0))
+
+
+def _quantization_version() -> int:
+    import gguf
+
+    return int(gguf.GGML_QUANT_VERSION)
+
+
+def _add_sampling(writer: Any, generation: Mapping[str, Any]) -> None:
+    values = {name: generation.get(name) for name in _SAMPLING}
+    values["temp"] = generation.get("temperature")
+    for name, value in values.items():
+        if value is not None:
+            getattr(writer, f"add_sampling_{name}")(value)

@@ -1,0 +1,141 @@
+"""What an export measured of a GGUF file, stored beside it: `FILE.gguf.json`.
+
+`push` reads the model card and the figures from it. It is not sent: it has the answers that were
+compared, and so rows of the run.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.checkpoint.manifest import CARD
+from tunesmith.checkpoint.model_card import CardFile, model_card, with_files
+from tunesmith.errors import UsageError
+from tunesmith.host.files import write_atomically
+from tunesmith.inference.load_run import RunLocation
+from tunesmith.run_dir import weights_step
+
+if TYPE_CHECKING:
+    from tunesmith.tools.export.gguf.adapter import GgufBase
+    from tunesmith.tools.export.gguf.check import FileCheck
+
+# What is in a run, an adapter's folder and a model's.
+OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
+SUFFIX = ".json"  # behind the whole name of the file
+
+
+def record_path(file: Path) -> Path:
+    """Where the record of a GGUF file lies."""
+    return file.with_name(file.name + SUFFIX)
+
+
+def record_of(
+    location: RunLocation,
+    *,
+    kind: str,
+    size: int,
+    check: "FileCheck | None",
+    unchecked: str,
+    merged: bool,
+    base: "GgufBase | None" = None,
+) -> dict[str, Any]:
+    """The record of an exported GGUF file.
+
+    Args:
+        location: of the run that was exported.
+        kind: the type of the file's weights, in words.
+        size: of the file in bytes.
+        unchecked: why there is no check; empty where there is one.
+        merged: whether the file is a whole model, not an adapter alone.
+        base: the one GGUF file that an adapter is for.
+    """
+    # A run's checkpoints and final/ lie in its directory.
+    run_dir = location.folder.parent if location.folder else Path()
+    card = model_card(
+        location.base,
+        location.run,
+        run_dir,
+        merged="GGUF" if merged else "",
+        library="gguf",
+        is_trained=location.kind != "base",
+        step=weights_step(location.folder),
+    )
+    return {
+        "tunesmith": "export",
+        "kind": kind,
+        "bytes": size,
+        "check": asdict(check) if check else None,
+        "unchecked": unchecked,
+        "base": {"file": base.file.name, "sha256": base.sha256} if base else None,
+        "card": card,
+    }
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(record_path(file), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def gguf_to_push(path: Path) -> dict[str, Path | bytes] | None:
+    """What an exported GGUF file or a folder of such files sends: path in the repository -> file or
+    contents, with a card from their records. None where `path` is something else.
+
+    UsageError where a file is not the one that its record is about.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        files = [path]
+    elif path.is_dir() and not any((path / name).exists() for name in OTHER_FOLDERS):
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    else:
+        return None
+    ggufs = [file for file in files if file.suffix == ".gguf"]
+    if not ggufs:
+        return None
+    records = {record_path(file): file for file in ggufs}
+    sent: dict[str, Path | bytes] = {}
+    for file in files:
+        if file not in records and not file.name.startswith("."):
+            sent[file.name] = file
+    if CARD not in sent:
+        sent[CARD] = _card(ggufs).encode()
+    return sent
+
+
+def _card(ggufs: list[Path]) -> str:
+    cards = []
+    rows = []
+    for file in ggufs:
+        record = _read_record(file)
+        cards.append(str(record["card"]))
+        rows.append(card_row(file.name, record))
+    # Files of one folder are of one run; the first tells of it.
+    return with_files(cards[0], rows)
+
+
+def card_row(name: str, record: Mapping[str, Any]) -> CardFile:
+    """The row of a file in the card's table."""
+    check = record["check"]
+    if check is None:
+        return CardFile(name, record["kind"], record["bytes"])
+    tuned = check["tuned"]
+    return CardFile(name, record["kind"], record["bytes"], tuned["mean_kl"], tuned["agreement"])
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """UsageError where there is none, or one of another file."""
+    place = record_path(file)
+    size = file.stat().st_size
+    fix = f"export it again, or push its folder with a {CARD} in it"
+    try:
+        record: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        if record["bytes"] == size:
+            return {key: record[key] for key in ("kind", "bytes", "check", "card")}
+        why = f"its record is of one with {record['bytes']} bytes, and it has {size}"
+    except FileNotFoundError:
+        why = f"there is no {place.name}, which `export` writes"
+    except (OSError, ValueError, KeyError, TypeError):
+        why = f"{place.name} cannot be read"
+    raise UsageError(
+        f"there is no export record for {file.name}", where=str(file), why=why, fix=fix
+    )

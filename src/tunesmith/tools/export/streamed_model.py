@@ -1,0 +1,264 @@
+"""Logits of a model that may be larger than the memory: weights are read when the forward meets
+them.
+
+The modules are Transformers' own, on meta. A linear layer reads its weight in bands of rows, the
+embedding the rows of its tokens; what else a decoder layer has (norms, stacks of experts) is read
+before the layer computes and dropped after it. All prompts pass together, so that every weight is
+read once.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.adapter.expert_lora import ExpertsLora
+from tunesmith.model.decoder import find_layers
+from tunesmith.quant.experts import UPDATE, use_grouped_experts
+from tunesmith.quant.frozen_linear import is_plain_linear
+from tunesmith.quant.llama4_experts import choose_top_k
+from tunesmith.tools.export.tuned_weights import (
+    ExpertsUpdate,
+    LoraUpdate,
+    StoredRows,
+    TunedModel,
+    TunedWeight,
+    tied_names,
+)
+
+# The values of a weight: before training; those that an adapter is computed beside; those with the
+# adapter added to them.
+Values = Literal["base", "adapter", "merged"]
+
+
+@dataclass(frozen=True)
+class _WeightReader:
+    """Reads the weights of one pass, in its dtype, to its device."""
+
+    values: Values
+    dtype: torch.dtype
+    device: torch.device
+
+    def rows(self, weight: TunedWeight, first: int, last: int) -> Tensor:
+        if self.values == "merged":
+            rows = weight.rows(first, last)
+        else:
+            source = weight.base if self.values == "base" else weight.source
+            assert source is not None  # of a whole model that was trained the base is another one
+            rows = source.rows(first, last)
+        return rows.to(self.device, self.dtype if rows.is_floating_point() else rows.dtype)
+
+    def whole(self, weight: TunedWeight) -> Tensor:
+        bands = [self.rows(weight, band.start, band.stop) for band in weight.bands()]
+        return torch.cat(bands) if weight.shape else bands[0]
+
+
+class StreamedLinear(nn.Module):
+    """y = x W^T + b, and the update of an adapter that is computed beside it."""
+
+    def __init__(
+        self, weight: TunedWeight, bias: TunedWeight | None, reader: _WeightReader
+    ) -> None:
+        super().__init__()
+        self.tuned_weight = weight
+        self.tuned_bias = bias
+        self.reader = reader
+        # Some forwards ask for its dtype.
+        self.weight = nn.Parameter(torch.empty(weight.shape, dtype=reader.dtype, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]; returns [..., out_features]."""
+        weight, reader = self.tuned_weight, self.reader
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        # In bands: the whole weight is never in memory.
+        for band in weight.bands():
+            y[..., band] = F.linear(x, reader.rows(weight, band.start, band.stop))
+        if self.tuned_bias is not None:
+            y += reader.whole(self.tuned_bias)
+        # The adapter is applied to x as in training, not added to the weight.
+        if reader.values == "adapter" and isinstance(weight.update, LoraUpdate):
+            lora_A = weight.update.lora_A.read().to(x)
+            lora_B = weight.update.lora_B.read().to(x)
+            y += F.linear(F.linear(x, lora_A), lora_B) * weight.update.scaling
+        return y
+
+
+@torch.no_grad()
+def streamed_logits(
+    tuned: TunedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    values: Values,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None = None,
+    places: Sequence[Sequence[int]] | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """Logits of prompts: fp32 [tokens, vocabulary] of each, on the CPU.
+
+    Args:
+        dtype: of weights and matmuls.
+        attention: Transformers' name of the kernel; None: the one it takes for the model.
+        places: the positions of each prompt whose logits are returned, [places, vocabulary] of
+            each; None: all. A row of a vocabulary of 128k takes half a megabyte.
+        on_layer: is called after each decoder layer.
+    """
+    model = copy.deepcopy(tuned.model).eval()
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda *_: on_layer())
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    weights = dict(tuned.weights)
+    if values == "adapter":
+        weights |= _attach_to_experts(model, tuned)
+    _stream(model, weights, _WeightReader(values, dtype, device))
+    # No token sees those behind it, with which shorter prompts are filled up.
+    ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    if places is not None:
+        _compute_head_at(model, places)
+    logits = model(input_ids=ids.to(device), use_cache=False).logits
+    if places is not None:
+        return list(logits[0].float().cpu().split(list(map(len, places))))
+    return [row[: len(prompt)].float().cpu() for row, prompt in zip(logits, prompts, strict=True)]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    return list(model.get_submodule(find_layers(model)).children())
+
+
+def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) -> None:
+    """Let the head of a model compute these positions of each row alone, as one row."""
+    rows = [row for row, positions in enumerate(places) for _ in positions]
+    columns = [position for positions in places for position in positions]
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = args
+        return (hidden[rows, columns].unsqueeze(0), *others)
+
+    model.get_output_embeddings().register_forward_pre_hook(select)
+
+
+def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, TunedWeight]:
+    """Add the adapter of the experts to a model; returns its weights by their names there."""
+    choose_top_k(model)
+    weights = {}
+    for name, weight in tuned.weights.items():
+        update = weight.update
+        if not isinstance(update, ExpertsUpdate):
+            continue
+        module_name, _, stack = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        module.add_module(stack + UPDATE, ExpertsLora(module, stack, tuned.files.run.adapter))
+        for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
+            rows = StoredRows(stored, torch.float32, stored.shape)
+            weights[f"{name}{UPDATE}.{key}"] = TunedWeight(None, rows)
+    if weights:
+        model.requires_grad_(False)
+        use_grouped_experts(model)
+    return weights
+
+
+def _stream(
+    model: PreTrainedModel, weights: Mapping[str, TunedWeight], reader: _WeightReader
+) -> None:
+    """Let the modules of a model on meta read their weights."""
+    by_name = dict(weights)
+    for name, first_name in tied_names(model).items():
+        # Two names of one stored tensor.
+        by_name[name] = weights[first_name]
+    # What is not yet read says its dtype, too.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(reader.dtype)
+    _read_buffers(model, by_name, reader)
+    rest = {}  # by their names, the modules that read nothing themselves
+    for name, module in list(model.named_modules()):
+        if is_plain_linear(module):
+            bias = by_name.get(f"{name}.bias")
+            model.set_submodule(name, StreamedLinear(by_name[f"{name}.weight"], bias, reader))
+        elif type(module).forward is nn.Embedding.forward or module is model.get_input_embeddings():
+            _read_tokens_rows(module, by_name[f"{name}.weight"], reader)
+        else:
+            rest[name] = module
+    layers = find_layers(model)
+    for number, layer in enumerate(decoder_layers(model)):
+        prefix = f"{layers}.{number}"
+        inside = [name for name in rest if name == prefix or name.startswith(f"{prefix}.")]
+        # A layer's other parameters are read before its forward.
+        _read_before_forward(layer, {name: rest.pop(name) for name in inside}, by_name, reader)
+    _read_parameters(rest, by_name, reader)
+
+
+def _read_buffers(
+    model: nn.Module, by_name: Mapping[str, TunedWeight], reader: _WeightReader
+) -> None:
+    """Read the buffers that a checkpoint holds; the model has computed the others."""
+    for name, module in model.named_modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            stored = by_name.get(f"{name}.{key}")
+            values = buffer if stored is None else reader.whole(stored).to(buffer.dtype)
+            setattr(module, key, values.to(reader.device))
+
+
+def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightReader) -> None:
+    """Let an embedding read the rows of the tokens that it is called with, and no others."""
+    # Of no rows, but on the device: Llama 4 sends the tokens to where it is.
+    width = weight.shape[1:]
+    empty = nn.Parameter(torch.empty(0, *width, dtype=reader.dtype, device=reader.device))
+
+    def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ids, *others = args
+        tokens, places = ids.unique(return_inverse=True)
+        rows = [reader.rows(weight, token, token + 1) for token in tokens.tolist()]
+        module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
+        return (places, *others)
+
+    def drop(*_: Any) -> None:
+        module.weight = empty
+
+    drop()
+    # It says where no gradient goes, by a token's number among all.
+    vars(module)["padding_idx"] = None
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(drop)
+
+
+def _read_before_forward(
+    layer: nn.Module,
+    modules: Mapping[str, nn.Module],
+    by_name: Mapping[str, TunedWeight],
+    reader: _WeightReader,
+) -> None:
+    """Let a layer have the parameters of these modules of it while it computes."""
+    empty = {}
+    for name, module in modules.items():
+        empty[name] = dict(module.named_parameters(recurse=False))
+
+    def read(*_: Any) -> None:
+        _read_parameters(modules, by_name, reader)
+
+    def drop(*_: Any) -> None:
+        for name, parameters in empty.items():
+            for key, parameter in parameters.items():
+                setattr(modules[name], key, parameter)
+
+    layer.register_forward_pre_hook(read)
+    layer.register_forward_hook(drop)
+
+
+def _read_parameters(
+    modules: Mapping[str, nn.Module], by_name: Mapping[str, TunedWeight], reader: _WeightReader
+) -> None:
+    for name, module in modules.items():
+        for key, _ in list(module.named_parameters(recurse=False)):
+            values = reader.whole(by_name[f"{name}.{key}" if name else key])
+            setattr(module, key, nn.Parameter(values, requires_grad=False))

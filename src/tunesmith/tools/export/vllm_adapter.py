@@ -1,0 +1,328 @@
+"""A run's adapter as vLLM reads it.
+
+Of most mixtures that is one expert after the other, where PEFT's file has them stacked: the rows of
+B go to gate and up, which get the same A. What vLLM does is read in its source, release 0.33.0:
+`lora/model_manager.py`, `lora/lora_model.py` and the classes of the models.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.adapter.peft_files import CONFIG, PREFIX, WEIGHTS, last_part, read_adapter
+from tunesmith.checkpoint.manifest import CARD
+from tunesmith.checkpoint.model_card import model_card, weights_file
+from tunesmith.errors import ModelError, UsageError
+from tunesmith.host.files import follow_umask, require_disk_space
+from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
+from tunesmith.model.names import composite_of, name_in_whole
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.save_tensors import save_tensors
+from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
+from tunesmith.model.weights import StoredTensor
+from tunesmith.quant.experts import stack_of
+from tunesmith.run_dir import weights_step
+from tunesmith.tools.export.merge import add_files_to_card
+from tunesmith.tools.export.output import (
+    OTHER_DISK,
+    move_into_place,
+    new_folder_place,
+    part_folder,
+)
+from tunesmith.tools.export.tuned_weights import (
+    ExpertsUpdate,
+    LoraUpdate,
+    TunedModel,
+    open_tuned_model,
+)
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+# The projections of an expert: the two halves of the first stack, and the second stack.
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN}
+# As Mixtral's checkpoints call them, and those of models that follow it.
+MIXTRALS = {GATE: "w1", UP: "w3", DOWN: "w2"}
+# Types whose checkpoints have the experts in another module than Transformers' classes.
+STORED_PARENTS = {"mixtral": "block_sparse_moe", "minimax_m2": "block_sparse_moe"}
+# How vLLM calls the projections of an expert (`get_expert_mapping`), by the type of the text model.
+READ_SINGLE: dict[str, dict[str, str]] = {
+    **dict.fromkeys(
+        (
+            "afmoe",
+            "axk1",
+            "deepseek_v2",
+            "deepseek_v3",
+            "ernie4_5_moe",
+            "exaone_moe",
+            "gemma4_text",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "granitemoe",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "hy_v3",
+            "jamba",
+            "laguna",
+            "nemotron_h",
+            "olmoe",
+            "qwen2_moe",
+            "qwen3_5_moe_text",
+            "qwen3_moe",
+            "qwen3_next",
+        ),
+        PROJECTIONS,
+    ),
+    **dict.fromkeys(("lfm2_moe", "minimax_m2", "mixtral"), MIXTRALS),
+}
+# Its classes with `is_3d_moe_weight`: they read PEFT's stacked form.
+READ_STACKED = ("gpt_oss",)
+STACKED_IN_WHOLE = ("qwen3_5_moe_text",)  # within the vision-language model alone
+# Its classes without `SupportsLoRA`.
+WITHOUT_LORA = (
+    "cohere2_moe",
+    "dbrx",
+    "deepseek_v32",
+    "deepseek_v4",
+    "flint",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "mimo_v2_flash",
+)
+MERGE = "export the merged model: without --adapter"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factor as it is written.
+
+    Attributes:
+        values: on meta.
+        read: its values.
+    """
+
+    values: Tensor
+    read: Callable[[], Tensor]
+
+
+def export_peft(path: str | Path, output: str | Path) -> int:
+    """Write a run's adapter to a folder of its own; returns vLLM's --max-lora-rank for it.
+
+    Raises:
+        UsageError: there is no adapter, or the output is not a new or empty folder.
+        ModelError: vLLM refuses such an adapter, or would compute another one.
+    """
+    location = locate_run(path)
+    goal = new_folder_place(output, location)
+    folder = location.folder
+    if location.kind != "adapter" or folder is None:
+        raise UsageError(f"{path} has no adapter", where="--adapter", fix="remove --adapter")
+    adapter = read_adapter(folder)
+    if adapter.modules_to_save:
+        names = ", ".join(adapter.modules_to_save)
+        raise _refusal(
+            f"the adapter has fully trained modules: {names}",
+            "vLLM only supports LoRA matrices",
+        )
+    # vLLM takes a few ranks only: the next larger one.
+    ranks = [rank for rank in LORA_RANKS if rank >= adapter.rank]
+    if not ranks:
+        raise _refusal(
+            f"the adapter has rank {adapter.rank}", f"vLLM serves ranks up to {LORA_RANKS[-1]}"
+        )
+    with undeleted(location):
+        # Checks sums, and that base and adapter fit.
+        tuned = open_tuned_model(read_run_files(location))
+        is_single = _reads_single(tuned)
+        size = sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+        factors: dict[str, Factor] = {}
+        if is_single:
+            factors = dict(_single_factors(tuned))
+            size = sum(factor.values.nbytes for factor in factors.values())
+        require_disk_space(goal, size, what="the adapter", fix=OTHER_DISK)
+        with part_folder(goal) as part:
+            if is_single:
+                _write_single(part, folder, factors)
+            else:
+                for name in (CONFIG, WEIGHTS):
+                    shutil.copyfile(folder / name, part / name)
+            read = tuned.files
+            text = generation_config_text(
+                read.files.folder, read.files.tokenizer, read.template.end_ids
+            )
+            (part / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+            step = weights_step(folder)
+            card = model_card(location.base, location.run, folder.parent, step=step)
+            (part / CARD).write_text(card, encoding="utf-8")
+            add_files_to_card(part, weights_file(part, "PEFT, the LoRA alone"))
+            follow_umask(part)
+            move_into_place(part, goal)
+    return ranks[0]
+
+
+def _refusal(what: str, why: str) -> ModelError:
+    return ModelError(what, where="--adapter", why=why, fix=MERGE)
+
+
+def _reads_single(tuned: TunedModel) -> bool:
+    """Whether vLLM reads the experts of this adapter one by one; False too where it has none.
+
+    ModelError for an adapter that vLLM does not serve, or would take for another.
+    """
+    model_type = tuned.model.config.model_type
+    if model_type in WITHOUT_LORA:
+        raise _refusal(
+            f"vLLM does not support LoRA for {model_type}", "its class lacks SupportsLoRA"
+        )
+    adapted = [name for name, weight in tuned.weights.items() if weight.update]
+    if model_type == "llama4_text":
+        _check_llama4(adapted)
+    if not any(isinstance(weight.update, ExpertsUpdate) for weight in tuned.weights.values()):
+        return False
+    is_whole = composite_of(tuned.model.config) is not None
+    if model_type in READ_STACKED or (model_type in STACKED_IN_WHOLE and is_whole):
+        return False
+    if model_type not in READ_SINGLE:
+        raise _refusal(
+            "the adapter has experts, and the format in which vLLM reads those of a "
+            f"{model_type} is unknown",
+            "in the wrong format it loads wrong experts, or none, without an error",
+        )
+    return True
+
+
+def _check_llama4(adapted: Iterable[str]) -> None:
+    """ModelError for layers of a Llama 4 that vLLM computes otherwise than the adapter has it."""
+    for name in adapted:
+        if ".experts." in name:
+            raise _refusal(
+                "the adapter has experts of a Llama 4",
+                "its routing weights scale an expert's input, and vLLM scales the adapter's output",
+            )
+        if name.endswith((".q_proj.weight", ".k_proj.weight")):
+            raise _refusal(
+                "the adapter has q_proj or k_proj of a Llama 4",
+                "vLLM reorders their rows when it loads the base, but not the adapter's",
+            )
+
+
+def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Factor]]:
+    """The factors of all layers, by their names in the file."""
+    # Of a layer's two stacks: B has the experts as its last dimension, and is read whole.
+    read_whole = lru_cache(maxsize=2)(StoredTensor.read)
+    for name, weight in tuned.weights.items():
+        update = weight.update
+        if isinstance(update, LoraUpdate):
+            layer = PREFIX + name_in_whole(tuned.model, name.removesuffix(".weight"))
+            for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
+                values = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+                yield f"{layer}.{key}.weight", Factor(values, stored.read)
+        elif isinstance(update, ExpertsUpdate):
+            yield from _factors_of_stack(tuned.model, name, update, read_whole)
+
+
+def _factors_of_stack(
+    model: nn.Module, name: str, update: ExpertsUpdate, read_whole: Callable[[StoredTensor], Tensor]
+) -> Iterator[tuple[str, Factor]]:
+    """The factors of each expert of the stack of this name."""
+    config: Any = model.config
+    single_names = READ_SINGLE[config.model_type]
+    module, _, stack = name.rpartition(".")
+    prefix = PREFIX + _stored_module(model, module)
+    for expert in range(update.experts):
+        parts = _parts_of_stack(model.get_submodule(module), stack)
+        for projection, rows in parts.items():
+            layer = f"{prefix}.{expert}.{single_names[projection]}"
+            yield f"{layer}.lora_A.weight", _factor_a(update, expert)
+            yield f"{layer}.lora_B.weight", _factor_b(update, expert, rows, read_whole)
+
+
+def _stored_module(model: nn.Module, name: str) -> str:
+    """The name that the experts' module of this name has in a file of the one-by-one form."""
+    whole = name_in_whole(model, name)
+    config: Any = model.config
+    block = STORED_PARENTS.get(config.model_type)
+    if block is None:
+        return whole
+    parent = whole.removesuffix(".mlp.experts")
+    return f"{parent}.{block}.experts"
+
+
+def _parts_of_stack(module: nn.Module, stack: str) -> dict[str, slice]:
+    """The projections in a stack of experts, and the rows of each in an expert's B."""
+    rows = slice(None)
+    if stack == "down_proj":
+        return {DOWN: rows}
+    if not module.has_gate:
+        return {UP: rows}
+    # Interleaved, or one after the other: as halves of what is left.
+    if not module.is_concatenated:
+        return {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
+    width = stack_of(module, stack).shape[2] // 2
+    return {GATE: slice(0, width), UP: slice(width, 2 * width)}
+
+
+def _factor_a(update: ExpertsUpdate, expert: int) -> Factor:
+    """An expert's A: [rank, in]. All projections of a stack have the same."""
+    rank, width = _shape_of_a(update)
+    # A of all experts is one matrix, expert after expert.
+    rows = slice(expert * rank, (expert + 1) * rank)
+    values = torch.empty(rank, width, dtype=update.lora_A.dtype, device="meta")
+    return Factor(values, partial(update.lora_A.__getitem__, (rows, slice(0, width))))
+
+
+def _factor_b(
+    update: ExpertsUpdate, expert: int, rows: slice, read_whole: Callable[[StoredTensor], Tensor]
+) -> Factor:
+    """The rows of an expert's B that belong to one projection: [rows, rank]."""
+    rank, _ = _shape_of_a(update)
+    height = len(range(update.lora_B.shape[0])[rows])
+    values = torch.empty(height, rank, dtype=update.lora_B.dtype, device="meta")
+    read = partial(_expert_b, read_whole, update.lora_B, update.experts, expert, rows)
+    return Factor(values, read)
+
+
+def _shape_of_a(update: ExpertsUpdate) -> tuple[int, int]:
+    """Rank and input width of one expert."""
+    rows, width = update.lora_A.shape
+    return rows // update.experts, width
+
+
+def _expert_b(
+    read_whole: Callable[[StoredTensor], Tensor],
+    stored: StoredTensor,
+    experts: int,
+    expert: int,
+    rows: slice,
+) -> Tensor:
+    """The rows of an expert's B: [rows, rank]."""
+    lora_B = read_whole(stored)
+    # PEFT's file has B flat: the experts vary fastest in its columns.
+    if lora_B.ndim == 2:
+        lora_B = lora_B.unflatten(1, (-1, experts))
+    return lora_B[rows, :, expert]
+
+
+def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> None:
+    """Write PEFT's two files with the factors, to `part`; `folder` has the run's own."""
+    readers = {id(factor.values): factor.read for factor in factors.values()}
+
+    def read(values: Tensor, rows: slice) -> Iterator[Tensor]:
+        yield readers[id(values)]()[rows]
+
+    tensors = {name: factor.values for name, factor in factors.items()}
+    save_tensors(part / WEIGHTS, tensors, {"format": "pt"}, read=read)
+    settings = read_json(folder / CONFIG, again="copy the adapter again")
+    settings.pop("target_parameters", None)
+    targets = set()
+    for name in factors:
+        targets.add(last_part(name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")))
+    settings["target_modules"] = sorted(targets)
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    (part / CONFIG).write_text(text, encoding="utf-8")

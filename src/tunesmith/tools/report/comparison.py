@@ -1,0 +1,116 @@
+"""Runs side by side, for a Python program: what `report` says on its page."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.errors import UsageError
+from tunesmith.inference.load_run import path_of
+from tunesmith.launch.jobs import with_runs_of_folders
+from tunesmith.metrics.result_table import ResultTable, Tabular
+from tunesmith.reader.compare import Verdict, differing_keys, figure_rows, judge
+from tunesmith.reader.measure import measure_of
+from tunesmith.reader.run_files import RunFiles
+from tunesmith.reader.run_summary import RunSummary, summaries_of
+from tunesmith.run_dir import shown
+
+
+@dataclass(frozen=True)
+class Comparison(Tabular):
+    """What `compare` says of some runs.
+
+    Attributes:
+        runs: their names, in the order of the call.
+        verdict: `kind` is `better`, `equal`, `none` (it cannot be said) or `alone` (one run);
+            `headline` and `reasons` are sentences; `best` are the places in `runs` of those that
+            are better.
+        figures: what differs and what was measured: a text for each run, `–` where there is none.
+    """
+
+    runs: tuple[str, ...]
+    verdict: Verdict
+    figures: dict[str, list[str]]
+
+    def table(self) -> ResultTable:
+        """The figures, a column for each run, and the verdict."""
+        rows = [(name, *cells) for name, cells in self.figures.items()]
+        return ResultTable(rows, self.runs, notes=[self.verdict.headline, *self.verdict.reasons])
+
+
+def compare(*runs: str | os.PathLike[str]) -> Comparison:
+    """Put runs side by side: which is better on held-out rows, or why that cannot be said.
+
+    >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
+
+    Runs that `evaluate` has measured on the same rows are compared row by row.
+
+    Args:
+        runs: run directories, or the `Result` of each, or folders of runs; they may still be
+            running, or have failed.
+
+    Raises:
+        UsageError: no folder was named, or one is no run directory.
+    """
+    if not runs:
+        raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
+    folders = with_runs_of_folders([path_of(run) for run in runs])
+    summaries = summaries_of([RunFiles(folder) for folder in folders])
+    names = tuple(summary.label for summary in summaries)
+    verdict = judge(summaries)
+    reasons = list(verdict.reasons)
+    if len(folders) == 1 < len(runs):
+        reasons.insert(0, f"All {len(runs)} names are of one run: {folders[0]}.")
+    return Comparison(names, verdict._replace(reasons=reasons), _figures(summaries))
+
+
+def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str, Any]:
+    """Figures and verdict as plain values, for `report --json`."""
+    measure = measure_of(runs)
+    rows = []
+    for run in runs:
+        best = measure.best(run)
+        evals = []
+        for result in run.files.evals:
+            evals.append({key: value for key, value in result.items() if key != "row_losses"})
+        rows.append(
+            {
+                "run": run.label,
+                "run_dir": shown(run.files.folder),
+                "state": run.files.state,
+                "step": run.steps,
+                "final_step": run.files.final_step,
+                "best": best and {"value": best[0], "step": best[1]},
+                "val_losses": [
+                    {"step": step, "value": value} for step, value in run.validations.items()
+                ],
+                "loss": run.loss and run.loss.mean,
+                "tokens": run.tokens,
+                "seconds": run.seconds,
+                "tokens_per_second": run.speed and run.speed.mean,
+                "mfu": run.mfu,
+                "memory_gib": run.memory_gib,
+                "evals": evals,
+            }
+        )
+    keys = differing_keys(runs)
+    return {
+        "verdict": {
+            **verdict._asdict(),
+            "best": [runs[index].label for index in verdict.best],
+            "difference": verdict.difference and verdict.difference._asdict(),
+        },
+        "measure": measure.name,
+        "runs": rows,
+        "differing_keys": {difference.key: difference.values for difference in keys},
+    }
+
+
+def _figures(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
+    """The keys that change what is learned, then what was measured."""
+    texts: dict[str, list[str]] = {}
+    for difference in differing_keys(runs):
+        if difference.learns:
+            texts[difference.key] = [json.dumps(value) for value in difference.values]
+    return texts | dict(figure_rows(runs))

@@ -1,1 +1,0 @@
-"""A run as it goes: a live page on this machine."""

@@ -1,0 +1,339 @@
+"""A real run on the CPU: its figures agree with each other, and with what the loop recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errors import holds, lines_with, refuses
+from logged import logged_lines
+from recipes import make_run
+from tunesmith.checkpoint.resume import Start
+from tunesmith.config.schema import Run
+from tunesmith.errors import RunError
+from tunesmith.host.chips import Peak
+from tunesmith.metrics.hardware import matmul_tflops
+from tunesmith.model import spec
+from tunesmith.model.attention import KERNELS
+from tunesmith.tools.bench.measure import (
+    BenchPlan,
+    BenchReport,
+    Measured,
+    fp8_matmul_tflops,
+    measure,
+)
+from tunesmith.training import compare_eight_bit
+from tunesmith.training.build import Session, write_identity
+from tunesmith.training.build import build as session_of
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Trainer
+from tunesmith.units import Length
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_peak")]
+
+
+FEW_GRAPHS = {"attention": "eager"}  # by documents, each layer is cut in two
+
+
+def run_plan(plan: BenchPlan, folder: Path, name: str = "measured") -> Measured:
+    out = folder / name
+    out.mkdir()
+    return measure(plan, out)
+
+
+def consistent(found: BenchReport) -> None:
+    """What must hold of any figures: counts over seconds, shares in [0, 1], the order of
+    percentiles.
+    """
+    assert found.tokens_per_second * found.seconds == pytest.approx(found.tokens, rel=1e-12)
+    assert 0 < found.supervised_tokens_per_second < found.tokens_per_second
+    assert found.tokens_per_second <= found.samples_times_seq_len_per_second
+    for share in (found.fill_share, found.mfu_of_measured_peak, found.data_wait_share):
+        assert 0 <= share <= 1
+    assert 0 < found.step_seconds_p50 <= found.step_seconds_p95
+    assert found.steps * found.step_seconds_p50 < 3 * found.seconds
+
+
+def test_figures_of_unpacked_rows_over_several_epochs(tiny: Path, tmp_path: Path) -> None:
+    """8 of 48 rows a step: 2 + 9 steps go into the second epoch."""
+    run = make_run(
+        tiny, tmp_path, data={"pack": False}, train={"duration": "1 epochs", "recompute": "none"}
+    )
+    found = run_plan(BenchPlan(run, steps=9, warmup=2), tmp_path).figures
+    consistent(found)
+    assert found.steps == 9
+    assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(72 * 128)
+    assert found.fill_share < 1
+    assert (found.published_peak_tflops, found.mfu_of_published_peak, found.mfu_of_fp8_peak) == (
+        None,
+        None,
+        None,
+    )
+    assert found.peak_memory_gib > 0.05
+    assert found.checkpoint_stall_seconds is not None
+    assert found.checkpoint_stall_seconds > 0
+    assert found.graphs_compiled == 0
+    assert found.first_step_seconds > 0
+
+
+def test_the_steps_are_those_of_train(tiny: Path, tmp_path: Path) -> None:
+    """Losses, bit for bit: the same schedule, the same warm-up of the rate, the same order of rows."""
+    run = make_run(
+        tiny, tmp_path, train={"duration": "7 steps"}, checkpoint={"every": None}, held=False
+    )
+    result = train(run, quiet=True)
+    found = run_plan(BenchPlan(run, steps=5, warmup=2), tmp_path).figures
+    records = result.records
+    assert (found.first_loss, found.last_loss) == (records[2].loss, records[6].loss)
+    assert found.tokens == sum(record.tokens for record in records[2:])
+    supervised, examples = (
+        sum(getattr(r, name) for r in records[2:]) for name in ("supervised_tokens", "examples")
+    )
+    assert found.supervised_tokens_per_second * found.seconds == pytest.approx(supervised)
+    assert found.samples_times_seq_len_per_second * found.seconds == pytest.approx(
+        examples * run.data.seq_len
+    )
+    assert not (tmp_path / "measured" / "final").exists()
+
+
+def test_numbers_that_are_read_late_are_the_same(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: a step's numbers are read while the next one runs.
+
+    Nothing is lost at the edges of the timed steps.
+    """
+
+    class Late(Trainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.metrics.reads_late = True
+
+    run = make_run(tiny, tmp_path, held=False, profile={"wait": 0, "warmup": 1, "active": 1})
+    plan = BenchPlan(run, steps=3, warmup=2, traces=tmp_path / "traces")
+    at_once = run_plan(plan, tmp_path).figures
+    monkeypatch.setattr("tunesmith.tools.bench.measure.Trainer", Late)
+    late = run_plan(plan, tmp_path, "late").figures
+    consistent(late)
+    same = ("steps", "tokens", "fill_share", "first_loss", "last_loss")
+    assert [vars(late)[name] for name in same] == [vars(at_once)[name] for name in same]
+
+
+def test_the_model_flops_are_those_of_the_formula(tiny: Path, tmp_path: Path) -> None:
+    """Reference: `spec.flops` over the rows that the steps took; layers that are recomputed do not
+    count.
+    """
+    run = make_run(tiny, tmp_path, train={"recompute": "full"}, held=False)
+    session = session_of(BenchPlan(run, steps=3, warmup=1).measured_run(tmp_path), Start())
+    schedule = session.data.schedule
+    work = sum(
+        spec.flops(
+            session.files.spec,
+            [len(session.data.train[i].ids) for i in schedule.examples(step)],
+            sum(int(session.data.train[i].trained.sum()) for i in schedule.examples(step)),
+            trained="lora",
+            adapter_parameters=sum(p.numel() for _, p in session.model.trained_parameters()),
+        )
+        for step in (1, 2, 3)
+    )
+    found = run_plan(BenchPlan(run, steps=3, warmup=1), tmp_path).figures
+    consistent(found)
+    assert found.recomputed_layers == 2
+    tflops = found.mfu_of_measured_peak * found.measured_peak_tflops
+    assert tflops * found.seconds * 1e12 == pytest.approx(work)
+
+
+def bins(tiny: Path, folder: Path, size: str, micro: str) -> Run:
+    """22 examples of 32 tokens, bytes and an end: 11 full rows of 64."""
+    lines = [json.dumps({"prompt": f"{i:016}", "completion": "y" * 15}) for i in range(22)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    train = {"global_batch": size, "micro_batch": micro, "compile": "on"}
+    data = {"seq_len": 64, "template": "raw"}
+    return make_run(tiny, folder, held=False, model=FEW_GRAPHS, data=data, train=train)
+
+
+@pytest.mark.usefixtures("eager_compiler")
+def test_no_timed_step_is_short(tiny: Path, tmp_path: Path) -> None:
+    """Four rows a step: the third of an epoch has three, and its micro batch is padded to the shape
+    of the others.
+    """
+    plan = BenchPlan(bins(tiny, tmp_path, "256 tokens", "256 tokens"), steps=6, warmup=1)
+    with logged_lines() as told:
+        schedule = session_of(plan.measured_run(tmp_path), Start()).data.schedule
+    assert [len(schedule.rows(step)) for step in range(7)] == [4, 4, 3, 4, 4, 3, 4], (
+        "those of train"
+    )
+    assert not any("repeated" in text for text in told)
+    (tmp_path / "measured").mkdir()
+    with logged_lines() as told:
+        found = measure(plan, tmp_path / "measured").figures
+    assert (found.fill_share, found.tokens, found.padding) == (1.0, 6 * 256, "")
+    assert lines_with("\n".join(told), 3)
+
+
+@pytest.mark.usefixtures("eager_compiler")
+def test_padding_is_explained(tiny: Path, tmp_path: Path) -> None:
+    """Three rows in micro batches of two: the second is half empty, whatever the packing does."""
+    found = run_plan(
+        BenchPlan(bins(tiny, tmp_path, "192 tokens", "128 tokens"), steps=2, warmup=0), tmp_path
+    ).figures
+    assert found.fill_share == 0.75
+    assert holds(found.padding, "128 tokens", "train.global_batch")
+    assert found.padding in "".join(remark for _, _, remark in found.rows())
+    (tmp_path / "varied").mkdir()
+    unpacked = make_run(tiny, tmp_path / "varied", data={"pack": False}, held=False)
+    assert run_plan(
+        BenchPlan(unpacked, steps=2, warmup=0), tmp_path, "rows"
+    ).figures.padding.endswith("data.pack=true")
+
+
+@pytest.mark.usefixtures("eager_compiler")
+def test_graphs_are_counted(tiny: Path, tmp_path: Path) -> None:
+    """With layers compiled graphs appear, and none when nothing is new."""
+    run = make_run(tiny, tmp_path, model=FEW_GRAPHS, train={"compile": "on"}, held=False)
+    found = run_plan(BenchPlan(run, steps=4, warmup=2), tmp_path).figures
+    assert found.graphs_compiled > 0
+    assert 0 <= found.graphs_compiled_after_step_3 < found.graphs_compiled
+
+
+def test_graphs_of_the_build_are_counted_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the trial of memory compiles the layers before there is a first step."""
+
+    def build(*args: Any, **options: Any) -> Session:
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        return session_of(*args, **options)
+
+    torch.compiler.reset()
+    monkeypatch.setattr("tunesmith.tools.bench.measure.build", build)
+    found = run_plan(
+        BenchPlan(make_run(tiny, tmp_path, held=False), steps=4, warmup=2), tmp_path
+    ).figures
+    torch.compiler.reset()
+    assert (found.graphs_compiled, found.graphs_compiled_after_step_3) == (1, 0)
+
+
+def test_the_peak_of_the_trial_and_a_measured_peak_are_what_they_are(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial of a GPU begins the allocator's statistics anew; and what was measured is not
+    called published.
+    """
+
+    def build(*args: Any, **options: Any) -> Session:
+        session = session_of(*args, **options)
+        session.plan = replace(session.plan, trial_peak=200 * 2**30)
+        session.peak = Peak(92.0, "measured on a DGX Spark")
+        return session
+
+    monkeypatch.setattr("tunesmith.tools.bench.measure.build", build)
+    found = run_plan(
+        BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0), tmp_path
+    ).figures
+    assert found.peak_memory_gib == 200
+    assert (found.published_peak_tflops, found.mfu_of_published_peak) == (None, None)
+
+
+def test_more_than_the_peak_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a clock that runs slow would make of any speed: here the peak is too low instead."""
+    plan = BenchPlan(make_run(tiny, tmp_path, held=False), steps=1, warmup=0)
+    monkeypatch.setattr("tunesmith.tools.bench.measure.matmul_tflops", lambda *_: 1e-9)
+    with refuses(RunError, names=["1e-09", "clock"]):
+        run_plan(plan, tmp_path)
+
+
+def test_fp8_products_pass_the_peak_of_16_bits_and_not_their_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.tools.bench.measure.matmul_tflops", lambda *_: 1e-9)
+    monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", 1.0)
+    run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
+    plan = BenchPlan(run, steps=1, warmup=0)
+    monkeypatch.setattr("tunesmith.tools.bench.measure.fp8_matmul_tflops", lambda *_: 1e3)
+    found = run_plan(plan, tmp_path).figures
+    assert (found.mfu_of_published_peak, found.mfu_of_measured_peak) == (None, None)
+    assert found.mfu_of_fp8_peak is not None
+    assert 0 < found.mfu_of_fp8_peak < 1
+    monkeypatch.setattr("tunesmith.tools.bench.measure.fp8_matmul_tflops", lambda *_: 1e-9)
+    with refuses(RunError, names=["1e-09", "clock"]):
+        run_plan(plan, tmp_path, "again")
+
+
+@pytest.mark.parametrize(("tflops", "known"), [(1e3, True), (1e-9, False)])
+def test_a_record_has_no_utilization_above_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tflops: float, known: bool
+) -> None:
+    monkeypatch.setattr(
+        "tunesmith.metrics.hardware.find_peak", lambda *_: Peak(tflops, "of a data sheet")
+    )
+    for record in train(make_run(tiny, tmp_path, held=False), quiet=True).records:
+        assert (record.mfu is not None) == known
+        assert record.mfu_peak_tflops == tflops
+
+
+def test_a_measured_peak_is_named_before_the_first_step(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Peak(92.0, "measured on a DGX Spark, dense bf16")
+    monkeypatch.setattr("tunesmith.metrics.hardware.find_peak", lambda device, dtype: measured)
+    with logged_lines() as told:
+        session = session_of(make_run(tiny, tmp_path, held=False), Start())
+    assert lines_with("\n".join(told), "MFU", "92 TFLOP/s", measured.source)
+    (out := Path(session.run.output_dir)).mkdir(exist_ok=True)
+    write_identity(session, [])
+    identity = json.loads((out / "env.json").read_text())
+    assert identity["mfu_peak"] == {"tflops": 92.0, "source": measured.source}
+
+
+def test_traces_are_of_steps_after_the_timed_ones(tiny: Path, tmp_path: Path) -> None:
+    run = make_run(
+        tiny, tmp_path, profile={"wait": 1, "warmup": 1, "active": 2, "cycles": 2}, held=False
+    )
+    plan = BenchPlan(run, steps=2, warmup=1, traces=tmp_path / "traces")
+    assert plan.measured_run(tmp_path).train.duration == Length(2 + 1 + 8, "steps")
+    found = run_plan(plan, tmp_path)
+    assert found.figures.steps == 2
+    assert len(found.traces) == 2
+    assert all(file.parent == tmp_path / "traces" for file in (*found.traces, *found.tables))
+    assert all("aten::" in table.read_text() for table in found.tables)
+
+
+def test_a_step_that_fails_says_where(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Trainer, batch: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with refuses(RunError, cause="out-of-memory"):
+        run_plan(BenchPlan(make_run(tiny, tmp_path), steps=1, warmup=0), tmp_path)
+
+
+def test_the_measured_peak_is_a_speed_of_products() -> None:
+    """Sanity by what a CPU core can do at all: between a megaflop and 100 TFLOP/s; fp8 has none
+    here.
+    """
+    assert 1e-6 < matmul_tflops(torch.device("cpu"), torch.float32, size=128) < 100
+    assert fp8_matmul_tflops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("tolerance", [1.0, -1.0])
+def test_the_base_is_named_as_it_was_held(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """Where fp8 was asked for and given up, the speed is bf16's and must not stand under fp8's
+    name.
+    """
+    monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", tolerance)
+    run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
+    found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
+    assert found.attention == f"products, {KERNELS['products']}"
+    assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"

@@ -1,0 +1,123 @@
+"""Logits of a model whose weights are read during the forward, beside Transformers' and PEFT's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from runs import make_run, peft_model
+from tunesmith.inference.load_run import load_run, locate_run, read_run_files
+from tunesmith.model.twin import build_twin
+from tunesmith.tools.export import tuned_weights
+from tunesmith.tools.export.streamed_model import Values, streamed_logits
+from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model
+
+PROMPTS = [[7, 3, 50, 12, 12, 9, 41, 2, 30], [11, 5, 28]]
+CPU = torch.device("cpu")
+# Sums in another order: a row that is filled up, and bands of a matrix.
+ROUNDING = 1e-5
+
+
+def open_tuned(path: Path) -> TunedModel:
+    return open_tuned_model(read_run_files(locate_run(path)))
+
+
+def stream(model: TunedModel, values: Values, dtype: torch.dtype = torch.float32) -> Any:
+    return streamed_logits(model, PROMPTS, values=values, dtype=dtype, device=CPU)
+
+
+@torch.no_grad()
+def plain_logits(model: Any) -> list[torch.Tensor]:
+    return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in PROMPTS]
+
+
+def assert_equal(streamed: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(streamed, expected, strict=True):
+        assert (one - other).abs().max() <= ROUNDING * other.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "gemma3_text",  # an embedding with a scale
+        "llama4_text",  # it sends tokens to where the embedding is
+        "opt",  # an embedding of positions
+        "gpt2",  # no linear layers
+        "bloom",  # a norm outside of the layers
+        "mixtral",  # experts in stacks
+        "deepseek_v3",  # a buffer that is stored
+        "mamba2",  # parameters of a layer that has linear ones inside
+        "qwen3_next",
+    ],
+)
+def test_every_kind_of_module_reads_its_weights(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import CONFIG_MAPPING
+
+    build_twin(CONFIG_MAPPING[model_type]()).save_pretrained(tmp_path)
+    words = models.WordLevel({f"t{i}": i for i in range(60)}, unk_token="t0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), eos_token="t1", pad_token="t2"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(tuned_weights, "BAND", 1000)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tuned = open_tuned(tmp_path)
+    logits = stream(tuned, "merged")
+    assert_equal(logits, plain_logits(expected))
+    places = [[8, 2], [1]]
+    some = streamed_logits(
+        tuned, PROMPTS, values="merged", dtype=torch.float32, device=CPU, places=places
+    )
+    assert_equal(some, [logits[0][places[0]], logits[1][places[1]]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=["linear layers", "an embedding trained in full", "an adapted head"],
+)
+def test_an_adapter_beside_its_base_and_merged(
+    options: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    recipe = {
+        "modules_to_save": options.get("modules_to_save", []),
+        "target": options.get("target_modules", "all-linear"),
+    }
+    tuned = peft_model(tiny, **options)
+    make_run(tmp_path / "run", tiny, tuned, adapter=recipe)
+    model = open_tuned(tmp_path / "run")
+    with torch.no_grad():
+        adapted = plain_logits(tuned)
+    assert_equal(stream(model, "adapter"), adapted)
+    assert_equal(stream(model, "merged"), adapted)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    assert_equal(stream(model, "base"), plain_logits(base))
+
+
+@pytest.mark.slow
+def test_an_nf4_base_is_read_as_its_layers_have_it(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tuned = peft_model(tiny)
+    make_run(tmp_path / "run", tiny, tuned, model={"quantize": "nf4", "dtype": "bf16"})
+    weights = open_tuned(tmp_path / "run").weights
+    trained = load_run(tmp_path / "run", device="cpu").model
+    for name, weight in weights.items():
+        assert weight.base is not None
+        rows = weight.base.rows(0, weight.shape[0])
+        layer = trained.get_submodule(name.rpartition(".")[0])
+        dense = layer.dense() if hasattr(layer, "dense") else layer.weight
+        assert torch.equal(rows, dense.float()), name

@@ -1,0 +1,200 @@
+"""Tiny tokenizers and models of each family, and their GGUF files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from conftest import CHATML
+from tunesmith.hub.gguf_tokenizer import TABLE
+from tunesmith.tools.export.gguf.plan import GgufPlan, TensorRows, plan_gguf
+from tunesmith.tools.export.gguf.write import write_gguf
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+TEXTS = [
+    "Hello world, the quick brown fox jumps over 13 lazy dogs; it's 1,234.56 dollars!",
+    "def add(a, b):\n    return a + b  # a sum\n\n\tx = [1, 2, 333]\n",
+    "I'll say: we've DON'T camelCase HTTPServer 2026-11-24 https://a.b/c?d=1",
+    "Привет мир, 日本語 テキスト, 안녕하세요, नमस्ते, مرحبا, 🚀 ok",
+]
+# What pre-tokenizers disagree on.
+HARD = [
+    "Hello world", "  two  spaces   three", "tabs\tand\nnew\n\nlines\r\nx \n y", "1234567 3.14 1,000",
+    "I'm he'LL we'Ve DON'T 'tis", "नमस्ते दुनिया", "안녕하세요 세계", "日本語のテキスト、です。", "Привет мир",
+    "🚀👨‍👩‍👧 ok 🏳️‍🌈", "def f(x):\n    return x**2  # c", "a", " ", "\n", "é ﬁ ½ ²", "https://x.y/z?q=1&b=%20",
+    "\u00a0nbsp\u200bzw", "camelCaseWord HTTPServer", "مرحبا بالعالم", "!!! ??? ...---===",
+]  # fmt: skip
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+SMALL = {
+    "vocab_size": 600, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16,
+            "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}  # fmt: skip
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+
+# name -> (model_type, settings)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 64}),
+    "llama-3": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+                            "attention_multiplier": 0.2}),
+    "granite-bias": ("granite", {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.2}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
+    "qwen3-linear": ("qwen3", {"head_dim": 128, "rope_parameters": LINEAR}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {"tie_word_embeddings": False}),
+    "phi3-long": ("phi3", {"tie_word_embeddings": False, "rope_parameters": LONGROPE,
+                           "original_max_position_embeddings": 64}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 7}),
+}  # fmt: skip
+
+
+def byte_level(structure: Mapping[str, Any], vocab_size: int = 590) -> PreTrainedTokenizerBase:
+    """A BPE trained on TEXTS with the splits of a row of `pre_tokenizers.json`."""
+    steps: list[Any] = []
+    for split in structure["splits"]:
+        if split == "digit":
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        elif split != "gpt-2":
+            steps.append(pre_tokenizers.Split(Regex(split), "isolated"))
+    own_regex = "gpt-2" in structure["splits"]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_regex))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=structure["ignore_merges"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return as_transformers(tokenizer)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerBase:
+    """One that llama.cpp reads, with ChatML and its two tokens."""
+    tokenizer = byte_level(structure_of("gpt-2"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def structure_of(pre: str) -> dict[str, Any]:
+    """The row of `pre_tokenizers.json` with this name."""
+    return next(row for row in TABLE["structures"] if row["pre"] == pre)
+
+
+def sentencepiece(prepend: bool = True) -> PreTrainedTokenizerBase:
+    """A BPE with byte tokens, its pairs all those that make a token, as SentencePiece's are."""
+    space = "\u2581"
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.normalizer = normalizers.Replace(" ", space)
+    trained.train_from_iterator(TEXTS[:3], BpeTrainer(vocab_size=300, special_tokens=SPECIAL))
+    state = json.loads(trained.to_str())["model"]
+    vocab = {token: index for index, token in enumerate(SPECIAL)}
+    for byte in range(256):
+        vocab[f"<0x{byte:02X}>"] = len(vocab)
+    learned = ["".join(merge) for merge in state["merges"]]
+    for token in [*learned, *(token for token in state["vocab"] if len(token) == 1), space]:
+        vocab.setdefault(token, len(vocab))
+    merges = []
+    for token in dict.fromkeys(learned):
+        for cut in range(1, len(token)):
+            if token[:cut] in vocab and token[cut:] in vocab:
+                merges.append((token[:cut], token[cut:]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    escape = normalizers.Replace(" ", space)
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(space), escape]) if prepend else escape
+    )
+    return as_transformers(tokenizer)
+
+
+def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def random_model(variant: str, **more: Any) -> PreTrainedModel:
+    """A model with random norms and biases too, so that a lost one shows."""
+    model_type, settings = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**SMALL, **settings, **more})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def rows_of(model: PreTrainedModel) -> dict[str, TensorRows]:
+    """Its weights by name, a tied head left out."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            weights[name] = TensorRows(tensor)
+    return weights
+
+
+def plan_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quant: str = "f32", **more: Any
+) -> GgufPlan:
+    more = {"name": "tiny", **more}
+    return plan_gguf(model.config.to_dict(), rows_of(model), tokenizer, quant=quant, **more)
+
+
+def write_model(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    quant: str = "f32",
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    write_gguf(plan_of(model, tokenizer, quant), path, threads=2, progress=progress)
+    return path
+
+
+def header_of(plan: GgufPlan, folder: Path) -> dict[str, Any]:
+    """The header's values by key."""
+    from gguf import GGUFReader
+
+    file = folder / "header.gguf"
+    file.write_bytes(plan.header + bytes(plan.size - len(plan.header)))
+    return {key: field.contents() for key, field in GGUFReader(file).fields.items()}

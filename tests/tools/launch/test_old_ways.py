@@ -1,0 +1,524 @@
+"""The playbook's old ways in: its scripts under `accelerate launch`, with its configs and run
+scripts, and on all GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import playbook
+import run_multi
+from accelerate_env import DEFAULTS, NOTHING, PREFIXES, read_launcher
+from errors import holds, lines_with
+from launch.namespaces import start_in
+from playbook import SCRIPTS
+from ranks import free_port, run_ranks
+from tunesmith.config.schema import Parallel
+from tunesmith.tools.launch import deploy
+from warm import Warm, fork_in_place, fork_ranks
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+FOLDER = Path(__file__).parents[3] / "scripts"
+FULL, LORA, BIG, QLORA = SCRIPTS
+TIME = 300  # seconds, for processes that load torch on a busy machine
+ROWS = [
+    {"instruction": f"say {i}", "input": "loudly" if i % 3 else "", "output": f"{i}!"}
+    for i in range(24)
+]
+
+# The playbook's two configs as its users have them, with what they typed in.
+OLD_COMMON = {
+    "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "FSDP", "downcast_bf16": "no",
+    "enable_cpu_affinity": False, "machine_rank": 0, "main_process_ip": "127.0.0.1", "main_training_function": "main",
+    "mixed_precision": "bf16", "num_machines": 2, "num_processes": 2, "same_network": True, "tpu_env": [],
+    "tpu_use_cluster": False, "tpu_use_sudo": False, "use_cpu": False,
+}  # fmt: skip
+OLD_FSDP = {
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False
+}  # fmt: skip
+OLD: dict[str, dict[str, Any]] = {
+    "full": OLD_COMMON | {
+        "rdzv_backend": "c10d",
+        "fsdp_config": OLD_FSDP | {
+            "fsdp_activation_checkpointing": False, "fsdp_reshard_after_forward": False, "fsdp_version": 2,
+            "fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        },
+        "parallelism_config": {
+            f"parallelism_config_{key}_size": n for key, n in (("cp", 1), ("dp_replicate", 1), ("dp_shard", 2), ("tp", 1))
+        },
+    },
+    "lora": OLD_COMMON | {
+        "rdzv_backend": "static",
+        "fsdp_config": OLD_FSDP | {
+            "fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_forward_prefetch": False, "fsdp_sharding_strategy": "FULL_SHARD",
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_sync_module_states": True, "fsdp_use_orig_params": True,
+        },
+    },
+}  # fmt: skip
+
+
+def old_config(folder: Path, name: str, **changes: Any) -> Path:
+    """An old config's file; JSON is YAML."""
+    path = folder / f"{name}-{len(list(folder.glob(f'{name}-*')))}.yaml"
+    path.write_text(json.dumps(OLD[name] | {"main_process_port": free_port()} | changes))
+    return path
+
+
+def variables(config: Path, *flags: str) -> dict[str, str]:
+    """What `accelerate launch --config_file CONFIG` adds to the environment, by its own functions."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", str(config), *flags, "script.py"])
+    found = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    return {name: value for name, value in found.items() if name.startswith(PREFIXES)}
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def words(tiny: Path, tmp_path: Path) -> list[str]:
+    """Flags of a short run in fp32, without its batch and its folder."""
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    found = ["--model_name", str(tiny), "--data", str(tmp_path / "rows.json"), "--dtype", "float32"]
+    return [*found, "--seq_length", "512", "--log_dir", str(tmp_path / "logs")]
+
+
+def alone(script: str, words: list[str], out: Path, batch: int) -> list[float]:
+    """The losses of one process with this batch."""
+    assert (
+        playbook.main(
+            script, [*words, "--batch_size", str(batch), "--output_dir", str(out), "--ranks", "1"]
+        )
+        == 0
+    )
+    return losses(out)
+
+
+def opens(script: str, model: Path, out: Path) -> None:
+    """The files in the run directory itself open in PEFT or Transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(out).chat_template
+    if script == FULL:
+        AutoModelForCausalLM.from_pretrained(out)
+    else:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(out))
+
+
+# --- what accelerate's variables ask for
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_each_variable_of_an_old_config_is_honoured_or_named_as_ignored(tmp_path: Path, name: str):
+    env = variables(old_config(tmp_path, name))
+    found = read_launcher(env, set(), world=2, local_world=1)
+    assert found.parallel == Parallel(replicate=1, shard=2)
+    assert found.flags == {"dtype": "bfloat16"}
+    assert len(found.lines) == len({line.partition("=")[0] for line in found.lines}), (
+        "each in one line"
+    )
+    silent = {n for n in env if not any(line.startswith(f"{n}=") for line in found.lines)}
+    # The others say what they switch on
+    switches = {
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_PARALLELISM_CONFIG",
+    }
+    neutral = {
+        n for n in silent if env[n].lower() in NOTHING or DEFAULTS.get(n) == env[n] or env[n] == "1"
+    }
+    assert silent - switches - neutral <= {"FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY"}
+    assert any("FSDP_STATE_DICT_TYPE" in line and "ignored" in line for line in found.lines)
+    if name == "full":
+        assert any(line.startswith("FSDP_RESHARD_AFTER_FORWARD=false ") for line in found.lines)
+        assert "PARALLELISM_CONFIG_DP_SHARD_SIZE=2: parallel.shard 2" in found.lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "local", "parallel"),
+    [
+        ([], 4, 2, Parallel(replicate=1, shard=4)),
+        (["--fsdp_sharding_strategy", "SHARD_GRAD_OP"], 4, 2, Parallel(replicate=1, shard=4)),
+        (["--fsdp_sharding_strategy", "NO_SHARD"], 4, 2, Parallel(replicate=4, shard=1)),
+        (["--fsdp_sharding_strategy", "3"], 4, 2, Parallel(replicate=4, shard=1)),
+        (["--fsdp_sharding_strategy", "HYBRID_SHARD"], 4, 2, Parallel(replicate=2, shard=2)),
+    ],
+)
+def test_a_sharding_strategy_is_a_mesh(
+    tmp_path: Path, flags: list[str], world: int, local: int, parallel: Parallel
+) -> None:
+    env = variables(old_config(tmp_path, "lora"), *flags)
+    assert read_launcher(env, set(), world=world, local_world=local).parallel == parallel
+
+
+def test_sizes_that_do_not_make_the_ranks_are_ignored_by_name(tmp_path: Path) -> None:
+    found = read_launcher(variables(old_config(tmp_path, "full")), set(), world=8, local_world=8)
+    assert found.parallel == Parallel(replicate=1, shard=8)
+    assert lines_with("\n".join(found.lines), 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("env", "flags"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"dtype": "float16"}),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, {}),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {"gradient_accumulation_steps": 4}),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"use_torch_compile": True}),
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO"}, {}),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"gradient_checkpointing": True},
+        ),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}),
+    ],
+)
+def test_a_variable_sets_a_flag_unless_it_was_typed(
+    env: dict[str, str], flags: dict[str, Any]
+) -> None:
+    assert read_launcher(env, set(), world=2, local_world=2).flags == flags
+    typed = read_launcher(env, set(flags), world=2, local_world=2)
+    assert typed.flags == {}
+    for flag in flags:
+        assert lines_with("\n".join(typed.lines), f"--{flag}")
+
+
+def test_what_is_kept_on_the_host_and_what_is_unknown(tmp_path: Path) -> None:
+    env = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_OFFLOAD_PARAMS": "true",
+        "ACCELERATE_SOMETHING": "new",
+    }
+    found = read_launcher(env, set(), world=2, local_world=2)
+    assert found.offload == ("parameters",)
+    args = playbook.parser(LORA).parse_args([])
+    run = playbook.make_recipe(LORA, args, folder=tmp_path, batches=2, asked=found)
+    assert (run.train.cpu_offload, run.parallel.shard) == (("parameters",), 2)
+    assert lines_with("\n".join(found.lines), "ACCELERATE_SOMETHING=new")
+
+
+def test_variables_of_the_launch_reach_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for typed, dtype in (
+        ([], "float16"),
+        (["--dtype", "bfloat16"], "bfloat16"),
+        (["--dty=float32"], "float32"),
+    ):
+        args = playbook.parser(LORA).parse_args(typed)
+        playbook.read_settings(LORA, args, typed)
+        assert args.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["config_finetuning", "config_fsdp_lora"])
+def test_nothing_is_typed_into_the_configs(name: str) -> None:
+    text = (FOLDER / "configs" / f"{name}.yaml").read_text()
+    keys = {
+        line.partition(":")[0].strip() for line in text.splitlines() if not line.startswith("#")
+    }
+    assert not keys & {"machine_rank", "main_process_ip"}
+    found = read_launcher(
+        variables(FOLDER / "configs" / f"{name}.yaml"), set(), world=2, local_world=2
+    )
+    assert found.parallel == Parallel(replicate=1, shard=2)
+
+
+# --- training
+
+
+def run_rank(env: dict[str, str], script: str, words: list[str]) -> int:
+    os.environ.update(env)
+    return playbook.main(script, words)
+
+
+# The fourth script is that of the two nodes below.
+@pytest.mark.parametrize(("script", "config"), [(BIG, "lora"), (QLORA, "lora"), (FULL, "full")])
+def test_a_script_under_an_old_config_is_one_process_with_their_batches(
+    script: str, config: str, words: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    """Two ranks with the variables that accelerate sets; each takes --batch_size examples a step."""
+    out = tmp_path / "run"
+    env = variables(old_config(tmp_path, config))
+    assert run_ranks(
+        2, run_rank, env, script, [*words, "--batch_size", "2", "--output_dir", str(out)]
+    ) == [0, 0]
+    # fp32: sums in another order
+    assert losses(out) == pytest.approx(alone(script, words, tmp_path / "alone", 4), rel=1e-4)
+    opens(script, tiny, out)
+
+
+def start(*command: str | Path, **env: str) -> subprocess.Popen[str]:
+    around = {
+        name: value for name, value in os.environ.items() if not name.startswith("FINETUNING")
+    }
+    return subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=around | {"OMP_NUM_THREADS": "1"} | env, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        said = process.communicate(timeout=TIME)[0]
+    finally:
+        process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, said
+    return said
+
+
+def test_a_run_script_starts_the_processes_of_one_machine(
+    words: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [FOLDER / "run-multi-llama_3b", *words, "--batch_size", "2", "--output_dir", str(out)]
+    said = finish(start(*command, PET_NNODES="1", PET_NPROC_PER_NODE="2"))
+    assert (
+        said.count("accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n") == 1
+    ), said
+    assert said.count("TRAINING COMPLETED") == 1, "one rank speaks"
+    assert losses(out) == pytest.approx(alone(FULL, words, tmp_path / "alone", 4), rel=1e-4)
+    opens(FULL, tiny, out)
+
+
+def test_ranks_of_a_script_share_its_batch_stop_and_go_on_as_one_process(
+    words: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = [*words, "--num_epochs", "8"]
+    flags = ["--batch_size", "4", "--output_dir", out, "--ranks", "2"]
+    with (tmp_path / "said").open("wb") as said:
+        streams = (None, said.fileno(), said.fileno())
+        ranks = Warm(
+            [*words, *flags],
+            program=FOLDER / f"{LORA}.py",
+            prepare=fork_ranks,
+            streams=streams,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    try:
+        deadline = time.monotonic() + TIME
+        while (
+            not (out / "metrics.jsonl").exists()
+            or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3
+        ):
+            assert ranks.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        ranks.send_signal(signal.SIGTERM)
+        code = ranks.wait(TIME)
+    finally:
+        ranks.kill()
+    said = (tmp_path / "said").read_text()
+    assert code == 75, said
+    assert "Effective batch size: 4\n" in said
+    assert holds(said, "2 ranks")
+    assert len(re.findall(r"SIGTERM.*step \d", said)) == 1
+    done = len(losses(out))
+    both = alone(LORA, words, out, 4)
+    assert 3 <= done < len(both) == 48
+    assert both == pytest.approx(alone(LORA, words, tmp_path / "alone", 4), rel=1e-4)
+    opens(LORA, tiny, out)
+
+
+def test_another_launcher_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert playbook.main(LORA, ["--ranks", "2"]) == 2
+    assert holds(capsys.readouterr().err, "--ranks")
+
+
+# --- where a node stands
+
+
+STEP = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "gpu[3-4]", "SLURM_NODEID": "1",
+        "SLURM_JOB_ID": "1234567", "SLURM_STEP_ID": "0"}  # fmt: skip
+
+
+def test_a_slurm_step_says_where_a_node_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[3-4]" ] && echo gpu3 && echo gpu4\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert run_multi.find_place() == run_multi.Place(2, 1, "gpu3", 24567)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    with pytest.raises(run_multi.Refused, match="--ntasks-per-node 1"):
+        run_multi.find_place()
+    for name in STEP:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    with pytest.raises(run_multi.Refused, match="srun"):
+        run_multi.find_place()
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, (2, 0, "127.0.0.1", 29500)),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711"}, (2, 0, "127.0.0.1", 4711)),
+        ({"MASTER_ADDR": "127.0.0.9"}, (2, 1, "127.0.0.9", 29500)),
+        (
+            {"MASTER_ADDR": "127.0.0.9", "PET_NNODES": "3", "PET_NODE_RANK": "2"},
+            (3, 2, "127.0.0.9", 29500),
+        ),
+        ({"MASTER_ADDR": "127.0.0.9", "PET_NNODES": "3"}, "PET_NODE_RANK"),
+        ({"PET_NNODES": "2"}, "MASTER_ADDR"),
+        ({"PET_NNODES": "two"}, "PET_NNODES=two"),
+        ({}, (1, 0, "127.0.0.1", 0)),
+    ],
+)
+def test_an_address_of_the_first_node_says_where_a_node_stands(
+    env: dict[str, str], place: tuple[object, ...] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = deploy.NodeLook("a", (0, 0), False, [])
+    monkeypatch.setattr(deploy, "look_at", lambda host: look)
+    monkeypatch.setattr(os, "environ", dict(env))
+    if isinstance(place, tuple):
+        assert run_multi.find_place() == place
+        return
+    with pytest.raises(run_multi.Refused, match=place):
+        run_multi.find_place()
+
+
+def test_both_functions_of_the_cable_are_used_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = deploy.NodeLook("a", (0, 0), True, ["roceP2p1s0f1", "rocep1s0f1"])
+    monkeypatch.setattr(deploy, "look_at", lambda host: look)
+    environment = {"MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(os, "environ", environment)
+    assert run_multi.find_place().nodes == 2
+    assert environment["NCCL_IB_HCA"] == "=roceP2p1s0f1,rocep1s0f1"
+    assert environment["NCCL_IB_MERGE_NICS"] == "1"
+    assert environment["NCCL_SOCKET_IFNAME"] == "lo"
+    del environment["MASTER_ADDR"]
+    with pytest.raises(run_multi.Refused, match="MASTER_ADDR"):
+        run_multi.find_place()
+
+
+@pytest.mark.parametrize("name", ["3b", "8b", "70b"])
+def test_on_the_host_a_run_script_enters_the_container_and_shows_no_token(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "docker").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; echo "token $HF_TOKEN"\n')
+    (tmp_path / "docker").chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FINETUNING_CONTAINER": "4711",
+        "HF_TOKEN": "hf_canary00",
+    }
+    said = finish(
+        start(FOLDER / f"run-multi-llama_{name}", "--num_epochs", "2; reboot", **env)
+    ).splitlines()
+    assert said[-1] == "token hf_canary00", "by the environment"
+    assert not any("canary" in word for word in said[: said.index("token hf_canary00")])
+    assert "4711" in said
+    script = {"3b": FULL, "8b": LORA, "70b": BIG}[name]
+    config = "config_finetuning.yaml" if name == "3b" else "config_fsdp_lora.yaml"
+    assert said[-5:-1] == [config, f"{script}.py", "--num_epochs", "2; reboot"], "words stay words"
+
+
+def network(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def cable() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between their interfaces `port0`, 10.77.0.1 and
+    10.77.0.2.
+    """
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2 (make cluster-tools)")
+    names = [f"cable-{os.getpid()}-{side}" for side in "ab"]
+    try:
+        for name in names:
+            network("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    try:
+        network(
+            "link",
+            "add",
+            "port0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "port0",
+            "netns",
+            names[1],
+        )
+        for i, name in enumerate(names):
+            network(
+                "-n",
+                name,
+                "address",
+                "add",
+                f"10.77.0.{i + 1}/24",
+                "broadcast",
+                "+",
+                "dev",
+                "port0",
+            )
+            for link in ("lo", "port0"):
+                network("-n", name, "link", "set", link, "up")
+        yield names[0], names[1]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def start_on(node: str) -> None:
+    """`prepare` of a process on a node of the cable; what it becomes and starts is forked."""
+    start_in(node)
+    fork_in_place()
+
+
+def test_a_run_script_on_two_nodes_meets_the_other_over_the_cable(
+    words: list[str], tiny: Path, tmp_path: Path, cable: tuple[str, str]
+) -> None:
+    """What run-multi-llama_8b starts, as a test above says, in a process that is forked."""
+    out = tmp_path / "run"
+    flags = [*words, "--batch_size", "2", "--output_dir", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "10.77.0.1"}
+    nodes = [
+        Warm(
+            ["config_fsdp_lora.yaml", f"{LORA}.py", *flags],
+            program=FOLDER / "run_multi.py",
+            prepare=partial(start_on, node),
+            env=env,
+        )
+        for node in cable
+    ]
+    try:
+        said = ["".join(node.communicate(TIME)) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert ["--machine_rank 0" in text for text in said] == [True, False]
+    assert ["--machine_rank 1" in text for text in said] == [False, True]
+    assert all("--main_process_ip 10.77.0.1" in text for text in said)
+    assert ["TRAINING COMPLETED" in text for text in said] == [True, False]
+    assert losses(out) == pytest.approx(alone(LORA, words, tmp_path / "alone", 4), rel=1e-4)
+    opens(LORA, tiny, out)

@@ -1,0 +1,158 @@
+"""Files and commands on another node, by ssh and rsync: sent once, whole, to the same place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from errors import refuses
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.launch import ssh as module
+from tunesmith.launch.ssh import run_on, send_files, try_on
+from tunesmith.tools.launch.inputs import copy_input, place_by_content
+
+# Runs the command here: the other node, whose rsync has another root.
+# `tests/tools/launch/test_swarm_pair.py` has a real one.
+SSH = """#!/bin/sh
+while case $1 in -*) true;; *) false;; esac; do shift; done
+host=$1
+shift
+case $host in
+unreachable) echo "ssh: connect to host: No route to host" >&2; exit 255;;
+bare) echo "bash: line 1: rsync: command not found" >&2; exit 127;;
+esac
+exec sh -c "$*"
+"""
+RSYNC = """#!/bin/bash
+[ "$1" != --server ] || set -- "${@:1:$#-1}" "$OTHER_ROOT/"
+exec REAL "$@"
+"""
+needs_rsync = pytest.mark.skipif(not shutil.which("rsync"), reason="lacks rsync")
+
+
+@pytest.fixture(autouse=True)
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The other node's root."""
+    (tmp_path / "bin").mkdir()
+    real = shutil.which("rsync") or ""
+    for name, text in (("ssh", SSH), ("rsync", RSYNC.replace("REAL", real))):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "there"
+    root.mkdir()
+    monkeypatch.setenv("OTHER_ROOT", str(root))
+    return root
+
+
+def below(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
+
+
+@needs_rsync
+def test_files_folders_and_links_arrive_at_their_own_paths(tmp_path: Path, there: Path):
+    repo = tmp_path / "hub/models--a--b"
+    snapshot = repo / "snapshots/222"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "blobs/1").write_bytes(b"weights")
+    (repo / "blobs/2.incomplete").write_bytes(b"half")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    odd = tmp_path / "rows; touch $(echo here) 'x'\n.jsonl"
+    odd.write_text("{}")
+    send_files([str(repo), str(odd)], "spark-b")
+    link = below(there, snapshot / "model.safetensors")
+    assert link.is_symlink()
+    assert link.read_bytes() == b"weights"
+    assert not below(there, repo / "blobs/2.incomplete").exists()
+    assert below(there, odd).read_text() == "{}"
+
+
+@needs_rsync
+def test_a_file_that_changed_is_sent_again(tmp_path: Path, there: Path):
+    file = tmp_path / "recipe.yaml"
+    for text in ("a: 1\n", "a: 22\n"):
+        file.write_text(text)
+        send_files([str(file)], "spark-b")
+        assert below(there, file).read_text() == text
+
+
+def test_an_input_has_a_place_by_its_content(tmp_path: Path):
+    model = tmp_path / "model"
+    (model / "deep").mkdir(parents=True)
+    (model / "deep/config.json").write_text("one")
+    (model / ".hidden").write_text("a token")
+    place = place_by_content(model)
+    copy_input(model, place)
+    (model / "deep/config.json").write_text("changed")
+    assert [file.read_text() for file in place.rglob("*") if file.is_file()] == ["one"]
+    assert place_by_content(model) != place
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    copy_input(rows, place_by_content(rows))
+    assert place_by_content(rows).name == "rows.jsonl"
+    rows.write_text("[]")
+    assert place_by_content(rows) != place
+
+
+def test_a_host_that_is_not_reached_is_named_with_what_ssh_says(tmp_path: Path):
+    with refuses(MachineError, names=["unreachable"]) as caught:
+        try_on("unreachable", "true")
+    assert os.strerror(errno.EHOSTUNREACH) in caught.value.text()
+    assert "ssh-copy-id unreachable" in caught.value.text()
+    with refuses(MachineError, names=["unreachable"]):
+        send_files([str(tmp_path)], "unreachable")
+
+
+def test_a_node_without_rsync_is_told_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with refuses(MachineError, names=["bare"], fix=["apt-get", "rsync"]):
+        send_files([str(tmp_path)], "bare")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with refuses(MachineError, fix=["apt-get", "rsync"]):
+        send_files([str(tmp_path)], "spark-b")
+
+
+@needs_rsync
+def test_a_file_that_cannot_be_written_is_said_in_rsyncs_words(tmp_path: Path, there: Path):
+    (there / tmp_path.parts[1]).write_text("a file in place of the folder")
+    with refuses(MachineError, names=["spark-b"]) as caught:
+        send_files([str(tmp_path / "bin")], "spark-b")
+    assert "rsync" in caught.value.why
+
+
+def test_a_command_is_words_and_its_complaint_is_shown():
+    assert run_on("spark-b", "printf", "%s|", "a b", "$(c)", text="") == "a b|$(c)|"
+    with refuses(MachineError, names=["spark-b"]) as caught:
+        run_on("spark-b", "sh", "-c", "echo first >&2; echo full >&2; exit 1")
+    assert caught.value.why == "full"
+    assert try_on("", "no-such-command").returncode == 127
+
+
+@pytest.mark.parametrize(
+    "host", ["-oProxyCommand=touch /tmp/x", "a b", "a;b", "$(a)", "a\nb", "`a`"]
+)
+def test_a_host_is_no_option_and_no_command(host: str):
+    with refuses(UsageError, where="--hosts", names=[repr(host)]):
+        try_on(host, "true")
+
+
+def test_ssh_takes_the_cipher_that_is_preferred():
+    """The real ssh, which refuses a list that it does not know."""
+    ssh = shutil.which("ssh", path="/usr/bin:/usr/local/bin")
+    if ssh is None:
+        pytest.skip("needs ssh")
+    words = [ssh, *module.SSH[1:], "-G", "spark-b"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    [ciphers] = [line for line in done.stdout.splitlines() if line.startswith("ciphers ")]
+    names = ciphers.removeprefix("ciphers ").split(",")
+    assert names[0] == "aes128-gcm@openssh.com"
+    # A server without it gets another one.
+    assert "chacha20-poly1305@openssh.com" in names

@@ -1,0 +1,141 @@
+"""What `eval --score` wrote into a run, in its report: the figures, and what is not believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import holds
+from report.written import falling, write_eval, write_run
+from tunesmith.reader.compare import eval_figures
+from tunesmith.reader.run_files import RunFiles
+from tunesmith.reader.run_summary import summaries_of
+from tunesmith.tools.report.page import render_report
+
+
+def eval_scores(**changes: Any) -> dict[str, Any]:
+    exact = {
+        "base": [0.5, 0.4, 0.6],
+        "tuned": [0.62, 0.521, 0.713],
+        "difference": [0.12, 0.04, 0.201],
+        "verdict": "exact: tuned is better",
+        "by_row": {"base": [0, 1], "tuned": [1, 1]},
+    }
+    return {
+        "tunesmith": "eval scores",
+        "data": "held.jsonl",
+        "rows": 100,
+        "row_hash": "a" * 64,
+        "step": 40,
+        "losses": {"base": 2.5, "tuned": 2.25},
+        "scores": {"exact": exact},
+        **changes,
+    }
+
+
+def test_scores_stand_beside_the_losses_with_their_intervals(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", falling(3.0))
+    second = write_run(tmp_path / "second", falling(3.1))
+    write_eval(first.folder, eval_scores())
+    write_eval(second.folder, eval_scores(losses={"tuned": 2.0}), "same-rows")
+    write_eval(second.folder, eval_scores(row_hash="b" * 64), "other-rows")
+    write_eval(
+        first.folder, eval_scores(seen=7, data="seen.jsonl", row_hash="c" * 64, scores={}), "seen"
+    )
+    assert first.refresh()
+    assert second.refresh()
+    exact = (
+        "62.0 % (52.1 to 71.3), base 50.0 % (40.0 to 60.0): +12.0 points (+4.0 to +20.1) at step 40"
+    )
+    label = "eval: exact (held.jsonl, 100 rows)"
+    lines = eval_figures(summaries_of([first, second]))
+    of_exact = {name: cells for name, cells in lines if name.startswith(label)}
+    assert of_exact == {label: [exact, exact], f"{label}, bbbbbbbb": [None, exact]}
+    losses = dict(line for line in lines if "loss" in line[0] and line[1][0])
+    one, other = losses["eval: loss (held.jsonl, 100 rows)"]
+    assert holds(one, "2.2500", "2.5000", "step 40")
+    assert holds(other, "2.0000", "step 40")
+    seen = "2.2500, base 2.5000 at step 40 (7 of the rows were trained on)"
+    assert seen in [cells[0] for _, cells in lines]
+    assert exact in render_report([first, second])
+    plain = render_report([first, second], markdown=True)
+    assert "62.0 % (52.1 to 71.3)" in plain
+    assert not re.search(r"standard deviation over n steps\.", plain)
+
+
+def test_equal_rows_that_were_saved_twice_are_one_line(tmp_path: Path) -> None:
+    """Under a name and a path; the rows are the same by their hash."""
+    run = write_run(tmp_path / "run", falling(3.0))
+    write_eval(run.folder, eval_scores())
+    write_eval(run.folder, eval_scores(data="/data/rows/held.jsonl"), "again")
+    assert run.refresh()
+    lines = dict(eval_figures(summaries_of([run])))
+    assert sum("exact" in name for name in lines) == sum("loss" in name for name in lines) == 1
+
+
+def test_an_eval_is_read_again_when_it_changes_and_gone_when_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", falling(3.0))
+    path = write_eval(run.folder, eval_scores())
+    assert run.refresh()
+    assert not run.refresh()
+    assert [result["losses"]["tuned"] for result in run.evals] == [2.25]
+    assert "by_row" not in json.dumps(run.evals)
+    write_eval(run.folder, eval_scores(losses={"tuned": 1.12345}))
+    assert run.refresh()
+    assert [result["losses"]["tuned"] for result in run.evals] == [1.12345]
+    path.unlink()
+    assert run.refresh()
+    assert run.evals == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        eval_scores(data=3),
+        eval_scores(rows=-1),
+        eval_scores(rows="many"),
+        eval_scores(row_hash=None),
+        eval_scores(step="last"),
+        eval_scores(seen=-1),
+        eval_scores(losses=[]),
+        eval_scores(scores=[]),
+        eval_scores(scores={"exact": 3}),
+        eval_scores(scores={"exact": {"tuned": [1, 2], "verdict": ""}}),
+        eval_scores(scores={"exact": {"tuned": [1, 2, None], "verdict": ""}}),
+        eval_scores(scores={"exact": {"tuned": [0.1, 0.2, 0.3]}}),
+        json.dumps(eval_scores()).replace("0.62", "NaN"),
+    ],
+)
+def test_a_damaged_eval_is_named_and_left_out(tmp_path: Path, values: Any) -> None:
+    run = write_run(tmp_path / "run", falling(3.0))
+    write_eval(run.folder, values)
+    read = RunFiles(run.folder)
+    assert read.evals == []
+    assert [file.file for file in read.damaged] == ["evals/held.scores.json"]
+    assert "evals/held.scores.json" in render_report([read])
+
+
+def test_texts_of_an_eval_are_no_markup(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", falling(3.0))
+    write_eval(run.folder, eval_scores(data="<script>alert(1)</script>|x"))
+    run.refresh()
+    assert "<script>alert" not in render_report([run])
+    assert "<script>alert" not in render_report([run], markdown=True)
+
+
+def test_a_benchmark_has_scores_and_no_line_of_losses(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", falling(3.0))
+    values = eval_scores(data="gsm8k")
+    del values["losses"]
+    write_eval(run.folder, values, "tasks-gsm8k")
+    assert run.refresh()
+    labels = [label for label, _ in eval_figures(summaries_of([run]))]
+    assert labels == ["eval: exact (gsm8k, 100 rows)"]

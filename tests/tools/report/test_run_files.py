@@ -1,0 +1,293 @@
+"""A run directory as readers see it: while it grows, after each kind of end, and with damaged
+lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import refuses
+from recipes import make_run
+from records import RUN, record
+from tunesmith.checkpoint.claim import claim_run_dir
+from tunesmith.config.dump import to_mapping
+from tunesmith.errors import UsageError
+from tunesmith.launch.jobs import Job
+from tunesmith.metrics.record import cut_back
+from tunesmith.metrics.sink import SampleAnswer, SamplesSink
+from tunesmith.reader.run_files import JsonlColumns, RunFiles
+from tunesmith.run_dir import Phase, RunState
+from tunesmith.tools.report.curves import downsample, smooth
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tunesmith.training.run import train
+
+    run = make_run(tiny, tmp_path_factory.mktemp("report"), log={"samples": 1})
+    train(run, quiet=True)
+    return Path(run.output_dir)
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+@pytest.mark.slow
+def test_a_finished_run(trained: Path) -> None:
+    run = RunFiles(trained)
+    assert (run.name, run.state, run.failure, run.stopped, run.ranks) == (
+        "run",
+        "finished",
+        None,
+        None,
+        {},
+    )
+    assert run.columns["step"] == list(range(1, 9))
+    assert [value is not None for value in run.columns["val_loss"]] == [
+        step in (4, 8) for step in range(1, 9)
+    ]
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
+    assert run.columns["loss"] == [row["loss"] for row in records]
+    assert run.recipe["train"]["learning_rate"] == 1e-3
+    assert run.env["data_hash"]
+    assert any("loss" in line for line in run.log_tail)
+    assert not run.refresh()
+
+
+@pytest.mark.slow
+def test_samples_begin_before_training(trained: Path) -> None:
+    samples = RunFiles(trained).samples
+    assert [row["step"] for row in samples] == [0, 4, 8]
+    assert {row["prompt"] for row in samples} == {samples[0]["prompt"]}
+    assert "Say" in samples[0]["prompt"]
+    held = json.loads((trained.parent / "held.jsonl").read_text().splitlines()[0])
+    assert {row["expected"] for row in samples} == {held["completion"]}
+    assert {row["row"] for row in samples} == {f"{trained.parent / 'held.jsonl'}:1"}
+
+
+def test_each_state(copied: Path) -> None:
+    run = RunFiles(copied)
+    with claim_run_dir(copied):
+        assert run.refresh()
+        assert run.state == "running"
+    assert run.refresh()
+    assert run.state == "finished"
+    with (copied / "metrics.jsonl").open(
+        "a"
+    ) as file:  # killed while it trained on past what final/ holds
+        file.write(record(9).to_json() + "\n")
+    assert run.refresh()
+    assert run.state == "killed"
+    (copied / "stopped.json").write_text('{"signal": null, "reason": "memory", "step": 9}')
+    assert run.refresh()
+    assert (run.state, run.stopped["reason"] if run.stopped else "") == ("stopped", "memory")
+    failure = {"what": "it broke"}
+    (copied / "failure.json").write_text(json.dumps(failure))
+    assert run.refresh()
+    assert (run.state, run.failure) == ("failed", failure)
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({}, RunState.FINISHED),
+        ({"stopped.json": "{}"}, RunState.STOPPED),
+        ({"failure.json": "{}", "stopped.json": "{}"}, RunState.FAILED),
+        ({"metrics.jsonl": record(9).to_json() + "\n"}, RunState.KILLED),
+        ({"final/manifest.json": "{"}, RunState.KILLED),
+    ],
+)
+def test_status_says_what_watch_and_report_say(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], state: RunState
+) -> None:
+    """Of a run that trained on past its final/, and of one that failed after it, too."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(copied / "state"))
+    for name, text in files.items():
+        with (copied / name).open("a" if name.endswith("l") else "w") as file:
+            file.write(text)
+    assert RunFiles(copied).state is state
+    assert Job("", str(copied)).state().state is state
+
+
+def test_states_and_phases_are_those_of_the_docs() -> None:
+    """The pages list all of them, and no others."""
+    docs = Path(__file__).parents[3] / "docs"
+    index = (docs / "index.md").read_text().partition("| state |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", index, re.MULTILINE) == [*RunState]
+    ranks = (docs / "ranks.md").read_text().partition("| phase in ")[2].partition("\n\n")[0]
+    listed = [line.split("|")[1] for line in ranks.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(listed))) == sorted(Phase)
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with refuses(UsageError, where=str(tmp_path), names=["metrics.jsonl"]):
+        RunFiles(tmp_path)
+    (tmp_path / "my-run").mkdir()
+    with refuses(UsageError, where="my-rum", names=["no"], fix=[tmp_path / "my-run"]):
+        RunFiles(tmp_path / "my-rum")
+
+
+def test_a_directory_that_just_began(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  warning: the disk is nearly full\n")
+    run = RunFiles(tmp_path)
+    assert (run.state, run.columns, run.recipe, run.env, run.samples) == ("killed", {}, {}, {}, [])
+    (tmp_path / "config.yaml").write_text("model: {name: x}\ntrain: {learning_rate: 3e-4}\n")
+    (tmp_path / "metrics.jsonl").write_text(record(1).to_json() + "\n")
+    assert run.refresh()
+    assert (run.recipe["train"]["learning_rate"], run.columns["loss"]) == (3e-4, [2.0])
+
+
+def test_a_file_that_grows_and_is_cut_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    table = JsonlColumns(path)
+    assert not table.read()
+    path.write_text("".join(record(step).to_json() + "\n" for step in (1, 2)) + '{"step": 3, "lo')
+    assert table.read()
+    assert table.columns["step"] == [1, 2]
+    assert not table.read(), "half a line is not there yet"
+    with path.open("a") as file:
+        file.write('ss": 1.5, "val_loss": 0.5}\n')
+    assert table.read()
+    assert (table.columns["step"], table.columns["val_loss"]) == ([1, 2, 3], [None, None, 0.5])
+    assert table.columns["tokens"] == [100, 100, None]
+    cut_back(path, 1)
+    assert table.read()
+    assert (table.columns["step"], "val_loss" in table.columns) == ([1], False)
+    path.unlink()
+    assert table.read()
+    assert table.columns == {}
+
+
+def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": "NaN", "who": "me", "on": true}',
+        "{broken",
+        "7",
+        '"text"',
+        '{"step": 2, "loss": 1.5}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    table = JsonlColumns(tmp_path / "metrics.jsonl")
+    table.read()
+    assert table.columns["step"] == [1, 2]
+    nan, loss = table.columns["loss"]
+    assert nan is not None
+    assert math.isnan(nan)
+    assert (loss, table.columns["who"], table.columns["on"]) == (1.5, [None, None], [None, None])
+
+
+@pytest.mark.slow
+def test_many_lines_are_those_of_json(tmp_path: Path) -> None:
+    rows = [
+        {"step": n, "loss": 1 / n} | ({"val_loss": n / 7} if n % 10 == 0 else {})
+        for n in range(1, 3001)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = JsonlColumns(tmp_path / "metrics.jsonl")
+    table.read()
+    assert table.columns == {
+        name: [row.get(name) for row in rows] for name in ("step", "loss", "val_loss")
+    }
+
+
+def test_the_files_of_other_ranks(copied: Path) -> None:
+    (copied / "metrics-rank3.jsonl").write_text('{"step": 1, "memory_gib": 2.5}\n')
+    run = RunFiles(copied)
+    assert run.ranks == {3: {"step": [1], "memory_gib": [2.5]}}
+    with (copied / "metrics-rank3.jsonl").open("a") as file:
+        file.write('{"step": 2, "memory_gib": 3.5}\n')
+    assert run.refresh()
+    assert run.ranks[3]["memory_gib"] == [2.5, 3.5]
+
+
+def test_samples_are_cut_back_with_the_records(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    sink = SamplesSink(path)
+    sink.open(RUN, 0)
+    for step in (0, 4, 8):
+        sink.samples(step, [SampleAnswer("ask\nthis", f"answer {step}", "expected")])
+    with path.open("a") as file:
+        file.write('{"step": 9, "pro')
+    sink.open(RUN, 4)
+    sink.samples(8, [SampleAnswer("ask\nthis", "again", "expected")])
+    rows = [json.loads(line) for line in path.open()]
+    assert [(row["step"], row["prompt"], row["answer"]) for row in rows] == [
+        (0, "ask\nthis", "answer 0"), (4, "ask\nthis", "answer 4"), (8, "ask\nthis", "again")
+    ]  # fmt: skip
+    sink.open(RUN, 0)
+    assert not path.exists(), "a new start has no answers of the run before"
+
+
+@given(st.lists(st.none() | st.floats(-1e9, 1e9), max_size=300), st.integers(2, 50))
+def test_downsampling_keeps_ends_and_extremes(y: list[float | None], points: int) -> None:
+    x: list[float | None] = [float(i) for i in range(len(y))]
+    steps, values = downsample(x, y, points)
+    known = [value for value in y if value is not None]
+    assert len(steps) <= points + 2
+    assert steps == sorted(set(steps))
+    assert all(y[int(step)] == value for step, value in zip(steps, values, strict=True))
+    if known:
+        assert (values[0], values[-1], min(values), max(values)) == (
+            known[0],
+            known[-1],
+            min(known),
+            max(known),
+        )
+
+
+def test_downsampling_leaves_out_what_is_not_finite() -> None:
+    assert downsample([1, 2, 3, 4], [math.nan, 5.0, math.inf, 6.0], 100) == ([2.0, 4.0], [5.0, 6.0])
+
+
+def test_smoothing_is_the_mean_with_falling_weights() -> None:
+    """Against the definition: weights (1 - a)^age, summing to 1, of the values so far; a = 2 /
+    (span + 1).
+    """
+    values = [3.0, None, 1.0, 4.0, math.nan, 1.0, 5.0]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    for span in (1, 3, 10):
+        keep = 1 - 2 / (span + 1)
+        expected = []
+        for end in range(1, len(known) + 1):
+            weights = [keep ** (end - 1 - i) for i in range(end)]
+            expected.append(sum(w * v for w, v in zip(weights, known, strict=False)) / sum(weights))
+        found = smooth(values, span)
+        assert [value is None for value in found] == [
+            v is None or not math.isfinite(v) for v in values
+        ]
+        assert [value for value in found if value is not None] == pytest.approx(expected, rel=1e-12)
+
+
+def test_reading_a_run_loads_no_torch(trained: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from tunesmith.reader.run_files import RunFiles; RunFiles(sys.argv[1]);"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(trained)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ),
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_recipe_is_that_of_the_run(trained: Path) -> None:
+    from tunesmith.config.load import load_recipe
+
+    assert RunFiles(trained).recipe == to_mapping(load_recipe(trained / "config.yaml"))

@@ -1,0 +1,102 @@
+"""Run directories written by hand, with chosen curves, recipe and end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recipes import merge
+from records import RUN, record
+from tunesmith.config.dump import to_mapping, to_yaml
+from tunesmith.metrics.intervals import share_interval
+from tunesmith.reader.run_files import RunFiles
+from tunesmith.run_dir import PAIRS
+
+ENV = {
+    "python": "3.12.1", "tunesmith": "0.1.0", "torch": "2.13.0+cpu", "cpu": "a processor", "cpu_threads": 2, "gpus": [],
+    "commit": "0123abcd+", "command": ["/usr/bin/tunesmith", "train", "my recipe.yaml"], "recipe_hash": "r" * 64,
+    "model_hash": "m" * 64, "data_hash": "d" * 64, "validation_hash": "v" * 64, "choices": {"compile": {"taken": "off"}},
+}  # fmt: skip
+
+
+def write_run(
+    folder: Path,
+    val: dict[int, float] | None = None,
+    *,
+    steps: int = 40,
+    recipe: dict[str, Any] | None = None,
+    env: dict[str, Any] | None = None,
+    finished: bool = True,
+    samples: list[tuple[int, str, str]] = (),  # type: ignore[assignment]
+    **changed: Any,
+) -> RunFiles:
+    """A run with val_loss at the steps of `val`; `changed` are values of every record, or functions
+    of the step.
+    """
+    folder.mkdir(parents=True)
+    values = merge(to_mapping(RUN) | {"output_dir": str(folder)}, recipe or {})
+    (folder / "config.yaml").write_text(to_yaml(values), encoding="utf-8")
+    (folder / "env.json").write_text(json.dumps(ENV | (env or {})))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            given = {
+                name: value(step) if callable(value) else value for name, value in changed.items()
+            }
+            file.write(record(step, val_loss=(val or {}).get(step), **given).to_json() + "\n")
+    rows = [
+        json.dumps({"step": step, "prompt": prompt, "answer": answer})
+        for step, prompt, answer in samples
+    ]
+    (folder / "samples.jsonl").write_text("\n".join(rows))
+    if finished:
+        (folder / "final").mkdir()
+        (folder / "final" / "manifest.json").write_text(json.dumps({"step": steps, "files": {}}))
+    return RunFiles(folder)
+
+
+def falling(start: float, *, jitter: float = 0.01, steps: int = 40) -> dict[int, float]:
+    """val_loss every 4 steps, falling by 0.1 each time, alternately `jitter` above and below that
+    line.
+    """
+    return {
+        step: start - step / 40 + jitter * (-1) ** (step // 4) for step in range(4, steps + 1, 4)
+    }
+
+
+def write_eval(run: Path, values: Any, name: str = "held") -> Path:
+    folder = run / "evals"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.scores.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def pairs_eval(share: float, row_hash: str = "p" * 64) -> dict[str, Any]:
+    """What `eval` writes of 100 pairs, `share` of which are in order."""
+    interval = share_interval(round(100 * share), 100)
+    order = {"tuned": list(interval), "base": [0.5, 0.4, 0.6], "verdict": "", "by_row": {}}
+    return {
+        "tunesmith": "eval scores",
+        "data": "pairs.jsonl",
+        "rows": 100,
+        "row_hash": row_hash,
+        "step": 40,
+        "losses": {"tuned": 1.0},
+        "scores": {PAIRS: order},
+    }
+
+
+def row_eval(losses: list[float], row_hash: str = "l" * 64, **changes: Any) -> dict[str, Any]:
+    """What `eval` writes of rows of one token each, by the loss of each."""
+    return {
+        "tunesmith": "eval scores",
+        "data": "held.jsonl",
+        "rows": len(losses),
+        "row_hash": row_hash,
+        "step": 40,
+        "losses": {"tuned": sum(losses) / len(losses)},
+        "row_losses": {"row_hash": row_hash, "tokens": [1] * len(losses), "tuned": losses},
+        "scores": {},
+        **changes,
+    }

@@ -1,0 +1,76 @@
+"""What the closing table says of the best candidate, from run directories written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import holds
+from report.written import falling, row_eval, write_eval, write_run
+from tunesmith.tools.sweep.table import best_lines
+
+
+def candidate(folder: Path, last: float, state: str = "finished", step: int = 40) -> dict[str, Any]:
+    """A candidate and its run, whose val_loss comes to `last`; two of them differ in the rate."""
+    rate = {"train": {"learning_rate": last / 1000}}
+    curve = falling(last + 0.99, steps=step)
+    write_run(folder, curve, recipe=rate, env={"validation_examples": 8}, steps=step)
+    losses = {str(at): loss for at, loss in curve.items()}
+    return {
+        "name": folder.name,
+        "run_dir": str(folder),
+        "values": {"train.learning_rate": f"{last / 1000}"},
+        "state": state,
+        "step": step,
+        "loss": losses[str(step)],
+        "losses": losses,
+    }
+
+
+def lines_of(*candidates: dict[str, Any], compared_by: str = "val_loss") -> list[str]:
+    best = min((c for c in candidates if c["state"] == "finished"), key=lambda c: c["loss"])
+    outcome = {"candidates": candidates, "best": best["name"], "compared_by": compared_by}
+    return list(best_lines(outcome))
+
+
+@pytest.mark.parametrize(
+    ("gap", "verdict"), [(0.5, "more than the noise"), (0.001, "no significant difference")]
+)
+def test_how_far_the_best_is_ahead_and_whether_that_is_noise(
+    tmp_path: Path, gap: float, verdict: str
+) -> None:
+    best = candidate(tmp_path / "01-a", 1.0)
+    second = candidate(tmp_path / "02-b", 1.0 + gap)
+    third = candidate(tmp_path / "03-c", 2.0)
+    lines = lines_of(third, second, best)
+    assert holds(lines[0], "01-a", "1.0000", "of 3: 3 finished")
+    assert holds(lines[1], "02-b", f"{1.0 + gap:.4f}", f"{gap:.4f} higher")
+    assert verdict in lines[1]
+    assert holds(lines[2], f"tunesmith eval {tmp_path / '01-a'} {tmp_path / '02-b'}")
+
+
+def test_after_eval_the_rows_tell_the_noise(tmp_path: Path) -> None:
+    best = candidate(tmp_path / "01-a", 1.0)
+    second = candidate(tmp_path / "02-b", 1.001)
+    for one, gain in ((best, 0.0), (second, 0.001)):
+        rows = [2.0 + 0.3 * i + gain * (1 + i % 2) for i in range(8)]
+        write_eval(Path(one["run_dir"]), row_eval(rows))
+    assert holds(lines_of(best, second)[1], "noise (0.0004)")
+
+
+def test_a_second_that_was_stopped_is_compared_where_it_stopped(tmp_path: Path) -> None:
+    best = candidate(tmp_path / "01-a", 1.0)
+    stopped = candidate(tmp_path / "02-b", 1.75, "stopped", 20)
+    lines = lines_of(best, stopped)
+    assert holds(lines[1], "02-b", "step 20", "2.2300 against 1.4800")
+    assert not any("tunesmith eval" in line for line in lines)
+
+
+def test_training_losses_decide_nothing(tmp_path: Path) -> None:
+    lines = lines_of(
+        candidate(tmp_path / "01-a", 1.0), candidate(tmp_path / "02-b", 2.0), compared_by="loss"
+    )
+    assert holds(lines[1], "02-b", "loss 2.0000", "1.0000 higher")
+    assert not any("tunesmith eval" in line for line in lines)
