@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from tunesmith.data.prepare import TrainingData
     from tunesmith.data.tokens import SourceTokens, TokenSet
 
+LOADS_TORCH = "in ranks"
+
 # Of the length histogram.
 _BARS = 16
 # Tokens of a row that are shown.

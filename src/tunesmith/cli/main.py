@@ -1,8 +1,10 @@
 """The command line: finds the command, imports only that one, ends with a message and an exit code.
 
-Each command is a module of this package with `add_arguments(parser)` and `run(args)`, which returns
-an exit code unless that is 0. Its docstring begins its help page: a sentence, then examples that
-work, then what else a user needs. Its `EPILOG`, if any, ends the page.
+Each command is a module, of this package or of a tool's, with `add_arguments(parser)` and
+`run(args)`, which returns an exit code unless that is 0. Its docstring begins its help page: a
+sentence, then examples that work, then what else a user needs. Its `EPILOG`, if any, ends the page.
+`LOADS_TORCH` is "here" in one that loads torch or Transformers, and "in ranks" in one that starts
+processes which do.
 
 Exit codes: 0 success, 1 failed, 2 the command or recipe is wrong, 75 stopped with all saved, 130
 interrupted before there was anything to save, 141 nobody reads the output any more.
@@ -20,9 +22,10 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import pairwise
+from pkgutil import iter_modules
 from typing import NoReturn
 
-from tunesmith import __version__
+from tunesmith import __version__, tools
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -47,82 +50,40 @@ from tunesmith.runtime.host import bound_product_caches, prepare_threads
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-# group -> command -> (module, what it does); written here, so that `tunesmith --help` imports none.
-VERB_GROUPS = {
+# group -> command -> (module, what it does), of the engine's own commands.
+Verbs = dict[str, dict[str, tuple[str, str]]]
+ENGINE_VERBS: Verbs = {
     "start here": {
         "train": ("tunesmith.cli.train", "fine-tune a model on your rows or from a recipe"),
         "recipes": ("tunesmith.cli.recipes", "list, show and copy shipped recipes"),
         "models": ("tunesmith.cli.models", "list model types and what works with each"),
-        "import": (
-            "tunesmith.tools.importers.cli",
-            "convert another tool's configuration to a recipe",
-        ),
     },
     "look at the data": {
         "data": ("tunesmith.cli.data", "show which tokens a recipe trains on"),
         "fetch": ("tunesmith.cli.fetch", "check license and disk, then download model and data"),
     },
-    "train": {
-        "launch local": (
-            "tunesmith.tools.launch.cli_local",
-            "train on the GPUs of this machine",
-        ),
-        "launch docker": (
-            "tunesmith.tools.launch.cli_docker",
-            "train in a container on this machine",
-        ),
-        "launch swarm": (
-            "tunesmith.tools.launch.cli_swarm",
-            "train on a Docker swarm, such as two Sparks on a cable",
-        ),
-        "launch slurm": ("tunesmith.tools.launch.cli_slurm", "train on nodes of a Slurm cluster"),
-        "sweep": ("tunesmith.tools.sweep.cli", "train many adapters on one base and find the best"),
-        "status": ("tunesmith.tools.launch.cli_status", "show the state of launched runs"),
-        "logs": ("tunesmith.tools.launch.cli_logs", "show or follow the log of a launched run"),
-        "stop": ("tunesmith.tools.launch.cli_stop", "make a launched run save and stop"),
-        "watch": ("tunesmith.tools.report.cli_watch", "watch runs on a live web page"),
-        "report": ("tunesmith.tools.report.cli", "compare runs on an offline page"),
-    },
-    "use the result": {
-        "chat": ("tunesmith.tools.evaluate.cli_chat", "chat with a trained model in the terminal"),
-        "generate": (
-            "tunesmith.tools.evaluate.cli_generate",
-            "generate answers for the rows of a file",
-        ),
-        "eval": (
-            "tunesmith.tools.evaluate.cli",
-            "evaluate a run on held-out rows against its base",
-        ),
-        "merge": (
-            "tunesmith.tools.export.cli_merge",
-            "merge an adapter into its base and check the result",
-        ),
-        "export": (
-            "tunesmith.tools.export.cli",
-            "export to llama.cpp, Ollama, vLLM or Transformers",
-        ),
-        "push": (
-            "tunesmith.tools.export.cli_push",
-            "upload a trained model to the Hugging Face Hub",
-        ),
-    },
+    "train": {},
+    "use the result": {},
     "machines": {
-        "plan": ("tunesmith.tools.plan.cli", "estimate memory, time and cost on any hardware"),
-        "doctor": (
-            "tunesmith.tools.doctor.cli",
-            "check a machine, a pair or a cluster, and print fixes",
-        ),
-        "selfcheck": (
-            "tunesmith.tools.bench.cli_selfcheck",
-            "check that several ranks match one process",
-        ),
-        "bench": (
-            "tunesmith.tools.bench.cli",
-            "measure a recipe's training speed and MFU",
-        ),
         "completion": ("tunesmith.cli.completion", "print a shell completion script"),
     },
 }
+
+
+def find_verbs() -> Verbs:
+    """Find the engine's commands and those of each folder of tools/, by group.
+
+    A tool's `__init__` has its `COMMANDS` in the same form. It imports nothing, so that
+    `tunesmith --help` is quick.
+    """
+    groups = {group: dict(verbs) for group, verbs in ENGINE_VERBS.items()}
+    for tool in iter_modules(tools.__path__, f"{tools.__name__}."):
+        for group, verbs in import_module(tool.name).COMMANDS.items():
+            groups[group].update(verbs)
+    return groups
+
+
+VERB_GROUPS = find_verbs()
 # What somebody may type who has not found the command.
 OTHER_NAMES = {
     "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
@@ -136,21 +97,6 @@ OTHER_OPTIONS = {
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
-# Those that load torch in this process.
-COMPUTING = {
-    "train",
-    "sweep",
-    "chat",
-    "generate",
-    "bench",
-    "selfcheck",
-    "eval",
-    "merge",
-    "export",
-    "plan",
-}
-# Those that load torch or Transformers, in this process or the ranks that it starts.
-LOADING = COMPUTING | {"data", "launch local"}
 # A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data
 # (measured). With less their C++ code aborts, and no message can be shown.
 LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
@@ -244,7 +190,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: the words after `tunesmith` (None: those of the process) -> exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return framed(lambda: _dispatch(words), process=argv is None)
+    return framed(lambda: dispatch(words), process=argv is None)
 
 
 def _is_of_no_released_config(record: logging.LogRecord) -> bool:
@@ -302,7 +248,8 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     return code
 
 
-def _dispatch(words: list[str]) -> int:
+def dispatch(words: list[str]) -> int:
+    """Run the command that these words name -> exit code; errors are raised."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return EXIT_OK
@@ -342,10 +289,11 @@ def _dispatch(words: list[str]) -> int:
     parser.words = rest
     args = parser.parse_intermixed_args(rest)
     args.typed = parser.typed_options(args)
-    if verb in LOADING:
+    loads_torch = vars(module).get("LOADS_TORCH")
+    if loads_torch:
         _check_process_limits()
     # Before torch is loaded: libgomp reads its variables once.
-    if verb in COMPUTING:
+    if loads_torch == "here":
         prepare_threads()
     return module.run(args) or EXIT_OK
 

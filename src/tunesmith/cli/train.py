@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from tunesmith.training.make_recipe import NewRecipe
     from tunesmith.training.result import Result
 
+LOADS_TORCH = "here"
+
 log = logging.getLogger(__name__)
 
 

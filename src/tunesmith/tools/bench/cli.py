@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.tools.bench.measure import BenchReport
 
+LOADS_TORCH = "here"
+
 EPILOG = "\n".join(["shapes:", *(f"  {name:<16}{shape.source}" for name, shape in SHAPES.items())])
 # Options of a shape -> (key that a recipe has for it, example; empty if it may be left out).
 SHAPE_OPTIONS = {

@@ -33,6 +33,8 @@ from tunesmith.units import count_of
 if TYPE_CHECKING:
     from tunesmith.tools.bench.selfcheck import CheckRow
 
+LOADS_TORCH = "here"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "default: one per GPU, or 2"

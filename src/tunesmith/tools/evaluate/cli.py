@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from tunesmith.tools.evaluate.harness import TaskEvaluation, TaskMetric
     from tunesmith.tools.evaluate.score_rows import RowScores
 
+LOADS_TORCH = "here"
+
 MAX_NEW_TOKENS = 256
 FOR_TASKS = ("limit", "chat_template")
 # Keywords of `evaluate` that have the names of their options, and no others.

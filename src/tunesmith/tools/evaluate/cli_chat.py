@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.load_run import LoadedModel
 
+LOADS_TORCH = "here"
+
 EPILOG = """commands in the chat:
 /reset                   start a new conversation
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""

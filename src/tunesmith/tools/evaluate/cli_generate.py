@@ -35,6 +35,8 @@ from tunesmith.host.streams import visible
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
 
+LOADS_TORCH = "here"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from tunesmith.tools.export.gguf.check import FileCheck
     from tunesmith.tools.export.gguf.export import ExportedFile
 
+LOADS_TORCH = "here"
+
 MOST_TIMES = 1000  # larger factors are printed as this one
 SAME = 1.5  # changes within this factor count as equal
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.

@@ -18,6 +18,8 @@ from dataclasses import asdict
 from tunesmith.cli.options import add_json, add_run, notify_weights
 from tunesmith.host.streams import width_of
 
+LOADS_TORCH = "here"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)

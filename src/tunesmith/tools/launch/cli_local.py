@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tunesmith.config.schema import Run
     from tunesmith.launch.jobs import Job
 
+LOADS_TORCH = "in ranks"
+
 log = logging.getLogger(__name__)
 
 

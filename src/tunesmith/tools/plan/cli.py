@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from tunesmith.planning.machines import Cluster
     from tunesmith.tools.plan.on_paper import StatedRows
 
+LOADS_TORCH = "here"
+
 log = logging.getLogger(__name__)
 
 GIB = 2**30

@@ -47,6 +47,8 @@ from tunesmith.tools.sweep.space import Space, check_count, read_space
 if TYPE_CHECKING:
     from tunesmith.training.make_recipe import NewRecipe
 
+LOADS_TORCH = "here"
+
 log = logging.getLogger(__name__)
 
 
