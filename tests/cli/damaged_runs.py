@@ -236,8 +236,8 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def look_at_page(watched: Any) -> None:
     """Ask for all that the live page asks for."""
+    from tunesmith.reader.curves import curves
     from tunesmith.reader.run_files import to_json
-    from tunesmith.tools.report.curves import curves
 
     watched.refresh()
     json.loads(to_json([watched.status(), watched.texts()]).encode())

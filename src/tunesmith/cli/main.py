@@ -22,10 +22,11 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import NoReturn
 
-from tunesmith import __version__, tools
+from tunesmith import __version__
 from tunesmith.errors import (
     EXIT_FAILED,
     EXIT_OK,
@@ -77,7 +78,7 @@ def find_verbs() -> Verbs:
     `tunesmith --help` is quick.
     """
     groups = {group: dict(verbs) for group, verbs in ENGINE_VERBS.items()}
-    for tool in iter_modules(tools.__path__, f"{tools.__name__}."):
+    for tool in iter_modules([str(Path(__file__).parents[1] / "tools")], "tunesmith.tools."):
         for group, verbs in import_module(tool.name).COMMANDS.items():
             groups[group].update(verbs)
     return groups

@@ -53,7 +53,7 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import Length, format_seconds
 
-# kind -> its class, in launch/<kind>.py
+# kind -> its class, in tools/launch/<kind>.py
 KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
 # In the run directory: what launches write there; runs do not touch it.
 FOLDER = LAUNCH
@@ -447,7 +447,7 @@ def all_jobs() -> list[Job]:
         with suppress(OSError, ValueError, TypeError, KeyError):
             job_class = KINDS[kind]
             # Each kind is imported only if there is a job of it.
-            module = import_module(f"tunesmith.launch.{kind}")
+            module = import_module(f"tunesmith.tools.launch.{kind}")
             jobs.append(vars(module)[job_class](**json.loads(file.read_bytes())))
     return jobs
 

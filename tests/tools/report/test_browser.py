@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from report.written import falling, write_run
-from tunesmith.tools.report.page import write_report
+from tunesmith.reader.page import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(

@@ -12,9 +12,9 @@ import pytest
 from errors import holds
 from report.written import falling, write_eval, write_run
 from tunesmith.reader.compare import eval_figures
+from tunesmith.reader.page import render_report
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.reader.run_summary import summaries_of
-from tunesmith.tools.report.page import render_report
 
 
 def eval_scores(**changes: Any) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from logged import logged_lines
 from records import record
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import save_job
+from tunesmith.reader.curves import curves
 from tunesmith.reader.run_files import RunFiles, to_json
 from tunesmith.tools.launch.slurm import SlurmJob
 from tunesmith.tools.report import waiting
-from tunesmith.tools.report.curves import curves
 from tunesmith.tools.report.waiting import open_run
 from watching import add_steps, write_run
 

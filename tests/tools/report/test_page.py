@@ -13,8 +13,8 @@ import pytest
 from errors import check_shown, holds, lines_with
 from report.written import falling, write_run
 from tunesmith.cli.main import main
+from tunesmith.reader.page import MARK, render_report, write_report
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.tools.report.page import MARK, render_report, write_report
 
 EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
 

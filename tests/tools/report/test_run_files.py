@@ -24,9 +24,9 @@ from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
+from tunesmith.reader.curves import downsample, smooth
 from tunesmith.reader.run_files import JsonlColumns, RunFiles
 from tunesmith.run_dir import Phase, RunState
-from tunesmith.tools.report.curves import downsample, smooth
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import with_runs_of_folders
     from tunesmith.reader.compare import judge
+    from tunesmith.reader.page import write_report
     from tunesmith.reader.run_files import RunFiles
     from tunesmith.reader.run_summary import summaries_of
     from tunesmith.tools.report.comparison import comparison_values
-    from tunesmith.tools.report.page import write_report
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
     runs = []

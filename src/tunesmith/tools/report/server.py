@@ -26,9 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import Config, Server
 
 from tunesmith.errors import UsageError
+from tunesmith.reader.curves import curves
+from tunesmith.reader.page import render_report
 from tunesmith.reader.run_files import RunFiles, to_json
-from tunesmith.tools.report.curves import curves
-from tunesmith.tools.report.page import render_report
 from tunesmith.tools.report.run_list import Row, RunList
 
 # At any port: `ssh -L` may come by another one.
@@ -215,7 +215,7 @@ class ListPage(LivePage):
         self._lock = threading.Lock()
 
     def routes(self, static: StaticFiles) -> list[BaseRoute]:
-        page = str(resources.files("tunesmith.tools.report") / "static" / "list.html")
+        page = str(resources.files("tunesmith.reader") / "static" / "list.html")
         return [
             Route("/", lambda _: FileResponse(page)),
             Route("/events", self.events),

@@ -10,10 +10,10 @@ from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import holds_run
 from tunesmith.reader.compare import judge
+from tunesmith.reader.page import write_report
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.reader.run_summary import summaries_of
 from tunesmith.run_dir import FINAL, RECIPE, weights_step
-from tunesmith.tools.report.page import write_report
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 

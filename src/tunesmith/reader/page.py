@@ -26,11 +26,11 @@ from tunesmith.reader.compare import (
     figure_rows,
     judge,
 )
+from tunesmith.reader.curves import curves
 from tunesmith.reader.measure import measure_of
 from tunesmith.reader.run_files import RunFiles, how_it_ended, to_json
 from tunesmith.reader.run_summary import RunSummary, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
-from tunesmith.tools.report.curves import curves
 from tunesmith.units import format_seconds
 
 MARK = "tunesmith report"  # in the first line of each page that it writes
@@ -81,7 +81,7 @@ def render_report(
 
     A live page asks for its curves, samples and files, which a report holds.
     """
-    loader = PackageLoader("tunesmith.tools.report", "templates")
+    loader = PackageLoader("tunesmith.reader", "templates")
     env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
     env.trim_blocks = True
     env.lstrip_blocks = True
@@ -95,7 +95,7 @@ def render_report(
     page = env.get_template("page.html.j2")
     if live:
         return page.render(context, live=True, static=(*STATIC, "live.js", "run.js"))
-    folder = resources.files("tunesmith.tools.report") / "static"
+    folder = resources.files("tunesmith.reader") / "static"
     static = {name: (folder / name).read_text(encoding="utf-8") for name in (*STATIC, "run.js")}
     script = "\n".join(text for name, text in static.items() if name.endswith(".js"))
     # Only these scripts run: text of a run that looks like one does not.
