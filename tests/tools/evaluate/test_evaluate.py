@@ -29,10 +29,11 @@ from tunesmith.metrics.record import read_records
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_env
 from tunesmith.runtime import compilation
-from tunesmith.tools.evaluate.evaluate import evaluate, score, validation_loss
+from tunesmith.tools.evaluate.evaluate import evaluate, score
 from tunesmith.tools.evaluate.evaluate_runs import evaluate_runs
 from tunesmith.tools.evaluate.generate import generate
 from tunesmith.training.run import train
+from tunesmith.training.validation_loss import validation_loss
 
 pytestmark = pytest.mark.slow
 

@@ -16,12 +16,12 @@ from logged import logged_lines
 from runs import make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.errors import DataError, MachineError, UsageError
-from tunesmith.inference import harness, load_tasks
 from tunesmith.inference.load_run import RunLocation
 from tunesmith.metrics.intervals import paired_intervals
 from tunesmith.reader.compare import eval_figures
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.reader.run_summary import summaries_of
+from tunesmith.tools.evaluate import harness, load_tasks
 
 CHOICE = """\
 task: tiny_choice

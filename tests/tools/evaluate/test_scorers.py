@@ -16,7 +16,7 @@ import pytest
 
 from errors import refuses
 from tunesmith.errors import DataError, MachineError, RunError, UsageError
-from tunesmith.scoring import json_fields, text
+from tunesmith.tools.evaluate import json_fields, text
 from tunesmith.tools.evaluate.scorers import (
     SCORERS,
     ScoredRow,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
-from .standin import StandIn, git_hash, sha256
+from hub.standin import StandIn, git_hash, sha256
 
 USER, TOKEN = "ada", "hf_abcdefghijklmnop"
 

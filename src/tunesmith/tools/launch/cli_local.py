@@ -90,8 +90,9 @@ def announce(job: "Job", doing: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.launch import local, node
+    from tunesmith.launch import node
     from tunesmith.launch.jobs import agent_words, check_free, write_recipe
+    from tunesmith.tools.launch import local
 
     recipe = launched_recipe(args, ranks=args.ranks or node.count_gpus() or 1)
     if args.detach:
