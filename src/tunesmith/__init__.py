@@ -90,19 +90,19 @@ __version__ = "0.1.0"
 _MODULES = {
     "train": "training.run",
     "load_run": "inference.load_run",
-    "generate": "inference.generate",
-    "evaluate": "inference.evaluate",
-    "merge": "export.merge",
-    "compare": "report.comparison",
-    "export_gguf": "export.gguf.export",
+    "generate": "tools.evaluate.generate",
+    "evaluate": "tools.evaluate.evaluate",
+    "merge": "tools.export.merge",
+    "compare": "tools.report.comparison",
+    "export_gguf": "tools.export.gguf.export",
     "Decoding": "inference.decoding",
     "Result": "training.result",
     "StepRecord": "metrics.record",
     "LoadedModel": "inference.load_run",
-    "Evaluation": "inference.evaluate",
-    "Merged": "export.merge",
-    "Comparison": "report.comparison",
-    "ExportedFile": "export.gguf.export",
+    "Evaluation": "tools.evaluate.evaluate",
+    "Merged": "tools.export.merge",
+    "Comparison": "tools.report.comparison",
+    "ExportedFile": "tools.export.gguf.export",
 }
 
 

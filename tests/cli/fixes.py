@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (ROOT / "src" / "tunesmith", ROOT / "scripts")
-FINDINGS = ROOT / "src" / "tunesmith" / "launch" / "doctor" / "findings.json"
+FINDINGS = ROOT / "src" / "tunesmith" / "tools" / "doctor" / "findings.json"
 
 
 class Fix(NamedTuple):

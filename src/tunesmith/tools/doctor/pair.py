@@ -22,7 +22,7 @@ ANSWER_SECONDS = TORCH_SECONDS + 20  # seconds for the other node's answer
 PROGRAM = """
 import pathlib, sys, tempfile
 with tempfile.TemporaryDirectory(prefix="tunesmith-doctor-") as folder:
-    place = pathlib.Path(folder, "tunesmith/launch/doctor")
+    place = pathlib.Path(folder, "tunesmith/tools/doctor")
     place.mkdir(parents=True)
     for path in (place, *place.parents[:2]):
         (path / "__init__.py").touch()
