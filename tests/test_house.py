@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 SOURCE = Path(__file__).parents[1] / "src" / "tunesmith"
 FILES = sorted(SOURCE.rglob("*.py"))
-# The interface of a verb: the command line finds these by name in each file of cli/.
+# The interface of a verb: the command line finds these by name in its module.
 VERB = {"add_arguments", "run"}
 
 
@@ -43,6 +43,11 @@ def test_a_class_name_occurs_once():
     assert twice(definitions((ast.ClassDef,))) == {}
 
 
+def is_command(file: Path) -> bool:
+    """Tell whether a module is a command's: one of cli/, or `cli.py` and `cli_*.py` of a tool."""
+    return file.parts[0] == "cli" or file.stem.startswith("cli")
+
+
 def test_no_two_modules_export_one_function_name():
     """A reader of `check(...)` must not have to look up whose it is."""
     functions = definitions((ast.FunctionDef, ast.AsyncFunctionDef))
@@ -50,7 +55,7 @@ def test_no_two_modules_export_one_function_name():
         twice(
             (name, file, node)
             for name, file, node in functions
-            if not name.startswith("_") and not (file.parts[0] == "cli" and name in VERB)
+            if not name.startswith("_") and not (is_command(file) and name in VERB)
         )
         == {}
     )

@@ -34,7 +34,7 @@ README = ROOT / "README.md"
 # How many commands of ours each page has, at least: a page whose blocks are not found would pass
 # unread.
 PAGES = {
-    "README.md": 18,
+    "README.md": 13,
     "docs/choosing.md": 3,
     "docs/memory.md": 2,
     "docs/spark.md": 6,
@@ -224,17 +224,13 @@ def test_every_command_runs(
                 copied = Path(words[3]).read_text()
                 assert copied == copy_of(shipped()[words[2]])
                 Path(words[3]).write_text(recipe_of_the_readme(tiny))
-            if page == "README.md" and (
-                "data.train.source=rows.jsonl" in words or words[0] == "export"
-            ):
-                # What follows is another run: on the recipe's own rows, or to be watched
+            if page == "README.md" and "data.train.source=rows.jsonl" in words:
+                # What follows is another run: on the recipe's own rows.
                 shutil.rmtree(place / "runs")
     assert run_count >= PAGES[page]
     if page != "README.md":
         return
-    assert json.loads((place / "speed.json").read_text())["figures"]["steps"] == 2
     assert (place / "runs/rates/report.html").is_file()
-    assert list((place / "runs/my-run/profile").iterdir())
     (example,) = blocks(README, "python")
     exec("\n".join(example), {})
     assert capsys.readouterr().out, (
