@@ -20,7 +20,6 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Model, Run, Source
 from tunesmith.config.tree import read_value
 from tunesmith.inference.load_run import locate_run
-from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 LICENCE = "---\nlicense: other\nlicense_name: tiny-licence\nlicense_link: https://example.org/l\n---\n# tiny\n"
@@ -85,6 +84,7 @@ def test_the_manifest_covers_it_and_it_may_be_edited(trained: Run) -> None:
 
 @pytest.mark.slow
 def test_a_merged_model_says_so(trained: Run, tmp_path: Path) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     merge(Path(trained.output_dir), tmp_path / "merged", device="cpu")
     text = (tmp_path / "merged" / "README.md").read_text()
     data = ModelCard(text).data

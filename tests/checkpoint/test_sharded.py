@@ -23,7 +23,6 @@ from tunesmith.checkpoint import manifest, sharded
 from tunesmith.cli.main import main
 from tunesmith.errors import TunesmithError
 from tunesmith.inference.load_run import load_run, locate_run, read_run_files
-from tunesmith.tools.export.tuned_weights import open_tuned_model
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -106,6 +105,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_one_process_opens_and_exports_what_two_ranks_wrote(finished, tmp_path, capsys):
+    open_tuned_model = pytest.importorskip("tunesmith.tools.export.tuned_weights").open_tuned_model
     shutil.copytree(finished[0] / "run", tmp_path / "run")
     saved, output = tmp_path / "run" / "checkpoint-3", tmp_path / "exported"
     assert not list(saved.glob("*.safetensors"))

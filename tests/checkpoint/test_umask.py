@@ -12,7 +12,6 @@ import pytest
 
 from recipes import make_run
 from tunesmith.host.files import follow_umask
-from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 
@@ -35,6 +34,7 @@ def modes(folder: Path) -> set[int]:
 def test_a_run_and_a_merge(
     kind: str, mode: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     log = {"tensorboard": True, "samples": 1}
     run = make_run(tiny, tmp_path, adapter={"kind": kind}, log=log, train={"duration": "3 steps"})

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from errors import holds, lines_with, refuses
-from launch.namespaces import start_in
+from namespaces import start_in
 from recipes import recipe
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import node

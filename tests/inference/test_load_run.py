@@ -24,9 +24,8 @@ from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, Tunesmith
 from tunesmith.host import demo_model
 from tunesmith.host.chips import Chip
 from tunesmith.inference import load_run as load_run_module
-from tunesmith.inference.load_run import load_run, locate_run
+from tunesmith.inference.load_run import load_run, locate_run, require_held_out
 from tunesmith.planning import resolve
-from tunesmith.tools.evaluate.evaluate import require_held_out
 
 pytestmark = pytest.mark.slow
 

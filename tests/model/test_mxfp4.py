@@ -17,7 +17,6 @@ from shipped_bases import write_mxfp4_gpt_oss
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import RecipeError
 from tunesmith.formats.mxfp4 import decode_mxfp4, encode_mxfp4
-from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 TWO = {"train": {"duration": "2 steps"}, "data": {"seq_len": 96}}
@@ -81,6 +80,7 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "quantize", "line"), RUNS.values(), ids=RUNS)
 def test_it_trains(base: Path, tmp_path: Path, changes: dict, quantize: str, line: str) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     train(make_run(base, tmp_path, held=False, **TWO, **changes), quiet=True)
     run = tmp_path / "run"
     assert load_recipe(run / "config.yaml").model.quantize == quantize

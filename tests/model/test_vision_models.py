@@ -30,7 +30,6 @@ from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.weights import load_weights
 from tunesmith.planning.resolve import checkpoint_bytes
-from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -175,6 +174,7 @@ def test_a_plan_counts_them_where_the_weights_are_at_hand(
 def test_train_and_merge(
     model_type: str, adapter: dict[str, Any], tiny: Path, tmp_path: Path
 ) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     base = vision_models.build(model_type, tmp_path / "base", tiny)
     changes = {"train": {"duration": "2 steps"}, "adapter": adapter}
     result = train(make_run(base, tmp_path, held=False, **changes), quiet=True)

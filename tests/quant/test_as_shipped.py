@@ -26,7 +26,6 @@ from tunesmith.formats.form import ROW
 from tunesmith.formats.fp8_blocks import Fp8Blocks
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.model.shipped import form_of_folder
-from tunesmith.tools.export.vllm import export_rounded
 
 IDS = torch.arange(5, 35).view(2, 15)
 # Both divide the tiny model's matrices, as Transformers wants it.
@@ -140,6 +139,7 @@ def fp8_of(block: tuple[int, int] | None) -> Write:
 
 def export_in_fp8(tiny: Path, folder: Path) -> Path:
     """A scale a row, in compressed-tensors' files."""
+    export_rounded = pytest.importorskip("tunesmith.tools.export.vllm").export_rounded
     folder.mkdir(exist_ok=True)
     make_finished_run(folder / "run", tiny, peft_model(tiny))
     export_rounded(folder / "run", folder / "base", device="cpu")

@@ -25,7 +25,6 @@ from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import JoinedTensor
 from tunesmith.quant.frozen_linear import parameter_count
 from tunesmith.quant.replace import replace_by_nf4
-from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 from tunesmith.units import Length
 
@@ -127,6 +126,7 @@ def test_a_stack_is_read_one_expert_at_a_time(base: Path, tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_a_run_on_nf4_experts_merges_and_resumes(base: Path, tmp_path: Path) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     run = run_of(base, tmp_path, rank=4)
     train(run, quiet=True)
     final = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 import tunesmith
 from recipes import make_run
 from tunesmith.errors import TunesmithError
-from tunesmith.tools.export.vllm_adapter import export_peft
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -90,6 +89,7 @@ def test_merge_and_answers(mixture: Path, tmp_path: Path) -> None:
 
 
 def test_added_tokens_and_rslora_beside_experts(mixture: Path, tmp_path: Path) -> None:
+    export_peft = pytest.importorskip("tunesmith.tools.export.vllm_adapter").export_peft
     changes = {
         "model": {"added_tokens": ["<new>"]},
         "adapter": {

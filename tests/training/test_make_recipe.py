@@ -46,8 +46,6 @@ from tunesmith.model import twin
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.reader.compare import FEWEST_VALIDATIONS
 from tunesmith.run_dir import SWEEP
-from tunesmith.tools.sweep import run as sweep_module
-from tunesmith.tools.sweep.space import Space
 from tunesmith.training.make_recipe import (
     continued_rate,
     default_learning_rate,
@@ -409,6 +407,8 @@ def test_a_plan_makes_the_recipe_and_leaves_no_file(home: Path, capsys: Capture)
 def test_a_sweep_varies_the_recipe_that_train_makes(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Space = pytest.importorskip("tunesmith.tools.sweep.space").Space
+    sweep_module = pytest.importorskip("tunesmith.tools.sweep.run")
     swept: list[tuple[Run, list[dict[str, str]]]] = []
 
     def note(recipe: str, space: Space, search: object, *, argv: object) -> dict[str, Any]:

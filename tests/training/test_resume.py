@@ -27,7 +27,6 @@ from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
 from tunesmith.host.signals import NAMES, StopRequest
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.reader.run_summary import summaries_of
-from tunesmith.tools.report.run_list import RunList
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation import Validation
@@ -332,6 +331,7 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
     """The record of a step whose validation was cut off is not written yet, and a resume that is
     stopped while it loads has still that step saved.
     """
+    RunList = pytest.importorskip("tunesmith.tools.report.run_list").RunList
     run = make_run(tiny, tmp_path, train={"duration": "4 steps"}, validate={"every": "2 steps"})
     folder = tmp_path / "run"
 

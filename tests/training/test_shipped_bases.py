@@ -20,7 +20,6 @@ from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, ModelError, RecipeError
 from tunesmith.formats.form import ROW
 from tunesmith.inference.load_run import load_run
-from tunesmith.tools.export.merge import merge
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -137,6 +136,7 @@ def test_training_it_in_full_is_refused_with_a_fix_that_trains(base: Path, tmp_p
 def test_what_is_merged_is_dense_and_says_why(
     form: str, base: Path, trained: Path, tmp_path: Path
 ) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     merged = merge(trained / "run", tmp_path / "merged", dtype="bf16")
     assert holds(merged.note, FORMS[form][0], "bf16")
     written = load_file(tmp_path / "merged" / "model.safetensors")
@@ -147,6 +147,7 @@ def test_what_is_merged_is_dense_and_says_why(
 
 
 def test_the_text_model_of_a_whole_in_nvfp4_is_kept_as_it_ships(tiny: Path, tmp_path: Path) -> None:
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     plain = vision_models.build("mistral3", tmp_path / "plain", tiny)
     tensors = {}
     for part in plain.glob("*.safetensors"):
@@ -171,6 +172,7 @@ def test_the_text_model_of_ministral_3_is_kept_as_it_ships(tiny: Path, tmp_path:
     """Per tensor, with scales of activations, in a vision-language checkpoint; `merge` writes the
     whole again, dense.
     """
+    merge = pytest.importorskip("tunesmith.tools.export.merge").merge
     plain = vision_models.build("mistral3", tmp_path / "plain", tiny)
     names = json.loads((plain / "model.safetensors.index.json").read_text())["weight_map"]
     assert any("vision" in name for name in names)

@@ -22,7 +22,7 @@ import playbook
 import run_multi
 from accelerate_env import DEFAULTS, NOTHING, PREFIXES, read_launcher
 from errors import holds, lines_with
-from launch.namespaces import start_in
+from namespaces import start_in
 from playbook import SCRIPTS
 from ranks import free_port, run_ranks
 from tunesmith.config.schema import Parallel

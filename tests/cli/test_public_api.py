@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 FIRST = ["train", "load_run", "generate", "evaluate", "merge"]
 FUNCTIONS = sorted([*FIRST, "compare", "export_gguf"])
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # Every module is imported first, as a long session may have done: importing `package.name` sets the
