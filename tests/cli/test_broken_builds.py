@@ -37,14 +37,14 @@ from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.tools.bench import selfcheck
 from tunesmith.tools.bench.selfcheck import (
-    ALIKE,
-    CHANGED,
-    COPIES,
-    GRADIENTS,
-    LOSS,
-    NORM,
+    CHANGED_CHECK,
+    COPIES_CHECK,
+    GRADIENTS_CHECK,
+    INPUTS_CHECK,
+    LOSS_CHECK,
+    NORM_CHECK,
     ONE,
-    RESUME,
+    RESUME_CHECK,
     SelfCheck,
 )
 from tunesmith.training import agree, build, trainer
@@ -274,36 +274,36 @@ def quantize_parts_by_themselves() -> None:
 
 COPY, SHARD, TENSOR = MeshShape(2, 1, 1), MeshShape(1, 2, 1), MeshShape(1, 1, 2)
 BROKEN: list[tuple[Callable[[], None], str, MeshShape, set[str]]] = [  # the checks that must fail
-    (leave_an_adapter_out_of_the_optimizer, "lora", COPY, {CHANGED}),
-    (leave_a_layer_without_gradient, "lora", COPY, {GRADIENTS}),
-    (give_a_rank_another_base, "lora", COPY, {LOSS, NORM}),
+    (leave_an_adapter_out_of_the_optimizer, "lora", COPY, {CHANGED_CHECK}),
+    (leave_a_layer_without_gradient, "lora", COPY, {GRADIENTS_CHECK}),
+    (give_a_rank_another_base, "lora", COPY, {LOSS_CHECK, NORM_CHECK}),
     (install_another_torch_on_a_rank, "lora", COPY, {"ranks with the software of rank 0"}),
-    (divide_by_the_ranks_own_tokens, "lora", COPY, {LOSS, NORM}),
-    (shuffle_by_rank, "lora", COPY, {LOSS, NORM, ALIKE}),
-    (take_the_micro_batches_of_another_rank, "lora", COPY, {LOSS, NORM}),
-    (keep_gradients_to_oneself, "lora", COPY, {NORM, COPIES}),
-    (leave_large_gradients_unsummed, "full", COPY, {NORM, COPIES}),
-    (sum_the_gradients_of_every_micro_batch, "full", COPY, {NORM}),
-    (average_over_shards, "full", SHARD, {NORM}),
-    (take_the_norm_of_ones_own_parts, "full", SHARD, {NORM}),
-    (pair_query_heads_with_other_keys, "lora", TENSOR, {LOSS, NORM}),
-    (leave_outputs_of_row_parallel_layers_unadded, "lora", TENSOR, {LOSS, NORM}),
-    (leave_partial_gradients_unadded, "lora", TENSOR, {NORM, COPIES}),
-    (forget_that_norms_have_partial_gradients, "full", TENSOR, {NORM, COPIES}),
-    (count_whole_parameters_once_a_rank, "lora", TENSOR, {NORM}),
-    (begin_the_vocabulary_one_token_late, "full", TENSOR, {LOSS, NORM}),
-    (read_another_ranks_moments, "lora", TENSOR, {RESUME}),
-    (quantize_parts_by_themselves, "nf4 lora", TENSOR, {LOSS, NORM}),
+    (divide_by_the_ranks_own_tokens, "lora", COPY, {LOSS_CHECK, NORM_CHECK}),
+    (shuffle_by_rank, "lora", COPY, {LOSS_CHECK, NORM_CHECK, INPUTS_CHECK}),
+    (take_the_micro_batches_of_another_rank, "lora", COPY, {LOSS_CHECK, NORM_CHECK}),
+    (keep_gradients_to_oneself, "lora", COPY, {NORM_CHECK, COPIES_CHECK}),
+    (leave_large_gradients_unsummed, "full", COPY, {NORM_CHECK, COPIES_CHECK}),
+    (sum_the_gradients_of_every_micro_batch, "full", COPY, {NORM_CHECK}),
+    (average_over_shards, "full", SHARD, {NORM_CHECK}),
+    (take_the_norm_of_ones_own_parts, "full", SHARD, {NORM_CHECK}),
+    (pair_query_heads_with_other_keys, "lora", TENSOR, {LOSS_CHECK, NORM_CHECK}),
+    (leave_outputs_of_row_parallel_layers_unadded, "lora", TENSOR, {LOSS_CHECK, NORM_CHECK}),
+    (leave_partial_gradients_unadded, "lora", TENSOR, {NORM_CHECK, COPIES_CHECK}),
+    (forget_that_norms_have_partial_gradients, "full", TENSOR, {NORM_CHECK, COPIES_CHECK}),
+    (count_whole_parameters_once_a_rank, "lora", TENSOR, {NORM_CHECK}),
+    (begin_the_vocabulary_one_token_late, "full", TENSOR, {LOSS_CHECK, NORM_CHECK}),
+    (read_another_ranks_moments, "lora", TENSOR, {RESUME_CHECK}),
+    (quantize_parts_by_themselves, "nf4 lora", TENSOR, {LOSS_CHECK, NORM_CHECK}),
 ]
 
 
 def check_one_mesh(kind: str, mesh: MeshShape, found: Set[str]) -> None:
     """Let `run_checks` train one kind on one mesh, for the checks in `found`.
 
-    Without RESUME in `found` the two steps before it are taken; files are written and read only if
-    RESUME or CHANGED, which need them, are in `found`.
+    Without RESUME_CHECK in `found` the two steps before it are taken; files are written and read only if
+    RESUME_CHECK or CHANGED_CHECK, which need them, are in `found`.
     """
-    selfcheck.KINDS = {kind: selfcheck.KINDS[kind]}
+    selfcheck.TRAINING_KINDS = {kind: selfcheck.TRAINING_KINDS[kind]}
     selfcheck.meshes_of = lambda world, node: [mesh]
     selfcheck.MIB = 1  # the all-reduce is not looked at
     if kind != "nf4 lora":  # bitsandbytes loads a compiler, in every rank
@@ -312,11 +312,11 @@ def check_one_mesh(kind: str, mesh: MeshShape, found: Set[str]) -> None:
     SelfCheck.check_mesh = lambda self, kind, shape, *more: (
         shape == ONE or check_mesh(self, kind, shape, *more)
     )
-    if RESUME not in found:
+    if RESUME_CHECK not in found:
         selfcheck.STEPS = 2
         SelfCheck.check_resume = lambda self, *more: None
         CheckpointSaver.save = lambda self, **more: None
-    if CHANGED not in found:
+    if CHANGED_CHECK not in found:
         SelfCheck.count_changed = lambda self, run: (0, 0)
         CheckpointSaver.write_final = lambda self, step: None
 
@@ -325,7 +325,7 @@ def failed_checks(
     kind: str,
     mesh: MeshShape,
     change: Callable[[], None],
-    found: Set[str] = frozenset({RESUME, CHANGED}),
+    found: Set[str] = frozenset({RESUME_CHECK, CHANGED_CHECK}),
 ) -> dict[str, Any]:
     """The rows that fail on a mesh in a build with `change`, by check."""
     check_one_mesh(kind, mesh, found)
@@ -350,7 +350,7 @@ def nothing() -> None:
 
 def passed_resumes(*changes: Callable[[], None]) -> list[bool]:
     """Whether a run on shards passes the check of its resume in a build with each of `changes`."""
-    check_one_mesh("full", SHARD, {RESUME})
+    check_one_mesh("full", SHARD, {RESUME_CHECK})
     check_resume, read = SelfCheck.check_resume, build.read_sharded_optimizer
 
     def check_each(self: SelfCheck, *given: Any) -> None:
@@ -361,7 +361,7 @@ def passed_resumes(*changes: Callable[[], None]) -> list[bool]:
 
     SelfCheck.check_resume = check_each
     report = selfcheck.run_checks(lambda row: None)
-    return [row["passed"] for row in report["checks"] if row["check"].endswith(RESUME)]
+    return [row["passed"] for row in report["checks"] if row["check"].endswith(RESUME_CHECK)]
 
 
 def test_a_build_that_resumes_wrongly_fails():

@@ -19,7 +19,7 @@ from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.parallel.mesh import MeshShape
 from tunesmith.tools.bench.cli_selfcheck import print_row, verdict
-from tunesmith.tools.bench.selfcheck import KINDS, CheckRow, meshes_of
+from tunesmith.tools.bench.selfcheck import TRAINING_KINDS, CheckRow, meshes_of
 from warm import fork_ranks, run_warm
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def test_two_ranks_that_it_starts_pass():
     assert (report["passed"], report["ranks"]) == (True, 2)
     meshes = {row["check"].rpartition(": ")[0] for row in report["checks"] if row["mesh"]}
     shapes = [MeshShape(*size).describe() for size in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))]
-    assert {f"{kind}, {shape}" for kind in KINDS for shape in shapes} == meshes
+    assert {f"{kind}, {shape}" for kind in TRAINING_KINDS for shape in shapes} == meshes
     (figure,) = [row["check"] for row in report["checks"] if row["passed"] is None]
     assert figure.startswith("all-reduce")
 

@@ -23,7 +23,7 @@ from launch.spark_pair import TORCH
 from tunesmith.host.chips import peak_of
 from tunesmith.tools.doctor import checks
 from tunesmith.tools.doctor.checks import examine
-from tunesmith.tools.doctor.system import FAULT, OK, TEXTS, VERSIONS, System, finding
+from tunesmith.tools.doctor.system import FAULT, OK, TEXTS, VERSIONS_PROGRAM, System, finding
 
 ROOM = Path(checks.__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
@@ -69,7 +69,7 @@ def test_torch_is_found_beside_a_source_tree_that_is_not_installed(tmp_path: Pat
     (tmp_path / "torch-2.11.0.dist-info").mkdir()
     (tmp_path / "torch-2.11.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.11.0\n")
     command, env = (
-        [sys.executable, "-S", "-c", VERSIONS],
+        [sys.executable, "-S", "-c", VERSIONS_PROGRAM],
         os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)

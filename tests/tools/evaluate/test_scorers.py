@@ -24,25 +24,25 @@ from tunesmith.tools.evaluate.scorers import (
     score_answer,
     select_scorers,
 )
-from tunesmith.tools.evaluate.tool_calls import PROBE, CallReader, learn_call_form
+from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, CallReader, learn_call_form
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 CASES = [json.loads(line) for line in Path(__file__).with_name("cases.jsonl").open()]
 
-# PROBE as the templates of these families write it
-_TOWN, _RIVER = PROBE.arguments.items()
-_JSON = json.dumps(PROBE.arguments)
+# CALL_PROBE as the templates of these families write it
+_TOWN, _RIVER = CALL_PROBE.arguments.items()
+_JSON = json.dumps(CALL_PROBE.arguments)
 RENDERINGS = {
-    "hermes": f'<think>\n\n</think>\n\n<tool_call>\n{{"name": "{PROBE.name}", "arguments": {_JSON}}}\n</tool_call>',
-    "llama3": f'{{"name": "{PROBE.name}", "parameters": {_JSON}}}',
-    "mistral": f'[TOOL_CALLS] [{{"name": "{PROBE.name}", "arguments": {_JSON}, "id": "call00001"}}]',
-    "qwen-coder": f"<tool_call>\n<function={PROBE.name}>\n<parameter={_TOWN[0]}>\n{_TOWN[1]}\n</parameter>\n"
+    "hermes": f'<think>\n\n</think>\n\n<tool_call>\n{{"name": "{CALL_PROBE.name}", "arguments": {_JSON}}}\n</tool_call>',
+    "llama3": f'{{"name": "{CALL_PROBE.name}", "parameters": {_JSON}}}',
+    "mistral": f'[TOOL_CALLS] [{{"name": "{CALL_PROBE.name}", "arguments": {_JSON}, "id": "call00001"}}]',
+    "qwen-coder": f"<tool_call>\n<function={CALL_PROBE.name}>\n<parameter={_TOWN[0]}>\n{_TOWN[1]}\n</parameter>\n"
     f"<parameter={_RIVER[0]}>\n{_RIVER[1]}\n</parameter>\n</function>\n</tool_call>",
-    "glm": f"\n<think></think>\n<tool_call>{PROBE.name}\n<arg_key>{_TOWN[0]}</arg_key>\n<arg_value>{_TOWN[1]}</arg_value>\n"
+    "glm": f"\n<think></think>\n<tool_call>{CALL_PROBE.name}\n<arg_key>{_TOWN[0]}</arg_key>\n<arg_value>{_TOWN[1]}</arg_value>\n"
     f"<arg_key>{_RIVER[0]}</arg_key>\n<arg_value>{_RIVER[1]}</arg_value>\n</tool_call>",
-    "gpt-oss": f" to=functions.{PROBE.name}<|channel|>commentary json<|message|>{_JSON}<|call|>",
-    "gemma": f'<|tool_call>call:{PROBE.name}{{{_RIVER[0]}:<|"|>{_RIVER[1]}<|"|>,{_TOWN[0]}:<|"|>{_TOWN[1]}<|"|>}}<tool_call|>',
-    "python": f"<|tool_call_start|>[{PROBE.name}({_TOWN[0]}='{_TOWN[1]}', {_RIVER[0]}='{_RIVER[1]}')]<|tool_call_end|>",
+    "gpt-oss": f" to=functions.{CALL_PROBE.name}<|channel|>commentary json<|message|>{_JSON}<|call|>",
+    "gemma": f'<|tool_call>call:{CALL_PROBE.name}{{{_RIVER[0]}:<|"|>{_RIVER[1]}<|"|>,{_TOWN[0]}:<|"|>{_TOWN[1]}<|"|>}}<tool_call|>',
+    "python": f"<|tool_call_start|>[{CALL_PROBE.name}({_TOWN[0]}='{_TOWN[1]}', {_RIVER[0]}='{_RIVER[1]}')]<|tool_call_end|>",
 }
 
 
@@ -117,10 +117,10 @@ def test_templates_of_the_field_are_read_back() -> None:
     for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
         jinja = path.read_text()
         try:
-            rendering = render(jinja, [PROBE])
+            rendering = render(jinja, [CALL_PROBE])
         except Exception:  # the template takes messages of another form
             continue
-        if PROBE.name not in rendering:
+        if CALL_PROBE.name not in rendering:
             continue
         read = learn_call_form(rendering)
         assert read is not None, (path.name, rendering)
@@ -138,7 +138,7 @@ def test_templates_of_the_field_are_read_back() -> None:
 
 def test_a_template_without_a_form_that_is_known_is_refused() -> None:
     assert learn_call_form("assistant calls nothing") is None
-    assert learn_call_form(f"call {PROBE.name} with {_TOWN[1]} and {_RIVER[1]}") is None
+    assert learn_call_form(f"call {CALL_PROBE.name} with {_TOWN[1]} and {_RIVER[1]}") is None
     with refuses(UsageError, where="--score tool-call"):
         select_scorers(["tool-call"], None)
 

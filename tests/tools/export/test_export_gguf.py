@@ -37,7 +37,7 @@ from tunesmith.tools.export.gguf.check import FileCheck
 from tunesmith.tools.export.gguf.export import ExportedFile, export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.tools.export.gguf.ollama import modelfile_text
-from tunesmith.tools.export.gguf.types import QUANTS as TYPES
+from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES as TYPES
 from tunesmith.tools.export.merge_check import Difference
 from warm import run_warm
 

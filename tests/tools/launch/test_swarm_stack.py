@@ -21,7 +21,7 @@ from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.errors import UsageError
 from tunesmith.tools.launch.deploy import check_exposed, variables_of_ranks
-from tunesmith.tools.launch.stack import LABEL, SERVICE, Stack
+from tunesmith.tools.launch.stack import JOB_LABEL, SERVICE, Stack
 
 PLAIN = Stack(
     name="swarm-mine", run_dir="/home/u/runs/mine", image="sha256:ab", nodes=2, endpoint="10.0.0.1:29500", restarts=3,
@@ -90,7 +90,7 @@ def test_what_swarm_is_asked_for():
         {"max_replicas_per_node": 1, "constraints": ["node.id!=abc"]},
     )
     assert deploy["restart_policy"] == {"condition": "on-failure", "delay": "5s", "max_attempts": 3}
-    assert service["labels"] == deploy["labels"] == {LABEL: "swarm-mine"}
+    assert service["labels"] == deploy["labels"] == {JOB_LABEL: "swarm-mine"}
     wanted = [{"discrete_resource_spec": {"kind": "NVIDIA_GPU", "value": 1}}]
     assert deploy["resources"] == {"reservations": {"generic_resources": wanted}}
     mounted = {volume.get("source"): volume["target"] for volume in service["volumes"]}
@@ -154,7 +154,7 @@ def test_a_file_of_the_users_adds_mounts_and_variables_and_all_that_is_made_has_
     ]
     assert service["environment"] == plain["services"][SERVICE]["environment"] | {"A": "b"}
     assert service["command"] == [True]
-    assert found["configs"]["mine"]["labels"] == {LABEL: "swarm-mine"}
+    assert found["configs"]["mine"]["labels"] == {JOB_LABEL: "swarm-mine"}
     extra.write_text("- a list\n")
     with refuses(UsageError, where=str(extra)):
         PLAIN.text(extra)

@@ -15,8 +15,8 @@ from tunesmith.config.schema import is_section
 from tunesmith.errors import RecipeError
 from tunesmith.tools.sweep.search import halve, rung_steps
 from tunesmith.tools.sweep.space import (
+    FIXED_KEY_REASONS,
     LIMIT,
-    REASONS,
     VARIED,
     Range,
     check_count,
@@ -65,14 +65,14 @@ def test_every_other_key_is_refused_with_a_reason():
             continue
         with refuses(RecipeError, where="command line", names=[key]) as caught:
             check_varied(key, "1,2")
-        assert caught.value.why in REASONS.values()
+        assert caught.value.why in FIXED_KEY_REASONS.values()
         assert key in caught.value.fix
         refused += 1
     assert refused > 50
     assert {*VARIED} < {*leaves}
     with pytest.raises(RecipeError) as caught:
         read_space(["model.quantize=none,nf4"])
-    assert caught.value.why == REASONS["model"]
+    assert caught.value.why == FIXED_KEY_REASONS["model"]
 
 
 @pytest.mark.parametrize(

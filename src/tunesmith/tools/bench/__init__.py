@@ -1,4 +1,4 @@
-"""How fast a recipe trains, measured on the loop of `train` itself."""
+"""The speed at which a recipe trains, measured on the loop of `train` itself."""
 
 COMMANDS = {
     "machines": {

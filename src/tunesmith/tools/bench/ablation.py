@@ -1,4 +1,4 @@
-"""What each technique brings: the same steps again, with one key of the recipe changed at a time.
+"""The gain of each technique: the same steps again, with one key of the recipe changed at a time.
 
 Every variant runs in a process of its own, in turns, several rounds; the median counts. A shared
 machine drifts by more than most techniques bring, so compare only within one call.
@@ -74,7 +74,7 @@ def run_in_turns(
 
 
 def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Of each variant: median tokens/s, ratio to the baseline, peak GiB, last loss.
+    """Summarize each variant: median tokens/s, ratio to the baseline, peak GiB, last loss.
 
     RunError where the baseline failed.
     """

@@ -50,7 +50,7 @@ STEADY = 3
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What to measure: of the user's recipe `steps` timed steps, after `warmup` others.
+    """The steps to measure: of the user's recipe `steps` timed ones, after `warmup` others.
 
     Attributes:
         weights: "stored" reads the model's files, "random" draws them.
@@ -200,7 +200,7 @@ class Measured(NamedTuple):
 
 @dataclass
 class Observed:
-    """What is seen from outside while the loop runs.
+    """The figures that are seen from outside while the loop runs.
 
     Attributes:
         graphs: compiled so far: before the build, then after each step up to the last timed one.
@@ -374,7 +374,7 @@ def _utilization(tflops: float, peak: float | None) -> float | None:
 
 
 def _padding(session: Session, records: list[StepRecord], tokens: int, padded: int) -> str:
-    """What the padding of the timed steps comes from and what fixes it, in words; "" below 1 %."""
+    """Explain where padding of the timed steps comes from and what fixes it; "" below 1 %."""
     if tokens >= FULL * padded:
         return ""
     if not session.run.data.pack:

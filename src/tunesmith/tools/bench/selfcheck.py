@@ -55,7 +55,7 @@ from tunesmith.training.trainer import Trainer
 from tunesmith.units import ratio
 
 # name -> adapter.kind, model.quantize
-KINDS = {
+TRAINING_KINDS = {
     "lora": ("lora", "none"),
     "full": ("none", "none"),
     "nf4 lora": ("lora", "nf4"),
@@ -77,14 +77,14 @@ class Tolerance(NamedTuple):
 # gradient as for a large one, may widen that: up to 3e-7 was seen. A GPU's kernels choose their
 # order by shape, and attention's varies: its limits are estimates. bf16 rounds to 8 bits, in other
 # places for another micro batch: up to 4e-4 was seen, on CPUs alone. Resumed steps were equal.
-TOLERANCE = {
+TOLERANCES = {
     ("fp32", "cpu"): Tolerance(1e-6, 1e-4, 1e-6),
     ("fp32", "cuda"): Tolerance(1e-5, 1e-3, 1e-5),
     ("bf16", "cuda"): Tolerance(5e-3, 1e-2, 5e-3),
 }
 # Of the adapter.
-RANK = 4
-ALPHA = 8.0
+LORA_RANK = 4
+LORA_ALPHA = 8.0
 # Of the all-reduce that is timed.
 MIB = 64
 # In place of a limit of 0.
@@ -105,31 +105,31 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
     "bos_token_id": None,
 }
-LOSS = "loss"
-NORM = "gradient norm"
-RESUME = "resumed loss and norm"
-GRADIENTS = "parameters with a gradient"
-CHANGED = "changed parameters"
-ALIKE = "ranks with equal inputs"
-COPIES = "equal copies on ranks"
+LOSS_CHECK = "loss"
+NORM_CHECK = "gradient norm"
+RESUME_CHECK = "resumed loss and norm"
+GRADIENTS_CHECK = "parameters with a gradient"
+CHANGED_CHECK = "changed parameters"
+INPUTS_CHECK = "ranks with equal inputs"
+COPIES_CHECK = "equal copies on ranks"
 # Of a check that failed.
 MEANING = {
-    LOSS: "these ranks use a different model or different rows than one process: "
+    LOSS_CHECK: "these ranks use a different model or different rows than one process: "
     "wrongly sharded layers, or other weights",
-    NORM: "gradients are reduced incorrectly over these ranks, "
+    NORM_CHECK: "gradients are reduced incorrectly over these ranks, "
     "or the norm counts some twice or not at all",
-    RESUME: "a checkpoint of these ranks misses a part of their state, "
+    RESUME_CHECK: "a checkpoint of these ranks misses a part of their state, "
     "or is loaded into the wrong places",
-    GRADIENTS: "the backward does not reach a part of the adapter",
-    CHANGED: "a trained parameter gets no gradient, or the optimizer or final/ omits it",
-    ALIKE: "a rank reads different rows or a different base than one process",
-    COPIES: "ranks have different values of the same weight or moment: replicas diverge",
+    GRADIENTS_CHECK: "the backward does not reach a part of the adapter",
+    CHANGED_CHECK: "a trained parameter gets no gradient, or the optimizer or final/ omits it",
+    INPUTS_CHECK: "a rank reads different rows or a different base than one process",
+    COPIES_CHECK: "ranks have different values of the same weight or moment: replicas diverge",
 }
 MakeMesh = Callable[[MeshShape, str], Mesh]
 
 
 class Kind(NamedTuple):
-    """What is trained: a name of KINDS, in a dtype."""
+    """A kind of training: a name of TRAINING_KINDS, in a dtype."""
 
     name: str
     dtype: str
@@ -221,12 +221,12 @@ def write_random_adapter(folder: Path, weights: Mapping[str, torch.Tensor]) -> N
         if "layers" not in name or weight.dim() != 2:
             continue
         outputs, inputs = weight.shape
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(LORA_RANK, inputs) / inputs**0.5
         # With B = 0 the gradient of A would be zero, and a layer that gets none would look like the
         # others.
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, RANK) / outputs**0.5
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, LORA_RANK) / outputs**0.5
         targets.add(name.rpartition(".")[2])
-    settings = {"r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(targets)}
+    settings = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": sorted(targets)}
     write_adapter(folder, tensors, PLAIN | settings)
 
 
@@ -245,8 +245,8 @@ class SelfCheck:
         self.batch = max(8, 2 * world)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # fp32 has the tighter tolerance; on GPUs bf16 takes the kernels of a real run.
-        dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCE]
-        self.kinds = [Kind(name, dtype) for dtype in dtypes for name in KINDS]
+        dtypes = [dtype for dtype in ("fp32", "bf16") if (dtype, self.device.type) in TOLERANCES]
+        self.kinds = [Kind(name, dtype) for dtype in dtypes for name in TRAINING_KINDS]
         # Once for all runs on it: its process groups take sockets and NCCL's memory.
         self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
@@ -350,7 +350,7 @@ class SelfCheck:
         try:
             check_nf4(self.device)
         except MachineError as error:
-            self.kinds = [kind for kind in self.kinds if KINDS[kind.name][1] == "none"]
+            self.kinds = [kind for kind in self.kinds if TRAINING_KINDS[kind.name][1] == "none"]
             self.add("nf4 is not checked", "", error.what, None)
         return self.kinds
 
@@ -359,13 +359,13 @@ class SelfCheck:
 
         Each rank takes `count` micro batches a step, or more.
         """
-        adapter, quantize = KINDS[kind.name]
+        adapter, quantize = TRAINING_KINDS[kind.name]
         # The global batch is the same on every mesh; only how it is cut differs.
         micro_batch = self.batch // (count * shape.data)
         adapter_values: dict[str, Any] = {"kind": adapter}
         if adapter == "lora":
             start = str(self.folder / "adapter")
-            adapter_values |= {"rank": RANK, "alpha": ALPHA, "from": start}
+            adapter_values |= {"rank": LORA_RANK, "alpha": LORA_ALPHA, "from": start}
         # Each kind and mesh has a run directory of its own.
         out = "-".join(map(str, (*kind, micro_batch, *shape))).replace(" ", "-")
         model = {"name": str(self.folder / "model"), "dtype": kind.dtype, "quantize": quantize}
@@ -409,7 +409,7 @@ class SelfCheck:
             for name, parameter in session.model.named_parameters():
                 if "lora_" in name and parameter.grad is not None and parameter.grad.any():
                     count += 1
-            self.equal(GRADIENTS, len(load_file(self.folder / "adapter" / WEIGHTS)), count)
+            self.equal(GRADIENTS_CHECK, len(load_file(self.folder / "adapter" / WEIGHTS)), count)
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
         """Train on a mesh with two micro batches a step, and compare with `reference`.
@@ -417,7 +417,7 @@ class SelfCheck:
         A collective call.
         """
         run = self.recipe(kind, shape, count=2)
-        tolerance = TOLERANCE[kind.dtype, self.device.type]
+        tolerance = TOLERANCES[kind.dtype, self.device.type]
         trainer = take_steps(run, ranks, self.make_mesh)
         digests = ranks.all_gather_object(digests_of(trainer))
         inputs = ranks.all_gather_object(first_inputs(trainer))
@@ -425,10 +425,10 @@ class SelfCheck:
         if ranks.is_main_process:
             reference = self.reference_records[kind]
             limits = (tolerance.first, tolerance.others)
-            self.compare(LOSS, ["loss"], reference, records, *limits)
-            self.compare(NORM, ["grad_norm"], reference, records, *limits)
-            self.equal(CHANGED, *self.count_changed(run))
-            self.equal(ALIKE, ranks.world, inputs.count(self.reference_inputs[kind]))
+            self.compare(LOSS_CHECK, ["loss"], reference, records, *limits)
+            self.compare(NORM_CHECK, ["grad_norm"], reference, records, *limits)
+            self.equal(CHANGED_CHECK, *self.count_changed(run))
+            self.equal(INPUTS_CHECK, ranks.world, inputs.count(self.reference_inputs[kind]))
             self.compare_copies(digests)
         # At a resume its base is built as at the start, and its adapter as LoRA's.
         if scheme_of(run.model) is not NF4:
@@ -448,20 +448,22 @@ class SelfCheck:
         resumed = take_steps(run, ranks, self.make_mesh)
         if ranks.is_main_process:
             names = ["loss", "grad_norm"]
-            self.compare(RESUME, names, records[RESUMED:], resumed.metrics.records, limit, limit)
+            self.compare(
+                RESUME_CHECK, names, records[RESUMED:], resumed.metrics.records, limit, limit
+            )
 
     def compare_copies(self, digests: list[dict[Any, str]]) -> None:
-        """What several ranks hold of the same part of a tensor must be equal."""
+        """Check that ranks that hold the same part of a tensor hold equal values."""
         copies = defaultdict(list)
         for rank_digests in digests:
             for part, digest in rank_digests.items():
                 copies[part].append(digest)
         several = [copy for copy in copies.values() if len(copy) > 1]
         if several:
-            self.equal(COPIES, len(several), sum(len(set(copy)) == 1 for copy in several))
+            self.equal(COPIES_CHECK, len(several), sum(len(set(copy)) == 1 for copy in several))
 
     def count_changed(self, run: Run) -> tuple[int, int]:
-        """How many tensors are trained, and how many of them final/ has with other values."""
+        """Count the trained tensors, and those of them that final/ has with other values."""
         if run.adapter.kind == "lora":
             start = load_file(self.folder / "adapter" / WEIGHTS)
             final = load_file(Path(run.output_dir) / "final" / WEIGHTS)

@@ -13,7 +13,7 @@ from tunesmith.hub.fetch import fetch_without_weights
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.tokenizer import load_tokenizer
 
-BATCH = "16384 tokens"
+GLOBAL_BATCH_SIZE = "16384 tokens"
 
 
 def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
@@ -57,7 +57,7 @@ def shape_recipe(folder: Path, *, data: str, rows: str, overrides: Sequence[str]
     values = {
         "model": {"name": str(folder)},
         "data": {"train": {"source": data, "format": rows}},
-        "train": {"global_batch": BATCH},
+        "train": {"global_batch": GLOBAL_BATCH_SIZE},
         "output_dir": str(folder.parent / "run"),
     }
     file = folder.parent / "shape.yaml"

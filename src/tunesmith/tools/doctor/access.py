@@ -1,4 +1,4 @@
-"""Whether a recipe's model can be had: a token, the license, and room for it."""
+"""Checks that a recipe's model can be had: a token, the license, and room for it."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.host.files import existing_folder
 from tunesmith.tools.doctor.system import GIB, Finding, finding
 
-WAIT = 5.0  # seconds for the Hub
+HUB_TIMEOUT_SECONDS = 5.0
 
 
 def check_model(model: Model) -> list[Finding]:
@@ -30,10 +30,12 @@ def check_model(model: Model) -> list[Finding]:
             findings.append(finding("token/none"))
         with hub_calls(name, model.revision):
             api = HfApi()
-            info = api.model_info(name, revision=model.revision, files_metadata=True, timeout=WAIT)
+            info = api.model_info(
+                name, revision=model.revision, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS
+            )
             # Anybody may read the description of a gated model; its files answer with 401.
             config = hf_hub_url(name, "config.json", revision=info.sha)
-            get_hf_file_metadata(config, timeout=WAIT)
+            get_hf_file_metadata(config, timeout=HUB_TIMEOUT_SECONDS)
     except TunesmithError as error:
         # The words of `hub_calls` tell which of the three it is.
         if "gated" in error.what:

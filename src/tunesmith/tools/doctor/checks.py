@@ -82,7 +82,7 @@ def _driver(system: System) -> Findings:
 
 
 def _torch(system: System) -> Findings:
-    """Whether torch was built for the chip and runs on it, and what the chip does under load."""
+    """Check that torch was built for the chip and runs on it, and what the chip does under load."""
     version = system.versions["torch"]
     python = system.python
     if not version:
@@ -124,7 +124,7 @@ def _torch(system: System) -> Findings:
 
 
 def _has_code_for(chip: int, archs: list[str]) -> bool:
-    """Whether torch's `sm_120` and `compute_90` have code that runs on a chip, which is 121."""
+    """Tell whether the likes of `sm_120` and `compute_90` have code that runs on a chip, as 121."""
     for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(archs)):
         arch = int(number)
         # Code for sm_120 runs on sm_121: the same major version, and no newer minor one. compute_
@@ -136,7 +136,7 @@ def _has_code_for(chip: int, archs: list[str]) -> bool:
 
 
 def _clock(gpu: Gpu, report: dict[str, Any]) -> Finding:
-    """What the GPU did under the load."""
+    """Report the clock, power and speed of the GPU under load."""
     columns: list[str] = report["load"].split(",")
     clock, top, watts, state, *_ = [*columns, "", "", "", ""]
     # A figure that nvidia-smi does not give is 0 here.
@@ -293,7 +293,7 @@ def _cable(system: System) -> Findings:
 
 
 def _address(system: System, functions: list[dict[str, Any]], names: str) -> Finding:
-    """Whether the functions of the cable have addresses that outlast a reboot."""
+    """Check that the functions of the cable have addresses that outlast a reboot."""
     stored = [path for pattern in NETWORK_FILES for path in glob(pattern)]
     for file in ("/etc/network/interfaces", *glob("/etc/netplan/*.yaml")):
         stored.append(system.read(file))
@@ -314,7 +314,7 @@ def _address(system: System, functions: list[dict[str, Any]], names: str) -> Fin
 
 
 def _gids(functions: list[dict[str, Any]]) -> Findings:
-    """Whether each RDMA device has a RoCE v2 address, and NCCL is not sent to another index."""
+    """Check that each RDMA device has a RoCE v2 address, and NCCL is not sent to another index."""
     forced = os.environ.get("NCCL_IB_GID_INDEX")
     indexes = []
     is_right = True
@@ -338,7 +338,7 @@ def _gids(functions: list[dict[str, Any]]) -> Findings:
 
 
 def _tools(system: System) -> Findings:
-    """What launchers call over ssh must be on the PATH of a shell that is no login shell."""
+    """Check that the tools that launchers call over ssh are on the PATH of a non-login shell."""
     tools = ["docker", "ip"]
     if system.has_nvidia:
         tools.append("nvidia-smi")

@@ -35,7 +35,7 @@ answer_peer()
 
 
 def ask_peer(host: str) -> tuple[str, str]:
-    """What the checks print on the other node, and what ssh says."""
+    """Run the checks on the other node; return what they print and what ssh says."""
     files = {
         name: Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SENT_FILES
     }
@@ -83,7 +83,7 @@ def _why_ssh_failed(host: str, errors: str) -> Finding:
 
 
 def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
-    """What must be the same on both, and the swarm and the subnet that they must share."""
+    """Compare what must be the same on both, and the swarm and the subnet that they must share."""
     findings = _compare_versions(here["versions"], there["versions"], host)
     findings += _compare_packages(here["packages"], there["packages"], host)
     if not findings:
@@ -127,7 +127,7 @@ def _subnets_of_cable(node: dict[str, Any]) -> set[ipaddress.IPv4Network]:
 
 
 def _compare_clocks(host: str) -> Finding:
-    """How far the other node's clock is off: it is read between two readings of this one's."""
+    """Measure how far the other node's clock is off, by reading it between two of this one's."""
     sent_at = time.time()
     clock = float(run_on(host, "python3", "-c", "import time; print(time.time())"))
     answered_at = time.time()

@@ -11,9 +11,9 @@ from pathlib import Path
 from tunesmith.tools.doctor.system import Finding, System, finding
 from tunesmith.units import count_of
 
-WAIT = 20  # seconds for free nodes
+NODE_WAIT_SECONDS = 20  # for free nodes
 # What a node prints of itself; its first word is a file in the folder of the runs.
-PROBE = """
+NODE_PROGRAM = """
 import importlib.util, json, os, socket, subprocess, sys
 unknown = []
 command = ["scontrol", "show", "hostnames"]
@@ -65,13 +65,16 @@ def check_slurm(folder: Path) -> list[Finding]:
 
 
 def _on_nodes(system: System, folder: Path, count: int) -> list[Finding]:
-    """What a step on so many nodes sees."""
+    """Run a step on `count` nodes and report what it sees there."""
     python = sys.executable
-    srun = ["srun", "-Q", f"-N{count}", "--ntasks-per-node=1", f"--immediate={WAIT}", "-t2"]
+    wait = f"--immediate={NODE_WAIT_SECONDS}"
+    srun = ["srun", "-Q", f"-N{count}", "--ntasks-per-node=1", wait, "-t2"]
     # The file is there while the nodes look for it, and gone afterwards.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".tunesmith-doctor-") as file:
-        # srun gives the nodes up after WAIT seconds; the rest is for Python to start there.
-        _, out, errors = system.run(*srun, python, "-c", PROBE, file.name, limit=WAIT + 40)
+        # srun gives the nodes up after NODE_WAIT_SECONDS; the rest is for Python to start there.
+        _, out, errors = system.run(
+            *srun, python, "-c", NODE_PROGRAM, file.name, limit=NODE_WAIT_SECONDS + 40
+        )
     nodes = [json.loads(line) for line in sorted(out.splitlines()) if line.startswith("{")]
     if not nodes:
         # The nodes' daemon could not start the interpreter.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 OK = "ok"
 FAULT = "fault"
-GIB = 1 << 30
+GIB = 2**30
 # `check/case` -> level, what, why, fix
 TEXTS: dict[str, list[str]] = json.loads(
     Path(__file__).with_name("findings.json").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ TEXTS: dict[str, list[str]] = json.loads(
 UNQUOTED = ("fix", "names")
 # `distributions` rather than `version`: a source tree that is not installed has none, and that is
 # no error here.
-VERSIONS = """
+VERSIONS_PROGRAM = """
 import importlib.metadata, json
 versions = {"tunesmith": "", "torch": ""}
 for name in versions:
@@ -129,7 +129,7 @@ class System:
 
     @functools.cached_property
     def smi(self) -> tuple[int, str, str]:
-        """What nvidia-smi says of the GPUs."""
+        """Ask nvidia-smi about the GPUs."""
         return self.run(*SMI)
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class System:
 
     @property
     def has_nvidia(self) -> bool:
-        """Whether there is an NVIDIA device or its kernel module, whatever nvidia-smi says."""
+        """Tell whether there is an NVIDIA device or its kernel module, whatever nvidia-smi says."""
         files = ["/proc/driver/nvidia/version", *glob("/sys/bus/pci/devices/*/vendor")]
         # 0x10de is NVIDIA's PCI vendor id.
         return any(self.read(file).startswith(("NVRM", "0x10de")) for file in files)
@@ -161,9 +161,9 @@ class System:
 
     @functools.cached_property
     def versions(self) -> dict[str, str]:
-        """What must be the same on both nodes."""
+        """Read the versions that must be the same on both nodes."""
         versions = {"tunesmith": "", "torch": ""}
-        code, out, _ = self.run(self.python, "-c", VERSIONS)
+        code, out, _ = self.run(self.python, "-c", VERSIONS_PROGRAM)
         if code == 0:
             versions = json.loads(out)
         versions["python"] = self.run(self.python, "--version")[1].removeprefix("Python ")

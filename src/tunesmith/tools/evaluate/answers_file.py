@@ -57,7 +57,7 @@ class SavedAnswer:
 
 @dataclass(frozen=True)
 class AnswersHeader:
-    """What was answered, and how.
+    """The rows that were answered, by which model, and how.
 
     Attributes:
         data: the rows' name.
@@ -78,7 +78,7 @@ class AnswersHeader:
     batch_size: int
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """What is not as in the header of a file, a clause each."""
+        """List the differences from the header of a file, a clause each."""
         clauses = []
         if earlier.get("prompts") != self.prompts:
             clauses.append("its prompts differ: the rows, the template or the tokenizer changed")
@@ -180,7 +180,7 @@ class AnswersFile(ResumedFile):
         self.answers.setdefault(answer.model, []).append(answer)
 
     def unfinished(self) -> dict[str, int]:
-        """How many answers of each model were cut at --max-new-tokens."""
+        """Count the answers of each model that were cut at --max-new-tokens."""
         counts = {}
         for model, answers in self.answers.items():
             counts[model] = sum(not answer.finished for answer in answers)

@@ -278,7 +278,7 @@ def run_tasks(args: argparse.Namespace) -> None:
 
 
 def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[str, Any]:
-    """What --json prints."""
+    """Return what --json prints of an evaluation on tasks."""
     from tunesmith.tools.evaluate.harness import values_as_json
 
     tasks: dict[str, dict[str, Any]] = {}
@@ -322,7 +322,7 @@ def metric_text(metric: "TaskMetric", model: str) -> str:
 
 
 def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
-    """What --json prints."""
+    """Return what --json prints of one run."""
     report: dict[str, Any] = {
         "run": run_name,
         "data": result.data,
@@ -353,7 +353,7 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
 
 
 def runs_as_report(run_names: Sequence[str], result: "RunsEvaluation") -> dict[str, Any]:
-    """What --json prints of several runs."""
+    """Return what --json prints of several runs."""
     runs = {}
     evaluations = result.evaluations.items()
     for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True):
@@ -374,7 +374,7 @@ def runs_as_report(run_names: Sequence[str], result: "RunsEvaluation") -> dict[s
 
 
 def loss_difference_as_json(difference: "LossDifference") -> dict[str, Any]:
-    """How much the loss of tuned differs from that of base, and what follows."""
+    """Return how much the loss of tuned differs from that of base, and the verdict."""
     from tunesmith.metrics.intervals import loss_sentence
 
     values = difference_as_json(difference.mean, difference.interval)
@@ -388,7 +388,7 @@ def difference_as_json(mean: float, interval: "Interval | None") -> dict[str, fl
 
 
 def scores_as_json(scores: "RowScores") -> dict[str, Any]:
-    """What one scorer says, without the scores of single rows."""
+    """Return the figures of one scorer, without the scores of single rows."""
     values: dict[str, Any] = {"rows": scores.rows}
     for name, interval in scores.models.items():
         values[name] = interval._asdict()

@@ -41,13 +41,15 @@ LOADS_TORCH = "here"
 EPILOG = """commands in the chat:
 /reset                   start a new conversation
 /quit                    leave (so does ctrl-D, or ctrl-C twice)"""
-COMMANDS = "the model sees earlier questions too: /reset starts a new conversation, /quit exits"
+CHAT_COMMANDS_HINT = (
+    "the model sees earlier questions too: /reset starts a new conversation, /quit exits"
+)
 # What the commands that were removed set while the chat went on.
 AT_THE_START = "--base, --side-by-side and --system can only be set at startup"
-BASE = "base"
-TUNED = "tuned"
+BASE_SIDE = "base"
+TUNED_SIDE = "tuned"
 # A terminal this wide shows two answers beside each other.
-COLUMNS = 80
+SIDE_BY_SIDE_COLUMNS = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         about = decoding.describe()
         if loaded.template.raw:
             about += f"; {loaded.template.describe()}"
-        notify(f"{location.note or args.run}: {about}\n{COMMANDS}")
+        notify(f"{location.note or args.run}: {about}\n{CHAT_COMMANDS_HINT}")
     else:
         notify_weights(location)
     chat.talk()
@@ -99,11 +101,11 @@ class Chat:
         if args.system is not None:
             self.system = args.system or None
         if args.side_by_side:
-            self.sides = [BASE, TUNED]
+            self.sides = [BASE_SIDE, TUNED_SIDE]
         elif args.base or loaded.location.kind == "base":
-            self.sides = [BASE]
+            self.sides = [BASE_SIDE]
         else:
-            self.sides = [TUNED]
+            self.sides = [TUNED_SIDE]
         # Each side sees its own answers alone, as in a chat of its own.
         self.turns: dict[str, list[tuple[str, str]]] = {}
         self._forget()
@@ -127,7 +129,7 @@ class Chat:
                     self._forget()
                     notify("all forgotten")
                 elif command.startswith("/"):
-                    notify(f"there is no command {command}: {COMMANDS}; {AT_THE_START}")
+                    notify(f"there is no command {command}: {CHAT_COMMANDS_HINT}; {AT_THE_START}")
                 else:
                     self.answer(line)
             except KeyboardInterrupt:
@@ -167,7 +169,8 @@ class Chat:
         """
         several = len(self.sides) > 1
         # Two columns need room; else the answers come one after the other.
-        if self.on_terminal and several and shutil.get_terminal_size().columns >= COLUMNS:
+        is_wide = shutil.get_terminal_size().columns >= SIDE_BY_SIDE_COLUMNS
+        if self.on_terminal and several and is_wide:
             self._answer_in_columns(question)
             return
         for side in self.sides:
@@ -216,9 +219,9 @@ class Chat:
         with StopRequest(interactive=True) as stop:
             loaded = self.loaded
             adapter_off: AbstractContextManager[None] = nullcontext()
-            if side == BASE and loaded.location.kind == "adapter":
+            if side == BASE_SIDE and loaded.location.kind == "adapter":
                 adapter_off = disabled(loaded.model)
-            elif side == BASE and loaded.location.kind == "full":
+            elif side == BASE_SIDE and loaded.location.kind == "full":
                 # A full fine-tune has its base in other files: they are read at its first use.
                 if self.base is None:
                     self.base = load_run(self.args.run, device=self.args.device, base_only=True)
@@ -251,7 +254,7 @@ class Chat:
         Drops as many of the side's oldest turns as do not fit beside the answer, and says so.
         """
         from tunesmith.data.formats import Conversation, with_system
-        from tunesmith.tools.evaluate.generate import PLACEHOLDER
+        from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
 
         room = math.inf
         if loaded.context is not None:
@@ -261,7 +264,7 @@ class Chat:
         # The fewest oldest turns that make the rest fit.
         for dropped in range(len(turns) + 1):
             messages: list[dict[str, Any]] = []
-            for text, reply in [*turns[dropped:], (question, PLACEHOLDER)]:
+            for text, reply in [*turns[dropped:], (question, ANSWER_PLACEHOLDER)]:
                 messages.append({"role": "user", "content": text})
                 messages.append({"role": "assistant", "content": reply})
             conversation = Conversation(with_system(messages, self.system))

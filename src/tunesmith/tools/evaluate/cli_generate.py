@@ -111,14 +111,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _with_resume(output: Path | None, args: argparse.Namespace) -> str:
-    """What the command needs to go on with its output; nothing if that is no file."""
+    """Name the flags that the command needs to go on with its output; "" if that is no file."""
     if output is None or not output.is_file():
         return ""
     return " with --resume" + (" instead of --force" if args.force else "")
 
 
 def _is_stream(output: Path) -> bool:
-    """Whether it is a pipe or device: it can be written to, but not read again."""
+    """Tell whether it is a pipe or device: it can be written to, but not read again."""
     return output.exists() and not (output.is_file() or output.is_dir())
 
 
@@ -210,7 +210,7 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
 
 
 def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Namespace) -> int:
-    """How many rows --resume finds answered in the output; a last line that is cut off is not.
+    """Count the rows that --resume finds answered in the output, without a last line cut off.
 
     With --force the file will begin anew.
     """
@@ -250,7 +250,7 @@ def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
 
 
 def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
-    """Whether an incomplete line is the beginning of the record that answers `row`."""
+    """Tell whether an incomplete line is the beginning of the record that answers `row`."""
     fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
     record = _line({**fields, "output": ""}).removesuffix('"}\n')
     start = record.encode("utf-8", "backslashreplace")

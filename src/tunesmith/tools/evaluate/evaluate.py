@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows: loss, perplexity, token accuracy, scores of its answers.
+"""Measures of a model on held-out rows: loss, perplexity, token accuracy, scores of its answers.
 
 Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed
 batches that training uses: there is no second formula. They are sums over all tokens divided once,
@@ -61,7 +61,7 @@ from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
-ROW_TOKENS = 4096  # of a packed row that is scored
+PACKED_ROW_TOKENS = 4096  # of a packed row that is scored
 # Called with what is counted, their count so far, their total, and for answers their tokens so far
 Progress = Callable[..., None]
 
@@ -100,7 +100,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluation(Tabular):
-    """What `evaluate` measured.
+    """The result of `evaluate`.
 
     Attributes:
         scores: of `base` and `tuned`, or of `model` for a plain model.
@@ -176,7 +176,7 @@ class Evaluation(Tabular):
         return warnings
 
     def notes(self) -> Iterator[str]:
-        """What else there is to know of the rows, a line each."""
+        """Yield what else there is to know of the rows, a line each."""
         rows = count_of(self.rows, "row")
         for count, what in ((self.dropped, "dropped"), (self.cut, "cut short")):
             if count:
@@ -197,7 +197,7 @@ class Evaluation(Tabular):
 
 
 def interval_rows(by_scorer: Mapping[str, Sequence[Interval]]) -> list[list[str]]:
-    """What each scorer says, a cell for each model."""
+    """Format the mean and interval of each scorer, a cell for each model."""
     rows = []
     for scorer, intervals in by_scorer.items():
         cells = []
@@ -258,7 +258,7 @@ def score(
     progress("rows scored", 0, len(tokens))
     with evaluating(train_model):
         layout = Layout(pad_id, train_model.packs_rows)
-        batches = layout.batches(tokens, ROW_TOKENS)
+        batches = layout.batches(tokens, PACKED_ROW_TOKENS)
         for turn in iter(lambda: list(islice(batches, ranks.world)), []):
             sums = _NOTHING
             with ranks.raise_on_all_ranks():
@@ -293,7 +293,7 @@ def score(
 
 
 class _BatchSums(NamedTuple):
-    """Of one batch: the sum of its losses, tokens that are right, the tokens that both count, rows,
+    """Sums over one batch: its losses, tokens that are right, the tokens that both count, rows,
     and the order of each pair; of each row its index, and the same sum and count."""
 
     loss: float
@@ -553,7 +553,7 @@ def _keep_losses(
 
 
 def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
-    """What the file of the scores says beside them."""
+    """Collect what the file of the scores says beside them."""
     losses = {}
     row_losses = {}
     row_tokens: tuple[int, ...] = ()

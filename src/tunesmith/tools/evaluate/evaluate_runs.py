@@ -26,7 +26,7 @@ from tunesmith.tools.evaluate.evaluate import (
     loss_rows,
 )
 
-_PART_OF_RUN = re.compile(r"final|checkpoint-\d+")
+_CHECKPOINT_FOLDER = re.compile(r"final|checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RowComparison:
 
 @dataclass(frozen=True)
 class RunsEvaluation(Tabular):
-    """What `evaluate_runs` measured.
+    """The result of `evaluate_runs`.
 
     Attributes:
         evaluations: by the name of the run.
@@ -96,7 +96,7 @@ class RunsEvaluation(Tabular):
         return [*self.obstacles, *(comparison.verdict for comparison in self.comparisons)]
 
     def notes(self) -> Iterator[str]:
-        """What else there is to know of the rows, a line each."""
+        """Yield what else there is to know of the rows, a line each."""
         texts = [set(evaluation.notes()) for evaluation in self.evaluations.values()]
         of_all = set.intersection(*texts)
         for i, (name, evaluation) in enumerate(self.evaluations.items()):
@@ -207,11 +207,11 @@ def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocatio
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """What the runs are called: by their folders' names, if these differ."""
+    """Name the runs by their folders' names, if these differ."""
     names = []
     for path in paths:
         place = Path(path)
-        is_part = _PART_OF_RUN.fullmatch(place.name) is not None
+        is_part = _CHECKPOINT_FOLDER.fullmatch(place.name) is not None
         names.append(f"{place.parent.name}/{place.name}" if is_part else place.name)
     if len(set(names)) == len(names) and "base" not in names and all(names):
         return names

@@ -41,7 +41,7 @@ _KEY_COLUMN: dict[str, str] = {
 }
 _ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
 # Stands in for an answer that is to come, so that the row converts; a prompt ends before it.
-PLACEHOLDER = "?"
+ANSWER_PLACEHOLDER = "?"
 
 
 class AnsweredRows(Iterator[dict[str, Any]]):
@@ -154,9 +154,9 @@ def generate(
 def find_source(
     rows: Rows, sources: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
 ) -> Source | None:
-    """How `train` would read these rows, whose answers may be missing; None where format and
-    columns are given, the first row is one of `sources`, or the rows differ: `row_source` then
-    tells of each.
+    """Find how `train` would read these rows, whose answers may be missing; None where format
+    and columns are given, the first row is one of `sources`, or the rows differ: `row_source`
+    then tells of each.
 
     DataError where it cannot tell of the first row either.
     """
@@ -180,10 +180,10 @@ def find_source(
         source = replace(source, format=format_name)  # type: ignore[arg-type]
     complete = []
     for row in sample.values():
-        complete.append({key: PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
+        complete.append({key: ANSWER_PLACEHOLDER if is_absent(v) else v for key, v in row.items()})
     attempts = [complete]
     if not known_format:
-        attempts.append([{**row, "completion": PLACEHOLDER} for row in complete])
+        attempts.append([{**row, "completion": ANSWER_PLACEHOLDER} for row in complete])
     tables = [from_list(attempt, rows.name) for attempt in attempts]
     layouts = _detected_layouts(tables, source, format_name, known_format, sources)
     for layout in layouts:
@@ -257,7 +257,7 @@ def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
 
 
 def _has_needed_columns(row: dict[str, Any], source: Source) -> bool:
-    """Whether a row has all columns that one of the format's layouts needs."""
+    """Tell whether a row has all columns that one of the format's layouts needs."""
     layouts = ROW_FORMATS[source.format].layouts
     return any(
         all(source.columns.get(name, name) in row for name in layout.needed) for layout in layouts
@@ -271,8 +271,8 @@ def row_source(
     format_name: str,
     columns: Mapping[str, str] | None,
 ) -> Source:
-    """How to read a row: as `format_name` and `columns` say, else as the one of `sources` whose
-    columns it has, else by its own columns."""
+    """Choose how to read a row: as `format_name` and `columns` say, else as the one of `sources`
+    whose columns it has, else by its own columns."""
     fitting = _fitting_source(row, sources, format_name, columns)
     if fitting is not None:
         return fitting
@@ -337,7 +337,7 @@ def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:
 
 
 class Prompt(NamedTuple):
-    """What a row asks.
+    """The prompt of a row, with the answer to compare with.
 
     Attributes:
         ids: up to where its answer starts, with the run's system message.
@@ -400,7 +400,7 @@ def make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, source: So
 
 
 def _is_empty(sample: Sample) -> bool:
-    """Whether there is nothing in the last answer to compare with."""
+    """Tell whether there is nothing in the last answer to compare with."""
     if isinstance(sample, Conversation):
         return not is_said(sample.messages[-1])
     return isinstance(sample, Completion) and not sample.completion.strip()
@@ -416,17 +416,17 @@ def _with_answer(row: dict[str, Any], source: Source, where: str) -> tuple[dict[
     # JSON text of messages is read as these.
     value: Any = reader.text_or_messages(row.get(column), column)
     role_key = "role"
-    placeholder = {"role": "assistant", "content": PLACEHOLDER}
+    placeholder = {"role": "assistant", "content": ANSWER_PLACEHOLDER}
     if source.format in ("alpaca", "prompt-completion"):
         if value not in (None, ""):
             return row, True
         # A prompt of messages is completed by messages.
         prompt = row.get(source.columns.get("prompt", "prompt"))
         has_messages = not isinstance(reader.text_or_messages(prompt, "prompt"), str | None)
-        return {**row, column: [placeholder] if has_messages else PLACEHOLDER}, False
+        return {**row, column: [placeholder] if has_messages else ANSWER_PLACEHOLDER}, False
     if source.format == "sharegpt":
         role_key = "from"
-        placeholder = {"from": "gpt", "value": PLACEHOLDER}
+        placeholder = {"from": "gpt", "value": ANSWER_PLACEHOLDER}
     last = value[-1] if isinstance(value, list) and value else None
     if not isinstance(last, dict) or str(last.get(role_key)).strip().lower() in _ANSWER_ROLES:
         return row, True

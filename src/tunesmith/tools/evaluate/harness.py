@@ -46,7 +46,7 @@ _Z95 = 1.959964  # standard errors from the mean to each end of a normal 95 % in
 
 
 class MetricValue(NamedTuple):
-    """What lm-eval says of one model; `stderr` is None where it has none."""
+    """A metric that lm-eval computed for one model; `stderr` is None where it has none."""
 
     value: float
     stderr: float | None
@@ -105,7 +105,7 @@ class SeenRows(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What `evaluate_tasks` measured.
+    """The result of `evaluate_tasks`.
 
     Attributes:
         seen: by task; without those that have none, or where it is not known.
@@ -233,7 +233,7 @@ def _seen_rows(
 
 
 def _count_seen(seen: Mapping[str, SeenRows], name: str, result: Mapping[str, Any]) -> int:
-    """Of a task, or of all tasks of a group."""
+    """Count the seen rows of a task, or of all tasks of a group."""
     count = seen[name].seen if name in seen else 0
     for child in result["group_subtasks"].get(name, ()):
         count += _count_seen(seen, child, result)
@@ -244,7 +244,7 @@ def _count_seen(seen: Mapping[str, SeenRows], name: str, result: Mapping[str, An
 
 
 def _applies_template(loaded: LoadedModel, path: str | Path, chosen: bool | None) -> bool:
-    """Whether prompts go through the template: where the run was trained so, unless `chosen`."""
+    """Tell whether prompts go through the template: if the run was trained so, unless `chosen`."""
     template = loaded.template
     if chosen and (template.raw or template.jinja is None):
         raise UsageError(
@@ -267,7 +267,7 @@ def _harness_results(
     *,
     chat_template: bool,
 ) -> dict[str, Any]:
-    """What lm-eval says of one model."""
+    """Run lm-eval on one model and return its results."""
     import lm_eval
 
     # The template in use is not always the tokenizer's own.
@@ -393,8 +393,8 @@ def _row_values(result: Mapping[str, Any], task: str, metric: str, filter_name: 
 
 
 def _is_mean_of(rows: Sequence[float], value: float) -> bool:
-    """Whether lm-eval's value is the plain mean of the rows: not a corpus's BLEU, not a group that
-    weighs its tasks alike."""
+    """Tell whether lm-eval's value is the plain mean of the rows: not a corpus's BLEU, not a group
+    that weighs its tasks alike."""
     return bool(rows) and math.isclose(math.fsum(rows) / len(rows), value, abs_tol=1e-9)
 
 

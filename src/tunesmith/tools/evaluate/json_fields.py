@@ -56,7 +56,7 @@ def _fields(value: Any, path: JsonPath = ()) -> Iterator[tuple[JsonPath, Any]]:
 
 
 def is_same(left: Any, right: Any) -> bool:
-    """Whether two values without parts are the same JSON value: 1 and 1.0 are, 1 and true not."""
+    """Tell if two values without parts are the same JSON value: 1 and 1.0 are, 1 and true not."""
     if isinstance(left, bool) is not isinstance(right, bool):
         return False
     return bool(left == right)
@@ -152,7 +152,7 @@ def _additional_properties(validator: Any, allowed: Any, value: Any, schema: Any
 
 
 def _is_found(pattern: str, value: str) -> bool:
-    """Whether a pattern matches somewhere.
+    """Tell whether a pattern matches somewhere.
 
     Raises:
         ValueError: it is no pattern.
@@ -165,7 +165,7 @@ def _is_found(pattern: str, value: str) -> bool:
 
 
 def fits(validator: Any, value: Any) -> bool:
-    """Whether a value fits.
+    """Tell whether a value fits the schema.
 
     Raises:
         ValueError: the schema names another that is not in it, or a pattern that is none.

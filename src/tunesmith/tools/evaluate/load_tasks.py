@@ -12,7 +12,7 @@ from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, MachineError, UsageError, first_line
 from tunesmith.host.packages import pip_install, require
 
-WHERE = "--tasks"
+TASKS_OPTION = "--tasks"
 _YAML = (".yaml", ".yml")
 
 
@@ -54,14 +54,14 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     """
     if started_as() is not None:
         what = "eval --tasks runs in one process"
-        raise UsageError(what, where=WHERE, fix="run it without torchrun")
-    require("lm-eval", module="lm_eval", where=WHERE, fix="use --data for your own rows")
+        raise UsageError(what, where=TASKS_OPTION, fix="run it without torchrun")
+    require("lm-eval", module="lm_eval", where=TASKS_OPTION, fix="use --data for your own rows")
     folders = []
     for spec in specs:
         if _is_path(spec):
             if not Path(spec).exists():
                 fix = "use the path of a task's YAML file, or of a folder of them"
-                raise UsageError(f"there is no {spec}", where=f"{WHERE} {spec}", fix=fix)
+                raise UsageError(f"there is no {spec}", where=f"{TASKS_OPTION} {spec}", fix=fix)
             if Path(spec).is_dir():
                 folders.append(spec)
     try:
@@ -91,18 +91,18 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     except ValueError as error:
         fix = "name groups that have no task in common"
         raise UsageError(
-            "two groups contain the same task", where=WHERE, why=first_line(error), fix=fix
+            "two groups contain the same task", where=TASKS_OPTION, why=first_line(error), fix=fix
         ) from error
     return LoadedTasks(manager, list(items.values()), list(items), tasks)
 
 
 def _is_path(spec: str) -> bool:
-    """Whether it is a file or a folder, there or not: a plain word is a task's name."""
+    """Tell whether it is a file or a folder, there or not: a plain word is a task's name."""
     return "/" in spec or spec.endswith(_YAML)
 
 
 def _needs_default_tasks(specs: Sequence[str]) -> bool:
-    """Whether tasks that come with lm-eval may be meant: by name, or by a group in a folder."""
+    """Tell if tasks that come with lm-eval may be meant: by name, or by a group in a folder."""
     for spec in specs:
         if not _is_path(spec):
             return True
@@ -113,13 +113,13 @@ def _needs_default_tasks(specs: Sequence[str]) -> bool:
 
 
 def _holds_group(file: Path) -> bool:
-    """Whether a YAML file is of a group of tasks, which may name tasks of other files."""
+    """Tell whether a YAML file is of a group of tasks, which may name tasks of other files."""
     text = file.read_text(errors="replace")
     return re.search(r"^group:", text, re.MULTILINE) is not None
 
 
 def _names_of(spec: str, manager: Any) -> list[str]:
-    """What lm-eval's `load` takes for one of the words of --tasks."""
+    """List the names that lm-eval's `load` takes for one of the words of --tasks."""
     if not _is_path(spec):
         names = manager.match_tasks([spec])
         if not names:
@@ -131,7 +131,7 @@ def _names_of(spec: str, manager: Any) -> list[str]:
             what = f"{spec} is a group, not a task"
             why = "lm-eval finds a group by its name, or with the files of its folder"
             fix = f"use the folder: {path.parent}/"
-            raise UsageError(what, where=f"{WHERE} {spec}", why=why, fix=fix)
+            raise UsageError(what, where=f"{TASKS_OPTION} {spec}", why=why, fix=fix)
         return [str(path)]
     names = []
     for name in (*manager.all_groups, *manager.all_subtasks):
@@ -143,7 +143,7 @@ def _names_of(spec: str, manager: Any) -> list[str]:
         what = f"{spec} has no task"
         why = "no .yaml file in it has `task: NAME`"
         fix = "give a folder of task files, or a name that `lm-eval ls tasks` prints"
-        raise UsageError(what, where=f"{WHERE} {spec}", why=why, fix=fix)
+        raise UsageError(what, where=f"{TASKS_OPTION} {spec}", why=why, fix=fix)
     return names
 
 
@@ -154,13 +154,13 @@ def _unknown_task(name: str, manager: Any) -> UsageError:
         fix = f"for the folder write {name}/"
     elif nearest:
         fix = f"did you mean {', '.join(nearest)}? {fix}"
-    return UsageError(f"there is no task {name}", where=f"{WHERE} {name}", fix=fix)
+    return UsageError(f"there is no task {name}", where=f"{TASKS_OPTION} {name}", fix=fix)
 
 
 def _load_task(name: str, manager: Any) -> dict[str, Any]:
-    """What lm-eval loads for a name: `tasks` and `groups` by name, and `group_map`, the children
-    of each group."""
-    where = f"{WHERE} {name}"
+    """Load a name with lm-eval: `tasks` and `groups` by name, and `group_map`, the children of
+    each group."""
+    where = f"{TASKS_OPTION} {name}"
     try:
         loaded: dict[str, Any] = manager.load([name])
     except ImportError as error:
@@ -191,7 +191,7 @@ def _check_task(name: str, task: Any) -> None:
         why = "its rows contain images or audio"
     if why:
         raise UsageError(
-            f"the task {name} is not supported", where=f"{WHERE} {name}", why=why, fix=fix
+            f"the task {name} is not supported", where=f"{TASKS_OPTION} {name}", why=why, fix=fix
         )
 
 
@@ -199,7 +199,7 @@ def _missing_package(name: str, error: ImportError) -> MachineError:
     package = error.name or "the package"
     return MachineError(
         f"{name} needs a package that is not installed",
-        where=f"{WHERE} {name}",
+        where=f"{TASKS_OPTION} {name}",
         why=first_line(error),
         fix=f"{pip_install(package)}; for a task of lm-eval's own its extras too, such as "
         "pip install 'lm-eval[ifeval]'",

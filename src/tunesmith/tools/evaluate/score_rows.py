@@ -36,7 +36,7 @@ from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import Prompt, check_room, make_prompt
 from tunesmith.tools.evaluate.scorers import ScoredRow, Scorer, score_answer, select_scorers
-from tunesmith.tools.evaluate.tool_calls import PROBE, PROBE_TOOL, CallReader, learn_call_form
+from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 
 # Called with what is counted, their count so far, their total, and the tokens so far
 AnswerProgress = Callable[[str, int, int, int], None]
@@ -69,7 +69,7 @@ class EvalRows:
 
 @dataclass(frozen=True)
 class RowScores:
-    """What one scorer said of all rows.
+    """The scores that one scorer gave all rows.
 
     Attributes:
         models: the mean of each model, with its interval.
@@ -87,9 +87,9 @@ class RowScores:
 
 
 def read_call_form(loaded: LoadedModel) -> CallReader | None:
-    """What reads the tool calls that the model's template writes; None if it writes none, or none
-    of a readable form."""
-    call = {"type": "function", "function": PROBE._asdict()}
+    """Find a reader of the tool calls that the model's template writes; None if it writes none, or
+    none of a readable form."""
+    call = {"type": "function", "function": CALL_PROBE._asdict()}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     # Some templates of models that think write an answer without reasoning unlike their prompt.
     for message in (answer, answer | {"reasoning_content": "It must be looked up."}):
@@ -147,7 +147,7 @@ def _scored_row(loaded: LoadedModel, prompt: Prompt, row: dict[str, Any]) -> Sco
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
-    """Where answers go: `output`, else evals/ of the run directory, else evals/ here.
+    """Choose the file of answers: `output`, else in evals/ of the run directory, else in evals/.
 
     Each checkpoint that is not `final/` has a file of its own.
     """
@@ -173,7 +173,7 @@ def _file_stem(name: str) -> str:
 
 
 def trained_weights(location: RunLocation) -> str:
-    """What tells the weights of a run's checkpoint from others; empty for a plain model."""
+    """Identify the weights of a run's checkpoint; empty for a plain model."""
     if location.folder is None:
         return ""
     file = location.folder / manifest.MANIFEST
@@ -304,12 +304,12 @@ class Scoring:
                 )
 
     def _answered(self, model: str) -> int:
-        """How many answers of a model are in the file, on every rank."""
+        """Count the answers of a model in the file, on every rank."""
         answer_count = 0 if self.file is None else len(self.file.of(model))
         return self.ranks.broadcast_object(answer_count)
 
     def unfinished(self) -> dict[str, int]:
-        """How many answers of each model were cut at --max-new-tokens, on every rank."""
+        """Count the answers of each model that were cut at --max-new-tokens, on every rank."""
         counts = {} if self.file is None else self.file.unfinished()
         return self.ranks.broadcast_object(counts)
 

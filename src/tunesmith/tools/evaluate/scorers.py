@@ -32,7 +32,7 @@ SCHEMA = "schema"  # the column of a row's JSON schema
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """What an answer is scored against.
+    """The row that an answer is scored against.
 
     Attributes:
         reference: the row's own answer as the model would write it, without special tokens unless

@@ -35,7 +35,7 @@ def matches(answer: str, pattern: str) -> float:
 
 
 def search(pattern: str, value: str) -> bool:
-    """Whether a pattern matches somewhere; TimeoutError where that takes longer than
+    """Tell whether a pattern matches somewhere; TimeoutError where that takes longer than
     REGEX_SECONDS."""
     return compile_pattern(pattern).search(value, timeout=REGEX_SECONDS) is not None
 

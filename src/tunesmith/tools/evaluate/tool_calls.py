@@ -33,32 +33,32 @@ class ToolCall(NamedTuple):
 CallReader = Callable[[str], list[ToolCall]]
 
 # What is rendered. No word of it stands in a template.
-PROBE = ToolCall("zq_look_up", {"zq_town": "Bern zq", "zq_river": "Aare zq"})
+CALL_PROBE = ToolCall("zq_look_up", {"zq_town": "Bern zq", "zq_river": "Aare zq"})
 PROBE_TOOL = {
     "type": "function",
     "function": {
-        "name": PROBE.name,
+        "name": CALL_PROBE.name,
         "description": "Look it up.",
         "parameters": {
             "type": "object",
             "properties": {
-                name: {"type": "string", "description": "A name."} for name in PROBE.arguments
+                name: {"type": "string", "description": "A name."} for name in CALL_PROBE.arguments
             },
-            "required": list(PROBE.arguments),
+            "required": list(CALL_PROBE.arguments),
         },
     },
 }
 
 # What opens a call: the last tag before it and the words behind that, or one that is still open.
 _OPENING = re.compile(r"(?:<[^<>]*>|\[[A-Z_]+\])[^<>\[\]{}]*$|<[^<>]*$")
-_NAME = r"([^\s<>\"'{}()\[\]=:,]+)"
+_CALL_NAME = r"([^\s<>\"'{}()\[\]=:,]+)"
 # Gemma's notation: keys without quotes, and a token of its own around texts.
 _GEMMA_PARTS = re.compile(r'<\|"\|>(.*?)<\|"\|>|([A-Za-z_][\w.-]*)\s*:|\bNone\b', re.DOTALL)
 _JSON_CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def call_score(answer: list[ToolCall], reference: list[ToolCall]) -> float:
-    """How much of the calls is right, in their order.
+    """Compute the share of the calls that is right, in their order.
 
     A call of another name counts 0, one of the right name the share of its arguments' fields that
     are equal. A call too many counts as one that is wrong. Without any on both sides: 1.
@@ -74,16 +74,16 @@ def call_score(answer: list[ToolCall], reference: list[ToolCall]) -> float:
 
 
 def learn_call_form(rendering: str) -> CallReader | None:
-    """The reader of calls written as PROBE is in `rendering`; None if no form fits."""
+    """The reader of calls written as CALL_PROBE is in `rendering`; None if no form fits."""
     for learn in (_json_form, _named_form, _tagged_form, _python_form):
         form = learn(rendering)
-        if form is not None and form.read(rendering) == [PROBE]:
+        if form is not None and form.read(rendering) == [CALL_PROBE]:
             return form.read
     return None
 
 
 def _opening(text: str) -> str:
-    """What opens a call, from the text of the probe before it."""
+    """Find the text that opens a call in the text of the probe before it."""
     match = _OPENING.search(text.rstrip())
     return match[0].strip() if match else text.strip()
 
@@ -155,7 +155,7 @@ def _json_form(rendering: str) -> _JsonForm | None:
     for match in re.finditer(r"[\[{]", rendering):
         with suppress(ValueError):
             value, _ = _decode(rendering, match.start())
-            if list(_calls_in(value)) == [PROBE]:
+            if list(_calls_in(value)) == [CALL_PROBE]:
                 return _JsonForm(_opening(rendering[: match.start()]))
     return None
 
@@ -191,12 +191,12 @@ def _as_json(match: re.Match[str]) -> str:
 
 
 def _named_form(rendering: str) -> _NamedForm | None:
-    prefix, _, after = rendering.partition(PROBE.name)
+    prefix, _, after = rendering.partition(CALL_PROBE.name)
     between, brace, _ = after.partition("{")
     opening = _opening(prefix)
     if not brace or not (opening or between.strip()):
         return None
-    return _NamedForm(re.compile(_flexible(opening) + _NAME + _flexible(between) + r"(?=\{)"))
+    return _NamedForm(re.compile(_flexible(opening) + _CALL_NAME + _flexible(between) + r"(?=\{)"))
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ def _value_of(text: str) -> Any:
 
 
 def _tagged_form(rendering: str) -> _TaggedForm | None:
-    words = [PROBE.name]
-    for name, value in PROBE.arguments.items():
+    words = [CALL_PROBE.name]
+    for name, value in CALL_PROBE.arguments.items():
         words += [name, value]
     # The probe's name, keys and values in the order in which the template writes them.
     gaps = re.fullmatch(f"(.*){'(.*?)'.join(map(re.escape, words))}(.*)", rendering, re.DOTALL)
@@ -246,9 +246,12 @@ def _tagged_form(rendering: str) -> _TaggedForm | None:
     if not (key_opening.strip() and to_value.strip() and value_end and opening):
         return None
     name_end = _flexible(to_key[: len(to_key) - shared])
-    argument = f"{_flexible(key_opening)}{_NAME}{_flexible(to_value)}(.*?){_flexible(value_end)}"
+    argument = (
+        f"{_flexible(key_opening)}{_CALL_NAME}{_flexible(to_value)}(.*?){_flexible(value_end)}"
+    )
     return _TaggedForm(
-        re.compile(_flexible(opening) + _NAME + name_end), re.compile(argument, re.DOTALL)
+        re.compile(_flexible(opening) + _CALL_NAME + name_end),
+        re.compile(argument, re.DOTALL),
     )
 
 
@@ -306,7 +309,7 @@ class _Constants(ast.NodeTransformer):
 
 
 def _python_form(rendering: str) -> _PythonForm | None:
-    prefix, _, after = rendering.partition(PROBE.name)
+    prefix, _, after = rendering.partition(CALL_PROBE.name)
     if not after.startswith("("):
         return None
     end = after.find(")")

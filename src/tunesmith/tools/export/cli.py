@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 LOADS_TORCH = "here"
 
 MOST_TIMES = 1000  # larger factors are printed as this one
-SAME = 1.5  # changes within this factor count as equal
+SAME_CHANGE_FACTOR = 1.5  # changes within this factor count as equal
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # Those whose rounding is too small to show in three answers.
@@ -71,7 +71,7 @@ class ExportOptions(TypedDict):
     checking: Callable[[int, int], None]
 
 
-QUANTS = {"gguf": GGUF_QUANTS, "ollama": GGUF_QUANTS, "vllm": VLLM_QUANTS}
+QUANTS_OF_TARGET = {"gguf": GGUF_QUANTS, "ollama": GGUF_QUANTS, "vllm": VLLM_QUANTS}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,12 +116,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # A --to without a row in QUANTS takes no --quant.
-    if args.quant and args.quant not in QUANTS.get(args.to, (args.quant,)):
+    # A --to without a row in QUANTS_OF_TARGET takes no --quant.
+    if args.quant and args.quant not in QUANTS_OF_TARGET.get(args.to, (args.quant,)):
         raise UsageError(
             f"--quant {args.quant} is not one of --to {args.to}",
             where="command line: --quant",
-            fix=f"one of {', '.join(QUANTS[args.to])}",
+            fix=f"one of {', '.join(QUANTS_OF_TARGET[args.to])}",
         )
     if args.adapter:
         check_not_given(args, ("quant",), "is for a whole model")
@@ -287,16 +287,16 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
 
 
 def _rounding(check: "FileCheck") -> str:
-    """How far rounding changed the probabilities of the next tokens, beside what training did."""
+    """Describe how far rounding changed next-token probabilities, beside what training did."""
     rounding = check.tuned.mean_kl
     if check.base is None:
         return f"rounding changed probabilities by {rounding:.2g} nats (mean KL)"
     training = check.base.mean_kl
     figures = f"(KL {rounding:.2g}, {training:.2g} nats)"
-    if rounding > SAME * training:
+    if rounding > SAME_CHANGE_FACTOR * training:
         times = rounding / max(training, rounding / MOST_TIMES)
         compared = f"{times:,.0f} times as much as training"
-    elif training > SAME * rounding:
+    elif training > SAME_CHANGE_FACTOR * rounding:
         times = training / max(rounding, training / MOST_TIMES)
         compared = f"{times:,.0f} times less than training"
     else:
@@ -320,7 +320,7 @@ def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
 
 
 def _share_lines(args: argparse.Namespace, exported: "ExportedFile") -> list[str]:
-    """What a colleague needs of an exported file, and what to keep back."""
+    """List what a colleague needs of an exported file, and what to keep back."""
     from tunesmith.inference.load_run import locate_run
     from tunesmith.tools.export.record import record_path
 

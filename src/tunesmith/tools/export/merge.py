@@ -87,7 +87,7 @@ class Merged(Tabular):
     merge_check: MergeCheck
 
     def table(self) -> ResultTable:
-        """How far the answers are from the adapter's, what was required, and what was written."""
+        """Show how far answers are from the adapter's, what was required, and what was written."""
         check = self.merge_check
         compared = {"merged": check.merged}
         if check.exact is not None:

@@ -1,5 +1,5 @@
-"""Whether a merged model answers like the adapter over its base: what is compared, and what is
-required.
+"""The check that a merged model answers like the adapter over its base: what is compared, and
+what is required.
 
 fp32    They differ by rounding only: the largest logit difference is at most 1e-4 for logits up to
         10, in proportion above.
@@ -26,9 +26,9 @@ from tunesmith.units import count_of
 FP32_LIMIT = 1e-4
 KL_SHARE = 0.1  # of what the training changed
 KL_NOISE = 4.0  # times the noise of the type
-KL_FLOOR = 1e-4  # nats a token; nobody can tell such models apart
+MERGE_KL_FLOOR_NATS = 1e-4  # a token; nobody can tell such models apart
 PROBES = 6
-PROBE_TOKENS = 48  # of each prompt: the logits of a vocabulary of 128k take 150 MB then
+PROMPT_TOKENS = 48  # of each prompt: the logits of a vocabulary of 128k take 150 MB then
 SENTENCES = (
     "The lighthouse keeper wrote down the weather every morning before breakfast.",
     "To bake bread you need flour, water, salt, yeast and some patience.",
@@ -41,7 +41,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two sets of logits over the same positions are apart.
+    """The distance of two sets of logits over the same positions.
 
     Attributes:
         max_logit: largest absolute difference of any logit.
@@ -74,7 +74,7 @@ class ExactCheck:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """What was compared, and the result.
+    """The comparisons of a merged model, and the result.
 
     Attributes:
         dtype: of the written weights, and of the matmuls of the next three.
@@ -138,14 +138,14 @@ def merge_rules(
     largest: float,
     exact: ExactCheck | None,
 ) -> tuple[tuple[str, bool], ...]:
-    """What is required of a merge, in words, and whether it holds; see the module's docstring."""
+    """List what is required of a merge, and whether it holds; see the module's docstring."""
     if dtype == "fp32":
         return (_fp32_rule("", merged, largest),)
     # Whichever is the largest: what training changed, what the type rounds, and a floor.
-    limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, KL_FLOOR)
+    limit = max(KL_SHARE * base.mean_kl, KL_NOISE * noise.mean_kl, MERGE_KL_FLOOR_NATS)
     parts = f"{KL_SHARE:.0%} of base against adapter, {KL_NOISE:g} x the noise of {dtype}"
     text = f"in {dtype}: mean KL {merged.mean_kl:.2g}, at most {limit:.2g}"
-    rules = [(f"{text} (the largest of {parts}, {KL_FLOOR:g})", merged.mean_kl <= limit)]
+    rules = [(f"{text} (the largest of {parts}, {MERGE_KL_FLOOR_NATS:g})", merged.mean_kl <= limit)]
     if exact is not None:
         rules.append(_fp32_rule("in fp32: ", exact.difference, exact.largest))
         count = f"{exact.values:,} in {exact.tensors} tensors"
@@ -174,7 +174,7 @@ def probe_sources(read: OpenedRun) -> list[tuple[str, Source]]:
 
 
 def probe_prompts(
-    read: OpenedRun, *, rows: int = PROBES, tokens: int = PROBE_TOKENS
+    read: OpenedRun, *, rows: int = PROBES, tokens: int = PROMPT_TOKENS
 ) -> tuple[list[list[int]], str]:
     """A few prompts as token ids, and where they come from: the run's held-out or training rows,
     else SENTENCES."""

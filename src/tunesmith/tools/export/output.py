@@ -1,4 +1,4 @@
-"""Where an export is written: in a hidden folder beside its place, until it is complete.
+"""The place of an export: a hidden folder beside its final place, until it is complete.
 
     gguf_place, merge_place or new_folder_place -> part_folder: `.NAME.PID.part`
     -> checks of what was written -> move_into_place
@@ -22,10 +22,10 @@ from tunesmith.host.shell import shell_path
 from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
-from tunesmith.tools.export.gguf.types import QUANTS
+from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 from tunesmith.tools.export.record import record_path
 
-ADAPTER = "lora"  # ends the name of an adapter's file in a folder for Ollama
+ADAPTER_FILE_ENDING = "lora"  # ends the name of an adapter's file in a folder for Ollama
 # The check, and the size of each file: the mark of a folder that a merge wrote.
 MERGE_FILE = "merge.json"
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -181,7 +181,10 @@ def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, fo
 
 def _unexported_file(folder: Path) -> str | None:
     """A file in a folder that no export for Ollama wrote; None if there is none."""
-    ggufs = [folder / f"{folder.name}-{content}.gguf" for content in (*QUANTS, ADAPTER)]
+    ggufs = [
+        folder / f"{folder.name}-{content}.gguf"
+        for content in (*GGUF_QUANT_TYPES, ADAPTER_FILE_ENDING)
+    ]
     own_names = {MODELFILE}
     for file in ggufs:
         own_names |= {file.name, record_path(file).name}
@@ -239,7 +242,7 @@ def move_into_place(written: Path, goal: Path) -> None:
 
 
 def _old(goal: Path) -> Path:
-    """Where an earlier folder stands while the new one takes its name."""
+    """Name the path of an earlier folder while the new one takes its name."""
     return goal.with_name(f".{goal.name}.old")
 
 

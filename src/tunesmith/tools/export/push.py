@@ -67,7 +67,7 @@ def push_files(
 
 
 def _push_error(error: Exception, to: str) -> UsageError:
-    """What the Hub or the network refused, and what to do."""
+    """Return an error that says what the Hub or the network refused, and what to do."""
     status = http_status(error)
     changed_meanwhile = (f"{to} was changed by someone else in the meantime", "start again")
     answers = {

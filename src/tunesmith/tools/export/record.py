@@ -1,4 +1,4 @@
-"""What an export measured of a GGUF file, stored beside it: `FILE.gguf.json`.
+"""The record of what an export measured of a GGUF file, stored beside it: `FILE.gguf.json`.
 
 `push` reads the model card and the figures from it. It is not sent: it has the answers that were
 compared, and so rows of the run.
@@ -27,7 +27,7 @@ SUFFIX = ".json"  # behind the whole name of the file
 
 
 def record_path(file: Path) -> Path:
-    """Where the record of a GGUF file lies."""
+    """Name the path of the record of a GGUF file."""
     return file.with_name(file.name + SUFFIX)
 
 
@@ -78,8 +78,8 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def gguf_to_push(path: Path) -> dict[str, Path | bytes] | None:
-    """What an exported GGUF file or a folder of such files sends: path in the repository -> file or
-    contents, with a card from their records. None where `path` is something else.
+    """Collect what an exported GGUF file or a folder of such files sends: path in the repository ->
+    file or contents, with a card from their records. None where `path` is something else.
 
     UsageError where a file is not the one that its record is about.
     """

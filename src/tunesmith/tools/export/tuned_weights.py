@@ -1,4 +1,4 @@
-"""What a run has trained, parameter by parameter, read from the disk at its use.
+"""The weights that a run has trained, parameter by parameter, read from the disk at their use.
 
     rows first:last  =  rows of the base  +  scaling * B[first:last] A          in fp32
 
@@ -157,7 +157,7 @@ def _read_sharded(tensors: ShardedTensors, name: str, dtype: torch.dtype) -> Ten
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """What an adapter adds to a weight: scaling * B A.
+    """The update that an adapter adds to a weight: scaling * B A.
 
     Attributes:
         lora_A: fp32 [rank, in_features]; lora_B: fp32 [out_features, rank], both not yet read.
@@ -176,7 +176,7 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class ExpertsUpdate:
-    """What an adapter adds to a stack of experts, whose rows are experts.
+    """The update that an adapter adds to a stack of experts, whose rows are experts.
 
     Attributes:
         lora_A, lora_B: as `ExpertsLora` has them, not yet read.

@@ -46,7 +46,7 @@ from tunesmith.tools.export.tuned_weights import (
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
 # The projections of an expert: the two halves of the first stack, and the second stack.
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN}
+EXPERT_PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN}
 # As Mixtral's checkpoints call them, and those of models that follow it.
 MIXTRALS = {GATE: "w1", UP: "w3", DOWN: "w2"}
 # Types whose checkpoints have the experts in another module than Transformers' classes.
@@ -77,7 +77,7 @@ READ_SINGLE: dict[str, dict[str, str]] = {
             "qwen3_moe",
             "qwen3_next",
         ),
-        PROJECTIONS,
+        EXPERT_PROJECTIONS,
     ),
     **dict.fromkeys(("lfm2_moe", "minimax_m2", "mixtral"), MIXTRALS),
 }
@@ -95,7 +95,7 @@ WITHOUT_LORA = (
     "kimi_linear",
     "mimo_v2_flash",
 )
-MERGE = "export the merged model: without --adapter"
+EXPORT_MERGED_FIX = "export the merged model: without --adapter"
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ def export_peft(path: str | Path, output: str | Path) -> int:
 
 
 def _refusal(what: str, why: str) -> ModelError:
-    return ModelError(what, where="--adapter", why=why, fix=MERGE)
+    return ModelError(what, where="--adapter", why=why, fix=EXPORT_MERGED_FIX)
 
 
 def _reads_single(tuned: TunedModel) -> bool:
-    """Whether vLLM reads the experts of this adapter one by one; False too where it has none.
+    """Tell whether vLLM reads the experts of this adapter one by one; False too if it has none.
 
     ModelError for an adapter that vLLM does not serve, or would take for another.
     """

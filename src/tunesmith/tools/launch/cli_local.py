@@ -51,7 +51,7 @@ def add_launched(parser: argparse.ArgumentParser) -> None:
 
 
 def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
-    """What the words of `add_launched` name; `ranks` as for `make_recipe`.
+    """Read the recipe that the words of `add_launched` name; `ranks` as for `make_recipe`.
 
     The file of a new recipe is written, and `args` then name it: what is left to do
     before a launch, such as a fetch, takes a recipe.
@@ -68,7 +68,7 @@ def launched_recipe(args: argparse.Namespace, *, ranks: int = 1) -> "Run":
 
 
 def is_finished(recipe: "Run", launched: str) -> bool:
-    """Whether the run has finished, which is printed: it is not `launched`.
+    """Tell whether the run has finished, which is printed: it is not `launched`.
 
     Raises what its start would, as far as its files tell: in the background nobody would see it.
     """

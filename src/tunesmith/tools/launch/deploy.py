@@ -31,7 +31,7 @@ from tunesmith.tools.launch.inputs import (
     place_by_content,
     recipe_inputs,
 )
-from tunesmith.tools.launch.stack import LABEL, Stack
+from tunesmith.tools.launch.stack import JOB_LABEL, Stack
 from tunesmith.tools.launch.swarm import GPU_RESOURCES, SwarmJob, SwarmNode, find_nodes, in_swarm
 from tunesmith.units import count_of
 
@@ -187,7 +187,7 @@ def check_exposed(path: Path) -> None:
 
 
 class NodeLook(NamedTuple):
-    """What a node says of itself.
+    """The facts that a node reports of itself.
 
     Attributes:
         user: of the launch there: uid and gid.
@@ -343,7 +343,7 @@ def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:
 
     They go by standard input: not to a file, a command line or a log.
     """
-    label = f"{LABEL}={name}"
+    label = f"{JOB_LABEL}={name}"
     secrets = []
     for source, content in find_secrets().items():
         secret = f"{name}-{source.lower()}-{time.time_ns()}"

@@ -65,7 +65,7 @@ LIMITS = (
 )
 TOOLKIT = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 # Words of docker -> what is wrong, and its fix
-FAULTS = {
+DOCKER_FAULTS = {
     "permission denied while trying": (
         "no permission to use Docker",
         "sudo usermod -aG docker $USER, then log in again",
@@ -96,7 +96,7 @@ class Mount(NamedTuple):
 
 
 def state_of_code(code: int) -> RunState:
-    """How a container's run has ended, by its exit code."""
+    """Return how a container's run has ended, by its exit code."""
     if code == EXIT_OK:
         return RunState.FINISHED
     if code == EXIT_STOPPED:
@@ -109,7 +109,7 @@ class DockerJob(Job):
     """A container of this machine's Docker, which has the job's name."""
 
     def container(self) -> JobState | None:
-        """What Docker says of it; None where it has none of that name."""
+        """Ask Docker for the container's state; None where it has none of that name."""
         # Two words, so that one call answers both questions.
         form = "--format={{.State.Status}} {{.State.ExitCode}}"
         inspected = _docker("inspect", "--type=container", form, self.name, check=False)
@@ -164,7 +164,7 @@ def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
         return process
     where = f"docker {words[0]}"
     why = mask(process.stderr.strip())[:600]
-    for text, (what, fix) in FAULTS.items():
+    for text, (what, fix) in DOCKER_FAULTS.items():
         if text in why:
             raise MachineError(what, where=where, why=why, fix=fix)
     if check:
@@ -174,7 +174,7 @@ def _docker(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]
 
 
 def find_mounts(run: Run) -> list[Mount]:
-    """What the container sees of this machine.
+    """List what the container sees of this machine.
 
     UsageError where that would show it keys, the Hub's token or Docker.
     """
@@ -248,7 +248,7 @@ def docker_job(run: Run) -> DockerJob:
 
 @contextmanager
 def _secret_files() -> Iterator[list[Mount]]:
-    """What `find_secrets` has, in files that only this user can read, gone when the block ends."""
+    """Put what `find_secrets` has in files that only this user can read, until the block ends."""
     mounts = []
     # Its mode is 0700.
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:

@@ -40,7 +40,7 @@ class LocalJob(Job):
         return "stop requested: saves, then stops"
 
     def is_alive(self) -> bool:
-        """Whether its agent runs on this machine."""
+        """Tell whether its agent runs on this machine."""
         import psutil
 
         with suppress(psutil.Error):

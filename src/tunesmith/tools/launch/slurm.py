@@ -176,7 +176,7 @@ DIRECTIVES = ("partition", "account", "qos", "time", "constraint", "mem", "cpus_
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a job asks of Slurm: the flags of `launch slurm`; None: no request.
+    """The requests of a job to Slurm: the flags of `launch slurm`; None: no request.
 
     Attributes:
         setup: lines of the script before the run, as they are.

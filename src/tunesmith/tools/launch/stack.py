@@ -16,7 +16,7 @@ from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import agent_words, recipe_file
 from tunesmith.tools.launch.inputs import SECRETS
 
-LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
+JOB_LABEL = "tunesmith.job"  # on all that a launch makes: clean-up removes nothing else
 SERVICE = "ranks"
 SHM_BYTES = 16 << 30  # bytes at most; what is not used takes no memory
 SECONDS_TO_SAVE = 3600  # that the ranks have after a stop, before they are killed
@@ -24,7 +24,7 @@ SECONDS_TO_SAVE = 3600  # that the ranks have after a stop, before they are kill
 HUB_FOLDER = "/cache/hub"
 DATASETS_FOLDER = "/cache/datasets"
 # Lists that an extra file replaces; it adds to others.
-_REPLACED = ("command", "entrypoint")
+_REPLACED_KEYS = ("command", "entrypoint")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Stack:
             "ulimits": {"memlock": -1, "stack": 64 << 20},
             "volumes": self._volumes(),
             "secrets": secrets,
-            "labels": {LABEL: self.name},
+            "labels": {JOB_LABEL: self.name},
             "deploy": self._deploy(),
         }
 
@@ -144,7 +144,7 @@ class Stack:
                 "constraints": [f"node.id!={node}" for node in self.excluded],
             },
             "restart_policy": restart_policy,
-            "labels": {LABEL: self.name},
+            "labels": {JOB_LABEL: self.name},
         }
         if self.gpus:
             kind, count = self.gpus
@@ -167,7 +167,7 @@ class Stack:
         for kind in ("networks", "secrets", "configs", "volumes"):
             for entry in values.get(kind, {}).values():
                 if not entry.get("external"):
-                    entry.setdefault("labels", {})[LABEL] = self.name
+                    entry.setdefault("labels", {})[JOB_LABEL] = self.name
         return json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n"
 
 
@@ -199,6 +199,6 @@ def _laid_over(base: Any, more: Any, key: str = "") -> Any:
             merged[name] = _laid_over(base.get(name), value, str(name))
         return merged
     # A list of the user's file adds to ours; but a command is one whole.
-    if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED:
+    if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED_KEYS:
         return [*base, *more]
     return more

@@ -18,7 +18,7 @@ from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_
 from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ssh import remote_words, run_on, try_on
 from tunesmith.run_dir import RunState
-from tunesmith.tools.launch.stack import LABEL, SECONDS_TO_SAVE, SERVICE
+from tunesmith.tools.launch.stack import JOB_LABEL, SECONDS_TO_SAVE, SERVICE
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class SwarmJob(Job):
         That is the service, secrets, configs and networks of the swarm, and containers of each
         node.
         """
-        mark = f"label={LABEL}={self.name}"
+        mark = f"label={JOB_LABEL}={self.name}"
         manager = self.manager()
         # The service first: Swarm removes no secret or network that is in use.
         for kind in ("service", "secret", "config", "network"):
@@ -228,7 +228,7 @@ def _remove_containers(host: str, mark: str) -> None:
 
 
 def in_swarm() -> bool:
-    """Whether this node is in a swarm; not where docker is not installed or does not answer."""
+    """Tell whether this node is in a swarm; False if docker is not installed or does not answer."""
     return (
         try_on("", "docker", "info", "--format", "{{.Swarm.LocalNodeState}}").stdout == "active\n"
     )
@@ -292,7 +292,7 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
 
 
 def _is_ready(info: dict[str, Any]) -> bool:
-    """Whether a node is up and takes tasks; `info`: of `docker node inspect`."""
+    """Tell whether a node is up and takes tasks; `info`: of `docker node inspect`."""
     return info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
 
 

@@ -68,7 +68,7 @@ SHOWN_MESHES = 3
 MIN_SHOWN_SHARE = 0.01
 # What the phases of memory and the parts of a step are called here; --json has the short names.
 PHASES = {"load": "while it loads", "step": "in a step", "save": "while it saves"}
-PARTS = {
+STEP_PART_NAMES = {
     "products": "matrix products",
     "recompute": "recomputing layers",
     "fixed cost of passes": "reading weights",
@@ -181,7 +181,7 @@ def _price(text: str) -> float:
 def _report(
     planner: "Planner", forecasts: "Sequence[Forecast]", price: float | None, base: Path | None
 ) -> dict[str, Any]:
-    """What --json prints; `base` is the folder of the model."""
+    """Return what --json prints; `base` is the folder of the model."""
     from tunesmith.planning.resolve import checkpoint_bytes
 
     meshes = []
@@ -292,7 +292,7 @@ def _optimizer_lines(run: "Run") -> list[str]:
 def _details(
     planner: "Planner", best: "Forecast", price: float | None, base: Path | None
 ) -> list[str]:
-    """What the best mesh does: memory, seconds of a step, what is sent, disk, hours."""
+    """Describe what the best mesh does: memory, seconds of a step, what is sent, disk, hours."""
     from tunesmith.planning.resolve import checkpoint_bytes
 
     step_seconds = best.step_seconds or 0
@@ -327,7 +327,7 @@ def _describe_step(forecast: "Forecast", step_seconds: float) -> list[str]:
     """The parts of a step, and the communication that they hide."""
     unit, scale = ("seconds", 1) if step_seconds >= 1 else ("milliseconds", 1000)
     parts = [
-        f"{PARTS.get(part, part)} {scale * value:.2f}"
+        f"{STEP_PART_NAMES.get(part, part)} {scale * value:.2f}"
         for part, value in forecast.seconds.items()
         if value >= MIN_SHOWN_SHARE * step_seconds
     ]
@@ -345,14 +345,14 @@ def _time_text(hours: float) -> str:
 
 
 def _measured_here(planner: "Planner") -> bool:
-    """Whether a trial on this CPU gave the speed, which holds for a range alone."""
+    """Tell whether a trial on this CPU gave the speed, which holds for a range alone."""
     return planner.cluster.chip.source == MEASURED_HERE
 
 
 def _hours(
     planner: "Planner", best: "Forecast", price: float | None, *, checkpoint_size: int
 ) -> list[str]:
-    """How long the run takes and what it costs, or a part of it where the whole is not known."""
+    """Say how long the run takes and what it costs, or a part of it if the whole is not known."""
     hourly = (price or 0) * planner.cluster.world
     if best.hours:
         duration = _time_text(best.hours)

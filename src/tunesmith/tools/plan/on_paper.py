@@ -1,4 +1,4 @@
-"""What a run will do on machines that need not be here, by the recipe and small files alone.
+"""A forecast of a run on machines that need not be here, by the recipe and small files alone.
 
 The model is known by its config.json, the rows by the token cache, by themselves or by the user's
 words. `prepare.py` has the same for the machine that trains.
@@ -41,7 +41,7 @@ ROWS_FIX = "give their number: --rows N"
 
 @dataclass(frozen=True)
 class StatedRows:
-    """What is said of the rows of `data.train`; None: nothing.
+    """The user's statements about the rows of `data.train`; None: nothing is said.
 
     Attributes:
         count: how many there are, of files that are elsewhere.
@@ -56,7 +56,7 @@ class StatedRows:
 
 
 class PaperModel(NamedTuple):
-    """What a model's config.json says, and the folder with it and the tokenizer, if any."""
+    """A model's config.json, and the folder with it and the tokenizer, if any."""
 
     config: Mapping[str, Any]
     where: str
@@ -139,7 +139,7 @@ def _warn_of_missing(run: Run) -> None:
 def _work_of(
     run: Run, spec: ModelSpec, folder: Path | None, rows: StatedRows, *, shares: bool
 ) -> Workload:
-    """What the recipe trains on: by the token cache, by its rows where these are here, or assumed.
+    """Find what the recipe trains on: by the token cache, by its rows if here, or assumed.
 
     Args:
         folder: has the tokenizer.
@@ -206,7 +206,7 @@ def _parts_of_row(run: Run, length: int) -> int:
 
 
 def _is_missing(source: str) -> bool:
-    """Whether it is a local file that is not here."""
+    """Tell whether it is a local file that is not here."""
 
     return is_local(source) and not Path(source).expanduser().exists()
 

@@ -19,7 +19,7 @@ from tunesmith.run_dir import shown
 
 @dataclass(frozen=True)
 class Comparison(Tabular):
-    """What `compare` says of some runs.
+    """The result of `compare` on some runs.
 
     Attributes:
         runs: their names, in the order of the call.

@@ -37,7 +37,7 @@ PIECE_BYTES = 4096  # that are read for each: some records
 RECORDS_A_POINT = 4  # of which it is the mean
 VALIDATION_BYTES = 1 << 18  # of the records that are searched for a val_loss
 # The content of a line.
-_FILES = (METRICS, FAILURE, STOPPED, FINAL_MANIFEST)
+_SIGNATURE_FILES = (METRICS, FAILURE, STOPPED, FINAL_MANIFEST)
 
 Row = dict[str, Any]  # what the page shows of a run
 
@@ -63,7 +63,7 @@ class RunList:
                 self.rows.setdefault(path, about)
         for path, row in self.rows.items():
             is_running = is_at_work(path)
-            signature = [is_running, *(signature_of(path / name) for name in _FILES)]
+            signature = [is_running, *(signature_of(path / name) for name in _SIGNATURE_FILES)]
             if signature == self._signatures.get(path):
                 yield False
                 continue

@@ -82,7 +82,7 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
     def _is_permitted(self, scope: Scope) -> bool:
-        """Whether the request is for this machine's name, and its path begins with the token."""
+        """Tell if the request is for this machine's name, and its path begins with the token."""
         hosts = Headers(scope=scope).getlist("host")
         if len(hosts) != 1:
             return False
@@ -92,7 +92,7 @@ class Guard:
 
 
 class LivePage:
-    """What sends events to pages that are open, and looks at runs only while there are any."""
+    """A sender of events to open pages, which looks at runs only while there are any."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -172,7 +172,7 @@ class Page(LivePage):
         return any(changes)
 
     def state(self) -> str:
-        """Where the runs stand.
+        """Return the status of the runs as JSON.
 
         `pause`: the seconds that the page lets pass before it asks for curves of its own accord.
         """
@@ -276,7 +276,7 @@ class ListPage(LivePage):
 
 
 def _look_for_a_while(looks: Iterator[bool]) -> tuple[bool, bool]:
-    """Whether some of the next runs changed, and whether these were the last."""
+    """Tell whether some of the next runs changed, and whether these were the last."""
     end = time.monotonic() + BATCH_SECONDS
     changed = False
     for has_changed in looks:

@@ -139,7 +139,7 @@ def sweep(args: argparse.Namespace, space: Space, search: Search) -> int | None:
 
 
 def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
-    """What to try, and how to search; UsageError where the words contradict each other."""
+    """Read what to try and how to search; UsageError where the words contradict each other."""
     # Beside --model and --data the first word is one of a key.
     if args.recipe is not None and "=" in args.recipe:
         args.words.insert(0, args.recipe)

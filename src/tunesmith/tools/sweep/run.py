@@ -78,7 +78,7 @@ class SweepRun:
         return self.losses[max(self.losses)] if self.losses else math.inf
 
     def plain(self) -> dict[str, Any]:
-        """What sweep.json holds of it."""
+        """Return what sweep.json holds of it."""
         losses: dict[str, float | None] = {}
         for step, loss in self.losses.items():
             # JSON has no infinity.
@@ -95,7 +95,7 @@ class SweepRun:
 
 
 class Standing(NamedTuple):
-    """How far a candidate has come: its loss after `step`, infinite where it diverged."""
+    """The progress of a candidate: its loss after `step`, infinite where it diverged."""
 
     step: int
     loss: float
@@ -211,7 +211,7 @@ class Sweep:
             self.fixed = self._fix()
 
     def _read(self) -> dict[str, Any]:
-        """What an earlier start of this sweep wrote; UsageError where it was another one."""
+        """Read what an earlier start of this sweep wrote; UsageError where it was another one."""
         file = self.folder / SWEEP
         # A link that leads nowhere is not overwritten either.
         if not os.path.lexists(file):
@@ -245,7 +245,7 @@ class Sweep:
         return SharedBase(widest, self.ranks)
 
     def _fix(self) -> dict[str, Any]:
-        """What all candidates share, and a sweep that goes on must find as it was."""
+        """Return what all candidates share, and a sweep that goes on must find as it was."""
         first = self.shared.first
         run = self.base
         total = first.total_steps or 0
@@ -382,7 +382,7 @@ class Sweep:
         return "val_loss" if self.base.data.validation or self.base.data.hold_out else "loss"
 
     def _standing(self, candidate: SweepRun, until: int | None) -> Standing | None:
-        """Where a candidate stands, or None if it has not come so far; a collective call."""
+        """Read where a candidate stands, or None if it has not come so far; a collective call."""
         standing: Standing | None = None
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
@@ -390,7 +390,7 @@ class Sweep:
         return self.ranks.broadcast_object(standing)
 
     def _read_standing(self, folder: Path, until: int | None) -> Standing | None:
-        """Where the run directory of a candidate stands, or None if it has not come so far."""
+        """Read where the run directory of a candidate stands, or None if it has not come so far."""
         final = last_step_of(folder / FINAL)
         newest = 0
         for checkpoint in list_checkpoints(folder):
@@ -431,7 +431,7 @@ class Sweep:
             write_atomically(self.folder / SWEEP, json.dumps(self.result(), indent=1))
 
     def result(self) -> dict[str, Any]:
-        """What came out so far: plain values, the best candidate's name among them."""
+        """Return what came out so far: plain values, the best candidate's name among them."""
         finished = [candidate for candidate in self.candidates if candidate.state == "finished"]
         best = min(finished, key=lambda candidate: candidate.loss, default=None)
         return {

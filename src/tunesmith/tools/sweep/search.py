@@ -1,4 +1,4 @@
-"""How a sweep spends its steps: successive halving.
+"""The search that spends a sweep's steps: successive halving.
 
 It sees candidates through one function alone, and decides by what that returns. So a sweep that
 was killed is run again: what is complete returns at once, and all decisions are as before.
@@ -23,7 +23,7 @@ EARLIEST = 8
 
 @dataclass(frozen=True)
 class Search:
-    """How to search.
+    """The settings of a search.
 
     Attributes:
         rungs: at how many the worse half stops; None: see `rung_steps`, 0: none stops.

@@ -38,7 +38,7 @@ VARIED = (
     "train.seed",
 )
 # Why the others may not: by the longest beginning of the key.
-REASONS = {
+FIXED_KEY_REASONS = {
     "": "it does not affect training",
     "method": "the loss would differ, and val_loss could not be compared",
     "model": "it would change the base, which all candidates share",
@@ -53,8 +53,8 @@ REASONS = {
 LIMIT = 1000
 # A range whose ends are so many times apart is drawn from on a logarithmic scale.
 LOG_FROM = 10.0
-_NUMBER = r"([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-_RANGE = re.compile(rf"{_NUMBER}\s*\.\.\s*{_NUMBER}")
+_BOUND_PATTERN = r"([-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+_RANGE = re.compile(rf"{_BOUND_PATTERN}\s*\.\.\s*{_BOUND_PATTERN}")
 
 
 class Range(NamedTuple):
@@ -87,7 +87,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep tries.
+    """The candidates that a sweep tries.
 
     Attributes:
         fixed: words that hold for all candidates.
@@ -242,8 +242,10 @@ def check_varied(key: str, values: str) -> None:
         elif not section or section in keys():
             fix = suggest_key(section, name)
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
-    beginnings = [start for start in REASONS if not start or f"{key}.".startswith(f"{start}.")]
-    why = REASONS[max(beginnings, key=len)]
+    beginnings = [
+        start for start in FIXED_KEY_REASONS if not start or f"{key}.".startswith(f"{start}.")
+    ]
+    why = FIXED_KEY_REASONS[max(beginnings, key=len)]
     fix = f"a sweep may vary {', '.join(VARIED)}; for {key} run `tunesmith train` once per value"
     raise RecipeError(f"a sweep cannot vary {key}", where="command line", why=why, fix=fix)
 

@@ -103,8 +103,8 @@ def _second_lines(result: Mapping[str, Any], best: Mapping[str, Any]) -> Iterato
 def _comparison_lines(
     compared_by: str, best: Mapping[str, Any], second: Mapping[str, Any]
 ) -> Iterator[str]:
-    """How far the best candidate is ahead of the second, whether that is more than chance, and the
-    command that compares them row by row."""
+    """Say how far the best candidate is ahead of the second, whether that is more than chance, and
+    the command that compares them row by row."""
     gap = second["loss"] - best["loss"]
     ahead = f"second: {second['name']}, {compared_by} {second['loss']:.4f}: {gap:.4f} higher"
     if compared_by != "val_loss":

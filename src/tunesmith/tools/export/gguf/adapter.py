@@ -28,8 +28,8 @@ class GgufBase:
 
 
 # PEFT's suffixes and llama.cpp's.
-_PARTS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
-_MERGE = "export the whole model: the same command without --adapter"
+_FACTOR_SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+_WHOLE_MODEL_FIX = "export the whole model: the same command without --adapter"
 
 
 def plan_adapter(
@@ -92,7 +92,7 @@ def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], We
     for name, weight in weights.items():
         if name.endswith(".base_layer.weight"):
             continue  # PEFT's copy of a frozen head or embedding
-        for part, suffix in _PARTS.items():
+        for part, suffix in _FACTOR_SUFFIXES.items():
             if name.endswith(part):
                 layer = name.removeprefix(PREFIX).removesuffix(part)
                 matrices[f"{layer}.weight", suffix] = weight
@@ -116,5 +116,5 @@ def _inexpressible(what: str) -> ModelError:
         f"the adapter has {what}",
         where="--adapter",
         why="llama.cpp only supports LoRA matrices",
-        fix=_MERGE,
+        fix=_WHOLE_MODEL_FIX,
     )

@@ -17,14 +17,14 @@ from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.inference.decoding import cut_answer
 from tunesmith.inference.load_run import OpenedRun
-from tunesmith.tools.export.gguf.llama_cpp import CONTEXT
+from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS
 from tunesmith.tools.export.merge_check import SENTENCES, probe_sources
 
 ROWS = 3
 ROWS_READ = 50  # in search of prompts that are short enough
-TOKENS = 48  # of an answer at most
-WIDTH = 80  # of a terminal
-_LABEL = "  {:<11}"
+MAX_ANSWER_TOKENS = 48
+TERMINAL_COLUMNS = 80
+_LABEL_FORMAT = "  {:<11}"
 _CHARS_BEFORE = 20  # characters shown in front of a difference
 
 
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What both answer to a question.
+    """The answers of the file and of the tuned model to a question.
 
     Attributes:
         file: llama.cpp's answer from the file.
@@ -101,7 +101,7 @@ def _question(read: OpenedRun, sample: Sample, where: str) -> Question | None:
     else:
         return None  # a text has no question
     ids = list(template.prompt(sample))
-    if len(ids) + TOKENS >= CONTEXT:
+    if len(ids) + MAX_ANSWER_TOKENS >= CHECK_CONTEXT_TOKENS:
         return None
     answer = template.answer(sample, where=where)
     return Question(ids, text, template.without_special_tokens(answer))
@@ -179,13 +179,13 @@ def answer_lines(answers: Sequence[SideBySide]) -> list[str]:
 
 def _line(label: str, text: str, at: int = 0) -> str:
     """One line of the terminal, with the character `at` in it."""
-    room = WIDTH - len(_LABEL.format(label))
+    room = TERMINAL_COLUMNS - len(_LABEL_FORMAT.format(label))
     text = _one_line(text)
     if at > room - _CHARS_BEFORE:
         text = f"... {text[at - _CHARS_BEFORE :]}"
     if len(text) > room:
         text = f"{text[: room - 4]} ..."
-    return (_LABEL.format(label) + text).rstrip()
+    return (_LABEL_FORMAT.format(label) + text).rstrip()
 
 
 def _common_length(text: str, other: str) -> int:

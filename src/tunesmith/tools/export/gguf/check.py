@@ -1,4 +1,4 @@
-"""Whether llama.cpp reads a run's prompts as its tokenizer does, and answers as the tuned model.
+"""Check that llama.cpp reads prompts as a run's tokenizer does, and answers as the tuned model.
 
 The logits to compare with are computed while the weights are read (`streamed_model.py`), so that
 the check holds no whole model either.
@@ -14,14 +14,14 @@ import torch
 
 from tunesmith.errors import CheckpointError
 from tunesmith.tools.export.gguf.answers import (
-    TOKENS,
+    MAX_ANSWER_TOKENS,
     SideBySide,
     answer_places,
     compare_answers,
     questions_of,
     up_to_end,
 )
-from tunesmith.tools.export.gguf.llama_cpp import CONTEXT, LlamaCpp
+from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.streamed_model import Values, decoder_layers, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel
@@ -29,18 +29,18 @@ from tunesmith.units import format_seconds
 
 log = logging.getLogger(__name__)
 
-PROMPTS = 20  # whose ids are compared
+MAX_PROMPTS = 20  # whose ids are compared
 # Of a prompt, where next tokens are compared: each takes a request for the whole vocabulary.
-POSITIONS = 4
+POSITIONS_PER_PROMPT = 4
 KL_SHARE = 0.1  # of what the training changed
-KL_FLOOR = 1e-3  # nats: more than f16 and bf16 files differ by from the model in fp32
+FILE_KL_FLOOR_NATS = 1e-3  # more than f16 and bf16 files differ by from the model in fp32
 # The same most likely token, of the positions: with less, greedy answers soon part.
 LEAST_AGREEMENT = 0.75
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What was compared.
+    """The comparison of a GGUF file with the tuned model.
 
     Attributes:
         prompts: texts that llama.cpp gave the tokenizer's ids for.
@@ -59,14 +59,14 @@ class FileCheck:
 
     @property
     def is_near(self) -> bool:
-        """Whether the file mostly writes the same tokens, and its KL is small beside what training
-        changed.
+        """Tell whether the file mostly writes the same tokens, and its KL is small beside what
+        training changed.
         """
         if self.tuned.agreement < LEAST_AGREEMENT:
             return False
         if self.base is None:
             return True
-        return self.tuned.mean_kl <= max(KL_SHARE * self.base.mean_kl, KL_FLOOR)
+        return self.tuned.mean_kl <= max(KL_SHARE * self.base.mean_kl, FILE_KL_FLOOR_NATS)
 
 
 def check_file(
@@ -96,9 +96,9 @@ def check_file(
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
-        f"check: llama.cpp tokenizes up to {PROMPTS} prompts, answers {len(questions)} of them "
-        f"with up to {TOKENS} tokens, and gives the next token at {positions} positions; "
-        f"{layers} layers are computed in fp32 to compare with (--no-check skips this)"
+        f"check: llama.cpp tokenizes up to {MAX_PROMPTS} prompts, answers {len(questions)} of "
+        f"them with up to {MAX_ANSWER_TOKENS} tokens, and gives the next token at {positions} "
+        f"positions; {layers} layers are computed in fp32 to compare with (--no-check skips this)"
     )
     passes = _Passes(device, layers, len(questions) + positions, progress)
     base_logits = None
@@ -109,7 +109,7 @@ def check_file(
             base_logits = passes.logits(*base, prompts, places)
         answers = []
         for question in questions:
-            answers.append(up_to_end(server.answer(question.ids, TOKENS), tuned.files))
+            answers.append(up_to_end(server.answer(question.ids, MAX_ANSWER_TOKENS), tuned.files))
             passes.advance()
         # Answers and prompts in one pass, which reads every weight once.
         passages = [*prompts]
@@ -221,14 +221,14 @@ def _served_logits(
 def _places(length: int) -> list[int]:
     """Positions over a prompt of so many tokens, its last among them."""
     # The last position is the one that an answer begins from.
-    count = min(POSITIONS, length)
+    count = min(POSITIONS_PER_PROMPT, length)
     return [length * (number + 1) // count - 1 for number in range(count)]
 
 
 def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
     tokenizer = tuned.files.files.tokenizer
     # One token less than the context: the server needs room for the answer.
-    prompts, _ = probe_prompts(tuned.files, rows=PROMPTS, tokens=CONTEXT - 1)
+    prompts, _ = probe_prompts(tuned.files, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS - 1)
     texts = [tokenizer.decode(ids) for ids in prompts]
     for text in texts:
         own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -46,7 +46,7 @@ from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
-    ADAPTER,
+    ADAPTER_FILE_ENDING,
     OTHER_DISK,
     gguf_place,
     move_into_place,
@@ -205,7 +205,7 @@ def export_adapter(
         )
     place = torch.device(select_device(device))
     threads = threads or available_cores()
-    file_name = f"{goal.name}-{ADAPTER}.gguf" if for_ollama else goal.name
+    file_name = f"{goal.name}-{ADAPTER_FILE_ENDING}.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
         _check_text_model(read.files.config)
@@ -347,7 +347,7 @@ def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
 
 
 def _renders_alike(read: OpenedRun) -> bool:
-    """Whether chats without tools are the same text in the templates of a run and of its base."""
+    """Tell whether the templates of a run and of its base render chats without tools alike."""
     base = read.files.folder / CHAT_TEMPLATE
     templates = [read.files.tokenizer.chat_template, base.read_text() if base.is_file() else None]
     user = {"role": "user", "content": "Hi"}

@@ -1,4 +1,4 @@
-"""What llama.cpp calls a family of `model/architectures.py`, and how its numbers go into a header.
+"""llama.cpp's names for the families of `model/architectures.py`, and their numbers in a header.
 
 A family without a row here, or one with a setting that llama.cpp would compute otherwise, is
 refused: a GGUF file has no place for what its architecture does not name, so it would load and
@@ -142,7 +142,7 @@ def read_family(config: Mapping[str, Any]) -> GgufFamily:
 
 
 def notes_on_config(config: Mapping[str, Any], family: GgufFamily) -> list[str]:
-    """What llama.cpp leaves out of the model, for the user to know; it changes long texts only."""
+    """List for the user what llama.cpp leaves out of the model; it changes long texts only."""
     notes = []
     window = config.get("sliding_window")
     is_used = config.get("use_sliding_window", True)
@@ -307,7 +307,7 @@ def rotary_dims(config: Mapping[str, Any]) -> int:
 
 
 def rope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What frequencies are divided by, by the tensors' names: fp32 [rotary_dims / 2]."""
+    """Compute the divisors of the frequencies, by the tensors' names: fp32 [rotary_dims / 2]."""
     full, _ = rope_parameters(config)
     if full["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(full, rotary_dims(config))}
@@ -411,7 +411,7 @@ def _original_context(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int
 
 
 def _longrope_scale(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
-    """What queries and keys are multiplied with, as Transformers computes it."""
+    """Compute the factor of queries and keys, as Transformers does."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     original = _original_context(config, rope)

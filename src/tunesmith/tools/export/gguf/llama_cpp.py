@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tunesmith.errors import CheckpointError
 
-CONTEXT = 256  # tokens; the prompts of the check are shorter
-SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
+CHECK_CONTEXT_TOKENS = 256  # the prompts of the check are shorter
+SERVER_TIMEOUT_SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
 # Of a token that the server did not report: less likely than all that it did.
 UNREPORTED = -50.0
 
@@ -40,7 +40,7 @@ class LlamaCpp:
         adapter: Path | None = None,
         *,
         threads: int = 1,
-        context: int = CONTEXT,
+        context: int = CHECK_CONTEXT_TOKENS,
         fp32_attention: bool = False,
     ) -> None:
         options = {
@@ -70,11 +70,11 @@ class LlamaCpp:
         assert self._process.stdout is not None
         # The process prints its address only when the file is open; a plain `readline` has no
         # limit.
-        readable, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        readable, _, _ = select.select([self._process.stdout], [], [], SERVER_TIMEOUT_SECONDS)
         address = self._process.stdout.readline().decode().strip() if readable else ""
         if address:
             return address
-        late = f"it is not ready after {SECONDS} seconds"
+        late = f"it is not ready after {SERVER_TIMEOUT_SECONDS} seconds"
         why = self._last_message() or "its process exited"
         raise CheckpointError(
             "llama.cpp cannot open the file",
@@ -109,7 +109,7 @@ class LlamaCpp:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_SECONDS) as answer:
                 return json.load(answer)
         except (OSError, HTTPException) as error:
             raise CheckpointError(
@@ -127,8 +127,9 @@ class LlamaCpp:
         return ids
 
     def log_probabilities(self, ids: list[int], vocab: int) -> Tensor | None:
-        """Of the token after `ids`: fp32 [vocab]; None where the likeliest is half a letter, which
-        the server does not report.
+        """Ask the server for the log probabilities of the token after `ids`: fp32 [vocab].
+
+        None where the likeliest is half a letter, which the server does not report.
         """
         # All tokens, so that a KL over the whole vocabulary can be computed.
         body = {

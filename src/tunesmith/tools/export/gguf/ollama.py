@@ -7,7 +7,7 @@ from tunesmith.errors import ModelError
 from tunesmith.inference.load_run import OpenedRun
 
 MODELFILE = "Modelfile"
-CONTEXT = 4096  # Ollama's own default of num_ctx
+OLLAMA_CONTEXT_TOKENS = 4096  # Ollama's own default of num_ctx
 # `ollama create` puts a template of its own list in the place of the file's where the two are less
 # than 100 edits apart, and drops the system prompt that a model was trained with.
 COMMENT = (
@@ -32,12 +32,14 @@ def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> st
     tokenizer = read.files.tokenizer
     run = read.location.run
     seq_len = run.data.seq_len if run else 0
-    positions = int(getattr(read.files.config, "max_position_embeddings", 0) or CONTEXT)
+    positions = int(
+        getattr(read.files.config, "max_position_embeddings", 0) or OLLAMA_CONTEXT_TOKENS
+    )
     # At least Ollama's default, at most what the model's positions allow.
     lines = [f"FROM {_path(file)}"]
     if adapter is not None:
         lines.append(f"ADAPTER {_path(adapter)}")
-    lines.append(f"PARAMETER num_ctx {min(max(CONTEXT, seq_len), positions)}")
+    lines.append(f"PARAMETER num_ctx {min(max(OLLAMA_CONTEXT_TOKENS, seq_len), positions)}")
     for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
         text = tokenizer.decode([token])
         # Such a text would end the quoted word, or the line.

@@ -28,7 +28,7 @@ from tunesmith.tools.export.gguf.tokenizer import (
 from tunesmith.tools.export.gguf.types import read_quant, tensor_bytes, tensor_type
 from tunesmith.units import ceil_div
 
-ALIGNMENT = 32  # tensors begin at multiples of so many bytes
+TENSOR_ALIGNMENT_BYTES = 32  # tensors begin at multiples of this
 # Keys of generation_config.json that llama.cpp takes as defaults of its sampler.
 _SAMPLING = ("top_k", "top_p", "min_p")
 
@@ -84,7 +84,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What `write_gguf` writes.
+    """The file that `write_gguf` writes.
 
     Attributes:
         header: the file up to the tensors, padded.
@@ -103,7 +103,7 @@ class GgufPlan:
 
 def padded(size: int) -> int:
     """Bytes up to the next tensor."""
-    return ceil_div(size, ALIGNMENT) * ALIGNMENT
+    return ceil_div(size, TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
 
 
 def plan_gguf(
@@ -121,7 +121,7 @@ def plan_gguf(
     Args:
         config: `model.config.to_dict()`.
         weights: by the names of Transformers' parameters, a tied head left out.
-        quant: a name of `types.QUANTS`.
+        quant: a name of `types.GGUF_QUANT_TYPES`.
         name: what llama.cpp shows as the model's name.
         generation: `generation_config.json`.
         turn_end: the token that ends an answer, where it is not the tokenizer's eos.

@@ -20,7 +20,7 @@ from tunesmith.tools.export.gguf.types import tensor_bytes
 # The numbers of `ggml_type`.
 _GGML_TYPES = {"Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 _TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_WHERE = "the Python environment"
+_PYTHON_ENVIRONMENT = "the Python environment"
 
 
 @cache
@@ -43,7 +43,7 @@ def ggml() -> ctypes.CDLL:
     except (AttributeError, OSError) as error:
         raise MachineError(
             "ggml's library cannot be loaded",
-            where=_WHERE,
+            where=_PYTHON_ENVIRONMENT,
             why=str(error),
             fix=f"{pip_install('libggml-python')}, or use --quant f16",
         ) from error
@@ -67,7 +67,7 @@ def _library_file() -> Path:
 
 
 def needs_ggml(ggml_type: str) -> bool:
-    """Whether a type is one of blocks."""
+    """Tell whether a type is one of blocks that the ggml library quantizes."""
     return ggml_type in _GGML_TYPES
 
 

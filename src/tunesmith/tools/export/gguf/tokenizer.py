@@ -33,7 +33,7 @@ _SERVE_FOLDER = "serve the Transformers folder, whose tokenizer is exact: tunesm
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What the header says of the tokenizer.
+    """The header's entries about the tokenizer.
 
     Attributes:
         model: `gpt2` for byte-level BPE, `llama` for SentencePiece's.
@@ -160,7 +160,7 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
 
 
 def _stripping(added: Collection[Mapping[str, Any]], tokens: set[str]) -> tuple[bool, list[str]]:
-    """Whether space after special tokens is dropped, which the name decides, and notes on that."""
+    """Tell whether space after special tokens is dropped, by the name, and add notes on that."""
     dropped = {token["content"] for token in added if token["rstrip"]}
     unstripped = {token["content"] for token in added} - dropped
     if not dropped:
@@ -208,7 +208,7 @@ def _token_lists(
 def _byte_level(
     tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    """What GgufTokenizer has of it alone."""
+    """Return the fields of GgufTokenizer that only byte-level BPE has."""
     if list(_steps(state["normalizer"], "normalizers")):
         notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
     if not state["model"]["merges"]:
@@ -316,7 +316,10 @@ def _sentencepiece(
     unknown: int | None,
     notes: list[str],
 ) -> dict[str, Any]:
-    """What GgufTokenizer has of it alone. It sets the types of bytes and of the unknown token."""
+    """Return the fields of GgufTokenizer that only SentencePiece has.
+
+    It sets the types of bytes and of the unknown token in `types`.
+    """
     for byte in range(256):
         index = vocab.get(f"<0x{byte:02X}>")
         if index is None:
@@ -346,7 +349,7 @@ def _sentencepiece(
 
 
 def _adds_space(state: Mapping[str, Any], notes: list[str]) -> bool:
-    """Whether encoding puts a space in front.
+    """Tell whether encoding puts a space in front.
 
     ModelError where text is changed or split by more than SentencePiece's escape of spaces.
     """

@@ -21,7 +21,7 @@ class QuantType:
     is_mixture: bool = False
 
 
-QUANTS: dict[str, QuantType] = {
+GGUF_QUANT_TYPES: dict[str, QuantType] = {
     "f32": QuantType("F32", 0),
     "f16": QuantType("F16", 1),
     "bf16": QuantType("BF16", 32),
@@ -32,7 +32,7 @@ QUANTS: dict[str, QuantType] = {
 }
 
 # Values in a block and its bytes, by the type's name; ggml calls the numbers blck_size, type_size.
-BLOCKS: dict[str, tuple[int, int]] = {
+GGML_BLOCK_SIZES: dict[str, tuple[int, int]] = {
     "F32": (1, 4),
     "F16": (1, 2),
     "BF16": (1, 2),
@@ -49,18 +49,18 @@ _SMALLER_BLOCK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 def read_quant(name: str) -> QuantType:
     """RecipeError where it is none."""
-    if name not in QUANTS:
+    if name not in GGUF_QUANT_TYPES:
         raise RecipeError(
             f"{name!r} is not a supported quantization",
             where="--quant",
-            fix=f"one of {', '.join(QUANTS)}",
+            fix=f"one of {', '.join(GGUF_QUANT_TYPES)}",
         )
-    return QUANTS[name]
+    return GGUF_QUANT_TYPES[name]
 
 
 def tensor_bytes(ggml_type: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of a type, without padding."""
-    values, size = BLOCKS[ggml_type]
+    values, size = GGML_BLOCK_SIZES[ggml_type]
     return prod(shape) // values * size
 
 
@@ -75,7 +75,7 @@ def tensor_type(
         return "F32"
     columns = shape[-1]
     is_head = name == ("token_embd.weight" if tied else "output.weight")
-    has_large_blocks = BLOCKS[quant.plain][0] == 256
+    has_large_blocks = GGML_BLOCK_SIZES[quant.plain][0] == 256
     if is_head and has_large_blocks:
         ggml_type = "Q6_K" if columns % 256 == 0 else "Q8_0"
     elif quant.is_mixture:
@@ -83,9 +83,9 @@ def tensor_type(
     else:
         ggml_type = quant.plain
     # A row must be whole blocks: first the next smaller block, then none.
-    if columns % BLOCKS[ggml_type][0] != 0:
+    if columns % GGML_BLOCK_SIZES[ggml_type][0] != 0:
         ggml_type = _SMALLER_BLOCK.get(ggml_type, "F16")
-    if columns % BLOCKS[ggml_type][0] != 0:
+    if columns % GGML_BLOCK_SIZES[ggml_type][0] != 0:
         ggml_type = "F16"
     return ggml_type
 

@@ -87,7 +87,7 @@ def _bands(plan: GgufPlan) -> Iterator[tuple[GgufTensor, int, int, bool]]:
 
 
 def _rows_of_a_band(tensor: GgufTensor) -> int:
-    """As many as fit, in whole heads where rows change places within a head."""
+    """Count the rows that fit, in whole heads where rows change places within a head."""
     values = 1
     for size in tensor.shape[1:]:
         values *= size
