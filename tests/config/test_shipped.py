@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.config.describe import MARK, reference, write_or_check
+from tunesmith.config.describe import GENERATED_MARK, reference, write_or_check
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.shipped import purpose, shipped
@@ -160,7 +160,7 @@ def test_values_of_the_slurm_guide() -> None:
 def test_reference_page_is_up_to_date(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = ROOT / "docs" / "recipe.md"
     assert write_or_check(["--check", str(path)]) == 0, capsys.readouterr().err
-    by_hand, mark, _ = path.read_text().partition(MARK)
+    by_hand, mark, _ = path.read_text().partition(GENERATED_MARK)
     assert shipped()["llama3.1-8b-lora"].read_text().partition("\n")[2] in by_hand
     assert all(f"`{unit}`" in by_hand for unit in (*Length.units, *Size.units))
     old = tmp_path / "old.md"

@@ -12,7 +12,7 @@ import pytest
 
 from errors import holds, refuses
 from tunesmith.cli.options import column_names, fixes_as_options
-from tunesmith.config.check import COLUMNS
+from tunesmith.config.check import FORMAT_COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.detect import SAMPLE, detect
 from tunesmith.data.formats import convert_row
@@ -242,7 +242,7 @@ def test_each_way_that_is_offered_is_taken(name: str) -> None:
         columns = dict(pair.split("=") for pair in flags.removeprefix("--columns ").split(","))
         layout = detect(from_list([row]), Source(source="faq", columns=columns))
         assert layout.columns == columns
-        assert set(columns) <= set(COLUMNS[layout.format])
+        assert set(columns) <= set(FORMAT_COLUMNS[layout.format])
 
 
 def test_columns_and_format_that_are_given_narrow_the_choice() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.config.paths import DATA_SUFFIXES
-from tunesmith.config.row_formats import COLUMNS
+from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
@@ -136,7 +136,7 @@ def column_names(text: str) -> list[tuple[str, str]]:
 
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
     """How rows are read (`format_name`, `columns`) and how many are answered at once."""
-    formats = ("auto", *COLUMNS)
+    formats = ("auto", *FORMAT_COLUMNS)
     parser.add_argument(
         "--format",
         choices=formats,
@@ -241,9 +241,9 @@ def add_new_recipe(parser: argparse.ArgumentParser) -> None:
     )
     rows.add_argument(
         "--format",
-        choices=COLUMNS,
+        choices=FORMAT_COLUMNS,
         metavar="FORMAT",
-        help=f"row format, if it is ambiguous: one of {', '.join(COLUMNS)}",
+        help=f"row format, if it is ambiguous: one of {', '.join(FORMAT_COLUMNS)}",
     )
     add_columns(rows)
 

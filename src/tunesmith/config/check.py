@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tunesmith.config.dump import flatten
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.config.paths import TEMPLATES
-from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS, FormatName
+from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS, FormatName
 from tunesmith.config.schema import METHOD_KEYS, PAIR_METHODS, Run, Source
 from tunesmith.errors import RecipeError
 from tunesmith.units import Length, Size
@@ -281,7 +281,7 @@ def _splits(
 
 def _columns(key: str, sources: tuple[Source, ...], where: Place) -> Iterator[Problem]:
     for source_key, source in _numbered(key, sources, where):
-        columns = COLUMNS[source.format]
+        columns = FORMAT_COLUMNS[source.format]
         for name, column in source.columns.items():
             if name in columns:
                 continue
@@ -386,7 +386,7 @@ def _smaller_than_row(key: str, size: Size, run: Run, alternative: str) -> Probl
 
 
 def _optimizer_in_backward(run: Run, where: Place) -> Iterator[Problem]:
-    """What needs all gradients, or several backward passes, before the update is excluded."""
+    """Find settings that need all gradients, or several backward passes, before the update."""
     key = "train.optimizer_in_backward"
     off = "train.optimizer_in_backward: false"
     train = run.train

@@ -1,4 +1,4 @@
-"""What is generated from the schema: the reference of all keys in docs/recipe.md, and
+"""The texts generated from the schema: the reference of all keys in docs/recipe.md, and
 recipes/schema.json for editors.
 
 `python -m tunesmith.config.describe --write FILE` writes either, by the ending `.md` or `.json`; of
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tunesmith.config.names import keys
-from tunesmith.config.row_formats import COLUMNS
+from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import MethodConfig, MethodName, Run, Source, is_section
 from tunesmith.config.typed import default_of, run_type, type_in_words
 
-MARK = (
+GENERATED_MARK = (
     "<!-- Written from the schema from here on:"
     " python -m tunesmith.config.describe --write docs/recipe.md -->\n"
 )
@@ -65,7 +65,7 @@ def reference() -> str:
 
 def _columns_table() -> str:
     rows = []
-    for format_, columns in COLUMNS.items():
+    for format_, columns in FORMAT_COLUMNS.items():
         names = ", ".join(f"`{column}`" for column in columns)
         rows.append((f"`{format_}`", names))
     table = _table(("format", "columns"), rows)
@@ -161,7 +161,7 @@ def write_or_check(arguments: list[str]) -> int:
     path = Path(arguments[1])
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     # What stands above the mark is written by hand, and stays.
-    page = old.partition(MARK)[0] + MARK + reference()
+    page = old.partition(GENERATED_MARK)[0] + GENERATED_MARK + reference()
     if path.suffix == ".json":
         page = json.dumps(json_schema(), indent=1) + "\n"
     if arguments[0] == "--write":

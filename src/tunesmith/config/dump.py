@@ -208,14 +208,14 @@ def differences(old: Run, new: Run) -> list[Change]:
 
 
 def _may_follow(old: Length, new: Length) -> bool:
-    """Whether a resumed run may have the new duration: it is no shorter, as far as one can tell."""
+    """Tell whether a resumed run may have the new duration: it is not known to be shorter."""
     if old.seconds is not None and new.seconds is not None:
         return new.seconds >= old.seconds
     return old.unit != new.unit or new.amount >= old.amount
 
 
 def is_free(key: str) -> bool:
-    """Whether a dotted key may change when a run resumes: it changes no step."""
+    """Tell whether a dotted key may change when a run resumes: it changes no step."""
     return any(f"{key}.".startswith(f"{name}.") for name in FREE)
 
 

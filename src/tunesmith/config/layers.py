@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 FROM_PYTHON = "overrides"
-_KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
+_DOTTED_KEY = re.compile(rf"[\w-]+(\.[^.\s]+){{0,{MAX_DEPTH}}}")
 
 
 def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
@@ -70,7 +70,7 @@ def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
         key, equals, value = map(str.strip, str(text).partition("="))
         has_value = bool(equals)
         # A mapping from Python has keys and values apart; a word has both in one text.
-        if has_value == is_mapping or not _KEY.fullmatch(key):
+        if has_value == is_mapping or not _DOTTED_KEY.fullmatch(key):
             raise RecipeError(
                 f"{reprlib.repr(text)} is not of the form key.sub=value",
                 where=origin,
@@ -143,7 +143,7 @@ def _merge(lower: Node, upper: Node, key: str = "", *, same_layer: bool = False)
 
 
 def _changes_entries(upper: Node) -> bool:
-    """Whether a value names entries of a list by number, as `data.train.0.split` does."""
+    """Tell whether a value names entries of a list by number, as `data.train.0.split` does."""
     is_mapping = isinstance(upper.value, dict) and bool(upper.value)
     return is_mapping and "source" not in dict(upper.children())
 
@@ -162,7 +162,7 @@ def _merge_entries(lower: Node, upper: Node, key: str, *, same_layer: bool) -> N
 
 
 def _takes_mapping(key: str) -> bool:
-    """Whether a key that is no section takes a mapping or list: an empty mapping clears it."""
+    """Tell whether a key that is no section takes a mapping or list; an empty mapping clears it."""
     key = without_indices(key)
     if key not in keys():
         return False
@@ -212,7 +212,7 @@ def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
 
 
 def _sources(rows: Node) -> list[Any]:
-    """What `data.train` is read from: Hub ids and absolute paths."""
+    """List the sources of `data.train`: Hub ids and absolute paths."""
     sources = []
     for entry in rows.value if isinstance(rows.value, list) else [rows]:
         if not isinstance(entry.value, dict) or "source" not in entry.value:

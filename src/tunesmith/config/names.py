@@ -67,7 +67,7 @@ def _plain(name: str) -> str:
 
 
 def suggest_key(section: str, name: str) -> str:
-    """What to write in place of an unknown key `name` of `section` ("" at the top): one line."""
+    """Suggest, in one line, what replaces an unknown key `name` of `section` ("" at the top)."""
     siblings = [_last(key) for key in keys() if key.rpartition(".")[0] == section]
     plain = _plain(name)
     if plain in siblings:

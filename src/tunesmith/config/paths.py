@@ -1,4 +1,4 @@
-"""Which values of a recipe are files, and what a relative path starts from.
+"""The values of a recipe that are files, and the folder that a relative path starts from.
 
 In a recipe a relative path starts from the recipe's folder, so that a recipe and its data can move
 together; on the command line it starts from the working directory, and so do `output_dir` and
@@ -38,7 +38,7 @@ _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?
 
 
 def inputs_of(run: Run) -> dict[str, str]:
-    """What a resolved recipe reads, by key: absolute paths, Hub ids and the template's name."""
+    """Collect a resolved recipe's inputs by key: absolute paths, Hub ids, the template's name."""
     inputs = {}
     for key, value in flatten(run).items():
         if value is not None and without_indices(key) in _INPUTS:
@@ -47,7 +47,7 @@ def inputs_of(run: Run) -> dict[str, str]:
 
 
 def is_place(key: str) -> bool:
-    """Whether a key of a resolved recipe names a file, a folder or a Hub id."""
+    """Tell whether a key of a resolved recipe names a file, a folder or a Hub id."""
     return without_indices(key) in (*_INPUTS, *_OUTPUTS)
 
 

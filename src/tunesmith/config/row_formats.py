@@ -13,24 +13,24 @@ FormatName = Literal[
 
 # Names of columns as `data/detect.py` writes them: in small letters, without accents, words joined
 # by underscores.
-_QUESTION = (
+_QUESTION_NAMES = (
     *("prompt", "question", "query", "input", "problem", "user", "human", "q"),
     *("user_message", "user_input"),
     *("frage", "pregunta", "domanda", "pergunta", "vraag", "fraga", "sporsmal", "pytanie"),
     *("вопрос", "问题", "問題", "質問", "질문", "soru", "سؤال"),
 )
-_ANSWER = (
+_ANSWER_NAMES = (
     *("completion", "answer", "response", "output", "reply", "assistant", "solution", "a"),
     *("assistant_message", "assistant_response", "model_response"),
     *("antwort", "reponse", "respuesta", "risposta", "resposta", "antwoord", "svar", "odpowiedz"),
     *("ответ", "回答", "答案", "답변", "대답", "cevap", "جواب"),
 )
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 # Where the turns are a list, instructions are what OpenAI's and Anthropic's interfaces put first.
-_SYSTEM_OF_CHAT = (*_SYSTEM, "instructions")
-_TOOLS = ("tools", "functions")
-_INPUT = ("input", "context")
-_LABEL = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")
+_CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions")
+_TOOLS_NAMES = ("tools", "functions")
+_INPUT_NAMES = ("input", "context")
+_LABEL_NAMES = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")
 
 
 class ChatColumn(tuple[str, ...]):
@@ -39,8 +39,8 @@ class ChatColumn(tuple[str, ...]):
     """
 
 
-_ROLES = ChatColumn(("role",))
-_FROMS = ChatColumn(("from",))
+_ROLE_CHAT = ChatColumn(("role",))
+_FROM_CHAT = ChatColumn(("from",))
 _ANY_CHAT = ChatColumn(("role", "from"))
 
 # The format's name of a column -> its names in files.
@@ -90,20 +90,28 @@ class RowFormat(NamedTuple):
 
 ROW_FORMATS: dict[FormatName, RowFormat] = {
     "messages": RowFormat(
-        (ColumnSet({"messages": _ROLES}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
+        (
+            ColumnSet(
+                {"messages": _ROLE_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}
+            ),
+        ),
         answer="messages",
         key="messages",
     ),
     "sharegpt": RowFormat(
-        (ColumnSet({"conversations": _FROMS}, {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS}),),
+        (
+            ColumnSet(
+                {"conversations": _FROM_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}
+            ),
+        ),
         answer="conversations",
         key="conversations",
     ),
     "alpaca": RowFormat(
         (
             ColumnSet(
-                {"instruction": ("instruction", *_QUESTION), "output": _ANSWER},
-                {"input": _INPUT, "system": _SYSTEM, "history": ("history",)},
+                {"instruction": ("instruction", *_QUESTION_NAMES), "output": _ANSWER_NAMES},
+                {"input": _INPUT_NAMES, "system": _SYSTEM_NAMES, "history": ("history",)},
             ),
         ),
         answer="output",
@@ -111,10 +119,10 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     ),
     "prompt-completion": RowFormat(
         (
-            ColumnSet({"prompt": _QUESTION, "completion": _ANSWER}, {}),
+            ColumnSet({"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES}, {}),
             ColumnSet(
-                {"prompt": _QUESTION, "completion": _ANSWER},
-                {"system": _SYSTEM, "tools": _TOOLS},
+                {"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES},
+                {"system": _SYSTEM_NAMES, "tools": _TOOLS_NAMES},
             ),
         ),
         answer="completion",
@@ -134,10 +142,10 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
                 {"chosen": ("chosen",), "rejected": ("rejected",)},
                 {
                     "prompt": ("prompt", "question", "instruction", "query", "input"),
-                    "input": _INPUT,
+                    "input": _INPUT_NAMES,
                     "conversations": ("conversations",),
-                    "system": _SYSTEM,
-                    "tools": _TOOLS,
+                    "system": _SYSTEM_NAMES,
+                    "tools": _TOOLS_NAMES,
                 },
             ),
         ),
@@ -148,15 +156,15 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         (
             ColumnSet(
                 {
-                    "prompt": (*_QUESTION, "instruction"),
-                    "completion": _ANSWER,
-                    "label": _LABEL,
+                    "prompt": (*_QUESTION_NAMES, "instruction"),
+                    "completion": _ANSWER_NAMES,
+                    "label": _LABEL_NAMES,
                 },
-                {"input": _INPUT, "system": _SYSTEM, "tools": _TOOLS},
+                {"input": _INPUT_NAMES, "system": _SYSTEM_NAMES, "tools": _TOOLS_NAMES},
             ),
             ColumnSet(
-                {"messages": _ANY_CHAT, "label": _LABEL},
-                {"system": _SYSTEM_OF_CHAT, "tools": _TOOLS},
+                {"messages": _ANY_CHAT, "label": _LABEL_NAMES},
+                {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES},
             ),
         ),
         answer="messages",
@@ -164,7 +172,9 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     ),
 }
 # The column names of each format; `columns` maps them to those of a file.
-COLUMNS: dict[str, tuple[str, ...]] = {name: form.columns for name, form in ROW_FORMATS.items()}
+FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
+    name: form.columns for name, form in ROW_FORMATS.items()
+}
 # Columns that are read by any of their names where `columns` does not map them: rows that have one
 # mean it, whether the recipe names it or not.
 READ_BY_ANY_NAME = ("system", "tools")

@@ -65,7 +65,7 @@ def yaml_name(name: str) -> str:
 
 
 def is_section(hint: Any) -> bool:
-    """Whether a type is one of the dataclasses below, rather than a value such as `Length`."""
+    """Tell whether a type is one of the dataclasses below, not a value such as `Length`."""
     return isinstance(hint, type) and hint.__module__ == __name__
 
 

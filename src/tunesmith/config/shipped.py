@@ -25,7 +25,7 @@ def shipped() -> dict[str, Path]:
 
 
 def purpose(path: Path) -> str:
-    """What a recipe is for: the comment below the line for editors."""
+    """Read what a recipe is for: the comment below the line for editors."""
     with path.open(encoding="utf-8") as file:
         return next(line.lstrip("# ").strip() for line in file if not line.startswith(MODELINE))
 

@@ -93,7 +93,7 @@ class _Value(NamedTuple):
         return cls(node, key, hint, spec)
 
     def line(self, value: str) -> str:
-        """How `value` is written here: `key=value` on the command line, `key: value` in a file."""
+        """Write `value` in the form of its place: `key=value`, or `key: value` in a file."""
         if self.node.where.startswith("command line"):
             return f"'{self.key}={value}'"
         name = self.key.rpartition(".")[2]
@@ -190,7 +190,7 @@ def _explain_unknown(tree: Node, mismatches: list[_Mismatch]) -> RecipeError:
 
 
 def _fix_unknown(mismatch: _Mismatch) -> str:
-    """What to write in place of an unknown key: what another tool's means here, or the nearest."""
+    """Suggest a key in place of an unknown one: what another tool's means here, or the nearest."""
     name = str(mismatch.error["loc"][-1])
     section = without_indices(mismatch.key.removesuffix(name).rstrip("."))
     content = mismatch.node.plain()
@@ -226,7 +226,7 @@ def _foreign_line(name: str, content: Any) -> str:
 
 
 def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
-    """What is wrong with a value, and the fix."""
+    """Say what is wrong with a value, and the fix."""
     error_type = error["type"]
     key = value.key
     content = value.node.value
@@ -318,7 +318,7 @@ def _fix_type(value: _Value) -> str:
 
 
 def _could_be_entry(hint: Any, text: str) -> bool:
-    """Whether a type is a list of which a text could be an entry."""
+    """Tell whether a type is a list of which a text could be an entry."""
     if get_origin(hint) is not tuple:
         return False
     return hint == tuple[str, ...] or text in literal_words(get_args(hint)[0])

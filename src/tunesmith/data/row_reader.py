@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import nearest
-from tunesmith.config.row_formats import COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS, FormatName
+from tunesmith.config.row_formats import FORMAT_COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.table import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
@@ -202,7 +202,7 @@ class RowReader:
         Each missing one gets the column of the nearest name, or else the first that is left.
         """
         mapped = self.source.columns
-        read = {mapped.get(name, name) for name in COLUMNS[self.source.format]}
+        read = {mapped.get(name, name) for name in FORMAT_COLUMNS[self.source.format]}
         # A number is no text to learn.
         texts = [name for name, value in self.row.items() if not isinstance(value, int | float)]
         free = [name for name in texts if name not in read]

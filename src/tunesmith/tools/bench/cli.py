@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.cli.options import check_not_given, typed_again
-from tunesmith.config.row_formats import COLUMNS
+from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import RunError, UsageError
 from tunesmith.host.shell import shell_path
@@ -70,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="FILE", help="with --shape: real rows, a file or a Hub id")
     add(
         "--format",
-        choices=COLUMNS,
+        choices=FORMAT_COLUMNS,
         metavar="FORMAT",
-        help=f"with --shape, row format: one of {', '.join(COLUMNS)} (default: alpaca)",
+        help=f"with --shape, row format: one of {', '.join(FORMAT_COLUMNS)} (default: alpaca)",
     )
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="warmup steps before them (default: 5)")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
-from tunesmith.config.row_formats import COLUMNS, ROW_FORMATS
+from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
 from tunesmith.data.detect import Detected, detect, sample_rows
 from tunesmith.data.formats import (
@@ -289,13 +289,14 @@ def row_source(
             fix="say which is which: --columns prompt=question --columns completion=answer, "
             "or give --format",
         )
-    unknown = [column for column in columns if column not in COLUMNS[name]]
+    known = FORMAT_COLUMNS[name]
+    unknown = [column for column in columns if column not in known]
     if unknown:
         are_no = "is not a column" if len(unknown) == 1 else "are not columns"
         raise UsageError(
             f"{', '.join(unknown)} {are_no} of format {name}",
             where="--columns",
-            fix=f"its columns are {', '.join(COLUMNS[name])}: write one of them before each =",
+            fix=f"its columns are {', '.join(known)}: write one of them before each =",
         )
     return Source(source=where, format=name, columns=dict(columns))  # type: ignore[arg-type]
 
@@ -324,7 +325,7 @@ def _fitting_source(
 def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:
     """The format whose key column the row has; "" for none."""
     # Columns that are named must be of the format; where no format has them, an error says so.
-    names = [name for name in _KEY_COLUMN if columns.keys() <= set(COLUMNS[name])]
+    names = [name for name in _KEY_COLUMN if columns.keys() <= set(FORMAT_COLUMNS[name])]
     for name in names or _KEY_COLUMN:
         key_column = _KEY_COLUMN[name]
         # A label that says neither good nor bad is a column of somebody's own.
