@@ -65,7 +65,7 @@ class _Piece(NamedTuple):
 
 
 class _Bounds(NamedTuple):
-    """Where tokens begin and end, int64 [n] each, in bytes or in characters of the text."""
+    """The bounds of n tokens, int64 [n] each, in bytes or in characters of the text."""
 
     starts: np.ndarray
     ends: np.ndarray
@@ -237,7 +237,7 @@ class Aligner:
         return crossed
 
     def _has_other_blanks(self, text: str, edge: int, ids: np.ndarray) -> bool:
-        """Whether white space before an edge may have other tokens at the end of a text.
+        """Tell whether white space before an edge may have other tokens at the end of a text.
 
         Byte-level tokenizers as GPT-2's leave the last of several blanks to the word behind them:
         "\n\n" is one token, and two before a word.
@@ -307,7 +307,7 @@ class Aligner:
         return pieces
 
     def _is_exact(self, whole: Aligned, pieces: Sequence[_Piece]) -> bool:
-        """Whether each piece, behind those before it, decodes to its text."""
+        """Check that each piece, behind those before it, decodes to its text."""
         ids = pieces[0].aligned.ids
         decoded = self._decode(ids)
         is_exact = True

@@ -20,7 +20,7 @@ from typing import Any
 
 
 class AnswerEnds:
-    """What may end an answer.
+    """The tokens and texts that may end an answer.
 
     Args:
         eos_ids: ids at which generation stops.

@@ -17,7 +17,7 @@ from tunesmith.errors import DataError
 
 # Rows looked at, spread over the file.
 _EXAMINED = 200
-LAYOUT = "exported from Arrow (null keys of objects are left out)"
+ARROW_LAYOUT = "exported from Arrow (null keys of objects are left out)"
 
 
 def without_arrow_nulls(table: Table) -> Table:
@@ -29,12 +29,12 @@ def without_arrow_nulls(table: Table) -> Table:
         values = table.row(i)
         return without_nulls(values) if isinstance(values, dict) else values
 
-    layout = ", ".join(filter(None, (table.layout, LAYOUT)))
+    layout = ", ".join(filter(None, (table.layout, ARROW_LAYOUT)))
     return replace(table, row=row, layout=layout)
 
 
 def _is_exported(table: Table) -> bool:
-    """Whether all calls of the rows looked at have the same arguments, some of them null."""
+    """Tell whether all calls in the examined rows have the same arguments, some of them null."""
     calls = 0
     has_null = False
     keys: frozenset[str] | None = None

@@ -110,7 +110,7 @@ def error_of_sources(sources: Sequence[BadRows]) -> DataError:
 
 
 def is_of_row(error: DataError, place: str) -> bool:
-    """Whether an error is about the row at a place; others are about its file, or the template."""
+    """Tell whether an error is about the row at a place, not about its file or the template."""
     return error.where == place or error.where.startswith(f"{place}, ")
 
 

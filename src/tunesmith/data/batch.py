@@ -102,7 +102,7 @@ class Example(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """What methods that compare whole answers need of a micro batch, in the order of its rows.
+    """The answers of a micro batch in the order of its rows, for methods that compare whole ones.
 
     Attributes:
         total: sequences of real examples; of pairs the chosen and the rejected one, in turn.
@@ -120,7 +120,7 @@ class Sequences(NamedTuple):
 
 
 class WholeDocuments(NamedTuple):
-    """How whole documents are joined from a block that holds some of their tokens once for two.
+    """The indices that join whole documents from a block with some of their tokens once for two.
 
     Attributes:
         places: int64 [tokens of all documents], where in the flattened block each token is, of one
@@ -329,7 +329,7 @@ class _FlatRows:
         self.edges.append(start + padding)
 
     def whole_documents(self) -> WholeDocuments | None:
-        """None where the documents are the block as it is."""
+        """Index the whole documents; None where they are the block as it is."""
         import torch
 
         if self.edges[-1] == len(self.ids):
@@ -344,7 +344,7 @@ class _FlatRows:
 
 
 def _sequences(examples: Sequence[Example]) -> Sequences | None:
-    """Of the examples of a batch in their order; None where they are single and have no label."""
+    """Join the sequences of a batch's examples; None where they are single and have no label."""
     import torch
 
     has_any = any(example.sequences or example.label is not None for example in examples)

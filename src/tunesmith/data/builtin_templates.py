@@ -13,11 +13,11 @@ from tunesmith.errors import DataError
 # The wording of the `text` column of tatsu-lab/alpaca. It ends the prompt with a newline, unlike
 # the authors' train.py: after a bare colon a byte-pair tokenizer merges ":" with a quote or a
 # bracket that opens the answer.
-_END = "Write a response that appropriately completes the request.\n\n"
-_PREAMBLE = f"Below is an instruction that describes a task. {_END}"
+_PREAMBLE_END = "Write a response that appropriately completes the request.\n\n"
+_PREAMBLE = f"Below is an instruction that describes a task. {_PREAMBLE_END}"
 _PREAMBLE_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further"
-    f" context. {_END}"
+    f" context. {_PREAMBLE_END}"
 )
 
 # A system message takes the place of the preamble; a second turn continues after the end token of
@@ -84,7 +84,7 @@ def raw(*, bos: str, end: str) -> str:
 
 
 def is_raw(jinja: str) -> bool:
-    """Whether a saved template is one of `raw`."""
+    """Tell whether a saved template is one of `raw`."""
     return jinja.startswith(_RAW.partition("\n")[0])
 
 
@@ -155,11 +155,11 @@ def keep_newlines(text: str) -> str:
 # a resume, and the prompt in use must be the one that was trained. This is the day that Llama's own
 # template falls back to; data.template_args.strftime_now sets another one.
 DATE = datetime.date(2024, 7, 26)
-_TODAY = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+_DATE_CALL = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def writes_today(jinja: str) -> bool:
-    """Whether a template writes the day of the rendering."""
+    """Tell whether a template writes the day of the rendering."""
     return re.search(r"strftime_now\s*\(", jinja) is not None
 
 
@@ -167,7 +167,7 @@ def with_fixed_date(jinja: str, date: datetime.date = DATE) -> str:
     """The template with `date` in place of every `strftime_now(FORMAT)`; DataError if a format is
     not a literal.
     """
-    fixed = _TODAY.sub(lambda match: json.dumps(date.strftime(match[2])), jinja)
+    fixed = _DATE_CALL.sub(lambda match: json.dumps(date.strftime(match[2])), jinja)
     if writes_today(fixed):
         what = "the chat template writes today's date in a way that cannot be fixed to one day"
         why = "a run that resumes tomorrow would train on another prompt"

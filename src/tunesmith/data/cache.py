@@ -91,7 +91,7 @@ class TokenArrays(NamedTuple):
         return sum(int(np.count_nonzero(block)) for block in _read_blocks(self.trained))
 
     def sha256(self) -> str:
-        """Of the examples, in hex; the rows that they came from do not enter."""
+        """Hash the examples, in hex; the rows that they came from do not enter."""
         digest = hashlib.sha256()
         for values in (self.ids, self.trained, self.offsets):
             for block in _read_blocks(values):
@@ -105,7 +105,7 @@ class TokenArrays(NamedTuple):
 
 
 # The files of an entry, in the order of `TokenArrays`. These names are those of entries on disk.
-_FILES = {
+_ENTRY_FILES = {
     "ids.bin": np.int32,
     "trained.bin": np.bool_,
     "offsets.bin": np.int64,
@@ -125,7 +125,7 @@ class TokenWriter:
         self._examples = 0
         self._tokens = 0
         self._files: dict[str, BinaryIO] = {}
-        for name in _FILES:
+        for name in _ENTRY_FILES:
             self._files[name] = io.BytesIO() if folder is None else (folder / name).open("wb")
         self._append("offsets.bin", 0)
 
@@ -141,11 +141,11 @@ class TokenWriter:
         label = NO_LABEL if example.label is None else example.label
         written = (example.ids, example.trained, self._tokens, row, truncated, continued)
         # In the order of the files.
-        for name, values in zip(_FILES, (*written, first, label), strict=True):
+        for name, values in zip(_ENTRY_FILES, (*written, first, label), strict=True):
             self._append(name, values)
 
     def _append(self, name: str, values: Any) -> None:
-        self._files[name].write(np.asarray(values, _FILES[name]).tobytes())
+        self._files[name].write(np.asarray(values, _ENTRY_FILES[name]).tobytes())
 
     def close(self) -> None:
         for file in self._files.values():
@@ -159,7 +159,7 @@ class TokenWriter:
         arrays: list[np.ndarray] = []
         for name, file in self._files.items():
             file.seek(0)
-            arrays.append(np.frombuffer(file.read(), _FILES[name]))
+            arrays.append(np.frombuffer(file.read(), _ENTRY_FILES[name]))
         return TokenArrays(*arrays)
 
 
@@ -183,7 +183,7 @@ def _release(values: np.ndarray) -> None:
 def _map_arrays(folder: Path) -> TokenArrays:
     """The arrays of an entry, memory-mapped."""
     arrays: list[np.ndarray] = []
-    for name, dtype in _FILES.items():
+    for name, dtype in _ENTRY_FILES.items():
         file = folder / name
         if file.stat().st_size:
             with file.open("rb") as opened:
@@ -196,9 +196,9 @@ def _map_arrays(folder: Path) -> TokenArrays:
 
 
 def _crc32(folder: Path) -> int:
-    """Of the arrays of an entry; read, not mapped, so that a large one fills no memory."""
+    """Checksum the arrays of an entry; it reads them unmapped, so a large one fills no memory."""
     value = 0
-    for name in _FILES:
+    for name in _ENTRY_FILES:
         with open_uncached(folder / name) as file:
             while block := file.read(READ_BYTES):
                 value = zlib.crc32(block, value)

@@ -19,8 +19,9 @@ from tunesmith.units import count_of
 
 # Tokens checked at once.
 _CHUNK = 1 << 22
-# Tokens that a template may write after an end token (a line break) where these are supervised too.
-_TAIL = 4
+# Last tokens of a row among which one ends the answer: a template may write others after it (a line
+# break), supervised too.
+_END_WINDOW_TOKENS = 4
 # Of the rows, with an answer that ends at seq_len: more teach the model not to stop.
 MOST_CUT = 0.1
 _FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.seq_len"
@@ -29,7 +30,7 @@ _FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.s
 # template are.
 MOST_LOST_ANSWERS = 0.01
 # Tokens on each side of a fault in an excerpt.
-_CONTEXT = 12
+_EXCERPT_SIDE_TOKENS = 12
 
 # What becomes of a split in which more of them are cut off.
 CutAnswers = Literal["refuse", "warn", "accept"]
@@ -113,14 +114,14 @@ class _Chunk(NamedTuple):
 
 
 class _Faults(NamedTuple):
-    """How many things of a chunk a rule checked, and the tokens that break it (indices, int64)."""
+    """The number of things that a rule checked in a chunk, and the tokens that break it (int64)."""
 
     checked: int
     tokens: np.ndarray
 
 
 class _Rule(NamedTuple):
-    """What must hold of the tokens. of: of which things; why, fix: where it does not."""
+    """A rule that the tokens must keep. of: the things checked; why, fix: where it is broken."""
 
     name: str
     of: str
@@ -461,7 +462,7 @@ def _answers_without_end(
     examples = chunk.examples_of(stops)
     ends_row = is_row_end[stops]
     has_end_token = np.zeros(len(stops), np.bool_)
-    for back in range(1, _TAIL):
+    for back in range(1, _END_WINDOW_TOKENS):
         earlier = stops - back
         is_in_row = earlier >= chunk.starts[chunk.sequences_of(stops)]
         # Indices before the array are clamped to 0; `is_in_row` rules them out.
@@ -481,8 +482,8 @@ def _answers_without_end(
 def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
     """The decoded tokens around one of them, which stands in brackets."""
     ids = tokens[example].ids.tolist()
-    left = max(0, at - _CONTEXT)
-    right = min(len(ids), at + _CONTEXT + 1)
+    left = max(0, at - _EXCERPT_SIDE_TOKENS)
+    right = min(len(ids), at + _EXCERPT_SIDE_TOKENS + 1)
     text = ""
     for position in range(left, right):
         id_ = ids[position]

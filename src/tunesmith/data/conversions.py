@@ -7,7 +7,7 @@ from tunesmith.host.shell import shell_path
 _PANDOC = "pandoc -t plain --wrap=none {file} -o {stem}.txt"
 _OFFICE = "soffice --headless --convert-to {kind} --outdir {folder} {file}"
 _PDF = "pdftotext {stem}.pdf {stem}.txt"
-_COMMANDS = {
+_CONVERSION_COMMANDS = {
     ".pdf": "pdftotext {file} {stem}.txt",
     ".djvu": "djvutxt {file} {stem}.txt",
     **dict.fromkeys(
@@ -27,12 +27,12 @@ _COMMANDS = {
     ".tar": "mkdir -p {stem} && tar -xf {file} -C {stem}",
     ".tgz": "mkdir -p {stem} && tar -xf {file} -C {stem}",
 }
-CONVERTED_SUFFIXES = tuple(_COMMANDS)
+CONVERTED_SUFFIXES = tuple(_CONVERSION_COMMANDS)
 
 
 def conversion(path: Path) -> str:
     """The command that makes text or rows of a file, beside it; empty where none is known."""
-    command = _COMMANDS.get(path.suffix.lower(), "")
+    command = _CONVERSION_COMMANDS.get(path.suffix.lower(), "")
     # `{stem}.txt` as one word of the shell, whatever is in the name.
     for ending in (".txt", ".csv", ".pdf", ""):
         word = shell_path(f"{path.with_suffix('')}{ending}")

@@ -90,7 +90,7 @@ def read_csv(path: Path) -> Table:
 
 
 class _CsvIndex(NamedTuple):
-    """What is kept of a file.
+    """The index of a file: its header and the places of its rows.
 
     Attributes:
         places, lines: the byte and the line where each row begins; the last place is where the rows
@@ -209,7 +209,7 @@ def _not_utf8(path: Path) -> DataError:
 
 
 def _separator(path: Path, text: str) -> str:
-    """What stands between the values of a row: a comma, or what the header shows in its place.
+    """Find what separates the values of a row: a comma, or what the header shows in its place.
 
     Excel writes semicolons where numbers have a decimal comma. A comma in the header counts less
     where the first rows agree with it on another mark alone: it stands in a name. DataError where
@@ -252,7 +252,7 @@ def _separator(path: Path, text: str) -> str:
 
 
 def _splits_evenly(text: str, separator: str) -> bool:
-    """Whether the header and the first rows have the same number of values, and more than one."""
+    """Tell whether the header and the first rows have the same number of values, above one."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     counts = set()
     # A row that is broken is named when all are read.

@@ -1,10 +1,10 @@
-"""What was found in the rows, as lines for the user and as plain values."""
+"""The findings in the rows, as lines for the user and as plain values."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.config.schema import RowFault
-from tunesmith.data.row_checks import FAULTS, RowFindings, place
+from tunesmith.data.row_checks import ROW_FAULTS, RowFindings, place
 from tunesmith.data.row_texts import MAX_CHARACTERS, MAX_ROWS
 from tunesmith.data.splits import SourceRows, Splits
 from tunesmith.units import count_of
@@ -40,7 +40,7 @@ def describe_rows(splits: Splits) -> list[str]:
 
 
 def _held_out_with_others(splits: Splits) -> int:
-    """How many held-out rows are near-duplicates of each other, or share a prompt or an answer."""
+    """Count held-out rows that nearly duplicate each other, or share a prompt or an answer."""
     assert splits.findings is not None
     held_out = set(splits.held_out)
     together: set[int] = set()
@@ -52,7 +52,7 @@ def _held_out_with_others(splits: Splits) -> int:
 
 
 def count_repeating(splits: Splits) -> int:
-    """How many rows that are not left out repeat or nearly repeat one before them."""
+    """Count the rows, of those not left out, that repeat or nearly repeat one before them."""
     findings = _kept_findings(splits)
     return 0 if findings is None else len(findings.faulty_rows("near-duplicates"))
 
@@ -113,7 +113,7 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
 
 
 def _kept_findings(splits: Splits) -> RowFindings | None:
-    """What was found in the rows that are not left out, less the faults that are."""
+    """Select the findings in the rows that are not left out."""
     if splits.findings is None:
         return None
     gone = [row for rows in splits.left_out.values() for row in rows]
@@ -166,7 +166,7 @@ def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[st
         return [places(group) for group in of[:LISTED_PLACES]]
 
     pairs = _pairs_across(splits, findings, across)
-    counts = {fault: len(findings.faulty_rows(fault)) for fault in FAULTS}
+    counts = {fault: len(findings.faulty_rows(fault)) for fault in ROW_FAULTS}
     return {
         "rows": findings.rows,
         "compared": findings.compared,

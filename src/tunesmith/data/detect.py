@@ -1,4 +1,4 @@
-"""Which format the rows of a file have, and in which columns, detected from some of them.
+"""Detection of the format that the rows of a file have, and of its columns, from some rows.
 
 The columns decide first: rows with chosen and rejected are pairs, rows with a label are labeled
 answers, and text is only what has no other columns. Of the layouts that the columns allow, the one
@@ -71,7 +71,7 @@ _Chats = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Detected:
-    """How to read some rows.
+    """A format and its columns, by which some rows can be read.
 
     Attributes:
         columns: the format's name of a column -> the file's.
@@ -270,7 +270,7 @@ class _SampledRows:
         return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
 
     def try_layout(self, layout: Detected) -> _Trial:
-        """What the reader of training reads of the rows by a layout, and what it raises."""
+        """Read the rows by a layout as training does; keep which it reads, and what it raises."""
         source = _with_layout(self.source, layout)
         read = set()
         errors = []
@@ -327,7 +327,7 @@ class _SampledRows:
         return f"; if {column} says something else: rename it, and --format {' or '.join(formats)}"
 
     def nothing_read(self, trials: list[_Trial]) -> DataError:
-        """What keeps the layout with the most columns from reading any of the rows."""
+        """Explain why the layout with the most columns reads none of the rows."""
         layout, _, errors = max(trials, key=lambda trial: len(trial.layout.columns))
         error = errors[0]
         count = count_of(len(self.sample), "row")
@@ -360,7 +360,7 @@ class _SampledRows:
         )
 
     def propose(self) -> str:
-        """How to name the columns: with the likeliest ones, where the rows are read by them."""
+        """Propose flags for the columns: the likeliest ones, where the rows are read by them."""
         formats: tuple[FormatName, ...] = ("prompt-completion", "text")
         if self.only_format is not None:
             formats = (self.only_format,)
@@ -467,7 +467,7 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
 
 
 def _letters(values: list[Any]) -> int:
-    """How many letters values have; 0 where one is no text, so that nobody could learn it."""
+    """Count the letters of values; 0 where one is no text, so that nobody could learn it."""
     count = 0
     for value in values:
         if value is not None and not isinstance(value, str):

@@ -54,7 +54,7 @@ def open_table(path: Path) -> Table:
     check_data_file(path)
     try:
         version = version_of(path)
-        table = _READERS[path.suffix.lower()](path)
+        table = _FILE_READERS[path.suffix.lower()](path)
         if path.suffix.lower() in JSON_SUFFIXES:
             table = without_arrow_nulls(table)
     except OSError as error:
@@ -130,7 +130,7 @@ def _numbered_rows(path: Path, rows: list[Any]) -> Table:
 
 
 class _JsonLines:
-    """Where the lines of a file that are not blank begin, and their numbers.
+    """The places and numbers of the lines of a file that are not blank.
 
     `starts` has one entry more, the end of the file.
     """
@@ -257,7 +257,7 @@ def _begins_with_object(path: Path) -> bool:
 
 
 def _has_object_a_line(text: str, error: Exception) -> bool:
-    """Whether a text that is not JSON, for this error, has an object a line."""
+    """Tell whether a text that is not JSON, for this error, has an object a line."""
     first_line_text, _, rest = text.strip().partition("\n")
     if not first_line_text.startswith("{"):
         return False
@@ -305,7 +305,7 @@ def _read_arrow(path: Path) -> Table:
     return read_arrow(path)
 
 
-_READERS: dict[str, Callable[[Path], Table]] = {
+_FILE_READERS: dict[str, Callable[[Path], Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,

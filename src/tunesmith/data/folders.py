@@ -24,10 +24,10 @@ from tunesmith.units import count_of
 # Beside the rows that `datasets` saves.
 _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A text beside files of rows that is about them.
-_ABOUT = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
+_README_STEM = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
 _SKIPPED_FOLDERS = ("__pycache__",)
 # One kind of file under two names.
-_SAME = {".ndjson": ".jsonl"}
+_SUFFIX_ALIASES = {".ndjson": ".jsonl"}
 # Names of folders and words of file names that are a split, as `datasets` reads them.
 _SPLITS = {
     "train": "train",
@@ -122,7 +122,7 @@ class _Content(NamedTuple):
 
 
 def _look_into(folder: Path) -> _Content:
-    """Which files of a folder are read; DataError for one without any, or with rows and texts."""
+    """Choose the files of a folder to read; DataError if there are none, or both rows and texts."""
     hidden = 0
     about: list[str] = []
     rows: list[Path] = []
@@ -140,9 +140,9 @@ def _look_into(folder: Path) -> _Content:
         else:
             others.append(file)
     if rows:
-        about += [file.name for file in texts if _ABOUT.fullmatch(file.stem)]
-        texts = [file for file in texts if not _ABOUT.fullmatch(file.stem)]
-    suffixes = Counter(_SAME.get(s, s) for s in (file.suffix.lower() for file in rows))
+        about += [file.name for file in texts if _README_STEM.fullmatch(file.stem)]
+        texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]
+    suffixes = Counter(_SUFFIX_ALIASES.get(s, s) for s in (file.suffix.lower() for file in rows))
     kinds = [f"{count_of(count, f'{suffix} file')}" for suffix, count in suffixes.items()]
     if texts:
         kinds.append(count_of(len(texts), "text file"))

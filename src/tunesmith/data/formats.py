@@ -102,7 +102,7 @@ class Feedback:
 
 
 def samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
-    """What is tokenized of a row; of a pair the chosen answer comes first."""
+    """List the samples to tokenize of a row; of a pair the chosen answer comes first."""
     if isinstance(row, Pair):
         return [row.chosen, row.rejected]
     if isinstance(row, Feedback):
@@ -138,7 +138,7 @@ def convert_row(
             say how an answer is trained on, are then no fault.
     """
     reader = RowReader(row, source, where)
-    sample = _READERS[source.format](reader)
+    sample = _ROW_READERS[source.format](reader)
     if is_trained:
         check_row_marks(reader)
         if not isinstance(sample, Pair | Feedback | Text):
@@ -162,7 +162,7 @@ def convert_row(
 def convert_sample(
     row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None
 ) -> Sample:
-    """As `convert_row`; of a pair the chosen answer, of feedback the answer."""
+    """Convert a row as `convert_row`; of a pair the chosen answer, of feedback the answer."""
     sample = convert_row(row, source, where=where, system=system, is_trained=False)
     if isinstance(sample, Pair):
         return sample.chosen
@@ -199,14 +199,14 @@ def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _Any
 
 
 _Reader = Callable[[RowReader], Sample | Pair | Feedback]
-_READERS: dict[FormatName, _Reader] = {}
+_ROW_READERS: dict[FormatName, _Reader] = {}
 
 
 def _reads(name: FormatName) -> Callable[[_Reader], _Reader]:
     """Make a function the reader of a format."""
 
     def register(reader: _Reader) -> _Reader:
-        _READERS[name] = reader
+        _ROW_READERS[name] = reader
         return reader
 
     return register
@@ -339,7 +339,7 @@ def _preference(row: RowReader) -> Pair:
 
 
 def _pair_prompt(row: RowReader) -> Any:
-    """What a pair answers: a text, messages, or None where both answers begin with it."""
+    """Read the prompt of a pair: a text, messages, or None where both answers begin with it."""
     prompt = row.text_or_messages(row.optional("prompt"), "prompt")
     conversations = row.optional("conversations")
     # A prompt that the recipe names is the one that is meant.
@@ -416,7 +416,7 @@ def _feedback(row: RowReader) -> Feedback:
 
 
 def read_label(value: Any) -> bool | None:
-    """Whether a label says that its answer is good; None where it says neither good nor bad.
+    """Tell whether a label calls its answer good; None where it says neither good nor bad.
 
     A number other than 0 and 1 may be a rank, and a word such as positive what a text expresses.
     """
@@ -425,16 +425,16 @@ def read_label(value: Any) -> bool | None:
     if not isinstance(value, str):
         return None
     word = _SKIN_TONES.sub("", value).strip().lower().replace("_", " ").replace("-", " ")
-    if word in _GOOD:
+    if word in _GOOD_LABELS:
         return True
-    return False if word in _BAD else None
+    return False if word in _BAD_LABELS else None
 
 
-_GOOD = frozenset(
+_GOOD_LABELS = frozenset(
     "true,yes,y,t,1,1.0,good,desirable,chosen,accepted,preferred,thumbs up,thumb up,thumbsup,up,"
     "upvote,like,liked,👍".split(",")
 )
-_BAD = frozenset(
+_BAD_LABELS = frozenset(
     "false,no,n,f,0,0.0,bad,undesirable,rejected,thumbs down,thumb down,thumbsdown,down,"
     "downvote,dislike,disliked,👎".split(",")
 )

@@ -15,7 +15,7 @@ from tunesmith.units import ceil_div
 
 @dataclass(frozen=True)
 class Layout:
-    """How examples are laid into batches.
+    """The way in which examples are laid into batches.
 
     Attributes:
         packed: the examples of a batch share one row; else each sequence has its own.
@@ -62,7 +62,7 @@ class Layout:
         )
 
     def _groups(self, examples: Sequence[Example] | TokenSet, room: int) -> list[list[int]]:
-        """Which examples share a batch, by their indices."""
+        """Group the examples that share a batch, by their indices."""
         if not len(examples):
             return []
         if self.packed:

@@ -20,7 +20,7 @@ from tunesmith.units import Size
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What one optimizer step trains on, over all ranks; `micro` is this data rank's share of it.
+    """The batch of one optimizer step, over all ranks; `micro` is this data rank's share of it.
 
     Attributes:
         step: from 0.

@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation are supervised, for any chat template.
+"""The loss mask of a rendered conversation: its supervised characters, for any chat template.
 
 A template may strip thinking from earlier turns (Qwen3), trim texts (Llama 3, Gemma), move the
 system message into a user's turn (Llama 2), or drop what it does not know. So no search for a text
@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 
 from tunesmith.data.align import CharSpan
 from tunesmith.data.answer_ends import AnswerEnds
-from tunesmith.data.sentinels import POSITIONS, Field, Messages, Sentinel, Sentinels, Tools
+from tunesmith.data.sentinels import SENTINEL_POSITIONS, Field, Messages, Sentinel, Sentinels, Tools
 from tunesmith.data.template_args import names_of_arguments
 from tunesmith.data.thoughts import (
     Message,
@@ -55,7 +55,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
 _FIX = "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
 _FIX_TAGS = (
@@ -90,11 +90,11 @@ class _Rendering(NamedTuple):
         return [n for n, sentinel in enumerate(self.sentinels) if self.field(sentinel).message == i]
 
     def place(self, n: int) -> int:
-        """Where in the text sentinel n stands; -1 stands for the beginning of the text."""
+        """Find the index of sentinel n in the text; -1 stands for the beginning of the text."""
         return self.sentinels[n].at if n >= 0 else 0
 
     def tail(self, i: int) -> str | None:
-        """What stands after the texts of message i, up to the next text.
+        """Read what follows the texts of message i, up to the next text.
 
         None where the end of its last text is not known.
         """
@@ -191,7 +191,7 @@ class AssistantMask:
         self.tokenizer = tokenizer
         self.jinja = jinja
         self.name = name
-        self.tagged = bool(_GENERATION.search(jinja))
+        self.tagged = bool(_GENERATION_START.search(jinja))
         # Before its first result, the probe looks for every text with every position.
         self.form = MessageForm()
         self.reasoning = False
@@ -274,7 +274,7 @@ class AssistantMask:
             rendering: _Rendering | None = None
             shown: set[int] = set()
             # Sentinels before, after or around each text: a template may trim one side.
-            for position in POSITIONS:
+            for position in SENTINEL_POSITIONS:
                 inserted = Sentinels(word, position, only)
                 marked_messages, marked_tools = inserted.insert(messages, tools)
                 marked_text = self.render(marked_messages, marked_tools, where=where)
@@ -329,7 +329,7 @@ class AssistantMask:
         return text, first_ones
 
     def _may_drop(self, field: Field, trained: Collection[int] | None) -> bool:
-        """Whether a template may leave out a text; `RenderedAnswers.missing` tells of it.
+        """Tell whether a template may leave out a text; `RenderedAnswers.missing` tells of it.
 
         That is a thought that is not trained, or one of several, and tools where it has calls: no
         prompt in use shows them either.
@@ -525,7 +525,7 @@ class AssistantMask:
     def _thought_in_prompt(
         self, rendering: _Rendering, i: int, prompt_at: int, prompt: str
     ) -> int | None:
-        """Where in the generation prompt a thought begins that the row does not have there.
+        """Find where in the generation prompt a thought begins that the row does not have there.
 
         None: it has none, or the row has other words before it.
         """
@@ -539,7 +539,7 @@ class AssistantMask:
         return at
 
     def _header(self, rendering: _Rendering, i: int, prompt_at: int) -> str | None:
-        """What the rendering has before the first text of message i.
+        """Read what the rendering has before the first text of message i.
 
         None where that is unknown, and where a thought comes first: the model writes its tag.
         """
@@ -560,7 +560,7 @@ class AssistantMask:
         is_last: bool,
         where: str,
     ) -> int:
-        """Where the answer starts after its generation prompt, which must stand at `prompt_at`."""
+        """Find the start of an answer after its generation prompt, which must be at `prompt_at`."""
         text = rendering.text
         if text.startswith(prompt, prompt_at):
             return prompt_at + len(prompt)
@@ -758,7 +758,7 @@ class AssistantMask:
             self._writes_thoughts = True
 
     def _prompt_opens_thought(self) -> bool:
-        """Whether the generation prompt opens a thought that the template's rows do not have."""
+        """Tell whether the generation prompt opens a thought that the template's rows lack."""
         rendering = self._try(_PROBE_TURN)
         if rendering is None or not rendering.of_message(1) or self.tagged:
             return False
@@ -771,21 +771,21 @@ class AssistantMask:
         return is_missing and thought_at is not None and open_thought(prompt) is not None
 
     def _differ(self, messages: Messages, others: Messages) -> bool:
-        """Whether two conversations render differently."""
+        """Tell whether two conversations render differently."""
         try:
             return self.render(messages) != self.render(others)
         except DataError:
             return True
 
     def _shows_answer(self, rendering: _Rendering | None) -> bool:
-        """Whether all texts stand in the order of the conversation, each once."""
+        """Check that all texts stand in the order of the conversation, each once."""
         if rendering is None or not self._shows_all(rendering):
             return False
         fields = [sentinel.field for sentinel in rendering.sentinels]
         return fields == sorted(fields)
 
     def _shows(self, rendering: _Rendering, kind: str) -> bool:
-        """Whether all texts of a kind are shown."""
+        """Check that all texts of a kind are shown."""
         fields = enumerate(rendering.inserted.fields)
         return all(n in rendering.shown for n, field in fields if field.kind == kind)
 
@@ -860,7 +860,7 @@ class AssistantMask:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning; whole tags only."""
+    """Count the characters that two texts share at their beginning; whole tags only."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

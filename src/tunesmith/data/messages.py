@@ -15,7 +15,7 @@ from tunesmith.data.row_reader import RowReader, is_absent, plain
 from tunesmith.data.table import json_type
 from tunesmith.errors import DataError
 
-ROLES = {
+CHAT_ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -68,7 +68,7 @@ _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
 class Form(NamedTuple):
-    """How a turn is written: its keys, and what errors call it."""
+    """A form of turns: their keys, and what errors call one."""
 
     noun: str
     role: str
@@ -135,16 +135,16 @@ def _check_turn(row: RowReader, turn: Any, form: Form, at: str) -> None:
 
 
 def _role(row: RowReader, name: Any, at: str) -> str:
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = CHAT_ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        why = f"the roles are {', '.join(ROLES)}"
+        why = f"the roles are {', '.join(CHAT_ROLES)}"
         raise row.error(f"unknown role {name!r}", why, "rename the role", at)
     return role
 
 
 @dataclass
 class _ContentParts:
-    """What a content holds; `results` are those of tools, as messages."""
+    """The parts of a content; `results` are those of tools, as messages."""
 
     text: str = ""
     thought: str = ""
@@ -210,7 +210,7 @@ def _with_results(
 
 
 def _thought(row: RowReader, turn: Mapping[str, Any], of_parts: str, at: str) -> str:
-    """What the answer thinks first, by whatever name; DataError if two of them differ."""
+    """Read the thought of an answer, by whatever name; DataError if two of them differ."""
     thoughts = {"content": of_parts} if of_parts else {}
     for key, value in turn.items():
         if plain(key) in THOUGHTS and not is_absent(value):
@@ -269,7 +269,7 @@ def _is_trained(row: RowReader, role: str, turn: Mapping[str, Any], at: str) -> 
 
 
 def _mark(row: RowReader, key: str, value: Any, role: str, at: str) -> bool:
-    """Whether a mark says that its turn is trained on."""
+    """Tell whether a mark says that its turn is trained on."""
     if isinstance(value, str | list | dict) or value not in (0, 1):
         raise _wrong_mark(row, key, value, role, at)
     # A mask of numbers is as often that of the trained tokens.
@@ -307,7 +307,7 @@ def apply_list_of_marks(row: RowReader, messages: list[dict[str, Any]], turns: i
 
 
 def is_mark(column: str) -> bool:
-    """Whether a column has the name of a mark."""
+    """Tell whether a column has the name of a mark."""
     return plain(column) in _MARKS
 
 
@@ -379,7 +379,7 @@ def _content(row: RowReader, content: Any, form: Form, at: str) -> _ContentParts
 
 
 def _part_value(part: Mapping[str, Any]) -> Any:
-    """What a part holds, which stands under one of several names."""
+    """Read the value of a part, which stands under one of several names."""
     for name in ("text", "value", "reasoning", "thinking"):
         if name in part:
             return part[name]
@@ -549,6 +549,6 @@ def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
-    """Whether an answer has a text, a thought or a call."""
+    """Tell whether an answer has a text, a thought or a call."""
     says_more = "tool_calls" in message or "reasoning_content" in message
     return says_more or bool(message["content"].strip())

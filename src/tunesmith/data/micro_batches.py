@@ -1,4 +1,4 @@
-"""Which examples of a global batch share a micro batch, and which rank runs it when.
+"""The micro batches of a global batch: the examples of each, and which rank runs it when.
 
 Lengths alone decide, so that each rank knows the groups of all. Sharded ranks meet at every micro
 batch: those that run at the same time, a micro step, cost much the same.

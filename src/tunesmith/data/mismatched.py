@@ -31,7 +31,7 @@ def mismatched_examples(
 
 
 def mismatched_of_all(tokens: TokenSet) -> list[Example]:
-    """Of held-out rows, all of which are measured as one batch."""
+    """Pair the prompts of held-out rows with other answers; all are measured as one batch."""
     reference = None
     if tokens.mismatched_reference:
         [reference] = tokens.mismatched_reference

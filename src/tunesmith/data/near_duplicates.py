@@ -55,14 +55,16 @@ _MAX_BLANK_SHARE = 0.4
 _BANDS = 42
 _BAND_HASHES = 3
 # Odd numbers that make one of the hashes of a band, modulo 2^64.
-_MIXED = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
+_HASH_MULTIPLIERS = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64
+)
 # A word that no more rows have is rare.
 _RARE_ROWS = 50
 # Pairs of rows that more rows than that share a band with: where none of the first is a match, the
 # band is a template's.
 _TRIED_PAIRS = 20
 # So few rows are compared all with all.
-_FEW_ROWS = 64
+_MAX_ALL_PAIRS_ROWS = 64
 
 _EDGE = 0
 _BORDER = 1
@@ -156,7 +158,7 @@ def find_near_duplicates(
     _join_equal(arrays, groups)
     features = _Features(arrays, parts or [count])
     check = _PairCheck(arrays, features)
-    if count <= _FEW_ROWS:
+    if count <= _MAX_ALL_PAIRS_ROWS:
         _join_matches(combinations(range(count), 2), check, groups)
         return groups.of_several()
     rare = features.below(_RARE_ROWS)
@@ -285,7 +287,7 @@ class _Features:
         self.sets = sets.where(~is_template)
 
     def _counts(self, values: np.ndarray) -> np.ndarray:
-        """In how many rows each value is."""
+        """Count the rows that have each value."""
         places = values >> (32 - self._COUNT_BITS)
         return np.bincount(places, minlength=1)[places]
 
@@ -348,7 +350,7 @@ def _bands(sets: RowSets) -> Iterator[list[int]]:
     # By sorting: an index of dictionaries takes 10 KB a row.
     for band in range(_BANDS):
         columns = signatures[:, band * _BAND_HASHES : (band + 1) * _BAND_HASHES]
-        keys = columns.astype(np.uint64) @ _MIXED
+        keys = columns.astype(np.uint64) @ _HASH_MULTIPLIERS
         _, numbers, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         order = np.argsort(numbers, kind="stable")
         stops = np.cumsum(sizes)
@@ -361,7 +363,7 @@ def _bands(sets: RowSets) -> Iterator[list[int]]:
 
 
 class _PairCheck:
-    """Whether two rows are near-duplicates, by the rules at the top of this file."""
+    """A check that two rows are near-duplicates, by the rules at the top of this file."""
 
     def __init__(self, arrays: WordArrays, features: _Features) -> None:
         self._arrays = arrays
@@ -391,7 +393,7 @@ class _PairCheck:
         return True
 
     def _differ_in_blank(self, one: int, other: int) -> bool:
-        """Whether two rows fill in a blank with texts that have less in common than not."""
+        """Tell whether two rows fill in a blank with texts that have less in common than not."""
         words = self._arrays.words
         matcher = SequenceMatcher(
             None, self._arrays.row(one).tolist(), self._arrays.row(other).tolist(), autojunk=False

@@ -43,7 +43,7 @@ BYTES_PER_EXAMPLE = 32
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What training needs of the data.
+    """The data of a run as training needs it.
 
     Attributes:
         validation: None where the recipe names none.
@@ -163,7 +163,7 @@ class TrainingData:
         return f"{line}; such as {example}"
 
     def figures(self, part: SourceTokens) -> list[str]:
-        """What one source gives, and what of it is left out and why."""
+        """Describe what one source gives, and what of it is left out and why."""
         counts = part.counts
         too_long = f"(data.too_long: {part.too_long})"
         left_out = []
@@ -222,7 +222,7 @@ class TrainingData:
         )
 
     def warnings(self) -> list[str]:
-        """What is valid but seldom meant, each with its fix."""
+        """List what is valid but seldom meant, each with its fix."""
         train = self.run.train
         warnings = self._few_steps_warnings()
         warnings += describe_long_warmup(train, self.schedule.steps(train.duration))
@@ -277,7 +277,7 @@ class TrainingData:
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
 
     def _of_sources(self, tell: Callable[[SourceTokens], Iterator[str]]) -> list[str]:
-        """What there is to tell of each source, behind its split."""
+        """Collect the lines about each source, behind its split."""
         return [f"{split}: {text}" for split, part in self.sources() for text in tell(part)]
 
     def _tell_bad_rows(self, part: SourceTokens) -> Iterator[str]:

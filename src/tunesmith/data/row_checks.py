@@ -1,4 +1,4 @@
-"""What is wrong with rows that each read well: repeated, contradicting, cut off, or in a language
+"""Checks for rows that each read well but are repeated, contradicting, cut off, or in a language
 that few of them have.
 
 Nothing here changes a row or decides what is trained on. What is found is counted and shown before
@@ -28,12 +28,12 @@ from tunesmith.host.files import measure_once
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be judged otherwise.
-VERSION = 4
+ROW_CHECKS_VERSION = 4
 
 # Of more rows a line says that they are compared: it takes more than some seconds.
 TOLD_ROWS = 20_000
 
-FAULTS: tuple[RowFault, ...] = get_args(RowFault)
+ROW_FAULTS: tuple[RowFault, ...] = get_args(RowFault)
 
 # Shorter prompts, such as `Go on.`, are no question of their own.
 MIN_PROMPT_WORDS = 3
@@ -80,7 +80,7 @@ SourceRows = Sequence[tuple[Source, Rows]]
 
 @dataclass(frozen=True)
 class RowFindings:
-    """What was found in the rows of some sources; rows are indices over all sources together.
+    """The findings in the rows of some sources; rows are indices over all sources together.
 
     Attributes:
         rows: of all sources.
@@ -119,7 +119,7 @@ class RowFindings:
         return sorted(set(rows))
 
     def mapped(self, take: Callable[[list[int]], list[int]]) -> "RowFindings":
-        """What is found in other rows: those that `take` gives for a list of rows."""
+        """Map the findings to other rows: those that `take` gives for a list of rows."""
 
         def groups(of: list[list[int]]) -> list[list[int]]:
             return [group for group in map(take, of) if len(group) > 1]
@@ -135,7 +135,7 @@ class RowFindings:
         )
 
     def without(self, left_out: Iterable[int]) -> "RowFindings":
-        """What is found in the other rows, under the indices that they have."""
+        """Leave rows out of the findings; the others keep their indices."""
         gone = set(left_out)
         return self.mapped(lambda rows: [row for row in rows if row not in gone])
 
@@ -155,7 +155,7 @@ def check_rows(sources: SourceRows) -> RowFindings:
 
 
 def checked_before(sources: SourceRows) -> RowFindings | None:
-    """What `check_rows` found in the same rows before; None where it did not look."""
+    """Read what `check_rows` found in the same rows before; None where it did not look."""
 
     def absent() -> RowFindings:
         raise LookupError("these rows were not compared before")
@@ -250,7 +250,7 @@ def _key(what: str, sources: SourceRows) -> list[Any]:
     described = []
     for source, rows in sources:
         described.append([rows.digest(), source.format, sorted(source.columns.items())])
-    return [VERSION, limits(), what, described]
+    return [ROW_CHECKS_VERSION, limits(), what, described]
 
 
 def _decoded(values: dict[str, Any]) -> RowFindings:
@@ -258,7 +258,7 @@ def _decoded(values: dict[str, Any]) -> RowFindings:
 
 
 def _counts_by_source(sources: SourceRows, indices: range) -> list[int]:
-    """How many of the indices are of each source."""
+    """Count the indices of each source."""
     counts = []
     first = 0
     for _, rows in sources:
@@ -390,7 +390,7 @@ def _hash64(text: str) -> int:
 
 
 class _Endings:
-    """How answers end."""
+    """The endings of answers: open ones, and those cut at one length."""
 
     def __init__(self) -> None:
         self._sentences = 0
@@ -429,12 +429,12 @@ class _Endings:
 
 
 def _is_sentence(answer: str) -> bool:
-    """Whether an answer is long enough to end with punctuation, and is no code."""
+    """Tell whether an answer is long enough to end with punctuation, and is no code."""
     return "```" not in answer and len(words_of(answer[-400:])) >= MIN_SENTENCE_WORDS
 
 
 def _ends_open(answer: str) -> bool:
-    """Whether an answer ends with a letter or a comma, behind which something is missing."""
+    """Tell whether an answer ends with a letter or a comma, behind which something is missing."""
     last = answer[-1:]
     if last in (",", "-", "–", "(", "，", "、"):
         return True
@@ -444,7 +444,7 @@ def _ends_open(answer: str) -> bool:
 
 
 def _ends_in_list(answer: str) -> bool:
-    """Whether the last line is an entry of a list, a verse or a name below the text."""
+    """Tell whether the last line is an entry of a list, a verse or a name below the text."""
     _, line_break, last = answer.rpartition("\n")
     if _LIST_ENTRY.match(last):
         return True

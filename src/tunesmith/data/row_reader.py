@@ -62,7 +62,7 @@ def _names_in_files(format_name: FormatName, column: str) -> dict[str, None]:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a value says nothing: null, or an empty text, list or object."""
+    """Tell whether a value says nothing: null, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
@@ -84,7 +84,7 @@ def role_key_of(value: Any) -> str:
 
 
 def looks_like_list(value: Any) -> bool:
-    """Whether a value is a list, or a text that begins as one of objects does."""
+    """Tell whether a value is a list, or a text that begins as one of objects does."""
     if isinstance(value, str):
         text = value.lstrip()
         return text.startswith("[") and text[1:].lstrip().startswith("{")

@@ -1,4 +1,4 @@
-"""What a row asks and what it answers, as plain text: what rows are compared by.
+"""The prompt and the answer of a row as plain text, by which rows are compared.
 
 No template and no tokenizer enters, so that a recipe's rows are compared before either is loaded,
 and alike for every model.
@@ -58,7 +58,7 @@ class RowText(NamedTuple):
 
 
 def limits() -> list[int]:
-    """What decides which rows are compared, and what of them."""
+    """List the limits that decide which rows are compared, and what of them."""
     return [MAX_ROWS, MAX_CHARACTERS, MAX_TEXT_CHARACTERS]
 
 
@@ -144,7 +144,7 @@ def _prompt_and_answer(sample: Sample) -> tuple[str, str]:
 
 
 def _message_text(message: dict[str, Any]) -> str:
-    """What a message says and calls; how an answer was reasoned is no part of it."""
+    """Join what a message says and calls; how an answer was reasoned is no part of it."""
     calls = [
         json.dumps(call["function"], sort_keys=True, default=str)
         for call in message.get("tool_calls") or ()

@@ -1,4 +1,4 @@
-"""What is valid in a row but seldom meant; it is counted, and shown before the first step."""
+"""Warnings of what is valid in a row but seldom meant, counted and shown before the first step."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tunesmith.data.messages import is_said
 
 
 class RowWarning(NamedTuple):
-    """What a row has, why it matters, and the fix."""
+    """A warning: what a row has, why it matters, and the fix."""
 
     what: str
     why: str
@@ -89,7 +89,7 @@ ROW_WARNINGS = {
 LOST = ("lost_thought", "lost_text", "lost_call")
 # Two braces around one name, as Jinja, Handlebars and prompt editors write it; {name} is code or a
 # formula too often.
-_PLACEHOLDER = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")
+_BRACED_NAME = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")
 # A shorter prompt, such as a greeting, may be what its answer begins with.
 _REPEATED_CHARACTERS = 16
 
@@ -113,12 +113,12 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         texts = [sample.text]
     if has_empty_answers(sample):
         yield "empty"
-    if any("{{" in text and _PLACEHOLDER.search(text) for text in texts):
+    if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
         yield "placeholder"
 
 
 def has_empty_answers(sample: Sample) -> bool:
-    """Whether an answer that is trained on has no text, thought or call."""
+    """Tell whether an answer that is trained on has no text, thought or call."""
     if isinstance(sample, Conversation):
         return any(not is_said(answer) for answer in sample.supervised())
     return isinstance(sample, Completion) and not sample.completion.strip()

@@ -1,4 +1,4 @@
-"""Which examples each optimizer step trains on.
+"""The batch schedule: the examples that each optimizer step trains on.
 
 A pure function of (seed, epoch, recipe): step k is computed without the steps before it, so a
 run that resumes at k sees what an uninterrupted one sees. Packing, the micro batch and the number
@@ -37,7 +37,7 @@ def describe_long_warmup(train: Train, steps: int | None) -> list[str]:
 
 @dataclass(frozen=True)
 class ScheduleSummary:
-    """What a run will do: in its first epoch, and how many steps in all.
+    """The figures of a run: those of its first epoch, and its steps in all.
 
     Attributes:
         fill: non-padding share of the rows (packed: of rows * seq_len; others: padded to the
@@ -132,7 +132,7 @@ class BatchSchedule:
 
     @classmethod
     def of(cls, run: Run, tokens: "TokenSet", repeats: np.ndarray | None = None) -> "BatchSchedule":
-        """Of a recipe and its rows; packed ones have room for its largest example.
+        """Build it from a recipe and its rows; packed ones have room for the largest example.
 
         repeats: None takes those of `tokens`.
         """
@@ -203,7 +203,7 @@ class BatchSchedule:
 
     @property
     def ends_short(self) -> bool:
-        """Whether the last step of an epoch may have less than the global batch."""
+        """Tell whether the last step of an epoch may have less than the global batch."""
         if not self._epochs_are_alike:
             return True
         return len(self._units(0)) % self._units_per_step > 0
@@ -251,7 +251,7 @@ class BatchSchedule:
         return [example for row in units for example in row]
 
     def rows(self, step: int) -> list[list[int]]:
-        """How the examples of a step share rows of `seq_len` tokens.
+        """Group the examples of a step that share rows of `seq_len` tokens.
 
         Without packing none shares a row with another.
         """

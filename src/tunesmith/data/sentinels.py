@@ -17,7 +17,7 @@ from tunesmith.data.thoughts import Message, find_thought
 Messages = Sequence[Message]
 Tools = list[dict[str, Any]] | None
 Position = Literal["both", "end", "start", "middle"]
-POSITIONS: tuple[Position, ...] = ("both", "end", "start", "middle")
+SENTINEL_POSITIONS: tuple[Position, ...] = ("both", "end", "start", "middle")
 
 
 class Field(NamedTuple):

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 # Of English text and most tokenizers, roughly.
 CHARACTERS_PER_TOKEN = 4
 
-_NAMES = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
+_SPLIT_NAME = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
 # A percentage and a row number, which `datasets` confuses.
-_MIXED = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
+_MIXED_BOUNDS = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
 
 
 def read_rows(source: Source) -> Rows:
@@ -67,7 +67,7 @@ def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
 
 
 def count_characters(value: Any) -> int:
-    """Of all texts in a row, or in a value of it."""
+    """Count the characters of all texts in a row, or in a value of it."""
     if isinstance(value, str):
         return len(value)
     # Nearly all are of these two types, which are told much faster than others of their kind.
@@ -87,7 +87,7 @@ def count_of_example(row: Mapping[str, Any], source: Source) -> int:
 
 
 def is_local(name: str) -> bool:
-    """Whether a source names a local file.
+    """Tell whether a source names a local file.
 
     It exists, is written as a path, or ends as a file of rows or text does.
     """
@@ -109,7 +109,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
         return [RowRange(table, range(len(table))) for table in tables.values()]
     from datasets import ReadInstruction
 
-    for name in _NAMES.findall(split):
+    for name in _SPLIT_NAME.findall(split):
         if name not in tables:
             raise DataError(
                 f"there is no split {name}",
@@ -117,7 +117,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
                 why=f"the splits are {', '.join(tables)}",
                 fix=f"split: {split.replace(name, next(iter(tables)), 1)}",
             )
-    if _MIXED.search(split):
+    if _MIXED_BOUNDS.search(split):
         why = "both ends are percentages, or both are row numbers"
         raise _unreadable_split(split, where, why)
     sizes = {name: len(table) for name, table in tables.items()}
@@ -170,7 +170,7 @@ def _hub_table(name: str, dataset: Any) -> Table:
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
-    """What the Hub client said, as what, why and fix."""
+    """Convert an error of the Hub client to what, why and fix."""
     import datasets
 
     text = str(error)

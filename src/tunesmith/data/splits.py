@@ -71,7 +71,7 @@ def read_splits(
 
 
 def read_checked_splits(data: Data, seed: int) -> Splits:
-    """As `read_splits`, with what is found in the rows, whether the split depends on it or not."""
+    """Read the splits with what is found in the rows, whether the split depends on it or not."""
     sources = _read_sources(data)
     return _split_rows(data, seed, sources, check_rows(sources))
 
@@ -196,7 +196,7 @@ def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:
 
 
 def count_held_out(share: Share, total: int) -> int:
-    """How many of `total` rows are held out; DataError if nothing is left to train on."""
+    """Count the held-out rows among `total`; DataError if nothing is left to train on."""
     count = share.of(total)
     if count >= total:
         raise DataError(

@@ -76,7 +76,7 @@ _TYPE_NAMES: dict[type, str] = {
 
 
 def json_type(value: Any) -> str:
-    """What a JSON value is, in plain words."""
+    """Name the type of a JSON value in plain words."""
     return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
@@ -108,17 +108,17 @@ class Rows:
 
     @property
     def layout(self) -> str:
-        """What was found out about its files, such as `separated by semicolons`."""
+        """Describe the layout of the files, such as `separated by semicolons`."""
         return ", ".join(dict.fromkeys(table.layout for table in self._tables() if table.layout))
 
     @property
     def are_documents(self) -> bool:
-        """Whether the rows are texts of files: their format is text."""
+        """Tell whether the rows are texts of files: their format is text."""
         return all(table.are_documents for table in self._tables())
 
     @property
     def skipped(self) -> str:
-        """What of its folder is not read, in a clause."""
+        """Say in a clause what of the folder is not read."""
         return ", ".join(dict.fromkeys(table.skipped for table in self._tables() if table.skipped))
 
     def _find(self, i: int) -> tuple[Table, int]:
@@ -147,12 +147,12 @@ class Rows:
         return table.where(at)
 
     def ends_document(self, i: int) -> bool:
-        """Whether no other row goes on with the document of row i, selected or not."""
+        """Tell whether no other row goes on with the document of row i, selected or not."""
         table, at = self._find(i)
         return not table.continues(at)
 
     def continues(self, i: int) -> bool:
-        """Whether row i + 1 goes on with the document of row i."""
+        """Tell whether row i + 1 goes on with the document of row i."""
         table, at = self._find(i)
         if i + 1 == len(self) or not table.continues(at):
             return False
@@ -191,7 +191,7 @@ class Rows:
 
 
 def version_of(path: Path) -> FileVersion | None:
-    """What another program changes when it writes the file; None where it is gone."""
+    """Read what another program changes when it writes the file; None where it is gone."""
     try:
         status = path.stat()
     except OSError:

@@ -113,12 +113,12 @@ def _with_arguments(jinja: str, data: Data, tokenizer: Any, name: str) -> str:
 
 
 def _title(name: str) -> str:
-    """What errors call a template."""
+    """Name a template as errors call it."""
     return _TITLES.get(name, f"the template {name}")
 
 
 class Template:
-    """How a sample becomes text, tokens and a loss mask.
+    """A template, which makes text, tokens and a loss mask of a sample.
 
     Attributes:
         name: `chat`, `alpaca`, `raw`, `text` (rows of that format only), `pattern`, or the name of
@@ -333,7 +333,7 @@ class Template:
         return "\u00e9" in str(self.tokenizer.decode(ids.tolist()))
 
     def first_answer(self, sample: Sample, train_on: TrainOn) -> str:
-        """As `answer`, of the first answer that is trained on, without special tokens."""
+        """Render the first answer that is trained on as `answer` does, without special tokens."""
         if isinstance(sample, Conversation) and train_on == "response":
             first = sample.supervised()[0]
             stop = next(i for i, message in enumerate(sample.messages, 1) if message is first)
@@ -382,7 +382,7 @@ class Template:
         return sorted((token.content for token in tokens if token.special), key=len, reverse=True)
 
     def _as_turns(self, sample: Sample) -> Sample:
-        """With a template, prompt and completion are two turns."""
+        """Convert prompt and completion to two turns, where there is a template."""
         if not isinstance(sample, Completion) or self.raw:
             return sample
         turns = [
@@ -588,7 +588,7 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_plain_chatml(mask: AssistantMask) -> bool:
-    """Whether a template writes turns as ChatML does, and has no form of its own for results."""
+    """Tell whether a template writes turns as ChatML, and results in no form of its own."""
     turns = (("user", "one"), ("assistant", "two"), ("tool", "three"), ("assistant", "four"))
     messages = [{"role": role, "content": text} for role, text in turns]
     chatml = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns]

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # What a recipe can give: the literals that JSON and Jinja write alike.
 Argument = bool | int | float | str
 
-_TODAY = "strftime_now"
-_MARK = "{#- data.template_args -#}"
+_DATE_ARGUMENT = "strftime_now"
+_ARGUMENTS_MARK = "{#- data.template_args -#}"
 _ASSIGNMENT = re.compile(r"""\{%- set (\w+) = ("(?:[^"\\]|\\.)*"|[\w.+-]+) %\}""")
 # What the renderer passes itself, beside the special tokens.
 OF_RENDERER = frozenset(
@@ -35,10 +35,10 @@ OF_RENDERER = frozenset(
         "documents",
         "add_generation_prompt",
         "raise_exception",
-        _TODAY,
+        _DATE_ARGUMENT,
     }
 )
-_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 def with_arguments(
@@ -73,8 +73,8 @@ def with_arguments(
         )
     assigned |= arguments
     # The date is not assigned like the others: a template gets it by calling strftime_now.
-    if _TODAY in assigned:
-        template = with_fixed_date(template, _read_date(assigned.pop(_TODAY)))
+    if _DATE_ARGUMENT in assigned:
+        template = with_fixed_date(template, _read_date(assigned.pop(_DATE_ARGUMENT)))
     return assign_arguments(template, assigned)
 
 
@@ -84,9 +84,9 @@ def _read_date(value: Argument) -> datetime.date:
     except ValueError as error:
         raise DataError(
             f"{value} is not a date",
-            where=f"data.template_args.{_TODAY}",
+            where=f"data.template_args.{_DATE_ARGUMENT}",
             why=str(error),
-            fix=f"write {_TODAY}: 2026-05-01",
+            fix=f"write {_DATE_ARGUMENT}: 2026-05-01",
         ) from error
 
 
@@ -97,15 +97,15 @@ def assign_arguments(jinja: str, arguments: Mapping[str, Argument]) -> str:
     assignments = ""
     for name, value in arguments.items():
         assignments += f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} %}}"
-    return _MARK + assignments + keep_newlines(jinja)
+    return _ARGUMENTS_MARK + assignments + keep_newlines(jinja)
 
 
 def split_arguments(jinja: str) -> tuple[dict[str, Argument], str]:
     """Arguments that are assigned in front of a template, and the template behind them."""
-    if not jinja.startswith(_MARK):
+    if not jinja.startswith(_ARGUMENTS_MARK):
         return {}, jinja
     assigned = {}
-    end = len(_MARK)
+    end = len(_ARGUMENTS_MARK)
     while match := _ASSIGNMENT.match(jinja, end):
         assigned[match[1]] = json.loads(match[2])
         end = match.end()
@@ -114,12 +114,12 @@ def split_arguments(jinja: str) -> tuple[dict[str, Argument], str]:
 
 
 def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]:
-    """What a template reads and leaves to its caller; nothing where it is not valid Jinja."""
+    """List the names that a template leaves to its caller; none where it is not valid Jinja."""
     import jinja2
     from jinja2 import meta
 
     # Transformers' own tag means nothing here.
-    plain = _GENERATION.sub(_as_if, jinja)
+    plain = _GENERATION_TAG.sub(_as_if, jinja)
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except jinja2.TemplateSyntaxError:
@@ -133,7 +133,7 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
     undeclared = meta.find_undeclared_variables(tree) - OF_RENDERER - set(special_tokens)
     names = [name for name in undeclared if first_use[name] == "load"]
     if writes_today(jinja):
-        names.append(_TODAY)
+        names.append(_DATE_ARGUMENT)
     return sorted(names)
 
 

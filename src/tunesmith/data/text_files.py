@@ -134,7 +134,7 @@ class _Documents:
                 raise changed_error(path)
 
     def layout(self) -> str:
-        """Which files are read in blocks."""
+        """Name the files that are read in blocks."""
         names = []
         for path, size in zip(self._files, self._sizes, strict=True):
             if size > DOCUMENT_BYTES:

@@ -31,7 +31,7 @@ _EMPTY_THOUGHT = re.compile(
 # What tells a closing tag from its opening one.
 _NO_NAME = re.compile(r"[^a-z]|start|end|begin|of", re.IGNORECASE)
 # A message's key, as templates read it: message.thinking, message['thinking'].
-_KEY = re.compile(r"""(?<=[.'"])[a-z_]*(?:think|thought|reason)[a-z_]*\b""")
+_THOUGHT_KEY = re.compile(r"""(?<=[.'"])[a-z_]*(?:think|thought|reason)[a-z_]*\b""")
 
 
 def open_thought(text: str) -> tuple[str, str] | None:
@@ -45,7 +45,7 @@ def open_thought(text: str) -> tuple[str, str] | None:
 
 
 def thought_at_end(text: str) -> int | None:
-    """Where a thought begins with which a text ends: its tag, or an empty one; None: no thought."""
+    """Find where the thought at a text's end begins: its tag, or an empty one; None: no thought."""
     tags = open_thought(text)
     if tags is not None:
         return text.rindex(tags[0])
@@ -57,7 +57,7 @@ def thought_at_end(text: str) -> int | None:
 
 
 class InlineThought(NamedTuple):
-    """Where a text holds a thought: [start, end) of it, and where the answer itself begins."""
+    """The place of a thought in a text: its [start, end), and where the answer itself begins."""
 
     start: int
     end: int
@@ -99,7 +99,7 @@ def split_thought(message: Message) -> Message:
 
 
 class MessageForm(NamedTuple):
-    """How a template takes what templates take in several ways.
+    """The form in which a template takes what templates take in several ways.
 
     Attributes:
         thought_key: the message's key for a thought.
@@ -113,7 +113,7 @@ class MessageForm(NamedTuple):
 
     def apply(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in this form."""
-        if self == _PLAIN:
+        if self == _DEFAULT_FORM:
             return list(messages)
         return [self._message(message) for message in messages]
 
@@ -136,7 +136,7 @@ class MessageForm(NamedTuple):
         return message
 
 
-_PLAIN = MessageForm()
+_DEFAULT_FORM = MessageForm()
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +146,9 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 def thought_forms(jinja: str) -> Iterator[MessageForm]:
     """Forms of thoughts that a template may know, by the words in it; the plain one comes first."""
-    yield _PLAIN
-    for key in dict.fromkeys(_KEY.findall(jinja)):
-        if key != _PLAIN.thought_key:
+    yield _DEFAULT_FORM
+    for key in dict.fromkeys(_THOUGHT_KEY.findall(jinja)):
+        if key != _DEFAULT_FORM.thought_key:
             yield MessageForm(thought_key=key)
     for closing, opening in THOUGHT_TAGS.items():
         if closing not in jinja:
@@ -202,7 +202,7 @@ def _texts_of(value: Any) -> Iterator[str]:
 
 
 def _holds(supervised: str, text: str) -> bool:
-    """Whether a text stands there as it is, or escaped as JSON or Python writes it."""
+    """Tell whether a text stands there as it is, or escaped as JSON or Python writes it."""
     text = text.strip()
     if text in supervised:
         return True

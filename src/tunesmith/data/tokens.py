@@ -31,10 +31,10 @@ from tunesmith.host.streams import is_terminal, visible
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-VERSION = 12
+TOKENS_VERSION = 12
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
-_BATCH = 256
+_BATCH_ROWS = 256
 _BATCH_CHARS = 4 << 20
 RELEASE_EXAMPLES = 1 << 14  # read in a row, before the memory that they take is released
 # The same of single examples: the kernel may map 2 MiB of the page cache for each.
@@ -48,7 +48,7 @@ TooLong = Literal["split", "truncate", "drop", "error"]
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What became of the rows of one source.
+    """Counts of what became of the rows of one source.
 
     The token cache and `tunesmith data --json` have these names.
 
@@ -105,7 +105,7 @@ class TokenCounts:
 
     @property
     def lost_share(self) -> float:
-        """Of the rows' tokens, those that are in no example."""
+        """Compute the share of the rows' tokens that are in no example."""
         lost = self.cut_tokens + self.dropped_tokens
         return lost / max(1, self.tokens + lost)
 
@@ -265,7 +265,7 @@ class TokenSet:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether an example is a pair of answers."""
+        """Tell whether an example is a pair of answers."""
         return any(bool(part.arrays.firsts.any()) for part in self.parts)
 
     def __iter__(self) -> Iterator[Example]:
@@ -301,7 +301,7 @@ class TokenSet:
 
     @property
     def chosen_hashes(self) -> np.ndarray:
-        """As `hashes`; of a pair of its chosen answer alone."""
+        """Hash each example as `hashes` does, but of a pair the chosen answer alone."""
         if not self.has_pairs:
             return self.hashes
         return self._of_each(lambda example: _hash64(example.parts()[0]), np.uint64)
@@ -323,7 +323,7 @@ class TokenSet:
         return convert_sample(row, part.source, where=self.where(i), system=system)
 
     def beginning(self, i: int) -> str:
-        """How the row of example i begins, in one line: what tells it from others.
+        """Quote the beginning of the row of example i, in one line that tells it from others.
 
         Of a conversation its first question, else its prompt or its text.
         """
@@ -375,7 +375,7 @@ def _hash64(example: Example) -> int:
 
 @dataclass(frozen=True)
 class Repeats:
-    """How many examples repeat an earlier one, token for token.
+    """The number of examples that repeat an earlier one, token for token.
 
     Attributes:
         where, earlier: places of the first of them, and of the one that it repeats.
@@ -432,7 +432,7 @@ def tokenize(
     only_cached: bool = False,
     of_tokenizer: str = "",
 ) -> TokenSet:
-    """As `tokenize_sides`, of one side."""
+    """Tokenize one side, as `tokenize_sides` does."""
     sides = {what: sources}
     token_sets = tokenize_sides(
         sides,
@@ -571,7 +571,7 @@ def _cache_key(
     import transformers
 
     settings = {
-        "version": VERSION,
+        "version": TOKENS_VERSION,
         "transformers": transformers.__version__,
         "rows": rows.digest(),
         "format": [source.format, sorted(source.columns.items()), data.system],
@@ -584,7 +584,7 @@ def _cache_key(
 
 
 def too_long_of(source: Source, data: Data) -> TooLong:
-    """What becomes of a source's rows that are longer than `data.seq_len`."""
+    """Choose what becomes of a source's rows that are longer than `data.seq_len`."""
     if data.too_long != "auto":
         return data.too_long
     # An answer without its beginning would be learned from nothing; a document's parts are text.
@@ -816,7 +816,7 @@ def _read_batches(rows: Rows, indices: Iterable[int]) -> Iterator[RowBatch]:
         except TunesmithError as error:
             row = error
             size = 0
-        is_full = len(batch.rows) == _BATCH or characters + size > _BATCH_CHARS
+        is_full = len(batch.rows) == _BATCH_ROWS or characters + size > _BATCH_CHARS
         if batch.rows and is_full:
             yield batch
             batch = RowBatch(i, [], [])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tunesmith.data.messages import ROLES
+from tunesmith.data.messages import CHAT_ROLES
 
 # The words that templates write: other names of rows would also match in a message's text.
 _ROLE = "system|user|human|assistant|model|tool|ipython"
@@ -41,7 +41,7 @@ def turns_of(prompt: str) -> list[Turn]:
         content = _NO_THOUGHT.sub("", text).strip()
         # The last one is the answer that the prompt asks for.
         if content:
-            turns.append(Turn(ROLES[role], content))
+            turns.append(Turn(CHAT_ROLES[role], content))
     return turns
 
 

@@ -21,7 +21,7 @@ from tunesmith.data.formats import (
     convert_sample,
     read_label,
 )
-from tunesmith.data.messages import ROLES, is_said
+from tunesmith.data.messages import CHAT_ROLES, is_said
 from tunesmith.data.row_reader import RowReader, is_absent, plain
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
@@ -39,7 +39,7 @@ _KEY_COLUMN: dict[str, str] = {
     name: ROW_FORMATS[name].key
     for name in sorted(ROW_FORMATS, key=lambda name: name not in METHOD_FORMATS.values())
 }
-_ANSWER_ROLES = [name for name, role in ROLES.items() if role in ("assistant", "call")]
+_ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistant", "call")]
 # Stands in for an answer that is to come, so that the row converts; a prompt ends before it.
 ANSWER_PLACEHOLDER = "?"
 
