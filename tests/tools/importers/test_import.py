@@ -25,7 +25,7 @@ from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import shipped
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import TOOLS, read_config, table
+from tunesmith.tools.importers.source_config import IMPORTED_TOOLS, read_config, table
 from tunesmith.tools.importers.tools import translate
 
 from .translations import BASES, notes_by_key, translated
@@ -547,7 +547,7 @@ def test_a_file_name_adds_nothing_to_the_recipe(tmp_path: Path) -> None:
 
 
 def test_the_tables_name_keys_of_ours_and_theirs() -> None:
-    for tool in TOOLS:
+    for tool in IMPORTED_TOOLS:
         assert {*table(tool)} >= {"marks", "names", "defaults", "carried", "nothing", "differs"}
         listed = [
             name

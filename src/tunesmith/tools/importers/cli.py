@@ -26,7 +26,7 @@ from tunesmith.errors import UsageError, mask_words
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import visible
-from tunesmith.tools.importers.source_config import TOOLS, command_error, read_config
+from tunesmith.tools.importers.source_config import IMPORTED_TOOLS, command_error, read_config
 from tunesmith.tools.importers.tools import translate
 from tunesmith.tools.importers.translation import Note
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="tool",
-        choices=TOOLS,
+        choices=IMPORTED_TOOLS,
         help="the tool (default: detected from its keys)",
     )
     parser.add_argument(
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_notes(title: str, notes: Sequence[Note]) -> None:
-    """What was not carried over key by key, and why."""
+    """Print what was not carried over key by key, and why."""
     print(f"\n{title}")
     for note in notes:
         text = f"  {note.key}: {note.value}  ({note.origin})\n      {note.why}"

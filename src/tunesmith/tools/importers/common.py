@@ -1,4 +1,4 @@
-"""What the tools have in common, under Transformers' names: rows, batch, schedule, precision,
+"""Keys that the tools have in common, under Transformers' names: rows, batch, schedule, precision,
 adapter, intervals.
 """
 
@@ -22,7 +22,7 @@ _COLUMNS_OF_OWN_PROMPTS = {
     "preference": ("prompt", "chosen", "rejected"),
     "feedback": ("prompt", "completion", "label"),
 }
-_ADAPTER = (
+_LORA_KEYS = (
     "lora_rank",
     "lora_alpha",
     "lora_dropout",
@@ -91,7 +91,7 @@ def apply_rules(recipe: Translation) -> None:
 
 
 def _has_part(value: Any, part: str) -> bool:
-    """Whether a value holds the text of a rule; a switch has several words for true and false."""
+    """Tell whether a value holds the text of a rule; true and false have several words."""
     text = str(value).lower()
     if part in ("true", "false") and text in (*TRUE_WORDS, *FALSE_WORDS):
         return text in (TRUE_WORDS if part == "true" else FALSE_WORDS)
@@ -99,10 +99,10 @@ def _has_part(value: Any, part: str) -> bool:
 
 
 def set_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> None:
-    """What is trained; `target` follows from their keys `names`."""
+    """Set what is trained; `target` follows from their keys `names`."""
     recipe.set_key("adapter.kind", "lora" if lora else "none", "kind")
     if lora:
-        recipe.carry(*_ADAPTER)
+        recipe.carry(*_LORA_KEYS)
         if target in (["all"], ["all-linear"]):
             target = "all-linear"
         recipe.set_key("adapter.target", target, *names)
@@ -228,7 +228,7 @@ def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], metho
 
 
 def _fix_own_prompt(recipe: Translation, entry: str, type_key: str, method: str) -> str:
-    """What to give in place of Axolotl's mapping of columns and texts as the type of a data set."""
+    """Write what replaces Axolotl's mapping of columns and texts as the type of a data set."""
     source = _source_names(recipe, entry)[0]
     format_ = METHOD_FORMATS.get(method, "alpaca")
     columns = {}
@@ -306,7 +306,7 @@ def _packs(recipe: Translation) -> bool:
 
 
 def _lengths(recipe: Translation) -> None:
-    """How long a row and the run are, and which rows are held out."""
+    """Set the lengths of a row and of the run, and which rows are held out."""
     packs = _packs(recipe)
     if recipe.get("max_length") is None:
         if packs:
@@ -393,7 +393,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
 
 
 def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
-    """How many processes train in all; 0 where nothing tells."""
+    """Count the processes that train in all; 0 where nothing tells."""
     processes = world or recipe.number("num_processes")
     if recipe.is_set("shard") and recipe.number("shard") > 0:
         processes = recipe.number("shard") * recipe.count("replicate") * tensor
@@ -401,7 +401,7 @@ def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
 
 
 def _intervals(recipe: Translation) -> None:
-    """When is saved and validated.
+    """Set when the run saves and validates.
 
     That is by count in an epoch, by steps, by a share of the run, each epoch or never.
     """
@@ -419,7 +419,7 @@ def _interval_names(what: str) -> tuple[str, str, str]:
 
 
 def _interval(recipe: Translation, what: str, default_strategy: str) -> str | None:
-    """How often something (`save` or `eval`) happens; None: never."""
+    """Read how often something (`save` or `eval`) happens; None: never."""
     per_epoch_name, strategy_name, steps_name = _interval_names(what)
     per_epoch = recipe.number(per_epoch_name)
     steps = recipe.number(steps_name)

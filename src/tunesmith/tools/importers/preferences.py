@@ -33,7 +33,7 @@ _OLD_REFERENCE = (
 
 
 def trl_trainer(recipe: Translation) -> str:
-    """Which of TRL's trainers reads these keys: method=NAME tells, or the keys."""
+    """Find the trainer of TRL that reads these keys: method=NAME tells, or the keys."""
     method = recipe.overrides.get("method", recipe.overrides.get("method.name"))
     if method is not None:
         return "cpo" if method == "simpo" else str(method)

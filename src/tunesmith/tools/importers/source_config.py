@@ -16,7 +16,7 @@ from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.files import near_file
 from tunesmith.host.shell import shell_path
 
-TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
+IMPORTED_TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
 # TRL's trainers that have a counterpart.
 TRL_TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo")
 _COMMAND = re.compile(r"(trl|accelerate|torchrun|python3?)\s")
@@ -90,7 +90,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     if not tool and not {"model.name", "extends"}.isdisjoint(keys):
         fix = f"tunesmith train {shell_path(path)}; or name a tool with --from"
         raise UsageError("this is already a tunesmith recipe", where=str(path), fix=fix)
-    likely = max(TOOLS, key=lambda each: len(_marks(keys, each)))
+    likely = max(IMPORTED_TOOLS, key=lambda each: len(_marks(keys, each)))
     if tool and not _marks(keys, tool) and _marks(keys, likely):
         what = f"this file has no key of {tool}, and looks like one of {likely}"
         why = f"it has {', '.join(_marks(keys, likely)[:3])}"
@@ -101,9 +101,9 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
 
 def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
     """The tool that knows most of the names; UsageError where several do alike."""
-    counts = {tool: len(_marks(keys, tool)) for tool in TOOLS}
+    counts = {tool: len(_marks(keys, tool)) for tool in IMPORTED_TOOLS}
     most = max(counts.values())
-    tools = [tool for tool in TOOLS if counts[tool] == most]
+    tools = [tool for tool in IMPORTED_TOOLS if counts[tool] == most]
     if len(tools) > 1:
         why = "it has no known keys"
         if most > 0:
@@ -112,7 +112,7 @@ def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
             "cannot detect which tool this file is for",
             where=str(path),
             why=why,
-            fix=f"name the tool: --from {tools[0]}; known are {', '.join(TOOLS)}",
+            fix=f"name the tool: --from {tools[0]}; known are {', '.join(IMPORTED_TOOLS)}",
         )
     return tools[0]
 

@@ -49,7 +49,7 @@ def translate(
     if extends:
         recipe.set_key("extends", extends, why="given on the command line")
     read_deepspeed(recipe)
-    _TOOLS[source.tool](recipe)
+    _TRANSLATORS[source.tool](recipe)
     if source.tool != "accelerate":
         translate_training(recipe, world)
         if "output_dir" not in recipe.values:
@@ -169,7 +169,7 @@ _TRAINED_PARTS = {
 
 
 def _note_trained_parts(recipe: Translation) -> None:
-    """Which turns and ends are trained, and where a turn's thought stands."""
+    """Note which turns and ends are trained, and where a turn's thought stands."""
     for key in list(recipe.source.keys.values()):
         dataset, _, name = key.key.rpartition(".")
         if not re.fullmatch(r"(test_)?datasets\.[0-9]+", dataset) or key.value is None:
@@ -201,7 +201,7 @@ def _note_plugins(recipe: Translation) -> None:
 
 
 def _set_too_long(recipe: Translation) -> None:
-    """What Axolotl does with rows above sequence_len: it leaves them out, and splits documents."""
+    """Set what Axolotl does with rows above sequence_len: it drops them, and splits documents."""
     formats = [source.get("format") for source in _sources(recipe.values.get("data.train"))]
     if "text" in formats:
         recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
@@ -415,7 +415,7 @@ def _set_mesh(recipe: Translation) -> None:
         recipe.set_key("parallel.shard", ranks // copies, *names)
 
 
-_TOOLS: dict[str, Callable[[Translation], None]] = {
+_TRANSLATORS: dict[str, Callable[[Translation], None]] = {
     "torchtune": _torchtune,
     "axolotl": _axolotl,
     "llamafactory": _llamafactory,

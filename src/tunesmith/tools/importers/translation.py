@@ -35,7 +35,7 @@ class Note(NamedTuple):
 
 
 class Translation:
-    """What is translated so far.
+    """The translation so far.
 
     Names in its methods are our common names of keys: those of Transformers, as the tables list.
 
@@ -105,7 +105,7 @@ class Translation:
         return int(number)
 
     def is_on(self, name: str) -> bool:
-        """Whether a switch is on: true, or a text that the tools read as true; false where unset.
+        """Tell whether a switch is on: true, or a text that the tools read as true; unset is false.
 
         UsageError for another value.
         """
@@ -124,7 +124,7 @@ class Translation:
         return [str(part).strip() for part in parts]
 
     def is_set(self, name: str) -> bool:
-        """Whether the file itself has a value, which is not null."""
+        """Tell whether the file itself has a value, which is not null."""
         key = self.find(name)
         return key is not None and key.key in self.source.keys and key.value is not None
 

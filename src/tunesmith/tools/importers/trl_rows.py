@@ -95,7 +95,7 @@ def set_trl_rows(recipe: Translation, format_: str) -> None:
 
 
 def _validates(recipe: Translation) -> bool:
-    """Whether eval_strategy asks for it; without quotes its word `no` is false."""
+    """Tell whether eval_strategy asks for validation; without quotes its word `no` is false."""
     return str(recipe.get("eval_strategy")).lower() not in ("no", "none", "false")
 
 
