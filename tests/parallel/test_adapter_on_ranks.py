@@ -23,6 +23,7 @@ from tunesmith.distributed.ranks import Ranks, join_ranks
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.model import save_tensors
 from tunesmith.model.random_init import seed_of
+from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tunesmith.model.weights import copy_whole
 from tunesmith.parallel.mesh import Mesh, possible_shapes
 from tunesmith.planning.resolve import inference_plan
@@ -95,10 +96,10 @@ def write_all(
 
 def saved_files(place: Path) -> list[bytes]:
     files = (
-        peft_files.WEIGHTS,
+        ADAPTER_WEIGHTS,
         OPTIMIZER,
-        f"final/{peft_files.WEIGHTS}",
-        f"final/{peft_files.CONFIG}",
+        f"final/{ADAPTER_WEIGHTS}",
+        f"final/{ADAPTER_CONFIG}",
     )
     return [(place / file).read_bytes() for file in files]
 
@@ -112,7 +113,7 @@ def test_an_adapter_is_written_as_by_one_process_and_whole_on_rank_0_alone(tiny,
     alone = saved_files(places[-1])
     for mesh, place in zip(MESHES, places, strict=False):
         assert saved_files(place) == alone, mesh
-    values = load_file(places[-1] / peft_files.WEIGHTS)
+    values = load_file(places[-1] / ADAPTER_WEIGHTS)
     assert len(values) == 2 * 14 + 1 + 5  # A and B, the embedding, the norms
     assert all(value.abs().max() > 0 for value in values.values())
     assert all(size > 0 for size in first[:3])
@@ -131,7 +132,7 @@ def test_experts_over_ranks_are_written_as_by_one_process(mixture, tmp_path):
     alone = saved_files(places[-1])
     for mesh, place in zip(EXPERT_MESHES, places, strict=False):
         assert saved_files(place) == alone, mesh
-    values = load_file(places[-1] / peft_files.WEIGHTS)
+    values = load_file(places[-1] / ADAPTER_WEIGHTS)
     shapes = {tuple(value.shape) for value in values.values()}
     assert (64, 4 * 8) in shapes  # [out, rank * experts]
 
@@ -150,10 +151,10 @@ def test_shards_read_an_adapter_with_copies_of_base_weights(tiny, tmp_path):
     place = tmp_path / "adapter"
     (place / "final").mkdir(parents=True)
     run_ranks(1, write_all, tiny, tmp_path, [{}], [place])
-    tensors = load_file(place / peft_files.WEIGHTS)
+    tensors = load_file(place / ADAPTER_WEIGHTS)
     base = load_file(tiny / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     extra = {"base_model.model.model.layers.0.mlp.up_proj.base_layer.weight": base}
-    save_file(tensors | extra, place / "final" / peft_files.WEIGHTS)
+    save_file(tensors | extra, place / "final" / ADAPTER_WEIGHTS)
     for found in run_ranks(2, loaded, tiny, tmp_path, place / "final"):
         assert len(found) == 14
         for name, value in found.items():

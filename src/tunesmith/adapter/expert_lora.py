@@ -20,7 +20,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.quant.experts import UPDATE, expert_modules, stack_names, stack_of
 from tunesmith.quant.llama4_experts import Llama4Experts
 
-EXPERTS = "experts"  # a target that means both stacks of every layer
+EXPERTS_TARGET = "experts"  # a target that means both stacks of every layer
 
 
 class ExpertsLora(LowRank):
@@ -126,13 +126,13 @@ def name_whole_experts(
                 where="adapter.target",
                 why="PEFT's files call both by the name of the experts, and one by itself could "
                 "not be told from the other",
-                fix=f"name {EXPERTS!r}, which means both",
+                fix=f"name {EXPERTS_TARGET!r}, which means both",
             )
     return tuple(whole)
 
 
 def means(target: str, name: str) -> bool:
-    """Whether a target means the module of this full name."""
+    """Tell whether a target means the module of this full name."""
     return name == target or name.endswith(f".{target}")
 
 

@@ -160,7 +160,7 @@ def replace_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def is_adapter_weight(name: str) -> bool:
-    """Whether the parameter of this name is A or B, which no checkpoint of the base holds."""
+    """Tell whether the parameter of this name is A or B, which no checkpoint of the base holds."""
     return name.endswith((".lora_A", ".lora_B"))
 
 
@@ -240,7 +240,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
 
 
 def _named(target: str, names: Iterable[str]) -> bool:
-    """Whether a target means one of the names."""
+    """Tell whether a target means one of the names."""
     return any(means(target, name) for name in names)
 
 
@@ -437,7 +437,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
 
 
 def can_be_grouped(layer: LoraLinear) -> bool:
-    """Whether `grouped_matmul` computes the layer: an adapter without dropout on a frozen base."""
+    """Tell whether `grouped_matmul` computes it: an adapter without dropout on a frozen base."""
     if not layer.enabled:
         return False
     if layer.training and layer.dropout > 0:

@@ -1,4 +1,4 @@
-"""What every update of low rank has: its two factors, and what they are scaled by."""
+"""The two factors that every update of low rank has, and what they are scaled by."""
 
 import math
 from abc import abstractmethod

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import EXPERTS, expert_updates
+from tunesmith.adapter.expert_lora import EXPERTS_TARGET, expert_updates
 from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
@@ -36,8 +36,6 @@ from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.quant.experts import UPDATE, expert_modules, stacks_in_order
 
-CONFIG = ADAPTER_CONFIG
-WEIGHTS = ADAPTER_WEIGHTS
 PREFIX = "base_model.model."
 # A factor of a single expert, as vLLM reads those of most mixtures.
 SINGLE_EXPERT = re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight")
@@ -79,7 +77,7 @@ NEUTRAL |= dict.fromkeys(
 
 # What every plain LoRA's configuration says; PEFT's defaults for the rest mean the same. Written by
 # hand: `import peft` takes a second, in which the training thread hardly gets the interpreter.
-PLAIN: dict[str, Any] = {
+PLAIN_LORA_CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "inference_mode": True,
@@ -108,7 +106,7 @@ def adapter_files(
     targets, to_save = _peft_modules(model, adapted, trained)
     # PEFT declares `lora_alpha` as an int.
     is_whole = adapter.alpha == int(adapter.alpha)
-    settings = PLAIN | {
+    settings = PLAIN_LORA_CONFIG | {
         "base_model_name_or_path": base_name,
         "revision": revision,
         "r": adapter.rank,
@@ -127,7 +125,7 @@ def adapter_files(
 def _peft_modules(
     model: nn.Module, adapted: set[str], trained: set[str]
 ) -> tuple[set[str], set[str]]:
-    """What PEFT is to match the adapted modules by, and those trained in full.
+    """Choose the names by which PEFT matches the adapted modules, and those trained in full.
 
     Last parts of names, but full names where it would match other modules by a last part too. In
     the vision-language model that a text model is part of, those are the vision tower's.
@@ -154,8 +152,8 @@ def _peft_modules(
 
 
 def _peft_stacks(model: nn.Module) -> list[str]:
-    """What PEFT is to match the adapted stacks of experts by: the ends of their names, but full
-    names where it would match others too.
+    """Choose the names by which PEFT matches the adapted stacks of experts: their ends, but full
+    names where an end would match others too.
     """
     adapted = [name for name, _ in expert_updates(model)]
     if is_in_whole(model):
@@ -197,7 +195,7 @@ def describe_misread(model: PreTrainedModel) -> str:
     if read:
         targets = sorted(read)
         if any(expert_updates(model)):
-            targets.append(EXPERTS)
+            targets.append(EXPERTS_TARGET)
         fix += f", or set adapter.target: [{', '.join(targets)}]"
     result = "does not load these adapters"
     if any(expert_updates(model)):
@@ -225,9 +223,9 @@ def write_adapter(
     if folder is None:
         save_tensors(None, tensors, {"format": "pt"}, shapes=shapes)
         return
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"}, shapes=shapes)
+    save_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"}, shapes=shapes)
     text = json.dumps(settings, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _file_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
@@ -274,9 +272,9 @@ def read_adapter(folder: Path) -> Adapter:
     ModelError where that is missing, broken or not plain LoRA.
     """
     check_regular_files(folder)
-    file = folder / CONFIG
+    file = folder / ADAPTER_CONFIG
     if not file.exists():
-        what = f"there is no {CONFIG}"
+        what = f"there is no {ADAPTER_CONFIG}"
         raise ModelError(what, where=str(folder), fix="name a PEFT adapter's folder")
     settings = read_json(file, again="copy the adapter again")
     for name, is_neutral in NEUTRAL.items():
@@ -287,7 +285,7 @@ def read_adapter(folder: Path) -> Adapter:
                 why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix="merge it into its base with PEFT, and start from the merged model",
             )
-    _check_stacked(folder / WEIGHTS)
+    _check_stacked(folder / ADAPTER_WEIGHTS)
     try:
         target = settings["target_modules"]
         experts = _experts_of(settings.get("target_parameters") or [], file)
@@ -379,7 +377,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 def stored_adapter(
     model: nn.Module, folder: Path, is_base: Callable[[str, StoredTensor], bool]
 ) -> Iterator[dict[str, StoredTensor]]:
-    """What PEFT's two files hold of a model's adapter, by the model's names of its parameters.
+    """Yield what PEFT's two files hold of a model's adapter, by the model's parameter names.
 
     Args:
         model: with the adapter, on meta or not.
@@ -389,8 +387,8 @@ def stored_adapter(
     ModelError where scaling, layers, shapes or names differ from the model's.
     """
     adapter = read_adapter(folder)
-    _check_scaling(model, adapter, folder / CONFIG)
-    file = folder / WEIGHTS
+    _check_scaling(model, adapter, folder / ADAPTER_CONFIG)
+    file = folder / ADAPTER_WEIGHTS
     parameters = _peft_tensors(model)
     # By identity: the mapping of PEFT's names holds the model's very parameters.
     own_names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from tunesmith.adapter.peft_files import PLAIN, PREFIX, WEIGHTS, write_adapter
+from tunesmith.adapter.peft_files import PLAIN_LORA_CONFIG, PREFIX, write_adapter
 from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import decide_start
 from tunesmith.checkpoint.sharded import RanksWriter
@@ -45,6 +45,7 @@ from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
+from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
@@ -227,7 +228,7 @@ def write_random_adapter(folder: Path, weights: Mapping[str, torch.Tensor]) -> N
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(outputs, LORA_RANK) / outputs**0.5
         targets.add(name.rpartition(".")[2])
     settings = {"r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": sorted(targets)}
-    write_adapter(folder, tensors, PLAIN | settings)
+    write_adapter(folder, tensors, PLAIN_LORA_CONFIG | settings)
 
 
 class SelfCheck:
@@ -409,7 +410,7 @@ class SelfCheck:
             for name, parameter in session.model.named_parameters():
                 if "lora_" in name and parameter.grad is not None and parameter.grad.any():
                     count += 1
-            self.equal(GRADIENTS_CHECK, len(load_file(self.folder / "adapter" / WEIGHTS)), count)
+            self.equal(GRADIENTS_CHECK, len(load_file(self.folder / "adapter" / ADAPTER_WEIGHTS)), count)
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
         """Train on a mesh with two micro batches a step, and compare with `reference`.
@@ -465,8 +466,8 @@ class SelfCheck:
     def count_changed(self, run: Run) -> tuple[int, int]:
         """Count the trained tensors, and those of them that final/ has with other values."""
         if run.adapter.kind == "lora":
-            start = load_file(self.folder / "adapter" / WEIGHTS)
-            final = load_file(Path(run.output_dir) / "final" / WEIGHTS)
+            start = load_file(self.folder / "adapter" / ADAPTER_WEIGHTS)
+            final = load_file(Path(run.output_dir) / "final" / ADAPTER_WEIGHTS)
         else:
             start = load_file(self.folder / "model" / "model.safetensors")
             final = load_file(Path(run.output_dir) / "final" / "model.safetensors")

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.adapter.peft_files import CONFIG, PREFIX, WEIGHTS, last_part, read_adapter
+from tunesmith.adapter.peft_files import PREFIX, last_part, read_adapter
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import model_card, weights_file
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
 from tunesmith.model.names import composite_of, name_in_whole
-from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor
@@ -140,7 +140,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
         # Checks sums, and that base and adapter fit.
         tuned = open_tuned_model(read_run_files(location))
         is_single = _reads_single(tuned)
-        size = sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
+        size = sum((folder / name).stat().st_size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
         factors: dict[str, Factor] = {}
         if is_single:
             factors = dict(_single_factors(tuned))
@@ -150,7 +150,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             if is_single:
                 _write_single(part, folder, factors)
             else:
-                for name in (CONFIG, WEIGHTS):
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
             read = tuned.files
             text = generation_config_text(
@@ -317,12 +317,12 @@ def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> No
         yield readers[id(values)]()[rows]
 
     tensors = {name: factor.values for name, factor in factors.items()}
-    save_tensors(part / WEIGHTS, tensors, {"format": "pt"}, read=read)
-    settings = read_json(folder / CONFIG, again="copy the adapter again")
+    save_tensors(part / ADAPTER_WEIGHTS, tensors, {"format": "pt"}, read=read)
+    settings = read_json(folder / ADAPTER_CONFIG, again="copy the adapter again")
     settings.pop("target_parameters", None)
     targets = set()
     for name in factors:
         targets.add(last_part(name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")))
     settings["target_modules"] = sorted(targets)
     text = json.dumps(settings, indent=2, sort_keys=True)
-    (part / CONFIG).write_text(text, encoding="utf-8")
+    (part / ADAPTER_CONFIG).write_text(text, encoding="utf-8")

@@ -17,7 +17,6 @@ import torch
 from jinja2 import TemplateError
 from transformers import PretrainedConfig
 
-from tunesmith.adapter.peft_files import CONFIG, WEIGHTS
 from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError
 from tunesmith.host.cores import available_cores
@@ -34,7 +33,12 @@ from tunesmith.inference.load_run import (
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.names import composite_of
-from tunesmith.model.safetensors_files import read_json, weights_digest
+from tunesmith.model.safetensors_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    read_json,
+    weights_digest,
+)
 from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
 from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
@@ -214,13 +218,13 @@ def export_adapter(
         if for_ollama:
             _check_for_ollama(read, base)
         tuned = open_tuned_model(read)  # checks that base and adapter fit
-        with stored_tensors(folder / WEIGHTS) as stored:
+        with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
             weights = {}
             for name, tensor in stored.items():
                 weights[name] = StoredRows(tensor, torch.float32, tensor.shape)
         plan = plan_adapter(
             read.files.config.to_dict(),
-            read_json(folder / CONFIG),
+            read_json(folder / ADAPTER_CONFIG),
             weights,
             name=goal.stem,
             added_tokens=len(read.run.model.added_tokens),
