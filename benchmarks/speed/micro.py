@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.formats.base import FrozenWeight
-from tunesmith.formats.dense import DENSE
+from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.fp8 import Fp8, select_scaling
 from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.host.packages import bnb_functional
@@ -88,7 +88,7 @@ def dense_products(timed: Timings, draw: Callable[..., Tensor], n: int, k: int, 
 def weights_of(base: str, dense: list[Tensor], device: torch.device) -> list[FrozenWeight]:
     """Frozen weights in a base: bf16, or fp8 as this device scales it."""
     if base == "bf16":
-        return [FrozenWeight(DENSE, [w], (w.shape[0], w.shape[1])) for w in dense]
+        return [FrozenWeight(DENSE_FORMAT, [w], (w.shape[0], w.shape[1])) for w in dense]
     recipe, why = select_scaling(device)
     if recipe is None:
         raise RuntimeError(why)

@@ -313,7 +313,7 @@ def quantized(
     layer each is, and the bytes that were read of it; and what the start says of the model.
     """
     # Not a multiple of a block, of a row or of a shard
-    found, read, nf4.MAX_ROUNDED_WEIGHTS = (
+    found, read, nf4.MAX_NF4_ROUNDED_WEIGHTS = (
         [],
         Counter(),
         3000,

@@ -24,7 +24,7 @@ from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
 from tunesmith.formats.base import FrozenWeight
-from tunesmith.formats.dense import DENSE
+from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.matmul import grouped_matmul
@@ -401,7 +401,9 @@ def refused() -> list[str]:
         weight = fine.layers[0].mlp.up_proj.weight
         assert isinstance(weight, DTensor)
         with pytest.raises(AssertionError):
-            grouped_matmul(torch.zeros(1, 64), [FrozenWeight(DENSE, [weight], (192, 64))], [None])
+            grouped_matmul(
+                torch.zeros(1, 64), [FrozenWeight(DENSE_FORMAT, [weight], (192, 64))], [None]
+            )
         with refuses(AssertionError, names=["4 tokens"]):
             fine(batch((5,)))
         return texts

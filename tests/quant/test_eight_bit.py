@@ -272,7 +272,7 @@ def test_an_empty_layer_takes_a_weight_piece_by_piece(kind, monkeypatch):
     layer = FrozenLinear(Fp8(kind), 32, 48, None, torch.bfloat16)
     assert all(tensor.is_meta for tensor in (layer.weight, layer.scale))
     layer.allocate(CPU)
-    monkeypatch.setattr(fp8, "MAX_ROUNDED_WEIGHTS", 7 * 32)
+    monkeypatch.setattr(fp8, "MAX_FP8_ROUNDED_WEIGHTS", 7 * 32)
     layer.load({"": weight}, "w")
     whole = Fp8(kind).round(weight.bfloat16())
     assert torch.equal(layer.dense(), whole.dense(torch.bfloat16))

@@ -17,7 +17,7 @@ from tunesmith.errors import MachineError, ModelError
 from tunesmith.formats import nf4
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.matmul import grouped_matmul
-from tunesmith.formats.nf4 import FEW_ROWS, Nf4, nf4_functions
+from tunesmith.formats.nf4 import MAX_FUSED_ROWS, Nf4, nf4_functions
 from tunesmith.host.chips import Chip
 from tunesmith.training.prepare import check_machine
 
@@ -195,7 +195,7 @@ def test_a_bitsandbytes_that_cannot_pack_here_is_refused_before_anything_is_read
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, MAX_FUSED_ROWS])
 def test_a_few_rows_are_multiplied_with_the_weight_in_4_bits(rows, double, monkeypatch):
     """What decoding asks of a layer: the same numbers as of the dense weight, which is not made.
     fp32, but for the order of 128 sums.
@@ -215,7 +215,7 @@ def test_more_rows_and_steps_make_the_weight_dense(monkeypatch):
     dense = Nf4.decode
     monkeypatch.setattr(Nf4, "decode", lambda *given: made.append(1) or dense(*given))
     with torch.no_grad():
-        layer(torch.randn(FEW_ROWS + 1, 128))
+        layer(torch.randn(MAX_FUSED_ROWS + 1, 128))
     layer(torch.randn(1, 128))
     assert len(made) == 2
 

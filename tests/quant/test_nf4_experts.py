@@ -50,7 +50,7 @@ def quantized(
 def test_an_expert_has_the_bits_of_a_linear_layer(matrix, is_transposed, monkeypatch) -> None:
     stack = torch.randn(3, *matrix).to(BF16)
     layer = quantized(stack, is_transposed=is_transposed)
-    monkeypatch.setattr(nf4, "MAX_ROUNDED_WEIGHTS", 64 * 5)
+    monkeypatch.setattr(nf4, "MAX_NF4_ROUNDED_WEIGHTS", 64 * 5)
     in_pieces = quantized(stack, is_transposed=is_transposed)
     for expert, weight in enumerate(stack):
         rows, columns = matrix

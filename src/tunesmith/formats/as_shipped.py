@@ -1,4 +1,4 @@
-"""What formats have in common that keep the codes and scales which a checkpoint ships.
+"""The base of formats that keep the codes and scales which a checkpoint ships.
 
 In memory is what is on the disk. A weight is dequantized for one product at a time, in the forward
 and again in the backward, and computes what the dense weight computes. Experts are stored one by
@@ -58,7 +58,7 @@ class AsShipped(Format):
         raise NotImplementedError
 
     def has_nan_scale(self, codes: Sequence[Tensor]) -> bool:
-        """Whether a scale of some rows is no number."""
+        """Tell whether a scale of some rows is no number."""
         return False
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How frozen weights are stored: one file a format, all with the interface of `Format`.
+"""The interface of the formats in which frozen weights are stored: `Format`, one file a format.
 
 - dense: the weight itself.
 - nf4: 4-bit codes and their scales, in bitsandbytes' format (Dettmers et al. 2023,
@@ -146,20 +146,20 @@ class Format(ABC):
         raise NotImplementedError
 
     def is_dense(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-        """Whether the weight is there in this dtype, so that `decode` takes no memory."""
+        """Tell whether the weight is there in this dtype, so that `decode` takes no memory."""
         return False
 
     # ---- products
 
     def quantize_input(self, x: Tensor) -> list[Tensor]:
-        """What `forward_matmul` needs of x beside itself.
+        """Return the tensors that `forward_matmul` needs of x beside x itself.
 
         Plain tensor code: the compiler fuses it into x's producer.
         """
         return []
 
     def quantize_gradient(self, weight: "FrozenWeight", dy: Tensor) -> list[Tensor]:
-        """What `backward_matmul` needs of dy beside itself, as above."""
+        """Return the tensors that `backward_matmul` needs of dy beside dy itself, as above."""
         return []
 
     def few_rows_matmul(self, weight: "FrozenWeight", x: Tensor) -> Tensor | None:

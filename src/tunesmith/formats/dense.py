@@ -26,11 +26,11 @@ class Dense(Format):
         return tensors[0].dtype == dtype
 
 
-DENSE = Dense()
+DENSE_FORMAT = Dense()
 
 
 def dense_stack(weight: Tensor, *, is_transposed: bool) -> FrozenStack:
     """A stack `weight` as a module of Transformers has it."""
     experts, rows, columns = weight.shape
     shape = (experts, rows, columns) if is_transposed else (experts, columns, rows)
-    return FrozenStack(DENSE, [weight], shape, is_transposed)
+    return FrozenStack(DENSE_FORMAT, [weight], shape, is_transposed)

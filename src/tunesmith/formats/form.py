@@ -1,4 +1,4 @@
-"""How a checkpoint's weights are stored, as its config.json says. No torch is imported here."""
+"""The form of a checkpoint's weights, as its config.json says. No torch is imported here."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ MXFP4_GROUP = 32  # weights of a row that share an exponent
 
 @dataclass(frozen=True)
 class Nvfp4Names:
-    """How a tool calls the three tensors of a weight in nvfp4, after the name of its module.
+    """The names of a tool for the three tensors of a weight in nvfp4, after its module's.
 
     Attributes:
         codes: two a byte; scales: one for 16 weights of a row; scale: one of all.
@@ -38,7 +38,7 @@ MODELOPT = Nvfp4Names(".weight", ".weight_scale", ".weight_scale_2", divides=Fal
 
 @dataclass(frozen=True)
 class ShippedForm:
-    """How a checkpoint's weights are stored, as its config.json says.
+    """The form in which a checkpoint stores its weights, as its config.json says.
 
     Attributes:
         method: fp8, nvfp4 or mxfp4.
@@ -74,22 +74,22 @@ class ShippedForm:
 
     @property
     def plain_key(self) -> str:
-        """Of the list in `quantization_config` that `not_converted` is of."""
+        """Name the list in `quantization_config` that `not_converted` comes from."""
         if self.has_expressions:
             return "ignore"
         # AutoFP8's
         return "ignored_layers" if self.scale_suffix == WEIGHT_SCALE else "modules_to_not_convert"
 
     def has_codes(self, module: str) -> bool:
-        """Whether the weights of a module, by its name in the checkpoint, are in codes; of forms
-        that have regular expressions.
+        """Tell whether the weights of a module, by its name in the checkpoint, are in codes; of
+        forms that have regular expressions.
         """
         if _matches(self.not_converted, module):
             return False
         return not self.converted or _matches(self.converted, module)
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Of the scales of a weight [rows, columns]."""
+        """Return the shape of the scales of a weight [rows, columns]."""
         if self.block is None:
             return 1, 1
         height, width = self.block

@@ -27,7 +27,7 @@ from tunesmith.formats.scaled_matmul import (
 if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
 
-MAX_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
+MAX_FP8_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
 # An element may be wrong by this share of the usual size of a sum. Sums lose at most 0.3 % of it
 # and bf16 rounds by 0.4 % of an element, of which the largest are of six times that size. A scale
 # of another row or column is wrong by half or more.
@@ -143,7 +143,7 @@ class Fp8(Format):
         # `codes` from the first row of this rank.
         local_rows = local_slices(layer.weight)[0]
         codes = local_part(layer.weight)
-        rows_per_piece = max(1, MAX_ROUNDED_WEIGHTS // layer.in_features)
+        rows_per_piece = max(1, MAX_FP8_ROUNDED_WEIGHTS // layer.in_features)
         pieces = []
         for start in range(local_rows.start, local_rows.stop, rows_per_piece):
             pieces.append(slice(start, min(start + rows_per_piece, local_rows.stop)))
@@ -191,7 +191,7 @@ def _largest_of_ranks(layer: "FrozenLinear", scale: Tensor) -> Tensor:
 
 
 class Scaling(NamedTuple):
-    """How this machine scales 8-bit matmuls: one of SCALING_RECIPES, or None for none; and why."""
+    """This machine's scaling of 8-bit matmuls: one of SCALING_RECIPES, or None; and why."""
 
     recipe: str | None
     why: str
@@ -232,7 +232,7 @@ def matmul_fault(
     n_rows: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """What is wrong with a frozen layer and its adapter on n rows, or "".
+    """Find what is wrong with a frozen layer and its adapter on n rows, or return "".
 
     One forward and two added backwards are tried. Rows and columns are different powers of two, so
     that scales that are swapped or shifted change the result. Signs are drawn: a sum of one sign

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.formats.base import Format, FrozenWeight, Stored, TensorForm
-from tunesmith.formats.dense import DENSE
+from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.matmul import grouped_matmul
 
 
@@ -62,7 +62,7 @@ class FrozenTensors(nn.Module):
         return [getattr(self, name) for name in self._forms]
 
     def read_tensors(self) -> list[Tensor]:
-        """What of them is here, as the products read it."""
+        """Return those tensors that are here, as the products read them."""
         tensors = []
         for name, form in self._forms.items():
             tensor = local_part(getattr(self, name))
@@ -122,9 +122,9 @@ class FrozenLinear(FrozenTensors):
             self.compute_dtype = base.compute_dtype
             self.hold(base._forms, base.stored_tensors())
         else:
-            self.format = DENSE
+            self.format = DENSE_FORMAT
             self.compute_dtype = base.weight.dtype
-            self.hold(DENSE.matrix_forms(base.out_features, base.in_features), [base.weight])
+            self.hold(DENSE_FORMAT.matrix_forms(base.out_features, base.in_features), [base.weight])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,7 +150,7 @@ class FrozenLinear(FrozenTensors):
     def frozen_weight(self) -> FrozenWeight:
         """The weight as the operators take it."""
         if self.read_dense is not None:
-            return FrozenWeight(DENSE, [self.read_dense()], self.shape)
+            return FrozenWeight(DENSE_FORMAT, [self.read_dense()], self.shape)
         return FrozenWeight(self.format, self.read_tensors(), self.shape)
 
     def part_of(self, dense: Tensor | Stored, rows: slice) -> Tensor:
@@ -177,7 +177,7 @@ class FrozenLinear(FrozenTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        if self.format is DENSE:
+        if self.format is DENSE_FORMAT:
             return F.linear(x, local_part(self.weight), local_part(self.bias))
         return grouped_matmul(x, [self.frozen_weight()], [local_part(self.bias)])[0]
 
@@ -187,5 +187,5 @@ class FrozenLinear(FrozenTensors):
 
 
 def has_codes(module: nn.Module) -> bool:
-    """Whether a module has a frozen weight, or a stack of them, in codes."""
-    return isinstance(module, FrozenTensors) and module.format is not DENSE
+    """Tell whether a module has a frozen weight, or a stack of them, in codes."""
+    return isinstance(module, FrozenTensors) and module.format is not DENSE_FORMAT

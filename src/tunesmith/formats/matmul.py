@@ -84,7 +84,7 @@ def grouped_matmul(
 
 
 class Counts(NamedTuple):
-    """How many tensors each list argument of the operator has: autograd takes them as one row."""
+    """The length of each list argument of the operator: autograd takes all tensors as one row."""
 
     xa: int
     quantized: int

@@ -28,11 +28,11 @@ NF4_BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
 WEIGHTS_PER_BYTE = 2
 # Weights quantized at a time: bitsandbytes' code for CPUs takes some 20 bytes for each.
-MAX_ROUNDED_WEIGHTS = 1 << 21
+MAX_NF4_ROUNDED_WEIGHTS = 1 << 21
 # Rows for which bitsandbytes reads 4-bit weights inside the product. To make W dense first moves
 # nine times as many bytes.
-FEW_ROWS = 16
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+MAX_FUSED_ROWS = 16
+QUANT_STATE_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def nf4_functions() -> Any:
@@ -94,7 +94,7 @@ class Nf4(Format):
 
     @classmethod
     def parse(cls, dtype: str, block: int, nested_block: int) -> "Nf4":
-        return cls(DTYPES[dtype], block, nested_block)
+        return cls(QUANT_STATE_DTYPES[dtype], block, nested_block)
 
     def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
         count = rows * columns
@@ -131,7 +131,7 @@ class Nf4(Format):
         return dense.to(dtype)
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
-        if len(x) > FEW_ROWS:
+        if len(x) > MAX_FUSED_ROWS:
             return None
         from bitsandbytes import matmul_4bit
 
@@ -344,7 +344,7 @@ def _pieces_of_rows(layer: "FrozenLinear", local_bytes: slice) -> Iterator[slice
     first_group = WEIGHTS_PER_BYTE * local_bytes.start // group_weights
     end_group = ceil_div(WEIGHTS_PER_BYTE * local_bytes.stop, group_weights)
     end_row = min(end_group * rows_per_group, layer.out_features)
-    rows_per_piece = max(1, MAX_ROUNDED_WEIGHTS // group_weights) * rows_per_group
+    rows_per_piece = max(1, MAX_NF4_ROUNDED_WEIGHTS // group_weights) * rows_per_group
     for row in range(first_group * rows_per_group, end_row, rows_per_piece):
         yield slice(row, min(row + rows_per_piece, end_row))
 
@@ -372,8 +372,8 @@ def _quantize_expert(weights: Tensor, codes: Tensor, blocks: int) -> Tensor:
     """
     functional = nf4_functions()
     scales = torch.empty(blocks, device=weights.device)
-    for start in range(0, len(weights), MAX_ROUNDED_WEIGHTS):
-        piece = weights[start : start + MAX_ROUNDED_WEIGHTS]
+    for start in range(0, len(weights), MAX_NF4_ROUNDED_WEIGHTS):
+        piece = weights[start : start + MAX_NF4_ROUNDED_WEIGHTS]
         packed, state = functional.quantize_4bit(piece, blocksize=NF4_BLOCK, quant_type="nf4")
         first_byte = start // WEIGHTS_PER_BYTE
         codes[first_byte : first_byte + len(packed)] = packed.view(-1)

@@ -27,5 +27,5 @@ def find_format(encoding: str) -> Format:
 
 
 def shipped_format(form: ShippedForm) -> AsShipped:
-    """How weights of a checkpoint of this form are stored."""
+    """Choose the format in which weights of a checkpoint of this form are stored."""
     return SHIPPED_FORMATS[form.method](form)

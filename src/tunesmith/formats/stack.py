@@ -69,7 +69,7 @@ class ExpertStack(FrozenTensors):
         self.hold(forms, empty_tensors(forms, device))
 
     def places_of(self, expert: int, part: int) -> list[Tensor | None]:
-        """Where the tensors of an expert's part are stored; None: on another rank."""
+        """Find where the tensors of an expert's part are stored; None: on another rank."""
         height = self.rows // self.parts
         places: list[Tensor | None] = []
         for tensor, form in zip(self.stored_tensors(), self._forms.values(), strict=True):

@@ -35,7 +35,7 @@ from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
 
 # Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
-ALIGNMENT = 16
+ROW_ALIGNMENT_BYTES = 16
 
 
 def expert_matmul(
@@ -62,7 +62,7 @@ def expert_matmul(
     if lora_A is not None and lora_B is not None:
         missing = 0
         if expert_rows.uses_grouped_mm(x.device, x.dtype):
-            missing = -lora_A.shape[1] % (ALIGNMENT // x.dtype.itemsize)
+            missing = -lora_A.shape[1] % (ROW_ALIGNMENT_BYTES // x.dtype.itemsize)
         if missing:
             lora_A = F.pad(lora_A, (0, 0, 0, missing))
             lora_B = F.pad(lora_B, (0, 0, 0, missing))
@@ -82,7 +82,7 @@ def expert_matmul(
 
 
 class _ProductForm(NamedTuple):
-    """What products have beside their tensors; encoding and shape are those of the stack."""
+    """The arguments of products beside their tensors; encoding and shape are those of the stack."""
 
     encoding: str
     shape: tuple[int, int, int]
@@ -108,7 +108,7 @@ class GatheredRows(NamedTuple):
         return self.x.index_select(0, self.row_index.tokens) if self.gathers else self.x
 
     def split(self, counts: Sequence[int]) -> Sequence[Tensor]:
-        """What `part` takes, of each expert."""
+        """Split what `part` takes by expert."""
         return (self.row_index.tokens if self.gathers else self.x).split(counts)
 
     def part(self, part: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Product(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a product makes; None of what it does not.
+    """The tensors that a product makes; None for those that it does not.
 
     Attributes:
         low: the rows times the first factor; y: times W, and low times the second factor.

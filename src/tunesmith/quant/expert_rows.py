@@ -13,7 +13,7 @@ GROUPED_CAPABILITIES = (9, 10)
 
 
 class RowIndex(NamedTuple):
-    """Where the copies of tokens are that the products of experts read: rows, sorted by expert.
+    """The places of the copies of tokens that the products of experts read: rows, sorted by expert.
 
     Attributes:
         tokens: int64 [rows], the token of each row.
@@ -35,7 +35,7 @@ class RowIndex(NamedTuple):
         return ends
 
     def counts_on_host(self) -> list[int]:
-        """How many rows each expert has."""
+        """Count the rows of each expert."""
         ends = self.ends_on_host()
         return [end - first for first, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -90,7 +90,7 @@ class ExpertRows(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the products of all experts are one kernel."""
+    """Tell whether the products of all experts are one kernel."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES

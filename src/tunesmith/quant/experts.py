@@ -24,7 +24,7 @@ from tunesmith.formats.stack import ExpertStack
 from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 
-NAME = "tunesmith"
+EXPERTS_IMPLEMENTATION = "tunesmith"
 # Transformers' own, of experts that train in full.
 IN_FULL = "grouped_mm"
 # The child module with the update of a stack has the stack's name and this.
@@ -34,7 +34,7 @@ _FACTS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_exper
 
 
 def has_interface(module: nn.Module) -> bool:
-    """Whether a module is all experts of a layer, and Transformers calls it by its interface."""
+    """Tell whether a module is all experts of a layer, called through Transformers' interface."""
     if not all(hasattr(module, fact) for fact in _FACTS):
         return False
     return all(getattr(module, name, None) is not None for name in stack_names(module))
@@ -63,7 +63,7 @@ def stacks_in_order(module: nn.Module) -> list[str]:
 
 
 def trains_in_full(module: nn.Module) -> bool:
-    """Whether a stack of a module of experts gets gradients."""
+    """Tell whether a stack of a module of experts gets gradients."""
     stacks = [getattr(module, name) for name in stack_names(module)]
     return any(isinstance(stack, nn.Parameter) and stack.requires_grad for stack in stacks)
 
@@ -71,9 +71,9 @@ def trains_in_full(module: nn.Module) -> bool:
 def use_grouped_experts(model: nn.Module) -> None:
     """Let a model of Transformers compute its experts by `experts_forward`."""
     assert isinstance(model, PreTrainedModel)  # of others no module has the interface
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
     with_interface: Any = model
-    with_interface.set_experts_implementation(NAME)
+    with_interface.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
 
 def stack_of(module: nn.Module, name: str) -> FrozenStack:
@@ -115,7 +115,7 @@ def _train_in_full(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) 
 
 
 def _is_dense_in_groups(module: Any, dtype: torch.dtype) -> bool:
-    """Whether a stack of a module is dequantized for some experts at a time."""
+    """Tell whether a stack of a module is dequantized for some experts at a time."""
     for name in stack_names(module):
         stack = stack_of(module, name)
         if stack.experts_at_once(dtype) < stack.shape[0]:

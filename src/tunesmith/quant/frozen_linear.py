@@ -1,4 +1,4 @@
-"""What a model is asked about its linear layers."""
+"""The questions that a model is asked about its linear layers."""
 
 from collections.abc import Collection
 from functools import cache, partial
@@ -30,7 +30,7 @@ BYPASSED = "is_bypassed"  # an attribute of a linear layer
 
 
 def is_bypassed(module: nn.Module) -> bool:
-    """Whether other code reads the weight of a linear layer past its forward."""
+    """Tell whether other code reads the weight of a linear layer past its forward."""
     return BYPASSED in vars(module)
 
 
@@ -47,7 +47,7 @@ def set_bypassed(model: nn.Module, targets: Collection[str]) -> None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is y = x W^T + b and nothing else, so that another may stand in for it.
+    """Tell whether a module is y = x W^T + b and nothing else, so that another may stand in for it.
 
     Routers and stacks of Transformers derive from `nn.Linear` too, with a forward of their own; and
     of some linear layers only the weight is read (`set_bypassed`).
@@ -65,7 +65,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 @cache
 def _computes_linear(owner: type[nn.Module]) -> bool:
-    """Whether a forward is that of `nn.Linear`, tried on a small layer: Falcon writes its own."""
+    """Check whether a forward is that of `nn.Linear`, on a small layer: Falcon writes its own."""
     small = nn.Linear(3, 2, device="meta")
     # Whole numbers: no rounding, in whatever order a product is summed.
     small.weight = nn.Parameter(torch.arange(6.0, device="cpu").view(2, 3))

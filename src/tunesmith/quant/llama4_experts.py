@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tunesmith.quant.experts import experts_forward
 
 # The class that a `Llama4Moe` stands in for. By name: its module is slow to import.
-REPLACED = "Llama4TextMoe"
+LLAMA4_MOE_CLASS = "Llama4TextMoe"
 
 
 class Llama4Experts(nn.Module):
@@ -41,7 +41,7 @@ class Llama4Experts(nn.Module):
         self.act_fn = experts.act_fn
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As `experts_forward`, but for the place of the routing weights."""
+        """Compute what `experts_forward` does, but for the place of the routing weights."""
         # A row for each copy of a token: [n, k, hidden] -> [n * k, hidden].
         rows = (hidden.unsqueeze(1) * top_k_weights.unsqueeze(2)).flatten(0, 1)
         chosen = top_k_index.reshape(-1, 1)
@@ -80,5 +80,5 @@ class Llama4Moe(nn.Module):
 def choose_top_k(model: nn.Module) -> None:
     """Let each layer of a Llama 4 compute the chosen experts alone, in place."""
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == REPLACED:
+        if type(module).__name__ == LLAMA4_MOE_CLASS:
             model.set_submodule(name, Llama4Moe(module))

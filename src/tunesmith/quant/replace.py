@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format
-from tunesmith.formats.dense import DENSE
+from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear
@@ -109,7 +109,7 @@ def _replace_stacks(
 
 
 def ships_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
-    """Whether the checkpoint has the weight of a module in codes, as its config.json says."""
+    """Tell whether the checkpoint has the weight of a module in codes, as its config.json says."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     names = names_on_disk(model, name)
@@ -120,7 +120,7 @@ def ships_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
 
 
 def _experts_have_codes(form: ShippedForm, model: nn.Module, name: str) -> bool:
-    """As `ships_codes`, for all experts of a layer."""
+    """Tell whether the checkpoint has the weights of all experts of a layer in codes."""
     first = f"{name}.0"
     if not ships_codes(form, model, name) or not ships_codes(form, model, first):
         return False
@@ -147,7 +147,7 @@ def convert_to_eight_bit(model: nn.Module, recipe: str, skip: Collection[nn.Modu
     for name in names:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
-            _replace_linear(model, name, DENSE, torch.bfloat16)
+            _replace_linear(model, name, DENSE_FORMAT, torch.bfloat16)
             frozen = model.get_submodule(name)
             assert isinstance(frozen, FrozenLinear)
             frozen.take_over(layer)
@@ -173,7 +173,7 @@ def eight_bit_names(model: nn.Module, skip: Collection[nn.Module] = ()) -> list[
     names = []
     for name in linear_names(model, head=False):
         layer: Any = model.get_submodule(name)
-        is_coded = isinstance(layer, FrozenLinear) and layer.format is not DENSE
+        is_coded = isinstance(layer, FrozenLinear) and layer.format is not DENSE_FORMAT
         if is_coded or layer.weight.requires_grad or layer in skip:
             continue
         if layer.in_features % ALIGNED == 0 and layer.out_features % ALIGNED == 0:

@@ -1,4 +1,4 @@
-"""What each word of `model.quantize` means: one value a scheme. Importable without torch.
+"""The meaning of each word of `model.quantize`: one value a scheme. Importable without torch.
 
 A scheme knows how many bytes a weight of the frozen base takes, what a micro batch costs it, what
 the machine must have, and how a model on meta gets its layers. Plans, checks and the building of a
@@ -62,7 +62,7 @@ class Scheme:
     is_cut: bool = True
 
     def storage(self, scaling: str | None, dtype: str) -> str:
-        """How a plan calls the stored base, on a machine with this scaling recipe of fp8."""
+        """Name the stored base as a plan does, on a machine with this scaling recipe of fp8."""
         if self.has_fp8_matmuls:
             return scaling or dtype
         return self.name if self.is_decoded else dtype
