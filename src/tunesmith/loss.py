@@ -152,7 +152,7 @@ def chunk_size(
     trained: bool = False,
     card: int | None = None,
 ) -> int:
-    """How many of `positions` make a chunk, by the budget of the device.
+    """Choose how many of `positions` make a chunk, by the budget of the device.
 
     A `trained` head accumulates its gradient, [vocabulary, h] in fp32, once a chunk: on a GPU that
     takes longer than the matmuls of a small chunk, so it gets up to four times the room.
@@ -196,7 +196,7 @@ def even_chunk_size(count: int, size: int, *, tile: int = 1) -> int:
 
 
 class _LossArguments(NamedTuple):
-    """What the autograd functions take beside their differentiable inputs."""
+    """The arguments that the autograd functions take beside their differentiable inputs."""
 
     targets: Tensor
     softcap: float | None
@@ -241,7 +241,7 @@ def _arguments(
 
 
 def _is_plain(head: nn.Linear) -> bool:
-    """Whether the head computes what an `nn.Linear` does.
+    """Tell whether the head computes what an `nn.Linear` does.
 
     By its forward: `fully_shard` gives it a class of another name.
     """

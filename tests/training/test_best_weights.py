@@ -24,7 +24,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.errors import StoppedError
 from tunesmith.inference.load_run import locate_run
 from tunesmith.launch.jobs import Job
-from tunesmith.methods.answers import ACCURACY
+from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.metrics.summary import closing_summary
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_manifest, read_samples
@@ -344,7 +344,7 @@ def test_scores_of_another_measure_are_not_compared(
 
         def measured(*_: Any, **__: Any) -> ValidationResult:
             loss, accuracy = next(results)
-            return ValidationResult(loss, 1, {ACCURACY: accuracy})
+            return ValidationResult(loss, 1, {REWARD_ACCURACY: accuracy})
 
         monkeypatch.setattr(validation, "validation_loss", measured)
         changes = {

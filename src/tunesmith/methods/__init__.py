@@ -1,4 +1,4 @@
-"""What the loss is: one file a method. The recipe's `method` is a name of this table."""
+"""The losses: one file a method. The recipe's `method` is a name of this table."""
 
 from tunesmith.config.schema import MethodConfig
 from tunesmith.methods.base import Method

@@ -11,7 +11,7 @@ from tunesmith.methods.base import TrainModel, supervised_positions
 
 
 class Answers(NamedTuple):
-    """Of the answers of a micro batch, in the order of its sequences.
+    """The answers of a micro batch, in the order of its sequences.
 
     Attributes:
         logprobs: fp64 [sequences], the log-probability of each, with gradient.
@@ -26,7 +26,7 @@ class Answers(NamedTuple):
         return self.logprobs / self.lengths
 
     def pairs(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Of values of all sequences those of the chosen and of the rejected ones, [pairs] each."""
+        """Split values of all sequences into the chosen and the rejected ones, [pairs] each."""
         return values[0::2], values[1::2]
 
 
@@ -100,12 +100,12 @@ def accuracy(margins: Tensor) -> Tensor:
     return (margins.detach().sign() + 1) / 2
 
 
-ACCURACY = "reward_accuracy"
+REWARD_ACCURACY = "reward_accuracy"
 PAIR_METRICS = (
     "rewards_chosen",
     "rewards_rejected",
     "reward_margin",
-    ACCURACY,
+    REWARD_ACCURACY,
     "logps_chosen",
     "logps_rejected",
 )

@@ -45,7 +45,7 @@ Value = TypeVar("Value")
 
 
 class MethodOutput(NamedTuple):
-    """What a method makes of one micro batch, local to the rank."""
+    """The sums that a method makes of one micro batch, local to the rank."""
 
     loss: Tensor  # 0-d, fp32 or fp64; the sum, not the mean
     # This micro batch's part of what the loss of the global batch is divided by.
@@ -55,7 +55,7 @@ class MethodOutput(NamedTuple):
 
 
 class StepTotals(NamedTuple):
-    """What the losses of an optimizer step share, or those of all held-out rows.
+    """The totals that the losses of an optimizer step share, or those of all held-out rows.
 
     Attributes:
         examples: on all ranks.
@@ -72,7 +72,7 @@ class StepTotals(NamedTuple):
 
 
 class Method(ABC):
-    """What the loss is.
+    """The loss, and what it needs.
 
     Attributes:
         metrics: names of the method's own sums in MethodOutput, in their order.
@@ -89,7 +89,7 @@ class Method(ABC):
 
     @abstractmethod
     def denominator(self, batch: Batch | GlobalBatch) -> int:
-        """What the loss sum over a micro batch or a whole global batch is divided by.
+        """Return what the loss sum over a micro batch or a whole global batch is divided by.
 
         It comes from the counts on the host, `supervised` and `examples`, and is additive over
         micro batches and ranks.
@@ -98,7 +98,7 @@ class Method(ABC):
     def begin_step(
         self, model: "TrainModel", totals: StepTotals, add_up: Callable[[Tensor], object]
     ) -> StepTotals:
-        """What the first loss needs of a whole global batch; a collective call.
+        """Measure what the first loss needs of a whole global batch; a collective call.
 
         add_up: sums a tensor over the data ranks, in place.
         """
@@ -114,7 +114,7 @@ class Method(ABC):
         """
 
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What a record shows, of the means of a step."""
+        """Return what a record shows, from the means of a step."""
         return dict(metrics)
 
 
@@ -194,8 +194,9 @@ class TrainModel(nn.Module):
 
     @property
     def packs_rows(self) -> bool:
-        """Whether documents may share a row; Transformers' own attention does not keep those of
-        every model apart."""
+        """Tell whether documents may share a row; Transformers' own attention does not keep those
+        of every model apart.
+        """
         return self.attention_backend != "eager"
 
     @property
@@ -236,8 +237,9 @@ class TrainModel(nn.Module):
     def forward(
         self, batch: Batch, compute: Callable[["TrainModel", Batch], Any] | None = None
     ) -> Any:
-        """What `compute` makes of this micro batch, local to the rank; None: the method's loss sum
-        and its denominator, as of a batch by itself."""
+        """Return what `compute` makes of this micro batch, local to the rank; None: the method's
+        loss sum and its denominator, as of a batch by itself.
+        """
         return (compute or self.method)(self, batch)
 
     def _documents(self, batch: Batch) -> Documents | None:
@@ -331,7 +333,7 @@ class TrainModel(nn.Module):
         return self.model.generate(**options)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, by its name in the causal LM; tied parameters once."""
+        """Yield the trained parameters by their names in the causal LM; tied ones once."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter

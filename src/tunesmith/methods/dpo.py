@@ -75,7 +75,7 @@ class DirectPreferenceOptimization(OfExamples):
         return MethodOutput(loss, self.denominator(batch), metrics)
 
     def _margin(self, answers: Answers, reference: Tensor) -> Tensor:
-        """How much more than its reference the model prefers each chosen answer, [pairs]."""
+        """Compute how much more than the reference the model prefers chosen answers, [pairs]."""
         ratios = answers.logprobs - reference
         if self.config.loss_type == "ipo":
             ratios = ratios / answers.lengths

@@ -20,14 +20,21 @@ from tunesmith.methods.answers import answer_logprobs, reference_logprobs
 from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
 
 KL = "kl"
-GOOD = "good_share"
-METRICS = ("rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected", GOOD, KL)
+GOOD_SHARE = "good_share"
+KTO_METRICS = (
+    "rewards_chosen",
+    "rewards_rejected",
+    "logps_chosen",
+    "logps_rejected",
+    GOOD_SHARE,
+    KL,
+)
 
 
 class KahnemanTverskyOptimization(OfExamples):
     """Mean loss of an answer over the global batch."""
 
-    metrics = METRICS
+    metrics = KTO_METRICS
     needs_reference = True
     needs_mismatched = True
 
@@ -69,13 +76,13 @@ class KahnemanTverskyOptimization(OfExamples):
             is_good.sum(),
             kl * len(ratios),
         )
-        metrics = dict(zip(METRICS, values, strict=True))
+        metrics = dict(zip(KTO_METRICS, values, strict=True))
         return MethodOutput(loss, self.denominator(batch), metrics)
 
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Means over good and over bad answers, each where the batch has some, and their margin."""
         finished = dict(metrics)
-        good = finished.pop(GOOD)
+        good = finished.pop(GOOD_SHARE)
         shares = {"chosen": good, "rejected": 1 - good}
         for kind, share in shares.items():
             for name in (f"rewards_{kind}", f"logps_{kind}"):

@@ -11,7 +11,7 @@ from tunesmith.checkpoint.resume import validation_score
 from tunesmith.checkpoint.sharded import RanksWriter, fits_twice, sharded_save_function
 from tunesmith.checkpoint.writer import SaveFunction, Writer
 from tunesmith.distributed.activity import STUCK_AFTER_S
-from tunesmith.methods.answers import ACCURACY
+from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.run_dir import FINAL, Phase
@@ -113,7 +113,7 @@ class CheckpointSaver(LoopPart):
         record = progress.record
         if record is None or record.step != progress.step or not progress.validated:
             return
-        accuracy = record.extra.get(f"{VALIDATION}{ACCURACY}")
+        accuracy = record.extra.get(f"{VALIDATION}{REWARD_ACCURACY}")
         score = validation_score(record.val_loss, accuracy, self.run.validate.best_by)
         kept = progress.kept_score
         # By another `best_by` than before, scores cannot be compared.

@@ -6,7 +6,7 @@ import json
 from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.methods.answers import ACCURACY
+from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.metrics.record import VALIDATION
 from tunesmith.metrics.summary import has_risen
 from tunesmith.run_dir import BEST, Phase
@@ -61,7 +61,7 @@ class Validation(LoopPart):
             progress.worse = 0
             progress.best_step = progress.step
             progress.best_loss = result.loss
-            progress.best_accuracy = result.metrics.get(ACCURACY)
+            progress.best_accuracy = result.metrics.get(REWARD_ACCURACY)
             self._write_best()
         self._warn_of_rise(result.loss)
         return True
@@ -97,7 +97,7 @@ class Validation(LoopPart):
         if progress.best_loss is None:
             return True
         best_by = self.run.validate.best_by
-        score = validation_score(result.loss, result.metrics.get(ACCURACY), best_by)
+        score = validation_score(result.loss, result.metrics.get(REWARD_ACCURACY), best_by)
         best = validation_score(progress.best_loss, progress.best_accuracy, best_by)
         return score is not None and (best is None or score < best)
 
