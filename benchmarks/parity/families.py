@@ -43,7 +43,7 @@ from tunesmith.model.model_types import (
     read_model_types,
 )
 from tunesmith.model.spec import check_supported
-from tunesmith.model.support import TUNED, measure_support
+from tunesmith.model.support import TUNED_SUPPORT, measure_support
 from tunesmith.model.twin import shrink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def _measure(model_type: str) -> ModelType:
     check_supported(config.to_dict(), model_type)
     text = config.get_text_config()
     if text.model_type in ARCHITECTURES:
-        support = replace(measure_support(text), state="tuned", why=TUNED.why)
+        support = replace(measure_support(text), state="tuned", why=TUNED_SUPPORT.why)
     else:
         support = measure_support(text)
     if support.state != "refused":

@@ -69,7 +69,7 @@ from tunesmith.model.documents import Documents
 from tunesmith.model.load import materialize
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.shipped import AS_SHIPPED, shipped_form
-from tunesmith.model.support import TUNED
+from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
 from tunesmith.quant import expert_matmul, expert_rows
 from tunesmith.quant.expert_rows import RowIndex
@@ -397,7 +397,11 @@ def count_layer(
     model = define_model(
         run,
         SimpleNamespace(
-            config=config, model=run.model, vocab_rows=config.vocab_size, support=TUNED, form=form
+            config=config,
+            model=run.model,
+            vocab_rows=config.vocab_size,
+            support=TUNED_SUPPORT,
+            form=form,
         ),
     )  # type: ignore[arg-type]
     if run.adapter.kind == "none":  # as on one GPU

@@ -46,7 +46,7 @@ from tunesmith.units import ceil_div
 Weights = Literal["stored", "random"]
 
 # Tensor cores want the vocabulary, a dimension of the head's product, in multiples of this.
-ROW_MULTIPLE = 64
+VOCABULARY_MULTIPLE = 64
 
 
 def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
@@ -79,7 +79,7 @@ def embedding_rows(run: Run, files: ModelFiles) -> int:
     """
     rows = files.vocab_rows
     if run.adapter.kind == "none" and rows > files.config.vocab_size:
-        rows = ceil_div(rows, ROW_MULTIPLE) * ROW_MULTIPLE
+        rows = ceil_div(rows, VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return rows
 
 

@@ -152,9 +152,13 @@ def test_a_gradient_that_is_no_number_is_a_fault(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_kernel_has_its_name_beside_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "KERNELS", {})
+    monkeypatch.setattr(attention, "ATTENTION_KERNELS", {})
     monkeypatch.setattr(attention, "_FITS_VARLEN", {})
     monkeypatch.setattr(attention, "choose_kernel", lambda _: ("FlashAttention 3", []))
     select = attention.select_attention_backend.__wrapped__
     backend, _ = select(torch.device("cuda"), torch.bfloat16, 64)
-    assert attention.KERNELS == {backend: "FlashAttention 3"} == {"varlen": "FlashAttention 3"}
+    assert (
+        attention.ATTENTION_KERNELS
+        == {backend: "FlashAttention 3"}
+        == {"varlen": "FlashAttention 3"}
+    )

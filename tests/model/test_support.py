@@ -93,7 +93,7 @@ def test_packed_rows_under_eager_attention_are_measured():
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_a_type_of_the_table_packs_under_eager_attention(model_type: str):
     assert support.measure_support(config_of(model_type)).packs_eager
-    assert support.TUNED.packs_eager
+    assert support.TUNED_SUPPORT.packs_eager
 
 
 def test_a_layer_whose_leak_is_not_named_is_not_packed(monkeypatch: pytest.MonkeyPatch):
@@ -180,10 +180,10 @@ def test_what_was_measured_is_read_from_the_disk(monkeypatch: pytest.MonkeyPatch
     config = config_of("mamba")
     first = support.find_support(config, Model(name="x"), where="here")
     [file] = (tmp_path / "support").iterdir()
-    monkeypatch.setattr(support, "measure_support", lambda *_, **__: support.TUNED)
+    monkeypatch.setattr(support, "measure_support", lambda *_, **__: support.TUNED_SUPPORT)
     assert support.find_support(config, Model(name="x"), where="here") == first
     file.write_text("{")
-    assert support.find_support(config, Model(name="x"), where="here") == support.TUNED
+    assert support.find_support(config, Model(name="x"), where="here") == support.TUNED_SUPPORT
 
 
 def test_a_refused_model_is_named_with_its_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -13,7 +13,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.measured_spec import measure_spec, text_config
-from tunesmith.model.support import TUNED
+from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.planning.measured_layers import measure_activations
 from tunesmith.quant.experts import expert_modules, stack_names
 
@@ -38,7 +38,7 @@ def test_the_stacks_are_quantized_and_have_their_adapter() -> None:
     )
     config = text_config(TINY, where="test")
     files = SimpleNamespace(
-        config=config, model=run.model, vocab_rows=128, support=TUNED, form=None
+        config=config, model=run.model, vocab_rows=128, support=TUNED_SUPPORT, form=None
     )
     model = define_model(run, files)  # type: ignore[arg-type]
     modules = expert_modules(model)

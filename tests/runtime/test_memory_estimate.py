@@ -25,7 +25,7 @@ from tunesmith.config.schema import PAIR_METHODS
 from tunesmith.data.batch import Example, collate
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.measured_spec import model_spec
-from tunesmith.model.support import TUNED
+from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate
@@ -97,7 +97,7 @@ def measure(
         config=made,
         folder=folder,
         vocab_rows=vocabulary,
-        support=TUNED,
+        support=TUNED_SUPPORT,
         form=None,
     )
     plan = replace(

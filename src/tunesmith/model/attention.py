@@ -248,7 +248,7 @@ class _Repeat(torch.autograd.Function):
 
 
 class _TakeFirsts(torch.autograd.Function):
-    """Of the tokens of documents [m, ...] the first at each place of the block, [n, ...].
+    """Take of the tokens of documents [m, ...] the first at each place of the block, [n, ...].
 
     Another one at that place has the same value (dropout aside): it sees the same
     tokens before it.
@@ -267,7 +267,7 @@ class _TakeFirsts(torch.autograd.Function):
 
 
 # How each backend computes. That of varlen is the kernel that was chosen in this process.
-KERNELS = {
+ATTENTION_KERNELS = {
     "products": "grouped bmm",
     "sdpa": "one call a document",
     "eager": "Transformers' own",
@@ -298,13 +298,13 @@ def select_attention_backend(
     _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
-    KERNELS["varlen"] = kernel
+    ATTENTION_KERNELS["varlen"] = kernel
     why = f"{kernel} over packed documents is correct on this GPU, forward and backward"
     return "varlen", "; ".join([why, *faults])
 
 
 class VarlenShape(NamedTuple):
-    """What decides whether the varlen kernel takes a layer."""
+    """The shape that decides whether the varlen kernel takes a layer."""
 
     device: torch.device
     dtype: torch.dtype
@@ -324,7 +324,7 @@ _FITS_VARLEN: dict[VarlenShape, bool] = {}  # what was tried in this process
 def fits_varlen(
     device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int, has_sinks: bool
 ) -> bool:
-    """Whether this process's varlen kernel is right on layers of this shape, by trying once."""
+    """Try once whether this process's varlen kernel is right on layers of this shape."""
     shape = VarlenShape(device, dtype, head_dim, v_dim, has_sinks)
     key = shape.on_any_device()
     if key not in _FITS_VARLEN:
@@ -333,7 +333,7 @@ def fits_varlen(
 
 
 def find_varlen_fault(shape: VarlenShape) -> str:
-    """What is wrong with torch's varlen attention on a few packed documents, or "".
+    """Find what is wrong with torch's varlen attention on a few packed documents, or return "".
 
     It is compared with fp32 attention of each document alone.
     """
@@ -374,7 +374,7 @@ def find_varlen_fault(shape: VarlenShape) -> str:
 def _output_and_gradients(
     backend: str, inputs: Sequence[Tensor], d_out: Tensor, rule: Rule
 ) -> list[Tensor]:
-    """Of q, k, v and, where there is a fourth input, sinks."""
+    """Compute the output and the gradients of q, k, v and, where there is a fourth input, sinks."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in inputs]
         q, k, v, *rest = leaves
@@ -600,7 +600,7 @@ def _sum_by_head(per_row: Tensor, group: Group, like: Tensor) -> Tensor:
 
 
 def _saves_probabilities(group: Group, softcap: float | None) -> bool:
-    """Whether the backward of a group reads its probabilities, and does not compute them again."""
+    """Tell whether the backward of a group reads its probabilities, not computes them again."""
     return softcap is None and group.length <= MAX_SAVED_TOKENS
 
 

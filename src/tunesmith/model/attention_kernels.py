@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Torch's names of what may be installed.
-VERSIONS = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}
+FLASH_ATTENTION_NAMES = {"FA4": "FlashAttention 4", "FA3": "FlashAttention 3"}
 TORCH_KERNEL = "torch's own FlashAttention 2"
 
 
@@ -38,7 +38,7 @@ def choose_kernel(find_fault: Callable[[], str]) -> tuple[str, list[str]]:
         faults.append(f"cuDNN: {fault}")
         # Torch might take it for other shapes than those that were tried.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    for version, name in VERSIONS.items():
+    for version, name in FLASH_ATTENTION_NAMES.items():
         if not _activate(version):
             continue
         fault = find_fault()

@@ -66,5 +66,5 @@ def stored_text_name(name: str) -> str:
 
 
 def is_stored_text_name(name: str) -> bool:
-    """Whether a stored tensor is of the text model by its name alone."""
+    """Tell whether a stored tensor is of the text model by its name alone."""
     return stored_text_name(name) != name

@@ -133,7 +133,7 @@ def _count_layer(
 
 
 def _has_interface(experts: nn.Module) -> bool:
-    """Whether frozen experts are computed as Transformers' interface calls them.
+    """Tell whether frozen experts are computed as Transformers' interface calls them.
 
     With an adapter Llama 4's are, which have code of their own in Transformers.
     """
@@ -141,7 +141,7 @@ def _has_interface(experts: nn.Module) -> bool:
 
 
 def _is_matrix(name: str, weight: nn.Parameter) -> bool:
-    """Whether tokens are multiplied with this parameter: stacks of biases are no matrices."""
+    """Tell whether tokens are multiplied with this parameter: stacks of biases are no matrices."""
     return weight.ndim == 2 and name.rpartition(".")[2] == "weight"
 
 

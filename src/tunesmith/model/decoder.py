@@ -1,4 +1,4 @@
-"""Where the parts of a causal LM are: its decoder, its layers, and what it does to its logits.
+"""The parts of a causal LM: its decoder, its layers, and what it does to its logits.
 
 All of it is read off the model, on meta or not, so that a family needs no row of a table to run.
 """
@@ -28,7 +28,7 @@ LARGE_LOGIT = 100.0
 
 @dataclass(frozen=True)
 class Head:
-    """What a causal LM does to the output of its last linear layer: cap(scale * (W h + b))."""
+    """The end of a causal LM, after its last linear layer: cap(scale * (W h + b))."""
 
     softcap: float | None = None  # c in c * tanh(logits / c); None: no cap
     scale: float = 1.0
@@ -90,7 +90,7 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
 
 
 def find_head(causal_lm: PreTrainedModel) -> Head:
-    """What the model does to its logits, as its config says; `head_fits` proves it."""
+    """Read from its config what the model does to its logits; `head_fits` proves it."""
     config = find_decoder(causal_lm).config.get_text_config()
 
     def stated(keys: tuple[str, ...]) -> list[float]:
@@ -110,7 +110,7 @@ def find_head(causal_lm: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def head_fits(causal_lm: PreTrainedModel, head: Head) -> bool:
-    """Whether the model's own logits are those of `head` on its last hidden states.
+    """Check whether the model's own logits are those of `head` on its last hidden states.
 
     Args:
         causal_lm: a small model with weights, in fp32 and in eval mode, with an attention that

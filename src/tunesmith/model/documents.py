@@ -31,7 +31,7 @@ MIN_LENGTH_SHARE = 0.8
 
 
 def count_saved_probabilities(length: np.ndarray) -> np.ndarray:
-    """How many probabilities a head saves for the backward of documents of these lengths, int64.
+    """Count the probabilities a head saves for the backward of documents of these lengths, int64.
 
     A block of queries has those of all keys up to its end.
     """
@@ -258,7 +258,7 @@ def _is_alike(length: int, group: list[tuple[int, int]]) -> bool:
 
 
 def _fits_products(length: int, group: list[tuple[int, int]]) -> bool:
-    """Whether a document of no more tokens than those of the group is multiplied together with
+    """Tell whether a document of no more tokens than those of the group is multiplied together with
     them.
     """
     longest, _ = group[0]

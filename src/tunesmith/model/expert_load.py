@@ -1,4 +1,4 @@
-"""How the tokens of a step spread over the experts of each layer, padding not counted.
+"""The spread of a step's tokens over the experts of each layer, padding not counted.
 
 A hook on the experts sees where their router sends each token; it is compiled with their layer. The
 counts stay on the device, and are read with the other numbers of the step. A layer that is computed

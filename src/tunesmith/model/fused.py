@@ -69,7 +69,7 @@ def _gated_activations() -> dict[type, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    """Whether it has what all attentions, MLPs or norms here have, and its forward may be a copy.
+    """Tell whether it has what all attentions, MLPs or norms have, so may be a copy of one.
 
     References are not imported for the sake of the others.
     """
@@ -125,7 +125,7 @@ def _mixed_class(mixin: Any, base: Any) -> Any:
 
 
 class AttentionForm(NamedTuple):
-    """What an attention does beside projecting, rotating and attending."""
+    """The steps that an attention takes beside projecting, rotating and attending."""
 
     # Norms on q and k: over one head, or over all of them.
     head_norms: Literal["none", "head", "projection"] = "none"

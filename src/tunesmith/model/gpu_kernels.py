@@ -65,5 +65,5 @@ def _by_device(with_kernel: Callable[..., Any], wrapper: Any) -> Any:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether kernels take tensors of this device."""
+    """Tell whether kernels take tensors of this device."""
     return device.type == "cuda"

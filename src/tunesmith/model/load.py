@@ -70,8 +70,8 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
 
 
 def _stores_other_head(folder: Path) -> bool:
-    """Whether a vision-language checkpoint holds a head that is not the embedding; False where its
-    weights are not there.
+    """Tell whether a vision-language checkpoint holds a head that is not the embedding; False where
+    its weights are not there.
 
     Mistral Small 3.1 says nothing of tied weights, which means tied by default, and has a head of
     its own. Transformers does not tie it then.

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-FORMAT = 6  # of the cached files; how layers are counted, counts
+SPEC_CACHE_VERSION = 6  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
-TOKENS = 256
+MEASURED_TOKENS = 256
 # Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
 # for the memory of training; FalconMamba, which loops over the tokens, takes 25 on meta.
 MAX_SPEC_SECONDS = 300.0
@@ -79,7 +79,7 @@ def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
     sizes = {key: value for key, value in config.items() if key not in NO_SIZES}
     sizes.pop("quantization_config", None)
     text = json.dumps(sizes, sort_keys=True, default=str)
-    key = [FORMAT, version("transformers"), sizes]
+    key = [SPEC_CACHE_VERSION, version("transformers"), sizes]
     spec = measure_once("specs", key, lambda: _measure(sizes, where), _decode)
     # Read off the config each time: neither is in what was measured.
     limit = stated_position_limit(config, spec.layers, where=where)
@@ -104,7 +104,7 @@ def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
     try:
         with limit_measuring(config.model_type):
             model = build_to_measure(config)
-            calls, _ = run_on_meta(model, TOKENS)
+            calls, _ = run_on_meta(model, MEASURED_TOKENS)
             return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
     except ModelError as error:
         error.where = error.where or where

@@ -31,7 +31,7 @@ OF_TRANSFORMERS = (GROUPED, "eager", "batched_mm")
 
 @dataclass
 class LayerCall:
-    """What one layer was seen to do.
+    """The work that one layer was seen to do.
 
     Attributes:
         heads, kv_heads, head_dim, value_dim, window, softcap: of its attention; 0 heads: it has
@@ -195,8 +195,8 @@ class SavingAttention(torch.autograd.Function):
 def run_on_meta(
     model: PreTrainedModel, tokens: int, *, training: bool = False
 ) -> tuple[list[LayerCall], int]:
-    """What each decoder layer of a model on meta does with one document of so many tokens, and the
-    bytes that are saved outside of the layers.
+    """Record what each decoder layer of a model on meta does with one document of so many tokens,
+    and the bytes that are saved outside of the layers.
 
     The model cannot be trained after it: its attention stays replaced. ModelError where
     it does not run on meta.
@@ -269,8 +269,8 @@ def _run(
 
 
 def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashable:
-    """What two decoder layers share that do the same with their input: modules, the values in them,
-    shapes, and what the config says of the layer with this index.
+    """Return what two decoder layers share that do the same with their input: modules, the values
+    in them, shapes, and what the config says of the layer with this index.
     """
     depth = config.num_hidden_layers
     form: list[Hashable] = []
@@ -301,12 +301,12 @@ def _outline(value: Any) -> Hashable:
 
 
 def are_experts(module: nn.Module) -> bool:
-    """Whether a module is all experts of a layer, and gets the choice of each token."""
+    """Tell whether a module is all experts of a layer, and gets the choice of each token."""
     return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
 
 
 def is_called_by_interface(module: nn.Module) -> bool:
-    """Whether Transformers calls a module through its experts interface, which marks it so."""
+    """Tell whether Transformers calls a module through its experts interface, which marks it so."""
     return hasattr(module, "has_gate")
 
 

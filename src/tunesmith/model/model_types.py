@@ -1,4 +1,4 @@
-"""How every causal model type of Transformers trains here, in model_types.json.
+"""The table of how every causal model type of Transformers trains here, in model_types.json.
 
 `benchmarks/parity/families.py --write` measures them all, and `tensor_cuts.py` whether ranks can
 share their layers; tests measure one of each kind again.
@@ -17,7 +17,7 @@ FILE = Path(__file__).with_suffix(".json")
 # Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
 # differ by 2e-5 at most over all types of Transformers (`make families`); the least that was more
 # than rounding, xLSTM on padded rows, by 1.5e-3.
-TOLERANCE = 1e-4
+ROUNDING_TOLERANCE = 1e-4
 
 State = Literal["tuned", "packed", "padded", "refused"]
 
@@ -30,7 +30,7 @@ class Errors:
     gradients: float
 
     def are_rounding(self) -> bool:
-        return max(self.logits, self.gradients) <= TOLERANCE
+        return max(self.logits, self.gradients) <= ROUNDING_TOLERANCE
 
     def describe(self) -> str:
         return f"logits differ by {self.logits:.1e}, gradients by {self.gradients:.1e}"
@@ -38,7 +38,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Support:
-    """How a model trains.
+    """The way in which a model trains.
 
     Attributes:
         state: "tuned": packed, by the forwards that this engine has written; "packed": documents
@@ -94,7 +94,7 @@ class ModelType:
     since: str = ""
 
     def row(self) -> dict[str, Any]:
-        """It as the table and `tunesmith models --json` have it, in one level."""
+        """Return the row that the table and `tunesmith models --json` have of it, in one level."""
         values = asdict(self.support)
         errors = values.pop("errors") or {"logits": None, "gradients": None}
         return {

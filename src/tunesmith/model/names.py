@@ -56,7 +56,7 @@ class Pieces:
 
     @property
     def file(self) -> Path:
-        """Of the first piece, as `start`: in this order parameters are read."""
+        """Return the file of the first piece, as `start`: in this order parameters are read."""
         return self.pieces[0].entry.file
 
     @property
@@ -66,7 +66,7 @@ class Pieces:
 
 @dataclass
 class StoredNames:
-    """What a checkpoint's tensors are to a model.
+    """The tensors of a checkpoint, by what they are to a model.
 
     Attributes:
         groups: parameter -> what is stored of it: itself under "", its companions (scales) under
@@ -137,7 +137,7 @@ def names_on_disk(model: "nn.Module", name: str) -> list[str]:
 
 
 def is_in_whole(model: "nn.Module") -> bool:
-    """Whether a model is the text model of a vision-language model."""
+    """Tell whether a model is the text model of a vision-language model."""
     return _composite_of_model(model) is not None
 
 
@@ -283,7 +283,7 @@ def _join(
 def _read_operations(
     name: str, rule: "WeightConverter", sources: Mapping[str, Sequence[StoredEntry]]
 ) -> tuple[bool, int | None]:
-    """Whether a rule stacks the tensors of each pattern, and the dimension along which it
+    """Read whether a rule stacks the tensors of each pattern, and the dimension along which it
     concatenates; None: it does not.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
 
-CONFIG = "config.json"
+MODEL_CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -24,7 +24,7 @@ def write_for_older_readers(folder: Path) -> None:
     """Add the older keys to config.json and tokenizer_config.json of a folder, those of them that
     are there.
     """
-    for name in (CONFIG, TOKENIZER_CONFIG):
+    for name in (MODEL_CONFIG, TOKENIZER_CONFIG):
         file = folder / name
         if file.is_file():
             file.write_bytes(for_older_readers(name, file.read_bytes()))
@@ -35,7 +35,7 @@ def for_older_readers(name: str, content: bytes) -> bytes:
 
     It stays as it is where they are there, or it is another file.
     """
-    if name not in (CONFIG, TOKENIZER_CONFIG):
+    if name not in (MODEL_CONFIG, TOKENIZER_CONFIG):
         return content
     try:
         values = json.loads(content)
@@ -43,7 +43,7 @@ def for_older_readers(name: str, content: bytes) -> bytes:
         return content  # whoever reads the file reports it
     if not isinstance(values, dict):
         return content
-    changed = with_older_config(values) if name == CONFIG else with_older_tokenizer(values)
+    changed = with_older_config(values) if name == MODEL_CONFIG else with_older_tokenizer(values)
     if changed == values:
         return content
     return (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

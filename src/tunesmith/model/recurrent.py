@@ -22,7 +22,7 @@ from tunesmith.model.fused import add_mixin
 
 @dataclass(frozen=True)
 class PackedCall:
-    """How a layer is called on a row of documents so that its kernels keep them apart.
+    """The keywords that call a layer on a row of documents so that its kernels keep them apart.
 
     Attributes:
         edges: the keyword by which its forward hands `cu_seqlens` on to its scan.
@@ -36,7 +36,7 @@ class PackedCall:
     gap: int = 0
 
     def keywords(self, spaced: Spaced) -> dict[str, Any]:
-        """What the layer's forward is handed beside its own arguments."""
+        """Return what the layer's forward is handed beside its own arguments."""
         # With the edges on the host FLA need not ask the device for them.
         keywords = {self.edges: spaced.edges, "cu_seqlens_cpu": spaced.edges_on_host}
         if self.seq_idx:

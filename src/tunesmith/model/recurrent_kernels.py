@@ -30,7 +30,7 @@ TRIAL_TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Trial:
-    """How a class of layers runs on packed rows.
+    """The result of trying a class of layers on packed rows.
 
     Attributes:
         call: by which its kernels keep documents apart; None: it runs on one row a document.
@@ -121,7 +121,7 @@ def _try_layer(layer: nn.Module, row: Tensor, cotangent: Tensor) -> Trial:
 
 
 def _keeps_apart(layer: nn.Module, call: PackedCall, row: Tensor, cotangent: Tensor) -> bool:
-    """Whether a row of documents gives what one row a document gives: output and gradient."""
+    """Check whether a row of documents gives what one row a document gives: output and gradient."""
     name = type(layer).__name__
     use_packed_calls(layer, {name: call})
     results = _run(layer, row, cotangent)

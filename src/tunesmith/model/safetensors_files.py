@@ -232,7 +232,7 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has safetensors files of a model."""
+    """Tell whether a folder has safetensors files of a model."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 

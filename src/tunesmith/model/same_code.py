@@ -1,4 +1,4 @@
-"""Whether two modules of Transformers compute the same: by their code, not by a list of names.
+"""A comparison of modules of Transformers: by their code, not by a list of names.
 
 Families copy each other's modules: in the decoders of Transformers 5.23 LlamaMLP occurs under 77
 names, and LlamaRMSNorm under 78. What is copied compiles to the same bytecode, so that a module
@@ -17,7 +17,7 @@ STARS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
 def forward_code(module_class: type[nn.Module]) -> Hashable | None:
-    """What the class's `forward` does, names of functions, classes and local variables apart.
+    """Read what the class's `forward` does, names of functions, classes and local variables apart.
 
     Two classes run the same code where these are equal: the bytecode of `forward`, the names of its
     arguments and of the attributes that it reads, and the same of every function and method it
@@ -43,7 +43,7 @@ def forward_code(module_class: type[nn.Module]) -> Hashable | None:
 
 
 def _is_plain(value: Any) -> TypeGuard[FunctionType]:
-    """Whether this is a function whose bytecode says all: what a closure holds may differ."""
+    """Tell whether this is a function whose bytecode says all: what a closure holds may differ."""
     return isinstance(value, FunctionType) and value.__closure__ is None
 
 

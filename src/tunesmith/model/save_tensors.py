@@ -24,9 +24,9 @@ from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.model.safetensors_files import INDEX, Entry, read_into
 from tunesmith.model.weights import STORED
 
-NAMES = {dtype: name for name, dtype in STORED.items()}
+SAFETENSORS_DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 # Written alone: read as it stands it would lack its scales.
-NAMES[torch.float8_e4m3fn] = "F8_E4M3"
+SAFETENSORS_DTYPE_NAMES[torch.float8_e4m3fn] = "F8_E4M3"
 MAX_PIECE_BYTES = 64 << 20  # bytes on the host at a time: enough for a disk's full speed
 MAX_GATHERED_BYTES = 16 << 20  # bytes of one collective, which may take as much again
 MAX_FILE_SIZE = "5GB"
@@ -113,8 +113,8 @@ def save_tensors(
 
 @dataclass(frozen=True)
 class _Form:
-    """How a tensor is written: its dtype as safetensors names it, its shape, and the bytes of an
-    element and of all.
+    """The stored form of a tensor: its dtype as safetensors names it, its shape, and the bytes of
+    an element and of all.
     """
 
     dtype: str
@@ -130,11 +130,13 @@ def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
     written_dtype = _written_dtype(source, dtype)
     shape = tuple(source.shape)
     itemsize = written_dtype.itemsize
-    return _Form(NAMES[written_dtype], shape, itemsize, math.prod(shape) * itemsize)
+    return _Form(
+        SAFETENSORS_DTYPE_NAMES[written_dtype], shape, itemsize, math.prod(shape) * itemsize
+    )
 
 
 def _parts(source: Tensor | TensorPart, dtype: torch.dtype, read: Read | None) -> Iterator[Tensor]:
-    """What is written of a tensor; where it is gathered or read, some rows at a time."""
+    """Yield what is written of a tensor; where it is gathered or read, some rows at a time."""
     tensor = source.tensor if isinstance(source, TensorPart) else source
     region = source.region if isinstance(source, TensorPart) else ()
     # A 0-d tensor is one row here.
@@ -196,7 +198,7 @@ def _gathered_rows(tensor: DTensor, dtype: torch.dtype, span: slice) -> Iterator
 
 
 def _is_first_replica(tensor: DTensor) -> bool:
-    """Whether this rank is the first of those that hold its part of a tensor."""
+    """Tell whether this rank is the first of those that hold its part of a tensor."""
     coordinate = tensor.device_mesh.get_coordinate() or ()
     for index, placement in zip(coordinate, tensor.placements, strict=True):
         if index > 0 and placement.is_replicate():

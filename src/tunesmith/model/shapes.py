@@ -33,8 +33,8 @@ class Shape:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-SHAPES: dict[str, Shape] = {name: Shape(**values) for name, values in _TABLE.items()}
+_SHAPE_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+SHAPES: dict[str, Shape] = {name: Shape(**values) for name, values in _SHAPE_TABLE.items()}
 
 
 def find_shape(name: str) -> Shape:
@@ -49,7 +49,7 @@ def find_shape(name: str) -> Shape:
 
 
 def config_of_model(repo: str) -> dict[str, Any] | None:
-    """What the config.json of a repository of the Hub says of size and arithmetic.
+    """Return what the config.json of a repository of the Hub says of size and arithmetic.
 
     None where its shape is not here.
     """

@@ -47,7 +47,7 @@ NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 
 
 def stated_quantization(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """How the weights are quantized; empty where they are not. ModelError for no mapping.
+    """Read how the weights are quantized; empty where they are not. ModelError for no mapping.
 
     A vision-language model says it of the whole, or of its text model.
     """
@@ -180,7 +180,7 @@ def _strategy_block(weights: Mapping[str, Any], where: str) -> tuple[int, int] |
 
 
 def _has_static_scales(stored: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether compressed-tensors has scales of inputs, or of keys and values, in its files."""
+    """Tell whether compressed-tensors has scales of inputs, or of keys and values, in its files."""
     inputs = group.get("input_activations")
     is_static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
     return is_static or bool(stored.get("kv_cache_scheme"))
@@ -340,7 +340,7 @@ def _block_size(block: Any, key: str, where: str) -> tuple[int, int]:
 
 
 def form_of_folder(folder: Path) -> ShippedForm | None:
-    """What the config.json of a folder says; None where there is none."""
+    """Read what the config.json of a folder says; None where there is none."""
     file = folder / "config.json"
     if not file.is_file():
         return None

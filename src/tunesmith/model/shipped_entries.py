@@ -71,7 +71,7 @@ StoredEntry = Entry | CodedEntry
 
 
 def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
-    """As `read_headers`, with the tensors that make one weight as one entry.
+    """Read headers as `read_headers` does, with the tensors that make one weight as one entry.
 
     ModelError where a part of one is missing, or of another shape or type.
     """
@@ -89,7 +89,7 @@ def read_entries(folder: Path) -> dict[Path, list[StoredEntry]]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the tensors of a weight in codes are called and typed.
+    """The names and types of the tensors of a weight in codes.
 
     Attributes:
         codes: the end of the name of the codes; dtype: of these.

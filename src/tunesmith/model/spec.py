@@ -1,4 +1,4 @@
-"""What a model is, read from its config.json alone: shape, parameter counts, the work of one step.
+"""A model as its config.json alone describes it: shape, parameters, the work of one step.
 
 Nothing heavy is imported. A config that names an encoder, images or sound, or another quantization
 is refused here, by name, before a byte of weights is read; whether the layers of any other model
@@ -166,7 +166,7 @@ class ModelSpec:
 
     @cached_property
     def active_of_experts(self) -> int:
-        """Of `active`, those of the experts that a token goes to."""
+        """Count the parameters in `active` of the experts that a token goes to."""
         return sum(layer.active - layer.matmul for layer in self.layers)
 
 
@@ -423,7 +423,7 @@ def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int |
 
 
 def _scaled_positions(config: Mapping[str, Any], scaling: Mapping[str, Any], positions: int) -> int:
-    """How far one set of rotary parameters reaches."""
+    """Compute how far one set of rotary parameters reaches."""
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     key = "original_max_position_embeddings"
     original = scaling.get(key) or config.get(key)
@@ -578,8 +578,8 @@ def _pairs(length: int, layer: Layer) -> int:
 
 
 def attention_weight(spec: ModelSpec, *, trained: Literal["full", "lora"]) -> float:
-    """What a pair of a query and a key that it sees costs, as a share of a supervised token's
-    matmuls.
+    """Compute what a pair of a query and a key that it sees costs, as a share of a supervised
+    token's matmuls.
     """
     one_token = flops(spec, [1], 0, trained=trained)  # 1 pair
     two_tokens = flops(spec, [2], 0, trained=trained)  # 3 pairs

@@ -25,13 +25,13 @@ from tunesmith.model.shipped_entries import read_entries
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none
 
-CONFIG = "config.json"
+MODEL_CONFIG = "config.json"
 # How images become inputs.
 PROCESSORS = "*processor_config.json"
 
 
 def is_stored_otherwise(model: "PreTrainedModel") -> bool:
-    """Whether a model's base may hold other tensors than the model has."""
+    """Tell whether a model's base may hold other tensors than the model has."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     # Old names of norms, which every model has a rule for, are not written.
@@ -99,7 +99,7 @@ def bytes_aside(folder: Path) -> int:
 
     0 where it is no vision-language model, or its weights are not at hand.
     """
-    if read_json(folder / CONFIG).get("model_type") not in COMPOSITES:
+    if read_json(folder / MODEL_CONFIG).get("model_type") not in COMPOSITES:
         return 0
     aside = 0
     # A plan takes no more than config.json, and the index of weights that are not there.
@@ -134,13 +134,13 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
         model.config.save_pretrained(folder)
         return
     base = Path(model.config.name_or_path)
-    config = read_json(base / CONFIG)
+    config = read_json(base / MODEL_CONFIG)
     changed = _updated(config, model)
     if changed == config:
-        shutil.copyfile(base / CONFIG, folder / CONFIG)
+        shutil.copyfile(base / MODEL_CONFIG, folder / MODEL_CONFIG)
     else:
         text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        (folder / MODEL_CONFIG).write_text(text, encoding="utf-8")
     for file in base.glob(PROCESSORS):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

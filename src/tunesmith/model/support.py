@@ -1,4 +1,4 @@
-"""Whether and how this engine trains a model, measured on its twin.
+"""The measurement, on a model's twin, of whether and how this engine trains the model.
 
 Two documents in one packed row must come out as each of them alone under Transformers' own
 attention, in logits and in every gradient. Layers that carry something from one document to the
@@ -33,7 +33,7 @@ from tunesmith.model.model_types import Errors, Support
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
 
-FORMAT = 6  # of the cached files; what is measured, and how, counts
+SUPPORT_CACHE_VERSION = 6  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 DOCUMENT_LENGTHS = (13, 22)
 # Of a module's output: what reaches it from the other document.
@@ -43,14 +43,14 @@ MAX_SUPPORT_SECONDS = 60.0
 # Ids below have a meaning in some configs: padding, begin, end.
 FIRST_ID = 3
 
-TUNED = Support(
+TUNED_SUPPORT = Support(
     "tuned", "this engine's own forwards, held to Transformers' by tests", packs_eager=True
 )
 
 
 @dataclass
 class TwinOutput:
-    """What a twin computes: logits of all tokens, and the gradient of their loss."""
+    """The output of a twin: logits of all tokens, and the gradient of their loss."""
 
     logits: Tensor  # fp32 [n, vocabulary]
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -79,14 +79,14 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Support:
-    """How a model trains, of its config, which errors call `where`.
+    """Find how a model trains, from its config, which errors call `where`.
 
     What was measured before is read from the disk; the code of a repository, which may change, is
     measured each time. ModelError for a model that is refused, with the figures.
     """
     text_config = config.get_text_config()
     if text_config.model_type in ARCHITECTURES:
-        return TUNED
+        return TUNED_SUPPORT
     runs_own_code = model.trust_remote_code and "auto_map" in vars(config)
     try:
         if runs_own_code:
@@ -96,7 +96,7 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
             # What does not change the layers: configs that differ in it alone share a measurement.
             for name in NO_SIZES:
                 sizes.pop(name, None)
-            key = [FORMAT, version("transformers"), version("torch"), sizes]
+            key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), sizes]
             support = measure_once("support", key, lambda: measure_support(text_config), _decode)
     except ModelError as error:
         # Errors of the measurement name no file: that is the caller's.
@@ -113,7 +113,7 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
 
 
 def _decode(values: dict[str, Any]) -> Support:
-    """What was measured, as the cache has it."""
+    """Decode what was measured from the values in the cache."""
     errors = values.pop("errors")
     for name in ("recurrent", "dead_targets"):
         values[name] = tuple(values[name])
@@ -126,7 +126,7 @@ def measure_support(
     trust_remote_code: bool = False,
     seconds: float = MAX_SUPPORT_SECONDS,
 ) -> Support:
-    """How a model of this config trains, in a second or two, on the CPU.
+    """Measure how a model of this config trains, in a second or two, on the CPU.
 
     `config` is that of a text model. ModelError where no twin can be built of it, or the twin takes
     more than `seconds`.
@@ -216,7 +216,7 @@ def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
 
 @torch.no_grad()
 def looks_ahead(twin: PreTrainedModel, ids: Tensor) -> bool:
-    """Whether the last token of a document reaches those before it."""
+    """Check whether the last token of a document reaches those before it."""
     others = ids.clone()
     # The next id in a circle, so always another one.
     others[-1] = (ids[-1] - FIRST_ID + 1) % (VOCAB - FIRST_ID) + FIRST_ID
@@ -240,7 +240,7 @@ def _run_padded(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
 
 
 def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: TwinOutput) -> bool:
-    """Whether packed documents are each alone where Transformers finds them by their positions.
+    """Check whether packed documents are each alone where positions alone tell them apart.
 
     Not every model hands those to its mask (GPT-OSS).
     """

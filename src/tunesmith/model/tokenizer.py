@@ -133,7 +133,7 @@ def generation_config_text(
 
 
 def _stated_eos_ids(file: Path) -> list[int]:
-    """What a JSON file says of `eos_token_id`; none where it is missing."""
+    """Read what a JSON file says of `eos_token_id`; none where it is missing."""
     if not file.exists():
         return []
     stated = read_json(file).get("eos_token_id")

@@ -25,9 +25,9 @@ HEADS = 4
 HEAD_DIM = 16
 KV_HEADS = 2
 WINDOW = 8  # of attention, in tokens; also of chunks, and of what an indexer selects
-RANK = 16  # of the projections of latent attention
-STATE = 8  # channels of the state of a recurrent layer
-POSITIONS = 512  # `measured_spec` runs a twin too, on up to so many tokens
+LATENT_RANK = 16  # of the projections of latent attention
+STATE_CHANNELS = 8  # of a recurrent layer
+MAX_TWIN_POSITIONS = 512  # `measured_spec` runs a twin too, on up to so many tokens
 FEWEST_LAYERS = 2
 MOST_KINDS = 10
 # A twin that is larger has a size that no key below names.
@@ -37,7 +37,7 @@ MOST_PARAMETERS = 50_000_000
 SPREAD = 0.1
 
 # Keys by what they become. Those of a group have one value in every model.
-_SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
+_KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
     (
         VOCAB,
         (
@@ -95,7 +95,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        POSITIONS,
+        MAX_TWIN_POSITIONS,
         (
             "max_position_embeddings",
             "n_positions",
@@ -158,7 +158,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        STATE,
+        STATE_CHANNELS,
         (
             "mamba_n_heads",
             "mamba_num_heads",
@@ -222,7 +222,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         ),
     ),
 )
-SIZES = {key: size for size, keys in _SIZES for key in keys}
+SIZE_OF_KEY = {key: size for size, keys in _KEYS_BY_SIZE for key in keys}
 # Keys that count layers.
 DEPTHS = (*DECODER_DEPTHS, "encoder_layers", "num_encoder_layers")
 # As many as heads, one, or fewer.
@@ -459,7 +459,7 @@ def _count_layers(key: str, value: int, layers: list[int], depth: int) -> int | 
 
 
 def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, Any]:
-    """What a config says of single layers, for the chosen ones under their new numbers."""
+    """Cut what a config says of single layers to the chosen ones, under their new numbers."""
     small = {}
     for place, index in enumerate(layers):
         of_layer = _of_layer(by_layer, index)
@@ -497,8 +497,8 @@ def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
         return min(value, FEWEST_LAYERS)
     if key in ("head_dim", "v_head_dim") and value:
         return _head_width(value, values)
-    if key in SIZES and value > 0:
-        return SIZES[key]
+    if key in SIZE_OF_KEY and value > 0:
+        return SIZE_OF_KEY[key]
     return value
 
 
@@ -521,9 +521,9 @@ def _head_width(value: int, values: Mapping[str, Any]) -> int:
     if not nope or not rope:
         return HEAD_DIM
     if value == rope:
-        return SIZES["qk_rope_head_dim"]
+        return SIZE_OF_KEY["qk_rope_head_dim"]
     if value == nope + rope:
-        return SIZES["qk_nope_head_dim"] + SIZES["qk_rope_head_dim"]
+        return SIZE_OF_KEY["qk_nope_head_dim"] + SIZE_OF_KEY["qk_rope_head_dim"]
     return HEAD_DIM
 
 
@@ -532,7 +532,7 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
     small: dict[str, Any] = {}
     head_dim = HEAD_DIM
     if values.get("qk_rope_head_dim"):
-        head_dim = SIZES["qk_rope_head_dim"]
+        head_dim = SIZE_OF_KEY["qk_rope_head_dim"]
     part = rotary.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     # Two channels an angle.
     frequencies = int(head_dim * part) // 2
@@ -548,7 +548,7 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
             side = frequencies // len(value)
             small[key] = [frequencies - side * (len(value) - 1), *[side] * (len(value) - 1)]
         elif key == "original_max_position_embeddings":
-            small[key] = POSITIONS
+            small[key] = MAX_TWIN_POSITIONS
         else:
             small[key] = value
     return small

@@ -128,7 +128,7 @@ class StoredTensor:
         return flat.sum()
 
     def has_only_finite(self) -> bool:
-        """Whether all values are finite: reads the whole tensor."""
+        """Check whether all values are finite: reads the whole tensor."""
         tensor = StoredTensor(self._entry, self._file)
         if self._entry.dtype == FP8_CODES:
             probes = [self._probe(band) for _, band in tensor.bands()]
@@ -160,7 +160,7 @@ class StoredTensor:
         self._fill(local_part(target), local_slices(target))
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        """That part, on the CPU, in its stored dtype; nothing else is read.
+        """Read that part, on the CPU, in its stored dtype; nothing else is read.
 
         A slice of each dimension has both ends.
         """
@@ -247,7 +247,7 @@ class JoinedTensor(StoredTensor):
             self._pieces.append((piece, stored_tensor(piece.entry, files, check)))
 
     def into(self, target: torch.Tensor, begin: int = 0) -> None:
-        """As `StoredTensor.into`, for whole rows."""
+        """Read whole rows as `StoredTensor.into` does."""
         width = math.prod(self.shape[1:])
         first = begin // width
         rows = slice(first, first + target.numel() // width)
@@ -314,13 +314,13 @@ class DecodedTensor(StoredTensor):
 
     @cached_property
     def scale(self) -> torch.Tensor | None:
-        """Of the whole weight; ModelError where one is no finite number."""
+        """Read the scale of the whole weight; ModelError where one is no finite number."""
         if self._scale is None:
             return None
         return self.shipped.read_scale(self._scale, self.name)
 
     def into(self, target: torch.Tensor, begin: int = 0) -> None:
-        """As `StoredTensor.into`, for whole rows."""
+        """Read whole rows as `StoredTensor.into` does."""
         first = begin // math.prod(self.shape[1:])
         rows = slice(first, first + len(target.view(-1, *self.shape[1:])))
         columns = (slice(0, size) for size in self.shape[1:])
@@ -368,7 +368,7 @@ def stored_tensor(
     files: Mapping[Path, BufferedReader] | None = None,
     check: FiniteCheck | None = None,
 ) -> StoredTensor:
-    """What is stored of a parameter, to be read from those of its files that are open.
+    """Return what is stored of a parameter, to be read from those of its files that are open.
 
     `check` gets what is read of floating-point values and of FP8 codes.
     """
@@ -472,7 +472,7 @@ def find_stored(
     # Hooks last, in their own order: see `convert`.
     grow_from: int | None = None,
 ) -> dict[str, dict[str, StoredTensor]]:
-    """What a folder's safetensors files hold of each tensor of a model, which may be on meta.
+    """Find what a folder's safetensors files hold of each tensor of a model, which may be on meta.
 
     A tensor itself goes under "", the companions that those of `quantized` may have under their
     suffixes; tied ones are there once. `grow_from` and ModelError as in `load_weights`.
@@ -562,7 +562,7 @@ def drop_tied_copies(
     targets: Mapping[str, torch.Tensor],
     where: str,
 ) -> None:
-    """Of names that share a parameter leave one; two in a checkpoint must be equal."""
+    """Leave one of the names that share a parameter; two in a checkpoint must be equal."""
     first_names: dict[int, str] = {}
     for name in sorted(groups.keys() & targets.keys()):
         # Sorted, so that the name that stays is the same wherever it is decided.

@@ -17,8 +17,8 @@ from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.measured_spec import (
+    MEASURED_TOKENS,
     PER_TOKEN,
-    TOKENS,
     build_to_measure,
     first_of,
     limit_measuring,
@@ -138,8 +138,8 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
             trained = lora.count_adapter_parameters(model, adapter)
         fuse_modules(model, project=lora.project)
         try:
-            short, short_outside = run_on_meta(model, TOKENS, training=True)
-            long, long_outside = run_on_meta(model, 2 * TOKENS, training=True)
+            short, short_outside = run_on_meta(model, MEASURED_TOKENS, training=True)
+            long, long_outside = run_on_meta(model, 2 * MEASURED_TOKENS, training=True)
         # Code of 140 model types.
         except Exception as error:
             raise ModelError(
@@ -148,7 +148,7 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
                 fix="plan and train on this machine with train.micro_batch and train.recompute set",
             ) from error
     by_token, constant = _lines(short, long)
-    outside = (long_outside - short_outside) / TOKENS
+    outside = (long_outside - short_outside) / MEASURED_TOKENS
     # Llama 4's choose within their own forward: nobody sees them choose.
     stated = first_of(config.to_dict(), PER_TOKEN) or 0
     chosen = [call.experts_per_token or stated for call in short]
@@ -163,14 +163,14 @@ def _lines(
     """What layers keep for each token, and what for any number of them.
 
     Args:
-        short, long: with TOKENS, and with twice as many: a line goes through two points.
+        short, long: with MEASURED_TOKENS, and with twice as many: a line goes through two points.
     """
     by_token = []
     constant = []
     for first, second in zip(short, long, strict=True):
-        slope = (second.saved_bytes - first.saved_bytes) / TOKENS
+        slope = (second.saved_bytes - first.saved_bytes) / MEASURED_TOKENS
         by_token.append(slope)
-        constant.append(first.saved_bytes - slope * TOKENS)
+        constant.append(first.saved_bytes - slope * MEASURED_TOKENS)
     return tuple(by_token), tuple(constant)
 
 

@@ -170,7 +170,7 @@ def probe_machine(
         str(device),
         free,
         attention=backend,
-        kernel=attention.KERNELS.get(backend[0], ""),
+        kernel=attention.ATTENTION_KERNELS.get(backend[0], ""),
         compiles=compilation.select_compile(run.train.compile, device),
         scaling=scaling,
         card_bytes=size,

@@ -19,7 +19,7 @@ from tunesmith.errors import RunError
 from tunesmith.host.chips import Peak
 from tunesmith.metrics.hardware import matmul_tflops
 from tunesmith.model import spec
-from tunesmith.model.attention import KERNELS
+from tunesmith.model.attention import ATTENTION_KERNELS
 from tunesmith.tools.bench.measure import (
     BenchPlan,
     BenchReport,
@@ -335,5 +335,5 @@ def test_the_base_is_named_as_it_was_held(
     monkeypatch.setattr(compare_eight_bit, "MAX_LOSS_CHANGE", tolerance)
     run = make_run(tiny, tmp_path, model={"dtype": "bf16", "quantize": "fp8"})
     found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
-    assert found.attention == f"products, {KERNELS['products']}"
+    assert found.attention == f"products, {ATTENTION_KERNELS['products']}"
     assert found.quantize.startswith("fp8") if tolerance > 0 else found.quantize == "bf16"
