@@ -36,7 +36,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.decoder import find_decoder
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.model_types import read_model_types
-from tunesmith.parallel.cuts import EXPERTS, find_blocks
+from tunesmith.parallel.cuts import EXPERTS_STYLE, find_blocks
 from tunesmith.parallel.mesh import Mesh, check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
@@ -79,7 +79,7 @@ def test_a_mixture_counts_as_cut_only_if_its_small_model_has_experts() -> None:
         if entry.tensor is None or entry.model_type not in CONFIG_MAPPING:
             continue
         plan = default_config(entry.model_type).get_text_config().base_model_tp_plan or {}
-        if EXPERTS not in plan.values():
+        if EXPERTS_STYLE not in plan.values():
             continue
         mixtures.append(entry.model_type)
         names = [name for name, _ in find_decoder(build(entry, None).model).named_modules()]

@@ -1,4 +1,4 @@
-"""Where the layers of a model can be cut over ranks, by Transformers' own plan for its type.
+"""The cuts of a model's layers over ranks, by Transformers' own plan for its type.
 
 The plan (`base_model_tp_plan` of the config) says which linear layers are sharded by output rows
 (colwise) and which by input columns (rowwise). A block is a module that has one rowwise layer and
@@ -23,19 +23,19 @@ from tunesmith.model.decoder import find_decoder, find_layers
 from tunesmith.model.fused import FusedNorm
 from tunesmith.quant.frozen_linear import is_plain_linear
 
-KEY = "parallel.tensor"
+TENSOR_KEY = "parallel.tensor"
 COLWISE = "colwise"
 ROWWISE = "rowwise"
 # A norm over one head, whose gradients are summed; latent keys, of which each head reads all.
-WHOLE = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
+WHOLE_STYLES = ("replicated_with_grad_allreduce", "mla_kv_a_proj")
 # Attention whose norms are over all heads (OLMo 2, 3, OLMoE, MiniMax M2): Transformers gathers the
 # heads for them, and splits them after; here ranks share the sum of squares.
 GATHERED = {"colwise_gather_output": COLWISE, "rowwise_split_input": ROWWISE}
-PROJECTIONS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+NORM_PROJECTIONS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 # Latent attention: its queries have such layers too, which plans do not name.
 LATENT_QUERIES = ("q_a_proj",)
 # All experts of a layer, and what chooses among them.
-EXPERTS = "moe_tp_experts"
+EXPERTS_STYLE = "moe_tp_experts"
 ROUTER = "router"
 # A module that computes with parameters of its own, which other entries name.
 OWN_PARAMETERS = "local_params"
@@ -59,7 +59,7 @@ ADDED_PLANS: dict[str, dict[str, str]] = {
         **ATTENTION,
         "layers.*.self_attn.sinks": COLWISE,
         "layers.*.self_attn": OWN_PARAMETERS,
-        "layers.*.mlp.experts": EXPERTS,
+        "layers.*.mlp.experts": EXPERTS_STYLE,
     },
     "granitemoe": ATTENTION,
     "granitemoeshared": ATTENTION,
@@ -118,7 +118,9 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
         raise _unsupported(model, "Transformers has no tensor-parallel plan for it")
     if not type(decoder).__module__.startswith("transformers."):
         raise _unsupported(model, "its code is not part of Transformers")
-    experts = [name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS]
+    experts = [
+        name for name, _ in decoder.named_modules() if plan.get(_pattern(name)) == EXPERTS_STYLE
+    ]
     blocks: dict[str, ParallelBlock] = {}
     for name, module in decoder.named_modules():
         action = plan.get(_pattern(name), "")
@@ -136,7 +138,7 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
         groups = {
             COLWISE: block.colwise,
             ROWWISE: block.rowwise,
-            **dict.fromkeys(WHOLE, block.whole),
+            **dict.fromkeys(WHOLE_STYLES, block.whole),
         }
         if action not in groups:
             raise _unsupported(model, f"Transformers' plan is {action} for {name}")
@@ -155,7 +157,7 @@ def _pattern(name: str) -> str:
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module of this name is one of `modules`, or in one."""
+    """Tell whether a module of this name is one of `modules`, or in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -182,7 +184,7 @@ def _norms_of_heads(attention: nn.Module) -> dict[str, Any]:
     """The norms of an attention that are over all heads, if their code is supported; else none."""
     norms = {}
     parts: dict[str, Any] = dict(attention.named_children())
-    for name, projection in PROJECTIONS.items():
+    for name, projection in NORM_PROJECTIONS.items():
         norm = parts.get(name)
         layer = parts.get(projection)
         if not isinstance(norm, FusedNorm) or layer is None:
@@ -246,7 +248,7 @@ def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock |
 
 
 def _is_whole(shape: Any, block: ParallelBlock | None, hidden: int) -> bool:
-    """Whether a parameter can stay whole on every rank."""
+    """Tell whether a parameter can stay whole on every rank."""
     if len(shape) > 1:
         return False
     if shape.numel() == 1:
@@ -263,7 +265,7 @@ def _unsupported(model: PreTrainedModel, why: str) -> ModelError:
     model_type = find_decoder(model).config.get_text_config().model_type
     return ModelError(
         f"tensor parallelism is not supported for this {model_type}",
-        where=KEY,
+        where=TENSOR_KEY,
         why=why,
-        fix=f"{KEY}: 1; parallel.shard divides the memory of any model",
+        fix=f"{TENSOR_KEY}: 1; parallel.shard divides the memory of any model",
     )

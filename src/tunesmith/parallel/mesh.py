@@ -1,4 +1,4 @@
-"""How the ranks of a run share its work: replicate x shard x tensor.
+"""The mesh by which the ranks of a run share its work: replicate x shard x tensor.
 
 Ranks are numbered with `tensor` fastest and `replicate` slowest, so that the ranks that talk most
 are neighbors: those of a tensor group on one node, and those of a shard group as near as they can
@@ -250,7 +250,7 @@ def _check_cut(spec: ModelSpec, shape: MeshShape) -> None:
 
 
 def _has_ragged_moments(run: Run, spec: ModelSpec, shape: MeshShape) -> bool:
-    """Whether a rank's rows of 8-bit moments are no whole blocks of 256.
+    """Tell whether a rank's rows of 8-bit moments are no whole blocks of 256.
 
     B of an adapter has no such rows; `check_blocks` looks at each parameter.
     """

@@ -1,4 +1,4 @@
-"""How many ranks share a run, by what they share. Importable without torch."""
+"""The number of ranks that share a run, by what they share. Importable without torch."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ ONE = MeshShape()
 
 
 def needs_fsdp(run: Run, mesh: MeshShape, *, offload: bool) -> bool:
-    """Whether a model goes through FSDP2's `fully_shard`: its shards do, and what is offloaded.
+    """Tell whether a model needs FSDP2's `fully_shard`: shards do, and what is offloaded.
 
     So do copies that are updated within the backward: FSDP2 sums a gradient over them before it
     calls the hook that updates the weight. Other copies are whole, and compute as one process does.

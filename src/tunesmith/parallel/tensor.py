@@ -37,7 +37,7 @@ from tunesmith.formats.stack import ExpertStack
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.decoder import find_decoder
 from tunesmith.model.fused import FusedNorm, FusedWideNorm, FusedZeroCenteredNorm, add_mixin
-from tunesmith.parallel.cuts import KEY, ParallelBlock, find_blocks
+from tunesmith.parallel.cuts import TENSOR_KEY, ParallelBlock, find_blocks
 from tunesmith.parallel.mesh import Mesh, all_reduce_together
 from tunesmith.units import ceil_div
 
@@ -85,7 +85,7 @@ def apply_tensor_parallel(root: TrainModel, mesh: Mesh) -> frozenset[str]:
 
 
 def _not_supported(what: str, where: str) -> RecipeError:
-    fix = f"remove it, or {KEY}: 1"
+    fix = f"remove it, or {TENSOR_KEY}: 1"
     return RecipeError(f"{what} has no tensor parallelism", where=where, fix=fix)
 
 
@@ -126,9 +126,9 @@ def _check_sizes(model: Any, blocks: list[ParallelBlock], size: int) -> None:
     divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
     raise RecipeError(
         f"{size} ranks cannot share the layers of this model",
-        where=KEY,
+        where=TENSOR_KEY,
         why=f"it has {' and '.join(wrong)}, which must be divisible by the number of ranks",
-        fix=f"{KEY}: {' or '.join(divisors)}",
+        fix=f"{TENSOR_KEY}: {' or '.join(divisors)}",
     )
 
 
@@ -380,7 +380,7 @@ class VocabParallelEmbedding(LocalParameters):
         layer: Any = self
         size = self.tensor_group.size
         assert ids.shape[1] % size == 0, (
-            f"micro batches must have a multiple of {size} tokens, for {KEY}: {size}"
+            f"micro batches must have a multiple of {size} tokens, for {TENSOR_KEY}: {size}"
         )
         # Another rank's token reads row 0 here, and adds 0 to the sum.
         rows = ids - self.first
