@@ -1,4 +1,4 @@
-"""Where this rank stands: its phase, its step, and what its main thread does at this moment."""
+"""The position of this rank: its phase, its step, and what its main thread does at this moment."""
 
 import sys
 import threading
@@ -20,7 +20,7 @@ COMPILING_S = 30 * 60.0
 
 @dataclass
 class Probes:
-    """What a heartbeat asks of the process around it; the defaults are a run of one process.
+    """The questions of a heartbeat to its process; the defaults are a run of one process.
 
     Attributes:
         current_collective: the collective that the main thread is in, if not one of torch's own.
@@ -42,7 +42,7 @@ class Probes:
 
 @dataclass(eq=False)
 class Activity:
-    """What this rank does, noted by its main thread and sampled by the heartbeat's.
+    """The work that this rank does, noted by its main thread and sampled by the heartbeat's.
 
     Attributes:
         beat: the one that this rank sends next, where all of it is noted.

@@ -1,4 +1,4 @@
-"""What each rank of a run says of itself once a second, and what the others read from it."""
+"""The beats that each rank of a run sends once a second, and what the others read from them."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ NAMED_RANKS = 4  # of those that an error is about
 
 @dataclass
 class Beat:
-    """What a rank says of itself.
+    """The state that a rank reports of itself.
 
     Attributes:
         count: beats so far.
@@ -96,7 +96,7 @@ class Peers:
                 self.heard_at[rank] = now
 
     def is_silent(self, rank: int, limit: float) -> bool:
-        """Whether another rank has sent no beat for so many seconds."""
+        """Tell whether another rank has sent no beat for so many seconds."""
         return rank != self.rank and self.clock.seconds - self.heard_at[rank] > limit
 
     def ended(self) -> list[int]:
@@ -116,7 +116,7 @@ class Peers:
         ]
 
     def process_state(self, rank: int) -> str:
-        """That of a rank's process, as /proc names it; empty where it cannot be seen from here."""
+        """Read the state of a rank's process in /proc; empty where it cannot be seen from here."""
         pid = self.pid(rank)
         if not pid:
             return ""
@@ -150,7 +150,7 @@ class Peers:
         return text
 
     def place_of(self, rank: int) -> dict[str, object]:
-        """Where a rank is, or was when it last gave a beat, for failure.json."""
+        """Describe where a rank is, or was when it last gave a beat, for failure.json."""
         beat = self.own_beat if rank == self.rank else self.beats[rank]
         return {
             "rank": rank,

@@ -129,7 +129,7 @@ class Diagnosis:
         return self.fields(what, why, "hang", stuck=stuck)
 
     def _may_move(self, rank: int, longest: float) -> bool:
-        """Whether a rank within its limit may end the wait of others for `longest` seconds."""
+        """Tell whether a rank within its limit may end the wait of others for `longest` seconds."""
         beat = self.peers.beats[rank]
         waits_too = bool(beat.collective) and beat.idle > longest / 2
         return not beat.is_done and not waits_too

@@ -14,7 +14,7 @@ from tunesmith.host.streams import visible
 
 @dataclass(eq=False)
 class FailureReport:
-    """What ends this rank, if anything does.
+    """The fault that ends this rank, if anything does.
 
     Attributes:
         fault: what ends all ranks, once it is decided.

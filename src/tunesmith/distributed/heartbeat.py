@@ -116,7 +116,7 @@ class Heartbeat:
         self.activity.progress(step)
 
     def verdict(self, error: BaseException, failure: TunesmithError | None = None) -> BaseException:
-        """What ends this rank: `error`, published to the others.
+        """Return the error that ends this rank: `error`, published to the others.
 
         OtherRankError in its place, if another rank's end caused it.
 
@@ -149,7 +149,7 @@ class Heartbeat:
         return error
 
     def _is_agreed(self, error: BaseException) -> bool:
-        """Whether all ranks know of this error already."""
+        """Tell whether all ranks know of this error already."""
         is_of_all = isinstance(error, AGREED) and not isinstance(error, StoppedEarlyError)
         return is_of_all or error is self.agreed
 
@@ -171,7 +171,7 @@ class Heartbeat:
             atexit.register(_leave)
 
     def _all_are_done(self) -> bool:
-        """Whether every rank has finished, by its beat, or is silent."""
+        """Tell whether every rank has finished, by its beat, or is silent."""
         peers = self.peers
         return all(
             beat.is_done or peers.is_silent(rank, MISSED_BEATS * peers.clock.interval)
@@ -274,7 +274,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def refuses_connections(host: str, port: int) -> bool:
-    """Whether a machine answers that no process listens at this port: its network is not cut."""
+    """Tell whether a host answers that no process listens at the port: its network is not cut."""
     try:
         with socket.create_connection((host, port), timeout=REFUSAL_SECONDS):
             return False

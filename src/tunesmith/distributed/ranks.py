@@ -86,12 +86,12 @@ class Ranks:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, which speaks to the user and writes the run directory."""
+        """Tell whether this is rank 0, which speaks to the user and writes the run directory."""
         return self.rank == 0
 
     @property
     def is_run_dir_writer(self) -> bool:
-        """Whether this rank writes the run directory that it sees."""
+        """Tell whether this rank writes the run directory that it sees."""
         return self.run_dir_writers[self.rank] == self.rank
 
     def name(self, rank: int) -> str:
@@ -191,7 +191,7 @@ def started_as() -> dict[str, int] | None:
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or what stands in for it, started this process.
+    """Tell whether torchrun, or what stands in for it, started this process.
 
     It starts it again on an exit code other than 0.
     """

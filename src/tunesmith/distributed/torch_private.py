@@ -76,7 +76,7 @@ def varlen_forward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What is behind `varlen_attn`, causal: output, lse [heads, n] in fp32, random state.
+    """Run the operator behind `varlen_attn`, causal: output, lse [heads, n] in fp32, random state.
 
     The public function's backward takes its own output and lse; attention with a sink needs others.
     """
@@ -142,7 +142,7 @@ def mark_varying(tensor: Tensor, dim: int) -> None:
 
 
 def graphs_compiled() -> int:
-    """How many graphs torch.compile has built in this process so far."""
+    """Count the graphs that torch.compile has built in this process so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

@@ -1,4 +1,4 @@
-"""What the modules of a model do where ranks hold parts of a parameter or of the vocabulary."""
+"""Forwards of a model's modules where ranks hold parts of a parameter or of the vocabulary."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -74,7 +74,7 @@ def state_bytes_per_parameter(train: Train, weight_bytes: int) -> float:
 
 
 def has_eight_bit_moments(param: Tensor) -> bool:
-    """Whether adamw-8bit stores the moments of this parameter in 8 bits; it may be a DTensor."""
+    """Tell whether adamw-8bit stores 8-bit moments of this parameter; it may be a DTensor."""
     return param.ndim >= 2 and param.numel() >= MIN_8BIT_ELEMENTS
 
 
@@ -143,7 +143,7 @@ class ParameterState:
 
     @property
     def has_master(self) -> bool:
-        """Whether `weight` is an fp32 copy of the 16-bit `param`, or of this rank's part of it."""
+        """Tell whether `weight` is an fp32 copy of the 16-bit `param`, or of this rank's."""
         return self.weight.dtype != self.param.dtype
 
     @property
@@ -244,7 +244,7 @@ class AdamWUpdate:
 
     @torch.no_grad()
     def _skips_nan(self) -> bool:
-        """Whether bitsandbytes leaves a weight with a NaN gradient alone.
+        """Tell whether bitsandbytes leaves a weight with a NaN gradient alone.
 
         Its CUDA kernel does, its CPU code does not.
         """
@@ -450,7 +450,7 @@ def _two_words(text: str) -> list[int]:
 
 
 def noise_place(name: str, param: Tensor) -> Tensor:
-    """Where the noise of this rank's part of a parameter lies, for `noise_at`: int64 [2 + 2 *
+    """Locate the noise of this rank's part of a parameter, for `noise_at`: int64 [2 + 2 *
     dimensions] on the host.
 
     Two words of its name, then of each dimension the index of the part's first element in the whole

@@ -94,8 +94,8 @@ def add_weight_gradient(gradient: Tensor, filled: Tensor, dy: Tensor, x: Tensor)
 
 @cache
 def _multiplies_into_fp32(device: torch.device) -> bool:
-    """Whether 16-bit matrices can be multiplied and added into an fp32 one: torch has this for
-    CUDA, and not always.
+    """Check whether 16-bit matrices can be multiplied and added into an fp32 one: torch has this
+    for CUDA, and not always.
     """
     total = torch.ones(16, 16, device=device)
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)

@@ -45,7 +45,7 @@ sys.exit(compiler_fault(torch.device(sys.argv[1])) or 0)"""
 
 
 def select_compile(choice: str, device: torch.device) -> tuple[bool, str]:
-    """Whether `train.compile` (auto, on or off) compiles layers on `device`, and why."""
+    """Choose whether `train.compile` (auto, on or off) compiles layers on `device`, and say why."""
     if choice == "off":
         return False, "as train.compile says"
     if device.type != "cuda":
@@ -98,7 +98,7 @@ def compiler_fault(device: torch.device) -> str:
 
 
 def runs_with(assembler: str, device: torch.device) -> bool:
-    """Whether the compiler runs with that ptxas, in a process of its own.
+    """Check whether the compiler runs with that ptxas, in a process of its own.
 
     A failed compile leaves worker processes behind that keep their environment.
     """

@@ -1,4 +1,4 @@
-"""What `train.deterministic` turns on: equal steps come out bit for bit alike on a GPU too.
+"""The settings of `train.deterministic`: equal steps come out bit for bit alike on a GPU too.
 
 By default FlashAttention's backward and sums by index add up in the order in which thread blocks
 end. For both torch has a second, deterministic form (attention_backward.cu asks the flag), and an

@@ -81,7 +81,7 @@ def choose_device() -> torch.device:
 
 
 def is_integrated(device: torch.device, cuda: Any = torch.cuda) -> bool:
-    """Whether `device` is a GPU that shares the host's memory (GB10)."""
+    """Tell whether `device` is a GPU that shares the host's memory (GB10)."""
     return device.type == "cuda" and bool(cuda.get_device_properties(device).is_integrated)
 
 

@@ -1,4 +1,4 @@
-"""How this process uses the host's memory and cores."""
+"""The host's memory and cores, as this process uses them."""
 
 import ctypes
 import os
@@ -75,7 +75,7 @@ class Cores(NamedTuple):
     allowed: int
 
     def threads(self) -> tuple[int, str]:
-        """How many threads to compute with, and why: one a core, as far as they are free.
+        """Choose how many threads compute, and say why: one a core, as far as they are free.
 
         All threads of a product wait for the slowest, and beside a busy core that one takes twice
         as long: busy cores are left out as long as more than half are free, and beyond that sharing

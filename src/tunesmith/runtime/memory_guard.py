@@ -175,7 +175,7 @@ class MemoryGuard:
         return min(MAX_LOOK_SECONDS, max(MIN_LOOK_SECONDS, (left - growth) / FILL_BYTES_A_SECOND))
 
     def _allocator_bytes(self) -> int:
-        """What torch's allocator has of the host's memory: on unified memory alone."""
+        """Count the bytes of host memory that torch's allocator has: on unified memory alone."""
         if not torch.cuda.is_initialized():
             return 0
         if self.unified is None:
@@ -191,7 +191,7 @@ class MemoryGuard:
         return SAVE_SECONDS + min(self.stop.takes, MAX_WORK_SECONDS)
 
     def _growth(self, others: int) -> int:
-        """What others took in as long as a stop takes: they may do so again.
+        """Measure what others took in as long as a stop takes: they may do so again.
 
         others: a figure that grows as they take memory.
         """
