@@ -1,5 +1,5 @@
-"""What all ranks of a run must have alike, compared before the first collective that a difference
-would spoil.
+"""The comparison of what all ranks of a run must have alike, before the first collective that a
+difference would spoil.
 
 Ranks that differ do not fail by themselves. With another learning rate copies of the model drift
 apart, with another base the shards of a weight come from two models, and with other row counts the
@@ -103,7 +103,7 @@ def recipe_values(run: Run) -> dict[str, Compared]:
 
 
 def software_versions() -> dict[str, Compared]:
-    """What computes and in which version, with a digest of this package's own files."""
+    """List what computes and in which version, with a digest of this package's own files."""
     versions = dict(installed_versions())
     for name in ("numpy", "triton"):  # the order of the examples, compiled kernels
         for distribution in metadata.distributions(name=name):
@@ -223,7 +223,7 @@ def data_parts(data: TrainingData) -> dict[str, Compared]:
 def find_differences(
     ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, Compared]]
 ) -> dict[str, str]:
-    """How the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`.
+    """Describe how the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`.
 
     `parts_of_ranks` has those of each rank.
     """

@@ -109,7 +109,7 @@ class Session:
 
     @property
     def peak_tflops(self) -> float | None:
-        """Of all ranks together."""
+        """Return the peak of all ranks together."""
         return self.peak.tflops * self.ranks.world if self.peak.tflops else None
 
     def flops(self, examples: Sequence[int], supervised: int) -> float:
@@ -287,7 +287,7 @@ def load_compared(
     *,
     weights: Weights,
 ) -> tuple[TrainModel, RunPlan, Mesh]:
-    """What `load` gives, with a base in 8 bits only where that hardly changes the loss, and fast
+    """Load as `load` does, with a base in 8 bits only where that hardly changes the loss, and fast
     sums of its products alike.
 
     load: `load_model` of the run; `refused` loads it again with a base in bf16.
@@ -506,7 +506,7 @@ def _identity(session: Session, argv: list[str] | None) -> dict[str, Any]:
 
 
 def _choices(plan: RunPlan) -> dict[str, dict[str, str]]:
-    """What `auto` came to mean in each part of the run, and why."""
+    """Collect what `auto` came to mean in each part of the run, and why."""
     choices = {}
     for part, choice in plan.choices.items():
         choices[part] = {"taken": choice, "why": plan.why[part]}

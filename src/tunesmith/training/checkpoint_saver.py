@@ -57,12 +57,12 @@ class CheckpointSaver(LoopPart):
         self.schedule = self.cadence(self.run.checkpoint.every, seconds=self.progress.seconds)
 
     def is_due(self) -> bool:
-        """Whether a periodic checkpoint is due; ask once a step."""
+        """Tell whether a periodic checkpoint is due; ask once a step."""
         return self.schedule.due(self.progress.step, self.progress.seconds)
 
     def is_new_best(self) -> bool:
-        """Whether the validation of this step is the best so far, and its weights are saved for
-        final/ without waiting for `checkpoint.every`: an adapter's are, in a moment.
+        """Tell whether the validation of this step is the best so far, and its weights are saved
+        for final/ without waiting for `checkpoint.every`: an adapter's are, in a moment.
         """
         is_adapter = self.run.adapter.kind == "lora"
         is_best = self.progress.best_step == self.progress.step
@@ -122,7 +122,7 @@ class CheckpointSaver(LoopPart):
             progress.kept_score = score
 
     def _prepare(self, *, copy: bool) -> tuple[SaveFunction, bool]:
-        """What writes the state of this moment, and whether it may run beside later steps.
+        """Return what writes the state of this moment, and whether it may run beside later steps.
 
         That takes a copy: if `copy` is set and there is room for it.
         """

@@ -1,5 +1,5 @@
-"""What rounding a frozen base to 8 bits does to the loss, measured before a run trains on it, and
-what sums of fewer bits do.
+"""The change of the loss by rounding a frozen base to 8 bits, measured before a run trains on it,
+and by sums of fewer bits.
 
 The dense base need not fit beside the rounded one, nor alone: each of its matrices is read again
 when it is used.

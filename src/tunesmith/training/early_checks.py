@@ -1,4 +1,4 @@
-"""What the files of a start alone can tell, before torch is imported: that takes seconds.
+"""The checks of a start that need its files alone, before torch is imported: that takes seconds.
 
 recipe and rows -> output_dir -> an earlier run in it -> model -> first rows
 
@@ -45,7 +45,7 @@ MAX_EARLY_BYTES = 16 << 20
 
 
 def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result | None:
-    """What a start of `run` in one process comes to, as far as its files tell.
+    """Find what a start of `run` in one process comes to, as far as its files tell.
 
     A UsageError that it would raise, the Result of a finished run, or None: it has to be tried.
 
@@ -104,7 +104,7 @@ def _check_rows(run: Run, sources: Sequence[Source], every_row: bool) -> None:
 
 @dataclass(frozen=True)
 class RowsLook:
-    """What `--model X --data FILE` says, and what the rows show.
+    """The words of `--model X --data FILE`, and what the rows show.
 
     Attributes:
         overrides: as for `load_recipe`; `layer` is made of them.
@@ -222,7 +222,7 @@ def _detect(
 
 
 def _model_name(model: str) -> str:
-    """What `model.name` has for a model of the command line."""
+    """Return the `model.name` of a model that the command line names."""
     if model != demo_model.NAME:
         return model
     log.info(f"model: the demo's: {demo_model.ABOUT}")

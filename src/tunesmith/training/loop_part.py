@@ -1,4 +1,4 @@
-"""What the parts of one start's loop share: its objects, and when something periodic is due."""
+"""The base of the parts of one start's loop: its objects, and when something periodic is due."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -226,7 +226,7 @@ def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str
 
 
 class _Examined(NamedTuple):
-    """What a recipe is chosen by.
+    """The facts that a recipe is chosen by.
 
     Attributes:
         is_padded: whether the model cannot keep packed examples apart.
@@ -541,7 +541,7 @@ def default_learning_rate(adapter_kind: str, model_type: str, hidden: int) -> fl
 
 
 def _width_exponent(model_type: str) -> float | None:
-    """How the best rate of a family falls with the width; None where nobody has fitted it.
+    """Look up how the best rate of a family falls with the width; None where nobody has fitted it.
 
     The cookbook goes by the name: Qwen's mixtures have Qwen's rule. Llama 4 came after Llama's fit.
     """

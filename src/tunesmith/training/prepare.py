@@ -1,4 +1,5 @@
-"""What a start knows before weights are read, in the order in which faults are cheapest to find.
+"""The facts that a start knows before weights are read, in the order in which faults are cheapest
+to find.
 
 machine -> model files -> data and token contract -> model on meta -> plan
 

@@ -88,7 +88,7 @@ class _Scores:
 
 
 class BaseReference:
-    """What the base says of the answers of a run: read from the cache, or measured once.
+    """The base's numbers of the answers of a run: read from the cache, or measured once.
 
     Attributes:
         is_complete: on all ranks; the training and validation rows then have the numbers.

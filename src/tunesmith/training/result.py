@@ -1,4 +1,4 @@
-"""What a run came to: a Result, or the error that ended it in words that help."""
+"""The end of a run: a Result, or the error that ended it in words that help."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ MAX_NAMED_ROWS = 8
 
 @dataclass(frozen=True)
 class Result(Tabular):
-    """What a run came to; where a function takes a run it takes this too, by its `output_dir`.
+    """The result of a run; where a function takes a run it takes this too, by its `output_dir`.
 
     Of a run that was finished before, `seconds` to `best_loss` are of the whole run.
     """
@@ -74,7 +74,7 @@ class Result(Tabular):
 
     @classmethod
     def of_finished(cls, output_dir: Path, steps: int) -> Self:
-        """Of a run that was finished before, with the figures that are on the disk."""
+        """Read the result of a run that was finished before, with the figures on the disk."""
         records: list[StepRecord] = []
         with suppress(OSError, RunError):
             records = read_records(output_dir / METRICS)

@@ -205,7 +205,7 @@ def level_of_process(rank: int | None = None) -> int:
 
 @contextlib.contextmanager
 def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
-    """What one start, or several in a row, need of the process.
+    """Set up what one start, or several in a row, need of the process.
 
     Signals are noted, memory is watched, and the other ranks are joined.
     """
@@ -425,7 +425,7 @@ def move_earlier_runs_aside(
     *,
     fresh: bool,
 ) -> None:
-    """Where the user starts over: of each run directory, by the rank that leads it; collective."""
+    """Move each run directory aside if the user starts over, by its leading rank; collective."""
     place = None
     with ranks.raise_on_all_ranks():
         if ranks.is_run_dir_writer and (fresh or run.checkpoint.resume == "never"):

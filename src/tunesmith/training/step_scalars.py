@@ -17,7 +17,7 @@ from tunesmith.runtime.transfer import AsyncScalars
 
 
 class RankStatus(NamedTuple):
-    """What a rank adds to the numbers of a step; summed, it is the same on all ranks."""
+    """One rank's share of the numbers of a step; summed, it is the same on all ranks."""
 
     stop_requests: float  # 1 where this rank has a stop request
     failed_writes: float  # 1 where the write of a checkpoint failed on this rank

@@ -44,20 +44,20 @@ class StopControl:
         self.request.defer_signals()
 
     def is_requested(self) -> bool:
-        """Whether this rank has a stop request; the file `stop` is one for rank 0."""
+        """Tell whether this rank has a stop request; the file `stop` is one for rank 0."""
         if self.request.requested():
             return True
         return self.ranks.is_main_process and (self.run_dir / STOP_FILE).exists()
 
     def is_due(self) -> bool:
-        """Whether the run stops: by a request to this process or, once all know, to any rank."""
+        """Tell whether the run stops, by a request to this process or, once all know, to a rank."""
         # What one rank alone acts on leaves the others in a collective.
         if self.ranks.world > 1:
             return self.is_agreed
         return self.is_requested()
 
     def ends(self) -> bool:
-        """Whether the run is over by its caller, with final/; see `is_due`."""
+        """Tell whether the run is over by its caller, with final/; see `is_due`."""
         return self.is_ended if self.ranks.world > 1 else self.wants_end()
 
     def agree(self) -> None:
@@ -75,11 +75,11 @@ class StopControl:
             self.write_failed = True
 
     def drops_step(self) -> bool:
-        """Whether to leave a step in its middle, for want of memory; several ranks end it first."""
+        """Tell whether to leave a step midway, for want of memory; several ranks end it first."""
         return self.ranks.world == 1 and self.request.low_memory is not None
 
     def cancels_validation(self) -> bool:
-        """Whether to leave a validation in its middle; several ranks agree in the next step."""
+        """Tell whether to leave a validation midway; several ranks agree in the next step."""
         return self.ranks.world == 1 and self.request.requested()
 
     def expect_step(self, seconds: float, *, micro_batches: int) -> None:

@@ -173,7 +173,7 @@ class Trainer(LoopPart):
                 return
 
     def told_if_slow(self) -> AbstractContextManager[None]:
-        """Where the first step is silent for long, say what it may be at."""
+        """Return a context that says what the first step may be at, where it is silent for long."""
         if self.progress.step > self.first_step or not self.ranks.is_main_process:
             return nullcontext()
         return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_STEP_SECONDS)
@@ -230,7 +230,7 @@ class Trainer(LoopPart):
         return StepOutput(batch.step + 1, batch, lr, scalars, Mark(self.session.device))
 
     def begin_method(self, batch: GlobalBatch) -> StepTotals:
-        """What the losses of this step share; a collective call."""
+        """Begin the step: compute what its losses share; a collective call."""
         totals = StepTotals(batch.examples, batch.chosen_tokens, batch.mismatched)
         group = self.session.mesh.data_group
         model = self.session.model
@@ -257,7 +257,7 @@ class Trainer(LoopPart):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole run is over: by its duration, or by patience."""
+        """Tell whether the whole run is over: by its duration, or by patience."""
         return self.duration.is_complete(self.progress) or self.validation.is_out_of_patience()
 
     def save_and_stop(self) -> None:
@@ -292,7 +292,7 @@ class Trainer(LoopPart):
         return self.result(final_step)
 
     def result(self, final_step: int | None = None) -> Result:
-        """What this start came to."""
+        """Sum up what this start came to."""
         records = self.metrics.records
         return Result(
             self.out,
@@ -319,7 +319,7 @@ class Trainer(LoopPart):
 
 
 def progress_of(session: Session, start: Start) -> Progress:
-    """Where the run stands as it starts, and what it computes with from here on."""
+    """Record where the run stands as it starts, and what it computes with from here on."""
     return dataclasses.replace(
         start.progress or Progress(),
         ended=None,

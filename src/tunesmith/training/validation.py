@@ -28,12 +28,12 @@ class Validation(LoopPart):
         self.schedule = self.cadence(every, seconds=self.progress.seconds)
 
     def is_due(self, *, is_last: bool) -> bool:
-        """Whether to measure after this step, which may be the last one; ask once a step."""
+        """Tell whether to measure after this step, which may be the last one; ask once a step."""
         is_time = self.schedule.due(self.progress.step, self.progress.seconds)
         return (is_time or is_last) and self.session.data.validation is not None
 
     def is_out_of_patience(self) -> bool:
-        """Whether the loss has not become better for as many validations as the recipe allows."""
+        """Tell whether the loss got no better for as many validations as the recipe allows."""
         without_improvement = self.progress.worse
         return without_improvement > 0 and without_improvement == self.run.validate.patience
 
@@ -92,7 +92,7 @@ class Validation(LoopPart):
         )
 
     def _is_best(self, result: ValidationResult) -> bool:
-        """Whether no validation so far was as good; of equal accuracies the loss decides."""
+        """Tell whether no validation so far was as good; of equal accuracies the loss decides."""
         progress = self.progress
         if progress.best_loss is None:
             return True

@@ -17,7 +17,7 @@ from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together
 
 
 class ValidationResult(NamedTuple):
-    """What a method makes of held-out rows.
+    """The numbers that a method makes of held-out rows.
 
     Attributes:
         loss: its mean.
@@ -88,7 +88,7 @@ def _begin(
     micro_tokens: int,
     mesh: Mesh,
 ) -> StepTotals:
-    """What the losses of all held-out rows share; a collective call."""
+    """Begin the validation: compute what the losses of all rows share; a collective call."""
     method = train_model.method
     chosen_tokens = 0
     if tokens.has_pairs:
