@@ -164,7 +164,7 @@ def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:
 def revise_recomputed(
     count: int, layers: int, activations: float, recomputed_layer: float, *, room: float
 ) -> int:
-    """How many of `layers` to recompute, by a trial in which `count` of them did.
+    """Choose how many of `layers` to recompute, by a trial in which `count` of them did.
 
     Args:
         activations: bytes that all layers together saved.
@@ -185,7 +185,7 @@ def revise_recomputed(
 def measure_cpu(
     run: Run, spec: ModelSpec, config: Mapping[str, Any], plan: RunPlan, work: "Workload"
 ) -> tuple[float, float]:
-    """What this CPU reaches now, with the threads of this process.
+    """Measure what this CPU reaches now, with the threads of this process.
 
     TFLOP/s of forwards and backwards of the model that `config` describes, by its first layers with
     arbitrary weights; and the GB/s of a copy in memory, which bounds the update.

@@ -162,7 +162,7 @@ class Planner:
         return replace(self, cluster=replace(self.cluster, chip=chip))
 
     def choose(self) -> RunPlan:
-        """What each rank does: by the first mesh of `ranked`; MachineError where none fits."""
+        """Choose what each rank does, by the first mesh of `ranked`; MachineError if none fits."""
         best = self.ranked()[0]
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(best.plan, self.machine, resumed=resumed)

@@ -130,8 +130,9 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
 
 
 def _is_called(name: str, key: str, chip: Chip) -> bool:
-    """Whether a name in lower case is a chip's key, with or without its brand, or nvidia-smi's
-    name of it: `dgx-spark`, `spark`, `gb10`; `rtx-4090`, `rtx4090`, `4090`."""
+    """Tell whether a name in lower case is a chip's key, with or without its brand, or nvidia-smi's
+    name of it: `dgx-spark`, `spark`, `gb10`; `rtx-4090`, `rtx4090`, `4090`.
+    """
     full = chip.name.lower().replace(" ", "-")
     names = (key, re.sub("^(rtx|dgx)-", "", key), full, full.removeprefix("nvidia-"))
     return name.replace("-", "") in (each.replace("-", "") for each in names)
@@ -181,7 +182,7 @@ def this_machine() -> Cluster:
 
 
 def _gpu_gib(memory: str) -> float:
-    """What a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB.
+    """Compute what a process can have of a GPU's memory, of which a CUDA context takes 0.6 GiB.
 
     0 where there is no number.
     """
@@ -192,6 +193,6 @@ def _gpu_gib(memory: str) -> float:
 
 
 def _shared_gib() -> float:
-    """What a run can have of memory that the GPU shares with the host."""
+    """Read what a run can have of memory that the GPU shares with the host."""
     figures = read_memory()
     return (unified_budget(figures) if figures else available_memory()) / 2**30

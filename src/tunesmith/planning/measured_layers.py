@@ -1,4 +1,5 @@
-"""What training takes of a model that `measured_spec` measured: seen on meta, as its sizes are.
+"""The memory that training takes for a model that `measured_spec` measured: seen on meta, as its
+sizes are.
 
 The adapter is attached to the model on meta, and a forward of two lengths shows what autograd keeps
 of each layer: what grows with the tokens, and what does not. Recurrent layers are counted in plain
@@ -36,7 +37,7 @@ FORMAT = 12  # of the cached files; which modules are fused, and which adapted, 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What training saves of each decoder layer for the backward.
+    """The bytes that training saves of each decoder layer for the backward.
 
     Attributes:
         by_token: bytes for a token, of each layer. Probabilities of attention are not among them.
@@ -80,7 +81,7 @@ def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
 
 
 def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: str) -> SavedActivations:
-    """What each layer of a measured model keeps, with products in `dtype`.
+    """Measure what each layer of a measured model keeps, with products in `dtype`.
 
     RecipeError for a target that the model does not have; ModelError where it does not run on meta.
     """
@@ -90,7 +91,7 @@ def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: str) -> SavedA
 # A plan asks hundreds of times.
 @lru_cache(maxsize=32)
 def _measure_cached(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
-    """As `measure_activations`, of the sizes that a spec was measured by."""
+    """Measure as `measure_activations` does, of the sizes that a spec was measured by."""
     # Only these change what is saved.
     same = Adapter(kind=adapter.kind)
     if adapter.kind == "lora":
@@ -111,7 +112,7 @@ def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
 
 
 def _decode(values: dict[str, Any]) -> SavedActivations:
-    """What was measured, as the cache has it."""
+    """Decode what was measured, as the cache has it."""
     by_token = tuple(values.pop("by_token"))
     constant = tuple(values.pop("constant"))
     return SavedActivations(by_token, constant, **values)
@@ -160,7 +161,7 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
 def _lines(
     short: "Sequence[LayerCall]", long: "Sequence[LayerCall]"
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What layers keep for each token, and what for any number of them.
+    """Compute what layers keep for each token, and what for any number of them.
 
     Args:
         short, long: with MEASURED_TOKENS, and with twice as many: a line goes through two points.

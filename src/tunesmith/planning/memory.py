@@ -103,7 +103,7 @@ class MemoryEstimator:
         )
 
     def _recomputed_layers(self, room: int, layers: Sequence[int], recomputed_layer: int) -> int:
-        """How many layers recompute: those that the recipe names, or as few as fit into `room`."""
+        """Count the layers that recompute: those of the recipe, or as few as fit into `room`."""
         recompute = self.run.train.recompute
         if recompute == "auto":
             return fewest_recomputed(room, layers, recomputed_layer)
@@ -114,7 +114,7 @@ class MemoryEstimator:
         return min(recompute, self.spec.depth)
 
     def least_bytes(self, tokens: int, recomputed_layers: int) -> int:
-        """What the forward of a micro batch of `tokens` takes in a later step.
+        """Estimate what the forward of a micro batch of `tokens` takes in a later step.
 
         The moments are there, gradients are not.
         """
@@ -134,12 +134,12 @@ class MemoryEstimator:
 
     @cached_property
     def sharded(self) -> bool:
-        """Whether the base goes through `fully_shard`."""
+        """Tell whether the base goes through `fully_shard`."""
         return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
 
     @cached_property
     def scheme(self) -> Scheme:
-        """How the base is stored: as the recipe says, but dense without its fp8 matmuls."""
+        """Choose how the base is stored: as the recipe says, but dense without its fp8 matmuls."""
         scheme = scheme_of(self.run.model, self.spec.quantized)
         if scheme.has_fp8_matmuls and self.machine.scaling[0] is None:
             return DENSE
@@ -147,7 +147,7 @@ class MemoryEstimator:
 
     @property
     def fp32_gradients(self) -> bool:
-        """Whether linear layers add up their weights' gradients in fp32: wherever that works.
+        """Tell whether linear layers add up their weights' gradients in fp32: wherever that works.
 
         It does for 16-bit weights with fp32 masters, trained in full on one GPU. Several ranks
         reduce the gradients that autograd makes; an update in the backward frees each gradient at
@@ -161,7 +161,7 @@ class MemoryEstimator:
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """What is offloaded to the host."""
+        """List what is offloaded to the host."""
         return moved_to_host(self.run, self.machine)
 
     def weights(self, itemsize: float) -> tuple[int, int]:
@@ -259,7 +259,7 @@ class MemoryEstimator:
 
     @cached_property
     def fixed(self) -> MemoryEstimate:
-        """What a rank holds whatever its micro batch is."""
+        """Estimate what a rank holds whatever its micro batch is."""
         run = self.run
         trained = self.trained_here
         # An adapter's weights are fp32 and not in the base; while its checkpoint is written, they
@@ -310,7 +310,7 @@ class MemoryEstimator:
         )
 
     def _gathered_bytes(self) -> int:
-        """What is there for a moment beside parameters and gradients of this rank.
+        """Estimate what is there for a moment beside parameters and gradients of this rank.
 
         GATHERED_LAYERS, embedding and head of a model trained in full, and gradients on their way
         to the shards. Those of a layer are there in its dtype, and in fp32 on the way; the
@@ -337,7 +337,7 @@ class MemoryEstimator:
         return gathered + head * (2 * itemsize + 4)
 
     def _layer_bytes(self, tokens: int, itemsize: int) -> list[int]:
-        """What each layer that does not recompute keeps: see the docstring of this file."""
+        """Estimate what each layer without recompute keeps: see the docstring of this file."""
         spec = self.spec
         if not spec.measured:
             return [self._block_bytes(spec.layers[0], tokens, itemsize)] * spec.depth
@@ -359,7 +359,7 @@ class MemoryEstimator:
         return sizes
 
     def _whole_elements(self, layer: Layer) -> float:
-        """What attention keeps more of a token where two sequences share some.
+        """Count what attention keeps more of a token where two sequences share some.
 
         Queries, keys, values and outputs of whole documents, in place of the first three of the
         row's tokens.
@@ -371,7 +371,7 @@ class MemoryEstimator:
         return ((self.whole - 1) * inputs + self.whole * outputs) / self.mesh.tensor
 
     def _block_bytes(self, layer: Layer, tokens: int, itemsize: int) -> int:
-        """What a Llama-like layer keeps: see the docstring of this file."""
+        """Estimate what a Llama-like layer keeps: see the docstring of this file."""
         spec = self.spec
         adapter = self.run.adapter
         tensor = self.mesh.tensor
@@ -426,7 +426,8 @@ class MemoryEstimator:
         return vocabulary * (4 * hidden + max(logits, gradients))
 
     def _backward_bytes(self, tokens: int, itemsize: int) -> int:
-        """What the backward of a layer adds to its activations, while no chunk of logits is there.
+        """Estimate what the backward of a layer adds to its activations, while no chunk of logits
+        is there.
 
         Gradients of three hidden vectors, and those of gate, up and their product, as the product
         itself goes; or that of the product beside one weight's gradient, nf4's dense weight,
@@ -494,5 +495,5 @@ def usable_share(device: str) -> float:
 
 
 def moved_to_host(run: Run, machine: Machine) -> tuple[str, ...]:
-    """What `train.cpu_offload` has an effect on."""
+    """List what `train.cpu_offload` has an effect on."""
     return run.train.cpu_offload if machine.device.startswith("cuda") else ()

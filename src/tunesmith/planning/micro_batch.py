@@ -58,7 +58,7 @@ def most_tokens(spec: ModelSpec, device: str) -> int:
 
 
 def step_units(run: Run) -> int:
-    """What an optimizer step has, and no rank shares with another.
+    """Count what an optimizer step has, and no rank shares with another.
 
     Examples, or packed rows where the recipe counts tokens.
     """
@@ -69,7 +69,7 @@ def step_units(run: Run) -> int:
 
 
 def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
-    """What the busiest data rank takes of a step."""
+    """Find what the busiest data rank takes of a step."""
     units = step_units(run)
     # Examples and rows are not divided: the busiest rank's share is rounded up.
     share = ceil_div(units, mesh.data) / units
@@ -145,7 +145,7 @@ def fastest_micro_batch(estimator: MemoryEstimator, step: StepSize, *, fixed: bo
 
 @dataclass(frozen=True)
 class PassCosts:
-    """What a forward and backward costs whatever its tokens are, and beside their products."""
+    """The costs of a forward and backward whatever its tokens are, and beside their products."""
 
     estimator: MemoryEstimator
 
@@ -181,7 +181,7 @@ class PassCosts:
 
     @cached_property
     def _expert_pass_tokens(self) -> float:
-        """As `pass_tokens`, of the experts: a third of it more where a layer recomputes."""
+        """Count as `pass_tokens` does, of the experts: a third more where a layer recomputes."""
         bytes_of_token = 4 * self.estimator.spec.active / self._operations_per_byte
         return self.expert_pass_bytes * self._product_share / bytes_of_token
 

@@ -132,7 +132,7 @@ def check_bf16(dtype: str, chip: Chip) -> None:
 
 
 def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tuple[str, str]:
-    """How attention is computed, and why; `eager`: by Transformers, on padded rows."""
+    """Choose how attention is computed, and say why; `eager`: by Transformers, on padded rows."""
     if run.model.attention == "eager":
         return "eager", "as model.attention says"
     if files.support.state == "padded":
@@ -149,7 +149,7 @@ def probe_machine(
     shapes: Sequence[tuple[int, int]] = (),
     ranks: Collection[int] = (),
 ) -> Machine:
-    """What this machine has for a run, learned by trying: backends, compiler, memory, fp8 matmuls.
+    """Find what this machine has for a run, by trying: backends, compiler, memory, fp8 matmuls.
 
     Args:
         shapes: those of `eight_bit.eight_bit_shapes`, tried with many rows, few and one.

@@ -1,4 +1,4 @@
-"""What a run will do on a machine: one frozen value, resolved before anything is built.
+"""The plan of a run on a machine: one frozen value, resolved before anything is built.
 
 Importable without torch.
 """
@@ -49,7 +49,7 @@ def describe_reference(run: Run) -> Reference:
 
 
 def shares_prompts(run: Run, recurrent: Collection[str]) -> bool:
-    """Whether a packed row holds the prompt of a pair's two answers once.
+    """Tell whether a packed row holds the prompt of a pair's two answers once.
 
     Where attention alone looks at other tokens: a layer that is `recurrent` (a class of the
     model's, by name) would carry the state of the wrong answer on.
@@ -89,7 +89,7 @@ def fit_to_model(
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan depends on, as `resolve.probe_machine` finds it.
+    """The facts of a machine that a plan depends on, as `resolve.probe_machine` finds them.
 
     Attributes:
         free_bytes: can be had now.
@@ -118,7 +118,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class MicroBatchLayout:
-    """How examples are laid out in micro batches; the fields are arguments of `Loader`."""
+    """The layout of examples in micro batches; the fields are arguments of `Loader`."""
 
     micro_batch: Size
     row_length: int | None = None
@@ -173,7 +173,7 @@ class MemoryEstimate:
 
     @property
     def static(self) -> int:
-        """What does not depend on the micro batch."""
+        """Add up what does not depend on the micro batch."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.gathered
 
     @property
@@ -219,7 +219,7 @@ class Saving(NamedTuple):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run does on its machine, and why, by part. The defaults are those of inference.
+    """The plan of a run on its machine, and why, by part. The defaults are those of inference.
 
     Attributes:
         kernel: of attention; empty where it was not tried, as the plan is for another machine.
@@ -258,7 +258,7 @@ class RunPlan:
 
     @property
     def choices(self) -> dict[str, str]:
-        """What was decided, by part, as env.json holds it."""
+        """List what was decided, by part, as env.json holds it."""
         size = self.layout.micro_batch
         recompute = f"{self.recomputed_layers} of {self.layers} layers"
         if self.recomputed_layers == self.layers:

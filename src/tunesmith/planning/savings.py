@@ -85,8 +85,8 @@ def _find_enough(
     plan_of: Callable[[Run], RunPlan],
     longest: int,
 ) -> list[PlannedChange]:
-    """What is enough: the start itself; or of each kind of change the smallest that does alone; or
-    all that save memory, made one after the other until they do together.
+    """Find what is enough: the start itself; or of each kind of change the smallest that does
+    alone; or all that save memory, made one after the other until they do together.
     """
     if is_enough(start.plan):
         return [start]
@@ -132,7 +132,7 @@ def _saving(run: Run, planned: PlannedChange, machine: Machine) -> Saving:
 
 
 def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
-    """What a run takes: without an adapter's copies where its checkpoint waits for want of room."""
+    """Count what a run takes: no copies of an adapter whose checkpoint waits for want of room."""
     needed, there = memory_needs(plan, machine)
     total = plan.memory.total
     if plan.device.startswith("cuda") and total > there:
@@ -232,7 +232,7 @@ def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -
 
 
 def _fits(plan: RunPlan, machine: Machine) -> bool:
-    """Whether `train` takes a plan without an error, and without a warning."""
+    """Tell whether `train` takes a plan without an error, and without a warning."""
     return not _exceeds(plan, machine) and not _may_overrun(plan, machine)
 
 
@@ -243,7 +243,7 @@ def _exceeds(plan: RunPlan, machine: Machine) -> bool:
 
 
 def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
-    """Whether a run on a CPU may need more than can be had now."""
+    """Tell whether a run on a CPU may need more than can be had now."""
     if machine.device != "cpu" or not machine.card_bytes:
         return False
     needed = plan.memory.total - plan.memory.copies

@@ -64,7 +64,7 @@ class Collective(NamedTuple):
 
 
 class Collectives(NamedTuple):
-    """What the groups of a rank gather and reduce in a step."""
+    """The collectives in which the groups of a rank gather and reduce in a step."""
 
     tensor_parallel: Collective
     gather: Collective
@@ -123,7 +123,7 @@ class Step:
 
     @cached_property
     def collectives(self) -> Collectives:
-        """What the rank's groups gather and reduce."""
+        """Collect what the rank's groups gather and reduce."""
         spec = self.spec
         estimator = self.estimator
         replicate, shard, tensor = self.plan.mesh
@@ -177,7 +177,7 @@ class Step:
         return 2 * sum(blocks) + sum(blocks[: self.plan.recomputed_layers]) + 2
 
     def _shared_blocks(self, layer: Layer) -> int:
-        """How many blocks of a layer a tensor group shares: attention, and an MLP of all tokens.
+        """Count the blocks of a layer that a tensor group shares: attention, an MLP of all tokens.
 
         Of a mixture that is one of shared experts: what there is beside attention and router.
         """
@@ -226,7 +226,7 @@ class Step:
 
     @cached_property
     def token_seconds(self) -> dict[str, float]:
-        """What a token takes in the plan's micro batches, forward and backward, by part."""
+        """Estimate the time of a token in the plan's micro batches, both passes, by part."""
         tflops = self.cluster.chip.tflops
         assert tflops is not None
         work = self.work
@@ -247,7 +247,7 @@ class Step:
         return seconds
 
     def _tile_cost(self) -> float:
-        """What the products of experts cost beside the same with full tiles."""
+        """Compute the cost of the experts' products, relative to the same with full tiles."""
         mixture = max(self.spec.layers, key=lambda layer: layer.expert_count)
         if not mixture.expert_count:
             return 1.0
@@ -258,7 +258,7 @@ class Step:
 
     @property
     def _recompute_share(self) -> float:
-        """What recomputed layers add to a step's products, as a share of them."""
+        """Compute what recomputed layers add to a step's products, as a share of them."""
         cost = RECOMPUTE_SHARE[self.run.adapter.kind]
         return cost * self.plan.recomputed_layers / self.spec.depth
 
@@ -287,13 +287,13 @@ class Step:
         return 1e9 * bandwidth if bandwidth else math.inf
 
     def _transfer_seconds(self, collective: Collective) -> float:
-        """Of all that one collective sends."""
+        """Estimate the seconds of all that one collective sends."""
         if not collective.sent:
             return 0.0
         return collective.sent / self.cluster.bandwidth(collective.ranks, collective.stride)
 
     def _gather_seconds(self, gather: Collective) -> float:
-        """Of one gather, with the copy of this rank's shards into its buffer."""
+        """Estimate the seconds of a gather, with the copy of this rank's shards to its buffer."""
         copy_seconds = self._shard_copy_bytes(gather) / self._memory_bandwidth
         return self._transfer_seconds(gather) + copy_seconds
 

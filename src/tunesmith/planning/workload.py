@@ -1,4 +1,4 @@
-"""What a run trains on: tokens and operations of its steps, by the token cache or as assumed."""
+"""The work of a run: tokens and operations of its steps, by the token cache or as assumed."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tunesmith.units import ceil_div, count_of
 
 
 class Workload(NamedTuple):
-    """What a run trains on.
+    """The tokens and operations of a run.
 
     Attributes:
         steps: None where unknown.
@@ -48,7 +48,7 @@ class Workload(NamedTuple):
 def _describe_assumed(
     run: Run, rows: int, length: int | None, *, held_out: int, is_assumed: bool, is_estimated: bool
 ) -> str:
-    """What is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
+    """Describe what is assumed of examples that no token cache holds; `rows` is 0 where unknown."""
     counted = count_of(rows + held_out, "row") if rows else "unknown"
     if is_assumed:
         counted += " (--rows)"
@@ -146,8 +146,8 @@ def measure_work(
 
 
 def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, int | None]:
-    """What a step has, and the steps of the run, with `rows` examples of `length` tokens each; 0:
-    their number is not known.
+    """Compute what a step has, and the steps of the run, with `rows` examples of `length` tokens
+    each; 0: their number is not known.
     """
     duration = run.train.duration
     steps = int(duration.amount) if duration.unit == "steps" else None
