@@ -77,7 +77,7 @@ _EARLY = re.compile(rf"{_any_of(BEFORE_IDENTITY)}|{_RANK_METRICS}|{_LEFTOVER.pat
 
 
 def run_files(output_dir: Path) -> list[Path]:
-    """What lies in a directory under a name that a run writes.
+    """List what lies in a directory under a name that a run writes.
 
     Links and leftovers of a kill are included.
     """
@@ -87,7 +87,7 @@ def run_files(output_dir: Path) -> list[Path]:
 
 
 def is_run(output_dir: Path) -> bool:
-    """Whether a run wrote into this directory."""
+    """Tell whether a run wrote into this directory."""
     lock = output_dir / LOCK
     identity = output_dir / IDENTITY
     metrics = output_dir / METRICS
@@ -185,7 +185,7 @@ def _other_folders(output_dir: Path) -> list[str]:
 
 
 def _is_rows_of_program(folder: Path) -> bool:
-    """Whether it is the folder of a program's rows, with nothing else in it."""
+    """Tell whether it is the folder of a program's rows, with nothing else in it."""
     names = {path.name for path in folder.iterdir()}
     return folder.name == ROWS_FOLDER and all(map(_PROGRAM_ROWS.fullmatch, names))
 

@@ -98,7 +98,7 @@ def write_config(folder: Path, model: TrainModel, tokenizer: TokenizerFiles) -> 
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a model's checkpoint holds.
+    """Collect the weights that a model's checkpoint holds.
 
     A tied weight is there once, as the embedding: the name that bases have. Transformers 4.57 does
     not find it under the head's.
@@ -136,7 +136,7 @@ def adapter_save_function(
     progress: Progress,
     copy: bool,
 ) -> tuple[SaveFunction, bool]:
-    """What writes an adapter's checkpoint into a folder, once.
+    """Return what writes an adapter's checkpoint into a folder, once.
 
     A collective call where ranks hold parts. Tensors are copied on their own device, in stream
     order, so this does not wait for it; of those that ranks share, rank 0 gets one after the other

@@ -109,7 +109,7 @@ def write_manifest(folder: Path, step: int, entries: Entries, last_step: int | N
 
 
 def find_damage(folder: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint's folder or `final/`, as a clause for a warning.
+    """Find what is wrong with a checkpoint's folder or `final/`, as a clause for a warning.
 
     None if it is complete.
 
@@ -164,7 +164,7 @@ def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
 
 
 def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> str | None:
-    """What is wrong with a file of `size` bytes, as a clause, or None.
+    """Find what is wrong with a file of `size` bytes, as a clause, or None.
 
     digest: its SHA-256; None: it is not compared.
     """
@@ -212,7 +212,7 @@ def check_sums(
 
 
 def _way_on(folder: Path) -> str:
-    """What to do about a folder with a file that is not as it was written."""
+    """Say what to do about a folder with a file that is not as it was written."""
     edited = f"if you edited it yourself, copy the folder and delete {MANIFEST} in the copy"
     recipe = folder.parent / "config.yaml"
     if not recipe.is_file():
@@ -312,7 +312,7 @@ def _cannot_write(place: Path, fault: str | None, error: BaseException) -> Check
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder was written as a checkpoint; it may be damaged since.
+    """Tell whether a folder was written as a checkpoint; it may be damaged since.
 
     A link is none, whatever it leads to.
     """

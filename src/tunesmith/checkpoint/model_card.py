@@ -196,7 +196,7 @@ def loss_curve(losses: Sequence[float]) -> list[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or source of a recipe is on the Hub, and no path of this machine."""
+    """Tell whether a model or source of a recipe is on the Hub, and no path of this machine."""
     with suppress(HFValidationError):
         validate_repo_id(name)
         return not (Path(name).exists() or name.endswith((".gguf", *DATA_SUFFIXES)))

@@ -1,4 +1,4 @@
-"""What a start that is killed leaves behind, and the next one reports.
+"""The trace that a start leaves behind when it is killed, and the next one reports.
 
 It is `running.json`, which every other end removes.
 """

@@ -1,4 +1,4 @@
-"""How a start in a run directory begins, resumes or finds a finished run.
+"""The start in a run directory: it begins, resumes or finds a finished run.
 
 And the state that a resume needs.
 """
@@ -45,7 +45,7 @@ START_OVER = "start over with --fresh (the old run is moved aside), or use anoth
 
 @dataclass
 class Progress:
-    """Where a run stands: all that a resumed run needs beside tensors.
+    """The point that a run has reached: all that a resumed run needs beside tensors.
 
     The fields are the keys of progress.json. The hashes, `micro_batch` and `threads` are None in a
     checkpoint of an older version.
@@ -121,7 +121,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts.
+    """The way a run starts.
 
     Attributes:
         checkpoint: where it resumes; None: it begins at step 0.
@@ -146,8 +146,8 @@ class Start:
 def validation_score(
     loss: float | None, accuracy: float | None, best_by: str
 ) -> list[float] | None:
-    """How good a validation is: the lower of two is the better one, of equal accuracies by the
-    loss; None for a loss that is none or not finite, which is worse than any.
+    """Score a validation: the lower of two is the better one, of equal accuracies by the loss; None
+    for a loss that is none or not finite, which is worse than any.
     """
     if loss is None or not math.isfinite(loss):
         return None

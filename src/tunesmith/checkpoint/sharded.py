@@ -75,7 +75,7 @@ COPY_SHARE = 0.7  # of the host's free memory, which a copy may take
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a checkpoint was written by ranks together."""
+    """Tell whether a checkpoint was written by ranks together."""
     return (folder / STATE / METADATA).is_file()
 
 
@@ -106,7 +106,7 @@ class RanksWriter(Writer):
         self._thread: int | None = None
 
     def wait(self) -> None:
-        """As `Writer.wait`; meanwhile the heartbeat says what the writing thread waits for."""
+        """Wait as `Writer.wait` does; the heartbeat says what the writing thread waits for."""
         with self.ranks.heartbeat.activity.waits_for(self._thread):
             super().wait()
 
@@ -176,7 +176,7 @@ class _PartsWriter(FileSystemWriter):
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
-        """As DCP's; where the disk takes no more, the OSError that says why."""
+        """Write as DCP does; where the disk takes no more, raise the OSError that says why."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
@@ -190,7 +190,7 @@ class _PartsWriter(FileSystemWriter):
 def fits_twice(
     optimizer: OptimizerState, model: TrainModel, ranks: Ranks, device: torch.device
 ) -> bool:
-    """Whether the host of every rank has room for a copy of what its ranks write.
+    """Tell whether the host of every rank has room for a copy of what its ranks write.
 
     A collective call. An integrated GPU's memory is the host's, where there is none to spare.
     """
@@ -211,7 +211,7 @@ def sharded_save_function(
     ranks: Ranks,
     copy: bool,
 ) -> SaveFunction:
-    """What a `RanksWriter` with these `ranks` writes a checkpoint with.
+    """Return what a `RanksWriter` with these `ranks` writes a checkpoint with.
 
     copy: write the state of this moment, which any thread may do later; else it must be written
         before the next step.
@@ -252,7 +252,7 @@ def sharded_save_function(
 
 
 def _named(model: TrainModel, optimizer: OptimizerState) -> dict[str, Tensor]:
-    """What ranks write, by its name in a checkpoint.
+    """Collect what ranks write, by its name in a checkpoint.
 
     An fp32 master takes the place of its 16-bit weight.
     """

@@ -83,7 +83,7 @@ def find_local_adapter(name: str) -> StartAdapter | None:
 
 
 def is_run_dir(name: str) -> bool:
-    """Whether `adapter.from` names a run directory, which may come to hold other adapters."""
+    """Tell whether `adapter.from` names a run directory, which may come to hold other adapters."""
     return (Path(name) / RECIPE).is_file() and not (Path(name) / ADAPTER_CONFIG).is_file()
 
 

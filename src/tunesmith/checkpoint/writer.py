@@ -45,7 +45,7 @@ class Writer:
         self._write(save, step, keep_step)
 
     def write_async(self, save: SaveFunction, step: int, *, keep_step: int | None) -> None:
-        """As `write`, in the background thread."""
+        """Write as `write` does, in the background thread."""
         self.wait()
         self._running = self._pool.submit(self._write, save, step, keep_step)
 
@@ -58,7 +58,7 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether the last write has ended with an error, which `wait` raises."""
+        """Tell whether the last write has ended with an error, which `wait` raises."""
         running = self._running
         return running is not None and running.done() and running.exception() is not None
 
