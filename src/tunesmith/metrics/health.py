@@ -235,8 +235,9 @@ class ChipCheck:
         return lambda: start.elapsed_time(end) / 1000 if end.query() else None
 
     def fault(self, tflops: float) -> str:
-        """What is wrong with this check in a line, once; empty where nothing is, or it has been
-        reported."""
+        """Describe what is wrong with this check in a line, once; empty where nothing is, or it has
+        been reported.
+        """
         # The clock stood still.
         if not tflops:
             return ""
@@ -272,8 +273,7 @@ _REASONS = {
 
 
 def clock_reason(device: torch.device) -> str:
-    """What NVML says holds a GPU's clock back; GB10's stuck low-power state is seen by speed
-    alone."""
+    """Ask NVML what slows a GPU's clock; GB10's stuck low-power state is seen by speed alone."""
     with contextlib.suppress(Exception):
         import pynvml
 

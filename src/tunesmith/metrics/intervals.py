@@ -1,4 +1,4 @@
-"""How far a mean over rows can be believed: 95 % intervals and a sentence.
+"""The trust that a mean over rows deserves: 95 % intervals and a sentence.
 
 Right or wrong (scores of 0 and 1)
     A mean is a share of right rows: Clopper and Pearson's interval with mid-p (Lancaster 1961;
@@ -49,7 +49,7 @@ class Interval(NamedTuple):
 
 
 class PairedIntervals(NamedTuple):
-    """Of two models on the same rows.
+    """The intervals of two models on the same rows.
 
     Attributes:
         difference: tuned less base.
@@ -66,7 +66,7 @@ class PairedIntervals(NamedTuple):
 
     @property
     def is_apart(self) -> bool:
-        """Whether the difference is more than chance does in 5 of 100 evaluations."""
+        """Tell whether the difference is more than chance does in 5 of 100 evaluations."""
         holds_zero = self.difference.low <= 0 <= self.difference.high
         if holds_zero or self.differing < MIN_DIFFERING:
             return False
@@ -75,7 +75,7 @@ class PairedIntervals(NamedTuple):
 
 
 def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
-    """Of one model's scores, each from 0 to 1."""
+    """Compute the interval of one model's scores, each from 0 to 1."""
     values = np.asarray(scores, np.float64)
     if _is_constant(values):
         return _constant_interval(values, 0.0)
@@ -87,7 +87,7 @@ def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Int
 def paired_intervals(
     base: Sequence[float], tuned: Sequence[float], *, resamples: int = RESAMPLES
 ) -> PairedIntervals:
-    """Of two models' scores on the same rows, in the same order, each from 0 to 1."""
+    """Compare two models' scores on the same rows, in the same order, each from 0 to 1."""
     pairs = np.stack([np.asarray(base, np.float64), np.asarray(tuned, np.float64)], axis=1)
     differences = pairs[:, 1] - pairs[:, 0]
     differing = int(np.count_nonzero(differences))
@@ -119,7 +119,7 @@ def _is_right_or_wrong(values: np.ndarray) -> bool:
 
 
 def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
-    """Of equal values. `lowest`: the least value there can be; the greatest is 1."""
+    """Bound the mean of equal values. `lowest`: the least value there can be; the greatest is 1."""
     mean = float(values.mean())
     # Rows with another value are at most so rare that none among these is no surprise.
     share = TAIL ** (1 / len(values))
@@ -130,7 +130,7 @@ def share_interval(right: int, rows: int) -> Interval:
     """Clopper and Pearson's interval of a share with mid-p; not all rows are alike."""
 
     def above(share: float) -> float:
-        """How often more rows are right; as many count half."""
+        """Compute the probability that more rows are right; as many count half."""
         shares = _binomial(rows, share)
         return float(shares[right + 1 :].sum() + shares[right] / 2)
 
@@ -147,7 +147,7 @@ def paired_share_interval(won: int, lost: int, rows: int) -> Interval:
     mean = (won - lost) / rows
 
     def distance(difference: float) -> float:
-        """Of the data from a difference, in standard errors."""
+        """Measure how far the data are from a difference, in standard errors."""
         # The most likely share of lost rows under this difference is a root of
         # 2 rows x^2 + linear x - lost difference (1 - difference).
         linear = (2 * rows - won + lost) * difference - won - lost
@@ -193,7 +193,7 @@ def _log_choices(count: int) -> np.ndarray:
 
 
 def _root(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Where a rising function is 0, by bisection to the last bits."""
+    """Find where a rising function is 0, by bisection to the last bits."""
     for _ in range(50):
         middle = (low + high) / 2
         if rising(middle) < 0:
@@ -251,7 +251,7 @@ def students_t(count: int) -> float:
 
 
 class LossDifference(NamedTuple):
-    """Of two models' losses on the same rows.
+    """The difference of two models' losses on the same rows.
 
     Attributes:
         rows: those with supervised tokens.
@@ -267,7 +267,7 @@ class LossDifference(NamedTuple):
 
     @property
     def is_apart(self) -> bool:
-        """Whether the difference is more than chance does in 5 of 100 evaluations."""
+        """Tell whether the difference is more than chance does in 5 of 100 evaluations."""
         return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
 
 

@@ -33,7 +33,7 @@ TAIL_BYTES = 1 << 16  # of metrics.jsonl: some hundred records
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimizer step did. Counts are those of the global batch, over all ranks.
+    """The record of one optimizer step. Counts are those of the global batch, over all ranks.
 
     Attributes:
         step: optimizer steps so far, this one included; the first step is 1.

@@ -1,4 +1,4 @@
-"""What the Python functions return, as small tables: text where it is printed, HTML in a notebook.
+"""The small tables that show what Python functions return: text in print, HTML in a notebook.
 
 A result says what is in its table (`Tabular.table`); how a table looks is here alone. `repr` stays
 that of a dataclass, with every field.
@@ -88,14 +88,14 @@ class Tabular:
     """A result that prints as its table, and that a notebook renders."""
 
     def table(self) -> ResultTable:
-        """What a reader is shown of it."""
+        """Build the table that a reader is shown of it."""
         raise NotImplementedError
 
     def __str__(self) -> str:
         return self.table().text()
 
     def _repr_html_(self) -> str:
-        """What Jupyter shows. The name is IPython's."""
+        """Return what Jupyter shows. The name is IPython's."""
         return self.table().html()
 
 

@@ -1,5 +1,5 @@
-"""What a run reports, as one small class: the loop calls `Sinks`, which passes every event to each
-sink in turn.
+"""The reports of a run, as one small class: the loop calls `Sinks`, which passes every event to
+each sink in turn.
 
 A sink shows and never computes; metrics.jsonl is the only one that a resume reads back. Rank 0 has
 all of them. The terminal and the trackers have files of their own beside this one.
@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class SampleAnswer(NamedTuple):
-    """What the model answered to a held-out prompt, the answer that the row has, and the row's
-    place, such as `faq.csv:12`; empty where unknown."""
+    """The model's answer to a held-out prompt, the answer that the row has, and the row's place,
+    such as `faq.csv:12`; empty where unknown.
+    """
 
     prompt: str
     answer: str

@@ -89,7 +89,7 @@ def closing_summary(
 
 
 def has_risen(loss: float, lowest: float) -> bool:
-    """Whether a val_loss says that the step of the lowest one is the model to take; a NaN does
+    """Tell whether a val_loss says that the step of the lowest one is the model to take; a NaN does
     not.
     """
     return loss - lowest > RISE * abs(lowest)

@@ -161,7 +161,7 @@ class Terminal(Sink):
         return f"left {format_seconds(seconds)}"
 
     def _may_show(self) -> bool:
-        """Whether the last time was long enough ago, and from now on this one is the last."""
+        """Tell whether the last time was long enough ago, and from now on this one is the last."""
         now = time.monotonic()
         if now - self._shown_at < 1 / LINES_A_SECOND:
             return False

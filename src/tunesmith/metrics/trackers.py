@@ -26,7 +26,7 @@ PROJECT = "tunesmith"
 
 
 class Tracker(NamedTuple):
-    """How one tracker's run is begun, continued and named.
+    """A tracker, by how its run is begun, continued and named.
 
     Attributes:
         options: (run directory, id of the run to continue or None) -> what accelerate's class hands
