@@ -52,7 +52,7 @@ class RemoteFile:
 
     @property
     def is_large(self) -> bool:
-        """Whether the Hub keeps it outside git."""
+        """Tell whether the Hub keeps it outside git."""
         return len(self.etag) == hashlib.sha256().digest_size * 2
 
     def part(self, storage: Path) -> Path:

@@ -232,7 +232,7 @@ def list_repo(
 
 
 def _stated_license(info: Any) -> str:
-    """What a repository's card says, else its tags."""
+    """Read the license off a repository's card, else off its tags."""
     card = {}
     if info.card_data is not None:
         card = info.card_data.to_dict()
@@ -249,7 +249,7 @@ def _stated_license(info: Any) -> str:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a model needs from the Hub, and what of its repository it does not need."""
+    """The files that a model needs from the Hub, and those of its repository it does not need."""
 
     model: Model
     listing: RepoListing

@@ -87,7 +87,7 @@ def _check_gguf(file: Path) -> Path:
 
 
 def _cached_folder(file: Path, content: str) -> Path:
-    """Where the cache has the folder of this version of a file; `content` is part of its name."""
+    """Locate the cache's folder of this version of a file; `content` is part of its name."""
     try:
         stat = file.stat()
     except OSError as error:

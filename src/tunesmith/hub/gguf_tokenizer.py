@@ -31,7 +31,7 @@ _KEYS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "paddin
 
 
 class TokenType(IntEnum):
-    """What llama.cpp takes a token for; the numbers are those of `gguf.TokenType`."""
+    """The kinds of tokens in llama.cpp; the numbers are those of `gguf.TokenType`."""
 
     NORMAL = 1
     UNKNOWN = 2

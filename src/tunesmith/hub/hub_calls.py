@@ -198,8 +198,7 @@ def _cache_error(error: Exception, repo: str) -> MachineError | None:
 
 
 def _is_missing_offline(error: Exception) -> bool:
-    """Whether a download of several files had nothing in the cache and was not allowed to reach
-    the Hub."""
+    """Tell whether a download of several files found no cache and was not allowed to the Hub."""
     return constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError)
 
 

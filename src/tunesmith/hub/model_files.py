@@ -1,4 +1,4 @@
-"""What a model's folder says about it, read once."""
+"""The facts that a model's folder tells about it, read once."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
