@@ -46,7 +46,7 @@ class Chip:
 
 
 class Peak(NamedTuple):
-    """What MFU is measured by: dense bf16 TFLOP/s, None where unknown, and their source."""
+    """The peak that MFU is relative to: dense bf16 TFLOP/s, None if unknown, and their source."""
 
     tflops: float | None = None
     source: str = ""

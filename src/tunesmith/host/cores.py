@@ -21,7 +21,7 @@ ISAS_WITHOUT_BF16 = (
 
 
 def multiplies_bf16(root: Path = Path("/")) -> bool:
-    """Whether the processor lists units for bf16, and ONEDNN_MAX_CPU_ISA does not hide them.
+    """Tell whether the CPU lists units for bf16, and ONEDNN_MAX_CPU_ISA does not hide them.
 
     Without them a product takes up to 200 times as long as one in fp32. /proc is below `root`.
     """

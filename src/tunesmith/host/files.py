@@ -73,7 +73,7 @@ def _remove_partial_writes(path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine has this id."""
+    """Tell whether a process of this machine has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -89,7 +89,7 @@ def measure_once(
     measure: Callable[[], Measured],
     decode: Callable[[dict[str, Any]], Measured],
 ) -> Measured:
-    """What `measure` returns, from the cache where it was measured with this key before.
+    """Read from the cache what `measure` returned with this key before, else call it.
 
     A cached file that is torn, or that `decode` does not take, is measured again.
 
@@ -162,7 +162,7 @@ def near_file(path: Path, suffixes: Iterable[str]) -> Path | None:
 
 
 def near_path(path: Path) -> Path | None:
-    """What is there in place of a path whose folders exist up to one, which is misspelt."""
+    """Find what is there in place of a path whose folders exist up to one, which is misspelt."""
     misspelt = path
     while not misspelt.parent.is_dir():
         misspelt = misspelt.parent

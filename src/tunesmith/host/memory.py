@@ -89,7 +89,7 @@ class MemoryLimit:
         return f"{self.name} of {gib(self.size)} GiB{shared}"
 
     def fix(self, more: int) -> str:
-        """How to raise it so that each rank can have `more` bytes; empty for the machine."""
+        """Say how to raise it until each rank can have `more` bytes; empty for the machine."""
         if not self.name:
             return ""
         if self.of_process:
@@ -129,7 +129,7 @@ class MemoryFigures:
 
     @property
     def room(self) -> int:
-        """What this process can still take before the kernel kills."""
+        """Compute what this process can still take before the kernel kills."""
         room = self.available
         if self.limit is not None and self.used is not None:
             room = min(room, self.limit - self.used)

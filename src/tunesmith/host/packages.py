@@ -34,7 +34,7 @@ def pip_install(package: str) -> str:
 
 
 def _requirements() -> "list[Requirement]":
-    """What tunesmith's own metadata requires, with its extras.
+    """Read what tunesmith's own metadata requires, with its extras.
 
     None in a source tree that is not installed.
     """

@@ -81,12 +81,12 @@ def lasting(stream: TextIO | None, *, raises: bool = False) -> TextIO:
 
 
 def fault_of(stream: TextIO) -> OSError | None:
-    """What a lasting stream has raised."""
+    """Return what a lasting stream has raised."""
     return stream.output.raised if isinstance(stream, LastingStream) else None
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether `stream` can draw a progress bar.
+    """Tell whether `stream` can draw a progress bar.
 
     What rich says, which knows TERM, FORCE_COLOR and TTY_COMPATIBLE.
     """
