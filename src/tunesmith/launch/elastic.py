@@ -54,7 +54,7 @@ class ForwardStop:
 
     @property
     def is_requested(self) -> bool:
-        """Whether a stop signal came."""
+        """Tell whether a stop signal came."""
         return self.number > 0
 
     def not_begun(self, why: str) -> StoppedError:

@@ -65,7 +65,7 @@ POLL = 0.5  # seconds between two looks at a log that is followed
 
 
 class JobState(NamedTuple):
-    """Where a job stands, and more of it in words."""
+    """The state of a job, and more of it in words."""
 
     state: RunState
     text: str
@@ -104,7 +104,7 @@ class Job:
     details: dict[str, str] = field(default_factory=dict)
 
     def state(self) -> JobState:
-        """What the run directory says; where another job was launched there since, that alone."""
+        """Read what the run directory says; if another job was launched there since, that alone."""
         later = self.later_job()
         if later:
             text = f"{later.name} was later launched in the same run directory"
@@ -146,7 +146,7 @@ class Job:
         return JobState(state, ", ".join(filter(None, texts)))
 
     def is_alive(self) -> bool:
-        """Whether a process of it is known to run on this machine."""
+        """Tell whether a process of it is known to run on this machine."""
         return False
 
     def read_log(self, *, follow: bool) -> Iterator[str]:
@@ -175,7 +175,7 @@ class Job:
                     is_over = not self.state().at_work
 
     def has_written(self, name: str) -> bool:
-        """Whether the run directory has this file, and it is not from before the launch."""
+        """Tell whether the run directory has this file, and it is not from before the launch."""
         file = Path(self.run_dir, name)
         try:
             launched_at = (_notes() / f"{self.name}.json").stat().st_mtime
@@ -225,12 +225,12 @@ def final_step(run_dir: Path) -> int | None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether there is a run to read: some file of it, or a process that has begun one."""
+    """Tell whether there is a run to read: some file of it, or a process that has begun one."""
     return any((run_dir / name).is_file() for name in WRITTEN_BY_RUNS) or is_locked(run_dir)
 
 
 def first_error(log: Path) -> str:
-    """What the first error in a job's log says, ours or one of Slurm's; empty if there is none."""
+    """Find the first error in a job's log, ours or one of Slurm's; empty if there is none."""
     with suppress(OSError), open_regular(log) as file:
         text = file.read(LOG_BYTES).decode(errors="replace")
         # The rest of a long line is indented; the lines below it have a name in front.
@@ -240,7 +240,7 @@ def first_error(log: Path) -> str:
 
 
 def holds_runs(folder: Path) -> bool:
-    """Whether a folder is no run, but has runs in it; such as a sweep's, also while that trains."""
+    """Tell whether a folder is no run but has runs in it, as a sweep's has, even as it trains."""
     is_run_itself = holds_run(folder) and not (folder / SWEEP).is_file()
     return not is_run_itself and next(run_folders(folder), None) is not None
 
@@ -277,7 +277,7 @@ def with_runs_of_folders(words: Sequence[str]) -> list[str]:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process of this machine has locked the run directory."""
+    """Tell whether a process of this machine has locked the run directory."""
     try:
         # To open a pipe of that name would wait for its other end.
         handle = os.open(run_dir / LOCK, os.O_RDONLY | os.O_NONBLOCK)
@@ -297,7 +297,7 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def is_at_work(run_dir: Path) -> bool:
-    """Whether a process of this machine trains here, or was launched to and has not locked yet."""
+    """Tell whether a process of this machine trains here, or was launched to and has not locked."""
     if is_locked(run_dir):
         return True
     if not (run_dir / FOLDER).is_dir():
@@ -380,7 +380,7 @@ def agent_words(recipe: Path, *, debug: bool = False, **flags: object) -> list[s
 
 
 def recipe_file(run_dir: str) -> Path:
-    """Where `write_recipe` puts the recipe of a run directory."""
+    """Return the path at which `write_recipe` puts the recipe of a run directory."""
     return Path(run_dir, FOLDER, "recipe.yaml")
 
 

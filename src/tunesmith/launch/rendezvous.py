@@ -1,4 +1,4 @@
-"""How the nodes of a run find each other: torch's elastic rendezvous over one store at one address.
+"""The meeting of a run's nodes: torch's elastic rendezvous over one store at one address.
 
 torchrun's own backend listens on every interface, and its nodes exchange pickles through that
 store; and it makes a second store for the ranks, which a node that comes back cannot reach. Here
@@ -24,7 +24,7 @@ ANSWER_TIMEOUT = timedelta(minutes=1)  # in which the store answers
 
 
 class Endpoint(NamedTuple):
-    """Where the store is, and the address and interface by which this node reaches it."""
+    """The place of the store, and the address and interface by which this node reaches it."""
 
     host: str
     port: int
@@ -33,7 +33,7 @@ class Endpoint(NamedTuple):
 
     @property
     def is_here(self) -> bool:
-        """Whether this node holds the store."""
+        """Tell whether this node holds the store."""
         return self.host == self.address
 
     @property
@@ -82,7 +82,7 @@ def local_addresses() -> dict[str, str]:
 
 
 def family_of(address: str) -> socket.AddressFamily:
-    """That of a socket for an address."""
+    """Return the family of a socket for an address."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 

@@ -74,7 +74,7 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
 
 
 def run_on(host: str, *words: str, text: str = "") -> str:
-    """What a command prints on a host; MachineError with its last line of complaint if it fails."""
+    """Return what a command prints on a host; MachineError with its last complaint if it fails."""
     done = try_on(host, *words, text=text)
     if done.returncode:
         raise MachineError(
