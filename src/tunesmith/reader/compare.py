@@ -1,5 +1,5 @@
-"""What runs show side by side: numbers with their spread, differing keys, and which is better where
-that can be said.
+"""The comparison of runs side by side: numbers with their spread, differing keys, and which is
+better where that can be said.
 
 val_loss decides, and only on the same held-out rows; a training loss never does. Of methods that
 compare answers it is the share of held-out pairs in order: as `eval` measured it, or as training
@@ -112,7 +112,7 @@ def _digits(value: float) -> str:
 
 
 def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
-    """What `eval` measured: a label, and a cell for each run, None where it did not.
+    """List what `eval` measured: a label, and a cell for each run, None where it did not.
 
     Runs share a line where they answered the same rows: not the file's name decides, but the rows.
     """
@@ -235,8 +235,9 @@ def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
 
 
 class RunDifference(NamedTuple):
-    """How far the second of two runs is behind the first, in the unit of `measure` (of accuracies a
-    share); it counts above `threshold`, None where the noise is not known."""
+    """The distance of the second of two runs behind the first, in the unit of `measure` (of
+    accuracies a share); it counts above `threshold`, None where the noise is not known.
+    """
 
     measure: str
     first: str
@@ -414,7 +415,7 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
 
 
 def _may_improve(run: RunSummary) -> bool:
-    """Whether the run was to train further; a candidate that a sweep has left was not."""
+    """Tell whether the run was to train further; a candidate that a sweep has left was not."""
     stopped = run.files.stopped or {}
     is_left = run.files.state is RunState.STOPPED and stopped.get("reason") == "sweep"
     return run.files.state is not RunState.FINISHED and not is_left
@@ -491,7 +492,7 @@ def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
 
 
 def _seed_advice(run: RunSummary, measure: Measure) -> str:
-    """How to see what another seed changes, and what that is for."""
+    """Say how to see what another seed changes, and what that is for."""
     seed = (run.seed if run.seed is not None else 42) + 1
     recipe = shell_path(shown(run.files.folder / RECIPE))
     output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
@@ -613,8 +614,9 @@ def _seed_noise(
 
 
 def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
-    """What two runs differ in, and what follows; and their values after the same steps, if they
-    took unequal ones."""
+    """Describe what two runs differ in, and what follows; and their values after the same steps, if
+    they took unequal ones.
+    """
     # What differs -> how.
     differences = {}
     for difference in differing_keys([first, second]):
@@ -649,7 +651,7 @@ def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> 
 
 
 def _cautions(runs: Sequence[RunSummary], measure: Measure) -> list[str]:
-    """What a reader should know before believing the verdict."""
+    """List what a reader should know before believing the verdict."""
     cautions = []
     for run in runs:
         best = measure.best(run)

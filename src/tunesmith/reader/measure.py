@@ -35,7 +35,7 @@ class Measure:
         return f"{'highest' if self.is_share else 'lowest'} {self.name}"
 
     def worse_by(self, value: float, than: float) -> float:
-        """How much worse a value is than another."""
+        """Compute how much worse a value is than another."""
         return than - value if self.is_share else value - than
 
     def best(self, run: RunSummary) -> tuple[float, int] | None:
@@ -87,7 +87,7 @@ HELD_OUT_ACCURACY = Measure(
 
 
 def _evals_of(run: RunSummary, pairs: bool) -> dict[str, dict[int, dict[str, Any]]]:
-    """What `eval` measured of pairs or of the loss of each row, by the rows' hash and the step.
+    """Collect what `eval` measured of pairs or each row's loss, by the rows' hash and the step.
 
     Losses are without rows that the run was trained on, which show what it has kept of them; its
     own held-out rows count as for val_loss.
@@ -108,7 +108,7 @@ def _evals_of(run: RunSummary, pairs: bool) -> dict[str, dict[int, dict[str, Any
 
 
 def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
-    """What `eval` measured on rows that all runs have been evaluated on.
+    """Find what `eval` measured on rows that all runs have been evaluated on.
 
     None where there are no such rows, or fewer than val_loss was measured on in all runs.
     """
@@ -148,7 +148,7 @@ def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
 
 
 def measure_of(runs: Sequence[RunSummary]) -> Measure:
-    """What tells which of the runs is better.
+    """Choose what tells which of the runs is better.
 
     Of sft: `eval` of the same rows, if all runs have it and it has no fewer rows than val_loss, for
     it compares row by row; else val_loss.

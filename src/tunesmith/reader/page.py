@@ -113,7 +113,7 @@ def render_report(
 
 
 def page_data(runs: Sequence[RunFiles]) -> dict[str, Any]:
-    """What a report holds of that which a live page asks for."""
+    """Collect what a report holds of that which a live page asks for."""
     return {
         "runs": [run.status() for run in runs],
         "pause": 0,
@@ -164,7 +164,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[tuple[list[Turn], list[tuple
 
 
 def _reproduce(run: RunSummary) -> dict[str, Any]:
-    """What it takes to make a run again; each part is None where env.json does not have it."""
+    """List what it takes to make a run again; each part is None where env.json does not have it."""
     env = run.files.env
     recipe = run.files.folder / RECIPE
     text = None

@@ -105,7 +105,7 @@ class DamagedFile(NamedTuple):
 
 
 class AppendedLines:
-    """What is added to a file that grows. One that was replaced or cut back is read anew.
+    """The lines added to a file that grows. One that was replaced or cut back is read anew.
 
     Attributes:
         fault: why a file that is there cannot be read.
@@ -118,7 +118,7 @@ class AppendedLines:
         self._inode = 0
 
     def read(self) -> tuple[bool, list[bytes]]:
-        """Whether the lines of before no longer count, and those since, whole ones alone."""
+        """Tell whether the lines of before no longer count, and read whole ones of those since."""
         anew = self._offset > 0
         text = b""
         self.fault = ""
@@ -231,12 +231,12 @@ class RunFiles:
 
     @property
     def columns(self) -> Columns:
-        """Of metrics.jsonl: record name -> one entry a step, None where it was not measured."""
+        """Read metrics.jsonl: record name -> one entry a step, None where it was not measured."""
         return self._tables[METRICS].columns
 
     @property
     def damaged(self) -> list[DamagedFile]:
-        """What could not be read, by file; empty for a run whose files are whole."""
+        """List what could not be read, by file; empty for a run whose files are whole."""
         damaged = [
             DamagedFile(name, table.skipped or None, table.fault)
             for name, table in self._tables.items()
@@ -368,7 +368,7 @@ class RunFiles:
         return self._axes[name]
 
     def status(self) -> dict[str, Any]:
-        """Where it stands: state, progress, newest figures, warnings, and how it ended.
+        """Say where it stands: state, progress, newest figures, warnings, and how it ended.
 
         Figures are in the units of the records.
         """
@@ -427,8 +427,9 @@ class RunFiles:
 
 
 def how_it_ended(run: RunFiles) -> dict[str, Any]:
-    """What a run that neither goes on nor finished left behind to tell why, and the command that
-    goes on; else nothing."""
+    """Find what a run that neither goes on nor finished left behind to tell why, and the command
+    that goes on; else nothing.
+    """
     fields: dict[str, Any] = {}
     # failure.json of an earlier start stays; only the state says whether it counts.
     if run.failure and run.state is RunState.FAILED:

@@ -65,12 +65,12 @@ class RunSummary:
 
     @property
     def validation_hash(self) -> str | None:
-        """Of the held-out rows as tokens."""
+        """Return the hash of the held-out rows as tokens."""
         return self.files.env.get("validation_hash")
 
     @property
     def held_out(self) -> int | None:
-        """How many examples were held out, as env.json has it."""
+        """Count the examples that were held out, as env.json has it."""
         return self.files.env.get("validation_examples") or None
 
     def key(self, section: str, name: str) -> Any:
@@ -79,7 +79,7 @@ class RunSummary:
 
     @property
     def max_examples(self) -> Any:
-        """How many of the held-out rows were measured; None: all."""
+        """Return how many of the held-out rows were measured; None: all."""
         return self.key("validate", "max_examples")
 
     @property
@@ -99,7 +99,7 @@ class RunSummary:
 
     @property
     def hold_out_seed(self) -> Any:
-        """What drew the rows of `data.hold_out`; None without them, or where unknown."""
+        """Return the seed that drew the rows of `data.hold_out`; None without or if unknown."""
         if not self.key("data", "hold_out"):
             return None
         seed = self.key("data", "hold_out_seed")
@@ -107,7 +107,7 @@ class RunSummary:
 
     @property
     def learned(self) -> dict[str, Any]:
-        """What changes what is learned: keys of the recipe without the seed, rows and weights."""
+        """Collect what changes what is learned: recipe keys except the seed, rows and weights."""
         learned = {}
         for key, value in leaves(self.files.recipe).items():
             if key != "train.seed" and changes_learning(key, [self]):
@@ -119,7 +119,7 @@ class RunSummary:
 
 
 def changes_learning(key: str, runs: Sequence[RunSummary]) -> bool:
-    """Whether runs that differ in a key of their recipes learn something else.
+    """Tell whether runs that differ in a key of their recipes learn something else.
 
     The same training rows may be in files of two names, as those of a Python program, which are
     kept in each run directory.
