@@ -42,8 +42,8 @@ WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one w
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen; UsageError for a value out of range, or a sampling option without a
-    temperature.
+    """The way tokens are chosen; UsageError for a value out of range, or a sampling option without
+    a temperature.
 
     Attributes:
         temperature: 0 is greedy; above, the logits are divided by it and a token is drawn.
@@ -103,7 +103,7 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """What a model wrote.
+    """The text that a model wrote.
 
     Attributes:
         text: without special tokens.
@@ -181,7 +181,7 @@ def answer_batch(
         )
 
     def continuations(numbers: Sequence[int]) -> list[list[int]]:
-        """What the model writes behind some of the prompts."""
+        """Return what the model writes behind some of the prompts."""
         rows = [torch.tensor(prompts[i], dtype=torch.long, device=model.device) for i in numbers]
         ones = [torch.ones_like(row) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
@@ -218,7 +218,7 @@ def answer_batch(
 
 
 def _reads_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:
-    """Whether tokens that the padding mask hides change what a model writes, as in RWKV.
+    """Tell whether tokens that the padding mask hides change what a model writes, as in RWKV.
 
     Measured once a model, by two rows that differ in hidden tokens alone: logits that heed the mask
     are equal, but for kernels that round by a row's place; those of RWKV differ by their own size.
@@ -402,7 +402,7 @@ class AnswerClock:
         return self.now() - self.began
 
     def after_token(self) -> bool:
-        """Whether the answers are to end here."""
+        """Tell whether the answers are to end here."""
         self.generated()
         self.seconds.append(self.elapsed)
         tokens = len(self.seconds) - 1

@@ -51,7 +51,7 @@ _PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
 
 @dataclass(frozen=True)
 class RunLocation:
-    """What a path stands for, read from small files alone.
+    """The place that a path stands for, read from small files alone.
 
     Attributes:
         kind: PEFT files over a base; a whole model that a run wrote; a plain model.
@@ -105,7 +105,7 @@ class LoadedModel(Tabular):
     weights: Path
 
     def table(self) -> ResultTable:
-        """What was loaded, where it is, and how it is prompted."""
+        """Show what was loaded, where it is, and how it is prompted."""
         kinds = {"adapter": "an adapter over its base", "full": "trained in full", "base": "a base"}
         device, dtype = str(self.model.device), str(self.model.dtype).removeprefix("torch.")
         rows = [
@@ -220,13 +220,13 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
 
 
 def _holds_model(folder: Path) -> bool:
-    """Whether a folder is a run, an adapter or a model."""
+    """Tell whether a folder is a run, an adapter or a model."""
     names = (RECIPE, "adapter_config.json", "config.json")
     return any((folder / name).is_file() for name in names)
 
 
 def _note_of_hub(name: str) -> str:
-    """What is known of a name that is no folder's; UsageError if the Hub cannot be asked for it."""
+    """Say what is known of a name that is no folder's; UsageError if the Hub cannot be asked."""
     from huggingface_hub import constants
 
     from tunesmith.hub.fetch import repo_cache
@@ -387,7 +387,7 @@ def _with_dtype(location: RunLocation, dtype: Dtype) -> RunLocation:
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """What a path stands for, read but for its weights.
+    """The run or model that a path stands for, read but for its weights.
 
     Attributes:
         run: the recipe by which the model is built.
@@ -486,7 +486,7 @@ def _read_files(
 
 
 def _is_read_beside_base(name: str) -> bool:
-    """Whether a file of a run's folder is read although the weights are those of the run's base."""
+    """Tell whether a file of a run's folder is read although the weights are the run's base's."""
     return not name.startswith("state/") and not name.endswith(".safetensors")
 
 
