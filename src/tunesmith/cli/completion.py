@@ -81,5 +81,5 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _by_function(name: str) -> dict[str, str]:
-    """What shtab takes for an argument that a function of the shell completes."""
+    """Return what shtab takes for an argument that a function of the shell completes."""
     return {"bash": name, "zsh": name, "fish": f"({name})"}

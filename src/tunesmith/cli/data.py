@@ -171,7 +171,7 @@ def _write_held_out(prepared: TrainingData, file: Path) -> dict[str, Any]:
 
 
 def _eval_options(recipe: Run, file: Path) -> str:
-    """How `eval` reads the held-out rows that were written, and takes as many as the run does."""
+    """Write the options that make `eval` read these held-out rows, as many as the run does."""
     source = (recipe.data.validation or recipe.data.train)[0]
     words: list[object] = ["--data", file]
     if source.columns:

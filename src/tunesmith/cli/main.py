@@ -195,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_of_no_released_config(record: logging.LogRecord) -> bool:
-    """Whether a warning of Transformers is news: Llama 4 was released with equal factors of low and
-    high frequencies.
+    """Tell whether a warning of Transformers is news: Llama 4 was released with equal factors of
+    low and high frequencies.
     """
     return "high_freq_factor" not in record.getMessage()
 
@@ -403,7 +403,7 @@ def _report(error: BaseException) -> None:
 
 
 def _machine_error(error: BaseException) -> MachineError | None:
-    """What this machine lacks, met where nothing checked for it: room on a disk, a package."""
+    """Say what this machine lacks, met where nothing checked for it: room on a disk, a package."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         # A missing module of ours is no package to install.

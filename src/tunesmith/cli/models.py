@@ -63,12 +63,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def is_folder(name: str) -> bool:
-    """Whether a word names a place, and no model type."""
+    """Tell whether a word names a place, and no model type."""
     return "/" in name or Path(name).is_dir()
 
 
 def measure_folder(folder: Path) -> ModelType:
-    """How the model of a folder trains, measured on its own config."""
+    """Measure how the model of a folder trains, on its own config."""
     from tunesmith.config.schema import Model
     from tunesmith.errors import ModelError
     from tunesmith.model.load import load_config
@@ -89,7 +89,7 @@ def measure_folder(folder: Path) -> ModelType:
 
 
 def missing_here(entry: ModelType) -> str:
-    """What this machine lacks that would make the type faster; "" where nothing."""
+    """Say what this machine lacks that would make the type faster; "" where nothing."""
     if entry.support.recurrent and find_spec("fla") is None:
         return KERNELS
     return ""
@@ -125,7 +125,7 @@ def _packs_eager_too(support: Support) -> bool:
 
 
 def print_one(entry: ModelType) -> None:
-    """What was measured of one type."""
+    """Print what was measured of one type."""
     support = entry.support
     lines = {
         "state": support.state,

@@ -48,7 +48,7 @@ def notify(text: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks to the user: of several ranks rank 0 does."""
+    """Tell whether this process speaks to the user: of several ranks rank 0 does."""
     ranks = started_as()
     return ranks is None or ranks["RANK"] == 0
 
@@ -135,7 +135,7 @@ def column_names(text: str) -> list[tuple[str, str]]:
 
 
 def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
-    """How rows are read (`format_name`, `columns`) and how many are answered at once."""
+    """Add how rows are read (`format_name`, `columns`) and how many are answered at once."""
     formats = ("auto", *FORMAT_COLUMNS)
     parser.add_argument(
         "--format",
@@ -262,7 +262,7 @@ def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
 
 
 def _names_rows(word: str) -> bool:
-    """Whether a file is of rows by its name; a recipe may be a .json file, but not an array.
+    """Tell whether a file is of rows by its name; a recipe may be a .json file, but not an array.
 
     Or a folder, by the files in it.
     """
@@ -380,7 +380,7 @@ def chosen_recipe(
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """How tokens are chosen; greedy without a temperature."""
+    """Add the options of how tokens are chosen; greedy without a temperature."""
     longest = f"longest answer (default: {max_new_tokens})"
     temperature = "0 is greedy (default); 1.0 samples from the model's probabilities"
     top_p = "with a temperature: sample from the likeliest tokens with total probability P"

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe_adapter(run: Run) -> str:
-    """How a recipe trains: `full`, `LoRA r=8`, `QLoRA r=8`."""
+    """Describe how a recipe trains: `full`, `LoRA r=8`, `QLoRA r=8`."""
     if run.adapter.kind == "none":
         return "full"
     method = "QLoRA" if scheme_of(run.model) is NF4 else "LoRA"

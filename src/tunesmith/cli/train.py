@@ -133,7 +133,7 @@ def _show_result(
     log_file: LogFile,
     took: float | None,
 ) -> None:
-    """What the run came to, on stdout and in its log."""
+    """Show what the run came to, on stdout and in its log."""
     from tunesmith.metrics.summary import closing_summary
 
     # The run has ended well, whether or not someone reads this.

@@ -410,7 +410,9 @@ class SelfCheck:
             for name, parameter in session.model.named_parameters():
                 if "lora_" in name and parameter.grad is not None and parameter.grad.any():
                     count += 1
-            self.equal(GRADIENTS_CHECK, len(load_file(self.folder / "adapter" / ADAPTER_WEIGHTS)), count)
+            self.equal(
+                GRADIENTS_CHECK, len(load_file(self.folder / "adapter" / ADAPTER_WEIGHTS)), count
+            )
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
         """Train on a mesh with two micro batches a step, and compare with `reference`.
