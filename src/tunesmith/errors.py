@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree.
+"""The errors of tunesmith, as one small tree.
 
     TunesmithError
     ├── UsageError            exit 2: raised before the first step; nothing was started
@@ -84,7 +84,7 @@ class TunesmithError(Exception):
         return self.text().removeprefix("error: ")
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and Jupyter show in place of a traceback. The name is IPython's."""
+        """Return what IPython and Jupyter show in place of a traceback. The name is IPython's."""
         return self.text().splitlines()
 
     def text(self) -> str:
@@ -203,7 +203,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, in whichever library."""
+    """Tell whether an allocation failed, in whichever library."""
     # torch's own class by its name: torch is not loaded here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -264,7 +264,7 @@ _PLAIN_TOKENS = {
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether the name of a key or of a variable says that its value is a secret.
+    """Tell whether the name of a key or of a variable says that its value is a secret.
 
     HF_TOKEN, wandb_api_key, hubToken.
     """

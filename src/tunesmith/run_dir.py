@@ -70,7 +70,7 @@ PAIRS = "pairs in order"  # a score: the share of pairs whose chosen answer the 
 
 
 class RunState(StrEnum):
-    """Where a run stands, in the words of `status`, `watch`, `report` and their JSON."""
+    """The state of a run, in the words of `status`, `watch`, `report` and their JSON."""
 
     QUEUED = "queued"  # it waits for a node or a container
     RUNNING = "running"
@@ -82,7 +82,7 @@ class RunState(StrEnum):
 
 
 class Phase(StrEnum):
-    """What a run does at the moment: in the bar of `train`, in failure.json and stopped.json."""
+    """The work of a run at the moment: in the bar of `train`, in failure.json and stopped.json."""
 
     JOINING = "joining the ranks"
     START = "start"
@@ -105,7 +105,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Part(NamedTuple, Generic[T]):
-    """What a reader may take from a file.
+    """The part of a file that a reader may take.
 
     Attributes:
         fault: what is wrong with the file; empty for nothing.
@@ -350,7 +350,7 @@ def read_stopped(folder: Path) -> Part[dict[str, Any] | None]:
 def ended_state(
     *, failed: bool, stopped: bool, final_step: int | None, last_step: float
 ) -> RunState:
-    """How a run that no process is at work on has ended.
+    """Tell how a run that no process is at work on has ended.
 
     Args:
         failed, stopped: whether the last start left failure.json, stopped.json.
@@ -405,13 +405,13 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
 
 
 class TrainSection(TypedDict):
-    """What a comparison of runs takes from `train`."""
+    """The fields that a comparison of runs takes from `train`."""
 
     seed: NotRequired[Count | None]
 
 
 class ValidateSection(TypedDict):
-    """What a comparison of runs takes from `validate`."""
+    """The fields that a comparison of runs takes from `validate`."""
 
     max_examples: NotRequired[Count | None]
 
@@ -569,7 +569,7 @@ class RowLosses(TypedDict):
 
 
 class Score(TypedDict):
-    """What a scorer measured of each model."""
+    """The numbers that a scorer measured of each model."""
 
     verdict: str
     tuned: Interval
@@ -590,7 +590,7 @@ class EvalScores(TypedDict):
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """What an `eval` of a run says of pairs, scorers or tasks, without the scores of single rows.
+    """Read what an `eval` of a run says of pairs, scorers or tasks, but not the scores of rows.
 
     `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
     which has none), `scores`: by scorer, of `base`, `tuned` and `difference` those that are there
@@ -619,7 +619,7 @@ def _are_row_losses(rows: Any) -> bool:
 
 
 class SweepPlan(TypedDict):
-    """What all candidates of a sweep share."""
+    """The plan that all candidates of a sweep share."""
 
     rungs: list[Count]
     validate_every: NotRequired[str | None]

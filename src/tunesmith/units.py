@@ -117,7 +117,7 @@ class _Amount:
 
 @dataclass(frozen=True)
 class Length(_Amount):
-    """How long something lasts or how often it comes.
+    """A length of training: how long something lasts or how often it comes.
 
     >>> Length.parse("3 %"), str(Length.parse("2h"))
     (Length(amount=3.0, unit='%'), '2 h')
@@ -151,7 +151,7 @@ class Length(_Amount):
 
 @dataclass(frozen=True)
 class Size(_Amount):
-    """How much one batch holds.
+    """The size of one batch.
 
     >>> Size.parse("64 examples")
     Size(amount=64, unit='examples')
@@ -174,7 +174,7 @@ class Share(_Amount):
     example = "5 %"
 
     def of(self, rows: int) -> int:
-        """How many of so many rows: a percentage rounded up."""
+        """Count the rows of this share of `rows`; a percentage is rounded up."""
         if self.unit != "%":
             return int(self.amount)
         # A tiny bit is subtracted, as the division of floats may err upwards.
@@ -202,7 +202,7 @@ class Cadence:
             self.interval = max(1, round(every.amount * steps[every.unit]))
 
     def due(self, step: int, seconds: float) -> bool:
-        """Whether it is due after `step`, `seconds` into the training.
+        """Tell whether it is due after `step`, `seconds` into the training.
 
         By the clock, counted from the last time.
         """
