@@ -427,6 +427,7 @@ def test_a_sweep_varies_the_recipe_that_train_makes(
 
 
 def test_a_sweep_that_is_refused_leaves_no_recipe(home: Path, capsys: Capture) -> None:
+    pytest.importorskip("tunesmith.tools.sweep")
     assert main(["sweep", "--model", "small", "--data", "faq.csv", "train.seed=1,2"]) == EXIT_USAGE
     check_shown(capsys.readouterr().err, where="train.seed", fix=["data.hold_out_seed=42"])
     assert not list(home.glob("runs/*"))
