@@ -49,9 +49,11 @@ MIN_LOOK_SECONDS = 0.12
 FILL_BYTES_A_SECOND = (
     4 << 30
 )  # bytes a second that memory is filled with: page faults of one process
-# Seconds between two times that page cache is dropped: while MemFree is below the least, and else.
-URGENT_PAUSE_S = 2.0
-PAUSE_S = 60.0
+# Seconds between two times that page cache is dropped: while MemFree is below the least; else the
+# second, doubled where a drop brought nothing, up to the third.
+URGENT_PAUSE_SECONDS = 2.0
+PAUSE_SECONDS = 30.0
+MAX_PAUSE_SECONDS = 480.0
 MIN_CACHED_BYTES = 2 << 30  # of page cache, which are worth it
 MAX_DROPPED_FILES = 10_000  # that are opened for it: a folder of rows may hold millions
 
@@ -95,7 +97,8 @@ class MemoryGuard:
             unified memory.
         unified: whether the GPU shares the host's memory; None until one is in use.
         others: times, and what this process did not take then.
-        dropped_at: when page cache was dropped last.
+        pause: seconds between two times that page cache is dropped.
+        dropped_at: when that happened last.
         still_short: MemFree was below the least before that, and after it.
     """
 
@@ -118,7 +121,8 @@ class MemoryGuard:
         self.clock = clock
         self.unified = unified
         self.others: deque[tuple[float, int]] = deque()
-        self.dropped_at = -PAUSE_S
+        self.pause = PAUSE_SECONDS
+        self.dropped_at = -MAX_PAUSE_SECONDS
         self.still_short = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
@@ -213,7 +217,7 @@ class MemoryGuard:
         """
         since = self.clock() - self.dropped_at
         critical = figures.free < least
-        if since < (URGENT_PAUSE_S if critical else PAUSE_S):
+        if since < (URGENT_PAUSE_SECONDS if critical else self.pause):
             return ""
         if critical and self.still_short:
             free = f"MemFree is {gib(figures.free)} GiB"
@@ -222,6 +226,10 @@ class MemoryGuard:
         self.make_room(self.files)
         after = self.read() or figures
         self.still_short = critical and after.free < least
+        if after.free - figures.free >= MIN_CACHED_BYTES / 2:
+            self.pause = PAUSE_SECONDS
+        else:
+            self.pause = min(2 * self.pause, MAX_PAUSE_SECONDS)
         return ""
 
     def _ask(self, reason: str, figures: MemoryFigures, floor: int, allocator: int) -> None:
@@ -229,26 +237,23 @@ class MemoryGuard:
         phase = self.ranks.heartbeat.activity.doing
         host = socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
-        text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
+        ranks = self.ranks.heartbeat.peers.local_processes()
+        ours, others = largest_processes(ranks)
+        if self.ranks.world > 1:
+            ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
         record: dict[str, Any] = {
             "phase": phase,
             "host": host,
             "floor_bytes": floor,
             "allocator_bytes": allocator,
             **figures.as_record(),
-        }
-        # At once: to see who holds it takes a tenth of a second.
-        self.stop.low_memory = LowMemory(text, record)
-        ranks = self.ranks.heartbeat.peers.local_processes()
-        ours, others = largest_processes(ranks)
-        if self.ranks.world > 1:
-            ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
-        # In one step: the main thread may write the record at any moment.
-        record |= {
             "processes": [process._asdict() for process in ours],
             "other_processes": [process._asdict() for process in others],
         }
-        text += f"; this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
+        text = (
+            f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}; "
+            f"this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
+        )
         self.stop.ask(LowMemory(text, record))
 
 
