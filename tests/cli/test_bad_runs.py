@@ -63,7 +63,7 @@ def nothing(world: World) -> None: ...
 # what is done after four steps, words of the next start, and parts of what is told
 REFUSED: dict[str, tuple[Callable[[World], object], list[str], str, str, str]] = {
     "another learning rate": (nothing, ["train.learning_rate=5e-4"], "", "train.learning_rate: 0.001 -> 0.0005", "--fresh"),
-    "another rank": (nothing, ["adapter.rank=8"], "", "adapter.rank: 4 -> 8", "force"),
+    "another rank": (nothing, ["adapter.rank=8"], "", "adapter.rank: 4 -> 8", "--fresh"),
     "another data file": (lambda w: write_rows(w.folder / "b.jsonl", 8), ["data.train.source=b.jsonl"], "", "b.jsonl", ""),
     "a shorter duration": (nothing, ["train.duration=2 steps"], "", 'train.duration: "4 steps" -> "2 steps"', "output_dir"),
     "rows were taken away": (other_rows, [], "", "train.jsonl", "checkpoint.resume=force"),

@@ -47,7 +47,7 @@ from tunesmith.tools.bench.selfcheck import (
     RESUME_CHECK,
     SelfCheck,
 )
-from tunesmith.training import agree, build, trainer
+from tunesmith.training import agree, build, prepare, trainer
 from tunesmith.training.checkpoint_saver import CheckpointSaver
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -377,8 +377,8 @@ def test_a_build_that_resumes_wrongly_fails():
 
 
 def give_a_rank_another_model_file() -> None:
-    original = build.weights_digest
-    build.weights_digest = lambda folder: original(folder)[rank() :]
+    original = prepare.weights_digest
+    prepare.weights_digest = lambda folder: original(folder)[rank() :]
 
 
 def cut_keys_by_columns() -> None:

@@ -56,6 +56,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"model_type": "mixtrol"}, "mixtrol"),
     ("mixtral", {"model_type": ["mixtral"]}, "model_type"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9"),
+    ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+    ("mixtral", {"attention_dropout": 1e300}, "attention_dropout is 1e+300"),
     ("mixtral", {"hidden_size": None}, "'hidden_size' expected int, got NoneType"),
     ("mixtral", {"hidden_size": "64"}, "'hidden_size' expected int, got str"),
     ("mixtral", {"hidden_size": -64}, "negative dimension -64"),

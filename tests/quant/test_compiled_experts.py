@@ -68,7 +68,7 @@ def results(model: Any, load: ExpertLoad, device: str) -> list[Tensor]:
             logits = model(input_ids=ids, use_cache=False).logits
             logits.float().square().mean().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    return [logits.detach(), *gradients, *load.take(torch.device(device))]
+    return [logits.detach(), *gradients, *load.take()]
 
 
 def compile_whole(modules: Iterable[Any], backend: str) -> None:
@@ -150,7 +150,7 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
         with load.count(torch.ones(TOKENS, dtype=torch.bool, device=device)):
             y = module(hidden, chosen.to(device), weights)
         gradients = torch.autograd.grad(y.float().square().mean(), leaves)
-        counts = load.take(torch.device(device))[0]
+        counts = load.take()[0]
         assert int(counts.sum()) == 2 * TOKENS
         return [y.detach(), *gradients, counts.float()]
 

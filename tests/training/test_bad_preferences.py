@@ -216,6 +216,6 @@ def test_bad_rows_of_an_eval_are_named_too(tiny: Path, tmp_path: Path) -> None:
             tunesmith.evaluate(tmp_path / "run", file)
     # Rows that were held out, and are others now.
     write_lines(held, [PAIR] * 4)
-    with refuses(UsageError, where="data"):
+    with refuses(UsageError, where="--data"):
         tunesmith.evaluate(tmp_path / "run")
     assert sorted(tmp_path.rglob("*")) == before

@@ -193,7 +193,7 @@ def check_not_given(
         option = args.typed.get(name)
         if option:
             fix = fix.format(option=option)
-            raise UsageError(f"{option} {what}", where=option, why=why, fix=fix)
+            raise UsageError(f"{option} {what}", where=f"command line: {option}", why=why, fix=fix)
 
 
 def typed_again(args: argparse.Namespace, names: Iterable[str]) -> list[str]:

@@ -49,6 +49,7 @@ DECODER_DEPTHS = (
     "decoder_layers",
     "num_decoder_layers",
 )
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -303,6 +304,25 @@ def check_decoder(config: Mapping[str, Any], where: str) -> None:
             why=f"of a {model_type} the text model is trained, which it describes",
             fix=FETCH_CONFIG,
         )
+    _check_shares(config, where)
+
+
+def _check_shares(config: Mapping[str, Any], where: str) -> None:
+    """ModelError for a dropout that is none, and for a token that goes to no expert or to more than
+    there are: a step would fail, or compute another model.
+    """
+    experts = next((config[key] for key in _EXPERTS if isinstance(config.get(key), int)), 0)
+    for key, value in config.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if "dropout" in key and not 0 <= value < 1:
+            expected = "at least 0 and below 1"
+        # 0 experts: a dense model of a family that may have some (Granite 4).
+        elif key in EXPERTS_PER_TOKEN and experts > 0 and not 1 <= value <= experts:
+            expected = f"from 1 to the number of experts, {experts:,}"
+        else:
+            continue
+        raise ModelError(f"{key} is {value}: it must be {expected}", where=where, fix=FETCH_CONFIG)
 
 
 def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:

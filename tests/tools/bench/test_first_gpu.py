@@ -18,6 +18,7 @@ import pytest
 
 from errors import lines_with
 from recipes import recipe
+from tunesmith.cli.main import Parser
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Run
 from tunesmith.tools.bench.ablation import variants
@@ -133,9 +134,10 @@ def test_every_command_of_a_stage_is_one_that_bench_takes_and_their_limits_fit_t
     for command in commands:
         if command[:3] != ["-m", "tunesmith", "bench"]:
             continue
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         add_arguments(parser)
         args = parser.parse_intermixed_args(command[3:])
+        args.typed = parser.typed_options(args)
         args.json = None  # its folder is there: the script has made it
         check_arguments(args)
         run = (

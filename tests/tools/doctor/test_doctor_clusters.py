@@ -20,7 +20,7 @@ from tunesmith.tools.doctor.slurm import check_slurm
 from tunesmith.tools.doctor.system import System
 
 SLURM_TOOLS = ("munged", "slurmctld", "slurmd", "srun", "nsenter", "ip")
-SLURM_PAIR = Path(__file__).with_name("slurm_pair.sh")
+SLURM_PAIR = Path(__file__).parents[1] / "launch" / "slurm_pair.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 

@@ -322,7 +322,7 @@ def make_app(page: LivePage, token: str) -> Guard:
         yield
         task.cancel()
 
-    routes = page.routes(StaticFiles(packages=[("tunesmith.tools.report", "static")]))
+    routes = page.routes(StaticFiles(packages=[("tunesmith.reader", "static")]))
     app = Starlette(routes=[Mount(f"/{token}", routes=routes)], lifespan=lifespan)
     return Guard(app, token)
 
