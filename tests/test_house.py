@@ -61,6 +61,56 @@ def test_no_two_modules_export_one_function_name():
     )
 
 
+# What the command line finds in the module of a command or a tool.
+INTERFACE = {"COMMANDS", "EPILOG", "LOADS_TORCH"}
+# A sentence that begins so has neither a verb nor a subject.
+OPENERS = {"Of", "As", "What", "Whether", "Where", "How", "That"}
+
+
+def constants() -> Iterator[tuple[str, str, Path]]:
+    """Names of constants without their underscore, their values as written, and their files."""
+    for file in FILES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if isinstance(node, ast.AnnAssign):
+                targets = [node.target]
+            for target in targets:
+                if isinstance(target, ast.Name) and re.fullmatch(r"_?[A-Z][A-Z0-9_]*", target.id):
+                    yield target.id.lstrip("_"), ast.unparse(node.value or target), file
+
+
+def test_a_constant_has_one_meaning():
+    values: dict[str, dict[str, list[str]]] = {}
+    for name, value, file in constants():
+        places = values.setdefault(name, {}).setdefault(value, [])
+        places.append(str(file.relative_to(SOURCE)))
+    assert len(values) > 500
+    several = {name: found for name, found in values.items() if len(found) > 1}
+    assert {name: found for name, found in several.items() if name not in INTERFACE} == {}
+
+
+def test_a_docstring_begins_with_a_verb_or_a_name():
+    """Those that users read are left out: help pages, and what the schema says of its sections."""
+    places, count = [], 0
+    for file in FILES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if not isinstance(
+                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ):
+                continue
+            is_shown = isinstance(node, ast.Module) and is_command(file.relative_to(SOURCE))
+            if is_shown or file.relative_to(SOURCE) == Path("config/schema.py"):
+                continue
+            docstring = ast.get_docstring(node)
+            if docstring:
+                count += 1
+                if docstring.split()[0] in OPENERS:
+                    places.append(f"{file.relative_to(SOURCE)}:{node.body[0].lineno}")
+    assert count > 2000
+    assert places == []
+
+
 def test_a_command_that_a_text_offers_exists():
     """Such as the fix of an error: `tunesmith train my-recipe.yaml`."""
     nodes = [
