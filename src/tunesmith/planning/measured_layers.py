@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from tunesmith.model.meta_forward import LayerCall
 
-FORMAT = 12  # of the cached files; which modules are fused, and which adapted, counts
+# Of the cached files; which modules are fused, and which adapted, counts.
+MEASURED_LAYERS_VERSION = 12
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,14 @@ def _measure_cached(sizes: str, adapter: Adapter, dtype: str) -> SavedActivation
 
 @lru_cache(maxsize=32)
 def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
-    key = [FORMAT, version("transformers"), version("torch"), sizes, asdict(adapter), dtype]
+    key = [
+        MEASURED_LAYERS_VERSION,
+        version("transformers"),
+        version("torch"),
+        sizes,
+        asdict(adapter),
+        dtype,
+    ]
     return measure_once("specs", key, lambda: _measure(sizes, adapter, dtype), _decode)
 
 

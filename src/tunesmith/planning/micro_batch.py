@@ -40,7 +40,7 @@ GROUPED_ROWS = (20, 35)
 RECOMPUTE_SHARE = {"none": 1 / 3, "lora": 1 / 2}
 # Compiled graphs: rows of varied steps are padded to a multiple of so many tokens, a hundredth of a
 # usual step...
-ROW_MULTIPLE = 128
+PACKED_ROW_MULTIPLE = 128
 # ... and the longest document is stated in blocks of the attention kernel.
 DOCUMENT_BLOCK = 128
 # Without expandable segments (device.prepare_allocator) each length leaves blocks of its own in the
@@ -257,5 +257,5 @@ def layout_of(run: Run, machine: Machine, chosen: MicroBatch, longest: int) -> M
     max_document = ceil_div(longest, DOCUMENT_BLOCK) * DOCUMENT_BLOCK
     if chosen.fixed:
         return MicroBatchLayout(size, row_length=size.amount, max_document=max_document)
-    multiple = ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
+    multiple = PACKED_ROW_MULTIPLE if run.data.pack else DOCUMENT_BLOCK // 8
     return MicroBatchLayout(size, multiple=max(bucket, multiple), max_document=max_document)

@@ -26,7 +26,7 @@ ALLOCATABLE_SHARE = 0.97
 MIN_SEQ_LEN = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
 Keys = dict[str, Any]  # dotted recipe keys and their new values
-ADAPTER: Keys = {
+ADAPTER_KEYS: Keys = {
     "adapter.kind": "lora",
     "train.master_weights": "fp32",
     "train.optimizer_in_backward": False,
@@ -69,7 +69,7 @@ def find_savings(
 
     starts = [PlannedChange(run, plan)]
     if run.adapter.kind == "none":
-        starts += _changed(starts[0], ADAPTER, plan_of)
+        starts += _changed(starts[0], ADAPTER_KEYS, plan_of)
     for is_enough in (is_below, just_fits):
         enough: list[PlannedChange] = []
         for start in starts:
