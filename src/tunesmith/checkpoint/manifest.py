@@ -38,7 +38,7 @@ HASHING_THREADS = 4
 ELSEWHERE = ": another rank wrote it, perhaps to another node's disk"
 # Of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
 Entries = dict[str, dict[str, Any]]
-_NAME = re.compile(r"^checkpoint-(\d+)$")
+_CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
         return []
     checkpoints = []
     for path in run_dir.iterdir():
-        match = _NAME.match(path.name)
+        match = _CHECKPOINT_NAME.match(path.name)
         if match and path.is_dir():
             checkpoints.append(SavedCheckpoint(path, int(match[1])))
     return sorted(checkpoints, key=lambda checkpoint: -checkpoint.step)

@@ -26,9 +26,9 @@ from tunesmith.metrics.summary import run_figures
 from tunesmith.run_dir import METRICS, describe_weights, read_env
 
 # Of the loss curve, in characters.
-WIDTH = 60
-HEIGHT = 8
-_BLOCKS = " ▁▂▃▄▅▆▇█"
+CHART_WIDTH = 60
+CHART_HEIGHT = 8
+_BLOCK_CHARACTERS = " ▁▂▃▄▅▆▇█"
 _FOLDERS = re.compile(
     r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE
 )
@@ -169,26 +169,26 @@ def loss_curve(losses: Sequence[float]) -> list[str]:
 
     A column is the mean loss of a stretch of steps; there are up to 60.
     """
-    width = min(WIDTH, len(losses))
+    width = min(CHART_WIDTH, len(losses))
     edges = [len(losses) * column // width for column in range(width + 1)]
     means = [fmean(losses[start:end]) for start, end in pairwise(edges)]
     low = min(means)
     high = max(means)
     span = (high - low) or 1.0
     # In eighths of a character; the lowest column keeps one, so that it is seen.
-    highest = 8 * HEIGHT - 1
+    highest = 8 * CHART_HEIGHT - 1
     heights = [1 + round((mean - low) / span * highest) for mean in means]
-    labels = [""] * HEIGHT
+    labels = [""] * CHART_HEIGHT
     labels[0] = f"{low:.4f}"
-    labels[HEIGHT // 2] = "loss"
-    labels[HEIGHT - 1] = f"{high:.4f}"
+    labels[CHART_HEIGHT // 2] = "loss"
+    labels[CHART_HEIGHT - 1] = f"{high:.4f}"
     lines = []
-    for row in reversed(range(HEIGHT)):
+    for row in reversed(range(CHART_HEIGHT)):
         line = f"{labels[row]:>9} |"
         for height in heights:
             # How much of this row, in eighths, the column fills.
             eighths = min(8, max(0, height - 8 * row))
-            line += _BLOCKS[eighths]
+            line += _BLOCK_CHARACTERS[eighths]
         lines.append(line.rstrip())
     lines.append(f"{'':9} +{'-' * width}")
     lines.append(f"{'':11}steps 1 to {len(losses)}")

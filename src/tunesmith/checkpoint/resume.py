@@ -38,7 +38,7 @@ OPTIMIZER = "state/optimizer.safetensors"
 RECORDS = (METRICS, SAMPLES, BEST, *TRACKER_IDS)
 DELETE = "delete that folder: the run resumes from the one before it; or start over with --fresh"
 JUMP = 0.01  # of the peak learning rate: a larger change of the schedule is reported
-MIXED = "resuming would mix two runs in one set of metrics"
+MIXED_RUNS_REASON = "resuming would mix two runs in one set of metrics"
 FORCE = "or resume anyway with checkpoint.resume=force"
 START_OVER = "start over with --fresh (the old run is moved aside), or use another output_dir"
 
@@ -225,7 +225,7 @@ def _earlier_run(run: Run, output_dir: Path) -> tuple[int | None, Run | None]:
         raise RecipeError(
             "the recipe changed since this run started",
             where="\n         ".join(map(str, refused)),
-            why=MIXED,
+            why=MIXED_RUNS_REASON,
             # A finished run has nothing to resume.
             fix=f"{START_OVER}, {FORCE}" if final_step is None else START_OVER,
         )
@@ -336,7 +336,7 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
         raise RecipeError(
             "the run would be shorter than at its start",
             where=lines[-1],
-            why=MIXED,
+            why=MIXED_RUNS_REASON,
             fix=f"a longer train.duration, or {START_OVER}, {FORCE}",
         )
     jump = abs(rate - previous_rate)

@@ -69,14 +69,14 @@ from tunesmith.model.stored_form import in_stored_form, is_stored_otherwise
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.runtime.device import is_integrated
 
-STATE = "state"
+STATE_FOLDER = "state"
 METADATA = ".metadata"
 COPY_SHARE = 0.7  # of the host's free memory, which a copy may take
 
 
 def is_sharded(folder: Path) -> bool:
     """Tell whether a checkpoint was written by ranks together."""
-    return (folder / STATE / METADATA).is_file()
+    return (folder / STATE_FOLDER / METADATA).is_file()
 
 
 class RanksWriter(Writer):
@@ -154,7 +154,7 @@ class _PartsReader(FileSystemReader):
     """
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
-        super().__init__(folder / STATE)
+        super().__init__(folder / STATE_FOLDER)
         self.folder = folder
         self.ranks = ranks
 
@@ -163,7 +163,7 @@ class _PartsReader(FileSystemReader):
             # The files that DCP's plan reads of this rank, by where the tensors' parts lie.
             names = set()
             for item in plan.items:
-                names.add(f"{STATE}/{self.storage_data[item.storage_index].relative_path}")
+                names.add(f"{STATE_FOLDER}/{self.storage_data[item.storage_index].relative_path}")
             missing = [name for name in names if not (self.folder / name).is_file()]
             entries = json.loads((self.folder / MANIFEST).read_text())["files"]
             copy_files(self.ranks, self.folder, missing, entries)
@@ -228,7 +228,7 @@ def sharded_save_function(
             scalars[name.removeprefix("optimizer.")] = tensors.pop(name)
 
     def save(folder: Path) -> Entries:
-        writer = _PartsWriter(folder / STATE)
+        writer = _PartsWriter(folder / STATE_FOLDER)
         with ranks.raise_on_all_ranks():
             if ranks.is_main_process:
                 write_config(folder, model, tokenizer)
@@ -245,8 +245,8 @@ def sharded_save_function(
                 f"{ranks.name(rank)} failed: {cause}", exit_code=EXIT_FAILED
             ) from None
         # Each rank hashes what it has written; DCP names the files after the rank.
-        parts = (folder / STATE).glob(f"__{ranks.rank}_*{PART}")
-        return {f"{STATE}/{path.name}": entry_of_file(path) for path in parts}
+        parts = (folder / STATE_FOLDER).glob(f"__{ranks.rank}_*{PART}")
+        return {f"{STATE_FOLDER}/{path.name}": entry_of_file(path) for path in parts}
 
     return save
 
@@ -297,7 +297,7 @@ def read_sharded_optimizer(
 def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
     """The tensors of a checkpoint."""
     try:
-        metadata = FileSystemReader(folder / STATE).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(folder / STATE_FOLDER).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's are of many kinds
         raise _unreadable(folder, error) from error
     return {
@@ -321,8 +321,8 @@ def _read(folder: Path, tensors: dict[str, Tensor], ranks: Ranks = ONE_PROCESS) 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{folder.name} has no readable {STATE}/",
-        where=str(folder / STATE),
+        f"{folder.name} has no readable {STATE_FOLDER}/",
+        where=str(folder / STATE_FOLDER),
         why=first_line(error),
         fix=DELETE,
     )
