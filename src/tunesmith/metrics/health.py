@@ -264,7 +264,7 @@ class ChipCheck:
         return "hot, or on battery; fix: check its temperature and power settings"
 
 
-_REASONS = {
+_CLOCK_REASONS = {
     "HwThermalSlowdown": "it is hot; fix: check its cooling",
     "SwThermalSlowdown": "it is hot; fix: check its cooling",
     "HwPowerBrakeSlowdown": "its power supply limits it; fix: check the power supply",
@@ -278,7 +278,7 @@ def clock_reason(device: torch.device) -> str:
         import pynvml
 
         mask = pynvml.nvmlDeviceGetCurrentClocksEventReasons(_nvml_device(device))
-        for name, text in _REASONS.items():
+        for name, text in _CLOCK_REASONS.items():
             if mask & pynvml.__dict__[f"nvmlClocksEventReason{name}"]:
                 return text
     return (

@@ -34,7 +34,7 @@ from tunesmith.units import count_of
 
 RESAMPLES = 10_000
 SEED = 20_240_607
-TAIL = 0.025  # beyond each end of a 95 % interval
+TAIL_PROBABILITY = 0.025  # beyond each end of a 95 % interval
 # Five rows that differ all point one way once in 16 times by chance, six once in 32.
 MIN_DIFFERING = 6
 _DRAWS = 1 << 22  # row numbers drawn at a time: 32 MiB
@@ -71,7 +71,7 @@ class PairedIntervals(NamedTuple):
         if holds_zero or self.differing < MIN_DIFFERING:
             return False
         # At the edge the score interval leaves out 0 in up to 5.4 % of evaluations.
-        return self.chance is None or self.chance < 2 * TAIL
+        return self.chance is None or self.chance < 2 * TAIL_PROBABILITY
 
 
 def mean_interval(scores: Sequence[float], *, resamples: int = RESAMPLES) -> Interval:
@@ -122,7 +122,7 @@ def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
     """Bound the mean of equal values. `lowest`: the least value there can be; the greatest is 1."""
     mean = float(values.mean())
     # Rows with another value are at most so rare that none among these is no surprise.
-    share = TAIL ** (1 / len(values))
+    share = TAIL_PROBABILITY ** (1 / len(values))
     return Interval(mean, share * mean + (1 - share) * lowest, share * mean + (1 - share) * 1.0)
 
 
@@ -134,8 +134,8 @@ def share_interval(right: int, rows: int) -> Interval:
         shares = _binomial(rows, share)
         return float(shares[right + 1 :].sum() + shares[right] / 2)
 
-    low = _root(lambda share: above(share) - TAIL, 0.0, 1.0)
-    high = _root(lambda share: above(share) - (1 - TAIL), 0.0, 1.0)
+    low = _root(lambda share: above(share) - TAIL_PROBABILITY, 0.0, 1.0)
+    high = _root(lambda share: above(share) - (1 - TAIL_PROBABILITY), 0.0, 1.0)
     return Interval(right / rows, low, high)
 
 
@@ -143,7 +143,7 @@ def paired_share_interval(won: int, lost: int, rows: int) -> Interval:
     """Tango's score interval of (won - lost) / rows: the differences that the data are no more than
     1.96 standard errors from, the error computed as if each were the true one.
     """
-    z = NormalDist().inv_cdf(1 - TAIL)
+    z = NormalDist().inv_cdf(1 - TAIL_PROBABILITY)
     mean = (won - lost) / rows
 
     def distance(difference: float) -> float:
@@ -241,7 +241,7 @@ def expanded_tail(count: int) -> float:
 def students_t(count: int) -> float:
     """The quantile of Student's t that leaves 2.5 % above it, for so many values, from the normal's
     (Abramowitz and Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(1 - TAIL)
+    z = NormalDist().inv_cdf(1 - TAIL_PROBABILITY)
     freedom = count - 1
     t = z
     t += (z**3 + z) / (4 * freedom)

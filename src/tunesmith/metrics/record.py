@@ -98,7 +98,7 @@ class StepRecord:
         """Name -> value in the order of the fields, then `extra`; an optional value that was not
         measured is left out."""
         values = {}
-        for name in _NAMES:
+        for name in _FIELD_NAMES:
             value = self.__dict__[name]
             if value is not None or name not in _OPTIONAL:
                 values[name] = value
@@ -121,15 +121,15 @@ class StepRecord:
         ValueError for a missing name, a value of another type, and what is no dict.
         """
         numbers = checked_values(values)
-        missing = [name for name in _NAMES if name not in numbers and name not in _OPTIONAL]
+        missing = [name for name in _FIELD_NAMES if name not in numbers and name not in _OPTIONAL]
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}")
         fields: dict[str, Any] = {}
         extra: dict[str, float] = {}
         for name, number in numbers.items():
-            if name in _WHOLE:
+            if name in _INTEGER_FIELDS:
                 fields[name] = number
-            elif name in _NAMES:
+            elif name in _FIELD_NAMES:
                 fields[name] = number if number is None else float(number)
             # A later version may write more: such numbers stay.
             elif number is not None:
@@ -146,10 +146,10 @@ class StepRecord:
         return cls.from_plain(values)
 
 
-_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")
-_OPTIONAL = frozenset(_NAMES[_NAMES.index("memory_gib") + 1 :])
+_FIELD_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")
+_OPTIONAL = frozenset(_FIELD_NAMES[_FIELD_NAMES.index("memory_gib") + 1 :])
 _MAY_BE_NULL = _OPTIONAL | {"mfu"}
-_WHOLE = frozenset({"step", "tokens", "supervised_tokens", "examples"})
+_INTEGER_FIELDS = frozenset({"step", "tokens", "supervised_tokens", "examples"})
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")  # as both json.dumps and float() spell them
 
 
@@ -191,10 +191,10 @@ def checked_values(row: Any) -> dict[str, int | float | None]:
         # JSON has no NaN and infinity: they are written as words.
         if isinstance(value, str) and value in _NON_FINITE:
             number = float(value)
-        if name in _WHOLE:
+        if name in _INTEGER_FIELDS:
             if not is_count(value):
                 raise ValueError(f"{name} is {_brief(value)}, which is not a count")
-        elif name in _NAMES:
+        elif name in _FIELD_NAMES:
             if not _is_measured(number) and not (value is None and name in _MAY_BE_NULL):
                 raise ValueError(f"{name} is {_brief(value)}, which is not a number")
         elif not _is_measured(number):

@@ -169,7 +169,7 @@ def _speed(records: Sequence[StepRecord]) -> str:
     return f"{speed}, {ratio(weighted, mfu_seconds):.1%} MFU of {peak:,.0f} TFLOP/s"
 
 
-_FILES = (
+_FILE_NOTES = (
     (FINAL, "the weights {weights}"),
     (METRICS, "one record per step"),
     (HELD_OUT, "the rows that were held out: file, line and how each begins"),
@@ -189,7 +189,7 @@ def _written(folder: Path, weights: Manifest, best_step: int | None) -> list[str
     """
     rows = [f"written to {folder}"]
     which = describe_weights(weights["step"], weights["last_step"]) if weights else ""
-    for name, what in _FILES:
+    for name, what in _FILE_NOTES:
         if (folder / name).exists():
             text = what.format(path=shell_path(folder / name), weights=which)
             rows.append(f"  {name:<16}{text}".rstrip())
