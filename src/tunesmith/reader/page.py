@@ -33,9 +33,9 @@ from tunesmith.reader.run_summary import RunSummary, summaries_of
 from tunesmith.run_dir import RECIPE, read_bytes, shown
 from tunesmith.units import format_seconds
 
-MARK = "tunesmith report"  # in the first line of each page that it writes
+PAGE_MARK = "tunesmith report"  # in the first line of each page that it writes
 POINTS = 600  # of a curve: two for each pixel of a wide chart
-PROMPTS = 6  # whose answers are shown in Markdown
+MAX_SHOWN_PROMPTS = 6  # whose answers are shown in Markdown
 KEYS_IN_BOARD = 3
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
 STATIC = (
@@ -58,7 +58,7 @@ def write_report(
     `note`: a paragraph below the verdict, such as what the runs were chosen from.
     """
     try:
-        if output.exists() and MARK not in output.read_text("utf-8", errors="replace")[:200]:
+        if output.exists() and PAGE_MARK not in output.read_text("utf-8", errors="replace")[:200]:
             raise UsageError(
                 "this file exists and is not a tunesmith report",
                 where=str(output),
@@ -87,7 +87,7 @@ def render_report(
     env.lstrip_blocks = True
     env.filters |= {"value": _value, "cell": _cell, "reason": _reason, "fenced": _fenced}
     summaries = summaries_of(runs)
-    context = _context(summaries) | {"note": note, "mark": MARK}
+    context = _context(summaries) | {"note": note, "mark": PAGE_MARK}
     if markdown:
         ends = [(run, how_it_ended(run.files)) for run in summaries]
         template = env.get_template("report.md.j2")
@@ -159,7 +159,7 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[tuple[list[Turn], list[tuple
             of_prompt = [sample for sample in of_run if sample["prompt"] == prompt]
             ends = of_prompt[:: max(1, len(of_prompt) - 1)]
             samples.setdefault(prompt, []).extend((run.label, sample) for sample in ends)
-    conversations, _ = conversations_of([*samples][:PROMPTS])
+    conversations, _ = conversations_of([*samples][:MAX_SHOWN_PROMPTS])
     return [(turns, samples[prompt]) for prompt, turns in conversations.items()]
 
 

@@ -74,10 +74,10 @@ LOG_LINES = 40  # the newest
 WARNINGS = 20  # the newest
 RECENT_STEPS = 20  # that speeds are means of: one step alone would flicker
 FINAL_MANIFEST = f"{FINAL}/{MANIFEST}"
-_RANK = re.compile(r"metrics-rank(\d+)\.jsonl")
+_RANK_METRICS_NAME = re.compile(r"metrics-rank(\d+)\.jsonl")
 
 # The small files of a run, by pattern: what reads one.
-READERS: dict[str, Callable[[Path], Part[Any]]] = {
+PART_READERS: dict[str, Callable[[Path], Part[Any]]] = {
     RECIPE: lambda path: read_recipe(path.parent),
     IDENTITY: lambda path: read_env(path.parent),
     FAILURE: lambda path: read_failure(path.parent),
@@ -250,13 +250,13 @@ class RunFiles:
         """Read what was written since the last look; whether anything changed."""
         previous_state = self.state
         for path in self.folder.glob("metrics-rank*.jsonl"):
-            if _RANK.fullmatch(path.name) and path.name not in self._tables:
+            if _RANK_METRICS_NAME.fullmatch(path.name) and path.name not in self._tables:
                 self._tables[path.name] = JsonlColumns(path)
         changed = [table.read() for table in self._tables.values()]
         changed += [self._read_log(), self._read_parts()]
         self.ranks: dict[int, Columns] = {}
         for name, table in self._tables.items():
-            match = _RANK.fullmatch(name)
+            match = _RANK_METRICS_NAME.fullmatch(name)
             if match:
                 self.ranks[int(match[1])] = table.columns
         self.state = self._state()
@@ -267,7 +267,7 @@ class RunFiles:
     def _read_parts(self) -> bool:
         """Read the small files that are new or were written again; whether anything changed."""
         parts: dict[str, tuple[tuple[int, int, int], Part[Any]]] = {}
-        for pattern, read in READERS.items():
+        for pattern, read in PART_READERS.items():
             files = [(signature_of(path), path) for path in self.folder.glob(pattern)]
             # The oldest first: of two evals of the same rows the newer counts.
             for signature, path in sorted(files):

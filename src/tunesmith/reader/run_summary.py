@@ -13,8 +13,8 @@ from tunesmith.run_dir import shown
 
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
 # Columns of metrics.jsonl.
-LOSS = "val_loss"
-ACCURACY = "val_reward_accuracy"
+VAL_LOSS_NAME = "val_loss"
+VAL_ACCURACY_NAME = "val_reward_accuracy"
 # Of the keys that may change when a run resumes: they end it sooner, or choose its weights.
 _CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
 _TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
@@ -156,7 +156,10 @@ def _summarize(run: RunFiles, label: str) -> RunSummary:
         return sum(finite(column(name)[start:]))
 
     summary = RunSummary(run, label, run.steps, total("tokens"), total("step_seconds"))
-    for name, values in ((LOSS, summary.validations), (ACCURACY, summary.accuracies)):
+    for name, values in (
+        (VAL_LOSS_NAME, summary.validations),
+        (VAL_ACCURACY_NAME, summary.accuracies),
+    ):
         for step, value in zip(steps, column(name), strict=True):
             if value is not None and math.isfinite(value):
                 values[int(step or 0)] = value

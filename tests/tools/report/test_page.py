@@ -13,7 +13,7 @@ import pytest
 from errors import check_shown, holds, lines_with
 from report.written import falling, write_run
 from tunesmith.cli.main import main
-from tunesmith.reader.page import MARK, render_report, write_report
+from tunesmith.reader.page import PAGE_MARK, render_report, write_report
 from tunesmith.reader.run_files import RunFiles
 
 EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
@@ -227,7 +227,7 @@ def test_the_command(
         assert lines_with(capsys.readouterr().out, "good", "bad", "val_loss")
     assert main(["report", "good"]) == 0
     assert lines_with(capsys.readouterr().out, "report.html")
-    assert MARK in Path("report.html").read_text()[:100]
+    assert PAGE_MARK in Path("report.html").read_text()[:100]
     assert main(["report", "good", "bad", "--markdown"]) == 0
     assert "**good " in Path("report.md").read_text()
     Path("notes.html").write_text("mine")
