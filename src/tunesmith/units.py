@@ -11,7 +11,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+SECONDS_PER_UNIT = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # A smaller share of a run says nothing about when it ends.
 SMALLEST_SHARE = 1e-12
 MOST = 10**9  # of any unit: more steps, tokens of a batch or seconds than anybody trains
@@ -31,8 +31,8 @@ _ALIASES = {
     "rows": "examples",
     "token": "tokens",
 }
-_NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
-_FORM = re.compile(rf"^\s*({_NUMBER})\s*([A-Za-z%]+)\s*$")
+_NUMBER_PATTERN = r"[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+_FORM = re.compile(rf"^\s*({_NUMBER_PATTERN})\s*([A-Za-z%]+)\s*$")
 
 
 def ratio(amount: float, divisor: float) -> float:
@@ -112,7 +112,7 @@ class _Amount:
     def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
         """Its grammar, for editors."""
         words = [*cls.units, *(alias for alias, unit in _ALIASES.items() if unit in cls.units)]
-        return {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*({'|'.join(words)})\s*$"}
+        return {"type": "string", "pattern": rf"^\s*{_NUMBER_PATTERN}\s*({'|'.join(words)})\s*$"}
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class Length(_Amount):
     @property
     def seconds(self) -> float | None:
         """The length in seconds, or None where it is counted in steps, epochs or percent."""
-        if self.unit not in SECONDS:
+        if self.unit not in SECONDS_PER_UNIT:
             return None
-        return self.amount * SECONDS[self.unit]
+        return self.amount * SECONDS_PER_UNIT[self.unit]
 
     def share(self, *, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
         """The part of this length that has passed, from 0 to 1.
