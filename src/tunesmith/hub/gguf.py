@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-LAYOUT = 2  # goes up when what is written changes, so that older conversions are repeated
+# Goes up when what is written changes, so that older conversions are repeated.
+CONVERSION_VERSION = 2
 
 
 def convert_gguf(file: Path, dtype: str) -> Path:
@@ -92,7 +93,7 @@ def _cached_folder(file: Path, content: str) -> Path:
         stat = file.stat()
     except OSError as error:
         raise unreadable_file(file, error) from error
-    identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, content, LAYOUT])
+    identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, content, CONVERSION_VERSION])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return cache_folder("models") / f"{file.stem}-{content}-{digest}"
 

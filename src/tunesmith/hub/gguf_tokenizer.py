@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tunesmith.errors import ModelError
 
 # What the names in `tokenizer.ggml.pre` stand for; the export reads it the other way.
-TABLE = json.loads(Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8"))
+PRE_TOKENIZER_TABLE = json.loads(
+    Path(__file__).with_name("pre_tokenizers.json").read_text(encoding="utf-8")
+)
 SPACE = "\u2581"  # what SentencePiece has in place of a space
 # llama.cpp drops space after special tokens where `general.name` has this in it, but not after
 # three of them.
@@ -42,7 +44,7 @@ class TokenType(IntEnum):
 
 
 # Matched in the text as a whole, before the rest is split.
-_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+_WHOLE_TOKEN_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
 def read_file_tokenizer(header: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
@@ -101,7 +103,7 @@ def unknown_tokenizer(where: str, why: str) -> ModelError:
 
 
 def _row_of(pre: str) -> dict[str, Any] | None:
-    rows: list[dict[str, Any]] = TABLE["structures"]
+    rows: list[dict[str, Any]] = PRE_TOKENIZER_TABLE["structures"]
     return next((row for row in rows if pre in (row["pre"], *row.get("also", ()))), None)
 
 
@@ -114,9 +116,9 @@ def served_splits(pre: str) -> list[str] | None:
 
 
 def split_text(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
-    """The pieces of TABLE's text that a tokenizer joins tokens in; None where it splits no text."""
+    """Split the table's text into what a tokenizer joins tokens in; None if it splits no text."""
     step = tokenizer.backend_tokenizer.pre_tokenizer
-    return step.pre_tokenize_str(TABLE["text"]) if step else None
+    return step.pre_tokenize_str(PRE_TOKENIZER_TABLE["text"]) if step else None
 
 
 def _byte_level(header: Mapping[str, Any], row: Mapping[str, Any]) -> Tokenizer:
@@ -129,7 +131,7 @@ def _byte_level(header: Mapping[str, Any], row: Mapping[str, Any]) -> Tokenizer:
 
 
 def pre_tokenizer_of(splits: list[str]) -> pre_tokenizers.PreTokenizer:
-    """The `splits` of a row of TABLE as steps, the last of which makes letters of bytes."""
+    """The `splits` of a row of the table as steps, the last of which makes letters of bytes."""
     steps: list[pre_tokenizers.PreTokenizer] = []
     for split in splits:
         if split == "digit":
@@ -182,7 +184,7 @@ def _added_tokens(header: Mapping[str, Any]) -> list[AddedToken]:
     types = header.get("tokenizer.ggml.token_type", ())
     added = []
     for text, token_type in zip(header["tokenizer.ggml.tokens"], types, strict=False):
-        if token_type in _WHOLE and text:
+        if token_type in _WHOLE_TOKEN_TYPES and text:
             is_special = token_type != TokenType.USER_DEFINED
             rstrip = strips_space and text not in NOT_STRIPPED
             added.append(AddedToken(text, special=is_special, rstrip=rstrip, normalized=False))

@@ -20,7 +20,7 @@ from export.tiny_gguf import (
     structure_of,
 )
 from tunesmith.errors import ModelError
-from tunesmith.hub.gguf_tokenizer import TABLE, TokenType
+from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE, TokenType
 from tunesmith.tools.export.gguf.tokenizer import (
     model_name,
     pre_tokenizer_name,
@@ -92,7 +92,7 @@ def test_the_header_has_the_tokenizer(tmp_path: Path) -> None:
     assert len(header["tokenizer.ggml.tokens"]) == 600
 
 
-@pytest.mark.parametrize("row", TABLE["structures"], ids=lambda row: row["pre"])
+@pytest.mark.parametrize("row", PRE_TOKENIZER_TABLE["structures"], ids=lambda row: row["pre"])
 def test_a_new_vocabulary_keeps_its_pre_tokenizer(row: dict) -> None:
     assert name_of(byte_level(row)) == row["pre"]
     assert name_of(byte_level(row, vocab_size=400)) == row["pre"]
@@ -103,8 +103,8 @@ def test_ids_of_the_text_decide_before_the_structure(monkeypatch) -> None:
     import hashlib
 
     tokenizer = byte_level(GPT2)
-    digest = hashlib.sha256(str(tokenizer.encode(TABLE["text"])).encode()).hexdigest()
-    monkeypatch.setitem(TABLE["hashes"], digest, "jais")
+    digest = hashlib.sha256(str(tokenizer.encode(PRE_TOKENIZER_TABLE["text"])).encode()).hexdigest()
+    monkeypatch.setitem(PRE_TOKENIZER_TABLE["hashes"], digest, "jais")
     assert name_of(tokenizer) == "jais"
     assert name_of(byte_level(GPT2, vocab_size=400)) == "gpt-2"
 

@@ -29,7 +29,7 @@ from export.tiny_gguf import (
 from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError
 from tunesmith.hub.gguf import convert_gguf_without_weights
-from tunesmith.hub.gguf_tokenizer import TABLE, read_file_tokenizer
+from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE, read_file_tokenizer
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.tools.export.gguf import tokenizer as header_room
 from tunesmith.tools.export.gguf.adapter import plan_adapter
@@ -101,7 +101,7 @@ def other_ids(
     return differences
 
 
-@pytest.mark.parametrize("row", TABLE["structures"], ids=lambda row: row["pre"])
+@pytest.mark.parametrize("row", PRE_TOKENIZER_TABLE["structures"], ids=lambda row: row["pre"])
 def test_ids_are_those_of_the_tokenizer(row: dict, tmp_path: Path) -> None:
     """Of a vocabulary that llama.cpp's own key does not know."""
     tokenizer = byte_level(row)
@@ -111,7 +111,7 @@ def test_ids_are_those_of_the_tokenizer(row: dict, tmp_path: Path) -> None:
     model = random_model("llama", num_hidden_layers=1)
     with LlamaCpp(write_model(tmp_path / "tiny.gguf", model, tokenizer)) as server:
         differences = other_ids(tokenizer, server)
-        if row["pre"] in TABLE["notes"]:
+        if row["pre"] in PRE_TOKENIZER_TABLE["notes"]:
             assert differences.keys() == {"नमस्ते दुनिया"}, (
                 "letters with combining marks, as the note says"
             )
@@ -137,7 +137,7 @@ def header_of_file(file: Path) -> dict[str, Any]:
 MORE_TEXTS = ["a\u0300b\u0300 \u01c5", "\u2177 \u0661\u0662\u0663\u0664 12345 x  7"]
 
 
-@pytest.mark.parametrize("row", TABLE["structures"], ids=lambda row: row["pre"])
+@pytest.mark.parametrize("row", PRE_TOKENIZER_TABLE["structures"], ids=lambda row: row["pre"])
 def test_a_file_is_read_as_llama_cpp_reads_it(
     row: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from conftest import CHATML
-from tunesmith.hub.gguf_tokenizer import TABLE
+from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE
 from tunesmith.tools.export.gguf.plan import GgufPlan, TensorRows, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
 
@@ -110,7 +110,7 @@ def chat_tokenizer() -> PreTrainedTokenizerBase:
 
 def structure_of(pre: str) -> dict[str, Any]:
     """The row of `pre_tokenizers.json` with this name."""
-    return next(row for row in TABLE["structures"] if row["pre"] == pre)
+    return next(row for row in PRE_TOKENIZER_TABLE["structures"] if row["pre"] == pre)
 
 
 def sentencepiece(prepend: bool = True) -> PreTrainedTokenizerBase:

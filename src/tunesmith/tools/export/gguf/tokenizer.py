@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.errors import ModelError
 from tunesmith.hub.gguf_tokenizer import (
     NOT_STRIPPED,
+    PRE_TOKENIZER_TABLE,
     SPACE,
     STRIPPING_NAME,
-    TABLE,
     TokenType,
     served_splits,
 )
@@ -214,8 +214,8 @@ def _byte_level(
     if not state["model"]["merges"]:
         raise _unknown_tokenizer("it joins no bytes to tokens, and llama.cpp opens no such file")
     pre = pre_tokenizer_name(tokenizer, state)
-    if pre in TABLE["notes"] and _splits(state) != served_splits(pre):
-        notes.append(TABLE["notes"][pre])
+    if pre in PRE_TOKENIZER_TABLE["notes"] and _splits(state) != served_splits(pre):
+        notes.append(PRE_TOKENIZER_TABLE["notes"][pre])
     return {
         "model": "gpt2",
         "pre": pre,
@@ -238,15 +238,15 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, A
     The first is llama.cpp's own key, and sees the whole tokenizer; a vocabulary that was trained
     anew has other ids, and keeps the steps. ModelError where both are unknown.
     """
-    ids = tokenizer.encode(TABLE["text"])
-    name = TABLE["hashes"].get(hashlib.sha256(str(ids).encode()).hexdigest())
+    ids = tokenizer.encode(PRE_TOKENIZER_TABLE["text"])
+    name = PRE_TOKENIZER_TABLE["hashes"].get(hashlib.sha256(str(ids).encode()).hexdigest())
     if name is not None:
         # The vocabulary is unknown: by its steps.
         return str(name)
     splits = _splits(state)
     ignores_merges = bool(state["model"].get("ignore_merges"))
     names = []
-    for row in TABLE["structures"]:
+    for row in PRE_TOKENIZER_TABLE["structures"]:
         if splits in (row["splits"], row.get("served", row["splits"])):
             if row["ignore_merges"] == ignores_merges:
                 return str(row["pre"])
