@@ -20,7 +20,7 @@ from cli.bad_world import World, records, snapshot, told
 from errors import holds, is_internal, lines_with
 from recipes import write_rows
 from tunesmith.cli.main import main
-from tunesmith.host.signals import NAMES
+from tunesmith.host.signals import SIGNAL_NAMES
 from warm import CLOSED, Warm, run_warm, take_terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -172,7 +172,7 @@ def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
     assert process.stdout is not None
     while "end" not in process.stdout.readline():
         pass
-    for name in NAMES:
+    for name in SIGNAL_NAMES:
         process.send_signal(signal.Signals[name])
     assert process.wait(10) == 0
 

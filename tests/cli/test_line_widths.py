@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes import recipe
-from tunesmith.host.streams import WIDTH, folded
+from tunesmith.host.streams import DEFAULT_COLUMNS, folded
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
@@ -45,10 +45,10 @@ def test_no_line_is_wider(columns: int | None, folder: Path) -> None:
         done = run_warm(words, env=env)
         for line in (done.stdout + done.stderr).splitlines():
             # A place and a command of an error are there to be copied: one command a line.
-            assert "; or " not in line or len(line) <= (columns or WIDTH), words
+            assert "; or " not in line or len(line) <= (columns or DEFAULT_COLUMNS), words
             if line.lstrip().startswith(("where: ", "fix: ", "fix  ")):
                 continue
-            assert "\n" not in folded(line, columns or WIDTH), words
+            assert "\n" not in folded(line, columns or DEFAULT_COLUMNS), words
             assert not line.lstrip().startswith("tokens/s"), "the table of `plan` is folded"
             has_folded |= line.startswith("  ")
     assert has_folded

@@ -15,7 +15,7 @@ import pytest
 
 from tunesmith.cli.main import framed
 from tunesmith.errors import UsageError
-from tunesmith.host.streams import WIDTH, LastingOutput, folded, visible, width_of
+from tunesmith.host.streams import DEFAULT_COLUMNS, LastingOutput, folded, visible, width_of
 from tunesmith.metrics.log_file import LogFile
 
 
@@ -84,7 +84,7 @@ def test_a_comment_behind_a_command_is_not_cut() -> None:
 
 def test_the_width_is_that_of_a_pipe_or_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS")
-    assert width_of(io.StringIO()) == WIDTH
+    assert width_of(io.StringIO()) == DEFAULT_COLUMNS
     monkeypatch.setenv("COLUMNS", "80")
     assert width_of(io.StringIO()) == 80
 

@@ -41,7 +41,7 @@ def numbers(model: Path, folder: Path, changes: dict[str, Any]) -> Numbers:
         "validate": {"every": f"{STEPS} steps"}, "checkpoint": {"every": None},
     }  # fmt: skip
     with (
-        mock.patch.object(build, "PROBE_TOKENS", 256),
+        mock.patch.object(build, "LOSS_PROBE_TOKENS", 256),
         mock.patch.object(copies, "MIN_OVERLAPPED_ELEMENTS", LARGE),
         mock.patch.object(mesh, "BUCKET_ELEMENTS", LARGE),
         mock.patch.object(decoding, "SAMPLE_TOKENS", ANSWER),

@@ -24,7 +24,7 @@ from logged import logged_lines
 from recipes import make_run, recipe
 from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
-from tunesmith.host.signals import NAMES, StopRequest
+from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.reader.run_summary import summaries_of
 from tunesmith.training.run import train
@@ -56,11 +56,11 @@ torch.set_num_threads(1)
 from pathlib import Path
 from tunesmith.config.load import from_mapping
 from tunesmith.errors import TunesmithError
-from tunesmith.host.signals import NAMES, StopRequest
+from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
 from tunesmith.training import run
 import peft
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-STOPS = [signal.Signals[name] for name in NAMES]
+STOPS = [signal.Signals[name] for name in SIGNAL_NAMES]
 class Blocking(StopRequest):
     def __exit__(self, *error):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -253,7 +253,12 @@ def test_any_signal_at_any_moment_changes_no_number(
     chance, codes = random.Random(1), []
     for _ in range(6):
         names = chance.choice(
-            [["SIGKILL"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGTERM"], *([name] for name in NAMES)]
+            [
+                ["SIGKILL"],
+                ["SIGINT", "SIGINT"],
+                ["SIGTERM", "SIGTERM"],
+                *([name] for name in SIGNAL_NAMES),
+            ]
         )
         ignored, before = chance.choice([None, "SIGHUP", "SIGINT"]), lines(tmp_path / "cut")
         pid = starter.start(cut, ignored=ignored, unread=chance.random() < 0.5)
@@ -301,7 +306,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
     monkeypatch.setattr(place, stopped)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SIGNAL_NAMES)
 @pytest.mark.parametrize(
     "place",
     [
@@ -414,7 +419,7 @@ except StoppedError as error:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SIGNAL_NAMES)
 def test_a_signal_that_is_ignored_stays_ignored(name: str) -> None:
     """As nohup leaves SIGHUP, and a shell without job control the SIGINT of what runs in the
     background.

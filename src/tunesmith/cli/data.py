@@ -50,7 +50,7 @@ LOADS_TORCH = "in ranks"
 # Of the length histogram.
 _BARS = 16
 # Tokens of a row that are shown.
-_ROW_TOKENS = 800
+_SHOWN_ROW_TOKENS = 800
 SYSTEM_WIDTH = 100  # characters of a system prompt that are shown
 
 
@@ -269,7 +269,7 @@ def _system_of(tokenizer: Any, ids: Any) -> str:
 
 
 def segments(
-    tokens: TokenSet, tokenizer: Any, i: int, limit: int = _ROW_TOKENS
+    tokens: TokenSet, tokenizer: Any, i: int, limit: int = _SHOWN_ROW_TOKENS
 ) -> list[tuple[str, bool, bool]]:
     """Example i as (text, supervised, special) stretches.
 

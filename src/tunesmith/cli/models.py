@@ -33,7 +33,7 @@ from tunesmith.model.model_types import (
 )
 
 # Kernels of recurrent layers; without them they are computed by plain PyTorch.
-KERNELS = "flash-linear-attention"
+KERNEL_PACKAGE = "flash-linear-attention"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> None:
         else:
             print_table(types)
         return
-    is_demo = args.name == demo_model.NAME and not Path(args.name, "config.json").is_file()
+    is_demo = args.name == demo_model.DEMO_NAME and not Path(args.name, "config.json").is_file()
     if is_demo:
-        print(f"{demo_model.NAME} is {demo_model.ABOUT}", file=sys.stderr)
+        print(f"{demo_model.DEMO_NAME} is {demo_model.DEMO_DESCRIPTION}", file=sys.stderr)
         args.name = demo_model.MODEL_TYPE
     entry = measure_folder(Path(args.name)) if is_folder(args.name) else find_model_type(args.name)
     if args.json:
@@ -91,7 +91,7 @@ def measure_folder(folder: Path) -> ModelType:
 def missing_here(entry: ModelType) -> str:
     """Say what this machine lacks that would make the type faster; "" where nothing."""
     if entry.support.recurrent and find_spec("fla") is None:
-        return KERNELS
+        return KERNEL_PACKAGE
     return ""
 
 

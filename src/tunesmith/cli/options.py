@@ -157,7 +157,7 @@ def add_rows(parser: argparse.ArgumentParser, *, batch_size: str) -> None:
 
 
 # `columns: {name: column, ...}`, whose names may be in double quotes.
-_COLUMNS = re.compile(r"""\bcolumns: (\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})""")
+_COLUMNS_PATTERN = re.compile(r"""\bcolumns: (\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})""")
 
 
 def _columns_option(mapping: str) -> str:
@@ -172,7 +172,7 @@ def fixes_as_options() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        error.fix = re.sub(_COLUMNS, lambda match: _columns_option(match[1]), error.fix)
+        error.fix = re.sub(_COLUMNS_PATTERN, lambda match: _columns_option(match[1]), error.fix)
         error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
         raise
 

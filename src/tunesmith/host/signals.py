@@ -27,9 +27,9 @@ from tunesmith.host.streams import visible
 
 log = logging.getLogger(__name__)
 
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SHORT = "stopped because memory is low"
-END = "close the programs that use the memory"
+FREE_MEMORY_FIX = "close the programs that use the memory"
 # Set by the script of `launch slurm` where it puts the job back into the queue after SIGUSR1.
 REQUEUE = "TUNESMITH_REQUEUE"
 # Seconds; for `StopRequest.patience`.
@@ -105,7 +105,7 @@ class StopRequest:
         # Without `__exit__` an exception from here would leave the handlers.
         deferred = self._deferred
         self._deferred = True
-        for name in NAMES[:2] if self._interactive else NAMES:
+        for name in SIGNAL_NAMES[:2] if self._interactive else SIGNAL_NAMES:
             number = signal.Signals[name]
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._previous_handlers[number] = signal.signal(number, self._handle)
@@ -181,7 +181,7 @@ class StopRequest:
             return LowMemoryError(
                 f"{SHORT} {when}",
                 why=f"{self.low_memory.text}; {why}",
-                fix=f"{END}, then {fix}",
+                fix=f"{FREE_MEMORY_FIX}, then {fix}",
             )
         what = f"stopped by {self.signal} {when}"
         return StoppedEarlyError(what, why=why, fix=fix)
@@ -277,5 +277,5 @@ def ignore_stop_signals() -> None:
 
     The exit code is decided, and one that comes while the interpreter ends must not change it.
     """
-    for name in NAMES:
+    for name in SIGNAL_NAMES:
         signal.signal(signal.Signals[name], signal.SIG_IGN)

@@ -12,7 +12,7 @@ import textwrap
 from typing import Any, TextIO
 
 # Columns of a line where no terminal says how many it has.
-WIDTH = 100
+DEFAULT_COLUMNS = 100
 # What is copied from a sentence: a command, up to what ends it, settings of a recipe, and a comment
 # behind a command, whose rest would be a command of its own on the next line.
 _SETTING = r"""[\w.]+=(?:"[^"]*"|'[^']*'|\S+)"""
@@ -96,14 +96,14 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def width_of(stream: TextIO) -> int:
-    """Columns of a line on `stream`: COLUMNS, the terminal's, or WIDTH where it is none."""
+    """Columns of a line on `stream`: COLUMNS, the terminal's, or DEFAULT_COLUMNS if none."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) > 0:
         return int(columns)
     try:
-        return os.get_terminal_size(stream.fileno()).columns or WIDTH
+        return os.get_terminal_size(stream.fileno()).columns or DEFAULT_COLUMNS
     except (OSError, ValueError):  # a pipe, a file, a notebook's stream, a closed one
-        return WIDTH
+        return DEFAULT_COLUMNS
 
 
 def visible(text: str) -> str:

@@ -119,7 +119,7 @@ def hub_error(
 
 def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
     fix = "use an existing path, or owner/name as on the Hub"
-    if name == demo_model.NAME:
+    if name == demo_model.DEMO_NAME:
         fix = "tunesmith train --model demo --data FILE: it needs no download"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id",

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.\-]*/[\w.\-]+$")
-_PART_OF_RUN = re.compile(r"^(final|checkpoint-\d+)$")
+_SAVED_FOLDER_NAME = re.compile(r"^(final|checkpoint-\d+)$")
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,11 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
     """
     path = path_of(path)
     place = Path(path)
-    if str(path) == demo_model.NAME and not _holds_model(place):
+    if str(path) == demo_model.DEMO_NAME and not _holds_model(place):
         base = Model(name=str(demo_model.demo_model()))
-        location = RunLocation("base", None, base, note=f"the demo's model: {demo_model.ABOUT}")
+        location = RunLocation(
+            "base", None, base, note=f"the demo's model: {demo_model.DEMO_DESCRIPTION}"
+        )
     elif place.is_dir():
         if (place / RECIPE).is_file():
             folder, note, is_notable = find_saved_model(place)
@@ -273,7 +275,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     checked for damage."""
     recipe = folder.parent / RECIPE
     run = None
-    if _PART_OF_RUN.match(folder.name) and recipe.is_file():
+    if _SAVED_FOLDER_NAME.match(folder.name) and recipe.is_file():
         run = load_recipe(recipe)
         damage = None if note else manifest.find_damage(folder, contents=False)
         if damage:

@@ -22,7 +22,7 @@ from tunesmith.distributed.ranks import HEARTBEAT_NAME
 from tunesmith.distributed.torch_private import set_elastic_agent
 from tunesmith.errors import CAUSES, StoppedError
 from tunesmith.host.memory import oom_kills
-from tunesmith.host.signals import NAMES
+from tunesmith.host.signals import SIGNAL_NAMES
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -47,7 +47,7 @@ class ForwardStop:
         self.number = 0
         self.ranks_began = False
         self._signalled: set[int] = set()
-        for name in NAMES:
+        for name in SIGNAL_NAMES:
             # nohup ignores SIGHUP for its command, which stays so.
             if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN:
                 signal.signal(signal.Signals[name], self._forward)

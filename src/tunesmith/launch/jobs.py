@@ -54,7 +54,7 @@ from tunesmith.run_dir import (
 from tunesmith.units import Length, format_seconds
 
 # kind -> its class, in tools/launch/<kind>.py
-KINDS = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
+JOB_CLASSES = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
 # In the run directory: what launches write there; runs do not touch it.
 FOLDER = LAUNCH
 # Of these a run writes the first within seconds.
@@ -445,7 +445,7 @@ def all_jobs() -> list[Job]:
         kind = file.stem.partition("-")[0]
         # A file of somebody else's, or of another version
         with suppress(OSError, ValueError, TypeError, KeyError):
-            job_class = KINDS[kind]
+            job_class = JOB_CLASSES[kind]
             # Each kind is imported only if there is a job of it.
             module = import_module(f"tunesmith.tools.launch.{kind}")
             jobs.append(vars(module)[job_class](**json.loads(file.read_bytes())))

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 # NCCL takes the functions of one port for one device: 161 in place of 98 Gb/s between two Sparks,
 # by a report of their users.
 MERGE_NICS = ("NCCL_IB_MERGE_NICS", "1")
-LOG = "TORCH_CPP_LOG_LEVEL"
+CPP_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -294,7 +294,7 @@ def prepare_environment(ranks: int, interface: str) -> None:
         os.environ.setdefault(*MERGE_NICS)
     # torch reads it once, when it is loaded.
     if os.environ.get("TUNESMITH_DEBUG") != "1":
-        os.environ.setdefault(LOG, "ERROR")
+        os.environ.setdefault(CPP_LOG_VARIABLE, "ERROR")
 
 
 def count_gpus() -> int:

@@ -11,7 +11,7 @@ from html import escape
 from rich.console import Console
 from rich.table import Table
 
-from tunesmith.host.streams import WIDTH, folded
+from tunesmith.host.streams import DEFAULT_COLUMNS, folded
 
 GAP = "  "  # between columns
 MIN_COLUMNS = 20  # of a terminal, of a cell that is folded
@@ -34,7 +34,7 @@ class ResultTable:
     title: str = ""
     notes: Sequence[str] = ()
 
-    def text(self, width: int = WIDTH) -> str:
+    def text(self, width: int = DEFAULT_COLUMNS) -> str:
         """Plain lines with columns side by side; notes are folded to `width` columns.
 
         A table with headings that is wider has its cells folded too, and columns for which there is
@@ -59,7 +59,9 @@ class ResultTable:
     def _side_by_side(self, first: int, end: int) -> Table:
         """Some columns, behind that which names the rows."""
         table = Table(box=None, padding=(0, len(GAP), 0, 0), show_header=bool(self.columns))
-        table.add_column(no_wrap=not self.columns, max_width=WIDTH // 3 if self.columns else None)
+        table.add_column(
+            no_wrap=not self.columns, max_width=DEFAULT_COLUMNS // 3 if self.columns else None
+        )
         for heading in self.columns[first - 1 : end - 1]:
             table.add_column(_one_line(heading), overflow="fold")
         for name, *cells in self.rows:

@@ -66,8 +66,8 @@ from tunesmith.runtime.host import keep_threads
 from tunesmith.runtime.transfer import DevicePrefetcher
 from tunesmith.training.agree import check_same_inputs
 from tunesmith.training.compare_eight_bit import (
+    LOSS_PROBE_TOKENS,
     MAX_LOSS_CHANGE,
-    PROBE_TOKENS,
     choose_sums,
     compare_with_bf16,
 )
@@ -295,7 +295,9 @@ def load_compared(
     root, plan, mesh = load()
     if plan.base not in SCALING_RECIPES:
         return root, plan, mesh
-    batches = first_batches(make_loader(prepared.data, prepared.files, plan), device, PROBE_TOKENS)
+    batches = first_batches(
+        make_loader(prepared.data, prepared.files, plan), device, LOSS_PROBE_TOKENS
+    )
     if device.type == "cuda":
         log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
     # Random weights have no file to compare with.

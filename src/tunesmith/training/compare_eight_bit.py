@@ -27,7 +27,7 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.run_dir import Phase
 from tunesmith.units import ceil_div
 
-PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
+LOSS_PROBE_TOKENS = 4096  # tokens that the loss is measured on, at least
 # Relative change of the loss. Rounding to e4m3 changed that of SmolLM2-135M by 1.2 to 2.2 % on
 # 4,500 tokens of alpaca rows, as chats and as plain text; nf4 changed it by 7 %. A larger change
 # than this has another cause than rounding.

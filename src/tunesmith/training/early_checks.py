@@ -223,9 +223,9 @@ def _detect(
 
 def _model_name(model: str) -> str:
     """Return the `model.name` of a model that the command line names."""
-    if model != demo_model.NAME:
+    if model != demo_model.DEMO_NAME:
         return model
-    log.info(f"model: the demo's: {demo_model.ABOUT}")
+    log.info(f"model: the demo's: {demo_model.DEMO_DESCRIPTION}")
     return str(demo_model.demo_model())
 
 

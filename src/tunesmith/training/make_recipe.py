@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 EXAMINED_ROWS = 2000  # rows whose tokens are counted, spread over the file
 EXAMINED_CHARACTERS = 1 << 24  # of them, about: documents are long
-FEW_ROWS = 20  # with fewer none are held out
+MIN_ROWS_TO_HOLD_OUT = 20  # with fewer none are held out
 # Of so many rows enough are held out that their loss tells when to stop. Of fewer they are worth
 # more in training, but MIN_DIFFERING: with less, no comparison of two models row by row has an
 # interval, whatever they answer.
@@ -184,7 +184,7 @@ def make_recipe(
     look = look or look_at_rows(model, data, overrides)
     row_count = row_count or len(look.rows)
     choices = _Choices(look)
-    if model == demo_model.NAME:
+    if model == demo_model.DEMO_NAME:
         choices.why["model.name"] = (
             "the demo's file in this Python environment: a recipe names files and Hub ids alone, "
             "so on another machine run the command above there"
@@ -245,10 +245,13 @@ class _Examined(NamedTuple):
 def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examined:
     """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
     # Evenly spaced rows: files are often sorted.
-    few = _characters(_spread(rows, FEW_ROWS), count_characters)
+    few = _characters(_spread(rows, MIN_ROWS_TO_HOLD_OUT), count_characters)
     characters = sum(few) / max(1, len(few))
     rows = _spread(
-        rows, min(EXAMINED_ROWS, max(FEW_ROWS, int(EXAMINED_CHARACTERS / max(1, characters))))
+        rows,
+        min(
+            EXAMINED_ROWS, max(MIN_ROWS_TO_HOLD_OUT, int(EXAMINED_CHARACTERS / max(1, characters)))
+        ),
     )
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
@@ -403,7 +406,7 @@ class _Choices:
         data = self.draft.data
         hold_out = data.hold_out
         is_open = "data.hold_out" not in self.override_keys and not data.validation
-        if is_open and rows >= FEW_ROWS:
+        if is_open and rows >= MIN_ROWS_TO_HOLD_OUT:
             hold_out = Share(5.0, "%")
             fewest = TELLING_ROWS if rows * parts >= ENOUGH_ROWS else MIN_DIFFERING
             fewest = math.ceil(fewest / parts)

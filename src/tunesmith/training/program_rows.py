@@ -13,7 +13,7 @@ from tunesmith.checkpoint.claim import is_run, program_rows_file
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.host.files import write_atomically
 
-_WHERE = "train(rows=...)"
+_ROWS_ARGUMENT = "train(rows=...)"
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
         if not isinstance(row, Mapping):
             raise DataError(
                 f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
-                where=_WHERE,
+                where=_ROWS_ARGUMENT,
                 fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
             )
         try:
@@ -72,11 +72,11 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"rows[{index}] has a value that JSON does not support: {error}",
-                where=_WHERE,
+                where=_ROWS_ARGUMENT,
                 fix="convert it to text or a number",
             ) from error
     if not lines:
-        raise DataError("there are no rows", where=_WHERE, fix="pass at least one")
+        raise DataError("there are no rows", where=_ROWS_ARGUMENT, fix="pass at least one")
     text = "".join(lines)
     file = program_rows_file(output_dir, hashlib.sha256(text.encode()).hexdigest()[:12])
     if not file.exists():
@@ -94,7 +94,7 @@ def _mappings(rows: Any) -> Iterable[Any]:
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
             f"rows are {type(rows).__name__}, not a list of rows",
-            where=_WHERE,
+            where=_ROWS_ARGUMENT,
             fix="pass a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
             "a file is named by data.train.source",
         )

@@ -27,7 +27,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.memory import suspected_limit
-from tunesmith.host.signals import END, REQUEUE, SHORT, LowMemory
+from tunesmith.host.signals import FREE_MEMORY_FIX, REQUEUE, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.metrics.summary import named_figures
@@ -275,7 +275,7 @@ def stopped_by(
     if shortage is not None:
         reason = "memory"
         smaller = half_micro_batch(run, progress.micro_batch) if step else ""
-        fix = f"{END}, then {fix}"
+        fix = f"{FREE_MEMORY_FIX}, then {fix}"
         if smaller:
             fix += f"; or with train.micro_batch='{smaller}'"
         more = {"smaller": smaller, "figures": shortage.record}

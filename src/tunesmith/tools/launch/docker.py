@@ -27,7 +27,7 @@ from tunesmith.errors import (
     mask,
 )
 from tunesmith.host.shell import shell_word
-from tunesmith.host.signals import NAMES
+from tunesmith.host.signals import SIGNAL_NAMES
 from tunesmith.launch.jobs import (
     Job,
     JobState,
@@ -313,7 +313,7 @@ def follow_container(job: DockerJob) -> int:
     def forward(number: int, frame: object) -> None:
         _docker("kill", f"--signal={number}", job.name, check=False)
 
-    for name in NAMES:
+    for name in SIGNAL_NAMES:
         number = signal.Signals[name]
         # nohup ignores SIGHUP for its command, which stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -38,7 +38,7 @@ from tunesmith.host import signals
 from tunesmith.host.files import write_atomically
 from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.shell import shell_path, shell_word
-from tunesmith.host.signals import END, StopRequest
+from tunesmith.host.signals import FREE_MEMORY_FIX, StopRequest
 from tunesmith.metrics.record import read_records
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of, weights_step
@@ -364,7 +364,7 @@ class Sweep:
         except StoppedError as error:
             if isinstance(error, LowMemoryError):
                 error.fix = (
-                    f"{END}, then start the same command again; the micro batch remains"
+                    f"{FREE_MEMORY_FIX}, then start the same command again; the micro batch remains"
                     f" {self.fixed['micro_batch']}, as for all candidates"
                 )
             self.stopped = error.what
