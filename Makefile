@@ -1,5 +1,6 @@
 # make demo    a small model learns a task on two CPU cores; before and after in one table
 # make quick   the tests without the slow ones, under 90 seconds
+# make engine  every test of the engine, without those of the tools around it
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages
 # make families  how every model type of Transformers trains, measured, against the table that ships
@@ -25,7 +26,7 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --d
 # Two for a core: the slow tests kill, interrupt and cut off, and wait for what comes of it.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
-.PHONY: demo picture families quick test check cluster-tools clean versions export-oracle
+.PHONY: demo picture families quick engine test check cluster-tools clean versions export-oracle
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -35,6 +36,10 @@ picture: $(VENV)/dev.stamp
 
 quick: $(VENV)/dev.stamp
 	$(PYTEST) auto -m 'not slow'
+
+# What tests/tools and tests/cli show needs the tools; the rest holds without them.
+engine: $(VENV)/dev.stamp
+	$(PYTEST) $(WORKERS) --ignore tests/tools --ignore tests/cli
 
 families: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/parity/families.py --processes $$(getconf _NPROCESSORS_ONLN)
