@@ -124,7 +124,7 @@ MIXTURES = [
     Case("fp8", "integers of compressed-tensors", lambda w: w.of("fp8", quantized(quant_method="compressed-tensors", format="pack-quantized")), "config.json", "compressed-tensors pack-quantized"),
     Case("fp8", "a block of nothing", lambda w: w.of("fp8", quantized(weight_block_size=[0, 32])), "config.json", "weight_block_size"),
     Case("mxfp4", "no scales", lambda w: w.of("mxfp4", tensor(SCALES, None)), "safetensors", "scales"),
-    Case("mxfp4", "no blocks", lambda w: w.of("mxfp4", tensor(BLOCKS, None)), "safetensors", "blocks"),
+    Case("mxfp4", "no blocks", lambda w: w.of("mxfp4", tensor(BLOCKS, None)), "safetensors", "codes"),
     Case("mxfp4", "torn blocks", lambda w: w.of("mxfp4", tensor(BLOCKS, u8(4, 64, 3, 15))), "safetensors", "[4, 64, 3, 15]"),
     Case("mxfp4", "scales of another shape", lambda w: w.of("mxfp4", tensor(SCALES, u8(4, 64, 2))), "safetensors", "[4, 64, 2]"),
     Case("mxfp4", "a scale that is NaN", lambda w: w.of("mxfp4", tensor(SCALES, u8(4, 64, 3, value=255))), SCALES.removesuffix("_scales"), "not finite"),

@@ -530,7 +530,7 @@ def test_eval_compares_two_runs(
     assert holds(" ".join(shown.out.split()), by_loss["verdict"], by_f1["verdict"])
     for words in (["--output", "o.jsonl", "--score", "f1"], ["--tasks", "gsm8k"]):
         assert main(["eval", str(run), str(other), *words]) == EXIT_USAGE
-        assert error_in(capsys.readouterr().err).where == words[0]
+        assert error_in(capsys.readouterr().err).where == f"command line: {words[0]}"
 
 
 @pytest.mark.parametrize(

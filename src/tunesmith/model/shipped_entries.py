@@ -148,7 +148,7 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
 def _check_codes(scale: Entry, codes: Entry | None, layout: _Layout) -> None:
     """ModelError unless there are codes for scales that are there."""
     if codes is None:
-        raise _torn(scale, f"there is no tensor NAME{layout.codes} for {scale.name}")
+        raise _torn(scale, f"there is no weight in codes for {scale.name}")
     if codes.dtype != layout.dtype:
         why = f"its scales are there, as of codes: that is {layout.dtype}"
         raise _torn(codes, f"{codes.name} is stored as {codes.dtype}", why)
