@@ -238,6 +238,22 @@ def test_it_looks_rarely_while_there_is_room(monkeypatch: pytest.MonkeyPatch) ->
     assert Pretended(lambda now: near, monkeypatch, unified=False).guard.look() == MIN_LOOK_SECONDS
 
 
+def test_the_stop_is_asked_for_before_the_processes_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = replace(LAPTOP, available=100 * MIB)
+    there = Pretended(lambda now: short, monkeypatch, unified=False)
+    largest, is_asked = memory_guard.largest_processes, list[bool]()
+
+    def listed(ranks: dict[int, int]) -> object:
+        is_asked.append(there.stop.low_memory is not None)
+        return largest(ranks)
+
+    monkeypatch.setattr(memory_guard, "largest_processes", listed)
+    there.until(1)
+    assert is_asked == [True]
+
+
 def test_the_block_names_phase_figures_and_holders(monkeypatch: pytest.MonkeyPatch) -> None:
     there = Pretended(
         lambda now: replace(LAPTOP, available=100 * MIB, shared=3 * GIB), monkeypatch, unified=False

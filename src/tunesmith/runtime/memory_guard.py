@@ -46,9 +46,8 @@ MAX_WORK_SECONDS = 30.0  # seconds of `stop.takes` that count
 # Seconds between two looks, at most and at least: at most a thousandth of a core.
 MAX_LOOK_SECONDS = 1.0
 MIN_LOOK_SECONDS = 0.12
-FILL_BYTES_A_SECOND = (
-    4 << 30
-)  # bytes a second that memory is filled with: page faults of one process
+# Bytes a second that memory is filled with: page faults of one process.
+FILL_BYTES_A_SECOND = 4 << 30
 # Seconds between two times that page cache is dropped: while MemFree is below the least; else the
 # second, doubled where a drop brought nothing, up to the third.
 URGENT_PAUSE_SECONDS = 2.0
@@ -237,23 +236,26 @@ class MemoryGuard:
         phase = self.ranks.heartbeat.activity.doing
         host = socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
-        ranks = self.ranks.heartbeat.peers.local_processes()
-        ours, others = largest_processes(ranks)
-        if self.ranks.world > 1:
-            ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
+        text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
         record: dict[str, Any] = {
             "phase": phase,
             "host": host,
             "floor_bytes": floor,
             "allocator_bytes": allocator,
             **figures.as_record(),
+        }
+        # At once: to see who holds it takes a tenth of a second.
+        self.stop.low_memory = LowMemory(text, record)
+        ranks = self.ranks.heartbeat.peers.local_processes()
+        ours, others = largest_processes(ranks)
+        if self.ranks.world > 1:
+            ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
+        # In one step: the main thread may write the record at any moment.
+        record |= {
             "processes": [process._asdict() for process in ours],
             "other_processes": [process._asdict() for process in others],
         }
-        text = (
-            f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}; "
-            f"this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
-        )
+        text += f"; this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
         self.stop.ask(LowMemory(text, record))
 
 
