@@ -25,7 +25,6 @@ HEADS = 4
 HEAD_DIM = 16
 KV_HEADS = 2
 WINDOW = 8  # of attention, in tokens; also of chunks, and of what an indexer selects
-LATENT_RANK = 16  # of the projections of latent attention
 STATE_CHANNELS = 8  # of a recurrent layer
 MAX_TWIN_POSITIONS = 512  # `measured_spec` runs a twin too, on up to so many tokens
 FEWEST_LAYERS = 2
