@@ -41,7 +41,7 @@ from tunesmith.parallel.cuts import find_blocks
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
-from tunesmith.quant.frozen_linear import set_bypassed
+from tunesmith.quant.linear_layers import set_bypassed
 
 # For `ranks`, of the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))

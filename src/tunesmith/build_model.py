@@ -33,7 +33,7 @@ from tunesmith.parallel.tensor import apply_tensor_parallel
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute
 from tunesmith.planning.memory import USABLE_SHARE
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.quant.frozen_linear import load_hooks, set_bypassed
+from tunesmith.quant.linear_layers import load_hooks, set_bypassed
 from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.quant.replace import check_plain, convert_to_eight_bit, eight_bit_names
 from tunesmith.quant.schemes import scheme_of

@@ -20,7 +20,7 @@ from tunesmith.model import measured_spec, support, twin
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.model_types import read_model_types
 from tunesmith.planning.measured_layers import measure_activations
-from tunesmith.quant.frozen_linear import linear_names, set_bypassed
+from tunesmith.quant.linear_layers import linear_names, set_bypassed
 
 # A type of each class; all of them: `make families`.
 CLASSES = {

@@ -38,7 +38,7 @@ from tunesmith.model.weights import copy_whole, load_weights
 from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
-from tunesmith.quant.frozen_linear import load_hooks
+from tunesmith.quant.linear_layers import load_hooks
 from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers

@@ -22,7 +22,7 @@ from tunesmith.formats.scaled_matmul import (
     TENSOR_WISE,
     quantize,
 )
-from tunesmith.quant.frozen_linear import parameter_count
+from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
 
 CPU = torch.device("cpu")

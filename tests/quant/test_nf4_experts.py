@@ -23,7 +23,7 @@ from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import JoinedTensor
-from tunesmith.quant.frozen_linear import parameter_count
+from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.quant.replace import replace_by_nf4
 from tunesmith.training.run import train
 from tunesmith.units import Length

@@ -15,7 +15,7 @@ from tunesmith.formats.nf4 import NF4_BLOCK, Nf4
 from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.scaled_matmul import TENSOR_WISE
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.quant.frozen_linear import parameter_count
+from tunesmith.quant.linear_layers import parameter_count
 from tunesmith.quant.schemes import DENSE, FP8, NF4, SCHEMES, SHIPPED, SHIPPED_NVFP4, scheme_of
 
 NVFP4 = ShippedForm("nvfp4", names=MODELOPT)

@@ -33,7 +33,7 @@ from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
 from tunesmith.quant.experts import expert_modules, has_interface, use_grouped_experts
-from tunesmith.quant.frozen_linear import (
+from tunesmith.quant.linear_layers import (
     is_bypassed,
     is_plain_linear,
     linear_names,

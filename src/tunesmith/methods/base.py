@@ -39,7 +39,7 @@ from tunesmith.model.documents import (
 from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
-from tunesmith.quant.frozen_linear import parameter_count
+from tunesmith.quant.linear_layers import parameter_count
 
 Value = TypeVar("Value")
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_decoder, find_layers
 from tunesmith.model.fused import FusedNorm
-from tunesmith.quant.frozen_linear import is_plain_linear
+from tunesmith.quant.linear_layers import is_plain_linear
 
 TENSOR_KEY = "parallel.tensor"
 COLWISE = "colwise"

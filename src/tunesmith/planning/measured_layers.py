@@ -133,7 +133,7 @@ def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
     from tunesmith.model.fused import fuse_modules
     from tunesmith.model.meta_forward import run_on_meta
     from tunesmith.model.support import find_support
-    from tunesmith.quant.frozen_linear import set_bypassed
+    from tunesmith.quant.linear_layers import set_bypassed
 
     values = json.loads(sizes)
     config = text_config(values, where="config.json")

@@ -24,7 +24,7 @@ from tunesmith.quant.experts import (
     stacks_in_order,
     use_grouped_experts,
 )
-from tunesmith.quant.frozen_linear import linear_names
+from tunesmith.quant.linear_layers import linear_names
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from tunesmith.adapter.expert_lora import ExpertsLora
 from tunesmith.model.decoder import find_layers
 from tunesmith.quant.experts import UPDATE, use_grouped_experts
-from tunesmith.quant.frozen_linear import is_plain_linear
+from tunesmith.quant.linear_layers import is_plain_linear
 from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.tools.export.tuned_weights import (
     ExpertsUpdate,

@@ -30,7 +30,7 @@ from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import StoredTensor, find_stored
 from tunesmith.quant.experts import UPDATE
-from tunesmith.quant.frozen_linear import set_bypassed
+from tunesmith.quant.linear_layers import set_bypassed
 
 BAND = 16 << 20  # bytes of a band in fp32
 

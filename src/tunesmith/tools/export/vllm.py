@@ -22,7 +22,7 @@ from tunesmith.inference.load_run import (
     undeleted,
 )
 from tunesmith.model.stored_form import is_stored_otherwise
-from tunesmith.quant.frozen_linear import linear_names
+from tunesmith.quant.linear_layers import linear_names
 from tunesmith.tools.export.compressed import RoundedWeight
 from tunesmith.tools.export.merge import add_files_to_card, write_merged
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts

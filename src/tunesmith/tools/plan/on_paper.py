@@ -264,7 +264,7 @@ def _check_base_of_fp8(model: Model, paper: PaperModel) -> None:
     if not scheme_of(model).has_fp8_matmuls or runs_own_code or form is None:
         return
     # With Transformers, which other plans can do without.
-    from tunesmith.quant.frozen_linear import linear_names
+    from tunesmith.quant.linear_layers import linear_names
     from tunesmith.quant.replace import check_plain
 
     plain = {key: value for key, value in paper.config.items() if key != "quantization_config"}
