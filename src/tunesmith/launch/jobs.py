@@ -443,8 +443,8 @@ def all_jobs() -> list[Job]:
     for file in sorted(_notes().glob("*.json"), key=lambda path: path.stat().st_mtime):
         # The kind is the first word of the name: `swarm-my-run-1f3a5c`.
         kind = file.stem.partition("-")[0]
-        # A file of somebody else's, or of another version
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        # A file of somebody else's, of another version, or of a tool that is not here.
+        with suppress(OSError, ValueError, TypeError, KeyError, ModuleNotFoundError):
             job_class = JOB_CLASSES[kind]
             # Each kind is imported only if there is a job of it.
             module = import_module(f"tunesmith.tools.launch.{kind}")

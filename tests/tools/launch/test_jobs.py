@@ -19,7 +19,7 @@ from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
-from tunesmith.launch.jobs import FOLDER, Job, save_job
+from tunesmith.launch.jobs import FOLDER, Job, all_jobs, find_job, save_job
 from tunesmith.run_dir import METRICS, STOP_FILE, STOPPED, RunState, open_regular
 from tunesmith.tools.launch.local import LocalJob
 from tunesmith.tools.launch.slurm import SlurmJob
@@ -133,6 +133,17 @@ def test_nothing_is_launched_or_written_beside_a_run_that_is_at_work(
     check_shown(capfd.readouterr().err, where=str(out), fix=[f"tunesmith stop {out}"])
     assert log.read_text() == "first"
     assert [path.name for path in log.parent.iterdir()] == [log.name]
+
+
+def test_a_note_of_a_tool_that_is_not_here_leaves_the_run_readable(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_job(LocalJob("local-1", str(out), details=created_at(psutil.Process())))
+    assert [type(job) for job in all_jobs()] == [LocalJob]
+    monkeypatch.setitem(sys.modules, "tunesmith.tools.launch.local", None)
+    assert all_jobs() == []
+    (out / "env.json").write_text(json.dumps({"recipe_hash": "a"}))
+    assert type(find_job(str(out))) is Job
 
 
 def test_what_lay_there_before_a_launch_is_not_its_end(out: Path):
