@@ -370,6 +370,24 @@ def test_internal_error_without_a_place_to_write(
     assert "Traceback" in capsys.readouterr().err  # nowhere else to put it
 
 
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("doctor --fix", "each fault"),
+        ("launch slurm r.yaml --site alps", "--setup"),
+        ("launch slurm r.yaml --site=alps", "--setup"),
+        ("fetch org/model --hosts spark-b", "ssh HOST"),
+        ("export run --to vllm --quant nvfp4 --output out", "--quant fp8"),
+        ("train smollm2-135m-lora parallel.experts=2", "parallel.shard"),
+    ],
+)
+def test_what_went_names_what_to_use(
+    words: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    check_shown(capsys.readouterr().err, fix=[fix])
+
+
 def test_options_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["recipes", "show", "mistral-7b-lora", "train.seed=1", "--json", "train.eps=1e-7"]
     assert main(words) == 0

@@ -89,11 +89,12 @@ VERB_GROUPS = find_verbs()
 OTHER_NAMES = {
     "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
 }
-# Options that went -> what does the same.
+# Options, or one of their choices, that went -> what does the same.
 OTHER_OPTIONS = {
     "tunesmith doctor --fix": "tunesmith doctor: each fault has its command",
     "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
     "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
+    "tunesmith export --quant nvfp4": "--quant fp8",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
@@ -161,11 +162,12 @@ class Parser(argparse.ArgumentParser):
         if choice:
             near_choice = self._near_choice(*choice.groups())
             fix = f"did you mean {near_choice}? see {fix}" if near_choice else fix
+            fix = OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}", fix)
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
             options: list[str] = []
             for action in self._actions:
-                # A hidden option is one that was removed.
+                # A hidden option is for processes that a command starts.
                 if action.help != argparse.SUPPRESS:
                     options += action.option_strings
             near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
