@@ -3,7 +3,7 @@ to find.
 
 machine -> model files -> data and token contract -> model on meta -> plan
 
-`on_paper.py` has the same for machines that need not be here.
+`tools/plan/on_paper.py` has the same for machines that need not be here.
 """
 
 import logging
