@@ -6,6 +6,7 @@ Tolerance 3 %: kernels keep a number or two a row, which the estimate leaves out
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,8 @@ def allocated(function) -> tuple[int, int]:
     """Bytes of tensors that a call allocates: at most at one time, and those that are there after
     it.
     """
+    # What an earlier measurement left in circles would be freed in between, and counted here.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
