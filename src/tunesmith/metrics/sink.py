@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -219,6 +220,7 @@ class TensorBoardSink(Sink):
                 why=str(error),
                 fix="log.tensorboard_dir=FOLDER, or log.tensorboard=false",
             ) from None
+        threading.excepthook = _silent_for_tensorboard
         self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -268,6 +270,12 @@ class TensorBoardSink(Sink):
                     f"TensorBoard's events in {self.folder} are left out from here on: "
                     f"{error.strerror}; {METRICS} has all records; fix: df -h"
                 )
+
+
+def _silent_for_tensorboard(fault: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's thread: its error is met, and said, at the next call."""
+    if not type(fault.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(fault)
 
 
 def _verbatim(text: str) -> str:
