@@ -139,6 +139,7 @@ def test_experts_in_kernels_of_the_compiler(dtype: torch.dtype, device: str) -> 
     torch.compiler.reset()
     model = build("gpt_oss", dtype, device)
     load = ExpertLoad(model)
+    model.to(device)  # the counts too
     [module, *_] = load.modules
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(TOKENS, 64, generator=generator).to(device, dtype).requires_grad_()
