@@ -46,16 +46,22 @@ VARIANTS: dict[str, dict] = {
 }  # fmt: skip
 
 
+def tiny_config(name: str):
+    """The config of a variant as Transformers builds it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(name.split("-", maxsplit=1)[0], **{**SMALL, **VARIANTS[name]})
+
+
 def build(name: str, folder: Path, dtype: str = "float32") -> Path:
     """Save a random model of the variant; norms and biases are drawn too, so that a lost one shows
     in the logits.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name.split("-", maxsplit=1)[0], **{**SMALL, **VARIANTS[name]})
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -21,9 +21,7 @@ ADAPTERS = [
 
 
 def spec_of(name: str) -> tuple[ModelSpec, AutoConfig]:
-    config = AutoConfig.for_model(
-        name.split("-", maxsplit=1)[0], **{**families.SMALL, **families.VARIANTS[name]}
-    )
+    config = families.tiny_config(name)
     return read_spec(config.to_dict(), where=name), config
 
 

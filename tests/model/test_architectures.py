@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tunesmith.model import spec
 from tunesmith.model.architectures import ARCHITECTURES
@@ -18,9 +18,7 @@ from . import families
 
 @pytest.fixture(scope="module", params=sorted(families.VARIANTS))
 def model(request):
-    config = AutoConfig.for_model(
-        request.param.split("-")[0], **{**families.SMALL, **families.VARIANTS[request.param]}
-    )
+    config = families.tiny_config(request.param)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 

@@ -59,11 +59,9 @@ def test_what_is_not_trained_is_refused_by_name(words: str) -> None:
 @pytest.fixture(scope="module", params=sorted(families.VARIANTS))
 def built(request):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        request.param.split("-")[0], **{**families.SMALL, **families.VARIANTS[request.param]}
-    )
+    config = families.tiny_config(request.param)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
