@@ -289,3 +289,17 @@ def test_messages_are_asserted_by_their_fields():
                         places.append(f"{file.name}: {text!r}")
     assert count > 500, "too few texts were looked at"
     assert len(places) <= PROSE_ASSERTED, "\n".join(places)
+
+
+# Places of a change; they may only get fewer.
+PLACES = {"A recipe key": 3, "A model family": 2, "A method": 3, "A data format": 3}
+
+
+def test_a_change_touches_few_places():
+    page = (SOURCE.parents[1] / "docs" / "first-change.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    found = {
+        section.splitlines()[0]: len(re.findall(r"^[0-9]+\. ", section, re.MULTILINE))
+        for section in sections
+    }
+    assert {change: found[change] for change in PLACES} == PLACES

@@ -16,28 +16,12 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import SafeRepresenter
 
+from tunesmith.config.names import keys
 from tunesmith.config.schema import METHOD_KEYS, Adapter, MethodConfig, Run, yaml_name
 from tunesmith.config.tree import scalar
 from tunesmith.units import Length, Share, Size
 
-# What may change when a run resumes, by dotted key or section; train.duration may grow.
-FREE = (
-    "log",
-    "validate",
-    "checkpoint",
-    "parallel",
-    "profile",
-    "output_dir",
-    "train.micro_batch",
-    "train.recompute",
-    "train.cpu_offload",
-    "train.compile",
-    "train.deterministic",
-    "model.attention",
-    "data.allow_cut_answers",
-    # Other rows than before are refused by their hashes.
-    "data.hold_out_seed",
-)
+# It may grow when a run resumes.
 DURATION = "train.duration"
 
 _TEXT = re.compile(r"[A-Za-z/][\w./-]*(?: [\w./-]+)*|[0-9]+(?:\.[0-9]+)? (?:[a-z]+|%)", re.ASCII)
@@ -216,7 +200,10 @@ def _may_follow(old: Length, new: Length) -> bool:
 
 def is_free(key: str) -> bool:
     """Tell whether a dotted key may change when a run resumes: it changes no step."""
-    return any(f"{key}.".startswith(f"{name}.") for name in FREE)
+    return any(
+        spec.metadata["free"] and f"{key}.".startswith(f"{name}.")
+        for name, (spec, _) in keys().items()
+    )
 
 
 def leaves(value: Any, key: str = "") -> dict[str, Any]:

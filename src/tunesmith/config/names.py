@@ -1,15 +1,18 @@
 """The recipe key or value that a mistyped or foreign name most likely means."""
 
 import difflib
+import json
 import re
+import types
 from collections.abc import Iterable, Iterator
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tunesmith.config.schema import Run, is_section, yaml_name
 from tunesmith.config.tree import read_file
+from tunesmith.units import Length, Share, Size
 
 
 @cache
@@ -40,9 +43,17 @@ def without_indices(key: str) -> str:
 
 @cache
 def other_tools(section: str) -> dict[str, str]:
-    """Names of other tools and what to write here; `section` is `keys`, `words` or `absent`."""
+    """Names of other tools and what to write here; `section` is `keys`, `words` or `absent`.
+
+    Those of a key's own field mean the key itself; the others are in other_tools.yaml.
+    """
     table = read_file(Path(__file__).with_name("other_tools.yaml")).plain()[section]
-    return {name: meaning for meaning, names in table.items() for name in names}
+    meanings = {name: meaning for meaning, names in table.items() for name in names}
+    if section == "keys":
+        # Backwards, so that a key of a source is that of the training rows.
+        for key, (spec, hint) in reversed(keys().items()):
+            meanings |= dict.fromkeys(spec.metadata["others"], f"{key}: {example(hint, spec)}")
+    return meanings
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
@@ -94,6 +105,31 @@ def suggest_key(section: str, name: str) -> str:
     if suggestion:
         return f"did you mean {suggestion}?"
     return f"{section or 'a recipe'} has {', '.join(siblings)}"
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type that it is."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def default_of(spec: Field[Any]) -> str:
+    """The default of a key as YAML; empty if it has none."""
+    value = spec.default if spec.default_factory is MISSING else spec.default_factory()
+    if value is MISSING:
+        return ""
+    if isinstance(value, str | Length | Size | Share):
+        return str(value)
+    return "{}" if is_dataclass(value) else json.dumps(value)
+
+
+def example(hint: Any, spec: Field[Any]) -> str:
+    """A value of a key as YAML: its example or default, or one that its type takes."""
+    if hint is bool:
+        return "true"
+    value = spec.metadata["example"] or default_of(spec)
+    if value != "null":
+        return value
+    return "8" if int in members(hint) else "name"
 
 
 def _last(key: str) -> str:

@@ -47,11 +47,24 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
-def key(default: Any, doc: str, *, example: str = "") -> Any:
-    """A recipe key with its documentation; one whose default is `...` is required, and has an
-    example.
+def key(
+    default: Any,
+    doc: str,
+    *,
+    example: str = "",
+    free: bool = False,
+    others: tuple[str, ...] = (),
+) -> Any:
+    """Declare a recipe key: all that belongs to it but its type and its effect.
+
+    Args:
+        default: of the key; `...`: it is required, and has an example.
+        free: whether it may change when a run resumes, as it changes no step; so may the keys
+            below it.
+        others: its names in other tools, of the same meaning; where the value differs too,
+            `other_tools.yaml` has them.
     """
-    metadata = {"doc": doc, "example": example}
+    metadata = {"doc": doc, "example": example, "free": free, "others": others}
     if default is ...:
         return field(metadata=metadata)
     if default == {}:
@@ -82,9 +95,12 @@ class MethodConfig:
         0.1,
         "dpo, kto: strength of the KL penalty to the reference; orpo: weight of the odds ratio;"
         " simpo: scale of the margin",
+        others=("pref_beta", "rl_beta"),
     )
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = key(
-        "sigmoid", "dpo: loss on a pair's margin; robust: for partly wrong labels"
+        "sigmoid",
+        "dpo: loss on a pair's margin; robust: for partly wrong labels",
+        others=("pref_loss",),
     )
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = key(
         0.0, "dpo, loss_type robust: the assumed share of pairs with swapped answers"
@@ -92,8 +108,12 @@ class MethodConfig:
     sft_weight: PositiveOrZero = key(
         0.0, "dpo: weight of the cross-entropy of the chosen answer, added to the loss"
     )
-    desirable_weight: PositiveOrZero = key(1.0, "kto: weight of good answers")
-    undesirable_weight: PositiveOrZero = key(1.0, "kto: weight of bad answers")
+    desirable_weight: PositiveOrZero = key(
+        1.0, "kto: weight of good answers", others=("kto_chosen_weight",)
+    )
+    undesirable_weight: PositiveOrZero = key(
+        1.0, "kto: weight of bad answers", others=("kto_rejected_weight",)
+    )
     simpo_gamma: PositiveOrZero = key(
         0.5, "simpo: target margin between the chosen and the rejected answer"
     )
@@ -107,6 +127,7 @@ class Model:
         ...,
         "Hub id, a local folder, a `.gguf` file, or `demo`",
         example="meta-llama/Llama-3.1-8B-Instruct",
+        others=("model_name_or_path", "model_name", "base_model", "checkpoint_dir", "model_id"),
     )
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
@@ -123,7 +144,10 @@ class Model:
         " others",
     )
     attention: Literal["auto", "eager"] = key(
-        "auto", "auto: the fastest for packed rows; eager: Transformers' implementation"
+        "auto",
+        "auto: the fastest for packed rows; eager: Transformers' implementation",
+        others=("attn_implementation",),
+        free=True,
     )
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
@@ -138,15 +162,30 @@ class Model:
 class Adapter:
     """What is trained: a LoRA adapter, or with `kind: none` all weights."""
 
-    kind: Literal["lora", "none"] = key("lora", "lora, or none for full fine-tuning")
-    rank: Rank = key(8, "LoRA rank (r)")
+    kind: Literal["lora", "none"] = key(
+        "lora",
+        "lora, or none for full fine-tuning",
+        others=("use_peft", "peft_config", "lora"),
+    )
+    rank: Rank = key(
+        8,
+        "LoRA rank (r)",
+        others=("lora_r", "lora_rank", "r"),
+    )
     alpha: Positive = key(16.0, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: Fraction = key(0.0, "dropout on the input of A, at least 0 and below 1")
+    dropout: Fraction = key(
+        0.0, "dropout on the input of A, at least 0 and below 1", others=("lora_dropout",)
+    )
     target: str | tuple[str, ...] = key(
         "all-linear",
         "`all-linear` (linear layers but the head, and experts) or a list of module names",
+        others=("lora_target", "lora_target_modules", "lora_target_linear", "target_modules"),
     )
-    rslora: bool = key(False, "scale by alpha / sqrt(rank), as rsLoRA does")
+    rslora: bool = key(
+        False,
+        "scale by alpha / sqrt(rank), as rsLoRA does",
+        others=("use_rslora", "peft_use_rslora"),
+    )
     modules_to_save: tuple[str, ...] = key(
         (), "modules trained in full, such as `embed_tokens`, `lm_head`"
     )
@@ -162,6 +201,7 @@ class Source:
         ...,
         "Hub id, or a file or folder of them: json, jsonl, csv, parquet, arrow, txt, md",
         example="rows.jsonl",
+        others=("path", "data_files"),
     )
     name: str | None = key(None, "configuration of a Hub dataset")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
@@ -180,7 +220,10 @@ class Data:
     """The rows, and how they become tokens."""
 
     train: tuple[Source, ...] = key(
-        ..., "a source, or a list", example="{source: rows.jsonl, format: messages}"
+        ...,
+        "a source, or a list",
+        example="{source: rows.jsonl, format: messages}",
+        others=("dataset", "datasets", "dataset_name", "dataset_dir", "train_file"),
     )
     validation: tuple[Source, ...] = key((), "held-out rows: a source, a list of them, or null")
     hold_out: Share | None = key(
@@ -189,9 +232,10 @@ class Data:
         "examples`; null:"
         " none",
         example="5 %",
+        others=("val_set_size", "val_size"),
     )
     hold_out_seed: Seed | None = key(
-        None, "seed that chooses the rows of `hold_out`; null: `train.seed`"
+        None, "seed that chooses the rows of `hold_out`; null: `train.seed`", free=True
     )
     leave_out: tuple[RowFault, ...] = key(
         (),
@@ -213,14 +257,26 @@ class Data:
     )
     system: str | None = key(None, "system message for rows that have none")
     seq_len: AtLeastTwo = key(
-        2048, "maximum length of an example, and length of a packed row, in tokens"
+        2048,
+        "maximum length of an example, and length of a packed row, in tokens",
+        others=("cutoff_len", "max_seq_length", "max_seq_len", "max_length", "sequence_len"),
     )
     pack: bool = key(
         True,
         "put several examples in a row, isolated by attention; false: one example a row, padded",
+        others=(
+            "packing",
+            "packed",
+            "sample_packing",
+            "neat_packing",
+            "padding_free",
+            "pad_to_sequence_len",
+        ),
     )
     train_on: Literal["response", "last", "all"] = key(
-        "response", "all assistant turns, the last one, or all tokens"
+        "response",
+        "all assistant turns, the last one, or all tokens",
+        others=("assistant_only_loss", "completion_only_loss"),
     )
     too_long: Literal["auto", "truncate", "drop", "error"] = key(
         "auto",
@@ -236,6 +292,7 @@ class Data:
         False,
         "train although more than a tenth of the rows have an answer whose end is cut off by"
         " `seq_len`",
+        free=True,
     )
     shuffle: bool = key(True, "reshuffle each epoch, by the seed; false: file order")
 
@@ -249,7 +306,9 @@ class Train:
         Size(64, "examples"), "batch size of an optimizer step, over all ranks"
     )
     micro_batch: Size | Literal["auto"] = key(
-        "auto", "batch size of one forward pass, including padding; auto: the largest that fits"
+        "auto",
+        "batch size of one forward pass, including padding; auto: the largest that fits",
+        free=True,
     )
     learning_rate: Positive = key(1e-4, "peak learning rate")
     min_learning_rate: PositiveOrZero = key(0.0, "final learning rate of linear and cosine")
@@ -257,7 +316,9 @@ class Train:
         "cosine", "learning-rate schedule after warmup"
     )
     warmup: Length = key(
-        Length(3, "%"), "linear warmup of the learning rate, as a share of the run or in steps"
+        Length(3, "%"),
+        "linear warmup of the learning rate, as a share of the run or in steps",
+        others=("warmup_ratio",),
     )
     optimizer: Literal["adamw", "adamw-8bit"] = key(
         "adamw", "adamw-8bit keeps both moments in 8 bits (bitsandbytes)"
@@ -267,33 +328,50 @@ class Train:
         "update each parameter during backward and free its gradient: full fine-tuning in less"
         " memory; "
         "needs `clip_norm: null`, and the global batch must fit in one forward pass",
+        others=("optimizer_in_bwd",),
     )
-    betas: tuple[Fraction, Fraction] = key((0.9, 0.999), "AdamW's betas")
+    betas: tuple[Fraction, Fraction] = key(
+        (0.9, 0.999),
+        "AdamW's betas",
+        others=("adam_beta1", "adam_beta2"),
+    )
     eps: Positive = key(1e-8, "AdamW's epsilon")
     weight_decay: PositiveOrZero = key(
         0.0, "decoupled weight decay of matrices, not of norms, biases and scalars"
     )
-    clip_norm: Positive | None = key(1.0, "maximum L2 norm of the gradient; null: no clipping")
+    clip_norm: Positive | None = key(
+        1.0,
+        "maximum L2 norm of the gradient; null: no clipping",
+        others=("max_grad_norm", "clip_grad_norm", "gradient_clipping"),
+    )
     master_weights: Literal["fp32", "stochastic"] = key(
         "fp32", "bf16 weights: fp32 copy, or stochastic rounding"
     )
-    seed: Seed = key(42, "seed of data order, new weights and dropout")
+    seed: Seed = key(
+        42,
+        "seed of data order, new weights and dropout",
+        others=("random_state", "data_seed"),
+    )
     recompute: CountOrZero | Literal["auto", "none", "full"] = key(
         "auto",
         "activation checkpointing: how many layers to recompute in backward; auto: as few as fit"
         " in memory",
+        free=True,
     )
     cpu_offload: tuple[Literal["parameters", "activations"], ...] = key(
         (),
         "keep in the host's memory, at the cost of time: parameters (of several ranks: a model"
         " trained in full, with gradients and moments; beside an adapter the frozen layers, without"
         " embedding and head), activations (the inputs of recomputed layers)",
+        free=True,
     )
-    compile: Literal["auto", "on", "off"] = key("auto", "torch.compile")
+    compile: Literal["auto", "on", "off"] = key("auto", "torch.compile", free=True)
     deterministic: bool = key(
         False,
         "bitwise reproducible runs and resumes on a GPU too; slower, and an operator without a"
         " deterministic implementation ends the run",
+        others=("full_determinism",),
+        free=True,
     )
 
 
@@ -301,10 +379,18 @@ class Train:
 class Parallel:
     """How ranks share the work; nothing here changes the result."""
 
-    replicate: Count | Literal["auto"] = key("auto", "data-parallel replicas of the model")
-    shard: Count | Literal["auto"] = key("auto", "ranks that shard one replica")
+    replicate: Count | Literal["auto"] = key(
+        "auto", "data-parallel replicas of the model", others=("data_parallel_replicate_dim",)
+    )
+    shard: Count | Literal["auto"] = key(
+        "auto",
+        "ranks that shard one replica",
+        others=("data_parallel_shard_dim", "fsdp", "fsdp_config", "deepspeed"),
+    )
     tensor: Count | Literal["auto"] = key(
-        1, "tensor-parallel ranks, on one node; auto: the fastest"
+        1,
+        "tensor-parallel ranks, on one node; auto: the fastest",
+        others=("tensor_parallel_dim", "tensor_parallel_size"),
     )
 
 
@@ -313,7 +399,9 @@ class Validate:
     """Loss on the held-out rows."""
 
     every: Length | None = key(
-        Length(100, "steps"), "interval; always also at the end; null: only at the end"
+        Length(100, "steps"),
+        "interval; always also at the end; null: only at the end",
+        others=("eval_steps", "eval_strategy", "evaluation_strategy", "run_val_every_n_steps"),
     )
     max_examples: Count | None = key(None, "take the first N held-out examples")
     patience: Count | None = key(None, "stop after N validations without improvement")
@@ -329,9 +417,15 @@ class Checkpoint:
     """What is saved during the run, and how a run resumes."""
 
     every: Length | None = key(
-        Length(200, "steps"), "interval; null: only at the end and when stopped"
+        Length(200, "steps"),
+        "interval; null: only at the end and when stopped",
+        others=("save_steps", "save_strategy"),
     )
-    keep: Count = key(3, "how many checkpoints to keep, newest first, beside the best one")
+    keep: Count = key(
+        3,
+        "how many checkpoints to keep, newest first, beside the best one",
+        others=("save_total_limit",),
+    )
     final: Literal["best", "last"] = key(
         "best",
         "the weights of final/: best: of the best validation whose step has a checkpoint, which"
@@ -349,8 +443,12 @@ class Checkpoint:
 class Log:
     """What is shown and written during training."""
 
-    every: Length = key(Length(1, "steps"), "interval of log lines; metrics.jsonl has every step")
-    tensorboard: bool = key(True, "write TensorBoard events")
+    every: Length = key(
+        Length(1, "steps"),
+        "interval of log lines; metrics.jsonl has every step",
+        others=("logging_steps", "log_every_n_steps"),
+    )
+    tensorboard: bool = key(True, "write TensorBoard events", others=("plot_loss",))
     tensorboard_dir: str | None = key(
         None, "folder of the events; null: `tensorboard/` in output_dir"
     )
@@ -375,11 +473,11 @@ class Log:
 class Profile:
     """Traces for Perfetto, and a memory snapshot."""
 
-    enabled: bool = key(False, "record a trace and a memory snapshot")
-    wait: CountOrZero = key(5, "steps to skip before each cycle")
+    enabled: bool = key(False, "record a trace and a memory snapshot", others=("profiler",))
+    wait: CountOrZero = key(5, "steps to skip before each cycle", others=("wait_steps",))
     warmup: CountOrZero = key(3, "steps to trace and discard")
-    active: Count = key(20, "steps to record")
-    cycles: Count = key(1, "how many cycles")
+    active: Count = key(20, "steps to record", others=("active_steps",))
+    cycles: Count = key(1, "how many cycles", others=("num_cycles",))
     stacks: bool = key(False, "record Python call stacks: larger traces, slower steps")
     ranks: tuple[CountOrZero, ...] | Literal["all"] = key(
         "all", "the ranks that record, such as [0]"
@@ -412,12 +510,18 @@ class Run:
         example="{train: {source: rows.jsonl, format: messages}}",
     )
     train: Train = key(Train(), "the optimizer and its schedule")
-    parallel: Parallel = key(Parallel(), "how ranks share the work")
-    validate: Validate = key(Validate(), "loss on the held-out rows")
-    checkpoint: Checkpoint = key(Checkpoint(), "checkpoints, and how a run resumes")
-    log: Log = key(Log(), "logging and trackers")
-    profile: Profile = key(Profile(), "traces and a memory snapshot")
-    output_dir: str = key(..., "the run directory", example="runs/mine")
+    parallel: Parallel = key(Parallel(), "how ranks share the work", free=True)
+    validate: Validate = key(Validate(), "loss on the held-out rows", free=True)
+    checkpoint: Checkpoint = key(Checkpoint(), "checkpoints, and how a run resumes", free=True)
+    log: Log = key(Log(), "logging and trackers", free=True)
+    profile: Profile = key(Profile(), "traces and a memory snapshot", free=True)
+    output_dir: str = key(
+        ...,
+        "the run directory",
+        example="runs/mine",
+        others=("output", "out_dir"),
+        free=True,
+    )
 
     @property
     def extra_forwards(self) -> int:

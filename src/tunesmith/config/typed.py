@@ -8,13 +8,20 @@ import json
 import math
 import re
 import reprlib
-import types
-from dataclasses import MISSING, Field, is_dataclass
+from dataclasses import Field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
-from tunesmith.config.names import keys, nearest, other_tools, suggest_key, without_indices
+from tunesmith.config.names import (
+    example,
+    keys,
+    members,
+    nearest,
+    other_tools,
+    suggest_key,
+    without_indices,
+)
 from tunesmith.config.schema import Run, is_section
 from tunesmith.config.tree import Node, scalar
 from tunesmith.errors import RecipeError
@@ -324,11 +331,6 @@ def _could_be_entry(hint: Any, text: str) -> bool:
     return hint == tuple[str, ...] or text in literal_words(get_args(hint)[0])
 
 
-def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type that it is."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
 def literal_words(hint: Any) -> tuple[str, ...]:
     """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
     words: list[str] = []
@@ -360,26 +362,6 @@ def type_in_words(hint: Any) -> str:
     if is_dataclass(hint):
         return "a mapping of keys"
     return " or ".join(type_in_words(member) for member in members(hint))
-
-
-def default_of(spec: Field[Any]) -> str:
-    """The default of a key as YAML; empty if it has none."""
-    value = spec.default if spec.default_factory is MISSING else spec.default_factory()
-    if value is MISSING:
-        return ""
-    if isinstance(value, str | Length | Size | Share):
-        return str(value)
-    return "{}" if is_dataclass(value) else json.dumps(value)
-
-
-def example(hint: Any, spec: Field[Any]) -> str:
-    """A value of a key as YAML: its example or default, or one that its type takes."""
-    if hint is bool:
-        return "true"
-    value = spec.metadata["example"] or default_of(spec)
-    if value != "null":
-        return value
-    return "8" if int in members(hint) else "name"
 
 
 # Names of other tools whose number is not the one that is written here: a ratio, a count per epoch.

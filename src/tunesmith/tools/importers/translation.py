@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.config.dump import to_yaml
-from tunesmith.config.names import keys, nearest, other_tools, without_indices
+from tunesmith.config.names import keys, members, nearest, other_tools, without_indices
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.tree import Node, wrap
-from tunesmith.config.typed import literal_words, members
+from tunesmith.config.typed import literal_words
 from tunesmith.errors import UsageError, is_secret_name, mask, mask_words
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, python_scalar, table
 from tunesmith.units import Length

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunesmith.config.names import keys, other_tools, suggest_key
-from tunesmith.config.typed import members
+from tunesmith.config.names import keys, members, other_tools, suggest_key
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
 
