@@ -180,7 +180,7 @@ def parse_json(text: bytes) -> Any:
     return value
 
 
-def _check_numbers(value: Any) -> None:
+def _check_numbers(value: object) -> None:
     """ValueError for a number beyond LARGEST; the depth is bounded by the parser."""
     if isinstance(value, dict):
         for item in value.values():
@@ -192,14 +192,14 @@ def _check_numbers(value: Any) -> None:
         raise ValueError("a number in it is too large")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """A finite number up to LARGEST; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -LARGEST <= value <= LARGEST
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """A whole number from 0 that a browser holds exactly."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
 
@@ -223,13 +223,18 @@ def form_fault(value: object, form: object) -> str:
 
 
 @cache
-def _validator(form: Any) -> "TypeAdapter[Any]":
+def _validator(form: Any) -> "TypeAdapter[object]":
     from pydantic import TypeAdapter
 
     return TypeAdapter(form)
 
 
-def read_object(path: Path, form: object = dict[str, Any]) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; raises as `read_form`."""
+    return read_form(path, dict[str, Any])
+
+
+def read_form(path: Path, form: type[T]) -> T:
     """A JSON file that holds an object of a form, with what the form does not name.
 
     OSError where it cannot be read, ValueError where it holds something else.
@@ -242,7 +247,7 @@ def read_object(path: Path, form: object = dict[str, Any]) -> dict[str, Any]:
     fault = form_fault(values, form)
     if fault:
         raise ValueError(fault)
-    fields: dict[str, Any] = values
+    fields: T = values
     return fields
 
 
@@ -262,7 +267,7 @@ def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[dict[str, Any]
     return Part(values, fault if values is None else _drop_wrong_types(values, forms))
 
 
-def _drop_wrong_types(values: dict[str, Any], forms: Mapping[str, object]) -> str:
+def _drop_wrong_types(values: dict[str, object], forms: Mapping[str, object]) -> str:
     """Remove the values that are not of their form, and say which these are."""
     wrong = []
     for name, form in forms.items():
@@ -301,7 +306,7 @@ _STOPPED_FORMS = {
     "reason": str,
     "step": Count,
     "what": str,
-    "figures": dict[str, Any],
+    "figures": dict[str, object],
 }
 
 
@@ -376,9 +381,9 @@ def steps_taken(recorded: int, state: RunState, stopped: Mapping[str, Any] | Non
     return recorded
 
 
-def read_running(folder: Path) -> dict[str, Any] | None:
+def read_running(folder: Path) -> RunningNote | None:
     """The note of a start; None where it is not there or lacks something."""
-    return read_part(folder / RUNNING, lambda path: read_object(path, RunningNote)).value
+    return read_part(folder / RUNNING, lambda path: read_form(path, RunningNote)).value
 
 
 def read_recipe(folder: Path) -> Part[dict[str, Any]]:
@@ -417,13 +422,13 @@ class ValidateSection(TypedDict):
 
 
 _SECTION_FORMS = {
-    name: dict[str, Any]
+    name: dict[str, object]
     for name, (_, hint) in keys().items()
     if "." not in name and schema.is_section(hint)
 } | {
     "train": TrainSection,
     "validate": ValidateSection,
-    "method": str | dict[str, Any],  # one without keys is written as its name
+    "method": str | dict[str, object],  # one without keys is written as its name
 }
 
 
@@ -471,13 +476,13 @@ class Manifest(TypedDict):
     files: dict[str, ManifestEntry]
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """manifest.json of final/ or of a checkpoint; None where it is not there.
 
     `step` of the weights; `last_step` of the run, which the best weights may be older than; and
     `files` as {"path": {"bytes": n, "sha256": "..."}}. ValueError where it is damaged.
     """
-    values, fault, _ = read_part(folder / MANIFEST, lambda path: read_object(path, Manifest))
+    values, fault, _ = read_part(folder / MANIFEST, lambda path: read_form(path, Manifest))
     # No system opens a file whose name has a zero byte.
     if values is not None and any("\0" in name for name in values["files"]):
         fault = "a file's name in it contains a zero byte"
@@ -513,13 +518,13 @@ class Sample(TypedDict):
     row: NotRequired[str | None]
 
 
-def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
+def read_samples(folder: Path) -> Part[list[Sample]]:
     """The answers of samples.jsonl in the order of their steps.
 
     A last line without its end may still be written.
     """
     content, fault, _ = read_part(folder / SAMPLES, read_bytes)
-    rows: list[dict[str, Any]] = []
+    rows: list[Sample] = []
     skipped = 0
     for number, line in enumerate((content or b"").splitlines(keepends=True), start=1):
         try:
@@ -533,7 +538,7 @@ def read_samples(folder: Path) -> Part[list[dict[str, Any]]]:
         elif line.endswith(b"\n"):
             skipped += 1
             fault = fault or f"line {number}: {reason}"
-    rows.sort(key=lambda row: int(row["step"]))
+    rows.sort(key=lambda row: row["step"])
     return Part(rows, fault, skipped or None)
 
 
@@ -554,9 +559,9 @@ class ProfileSummary(TypedDict):
     operations: list[ProfiledOperation]
 
 
-def read_profile(path: Path) -> dict[str, Any]:
+def read_profile(path: Path) -> ProfileSummary:
     """A summary of `profile/`; OSError or ValueError where it is damaged."""
-    return read_object(path, ProfileSummary)
+    return read_form(path, ProfileSummary)
 
 
 class RowLosses(TypedDict):
@@ -585,7 +590,8 @@ class EvalScores(TypedDict):
     row_hash: str
     step: NotRequired[Count | None]
     seen: NotRequired[Count | None]
-    losses: NotRequired[dict[str, Any] | None]
+    losses: NotRequired[dict[str, object] | None]
+    row_losses: NotRequired[object]  # `RowLosses`, but in a damaged file
     scores: dict[str, Score]
 
 
@@ -598,7 +604,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     `{"row_hash", "tokens", "tuned"}` with a number a row, and maybe `base` (None of a task).
     OSError or ValueError where it is damaged.
     """
-    values = read_object(path, EvalScores)
+    values = read_form(path, EvalScores)
     result: dict[str, Any] = {name: values.get(name) for name in EvalScores.__annotations__}
     if result["losses"] is not None:
         losses = result["losses"].items()
@@ -637,11 +643,12 @@ class SweepCandidate(TypedDict):
 
 # `fixed` is empty until the first candidate begins.
 class SweepFile(TypedDict):
-    asked: dict[str, Any]
-    fixed: Annotated[dict[str, Any], Len(0, 0)] | SweepPlan
+    asked: dict[str, object]
+    fixed: Annotated[dict[str, object], Len(0, 0)] | SweepPlan
     candidates: list[SweepCandidate]
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
-    return read_object(path, SweepFile)
+    values: dict[str, Any] = {**read_form(path, SweepFile)}
+    return values

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -88,10 +87,6 @@ class Figures:
     names: tuple[str, ...]
 
 
-def decode_figures(values: dict[str, Any]) -> Figures:
-    return Figures(names=tuple(values.pop("names")), **values)
-
-
 def test_what_was_measured_is_measured_again_where_its_file_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +98,7 @@ def test_what_was_measured_is_measured_again_where_its_file_is_bad(
         return Figures(3, ("a", "b"))
 
     def figures(*key: object) -> Figures:
-        return files.measure_once("specs", list(key), measure, decode_figures)
+        return files.measure_once("specs", list(key), measure, Figures)
 
     assert figures(1, {"a": Path("x")}) == figures(1, {"a": Path("x")}) == Figures(3, ("a", "b"))
     assert len(measured) == 1
@@ -128,7 +123,7 @@ def test_a_cache_that_cannot_be_written_costs_no_more_than_the_measurement(
 ) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
-    figures = files.measure_once("specs", [1], lambda: Figures(3, ()), decode_figures)
+    figures = files.measure_once("specs", [1], lambda: Figures(3, ()), Figures)
     assert figures == Figures(3, ())
 
 

@@ -10,14 +10,13 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tunesmith.distributed.diagnosis import AGAIN
 from tunesmith.errors import RunError
 from tunesmith.host.files import write_atomically
 from tunesmith.host.memory import oom_kills
 from tunesmith.metrics.record import newest_record
-from tunesmith.run_dir import FAILURE, RUNNING, STOPPED, read_running
+from tunesmith.run_dir import FAILURE, RUNNING, STOPPED, RunningNote, read_running
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -72,7 +71,7 @@ def find_previous_crash(run_dir: Path) -> RunError | None:
     )
 
 
-def _likely_cause(note: dict[str, Any]) -> tuple[str, str]:
+def _likely_cause(note: RunningNote) -> tuple[str, str]:
     """Why that process was killed, and the name of the cause."""
     if note["host"] != socket.gethostname():
         return "on that host, check: dmesg -T | grep -i oom", "killed"

@@ -14,6 +14,7 @@ from io import StringIO
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from tunesmith.config.names import keys
@@ -52,7 +53,7 @@ def _plain(run: Run) -> dict[str, Any]:
     were others.
     """
 
-    def default(value: Any) -> Any:
+    def default(value: object) -> object:
         if isinstance(value, Length | Size | Share):
             return str(value)
         if isinstance(value, MethodConfig):
@@ -86,28 +87,28 @@ def _yaml_of(values: str) -> str:
 _TAG = "tag:yaml.org,2002:"
 
 
-def _represent_text(yaml: Any, text: str) -> Any:
+def _represent_text(yaml: SafeRepresenter, text: str) -> ScalarNode:
     """Quoted wherever it could be anything but text."""
     is_plain = _TEXT.fullmatch(text) and isinstance(scalar(text), str)
     return yaml.represent_scalar(f"{_TAG}str", text, style=None if is_plain else '"')
 
 
-def _represent_number(yaml: Any, number: float) -> Any:
+def _represent_number(yaml: SafeRepresenter, number: float) -> ScalarNode:
     """Exact to the last bit."""
     return yaml.represent_scalar(f"{_TAG}float", repr(number))
 
 
-def _represent_list(yaml: Any, items: list[Any]) -> Any:
+def _represent_list(yaml: SafeRepresenter, items: list[object]) -> SequenceNode:
     """Flat lists on one line."""
     return yaml.represent_sequence(f"{_TAG}seq", items, flow_style=not _nested(items))
 
 
-def _represent_mapping(yaml: Any, mapping: dict[str, Any]) -> Any:
+def _represent_mapping(yaml: SafeRepresenter, mapping: dict[str, object]) -> MappingNode:
     # As a list of pairs, whose order ruamel keeps: it would sort a dict.
     return yaml.represent_mapping(f"{_TAG}map", list(mapping.items()), flow_style=not mapping)
 
 
-_REPRESENT: dict[type, Callable[..., Any]] = {
+_REPRESENT: dict[type, Callable[..., object]] = {
     str: _represent_text,
     float: _represent_number,
     list: _represent_list,
@@ -115,11 +116,11 @@ _REPRESENT: dict[type, Callable[..., Any]] = {
 }
 
 
-def _nested(value: Any) -> bool:
+def _nested(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
 
 
-def to_yaml(values: Mapping[str, Any], comments: Mapping[str, str] | None = None) -> str:
+def to_yaml(values: Mapping[str, object], comments: Mapping[str, str] | None = None) -> str:
     """Plain values as YAML 1.2 text: sections in block form, lists of scalars on one line.
 
     `comments` are written above their dotted key; keys below a list have none.
@@ -151,8 +152,8 @@ class Change(NamedTuple):
     """
 
     key: str
-    old: Any
-    new: Any
+    old: object
+    new: object
     allowed: bool
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import get_origin
 
 from tunesmith.config.names import keys, without_indices
 from tunesmith.config.paths import resolve_paths
@@ -54,7 +54,7 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
     return merged
 
 
-def override_layer(overrides: Mapping[str, Any] | Sequence[str]) -> Node:
+def override_layer(overrides: Mapping[str, object] | Sequence[str]) -> Node:
     """One layer of all overrides, whatever their order.
 
     Args:
@@ -211,7 +211,7 @@ def _without_stale(lower: Node, upper: Node, key: str) -> dict[str, Node]:
     return values
 
 
-def _sources(rows: Node) -> list[Any]:
+def _sources(rows: Node) -> list[object]:
     """List the sources of `data.train`: Hub ids and absolute paths."""
     sources = []
     for entry in rows.value if isinstance(rows.value, list) else [rows]:

@@ -9,7 +9,6 @@ command line.
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS, check_run
 from tunesmith.config.layers import merge_layers, override_layer, with_method_section
@@ -26,7 +25,7 @@ MAX_EXTENDS = 20
 
 def load_recipe(
     recipe: str | Path,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, object] | Sequence[str] = (),
     *,
     announce: bool = False,
 ) -> Run:
@@ -44,7 +43,7 @@ def load_recipe(
     return checked(merge_layers(tree, override_layer(overrides), announce=announce))
 
 
-def from_mapping(values: Mapping[str, Any], *, where: str, base: Path) -> Run:
+def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run:
     """A `Run` from plain values, as `to_mapping` gives them; raises as `load_recipe`.
 
     `where` is what errors call it, such as the file's name, and `base` the folder that relative

@@ -107,7 +107,7 @@ def suggest_key(section: str, name: str) -> str:
     return f"{section or 'a recipe'} has {', '.join(siblings)}"
 
 
-def members(hint: Any) -> tuple[Any, ...]:
+def members(hint: object) -> tuple[object, ...]:
     """The alternatives of a union, or the one type that it is."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

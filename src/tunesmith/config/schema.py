@@ -30,6 +30,7 @@ Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+StatedDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
 # What `data.leave_out` may name; data/row_checks.py finds it.
 RowFault = Literal["near-duplicates", "contradictions", "unfinished", "rare-languages"]
@@ -131,7 +132,7 @@ class Model:
     )
     revision: str | None = key(None, "branch, tag or commit on the Hub; null: `main`")
     tokenizer: str | None = key(None, "Hub id or folder of a tokenizer; null: the model's")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = key(
+    dtype: StatedDtype = key(
         "auto",
         "dtype of weights and matmuls; fp16 scales the loss; auto: bf16 where the processor has"
         " units for it, else fp32 if the weights fit",

@@ -103,10 +103,10 @@ def scalar(text: str) -> Scalar:
     return text
 
 
-def wrap(values: Any, *, where: str, base: Path, key: str = "") -> Node:
+def wrap(values: object, *, where: str, base: Path, key: str = "") -> Node:
     """Plain values as a tree whose places are `where: key`."""
 
-    def wrap_child(name: Any, value: Any) -> Node:
+    def wrap_child(name: object, value: object) -> Node:
         return wrap(value, where=where, base=base, key=f"{key}.{name}".lstrip("."))
 
     place = f"{where}: {key}" if key else where
@@ -176,7 +176,7 @@ def read_value(text: str, *, where: str, base: Path) -> Node:
 class _Untyped(VersionedResolver):
     """Gives plain scalars no type: `scalar` does."""
 
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+    def resolve(self, kind: object, value: object, implicit: object) -> object:
         return BaseResolver.resolve(self, kind, value, implicit)
 
 

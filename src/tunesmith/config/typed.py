@@ -83,7 +83,7 @@ class _Value(NamedTuple):
 
     node: Node
     key: str
-    hint: Any
+    hint: object
     spec: Field[Any]
 
     @classmethod
@@ -116,7 +116,7 @@ class _Value(NamedTuple):
         return self._replace(key=owner).line(value)
 
 
-def _entry_type(hint: Any) -> Any:
+def _entry_type(hint: object) -> object:
     """The type of a list's entries, or of a mapping's values."""
     for member in members(hint):
         if get_origin(member) is tuple:
@@ -216,7 +216,7 @@ def _foreign_name(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def _foreign_line(name: str, content: Any) -> str:
+def _foreign_line(name: str, content: object) -> str:
     """The line to write for a key of another tool, with its own value; empty where it has none."""
     line = other_tools("keys").get(name, "")
     key, _, line_value = line.partition(": ")
@@ -274,7 +274,7 @@ def _locate(tree: Node, error: "ErrorDetails") -> _Mismatch:
     return _Mismatch(node, key, error)
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if value is None:
         return "nothing (null)"
     if isinstance(value, list):
@@ -324,14 +324,14 @@ def _fix_type(value: _Value) -> str:
     return f"write {value.example()}"
 
 
-def _could_be_entry(hint: Any, text: str) -> bool:
+def _could_be_entry(hint: object, text: str) -> bool:
     """Tell whether a type is a list of which a text could be an entry."""
     if get_origin(hint) is not tuple:
         return False
     return hint == tuple[str, ...] or text in literal_words(get_args(hint)[0])
 
 
-def literal_words(hint: Any) -> tuple[str, ...]:
+def literal_words(hint: object) -> tuple[str, ...]:
     """The words that a type lists: `Literal["a", "b"] | int` -> ("a", "b")."""
     words: list[str] = []
     for member in members(hint):
@@ -340,7 +340,7 @@ def literal_words(hint: Any) -> tuple[str, ...]:
     return tuple(words)
 
 
-def type_in_words(hint: Any) -> str:
+def type_in_words(hint: object) -> str:
     """A type in words, such as "a whole number or `auto`"."""
     origin = get_origin(hint)
     inside = get_args(hint)

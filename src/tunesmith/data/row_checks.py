@@ -151,7 +151,7 @@ def check_rows(sources: SourceRows) -> RowFindings:
         at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
         return replace(at_indices, rows=indices.stop)
 
-    return measure_once("row-checks", _key("rows", sources), check, _decoded)
+    return measure_once("row-checks", _key("rows", sources), check, RowFindings)
 
 
 def checked_before(sources: SourceRows) -> RowFindings | None:
@@ -161,7 +161,7 @@ def checked_before(sources: SourceRows) -> RowFindings | None:
         raise LookupError("these rows were not compared before")
 
     with suppress(LookupError):
-        return measure_once("row-checks", _key("rows", sources), absent, _decoded)
+        return measure_once("row-checks", _key("rows", sources), absent, RowFindings)
     return None
 
 
@@ -222,7 +222,7 @@ def _pairs_once(key: list[Any], pairs: Callable[[], Iterable[list[int]]]) -> lis
     def check() -> RowFindings:
         return RowFindings(near_duplicates=sorted(pairs()))
 
-    return measure_once("row-checks", key, check, _decoded).near_duplicates
+    return measure_once("row-checks", key, check, RowFindings).near_duplicates
 
 
 def _tell(rows: int) -> None:
@@ -251,10 +251,6 @@ def _key(what: str, sources: SourceRows) -> list[Any]:
     for source, rows in sources:
         described.append([rows.digest(), source.format, sorted(source.columns.items())])
     return [ROW_CHECKS_VERSION, limits(), what, described]
-
-
-def _decoded(values: dict[str, Any]) -> RowFindings:
-    return RowFindings(**values)
 
 
 def _counts_by_source(sources: SourceRows, indices: range) -> list[int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.distributed.activity import Probes
 from tunesmith.distributed.heartbeat import UNDECIDED, Heartbeat, refuses_connections
@@ -35,7 +35,7 @@ from tunesmith.host.signals import wait_for_signal
 from tunesmith.run_dir import Phase
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 # A collective may wait for a rank that compiles, loads or saves; one that is gone is noticed by its
 # heartbeat.
@@ -82,7 +82,7 @@ class Ranks:
     hosts: tuple[str, ...] = ("",)
     run_dir_writers: tuple[int, ...] = (0,)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
-    group: Any = None
+    group: "ProcessGroup | None" = None
 
     @property
     def is_main_process(self) -> bool:
@@ -119,7 +119,7 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.world
+        values = [value] * self.world
         dist.all_gather_object(values, value, group=self.group)
         return values
 

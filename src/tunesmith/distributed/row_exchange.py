@@ -2,12 +2,12 @@
 gradients: each is the gradient of the other.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.torch_private import collective
+from tunesmith.distributed.torch_private import SavingContext, collective
 
 
 class RankGroup(NamedTuple):
@@ -42,12 +42,17 @@ def _exchange(x: Tensor, group: RankGroup, gather: bool) -> Tensor:
     return collective("reduce_scatter_tensor", x, "sum", group.size, group.name)
 
 
+class _ExchangeContext(SavingContext):
+    group: RankGroup
+    gather: bool
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: RankGroup, gather: bool) -> Tensor:
+    def forward(ctx: _ExchangeContext, x: Tensor, group: RankGroup, gather: bool) -> Tensor:
         ctx.group, ctx.gather = group, gather
         return _exchange(x, group, gather)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _ExchangeContext, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _exchange(grads[0], ctx.group, not ctx.gather), None, None

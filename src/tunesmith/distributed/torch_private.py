@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 # The only fp8 matmul that torch 2.11 to 2.13 share on GPU and CPU. On a CPU, 2.11 scales
 # tensor-wise only.
@@ -19,7 +20,7 @@ _newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
 set_allocator = _newer or torch.cuda.memory._set_allocator_settings
 
 
-def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
+def collective(name: str, x: Tensor, *arguments: object) -> Tensor:
     """The result of a collective as a new plain tensor, which torch.compile keeps in one graph.
 
     torch's functions around these operators were renamed between 2.11 and 2.13.
@@ -29,7 +30,7 @@ def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
             `reduce_scatter_tensor` (op, size, group), by rows.
         arguments: as in the parentheses; group: a process group's name.
     """
-    operators: Any = torch.ops._c10d_functional
+    operators = torch.ops._c10d_functional
     operator = getattr(operators, name)
     if torch.compiler.is_compiling():
         # These operators return at once; the result may be read after `wait_tensor`.
@@ -42,6 +43,13 @@ def collective(name: str, x: Tensor, *arguments: Any) -> Tensor:
 
 
 _entered: list[str] = []
+
+
+class SavingContext(FunctionCtx):
+    """The context of an autograd function, with what torch's annotations of it leave out."""
+
+    saved_tensors: tuple[Any, ...]  # None of what was saved as None
+    needs_input_grad: tuple[bool, ...]
 
 
 def current_collective() -> str:

@@ -1,7 +1,7 @@
 """Forwards of a model's modules where ranks hold parts of a parameter or of the vocabulary."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -10,13 +10,15 @@ from torch.distributed.tensor import DTensor
 
 from tunesmith.distributed.torch_private import collective
 
+T = TypeVar("T")
 
-def local_part(tensor: Any) -> Any:
+
+def local_part(tensor: T) -> T:
     """This rank's part of a DTensor, which its gradient goes back to; anything else as it is.
 
     Forwards compute with parts: products of DTensors would make collectives of their own.
     """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return cast("T", tensor.to_local()) if isinstance(tensor, DTensor) else tensor
 
 
 def sharding_groups(param: Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -104,7 +106,7 @@ class GatheredHead(nn.Module):
     """
 
     def compute(
-        self, function: Callable[..., Tensor], hidden: Tensor, *arguments: Any, **options: Any
+        self, function: Callable[..., Tensor], hidden: Tensor, *arguments: object, **options: object
     ) -> Tensor:
         """`function(hidden, head, ...)`, which reads the head's weight."""
         return function(hidden, self, *arguments, **options)
@@ -114,8 +116,8 @@ def compute_with_head(
     function: Callable[..., Tensor],
     hidden: Tensor,
     head: nn.Module,
-    *arguments: Any,
-    **options: Any,
+    *arguments: object,
+    **options: object,
 ) -> Tensor:
     """`function(hidden, head, ...)`, for which a head that is a group of FSDP's is gathered."""
     if isinstance(head, GatheredHead):

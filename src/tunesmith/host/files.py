@@ -87,22 +87,24 @@ def measure_once(
     folder: str,
     key: list[Any],
     measure: Callable[[], Measured],
-    decode: Callable[[dict[str, Any]], Measured],
+    form: type[Measured],
 ) -> Measured:
     """Read from the cache what `measure` returned with this key before, else call it.
 
-    A cached file that is torn, or that `decode` does not take, is measured again.
+    A cached file that is torn, or holds no `form`, is measured again.
 
     Args:
         folder: below the cache folder.
         key: all that the result depends on, as JSON; other values by their text.
-        decode: builds the dataclass from the JSON of its `asdict`, in which tuples are lists.
+        form: the dataclass that is cached, as JSON.
     """
+    from pydantic import TypeAdapter
+
     text = json.dumps(key, sort_keys=True, default=str)
     file = cache_folder(folder) / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     # Not there, not JSON, without one of the fields, or a field of another kind.
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return decode(json.loads(file.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError):
+        return TypeAdapter(form).validate_json(file.read_bytes())
     measured = measure()
     with suppress(OSError):  # a cache that cannot be written costs seconds
         file.parent.mkdir(parents=True, exist_ok=True)

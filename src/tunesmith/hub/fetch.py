@@ -397,7 +397,7 @@ def fetch_without_weights(name: str, revision: str | None = None) -> Path:
     return cached or _download_snapshot(name, revision, SUPPORT)
 
 
-def config_in_package(model: Model) -> Mapping[str, Any] | None:
+def config_in_package(model: Model) -> Mapping[str, object] | None:
     """config.json of a well-known Hub id of which nothing is on this machine; None for any other
     model.
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import TunesmithError
@@ -22,13 +21,13 @@ from tunesmith.run_dir import (
     LOG,
     METRICS,
     RECIPE,
+    Manifest,
     describe_weights,
     read_manifest,
     read_samples,
 )
 from tunesmith.units import count_of, format_seconds, ratio
 
-Manifest = dict[str, Any] | None
 # An increase of val_loss above its minimum, as a share of that, that is more than noise.
 RISE = 0.01
 ANSWER_WIDTH = 69  # characters of a sample answer, so that its line fits 80 columns
@@ -181,7 +180,7 @@ _FILE_NOTES = (
 )
 
 
-def _written(folder: Path, weights: Manifest, best_step: int | None) -> list[str]:
+def _written(folder: Path, weights: Manifest | None, best_step: int | None) -> list[str]:
     """The files of the run, a line each.
 
     weights: the manifest of final/.
@@ -222,7 +221,7 @@ def _next(run: Run, folder: Path) -> list[str]:
     ]
 
 
-def _answers(folder: Path, weights: Manifest) -> list[str]:
+def _answers(folder: Path, weights: Manifest | None) -> list[str]:
     """The first two prompts that were answered both before training and by the weights of final/,
     whose manifest is given.
     """

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.errors import ModelError, first_line
 from tunesmith.model.attention_kernels import choose_kernel
 from tunesmith.model.documents import (
@@ -104,7 +105,7 @@ def documents_attention(
     s_aux: Tensor | None = None,
     documents: Documents | None = None,
     query_factor: Tensor | None = None,
-    **others: Any,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it.
 
@@ -152,23 +153,7 @@ def documents_attention(
     return out.unsqueeze(0), None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any) -> Tensor:
-    """Causal attention within each document.
-
-    Args:
-        q: [n, heads, d], with any strides.
-        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention), and the
-            width of v may differ (multi-head latent attention).
-        options: scale, window, softcap, sinks and dropout, as of `_attend_each`.
-
-    Returns [n, heads, width of v] in q's dtype.
-    """
-    if documents.repeated is not None:
-        return _attend_whole(q, k, v, documents, **options)
-    return _attend_each(q, k, v, documents, **options)
-
-
-def _attend_each(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -180,14 +165,19 @@ def _attend_each(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`attend` where n are the tokens of all documents, one document after another.
+    """Causal attention within each document.
 
     Args:
+        q: [n, heads, d], with any strides.
+        k, v: [n, kv heads, d]; heads are a multiple of kv heads (grouped-query attention), and the
+            width of v may differ (multi-head latent attention).
         scale: factor on the products; None takes d ** -0.5.
         window: how many tokens a query sees, itself counted; None sees all before it.
         softcap: c in c * tanh(score / c) (Gemma 2); None leaves scores as they are.
         sinks: [heads], one more score of each head, without a value (GPT-OSS); None: there is none.
         dropout: probability of dropping an attention weight.
+
+    Returns [n, heads, width of v] in q's dtype.
     """
     # A window as long as the longest document hides nothing.
     if window is not None and window >= documents.max_seqlen:
@@ -195,6 +185,16 @@ def _attend_each(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     rule = Rule(documents, scale, window, softcap)
+    if documents.repeated is not None:
+        return _attend_whole(q, k, v, rule, documents.repeated, sinks, dropout)
+    return _attend_each(q, k, v, rule, sinks, dropout)
+
+
+def _attend_each(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None, dropout: float
+) -> Tensor:
+    """`attend` where n are the tokens of all documents, one document after another."""
+    documents, _, window, softcap = rule
     # Only sdpa drops weights, and it knows neither caps nor sinks.
     if dropout:
         if softcap is not None or sinks is not None:
@@ -221,25 +221,35 @@ def _attend_each(
 
 
 @torch.compiler.disable  # shapes follow the documents and change with every batch
-def _attend_whole(q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any) -> Tensor:
+def _attend_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    repeated: RepeatedTokens,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
     """`attend` where n are the tokens of a block that holds some once for two documents."""
-    repeated = documents.repeated
-    assert repeated is not None
     q, k, v = (_Repeat.apply(x, repeated) for x in (q, k, v))
-    out = _attend_each(q, k, v, documents, **options)
+    out = _attend_each(q, k, v, rule, sinks, dropout)
     return _TakeFirsts.apply(out, repeated)
+
+
+class _RepeatContext(SavingContext):
+    repeated: RepeatedTokens
 
 
 class _Repeat(torch.autograd.Function):
     """The tokens of a block [n, ...] as those of its documents [m, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, repeated: RepeatedTokens) -> Tensor:
+    def forward(ctx: _RepeatContext, x: Tensor, repeated: RepeatedTokens) -> Tensor:
         ctx.repeated = repeated
         return x.index_select(0, repeated.places)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _RepeatContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, firsts, seconds = ctx.repeated
         total = grads[0].index_select(0, firsts)
         # No place comes twice among these, so that each sum has two terms and one order.
@@ -255,12 +265,12 @@ class _TakeFirsts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, repeated: RepeatedTokens) -> Tensor:
+    def forward(ctx: _RepeatContext, x: Tensor, repeated: RepeatedTokens) -> Tensor:
         ctx.repeated = repeated
         return x.index_select(0, repeated.firsts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _RepeatContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         places, firsts, _ = ctx.repeated
         of_documents = grads[0].new_zeros(len(places), *grads[0].shape[1:])
         return of_documents.index_copy_(0, firsts, grads[0]), None
@@ -463,6 +473,10 @@ def _products(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None 
     return _Products.apply(q, k, v, rule, sinks)
 
 
+class _ProductsContext(SavingContext):
+    rule: Rule
+
+
 class _Products(torch.autograd.Function):
     """softmax(scale * q k^T + mask) v by batched products, one batch a group of documents.
 
@@ -473,7 +487,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None
+        ctx: _ProductsContext, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None
     ) -> Tensor:
         ctx.rule = rule
         # [n, heads, width of v]
@@ -499,11 +513,11 @@ class _Products(torch.autograd.Function):
                 if saves:
                     saved.append(probabilities)
             _scatter_back(out, _join(results), group)
-        ctx.save_for_backward(q, k, v, sinks, out, *saved)
+        ctx.save_for_backward(q, k, v, sinks, out, *saved)  # type: ignore[arg-type]
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ProductsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, *saved = ctx.saved_tensors
         saved_probabilities = iter(saved)
         # `empty`: every token lies in one document of one group, so each row is written once.

@@ -6,8 +6,6 @@ no rotary embedding; they scale their queries by a function of the position, whi
 counts from the start of the row instead of the document.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,9 +40,9 @@ def prepare_chunked_attention(causal_lm: PreTrainedModel) -> int | None:
 class ChunkedAttention(nn.Module):
     """An attention layer that sees the chunks of the documents in their place."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        documents: Documents | None = kwargs.get("documents")
-        if documents is not None:
+    def forward(self, *args: object, **kwargs: object) -> object:
+        documents = kwargs.get("documents")
+        if isinstance(documents, Documents):
             kwargs["documents"] = documents.chunks
         return super().forward(*args, **kwargs)
 
@@ -55,9 +53,9 @@ class TunedAttention(nn.Module):
     floor_scale: float
     attn_scale: float
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        documents: Documents | None = kwargs.get("documents")
-        if documents is not None:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        documents = kwargs.get("documents")
+        if isinstance(documents, Documents):
             edges = documents.cu_seqlens
             in_row = torch.arange(hidden_states.shape[1], device=edges.device)
             # Of the tokens of documents, which the row may hold once for two of them.

@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import (
@@ -35,7 +34,7 @@ def deadline(seconds: float, what: str, *, why: str) -> Iterator[None]:
     end = time.thread_time() + seconds
 
     # The hooks are those of all modules, in all threads.
-    def check(_module: nn.Module, *_args: Any) -> None:
+    def check(_module: nn.Module, *_args: object) -> None:
         if threading.get_ident() == thread and time.thread_time() > end:
             raise _OutOfTimeError
 

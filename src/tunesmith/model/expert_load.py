@@ -8,7 +8,6 @@ tokens that it has between attention and MLP, and counts these.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ class ExpertLoad:
         finally:
             self.is_token = is_token
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if self.is_token is None:
             return
         index = _choice((*args, *kwargs.values()))
@@ -93,7 +92,7 @@ class ExpertLoad:
         return tokens_by_layer
 
 
-def _choice(values: tuple[Any, ...]) -> Tensor | None:
+def _choice(values: tuple[object, ...]) -> Tensor | None:
     """The experts of each token, int64 [n, k], among what an experts' module is called with."""
     for value in values:
         if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():

@@ -10,7 +10,7 @@ documents.
 import importlib
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from tunesmith.model.documents import Documents
 from tunesmith.model.fused_functions import geglu, rms_norm, rotate, swiglu
 from tunesmith.model.same_code import forward_code
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Mixin = TypeVar("Mixin", bound=nn.Module)
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
 
 
@@ -37,24 +41,26 @@ def fuse_modules(model: nn.Module, *, project: Project = separately) -> int:
     all adapters.
     """
     count = 0
-    module: Any
     for module in model.modules():
         if not _is_candidate(module):
             continue
-        module_class: Any = type(module)
-        reference = _reference_of(module_class)
+        reference = _reference_of(type(module))  # type: ignore[arg-type]
         if reference is None:
             continue
         mixin = MIXINS.get(reference, FusedAttention)
-        if mixin is FusedAttention:
-            module.form = ATTENTIONS[reference]
-        elif issubclass(mixin, FusedMLP | FusedJoinedMLP):
+        gated = None
+        if issubclass(mixin, FusedMLP | FusedJoinedMLP):
             activation = type(module.get_submodule(mixin.activation))
-            if activation not in _gated_activations():
+            gated = _gated_activations().get(activation)
+            if gated is None:
                 continue
-            module.gated = _gated_activations()[activation]
-        add_mixin(module, mixin)
-        module.project = project
+        fused = add_mixin(module, mixin)
+        if isinstance(fused, FusedAttention):
+            fused.form = ATTENTIONS[reference]
+        if isinstance(fused, FusedAttention | FusedMLP):
+            fused.project = project
+        if isinstance(fused, FusedMLP | FusedJoinedMLP) and gated is not None:
+            fused.gated = gated
         count += 1
     return count
 
@@ -80,7 +86,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 @cache
-def _reference_of(module_class: Any) -> str | None:
+def _reference_of(module_class: type[nn.Module]) -> str | None:
     """The key of ATTENTIONS or MIXINS whose code the class runs; None where it runs none."""
     # None where the class's code cannot be compared.
     code = forward_code(module_class)
@@ -108,19 +114,19 @@ def _reference_code(reference: str) -> Hashable | None:
     return forward_code(vars(importlib.import_module(_module_name(reference)))[name])
 
 
-def add_mixin(module: nn.Module, mixin: type[nn.Module]) -> None:
+def add_mixin(module: nn.Module, mixin: type[Mixin]) -> Mixin:
     """Insert `mixin` before the module's own class: parameters, names and hooks stay as they are.
 
     Layers of one class share a graph of torch.compile; functions bound on the instances would be
     compiled one by one.
     """
-    first: Any = mixin
-    second: Any = type(module)
-    module.__class__ = _mixed_class(first, second)
+    module.__class__ = _mixed_class(mixin, type(module))  # type: ignore[arg-type]
+    assert isinstance(module, mixin)
+    return module
 
 
 @cache
-def _mixed_class(mixin: Any, base: Any) -> Any:
+def _mixed_class(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
 
 
@@ -167,7 +173,7 @@ class FusedAttention(nn.Module):
     form: AttentionForm
     project: Project
     # Of Transformers' class; each is there where the form has it.
-    config: Any
+    config: "PretrainedConfig"
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -275,7 +281,7 @@ def _by_pairs(angles: Tensor) -> Tensor:
     return angles[..., : angles.shape[-1] // 2].repeat_interleave(2, -1)
 
 
-def _query_growth(positions: Tensor, config: Any) -> Tensor:
+def _query_growth(positions: Tensor, config: "PretrainedConfig") -> Tensor:
     """Ministral 3's factor on the queries, 1 up to the length of pre-training.
 
     positions: [1, n]; returns [n, 1] in fp32.

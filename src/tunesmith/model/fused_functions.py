@@ -6,11 +6,11 @@ backward. They compute in the input's dtype where Transformers does, and in fp32
 input) where it does.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tunesmith.distributed.torch_private import SavingContext
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Tensor:
@@ -31,15 +31,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Tenso
     return _Rotate.apply(x, cos, sin, pairs)
 
 
+class _RotateContext(SavingContext):
+    pairs: bool
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    def forward(ctx: _RotateContext, x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.pairs = pairs
         return _rotate_parts(x, cos, sin, pairs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _RotateContext, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         # The inverse of a rotation is its transpose; also where it scales.
         return _rotate_parts(grads[0], cos, -sin, ctx.pairs), None, None, None
@@ -93,16 +97,20 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return _Gated.apply(gate, up, True)
 
 
+class _GatedContext(SavingContext):
+    gelu: bool
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
+    def forward(ctx: _GatedContext, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
         # `mul_`: the activation is a new tensor that nobody else reads.
         return _activate(gate, gelu).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: _GatedContext, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         # Computed again: the forward saved gate and up alone.
         activated = _activate(gate, ctx.gelu)
@@ -142,10 +150,15 @@ def rms_norm(
     return weight * (x_wide * scale).to(x.dtype)
 
 
+class _NormContext(SavingContext):
+    wide: bool
+    offset: float
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, wide: bool, offset: float
+        ctx: _NormContext, x: Tensor, weight: Tensor, eps: float, wide: bool, offset: float
     ) -> Tensor:
         x_wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
@@ -159,7 +172,9 @@ class _RMSNorm(torch.autograd.Function):
         return normed.to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(
+        ctx: _NormContext, *grads: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, scale = ctx.saved_tensors
         # [n, width] in fp32
         normed = x.to(scale.dtype) * scale

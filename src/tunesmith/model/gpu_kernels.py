@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import getclosurevars
 from types import FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ def keep_kernels_to_gpus(model: nn.Module) -> None:
                 setattr(module, name, _by_device(function, wrapper))
 
 
-def _kernel_wrapper(function: object) -> Any:
+def _kernel_wrapper(function: object) -> FunctionType | None:
     """Transformers' wrapper, which calls a kernel in place of what it wraps; None for any other.
 
     Where the package `kernels` is installed, the wrapper is the function that the forward of a
@@ -50,11 +49,11 @@ def _kernel_wrapper(function: object) -> Any:
     return None
 
 
-def _by_device(with_kernel: Callable[..., Any], wrapper: Any) -> Any:
-    in_pytorch = wrapper.__wrapped__
+def _by_device(with_kernel: Callable[..., object], wrapper: FunctionType) -> Callable[..., object]:
+    in_pytorch = vars(wrapper)["__wrapped__"]
 
     @wraps(wrapper)
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(x: Tensor, *args: object, **kwargs: object) -> object:
         # Edges that PyTorch's code does not go by are refused in there.
         has_edges = kwargs.get("cu_seqlens") is not None or kwargs.get("seq_idx") is not None
         if has_edges or runs_kernels(x.device):

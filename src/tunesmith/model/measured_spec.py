@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.schema import Model
+from tunesmith.config.schema import Model, StatedDtype
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.architectures import ARCHITECTURES
@@ -20,7 +20,6 @@ from tunesmith.model.names import text_part
 from tunesmith.model.shipped import stored_quantization
 from tunesmith.model.spec import (
     EXPERTS_PER_TOKEN,
-    Layer,
     ModelSpec,
     check_decoder,
     read_spec,
@@ -55,7 +54,7 @@ PER_TOKEN = (*EXPERTS_PER_TOKEN, "top_k")
 
 
 def model_spec(
-    config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False
+    config: Mapping[str, object], *, where: str, trust_remote_code: bool = False
 ) -> ModelSpec:
     """The spec of a parsed config.json, which errors call `where`.
 
@@ -69,7 +68,7 @@ def model_spec(
     return measure_spec(config, where=where)
 
 
-def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
+def measure_spec(config: Mapping[str, object], *, where: str) -> ModelSpec:
     """The spec of a model of Transformers, from its parsed config.json or `to_dict` of its config.
 
     Of a checkpoint with images or sound it is that of the text model. Only code of Transformers
@@ -80,19 +79,13 @@ def measure_spec(config: Mapping[str, Any], *, where: str) -> ModelSpec:
     sizes.pop("quantization_config", None)
     text = json.dumps(sizes, sort_keys=True, default=str)
     key = [SPEC_CACHE_VERSION, version("transformers"), sizes]
-    spec = measure_once("specs", key, lambda: _measure(sizes, where), _decode)
+    spec = measure_once("specs", key, lambda: _measure(sizes, where), ModelSpec)
     # Read off the config each time: neither is in what was measured.
     limit = stated_position_limit(config, spec.layers, where=where)
     return replace(spec, quantized=quantized, position_limit=limit, measured=text)
 
 
-def _decode(values: dict[str, Any]) -> ModelSpec:
-    """The spec as the cache has it."""
-    layers = tuple(Layer(**layer) for layer in values.pop("layers"))
-    return ModelSpec(layers=layers, **values)
-
-
-def _measure(sizes: Mapping[str, Any], where: str) -> ModelSpec:
+def _measure(sizes: Mapping[str, object], where: str) -> ModelSpec:
     """Build and run the model, and count what is seen."""
     from tunesmith.model.count_layers import count_layers
     from tunesmith.model.meta_forward import run_on_meta
@@ -130,7 +123,7 @@ def limit_measuring(model_type: str) -> "AbstractContextManager[None]":
     return deadline(MAX_SPEC_SECONDS, f"measuring this {model_type}", why=why)
 
 
-def text_config(sizes: Mapping[str, Any], where: str) -> "PretrainedConfig":
+def text_config(sizes: Mapping[str, object], where: str) -> "PretrainedConfig":
     """The config of a model's text part, with all defaults; ModelError where Transformers does not
     read it.
     """
@@ -163,7 +156,7 @@ def _decode_floats(value: Any) -> Any:
     return value
 
 
-def build_to_measure(config: "PretrainedConfig", dtype: Any = "bf16") -> "PreTrainedModel":
+def build_to_measure(config: "PretrainedConfig", dtype: StatedDtype = "bf16") -> "PreTrainedModel":
     """The model with all its parameters and buffers on meta; raises as `load.build_on_meta`."""
     import torch
 
@@ -175,7 +168,7 @@ def build_to_measure(config: "PretrainedConfig", dtype: Any = "bf16") -> "PreTra
     return model.to("meta")
 
 
-def _cannot_measure(config: Mapping[str, Any], where: str, error: Exception) -> ModelError:
+def _cannot_measure(config: Mapping[str, object], where: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
     why = f"{type(error).__name__}: {text[:300]}"
     fix = (

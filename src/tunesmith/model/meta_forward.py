@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.model.decoder import find_layers
 
 MEASURING_NAME = "tunesmith-sizes"
@@ -77,7 +78,7 @@ class Watch:
             self.storages.add(StorageWeakRef(tensor.untyped_storage()))
 
     def run_layer(
-        self, form: Hashable, forward: Callable[..., Any], *args: Any, **options: Any
+        self, form: Hashable, forward: Callable[..., Any], *args: object, **options: object
     ) -> Any:
         """A layer's own forward; where two of its form ran, as the second of them.
 
@@ -118,15 +119,18 @@ class Watch:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        **options: Any,
+        *,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **options: object,
     ) -> tuple[Tensor, None]:
         """Attention as Transformers calls it: [1, heads, n, d] -> [1, n, heads, value_dim]."""
         self.layer.heads += query.shape[1]
         self.layer.kv_heads += key.shape[1]
         self.layer.head_dim = query.shape[-1]
         self.layer.value_dim = value.shape[-1]
-        self.layer.window = options.get("sliding_window")
-        self.layer.softcap = options.get("softcap")
+        self.layer.window = sliding_window
+        self.layer.softcap = softcap
         return SavingAttention.apply(query, key, value), None
 
     def looping_experts(
@@ -173,7 +177,9 @@ class Watch:
 class _IndicesWithValues(TorchFunctionMode):
     """Lets a tensor on meta be added to at indices on the CPU; PyTorch lets it be read at them."""
 
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, _types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.Tensor.index_add, torch.Tensor.index_add_):
             tensor, dim, index, source = args
             args = (tensor, dim, index.to(tensor.device), source)
@@ -185,7 +191,7 @@ class SavingAttention(torch.autograd.Function):
 
     @staticmethod
     # The shapes of attention as Transformers calls it: [1, heads, n, d] in, [1, n, heads, d] out.
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: SavingContext, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         _, heads, length, _ = query.shape
         output = query.new_empty(1, length, heads, value.shape[-1])
         ctx.save_for_backward(query, key, value, output)
@@ -288,7 +294,7 @@ def layer_form(layer: nn.Module, index: int, config: PretrainedConfig) -> Hashab
     return tuple(form)
 
 
-def _outline(value: Any) -> Hashable:
+def _outline(value: object) -> Hashable:
     """Arguments of a layer without the values of tensors, which there are none of on meta."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype, value.requires_grad
@@ -315,7 +321,7 @@ def count_experts(module: nn.Module) -> int:
     return int(getattr(module, "num_experts", 0))
 
 
-def _require_gradient(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+def _require_gradient(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
     if output.requires_grad:
         return output
     return output.requires_grad_()

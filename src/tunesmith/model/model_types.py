@@ -8,7 +8,7 @@ Of a model with a config.json at hand `support.find_support` says it for that ve
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
@@ -93,7 +93,7 @@ class ModelType:
     uncut: str = ""
     since: str = ""
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return the row that the table and `tunesmith models --json` have of it, in one level."""
         values = asdict(self.support)
         errors = values.pop("errors") or {"logits": None, "gradients": None}
@@ -136,7 +136,7 @@ def find_model_type(name: str) -> ModelType:
     )
 
 
-def measured_with() -> dict[str, Any]:
+def measured_with() -> dict[str, object]:
     """The versions that the table was measured with."""
-    versions: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))["versions"]
+    versions: dict[str, object] = json.loads(FILE.read_text(encoding="utf-8"))["versions"]
     return versions

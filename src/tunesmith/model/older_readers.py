@@ -49,12 +49,12 @@ def for_older_readers(name: str, content: bytes) -> bytes:
     return (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def with_older_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_older_config(config: Mapping[str, object]) -> dict[str, object]:
     """A config.json of Transformers 5 with the older keys.
 
     Keys that it has already are not changed.
     """
-    older: dict[str, Any] = {}
+    older: dict[str, object] = {}
     if config.get("dtype") is not None:
         older["torch_dtype"] = config["dtype"]  # the only name before Transformers 4.56
     rope = config.get("rope_parameters")
@@ -63,9 +63,9 @@ def with_older_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**older, **config}
 
 
-def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, object]:
     """The older keys of a config's `rope_parameters`."""
-    older: dict[str, Any] = {}
+    older: dict[str, object] = {}
     # One mapping for each kind of layer, as in Gemma 3.
     if isinstance(rope.get("full_attention"), Mapping):
         local = rope.get("sliding_attention") or {}
@@ -79,7 +79,7 @@ def _older_rope(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     return older
 
 
-def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _older_scaling(model_type: str, rope: Mapping[str, object]) -> dict[str, object] | None:
     """The older `rope_scaling`, None where frequencies are not scaled."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
@@ -98,7 +98,7 @@ def _older_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any] |
     return scaling | {"rope_type": rope_type, "type": rope_type}
 
 
-def with_older_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_older_tokenizer(config: Mapping[str, object]) -> dict[str, object]:
     """A tokenizer_config.json of Transformers 5 in the form that 4 reads; 5 reads both."""
     older = dict(config)
     if older.get("tokenizer_class") == "TokenizersBackend":

@@ -35,7 +35,7 @@ class PackedCall:
     seq_idx: bool = True
     gap: int = 0
 
-    def keywords(self, spaced: Spaced) -> dict[str, Any]:
+    def keywords(self, spaced: Spaced) -> dict[str, Tensor]:
         """Return what the layer's forward is handed beside its own arguments."""
         # With the edges on the host FLA need not ask the device for them.
         keywords = {self.edges: spaced.edges, "cu_seqlens_cpu": spaced.edges_on_host}
@@ -86,7 +86,7 @@ class ByDocument(nn.Module):
 
     packed_call: PackedCall | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         documents = kwargs.pop("documents", None)
         if documents is None:
             documents = current_documents()
@@ -103,12 +103,12 @@ class ByDocument(nn.Module):
 
 @torch.compiler.disable  # shapes follow the documents and change with every batch
 def _run_apart(
-    forward: Callable[..., Any],
+    forward: Callable[..., object],
     call: PackedCall | None,
     documents: Documents,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> object:
     # One document: nothing to keep apart.
     if len(documents.edges) == 2:
         return forward(*args, **kwargs)
@@ -123,12 +123,12 @@ def _run_apart(
 
 
 def _run_in_one_call(
-    forward: Callable[..., Any],
+    forward: Callable[..., object],
     call: PackedCall,
     documents: Documents,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> object:
     spaced = documents.spaced(call.gap)
     if call.gap == 0:
         return forward(*args, **kwargs, **call.keywords(spaced))

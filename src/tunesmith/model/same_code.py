@@ -9,7 +9,7 @@ none any more.
 import inspect
 from collections.abc import Hashable
 from types import FunctionType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import nn
 
@@ -42,7 +42,7 @@ def forward_code(module_class: type[nn.Module]) -> Hashable | None:
     return (*decorators, _function_code(forward, module_class, callers=()))
 
 
-def _is_plain(value: Any) -> TypeGuard[FunctionType]:
+def _is_plain(value: object) -> TypeGuard[FunctionType]:
     """Tell whether this is a function whose bytecode says all: what a closure holds may differ."""
     return isinstance(value, FunctionType) and value.__closure__ is None
 
@@ -78,7 +78,9 @@ def _function_code(
     )
 
 
-def _value_code(value: Any, owner: type[nn.Module], callers: tuple[FunctionType, ...]) -> Hashable:
+def _value_code(
+    value: object, owner: type[nn.Module], callers: tuple[FunctionType, ...]
+) -> Hashable:
     """The code of a function; anything else (a library, a table of functions) is itself alone."""
     if any(value is caller for caller in callers):
         return "caller"

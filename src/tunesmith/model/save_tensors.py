@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,7 +81,7 @@ def save_tensors(
     written = {name: _written_form(source, dtype) for name, source in tensors.items()}
     # As safetensors sorts: the widest dtype first, so that no tensor is unaligned.
     names = sorted(tensors, key=lambda name: (-written[name].itemsize, name))
-    header: dict[str, Any] = {}
+    header: dict[str, object] = {}
     if metadata:
         header["__metadata__"] = dict(metadata)
     end = 0

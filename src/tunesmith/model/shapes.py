@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
@@ -29,8 +28,8 @@ class Shape:
     """
 
     source: str
-    config: Mapping[str, Any]
-    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, object]
+    models: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
 _SHAPE_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -48,7 +47,7 @@ def find_shape(name: str) -> Shape:
     raise UsageError(f"there is no shape {name!r}", where="--shape", fix=fix)
 
 
-def config_of_model(repo: str) -> dict[str, Any] | None:
+def config_of_model(repo: str) -> dict[str, object] | None:
     """Return what the config.json of a repository of the Hub says of size and arithmetic.
 
     None where its shape is not here.

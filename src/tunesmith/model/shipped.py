@@ -46,7 +46,7 @@ NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP}
 # ---- config.json
 
 
-def stated_quantization(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def stated_quantization(config: Mapping[str, object], where: str) -> Mapping[str, object]:
     """Read how the weights are quantized; empty where they are not. ModelError for no mapping.
 
     A vision-language model says it of the whole, or of its text model.
@@ -65,7 +65,7 @@ def stated_quantization(config: Mapping[str, Any], where: str) -> Mapping[str, A
     return stored
 
 
-def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
+def stored_quantization(config: Mapping[str, object], where: str) -> str | None:
     """`bnb-nf4` for bitsandbytes' 4-bit NormalFloat checkpoints, one of KEEPABLE; None: plain.
 
     ModelError for every other kind.
@@ -95,7 +95,7 @@ def stored_quantization(config: Mapping[str, Any], where: str) -> str | None:
     )
 
 
-def shipped_form(config: Mapping[str, Any], where: str) -> ShippedForm | None:
+def shipped_form(config: Mapping[str, object], where: str) -> ShippedForm | None:
     """The form that a parsed config.json, called `where`, says its weights have; None: another.
 
     ModelError where it says so in a way that is not read.
@@ -105,7 +105,7 @@ def shipped_form(config: Mapping[str, Any], where: str) -> ShippedForm | None:
     return reader(stored, where) if reader is not None else None
 
 
-def _transformers_form(stored: Mapping[str, Any], where: str) -> ShippedForm:
+def _transformers_form(stored: Mapping[str, object], where: str) -> ShippedForm:
     """FP8 and MXFP4, as Transformers writes them; FP8 also as AutoFP8 does."""
     for key, plain in (("modules_to_convert", None), ("expert_dtype", "fp8")):
         _check_value(stored, key, (plain,), where)
@@ -130,7 +130,7 @@ def _transformers_form(stored: Mapping[str, Any], where: str) -> ShippedForm:
     )
 
 
-def _compressed_tensors_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
+def _compressed_tensors_form(stored: Mapping[str, object], where: str) -> ShippedForm | None:
     """FP8 and NVFP4 as compressed-tensors writes them: llm-compressor, and `export --quant`."""
     stated = stored.get("format")
     if stated not in (*COMPRESSED_FP8, COMPRESSED_NVFP4):
@@ -169,7 +169,7 @@ def _compressed_tensors_form(stored: Mapping[str, Any], where: str) -> ShippedFo
     )
 
 
-def _strategy_block(weights: Mapping[str, Any], where: str) -> tuple[int, int] | None:
+def _strategy_block(weights: Mapping[str, object], where: str) -> tuple[int, int] | None:
     """`ShippedForm.block` by the strategy of compressed-tensors."""
     _check_value(weights, "dynamic", (False,), where)
     _check_value(weights, "strategy", ("tensor", "channel", "block"), where)
@@ -179,14 +179,14 @@ def _strategy_block(weights: Mapping[str, Any], where: str) -> tuple[int, int] |
     return ROW if strategy == "channel" else None
 
 
-def _has_static_scales(stored: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+def _has_static_scales(stored: Mapping[str, object], group: Mapping[str, object]) -> bool:
     """Tell whether compressed-tensors has scales of inputs, or of keys and values, in its files."""
     inputs = group.get("input_activations")
     is_static = isinstance(inputs, Mapping) and not inputs.get("dynamic")
     return is_static or bool(stored.get("kv_cache_scheme"))
 
 
-def _modelopt_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
+def _modelopt_form(stored: Mapping[str, object], where: str) -> ShippedForm | None:
     """FP8 with a scale a matrix, and NVFP4, as NVIDIA's ModelOpt writes them. Its names of modules
     have wildcards.
     """
@@ -209,7 +209,7 @@ def _modelopt_form(stored: Mapping[str, Any], where: str) -> ShippedForm | None:
     )
 
 
-FORM_READERS: dict[str, Callable[[Mapping[str, Any], str], ShippedForm | None]] = {
+FORM_READERS: dict[str, Callable[[Mapping[str, object], str], ShippedForm | None]] = {
     "fp8": _transformers_form,
     "mxfp4": _transformers_form,
     "compressed-tensors": _compressed_tensors_form,
@@ -218,7 +218,7 @@ FORM_READERS: dict[str, Callable[[Mapping[str, Any], str], ShippedForm | None]] 
 
 
 def _only_group(
-    stored: Mapping[str, Any], expected: Mapping[str, Any], where: str
+    stored: Mapping[str, object], expected: Mapping[str, object], where: str
 ) -> Mapping[str, Any]:
     """The only one of `config_groups`, whose weights are as `expected`."""
     groups = stored.get("config_groups")
@@ -237,7 +237,9 @@ def _only_group(
     return group
 
 
-def _check_value(stored: Mapping[str, Any], key: str, read: Sequence[Any], where: str) -> None:
+def _check_value(
+    stored: Mapping[str, object], key: str, read: Sequence[object], where: str
+) -> None:
     """ModelError for a key that is there with another value than those that are read, and not
     empty.
     """
@@ -252,7 +254,7 @@ def _check_value(stored: Mapping[str, Any], key: str, read: Sequence[Any], where
     )
 
 
-def _names(stored: Mapping[str, Any], keys: Sequence[str], where: str) -> Sequence[str]:
+def _names(stored: Mapping[str, object], keys: Sequence[str], where: str) -> Sequence[str]:
     """The list of names under the first of these keys that has one."""
     key = next((key for key in keys if stored.get(key)), keys[0])
     names = stored.get(key) or []
@@ -285,7 +287,7 @@ def _expressions(names: Sequence[str], where: str) -> tuple[str, ...]:
     return tuple(expressions)
 
 
-def check_quantize(quantize: str, config: Mapping[str, Any], where: str) -> None:
+def check_quantize(quantize: str, config: Mapping[str, object], where: str) -> None:
     """ModelError where `model.quantize` and what config.json says of the weights do not fit."""
     stored = stored_quantization(config, where)
     if stored == "bnb-nf4" and quantize != "nf4":

@@ -8,12 +8,10 @@ Scaling the output under autograd instead would lose the gradient that passes th
 the kernel's backward ignores: dq and dk would be off by a third.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.torch_private import varlen_backward, varlen_forward
+from tunesmith.distributed.torch_private import SavingContext, varlen_backward, varlen_forward
 
 
 def varlen_with_sinks(
@@ -40,10 +38,14 @@ def varlen_with_sinks(
     return _SinkAttention.apply(q, k, v, sinks, edges, longest, scale, window)
 
 
+class _SinkContext(SavingContext):
+    options: tuple[int, float, int | None]  # longest, scale and window
+
+
 class _SinkAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _SinkContext,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -67,7 +69,7 @@ class _SinkAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _SinkContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, edges, y, total, random_state = ctx.saved_tensors
         longest, scale, window = ctx.options
         dy = grads[0].contiguous()

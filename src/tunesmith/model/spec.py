@@ -172,7 +172,7 @@ class ModelSpec:
 
 
 def read_spec(
-    config: Mapping[str, Any], *, where: str, trust_remote_code: bool = False
+    config: Mapping[str, object], *, where: str, trust_remote_code: bool = False
 ) -> ModelSpec:
     """The spec of a parsed config.json of a family in the table, which errors call `where`.
 
@@ -255,7 +255,7 @@ def _dense_layer(hidden: int, intermediate: int, heads: int, kv_heads: int, head
 
 
 def _vector_parameters(
-    config: Mapping[str, Any], family: Architecture, hidden: int, layer: Layer
+    config: Mapping[str, object], family: Architecture, hidden: int, layer: Layer
 ) -> int:
     """Parameters of a layer's biases and norms."""
     q = layer.heads * layer.head_dim
@@ -277,7 +277,7 @@ def _vector_parameters(
     return count
 
 
-def check_decoder(config: Mapping[str, Any], where: str) -> None:
+def check_decoder(config: Mapping[str, object], where: str) -> None:
     """ModelError for a config that names no type, or one of an encoder."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -325,7 +325,7 @@ def _check_shares(config: Mapping[str, Any], where: str) -> None:
         raise ModelError(f"{key} is {value}: it must be {expected}", where=where, fix=FETCH_CONFIG)
 
 
-def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
+def _is_encoder(name: str, config: Mapping[str, object]) -> bool:
     """By its type, in small letters and underscores, and its keys."""
     is_named_so = any(name.endswith(part) or name.startswith(f"{part}_") for part in _ENCODERS)
     # "vision": between the tokens of an image alone.
@@ -333,7 +333,7 @@ def _is_encoder(name: str, config: Mapping[str, Any]) -> bool:
     return is_named_so or bidirectional or bool(config.get("is_encoder_decoder"))
 
 
-def check_supported(config: Mapping[str, Any], where: str) -> None:
+def check_supported(config: Mapping[str, object], where: str) -> None:
     """Raise ModelError, naming what the model is, for an encoder and for images or sound."""
     check_decoder(config, where)
     model_type = str(config["model_type"])
@@ -378,7 +378,7 @@ def _check_composite(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _size(config: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+def _size(config: Mapping[str, object], name: str, where: str, default: int | None = None) -> int:
     value = config.get(name)
     if value is None:
         value = default
@@ -442,12 +442,14 @@ def _position_limit(config: Mapping[str, Any], layers: Iterable[Layer]) -> int |
     return max(_scaled_positions(config, scaling, positions) for scaling in scalings)
 
 
-def _scaled_positions(config: Mapping[str, Any], scaling: Mapping[str, Any], positions: int) -> int:
+def _scaled_positions(
+    config: Mapping[str, object], scaling: Mapping[str, object], positions: int
+) -> int:
     """Compute how far one set of rotary parameters reaches."""
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     key = "original_max_position_embeddings"
-    original = scaling.get(key) or config.get(key)
-    factor = scaling.get("factor") or 1.0
+    original: Any = scaling.get(key) or config.get(key)
+    factor: Any = scaling.get("factor") or 1.0
     if rope_type == "default":
         return positions
     if rope_type == "llama3" and original is not None and original < positions:

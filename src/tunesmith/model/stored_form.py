@@ -146,7 +146,7 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, Any]:
+def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, object]:
     """The whole model's config with what training changed."""
     dtype = str(model.config.dtype).removeprefix("torch.")
     changed = dict(config)

@@ -7,11 +7,10 @@ tried; where that fails too, the model is refused with the figures.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +96,7 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
             for name in NO_SIZES:
                 sizes.pop(name, None)
             key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), sizes]
-            support = measure_once("support", key, lambda: measure_support(text_config), _decode)
+            support = measure_once("support", key, lambda: measure_support(text_config), Support)
     except ModelError as error:
         # Errors of the measurement name no file: that is the caller's.
         error.where = error.where or where
@@ -110,14 +109,6 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
             fix=f"tunesmith models lists the supported types, such as {families_text()}",
         )
     return support
-
-
-def _decode(values: dict[str, Any]) -> Support:
-    """Decode what was measured from the values in the cache."""
-    errors = values.pop("errors")
-    for name in ("recurrent", "dead_targets"):
-        values[name] = tuple(values[name])
-    return Support(errors=Errors(**errors) if errors else None, **values)
 
 
 def measure_support(
@@ -277,7 +268,7 @@ def _positions() -> Tensor:
     return torch.cat([torch.arange(length) for length in DOCUMENT_LENGTHS])[None]
 
 
-def _hidden(twin: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
+def _hidden(twin: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Documents) -> Tensor:
     decoder = find_decoder(twin)
     output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
     hidden: Tensor = output.last_hidden_state
@@ -403,7 +394,7 @@ class _WatchedLinear(nn.Linear):
         finally:
             self.is_running = False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         # `nn.Module` finds parameters by `__getattr__`: they are in no instance's `__dict__`.
         if name == "weight" and not self.is_running:
             self.is_read = True
@@ -424,7 +415,7 @@ def _watch_modules(
     """Note of each module below a layer what the second document is on its way in and out."""
     hooks = []
 
-    def second_document(values: Any) -> list[Tensor]:
+    def second_document(values: Iterable[object]) -> list[Tensor]:
         tensors = []
         for value in values:
             if isinstance(value, tuple | list):
@@ -440,11 +431,11 @@ def _watch_modules(
         return tensors
 
     def watch(name: str, module: nn.Module) -> None:
-        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not isinstance(output, tuple | list):
-                output = (output,)
+        def note(
+            _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+        ) -> None:
             inputs = second_document((*args, *kwargs.values()))
-            seen[name] = (inputs, second_document(output))
+            seen[name] = (inputs, second_document((output,)))
 
         hooks.append(module.register_forward_hook(note, with_kwargs=True))
 
@@ -482,12 +473,12 @@ class LinearCalls:
     def __exit__(self, *_: object) -> None:
         self.hooks.close()
 
-    def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def _note(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def note_gradient(gradient: Tensor) -> None:
             if bool(gradient.any()):
                 self.alive.add(self.targets[name])
 
-        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        def note(_module: nn.Module, _args: object, output: object) -> None:
             self.called.add(name)
             if isinstance(output, Tensor) and output.requires_grad:
                 # Called when the output's gradient is there: none means that nothing used the

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -126,7 +125,7 @@ def generation_config_text(
     The file is read as JSON: GenerationConfig refuses to save some that models do ship.
     """
     file = base / GENERATION_CONFIG
-    settings: dict[str, Any] = read_json(file) if file.is_file() else {}
+    settings: dict[str, object] = read_json(file) if file.is_file() else {}
     settings["eos_token_id"] = sorted(end_ids)
     settings["pad_token_id"] = tokenizer.pad_token_id
     return json.dumps(settings, indent=2) + "\n"
@@ -141,8 +140,7 @@ def _stated_eos_ids(file: Path) -> list[int]:
         return []
     values = stated if isinstance(stated, list) else [stated]
     for value in values:
-        is_whole = isinstance(value, int) and not isinstance(value, bool)
-        if not is_whole or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ModelError(
                 f"eos_token_id is {stated!r}",
                 where=str(file),

@@ -281,7 +281,7 @@ NOT_COPIED = (
 )
 
 # What the names of the keys do not tell.
-HINTS: dict[str, dict[str, Any]] = {
+HINTS: dict[str, dict[str, object]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "dots3_note_text": {"head_dim": 24},  # the sliding layers' parts together
@@ -377,7 +377,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     return twin
 
 
-def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> list[int]:
+def choose_layers(values: Mapping[str, object], depth: int, *, each: int = 1) -> list[int]:
     """The first layers of each kind, in their order: `each` of every kind, and two at least.
 
     Layers are of one kind where everything that the config says by layer is the same.
@@ -392,8 +392,8 @@ def choose_layers(values: Mapping[str, Any], depth: int, *, each: int = 1) -> li
     return sorted([*chosen, *others[:missing]])
 
 
-def _layer_kind(values: Mapping[str, Any], index: int, depth: int) -> list[Any]:
-    kind: list[Any] = []
+def _layer_kind(values: Mapping[str, object], index: int, depth: int) -> list[object]:
+    kind: list[object] = []
     for key, value in values.items():
         if isinstance(value, list) and key in LISTS_OF_LAYERS:
             kind.append(index in value)
@@ -406,7 +406,7 @@ def _layer_kind(values: Mapping[str, Any], index: int, depth: int) -> list[Any]:
     return kind
 
 
-def _of_layer(by_layer: Mapping[Any, Any], index: int) -> Any:
+def _of_layer(by_layer: Mapping[str, Any], index: int) -> Any:
     """The entry of a mapping whose keys are numbers of layers, as text with leading zeros."""
     for key, value in by_layer.items():
         if int(key) == index:
@@ -414,7 +414,9 @@ def _of_layer(by_layer: Mapping[Any, Any], index: int) -> Any:
     return None
 
 
-def _shrink_values(values: Mapping[str, Any], layers: list[int], depth: int) -> dict[str, Any]:
+def _shrink_values(
+    values: Mapping[str, object], layers: list[int], depth: int
+) -> dict[str, object]:
     """A config's values, with its `depth` layers cut to those of the indices `layers`."""
     small = {}
     for key, value in values.items():
@@ -423,8 +425,8 @@ def _shrink_values(values: Mapping[str, Any], layers: list[int], depth: int) -> 
 
 
 def _shrink_entry(
-    key: str, value: Any, values: Mapping[str, Any], layers: list[int], depth: int
-) -> Any:
+    key: str, value: object, values: Mapping[str, object], layers: list[int], depth: int
+) -> object:
     """The value of one key, which may be one of layers; `values` are those beside it."""
     if isinstance(value, list):
         # The same layers by their new numbers.
@@ -457,7 +459,7 @@ def _count_layers(key: str, value: int, layers: list[int], depth: int) -> int | 
     return count - 1 if key == LAST_INDEX else count
 
 
-def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, Any]:
+def _cut_by_layer(by_layer: Mapping[str, Any], layers: list[int]) -> dict[str, dict[str, object]]:
     """Cut what a config says of single layers to the chosen ones, under their new numbers."""
     small = {}
     for place, index in enumerate(layers):
@@ -471,7 +473,7 @@ def _cut_by_layer(by_layer: Mapping[Any, Any], layers: list[int]) -> dict[str, A
     return small
 
 
-def _shrink_value(key: str, value: Any, values: Mapping[str, Any]) -> Any:
+def _shrink_value(key: str, value: object, values: Mapping[str, object]) -> object:
     """The value of one key; `values` are those beside it."""
     if isinstance(value, dict) and ("hidden_size" in value or key.endswith("_config")):
         left_out = ("model_type", *NOT_COPIED)
@@ -505,7 +507,7 @@ def _is_dropout(key: str) -> bool:
     return "drop" in key or key.endswith("pdrop")
 
 
-def _few_heads(key: str, value: int, values: Mapping[str, Any]) -> int:
+def _few_heads(key: str, value: int, values: Mapping[str, object]) -> int:
     heads = values.get(KV_HEADS_OF[key], values.get("num_attention_heads"))
     if value == heads:
         # Multi-head attention stays that, and grouped or multi-query stays fewer.
@@ -526,9 +528,9 @@ def _head_width(value: int, values: Mapping[str, Any]) -> int:
     return HEAD_DIM
 
 
-def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, object]:
     """Parameters of the rotary embedding; a mapping by kind of layer has them inside."""
-    small: dict[str, Any] = {}
+    small: dict[str, object] = {}
     head_dim = HEAD_DIM
     if values.get("qk_rope_head_dim"):
         head_dim = SIZE_OF_KEY["qk_rope_head_dim"]

@@ -265,7 +265,7 @@ class AdamWUpdate:
 
     @torch.no_grad()
     def compile(
-        self, parts: Iterable[ParameterState], *, backend: str | Callable[..., Any] = "inductor"
+        self, parts: Iterable[ParameterState], *, backend: str | Callable[..., object] = "inductor"
     ) -> None:
         """Compile the stochastically rounded update now: its dozen kernels a tensor become one.
 

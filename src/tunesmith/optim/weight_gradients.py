@@ -11,12 +11,12 @@ between the steps too.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.model.fused import add_mixin
 from tunesmith.optim.adamw import HALF
 
@@ -29,14 +29,13 @@ def accumulate_in_fp32(model: nn.Module) -> int:
     weights no gradient.
     """
     count = 0
-    layer: Any
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype in HALF:
-            add_mixin(layer, Fp32GradientLinear)
+            summing = add_mixin(layer, Fp32GradientLinear)
             gradient = torch.empty_like(layer.weight, dtype=torch.float32)
-            layer.register_buffer("gradient", gradient, persistent=False)
+            summing.register_buffer("gradient", gradient, persistent=False)
             # Whether `gradient` holds anything. Not a buffer, as that would move to the GPU.
-            layer.filled = torch.zeros((), dtype=torch.bool, device="cpu")
+            summing.filled = torch.zeros((), dtype=torch.bool, device="cpu")
             count += 1
     return count
 
@@ -54,8 +53,8 @@ class Fp32GradientLinear(nn.Module):
     gradient: fp32 [out_features, in_features], of use where `filled` (bool [], on the CPU) says so.
     """
 
-    weight: Any
-    bias: Any
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     gradient: Tensor
     filled: Tensor
 
@@ -116,12 +115,12 @@ def _(gradient, filled, dy, x):  # type: ignore[no-untyped-def]
     return None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: SavingContext, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     x, weight, _, gradient, filled = inputs
     ctx.save_for_backward(x, weight, gradient, filled)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: SavingContext, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, gradient, filled = ctx.saved_tensors
     add_weight_gradient(gradient, filled, dy, x)
     needs_dx, _, needs_db, *_ = ctx.needs_input_grad

@@ -82,6 +82,7 @@ class GradientSum:
         # With fp32 masters the optimizer's hook, which ran before this one, has moved the gradient
         # into `part.grad`.
         gradient = part.grad if part.has_master else local_part(param.grad)
+        assert gradient is not None
         # `view` needs one run of memory; such a gradient is left to `finish`.
         if not gradient.is_contiguous():
             return

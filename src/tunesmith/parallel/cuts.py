@@ -13,12 +13,13 @@ that each rank computes all experts for its own tokens, without an exchange.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.formats.linear import FrozenLinear
 from tunesmith.model.decoder import find_decoder, find_layers
 from tunesmith.model.fused import FusedNorm
 from tunesmith.quant.linear_layers import is_plain_linear
@@ -88,10 +89,10 @@ class ParallelBlock:
 
     name: str
     module: nn.Module
-    colwise: dict[str, Any] = field(default_factory=dict)
-    rowwise: dict[str, Any] = field(default_factory=dict)
-    whole: dict[str, Any] = field(default_factory=dict)
-    norms: dict[str, Any] = field(default_factory=dict)
+    colwise: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
+    rowwise: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
+    whole: dict[str, nn.Linear | FrozenLinear] = field(default_factory=dict)
+    norms: dict[str, FusedNorm] = field(default_factory=dict)
     by_head: list[str] = field(default_factory=list)
 
     @property
@@ -100,9 +101,8 @@ class ParallelBlock:
         keys = self.colwise.get("k_proj")
         if keys is None:
             return None
-        attention: Any = self.module
-        heads: int = keys.out_features // attention.head_dim
-        return heads
+        head_dim: int = vars(self.module)["head_dim"]
+        return keys.out_features // head_dim
 
 
 def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
@@ -142,7 +142,7 @@ def find_blocks(model: PreTrainedModel) -> list[ParallelBlock]:
         }
         if action not in groups:
             raise _unsupported(model, f"Transformers' plan is {action} for {name}")
-        if is_plain_linear(module):
+        if isinstance(module, nn.Linear | FrozenLinear) and is_plain_linear(module):
             groups[action][child] = module
     for block in blocks.values():
         if len(block.rowwise) != 1 or not block.colwise:
@@ -180,14 +180,14 @@ def _whole_modules(
     return whole
 
 
-def _norms_of_heads(attention: nn.Module) -> dict[str, Any]:
+def _norms_of_heads(attention: nn.Module) -> dict[str, FusedNorm]:
     """The norms of an attention that are over all heads, if their code is supported; else none."""
     norms = {}
-    parts: dict[str, Any] = dict(attention.named_children())
+    parts = dict(attention.named_children())
     for name, projection in NORM_PROJECTIONS.items():
         norm = parts.get(name)
         layer = parts.get(projection)
-        if not isinstance(norm, FusedNorm) or layer is None:
+        if not isinstance(norm, FusedNorm) or not isinstance(layer, nn.Linear | FrozenLinear):
             return {}
         if norm.weight.numel() != layer.out_features:
             return {}
@@ -209,7 +209,7 @@ def _check_rest(
     Args:
         whole: modules whose parameters may have any shape.
     """
-    embedding: Any = decoder.get_input_embeddings()
+    embedding = decoder.get_input_embeddings()
     hidden = embedding.embedding_dim
     for name, module in decoder.named_modules():
         if module is embedding:
@@ -222,7 +222,10 @@ def _check_rest(
             child = name[len(block.name) + 1 :]
             if child in block.colwise or child in block.rowwise or child in block.norms:
                 continue
-            if child in block.whole or (block.whole and child in LATENT_QUERIES):
+            if child in block.whole:
+                continue
+            if block.whole and child in LATENT_QUERIES:
+                assert isinstance(module, nn.Linear | FrozenLinear)
                 block.whole[child] = module
                 continue
         for key, parameter in module.named_parameters(recurse=False):
@@ -247,14 +250,14 @@ def _block_of(name: str, blocks: Mapping[str, ParallelBlock]) -> ParallelBlock |
     return None
 
 
-def _is_whole(shape: Any, block: ParallelBlock | None, hidden: int) -> bool:
+def _is_whole(shape: torch.Size, block: ParallelBlock | None, hidden: int) -> bool:
     """Tell whether a parameter can stay whole on every rank."""
     if len(shape) > 1:
         return False
     if shape.numel() == 1:
         return True
     if block is None:
-        return bool(shape.numel() == hidden)
+        return shape.numel() == hidden
     if block.whole:
         # A norm of latent attention, before its heads part.
         return any(shape.numel() <= layer.out_features for layer in block.whole.values())

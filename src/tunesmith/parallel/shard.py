@@ -112,8 +112,8 @@ def shard_embedding_and_head(root: TrainModel, options: dict[str, Any]) -> None:
 
     options: the arguments of `fully_shard`.
     """
-    embedding: Any = root.model.get_input_embeddings()
-    head: Any = root.head
+    embedding = root.model.get_input_embeddings()
+    head = root.head
     if embedding.weight is head.weight:
         return
     fully_shard(embedding, **options)

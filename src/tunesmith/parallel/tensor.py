@@ -19,17 +19,19 @@ their whole shapes.
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tunesmith.adapter.lora import LoraLinear
 from tunesmith.adapter.low_rank import LowRank
 from tunesmith.distributed.row_exchange import RankGroup, gather_rows, scatter_sum
-from tunesmith.distributed.torch_private import collective
+from tunesmith.distributed.torch_private import SavingContext, collective
 from tunesmith.distributed.vocab_parallel import ShardedHead, VocabularyShard, local_part
 from tunesmith.errors import RecipeError
 from tunesmith.formats.linear import FrozenLinear, TensorShard, has_codes
@@ -99,7 +101,7 @@ def reduce_gradients(grads: Mapping[str, Tensor], partial: Collection[str], mesh
     all_reduce_together(parts, mesh.tensor_group)
 
 
-def _check_sizes(model: Any, blocks: list[ParallelBlock], size: int) -> None:
+def _check_sizes(model: PreTrainedModel, blocks: list[ParallelBlock], size: int) -> None:
     """RecipeError where heads, columns or blocks of 4-bit weights do not divide among the ranks."""
     # Of layers with other numbers, the greatest that divides all.
     counts = {"attention heads": find_decoder(model).config.num_attention_heads}
@@ -130,6 +132,15 @@ def _check_sizes(model: Any, blocks: list[ParallelBlock], size: int) -> None:
         why=f"it has {' and '.join(wrong)}, which must be divisible by the number of ranks",
         fix=f"{TENSOR_KEY}: {' or '.join(divisors)}",
     )
+
+
+class TensorParallelPart(nn.Module):
+    """A module that the ranks of a group compute together."""
+
+    tensor_group: RankGroup
+
+
+PartT = TypeVar("PartT", bound=TensorParallelPart)
 
 
 class _ModelSharder:
@@ -186,19 +197,21 @@ class _ModelSharder:
         """Make the decoder give the hidden states of all tokens."""
         group = self.group
 
-        def gather(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        def gather(
+            _module: nn.Module, _inputs: object, output: BaseModelOutputWithPast
+        ) -> BaseModelOutputWithPast:
             output.last_hidden_state = _gather(output.last_hidden_state, group)
             return output
 
         decoder.register_forward_hook(gather)
 
-    def shard_linear(self, layer: Any, dim: int) -> None:
+    def shard_linear(self, layer: nn.Linear | FrozenLinear, dim: int) -> None:
         """Shard weight, bias and adapter of a linear layer along a dimension of its weight."""
         sizes = [layer.out_features, layer.in_features]
         # From here on the layer has the sizes of this rank's part.
         sizes[dim] //= self.group.size
         layer.out_features, layer.in_features = sizes
-        if has_codes(layer):
+        if isinstance(layer, FrozenLinear) and has_codes(layer):
             layer.tensor_shard = TensorShard(dim, self.group.rank, self.group.size, self.group.name)
             # Anew, for the smaller sizes; the weights come later.
             layer.allocate(torch.device("meta"))
@@ -225,21 +238,23 @@ class _ModelSharder:
             self.replicate_parameter(layer, "lora_A")
             self.shard_parameter(layer, "lora_B", ROWS)
 
-    def shard_vocabulary(self, embedding: Any, head: Any) -> None:
+    def shard_vocabulary(self, embedding: nn.Module, head: nn.Linear) -> None:
         """Shard embedding and head by the vocabulary; the last rank may have fewer tokens."""
-        for module, mixin in ((embedding, VocabParallelEmbedding), (head, VocabParallelHead)):
-            self.add_mixin(module, mixin)
+        tokens = self.add_mixin(embedding, VocabParallelEmbedding)
+        logits = self.add_mixin(head, VocabParallelHead)
+        for module in (tokens, logits):
             for name, _ in list(module.named_parameters(recurse=False)):
                 self.shard_parameter(module, name, ROWS)
         # Alike on every rank, as chunks go by it.
-        head.out_features = ceil_div(head.out_features, self.group.size)
-        embedding.first = head.out_features * self.group.rank
-        embedding.padding_idx = _padding_here(embedding)
-        head.shard = VocabularyShard(embedding.first, self.group.name)
+        logits.out_features = ceil_div(logits.out_features, self.group.size)
+        tokens.first = logits.out_features * self.group.rank
+        tokens.padding_idx = _padding_here(tokens)
+        logits.shard = VocabularyShard(tokens.first, self.group.name)
 
-    def add_mixin(self, module: Any, mixin: type[nn.Module]) -> None:
-        add_mixin(module, mixin)
-        module.tensor_group = self.group
+    def add_mixin(self, module: nn.Module, mixin: type[PartT]) -> PartT:
+        part = add_mixin(module, mixin)
+        part.tensor_group = self.group
+        return part
 
     def shard_parameter(self, module: nn.Module, name: str, dim: int) -> None:
         """Leave this rank its part of a parameter along `dim`."""
@@ -286,16 +301,20 @@ def _scatter(x: Tensor, group: RankGroup) -> Tensor:
     return scatter_sum(x.flatten(0, -2), group).view(*x.shape[:-2], -1, x.shape[-1])
 
 
+class _SumContext(SavingContext):
+    group: RankGroup
+
+
 class _SumOfRanks(torch.autograd.Function):
     """The sum over the ranks, which the output of each of them depends on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+    def forward(ctx: _SumContext, x: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group
         return collective("all_reduce", x, "sum", group.name)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _SumContext, *grads: Tensor) -> tuple[Tensor, None]:
         # Every rank's output depends on x of this one: the gradients of all outputs are summed.
         return collective("all_reduce", grads[0], "sum", ctx.group.name), None
 
@@ -303,57 +322,57 @@ class _SumOfRanks(torch.autograd.Function):
 # ---- mixins for the modules of a sharded model ----
 
 
-class ShardedLinear(nn.Module):
+class ShardedLinear(TensorParallelPart):
     """An `nn.Linear` with a part of the rows or columns."""
 
-    tensor_group: RankGroup
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
-        layer: Any = self
-        return F.linear(x, local_part(layer.weight), local_part(layer.bias))
+        return F.linear(x, local_part(self.weight), local_part(self.bias))
 
 
 class VocabParallelHead(ShardedLinear, ShardedHead):
     """An output layer with the rows of this rank's tokens."""
 
 
-class LocalParameters(nn.Module):
+class LocalParameters(TensorParallelPart):
     """A module whose forward, torch's or Transformers' own, computes with this rank's parameters.
 
     Elsewhere it has the DTensors: FSDP reads them by name.
     """
 
-    tensor_group: RankGroup
     is_computing = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         self.is_computing = True
         try:
             return super().forward(*args, **kwargs)
         finally:
             self.is_computing = False
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         value = super().__getattr__(name)
         return local_part(value) if self.is_computing else value
 
 
-class NormOfHeads(nn.Module):
+class NormOfHeads(TensorParallelPart):
     """An RMSNorm over all heads, of which this rank has some."""
 
-    tensor_group: RankGroup
+    weight: nn.Parameter
+    variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        norm: Any = self
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # The sum over this rank's heads; the mean is over the heads of all ranks.
         squares = wide.square().sum(-1, keepdim=True)
         width = x.shape[-1] * self.tensor_group.size
         mean = _SumOfRanks.apply(squares, self.tensor_group) / width
-        scale = torch.rsqrt(mean + norm.variance_epsilon)
+        scale = torch.rsqrt(mean + self.variance_epsilon)
         normed = wide * scale
-        weight = local_part(norm.weight)
-        if isinstance(norm, FusedWideNorm):
+        weight = local_part(self.weight)
+        if isinstance(self, FusedWideNorm):
             return (normed * weight.to(wide.dtype)).to(x.dtype)
         y: Tensor = normed.to(x.dtype) * weight
         return y
@@ -362,52 +381,53 @@ class NormOfHeads(nn.Module):
 class BiasOfSum(LocalParameters):
     """A layer that is sharded by input columns: one rank adds the bias of the sum."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         value = super().__getattr__(name)
-        if name == "bias" and self.is_computing and self.tensor_group.rank > 0:
-            # Times 0, so that every rank has a gradient, and the sum of them is the bias's.
-            return value * 0.0
-        return value
+        if name != "bias" or not self.is_computing or self.tensor_group.rank == 0:
+            return value
+        assert isinstance(value, Tensor)
+        # Times 0, so that every rank has a gradient, and the sum of them is the bias's.
+        return value * 0.0
 
 
 class VocabParallelEmbedding(LocalParameters):
     """An embedding with the rows of this rank's tokens, from `first` on."""
 
     first: int
+    weight: nn.Parameter
+    padding_idx: int | None
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """ids: all positions, [1, n]; returns this rank's positions, [1, n / ranks, width]."""
-        layer: Any = self
         size = self.tensor_group.size
         assert ids.shape[1] % size == 0, (
             f"micro batches must have a multiple of {size} tokens, for {TENSOR_KEY}: {size}"
         )
         # Another rank's token reads row 0 here, and adds 0 to the sum.
         rows = ids - self.first
-        inside = (rows >= 0) & (rows < len(local_part(layer.weight)))
+        inside = (rows >= 0) & (rows < len(local_part(self.weight)))
         # Some multiply what they read.
         y = super().forward(rows.where(inside, 0))
+        assert isinstance(y, Tensor)
         # [1, n, width] times [1, n, 1]: each token comes from one rank, and the sum adds zeros.
         return _scatter(y * inside.unsqueeze(2), self.tensor_group)
 
 
-def _padding_here(embedding: Any) -> int | None:
+def _padding_here(embedding: "VocabParallelEmbedding") -> int | None:
     """The padding token's row in this rank's part, which gets no gradient; None: elsewhere."""
     if embedding.padding_idx is None:
         return None
-    row: int = embedding.padding_idx - embedding.first
+    row = embedding.padding_idx - embedding.first
     return row if 0 <= row < len(local_part(embedding.weight)) else None
 
 
-class SequenceParallelBlock(nn.Module):
+class SequenceParallelBlock(TensorParallelPart):
     """Attention with a part of the heads, or an MLP with a part of the columns.
 
     From this rank's tokens to this rank's tokens.
     """
 
-    tensor_group: RankGroup
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
         y = super().forward(_gather(hidden_states, self.tensor_group), *args, **kwargs)
         if isinstance(y, tuple):  # attention
             return _scatter(y[0], self.tensor_group), *y[1:]

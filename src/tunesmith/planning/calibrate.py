@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class MemoryMeter:
         previous_peak: at most before the last restart.
     """
 
-    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+    def __init__(self, device: torch.device, cuda: ModuleType = torch.cuda) -> None:
         self.device = device
         self.cuda = cuda
         self.previous_peak = 0
@@ -61,7 +62,7 @@ class MemoryMeter:
 
 
 def calibrate_recompute(
-    model: Any,
+    model: TrainModel,
     plan: RunPlan,
     batch: Batch,
     meter: MemoryMeter,
@@ -183,7 +184,7 @@ def revise_recomputed(
 
 
 def measure_cpu(
-    run: Run, spec: ModelSpec, config: Mapping[str, Any], plan: RunPlan, work: "Workload"
+    run: Run, spec: ModelSpec, config: Mapping[str, object], plan: RunPlan, work: "Workload"
 ) -> tuple[float, float]:
     """Measure what this CPU reaches now, with the threads of this process.
 

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
@@ -137,7 +136,7 @@ class Planner:
     def meshes(self) -> list[MeshShape]:
         return meshes_for(self.run, self.spec, self.cluster.world, self.cluster.per_node)
 
-    def measured_here(self, config: Mapping[str, Any]) -> "Planner":
+    def measured_here(self, config: Mapping[str, object]) -> "Planner":
         """The same with the speed of this CPU, by a trial of a second or two of the model that
         `config` describes; as it is where the trial would take long or is of another kind.
         """

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tunesmith.config.schema import Adapter, Model
+from tunesmith.config.schema import Adapter, Model, StatedDtype
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.measured_spec import (
@@ -81,7 +81,7 @@ def count_adapter(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> int:
     return measure_activations(spec, adapter, "bf16").adapter
 
 
-def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: str) -> SavedActivations:
+def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
     """Measure what each layer of a measured model keeps, with products in `dtype`.
 
     RecipeError for a target that the model does not have; ModelError where it does not run on meta.
@@ -91,7 +91,7 @@ def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: str) -> SavedA
 
 # A plan asks hundreds of times.
 @lru_cache(maxsize=32)
-def _measure_cached(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
+def _measure_cached(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
     """Measure as `measure_activations` does, of the sizes that a spec was measured by."""
     # Only these change what is saved.
     same = Adapter(kind=adapter.kind)
@@ -107,7 +107,7 @@ def _measure_cached(sizes: str, adapter: Adapter, dtype: str) -> SavedActivation
 
 
 @lru_cache(maxsize=32)
-def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
+def _measure_same(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
     key = [
         MEASURED_LAYERS_VERSION,
         version("transformers"),
@@ -116,17 +116,10 @@ def _measure_same(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
         asdict(adapter),
         dtype,
     ]
-    return measure_once("specs", key, lambda: _measure(sizes, adapter, dtype), _decode)
+    return measure_once("specs", key, lambda: _measure(sizes, adapter, dtype), SavedActivations)
 
 
-def _decode(values: dict[str, Any]) -> SavedActivations:
-    """Decode what was measured, as the cache has it."""
-    by_token = tuple(values.pop("by_token"))
-    constant = tuple(values.pop("constant"))
-    return SavedActivations(by_token, constant, **values)
-
-
-def _measure(sizes: str, adapter: Adapter, dtype: str) -> SavedActivations:
+def _measure(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
     # Here, as a plan of a family in the table needs no Transformers.
     from tunesmith.adapter import lora
     from tunesmith.model.decoder import find_layers

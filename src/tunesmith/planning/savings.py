@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.config.check import check_run
 from tunesmith.config.dump import differences
@@ -25,7 +25,7 @@ from tunesmith.units import Size
 ALLOCATABLE_SHARE = 0.97
 MIN_SEQ_LEN = 128  # tokens of data.seq_len that is offered; shorter ones cut most answers
 
-Keys = dict[str, Any]  # dotted recipe keys and their new values
+Keys = dict[str, object]  # dotted recipe keys and their new values
 ADAPTER_KEYS: Keys = {
     "adapter.kind": "lora",
     "train.master_weights": "fp32",

@@ -168,7 +168,7 @@ def private_folder(folder: Path) -> Path:
 
 
 def compile_layers(
-    layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., Any] = "inductor"
+    layers: Sequence[nn.Module], *, varied: bool, backend: str | Callable[..., object] = "inductor"
 ) -> int:
     """Compile each decoder layer in place, at its first forward in training; returns how many.
 
@@ -179,8 +179,7 @@ def compile_layers(
     use_persistent_cache()
     shared = torch.compile(_forward, backend=backend)
     for layer in layers:
-        compiled_layer: Any = layer
-        add_mixin(compiled_layer, CompiledLayer)
+        compiled_layer = add_mixin(layer, CompiledLayer)
         compiled_layer.compiled = shared
         compiled_layer.varied = varied
     return len(layers)
@@ -193,16 +192,15 @@ class CompiledLayer(nn.Module):
     uncompiled.
     """
 
-    compiled: Callable[..., Any]
+    compiled: Callable[..., object]
     varied: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        documents: Documents | None = kwargs.get("documents")
-        if documents is None:
-            documents = current_documents()
-        if not self.training or documents is None:
+    def forward(self, *args: object, **kwargs: object) -> object:
+        documents = kwargs.get("documents") or current_documents()
+        if not self.training or not isinstance(documents, Documents):
             return super().forward(*args, **kwargs)
         hidden, *rest = args
+        assert isinstance(hidden, Tensor)
         if not hidden.requires_grad:
             # The first layer over frozen embeddings: a gradient that nobody reads costs a
             # thousandth of the step, and a graph of its own for one layer would double what there
@@ -215,20 +213,22 @@ class CompiledLayer(nn.Module):
             mark_varying(documents.chunks.cu_seqlens, 0)
         if self.varied:
             # [1, tokens, ...]: the second dimension of whatever has one entry a token.
-            length = args[0].shape[1]
+            length = hidden.shape[1]
             for tensor in _tensors((args, kwargs)):
                 if tensor.dim() > 1 and tensor.shape[1] == length:
                     mark_varying(tensor, 1)
         return self.compiled(self, args, kwargs)
 
 
-def _forward(layer: CompiledLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward(layer: CompiledLayer, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     # The class behind the mixin, whose forward is compiled; the mixin itself stays out of the
     # graph.
     return super(CompiledLayer, layer).forward(*args, **kwargs)
 
 
-def compile_apart(name: str, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+def compile_apart(
+    name: str, backend: str | Callable[..., object] = "inductor"
+) -> Callable[..., object]:
     """The compiled forward of layers with graphs of its own, for `CompiledLayer.compiled`.
 
     One for each shape of an adapter. The compiler keeps graphs by the code of a function and its
@@ -239,7 +239,7 @@ def compile_apart(name: str, backend: str | Callable[..., Any] = "inductor") -> 
     return torch.compile(FunctionType(code, _forward.__globals__), backend=backend)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

@@ -2,8 +2,9 @@
 
 import gc
 import os
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -80,12 +81,12 @@ def choose_device() -> torch.device:
     return device
 
 
-def is_integrated(device: torch.device, cuda: Any = torch.cuda) -> bool:
+def is_integrated(device: torch.device, cuda: ModuleType = torch.cuda) -> bool:
     """Tell whether `device` is a GPU that shares the host's memory (GB10)."""
     return device.type == "cuda" and bool(cuda.get_device_properties(device).is_integrated)
 
 
-def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
+def free_memory(device: torch.device, cuda: ModuleType = torch.cuda) -> int:
     """Bytes that can be allocated on `device` beside those that are.
 
     Of the host's memory those above the floor.
@@ -102,7 +103,9 @@ def free_memory(device: torch.device, cuda: Any = torch.cuda) -> int:
 
 
 def prepare_allocator(
-    device: torch.device, cuda: Any = torch.cuda, configure: Any = torch_private.set_allocator
+    device: torch.device,
+    cuda: ModuleType = torch.cuda,
+    configure: Callable[[str], object] = torch_private.set_allocator,
 ) -> None:
     """Set up the allocator of a GPU before its first allocation; `cuda` is torch.cuda.
 
@@ -121,7 +124,7 @@ def prepare_allocator(
         configure("expandable_segments:True")
 
 
-def free_device_memory(cuda: Any = torch.cuda) -> None:
+def free_device_memory(cuda: ModuleType = torch.cuda) -> None:
     """Give back what ended runs of this process still hold, and begin a GPU's peak anew."""
     torch.compiler.reset()  # compiled layers may keep their model alive
     gc.collect()

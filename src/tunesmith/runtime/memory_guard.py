@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -237,7 +236,7 @@ class MemoryGuard:
         host = socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
         text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
-        record: dict[str, Any] = {
+        record: dict[str, object] = {
             "phase": phase,
             "host": host,
             "floor_bytes": floor,

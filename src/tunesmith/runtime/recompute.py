@@ -24,10 +24,10 @@ def recompute_layers(layers: Sequence[nn.Module], count: int) -> None:
     are freed.
     """
     for number, layer in enumerate(layers):
-        recomputed: Any = layer
-        if not isinstance(layer, RecomputedLayer):
-            add_mixin(recomputed, RecomputedLayer)
-        recomputed.recomputed = number < count
+        if isinstance(layer, RecomputedLayer):
+            layer.recomputed = number < count
+        else:
+            add_mixin(layer, RecomputedLayer).recomputed = number < count
 
 
 class RecomputedLayer(nn.Module):
@@ -38,7 +38,7 @@ class RecomputedLayer(nn.Module):
 
     recomputed: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: Any) -> object:
         forward = super().forward
         # An `OffloadedLayer` recomputes around this forward.
         if not self.training or not self.recomputed or isinstance(self, OffloadedLayer):
@@ -64,10 +64,11 @@ class OffloadedLayer(nn.Module):
     closure keeps them. On a CPU the input is copied.
     """
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = self
+    recomputed: bool
+
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         forward = super().forward
-        if not (self.training and layer.recomputed):
+        if not (self.training and self.recomputed):
             return forward(hidden, *args, **kwargs)
         # Over frozen embeddings; this form recomputes for inputs with a gradient only.
         if not hidden.requires_grad:

@@ -487,7 +487,7 @@ def write_identity(session: Session, argv: list[str] | None) -> None:
         write_atomically(out / HELD_OUT, "".join(lines.values()))
 
 
-def _identity(session: Session, argv: list[str] | None) -> dict[str, Any]:
+def _identity(session: Session, argv: list[str] | None) -> dict[str, object]:
     """The content of env.json."""
     data = session.data
     validation_examples = 0

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.checkpoint.replicate import copies_in
@@ -115,9 +114,9 @@ class RowsLook:
 
     model: str
     data: str
-    overrides: Mapping[str, Any] | Sequence[str]
+    overrides: Mapping[str, object] | Sequence[str]
     layer: Node
-    chosen: dict[str, Any]
+    chosen: dict[str, object]
     draft: Run
     source: Source
     rows: Rows
@@ -144,11 +143,11 @@ class RowsLook:
 
 
 def look_at_rows(
-    model: str, data: str, overrides: Mapping[str, Any] | Sequence[str] = ()
+    model: str, data: str, overrides: Mapping[str, object] | Sequence[str] = ()
 ) -> RowsLook:
     """Read the rows of a file or Hub data set, and detect their format; raises as `make_recipe`."""
     layer = override_layer(overrides)
-    chosen: dict[str, Any] = {
+    chosen: dict[str, object] = {
         "model.name": _model_name(model),
         "adapter.rank": 16,
         "adapter.alpha": 32,  # both are dropped where an override has `adapter.kind: none`
@@ -173,7 +172,7 @@ def look_at_rows(
     return RowsLook(model, data, overrides, layer, chosen, draft, source, rows, layout, about_data)
 
 
-def check_same(path: Path, run: Run, overrides: Mapping[str, Any] | Sequence[str]) -> None:
+def check_same(path: Path, run: Run, overrides: Mapping[str, object] | Sequence[str]) -> None:
     """RecipeError if a recipe's file is there and says something else: it may have been edited.
 
     overrides: of the command that makes `run`.
@@ -195,7 +194,7 @@ def check_same(path: Path, run: Run, overrides: Mapping[str, Any] | Sequence[str
 
 
 def _free_overrides(
-    overrides: Mapping[str, Any] | Sequence[str], changes: Sequence[Change]
+    overrides: Mapping[str, object] | Sequence[str], changes: Sequence[Change]
 ) -> list[str]:
     """The overrides that differ from the file, for a command that resumes its run with them; none
     if a resumed run may not change one of them.
@@ -251,7 +250,7 @@ def _check_no_duplicate(draft: Run, override_keys: set[str], layer: Node) -> Non
         )
 
 
-def over(chosen: Mapping[str, Any], layer: Node) -> Node:
+def over(chosen: Mapping[str, object], layer: Node) -> Node:
     """The layer of overrides over what is chosen."""
     return merge_layers(override_layer(chosen), layer)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,7 +157,7 @@ class NewRecipe:
 def make_recipe(
     model: str,
     data: str,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, object] | Sequence[str] = (),
     *,
     on_paper: bool = False,
     row_count: int | None = None,
@@ -284,7 +284,7 @@ def _spread(rows: Rows, count: int) -> Rows:
     return rows.take([range(number, number + 1) for number in numbers])
 
 
-def _characters(rows: Rows, count: Callable[[Any], int]) -> list[int]:
+def _characters(rows: Rows, count: Callable[[object], int]) -> list[int]:
     """The `count` of each row that can be read; the others are named with all rows."""
     counts = []
     for number in range(len(rows)):
@@ -294,7 +294,7 @@ def _characters(rows: Rows, count: Callable[[Any], int]) -> list[int]:
 
 
 def _examine_on_paper(
-    model: str, config: Mapping[str, Any], source: Source, rows: Rows
+    model: str, config: Mapping[str, object], source: Source, rows: Rows
 ) -> _Examined:
     """The same by the model's config.json and the characters of the rows, without a tokenizer."""
     spec = model_spec(config, where=model)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from tunesmith.checkpoint.claim import is_run, program_rows_file
 from tunesmith.errors import DataError, TunesmithError
@@ -17,7 +16,7 @@ _ROWS_ARGUMENT = "train(rows=...)"
 
 
 @contextmanager
-def kept_rows(rows: Any, output_dir: Path) -> Iterator[Path]:
+def kept_rows(rows: object, output_dir: Path) -> Iterator[Path]:
     """The file of `keep_rows`, for a start of a run.
 
     An error in the block names a row as the program knows it, `rows[3]`; where no run begins,
@@ -48,7 +47,7 @@ def _in_program(text: str, file: Path) -> str:
     return re.sub(name, "rows", text)
 
 
-def keep_rows(rows: Any, output_dir: Path) -> Path:
+def keep_rows(rows: object, output_dir: Path) -> Path:
     """Write rows as JSON lines below a run directory; returns the file.
 
     The file is named after its content: the same rows resume a run, and others are refused by it,
@@ -85,7 +84,7 @@ def keep_rows(rows: Any, output_dir: Path) -> Path:
     return file
 
 
-def _mappings(rows: Any) -> Iterable[Any]:
+def _mappings(rows: object) -> Iterable[object]:
     """The rows of a frame or a data set, one mapping each; others as they are."""
     if hasattr(rows, "iter_rows"):
         return rows.iter_rows(named=True)  # polars
@@ -101,7 +100,7 @@ def _mappings(rows: Any) -> Iterable[Any]:
     return rows
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A value as JSON has it: numbers of numpy as Python's, and what a frame lacks as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}

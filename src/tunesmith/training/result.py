@@ -137,7 +137,7 @@ class Result(Tabular):
         ]
         return ResultTable(rows)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The result as plain values, for `--json`."""
         return {
             "output_dir": str(self.output_dir),
@@ -269,7 +269,7 @@ def stopped_by(
         fix = "start the same command again"
 
     # More for stopped.json, and the error, by what stopped the run: memory, file, signal.
-    more: dict[str, Any] = {}
+    more: dict[str, object] = {}
     reason = "signal"
     error: StoppedError
     if shortage is not None:

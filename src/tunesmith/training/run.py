@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tunesmith.checkpoint.claim import (
     claim_run_dir,
@@ -104,10 +104,10 @@ log = logging.getLogger(__name__)
 
 def train(
     recipe: Run | str | Path | None = None,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, object] | Sequence[str] = (),
     *,
     model: str | None = None,
-    rows: Any = None,
+    rows: object = None,
     on_record: Callable[[StepRecord], object] = lambda record: None,
     fresh: bool = False,
     why: bool = False,
@@ -180,7 +180,7 @@ def train(
 
 @contextlib.contextmanager
 def recipe_for_rows(
-    model: str | None, rows: Any, overrides: Mapping[str, Any] | Sequence[str]
+    model: str | None, rows: object, overrides: Mapping[str, object] | Sequence[str]
 ) -> Iterator[Run]:
     """A new recipe for a model and rows of the program, which are written below its output_dir; as
     of `kept_rows`.
