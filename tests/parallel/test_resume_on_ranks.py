@@ -161,7 +161,6 @@ def test_memory_that_is_short_on_one_host_stops_all_ranks(tiny, tmp_path):
     said = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert (said["reason"], said["signal"], said["step"]) == ("memory", None, STOP)
     assert said["figures"] == {"host": "spark-b"}
-    assert said["smaller"] == ""  # 128 tokens, a row of data.seq_len
 
 
 COPIES, SHARDS, HYBRID, ONE = {"replicate": 2}, {"shard": 2}, {"replicate": 2, "shard": 2}, {}

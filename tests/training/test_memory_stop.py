@@ -19,7 +19,6 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.reader.run_files import RunFiles, how_it_ended
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
-from tunesmith.training.result import half_micro_batch
 from tunesmith.training.run import train
 from warm import run_warm
 
@@ -116,23 +115,6 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
     assert caught.value.exit_code == 75
     assert "loading" in caught.value.why
     assert not (tmp_path / "run").exists(), "a start that saved nothing leaves nothing"
-
-
-@pytest.mark.parametrize(
-    ("changes", "kept", "word"),
-    [
-        ({}, "1024 tokens", "512 tokens"),
-        ({}, "200 tokens", "128 tokens"),  # a row of data.seq_len has to fit
-        ({}, "128 tokens", ""),
-        ({}, "5 examples", "2 examples"),
-        ({}, "1 examples", ""),
-        ({}, None, ""),
-    ],
-)
-def test_the_micro_batch_of_the_next_start(
-    changes: dict[str, Any], kept: str | None, word: str, tiny: Path, tmp_path: Path
-) -> None:
-    assert half_micro_batch(make_run(tiny, tmp_path, **changes), kept) == word
 
 
 @pytest.mark.slow

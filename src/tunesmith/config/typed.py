@@ -421,12 +421,8 @@ def _fitting_value(name: str, key: str, value: str, shown: str) -> str:
 
 def _key_named(name: str) -> str:
     """The key of this name, or of the most similar last part; empty if none is similar."""
-    by_last_part: dict[str, str] = {}
-    # Backwards, so that of several keys the first stands for their name.
-    for key, (_, hint) in reversed(keys().items()):
-        if not is_section(hint):
-            by_last_part[key.rpartition(".")[2]] = key
-    if name in by_last_part.values():
+    choices = [key for key, (_, hint) in keys().items() if not is_section(hint)]
+    if name in choices:
         return name
-    near = nearest(name, by_last_part)
-    return by_last_part[near] if near else ""
+    near = nearest(name, [key.rpartition(".")[2] for key in choices])
+    return next((key for key in choices if near and key.rpartition(".")[2] == near), "")

@@ -228,7 +228,19 @@ class FiniteCheck:
                     raise stored.error_not_finite()
 
 
-class JoinedTensor(StoredTensor):
+class TensorOfParts(StoredTensor):
+    """A tensor that is made of several stored ones, by `_fill`."""
+
+    def into(self, target: torch.Tensor, begin: int = 0) -> None:
+        """Read whole rows as `StoredTensor.into` does."""
+        width = math.prod(self.shape[1:])
+        first = begin // width
+        rows = slice(first, first + target.numel() // width)
+        columns = (slice(0, size) for size in self.shape[1:])
+        self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
+
+
+class JoinedTensor(TensorOfParts):
     """A tensor of the model that is stored in pieces, read as one; in memory there is a piece of
     it, or SLICE bytes of one that is read into a tensor of another type.
     """
@@ -245,19 +257,6 @@ class JoinedTensor(StoredTensor):
         self._pieces = []
         for piece in pieces.pieces:
             self._pieces.append((piece, stored_tensor(piece.entry, files, check)))
-
-    def into(self, target: torch.Tensor, begin: int = 0) -> None:
-        """Read whole rows as `StoredTensor.into` does."""
-        width = math.prod(self.shape[1:])
-        first = begin // width
-        rows = slice(first, first + target.numel() // width)
-        columns = (slice(0, size) for size in self.shape[1:])
-        self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        part = torch.empty([span.stop - span.start for span in slices], dtype=self.dtype)
-        self._fill(part, slices)
-        return part
 
     def pieces(self, rows: slice) -> Iterator[tuple[Piece, StoredTensor]]:
         """The pieces that have some of these rows, with what is stored of each."""
@@ -291,7 +290,7 @@ class JoinedTensor(StoredTensor):
                 target.copy_(stored[tuple(in_piece)])
 
 
-class DecodedTensor(StoredTensor):
+class DecodedTensor(TensorOfParts):
     """A weight that is stored as codes and scales, read dense: fp32 values that are codes times
     scales, a piece at a time.
     """
@@ -318,13 +317,6 @@ class DecodedTensor(StoredTensor):
         if self._scale is None:
             return None
         return self.shipped.read_scale(self._scale, self.name)
-
-    def into(self, target: torch.Tensor, begin: int = 0) -> None:
-        """Read whole rows as `StoredTensor.into` does."""
-        first = begin // math.prod(self.shape[1:])
-        rows = slice(first, first + len(target.view(-1, *self.shape[1:])))
-        columns = (slice(0, size) for size in self.shape[1:])
-        self._fill(target.view(-1, *self.shape[1:]), (rows, *columns))
 
     def check_rows(self, codes: Sequence[torch.Tensor], more: str = "") -> None:
         """ModelError where a scale of some rows, as they are stored, is no number."""

@@ -75,9 +75,8 @@ def compare_with_bf16(
             in_bf16 = mean_loss(root, batches)
         in_8_bits = mean_loss(root, batches)
     tokens = sum(batch.tokens for batch in batches)
-    losses = ranks.all_gather_object((in_bf16, in_8_bits))
-    changes = [LossChange(*of_rank, tokens, len(layers)) for of_rank in losses]
-    return max(changes, key=severity)
+    losses = max(ranks.all_gather_object((in_bf16, in_8_bits)), key=severity)
+    return LossChange(*losses, tokens, len(layers))
 
 
 def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str:
@@ -95,7 +94,7 @@ def choose_sums(root: TrainModel, batches: Sequence[Batch], ranks: Ranks) -> str
         for fast_sums in (False, True):
             set_fast_sums(layers, fast_sums)
             losses.append(mean_loss(root, batches))
-    full, fast = max(ranks.all_gather_object(losses), key=sums_severity)
+    full, fast = max(ranks.all_gather_object(losses), key=severity)
     takes_fast = math.isfinite(fast) and abs(fast / full - 1) <= MAX_LOSS_CHANGE_BY_SUMS
     set_fast_sums(layers, takes_fast)
     taken = "fast" if takes_fast else "full"
@@ -121,15 +120,10 @@ def set_fast_sums(layers: Sequence[FrozenLinear], fast_sums: bool) -> None:
         layer.format = Fp8(layer.format.recipe, fast_sums)
 
 
-def sums_severity(losses: Sequence[float]) -> tuple[bool, float]:
-    """Sorts losses (full, fast) that are not finite above every other."""
-    full, fast = losses
-    return not math.isfinite(fast), abs(fast / full - 1)
-
-
-def severity(change: LossChange) -> tuple[bool, float]:
-    """Sorts a loss that is not finite above every other."""
-    return not math.isfinite(change.in_8_bits), abs(change.relative)
+def severity(losses: Sequence[float]) -> tuple[bool, float]:
+    """Sort pairs of losses by their relative change, a second one that is not finite last."""
+    exact, rounded = losses
+    return not math.isfinite(rounded), abs(rounded / exact - 1)
 
 
 @torch.no_grad()

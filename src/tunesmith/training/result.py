@@ -45,7 +45,7 @@ from tunesmith.run_dir import (
     shown,
     weights_step,
 )
-from tunesmith.units import Size, count_of
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -274,11 +274,10 @@ def stopped_by(
     error: StoppedError
     if shortage is not None:
         reason = "memory"
-        smaller = half_micro_batch(run, progress.micro_batch) if step else ""
         fix = f"{FREE_MEMORY_FIX}, then {fix}"
-        if smaller:
-            fix += f"; or with train.micro_batch='{smaller}'"
-        more = {"smaller": smaller, "figures": shortage.record}
+        if step:
+            fix += f"; or with a train.micro_batch below {progress.micro_batch}"
+        more = {"figures": shortage.record}
         error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
     elif is_by_file:
         reason = "file"
@@ -308,21 +307,6 @@ def write_stopped(
     """Write stopped.json after the complete step `step`; `more` are further fields of it."""
     record = {"signal": None, "reason": reason, "step": step, "next": next_command, "cause": None}
     write_atomically(out / STOPPED, json.dumps(record | more, indent=1))
-
-
-def half_micro_batch(run: Run, micro_batch: str | None) -> str:
-    """Half the micro batch of a run, `2048 tokens`; empty where it cannot be smaller."""
-    if run.train.optimizer_in_backward:
-        return ""
-    size = Size.parse(micro_batch or "1 examples")
-    smallest = 1
-    if size.unit == "tokens":
-        # A row of this length has to fit.
-        smallest = run.row_tokens
-    half = max(size.amount // 2, smallest)
-    if half >= size.amount:
-        return ""
-    return f"{half} {size.unit}"
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:

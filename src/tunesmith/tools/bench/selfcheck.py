@@ -482,7 +482,7 @@ class SelfCheck:
 
     def compare_builds(self, ranks: Ranks) -> None:
         """All ranks must run the same code; a collective call."""
-        versions = {name: part.text for name, part in software_versions().items()}
+        versions = software_versions()
         first, *others = ranks.all_gather_object(versions)
         if ranks.is_main_process:
             for rank, other in enumerate(others, 1):
