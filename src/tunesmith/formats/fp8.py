@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 MAX_FP8_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
 # A row or a column may be wrong by this share of its norm. Fast sums and bf16 lose 0.5 % of it; a
-# scale of another row or column is wrong by half or more. No element is judged alone: of the sixteen
-# million of a large product some lose a tenth, on an H200 that multiplies rightly.
+# scale of another row or column is wrong by half or more. No element is judged alone: of the
+# sixteen million of a large product some lose a tenth, on an H200 that multiplies rightly.
 WRONG_SHARE = 0.05
 
 
@@ -224,6 +224,13 @@ def select_scaling(
     return Scaling(None, f"this device has no fp8 matmuls: {'; '.join(faults)}")
 
 
+def _wrong_share(result: Tensor, expected: Tensor, sizes: Tensor) -> float:
+    """Find how much the worst row or column is off; sizes: of the elements, [n, m]."""
+    wrong = (result.float() - expected.float()) / sizes
+    right = expected.float() / sizes
+    return max(float((wrong.norm(dim=dim) / right.norm(dim=dim)).max()) for dim in (0, 1))
+
+
 @torch.no_grad()
 def matmul_fault(
     recipe: str,
@@ -257,13 +264,6 @@ def matmul_fault(
     update = (signed(row_powers.outer(in_powers.norm().view(1))), signed(out_powers.view(-1, 1)))
     dx_update = (signed(row_powers.outer(out_powers.norm().view(1))), signed(in_powers.view(-1, 1)))
 
-    def wrong_share(result: Tensor, expected: Tensor, column_powers: Tensor) -> float:
-        sizes = row_powers.outer(column_powers)
-        wrong = (result.float() - expected.float()) / sizes
-        right = expected.float() / sizes
-        shares = [wrong.norm(dim=dim) / right.norm(dim=dim) for dim in (0, 1)]
-        return float(torch.cat(shares).max())
-
     fault = ""
     try:
         kind = Fp8(recipe, fast_sums=device.type == "cuda")
@@ -275,11 +275,10 @@ def matmul_fault(
         # The powers are e4m3 numbers: only the sums and bf16 round.
         expected_y = x @ dense.T + update[0] @ update[1].T
         expected_dx = 2 * (dy @ dense) + dx_update[0] @ dx_update[1].T
-        shares = [wrong_share(y, expected_y, out_powers), wrong_share(dx, expected_dx, in_powers)]
-        # NaN is wrong too.
-        if not all(share <= WRONG_SHARE for share in shares):
-            y_share, dx_share = (f"{share:.1%}" for share in shares)
-            fault = f"a wrong result: off by {y_share} forward, {dx_share} backward"
+        forward = _wrong_share(y, expected_y, row_powers.outer(out_powers))
+        backward = _wrong_share(dx, expected_dx, row_powers.outer(in_powers))
+        if not (forward <= WRONG_SHARE and backward <= WRONG_SHARE):  # NaN is wrong too
+            fault = f"a wrong result: off by {forward:.1%} forward, {backward:.1%} backward"
     except Exception as error:  # whatever torch and the driver raise for matmuls that they lack
         fault = first_line(error)
     if not fault:
