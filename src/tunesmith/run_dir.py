@@ -30,6 +30,7 @@ from typing import (
     NamedTuple,
     NotRequired,
     TypeVar,
+    cast,
 )
 
 from annotated_types import Ge, Le, Len
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+Fields = dict[str, Any]  # of a JSON or YAML file whose values may be anything
 
 RECIPE = "config.yaml"
 IDENTITY = "env.json"
@@ -104,7 +107,7 @@ MAX_FILE_BYTES = 64 << 20  # of a JSON file: the largest manifests have a few Mi
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class Part(NamedTuple, Generic[T]):
+class Part(NamedTuple, Generic[T_co]):
     """The part of a file that a reader may take.
 
     Attributes:
@@ -112,7 +115,7 @@ class Part(NamedTuple, Generic[T]):
         lines: that were skipped, of a file of lines.
     """
 
-    value: T
+    value: T_co
     fault: str = ""
     lines: int | None = None
 
@@ -168,14 +171,14 @@ def name_a_run(path: Path) -> str:
     return "use the output_dir of a run"
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: bytes) -> object:
     """A JSON value.
 
     ValueError for what is not strict JSON, or holds a number that no run writes.
     """
     from pydantic_core import from_json
 
-    value = from_json(text, allow_inf_nan=False)
+    value: object = from_json(text, allow_inf_nan=False)
     _check_numbers(value)
     return value
 
@@ -229,13 +232,8 @@ def _validator(form: Any) -> "TypeAdapter[object]":
     return TypeAdapter(form)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises as `read_form`."""
-    return read_form(path, dict[str, Any])
-
-
-def read_form(path: Path, form: type[T]) -> T:
-    """A JSON file that holds an object of a form, with what the form does not name.
+def read_object(path: Path, form: type[T]) -> T:
+    """Read a JSON file that holds an object of a form, with what the form does not name.
 
     OSError where it cannot be read, ValueError where it holds something else.
     """
@@ -247,8 +245,7 @@ def read_form(path: Path, form: type[T]) -> T:
     fault = form_fault(values, form)
     if fault:
         raise ValueError(fault)
-    fields: T = values
-    return fields
+    return cast("T", values)
 
 
 def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
@@ -261,13 +258,18 @@ def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
         return Part(None, reason_of(error))
 
 
-def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[dict[str, Any] | None]:
-    """The object of a JSON file without the values of a wrong type; None where there is none."""
-    values, fault, _ = read_part(path, read_object)
-    return Part(values, fault if values is None else _drop_wrong_types(values, forms))
+def _read_fields(path: Path, form: type[T]) -> Part[T | None]:
+    """The object of a JSON file without the values of a wrong type; None where there is none.
+
+    form: a TypedDict, none of whose values has to be there.
+    """
+    values, fault, _ = read_part(path, lambda file: read_object(file, Fields))
+    if values is not None:
+        fault = _drop_wrong_types(values, form.__annotations__)
+    return Part(cast("T | None", values), fault)
 
 
-def _drop_wrong_types(values: dict[str, object], forms: Mapping[str, object]) -> str:
+def _drop_wrong_types(values: Fields, forms: Mapping[str, object]) -> str:
     """Remove the values that are not of their form, and say which these are."""
     wrong = []
     for name, form in forms.items():
@@ -299,15 +301,31 @@ _ENV_FORMS = {
     "command": list[str],
     "validation_examples": Count,
 }
-_FAILURE_TEXTS = ("what", "where", "why", "cause", "host", "phase", "collective", "next")
-_FAILURE_FORMS = {**dict.fromkeys(_FAILURE_TEXTS, str), "rank": Count, "last_step": Count}
-_STOPPED_FORMS = {
-    "signal": str,
-    "reason": str,
-    "step": Count,
-    "what": str,
-    "figures": dict[str, object],
-}
+
+
+class Failure(TypedDict, total=False):
+    """failure.json: what ended the run, on which rank, at which of its work."""
+
+    what: str
+    where: str
+    why: str
+    cause: str
+    rank: Count
+    host: str
+    phase: str
+    collective: str
+    last_step: Count
+    next: str
+
+
+class Stopped(TypedDict, total=False):
+    """stopped.json: who asked for the stop, and the step that is saved."""
+
+    signal: str
+    reason: str
+    step: Count
+    what: str
+    figures: dict[str, object]
 
 
 class RunningNote(TypedDict):
@@ -320,10 +338,12 @@ class RunningNote(TypedDict):
     oom_kills: Count
 
 
-def read_env(folder: Path) -> Part[dict[str, Any]]:
+def read_env(folder: Path) -> Part[Fields]:
     """env.json; empty where it is not there."""
-    values, fault, _ = _read_fields(folder / IDENTITY, _ENV_FORMS)
-    return Part(values or {}, fault)
+    values, fault, _ = read_part(folder / IDENTITY, lambda file: read_object(file, Fields))
+    return (
+        Part({}, fault) if values is None else Part(values, _drop_wrong_types(values, _ENV_FORMS))
+    )
 
 
 def held_out_hash(folder: Path) -> str | None:
@@ -344,41 +364,38 @@ def held_out_hash(folder: Path) -> str | None:
     return validation_hash
 
 
-def read_failure(folder: Path) -> Part[dict[str, Any] | None]:
-    return _read_fields(folder / FAILURE, _FAILURE_FORMS)
+def read_failure(folder: Path) -> Part[Failure | None]:
+    return _read_fields(folder / FAILURE, Failure)
 
 
-def read_stopped(folder: Path) -> Part[dict[str, Any] | None]:
-    return _read_fields(folder / STOPPED, _STOPPED_FORMS)
+def read_stopped(folder: Path) -> Part[Stopped | None]:
+    return _read_fields(folder / STOPPED, Stopped)
 
 
-def ended_state(
-    *, failed: bool, stopped: bool, final_step: int | None, last_step: float
-) -> RunState:
-    """Tell how a run that no process is at work on has ended.
+def how_far(
+    recorded: float | None,
+    failure: Failure | None,
+    stopped: Stopped | None,
+    final: "Manifest | None",
+) -> tuple[RunState, int]:
+    """Tell how a run that no process is at work on has ended, and the steps that it has taken.
+
+    These are those recorded or, of a stop, those that stopped.json says are saved: the record of a
+    step whose validation was cut off is written once a resume has measured it.
 
     Args:
-        failed, stopped: whether the last start left failure.json, stopped.json.
-        final_step: `last_step` of final/, which may be of a shorter run; None: there is none.
-        last_step: of the records.
+        recorded: the step of the newest record.
+        failure, stopped: what the last start left.
+        final: the manifest of final/, which may be of a shorter run.
     """
-    if failed:
-        return RunState.FAILED
-    if stopped:
-        return RunState.STOPPED
-    if final_step is not None and final_step >= last_step:
-        return RunState.FINISHED
-    return RunState.KILLED
-
-
-def steps_taken(recorded: int, state: RunState, stopped: Mapping[str, Any] | None) -> int:
-    """Steps of a run: those recorded or, of a stop, those that stopped.json says are saved.
-
-    The record of a step whose validation was cut off is written once a resume has measured it.
-    """
-    if state is RunState.STOPPED and stopped:
-        return max(recorded, stopped.get("step") or 0)
-    return recorded
+    step = int(recorded or 0)
+    if failure is not None:
+        return RunState.FAILED, step
+    if stopped is not None:
+        return RunState.STOPPED, max(step, stopped.get("step") or 0)
+    if final is not None and final["last_step"] >= step:
+        return RunState.FINISHED, step
+    return RunState.KILLED, step
 
 
 def read_running(folder: Path) -> RunningNote | None:
@@ -386,7 +403,7 @@ def read_running(folder: Path) -> RunningNote | None:
     return read_part(folder / RUNNING, lambda path: read_form(path, RunningNote)).value
 
 
-def read_recipe(folder: Path) -> Part[dict[str, Any]]:
+def read_recipe(folder: Path) -> Part[Fields]:
     """config.yaml as plain values, without sections of a wrong type.
 
     Empty where it is not there. It is not checked against the schema: the run may be of another
@@ -396,7 +413,7 @@ def read_recipe(folder: Path) -> Part[dict[str, Any]]:
     try:
         # A pipe of that name would be waited for; the reader of recipes opens the file itself.
         open_regular(path).close()
-        values: dict[str, Any] = read_file(path).plain()
+        values: Fields = read_file(path).plain()
     except FileNotFoundError:
         return Part({})
     except OSError as error:
@@ -472,25 +489,33 @@ class Manifest(TypedDict):
     """manifest.json: the step of the weights, that of the run, and the files."""
 
     step: Count
-    last_step: NotRequired[Count]
+    last_step: Count
+    files: dict[str, ManifestEntry]
+
+
+class _WrittenManifest(TypedDict):
+    step: Count
+    last_step: NotRequired[Count]  # only of final/, whose weights may be of an earlier step
     files: dict[str, ManifestEntry]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """manifest.json of final/ or of a checkpoint; None where it is not there.
 
-    `step` of the weights; `last_step` of the run, which the best weights may be older than; and
-    `files` as {"path": {"bytes": n, "sha256": "..."}}. ValueError where it is damaged.
+    ValueError where it is damaged.
     """
-    values, fault, _ = read_part(folder / MANIFEST, lambda path: read_form(path, Manifest))
+    values, fault, _ = read_part(
+        folder / MANIFEST, lambda path: read_object(path, _WrittenManifest)
+    )
     # No system opens a file whose name has a zero byte.
     if values is not None and any("\0" in name for name in values["files"]):
         fault = "a file's name in it contains a zero byte"
     if fault:
         raise ValueError(fault)
-    if values is not None:
-        values.setdefault("last_step", values["step"])
-    return values
+    if values is None:
+        return None
+    step = values["step"]
+    return {"step": step, "last_step": values.get("last_step", step), "files": values["files"]}
 
 
 def weights_step(folder: Path | None) -> int | None:
@@ -533,7 +558,7 @@ def read_samples(folder: Path) -> Part[list[Sample]]:
         except ValueError as error:
             reason = str(error)
         if not reason:
-            rows.append(row)
+            rows.append(cast("Sample", row))
         # A torn line in the middle is a fault; at the end it may still be written.
         elif line.endswith(b"\n"):
             skipped += 1
@@ -574,7 +599,7 @@ class RowLosses(TypedDict):
 
 
 class Score(TypedDict):
-    """The numbers that a scorer measured of each model."""
+    """The numbers that a scorer measured of each model, and their difference."""
 
     verdict: str
     tuned: Interval
@@ -583,7 +608,24 @@ class Score(TypedDict):
 
 
 class EvalScores(TypedDict):
-    """A file of scores; `losses` by model, which a task has not."""
+    """The numbers of an `eval`, but not the scores of rows.
+
+    `losses`, by model, and `row_losses` are None of a task; `seen` counts rows that were trained
+    on.
+    """
+
+    data: str
+    rows: Count
+    row_hash: str
+    step: Count | None
+    seen: Count | None
+    losses: dict[str, float] | None
+    scores: dict[str, Score]
+    row_losses: RowLosses | None
+
+
+class _WrittenScores(TypedDict):
+    """A file of scores; a loss that is not finite is a text."""
 
     data: str
     rows: Count
@@ -591,37 +633,42 @@ class EvalScores(TypedDict):
     step: NotRequired[Count | None]
     seen: NotRequired[Count | None]
     losses: NotRequired[dict[str, object] | None]
-    row_losses: NotRequired[object]  # `RowLosses`, but in a damaged file
     scores: dict[str, Score]
+    row_losses: NotRequired[object]
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """Read what an `eval` of a run says of pairs, scorers or tasks, but not the scores of rows.
-
-    `data`, `rows`, `row_hash`, `step` and `seen` (each or None), `losses` by model (None of a task,
-    which has none), `scores`: by scorer, of `base`, `tuned` and `difference` those that are there
-    as [mean, low, high], and `verdict`; and `row_losses` of the tuned model, as
-    `{"row_hash", "tokens", "tuned"}` with a number a row, and maybe `base` (None of a task).
-    OSError or ValueError where it is damaged.
-    """
-    values = read_form(path, EvalScores)
-    result: dict[str, Any] = {name: values.get(name) for name in EvalScores.__annotations__}
-    if result["losses"] is not None:
-        losses = result["losses"].items()
-        result["losses"] = {name: loss for name, loss in losses if is_number(loss)}
-    result["scores"] = {}
-    for scorer, score in values["scores"].items():
-        kept = {name: score.get(name) for name in Score.__annotations__}
-        result["scores"][scorer] = {name: kept[name] for name in kept if kept[name] is not None}
+def read_scores(path: Path) -> EvalScores:
+    """Read a file of scores; OSError or ValueError where it is damaged."""
+    values = read_object(path, _WrittenScores)
+    losses = values.get("losses")
     rows = values.get("row_losses")
-    result["row_losses"] = rows if _are_row_losses(rows) else None
-    return result
+    scores = {}
+    for scorer, score in values["scores"].items():
+        known = {name: score.get(name) for name in Score.__annotations__}
+        kept = {name: value for name, value in known.items() if value is not None}
+        scores[scorer] = cast("Score", kept)
+    return {
+        "data": values["data"],
+        "rows": values["rows"],
+        "row_hash": values["row_hash"],
+        "step": values.get("step"),
+        "seen": values.get("seen"),
+        "losses": None if losses is None else _numbers_of(losses),
+        "scores": scores,
+        "row_losses": cast("RowLosses", rows) if _are_row_losses(rows) else None,
+    }
 
 
-def _are_row_losses(rows: Any) -> bool:
+def _numbers_of(values: Mapping[str, object]) -> dict[str, float]:
+    return {name: cast("float", value) for name, value in values.items() if is_number(value)}
+
+
+def _are_row_losses(rows: object) -> bool:
     if form_fault(rows, RowLosses):
         return False
-    return all(len(rows[name]) == len(rows["tokens"]) for name in ("tuned", "base") if name in rows)
+    losses = cast("RowLosses", rows)
+    lists = [losses["tuned"], *([losses["base"]] if "base" in losses else [])]
+    return all(len(values) == len(losses["tokens"]) for values in lists)
 
 
 class SweepPlan(TypedDict):
@@ -648,7 +695,6 @@ class SweepFile(TypedDict):
     candidates: list[SweepCandidate]
 
 
-def read_sweep(path: Path) -> dict[str, Any]:
+def read_sweep(path: Path) -> Fields:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
-    values: dict[str, Any] = {**read_form(path, SweepFile)}
-    return values
+    return dict(read_object(path, SweepFile))

@@ -26,7 +26,6 @@ from tunesmith.checkpoint import contents, manifest, replicate
 from tunesmith.errors import ModelError, StoppedEarlyError, StoppedError
 from tunesmith.host.signals import SIGNAL_NAMES, StopRequest
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.reader.run_summary import summaries_of
 from tunesmith.training.run import train
 from tunesmith.training.trainer import Trainer
 from tunesmith.training.validation import Validation
@@ -341,7 +340,7 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
     folder = tmp_path / "run"
 
     def told_steps() -> list[int | None]:
-        summary = summaries_of([RunFiles(folder)])[0]
+        summary = RunFiles(folder)
         listed = RunList([folder.parent])
         list(listed.refresh())
         stopped = json.loads((folder / "stopped.json").read_text())
@@ -372,7 +371,7 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
     (folder / "stopped.json").write_text(json.dumps({"step": None}))
     assert told_steps() == [1, 1, None], "the recorded step"
     assert train(run, quiet=True).steps == 4
-    assert summaries_of([RunFiles(folder)])[0].steps == 4
+    assert RunFiles(folder).steps == 4
 
 
 def test_a_stop_that_a_library_swallows_is_not_lost() -> None:

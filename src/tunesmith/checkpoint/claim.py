@@ -33,6 +33,7 @@ from tunesmith.run_dir import (
     SAMPLES,
     STOP_FILE,
     STOPPED,
+    Fields,
     read_object,
 )
 
@@ -93,7 +94,7 @@ def is_run(output_dir: Path) -> bool:
     metrics = output_dir / METRICS
     try:
         if identity.is_file():
-            return "recipe_hash" in read_object(identity)
+            return "recipe_hash" in read_object(identity, Fields)
         if not lock.is_file() or lock.read_bytes() != LOCK_CONTENT:
             return False
         # The first step is recorded after the identity is written.

@@ -42,14 +42,13 @@ from tunesmith.run_dir import (
     STOPPED,
     SWEEP,
     RunState,
-    ended_state,
+    how_far,
     open_regular,
     read_failure,
     read_manifest,
+    read_part,
     read_recipe,
     read_stopped,
-    steps_taken,
-    weights_step,
 )
 from tunesmith.units import Length, format_seconds
 
@@ -116,16 +115,11 @@ class Job:
             return JobState(RunState.RUNNING, step_and_time_left(out) or "before the first step")
         failure = read_failure(out).value if self.has_written(FAILURE) else None
         stopped = read_stopped(out).value if self.has_written(STOPPED) else None
+        final = read_part(out / FINAL, read_manifest).value
         record = newest_record(out)
-        state = ended_state(
-            failed=failure is not None,
-            stopped=stopped is not None,
-            final_step=final_step(out),
-            last_step=record.get("step") or 0,
-        )
+        state, step = how_far(record.get("step"), failure, stopped, final)
         # By the step and the epoch of one record; what is saved may be a step further.
         total = _total_steps(out, record)
-        step = steps_taken(int(record.get("step") or 0), state, stopped)
         texts = [_describe_step({**record, "step": step}, total) or "before the first step"]
         if failure:
             texts.insert(0, failure.get("what") or "")
@@ -140,9 +134,8 @@ class Job:
             if not holds_run(out):
                 return JobState(RunState.UNKNOWN, "its run directory contains no run yet")
             texts.append("no process is running here; the same command resumes")
-        best_step = weights_step(out / FINAL)
-        if state is RunState.FINISHED and best_step not in (None, step):
-            texts.append(f"{FINAL}/ is of step {best_step}")
+        if state is RunState.FINISHED and final and final["step"] != step:
+            texts.append(f"{FINAL}/ is of step {final['step']}")
         return JobState(state, ", ".join(filter(None, texts)))
 
     def is_alive(self) -> bool:
@@ -213,15 +206,6 @@ class Job:
                 fix=f"tunesmith stop {shell_path(self.name or self.run_dir)}; "
                 "or output_dir=runs/another-name",
             )
-
-
-def final_step(run_dir: Path) -> int | None:
-    """The run's last step by final/; None where there is none, or its manifest is damaged."""
-    try:
-        manifest = read_manifest(run_dir / FINAL)
-    except ValueError:
-        return None
-    return manifest["last_step"] if manifest else None
 
 
 def holds_run(run_dir: Path) -> bool:

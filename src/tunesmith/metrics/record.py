@@ -114,7 +114,7 @@ class StepRecord:
         return json.dumps(self.to_plain(), allow_nan=False)
 
     @classmethod
-    def from_plain(cls, values: Any) -> Self:
+    def from_plain(cls, values: object) -> Self:
         """The record of a `to_plain`. Unknown names go to `extra` if their value is a number,
         else they are skipped.
 
@@ -176,7 +176,7 @@ def read_records(path: str | Path) -> list[StepRecord]:
     return records
 
 
-def checked_values(row: Any) -> dict[str, int | float | None]:
+def checked_values(row: object) -> dict[str, int | float | None]:
     """The numbers of one parsed line, for readers of a run of any version; ValueError for what is
     no record.
 
@@ -203,12 +203,12 @@ def checked_values(row: Any) -> dict[str, int | float | None]:
     return values
 
 
-def _is_measured(value: Any) -> bool:
+def _is_measured(value: object) -> bool:
     """A number of a record: NaN and the infinities too, which a diverged run has."""
     return is_number(value) or (isinstance(value, float) and not math.isfinite(value))
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 

@@ -10,26 +10,22 @@ apart, or how far val_loss moves around its own trend.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tunesmith.config.dump import leaves
+from tunesmith.config.dump import is_free, leaves
 from tunesmith.data.schedule import FEW_STEPS
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.intervals import loss_sentence, paired_losses
 from tunesmith.metrics.summary import has_risen
-from tunesmith.reader.measure import HELD_OUT_ACCURACY, VAL_LOSS, Measure, measure_of
-from tunesmith.reader.run_files import finite
-from tunesmith.reader.run_summary import (
-    HASHES_OF_INPUTS,
-    RunSummary,
-    Spread,
-    changes_learning,
-)
+from tunesmith.reader.figures import environment_rows
+from tunesmith.reader.measure import VAL_LOSS, Measure, measure_of
+from tunesmith.reader.run_files import RunFiles, Spread
 from tunesmith.run_dir import RECIPE, RunState, shown
-from tunesmith.units import count_of, format_seconds
+from tunesmith.units import count_of
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
 STANDARD_ERRORS = 2.0
@@ -37,156 +33,11 @@ STANDARD_ERRORS = 2.0
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 FEWEST_VALIDATIONS = 5  # whose moves tell the noise
-MAX_NAMED = 3  # runs of few steps, or recipes that are worse
-# Of env.json: hashes of what the run read, how it was started, and what its checks reported.
-HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
-NO_ENVIRONMENT = (*HASHES, "command", "commit", "checks", "validation_examples", "template")
-
-
-def _mean(run: RunSummary, name: str) -> Spread | None:
-    return Spread.from_values(finite(run.files.columns.get(name, [])))
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
-
-
-# Rows of the table of figures, below the state and what decides.
-FIGURES: dict[str, Callable[[RunSummary], str | float | Spread | None]] = {
-    VAL_LOSS.best_word: VAL_LOSS.best_text,
-    "val_loss, last": lambda run: next(reversed(run.validations.values()), None),
-    HELD_OUT_ACCURACY.best_word: HELD_OUT_ACCURACY.best_text,
-    "training loss, mean of the last steps": lambda run: run.loss,
-    "tokens/s, without the first step": lambda run: run.speed,
-    "MFU": lambda run: _percent(run.mfu),
-    "waiting for data": lambda run: _percent(run.waiting),
-    "peak memory, GiB": lambda run: run.memory_gib,
-    "training tokens": lambda run: f"{run.tokens:,.0f}",
-    "total step time": lambda run: format_seconds(run.seconds),
-    "gradient norm": lambda run: _mean(run, "grad_norm"),
-    "GPU utilization, %": lambda run: _mean(run, "gpu_utilization"),
-    "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),
-}
-
-
-def figure_rows(runs: Sequence[RunSummary]) -> list[tuple[str, list[str]]]:
-    """The table of figures: a name, and a text for each run, `–` for what was not measured."""
-    measure = measure_of(runs)
-    figures = {
-        "state": lambda run: run.files.described_state,
-        measure.best_word: measure.best_text,
-        **FIGURES,
-    }
-    rows: list[tuple[str, list[Any]]] = [
-        (name, [figure(run) for run in runs]) for name, figure in figures.items()
-    ]
-    # What no run has is left out, but for what decides.
-    shown_rows = [row for row in rows if any(row[1]) or row[0] == measure.best_word]
-    return [
-        (name, [figure_text(cell) for cell in cells])
-        for name, cells in (*shown_rows, *eval_figures(runs))
-    ]
-
-
-def figure_text(value: str | float | Spread | None) -> str:
-    """A figure: text as it is, a mean with its standard deviation, a dash for what was not
-    measured."""
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Spread):
-        return _digits(value)
-    mean = _digits(value.mean)
-    if value.count == 1:
-        return mean
-    deviation = value.deviation
-    # Two digits: a third would be noise.
-    shown = f"{deviation:,.0f}" if deviation >= 10 else f"{deviation:.2g}"
-    return f"{mean} ± {shown} (n = {value.count:,})"
-
-
-def _digits(value: float) -> str:
-    """Four significant digits: 0.03125, 1.234, 12,480."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def eval_figures(runs: Sequence[RunSummary]) -> list[tuple[str, list[str | None]]]:
-    """List what `eval` measured: a label, and a cell for each run, None where it did not.
-
-    Runs share a line where they answered the same rows: not the file's name decides, but the rows.
-    """
-    # Of several checkpoints of a run, one after the other in its cell.
-    lines: dict[tuple[str, str], list[list[str]]] = {}
-    labels: dict[tuple[str, str], str] = {}
-    for index, run in enumerate(runs):
-        for result in run.files.evals:
-            for name, row_hash, text in _eval_texts(result):
-                key = (name, row_hash)
-                label = f"eval: {name} ({result['data']}, {result['rows']} rows)"
-                # Rows of the same name may differ.
-                if key not in labels and label in labels.values():
-                    label += f", {row_hash[:8]}"
-                labels.setdefault(key, label)
-                cell = f"{text} at step {result['step']}"
-                if result["seen"]:
-                    cell += f" ({result['seen']} of the rows were trained on)"
-                cells = lines.setdefault(key, [[] for _ in runs])[index]
-                # A loss is in the file of the scores too: shown once.
-                if cell not in cells:
-                    cells.append(cell)
-    return [
-        (labels[key], ["; ".join(cells) or None for cells in line]) for key, line in lines.items()
-    ]
-
-
-def _eval_texts(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The loss and each score of an eval: name, hash of the rows, and text."""
-    if result["losses"] is not None:
-        rows = result["row_losses"] or {}
-        yield "loss", rows.get("row_hash", result["row_hash"]), _losses_text(result["losses"], rows)
-    for scorer, intervals in result["scores"].items():
-        texts = {
-            name: _interval_text(intervals[name]) for name in ("tuned", "base") if name in intervals
-        }
-        yield scorer, result["row_hash"], _beside_base(texts, _gain_text(intervals))
-
-
-def _losses_text(losses: dict[str, float], rows: dict[str, Any]) -> str:
-    """`1.2500 (1.1000 to 1.4000), base 1.5000: -0.2500 (-0.3000 to -0.2000)`, without the intervals
-    where the losses of the rows are not there, or too few."""
-    texts = {name: f"{loss:.4f}" for name, loss in losses.items()}
-    texts.setdefault("tuned", "not finite")
-    gain = ""
-    if rows:
-        own = paired_losses([0.0] * len(rows["tuned"]), rows["tuned"], rows["tokens"]).interval
-        if own is not None:
-            # No loss is below 0.
-            texts["tuned"] += f" ({max(own.low, 0.0):.4f} to {own.high:.4f})"
-    if rows.get("base"):
-        difference = paired_losses(rows["base"], rows["tuned"], rows["tokens"]).interval
-        if difference is not None:
-            mean, low, high = difference
-            gain = f": {mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    return _beside_base(texts, gain)
-
-
-def _beside_base(texts: dict[str, str], gain: str) -> str:
-    base = f", base {texts['base']}" if "base" in texts else ""
-    return texts["tuned"] + base + (gain if base else "")
-
-
-def _interval_text(interval: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in interval)
-    return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def _gain_text(intervals: dict[str, Any]) -> str:
-    """`: +12.0 points (+4.0 to +20.1)`; empty without a difference."""
-    if "difference" not in intervals:
-        return ""
-    mean, low, high = (100 * value for value in intervals["difference"])
-    return f": {mean:+.1f} points ({low:+.1f} to {high:+.1f})"
+MAX_NAMED = 3  # runs of few steps
+HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
+# Of the keys that may change when a run resumes: they end it sooner, or choose its weights.
+_CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
+_TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
 
 
 def validation_noise(val_losses: Sequence[float]) -> float | None:
@@ -205,11 +56,40 @@ def validation_noise(val_losses: Sequence[float]) -> float | None:
     return math.sqrt(fmean(value * value for value in differences) / 20)
 
 
+def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
+    """Tell whether runs that differ in a key of their recipes learn something else.
+
+    The same training rows may be in files of two names, as those of a Python program, which are
+    kept in each run directory.
+    """
+    if _CHOOSES_WEIGHTS.fullmatch(key):
+        return True
+    # The best of a model trained in full is one of the steps that have a checkpoint.
+    if key == "checkpoint.every":
+        return any(run.key("adapter", "kind") == "none" for run in runs)
+    if is_free(key):
+        return False
+    data_hashes = {run.env.get("data_hash") for run in runs}
+    has_same_rows = len(data_hashes) == 1 and None not in data_hashes
+    return not (has_same_rows and _TRAINING_FILE.fullmatch(key))
+
+
+def _learned_from(run: RunFiles) -> str:
+    """What changes what is learned, as text: recipe keys except the seed, rows and weights."""
+    values = {}
+    for key, value in leaves(run.recipe).items():
+        if key != "train.seed" and changes_learning(key, [run]):
+            values[key] = value
+    # A file may have been edited between two runs of one recipe.
+    hashes = {name: run.env.get(name) for name in HASHES_OF_INPUTS}
+    return json.dumps(values | hashes, sort_keys=True)
+
+
 class KeyDifference(NamedTuple):
     """A key that is not the same in all runs; `learns`: whether it changes what is learned."""
 
     key: str
-    values: list[Any]
+    values: list[object]
     learns: bool
 
     @property
@@ -218,10 +98,10 @@ class KeyDifference(NamedTuple):
         return " against ".join(dict.fromkeys(map(json.dumps, self.values)))
 
 
-def differing_keys(runs: Sequence[RunSummary]) -> list[KeyDifference]:
+def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
     """The keys of the recipes that differ, those that change what is learned first; the output
     folder is left out."""
-    recipes = [leaves(run.files.recipe | {"method": run.method_keys}) for run in runs]
+    recipes = [leaves(run.recipe | {"method": run.method_keys}) for run in runs]
     names = dict.fromkeys(key for recipe in recipes for key in recipe if key != "output_dir")
     differing = []
     for key in names:
@@ -275,7 +155,7 @@ class Noise(NamedTuple):
 class RunGroup(NamedTuple):
     """Runs of one recipe, which differ in the seed at most, and their best values."""
 
-    runs: list[RunSummary]
+    runs: list[RunFiles]
     measure: Measure
     best: Spread
 
@@ -294,15 +174,27 @@ class RunGroup(NamedTuple):
         return f"{text} ± {self.measure.gap_text(self.best.deviation)}"
 
 
-def judge(runs: Sequence[RunSummary]) -> Verdict:
-    """Which run is better, and why, or why that cannot be said; and cautions about the
-    runs whatever the verdict.
+def judge(runs: Sequence[RunFiles]) -> Verdict:
+    """Which run is better, and why, or why that cannot be said; and of those that took few steps,
+    that they did.
     """
     verdict = _judge(runs)
-    return verdict._replace(reasons=[*verdict.reasons, *_few_steps(runs)])
+    few = [
+        f"{run.label} ({run.steps})"
+        for run in runs
+        if run.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
+    ]
+    if not few:
+        return verdict
+    more = f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""
+    caution = (
+        f"Few steps: {', '.join(few[:MAX_NAMED])}{more}; a model hardly changes in fewer than "
+        f"{FEW_STEPS}: a longer train.duration continues a run."
+    )
+    return verdict._replace(reasons=[*verdict.reasons, caution])
 
 
-def _judge(runs: Sequence[RunSummary]) -> Verdict:
+def _judge(runs: Sequence[RunFiles]) -> Verdict:
     """Which run is better, and why, or why that cannot be said.
 
     It cannot where fewer than two runs were measured on held-out rows, where these are other rows
@@ -312,10 +204,9 @@ def _judge(runs: Sequence[RunSummary]) -> Verdict:
     if len(runs) == 1:
         return _alone(runs[0], measure)
     measured = [run for run in runs if measure.best(run)]
-    absent = []
-    for run in runs:
-        if run not in measured:
-            absent.append(f"{run.label} has no {measure.name} ({run.files.state}).")
+    absent = [
+        f"{run.label} has no {measure.name} ({run.state})." for run in runs if run not in measured
+    ]
     # A comparison needs two runs that were validated.
     if len(measured) < 2:
         why = (
@@ -329,22 +220,19 @@ def _judge(runs: Sequence[RunSummary]) -> Verdict:
         return obstacle
 
     ranking = _rank(measured, measure)
-    first = ranking[0]
     cautions = [*absent, *_cautions(measured, measure)]
     # One group: all runs learned from the same recipe.
     if len(ranking) == 1:
-        return _one_recipe(first, measured, cautions)
+        return _one_recipe(ranking[0], measured, cautions)
     verdict = _compare_groups(ranking, cautions)
+    if verdict.kind != "better":
+        return verdict
     # The winner's runs, by their place in the report.
-    if verdict.kind == "better":
-        best = tuple(i for i, run in enumerate(runs) if run in first.runs)
-        return verdict._replace(best=best)
-    return verdict
+    best = tuple(i for i, run in enumerate(runs) if run in ranking[0].runs)
+    return verdict._replace(best=best)
 
 
-def _one_recipe(
-    group: RunGroup, measured: Sequence[RunSummary], cautions: Sequence[str]
-) -> Verdict:
+def _one_recipe(group: RunGroup, measured: Sequence[RunFiles], cautions: Sequence[str]) -> Verdict:
     """The verdict on runs of one recipe, of which `group` has those that are comparable."""
     name = group.measure.name
     if len(group.runs) > 1:
@@ -354,7 +242,7 @@ def _one_recipe(
         return Verdict("equal", headline, [why, *cautions])
     (first,) = group.runs
     headline = f"One recipe: only {first.label} is trained as far as step {first.steps}"
-    if first.files.state is RunState.FINISHED:
+    if first.state is RunState.FINISHED:
         headline = f"One recipe: only {first.label} has finished"
     why = f"Its {group.measure.best_word} is {group}."
     for run in measured:
@@ -366,28 +254,25 @@ def _one_recipe(
 def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
     """The verdict on the first of several recipes and the second, or one further off that cannot be
     told from the first: its rows may vary more."""
-    first, second = ranking[:2]
+    first = ranking[0]
     measure = first.measure
-    equal: list[RunGroup] = []
-    beaten: list[RunGroup] = []
+    equal: list[tuple[RunGroup, Noise, float]] = []
+    others: list[tuple[RunGroup, Noise, float]] = []
     for group in ranking[1:]:
-        threshold = _noise(ranking, group).threshold
-        if threshold is not None:
-            gap = measure.worse_by(group.best.mean, than=first.best.mean)
-            (equal if gap <= threshold else beaten).append(group)
-    if equal:
-        second = equal[0]
-    gap = measure.worse_by(second.best.mean, than=first.best.mean)
-    noise = _noise(ranking, second)
+        noise = _noise(ranking, group)
+        gap = measure.worse_by(group.best.mean, than=first.best.mean)
+        is_equal = noise.threshold is not None and gap <= noise.threshold
+        (equal if is_equal else others).append((group, noise, gap))
+    second, noise, gap = (equal or others)[0]
     reasons = [
         _difference(first.runs[0], second.runs[0], measure),
         f"{measure.gap_text(gap)} apart. {noise.text}",
         *cautions,
     ]
     kind, headline = _headline(first, second, gap, noise)
+    beaten = [group.name for group, noise, _ in others if noise.threshold is not None]
     if kind == "equal" and beaten:
-        names = ", ".join(group.name for group in beaten)
-        headline += f"; {first.name} {first.is_are} better than {names}"
+        headline += f"; {first.name} {first.is_are} better than {', '.join(beaten)}"
     name = measure.name.strip(",")
     difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
     return Verdict(kind, headline, reasons, difference=difference)
@@ -414,15 +299,15 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
     return "better", f"{first.name} {first.is_are} better{where}: {against}"
 
 
-def _may_improve(run: RunSummary) -> bool:
+def _may_improve(run: RunFiles) -> bool:
     """Tell whether the run was to train further; a candidate that a sweep has left was not."""
-    stopped = run.files.stopped or {}
-    is_left = run.files.state is RunState.STOPPED and stopped.get("reason") == "sweep"
-    return run.files.state is not RunState.FINISHED and not is_left
+    stopped = run.stopped or {}
+    is_left = run.state is RunState.STOPPED and stopped.get("reason") == "sweep"
+    return run.state is not RunState.FINISHED and not is_left
 
 
-def _alone(run: RunSummary, measure: Measure) -> Verdict:
-    headline = f"{run.label}: {run.files.described_state}"
+def _alone(run: RunFiles, measure: Measure) -> Verdict:
+    headline = f"{run.label}: {run.described_state}"
     best = measure.best_text(run)
     if best is None:
         fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
@@ -432,10 +317,10 @@ def _alone(run: RunSummary, measure: Measure) -> Verdict:
     return Verdict("alone", f"{headline}, {measure.best_word} {best}", _cautions([run], measure))
 
 
-def _obstacle(measured: Sequence[RunSummary], measure: Measure) -> Verdict | None:
+def _obstacle(measured: Sequence[RunFiles], measure: Measure) -> Verdict | None:
     """The verdict on runs that were measured by other losses or on other rows; None if not."""
 
-    def of_each(value: Callable[[RunSummary], object]) -> str:
+    def of_each(value: Callable[[RunFiles], object]) -> str:
         return ", ".join(f"{run.label}: {value(run)}" for run in measured)
 
     command = _eval_command(measured)
@@ -471,12 +356,12 @@ def _obstacle(measured: Sequence[RunSummary], measure: Measure) -> Verdict | Non
     return Verdict("none", headline, reasons)
 
 
-def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
+def _rank(measured: Sequence[RunFiles], measure: Measure) -> list[RunGroup]:
     """The runs by recipe, the best first; of a recipe those that finished, or came furthest."""
-    by_recipe: dict[str, list[RunSummary]] = {}
+    by_recipe: dict[str, list[RunFiles]] = {}
     for run in measured:
         # Runs with the same keys that change what is learned differ by seed alone.
-        by_recipe.setdefault(json.dumps(run.learned, sort_keys=True), []).append(run)
+        by_recipe.setdefault(_learned_from(run), []).append(run)
     groups = []
     for of_recipe in by_recipe.values():
         # A shorter run of a recipe says nothing of its seeds.
@@ -491,11 +376,11 @@ def _rank(measured: Sequence[RunSummary], measure: Measure) -> list[RunGroup]:
     return sorted(groups, key=lambda group: measure.worse_by(group.best.mean, than=0.0))
 
 
-def _seed_advice(run: RunSummary, measure: Measure) -> str:
+def _seed_advice(run: RunFiles, measure: Measure) -> str:
     """Say how to see what another seed changes, and what that is for."""
     seed = (run.seed if run.seed is not None else 42) + 1
-    recipe = shell_path(shown(run.files.folder / RECIPE))
-    output = shell_path(shown(f"{run.files.folder}-seed-{seed}"))
+    recipe = shell_path(shown(run.folder / RECIPE))
+    output = shell_path(shown(f"{run.folder}-seed-{seed}"))
     keys = f"train.seed={seed}"
     if run.hold_out_seed is not None:
         # Its validation would be of other rows, so not comparable.
@@ -507,9 +392,9 @@ def _seed_advice(run: RunSummary, measure: Measure) -> str:
     )
 
 
-def _eval_command(runs: Sequence[RunSummary]) -> str:
+def _eval_command(runs: Sequence[RunFiles]) -> str:
     """The command that compares runs row by row."""
-    folders = [shell_path(shown(run.files.folder)) for run in runs]
+    folders = [shell_path(shown(run.folder)) for run in runs]
     return f"tunesmith eval {' '.join(folders)}"
 
 
@@ -557,37 +442,30 @@ def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str
     runs = [first.runs[0], second.runs[0]]
     # Of many runs, as those of a sweep, the first two alone may have been evaluated.
     measure = measure_of(runs)
-    bests = [measure.best(run) for run in runs]
-    evals = [measure.evals(run).get(best[1]) for run, best in zip(runs, bests, strict=True) if best]
-    if None in evals or len(evals) < 2:
+    better, worse = map(measure.best_row_losses, runs)
+    if better is None or worse is None:
         return None
-    better, worse = filter(None, evals)
-    rows = better["row_losses"]
-    difference = paired_losses(worse["row_losses"]["tuned"], rows["tuned"], rows["tokens"])
+    data, rows = better
+    difference = paired_losses(worse[1]["tuned"], rows["tuned"], rows["tokens"])
     if difference.mean > 0:
         return None
     sentence = loss_sentence(difference, first=runs[1].label, second=runs[0].label)
-    text = f"Row by row ({better['data']}): {sentence}"
-    if difference.interval is None:
-        return None, text
-    return difference.interval.high - difference.mean, text
+    interval = difference.interval
+    threshold = None if interval is None else interval.high - difference.mean
+    return threshold, f"Row by row ({data}): {sentence}"
 
 
 def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:
     """The same from the intervals of two shares; None where unknown."""
-    bests = [(group.runs[0], first.measure.best(group.runs[0])) for group in (first, second)]
-    spans = [first.measure.span(run, best[1]) for run, best in bests if best]
-    if None in spans or len(spans) < 2:
+    higher, lower = (first.measure.best_span(group.runs[0]) for group in (first, second))
+    if higher is None or lower is None:
         return None
-    higher, lower = filter(None, spans)
     # Newcombe's interval of a difference (1998, method 10). Of two models on the same rows it is
     # too wide rather than too narrow.
     threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
     ends = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in (higher, lower)]
-    return (
-        threshold,
-        f"Noise: the 95 % intervals for these numbers of pairs are {' and '.join(ends)}",
-    )
+    text = f"Noise: the 95 % intervals for these numbers of pairs are {' and '.join(ends)}"
+    return threshold, text
 
 
 def _threshold_text(text: str, threshold: float, measure: Measure, advice: str) -> str:
@@ -613,7 +491,7 @@ def _seed_noise(
     return Noise(threshold, text)
 
 
-def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
+def _difference(first: RunFiles, second: RunFiles, measure: Measure) -> str:
     """Describe what two runs differ in, and what follows; and their values after the same steps, if
     they took unequal ones.
     """
@@ -623,7 +501,7 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
         if difference.learns:
             differences[f"`{difference.key}`"] = f" ({difference.values_text})"
     for key, name in HASHES_OF_INPUTS.items():
-        if first.files.env.get(key) != second.files.env.get(key):
+        if first.env.get(key) != second.env.get(key):
             differences[name] = ""
     names = list(differences)
     text = "Their recipes do not differ in anything that affects training."
@@ -635,7 +513,7 @@ def _difference(first: RunSummary, second: RunSummary, measure: Measure) -> str:
     return text + _at_common_step(first, second, measure)
 
 
-def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> str:
+def _at_common_step(first: RunFiles, second: RunFiles, measure: Measure) -> str:
     """A sentence on the values of runs of unequal length after the same steps; empty without."""
     first_values = measure.values(first)
     second_values = measure.values(second)
@@ -650,7 +528,7 @@ def _at_common_step(first: RunSummary, second: RunSummary, measure: Measure) -> 
     )
 
 
-def _cautions(runs: Sequence[RunSummary], measure: Measure) -> list[str]:
+def _cautions(runs: Sequence[RunFiles], measure: Measure) -> list[str]:
     """List what a reader should know before believing the verdict."""
     cautions = []
     for run in runs:
@@ -668,9 +546,9 @@ def _cautions(runs: Sequence[RunSummary], measure: Measure) -> list[str]:
             text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
             cautions.append(f"{text}{side} that of step {step}.")
     unfinished = [
-        f"{run.label} ({run.files.state} at step {run.steps})"
+        f"{run.label} ({run.state} at step {run.steps})"
         for run in runs
-        if run.files.state is not RunState.FINISHED
+        if run.state is not RunState.FINISHED
     ]
     if unfinished:
         cautions.append(
@@ -688,34 +566,3 @@ def _cautions(runs: Sequence[RunSummary], measure: Measure) -> list[str]:
             "Speed and memory are not comparable."
         )
     return cautions
-
-
-def _few_steps(runs: Sequence[RunSummary]) -> list[str]:
-    """A sentence on the finished runs that took few steps, if there are any."""
-    names = [
-        f"{run.label} ({run.steps})"
-        for run in runs
-        if run.files.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
-    ]
-    if not names:
-        return []
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return [
-        f"Few steps: {', '.join(names[:MAX_NAMED])}{more}; a model hardly changes in fewer than "
-        f"{FEW_STEPS}: a longer train.duration continues a run."
-    ]
-
-
-def environment_rows(runs: Sequence[RunSummary]) -> list[tuple[str, list[Any], bool]]:
-    """The rows of env.json: name, a value a run, whether they differ."""
-    environments = []
-    for run in runs:
-        env = {k: v for k, v in run.files.env.items() if k not in NO_ENVIRONMENT}
-        environments.append(leaves(env))
-    rows = []
-    for name in dict.fromkeys(name for env in environments for name in env):
-        # A reason belongs to the value beside it, and has no row.
-        if not name.endswith(".why"):
-            values = [env.get(name) for env in environments]
-            rows.append((name, values, len({str(value) for value in values}) > 1))
-    return rows

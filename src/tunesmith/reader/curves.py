@@ -4,9 +4,10 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.reader.run_files import RunFiles, finite
+from tunesmith.run_dir import Fields
 
 # Of the records: counts and positions, no curves.
 NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
@@ -82,12 +83,12 @@ def curves(
     high: float,
     points: int,
     most: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Fields]:
     """The charts for a window of the x axis, the first `most` of them.
 
     Each series has about `points` points, spikes among them.
     """
-    charts: list[dict[str, Any]] = []
+    charts: list[Fields] = []
     for panel in (*PANELS, *_panels_of_other_columns(runs)):
         if len(charts) == most:
             break
@@ -115,12 +116,12 @@ def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
     return [Panel(name, "", (name,)) for name in sorted(names)]
 
 
-def _lines_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[dict[str, Any]]:
+def _lines_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[Fields]:
     """The lines of a panel of one run, whole: each a record field of one rank (None for rank 0's
     own record); `smoothed` is the choice of the page, "" for raw values."""
-    x = run.axis(axis)
+    x = run.axes.get(axis, run.axes["step"])
     # Other ranks record their steps alone: rank 0 says how many tokens or seconds these are.
-    x_by_step = dict(zip(run.axis("step"), x, strict=True))
+    x_by_step = dict(zip(run.axes["step"], x, strict=True))
     for field in panel.columns:
         y = run.columns.get(field, [])
         smooth_lines = smoothings(y) if field in _SMOOTHED else {}

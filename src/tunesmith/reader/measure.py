@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.metrics.intervals import share_interval
-from tunesmith.reader.run_summary import RunSummary
-from tunesmith.run_dir import PAIRS
+from tunesmith.reader.run_files import RunFiles
+from tunesmith.run_dir import PAIRS, EvalScores, RowLosses
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,11 @@ class Measure:
     """
 
     name: str
-    values: Callable[[RunSummary], Mapping[int, float]]
-    rows: Callable[[RunSummary], object]
+    values: Callable[[RunFiles], Mapping[int, float]]
+    rows: Callable[[RunFiles], object]
     is_share: bool = False
-    span: Callable[[RunSummary, int], tuple[float, float] | None] = lambda _, __: None
-    evals: Callable[[RunSummary], Mapping[int, dict[str, Any]]] = lambda _: {}
+    span: Callable[[RunFiles, int], tuple[float, float] | None] = lambda _, __: None
+    evals: Callable[[RunFiles], Mapping[int, EvalScores]] = lambda _: {}
 
     @property
     def best_word(self) -> str:
@@ -38,7 +37,7 @@ class Measure:
         """Compute how much worse a value is than another."""
         return than - value if self.is_share else value - than
 
-    def best(self, run: RunSummary) -> tuple[float, int] | None:
+    def best(self, run: RunFiles) -> tuple[float, int] | None:
         """The best value of a run and its step; of equal ones the first."""
         places = [(self.worse_by(value, 0.0), step) for step, value in self.values(run).items()]
         if not places:
@@ -46,30 +45,43 @@ class Measure:
         _, step = min(places)
         return self.values(run)[step], step
 
+    def best_span(self, run: RunFiles) -> tuple[float, float] | None:
+        """The interval of the best value of a run; None where it is not known."""
+        best = self.best(run)
+        return self.span(run, best[1]) if best else None
+
+    def best_row_losses(self, run: RunFiles) -> tuple[str, RowLosses] | None:
+        """The rows that `eval` measured the best value of a run on, and the loss of each."""
+        best = self.best(run)
+        result = self.evals(run).get(best[1]) if best else None
+        if result is None or result["row_losses"] is None:
+            return None
+        return result["data"], result["row_losses"]
+
     def text(self, value: float) -> str:
         return f"{100 * value:.1f} %" if self.is_share else f"{value:.4f}"
 
     def gap_text(self, gap: float) -> str:
         return f"{100 * gap:.1f} points" if self.is_share else f"{gap:.4f}"
 
-    def best_text(self, run: RunSummary) -> str | None:
+    def best_text(self, run: RunFiles) -> str | None:
         """`91.0 % (83.9 to 95.5) at step 40`; None where it was not measured."""
         best = self.best(run)
         if best is None:
             return None
         value, step = best
-        span = self.span(run, step)
+        span = self.best_span(run)
         text = self.text(value)
         if span is not None:
             text += f" ({100 * span[0]:.1f} to {100 * span[1]:.1f})"
         return f"{text} at step {step}"
 
 
-def _validation_rows(run: RunSummary) -> object:
+def _validation_rows(run: RunFiles) -> object:
     return (run.validation_hash, run.max_examples) if run.validation_hash else None
 
 
-def _accuracy_span(run: RunSummary, step: int) -> tuple[float, float] | None:
+def _accuracy_span(run: RunFiles, step: int) -> tuple[float, float] | None:
     if not run.held_out:
         return None
     interval = share_interval(round(run.accuracies[step] * run.held_out), run.held_out)
@@ -86,14 +98,14 @@ HELD_OUT_ACCURACY = Measure(
 )
 
 
-def _evals_of(run: RunSummary, pairs: bool) -> dict[str, dict[int, dict[str, Any]]]:
+def _evals_of(run: RunFiles, pairs: bool) -> dict[str, dict[int, EvalScores]]:
     """Collect what `eval` measured of pairs or each row's loss, by the rows' hash and the step.
 
     Losses are without rows that the run was trained on, which show what it has kept of them; its
     own held-out rows count as for val_loss.
     """
-    evals: dict[str, dict[int, dict[str, Any]]] = {}
-    for result in sorted(run.files.evals, key=lambda result: result["step"] or 0):
+    evals: dict[str, dict[int, EvalScores]] = {}
+    for result in sorted(run.evals, key=lambda result: result["step"] or 0):
         row_losses = result["row_losses"]
         row_hash = result["row_hash"]
         is_measured = PAIRS in result["scores"]
@@ -107,7 +119,7 @@ def _evals_of(run: RunSummary, pairs: bool) -> dict[str, dict[int, dict[str, Any
     return evals
 
 
-def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
+def _eval_measure(runs: Sequence[RunFiles], *, pairs: bool) -> Measure | None:
     """Find what `eval` measured on rows that all runs have been evaluated on.
 
     None where there are no such rows, or fewer than val_loss was measured on in all runs.
@@ -123,22 +135,21 @@ def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
     # Of equally many rows always the same ones.
     chosen = max(sorted(common), key=rows_of)
 
-    def at_steps(run: RunSummary) -> dict[int, dict[str, Any]]:
+    def at_steps(run: RunFiles) -> dict[int, EvalScores]:
         return _evals_of(run, pairs)[chosen]
 
-    def values(run: RunSummary) -> dict[int, float]:
+    def values(run: RunFiles) -> dict[int, float]:
         if pairs:
             return {step: e["scores"][PAIRS]["tuned"][0] for step, e in at_steps(run).items()}
-        return {step: e["losses"]["tuned"] for step, e in at_steps(run).items()}
+        return {step: (e["losses"] or {})["tuned"] for step, e in at_steps(run).items()}
+
+    def span(run: RunFiles, step: int) -> tuple[float, float]:
+        _, low, high = at_steps(run)[step]["scores"][PAIRS]["tuned"]
+        return low, high
 
     if pairs:
-        return Measure(
-            "accuracy on pairs, by eval,",
-            values,
-            lambda _: chosen,
-            is_share=True,
-            span=lambda run, step: tuple(at_steps(run)[step]["scores"][PAIRS]["tuned"][1:]),
-        )
+        name = "accuracy on pairs, by eval,"
+        return Measure(name, values, lambda _: chosen, is_share=True, span=span)
     validated = {_validation_rows(run) for run in runs}
     if len(validated) == 1 and None not in validated and all(run.validations for run in runs):
         held_out = runs[0].held_out or 0
@@ -147,7 +158,7 @@ def _eval_measure(runs: Sequence[RunSummary], *, pairs: bool) -> Measure | None:
     return Measure("loss by eval", values, lambda _: chosen, evals=at_steps)
 
 
-def measure_of(runs: Sequence[RunSummary]) -> Measure:
+def measure_of(runs: Sequence[RunFiles]) -> Measure:
     """Choose what tells which of the runs is better.
 
     Of sft: `eval` of the same rows, if all runs have it and it has no fewer rows than val_loss, for

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,18 +18,12 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.metrics.conversations import Turn, conversations_of
-from tunesmith.reader.compare import (
-    HASHES,
-    differing_keys,
-    environment_rows,
-    figure_rows,
-    judge,
-)
+from tunesmith.reader.compare import differing_keys, judge
 from tunesmith.reader.curves import curves
+from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
 from tunesmith.reader.measure import measure_of
-from tunesmith.reader.run_files import RunFiles, how_it_ended, to_json
-from tunesmith.reader.run_summary import RunSummary, summaries_of
-from tunesmith.run_dir import RECIPE, read_bytes, shown
+from tunesmith.reader.run_files import RunFiles, how_it_ended, label_apart, to_json
+from tunesmith.run_dir import RECIPE, Fields, Sample, read_bytes, shown
 from tunesmith.units import format_seconds
 
 PAGE_MARK = "tunesmith report"  # in the first line of each page that it writes
@@ -86,12 +79,12 @@ def render_report(
     env.trim_blocks = True
     env.lstrip_blocks = True
     env.filters |= {"value": _value, "cell": _cell, "reason": _reason, "fenced": _fenced}
-    summaries = summaries_of(runs)
-    context = _context(summaries) | {"note": note, "mark": PAGE_MARK}
+    label_apart(runs)
+    context = _context(runs) | {"note": note, "mark": PAGE_MARK}
     if markdown:
-        ends = [(run, how_it_ended(run.files)) for run in summaries]
+        ends = [(run, how_it_ended(run)) for run in runs]
         template = env.get_template("report.md.j2")
-        return template.render(context, samples=_samples_of(summaries), ends=ends)
+        return template.render(context, samples=_samples_of(runs), ends=ends)
     page = env.get_template("page.html.j2")
     if live:
         return page.render(context, live=True, static=(*STATIC, "live.js", "run.js"))
@@ -112,7 +105,7 @@ def render_report(
     )
 
 
-def page_data(runs: Sequence[RunFiles]) -> dict[str, Any]:
+def page_data(runs: Sequence[RunFiles]) -> Fields:
     """Collect what a report holds of that which a live page asks for."""
     return {
         "runs": [run.status() for run in runs],
@@ -122,7 +115,7 @@ def page_data(runs: Sequence[RunFiles]) -> dict[str, Any]:
     }
 
 
-def _context(runs: list[RunSummary]) -> dict[str, Any]:
+def _context(runs: Sequence[RunFiles]) -> Fields:
     verdict = judge(runs)
     keys = differing_keys(runs)
     board = list(range(len(runs)))
@@ -145,16 +138,16 @@ def _context(runs: list[RunSummary]) -> dict[str, Any]:
         "figures": figure_rows(runs),
         "environment": environment_rows(runs),
         "time_text": format_seconds,
-        "profiles": [(run, profile) for run in runs for profile in run.files.profiles],
+        "profiles": [(run, *profile) for run in runs for profile in run.profiles.items()],
         "reproduce": [_reproduce(run) for run in runs],
     }
 
 
-def _samples_of(runs: Sequence[RunSummary]) -> list[tuple[list[Turn], list[tuple[str, Any]]]]:
+def _samples_of(runs: Sequence[RunFiles]) -> list[tuple[list[Turn], list[tuple[str, Sample]]]]:
     """For each prompt its turns, and of each run the first and the last sample."""
-    samples: dict[str, list[tuple[str, Any]]] = {}
+    samples: dict[str, list[tuple[str, Sample]]] = {}
     for run in runs:
-        of_run = run.files.texts()["samples"]
+        of_run: list[Sample] = run.texts()["samples"]
         for prompt in dict.fromkeys(sample["prompt"] for sample in of_run):
             of_prompt = [sample for sample in of_run if sample["prompt"] == prompt]
             ends = of_prompt[:: max(1, len(of_prompt) - 1)]
@@ -163,10 +156,10 @@ def _samples_of(runs: Sequence[RunSummary]) -> list[tuple[list[Turn], list[tuple
     return [(turns, samples[prompt]) for prompt, turns in conversations.items()]
 
 
-def _reproduce(run: RunSummary) -> dict[str, Any]:
+def _reproduce(run: RunFiles) -> Fields:
     """List what it takes to make a run again; each part is None where env.json does not have it."""
-    env = run.files.env
-    recipe = run.files.folder / RECIPE
+    env = run.env
+    recipe = run.folder / RECIPE
     text = None
     with suppress(OSError):
         text = read_bytes(recipe).decode(errors="replace")
@@ -187,7 +180,7 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
             versions.append("./tunesmith" if name == "tunesmith" else version)
     commit = env.get("commit")
     checkout = f"git -C tunesmith checkout {shell_word(commit.rstrip('+'))} && " if commit else ""
-    output = shell_word(shown(f"output_dir={run.files.folder}-again"))
+    output = shell_word(shown(f"output_dir={run.folder}-again"))
     return {
         "run": run,
         "command": command,
@@ -199,7 +192,7 @@ def _reproduce(run: RunSummary) -> dict[str, Any]:
     }
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     """A value of a recipe or of env.json as text; a long list in JSON."""
     if value is None:
         return "–"

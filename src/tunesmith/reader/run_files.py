@@ -1,16 +1,20 @@
-"""A run directory as a reader sees it: the files of a running, finished, failed or copied run.
+"""A run directory as a reader sees it: the files of a running, finished, failed or copied run, and
+the figures that follow from them.
 
 It reads what was appended since the last look, needs no torch, and takes a directory as it is:
 files that are not there yet, a last line that is still being written, fields of another version.
 """
 
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, stdev
+from typing import NamedTuple, cast
 
 import pydantic_core
 
@@ -35,9 +39,16 @@ from tunesmith.run_dir import (
     SCORES,
     STOP_FILE,
     STOPPED,
+    EvalScores,
+    Failure,
+    Fields,
+    Manifest,
     Part,
+    ProfileSummary,
     RunState,
-    ended_state,
+    Sample,
+    Stopped,
+    how_far,
     name_a_run,
     open_regular,
     parse_json,
@@ -52,7 +63,6 @@ from tunesmith.run_dir import (
     read_stopped,
     reason_of,
     shown,
-    steps_taken,
 )
 from tunesmith.units import Length
 
@@ -77,7 +87,7 @@ FINAL_MANIFEST = f"{FINAL}/{MANIFEST}"
 _RANK_METRICS_NAME = re.compile(r"metrics-rank(\d+)\.jsonl")
 
 # The small files of a run, by pattern: what reads one.
-PART_READERS: dict[str, Callable[[Path], Part[Any]]] = {
+PART_READERS: dict[str, Callable[[Path], Part[object]]] = {
     RECIPE: lambda path: read_recipe(path.parent),
     IDENTITY: lambda path: read_env(path.parent),
     FAILURE: lambda path: read_failure(path.parent),
@@ -189,19 +199,36 @@ class JsonlColumns:
         self.rows += 1
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A mean, the standard deviation of what it is a mean of, and their number."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def from_values(cls, values: Sequence[float], mean: float | None = None) -> "Spread | None":
+        """None without values; `mean`: a weighted one in place of the plain one."""
+        if not values:
+            return None
+        deviation = stdev(values) if len(values) > 1 else 0.0
+        return cls(fmean(values) if mean is None else mean, deviation, len(values))
+
+
 class RunFiles:
-    """A run directory and what it holds now.
+    """A run directory and what it holds now. Figures are in the units of the records.
 
     Attributes:
+        label: the folder's name, or where runs side by side share it the whole path.
         recipe, env: config.yaml and env.json as plain values; empty if not there yet.
         ranks: the columns of metrics-rank<r>.jsonl, by rank.
-        samples: `{"step", "prompt", "answer", "expected", "row"}`, in the order of the steps; step
-            0 is before training.
+        samples: in the order of the steps; step 0 is before training.
         failure, stopped: failure.json and stopped.json, None without one.
-        evals: what each `eval --score` or `--tasks` said, as `read_scores` gives it.
-        profiles: the summaries of `profile/`, each with its `name`.
-        state: where it stands.
-        final_step: of the weights in final/; None: there are none, or that is not known.
+        final: the manifest of final/; None: it is not there, or damaged.
+        evals: of each `eval` what its file of scores says.
+        profiles: the summaries of `profile/`, by name.
+        state: where it stands; steps: optimizer steps that were taken.
         revision: goes up when a file changes that is no table of records and no log.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
     """
@@ -210,6 +237,7 @@ class RunFiles:
         """UsageError if `folder` holds nothing of a run."""
         self.folder = Path(folder)
         self.name = shown(self.folder.absolute().name)
+        self.label = self.name
         self.log_tail: list[str] = []
         self.warnings: list[str] = []
         self.state = RunState.KILLED
@@ -217,9 +245,7 @@ class RunFiles:
         self._tables = {METRICS: JsonlColumns(self.folder / METRICS)}
         self._log = AppendedLines(self.folder / LOG)
         # By name: what its file looked like, and what was read of it.
-        self._parts: dict[str, tuple[tuple[int, int, int], Part[Any]]] = {}
-        # By axis; computed when a page asks, and held until the run has grown.
-        self._axes: dict[str, list[float]] = {}
+        self._parts: dict[str, tuple[tuple[int, int, int], Part[object]]] = {}
         if not holds_run(self.folder):
             what = f"there is no {folder}"
             why = ""
@@ -259,45 +285,51 @@ class RunFiles:
             match = _RANK_METRICS_NAME.fullmatch(name)
             if match:
                 self.ranks[int(match[1])] = table.columns
-        self.state = self._state()
+        self.state, self.steps = self._state()
         if any(changed):
-            self._axes = {}
+            # Figures of the records are computed when somebody asks, and kept until these grow.
+            for name, attribute in vars(RunFiles).items():
+                if isinstance(attribute, cached_property):
+                    vars(self).pop(name, None)
         return any(changed) or self.state != previous_state
 
     def _read_parts(self) -> bool:
         """Read the small files that are new or were written again; whether anything changed."""
-        parts: dict[str, tuple[tuple[int, int, int], Part[Any]]] = {}
+        parts = {}
         for pattern, read in PART_READERS.items():
             files = [(signature_of(path), path) for path in self.folder.glob(pattern)]
             # The oldest first: of two evals of the same rows the newer counts.
             for signature, path in sorted(files):
                 name = shown(path.relative_to(self.folder))
-                part = self._parts.get(name)
-                if part is None or part[0] != signature:
-                    part = (signature, read(path))
-                parts[name] = part
+                known = self._parts.get(name)
+                is_known = known is not None and known[0] == signature
+                parts[name] = known if known and is_known else (signature, read(path))
         is_changed = parts != self._parts
         self._parts = parts
         self.revision += is_changed
-        self.recipe: dict[str, Any] = self._value(RECIPE) or {}
-        self.env: dict[str, Any] = self._value(IDENTITY) or {}
-        self.samples: list[dict[str, Any]] = self._value(SAMPLES) or []
-        self.failure: dict[str, Any] | None = self._value(FAILURE)
-        self.stopped: dict[str, Any] | None = self._value(STOPPED)
-        self.evals = [value for _, value in self._values(EVALS)]
-        self.profiles = []
-        for name, profile in self._values(Path(PROFILES).parent.name):
-            title = Path(name).stem.removeprefix("summary-")
-            self.profiles.append({"name": title, **profile})
+        self._take_parts()
         return is_changed
 
-    def _value(self, name: str) -> Any:
-        return self._parts[name][1].value if name in self._parts else None
+    def _take_parts(self) -> None:
+        """Give the values of each small file their names."""
+        values = {name: part.value for name, (_, part) in self._parts.items() if part.value}
+        self.recipe = cast("Fields", values.get(RECIPE, {}))
+        self.env = cast("Fields", values.get(IDENTITY, {}))
+        self.samples = cast("list[Sample]", values.get(SAMPLES, []))
+        self.failure = cast("Failure | None", self._value(FAILURE))
+        self.stopped = cast("Stopped | None", self._value(STOPPED))
+        self.final = cast("Manifest | None", self._value(FINAL_MANIFEST))
+        self.evals: list[EvalScores] = []
+        self.profiles: dict[str, ProfileSummary] = {}
+        for name, value in values.items():
+            if name.startswith(f"{EVALS}/"):
+                self.evals.append(cast("EvalScores", value))
+            elif name.startswith(f"{Path(PROFILES).parent}/"):
+                title = Path(name).stem.removeprefix("summary-")
+                self.profiles[title] = cast("ProfileSummary", value)
 
-    def _values(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, (_, part) in self._parts.items():
-            if name.startswith(f"{folder}/") and part.value is not None:
-                yield name, part.value
+    def _value(self, name: str) -> object:
+        return self._parts[name][1].value if name in self._parts else None
 
     def _read_log(self) -> bool:
         fault = self._log.fault
@@ -316,15 +348,14 @@ class RunFiles:
         self.warnings = list(dict.fromkeys(warnings))[-WARNINGS:]
         return anew or bool(lines) or self._log.fault != fault
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that were taken."""
-        return steps_taken(int(self.last("step") or 0), self.state, self.stopped)
+    def _state(self) -> tuple[RunState, int]:
+        state, steps = how_far(self.last("step"), self.failure, self.stopped, self.final)
+        return (RunState.RUNNING if is_at_work(self.folder) else state), steps
 
     @property
     def final_step(self) -> int | None:
-        manifest = self._value(FINAL_MANIFEST)
-        return manifest["step"] if manifest else None
+        """The step of the weights in final/; None: there are none, or that is not known."""
+        return self.final["step"] if self.final else None
 
     @property
     def described_state(self) -> str:
@@ -334,51 +365,147 @@ class RunFiles:
             text += f", {FINAL}/ is of step {self.final_step}"
         return text
 
-    def _state(self) -> RunState:
-        if is_at_work(self.folder):
-            return RunState.RUNNING
-        manifest = self._value(FINAL_MANIFEST)
-        return ended_state(
-            failed=self.failure is not None,
-            stopped=self.stopped is not None,
-            final_step=manifest["last_step"] if manifest else None,
-            last_step=self.last("step") or 0,
-        )
+    @property
+    def validation_hash(self) -> str | None:
+        """The hash of the held-out rows as tokens."""
+        return self.env.get("validation_hash")
+
+    @property
+    def held_out(self) -> int | None:
+        """Count the examples that were held out, as env.json has it."""
+        return self.env.get("validation_examples") or None
+
+    def key(self, section: str, name: str) -> object:
+        """The value of a key of the recipe; None where it is not there."""
+        value: object = (self.recipe.get(section) or {}).get(name)
+        return value
+
+    @property
+    def max_examples(self) -> int | None:
+        """Return how many of the held-out rows were measured; None: all."""
+        return cast("int | None", self.key("validate", "max_examples"))
+
+    @property
+    def method(self) -> str:
+        """The name of the method, which says what val_loss is the loss of."""
+        return str(self.method_keys.get("name"))
+
+    @property
+    def method_keys(self) -> Fields:
+        """The section of the recipe; a method without keys is written as its name."""
+        method = self.recipe.get("method", "sft")
+        return method if isinstance(method, dict) else {"name": method}
+
+    @property
+    def seed(self) -> int | None:
+        return cast("int | None", self.key("train", "seed"))
+
+    @property
+    def hold_out_seed(self) -> object:
+        """Return the seed that drew the rows of `data.hold_out`; None without or if unknown."""
+        if not self.key("data", "hold_out"):
+            return None
+        seed = self.key("data", "hold_out_seed")
+        return self.seed if seed is None else seed
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a column."""
         values = reversed(self.columns.get(name, []))
-        return next((value for value in values if value is not None and math.isfinite(value)), None)
+        return next((value for value in values if value is not None and isfinite(value)), None)
 
     def recent_mean(self, name: str) -> float | None:
         """The mean of the last steps; the first step of a run, which compiles, is left out."""
         values = self.columns.get(name, [])
         recent = finite(values[1:][-RECENT_STEPS:] or values[-1:])
-        return sum(recent) / len(recent) if recent else None
+        return fmean(recent) if recent else None
 
-    def axis(self, name: str) -> list[float]:
-        """For each record its step, the tokens up to it, or the seconds of training up to it."""
-        if name not in self._axes:
-            column = {"tokens": "tokens", "seconds": "step_seconds"}.get(name, "step")
-            values = [
-                value if value and math.isfinite(value) else 0.0
-                for value in self.columns.get(column, [])
-            ]
-            self._axes[name] = values if column == "step" else list(accumulate(values))
-        return self._axes[name]
+    def _column(self, name: str) -> list[float | None]:
+        return self.columns.get(name) or [None] * len(self.columns.get("step", []))
 
-    def status(self) -> dict[str, Any]:
-        """Say where it stands: state, progress, newest figures, warnings, and how it ended.
+    def _by_step(self, name: str) -> dict[int, float]:
+        pairs = zip(self._column("step"), self._column(name), strict=True)
+        return {
+            int(step or 0): value for step, value in pairs if value is not None and isfinite(value)
+        }
 
-        Figures are in the units of the records.
-        """
-        steps = self.steps
-        progress = self._progress(steps)
-        total_steps = steps / progress if progress else 0.0
+    @cached_property
+    def validations(self) -> dict[int, float]:
+        """val_loss by step."""
+        return self._by_step("val_loss")
+
+    @cached_property
+    def accuracies(self) -> dict[int, float]:
+        """The share of held-out pairs in order, by step."""
+        return self._by_step("val_reward_accuracy")
+
+    @cached_property
+    def loss(self) -> Spread | None:
+        """The training loss of a tenth of the steps, at least 10, at the end."""
+        losses = finite(self._column("loss"))
+        return Spread.from_values(losses[-max(10, len(losses) // 10) :])
+
+    @cached_property
+    def tokens(self) -> float:
+        return sum(finite(self._column("tokens")))
+
+    @cached_property
+    def seconds(self) -> float:
+        """The seconds of the recorded steps."""
+        return sum(finite(self._column("step_seconds")))
+
+    @cached_property
+    def memory_gib(self) -> float | None:
+        return max(finite(self._column("memory_gib")), default=None)
+
+    def _after_first(self, name: str) -> list[float | None]:
+        """A column without the first step, which compiles: it would hide the others' speed."""
+        values = self._column(name)
+        return values[1:] if len(values) > 1 else values
+
+    def _a_second(self, name: str) -> float | None:
+        """The sum of a column a second of training, without the first step."""
+        seconds = sum(finite(self._after_first("step_seconds")))
+        return sum(finite(self._after_first(name))) / seconds if seconds else None
+
+    @cached_property
+    def speed(self) -> Spread | None:
+        """Tokens per second, weighted by time."""
+        mean = self._a_second("tokens")
+        if mean is None:
+            return None
+        return Spread.from_values(finite(self._after_first("tokens_per_second")), mean)
+
+    @cached_property
+    def waiting(self) -> float | None:
+        """The share of the time spent waiting for data."""
+        return self._a_second("data_seconds")
+
+    @cached_property
+    def mfu(self) -> float | None:
+        """The mean over time, of the steps whose MFU was measured: a step that took twice as long
+        counts twice."""
+        values = zip(self._after_first("mfu"), self._after_first("step_seconds"), strict=True)
+        measured = [(mfu, time) for mfu, time in values if mfu and time]
+        seconds = sum(time for _, time in measured)
+        return sum(mfu * time for mfu, time in measured) / seconds if seconds else None
+
+    @cached_property
+    def axes(self) -> dict[str, list[float]]:
+        """For each record its step, the tokens up to it, and the seconds of training up to it."""
+        axes = {}
+        for name, column in {"step": "step", "tokens": "tokens", "seconds": "step_seconds"}.items():
+            values = [value if value and isfinite(value) else 0.0 for value in self._column(column)]
+            axes[name] = values if name == "step" else list(accumulate(values))
+        return axes
+
+    def status(self) -> Fields:
+        """Say where it stands: state, progress, newest figures, warnings, and how it ended."""
+        progress = self._progress()
+        total_steps = self.steps / progress if progress else 0.0
         seconds_per_step = self.recent_mean("step_seconds")
         seconds_left = None
         if self.state is RunState.RUNNING and total_steps and seconds_per_step:
-            seconds_left = (total_steps - steps) * seconds_per_step
+            seconds_left = (total_steps - self.steps) * seconds_per_step
         figures = {name: self.last(name) for name in self.columns}
         # Means of the last steps: one alone would flicker.
         if "tokens_per_second" in figures:
@@ -390,7 +517,7 @@ class RunFiles:
             "name": self.name,
             "place": shown(self.folder),
             "state": self.state,
-            "step": steps,
+            "step": self.steps,
             "final_step": self.final_step,
             "steps": round(total_steps) if total_steps else None,
             "done": progress,
@@ -403,34 +530,43 @@ class RunFiles:
             "damaged": [file._asdict() for file in self.damaged],
         }
 
-    def _progress(self, step: float) -> float | None:
+    def _progress(self) -> float | None:
         """The part of its duration that it has trained, from 0 to 1.
 
         None where the recipe is not there yet.
         """
         try:
             duration = Length.parse(self.recipe["train"]["duration"])
-            seconds = sum(finite(self.columns.get("step_seconds", [])))
-            return duration.share(steps=step, epochs=self.last("epoch") or 0.0, seconds=seconds)
+            epochs = self.last("epoch") or 0.0
+            return duration.share(steps=self.steps, epochs=epochs, seconds=self.seconds)
         except (KeyError, ValueError, TypeError, AttributeError):
             # There is no recipe yet, or somebody edited it.
             return None
 
-    def texts(self) -> dict[str, Any]:
+    def texts(self) -> Fields:
         """The samples, the turns of their prompts (role, text), and the system prompt of all."""
         samples = []
         for row in self.samples:
-            place = shown(row["row"]) if row.get("row") else None
-            samples.append(row | {"answer": whole_characters(row["answer"]), "row": place})
-        conversations, system = conversations_of(row["prompt"] for row in samples)
+            place = row.get("row")
+            answer = whole_characters(row["answer"])
+            samples.append({**row, "answer": answer, "row": shown(place) if place else None})
+        conversations, system = conversations_of(row["prompt"] for row in self.samples)
         return {"samples": samples, "conversations": conversations, "system": system}
 
 
-def how_it_ended(run: RunFiles) -> dict[str, Any]:
+def label_apart(runs: Sequence[RunFiles]) -> None:
+    """Label runs that share a name by their folders."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.label = shown(run.folder)
+
+
+def how_it_ended(run: RunFiles) -> Fields:
     """Find what a run that neither goes on nor finished left behind to tell why, and the command
     that goes on; else nothing.
     """
-    fields: dict[str, Any] = {}
+    fields: Fields = {}
     # failure.json of an earlier start stays; only the state says whether it counts.
     if run.failure and run.state is RunState.FAILED:
         fields = {name: run.failure.get(name) for name in FAILURE_FIELDS}
@@ -461,9 +597,9 @@ def signature_of(path: Path) -> tuple[int, int, int]:
 
 def finite(values: Sequence[float | None]) -> list[float]:
     """The finite ones."""
-    return [value for value in values if value is not None and math.isfinite(value)]
+    return [value for value in values if value is not None and isfinite(value)]
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Strict JSON: what is not finite is null there."""
     return pydantic_core.to_json(value, inf_nan_mode="null").decode()

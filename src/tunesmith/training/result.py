@@ -40,6 +40,7 @@ from tunesmith.run_dir import (
     RECIPE,
     STOP_FILE,
     STOPPED,
+    Fields,
     describe_weights,
     read_object,
     shown,
@@ -78,9 +79,9 @@ class Result(Tabular):
         records: list[StepRecord] = []
         with suppress(OSError, RunError):
             records = read_records(output_dir / METRICS)
-        best: dict[str, Any] = {}
+        best: Fields = {}
         with suppress(OSError, ValueError):
-            best = read_object(output_dir / BEST)
+            best = read_object(output_dir / BEST, Fields)
         return cls(
             output_dir,
             steps,

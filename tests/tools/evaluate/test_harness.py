@@ -18,9 +18,8 @@ from tunesmith.cli.main import main
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.inference.load_run import RunLocation
 from tunesmith.metrics.intervals import paired_intervals
-from tunesmith.reader.compare import eval_figures
+from tunesmith.reader.figures import eval_figures
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.reader.run_summary import summaries_of
 from tunesmith.tools.evaluate import harness, load_tasks
 
 CHOICE = """\
@@ -210,7 +209,7 @@ def test_a_run_and_its_base_are_scored_in_one_table(
     tuned = chrf["tuned"]
     assert tuned["high"] == pytest.approx(tuned["value"] + 1.96 * tuned["stderr"], rel=1e-4)
 
-    lines = dict(eval_figures(summaries_of([RunFiles(run)])))
+    lines = dict(eval_figures([RunFiles(run)]))
     assert "% (" in str(lines["eval: acc (tiny_choice, 9 rows)"])
     assert not [line for line in lines if "loss" in line]
 

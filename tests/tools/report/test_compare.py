@@ -15,18 +15,18 @@ from report.written import falling, pairs_eval, row_eval, write_eval, write_run
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK
 from tunesmith.reader.compare import (
+    HASHES_OF_INPUTS,
     Verdict,
     differing_keys,
-    eval_figures,
     judge,
     validation_noise,
 )
-from tunesmith.reader.run_files import RunFiles
-from tunesmith.reader.run_summary import HASHES_OF_INPUTS, Spread, summaries_of
+from tunesmith.reader.figures import eval_figures
+from tunesmith.reader.run_files import RunFiles, Spread, label_apart
 
 
 def verdict(*runs) -> Verdict:
-    return judge(summaries_of(runs))
+    return judge(runs)
 
 
 def said(found: Verdict) -> str:
@@ -224,7 +224,7 @@ def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     write_eval(run.folder, values)
     write_eval(run.folder, row_eval([1.0] * 5, "few", data="few.jsonl"), "few")
     assert run.refresh()
-    cells = dict(eval_figures(summaries_of([run])))
+    cells = dict(eval_figures([run]))
     # Student's factor of five degrees of freedom, 2.57, times 0.1414 / sqrt(6)
     shown = "1.0000 (0.8518 to 1.1482), base 1.5000: -0.5000 (-0.5000 to -0.5000) at step 40"
     assert cells["eval: loss (held.jsonl, 6 rows)"] == [shown]
@@ -233,7 +233,7 @@ def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     values["row_losses"]["base"] = [1.5]
     write_eval(run.folder, values)
     assert run.refresh()
-    [damaged] = dict(eval_figures(summaries_of([run])))["eval: loss (held.jsonl, 6 rows)"]
+    [damaged] = dict(eval_figures([run]))["eval: loss (held.jsonl, 6 rows)"]
     assert damaged.split() == ["1.0000,", "base", "1.5000", "at", "step", "40"]
 
 
@@ -305,9 +305,7 @@ def test_differing_keys_tell_what_changes_nothing(tmp_path: Path) -> None:
         "train": {"learning_rate": 3e-4, "micro_batch": "1 examples"},
         "adapter": {"target": ["q_proj", "v_proj"]},
     }
-    found = differing_keys(
-        summaries_of([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)])
-    )
+    found = differing_keys([write_run(tmp_path / "a"), write_run(tmp_path / "b", recipe=recipe)])
     assert [(one.key, one.values, one.learns) for one in found] == [
         ("adapter.target", ["all-linear", ["q_proj", "v_proj"]], True),
         ("train.learning_rate", [1e-4, 3e-4], True),
@@ -325,7 +323,7 @@ def test_what_ends_a_run_or_chooses_its_weights_changes_what_is_learned(tmp_path
             write_run(tmp_path / kind / "a", falling(2.0), recipe=recipe),
             write_run(tmp_path / kind / "b", falling(3.0), recipe=recipe | changed),
         ]
-        found = differing_keys(summaries_of(runs))
+        found = differing_keys(runs)
         assert {one.key for one in found if one.learns} == chosen | more
         assert {"log.every", "checkpoint.keep"} <= {one.key for one in found if not one.learns}
 
@@ -336,7 +334,7 @@ def test_a_section_that_one_run_leaves_empty_is_one_difference(tmp_path: Path) -
         "data": {"train": {"columns": {"chosen": "c"}}},
     }
     runs = [write_run(tmp_path / "sft"), write_run(tmp_path / "dpo", recipe=filled)]
-    found = {one.key: one.values for one in differing_keys(summaries_of(runs))}
+    found = {one.key: one.values for one in differing_keys(runs)}
     assert found == {
         "method.name": ["sft", "dpo"],
         "method.beta": [None, 0.1],
@@ -346,7 +344,8 @@ def test_a_section_that_one_run_leaves_empty_is_one_difference(tmp_path: Path) -
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / place / "run") for place in ("a", "b")]
-    assert [run.label for run in summaries_of(runs)] == [
+    label_apart(runs)
+    assert [run.label for run in runs] == [
         str(tmp_path / "a" / "run"),
         str(tmp_path / "b" / "run"),
     ]
@@ -367,7 +366,7 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
         tmp_path / "a", steps=5, tokens_per_second=pace, step_seconds=seconds, data_seconds=lambda s: seconds(s) / 4,
         mfu=lambda s: pace(s) / 1000, memory_gib=float,
     )  # fmt: skip
-    (found,) = summaries_of([run])
+    found = run
     assert found.speed == Spread(
         pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4
     )

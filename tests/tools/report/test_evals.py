@@ -11,10 +11,9 @@ import pytest
 
 from errors import holds
 from report.written import falling, write_eval, write_run
-from tunesmith.reader.compare import eval_figures
+from tunesmith.reader.figures import eval_figures
 from tunesmith.reader.page import render_report
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.reader.run_summary import summaries_of
 
 
 def eval_scores(**changes: Any) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def test_scores_stand_beside_the_losses_with_their_intervals(tmp_path: Path) -> 
         "62.0 % (52.1 to 71.3), base 50.0 % (40.0 to 60.0): +12.0 points (+4.0 to +20.1) at step 40"
     )
     label = "eval: exact (held.jsonl, 100 rows)"
-    lines = eval_figures(summaries_of([first, second]))
+    lines = eval_figures([first, second])
     of_exact = {name: cells for name, cells in lines if name.startswith(label)}
     assert of_exact == {label: [exact, exact], f"{label}, bbbbbbbb": [None, exact]}
     losses = dict(line for line in lines if "loss" in line[0] and line[1][0])
@@ -73,7 +72,7 @@ def test_equal_rows_that_were_saved_twice_are_one_line(tmp_path: Path) -> None:
     write_eval(run.folder, eval_scores())
     write_eval(run.folder, eval_scores(data="/data/rows/held.jsonl"), "again")
     assert run.refresh()
-    lines = dict(eval_figures(summaries_of([run])))
+    lines = dict(eval_figures([run]))
     assert sum("exact" in name for name in lines) == sum("loss" in name for name in lines) == 1
 
 
@@ -137,5 +136,5 @@ def test_a_benchmark_has_scores_and_no_line_of_losses(tmp_path: Path) -> None:
     del values["losses"]
     write_eval(run.folder, values, "tasks-gsm8k")
     assert run.refresh()
-    labels = [label for label, _ in eval_figures(summaries_of([run]))]
+    labels = [label for label, _ in eval_figures([run])]
     assert labels == ["eval: exact (gsm8k, 100 rows)"]

@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.launch.jobs import with_runs_of_folders
     from tunesmith.reader.compare import judge
     from tunesmith.reader.page import write_report
-    from tunesmith.reader.run_files import RunFiles
-    from tunesmith.reader.run_summary import summaries_of
+    from tunesmith.reader.run_files import RunFiles, label_apart
     from tunesmith.tools.report.comparison import comparison_values
 
     output = Path(args.output or ("report.md" if args.markdown else "report.html"))
@@ -60,13 +59,13 @@ def run(args: argparse.Namespace) -> None:
     # A script that reads the JSON needs no page, unless it names one.
     if args.output or not args.json:
         write_report(runs, output, markdown=args.markdown, note=shown(note))
-    summaries = summaries_of(runs)
-    for summary in summaries:
-        for file in summary.files.damaged:
-            show(f"damaged: {summary.label}: {file}", sys.stderr)
-    verdict = judge(summaries)
+    label_apart(runs)
+    for run in runs:
+        for file in run.damaged:
+            show(f"damaged: {run.label}: {file}", sys.stderr)
+    verdict = judge(runs)
     if args.json:
-        print(json.dumps(comparison_values(summaries, verdict), indent=2))
+        print(json.dumps(comparison_values(runs, verdict), indent=2))
         return
     verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
     show("\n".join(verdict_lines), sys.stdout)

@@ -10,10 +10,10 @@ from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import path_of
 from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.reader.compare import Verdict, differing_keys, figure_rows, judge
+from tunesmith.reader.compare import Verdict, differing_keys, judge
+from tunesmith.reader.figures import figure_rows
 from tunesmith.reader.measure import measure_of
-from tunesmith.reader.run_files import RunFiles
-from tunesmith.reader.run_summary import RunSummary, summaries_of
+from tunesmith.reader.run_files import RunFiles, label_apart
 from tunesmith.run_dir import shown
 
 
@@ -56,31 +56,32 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
     if not runs:
         raise UsageError("there are no runs", where="compare(...)", fix="name run directories")
     folders = with_runs_of_folders([path_of(run) for run in runs])
-    summaries = summaries_of([RunFiles(folder) for folder in folders])
-    names = tuple(summary.label for summary in summaries)
-    verdict = judge(summaries)
+    read = [RunFiles(folder) for folder in folders]
+    label_apart(read)
+    names = tuple(run.label for run in read)
+    verdict = judge(read)
     reasons = list(verdict.reasons)
     if len(folders) == 1 < len(runs):
         reasons.insert(0, f"All {len(runs)} names are of one run: {folders[0]}.")
-    return Comparison(names, verdict._replace(reasons=reasons), _figures(summaries))
+    return Comparison(names, verdict._replace(reasons=reasons), _figures(read))
 
 
-def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str, Any]:
+def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, Any]:
     """Figures and verdict as plain values, for `report --json`."""
     measure = measure_of(runs)
     rows = []
     for run in runs:
         best = measure.best(run)
         evals = []
-        for result in run.files.evals:
+        for result in run.evals:
             evals.append({key: value for key, value in result.items() if key != "row_losses"})
         rows.append(
             {
                 "run": run.label,
-                "run_dir": shown(run.files.folder),
-                "state": run.files.state,
+                "run_dir": shown(run.folder),
+                "state": run.state,
                 "step": run.steps,
-                "final_step": run.files.final_step,
+                "final_step": run.final_step,
                 "best": best and {"value": best[0], "step": best[1]},
                 "val_losses": [
                     {"step": step, "value": value} for step, value in run.validations.items()
@@ -107,7 +108,7 @@ def comparison_values(runs: Sequence[RunSummary], verdict: Verdict) -> dict[str,
     }
 
 
-def _figures(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
+def _figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     """The keys that change what is learned, then what was measured."""
     texts: dict[str, list[str]] = {}
     for difference in differing_keys(runs):

@@ -20,7 +20,7 @@ from tunesmith.run_dir import (
     RECIPE,
     STOPPED,
     RunState,
-    ended_state,
+    how_far,
     open_regular,
     parse_json,
     read_failure,
@@ -28,7 +28,6 @@ from tunesmith.run_dir import (
     read_part,
     read_stopped,
     shown,
-    steps_taken,
 )
 from tunesmith.units import ceil_div
 
@@ -88,17 +87,11 @@ def _read(folder: Path) -> Row:
     stopped = read_stopped(folder)
     final = read_part(folder / FINAL, read_manifest)
     faults += [failure.fault, stopped.fault, final.fault and f"{FINAL_MANIFEST}: {final.fault}"]
-    step = int(newest.get("step") or 0)
-    state = ended_state(
-        failed=failure.value is not None,
-        stopped=stopped.value is not None,
-        final_step=final.value["last_step"] if final.value else None,
-        last_step=step,
-    )
+    state, steps = how_far(newest.get("step"), failure.value, stopped.value, final.value)
     return {
         "place": shown(folder),
         "state": state,
-        "step": steps_taken(step, state, stopped.value),
+        "step": steps,
         "loss": newest.get("loss"),
         "val_loss": next((value for value in val_losses if value is not None), None),
         "started": signature_of(folder / RECIPE)[0] / 1e9,

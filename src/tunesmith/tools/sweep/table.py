@@ -12,7 +12,6 @@ from tunesmith.launch.jobs import holds_run
 from tunesmith.reader.compare import judge
 from tunesmith.reader.page import write_report
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.reader.run_summary import summaries_of
 from tunesmith.run_dir import FINAL, RECIPE, weights_step
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
@@ -111,8 +110,7 @@ def _comparison_lines(
         yield f"{ahead}; training losses do not show which model is better: hold out rows"
         return
     folders = [Path(candidate["run_dir"]) for candidate in (best, second)]
-    runs = summaries_of([RunFiles(folder) for folder in folders])
-    difference = judge(runs).difference
+    difference = judge([RunFiles(folder) for folder in folders]).difference
     threshold = difference and difference.threshold
     if threshold is None:
         yield f"{ahead}; whether that is more than chance is not known yet"
