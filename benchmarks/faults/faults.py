@@ -344,11 +344,8 @@ def whole_steps(pair: Pair) -> list[int]:
     """The checkpoints that lie whole on node-a's disk."""
     from tunesmith.checkpoint.manifest import find_damage, list_checkpoints
 
-    return [
-        found.step
-        for found in list_checkpoints(pair.disk("node-a"))
-        if find_damage(found.path) is None
-    ]
+    found = list_checkpoints(pair.disk("node-a"))
+    return [step for step in found if find_damage(found[step]) is None]
 
 
 def strike(fault: Fault, pair: Pair, last: int) -> dict[str, Any]:

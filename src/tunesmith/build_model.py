@@ -261,4 +261,4 @@ def init_adapter(run: Run, model: nn.Module) -> None:
     """Give the adapter of a model its first values: random ones, or those of `adapter.from`."""
     lora.init_lora(model, run.adapter, seed=run.train.seed)
     if run.adapter.from_ is not None:
-        peft_files.load_adapter(model, find_adapter(run.adapter.from_).folder)
+        peft_files.load_adapter(model, find_adapter(run.adapter.from_))

@@ -68,11 +68,8 @@ def flip(file: Path) -> None:
 
 
 def whole(run_dir: Path) -> list[int]:
-    return [
-        found.step
-        for found in manifest.list_checkpoints(run_dir)
-        if manifest.find_damage(found.path) is None
-    ]
+    found = manifest.list_checkpoints(run_dir)
+    return [step for step in found if manifest.find_damage(found[step]) is None]
 
 
 @pytest.mark.parametrize("copy", [True, False], ids=["in a thread", "in the loop"])

@@ -51,9 +51,8 @@ def writer(tmp_path: Path, synced: list[str]) -> Iterator[Writer]:
 
 
 def whole(run_dir: Path) -> list[int]:
-    return sorted(
-        f.step for f in manifest.list_checkpoints(run_dir) if manifest.find_damage(f.path) is None
-    )
+    found = manifest.list_checkpoints(run_dir)
+    return sorted(step for step in found if manifest.find_damage(found[step]) is None)
 
 
 def test_it_counts_only_when_it_is_whole_and_older_ones_go_after_that(

@@ -208,10 +208,10 @@ def test_a_torn_checkpoint_is_passed_over(
     TEARS[tear](world.out / "checkpoint-4" / name)
     with logged_lines() as said:
         found = replicate.newest_checkpoint(world.out)
-    if (name, tear) == ("manifest.json", "flipped") and found is not None and found.step == 4:
+    if (name, tear) == ("manifest.json", "flipped") and found is not None and found[0] == 4:
         return  # a flipped bit in the whitespace of the manifest leaves it as it was
     assert found is not None
-    assert found.step == 2
+    assert found[0] == 2
     assert lines_with(said[0], "checkpoint-4")
 
 

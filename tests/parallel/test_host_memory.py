@@ -22,7 +22,6 @@ from ranks import gathered, run_ranks, world_of
 from recipes import make_run, merge
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint import contents
-from tunesmith.checkpoint.manifest import SavedCheckpoint
 from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.distributed.ranks import ONE_PROCESS, join_ranks
 from tunesmith.distributed.torch_private import local_slices
@@ -267,7 +266,7 @@ def resumed(model: Path, folder: Path, mesh: dict[str, int]) -> tuple[int, int, 
             run, root = built(model.with_name(name), folder, mesh, changes, ranks.world)
             ranks.all_gather_object(None)
             before = resident()
-            start = Start(checkpoint=SavedCheckpoint(folder / f"of {name}", 1), progress=Progress())
+            start = Start(folder / f"of {name}", Progress())
             optimizer = make_optimizer(run, root, start, ranks)
             peak, held = status("VmHWM") - before, status("VmRSS") - before
         right = all(

@@ -24,7 +24,7 @@ from errors import check_shown, holds, lines_with, refuses, warnings_with
 from recipes import WORDS
 from runs import make_run, peft_model
 from tunesmith.checkpoint.resume import decide_start
-from tunesmith.checkpoint.start_adapter import find_adapter
+from tunesmith.checkpoint.start_adapter import adapter_of_run, find_adapter
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
@@ -241,9 +241,8 @@ def test_an_adapter_of_a_run_is_its_newest_whole_checkpoint(
 ) -> None:
     make_run(home / "mine", tiny, peft_model(tiny))
     (home / "mine/final").rename(home / "mine/checkpoint-3")
-    adapter = find_adapter("mine")
-    assert adapter.folder == home / "mine/checkpoint-3"
-    assert "mine/checkpoint-3" in adapter.note
+    assert find_adapter("mine") == home / "mine/checkpoint-3"
+    assert "mine/checkpoint-3" in adapter_of_run(Path("mine"))[1]
     (home / "mine/checkpoint-3").rename(home / "elsewhere")
     with refuses(CheckpointError, where="mine", fix=["tunesmith train"]):
         find_adapter("mine")

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,6 @@ ELSEWHERE = ": another rank wrote it, perhaps to another node's disk"
 # Of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
 Entries = dict[str, dict[str, Any]]
 _CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
-
-
-@dataclass(frozen=True)
-class SavedCheckpoint:
-    """A folder named checkpoint-<step>, and the step after which it was written.
-
-    Attributes:
-        source: the lowest rank whose directory had it at this start.
-    """
-
-    path: Path
-    step: int
-    source: int = 0
 
 
 def digest_of_file(path: Path) -> str:
@@ -217,9 +203,9 @@ def _way_on(folder: Path) -> str:
     recipe = folder.parent / "config.yaml"
     if not recipe.is_file():
         return f"copy it again from where it was written; {edited}"
-    for checkpoint in list_checkpoints(folder.parent):
-        if checkpoint.path != folder and find_damage(checkpoint.path, contents=False) is None:
-            return f"restore it from a copy, or take {shell_path(checkpoint.path)}; {edited}"
+    for checkpoint in list_checkpoints(folder.parent).values():
+        if checkpoint != folder and find_damage(checkpoint, contents=False) is None:
+            return f"restore it from a copy, or take {shell_path(checkpoint)}; {edited}"
     return f"restore it from a copy, or tunesmith train {shell_path(recipe)} --fresh; {edited}"
 
 
@@ -244,16 +230,14 @@ def last_step_of(folder: Path) -> int | None:
     return int(manifest["last_step"]) if manifest else None
 
 
-def list_checkpoints(run_dir: Path) -> list[SavedCheckpoint]:
-    """All folders named checkpoint-<step>, complete or not, newest first."""
-    if not run_dir.is_dir():
-        return []
-    checkpoints = []
-    for path in run_dir.iterdir():
+def list_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """All folders named checkpoint-<step>, complete or not, by step, the newest first."""
+    checkpoints = {}
+    for path in run_dir.glob("checkpoint-*"):
         match = _CHECKPOINT_NAME.match(path.name)
         if match and path.is_dir():
-            checkpoints.append(SavedCheckpoint(path, int(match[1])))
-    return sorted(checkpoints, key=lambda checkpoint: -checkpoint.step)
+            checkpoints[int(match[1])] = path
+    return dict(sorted(checkpoints.items(), reverse=True))
 
 
 @contextmanager
@@ -292,8 +276,7 @@ def atomic_folder(place: Path, step: int, last_step: int | None = None) -> Itera
 
 def _cannot_write(place: Path, fault: str | None, error: BaseException) -> CheckpointError:
     """fault: what is wrong with the disk, if that is known."""
-    checkpoints = [checkpoint.path for checkpoint in list_checkpoints(place.parent)]
-    complete = [path.name for path in checkpoints if is_complete(path)]
+    complete = [path.name for path in list_checkpoints(place.parent).values() if is_complete(path)]
     why = "there is no earlier checkpoint"
     if complete:
         why = f"complete earlier checkpoints: {', '.join(complete)}"
@@ -342,13 +325,13 @@ def prune(run_dir: Path, keep: int, *, latest: int, keep_step: int | None) -> No
     `keep_step`. A later one than `latest` goes: the run resumed from before it, as its files were
     damaged. A link, and a folder without a manifest, are not ours to delete.
     """
-    checkpoints = [saved for saved in list_checkpoints(run_dir) if is_complete(saved.path)]
-    newest = [saved.step for saved in checkpoints if saved.step <= latest][:keep]
-    for checkpoint in checkpoints:
-        if checkpoint.step in newest or checkpoint.step == keep_step:
+    complete = {step: path for step, path in list_checkpoints(run_dir).items() if is_complete(path)}
+    newest = [step for step in complete if step <= latest][:keep]
+    for step, path in complete.items():
+        if step in newest or step == keep_step:
             continue
         # The next start removes it if a kill comes in between.
-        hidden = run_dir / f".{checkpoint.path.name}.old"
+        hidden = run_dir / f".{path.name}.old"
         remove(hidden)
-        checkpoint.path.rename(hidden)
+        path.rename(hidden)
         remove(hidden)

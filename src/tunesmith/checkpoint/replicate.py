@@ -24,7 +24,6 @@ from tunesmith.checkpoint.manifest import (
     MANIFEST,
     PART,
     Entries,
-    SavedCheckpoint,
     atomic_folder,
     damaged_files,
     digest_of_file,
@@ -102,8 +101,9 @@ def find_run_dir_writers(ranks: Ranks, folder: Path, claim: Callable[[], object]
     return replace(ranks, run_dir_writers=tuple(writers[rank] for rank in range(ranks.world)))
 
 
-def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpoint | None:
-    """The newest checkpoint that is whole over all nodes; a collective call.
+def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, int] | None:
+    """The step of the newest checkpoint that is whole over all nodes, and the lowest rank whose
+    directory had it; a collective call.
 
     Where a node lacks it or files of it, all but other ranks' parts are copied there. That is
     logged, and each damaged checkpoint that is skipped.
@@ -127,7 +127,7 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> SavedCheckpo
                 if local_copy:
                     _rename_copy(local_copy, place, copies[ranks.rank].damage)
             bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer)
-            return SavedCheckpoint(place, step, source)
+            return step, source
         # Of a folder that a kill left behind under another name nothing was expected.
         if all(copy.name != place.name for copy in copies.values()):
             continue

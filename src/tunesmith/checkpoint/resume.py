@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
-from tunesmith.checkpoint.manifest import SavedCheckpoint, last_step_of
+from tunesmith.checkpoint.manifest import last_step_of
 from tunesmith.checkpoint.replicate import bring_folder, copies_in, copy_files, newest_checkpoint
 from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences
@@ -124,13 +124,13 @@ class Start:
     """The way a run starts.
 
     Attributes:
-        checkpoint: where it resumes; None: it begins at step 0.
+        checkpoint: the folder where it resumes; None: it begins at step 0.
         progress: of the checkpoint.
         finished: the last step of a run that has nothing left to do.
         previous_run: the recipe that the checkpoint was written with.
     """
 
-    checkpoint: SavedCheckpoint | None = None
+    checkpoint: Path | None = None
     progress: Progress | None = None
     finished: int | None = None
     previous_run: Run | None = None
@@ -173,24 +173,29 @@ def decide_start(run: Run, ranks: Ranks = ONE_PROCESS) -> Start:
         return Start()
     # Nodes may have ended at other steps: the newest final/ counts.
     final_step = max((step for step in final_steps if step is not None), default=None)
-    checkpoint = newest_checkpoint(output_dir, ranks)
-    progress: Progress | None = None
-    has_ended = False
-    if checkpoint is not None:
+    newest = newest_checkpoint(output_dir, ranks)
+    start = Start()
+    if newest is not None:
+        step, source = newest
+        folder = output_dir / f"checkpoint-{step}"
         with ranks.raise_on_all_ranks():
-            progress = Progress.read(checkpoint.path)
-            # A longer duration than the one that it completed goes on.
-            is_last = progress.step == final_step
-            has_ended = is_last and progress.ended == str(run.train.duration)
-    if final_step is not None and (has_ended or checkpoint is None):
-        source = final_steps.index(final_step)
-        bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process)
-        return Start(finished=final_step)
-    if checkpoint is None:
+            start = Start(folder, Progress.read(folder), previous_run=previous_runs[source])
+    if final_step is not None:
+        progress = start.progress
+        # A longer duration than the one that it completed goes on.
+        if progress is None or _has_ended(progress, run, final_step):
+            source = final_steps.index(final_step)
+            bring_folder(ranks, output_dir / FINAL, source, wants=ranks.is_main_process)
+            return Start(finished=final_step)
+    if start.checkpoint is None:
         log.info("there is no complete checkpoint: the run starts over")
-        return Start()
-    _bring_records(output_dir, ranks)
-    return Start(checkpoint, progress, previous_run=previous_runs[checkpoint.source])
+    else:
+        _bring_records(output_dir, ranks)
+    return start
+
+
+def _has_ended(progress: Progress, run: Run, final_step: int) -> bool:
+    return progress.step == final_step and progress.ended == str(run.train.duration)
 
 
 def finished_step(run: Run) -> int | None:
@@ -329,7 +334,7 @@ def describe_resume(start: Start, run: Run, schedule: BatchSchedule) -> list[str
     previous_steps, previous_duration, previous_rate = _outlook(previous_train, schedule, progress)
     steps, duration, rate = _outlook(run.train, schedule, progress)
     end = duration if run.train.duration.seconds else steps
-    lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint.path}"]
+    lines = [f"resuming from step {progress.step:,} of {end}, {start.checkpoint}"]
     if previous_train.duration != run.train.duration:
         lines.append(f"train.duration: {previous_duration} -> {duration}")
     if steps < previous_steps and run.checkpoint.resume != "force":

@@ -18,8 +18,7 @@ def find_saved_model(run_dir: Path) -> tuple[Path, str, bool]:
     CheckpointError where there is none.
     """
     skipped: list[str] = []
-    checkpoints = [checkpoint.path for checkpoint in manifest.list_checkpoints(run_dir)]
-    for candidate in (run_dir / FINAL, *checkpoints):
+    for candidate in (run_dir / FINAL, *manifest.list_checkpoints(run_dir).values()):
         if not candidate.is_dir():
             continue
         # Sizes only: reading every byte takes minutes, and comes before weights are used.

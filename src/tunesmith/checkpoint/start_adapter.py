@@ -2,7 +2,6 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
 
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
@@ -18,19 +17,8 @@ from tunesmith.model.safetensors_files import (
 from tunesmith.run_dir import RECIPE
 
 
-class StartAdapter(NamedTuple):
-    """A folder with PEFT files.
-
-    Attributes:
-        note: a line for the user where it was chosen in a run directory; else empty.
-    """
-
-    folder: Path
-    note: str = ""
-
-
-def find_adapter(name: str) -> StartAdapter:
-    """The adapter that `adapter.from` names: a folder, a run directory, or a Hub id.
+def find_adapter(name: str) -> Path:
+    """The folder of PEFT files that `adapter.from` names: a folder, a run directory, or a Hub id.
 
     Of a run directory it is the one that `chat`, `eval` and `export` take.
 
@@ -46,9 +34,7 @@ def find_adapter(name: str) -> StartAdapter:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return StartAdapter(
-            Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
-        )
+        return Path(snapshot_download(name, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         what = (
             f"the adapter {name!r} is neither a folder nor an adapter on the Hub that can be read"
@@ -60,13 +46,13 @@ def find_adapter(name: str) -> StartAdapter:
         raise ModelError(what, where="adapter.from", why=first_line(error), fix=fix) from error
 
 
-def find_local_adapter(name: str) -> StartAdapter | None:
+def find_local_adapter(name: str) -> Path | None:
     """`find_adapter` without the Hub, from small files alone; None for a Hub id."""
     place = Path(name)
     if is_run_dir(name):
-        return _of_run(place)
+        return adapter_of_run(place)[0]
     if place.is_dir():
-        return StartAdapter(place)
+        return place
     # As for a model: an existing folder in front of the slash makes it a path.
     if not (place.is_absolute() or place.parent.is_dir()):
         return None
@@ -94,7 +80,11 @@ def folder_in_run(folder: str | None, run_dir: str | None) -> str | None:
     return None
 
 
-def _of_run(run_dir: Path) -> StartAdapter:
+def adapter_of_run(run_dir: Path) -> tuple[Path, str]:
+    """The adapter of a run directory, and which of its folders that is, in words.
+
+    Raises: as `find_adapter`.
+    """
     folder, note, _ = find_saved_model(Path(from_here(run_dir)))
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
@@ -103,9 +93,9 @@ def _of_run(run_dir: Path) -> StartAdapter:
             fix=f"continue from its model: {shell_word(f'model.name={folder}')}, without "
             "adapter.from",
         )
-    return StartAdapter(folder.absolute(), f"the adapter to continue is {note}")
+    return folder.absolute(), note
 
 
 def adapter_digest(name: str) -> str:
     """sha256 (hex) of an adapter's weights, by samples of them; `name` as in `adapter.from`."""
-    return sampled_digest(read_header(find_adapter(name).folder / ADAPTER_WEIGHTS), ENDS_AND_MIDDLE)
+    return sampled_digest(read_header(find_adapter(name) / ADAPTER_WEIGHTS), ENDS_AND_MIDDLE)

@@ -75,7 +75,7 @@ def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
 
 
 def _learned_from(run: RunFiles) -> str:
-    """What changes what is learned, as text: recipe keys except the seed, rows and weights."""
+    """Return what changes what is learned: recipe keys except the seed, rows and weights."""
     values = {}
     for key, value in leaves(run.recipe).items():
         if key != "train.seed" and changes_learning(key, [run]):

@@ -247,7 +247,7 @@ def load_model(
     if not measured:
         with ranks.raise_on_all_ranks():
             check_disk(run, count_trained(run, model), files.folder, ranks)
-    checkpoint = start.checkpoint.path if start.checkpoint else None
+    checkpoint = start.checkpoint
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
     if weights == "random":
@@ -453,16 +453,17 @@ def make_optimizer(run: Run, model: TrainModel, start: Start, ranks: Ranks) -> O
     """The optimizer over everything that is trained, in the state of the checkpoint if there is
     one.
     """
-    scale = LOSS_SCALE if run.model.dtype == "fp16" else None
-    optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=scale)
+    first_scale = LOSS_SCALE if run.model.dtype == "fp16" else None
+    optimizer = Optimizer(model.trained_parameters(), run.train, loss_scale=first_scale)
     optimizer.use_fp32_gradients(fp32_gradients(model.model))
-    if start.checkpoint and start.progress and is_sharded(start.checkpoint.path):
-        read_sharded_optimizer(optimizer, start.checkpoint.path, start.progress, ranks)
-    elif start.checkpoint and start.progress:
-        saved, where = start.progress, str(start.checkpoint.path)
-        with read_optimizer(start.checkpoint.path) as tensors:
+    folder, saved = start.checkpoint, start.progress
+    if folder and saved and is_sharded(folder):
+        read_sharded_optimizer(optimizer, folder, saved, ranks)
+    elif folder and saved:
+        scale, good_steps = saved.loss_scale, saved.good_steps
+        with read_optimizer(folder) as tensors:
             optimizer.load_state_dict(
-                tensors, scale=saved.loss_scale, growth_tracker=saved.good_steps, where=where
+                tensors, scale=scale, growth_tracker=good_steps, where=str(folder)
             )
     return optimizer
 

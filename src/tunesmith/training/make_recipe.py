@@ -334,7 +334,7 @@ class _Choices:
         if name is None or not Path(name).is_dir():
             return  # one on the Hub is not asked for here
         self.why["adapter.rank"] = "as the adapter that training continues from"
-        folder = find_adapter(name).folder
+        folder = find_adapter(name)
         adapter = read_adapter(folder)
         usual = Adapter()
         # PEFT's file has the names that a run's `all-linear` stood for.

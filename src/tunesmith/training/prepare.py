@@ -168,7 +168,7 @@ def check_inputs(run: Run, start: Start) -> None:
     if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
         fetch.fetch_without_weights(run.model.tokenizer)
     if run.adapter.from_ is not None and start.checkpoint is None:
-        folder = find_adapter(run.adapter.from_).folder
+        folder = find_adapter(run.adapter.from_)
         check_sums(folder)
         read_adapter(folder)
 
@@ -249,7 +249,7 @@ def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
 
     adapter: as in `adapter.from`; of one that is no run's nothing is known.
     """
-    folder = find_adapter(adapter).folder
+    folder = find_adapter(adapter)
     if not (folder.parent / RECIPE).is_file():
         return []
     name = from_here(folder.parent)

@@ -24,7 +24,7 @@ from tunesmith.checkpoint.claim import (
 from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
 from tunesmith.checkpoint.replicate import find_run_dir_writers
 from tunesmith.checkpoint.resume import Start, decide_start
-from tunesmith.checkpoint.start_adapter import find_adapter, folder_in_run, is_run_dir
+from tunesmith.checkpoint.start_adapter import adapter_of_run, folder_in_run, is_run_dir
 from tunesmith.config.layers import override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import inputs_of
@@ -397,9 +397,9 @@ def with_start_adapter(run: Run, start: Start, ranks: Ranks) -> Run:
         if start.previous_run is not None:
             folder = folder_in_run(start.previous_run.adapter.from_, name)
         elif ranks.is_main_process and is_run_dir(name):
-            adapter = find_adapter(name)
-            log.info(adapter.note)
-            folder = adapter.folder.name
+            adapter, note = adapter_of_run(Path(name))
+            log.info(f"the adapter to continue is {note}")
+            folder = adapter.name
     folder = ranks.broadcast_object(folder)
     if folder is None:
         return run

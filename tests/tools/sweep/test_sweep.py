@@ -346,8 +346,8 @@ def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path
     for ours, theirs in zip(outcome["candidates"], whole["candidates"], strict=True):
         assert {**ours, "run_dir": ""} == {**theirs, "run_dir": ""}
         assert numbers(ours["run_dir"]) == numbers(theirs["run_dir"])
-        for name in (c.path.name for c in list_checkpoints(Path(theirs["run_dir"]))[:1]):
-            assert tensors(Path(ours["run_dir"], name)) == tensors(Path(theirs["run_dir"], name))
+        for newest in [*list_checkpoints(Path(theirs["run_dir"])).values()][:1]:
+            assert tensors(Path(ours["run_dir"], newest.name)) == tensors(newest)
     assert outcome["best"] == whole["best"]
     assert ended.stdout.splitlines() == [*sweep_lines(outcome), f"report: {out / 'report.html'}"]
     page = (out / "report.html").read_text()

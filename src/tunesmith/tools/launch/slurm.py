@@ -443,8 +443,8 @@ def saving_seconds(run: Run) -> float:
     0 for an adapter, and where the model's shape is not at hand.
     """
     # The newest comes first; one that notes no time is passed over.
-    for checkpoint in list_checkpoints(Path(run.output_dir)):
-        seconds = seconds_to_write(checkpoint.path)
+    for checkpoint in list_checkpoints(Path(run.output_dir)).values():
+        seconds = seconds_to_write(checkpoint)
         if seconds is not None:
             return seconds
     if run.adapter.kind != "none":

@@ -393,9 +393,9 @@ class Sweep:
         """Read where the run directory of a candidate stands, or None if it has not come so far."""
         final = last_step_of(folder / FINAL)
         newest = 0
-        for checkpoint in list_checkpoints(folder):
-            if find_damage(checkpoint.path, contents=False) is None:
-                newest = checkpoint.step
+        for saved_step, checkpoint in list_checkpoints(folder).items():
+            if find_damage(checkpoint, contents=False) is None:
+                newest = saved_step
                 break
         step = until
         if until is None or (final is not None and final < until):

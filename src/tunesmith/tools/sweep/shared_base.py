@@ -63,7 +63,7 @@ class SharedBase:
             init_adapter(run, root.model)
             set_reference(run, root)
             if start.checkpoint:
-                peft_files.load_adapter(root.model, start.checkpoint.path)
+                peft_files.load_adapter(root.model, start.checkpoint)
         self._use_graphs_of(run.adapter)
         if first.device.type == "cuda":
             # Of the last run.
