@@ -57,7 +57,7 @@ def loaded_model(folder: str) -> LoadedModel:
     TrainModel.model.device = torch.device("cpu")
     TrainModel.model.dtype = torch.bfloat16
     location = RunLocation("adapter", Path(folder), Model(name="org/base"))
-    return LoadedModel(TrainModel(), None, None, location, Path(folder))
+    return LoadedModel(location, None, None, None, TrainModel())
 
 
 def merged(name: str) -> Merged:

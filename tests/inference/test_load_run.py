@@ -38,7 +38,7 @@ def run(tiny: Path, tmp_path: Path) -> Path:
 
 def test_a_run_gives_its_final(run: Path, tiny: Path) -> None:
     place = locate_run(run)
-    assert (place.kind, place.folder, place.base.name) == ("adapter", run / "final", str(tiny))
+    assert (place.holds, place.folder, place.base.name) == ("adapter", run / "final", str(tiny))
     assert place.run is not None
     assert place.run.adapter.rank == 4
 
@@ -72,14 +72,14 @@ def test_demo_is_the_demo_model_unless_a_folder_of_that_name_holds_one(
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
     place = locate_run("demo")
-    assert (place.kind, place.base.name) == ("base", str(tiny / "model.gguf"))
+    assert (place.holds, place.base.name) == ("base", str(tiny / "model.gguf"))
     shutil.copytree(run, "demo", dirs_exist_ok=True)
-    assert locate_run("demo").kind == "adapter"
+    assert locate_run("demo").holds == "adapter"
 
 
 def test_parts_of_a_run_know_their_recipe(run: Path) -> None:
     place = locate_run(run / "final")
-    assert place.kind == "adapter"
+    assert place.holds == "adapter"
     assert place.run is not None
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
 def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "final", tmp_path / "elsewhere")
     place = locate_run(tmp_path / "elsewhere")
-    assert (place.kind, place.base.name, place.base.dtype, place.run) == (
+    assert (place.holds, place.base.name, place.base.dtype, place.run) == (
         "adapter",
         str(tiny),
         "fp32",
@@ -159,16 +159,16 @@ def test_a_plain_model_is_computed_in_the_faster_dtype(
 
 def test_a_full_run_and_a_plain_folder(tiny: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "full", tiny, AutoModelForCausalLM.from_pretrained(tiny))
-    assert locate_run(tmp_path / "full").kind == "full"
+    assert locate_run(tmp_path / "full").holds == "full"
     assert locate_run(tmp_path / "full", base_only=True).base.name == str(tiny)
-    assert locate_run(tiny).kind == "base"
+    assert locate_run(tiny).holds == "base"
 
 
 def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     shutil.copyfile(run / "config.yaml", recipe)
     place = locate_run(recipe)
-    assert (place.kind, place.base.name, place.folder) == ("base", str(tiny), None)
+    assert (place.holds, place.base.name, place.folder) == ("base", str(tiny), None)
     # Told where the run that it made is there
     assert place.is_notable == (Path(place.run.output_dir) / "config.yaml").is_file()
 
@@ -277,7 +277,7 @@ def test_a_name_that_is_neither_a_folder_nor_cached(
     # The Hub may have it, so what it stands for is known once it is loaded; evaluate needs more.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     location = locate_run("runs/none")
-    assert location.kind == "base"
+    assert location.holds == "base"
     with refuses(UsageError, names=[location.note]):
         require_held_out(location, "runs/none")
     (tmp_path / "hub" / "models--runs--none").mkdir(parents=True)

@@ -36,8 +36,8 @@ class Splits:
     Attributes:
         sources: all rows of `data.train`, before any is left out or held out.
         findings: what was found in them; None where nobody looked.
-        left_out: how many `data.leave_out` leaves out for each fault, and the first of them; a row
-            of two faults counts for the first.
+        left_out: the rows of `sources` that `data.leave_out` leaves out, by fault; a row of two
+            faults is with the first.
         held_out: rows of `sources` that are held out, in order.
     """
 

@@ -54,16 +54,16 @@ class RunLocation:
     """The place that a path stands for, read from small files alone.
 
     Attributes:
-        kind: PEFT files over a base; a whole model that a run wrote; a plain model.
+        holds: PEFT files over a base; a whole model that a run wrote; a plain model.
         folder: the tokenizer and the adapter or model; None for a base that is not a run's.
-        base: the base model; for `full`, the one it was trained from.
+        base: the base model; where it holds a `full` model, the one it was trained from.
         run: the resolved recipe beside it, if there is one.
         note: which of several candidates was chosen, and why.
         is_notable: it stands for a run, and does not hold the last step of one that has finished;
             or for the recipe of a run.
     """
 
-    kind: Literal["adapter", "full", "base"]
+    holds: Literal["adapter", "full", "base"]
     folder: Path | None
     base: Model
     run: Run | None = field(default=None, repr=False)
@@ -86,23 +86,36 @@ class RunLocation:
         return (*self.run.data.validation, *self.run.data.train) if self.run else ()
 
 
-@dataclass
-class LoadedModel(Tabular):
+@dataclass(frozen=True)
+class OpenedRun:
+    """The run or model that a path stands for, read but for its weights.
+
+    Attributes:
+        recipe: by which the model is built; of what no run wrote, too.
+        files: of the base, or where all was trained of the trained model, with the saved tokenizer.
+        template: the saved one.
+    """
+
+    location: RunLocation
+    recipe: Run = field(repr=False)
+    files: "ModelFiles" = field(repr=False)
+    template: "Template" = field(repr=False)
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The saved one, with a padding token."""
+        return self.files.tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel(OpenedRun, Tabular):
     """A model ready to answer: in eval mode, with an attention that takes padding masks.
 
     Attributes:
         train_model: the root of training, for losses; see `training_attention`.
-        tokenizer: the saved one, with a padding token.
-        template: the saved one.
-        weights: the folder the weights were read from: the base's, or for kind `full` the trained
-            ones.
     """
 
     train_model: "TrainModel" = field(repr=False)
-    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
-    template: "Template" = field(repr=False)
-    location: RunLocation
-    weights: Path
 
     def table(self) -> ResultTable:
         """Show what was loaded, where it is, and how it is prompted."""
@@ -110,7 +123,7 @@ class LoadedModel(Tabular):
         device, dtype = str(self.model.device), str(self.model.dtype).removeprefix("torch.")
         rows = [
             ("model", str(self.location.folder or self.location.base.name)),
-            ("kind", kinds[self.location.kind]),
+            ("kind", kinds[self.location.holds]),
             ("base", self.location.base.name),
             ("device", f"{device}, in {dtype}"),
             ("next", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
@@ -121,7 +134,7 @@ class LoadedModel(Tabular):
 
     @property
     def model(self) -> "PreTrainedModel":
-        """Transformers' causal LM; for kind `adapter` its linear layers carry the adapter."""
+        """Transformers' causal LM; its linear layers carry the adapter, if there is one."""
         return self.train_model.model
 
     @property
@@ -216,8 +229,8 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
         raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
         raise _no_model(place, f"there is no {path}")
-    if base_only and location.kind != "base":
-        return replace(location, kind="base", note=f"the base of {path}: {location.base.name}")
+    if base_only and location.holds != "base":
+        return replace(location, holds="base", note=f"the base of {path}: {location.base.name}")
     return location
 
 
@@ -371,13 +384,11 @@ def load_run(
             location = _with_dtype(location, dtype or resolve_dtype_here(location.base, place))
         read = read_run_files(location, dtype=dtype)
         _check_room(read.files, place)
-        plan = inference_plan(read.run, read.files, place)
-        train_model, _ = build_model(read.run, read.files, plan)
+        plan = inference_plan(read.recipe, read.files, place)
+        train_model, _ = build_model(read.recipe, read.files, plan)
         train_model.eval()
         train_model.use_inference_attention()
-        return LoadedModel(
-            train_model, read.files.tokenizer, read.template, location, read.files.folder
-        )
+        return LoadedModel(location, read.recipe, read.files, read.template, train_model)
 
 
 def _with_dtype(location: RunLocation, dtype: Dtype) -> RunLocation:
@@ -385,22 +396,6 @@ def _with_dtype(location: RunLocation, dtype: Dtype) -> RunLocation:
     run = location.run
     base = replace(location.base, dtype=dtype)
     return replace(location, base=base, run=replace(run, model=base) if run else None)
-
-
-@dataclass(frozen=True)
-class OpenedRun:
-    """The run or model that a path stands for, read but for its weights.
-
-    Attributes:
-        run: the recipe by which the model is built.
-        files: of the base, or for kind `full` of the trained model, with the saved tokenizer.
-        template: the saved one.
-    """
-
-    location: RunLocation
-    run: Run
-    files: "ModelFiles"
-    template: "Template"
 
 
 def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> OpenedRun:
@@ -414,12 +409,12 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
     if location.base.dtype == "auto":
         location = _with_dtype(location, dtype or location.dtype)
     folder = location.folder
-    if folder and location.kind == "base" and folder != Path(location.base.name):
+    if folder and location.holds == "base" and folder != Path(location.base.name):
         manifest.check_sums(folder, reads=_is_read_beside_base)
     elif folder:
         manifest.check_sums(folder)
     run = _inference_recipe(location, dtype)
-    weights = folder if location.kind == "full" and folder else fetch(location.base)
+    weights = folder if location.holds == "full" and folder else fetch(location.base)
     # A base may be a model that an earlier run wrote.
     if weights != folder:
         manifest.check_sums(weights)
@@ -458,7 +453,7 @@ def _inference_recipe(location: RunLocation, dtype: Dtype | None) -> Run:
         model=location.base, data=Data(train=(Source(source="none"),)), output_dir="."
     )
     adapter = Adapter(kind="none")
-    if location.kind == "adapter" and location.folder:
+    if location.holds == "adapter" and location.folder:
         adapter = replace(read_adapter(location.folder), from_=str(location.folder))
     return replace(
         run,

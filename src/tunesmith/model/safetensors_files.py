@@ -247,7 +247,8 @@ def weights_digest(folder: Path) -> str:
 
 
 def sampled_digest(entries: Sequence[Entry], places: Sequence[float]) -> str:
-    """sha256 (hex) of the name, dtype and shape of each tensor, and of some bytes of most.
+    """sha256 (hex) of the name, dtype and shape of each tensor, and of some bytes of those that are
+    sampled: all of up to SAMPLED_TENSORS, else every n-th.
 
     SAMPLE_BYTES are read at each of `places`: 0 is a tensor's beginning, 1 its end. What changes no
     sampled byte is missed.

@@ -81,7 +81,7 @@ def test_the_folder_stands_alone(run: Path, tiny: Path, tmp_path: Path) -> None:
         model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1]
         > ids["input_ids"].shape[1]
     )
-    assert load_run(tmp_path / "out", device="cpu").location.kind == "base"
+    assert load_run(tmp_path / "out", device="cpu").location.holds == "base"
 
 
 def test_the_keys_that_older_readers_need(tiny: Path, tmp_path: Path) -> None:

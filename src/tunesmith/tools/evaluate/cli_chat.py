@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.inference.load_run import load_run, locate_run
 
     location = locate_run(args.run)
-    if location.kind == "base" and args.side_by_side:
+    if location.holds == "base" and args.side_by_side:
         what = f"{args.run} is a base model, so there is nothing to compare"
         fix = "use a run, a checkpoint or an adapter, or remove --side-by-side"
         raise UsageError(what, where="--side-by-side", fix=fix)
@@ -102,7 +102,7 @@ class Chat:
             self.system = args.system or None
         if args.side_by_side:
             self.sides = [BASE_SIDE, TUNED_SIDE]
-        elif args.base or loaded.location.kind == "base":
+        elif args.base or loaded.location.holds == "base":
             self.sides = [BASE_SIDE]
         else:
             self.sides = [TUNED_SIDE]
@@ -219,9 +219,9 @@ class Chat:
         with StopRequest(interactive=True) as stop:
             loaded = self.loaded
             adapter_off: AbstractContextManager[None] = nullcontext()
-            if side == BASE_SIDE and loaded.location.kind == "adapter":
+            if side == BASE_SIDE and loaded.location.holds == "adapter":
                 adapter_off = disabled(loaded.model)
-            elif side == BASE_SIDE and loaded.location.kind == "full":
+            elif side == BASE_SIDE and loaded.location.holds == "full":
                 # A full fine-tune has its base in other files: they are read at its first use.
                 if self.base is None:
                     self.base = load_run(self.args.run, device=self.args.device, base_only=True)

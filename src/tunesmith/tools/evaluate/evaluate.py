@@ -438,14 +438,14 @@ def evaluate(
             return score(train_model, tokens, pad_id=loaded.pad_id, progress=progress, ranks=ranks)
 
     with scoring or nullcontext():
-        tuned = "model" if location.kind == "base" else "tuned"
+        tuned = "model" if location.holds == "base" else "tuned"
         scores = {tuned: score_model(loaded, tuned)}
         seen, seen_fault = _seen_rows(tokens, loaded, ranks)
-        if base and location.kind == "adapter":
+        if base and location.holds == "adapter":
             # The base of an adapter is the same model with the adapter off.
             with disabled(loaded.model):
                 scores = {"base": score_model(loaded, "base"), **scores}
-        elif base and location.kind == "full":
+        elif base and location.holds == "full":
             # One model at a time.
             del loaded
             base_model = load_run(path, device=device, base_only=True)
@@ -531,7 +531,7 @@ def _keep_losses(
 
     has_answers: the losses stand beside the scores of the answers too; of pairs the order does not.
     """
-    is_of_run = location.run is not None and location.kind != "base"
+    is_of_run = location.run is not None and location.holds != "base"
     if not is_of_run or not ranks.is_main_process or (has_answers and not tokens.has_pairs):
         return
     content = {
@@ -586,7 +586,7 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Rep
 
 def _find_seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, str]:
     run = loaded.run
-    if run is None or loaded.location.kind == "base":
+    if run is None or loaded.location.holds == "base":
         return None, ""
     # The training rows may be gone: the scores are valid without them.
     return find_trained_rows(tokens, run, run.data, loaded.template, loaded.tokenizer)

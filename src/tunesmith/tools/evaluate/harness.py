@@ -155,12 +155,12 @@ def evaluate_tasks(
     def results_of(loaded: LoadedModel) -> dict[str, Any]:
         return _harness_results(loaded, loaded_tasks, limit, batch_size, chat_template=applies)
 
-    tuned = "model" if location.kind == "base" else "tuned"
+    tuned = "model" if location.holds == "base" else "tuned"
     results = {tuned: results_of(loaded)}
-    if base and location.kind == "adapter":
+    if base and location.holds == "adapter":
         with disabled(loaded.model):
             results = {"base": results_of(loaded), **results}
-    elif base and location.kind == "full":
+    elif base and location.holds == "full":
         # One model at a time.
         del loaded
         base_model = load_run(path, device=device, base_only=True)
@@ -193,7 +193,7 @@ def _seen_rows(
     """The rows of each task that the run was trained on, with a warning for each; None where that
     is not known: of no run, where its rows are gone, and where a task's text cannot be made."""
     run = location.run
-    if run is None or location.kind == "base":
+    if run is None or location.holds == "base":
         return None
     try:
         prompts = tasks.prompts(limit)

@@ -157,7 +157,7 @@ def answers_path(location: RunLocation, name: str, output: str | Path | None) ->
     folder = location.folder
     if location.run is None or folder is None:
         return Path(EVALS) / f"{_file_stem(Path(location.base.name).name)}-{stem}.jsonl"
-    if location.kind == "base":
+    if location.holds == "base":
         stem += "-base"
     elif folder.name != FINAL:
         stem += f"-{folder.name}"
@@ -179,7 +179,7 @@ def trained_weights(location: RunLocation) -> str:
     file = location.folder / manifest.MANIFEST
     if file.is_file():
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    if location.kind == "base":
+    if location.holds == "base":
         return ""
     return weights_digest(location.folder)
 

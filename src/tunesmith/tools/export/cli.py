@@ -361,7 +361,7 @@ def _export_sharded(args: argparse.Namespace) -> None:
     folder = location.folder
     if folder is None or location.run is None or not is_sharded(folder):
         fix = "use the folder directly"
-        if location.kind == "adapter":
+        if location.holds == "adapter":
             fix = "use `tunesmith merge` for an adapter"
         raise UsageError(
             f"{args.run} needs no export",

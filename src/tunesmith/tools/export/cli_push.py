@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.run_dir import weights_step
 
     # Others load an adapter by the name of its base, which must then be one that they can fetch.
-    if location.kind == "adapter" and not is_hub_id(location.base.name):
+    if location.holds == "adapter" and not is_hub_id(location.base.name):
         what = "the adapter's base is a local folder"
         why = f"its files name {location.base.name}"
         merge = f"tunesmith merge {shell_path(args.run)} --output DIR, then tunesmith push DIR"
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
             if config in files:
                 files[config] = for_older_readers(config, (folder / config).read_bytes())
         # A plain model has the card of its makers, or none.
-        if CARD not in files and location.kind != "base":
+        if CARD not in files and location.holds != "base":
             step = weights_step(folder)
             card = model_card(location.base, location.run, folder.parent, step=step)
             files[CARD] = card.encode()

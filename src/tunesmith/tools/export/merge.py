@@ -291,7 +291,7 @@ def write_merged(
         shown_dtype: of the weights, in the card; None: `dtype`.
     """
     model = tuned.model
-    files = tuned.files.files
+    files = tuned.files
     rounded = rounded or {}
     tensors = {}
     # `save_sharded` asks for rows of a tensor: the tensor itself identifies the reader.
@@ -318,7 +318,7 @@ def write_merged(
     write_model_config(model, folder)
     files.tokenizer.save_pretrained(folder)
     write_for_older_readers(folder)
-    end_ids = tuned.files.template.end_ids
+    end_ids = tuned.template.end_ids
     text = generation_config_text(files.folder, files.tokenizer, end_ids)
     (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
     copy_notices(files.folder, folder)
@@ -326,13 +326,13 @@ def write_merged(
     pieces = files.folder / SENTENCEPIECE
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)
-    location = tuned.files.location
+    location = tuned.location
     card = model_card(
         location.base,
         location.run,
         (location.folder or folder).parent,
         merged=shown_dtype or dtype,
-        is_trained=location.kind != "base",
+        is_trained=location.holds != "base",
         step=weights_step(location.folder),
     )
     (folder / CARD).write_text(card, encoding="utf-8")

@@ -179,7 +179,7 @@ def probe_prompts(
     """A few prompts as token ids, and where they come from: the run's held-out or training rows,
     else SENTENCES."""
     for name, source in probe_sources(read):
-        data = read.run.data
+        data = read.recipe.data
         prompts = []
         try:
             source_rows = read_rows(source)

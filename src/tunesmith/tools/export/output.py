@@ -74,7 +74,7 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
 def _check_not_recipe(location: RunLocation) -> None:
     """UsageError for the base of a recipe whose run is there: who names it means the run."""
     recipe = location.run
-    if location.kind == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
+    if location.holds == "base" and recipe and (Path(recipe.output_dir) / RECIPE).is_file():
         raise UsageError(
             "this is a recipe, which stands for its base, not for the run that it made",
             where=location.base.name,
@@ -98,10 +98,10 @@ def merge_place(
     UsageError where the run has no adapter, or where the merge would overwrite something else.
     """
     _check_not_recipe(location)
-    if location.kind != "adapter":
+    if location.holds != "adapter":
         where = str(location.folder or path)
         why = location.note or "it is a base model"
-        if location.kind == "full":
+        if location.holds == "full":
             why = "it is a full fine-tune, already a complete model"
         fix = f"use {where}, or copy it"
         raise UsageError(f"{path} has no adapter to merge", where=where, why=why, fix=fix)

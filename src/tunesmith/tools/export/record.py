@@ -34,21 +34,21 @@ def record_path(file: Path) -> Path:
 def record_of(
     location: RunLocation,
     *,
-    kind: str,
+    weights: str,
     size: int,
     check: "FileCheck | None",
     unchecked: str,
-    merged: bool,
+    is_whole: bool,
     base: "GgufBase | None" = None,
 ) -> dict[str, Any]:
     """The record of an exported GGUF file.
 
     Args:
         location: of the run that was exported.
-        kind: the type of the file's weights, in words.
+        weights: the type of the file's weights, in words.
         size: of the file in bytes.
         unchecked: why there is no check; empty where there is one.
-        merged: whether the file is a whole model, not an adapter alone.
+        is_whole: the file is a whole model, not an adapter alone.
         base: the one GGUF file that an adapter is for.
     """
     # A run's checkpoints and final/ lie in its directory.
@@ -57,14 +57,14 @@ def record_of(
         location.base,
         location.run,
         run_dir,
-        merged="GGUF" if merged else "",
+        merged="GGUF" if is_whole else "",
         library="gguf",
-        is_trained=location.kind != "base",
+        is_trained=location.holds != "base",
         step=weights_step(location.folder),
     )
     return {
         "tunesmith": "export",
-        "kind": kind,
+        "kind": weights,
         "bytes": size,
         "check": asdict(check) if check else None,
         "unchecked": unchecked,

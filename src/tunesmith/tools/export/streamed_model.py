@@ -157,7 +157,7 @@ def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, T
             continue
         module_name, _, stack = name.rpartition(".")
         module = model.get_submodule(module_name)
-        module.add_module(stack + UPDATE, ExpertsLora(module, stack, tuned.files.run.adapter))
+        module.add_module(stack + UPDATE, ExpertsLora(module, stack, tuned.recipe.adapter))
         for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
             rows = StoredRows(stored, torch.float32, stored.shape)
             weights[f"{name}{UPDATE}.{key}"] = TunedWeight(None, rows)

@@ -240,8 +240,8 @@ def row_bands(shape: torch.Size, span: slice | None = None) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class TunedModel:
-    """A model of which nothing is in memory.
+class TunedModel(OpenedRun):
+    """A run whose weights stay on the disk until they are used.
 
     Attributes:
         model: Transformers' own, on meta, in the recipe's dtype and with as many rows in its
@@ -250,7 +250,6 @@ class TunedModel:
         weights: by the names of `model`; tied ones once, as the embedding.
     """
 
-    files: OpenedRun
     model: PreTrainedModel
     weights: dict[str, TunedWeight]
 
@@ -260,7 +259,7 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
 
     ModelError where base, adapter and recipe do not fit each other.
     """
-    run, files = read.run, read.files
+    run, files = read.recipe, read.files
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     set_bypassed(model, files.support.dead_targets)
     # Parts of several ranks hold the trained model alone: the base is not needed.
@@ -271,22 +270,24 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
         for name, shape in weights_of(model).items():
             read_all = partial(_read_sharded, tensors, name, shape.dtype)
             weights[name] = TunedWeight(None, WholeRows(shape.shape, read_all, last_read))
-        return TunedModel(read, model, weights)
+        return TunedModel(**vars(read), model=model, weights=weights)
     trained = define_model(run, files)
     sources = _base_rows(model, trained, read)
     if run.adapter.kind == "none":
-        is_trained = read.location.kind == "full"
+        is_trained = read.location.holds == "full"
         weights = {}
         for name, rows in sources.items():
             weights[name] = TunedWeight(None if is_trained else rows, rows)
-        return TunedModel(read, model, weights)
+        return TunedModel(**vars(read), model=model, weights=weights)
     copy_saved_modules(trained, run.adapter)
-    return TunedModel(read, model, _adapted_weights(model, trained, read, sources))
+    return TunedModel(
+        **vars(read), model=model, weights=_adapted_weights(model, trained, read, sources)
+    )
 
 
 def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> dict[str, RowSource]:
     """The parameters of the base, by the names of `weights_of`."""
-    run, files = read.run, read.files
+    run, files = read.recipe, read.files
     frozen = {}
     stacks = {}
     for name, layer in trained.named_modules():
@@ -333,7 +334,7 @@ def _adapted_weights(
     folder = read.location.folder
     assert folder is not None  # an adapter has one
     tied = tied_names(model)
-    dtype = DTYPES[read.run.model.dtype]
+    dtype = DTYPES[read.recipe.model.dtype]
 
     # PEFT also stores a copy of a frozen head or embedding: it is no change.
     def is_base(name: str, stored: StoredTensor) -> bool:

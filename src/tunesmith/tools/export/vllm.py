@@ -174,7 +174,7 @@ def _compare(
     checking: Callable[[int, int], None],
 ) -> tuple[int, Difference, Difference | None]:
     """Positions, and the rounded model and the base against the tuned one."""
-    prompts, _ = probe_prompts(tuned.files)
+    prompts, _ = probe_prompts(tuned)
     in_place = dict(tuned.weights)
     # The rounded weights in the place of the tuned ones: they already hold the adapter.
     for name, weight in weights.items():

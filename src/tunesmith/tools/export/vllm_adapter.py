@@ -121,7 +121,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
     location = locate_run(path)
     goal = new_folder_place(output, location)
     folder = location.folder
-    if location.kind != "adapter" or folder is None:
+    if location.holds != "adapter" or folder is None:
         raise UsageError(f"{path} has no adapter", where="--adapter", fix="remove --adapter")
     adapter = read_adapter(folder)
     if adapter.modules_to_save:
@@ -152,7 +152,7 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             else:
                 for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
-            read = tuned.files
+            read = tuned
             text = generation_config_text(
                 read.files.folder, read.files.tokenizer, read.template.end_ids
             )

@@ -89,9 +89,9 @@ def check_file(
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
     wrongly.
     """
-    prompts, _ = probe_prompts(tuned.files)
+    prompts, _ = probe_prompts(tuned)
     places = [_places(len(prompt)) for prompt in prompts]
-    questions = questions_of(tuned.files)
+    questions = questions_of(tuned)
     positions = sum(map(len, places))
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
@@ -109,7 +109,7 @@ def check_file(
             base_logits = passes.logits(*base, prompts, places)
         answers = []
         for question in questions:
-            answers.append(up_to_end(server.answer(question.ids, MAX_ANSWER_TOKENS), tuned.files))
+            answers.append(up_to_end(server.answer(question.ids, MAX_ANSWER_TOKENS), tuned))
             passes.advance()
         # Answers and prompts in one pass, which reads every weight once.
         passages = [*prompts]
@@ -123,7 +123,7 @@ def check_file(
         )
     side_by_side = []
     for question, answer, values in zip(questions, answers, expected[len(prompts) :], strict=True):
-        side_by_side.append(compare_answers(question, answer, values, tuned.files))
+        side_by_side.append(compare_answers(question, answer, values, tuned))
     against_base = None
     if base_logits is not None:
         against_base = compare_logits(expected[: len(prompts)], base_logits)
@@ -226,9 +226,9 @@ def _places(length: int) -> list[int]:
 
 
 def _check_ids(server: LlamaCpp, tuned: TunedModel) -> list[str]:
-    tokenizer = tuned.files.files.tokenizer
+    tokenizer = tuned.files.tokenizer
     # One token less than the context: the server needs room for the answer.
-    prompts, _ = probe_prompts(tuned.files, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS - 1)
+    prompts, _ = probe_prompts(tuned, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS - 1)
     texts = [tokenizer.decode(ids) for ids in prompts]
     for text in texts:
         own_ids = tokenizer(text, add_special_tokens=False)["input_ids"]

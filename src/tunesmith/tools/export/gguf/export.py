@@ -148,15 +148,15 @@ def export_gguf(
         tuned = open_tuned_model(read_run_files(location))
         if for_ollama:
             # Before the plan: the header holds the template.
-            guard_template(tuned.files.files.tokenizer)
+            guard_template(tuned.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
         require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
         with part_folder(goal) as part:
             file = part / file_name
             _write(plan, file, threads, progress)
             if for_ollama:
-                write_modelfile(part, modelfile_text(file_name, tuned.files))
-                copy_notices(tuned.files.files.folder, part)
+                write_modelfile(part, modelfile_text(file_name, tuned))
+                copy_notices(tuned.files.folder, part)
             result = None
             unchecked = _why_unchecked(check)
             if not unchecked:
@@ -167,11 +167,11 @@ def export_gguf(
                     )
             record = record_of(
                 location,
-                kind=f"GGUF, {quant}",
+                weights=f"GGUF, {quant}",
                 size=plan.size,
                 check=result,
                 unchecked=unchecked,
-                merged=True,
+                is_whole=True,
             )
             _place(file, record, goal, is_folder=for_ollama)
     shown = Path(output) / file_name if for_ollama else output
@@ -203,7 +203,7 @@ def export_adapter(
     location = locate_run(path)
     goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     folder = location.folder
-    if location.kind != "adapter" or folder is None:
+    if location.holds != "adapter" or folder is None:
         raise UsageError(
             f"{path} has no adapter", where="--adapter", fix="export the model: without --adapter"
         )
@@ -227,7 +227,7 @@ def export_adapter(
             read_json(folder / ADAPTER_CONFIG),
             weights,
             name=goal.stem,
-            added_tokens=len(read.run.model.added_tokens),
+            added_tokens=len(read.recipe.model.added_tokens),
             base=base,
         )
         require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
@@ -253,11 +253,11 @@ def export_adapter(
                     )
             record = record_of(
                 location,
-                kind="GGUF, the LoRA alone in f16",
+                weights="GGUF, the LoRA alone in f16",
                 size=plan.size,
                 check=result,
                 unchecked=unchecked,
-                merged=False,
+                is_whole=False,
                 base=base,
             )
             _place(file, record, goal, is_folder=for_ollama)
@@ -381,7 +381,7 @@ def _move_with_record(file: Path, goal: Path) -> None:
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
-    read = tuned.files
+    read = tuned
     _check_text_model(tuned.model.config)
     settings = read.files.folder / "generation_config.json"
     # Any of them ends an answer; a GGUF file has room for one beside eos.
@@ -421,14 +421,14 @@ def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Va
     """The model before training; None where there was none, or a whole one was trained and its base
     is gone.
     """
-    if location.kind == "base":
+    if location.holds == "base":
         return None
-    if location.kind == "adapter":
+    if location.holds == "adapter":
         return tuned, "base"
     try:
         # A full fine-tune names its base in the recipe; it may be gone from the disk or the Hub's
         # cache.
-        base = replace(location, kind="base")
+        base = replace(location, holds="base")
         return open_tuned_model(read_run_files(base)), "base"
     except TunesmithError:
         return None
