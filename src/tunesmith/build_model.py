@@ -1,5 +1,7 @@
 """From a recipe to its model: the whole order of changes, in one function that reads as a list."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,6 +19,7 @@ from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES
 from tunesmith.hub.model_files import ModelFiles
+from tunesmith.loss import loss_and_grad
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, gpu_kernels, load, random_init
@@ -133,29 +136,31 @@ def build_model(
         convert_to_eight_bit(model, plan.base, skip=skip)
     if plan.attention == "eager" and run.data.pack:
         _check_eager(model, files.support)
+    trials = try_recurrent_kernels(run, files, plan)
+    varied = plan.compiled and plan.layout.row_length is None
+    loss_fn = compilation.compile_loss(loss_and_grad) if plan.compiled else loss_and_grad
     root = TrainModel(
         model,
         make_method(run.method),
         attention_backend=plan.attention,
         recurrent=files.support.recurrent,
+        recurrent_trials=trials,
+        loss_and_grad_fn=loss_fn,
+        varied_tokens=varied,
     )
-    root.recurrent_trials = try_recurrent_kernels(run, files, plan)
-    use_packed_calls(model, {name: trial.call for name, trial in root.recurrent_trials.items()})
+    use_packed_calls(model, {name: trial.call for name, trial in trials.items()})
     # Before what wraps the layers: it changes the modules inside them.
     root.partial_gradients = apply_tensor_parallel(root, mesh)
     recompute_layers(root.layers, plan.recomputed_layers)
     # After recompute: the mixin that is added last runs first, so the graph holds the
     # recomputation.
     if plan.compiled:
-        varied = plan.layout.row_length is None
         compilation.compile_layers(root.layers, varied=varied)
-        root.expert_load.is_varied = varied
-        root.loss_and_grad_fn = compilation.compile_loss(root.loss_and_grad_fn)
     if plan.fp32_gradients:
         accumulate_in_fp32(model.get_submodule(root.layers_name))
     allocate(run, root, plan, mesh)
     fill_parameters(run, files, model, weights or files.folder, ranks)
-    set_reference(run, root)
+    root.reference = reference_of(run, root)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
@@ -240,21 +245,19 @@ def fill_parameters(
         init_adapter(run, model)
 
 
-def set_reference(run: Run, root: TrainModel) -> None:
-    """Let a method compare with the model that training begins from, before a resumed adapter is
-    read.
+def reference_of(run: Run, root: TrainModel) -> Callable[[], AbstractContextManager[None]] | None:
+    """Return what puts the model that training begins from in place, for a method that compares
+    with it; before a resumed adapter is read.
 
     With an adapter that is the base without it, or the adapter of `adapter.from` as it came. Of a
     model trained in full nothing of it is left; its numbers are computed before training
     (`training/reference.py`).
     """
-    root.reference = None
     if not root.method.needs_reference or run.adapter.kind == "none":
-        return
+        return None
     if run.adapter.from_ is None:
-        root.reference = partial(lora.disabled, root.model)
-    else:
-        root.reference = lora.TrainedValues(root.model).in_place
+        return partial(lora.disabled, root.model)
+    return lora.TrainedValues(root.model).in_place
 
 
 def init_adapter(run: Run, model: nn.Module) -> None:

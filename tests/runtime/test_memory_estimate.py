@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from recipes import built_model, make_run
-from tunesmith.build_model import build_model, count_trained, define_model, set_reference
+from tunesmith.build_model import build_model, count_trained, define_model, reference_of
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import PAIR_METHODS
 from tunesmith.data.batch import Example, collate
@@ -234,7 +234,7 @@ def test_a_reference_that_is_an_adapter_takes_its_weights_again(tiny: Path, tmp_
     run = make_run(tiny, tmp_path, held=False, **settings)
     root = built_model(run, tiny)
     on_top = replace(run, adapter=replace(run.adapter, from_=str(tmp_path)))
-    set_reference(on_top, root)
+    root.reference = reference_of(on_top, root)
     spec = model_spec(json.loads((tiny / "config.json").read_text()), where="test")
     machine = Machine("cpu", 64 << 30, ("products", ""), (False, ""), card_bytes=64 << 30)
     trained = count_trained(run, root.model)

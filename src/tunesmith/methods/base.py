@@ -9,6 +9,7 @@ loss sum and what to divide it by, and owns no loop.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -146,6 +147,14 @@ class TrainModel(nn.Module):
             (`attention.select_attention_backend`), or "eager" for Transformers' own on padded rows.
         recurrent: class names of the layers that carry a state along the row, which run on one row
             a document.
+        recurrent_trials: what became of the kernels of these layers, by class.
+        loss_and_grad_fn: the loss of a chunk with its gradient.
+        varied_tokens: layers are compiled for micro batches of any number of tokens.
+
+    Attributes:
+        partial_gradients: the names of the parameters for `tensor.reduce_gradients`.
+        reference: puts the weights that training began from in place; None where no method asks for
+            them, or where all their figures exist before training.
     """
 
     def __init__(
@@ -155,6 +164,9 @@ class TrainModel(nn.Module):
         *,
         attention_backend: str,
         recurrent: Collection[str] = (),
+        recurrent_trials: Mapping[str, Trial] = MappingProxyType({}),
+        loss_and_grad_fn: LossAndGradFn = loss_and_grad,
+        varied_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -162,14 +174,11 @@ class TrainModel(nn.Module):
         self.layers_name = find_layers(model)
         self.logit_rule = find_head(model)
         self.attention_backend = attention_backend
-        self.loss_and_grad_fn: LossAndGradFn = loss_and_grad
-        # Names of the parameters for `tensor.reduce_gradients`.
+        self.loss_and_grad_fn = loss_and_grad_fn
+        self.recurrent_trials = recurrent_trials
+        self.expert_load = ExpertLoad(model, is_varied=varied_tokens)
+        # These two follow once the model is sharded, and has its weights.
         self.partial_gradients: frozenset[str] = frozenset()
-        # What became of the kernels of recurrent layers, by class.
-        self.recurrent_trials: Mapping[str, Trial] = {}
-        self.expert_load = ExpertLoad(model)
-        # Puts the weights that training began from in place; None where no method asks for them, or
-        # where all their figures exist before training.
         self.reference: Callable[[], AbstractContextManager[None]] | None = None
         self.chunk_size = None  # of layers with chunked attention, in tokens
         if attention_backend != "eager":

@@ -33,11 +33,11 @@ class ExpertLoad:
         is_varied: layers are compiled, and micro batches differ in their number of tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, is_varied: bool = False) -> None:
         self.modules: list[nn.Module] = []
         self.is_token: Tensor | None = None
         self.tensor_group: RankGroup | None = None
-        self.is_varied = False
+        self.is_varied = is_varied
         for module in model.modules():
             experts = count_experts(module)
             if experts and (is_called_by_interface(module) or are_experts(module)):

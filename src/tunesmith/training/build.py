@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.filesize import decimal as size_text
@@ -169,7 +169,8 @@ def build(
     ranks: Ranks = ONE_PROCESS,
     make_mesh: Callable[[MeshShape, str], Mesh] = Mesh.of,
 ) -> Session:
-    """Make a Session, checking before each slow thing what can be checked without it.
+    """Make a Session, checking before each slow thing what can be checked without it: read and
+    plan, load the model, compare a base in 8 bits, make the optimizer.
 
     Args:
         why: log the reason of each choice too.
@@ -187,17 +188,16 @@ def build(
     data = prepared.data
     check_same_inputs(run, start, prepared.files, data, ranks, drawn=weights == "random")
     torch.manual_seed(run.train.seed)
-    load = partial(
-        load_model,
-        prepared,
-        start,
-        device,
-        ranks,
-        weights=weights,
-        measured=measured,
-        make_mesh=make_mesh,
-    )
-    root, plan, mesh = load_compared(load, prepared, device, ranks, weights=weights)
+    how = LoadOptions(start, device, ranks, weights, measured, make_mesh)
+    root, plan, mesh = load_model(prepared, how)
+    if plan.base in SCALING_RECIPES:
+        plan, refused = compare_eight_bits(root, plan, mesh, prepared, how)
+        if refused:
+            # Both hold memory that the second model needs. A base in bf16 leaves room for another
+            # micro batch.
+            del root
+            free_device_memory()
+            root, plan, mesh = load_model(prepared, how, refused=refused)
     optimizer = make_optimizer(run, root, start, ranks)
     progress = start.progress or Progress()
     if device.type == "cpu":
@@ -205,59 +205,59 @@ def build(
     peak = hardware.find_peak(device, DTYPES[run.model.dtype])
     for line in describe_session(run, start, root, plan, peak, why=why):
         log.info(line)
-    total_steps = data.schedule.steps(run.train.duration)
     session = Session(
-        prepared.recipe,
-        prepared.files,
-        data,
-        root,
-        optimizer,
-        plan,
-        total_steps,
-        prepared.hashes,
-        peak,
-        ranks,
-        mesh,
+        run=prepared.recipe,
+        files=prepared.files,
+        data=data,
+        model=root,
+        optimizer=optimizer,
+        plan=plan,
+        total_steps=data.schedule.steps(run.train.duration),
+        hashes=prepared.hashes,
+        peak=peak,
+        ranks=ranks,
+        mesh=mesh,
     )
-    is_over = total_steps is not None and progress.step >= total_steps
+    is_over = session.total_steps is not None and progress.step >= session.total_steps
     if run.train.optimizer_in_backward and not is_over:
         check_one_micro_batch(run, session.loader(progress.step).batch(progress.step))
     return session
 
 
+class LoadOptions(NamedTuple):
+    """The arguments of `build` that say how its model is loaded, and the device."""
+
+    start: Start
+    device: torch.device
+    ranks: Ranks
+    weights: Weights
+    measured: bool
+    make_mesh: Callable[[MeshShape, str], Mesh]
+
+
 def load_model(
-    prepared: Prepared,
-    start: Start,
-    device: torch.device,
-    ranks: Ranks,
-    *,
-    weights: Weights,
-    measured: bool,
-    make_mesh: Callable[[MeshShape, str], Mesh],
-    refused: str = "",
+    prepared: Prepared, how: LoadOptions, refused: str = ""
 ) -> tuple[TrainModel, RunPlan, Mesh]:
     """Plan the run and load its model: without an fp8 base if that was `refused`, for the reason in
     it.
     """
-    run = prepared.run
-    files = prepared.files
-    data = prepared.data
-    model, plan = plan_model(prepared, start, device, ranks, refused)
-    mesh = make_mesh(plan.mesh, device.type)
-    if not measured:
+    run, files, data, ranks = prepared.run, prepared.files, prepared.data, how.ranks
+    model, plan = plan_model(prepared, how.start, how.device, ranks, refused)
+    mesh = how.make_mesh(plan.mesh, how.device.type)
+    if not how.measured:
         with ranks.raise_on_all_ranks():
             check_disk(run, count_trained(run, model), files.folder, ranks)
-    checkpoint = start.checkpoint
+    checkpoint = how.start.checkpoint
     is_full = run.adapter.kind == "none"
     base_weights: Path | Literal["random"] | None = checkpoint if is_full else None
-    if weights == "random":
+    if how.weights == "random":
         base_weights = "random"
     # One token is enough: one micro batch, the largest of the first step.
-    [largest] = first_batches(make_loader(data, files, plan), device, 1)
+    [largest] = first_batches(make_loader(data, files, plan), how.device, 1)
     reference = None
     if is_full and METHODS[run.method.name].needs_reference:
         reference = BaseReference(run, data, prepared.hashes["model_hash"], ranks)
-        if not reference.is_complete and weights == "stored":
+        if not reference.is_complete and how.weights == "stored":
             # It is measured on the base; a checkpoint's weights follow.
             base_weights = None
     root, plan = build_model(
@@ -279,40 +279,26 @@ def load_model(
     return root, plan, mesh
 
 
-def load_compared(
-    load: Callable[..., tuple[TrainModel, RunPlan, Mesh]],
-    prepared: Prepared,
-    device: torch.device,
-    ranks: Ranks,
-    *,
-    weights: Weights,
-) -> tuple[TrainModel, RunPlan, Mesh]:
-    """Load as `load` does, with a base in 8 bits only where that hardly changes the loss, and fast
-    sums of its products alike.
+def compare_eight_bits(
+    root: TrainModel, plan: RunPlan, mesh: Mesh, prepared: Prepared, how: LoadOptions
+) -> tuple[RunPlan, str]:
+    """Take fast sums of a base in 8 bits where these hardly change the loss.
 
-    load: `load_model` of the run; `refused` loads it again with a base in bf16.
+    Returns the plan with what was measured, and why the base is refused: its loss is another one.
     """
-    root, plan, mesh = load()
-    if plan.base not in SCALING_RECIPES:
-        return root, plan, mesh
-    batches = first_batches(
-        make_loader(prepared.data, prepared.files, plan), device, LOSS_PROBE_TOKENS
-    )
-    if device.type == "cuda":
-        log.info("%s: %s", plan.base, choose_sums(root, batches, ranks))
+    loader = make_loader(prepared.data, prepared.files, plan)
+    batches = first_batches(loader, how.device, LOSS_PROBE_TOKENS)
+    if how.device.type == "cuda":
+        log.info("%s: %s", plan.base, choose_sums(root, batches, how.ranks))
     # Random weights have no file to compare with.
-    if weights == "random":
-        return root, plan, mesh
-    change = compare_with_bf16(root, batches, mesh, ranks)
+    if how.weights == "random":
+        return plan, ""
+    change = compare_with_bf16(root, batches, mesh, how.ranks)
     if change.is_tolerable:
         reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
-        return root, replace(plan, why={**plan.why, "base": reason}), mesh
+        return replace(plan, why={**plan.why, "base": reason}), ""
     dropped = f"{plan.base} was tried and rejected: it changes the loss by more than"
-    # Both hold memory that the second model needs. A base in bf16 leaves room for another micro
-    # batch.
-    del root, batches
-    free_device_memory()
-    return load(refused=f"{dropped} {MAX_LOSS_CHANGE:.0%}: {change.describe()}")
+    return plan, f"{dropped} {MAX_LOSS_CHANGE:.0%}: {change.describe()}"
 
 
 def describe_session(

@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.adapter import lora, peft_files
 from tunesmith.adapter.low_rank import lora_scaling
-from tunesmith.build_model import init_adapter, set_reference
+from tunesmith.build_model import init_adapter, reference_of
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.config.schema import Adapter, Run
 from tunesmith.data.schedule import BatchSchedule
@@ -61,7 +61,7 @@ class SharedBase:
             # The base stays in memory: only the adapter is another.
             lora.replace_adapter(root.model, run.adapter)
             init_adapter(run, root.model)
-            set_reference(run, root)
+            root.reference = reference_of(run, root)
             if start.checkpoint:
                 peft_files.load_adapter(root.model, start.checkpoint)
         self._use_graphs_of(run.adapter)
