@@ -145,7 +145,7 @@ def test_the_last_beat_is_written_at_once():
 
     store = HashStore()
     store.set_timeout(timedelta(seconds=600))
-    for key, value in {"verdict": "-", "beat/0": "{}"}.items():
+    for key, value in {"fault": "-", "beat/0": "{}"}.items():
         store.set(key, value)
     heartbeat = Heartbeat(0, [HOST], [0], store)
     heartbeat.peers.clock.interval = 20.0
@@ -264,7 +264,7 @@ def test_a_group_that_is_started_again_does_not_meet_its_predecessors():
             thread.join()
         assert found[0] == found[1]
         assert found[0][1] == [HOST, HOST]
-        assert store.get(f"{found[0][0]}/verdict") == b"-"
+        assert store.get(f"{found[0][0]}/fault") == b"-"
         names.append(found[0][0])
     assert len({*names}) == 3
 
@@ -285,7 +285,7 @@ def test_one_process_has_nobody_to_watch():
         heartbeat.phase("training", 1.0)
         heartbeat.progress(3)
         error = ValueError("own")
-        assert heartbeat.verdict(error) is error
+        assert heartbeat.share_error(error) is error
     assert heartbeat.report.fault is None
 
 

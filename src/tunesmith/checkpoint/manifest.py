@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import CheckpointError, ModelError, disk_fault
 from tunesmith.host.cores import available_cores
 from tunesmith.host.files import follow_umask
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.shell import shell_path
-from tunesmith.run_dir import MANIFEST, read_manifest
+from tunesmith.run_dir import MANIFEST, ManifestEntry, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +34,7 @@ ANNOUNCED_BYTES = 1 << 30
 # One thread hashes 0.7 to 2 GB/s; a local disk reads no more than a few of them hash.
 HASHING_THREADS = 4
 ELSEWHERE = ": another rank wrote it, perhaps to another node's disk"
-# Of a manifest: {"relative/path": {"bytes": n, "sha256": "..."}}
-Entries = dict[str, dict[str, Any]]
+Entries = dict[str, ManifestEntry]  # of a manifest, by the path in its folder
 _CHECKPOINT_NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -47,7 +45,7 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def entry_of_file(path: Path) -> dict[str, Any]:
+def entry_of_file(path: Path) -> ManifestEntry:
     """The manifest's entry of a file."""
     return {"bytes": path.stat().st_size, "sha256": digest_of_file(path)}
 
@@ -86,10 +84,10 @@ def write_manifest(folder: Path, step: int, entries: Entries, last_step: int | N
     last_step: of final/, the run's, which may be later than that of the weights.
     """
     manifest = folder / MANIFEST
-    values: dict[str, Any] = {"step": step}
+    steps = {"step": step}
     if last_step is not None:
-        values["last_step"] = last_step
-    manifest.write_text(json.dumps({**values, "files": entries}, indent=1))
+        steps["last_step"] = last_step
+    manifest.write_text(json.dumps({**steps, "files": entries}, indent=1))
     flush_to_disk(manifest)
     flush_to_disk(folder)
 

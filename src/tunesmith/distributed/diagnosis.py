@@ -194,7 +194,10 @@ class Diagnosis:
     def own_error(
         self, error: BaseException, failure: TunesmithError | None, activity: Activity
     ) -> ErrorFields:
-        """The fields by which this rank's error ends the others; `failure`: see `verdict`."""
+        """The fields by which this rank's error ends the others.
+
+        failure: as of `Heartbeat.share_error`.
+        """
         if failure is None and isinstance(error, TunesmithError):
             failure = error
         elif failure is None:

@@ -46,7 +46,7 @@ AGREED = (OtherRankError, StoppedError, NonFiniteError)
 HUNG_RANK_SECONDS = 3.0
 UNWINDING_RANK_SECONDS = 60.0
 REFUSAL_SECONDS = 2.0  # seconds in which a machine that is up refuses a connection
-UNDECIDED = "-"  # what stands in the store as verdict until a rank publishes a fault
+UNDECIDED = "-"  # what stands in the store as the fault until a rank publishes a fault
 # torch's errors of a collective and of a store
 _BROKEN = re.compile(r"gloo|nccl|^Dist\w+Error", re.IGNORECASE)
 
@@ -94,11 +94,11 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        verdict = self.verdict(error) if error is not None else None
+        shared = self.share_error(error) if error is not None else None
         if self.store is not None:
             self._close()
-        if verdict is not None and verdict is not error:
-            raise verdict from error
+        if shared is not None and shared is not error:
+            raise shared from error
 
     def phase(self, name: str, limit: float | None = None) -> None:
         """Begin a part of the run.
@@ -115,7 +115,9 @@ class Heartbeat:
         """Note that the main thread moves on; `step`: the last complete one."""
         self.activity.progress(step)
 
-    def verdict(self, error: BaseException, failure: TunesmithError | None = None) -> BaseException:
+    def share_error(
+        self, error: BaseException, failure: TunesmithError | None = None
+    ) -> BaseException:
         """Return the error that ends this rank: `error`, published to the others.
 
         OtherRankError in its place, if another rank's end caused it.
@@ -220,20 +222,20 @@ class Heartbeat:
         ended = peers.ended()
         self.store.set(f"beat/{peers.rank}", json.dumps(asdict(peers.own_beat)))
         keys = [f"beat/{rank}" for rank in range(len(peers.hosts))]
-        *beats, verdict = self.store.multi_get([*keys, "verdict"])
+        *beats, fault = self.store.multi_get([*keys, "fault"])
         peers.read(beats)
         if self.report.fault is not None:
             return
         self.diagnosis.check_collectives()
-        if verdict == UNDECIDED.encode():
+        if fault == UNDECIDED.encode():
             fields = self.report.own_error or self.diagnosis.find_fault(
                 [rank for rank in ended if not peers.beats[rank].is_done]
             )
             if not fields:
                 return
             # Of ranks that publish at once the first one's fault stands for all.
-            verdict = self.store.compare_set("verdict", UNDECIDED, json.dumps(fields))
-        self._accept(json.loads(verdict))
+            fault = self.store.compare_set("fault", UNDECIDED, json.dumps(fields))
+        self._accept(json.loads(fault))
 
     def _accept(self, fields: ErrorFields) -> None:
         """End by the fault that a rank has published, and end the ranks of this node that hang."""

@@ -362,7 +362,7 @@ def meet(store: "Store", rank: int, world: int) -> tuple[str, list[str]]:
             store.set(f"agreed/{rank}", listed)
             if rank == 0 and all(read(f"agreed/{other}") == listed for other in range(world)):
                 # As a PrefixStore would write them.
-                store.set(f"{name}/verdict", UNDECIDED)
+                store.set(f"{name}/fault", UNDECIDED)
                 for other in range(world):
                     store.set(f"{name}/beat/{other}", "{}")
                 store.set("go", name)

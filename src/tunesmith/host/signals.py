@@ -58,6 +58,8 @@ class LowMemory(NamedTuple):
 class StopRequest:
     """A context that notes the first stop signal, and in `low_memory` that memory is short.
 
+    What this process was asked; what the ranks of a run agree on is in `training/stop_control.py`.
+
     Before `defer_signals` a signal raises a KeyboardInterrupt, which libraries let pass, and the
     context ends with StoppedError whatever a library raised for it. From `defer_signals` on signals
     are deferred: the caller looks at `signal` and ends by itself; a second ctrl-C sets `now` and

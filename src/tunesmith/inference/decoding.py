@@ -385,7 +385,7 @@ class AnswerClock:
         agree: Callable[[bool], bool] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`generated` is called after each token; `agree` makes one verdict of those of ranks that
+        """`generated` is called after each token; `agree` makes one decision of those of ranks that
         answer together."""
         self.allowed = allowed
         self.generated = generated

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from time import sleep
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from torch.distributed import PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from tunesmith.distributed.diagnosis import AGAIN
+from tunesmith.distributed.diagnosis import AGAIN, ErrorFields
+from tunesmith.distributed.heartbeat import UNDECIDED
 from tunesmith.distributed.ranks import HEARTBEAT_NAME
 from tunesmith.distributed.torch_private import set_elastic_agent
 from tunesmith.errors import CAUSES, StoppedError
@@ -27,7 +29,7 @@ from tunesmith.host.signals import SIGNAL_NAMES
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-# Seconds in which the ranks of other nodes read the verdict: they look once a second
+# Seconds in which the ranks of other nodes read the fault: they look once a second
 READ_TIME = 2.5
 # torch's errors of a store
 STORE_ERRORS = (RuntimeError, ValueError)
@@ -131,8 +133,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
 def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills: int) -> None:
     """Tell the ranks of other nodes which rank of this one was killed, and wait until they know.
 
-    The store may be gone with its node, and ranks may not have met yet: then nobody waits for the
-    verdict.
+    The store may be gone with its node, and ranks may not have met yet: then nobody waits for it.
 
     Args:
         signals: the ranks that were killed, and the numbers of the signals.
@@ -145,17 +146,17 @@ def publish_killed(store: "TCPStore", signals: dict[int, int], *, new_oom_kills:
         # The lowest rank stands for all that were killed.
         rank = min(signals)
         beat = json.loads(heartbeats.get(f"beat/{rank}"))
-        verdict = killed_verdict(rank, signals[rank], beat, new_oom_kills=new_oom_kills)
-        # The first verdict stands: a rank may have seen the fault before.
-        heartbeats.compare_set("verdict", "-", json.dumps(verdict))
+        fault = kill_fault(rank, signals[rank], beat, new_oom_kills=new_oom_kills)
+        # The first fault stands: a rank may have seen it before.
+        heartbeats.compare_set("fault", UNDECIDED, json.dumps(fault))
         sleep(READ_TIME)
     except STORE_ERRORS:
         return
 
 
-def killed_verdict(
-    rank: int, number: int, beat: dict[str, Any], *, new_oom_kills: int
-) -> dict[str, Any]:
+def kill_fault(
+    rank: int, number: int, beat: Mapping[str, str], *, new_oom_kills: int
+) -> ErrorFields:
     """The error that ends all ranks, in the fields that their heartbeats expect.
 
     Args:

@@ -56,7 +56,7 @@ from tunesmith.host.logger import default_level, lines_by_default, stderr_only_f
 from tunesmith.host.signals import UNWIND_S, Interrupted, StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
-from tunesmith.metrics.log_file import log_file_of_run
+from tunesmith.metrics.log_file import LogFile, log_file_of_run
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import (
     JsonlSink,
@@ -270,19 +270,10 @@ def start_run(
     check_same_recipe(run, ranks)
     out = Path(run.output_dir)
     log_file = log_file_of_run(out / LOG)
-    stream: TextIO | None = None
     callback = RecordCallback(on_record)
     stop.wants_end = lambda: callback.has_ended
     with ExitStack() as stack:
-        # Who says what: rank 0 to the user and to log.txt, the others only in warnings.
-        stack.enter_context(default_level(level_of_process(ranks.rank)))
-        if ranks.is_main_process:
-            if quiet:
-                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(log_file)
-        else:
-            # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
-            stack.enter_context(stderr_only_from("tunesmith.data"))
+        speak_by_rank(ranks, log_file, stack)
         # Claim the directory, and decide where to start.
         ranks, start = open_run_dir(run, ranks, stack, fresh=fresh)
         stop.request.saved_step = start.progress.step if start.progress else 0
@@ -297,40 +288,44 @@ def start_run(
         # Build; a fault up to the first step is one of the recipe, the data or the machine.
         with as_usage_error(ranks):
             session = build(run, start, why=why, ranks=ranks)
-        run = session.run
         with ranks.raise_on_all_ranks(), as_usage_error(ranks):
-            if ranks.is_main_process:
-                terminal = Terminal(
-                    log_file,
-                    total_steps=session.total_steps,
-                    steps_per_epoch=session.data.schedule.steps_per_epoch(0),
-                    trained_seconds=start.progress.seconds if start.progress else 0.0,
-                    phase=ranks.heartbeat.phase_name,
-                    stream=stream,
-                )
-                sinks = sinks_of(run, out, terminal)
-                sinks.all.append(callback)
-            else:
-                sinks = Sinks([RankSink(out, ranks.rank)])
+            stream = None
+            if quiet:
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            sinks = sinks_of_rank(session, start, callback, log_file, stream)
             # Before they are opened: one that is refused leaves others open.
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
         # Train; the writer ends with the stack, whatever ends the loop.
         trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
         stack.callback(trainer.checkpoints.writer.close)
-        # On every rank: the one of each node that tells what ends them all leaves failure.json.
-        ranks.heartbeat.report.on_fault = partial(write_fault, out)
-        if ranks.is_main_process:
-            for text in session.describe_ranks(trainer.first_step):
-                log.info(text)
-        # From here on the loop answers signals.
-        stop.defer_signals()
-        with (
-            report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer)
-        ):
-            result = trainer.fit()
-            sinks.close()
-        return result
+        return fit(trainer, sinks, callback)
+
+
+def speak_by_rank(ranks: Ranks, log_file: LogFile, stack: ExitStack) -> None:
+    """Let rank 0 speak to the user and to log.txt, the others only in warnings, within `stack`."""
+    stack.enter_context(default_level(level_of_process(ranks.rank)))
+    if ranks.is_main_process:
+        stack.enter_context(log_file)
+    else:
+        # Its own disk may be full, and its cache damaged; all else rank 0 shows too.
+        stack.enter_context(stderr_only_from("tunesmith.data"))
+
+
+def fit(trainer: Trainer, sinks: Sinks, callback: RecordCallback) -> Result:
+    """Train to the end, and leave in the run directory what ends it before."""
+    ranks = trainer.ranks
+    # On every rank: the one of each node that tells what ends them all leaves failure.json.
+    ranks.heartbeat.report.on_fault = partial(write_fault, trainer.out)
+    if ranks.is_main_process:
+        for text in trainer.session.describe_ranks(trainer.first_step):
+            log.info(text)
+    # From here on the loop answers signals.
+    trainer.stop.defer_signals()
+    with report_failure(trainer, callback) if ranks.is_main_process else defer_to_rank_0(trainer):
+        result = trainer.fit()
+        sinks.close()
+    return result
 
 
 def open_run_dir(
@@ -503,7 +498,7 @@ def report_failure(
         heartbeat = trainer.ranks.heartbeat
         writer = trainer.checkpoints.writer
         step = trainer.progress.step
-        error = heartbeat.verdict(caught, trainer.as_failure(caught))
+        error = heartbeat.share_error(caught, trainer.as_failure(caught))
         if isinstance(error, OtherRankError):  # the heartbeat has reported it
             raise error from caught
         writer.close()  # what it is writing still counts
@@ -531,29 +526,28 @@ def report_failure(
         raise failure from error
 
 
-def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
-    """Open the sinks and write the first files of a start, now that nothing is left to check."""
+def sinks_of_rank(
+    session: Session,
+    start: Start,
+    callback: RecordCallback,
+    log_file: LogFile,
+    stream: TextIO | None,
+) -> Sinks:
+    """The sinks of this rank: of rank 0 those that the recipe asks for, and the caller's."""
     out = Path(session.run.output_dir)
-    if session.ranks.is_run_dir_writer:
-        remove_leftovers(out)
-    sinks.open(session.run, resumed_at(start))
-    if session.ranks.is_run_dir_writer:
-        # Only rank 0 has a command line to tell.
-        write_identity(session, argv if session.ranks.is_main_process else None)
-        for name in (FAILURE, STOPPED):
-            (out / name).unlink(missing_ok=True)
-
-
-def resumed_at(start: Start) -> int:
-    """The last step whose record stays.
-
-    A step whose validation was cut off is written again, with its validation.
-    """
-    if start.progress is None:
-        return 0
-    if start.progress.validated:
-        return start.progress.step
-    return start.progress.step - 1
+    if not session.ranks.is_main_process:
+        return Sinks([RankSink(out, session.ranks.rank)])
+    terminal = Terminal(
+        log_file,
+        total_steps=session.total_steps,
+        steps_per_epoch=session.data.schedule.steps_per_epoch(0),
+        trained_seconds=start.progress.seconds if start.progress else 0.0,
+        phase=session.ranks.heartbeat.phase_name,
+        stream=stream,
+    )
+    sinks = sinks_of(session.run, out, terminal)
+    sinks.all.append(callback)
+    return sinks
 
 
 def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
@@ -568,6 +562,24 @@ def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
     for name in trackers_of(run):
         sinks.append(TrackerSink(name, folder, partial(terminal.text, "tracker")))
     return Sinks(sinks)
+
+
+def write_first_files(session: Session, start: Start, sinks: Sinks, argv: list[str] | None) -> None:
+    """Open the sinks and write the first files of a start, now that nothing is left to check."""
+    out = Path(session.run.output_dir)
+    ranks = session.ranks
+    if ranks.is_run_dir_writer:
+        remove_leftovers(out)
+    last_step = start.progress.step if start.progress else 0
+    if start.progress and not start.progress.validated:
+        # The record of a step whose validation was cut off is written again, with it.
+        last_step -= 1
+    sinks.open(session.run, last_step)
+    if ranks.is_run_dir_writer:
+        # Only rank 0 has a command line to tell.
+        write_identity(session, argv if ranks.is_main_process else None)
+        for name in (FAILURE, STOPPED):
+            (out / name).unlink(missing_ok=True)
 
 
 def close_after_all(sinks: Sinks) -> None:

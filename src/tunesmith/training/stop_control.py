@@ -20,7 +20,8 @@ from tunesmith.training.step_scalars import RankStatus
 
 @dataclass
 class StopControl:
-    """The stop of one start of a run.
+    """The stop of one start of a run: what came to this process, in `request`, and what all ranks
+    know and act on.
 
     Attributes:
         request: the signals of this process, and its shortage of memory.
