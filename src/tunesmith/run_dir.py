@@ -38,10 +38,11 @@ from typing_extensions import TypedDict  # that pydantic reads also before Pytho
 
 from tunesmith.config import schema
 from tunesmith.config.load import load_recipe
-from tunesmith.config.names import keys, nearest
+from tunesmith.config.names import keys
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
+from tunesmith.host.files import from_here, near_path
 from tunesmith.host.packages import COMPUTE
 
 if TYPE_CHECKING:
@@ -158,13 +159,13 @@ def shown(path: str | Path) -> str:
 def name_a_run(path: Path) -> str:
     """The fix for a path that is no run's: the folder of nearly its name, or those that are
     there."""
+    near = None if path.is_dir() else near_path(path)
+    if near:
+        return f"did you mean {from_here(near)}?"
     folder = path if path.is_dir() else path.parent
     names: list[str] = []
     with suppress(OSError):
         names = sorted(each.name for each in folder.iterdir() if each.is_dir())
-    near = nearest(path.name, names)
-    if near and folder != path:
-        return f"did you mean {folder / near}?"
     if names:
         more = ", ..." if len(names) > 8 else ""
         return f"{folder} contains: {', '.join(names[:8])}{more}"

@@ -18,6 +18,7 @@ from typing import get_args
 from tunesmith.checkpoint.manifest import find_damage, free_name, remove
 from tunesmith.config.schema import TrackerName
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.files import check_regular_files
 from tunesmith.host.shell import shell_word
 from tunesmith.run_dir import (
     BEST,
@@ -105,7 +106,7 @@ def is_run(output_dir: Path) -> bool:
     return all(_EARLY.fullmatch(path.name) for path in run_files(output_dir))
 
 
-def stop_requested_at(output_dir: Path) -> int:
+def _stop_requested_at(output_dir: Path) -> int:
     """When the file that asks a run to stop was last touched, by its disk's clock.
 
     In nanoseconds; 0: it is not there.
@@ -195,26 +196,31 @@ def _is_rows_of_program(folder: Path) -> bool:
 def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Callable[[], None]]:
     """Create the run directory and lock it; remove what was created if no run wrote into it.
 
-    Yields a function that marks the directory as a run's, to be called before anything is written
-    into it. UsageError if it holds files that no run wrote; MachineError if it cannot be written or
-    another run holds it.
+    Yields a function to be called before anything is written into it: it marks the directory as a
+    run's, and removes a request to stop that was there before. UsageError if it holds files that no
+    run wrote; MachineError if it cannot be written or another run holds it.
 
     inputs: as of `check_run_dir`.
     """
+    check_regular_files(output_dir)
     check_run_dir(output_dir, inputs)
     created = missing_folders(output_dir)
     lock = output_dir / LOCK
     # Looked at before `_lock` creates it.
     is_new = not lock.exists()
     handle = _lock(output_dir)
+    earlier_request = _stop_requested_at(output_dir)
 
-    def mark() -> None:
+    def begin() -> None:
         if os.fstat(handle).st_size == 0:
             os.pwrite(handle, LOCK_CONTENT, 0)
             os.fsync(handle)
+        # One that came since is for this start.
+        if _stop_requested_at(output_dir) == earlier_request:
+            (output_dir / STOP_FILE).unlink(missing_ok=True)
 
     try:
-        yield mark
+        yield begin
     finally:
         with contextlib.suppress(OSError):
             if not run_files(output_dir) and (is_new or lock.read_bytes() == LOCK_CONTENT):

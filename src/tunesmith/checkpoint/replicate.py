@@ -51,19 +51,6 @@ _COPY = re.compile(r"\.?checkpoint-(\d+)(?:\.partial|\.old)?")
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A directory's copy of a checkpoint.
-
-    Attributes:
-        name: of its folder.
-        damage: its damaged files, with a clause each that says what is wrong.
-    """
-
-    name: str
-    damage: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Transfer:
     """A file that rank `source` sends to rank `target`."""
 
@@ -118,20 +105,20 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
         place = run_dir / f"checkpoint-{step}"
         local_copy = local_copies.get((step, digest))
         names = ranks.all_gather_object(local_copy.name if local_copy else None)
-        copies = _compare_copies(ranks, run_dir, names)
+        damages = _compare_copies(ranks, run_dir, names)
         # A file is lost where every copy lacks it or has it damaged.
-        lost_files = set.intersection(*(set(copy.damage) for copy in copies.values()))
+        lost_files = set.intersection(*map(set, damages.values()))
         if not lost_files:
-            source = min(copies)
+            source = min(damages)
             with ranks.raise_on_all_ranks():
                 if local_copy:
-                    _rename_copy(local_copy, place, copies[ranks.rank].damage)
+                    _rename_copy(local_copy, place, damages[ranks.rank])
             bring_folder(ranks, place, source, wants=ranks.is_run_dir_writer)
             return step, source
         # Of a folder that a kill left behind under another name nothing was expected.
-        if all(copy.name != place.name for copy in copies.values()):
+        if place.name not in names:
             continue
-        clauses = [copy.damage[file] for file in sorted(lost_files) for copy in copies.values()]
+        clauses = [damage[file] for file in sorted(lost_files) for damage in damages.values()]
         # A part that is missing may lie on a node that is not here; any other fault is certain.
         certain = [clause for clause in clauses if not clause.endswith(ELSEWHERE)]
         log.info(f"{place.name} is skipped: {(certain or clauses)[0]}")
@@ -149,8 +136,11 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
     return None
 
 
-def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dict[int, Copy]:
-    """The copies of a checkpoint by the rank that writes the directory; a collective call.
+def _compare_copies(
+    ranks: Ranks, run_dir: Path, names: list[str | None]
+) -> dict[int, dict[str, str]]:
+    """The damaged files of each copy of a checkpoint, by the rank that writes its directory, with a
+    clause that says what is wrong; a collective call.
 
     All ranks that see a directory compare the checksums together, each of some files: hundreds of
     gigabytes would take one of them minutes.
@@ -166,12 +156,12 @@ def _compare_copies(ranks: Ranks, run_dir: Path, names: list[str | None]) -> dic
             share = (readers.index(ranks.rank), len(readers))
             damage = dict(damaged_files(run_dir / name, share=share))
     # Only the ranks that write a directory have sent a name.
-    copies = {rank: Copy(name, {}) for rank, name in enumerate(names) if name is not None}
+    damages: dict[int, dict[str, str]] = {
+        rank: {} for rank, name in enumerate(names) if name is not None
+    }
     for reader, clauses in enumerate(ranks.all_gather_object(damage)):
-        copy = copies.get(ranks.run_dir_writers[reader])
-        if copy is not None:
-            copy.damage.update(clauses)
-    return copies
+        damages.get(ranks.run_dir_writers[reader], {}).update(clauses)
+    return damages
 
 
 def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:

@@ -303,7 +303,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         ),
     }
     for name, digest in hashes.items():
-        previous = getattr(start.progress, name)
+        previous = vars(start.progress)[name]
         if digest is None or previous in (None, digest):
             continue
         part, key, sources = parts[name]

@@ -1,11 +1,10 @@
 """The adapter that a run continues from, `adapter.from` in its recipe."""
 
-from difflib import get_close_matches
 from pathlib import Path
 
 from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.errors import ModelError, first_line
-from tunesmith.host.files import from_here, near_path
+from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_word
 from tunesmith.model.safetensors_files import (
     ADAPTER_CONFIG,
@@ -14,7 +13,7 @@ from tunesmith.model.safetensors_files import (
     read_header,
     sampled_digest,
 )
-from tunesmith.run_dir import RECIPE
+from tunesmith.run_dir import RECIPE, name_a_run
 
 
 def find_adapter(name: str) -> Path:
@@ -56,16 +55,8 @@ def find_local_adapter(name: str) -> Path | None:
     # As for a model: an existing folder in front of the slash makes it a path.
     if not (place.is_absolute() or place.parent.is_dir()):
         return None
-    runs = sorted(file.parent.name for file in place.parent.glob(f"*/{RECIPE}"))
-    shown = Path(from_here(place))
-    fix = "name the output_dir of a run, or a folder with adapter_config.json"
-    if runs:
-        nearest = [*get_close_matches(place.name, runs, n=1), runs[0]][0]
-        setting = shell_word(f"adapter.from={shown.parent / nearest}")
-        fix = f"{shown.parent} has {', '.join(runs)}: {setting}"
-    elif near := near_path(place):
-        fix = f"did you mean {shell_word(f'adapter.from={from_here(near)}')}?"
-    raise ModelError(f"there is no {shown}", where="adapter.from", fix=fix)
+    what = f"there is no {from_here(place)}"
+    raise ModelError(what, where="adapter.from", fix=name_a_run(place))
 
 
 def is_run_dir(name: str) -> bool:

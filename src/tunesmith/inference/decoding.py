@@ -172,7 +172,7 @@ def answer_batch(
     _check_embedded(model, tokenizer, max(map(max, prompts)))
     generate = partial(generate or model.generate, synced_gpus=synced)
 
-    def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def ended(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         # Waits until the token is there, so that `cancelled` may go by a clock; `generate` waits
         # for it anyway.
         input_ids[:, -1].cpu()

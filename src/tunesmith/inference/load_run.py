@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
@@ -533,7 +533,10 @@ def undeleted(location: RunLocation) -> Iterator[None]:
 
 
 def _template(
-    location: RunLocation, tokenizer: Any, ends: set[int], saved: Path | None
+    location: RunLocation,
+    tokenizer: "PreTrainedTokenizerBase",
+    ends: set[int],
+    saved: Path | None,
 ) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data import builtin_templates

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from time import sleep
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.distributed import PrefixStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -100,7 +100,7 @@ def install_agent(store: "TCPStore", stop: ForwardStop) -> None:
     class Agent(LocalElasticAgent):
         """torch's own, which sees signals: those to itself, and those that killed a rank."""
 
-        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, object]:
             if stop.is_requested:
                 raise stop.not_begun("the ranks were being restarted")
             stop.ranks_began = True

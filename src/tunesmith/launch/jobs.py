@@ -453,12 +453,10 @@ def find_job(word: str) -> Job:
         return Job("", os.path.realpath(word))
     newest = ", ".join(job.name for job in jobs[-5:]) or "none"
     near = near_path(Path(word))
-    what = f"{word} is neither a job of {getpass.getuser()} nor a run directory"
+    fix = f"did you mean {near}?" if near and holds_run(near) else "tunesmith status lists all jobs"
     raise UsageError(
-        what,
+        f"{word} is neither a job of {getpass.getuser()} nor a run directory",
         where="command line",
         why=f"known jobs: {newest}",
-        fix=f"did you mean {near}?"
-        if near and holds_run(near)
-        else "tunesmith status lists all jobs",
+        fix=fix,
     )

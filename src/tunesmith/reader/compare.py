@@ -405,38 +405,18 @@ def _noise(ranking: Sequence[RunGroup], second: RunGroup) -> Noise:
     # Several seeds of a recipe tell its noise better than one run can.
     repeated = [group.best for group in ranking if group.best.count > 1]
     if repeated:
-        return _seed_noise(repeated, first.best, second.best, measure)
+        return _noise_of_seeds(repeated, first.best, second.best, measure)
     advice = _seed_advice(first.runs[0], measure)
-    by_row = _noise_of_rows(first, second)
-    if by_row is not None:
-        threshold, text = by_row
-        return Noise(threshold, f"{text}. {advice}")
-    if measure is VAL_LOSS and first.runs[0].method == "sft":
-        command = _eval_command([first.runs[0], second.runs[0]])
-        advice = f"Whether other rows would say the same: `{command}`. {advice}"
-    by_span = _noise_of_shares(first, second)
-    if by_span is not None:
-        threshold, text = by_span
-        return Noise(threshold, _threshold_text(text, threshold, measure, advice))
-    noises = []
-    for group in (first, second):
-        noise = validation_noise(list(measure.values(group.runs[0]).values()))
-        if noise is not None:
-            noises.append(noise)
-    if not noises:
-        text = f"It takes {FEWEST_VALIDATIONS} validations to estimate the noise of {measure.name}"
-        text += " (validate.every)"
-        return Noise(None, f"{text}. {advice}")
-    noise = max(noises)
-    # The difference of two values of the same noise.
-    threshold = STANDARD_ERRORS * math.sqrt(2) * noise
-    moves = f"moves by {measure.gap_text(noise)} around its trend"
-    text = f"Noise: from one validation to the next {measure.name} {moves}"
-    text = _threshold_text(text, threshold, measure, advice)
-    return Noise(threshold, text, tells_of_rows=False)
+    noise = _noise_of_rows(first, second)
+    if noise is None:
+        noise = _noise_of_shares(first, second) or _noise_of_course(first, second)
+        if measure is VAL_LOSS and first.runs[0].method == "sft":
+            command = _eval_command([first.runs[0], second.runs[0]])
+            advice = f"Whether other rows would say the same: `{command}`. {advice}"
+    return noise._replace(text=f"{noise.text}. {advice}")
 
 
-def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str] | None:
+def _noise_of_rows(first: RunGroup, second: RunGroup) -> Noise | None:
     """The same from the losses of each row; None where a run lacks them, or they show the
     second run ahead."""
     runs = [first.runs[0], second.runs[0]]
@@ -452,10 +432,10 @@ def _noise_of_rows(first: RunGroup, second: RunGroup) -> tuple[float | None, str
     sentence = loss_sentence(difference, first=runs[1].label, second=runs[0].label)
     interval = difference.interval
     threshold = None if interval is None else interval.high - difference.mean
-    return threshold, f"Row by row ({data}): {sentence}"
+    return Noise(threshold, f"Row by row ({data}): {sentence}")
 
 
-def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | None:
+def _noise_of_shares(first: RunGroup, second: RunGroup) -> Noise | None:
     """The same from the intervals of two shares; None where unknown."""
     higher, lower = (first.measure.best_span(group.runs[0]) for group in (first, second))
     if higher is None or lower is None:
@@ -465,14 +445,32 @@ def _noise_of_shares(first: RunGroup, second: RunGroup) -> tuple[float, str] | N
     threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
     ends = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in (higher, lower)]
     text = f"Noise: the 95 % intervals for these numbers of pairs are {' and '.join(ends)}"
-    return threshold, text
+    return Noise(threshold, f"{text}{_counts_above(threshold, first.measure)}")
 
 
-def _threshold_text(text: str, threshold: float, measure: Measure, advice: str) -> str:
-    return f"{text}; a difference counts above {measure.gap_text(threshold)}. {advice}"
+def _noise_of_course(first: RunGroup, second: RunGroup) -> Noise:
+    """The same from the course of the measure in two runs."""
+    measure = first.measure
+    noises = []
+    for group in (first, second):
+        noise = validation_noise(list(measure.values(group.runs[0]).values()))
+        if noise is not None:
+            noises.append(noise)
+    if not noises:
+        needed = f"It takes {FEWEST_VALIDATIONS} validations to estimate the noise"
+        return Noise(None, f"{needed} of {measure.name} (validate.every)")
+    # The difference of two values of the same noise.
+    threshold = STANDARD_ERRORS * math.sqrt(2) * max(noises)
+    moves = f"moves by {measure.gap_text(max(noises))} around its trend"
+    text = f"Noise: from one validation to the next {measure.name} {moves}"
+    return Noise(threshold, f"{text}{_counts_above(threshold, measure)}", tells_of_rows=False)
 
 
-def _seed_noise(
+def _counts_above(threshold: float, measure: Measure) -> str:
+    return f"; a difference counts above {measure.gap_text(threshold)}"
+
+
+def _noise_of_seeds(
     repeated: Sequence[Spread], first: Spread, second: Spread, measure: Measure
 ) -> Noise:
     """The same from the recipes that ran with several seeds."""

@@ -31,7 +31,7 @@ from tunesmith.data.formats import convert_row
 from tunesmith.data.source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.host import demo_model
-from tunesmith.host.files import check_regular_files, from_here
+from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.hub import fetch
 from tunesmith.training.result import Result, warn_of_changed_rows
@@ -53,7 +53,6 @@ def check_start(run: Run, *, resumes: bool, every_row: bool = False) -> Result |
         every_row: look at all rows of a file, as the start does later: it will be in a queue.
     """
     finished = None
-    check_regular_files(Path(run.output_dir))
     with claim_run_dir(Path(run.output_dir), inputs_of(run).values()):
         if resumes:
             # The start says what is wrong with a checkpoint.

@@ -313,20 +313,20 @@ def plan_model(
         model = define_model(run, files)
         shapes = eight_bit_shapes(model)
         machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
-    machines, local = (
-        ranks.all_gather_object(machine),
-        # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
-        math.gcd(*ranks.all_gather_object(ranks.local_world)),
-    )
+    machines = ranks.all_gather_object(machine)
+    # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
+    local = math.gcd(*ranks.all_gather_object(ranks.local_world))
     with ranks.raise_on_all_ranks():
-        machine, trained = common_machine(machines, ranks), count_trained(run, model)
+        machine = common_machine(machines, ranks)
         if refused:
             machine = replace(machine, scaling=(None, refused))
         cluster = cluster_of(machine.name, ranks.world // local, local)
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
+        trained = count_trained(run, model)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
         # `memory.host` is a rank's share; the ranks of a node have one host.
-        needed, there = plan.memory.host * ranks.local_world, available_memory()
+        needed = plan.memory.host * ranks.local_world
+        there = available_memory()
         if needed > there:
             what = (
                 f"the host needs {size_text(needed)} for offloading, "

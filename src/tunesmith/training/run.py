@@ -19,7 +19,6 @@ from tunesmith.checkpoint.claim import (
     is_run,
     move_aside,
     remove_leftovers,
-    stop_requested_at,
 )
 from tunesmith.checkpoint.previous_crash import find_previous_crash, note_running
 from tunesmith.checkpoint.replicate import find_run_dir_writers
@@ -51,7 +50,7 @@ from tunesmith.errors import (
     first_line,
 )
 from tunesmith.host import packages
-from tunesmith.host.files import cache_folder, check_regular_files
+from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
 from tunesmith.host.signals import UNWIND_S, Interrupted, StopRequest
 from tunesmith.host.streams import lasting
@@ -78,7 +77,6 @@ from tunesmith.run_dir import (
     METRICS,
     RUNNING,
     SAMPLES,
-    STOP_FILE,
     STOPPED,
     Phase,
 )
@@ -341,17 +339,14 @@ def open_run_dir(
     rank 0's too. Returns the ranks, which now know who leads which directory, and the start.
     """
     out = Path(run.output_dir)
-    marks: list[Callable[[], None]] = []
-    old_stop_requests: list[int] = []
     with ranks.raise_on_all_ranks():
         check_ranks(run, ranks)
+    # On the ranks that write a directory; others do not look at it before it is created: a network
+    # file system remembers for a while what was not there.
+    begins: list[Callable[[], None]] = []
 
     def claim() -> None:
-        # Only here, where it is created if it is not there: a network file system remembers for a
-        # while what was not there.
-        check_regular_files(out)
-        marks.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
-        old_stop_requests.append(stop_requested_at(out))
+        begins.append(stack.enter_context(claim_run_dir(out, inputs_of(run).values())))
 
     ranks = find_run_dir_writers(ranks, out, claim)
     other_leaders = sorted({*ranks.run_dir_writers} - {0})
@@ -368,11 +363,8 @@ def open_run_dir(
     with as_usage_error():
         start = decide_start(run, ranks)
     if ranks.is_run_dir_writer and start.finished is None:
-        mark_as_run = marks[0]
-        mark_as_run()
-        # One that came since is for this start.
-        if stop_requested_at(out) == old_stop_requests[0]:
-            (out / STOP_FILE).unlink(missing_ok=True)
+        begin_to_write = begins[0]
+        begin_to_write()
         stack.enter_context(note_running(out))
         ranks.heartbeat.report.on_fault = partial(write_fault, out)
     return ranks, start

@@ -189,7 +189,7 @@ def _differing_keys(first: Run | None, other: Run | None) -> list[str]:
         if seeds[0] != seeds[1]:
             differing.append(f"data.hold_out_seed ({seeds[0]} and {seeds[1]})")
     for name in names:
-        if getattr(first.data, name) != getattr(other.data, name):
+        if vars(first.data)[name] != vars(other.data)[name]:
             differing.append(f"data.{name}")
     return differing
 
