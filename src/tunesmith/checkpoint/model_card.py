@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -22,6 +24,10 @@ from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
 from tunesmith.run_dir import METRICS, Fields, describe_weights, read_env
 
+# Of the loss curve, in characters.
+CHART_WIDTH = 60
+CHART_HEIGHT = 8
+_BLOCK_CHARACTERS = " ▁▂▃▄▅▆▇█"
 _FOLDERS = re.compile(
     r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE
 )
@@ -60,8 +66,7 @@ def model_card(
     Args:
         base: the model that was trained, or that the adapter belongs to.
         run, run_dir: the resolved recipe and its directory, where they are known.
-        merged: the form of the weights that an adapter was merged into, a dtype or GGUF; empty: it
-            was merged into none.
+        merged: dtype of the weights that an adapter was merged into.
         library: the Hub's name of what opens the files; None: Transformers or PEFT.
         is_trained: whether it is more than the base in another format.
         step: that the weights are of; None: that is not known.
@@ -139,8 +144,8 @@ def weights_file(
 
 
 def _training(run_dir: Path, step: int | None) -> list[str]:
-    """The step of the weights, figures and machine, from what the run wrote; nothing if it is
-    unreadable.
+    """The step of the weights, figures, machine and loss curve, from what the run wrote; nothing
+    if it is unreadable.
     """
     with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
         records = read_records(run_dir / METRICS)
@@ -153,8 +158,40 @@ def _training(run_dir: Path, step: int | None) -> list[str]:
             f"{'hardware':<12}{machine}",
             f"{'versions':<12}{versions}",
         ]
-        return ["```text\n{}\n```".format("\n".join(figures))]
+        curve = loss_curve([record.loss for record in records])
+        return ["```text\n{}\n```".format("\n".join(lines)) for lines in (figures, curve)]
     return []
+
+
+def loss_curve(losses: Sequence[float]) -> list[str]:
+    """The lines of a picture in characters.
+
+    A column is the mean loss of a stretch of steps; there are up to 60.
+    """
+    width = min(CHART_WIDTH, len(losses))
+    edges = [len(losses) * column // width for column in range(width + 1)]
+    means = [fmean(losses[start:end]) for start, end in pairwise(edges)]
+    low = min(means)
+    high = max(means)
+    span = (high - low) or 1.0
+    # In eighths of a character; the lowest column keeps one, so that it is seen.
+    highest = 8 * CHART_HEIGHT - 1
+    heights = [1 + round((mean - low) / span * highest) for mean in means]
+    labels = [""] * CHART_HEIGHT
+    labels[0] = f"{low:.4f}"
+    labels[CHART_HEIGHT // 2] = "loss"
+    labels[CHART_HEIGHT - 1] = f"{high:.4f}"
+    lines = []
+    for row in reversed(range(CHART_HEIGHT)):
+        line = f"{labels[row]:>9} |"
+        for height in heights:
+            # How much of this row, in eighths, the column fills.
+            eighths = min(8, max(0, height - 8 * row))
+            line += _BLOCK_CHARACTERS[eighths]
+        lines.append(line.rstrip())
+    lines.append(f"{'':9} +{'-' * width}")
+    lines.append(f"{'':11}steps 1 to {len(losses)}")
+    return lines
 
 
 def is_hub_id(name: str) -> bool:
