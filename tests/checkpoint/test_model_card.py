@@ -77,7 +77,7 @@ def test_the_manifest_covers_it_and_it_may_be_edited(trained: Run) -> None:
     try:
         (final / "README.md").write_text("---\nlicense: mit\n---\nMy words\n")
         assert manifest.find_damage(final) is None
-        assert locate_run(final).kind == "adapter"
+        assert locate_run(final).holds == "adapter"
     finally:
         (final / "README.md").write_text(before)
 

@@ -66,7 +66,8 @@ def model_card(
     Args:
         base: the model that was trained, or that the adapter belongs to.
         run, run_dir: the resolved recipe and its directory, where they are known.
-        merged: dtype of the weights that an adapter was merged into.
+        merged: the form of the weights that an adapter was merged into, a dtype or GGUF; empty: it
+            was merged into none.
         library: the Hub's name of what opens the files; None: Transformers or PEFT.
         is_trained: whether it is more than the base in another format.
         step: that the weights are of; None: that is not known.
