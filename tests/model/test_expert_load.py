@@ -9,14 +9,12 @@ from tunesmith.data.batch import Example, collate
 from tunesmith.model.expert_load import ExpertLoad, load_metrics
 
 
-class Experts(nn.Module):
-    has_gate = True
-
+class LayerOfExperts(nn.Module):
     def __init__(self, experts: int) -> None:
         super().__init__()
         self.num_experts = experts
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return hidden
 
 
@@ -25,7 +23,7 @@ def numbers(counts: list[Tensor]) -> dict[str, float]:
 
 
 def test_padding_is_not_counted() -> None:
-    model = nn.ModuleList([Experts(4), nn.Linear(2, 2), Experts(4)])
+    model = nn.ModuleList([LayerOfExperts(4), nn.Linear(2, 2), LayerOfExperts(4)])
     load = ExpertLoad(model)
     example = Example(
         torch.arange(1, 4).numpy().astype("int32"), torch.ones(3, dtype=torch.bool).numpy()
@@ -38,7 +36,7 @@ def test_padding_is_not_counted() -> None:
     one = torch.tensor([[2, 2]] * 14)
     with load.count(batch.is_token()):
         model[0](hidden, even, hidden)
-        model[2](hidden, index=one, weights=hidden)
+        model[2](hidden, top_k_index=one, top_k_weights=hidden)
     model[0](hidden, one, hidden)  # outside of a step: answers, validation
     counts = load.take()
     assert [layer.tolist() for layer in counts] == [[9, 9, 0, 0], [0, 0, 18, 0]]
@@ -48,7 +46,7 @@ def test_padding_is_not_counted() -> None:
 
 
 def test_micro_batches_add_up_and_what_is_no_expert_is_left_out() -> None:
-    model = Experts(2)
+    model = LayerOfExperts(2)
     load = ExpertLoad(model)
     hidden = torch.zeros(2, 2)
     for index in ([[0], [1]], [[0], [2]]):

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import expert_updates
+from tunesmith.adapter.expert_lora import LORA_SUFFIX, expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.formats import base
@@ -23,10 +23,10 @@ from tunesmith.formats.dense import dense_stack
 from tunesmith.formats.linear import FrozenTensors
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
+from tunesmith.model.experts import find_experts
 from tunesmith.model.twin import VOCAB, build_twin
 from tunesmith.quant import expert_matmul, expert_rows, experts
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex
-from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.replace import replace_by_nf4
 
 # What a config needs beside the defaults of its type to have experts at all.
@@ -98,7 +98,7 @@ def errors(model_type: str, dtype: torch.dtype) -> dict[str, float]:
     for name, update in expert_updates(model):
         update.zero_grad()
         for key in ("lora_A", "lora_B"):
-            factors[f"{name}{UPDATE}.{key}"] = getattr(update, key)
+            factors[f"{name}{LORA_SUFFIX}.{key}"] = getattr(update, key)
         folded[name] = reference.get_parameter(name) + update.update()
     expected_logits, expected_dx = compute(reference, folded)
     found = {"logits": error(logits, expected_logits), "dx": error(dx, expected_dx)}
@@ -135,7 +135,8 @@ def test_the_norm_of_each_experts_output_comes_before_its_weight() -> None:
     module.config._experts_implementation = "eager"
     expected = module(hidden, index, weights)
     # The norm of Transformers computes in fp32, whatever it is given.
-    found = experts.experts_forward(module, hidden, index, weights)
+    [in_groups] = find_experts(module).values()
+    found = experts.experts_forward(in_groups, hidden, index, weights)
     assert error(found, expected) < 1e-6
 
 
@@ -262,7 +263,7 @@ def test_llama4_computes_the_chosen_experts_alone(
     logits, _ = compute(model, {})
     assert error(logits, expected) < 2e-6
     assert set(rows) == {18 * per_token}
-    assert len(rows) == 2 * len(experts.expert_modules(model))
+    assert len(rows) == 2 * len(find_experts(model))
 
 
 def test_llama4_experts_may_train_in_full_beside_an_adapter() -> None:
@@ -466,7 +467,7 @@ def test_a_router_that_is_an_mlp_stays_frozen() -> None:
 def test_a_layer_with_as_many_outputs_as_experts_has_an_adapter() -> None:
     """Gemma 4's experts stand beside its attention."""
     model = twin("gemma4_text", torch.float32)
-    layer = next(iter(experts.expert_modules(model).values()))
+    layer = next(iter(find_experts(model).values()))
     name, attention = next(
         (name, module) for name, module in model.named_modules() if name.endswith("k_proj")
     )

@@ -11,11 +11,10 @@ from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.build_model import define_model
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Adapter
-from tunesmith.formats.stack import ExpertStack
+from tunesmith.model.experts import find_experts
 from tunesmith.model.measured_spec import measure_spec, text_config
 from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.planning.measured_layers import measure_activations
-from tunesmith.quant.experts import expert_modules, stack_names
 
 EXPERTS, HIDDEN, WIDTH, LAYERS = 4, 64, 96, 2
 TINY = {
@@ -41,10 +40,10 @@ def test_the_stacks_are_quantized_and_have_their_adapter() -> None:
         config=config, model=run.model, vocab_rows=128, support=TUNED_SUPPORT, form=None
     )
     model = define_model(run, files)  # type: ignore[arg-type]
-    modules = expert_modules(model)
-    assert len(modules) == LAYERS
-    for module in modules.values():
-        assert all(isinstance(getattr(module, name), ExpertStack) for name in stack_names(module))
+    found = find_experts(model)
+    assert len(found) == LAYERS
+    for experts in found.values():
+        assert experts.codes.keys() == set(experts.stack_names)
     assert len([*expert_updates(model)]) == 2 * LAYERS
 
 

@@ -17,10 +17,11 @@ from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
-from tunesmith.quant.experts import UPDATE, expert_modules, stack_names, stack_of
+from tunesmith.model.experts import Experts, find_experts
 from tunesmith.quant.llama4_experts import Llama4Experts
 
 EXPERTS_TARGET = "experts"  # a target that means both stacks of every layer
+LORA_SUFFIX = "_lora"  # ends the name of the module beside a stack that has its A and B
 
 
 class ExpertsLora(LowRank):
@@ -33,12 +34,13 @@ class ExpertsLora(LowRank):
         is_transposed: the product B A of an expert is the transpose of what the stack stores.
     """
 
-    def __init__(self, module: nn.Module, name: str, adapter: Adapter) -> None:
+    def __init__(self, experts: Experts, name: str, adapter: Adapter) -> None:
         super().__init__()
-        self.shape = stack_of(module, name).shape
-        self.is_swapped = isinstance(module, Llama4Experts)
-        self.is_transposed = bool(module.is_transposed) and not self.is_swapped
-        self.add_lora(adapter, getattr(module, name).device)
+        stack = experts.stack(name)
+        self.shape = stack.shape
+        self.is_swapped = isinstance(experts, Llama4Experts)
+        self.is_transposed = bool(experts.is_transposed) and not self.is_swapped
+        self.add_lora(adapter, stack.tensors[0].device)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, in_features, out_features = self.shape
@@ -81,10 +83,10 @@ def expert_updates(model: nn.Module) -> Iterator[tuple[str, ExpertsLora]]:
     """Every update of a stack of experts, by the full name of the stack."""
     for name, module in model.named_modules():
         if isinstance(module, ExpertsLora):
-            yield name.removesuffix(UPDATE), module
+            yield name.removesuffix(LORA_SUFFIX), module
 
 
-def attach_to_experts(module: nn.Module, adapter: Adapter) -> None:
+def attach_to_experts(experts: Experts, adapter: Adapter) -> None:
     """Add an adapter to both stacks of a layer's experts, in place."""
     if adapter.dropout:
         raise RecipeError(
@@ -94,8 +96,15 @@ def attach_to_experts(module: nn.Module, adapter: Adapter) -> None:
             "refuses it",
             fix="set adapter.dropout: 0, or only list linear layers in adapter.target",
         )
-    for stack in stack_names(module):
-        module.add_module(stack + UPDATE, ExpertsLora(module, stack, adapter))
+    for stack in experts.stack_names:
+        attach_to_stack(experts, stack, adapter)
+
+
+def attach_to_stack(experts: Experts, stack: str, adapter: Adapter) -> None:
+    """Add an adapter to one stack, in place: a module beside it."""
+    update = ExpertsLora(experts, stack, adapter)
+    experts.add_module(stack + LORA_SUFFIX, update)
+    experts.updates[stack] = update
 
 
 def name_whole_experts(
@@ -108,18 +117,20 @@ def name_whole_experts(
     """
     whole: dict[str, None] = {}
     stacks: dict[str, set[str]] = {}
+    experts = find_experts(model)
     for target in targets:
         if any(means(target, name) for name in names):
             whole[target] = None
             continue
         modules = set()
-        for module, stack in _stacks(model):
-            if means(target, f"{module}.{stack}"):
-                modules.add(module)
-                stacks.setdefault(module, set()).add(stack)
+        for module, held in experts.items():
+            for stack in held.stack_names:
+                if means(target, f"{module}.{stack}"):
+                    modules.add(module)
+                    stacks.setdefault(module, set()).add(stack)
         whole |= dict.fromkeys(modules or {target})
     for module, named in stacks.items():
-        missing = set(stack_names(model.get_submodule(module))) - named
+        missing = set(experts[module].stack_names) - named
         if missing:
             raise RecipeError(
                 f"adapter.target names {named.pop()!r} of {module} and not {missing.pop()!r}",
@@ -136,12 +147,6 @@ def means(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for name, module in expert_modules(model).items():
-        for stack in stack_names(module):
-            yield name, stack
-
-
 def router_names(model: nn.Module) -> set[str]:
     """Full names of the layers that choose a token's experts: they stay frozen.
 
@@ -149,13 +154,13 @@ def router_names(model: nn.Module) -> set[str]:
     layer may have as many outputs as there are experts, and a router may be an MLP (Zaya).
     """
     routers = set()
-    for name in expert_modules(model):
+    for name in find_experts(model):
         parent = name.rpartition(".")[0]
         for below, part in model.get_submodule(parent).named_modules(prefix=parent):
             words = below[len(parent) :].split(".")
             is_router = any(word == "gate" or "router" in word for word in words)
             is_expert = any("expert" in word for word in words)
-            weight = getattr(part, "weight", None)
-            if is_router and not is_expert and isinstance(weight, Tensor) and weight.ndim == 2:
+            own = dict(part.named_parameters(recurse=False))
+            if is_router and not is_expert and "weight" in own and own["weight"].ndim == 2:
                 routers.add(below)
     return routers

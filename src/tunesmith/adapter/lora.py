@@ -29,12 +29,13 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.formats.linear import FrozenLinear, FrozenTensors, has_codes
 from tunesmith.formats.matmul import grouped_matmul
+from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
 from tunesmith.model.weights import copy_whole
-from tunesmith.quant.experts import expert_modules, has_interface, use_grouped_experts
+from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import (
-    is_bypassed,
+    BypassedLinear,
     is_plain_linear,
     linear_names,
     parameter_count,
@@ -113,7 +114,7 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
         base = model.get_submodule(name)
         if isinstance(base, nn.Linear | FrozenLinear):
             model.set_submodule(name, LoraLinear(base, adapter))
-        else:
+        elif isinstance(base, Experts):
             attach_to_experts(base, adapter)
     if any(isinstance(module, ExpertsLora) for module in model.modules()):
         use_grouped_experts(model)
@@ -183,7 +184,7 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     targets: what is trained with them as they are would be read with others.
     """
     to_save = _names_to_save(model, adapter)
-    experts = list(expert_modules(model))
+    experts = list(find_experts(model))
     routers = router_names(model)
     if adapter.target == ALL_LINEAR:
         linears = linear_names(model, head=False)
@@ -197,7 +198,9 @@ def target_names(model: nn.Module, adapter: Adapter) -> list[str]:
     linears = [name for name in linear_names(model, head=True) if name not in routers]
     all_names = [*linears, *experts]
     targets = name_whole_experts(model, targets, all_names)
-    bypassed = [name for name, module in model.named_modules() if is_bypassed(module)]
+    bypassed = [
+        name for name, module in model.named_modules() if isinstance(module, BypassedLinear)
+    ]
     _check_target(
         targets,
         bypassed,
@@ -266,11 +269,11 @@ def describe_unreached(model: nn.Module) -> str:
         # Not reported: embeddings, the output layer, and what takes an adapter.
         if isinstance(module, nn.Embedding | LowRank) or words[-1:] == ["lm_head"]:
             continue
-        if name in routers or has_interface(module) or is_plain_linear(module):
+        if name in routers or isinstance(module, Experts) or is_plain_linear(module):
             continue
         if has_codes(module):
             continue
-        if is_bypassed(module):
+        if isinstance(module, BypassedLinear):
             bypassed[words[-1]] = None
             continue
         for key, weight in module.named_parameters(recurse=False):
@@ -310,7 +313,7 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     names = []
     for name, module in model.named_modules():
         # Experts in codes have their weights in modules below.
-        if has_interface(module) or next(module.parameters(recurse=False), None) is not None:
+        if isinstance(module, Experts) or next(module.parameters(recurse=False), None) is not None:
             names.append(name)
     saved = tuple(name_in_text(model, name) for name in adapter.modules_to_save)
     key = "adapter.modules_to_save"

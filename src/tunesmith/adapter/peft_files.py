@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import EXPERTS_TARGET, expert_updates
+from tunesmith.adapter.expert_lora import EXPERTS_TARGET, ExpertsLora, expert_updates
 from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
+from tunesmith.model.experts import find_experts
 from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import (
     ADAPTER_CONFIG,
@@ -34,7 +35,6 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
-from tunesmith.quant.experts import UPDATE, expert_modules, stacks_in_order
 
 PREFIX = "base_model.model."
 # A factor of a single expert, as vLLM reads those of most mixtures.
@@ -252,11 +252,11 @@ def _peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of experts, by PEFT's names, which wraps the first of two stacks twice."""
     tensors = {}
-    for name, module in expert_modules(model).items():
+    for name, experts in find_experts(model).items():
         updates = []
-        for stack in stacks_in_order(module):
-            update = getattr(module, stack + UPDATE, None)
-            if update is not None:
+        for stack in experts.stacks_in_order():
+            update = experts.updates.get(stack)
+            if isinstance(update, ExpertsLora):
                 updates.append(update)
         key = PREFIX + name_in_whole(model, name) + len(updates) * ".base_layer"
         for update in updates:

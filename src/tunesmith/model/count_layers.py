@@ -9,12 +9,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_layers
-from tunesmith.model.meta_forward import (
-    LayerCall,
-    are_experts,
-    count_experts,
-    is_called_by_interface,
-)
+from tunesmith.model.experts import CalledByInterface
+from tunesmith.model.meta_forward import LayerCall, are_experts, count_experts
 from tunesmith.model.spec import Layer, ModelSpec
 
 # Keys whose product is the state of a recurrent layer: its heads, and the channels of a key (or of
@@ -137,7 +133,8 @@ def _has_interface(experts: nn.Module) -> bool:
 
     With an adapter Llama 4's are, which have code of their own in Transformers.
     """
-    return is_called_by_interface(experts) or type(experts).__name__ == "Llama4TextExperts"
+    is_called = isinstance(experts, CalledByInterface)
+    return is_called or type(experts).__name__ == "Llama4TextExperts"
 
 
 def _is_matrix(name: str, weight: nn.Parameter) -> bool:

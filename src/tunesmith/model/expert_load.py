@@ -1,7 +1,7 @@
 """The spread of a step's tokens over the experts of each layer, padding not counted.
 
-A hook on the experts sees where their router sends each token; it is compiled with their layer. The
-counts stay on the device, and are read with the other numbers of the step. A layer that is computed
+The experts note where their router sends each token, compiled with their layer. The counts stay on
+the device, and are read with the other numbers of the step. A layer that is computed
 again in the backward counts twice, all its experts alike. Of a tensor group each rank sees the
 tokens that it has between attention and MLP, and counts these.
 """
@@ -14,14 +14,30 @@ from torch import Tensor, nn
 
 from tunesmith.distributed.row_exchange import RankGroup
 from tunesmith.distributed.torch_private import mark_varying
-from tunesmith.model.meta_forward import are_experts, count_experts, is_called_by_interface
+from tunesmith.model.experts import CalledByInterface
+from tunesmith.model.fused import add_mixin
+from tunesmith.model.meta_forward import are_experts, count_experts
 
 LOAD_MAX = "expert_load_max"
 UNUSED = "experts_unused"
-# The buffer of a layer's experts with their counts, int64 [experts + 1]: layers share a compiled
-# graph, which takes the tensor of each. The last place is for padding, and for what is no expert
-# (LongCat's identities).
-COUNTS = "expert_counts"
+
+
+class CountedExperts(nn.Module):
+    """All experts of a layer, called by Transformers' interface or not: a mixin of their class.
+
+    Attributes:
+        expert_counts: the tokens of each, int64 [experts + 1], a buffer: layers share a compiled
+            graph, which takes the tensor of each. The last place is for padding, and for what is no
+            expert (LongCat's identities).
+        expert_load: of the whole model.
+    """
+
+    expert_counts: Tensor
+    expert_load: "ExpertLoad"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.expert_load.note(self.expert_counts, (*args, *kwargs.values()))
+        return super().forward(*args, **kwargs)
 
 
 class ExpertLoad:
@@ -33,19 +49,20 @@ class ExpertLoad:
         is_varied: layers are compiled, and micro batches differ in their number of tokens.
     """
 
-    def __init__(self, model: nn.Module, *, is_varied: bool = False) -> None:
-        self.modules: list[nn.Module] = []
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[CountedExperts] = []
         self.is_token: Tensor | None = None
         self.tensor_group: RankGroup | None = None
         self.is_varied = is_varied
         for module in model.modules():
             experts = count_experts(module)
-            if experts and (is_called_by_interface(module) or are_experts(module)):
+            if experts and (isinstance(module, CalledByInterface) or are_experts(module)):
+                counted = add_mixin(module, CountedExperts)
                 # Real on meta too: `materialize` moves it, with its zeros.
                 counts = torch.zeros(experts + 1, dtype=torch.int64, device="cpu")
-                module.register_buffer(COUNTS, counts, persistent=False)
-                module.register_forward_pre_hook(self._note, with_kwargs=True)
-                self.modules.append(module)
+                counted.register_buffer("expert_counts", counts, persistent=False)
+                counted.expert_load = self
+                self.modules.append(counted)
 
     @contextmanager
     def count(self, is_token: Tensor) -> Iterator[None]:
@@ -70,13 +87,13 @@ class ExpertLoad:
         finally:
             self.is_token = is_token
 
-    def _note(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def note(self, counts: Tensor, values: tuple[Any, ...]) -> None:
+        """Count what a module of experts is called with."""
         if self.is_token is None:
             return
-        index = _choice((*args, *kwargs.values()))
+        index = _choice(values)
         if index is None or len(index) != len(self.is_token):
             return
-        counts = module.get_buffer(COUNTS)
         nowhere = len(counts) - 1
         with torch.no_grad():
             places = torch.where(self.is_token.unsqueeze(1), index, nowhere).clamp_max(nowhere)
@@ -86,9 +103,8 @@ class ExpertLoad:
         """Tokens that each expert of each layer got since the last call: int64 [experts] each."""
         tokens_by_layer = []
         for module in self.modules:
-            counts = module.get_buffer(COUNTS)
-            tokens_by_layer.append(counts[:-1].clone())
-            counts.zero_()
+            tokens_by_layer.append(module.expert_counts[:-1].clone())
+            module.expert_counts.zero_()
         return tokens_by_layer
 
 

@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.model.decoder import find_layers
+from tunesmith.model.experts import CalledByInterface, HasExperts
 
 MEASURING_NAME = "tunesmith-sizes"
 GROUPED = "grouped_mm"
@@ -242,7 +243,7 @@ def _run(
         ALL_EXPERTS_FUNCTIONS.register(MEASURING_NAME, watch.experts)
         set_experts(MEASURING_NAME)
     for module in model.modules():
-        if are_experts(module) and not is_called_by_interface(module):
+        if are_experts(module) and not isinstance(module, CalledByInterface):
             replaced[module] = module.forward
             module.forward = partial(watch.looping_experts, module.forward)
     if training:
@@ -311,14 +312,9 @@ def are_experts(module: nn.Module) -> bool:
     return {"top_k_index", "top_k_weights"} <= inspect.signature(module.forward).parameters.keys()
 
 
-def is_called_by_interface(module: nn.Module) -> bool:
-    """Tell whether Transformers calls a module through its experts interface, which marks it so."""
-    return hasattr(module, "has_gate")
-
-
 def count_experts(module: nn.Module) -> int:
     """The experts that a module says it holds; 0 where it says nothing."""
-    return int(getattr(module, "num_experts", 0))
+    return int(module.num_experts) if isinstance(module, HasExperts) else 0
 
 
 def _require_gradient(_module: nn.Module, _args: object, output: Tensor) -> Tensor:

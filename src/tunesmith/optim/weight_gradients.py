@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.model.fused import add_mixin
 from tunesmith.optim.adamw import HALF
+from tunesmith.quant.linear_layers import BypassedLinear
 
 
 def accumulate_in_fp32(model: nn.Module) -> int:
@@ -30,8 +31,9 @@ def accumulate_in_fp32(model: nn.Module) -> int:
     """
     count = 0
     for layer in model.modules():
-        if type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype in HALF:
-            summing = add_mixin(layer, Fp32GradientLinear)
+        is_linear = type(layer) is nn.Linear or isinstance(layer, BypassedLinear)
+        if is_linear and layer.weight.requires_grad and layer.weight.dtype in HALF:
+            add_mixin(layer, Fp32GradientLinear)
             gradient = torch.empty_like(layer.weight, dtype=torch.float32)
             summing.register_buffer("gradient", gradient, persistent=False)
             # Whether `gradient` holds anything. Not a buffer, as that would move to the GPU.

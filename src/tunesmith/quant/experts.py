@@ -17,87 +17,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.formats.base import FrozenStack
-from tunesmith.formats.dense import dense_stack
-from tunesmith.formats.stack import ExpertStack
+from tunesmith.model.experts import Experts, find_experts
 from tunesmith.quant.expert_matmul import expert_matmul
 from tunesmith.quant.expert_rows import ExpertRows, sum_of_rows
 
 EXPERTS_IMPLEMENTATION = "tunesmith"
 # Transformers' own, of experts that train in full.
 IN_FULL = "grouped_mm"
-# The child module with the update of a stack has the stack's name and this.
-UPDATE = "_lora"
-# What Transformers sets on the modules that it calls by the interface.
-_FACTS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
-
-
-def has_interface(module: nn.Module) -> bool:
-    """Tell whether a module is all experts of a layer, called through Transformers' interface."""
-    if not all(hasattr(module, fact) for fact in _FACTS):
-        return False
-    return all(getattr(module, name, None) is not None for name in stack_names(module))
-
-
-def stack_names(module: nn.Module) -> tuple[str, str]:
-    """Names of the two stacks of a module's experts: of the input, and of the output."""
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    return first, "down_proj"
-
-
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The experts of each layer that has some, by full name."""
-    modules = {}
-    for name, module in model.named_modules():
-        if has_interface(module):
-            modules[name] = module
-    return modules
-
-
-def stacks_in_order(module: nn.Module) -> list[str]:
-    """`stack_names` in the order in which a module has them."""
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    names += [name for name, _ in module.named_children()]  # those in codes
-    return sorted(stack_names(module), key=names.index)
-
-
-def trains_in_full(module: nn.Module) -> bool:
-    """Tell whether a stack of a module of experts gets gradients."""
-    stacks = [getattr(module, name) for name in stack_names(module)]
-    return any(isinstance(stack, nn.Parameter) and stack.requires_grad for stack in stacks)
 
 
 def use_grouped_experts(model: nn.Module) -> None:
     """Let a model of Transformers compute its experts by `experts_forward`."""
     assert isinstance(model, PreTrainedModel)  # of others no module has the interface
+    find_experts(model)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
     with_interface: Any = model
     with_interface.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
 
-def stack_of(module: nn.Module, name: str) -> FrozenStack:
-    """This rank's part of a module's stack of this name, as the products take it."""
-    weight = getattr(module, name)
-    if isinstance(weight, ExpertStack):
-        return weight.frozen_stack()
-    weight = local_part(weight)
-    return dense_stack(weight, is_transposed=bool(module.is_transposed))
-
-
 def experts_forward(
-    module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The output of a layer's experts: [n, hidden].
 
     Args:
-        module: of Transformers, with the facts that its interface sets.
         hidden: [n, hidden].
         top_k_index: int64 [n, k], the experts of each token.
         top_k_weights: [n, k].
     """
     # The compiler, if it runs, takes frozen experts into the graph of their layer.
-    if trains_in_full(module):
+    if module.trains_in_full():
         return _train_in_full(module, hidden, top_k_index, top_k_weights)
     in_groups = _is_dense_in_groups(module, hidden.dtype)
     rows = ExpertRows.of(top_k_index, module.num_experts, hidden.dtype, in_groups=in_groups)
@@ -108,34 +57,33 @@ def experts_forward(
 
 
 @torch.compiler.disable
-def _train_in_full(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def _train_in_full(module: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`experts_forward` by Transformers, outside of a graph."""
     y: Tensor = ALL_EXPERTS_FUNCTIONS[IN_FULL](module, hidden, index, weights)
     return y
 
 
-def _is_dense_in_groups(module: Any, dtype: torch.dtype) -> bool:
+def _is_dense_in_groups(module: Experts, dtype: torch.dtype) -> bool:
     """Tell whether a stack of a module is dequantized for some experts at a time."""
-    for name in stack_names(module):
-        stack = stack_of(module, name)
+    for name in module.stack_names:
+        stack = module.stack(name)
         if stack.experts_at_once(dtype) < stack.shape[0]:
             return True
     return False
 
 
-def _apply_experts(module: Any, x: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
+def _apply_experts(module: Experts, x: Tensor, weight: Tensor, rows: ExpertRows) -> Tensor:
     """The sum over a token's experts of their MLP without its last bias, by weight: [n, hidden].
 
     x: [n, hidden]. weight: of each row: [rows, 1]. It meets the narrow rows between the two stacks,
     whose gate is computed again in the backward: of the wide ones nothing is kept for its gradient.
     """
-    first, second = stack_names(module)
+    first, second = module.stack_names
     x = _project(module, first, x, rows, gathers=True)
     if module.has_bias:
-        x = x + local_part(getattr(module, f"{first}_bias"))[rows.experts]
-    activation = module._apply_gate if module.has_gate else module.act_fn
-    # The norm itself: Transformers 5.17 has no such experts, and no flag for them.
-    if hasattr(module, "post_expert_norm"):
+        x = x + module.bias(first)[rows.experts]
+    activation = module.activation
+    if module.has_post_expert_norm:
         x = _project(module, second, activation(x), rows)
         x = module.post_expert_norm(x)
         return _Sum.apply((x * weight).to(x.dtype), rows)
@@ -146,18 +94,18 @@ def _apply_experts(module: Any, x: Tensor, weight: Tensor, rows: ExpertRows) -> 
     return _project(module, second, x, rows, sums=True)
 
 
-def _weighted_bias(module: Any, chosen: Tensor, weights: Tensor) -> Tensor:
+def _weighted_bias(module: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
     """The last biases of a token's experts, by their weights: [n, hidden].
 
     chosen: int64 [n, k].
     """
-    _, second = stack_names(module)
-    bias = local_part(getattr(module, f"{second}_bias"))
+    _, second = module.stack_names
+    bias = module.bias(second)
     return sum_of_rows(bias, chosen, weights.to(bias.dtype))
 
 
 def _project(
-    module: Any,
+    module: Experts,
     name: str,
     x: Tensor,
     rows: ExpertRows,
@@ -166,9 +114,9 @@ def _project(
     sums: bool = False,
 ) -> Tensor:
     """One stack's products, with the update of its adapter; the options are `expert_matmul`'s."""
-    update = getattr(module, name + UPDATE, None)
+    update = module.updates.get(name)
     factors = update.factors(x.dtype) if update is not None else (None, None)
-    stack = stack_of(module, name)
+    stack = module.stack(name)
     return expert_matmul(x, stack, rows.row_index, *factors, gathers=gathers, sums=sums)
 
 

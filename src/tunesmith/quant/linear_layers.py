@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
+from tunesmith.model.fused import add_mixin
 from tunesmith.model.weights import SCALES, Hook
 
 
@@ -26,16 +27,12 @@ def load_hooks(model: nn.Module) -> dict[str, Hook]:
     return hooks
 
 
-BYPASSED = "is_bypassed"  # an attribute of a linear layer
-
-
-def is_bypassed(module: nn.Module) -> bool:
-    """Tell whether other code reads the weight of a linear layer past its forward."""
-    return BYPASSED in vars(module)
+class BypassedLinear(nn.Module):
+    """A linear layer whose weight other code reads past its forward: a mixin that says so."""
 
 
 def set_bypassed(model: nn.Module, targets: Collection[str]) -> None:
-    """Mark the linear layers whose weight other code reads past their forward.
+    """Make `BypassedLinear` of the linear layers whose weight other code reads.
 
     `targets` are names within a decoder layer, without the numbers in them ("mixer.dt_proj").
     """
@@ -43,7 +40,7 @@ def set_bypassed(model: nn.Module, targets: Collection[str]) -> None:
     for name, module in model.named_modules():
         words = ".".join(word for word in name.split(".") if not word.isdigit())
         if isinstance(module, nn.Linear) and words.endswith(endings):
-            vars(module)[BYPASSED] = True
+            add_mixin(module, BypassedLinear)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -54,7 +51,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, FrozenLinear):
         return True
-    if not isinstance(module, nn.Linear) or is_bypassed(module):
+    if not isinstance(module, nn.Linear) or isinstance(module, BypassedLinear):
         return False
     # The class whose forward runs: the first of the method resolution order that defines one.
     [owner, *_] = (base for base in type(module).__mro__ if "forward" in vars(base))

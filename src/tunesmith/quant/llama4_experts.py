@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tunesmith.model.experts import Experts
 from tunesmith.quant.experts import experts_forward
 
 # The class that a `Llama4Moe` stands in for. By name: its module is slow to import.
 LLAMA4_MOE_CLASS = "Llama4TextMoe"
 
 
-class Llama4Experts(nn.Module):
-    """All experts of a layer, with the parameters of Transformers' `Llama4TextExperts`.
+class Llama4Experts(Experts):
+    """The experts of a Llama 4, with the parameters of Transformers' `Llama4TextExperts`.
 
     Attributes:
         gate_up_proj: [experts, hidden, 2 * width], gate before up; down_proj: [experts, width,
@@ -27,7 +28,6 @@ class Llama4Experts(nn.Module):
     # What Transformers' interface sets on the experts of other models.
     has_gate = True
     has_bias = False
-    has_post_expert_norm = False
     is_transposed = True
     is_concatenated = True
     # Whether the experts are shared among ranks by Transformers.
@@ -35,7 +35,9 @@ class Llama4Experts(nn.Module):
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.num_experts: int = experts.num_experts
+        self.codes = {}
+        self.updates = {}
+        self.num_experts = experts.num_experts
         self.gate_up_proj = experts.gate_up_proj
         self.down_proj = experts.down_proj
         self.act_fn = experts.act_fn

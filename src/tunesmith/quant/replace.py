@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format
@@ -16,14 +16,10 @@ from tunesmith.formats.linear import FrozenLinear
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.stack import ExpertStack
+from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.names import names_on_disk
 from tunesmith.model.shipped import AS_SHIPPED
-from tunesmith.quant.experts import (
-    expert_modules,
-    stack_names,
-    stacks_in_order,
-    use_grouped_experts,
-)
+from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import linear_names
 
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
@@ -39,11 +35,10 @@ def replace_by_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
     for name in linear_names(model, head=False):
         _replace_linear(model, name, kind, compute_dtype)
 
-    def empty(_: str, module: Any, weight: Tensor) -> ExpertStack:
-        transposed = bool(module.is_transposed)
-        return ExpertStack(
-            kind, weight.shape, is_transposed=transposed, compute_dtype=compute_dtype
-        )
+    def empty(name: str, experts: Experts, key: str) -> ExpertStack:
+        transposed = bool(experts.is_transposed)
+        shape = experts.get_parameter(key).shape
+        return ExpertStack(kind, shape, is_transposed=transposed, compute_dtype=compute_dtype)
 
     _replace_stacks(model, empty)
 
@@ -61,15 +56,14 @@ def replace_by_shipped(model: nn.Module, form: ShippedForm, compute_dtype: torch
             if ships_codes(form, model, name):
                 _replace_linear(model, name, kind, compute_dtype)
 
-    def empty(name: str, module: Any, weight: Tensor) -> ExpertStack | None:
-        transposed = bool(module.is_transposed)
+    def empty(name: str, experts: Experts, key: str) -> ExpertStack | None:
+        transposed = bool(experts.is_transposed)
         if transposed != kind.is_output_major or not _experts_have_codes(form, model, name):
             return None
-        first, _ = stack_names(module)
-        is_joined = module.has_gate and weight is getattr(module, first)
+        is_joined = experts.has_gate and key == experts.stack_names[0]
         return ExpertStack(
             kind,
-            weight.shape,
+            experts.get_parameter(key).shape,
             is_transposed=transposed,
             compute_dtype=compute_dtype,
             parts=2 if is_joined and not transposed else 1,
@@ -86,21 +80,19 @@ def _replace_linear(model: nn.Module, name: str, kind: Format, dtype: torch.dtyp
 
 
 def _replace_stacks(
-    model: nn.Module, empty: Callable[[str, nn.Module, Tensor], ExpertStack | None]
+    model: nn.Module, empty: Callable[[str, Experts, str], ExpertStack | None]
 ) -> None:
     """Replace parameters of a model on meta by stacks in codes.
 
-    empty: makes one of the experts' full name, their module and the parameter; None: it stays.
+    empty: makes one of the experts' full name, the experts and the stack's name; None: it stays.
     """
     is_changed = False
-    for name, module in expert_modules(model).items():
-        for key in stacks_in_order(module):
-            stack = empty(name, module, getattr(module, key))
-            if stack is None:
-                continue
-            delattr(module, key)
-            module.add_module(key, stack)
-            is_changed = True
+    for name, experts in find_experts(model).items():
+        for key in experts.stacks_in_order():
+            stack = empty(name, experts, key)
+            if stack is not None:
+                experts.store(key, stack)
+                is_changed = True
     if is_changed:
         use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
 

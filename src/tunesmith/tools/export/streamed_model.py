@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.adapter.expert_lora import ExpertsLora
+from tunesmith.adapter.expert_lora import LORA_SUFFIX, attach_to_stack
 from tunesmith.model.decoder import find_layers
-from tunesmith.quant.experts import UPDATE, use_grouped_experts
+from tunesmith.model.experts import find_experts
+from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import is_plain_linear
 from tunesmith.quant.llama4_experts import choose_top_k
 from tunesmith.tools.export.tuned_weights import (
@@ -150,17 +151,17 @@ def _compute_head_at(model: PreTrainedModel, places: Sequence[Sequence[int]]) ->
 def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, TunedWeight]:
     """Add the adapter of the experts to a model; returns its weights by their names there."""
     choose_top_k(model)
+    experts = find_experts(model)
     weights = {}
     for name, weight in tuned.weights.items():
         update = weight.update
         if not isinstance(update, ExpertsUpdate):
             continue
-        module_name, _, stack = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        module.add_module(stack + UPDATE, ExpertsLora(module, stack, tuned.recipe.adapter))
+        module, _, stack = name.rpartition(".")
+        attach_to_stack(experts[module], stack, tuned.files.run.adapter)
         for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
             rows = StoredRows(stored, torch.float32, stored.shape)
-            weights[f"{name}{UPDATE}.{key}"] = TunedWeight(None, rows)
+            weights[f"{name}{LORA_SUFFIX}.{key}"] = TunedWeight(None, rows)
     if weights:
         model.requires_grad_(False)
         use_grouped_experts(model)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.adapter.expert_lora import expert_updates
+from tunesmith.adapter.expert_lora import LORA_SUFFIX, expert_updates
 from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
 from tunesmith.adapter.peft_files import stored_adapter
 from tunesmith.build_model import define_model, embedding_rows
@@ -29,7 +29,6 @@ from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.weights import StoredTensor, find_stored
-from tunesmith.quant.experts import UPDATE
 from tunesmith.quant.linear_layers import set_bypassed
 
 BAND = 16 << 20  # bytes of a band in fp32
@@ -348,8 +347,8 @@ def _adapted_weights(
             updates[f"{name}.weight"] = LoraUpdate(lora_A, lora_B, layer.scaling)
         for name, update in expert_updates(trained):
             updates[name] = ExpertsUpdate(
-                stored[f"{name}{UPDATE}.lora_A"],
-                stored[f"{name}{UPDATE}.lora_B"],
+                stored[f"{name}{LORA_SUFFIX}.lora_A"],
+                stored[f"{name}{LORA_SUFFIX}.lora_B"],
                 update.scaling,
                 experts=update.shape[0],
                 is_transposed=update.is_transposed,

@@ -22,12 +22,12 @@ from tunesmith.checkpoint.model_card import model_card, weights_file
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
+from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.names import composite_of, name_in_whole
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor
-from tunesmith.quant.experts import stack_of
 from tunesmith.run_dir import weights_step
 from tunesmith.tools.export.merge import add_files_to_card
 from tunesmith.tools.export.output import (
@@ -235,8 +235,8 @@ def _factors_of_stack(
     single_names = READ_SINGLE[config.model_type]
     module, _, stack = name.rpartition(".")
     prefix = PREFIX + _stored_module(model, module)
+    parts = _parts_of_stack(find_experts(model)[module], stack)
     for expert in range(update.experts):
-        parts = _parts_of_stack(model.get_submodule(module), stack)
         for projection, rows in parts.items():
             layer = f"{prefix}.{expert}.{single_names[projection]}"
             yield f"{layer}.lora_A.weight", _factor_a(update, expert)
@@ -254,17 +254,17 @@ def _stored_module(model: nn.Module, name: str) -> str:
     return f"{parent}.{block}.experts"
 
 
-def _parts_of_stack(module: nn.Module, stack: str) -> dict[str, slice]:
+def _parts_of_stack(experts: Experts, stack: str) -> dict[str, slice]:
     """The projections in a stack of experts, and the rows of each in an expert's B."""
     rows = slice(None)
     if stack == "down_proj":
         return {DOWN: rows}
-    if not module.has_gate:
+    if not experts.has_gate:
         return {UP: rows}
     # Interleaved, or one after the other: as halves of what is left.
-    if not module.is_concatenated:
+    if not experts.is_concatenated:
         return {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
-    width = stack_of(module, stack).shape[2] // 2
+    width = experts.stack(stack).shape[2] // 2
     return {GATE: slice(0, width), UP: slice(width, 2 * width)}
 
 
