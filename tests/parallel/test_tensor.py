@@ -28,6 +28,7 @@ from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.matmul import grouped_matmul
+from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.scaled_matmul import ROW_WISE
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel, supervised_positions
@@ -39,7 +40,7 @@ from tunesmith.optim.optimizer import Optimizer
 from tunesmith.parallel.mesh import Mesh, MeshShape
 from tunesmith.parallel.tensor import apply_tensor_parallel, reduce_gradients
 from tunesmith.quant.linear_layers import load_hooks
-from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
+from tunesmith.quant.replace import convert_to_eight_bit, replace_by_codes
 from tunesmith.runtime.compilation import compile_layers
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.training import compare_eight_bit
@@ -315,9 +316,9 @@ def quantized(folder: Path) -> tuple[int, float]:
         model, whole = (
             load.build_on_meta(dense.config, Model(name="x", dtype="bf16")) for _ in range(2)
         )
-        replace_by_nf4(model, torch.bfloat16)
+        replace_by_codes(model, Nf4(torch.bfloat16), torch.bfloat16)
         lora.attach_lora(model, ADAPTER, seed=1)
-        replace_by_nf4(whole, torch.bfloat16)
+        replace_by_codes(whole, Nf4(torch.bfloat16), torch.bfloat16)
         apply_tensor_parallel(rooted(model), mesh)
         for each in (model, whole):
             load.materialize(each, torch.device("cpu"))
@@ -380,7 +381,7 @@ def refused() -> list[str]:
 
         attempt(causal_lm("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=6))
         packed = causal_lm("llama")  # 192 and 64 columns: 3 blocks and 1
-        replace_by_nf4(packed, torch.float32)
+        replace_by_codes(packed, Nf4(torch.float32), torch.float32)
         attempt(packed)
         attempt(causal_lm("phi3"))
         attempt(causal_lm("glm4"))

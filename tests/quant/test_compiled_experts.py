@@ -22,7 +22,7 @@ from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.quant import expert_rows
-from tunesmith.quant.replace import replace_by_shipped
+from tunesmith.quant.replace import replace_by_codes
 
 TOKENS = 40
 DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
@@ -43,7 +43,7 @@ def build(model_type: str, dtype: torch.dtype, device: str) -> Any:
     model: Any = AutoModelForCausalLM.from_config(CONFIGS[model_type](), dtype=dtype)
     if model_type == "gpt_oss":  # as it ships
         dense = dict(model.named_parameters())
-        replace_by_shipped(model, ShippedForm("mxfp4"), dtype)
+        replace_by_codes(model, Mxfp4.parse(), dtype, ShippedForm("mxfp4"))
         for name, stack in model.named_modules():
             if not isinstance(stack, ExpertStack):
                 continue

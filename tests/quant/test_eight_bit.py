@@ -15,6 +15,7 @@ from tunesmith.errors import ModelError
 from tunesmith.formats import fp8, scaled_matmul
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear, has_codes
+from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.scaled_matmul import (
     LEAST_ROWS,
     ROW_WISE,
@@ -23,7 +24,7 @@ from tunesmith.formats.scaled_matmul import (
     quantize,
 )
 from tunesmith.quant.linear_layers import parameter_count
-from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
+from tunesmith.quant.replace import convert_to_eight_bit, replace_by_codes
 
 CPU = torch.device("cpu")
 
@@ -317,7 +318,7 @@ def test_a_quantized_weight_counts_as_the_dense_one_and_is_in_no_adapter_file(ba
     count = sum(p.numel() for p in model.parameters())
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
-        replace_by_nf4(model, torch.bfloat16)
+        replace_by_codes(model, Nf4(torch.bfloat16), torch.bfloat16)
         assert parameter_count(model) == count
     lora.attach_lora(model, Adapter(rank=2), seed=1)
     if base == "fp8":

@@ -27,7 +27,7 @@ from tunesmith.model.experts import find_experts
 from tunesmith.model.twin import VOCAB, build_twin
 from tunesmith.quant import expert_matmul, expert_rows, experts
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex
-from tunesmith.quant.replace import replace_by_nf4
+from tunesmith.quant.replace import replace_by_codes
 
 # What a config needs beside the defaults of its type to have experts at all.
 OPTIONS: dict[str, dict] = {
@@ -367,7 +367,7 @@ def test_a_model_on_one_kernel_is_the_model_one_expert_after_the_other(
     for on_gpu in (False, True):
         model = twin("qwen3_moe", torch.float32)
         dense = dict(model.named_parameters())
-        replace_by_nf4(model, torch.float32)
+        replace_by_codes(model, Nf4(torch.float32), torch.float32)
         for name, stack in model.named_modules():
             if isinstance(stack, FrozenTensors):
                 key = name if isinstance(stack, ExpertStack) else f"{name}.weight"

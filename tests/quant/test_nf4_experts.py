@@ -24,7 +24,7 @@ from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.weights import JoinedTensor
 from tunesmith.quant.linear_layers import parameter_count
-from tunesmith.quant.replace import replace_by_nf4
+from tunesmith.quant.replace import replace_by_codes
 from tunesmith.training.run import train
 from tunesmith.units import Length
 
@@ -147,7 +147,7 @@ SAVED = {
 @pytest.mark.parametrize("adapter", SAVED.values(), ids=SAVED)
 def test_codes_are_not_trained_in_full(adapter: Adapter, base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
-    replace_by_nf4(model, BF16)
+    replace_by_codes(model, Nf4(BF16), BF16)
     fix = ["adapter.target", "model.quantize=none"]
     with refuses(RecipeError, where="adapter.modules_to_save", names=["nf4"], fix=fix):
         lora.attach_lora(model, adapter, seed=0)
@@ -155,7 +155,7 @@ def test_codes_are_not_trained_in_full(adapter: Adapter, base: Path) -> None:
 
 def test_all_linear_leaves_out_the_routers_alone(base: Path) -> None:
     model = Qwen3MoeForCausalLM(AutoConfig.from_pretrained(base)).to("meta")
-    replace_by_nf4(model, BF16)
+    replace_by_codes(model, Nf4(BF16), BF16)
     lora.attach_lora(model, Adapter(), seed=0)
     assert lora.describe_unreached(model) == "the adapter excludes the routers"
 

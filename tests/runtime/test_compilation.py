@@ -36,10 +36,11 @@ from tunesmith.distributed.torch_private import graphs_compiled
 from tunesmith.errors import MachineError
 from tunesmith.formats import fp8
 from tunesmith.formats.linear import FrozenLinear
+from tunesmith.formats.nf4 import Nf4
 from tunesmith.loss import loss_and_grad
 from tunesmith.model import attention, fused
 from tunesmith.model.documents import Documents
-from tunesmith.quant.replace import convert_to_eight_bit, replace_by_nf4
+from tunesmith.quant.replace import convert_to_eight_bit, replace_by_codes
 from tunesmith.runtime import compilation
 from tunesmith.runtime.compilation import compile_layers, compile_loss, select_compile
 from tunesmith.runtime.recompute import recompute_layers
@@ -117,7 +118,7 @@ def build(layers: int, family: str = "llama", *, base: str = "dense") -> Any:
     model = model.double() if base == "dense" else model.float()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     if base == "nf4":
-        replace_by_nf4(model, torch.float32)
+        replace_by_codes(model, Nf4(torch.float32), torch.float32)
         for name, layer in model.named_modules():
             if not isinstance(layer, FrozenLinear):
                 continue

@@ -1,7 +1,7 @@
 """Replace layers and stacks of experts of a model by frozen ones in codes."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear
-from tunesmith.formats.nf4 import Nf4
-from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.experts import Experts, find_experts
+from tunesmith.model.experts import find_experts
 from tunesmith.model.names import names_on_disk
 from tunesmith.model.shipped import AS_SHIPPED
 from tunesmith.quant.experts import use_grouped_experts
@@ -25,51 +23,43 @@ from tunesmith.quant.linear_layers import linear_names
 ALIGNED = 16  # the GPU's 8-bit matmuls take widths that are a multiple of 16
 
 
-def replace_by_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Replace every linear layer but the output layer, and both stacks of every layer's experts, by
-    empty ones in nf4.
+def replace_by_codes(
+    model: nn.Module, kind: Format, compute_dtype: torch.dtype, form: ShippedForm | None = None
+) -> None:
+    """Replace linear layers and stacks of experts of a model on meta by empty ones of a format.
 
-    Experts that Transformers does not call by its interface stay dense.
+    The output layer stays dense, and so do experts that Transformers does not call by its
+    interface.
+
+    Args:
+        form: of the checkpoint, of a format that keeps its codes: what it has plain stays dense,
+            and so do stacks stored as the form is not: MXFP4, in which there are experts alone, as
+            [experts, out, in], FP8 and NVFP4 as [experts, in, out].
     """
-    kind = Nf4(compute_dtype)
-    for name in linear_names(model, head=False):
-        _replace_linear(model, name, kind, compute_dtype)
-
-    def empty(name: str, experts: Experts, key: str) -> ExpertStack:
-        transposed = bool(experts.is_transposed)
-        shape = experts.get_parameter(key).shape
-        return ExpertStack(kind, shape, is_transposed=transposed, compute_dtype=compute_dtype)
-
-    _replace_stacks(model, empty)
-
-
-def replace_by_shipped(model: nn.Module, form: ShippedForm, compute_dtype: torch.dtype) -> None:
-    """Replace the linear layers and stacks of experts of a model on meta that its checkpoint has in
-    codes by empty ones.
-
-    The output layer stays dense, and so do stacks stored as the form is not: MXFP4, in which there
-    are experts alone, as [experts, out, in], FP8 and NVFP4 as [experts, in, out].
-    """
-    kind = shipped_format(form)
     if not kind.is_output_major:
         for name in linear_names(model, head=False):
-            if ships_codes(form, model, name):
+            if form is None or ships_codes(form, model, name):
                 _replace_linear(model, name, kind, compute_dtype)
-
-    def empty(name: str, experts: Experts, key: str) -> ExpertStack | None:
+    is_changed = False
+    for name, experts in find_experts(model).items():
         transposed = bool(experts.is_transposed)
-        if transposed != kind.is_output_major or not _experts_have_codes(form, model, name):
-            return None
-        is_joined = experts.has_gate and key == experts.stack_names[0]
-        return ExpertStack(
-            kind,
-            experts.get_parameter(key).shape,
-            is_transposed=transposed,
-            compute_dtype=compute_dtype,
-            parts=2 if is_joined and not transposed else 1,
-        )
-
-    _replace_stacks(model, empty)
+        if form is not None:
+            is_other_way = transposed != kind.is_output_major
+            if is_other_way or not _experts_have_codes(form, model, name):
+                continue
+        is_changed = True
+        for key in experts.stacks_in_order():
+            is_joined = experts.has_gate and key == experts.stack_names[0] and not transposed
+            stack = ExpertStack(
+                kind,
+                experts.get_parameter(key).shape,
+                is_transposed=transposed,
+                compute_dtype=compute_dtype,
+                parts=2 if is_joined else 1,
+            )
+            experts.store(key, stack)
+    if is_changed:
+        use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
 
 
 def _replace_linear(model: nn.Module, name: str, kind: Format, dtype: torch.dtype) -> None:
@@ -77,24 +67,6 @@ def _replace_linear(model: nn.Module, name: str, kind: Format, dtype: torch.dtyp
     assert isinstance(dense, nn.Linear)
     layer = FrozenLinear(kind, dense.in_features, dense.out_features, dense.bias, dtype)
     model.set_submodule(name, layer)
-
-
-def _replace_stacks(
-    model: nn.Module, empty: Callable[[str, Experts, str], ExpertStack | None]
-) -> None:
-    """Replace parameters of a model on meta by stacks in codes.
-
-    empty: makes one of the experts' full name, the experts and the stack's name; None: it stays.
-    """
-    is_changed = False
-    for name, experts in find_experts(model).items():
-        for key in experts.stacks_in_order():
-            stack = empty(name, experts, key)
-            if stack is not None:
-                experts.store(key, stack)
-                is_changed = True
-    if is_changed:
-        use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
 
 
 # ---- what a checkpoint has in codes

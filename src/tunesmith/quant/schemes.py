@@ -84,13 +84,17 @@ class Scheme:
 
         form: of the checkpoint, where that is quantized.
         """
-        from tunesmith.quant.replace import replace_by_nf4, replace_by_shipped
+        if not self.is_decoded:
+            return
+        from tunesmith.formats.nf4 import Nf4
+        from tunesmith.formats.registry import shipped_format
+        from tunesmith.quant.replace import replace_by_codes
 
-        if self.name == "nf4":
-            replace_by_nf4(model, dtype)
-        elif self.name == AS_SHIPPED:
+        if self.name == AS_SHIPPED:
             assert form is not None  # `check_quantize` refuses others
-            replace_by_shipped(model, form, dtype)
+            replace_by_codes(model, shipped_format(form), dtype, form)
+        else:
+            replace_by_codes(model, Nf4(dtype), dtype)
 
     def check_device(self, device: torch.device) -> None:
         """MachineError where a package that the scheme needs is missing or has no code for it."""
