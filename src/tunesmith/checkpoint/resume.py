@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.claim import TRACKER_IDS, restore
@@ -302,8 +302,9 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
             [s.source for s in run.data.validation],
         ),
     }
+    earlier = asdict(start.progress)
     for name, digest in hashes.items():
-        previous = vars(start.progress)[name]
+        previous = earlier[name]
         if digest is None or previous in (None, digest):
             continue
         part, key, sources = parts[name]

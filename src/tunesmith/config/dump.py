@@ -9,6 +9,7 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from io import StringIO
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ def _plain(run: Run) -> dict[str, Any]:
             return str(value)
         if isinstance(value, MethodConfig):
             keys = METHOD_KEYS[value.name]
-            return {key: getattr(value, key) for key in ("name", *keys)} if keys else value.name
+            values = asdict(value)
+            return {key: values[key] for key in ("name", *keys)} if keys else value.name
         return {yaml_name(k): v for k, v in vars(value).items()}
 
     return json.loads(json.dumps(run, default=default))

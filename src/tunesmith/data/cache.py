@@ -175,8 +175,7 @@ def _release(values: np.ndarray) -> None:
     while isinstance(base, np.ndarray):
         base = base.base
     mapping = base.obj if isinstance(base, memoryview) else None
-    # Linux and macOS; where there is no such call, the kernel takes the pages when it needs them.
-    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    if isinstance(mapping, mmap.mmap):
         mapping.madvise(mmap.MADV_DONTNEED)
 
 

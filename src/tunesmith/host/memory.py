@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -354,7 +355,7 @@ def drop_pages(handle: int, start: int = 0, size: int = 0) -> None:
 
     Pages that are not on the disk yet, or that a process maps, stay. `size` 0: all from `start` on.
     """
-    if hasattr(os, "posix_fadvise"):  # Linux; macOS has no such call
+    if sys.platform == "linux":  # macOS has no such call
         os.posix_fadvise(handle, start, size, os.POSIX_FADV_DONTNEED)
 
 

@@ -69,7 +69,7 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
     """
     config = find_decoder(causal_lm).config.get_text_config()
     # Where a config has both, the other counts the sublayers (LongCat's two attentions of a layer).
-    count = getattr(config, "num_layers", config.num_hidden_layers)
+    count = config.to_dict().get("num_layers", config.num_hidden_layers)
     largest = 0
     layers = ""
     for name, module in causal_lm.named_modules():

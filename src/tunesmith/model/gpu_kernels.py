@@ -8,7 +8,7 @@ and a run on the CPU, takes the PyTorch code that Transformers falls back to wit
 import sys
 from collections.abc import Callable
 from functools import wraps
-from inspect import getclosurevars
+from inspect import getclosurevars, unwrap
 from types import FunctionType
 
 import torch
@@ -42,7 +42,7 @@ def _kernel_wrapper(function: object) -> FunctionType | None:
     if isinstance(function, nn.Module):
         candidates = [*getclosurevars(type(function).forward).nonlocals.values()]
     for candidate in candidates:
-        if not isinstance(candidate, FunctionType) or not hasattr(candidate, "__wrapped__"):
+        if not isinstance(candidate, FunctionType) or unwrap(candidate) is candidate:
             continue
         if candidate.__globals__ is vars(hub_kernels):
             return candidate

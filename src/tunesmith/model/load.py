@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class _MatricesOnMeta(TorchFunctionMode):
         self, func: Any, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if getattr(func, "__module__", None) in INITIALIZERS:
+        if isinstance(func, FunctionType) and func.__module__ in INITIALIZERS:
             tensor = kwargs.get("tensor")
             # Nothing to fill; to find that out takes Torch most of the time of a construction.
             if tensor is not None and tensor.is_meta:

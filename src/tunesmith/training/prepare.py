@@ -9,7 +9,7 @@ machine -> model files -> data and token contract -> model on meta -> plan
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -348,13 +348,14 @@ def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
             numbers.
     """
     first = machines[0]
+    expected = asdict(first)
     for rank, machine in enumerate(machines):
+        found = asdict(machine)
         for part in ("attention", "compiles", "scaling", "integrated"):
-            value, first_value = getattr(machine, part), getattr(first, part)
-            if value != first_value:
+            if found[part] != expected[part]:
                 raise MachineError(
                     f"{ranks.name(rank)} and {ranks.name(0)} differ: "
-                    f"{part} {value}, and {first_value}",
+                    f"{part} {found[part]}, and {expected[part]}",
                     why="all ranks must compute identically",
                     fix="make the nodes the same, or set what differs in the recipe, "
                     "such as train.compile=off",

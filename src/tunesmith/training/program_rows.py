@@ -7,12 +7,33 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from tunesmith.checkpoint.claim import is_run, program_rows_file
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.host.files import write_atomically
 
 _ROWS_ARGUMENT = "train(rows=...)"
+
+
+# By what they can do: none of these packages is imported for the sake of a check.
+@runtime_checkable
+class _PolarsFrame(Protocol):
+    def iter_rows(self, *, named: bool) -> Iterable[Any]: ...
+
+
+@runtime_checkable
+class _PandasFrame(Protocol):
+    columns: Any
+
+    def to_dict(self, orient: str) -> Iterable[Any]: ...
+
+
+@runtime_checkable
+class _NumpyValue(Protocol):
+    """An array, or one number."""
+
+    def tolist(self) -> Any: ...
 
 
 @contextmanager
@@ -86,10 +107,10 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
 
 def _mappings(rows: object) -> Iterable[object]:
     """The rows of a frame or a data set, one mapping each; others as they are."""
-    if hasattr(rows, "iter_rows"):
-        return rows.iter_rows(named=True)  # polars
-    if hasattr(rows, "columns") and hasattr(rows, "to_dict"):
-        return rows.to_dict("records")  # pandas
+    if isinstance(rows, _PolarsFrame):
+        return rows.iter_rows(named=True)
+    if isinstance(rows, _PandasFrame):
+        return rows.to_dict("records")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
             f"rows are {type(rows).__name__}, not a list of rows",
@@ -106,8 +127,8 @@ def _plain(value: object) -> object:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())  # an array of numpy, or one number
+    if isinstance(value, _NumpyValue):
+        return _plain(value.tolist())
     if isinstance(value, float) and math.isnan(value):
         return None
     return value

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -188,9 +188,8 @@ def _differing_keys(first: Run | None, other: Run | None) -> list[str]:
         ]
         if seeds[0] != seeds[1]:
             differing.append(f"data.hold_out_seed ({seeds[0]} and {seeds[1]})")
-    for name in names:
-        if vars(first.data)[name] != vars(other.data)[name]:
-            differing.append(f"data.{name}")
+    values, other_values = asdict(first.data), asdict(other.data)
+    differing += [f"data.{name}" for name in names if values[name] != other_values[name]]
     return differing
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tunesmith.errors import ModelError
 from tunesmith.hub.gguf_tokenizer import (
@@ -76,7 +76,7 @@ def read_gguf_tokenizer(
     is the token that ends an answer, where it is not eos. ModelError where llama.cpp would give
     other ids.
     """
-    if not getattr(tokenizer, "is_fast", False):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _unknown_tokenizer(f"{type(tokenizer).__name__} has no tokenizer.json")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
