@@ -11,7 +11,7 @@ would make a recomputed layer run its last product again, whose y nobody reads.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +67,8 @@ def grouped_matmul(
             # are.
             outputs = frozen_matmul(rows, xa, quantized, lora, tensors, encoding, widths)
         else:
-            # An autograd function tracks tensors that are arguments, not tensors in lists.
-            counts = Counts(len(xa), len(quantized), len(lora), len(tensors))
-            outputs = _FrozenMatmul.apply(
-                rows, encoding, widths, counts, *xa, *quantized, *lora, *tensors
-            )
+            # Autograd follows tensors that are arguments, not those in lists.
+            outputs = _FrozenMatmul.apply(rows, xa, quantized, tensors, encoding, widths, *lora)
 
     results = []
     for y, bias in zip(outputs, biases, strict=True):
@@ -81,15 +78,6 @@ def grouped_matmul(
 
 
 # ---- the arithmetic; `lora` is [stacked A, B_1, B_2, ...] and `xa` is [x A^T], or both are empty
-
-
-class Counts(NamedTuple):
-    """The length of each list argument of the operator: autograd takes all tensors as one row."""
-
-    xa: int
-    quantized: int
-    lora: int
-    tensors: int
 
 
 def _rebuild_weights(
@@ -207,12 +195,12 @@ def gradient_of_b(dy: Tensor, xa: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save what the backward reads, and the counts that sort its tensors into lists again."""
+    """Save what the backward reads, and how many tensors each list of the arguments has."""
     x, xa, quantized, lora, tensors, encoding, widths = inputs
     ctx.encoding = encoding
     ctx.widths = widths
     ctx.in_features = x.shape[1]
-    ctx.counts = Counts(len(xa), len(quantized), len(lora), len(tensors))
+    ctx.counts = [len(tensors_of) for tensors_of in (xa, quantized, lora, tensors)]
     if lora:
         ctx.save_for_backward(x, *xa, *lora, *tensors)
     # W gets no gradient, so without adapters the backward of x W^T needs no x.
@@ -226,10 +214,11 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     saved = []
     lora = []
     # In the order in which `_save` saved them.
-    if ctx.counts.lora:
+    lora_count = ctx.counts[2]
+    if lora_count:
         saved = tensors[:2]
-        lora = tensors[2 : 2 + ctx.counts.lora]
-        tensors = tensors[2 + ctx.counts.lora :]
+        lora = tensors[2 : 2 + lora_count]
+        tensors = tensors[2 + lora_count :]
 
     # The shape of a gradient that is missing: as many rows, its own layer's width.
     like = next(grad for grad in grads if grad is not None)
@@ -254,26 +243,24 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, encoding: str, widths: list[int], counts: Counts, *flat: Tensor
+        ctx: Any,
+        x: Tensor,
+        xa: list[Tensor],
+        quantized: list[Tensor],
+        tensors: list[Tensor],
+        encoding: str,
+        widths: list[int],
+        *lora: Tensor,
     ) -> tuple[Tensor, ...]:
-        remaining = list(flat)
-        lists = []
-        for count in counts:
-            lists.append(remaining[:count])
-            remaining = remaining[count:]
-        xa, quantized, lora, tensors = lists
-        _save(ctx, (x, xa, quantized, lora, tensors, encoding, widths), None)
-        return tuple(_forward(x, xa, quantized, lora, tensors, encoding, widths))
+        inputs = (x, xa, quantized, list(lora), tensors, encoding, widths)
+        _save(ctx, inputs, None)
+        return tuple(_forward(*inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dx, *d_lora = _backward(*_backward_inputs(ctx, grads))
-        counts = ctx.counts
-        # One gradient an argument of `forward`, in its order. That of x through xa is in dx
-        # already.
-        before_lora = [None] * (3 + counts.xa + counts.quantized)  # 3: encoding, widths and counts
-        dx_or_none = dx if ctx.needs_input_grad[0] else None
-        return (dx_or_none, *before_lora, *d_lora, *[None] * counts.tensors)
+        # In the order of the arguments of `forward`. That of x through xa is in dx already.
+        return (dx if ctx.needs_input_grad[0] else None, *[None] * 5, *d_lora)
 
 
 # ---- inside torch.compile
@@ -298,11 +285,8 @@ def _(dys, quantized, saved, lora, tensors, encoding, width, needs_dx):  # type:
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dx, *d_lora = frozen_matmul_backward(*_backward_inputs(ctx, grads))
-    counts = ctx.counts
+    d_xa, d_quantized, _, d_tensors = ([None] * count for count in ctx.counts)
     dx_or_none = dx if ctx.needs_input_grad[0] else None
-    d_xa = [None] * counts.xa
-    d_quantized = [None] * counts.quantized
-    d_tensors = [None] * counts.tensors
     # In the order of the arguments of `_forward`.
     return dx_or_none, d_xa, d_quantized, d_lora, d_tensors, None, None
 

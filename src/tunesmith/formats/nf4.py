@@ -140,42 +140,40 @@ class Nf4(Format):
 
     def _quant_state(self, weight: FrozenWeight) -> Any:
         """bitsandbytes' QuantState: what it needs beside the codes."""
-        functional = nf4_functions()
         # The codes, their scales, and where these are in 8 bits the scales of the scales.
         _, absmax, code, *nested = weight.tensors
-        offset = None
-        nested_state = None
-        if nested:
-            nested_absmax, nested_code, offset = nested
-            nested_state = functional.QuantState(
-                nested_absmax, blocksize=self.nested_block, code=nested_code, dtype=torch.float32
-            )
-        return functional.QuantState(
-            absmax=absmax,
-            shape=torch.Size(weight.shape),
+        if not nested:
+            return self._state(absmax, weight.shape, code)
+        nested_absmax, nested_code, offset = nested
+        of_scales = nested_state(nested_absmax, nested_code, self.nested_block)
+        return self._state(absmax, weight.shape, code, offset, of_scales)
+
+    def _state(
+        self,
+        absmax: Tensor,
+        shape: tuple[int, int],
+        code: Tensor,
+        offset: Tensor | None = None,
+        of_scales: Any = None,
+    ) -> Any:
+        return nf4_functions().QuantState(
+            absmax,
+            shape=torch.Size(shape),
             code=code,
             blocksize=self.block,
             quant_type="nf4",
             dtype=self.dtype,
             offset=offset,
-            state2=nested_state,
+            state2=of_scales,
         )
 
     def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
-        functional = nf4_functions()
         codes, _, code, *_ = stack.tensors
         scales = self.scales_of_experts(stack.tensors, experts)
         count, blocks = scales.shape
         # One call for all of them: blocks do not reach from one expert into the next.
-        state = functional.QuantState(
-            absmax=scales.flatten(),
-            shape=torch.Size((count, blocks * self.block)),
-            code=code,
-            blocksize=self.block,
-            quant_type="nf4",
-            dtype=self.dtype,
-        )
-        weights: Tensor = functional.dequantize_4bit(codes[experts].reshape(-1, 1), state)
+        state = self._state(scales.flatten(), (count, blocks * self.block), code)
+        weights: Tensor = nf4_functions().dequantize_4bit(codes[experts].reshape(-1, 1), state)
         # Without what fills up an expert's last block.
         return weights.to(dtype)[:, : math.prod(stack.matrix)].unflatten(1, stack.matrix)
 
@@ -221,27 +219,15 @@ class Nf4(Format):
         Returns:
             The scales of the part's blocks, fp32 [blocks]; 0 where other ranks hold the block.
         """
-        functional = nf4_functions()
         device = layer.get_buffer("absmax").device
         width = layer.in_features
         # Codes lie in one row, byte by byte. FSDP2 cuts it into equal parts, wherever rows end.
         codes = local_part(layer.weight).view(-1)
-        local_bytes = local_slices(layer.weight)[0]  # of the codes' bytes
+        local_bytes = local_slices(layer.weight)[0]
         scales = torch.zeros(ceil_div(layer.out_features * width, NF4_BLOCK), device=device)
-
         for rows in _pieces_of_rows(layer, local_bytes):
             weights = layer.part_of(dense, rows).flatten().to(device, self.dtype)
-            piece, state = functional.quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
-            # A whole number: pieces begin at the edge of a block.
-            first_block = rows.start * width // NF4_BLOCK
-            scales[first_block : first_block + len(state.absmax)] = state.absmax
-
-            # The rows may begin before the bytes that this rank holds, and end after them.
-            first_byte = rows.start * width // WEIGHTS_PER_BYTE
-            start = max(first_byte, local_bytes.start)
-            stop = min(first_byte + len(piece), local_bytes.stop)
-            local_piece = piece.view(-1)[start - first_byte : stop - first_byte]
-            codes[start - local_bytes.start : stop - local_bytes.start] = local_piece
+            _quantize_piece(weights, rows.start * width, codes, local_bytes, scales)
         return scales
 
     def _quantize_scales(self, layer: "FrozenLinear", scales: Tensor, rows: int) -> None:
@@ -266,9 +252,7 @@ class Nf4(Format):
                 # Of a shard of columns, or of rows that end within a group, no groups can be cut:
                 # the scales are stored in fp32, rounded to 8 bits before as one process has them.
                 nested_block = 0  # not nested
-                nested = functional.QuantState(
-                    nested_absmax, blocksize=NESTED_BLOCK, code=nested_code, dtype=torch.float32
-                )
+                nested = nested_state(nested_absmax, nested_code, NESTED_BLOCK)
                 absmax = functional.dequantize_blockwise(absmax, nested) + offset
                 absmax = shard.shard_of(absmax, rows).flatten().clone()
         nested_scales = (nested_absmax, nested_code, offset) if nested_block else ()
@@ -325,7 +309,11 @@ class Nf4(Format):
             # Only this expert is read.
             dense = weight[slice(number, number + 1), slice(0, stack.rows), slice(0, stack.columns)]
             flat = dense.flatten().to(absmax.device, self.dtype)
-            scales = _quantize_expert(flat, local_codes[expert - span.start], absmax.shape[1])
+            expert_codes = local_codes[expert - span.start]
+            scales = torch.empty(absmax.shape[1], device=absmax.device)
+            for start in range(0, len(flat), MAX_NF4_ROUNDED_WEIGHTS):
+                piece = flat[start : start + MAX_NF4_ROUNDED_WEIGHTS]
+                _quantize_piece(piece, start, expert_codes, slice(0, len(expert_codes)), scales)
             of_blocks, of_scales, _, offset = quantize_scales(scales)
             for place, value in zip(of_experts, (of_blocks, of_scales, offset), strict=True):
                 place[expert] = value
@@ -366,20 +354,29 @@ def _gather_scales(layer: "FrozenLinear", scales: Tensor, shape: torch.Size) -> 
     return scales
 
 
-def _quantize_expert(weights: Tensor, codes: Tensor, blocks: int) -> Tensor:
-    """Store one expert's weights [n] in `codes`, in pieces of whole blocks; returns the scales of
-    its blocks.
+def _quantize_piece(
+    weights: Tensor, first: int, codes: Tensor, local_bytes: slice, scales: Tensor
+) -> None:
+    """Store the codes of weights [n] that a rank holds, and their blocks' scales.
+
+    Args:
+        first: the number of the first weight, at the edge of a block.
+        codes: those of `local_bytes`. The weights may begin before them, and end after them.
+        scales: of all blocks.
     """
-    functional = nf4_functions()
-    scales = torch.empty(blocks, device=weights.device)
-    for start in range(0, len(weights), MAX_NF4_ROUNDED_WEIGHTS):
-        piece = weights[start : start + MAX_NF4_ROUNDED_WEIGHTS]
-        packed, state = functional.quantize_4bit(piece, blocksize=NF4_BLOCK, quant_type="nf4")
-        first_byte = start // WEIGHTS_PER_BYTE
-        codes[first_byte : first_byte + len(packed)] = packed.view(-1)
-        first_block = start // NF4_BLOCK
-        scales[first_block : first_block + len(state.absmax)] = state.absmax
-    return scales
+    packed, state = nf4_functions().quantize_4bit(weights, blocksize=NF4_BLOCK, quant_type="nf4")
+    first_block = first // NF4_BLOCK
+    scales[first_block : first_block + len(state.absmax)] = state.absmax
+    first_byte = first // WEIGHTS_PER_BYTE
+    start = max(first_byte, local_bytes.start)
+    stop = min(first_byte + len(packed), local_bytes.stop)
+    local_codes = packed.view(-1)[start - first_byte : stop - first_byte]
+    codes[start - local_bytes.start : stop - local_bytes.start] = local_codes
+
+
+def nested_state(scales: Tensor, code: Tensor, block: int) -> Any:
+    """The QuantState of scales in 8 bits."""
+    return nf4_functions().QuantState(scales, blocksize=block, code=code, dtype=torch.float32)
 
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -76,8 +76,7 @@ def expert_matmul(
         )
         return y
     form = _ProductForm(stack.format.encoding, stack.shape, gathers, sums, stack.is_transposed)
-    of_index = row_index.tensors()
-    y = _ExpertMatmul.apply(x, form, len(lora), len(of_index), *lora, *of_index, *stack.tensors)
+    y = _ExpertMatmul.apply(x, form, stack, row_index, *lora)
     return y
 
 
@@ -375,14 +374,16 @@ def _saved_lists(ctx: Any) -> list[list[Tensor]]:
 class _ExpertMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, form: _ProductForm, lora_count: int, index_count: int, *flat: Tensor
+        ctx: Any,
+        x: Tensor,
+        form: _ProductForm,
+        stack: FrozenStack,
+        row_index: RowIndex,
+        *lora: Tensor,
     ) -> Tensor:
         ctx.form = form
-        lora, flat = flat[:lora_count], flat[lora_count:]
-        of_index, tensors = flat[:index_count], flat[index_count:]
-        stack, row_index = _rebuild(form, tensors, of_index)
         y, *xa = _forward(x, lora, stack, row_index, form)
-        _save(ctx, x, xa, (lora, of_index, tensors))
+        _save(ctx, x, xa, (lora, row_index.tensors(), stack.tensors))
         return y
 
     @staticmethod
@@ -392,9 +393,7 @@ class _ExpertMatmul(torch.autograd.Function):
         stack, row_index = _rebuild(form, tensors, of_index)
         needs_dx = ctx.needs_input_grad[0]
         dx, *d_lora = _backward(grads[0], saved, lora, stack, row_index, form, needs_dx)
-        dx_or_none = dx if needs_dx else None
-        nothing = [None] * (len(of_index) + len(tensors))
-        return (dx_or_none, None, None, None, *d_lora, *nothing)
+        return (dx if needs_dx else None, None, None, None, *d_lora)
 
 
 # ---- inside torch.compile; an operator takes a `RowIndex` and a `_ProductForm` in parts
