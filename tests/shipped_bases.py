@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tunesmith.formats.e2m1 import pack_fp4
 from tunesmith.formats.form import ROW
-from tunesmith.formats.nvfp4 import encode_nvfp4, nvfp4_scale
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,6 +27,15 @@ def rounded(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.
     spread = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)
     spread = spread[: weight.shape[0], : weight.shape[1]]
     return (weight / spread).to(torch.float8_e4m3fn), scale
+
+
+def encode_nvfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Codes of a weight, the scales of its groups in e4m3, and what these are divided by."""
+    scale = 448 * 6 / weight.abs().max().item()
+    groups = weight.float().unflatten(-1, (-1, 16))
+    scales = (groups.abs().amax(-1) / 6 * scale).to(torch.float8_e4m3fn)
+    steps = scales.float().clamp_min(2**-9) / scale
+    return pack_fp4((groups / steps.unsqueeze(-1)).flatten(-2)), scales, scale
 
 
 def fp8_config(block: tuple[int, int] | None, **more: Any) -> dict[str, Any]:
@@ -174,8 +183,7 @@ def write_nvfp4(
             if is_kept:
                 kept.append(name.removesuffix(".weight"))
             continue
-        scale = nvfp4_scale(weight.abs().max().item())
-        codes, scales = encode_nvfp4(weight, scale)
+        codes, scales, scale = encode_nvfp4(weight)
         stem = name.removesuffix(".weight")
         tensors[f"{stem}.weight_scale"] = scales
         if modelopt:

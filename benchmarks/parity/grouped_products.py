@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.dense import dense_stack
-from tunesmith.formats.mxfp4 import Mxfp4, encode_mxfp4
+from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.quant import expert_matmul, expert_rows
 from tunesmith.quant.expert_rows import ExpertRows
 
@@ -42,10 +42,9 @@ def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
     if kind == "mxfp4":
-        blocks, exponents = encode_mxfp4(weight)
-        return FrozenStack(
-            Mxfp4.parse(), [blocks.to(device), exponents.to(device)], (EXPERTS, IN, OUT)
-        )
+        kind = Mxfp4.parse()
+        codes = [tensor.to(device) for tensor in kind.encode(weight)]
+        return FrozenStack(kind, codes, (EXPERTS, IN, OUT))
     if kind == "transposed":
         weight = weight.mT.contiguous()
     return dense_stack(weight.to(device, dtype), is_transposed=kind == "transposed")

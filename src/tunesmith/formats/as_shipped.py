@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tunesmith.formats.stack import ExpertStack
 
 
+DRAWN_STEP = 2.0**-7  # of drawn weights in 4 bits: their standard deviation is 0.02
+
+
 class AsShipped(Format):
     """Tensors that are shared have rows of a matrix, and come first; another one has its scales."""
 
@@ -44,7 +47,7 @@ class AsShipped(Format):
 
     @abstractmethod
     def encode(self, dense: Tensor) -> list[Tensor]:
-        """The tensors of a dense matrix in fp32."""
+        """The tensors of a matrix in fp32 that was drawn to measure speed: all scales are alike."""
 
     @abstractmethod
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:

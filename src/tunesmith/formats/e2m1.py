@@ -3,7 +3,6 @@
 import torch
 
 E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-E2M1_MAX = 6.0
 
 
 def unpack_fp4(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -18,16 +17,9 @@ def unpack_fp4(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def pack_fp4(values: torch.Tensor) -> torch.Tensor:
-    """Round values [..., n] from -6 to 6 to codes, two a byte: [..., n / 2]."""
-    codes = round_e2m1(values.abs()) | (values < 0).long() << 3
+    """The codes nearest to values [..., n], two a byte: [..., n / 2]."""
+    middles = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
+    sizes = torch.bucketize(values.abs().contiguous(), middles.to(values.device))
+    codes = sizes | (values < 0).long() << 3
     low, high = codes.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     return low | high << 4
-
-
-def round_e2m1(sizes: torch.Tensor) -> torch.Tensor:
-    """The codes 0 to 7 of values from 0 to 6, rounded to the nearest, ties to the even code."""
-    values = E2M1_VALUES.to(sizes.device)
-    middles = (values[1:] + values[:-1]) / 2
-    codes = torch.bucketize(sizes.contiguous(), middles)  # a tie takes the lower code
-    is_tie = (sizes == middles[codes.clamp(max=6)]) & (codes % 2 == 1)
-    return codes + is_tie.long()

@@ -95,11 +95,6 @@ class ShippedForm:
         height, width = self.block
         return ceil_div(rows, height), ceil_div(columns, width) if width else 1
 
-    def block_of(self, rows: int, columns: int) -> tuple[int, int]:
-        """Rows and columns of a weight [rows, columns] that share a scale."""
-        height, width = self.block or (rows, columns)
-        return height, width or columns
-
 
 def _matches(expressions: Sequence[str], name: str) -> bool:
     return any(re.match(expression, name) for expression in expressions)

@@ -5,6 +5,7 @@ A checkpoint has the experts of a layer in one tensor, as [experts, out, in]; th
 [experts, in, out].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.formats.as_shipped import AsShipped
+from tunesmith.formats.as_shipped import DRAWN_STEP, AsShipped
 from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
     FrozenStack,
@@ -22,13 +23,14 @@ from tunesmith.formats.base import (
     Stored,
     TensorForm,
 )
-from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
+from tunesmith.formats.e2m1 import pack_fp4, unpack_fp4
 from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 
 if TYPE_CHECKING:
     from tunesmith.formats.stack import ExpertStack
 
-NAN_EXPONENT = 255  # as an exponent
+EXPONENT_BIAS = 127
+NAN_EXPONENT = 255  # as it is stored
 
 
 class Mxfp4(AsShipped):
@@ -50,7 +52,9 @@ class Mxfp4(AsShipped):
         }
 
     def encode(self, dense: Tensor) -> list[Tensor]:
-        return list(encode_mxfp4(dense))
+        codes = pack_fp4(dense / DRAWN_STEP).unflatten(-1, (-1, MXFP4_GROUP // 2))
+        exponent = EXPONENT_BIAS + int(math.log2(DRAWN_STEP))
+        return [codes, torch.full_like(codes[..., 0], exponent)]
 
     @torch.no_grad()
     def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
@@ -111,7 +115,7 @@ def decode_mxfp4(
         out: where they are written, rounded to its dtype.
     """
     ones = torch.ones_like(exponents, dtype=torch.float32)
-    powers = torch.ldexp(ones, exponents.int() - 127).to(dtype)
+    powers = torch.ldexp(ones, exponents.int() - EXPONENT_BIAS).to(dtype)
     values = unpack_fp4(blocks, dtype)
     groups = values if out is None else out.unflatten(-1, (-1, MXFP4_GROUP))
     torch.mul(values, powers.unsqueeze(-1), out=groups)
@@ -140,16 +144,3 @@ def mxfp4_formula(blocks: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tens
 def compiled_mxfp4() -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
     """`mxfp4_formula` as one kernel."""
     return torch.compile(mxfp4_formula)
-
-
-def encode_mxfp4(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weights [..., groups * 32] to mxfp4, each group by its largest: blocks and exponents
-    as of `decode_mxfp4`.
-    """
-    groups = weights.float().unflatten(-1, (-1, MXFP4_GROUP))
-    largest = groups.abs().amax(-1, keepdim=True)
-    # The largest code is 6 = 1.5 * 2^2.
-    _, power = torch.frexp(largest)
-    exponents = (power - 3 + 127).clamp_(0, 254)
-    scaled = torch.ldexp(groups, 127 - exponents).clamp_(-E2M1_MAX, E2M1_MAX)
-    return pack_fp4(scaled), exponents.squeeze(-1).to(torch.uint8)

@@ -7,21 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tunesmith.formats.as_shipped import AsShipped, not_finite
+from tunesmith.formats.as_shipped import DRAWN_STEP, AsShipped, not_finite
 from tunesmith.formats.base import (
     E4M3,
-    E4M3_MAX,
     MAX_DECODED_WEIGHTS,
     FrozenStack,
     FrozenWeight,
     Stored,
     TensorForm,
 )
-from tunesmith.formats.e2m1 import E2M1_MAX, pack_fp4, unpack_fp4
+from tunesmith.formats.e2m1 import pack_fp4, unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
 
 SIGNLESS_NAN = 127  # as the byte of a scale
-LEAST_MAXIMUM = 1e-12  # of a matrix of zeros
 
 
 class Nvfp4(AsShipped):
@@ -54,10 +52,10 @@ class Nvfp4(AsShipped):
         }
 
     def encode(self, dense: Tensor) -> list[Tensor]:
-        scale = nvfp4_scale(dense.abs().max().item())
-        codes, scales = encode_nvfp4(dense, scale)
-        stored_scale = torch.full((1, 1), scale if self.divides else 1 / scale)
-        return [codes, scales.view(torch.uint8), stored_scale]
+        codes = pack_fp4(dense / DRAWN_STEP)
+        ones = codes.new_ones(len(codes), dense.shape[1] // NVFP4_GROUP, dtype=torch.float32)
+        scale = torch.full((1, 1), 1 / DRAWN_STEP if self.divides else DRAWN_STEP)
+        return [codes, ones.to(E4M3).view(torch.uint8), scale]
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         codes, scales, scale = weight.tensors
@@ -108,24 +106,3 @@ def decode_nvfp4(packed: Tensor, scales: Tensor, scale: Tensor, *, divides: bool
     steps = steps.div_(scale) if divides else steps.mul_(scale)
     groups = unpack_fp4(packed, torch.float32).unflatten(-1, (-1, NVFP4_GROUP))
     return groups.mul_(steps.unsqueeze(-1)).flatten(-2)
-
-
-def nvfp4_scale(largest: float) -> float:
-    """The scale of matrices whose largest weight is `largest`, for `encode_nvfp4`: the largest of
-    the groups' scales then is e4m3's largest.
-    """
-    return E4M3_MAX * E2M1_MAX / max(largest, LEAST_MAXIMUM)
-
-
-def encode_nvfp4(weights: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Round weights [..., n] to nvfp4, each group by its largest: `packed` and `scales` as of
-    `decode_nvfp4`, which divides by `scale`.
-    """
-    groups = weights.float().unflatten(-1, (-1, NVFP4_GROUP))
-    largest = groups.abs().amax(-1)
-    scales = (largest / E2M1_MAX * scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    # A group that rounds to no scale at all is zeros in any case.
-    scales = torch.where(scales.float() == 0, torch.ones_like(scales), scales)
-    # What a reader multiplies with: the group's rounded scale over that of all.
-    steps = (scales.float() / scale).unsqueeze(-1)
-    return pack_fp4((groups / steps).clamp_(-E2M1_MAX, E2M1_MAX).flatten(-2)), scales
