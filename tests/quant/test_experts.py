@@ -190,7 +190,7 @@ MUTATIONS: dict[str, tuple[object, str, Callable]] = {
         ),
     ),
     "gradients of A and B for one expert": (
-        expert_matmul, "_backward",
+        expert_matmul.ExpertProducts, "backward",
         lambda original: lambda *inputs: [
             original(*inputs)[0], *(g.roll(1, 0) for g in original(*inputs)[1:])
         ],

@@ -67,27 +67,13 @@ def expert_matmul(
             lora_A = F.pad(lora_A, (0, 0, 0, missing))
             lora_B = F.pad(lora_B, (0, 0, 0, missing))
         lora = [lora_A, lora_B]
+    products = ExpertProducts(stack, row_index, gathers, sums)
     y: Tensor
     if torch.compiler.is_compiling():
-        flags = [gathers, sums, stack.is_transposed]
-        tensors = list(stack.tensors)
-        y, *_ = expert_products(
-            x, lora, row_index.tensors(), tensors, stack.format.encoding, list(stack.shape), flags
-        )
-        return y
-    form = _ProductForm(stack.format.encoding, stack.shape, gathers, sums, stack.is_transposed)
-    y = _ExpertMatmul.apply(x, form, stack, row_index, *lora)
+        y, *_ = expert_products(x, lora, *products.parts())
+    else:
+        y = _ExpertMatmul.apply(x, products, *lora)
     return y
-
-
-class _ProductForm(NamedTuple):
-    """The arguments of products beside their tensors; encoding and shape are those of the stack."""
-
-    encoding: str
-    shape: tuple[int, int, int]
-    gathers: bool
-    sums: bool
-    is_transposed: bool
 
 
 # ---- the arithmetic; `lora` is [A, B], or empty
@@ -165,47 +151,71 @@ class Results(NamedTuple):
         return cls(low, y, d_A, d_B)
 
 
-def _forward(
-    x: Tensor, lora: Sequence[Tensor], stack: FrozenStack, row_index: RowIndex, form: _ProductForm
-) -> list[Tensor]:
-    """The output, and x A^T [rows, rank] where there is an update."""
-    factors = (lora[0].mT, lora[1]) if lora else None
-    xa, y, _, _ = _multiply(Product(GatheredRows(x, row_index, form.gathers), factors, stack))
-    assert y is not None  # as there is a stack
-    if form.sums:
-        y = sum_of_rows(y, row_index.places)
-    return [y] if xa is None else [y, xa]
+class ExpertProducts(NamedTuple):
+    """The products of a stack with the rows of some tokens, forward and backward."""
 
+    stack: FrozenStack
+    row_index: RowIndex
+    gathers: bool
+    sums: bool
 
-def _backward(
-    dy: Tensor,
-    saved: Sequence[Tensor],
-    lora: Sequence[Tensor],
-    stack: FrozenStack,
-    row_index: RowIndex,
-    form: _ProductForm,
-    needs_dx: bool,
-) -> list[Tensor]:
-    """The gradients of x (empty unless `needs_dx`) and of `lora`.
+    def parts(self) -> tuple[list[Tensor], list[Tensor], str, list[int], list[bool]]:
+        """All of it as an operator takes it, for `of_parts`."""
+        stack = self.stack
+        flags = [self.gathers, self.sums, stack.is_transposed]
+        encoding = stack.format.encoding
+        return self.row_index.tensors(), list(stack.tensors), encoding, list(stack.shape), flags
 
-    saved: x and x A^T, or empty without updates.
-    """
-    dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
-    factors = None
-    forward = None
-    if lora:
-        x, xa = saved
-        lora_A, lora_B = lora
-        factors = (lora_B.mT, lora_A)
-        forward = (GatheredRows(x, row_index, form.gathers), xa)
-    rows = GatheredRows(dy, row_index, form.sums)
-    needed = stack if needs_dx else None
-    _, dx, *d_lora = _multiply(Product(rows, factors, needed, is_backward=True, forward=forward))
-    if dx is None:
-        dx = dy.new_empty(0)
-    elif form.gathers:
-        dx = sum_of_rows(dx, row_index.places)
-    return [dx, *(gradient for gradient in d_lora if gradient is not None)]
+    @classmethod
+    def of_parts(
+        cls,
+        of_index: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        encoding: str,
+        shape: Sequence[int],
+        flags: Sequence[bool],
+        *,
+        is_compiled: bool = False,
+    ) -> "ExpertProducts":
+        experts, in_features, out_features = shape
+        gathers, sums, is_transposed = flags
+        sizes = (experts, in_features, out_features)
+        stack = FrozenStack(find_format(encoding), tensors, sizes, is_transposed, is_compiled)
+        return cls(stack, RowIndex.of_tensors(of_index), gathers, sums)
+
+    def forward(self, x: Tensor, lora: Sequence[Tensor]) -> list[Tensor]:
+        """The output, and x A^T [rows, rank] where there is an update."""
+        factors = (lora[0].mT, lora[1]) if lora else None
+        rows = GatheredRows(x, self.row_index, self.gathers)
+        xa, y, _, _ = _multiply(Product(rows, factors, self.stack))
+        assert y is not None  # as there is a stack
+        if self.sums:
+            y = sum_of_rows(y, self.row_index.places)
+        return [y] if xa is None else [y, xa]
+
+    def backward(
+        self, dy: Tensor, saved: Sequence[Tensor], lora: Sequence[Tensor], needs_dx: bool
+    ) -> list[Tensor]:
+        """The gradients of x (empty unless `needs_dx`) and of `lora`.
+
+        saved: x and x A^T, or empty without updates.
+        """
+        dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
+        factors = None
+        forward = None
+        if lora:
+            x, xa = saved
+            lora_A, lora_B = lora
+            factors = (lora_B.mT, lora_A)
+            forward = (GatheredRows(x, self.row_index, self.gathers), xa)
+        rows = GatheredRows(dy, self.row_index, self.sums)
+        stack = self.stack if needs_dx else None
+        _, dx, *d_lora = _multiply(Product(rows, factors, stack, is_backward=True, forward=forward))
+        if dx is None:
+            dx = dy.new_empty(0)
+        elif self.gathers:
+            dx = sum_of_rows(dx, self.row_index.places)
+        return [dx, *(gradient for gradient in d_lora if gradient is not None)]
 
 
 def _multiply(product: Product) -> Results:
@@ -334,28 +344,16 @@ def _dense_weights(product: Product, counts: Sequence[int]) -> Iterator[tuple[in
         del weight
 
 
-# ---- what both paths rebuild, and what they save: [x, x A^T], and the tensors of three lists
+# ---- what both paths save: [x, x A^T], and the tensors of three lists
 
 
-def _rebuild(
-    form: _ProductForm,
-    tensors: Sequence[Tensor],
-    of_index: Sequence[Tensor],
-    *,
-    is_compiled: bool = False,
-) -> tuple[FrozenStack, RowIndex]:
-    """The stack and the index of some tensors."""
-    kind = find_format(form.encoding)
-    stack = FrozenStack(kind, tensors, form.shape, form.is_transposed, is_compiled)
-    return stack, RowIndex.of_tensors(of_index)
-
-
-def _save(ctx: Any, x: Tensor, xa: Sequence[Tensor], lists: Sequence[Sequence[Tensor]]) -> None:
-    """lists: `lora`, those of the index, and of the stack. Without updates x is not needed."""
-    saved = (x, *xa) if xa else ()
-    ctx.counts = [len(saved), *(len(tensors) for tensors in lists)]
-    flat = [tensor for tensors in lists for tensor in tensors]
-    ctx.save_for_backward(*saved, *flat)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """inputs: x, `lora`, and `ExpertProducts.parts`. Without updates x is not needed."""
+    x, lora, of_index, tensors, *ctx.form = inputs
+    _, *xa = output
+    lists = ((x, *xa) if xa else (), lora, of_index, tensors)
+    ctx.counts = [len(saved) for saved in lists]
+    ctx.save_for_backward(*(tensor for saved in lists for tensor in saved))
 
 
 def _saved_lists(ctx: Any) -> list[list[Tensor]]:
@@ -373,35 +371,21 @@ def _saved_lists(ctx: Any) -> list[list[Tensor]]:
 
 class _ExpertMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        form: _ProductForm,
-        stack: FrozenStack,
-        row_index: RowIndex,
-        *lora: Tensor,
-    ) -> Tensor:
-        ctx.form = form
-        y, *xa = _forward(x, lora, stack, row_index, form)
-        _save(ctx, x, xa, (lora, row_index.tensors(), stack.tensors))
-        return y
+    def forward(ctx: Any, x: Tensor, products: ExpertProducts, *lora: Tensor) -> Tensor:
+        outputs = products.forward(x, lora)
+        _save(ctx, (x, lora, *products.parts()), outputs)
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        form: _ProductForm = ctx.form
         saved, lora, of_index, tensors = _saved_lists(ctx)
-        stack, row_index = _rebuild(form, tensors, of_index)
+        products = ExpertProducts.of_parts(of_index, tensors, *ctx.form)
         needs_dx = ctx.needs_input_grad[0]
-        dx, *d_lora = _backward(grads[0], saved, lora, stack, row_index, form, needs_dx)
-        return (dx if needs_dx else None, None, None, None, *d_lora)
+        dx, *d_lora = products.backward(grads[0], saved, lora, needs_dx)
+        return (dx if needs_dx else None, None, *d_lora)
 
 
-# ---- inside torch.compile; an operator takes a `RowIndex` and a `_ProductForm` in parts
-
-
-def _form_of(encoding: str, shape: list[int], flags: list[bool]) -> _ProductForm:
-    experts, in_features, out_features = shape
-    return _ProductForm(encoding, (experts, in_features, out_features), *flags)
+# ---- inside torch.compile
 
 
 def _expert_products(
@@ -413,9 +397,8 @@ def _expert_products(
     shape: list[int],
     flags: list[bool],
 ) -> list[Tensor]:
-    form = _form_of(encoding, shape, flags)
-    stack, row_index = _rebuild(form, tensors, of_index, is_compiled=True)
-    return _forward(x, lora, stack, row_index, form)
+    parts = (of_index, tensors, encoding, shape, flags)
+    return ExpertProducts.of_parts(*parts, is_compiled=True).forward(x, lora)
 
 
 def _expert_products_backward(
@@ -429,9 +412,9 @@ def _expert_products_backward(
     flags: list[bool],
     needs_dx: bool,
 ) -> list[Tensor]:
-    form = _form_of(encoding, shape, flags)
-    stack, row_index = _rebuild(form, tensors, of_index, is_compiled=True)
-    return _backward(dy, saved, lora, stack, row_index, form, needs_dx)
+    parts = (of_index, tensors, encoding, shape, flags)
+    products = ExpertProducts.of_parts(*parts, is_compiled=True)
+    return products.backward(dy, saved, lora, needs_dx)
 
 
 expert_products = torch.library.custom_op(
@@ -460,12 +443,6 @@ def _(dy, saved, lora, of_index, tensors, encoding, shape, flags, needs_dx):  # 
     return [dx, *(factor.new_empty(factor.shape) for factor in lora)]
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, lora, of_index, tensors, *ctx.form = inputs
-    _, *xa = output
-    _save(ctx, x, xa, (lora, of_index, tensors))
-
-
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     saved, lora, of_index, tensors = _saved_lists(ctx)
     dy, *_ = grads
@@ -478,4 +455,4 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return dx if needs_dx else None, d_lora, d_index, d_tensors, None, None, None
 
 
-expert_products.register_autograd(_differentiate, setup_context=_save_inputs)
+expert_products.register_autograd(_differentiate, setup_context=_save)

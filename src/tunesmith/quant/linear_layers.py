@@ -1,5 +1,6 @@
 """The questions that a model is asked about its linear layers."""
 
+import math
 from collections.abc import Collection
 from functools import cache, partial
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.fused import add_mixin
-from tunesmith.model.weights import SCALES, Hook
+from tunesmith.model.weights import Hook
 
 
 def load_hooks(model: nn.Module) -> dict[str, Hook]:
@@ -100,15 +101,13 @@ def parameter_count(model: nn.Module) -> int:
     """
     count = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
-        if isinstance(layer, ExpertStack):
-            count += layer.stored_shape.numel()
-            count -= sum(parameter.numel() for parameter in layer.parameters())
-        elif isinstance(layer, FrozenLinear) and has_codes(layer):
-            for name, parameter in layer.named_parameters(recurse=False):
-                # Out with the stored elements (nf4 has two weights in each), in with out * in
-                # below.
-                if name in ("weight", f"weight{SCALES}"):
-                    count -= parameter.numel()
-            parts = layer.tensor_shard.parts if layer.tensor_shard else 1
-            count += layer.in_features * layer.out_features * parts
+        if not isinstance(layer, ExpertStack | FrozenLinear) or not has_codes(layer):
+            continue
+        # Out with the stored elements (nf4 has two weights in each), in with the dense ones.
+        stored = (tensor for tensor in layer.stored_tensors() if isinstance(tensor, nn.Parameter))
+        count -= sum(parameter.numel() for parameter in stored)
+        parts = 1
+        if isinstance(layer, FrozenLinear) and layer.tensor_shard is not None:
+            parts = layer.tensor_shard.parts
+        count += math.prod(layer.shape) * parts
     return count
