@@ -401,7 +401,7 @@ def how_far(
 
 def read_running(folder: Path) -> RunningNote | None:
     """The note of a start; None where it is not there or lacks something."""
-    return read_part(folder / RUNNING, lambda path: read_form(path, RunningNote)).value
+    return read_part(folder / RUNNING, lambda path: read_object(path, RunningNote)).value
 
 
 def read_recipe(folder: Path) -> Part[Fields]:
@@ -587,7 +587,7 @@ class ProfileSummary(TypedDict):
 
 def read_profile(path: Path) -> ProfileSummary:
     """A summary of `profile/`; OSError or ValueError where it is damaged."""
-    return read_form(path, ProfileSummary)
+    return read_object(path, ProfileSummary)
 
 
 class RowLosses(TypedDict):

@@ -228,7 +228,8 @@ def _wrong_share(result: Tensor, expected: Tensor, sizes: Tensor) -> float:
     """Find how much the worst row or column is off; sizes: of the elements, [n, m]."""
     wrong = (result.float() - expected.float()) / sizes
     right = expected.float() / sizes
-    return max(float((wrong.norm(dim=dim) / right.norm(dim=dim)).max()) for dim in (0, 1))
+    rows, columns = (wrong.norm(dim=dim) / right.norm(dim=dim) for dim in (1, 0))
+    return float(torch.cat([rows, columns]).max())
 
 
 @torch.no_grad()
@@ -275,10 +276,10 @@ def matmul_fault(
         # The powers are e4m3 numbers: only the sums and bf16 round.
         expected_y = x @ dense.T + update[0] @ update[1].T
         expected_dx = 2 * (dy @ dense) + dx_update[0] @ dx_update[1].T
-        forward = _wrong_share(y, expected_y, row_powers.outer(out_powers))
-        backward = _wrong_share(dx, expected_dx, row_powers.outer(in_powers))
-        if not (forward <= WRONG_SHARE and backward <= WRONG_SHARE):  # NaN is wrong too
-            fault = f"a wrong result: off by {forward:.1%} forward, {backward:.1%} backward"
+        shares = [_wrong_share(y, expected_y, row_powers.outer(out_powers))]
+        shares += [_wrong_share(dx, expected_dx, row_powers.outer(in_powers))]
+        if not all(share <= WRONG_SHARE for share in shares):  # NaN is wrong too
+            fault = f"a wrong result: off by {shares[0]:.1%} forward, {shares[1]:.1%} backward"
     except Exception as error:  # whatever torch and the driver raise for matmuls that they lack
         fault = first_line(error)
     if not fault:

@@ -8,6 +8,7 @@ tokens that it has between attention and MLP, and counts these.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class ExpertLoad:
         is_varied: layers are compiled, and micro batches differ in their number of tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, is_varied: bool = False) -> None:
         self.modules: list[CountedExperts] = []
         self.is_token: Tensor | None = None
         self.tensor_group: RankGroup | None = None
@@ -87,7 +88,7 @@ class ExpertLoad:
         finally:
             self.is_token = is_token
 
-    def note(self, counts: Tensor, values: tuple[Any, ...]) -> None:
+    def note(self, counts: Tensor, values: tuple[object, ...]) -> None:
         """Count what a module of experts is called with."""
         if self.is_token is None:
             return

@@ -10,7 +10,7 @@ documents.
 import importlib
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Mixin = TypeVar("Mixin", bound=nn.Module)
 Project = Callable[[Tensor, Sequence[nn.Module]], Sequence[Tensor]]
-M = TypeVar("M", bound=nn.Module)
 
 
 def separately(x: Tensor, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
@@ -115,17 +114,15 @@ def _reference_code(reference: str) -> Hashable | None:
     return forward_code(vars(importlib.import_module(_module_name(reference)))[name])
 
 
-def add_mixin(module: Any, mixin: type[M]) -> M:
+def add_mixin(module: nn.Module, mixin: type[Mixin]) -> Mixin:
     """Insert `mixin` before the module's own class: parameters, names and hooks stay as they are.
 
     Layers of one class share a graph of torch.compile; functions bound on the instances would be
     compiled one by one.
     """
-    first: Any = mixin
-    second: Any = type(module)
-    module.__class__ = _mixed_class(first, second)
-    mixed: M = module
-    return mixed
+    module.__class__ = _mixed_class(mixin, type(module))  # type: ignore[arg-type]
+    assert isinstance(module, mixin)
+    return module
 
 
 @cache

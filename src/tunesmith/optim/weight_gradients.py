@@ -33,7 +33,7 @@ def accumulate_in_fp32(model: nn.Module) -> int:
     for layer in model.modules():
         is_linear = type(layer) is nn.Linear or isinstance(layer, BypassedLinear)
         if is_linear and layer.weight.requires_grad and layer.weight.dtype in HALF:
-            add_mixin(layer, Fp32GradientLinear)
+            summing = add_mixin(layer, Fp32GradientLinear)
             gradient = torch.empty_like(layer.weight, dtype=torch.float32)
             summing.register_buffer("gradient", gradient, persistent=False)
             # Whether `gradient` holds anything. Not a buffer, as that would move to the GPU.

@@ -158,7 +158,7 @@ def _attach_to_experts(model: PreTrainedModel, tuned: TunedModel) -> dict[str, T
         if not isinstance(update, ExpertsUpdate):
             continue
         module, _, stack = name.rpartition(".")
-        attach_to_stack(experts[module], stack, tuned.files.run.adapter)
+        attach_to_stack(experts[module], stack, tuned.recipe.adapter)
         for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
             rows = StoredRows(stored, torch.float32, stored.shape)
             weights[f"{name}{LORA_SUFFIX}.{key}"] = TunedWeight(None, rows)
