@@ -31,8 +31,10 @@ def accumulate_in_fp32(model: nn.Module) -> int:
     """
     count = 0
     for layer in model.modules():
-        is_linear = type(layer) is nn.Linear or isinstance(layer, BypassedLinear)
-        if is_linear and layer.weight.requires_grad and layer.weight.dtype in HALF:
+        # Linear layers of other classes compute something else.
+        if not (type(layer) is nn.Linear or isinstance(layer, BypassedLinear)):
+            continue
+        if layer.weight.requires_grad and layer.weight.dtype in HALF:
             summing = add_mixin(layer, Fp32GradientLinear)
             gradient = torch.empty_like(layer.weight, dtype=torch.float32)
             summing.register_buffer("gradient", gradient, persistent=False)
