@@ -44,6 +44,7 @@ from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
+from tunesmith.runtime.stream import LayerStream
 from tunesmith.units import ceil_div
 
 Weights = Literal["stored", "random"]
@@ -158,11 +159,15 @@ def build_model(
         compilation.compile_layers(root.layers, varied=varied)
     if plan.fp32_gradients:
         accumulate_in_fp32(model.get_submodule(root.layers_name))
-    allocate(run, root, plan, mesh)
-    fill_parameters(run, files, model, weights or files.folder, ranks)
+    stream = allocate(run, root, plan, mesh)
+    fill_parameters(
+        run, files, model, weights or files.folder, ranks, device=device if stream else None
+    )
     root.reference = reference_of(run, root)
     if adapter is not None:
         peft_files.load_adapter(model, adapter)
+    if stream is not None:
+        stream.attach()
     if probe is not None and run.train.recompute == "auto" and device.type == "cuda":
         # Of what was free before anything was built: the trial counts all that is allocated.
         budget = int(plan.memory.free * USABLE_SHARE)
@@ -203,31 +208,51 @@ def _check_eager(model: PreTrainedModel, support: Support) -> None:
     )
 
 
-def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> None:
-    """Shard a model on meta, and give this rank's part its memory, on the device or the host."""
+def allocate(run: Run, root: TrainModel, plan: RunPlan, mesh: Mesh) -> LayerStream | None:
+    """Shard a model on meta, and give this rank's part its memory, on the device or the host.
+
+    Returns the stream of the layers that go from one to the other, to be attached when they are
+    loaded; None where there are none.
+    """
     device = torch.device(plan.device)
-    on_host = "parameters" in plan.cpu_offload
+    on_host = "parameters" in plan.cpu_offload and mesh.shape.world > 1
     if "activations" in plan.cpu_offload:
         offload_inputs(root.layers)
     shard_model(root, mesh, run, DTYPES[run.model.dtype], offload=on_host)
     if run.train.optimizer == "adamw-8bit":
         check_blocks(root.trained_parameters())
+    if plan.streamed_layers:
+        trained = set()
+        for module in lora.modules_to_save(root.model, run.adapter):
+            trained |= set(module.parameters())
+        stream = LayerStream(root.layers, plan.streamed_layers, device, stays=trained)
+        load.materialize(root.model, device, skip=stream.parameters)
+        return stream
     load.materialize(root.model, device, shards=torch.device("cpu") if on_host else None)
     # FSDP adds its padding to the shards now: tensors that refer to them earlier would be left
     # behind.
     root.to(None if on_host else device)
+    return None
 
 
 def fill_parameters(
-    run: Run, files: ModelFiles, model: nn.Module, weights: Path | Literal["random"], ranks: Ranks
+    run: Run,
+    files: ModelFiles,
+    model: nn.Module,
+    weights: Path | Literal["random"],
+    ranks: Ranks,
+    device: torch.device | None = None,
 ) -> None:
-    """Give a materialized model its values: the base's weights, then those of the adapter."""
+    """Give a materialized model its values: the base's weights, then those of the adapter.
+
+    device: where random ones are drawn; None: where each parameter is.
+    """
     if weights == "random":
         # The parameters as in a checkpoint.
         stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(
-            model, shapes, seed=run.train.seed, convert=load_hooks(model)
+            model, shapes, seed=run.train.seed, convert=load_hooks(model), device=device
         )
     elif is_sharded(weights):
         read_sharded_weights(model, weights, ranks)

@@ -7,7 +7,7 @@ uninitialised.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -164,9 +164,13 @@ def build_on_meta(
     return causal_lm
 
 
-def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _replace(
+    model: nn.Module,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    skip: Collection[nn.Parameter] = (),
+) -> None:
     """Replace each parameter by `change(parameter)`, once for those that several modules share."""
-    changed: dict[nn.Parameter, nn.Parameter] = {}
+    changed = {parameter: parameter for parameter in skip}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             # By the parameter itself: tied ones become one new parameter.
@@ -192,13 +196,18 @@ def widen(model: nn.Module) -> None:
     _replace(model, fp32)
 
 
-def materialize(model: nn.Module, device: torch.device, shards: torch.device | None = None) -> None:
+def materialize(
+    model: nn.Module,
+    device: torch.device,
+    shards: torch.device | None = None,
+    skip: Collection[nn.Parameter] = (),
+) -> None:
     """Give every parameter on meta its memory on `device`, uninitialised; move the real ones and
     all buffers there.
 
-    Parameters that FSDP shards go to `shards` instead, if there is one. All keep their dtype,
-    shared ones stay shared, and buffers keep the values that their module computed (rotary
-    frequencies: fp32).
+    Parameters that FSDP shards go to `shards` instead, if there is one, and those of `skip` stay
+    where they are. All keep their dtype, shared ones stay shared, and buffers keep the values that
+    their module computed (rotary frequencies: fp32).
     """
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
@@ -210,7 +219,7 @@ def materialize(model: nn.Module, device: torch.device, shards: torch.device | N
             return torch.empty_like(tensor, device=place)
         return tensor.to(place)
 
-    _replace(model, real)
+    _replace(model, real, skip)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             # A registered buffer stays one, and as persistent as it was.

@@ -39,22 +39,29 @@ def init_random_weights(
     *,
     seed: int,
     convert: Mapping[str, Hook] | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Initialise a materialized model as `load_weights` loads one, from tensors that are drawn one
     at a time.
 
     `checkpoint` has what a checkpoint would hold: name -> a tensor (on meta) of that shape and
-    dtype; an adapter's parameters are left as they are. `convert` is that of `load_weights`.
+    dtype; an adapter's parameters are left as they are. `convert` is that of `load_weights`. They
+    are drawn on `device`; None: where each parameter is.
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
         target = targets.get(name)
         if target is None:  # a module in codes stands in its place
             target = next(model.get_submodule(name).parameters())
-        # Drawn whole, and rounded by the hook as a stored weight would be.
-        if convert and name in convert:
-            dense = torch.empty(like.shape, dtype=like.dtype, device=target.device)
-            init_weight(dense, name, seed)
+        has_hook = convert is not None and name in convert
+        place = device or target.device
+        if not has_hook and place == target.device:
+            init_weight(target, name, seed)
+            continue
+        dense = torch.empty(like.shape, dtype=like.dtype, device=place)
+        init_weight(dense, name, seed)
+        # Rounded by the hook as a stored weight would be.
+        if convert is not None and has_hook:
             convert[name]({"": dense})
         else:
-            init_weight(target, name, seed)
+            target.copy_(dense)

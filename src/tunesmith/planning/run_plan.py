@@ -228,6 +228,7 @@ class RunPlan:
         reference: what the method compares with; empty where it compares with nothing.
         prompts: how often that of a pair is computed; empty where it stands in both sequences.
         recomputed_layers: those of them that recompute in the backward.
+        streamed_layers: those of them whose frozen matrices wait in the host's memory.
         fp32_gradients: those of linear layers' weights are added up in fp32 by the products that
             make them.
         savings: finds changes that need less memory than this plan. It is called when advice is
@@ -246,6 +247,7 @@ class RunPlan:
     compiled: bool = False
     deterministic: bool = False
     recomputed_layers: int = 0
+    streamed_layers: int = 0
     fp32_gradients: bool = False
     cpu_offload: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -1,0 +1,252 @@
+"""Frozen weights that wait in the host's memory and come to the device one layer at a time.
+
+The frozen matrices of a streamed layer lie in one block of page-locked host memory. Two slots on
+the device take turns: number j of the layers that stream computes in slot j mod 2, while the next
+one is copied into the other, on a stream of its own. Addresses never change, so nothing is bound or
+compiled anew. A backward reads its matrices where the forward left views of them: a hook on the
+layer's output brings them back before it runs. At both turns of a micro batch the last two layers
+are still there, so n layers take 2 (n - 2) copies. A copy begins when its slot is free, and the
+host waits for none.
+
+A matrix that is read outside its layer's forward and backward is another layer's.
+"""
+
+import mmap
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.errors import MachineError
+from tunesmith.model.fused import add_mixin
+from tunesmith.units import ceil_div
+
+SLOTS = 2
+ALIGNED_BYTES = 256  # as blocks of CUDA's own allocator, whose alignment kernels expect
+
+
+class HostLayer(NamedTuple):
+    """A streamed layer; each of its matrices begins at its offset of the block, in bytes."""
+
+    layer: nn.Module
+    block: Tensor
+    offsets: dict[str, int]
+
+    def places(self, block: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each matrix by its name, and its place in a block of this layout."""
+        for name, offset in self.offsets.items():
+            like = self.layer.get_parameter(name)
+            place = block[offset : offset + like.nbytes]
+            yield name, place.view(like.dtype).view(like.shape)
+
+    def bind(self, block: Tensor) -> None:
+        """Let the layer compute with the matrices of a block."""
+        for name, place in self.places(block):
+            self.layer.get_parameter(name).data = place
+
+
+class LayerStream:
+    """The streamed layers of a model, in the order of its forward.
+
+    Args:
+        layers: of the model, on meta. The matrices of those that stream get their memory here, on
+            the host, where they are loaded; then `attach` binds them to the device.
+        count: of them that stream; the others lie evenly between them.
+        stays: parameters that are not moved.
+
+    Attributes:
+        copies: layers that were copied to the device so far.
+
+    Raises:
+        MachineError: the driver cannot page-lock so much memory.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        count: int,
+        device: torch.device,
+        stays: Collection[nn.Parameter] = (),
+    ) -> None:
+        self.layers = layers
+        self.device = device
+        self.copies = 0
+        self.streamed: list[HostLayer] = []
+        self._slots: list[Tensor] = []
+        self._held: list[int | None] = []
+        self._locked: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
+        # At the end of the process the driver does it.
+        weakref.finalize(self, _unlock, self._locked).atexit = False
+        uses = Counter(parameter for layer in layers for parameter in layer.parameters())
+        shared = {parameter for parameter, count in uses.items() if count > 1}
+        for number in evenly(count, len(layers)):
+            self._move(layers[number], shared.union(stays))
+
+    def _move(self, layer: nn.Module, stays: Collection[nn.Parameter]) -> None:
+        """Give the matrices of a layer on meta their memory on the host."""
+        offsets = {}
+        size = 0
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim > 1 and not parameter.requires_grad and parameter not in stays:
+                offsets[name] = size
+                size += ceil_div(parameter.nbytes, ALIGNED_BYTES) * ALIGNED_BYTES
+        host = HostLayer(layer, host_block(size), offsets)
+        if self._stream is not None:
+            page_lock(host.block)
+            self._locked.append(host.block)
+        for name, place in host.places(host.block):
+            owner, _, key = name.rpartition(".")
+            parameter = nn.Parameter(place, requires_grad=False)
+            layer.get_submodule(owner).register_parameter(key, parameter)
+        self.streamed.append(host)
+
+    @property
+    def parameters(self) -> set[nn.Parameter]:
+        """The parameters of the streamed layers that are on the host until `attach`."""
+        return {host.layer.get_parameter(name) for host in self.streamed for name in host.offsets}
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(host.block.nbytes for host in self.streamed)
+
+    def attach(self) -> None:
+        """Let the layers compute on the device: once they are loaded, and after all that wraps
+        them.
+        """
+        size = max(host.block.nbytes for host in self.streamed)
+        self._slots = [self._empty(size) for _ in range(SLOTS)]
+        for layer in self.layers:
+            # All of them: layers of two classes would be compiled twice.
+            add_mixin(layer, StreamedLayer)
+            streamed: Any = layer
+            streamed.stream = self
+        self._bind()
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _bind(self) -> None:
+        """Give every streamed layer its turn, and its slot."""
+        self._held = [None] * SLOTS
+        layer: Any
+        for layer in self.layers:
+            layer.turn = None
+        for turn, host in enumerate(self.streamed):
+            layer = host.layer
+            layer.turn = turn
+            host.bind(self._slots[turn % SLOTS])
+
+    def keep(self, count: int) -> None:
+        """Let all but `count` of the streamed layers stay on the device, between two steps."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
+        hosts = self.streamed
+        numbers = evenly(count, len(hosts))
+        freed = [host for number, host in enumerate(hosts) if number not in numbers]
+        for host in freed:
+            host.bind(self._empty(host.block.nbytes).copy_(host.block))
+        self.streamed = [hosts[number] for number in numbers]
+        if self._stream is not None:
+            _unlock([host.block for host in freed])
+            self._locked[:] = [host.block for host in self.streamed]
+        self._bind()
+
+    def take(self, turn: int, ahead: int) -> None:
+        """Have a layer in its slot for what is issued next, and begin to bring another one, which
+        the other slot is for.
+        """
+        slot = turn % SLOTS
+        if self._held[slot] != turn:
+            self._bring(turn)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
+        if 0 <= ahead < len(self.streamed) and self._held[ahead % SLOTS] != ahead:
+            self._bring(ahead)
+
+    def _bring(self, turn: int) -> None:
+        """Copy a layer into its slot, after all that was issued: it reads what is there."""
+        slot = turn % SLOTS
+        block = self.streamed[turn].block
+        place = self._slots[slot][: block.nbytes]
+        self._held[slot] = turn
+        self.copies += 1
+        if self._stream is None:
+            place.copy_(block)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            place.copy_(block, non_blocking=True)
+            self._copied[slot].record()
+
+
+class StreamedLayer(nn.Module):
+    """A layer whose matrices are brought before its forward, and again before its backward.
+
+    Attributes:
+        turn: its number among the streamed layers; None: it stays on the device.
+    """
+
+    stream: LayerStream
+    turn: int | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stream = self.stream
+        turn = self.turn
+        if turn is None:
+            return super().forward(*args, **kwargs)
+        stream.take(turn, turn + 1)
+        output = super().forward(*args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            # Called before the first node of the layer's backward, on its stream. All that reads
+            # the matrices of later layers was issued before.
+            hidden.register_hook(lambda gradient: stream.take(turn, turn - 1))
+        return output
+
+
+def evenly(count: int, total: int) -> list[int]:
+    """So many of the numbers below `total`, evenly spread."""
+    return [number * total // count for number in range(count)]
+
+
+def host_block(size: int) -> Tensor:
+    """Bytes of the host, in pages of their own: large ones where the system has them, which are
+    locked in a fraction of the time.
+    """
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        # A child process would get a copy of locked pages.
+        memory.madvise(mmap.MADV_DONTFORK)
+        with suppress(OSError):  # of kernels that are built without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
+def page_lock(block: Tensor) -> None:
+    """Page-lock a block of the host. `pin_memory` would copy it, into a power of two of bytes."""
+    code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    if code:
+        raise MachineError(
+            f"the driver cannot page-lock {block.nbytes / 2**30:.1f} GiB of the host's memory",
+            where="train.cpu_offload",
+            why=f"cudaHostRegister returned error {code}",
+            fix="train.cpu_offload=[] with model.quantize=nf4, or more memory for this process",
+        )
+
+
+def _unlock(blocks: list[Tensor]) -> None:
+    """Release page-locked blocks, before their memory goes."""
+    if blocks:
+        torch.cuda.synchronize()
+    for block in blocks:
+        torch.cuda.cudart().cudaHostUnregister(block.data_ptr())

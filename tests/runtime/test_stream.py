@@ -1,0 +1,159 @@
+"""The stream of frozen layers by itself: what is copied when, and that a step's numbers are those of
+layers that stay. On a GPU also that the host waits for nothing and what memory is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from devices import gpu
+from tunesmith.runtime.stream import ALIGNED_BYTES, LayerStream, evenly
+
+cpu_and_gpu = pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=gpu)])
+LAYERS = 7
+WIDTH = {"cpu": 40, "cuda": 1024}
+
+
+class Layer(nn.Module):
+    """A frozen matrix, a frozen vector, and a trained matrix."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(width, width, device="meta").requires_grad_(requires_grad=False)
+        self.trained = nn.Linear(width, width, bias=False, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.frozen(torch.tanh(self.trained(x))))
+
+
+def built(device: torch.device, streamed: int) -> tuple[list[nn.Module], LayerStream | None]:
+    """Layers with weights that depend on nothing but their names, of which some stream."""
+    layers: list[nn.Module] = [Layer(WIDTH[device.type]) for _ in range(LAYERS)]
+    stream = LayerStream(layers, streamed, device) if streamed else None
+    on_host = stream.parameters if stream else set()
+    generator = torch.Generator().manual_seed(5)
+    for layer in layers:
+        for name, parameter in list(layer.named_parameters()):
+            values = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            if parameter in on_host:
+                parameter.data.copy_(values)
+            else:
+                owner, _, key = name.rpartition(".")
+                made = nn.Parameter(values.to(device), requires_grad=parameter.requires_grad)
+                layer.get_submodule(owner).register_parameter(key, made)
+    if stream:
+        stream.attach()
+    return layers, stream
+
+
+def step(layers: Sequence[nn.Module], device: torch.device) -> Tensor:
+    """Loss of a forward, whose backward adds to the gradients."""
+    rows = torch.linspace(-1, 1, 64 * WIDTH[device.type], device=device).view(64, -1)
+    for layer in layers:
+        rows = layer(rows)
+    loss = rows.square().sum()
+    loss.backward()
+    return loss.detach()
+
+
+def results(layers: Sequence[nn.Module], device: torch.device) -> list[Tensor]:
+    """The losses of three steps, and their gradients."""
+    losses = [step(layers, device) for _ in range(3)]
+    gradients = [p.grad for layer in layers for p in layer.parameters() if p.grad is not None]
+    assert len(gradients) == LAYERS
+    return [*losses, *gradients]
+
+
+@contextlib.contextmanager
+def nothing_waits(device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@cpu_and_gpu
+@pytest.mark.parametrize("streamed", [7, 4, 3, 1])
+def test_streamed_layers_compute_what_resident_ones_do(name, streamed):
+    device = torch.device(name)
+    expected = results(built(device, 0)[0], device)
+    layers, _ = built(device, streamed)
+    with nothing_waits(device):
+        found = results(layers, device)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@cpu_and_gpu
+def test_a_micro_batch_copies_each_layer_twice_but_for_two_at_each_turn(name):
+    device = torch.device(name)
+    layers, stream = built(device, LAYERS)
+    copies = []
+    for _ in range(3):
+        step(layers, device)
+        copies.append(stream.copies)
+    assert copies[0] == LAYERS + LAYERS - 2
+    assert copies[2] - copies[1] == copies[1] - copies[0] == 2 * (LAYERS - 2)
+    with torch.no_grad():
+        rows = torch.ones(2, WIDTH[name], device=device)
+        for layer in layers:
+            rows = layer(rows)
+    # A forward alone finds the first two there, and leaves the last two.
+    assert stream.copies - copies[2] == LAYERS - 2
+
+
+@cpu_and_gpu
+def test_layers_that_are_kept_stay_and_the_others_stream_on(name):
+    device = torch.device(name)
+    expected = results(built(device, 0)[0], device)
+    layers, stream = built(device, LAYERS)
+    before = stream.host_bytes
+    stream.keep(4)
+    for a, b in zip(results(layers, device), expected, strict=True):
+        assert torch.equal(a, b)
+    assert stream.host_bytes * LAYERS == before * 4
+    assert [layer.turn for layer in layers].count(None) == LAYERS - 4
+
+
+def test_vectors_and_what_trains_do_not_move():
+    layers, stream = built(torch.device("cpu"), 3)
+    width = WIDTH["cpu"]
+    size = -(-4 * width * width // ALIGNED_BYTES) * ALIGNED_BYTES
+    assert stream.host_bytes == 3 * size
+    assert [list(host.offsets) for host in stream.streamed] == [["frozen.weight"]] * 3
+    assert all(not p.is_meta for layer in layers for p in layer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_on_a_gpu_two_slots_are_taken_and_the_host_is_page_locked():
+    device = torch.device("cuda")
+    torch.cuda.init()
+    before = torch.cuda.memory_allocated()
+    _, stream = built(device, LAYERS)
+    matrix = 4 * WIDTH["cuda"] ** 2
+    # Two slots, and of each layer the trained matrix and two vectors.
+    taken = torch.cuda.memory_allocated() - before
+    assert taken == pytest.approx((2 + LAYERS) * matrix, rel=0.03)
+    assert all(host.block.is_pinned() for host in stream.streamed)
+    block = stream.streamed[0].block
+    del stream, _
+    gc.collect()
+    assert not block.is_pinned()
+
+
+def test_layers_are_spread_evenly():
+    assert evenly(7, 7) == [0, 1, 2, 3, 4, 5, 6]
+    assert evenly(3, 7) == [0, 2, 4]
+    assert evenly(1, 5) == [0]
+    gaps = [b - a for a, b in zip(evenly(48, 80), evenly(48, 80)[1:], strict=False)]
+    assert set(gaps) == {1, 2}

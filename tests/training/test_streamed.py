@@ -1,0 +1,139 @@
+"""Frozen layers that stream from the host: a run has the bits of one whose layers all stay.
+
+On a CPU host and device are one, and the same code runs without streams of CUDA: a slot that is
+read at the wrong time has another layer's weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import write_tiny_llama
+from recipes import make_run, merge
+from tunesmith.runtime import compilation
+from tunesmith.runtime.stream import LayerStream
+from tunesmith.training import build
+from tunesmith.training.result import Result
+from tunesmith.training.run import train
+
+pytestmark = pytest.mark.slow
+
+LAYERS = 6
+RECOMPUTED = {"train": {"recompute": "full"}}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of six layers."""
+    return write_tiny_llama(tmp_path_factory.mktemp("deep-llama"), num_hidden_layers=LAYERS)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that lets so many layers of the runs that follow stream, with other changes of
+    their plan.
+    """
+    plan_model = build.plan_model
+
+    def stream(count: int, **changes: Any) -> None:
+        def planned(*args: Any) -> Any:
+            model, plan = plan_model(*args)
+            return model, replace(plan, streamed_layers=count, **changes)
+
+        monkeypatch.setattr(build, "plan_model", planned)
+
+    return stream
+
+
+def run_of(model: Path, folder: Path, /, **changes: Any) -> Result:
+    """A run of six steps with two validations in a folder."""
+    base = {
+        "train": {"duration": "6 steps", "compile": "off"},
+        "validate": {"every": "3 steps"},
+        "output_dir": str(folder / "run"),
+    }
+    torch.compiler.reset()
+    folder.mkdir(exist_ok=True)
+    return train(make_run(model, folder, **merge(base, changes)), quiet=True)
+
+
+def adapter_in(folder: Path) -> bytes:
+    return (folder / "run/final/adapter_model.safetensors").read_bytes()
+
+
+def numbers_of(model: Path, folder: Path, /, **changes: Any) -> tuple[Any, bytes]:
+    """What a run computes, and its adapter's file."""
+    records = [(r.loss, r.grad_norm, r.val_loss) for r in run_of(model, folder, **changes).records]
+    assert len(records) == 6
+    return records, adapter_in(folder)
+
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "all layers": (LAYERS, {}),
+    "recomputed": (LAYERS, RECOMPUTED),
+    "half recomputed": (LAYERS, {"train": {"recompute": 3}}),
+    "several micro batches": (LAYERS, {"train": {"micro_batch": "2 examples"}}),
+    "two stay": (4, RECOMPUTED),
+    "three stay": (3, {}),
+    "dropout": (LAYERS, {"adapter": {"dropout": 0.1}}),
+    "some adapters": (LAYERS, {"adapter": {"target": ["q_proj", "down_proj"]}}),
+    "a module in full": (LAYERS, {"adapter": {"modules_to_save": ["layers.2.mlp.up_proj"], "target": ["q_proj"]}}),
+    "nf4": (LAYERS, {"model": {"quantize": "nf4"}}),
+    "nf4, recomputed": (4, merge({"model": {"quantize": "nf4"}}, RECOMPUTED)),
+    "fp8": (LAYERS, {"model": {"quantize": "fp8", "dtype": "bf16"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_streamed_run_has_the_bits_of_a_resident_one(case, deep, tmp_path, stream):
+    count, changes = CASES[case]
+    if "nf4" in case:
+        pytest.importorskip("bitsandbytes")
+    resident = numbers_of(deep, tmp_path / "resident", **changes)
+    stream(count)
+    assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypatch):
+    """As on a GPU: compiled layers, packed rows, one graph for all."""
+    compile_layers = partial(compilation.compile_layers, backend=backend)
+    monkeypatch.setattr(compilation, "compile_layers", compile_layers)
+    monkeypatch.setattr(compilation, "compile_loss", lambda score: score)
+    changes = {"train": {"compile": "on", "recompute": 3}}
+    resident = numbers_of(deep, tmp_path / "resident", **changes)
+    stream(4)
+    assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
+
+
+def test_offloaded_inputs_and_streamed_layers_go_together(deep, tmp_path, stream):
+    resident = numbers_of(deep, tmp_path / "resident", **RECOMPUTED)
+    stream(LAYERS, cpu_offload=("parameters", "activations"))
+    assert numbers_of(deep, tmp_path / "streamed", **RECOMPUTED) == resident
+
+
+def test_a_backward_without_its_copies_differs(deep, tmp_path, stream, monkeypatch):
+    """The tests above have teeth: a slot then holds a later layer."""
+    resident = numbers_of(deep, tmp_path / "resident")
+    take = LayerStream.take
+    forward_only = lambda self, turn, ahead: take(self, turn, ahead) if ahead > turn else None  # noqa: E731
+    monkeypatch.setattr(LayerStream, "take", forward_only)
+    stream(LAYERS)
+    assert numbers_of(deep, tmp_path / "streamed")[0] != resident[0]
+
+
+def test_a_resumed_run_streams_and_has_the_bits_of_one_that_does_not(deep, tmp_path, stream):
+    """The checkpoint holds the adapter alone, as without streaming."""
+    resident = numbers_of(deep, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/run/final")
+    shutil.rmtree(tmp_path / "run/run/checkpoint-6")
+    stream(LAYERS)
+    assert run_of(deep, tmp_path / "run").first_step == 4
+    assert adapter_in(tmp_path / "run") == resident[1]
