@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -44,7 +45,7 @@ from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
 from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
-from tunesmith.runtime.stream import LayerStream
+from tunesmith.runtime.stream import SLOTS, LayerStream
 from tunesmith.units import ceil_div
 
 Weights = Literal["stored", "random"]
@@ -176,7 +177,19 @@ def build_model(
         plan = calibrate_recompute(
             root, plan, probe, meter, budget=budget, ranks=ranks, shares=shares
         )
+        if stream is not None:
+            plan = keep_what_fits(stream, plan)
     return root, plan
+
+
+def keep_what_fits(stream: LayerStream, plan: RunPlan) -> RunPlan:
+    """Let further layers stay on the device, as many as the trial of memory has left room for."""
+    more = plan.spare_bytes // stream.slot_bytes
+    count = max(SLOTS + 1, plan.streamed_layers - more)
+    if count >= plan.streamed_layers:
+        return plan
+    stream.keep(count)
+    return replace(plan, streamed_layers=count)
 
 
 def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[str, Trial]:

@@ -4,6 +4,7 @@ it is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from recipes import make_run
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
-from tunesmith.errors import RecipeError
-from tunesmith.host.chips import Chip
+from tunesmith.errors import MachineError, RecipeError
+from tunesmith.host.chips import CHIPS, Chip
+from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning.forecast import Planner, plan_on_paper
+from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, RunPlan
+from tunesmith.planning.workload import Workload
 from tunesmith.training import prepare
 
 SPEC: ModelSpec = read_spec(SHAPES["llama3-8b"].config, where="test")
@@ -134,20 +139,93 @@ def test_a_gpu_that_shares_the_hosts_memory_refuses_offload(moved: str) -> None:
     assert (refused.value.where, refused.value.fix) == ("train.cpu_offload", "train.cpu_offload=[]")
 
 
-@pytest.mark.parametrize(
-    ("adapter", "smaller"),
-    [(FULL, "train.optimizer=adamw-8bit"), (LORA, "model.quantize=nf4")],
-)
-def test_one_process_offloads_no_parameters(adapter: dict[str, Any], smaller: str) -> None:
+def test_one_process_offloads_frozen_parameters_alone() -> None:
     """What makes the run smaller in its place is named, and is a recipe's."""
     with refuses(
         RecipeError,
         where="train.cpu_offload",
-        names=["parameters", "FSDP2"],
-        fix=["train.cpu_offload=[]", smaller, "train.cpu_offload=[activations]"],
+        names=["frozen", "FSDP2"],
+        fix=["train.cpu_offload=[]", "train.optimizer=adamw-8bit", "adapter.kind=lora"],
     ):
-        plan(recipe(adapter, "parameters"), ONE, machine())
+        plan(recipe(FULL, "parameters"), ONE, machine())
     assert plan(recipe(LORA, "activations"), ONE, machine()).cpu_offload == ("activations",)
+
+
+def test_one_process_does_not_stream_experts() -> None:
+    mixture = model_spec(SHAPES["qwen3-30b-a3b"].config, where="test")
+    run = recipe(LORA, "parameters")
+    with refuses(
+        RecipeError, where="train.cpu_offload", names=["experts"], fix=["model.quantize=nf4"]
+    ):
+        resolve_plan(
+            run, mixture, machine(), trained=1, step=StepSize(65536, 65536), longest=2048, mesh=ONE
+        )
+
+
+MATRICES = sum(layer.matmul for layer in SPEC.layers)  # of all layers, all alike
+
+
+@pytest.mark.parametrize(("gib", "streamed"), [(8, 28), (12, 19), (16, 10), (79, 0)])
+def test_layers_that_fit_stay_and_the_others_stream(gib: int, streamed: int) -> None:
+    """In bf16: the host has what streams, the device the rest and two slots."""
+    run = recipe(LORA, "parameters")
+    run = replace(run, train=replace(run.train, recompute="full"))
+    small = replace(machine(), free_bytes=gib << 30, card_bytes=gib << 30)
+    found, whole = estimate(run, ONE, small), estimate(replace_offload(run), ONE, small)
+    assert found.streamed_layers == streamed
+    layer = 2 * MATRICES // SPEC.depth
+    assert found.host == streamed * layer
+    slots = 2 * layer if streamed else 0
+    assert found.weights == whole.weights - found.host + slots
+    assert found.total <= 0.9 * small.free_bytes < found.total + layer or streamed in (0, 32)
+
+
+def replace_offload(run: Run) -> Run:
+    """The run without offload."""
+    return replace(run, train=replace(run.train, cpu_offload=()))
+
+
+def test_scales_of_codes_stay_on_the_device() -> None:
+    run = recipe(LORA, "parameters")
+    run = replace(run, model=replace(run.model, quantize="nf4"))
+    found = estimate(run, ONE, replace(machine(), free_bytes=5 << 30))
+    assert found.host == found.streamed_layers * MATRICES // 2 // SPEC.depth
+
+
+def planner(gib: float, tokens: int = 65536, **keys: Any) -> Planner:
+    """The planner of a run on a machine of so much memory, 25.6 GB/s from its host."""
+    chip = replace(CHIPS["rtx-4090"], gib=gib)
+    work = Workload(
+        StepSize(tokens, tokens),
+        2048,
+        None,
+        4 * SPEC.active,
+        0.02,
+        0.0,
+        0.0,
+        1.0,
+        2048,
+        1.0,
+        "test",
+    )
+    run = recipe(LORA, *keys.pop("offload", ()))
+    run = replace(run, train=replace(run.train, recompute="auto", **keys))
+    return plan_on_paper(run, SPEC, Cluster(chip), work)
+
+
+def test_a_run_that_does_not_fit_is_offered_to_stream_with_what_that_costs() -> None:
+    with refuses(MachineError, fix=["train.cpu_offload", "GB", "tokens/s"]) as refused:
+        planner(12).choose()
+    assert "[parameters]" in str(refused.value.fix)
+
+
+def test_short_micro_batches_are_warned_of_and_long_ones_hide_the_copies() -> None:
+    long = planner(16, offload=["parameters"]).choose()
+    assert long.streamed_layers > 3
+    assert not long.warnings
+    short = planner(10, 512, offload=["parameters"]).choose()
+    assert len(short.warnings) == 1
+    assert warnings_with(short.warnings[0], "train.global_batch", "host")
 
 
 def test_on_a_cpu_offload_has_no_effect_and_that_is_said(tiny: Path, tmp_path: Path) -> None:

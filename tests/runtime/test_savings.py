@@ -146,7 +146,11 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
 @pytest.mark.parametrize(
     ("keys", "fix"),
     [
-        ({"train.recompute": "none"}, "train.recompute=full (16.5 GiB)"),
+        (
+            {"train.recompute": "none"},
+            "train.recompute=full (16.5 GiB); or "
+            "train.cpu_offload='[parameters]' (21.3 GiB; 4.4 GB of the host's memory)",
+        ),
         (FULL, "adapter.kind=lora (21.6 GiB) with --fresh"),
     ],
 )

@@ -25,6 +25,7 @@ class Chip:
         tflops: what whole steps reach in bf16.
         link, network: to a neighbor in the node and to another node, GB/s in one direction of one
             GPU.
+        host_link: from the host's memory, GB/s, where that is another than `link`.
         fp8, bf16: whether it multiplies these.
         grouped_mm: whether torch multiplies all experts of a mixture by one kernel on it.
         source: of tflops.
@@ -37,6 +38,7 @@ class Chip:
     tflops: float | None = None
     link: float | None = None
     network: float | None = None
+    host_link: float | None = None
     integrated: bool = False
     fp8: bool = True
     bf16: bool = True

@@ -139,13 +139,18 @@ def calibrate_recompute(
             count, total, activations + more, estimate.recomputed_layer, room=room
         )
         # Fewer layers are measured before they are believed, except none at all.
-        if revised >= count or revised == 0:
+        if revised >= count or (revised == 0 and not plan.streamed_layers):
             break
         count = revised
     recompute_layers(layers, revised)
     model.train(was_training)
     # The allocator itself still counts the last trial's peak.
-    return replace(plan, recomputed_layers=revised, trial_peak=meter.previous_peak)
+    return replace(
+        plan,
+        recomputed_layers=revised,
+        trial_peak=meter.previous_peak,
+        spare_bytes=max(0, int(room)),
+    )
 
 
 def _trial(model: TrainModel, batch: Batch, meter: MemoryMeter) -> float:

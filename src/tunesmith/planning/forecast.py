@@ -9,6 +9,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Literal
+
+from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
 from tunesmith.data.schedule import StepSize
@@ -29,6 +32,8 @@ from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.units import Size, ceil_div
 
 log = logging.getLogger(__name__)
+
+Recompute = int | Literal["auto", "none", "full"]
 
 # The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
 # the nodes, or a micro batch over that of `auto`, which knows of no link. Forecasts differ from
@@ -166,7 +171,7 @@ class Planner:
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
-        warning = self.warn_of_exposed_gathers(best)
+        warning = self.warn_of_exposed_gathers(best) or self.warn_of_exposed_copies(best)
         if warning:
             plan = replace(plan, warnings=(*plan.warnings, warning))
         reason = "the first that fits, because the speed is unknown"
@@ -202,6 +207,26 @@ class Planner:
             f"warning: ranks wait {exposed / forecast.step_seconds:.0%} of the time for other "
             f"ranks' weights: a step gives each {share:,.0f} tokens, and {forecast.hides_from:,} "
             f"would hide that; fix: {fix}, for fewer and larger steps"
+        )
+
+    def warn_of_exposed_copies(self, forecast: Forecast) -> str | None:
+        """A warning where micro batches are too short to hide the copies of streamed layers."""
+        exposed = forecast.seconds.get("host copies", 0.0)
+        if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
+            return None
+        run = self.run
+        tokens = forecast.plan.memory.tokens
+        fix = ""
+        if self.work.step.mean < forecast.hides_from:
+            batch = run.train.global_batch
+            amount = math.ceil(batch.amount * forecast.hides_from / self.work.step.mean)
+            fix = f"; fix: train.global_batch='{Size(amount, batch.unit)}', for larger steps"
+        elif scheme_of(run.model) is DENSE:
+            fix = "; fix: model.quantize=nf4, of which a quarter is copied"
+        return (
+            f"warning: the GPU waits {exposed / forecast.step_seconds:.0%} of the time for layers "
+            f"from the host: a micro batch has {tokens:,} tokens, and {forecast.hides_from:,} "
+            f"would hide their copies{fix}"
         )
 
     def ranked(self) -> list[Forecast]:
@@ -246,7 +271,8 @@ class Planner:
             return auto
         # Without links `auto` is the fastest already; an update in the backward takes the whole
         # global batch at once.
-        if mesh.world == 1 or not auto.step_seconds or train.optimizer_in_backward:
+        has_links = mesh.world > 1 or auto.plan.streamed_layers
+        if not has_links or not auto.step_seconds or train.optimizer_in_backward:
             return auto
         limit = most_tokens(self.spec, self.machine.device)
         largest = min(limit, rank_step(self.run, self.work.step, mesh).largest)
@@ -254,19 +280,29 @@ class Planner:
         fails, tight, cost = auto.order
         # Another micro batch than that of `auto` must save MIN_GAIN_SHARE of its cost.
         least = (fails, tight, (1 - MIN_GAIN_SHARE) * cost)
+        recomputes = [train.recompute]
+        if auto.plan.streamed_layers and train.recompute == "auto":
+            # More layers then stay on the device, and fewer are copied.
+            recomputes.append("full")
         tokens = self.run.row_tokens
         while tokens <= largest:
-            forecast = self.forecast(mesh, Size(tokens, "tokens"))
-            if forecast.order < least:
-                best = forecast
-                least = forecast.order
+            for recompute in recomputes:
+                forecast = self.forecast(mesh, Size(tokens, "tokens"), recompute)
+                if forecast.order < least:
+                    best = forecast
+                    least = forecast.order
             tokens *= 2
         return best
 
-    def forecast(self, mesh: MeshShape, size: Size | None = None) -> Forecast:
-        """Memory and time of a mesh, with the recipe's micro batch or one of `size`."""
+    def forecast(
+        self, mesh: MeshShape, size: Size | None = None, recompute: Recompute | None = None
+    ) -> Forecast:
+        """Memory and time of a mesh, with the recipe's micro batch and recompute or with these."""
         run = self.run
         keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items())
+        if recompute is not None and recompute != run.train.recompute:
+            run = replace(run, train=replace(run.train, recompute=recompute))
+            keys += f" train.recompute={recompute}"
         if size:
             run = replace(run, train=replace(run.train, micro_batch=size))
             keys += f" train.micro_batch='{size}'"
@@ -294,6 +330,16 @@ class Planner:
         time = step.time() if self.cluster.chip.tflops else StepTime({}, hidden=0.0, hides_from=0)
         step_seconds = sum(time.parts.values()) or None
 
+        tokens_per_second = step_seconds and work.step.mean * work.whole / step_seconds
+        if plan.streamed_layers:
+            cost = f"{size_text(plan.memory.host)} of the host's memory"
+            if tokens_per_second:
+                cost += (
+                    f" over {step.host_link:.0f} GB/s, hidden in micro batches of "
+                    f"{time.hides_from:,} tokens; about {tokens_per_second:,.0f} tokens/s"
+                )
+            plan = replace(plan, why={**plan.why, "cpu offload": cost})
+
         hours = None
         if run.train.duration.seconds:
             hours = run.train.duration.seconds / 3600
@@ -314,7 +360,7 @@ class Planner:
             hidden_seconds=time.hidden,
             hides_from=time.hides_from,
             step_seconds=step_seconds,
-            tokens_per_second=step_seconds and work.step.mean * work.whole / step_seconds,
+            tokens_per_second=tokens_per_second,
             hours=hours,
             keys=keys,
         )

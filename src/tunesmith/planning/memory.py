@@ -29,6 +29,7 @@ from tunesmith.planning.measured_layers import (
 )
 from tunesmith.planning.run_plan import Machine, MemoryEstimate
 from tunesmith.quant.schemes import DENSE, Scheme, scheme_of
+from tunesmith.runtime.stream import SLOTS
 from tunesmith.units import ceil_div
 
 # Layers that FSDP2 has gathered at once: one in use, the next one, and the flat buffer that a
@@ -92,7 +93,7 @@ class MemoryEstimator:
         # Otherwise the last layer's activations are gone when the first one recomputes.
         if recomputed == spec.depth:
             workspace = max(workspace, backward + max(layers) - recomputed_layer)
-        return replace(
+        memory = replace(
             fixed,
             tokens=tokens,
             recomputed_layers=recomputed,
@@ -101,6 +102,27 @@ class MemoryEstimator:
             workspace=workspace,
             host=fixed.host + input_on_host * recomputed,
         )
+        if not self.streams:
+            return memory
+        streamed = self.count_streamed(usable - memory.total)
+        kept = self.streamed_bytes * (spec.depth - streamed) // spec.depth
+        return replace(
+            memory,
+            weights=memory.weights + kept - (0 if streamed else self.slot_bytes),
+            host=memory.host - kept,
+            streamed_layers=streamed,
+        )
+
+    def count_streamed(self, room: int) -> int:
+        """Count the layers that do not stay on the device, of which as many stay as fit in `room`.
+
+        None stream where all fit in place of the slots, else more than have a slot each.
+        """
+        if self.streamed_bytes - self.slot_bytes <= room:
+            return 0
+        depth = self.spec.depth
+        resident = max(0, room * depth // self.streamed_bytes)
+        return max(SLOTS + 1, depth - resident)
 
     def _recomputed_layers(self, room: int, layers: Sequence[int], recomputed_layer: int) -> int:
         """Count the layers that recompute: those of the recipe, or as few as fit into `room`."""
@@ -136,6 +158,23 @@ class MemoryEstimator:
     def sharded(self) -> bool:
         """Tell whether the base goes through `fully_shard`."""
         return needs_fsdp(self.run, self.mesh, offload="parameters" in self.moved)
+
+    @property
+    def streams(self) -> bool:
+        """Tell whether the frozen layers come from the host one by one (`runtime/stream.py`)."""
+        return "parameters" in self.moved and self.mesh.world == 1
+
+    @cached_property
+    def streamed_bytes(self) -> int:
+        """Bytes of the layers' frozen matrices. Scales stay on the device."""
+        layers, _ = self.weights(self.itemsize)
+        return layers - self.scales
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the slots, each for the largest layer."""
+        sizes = [layer.matmul for layer in self.spec.layers]
+        return SLOTS * self.streamed_bytes * max(sizes) // sum(sizes)
 
     @cached_property
     def scheme(self) -> Scheme:
@@ -286,7 +325,10 @@ class MemoryEstimator:
         # Counts an fp32 gradient, whatever the backward makes.
         state = int(trained * state_bytes_per_parameter(run.train, width))
         host = 0
-        if "parameters" in self.moved:
+        if self.streams:
+            host = self.streamed_bytes
+            base += self.slot_bytes - host
+        elif "parameters" in self.moved:
             # The frozen layers wait on the host; embedding, norms and head stay.
             if self.trains_adapter:
                 _, outside_layers = self.weights(self.itemsize)

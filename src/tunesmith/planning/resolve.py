@@ -38,6 +38,7 @@ from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import chip_of, free_memory, host_budget, is_integrated
 from tunesmith.runtime.host import return_freed_memory
+from tunesmith.runtime.stream import host_link
 from tunesmith.units import Size
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of the free memory, what the weights of a model that answers may take; the rest is for its cache.
+ANSWERING_SHARE = 0.8
 # Of the free memory, which weights in fp32 may take where bf16 has no units.
 MAX_FP32_SHARE = 0.5
 
@@ -164,6 +167,7 @@ def probe_machine(
         free = free_memory(device)
         size = card_bytes(device)
     scaling = scheme_of(run.model).select_scaling(device, shapes)
+    moved = run.train.cpu_offload if device.type == "cuda" else ()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     backend = attention_backend(run, files, device)
     return Machine(
@@ -178,13 +182,29 @@ def probe_machine(
         grouped_mm=uses_grouped_mm(device, DTYPES[run.model.dtype]),
         name=name,
         limit=limit,
+        host_link=host_link(device) if "parameters" in moved else 0.0,
     )
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:
-    """The plan of a model that only answers: nothing compiled or recomputed, no base in 8 bits."""
+    """The plan of a model that only answers: nothing compiled or recomputed, no base in 8 bits.
+
+    Frozen layers stream where the run's did and they do not fit; a line says so.
+    """
     backend, _ = attention_backend(run, files, device)
-    return RunPlan(str(device), backend, run.model.dtype, files.spec.depth)
+    plan = RunPlan(str(device), backend, run.model.dtype, files.spec.depth)
+    machine = Machine(str(device), 0, (backend, ""), (False, ""))
+    estimator = MemoryEstimator(run, files.spec, machine, trained=0)
+    if not estimator.streams or not estimator.trains_adapter:
+        return plan
+    room = int(free_memory(device) * ANSWERING_SHARE) - estimator.fixed.weights
+    streamed = estimator.count_streamed(room)
+    if streamed:
+        log.info(
+            f"{streamed} of {plan.layers} layers come from the host's memory for each token, as "
+            "the run's train.cpu_offload says"
+        )
+    return replace(plan, streamed_layers=streamed)
 
 
 def resolve_plan(
@@ -212,7 +232,7 @@ def resolve_plan(
             fits: dropout and the order of sums depend on it.
     """
 
-    check_offload(run, machine, mesh)
+    check_offload(run, spec, machine, mesh)
     train = run.train
     estimator = MemoryEstimator(run, spec, machine, trained, mesh, probabilities, whole)
     step = rank_step(run, step, mesh)
@@ -247,6 +267,7 @@ def resolve_plan(
         compiled=compiled,
         deterministic=train.deterministic,
         recomputed_layers=memory.recomputed_layers,
+        streamed_layers=memory.streamed_layers,
         fp32_gradients=estimator.fp32_gradients,
         cpu_offload=estimator.moved,
         warnings=describe_dense_experts(estimator),

@@ -101,6 +101,7 @@ class Machine:
         kernel: that the attention backend takes; empty: not tried.
         name: of the GPU, as the driver has it.
         limit: of a CPU: what bounds its memory.
+        host_link: measured from the host's page-locked memory to the GPU, GB/s; 0: it was not.
     """
 
     device: str
@@ -114,6 +115,7 @@ class Machine:
     kernel: str = ""
     name: str = ""
     limit: MemoryLimit | None = None
+    host_link: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class MemoryEstimate:
         workspace: there for a moment: one layer's gradients, a chunk of logits, the embeddings'
             rows.
         host: in the host's memory, by train.cpu_offload; in none of the sums.
+        streamed_layers: whose frozen matrices come from there, on one process.
         free: what there was before anything was built.
         least: what a step on the longest example alone takes, before any gradient is there.
     """
@@ -168,6 +171,7 @@ class MemoryEstimate:
     gathered: int = 0
     workspace: int = 0
     host: int = 0
+    streamed_layers: int = 0
     free: int = 0
     least: int = 0
 
@@ -206,15 +210,18 @@ class Saving(NamedTuple):
         keys: as words of the command line.
         total: bytes that the run then needs.
         resumes: whether a run that is resumed may change them.
+        cost: of layers that stream, as the plan says it.
     """
 
     keys: str
     total: int
     resumes: bool
+    cost: str = ""
 
     def describe(self) -> str:
         """`model.quantize=nf4 (45.1 GiB)`."""
-        return f"{self.keys} ({self.total / 2**30:.1f} GiB)"
+        cost = f"; {self.cost}" if self.cost else ""
+        return f"{self.keys} ({self.total / 2**30:.1f} GiB{cost})"
 
 
 @dataclass(frozen=True)
@@ -235,6 +242,7 @@ class RunPlan:
             asked for, as it takes some 0.3 s.
         trial_peak: the most bytes that were allocated before the last trial of memory, which begins
             the allocator's statistics anew.
+        spare_bytes: that it left, beyond what the run takes later.
     """
 
     device: str
@@ -256,6 +264,7 @@ class RunPlan:
     mesh: MeshShape = ONE
     savings: Callable[[], Sequence[Saving]] = tuple
     trial_peak: int = 0
+    spare_bytes: int = 0
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -285,6 +294,8 @@ class RunPlan:
             choices["weight gradients"] = "added up in fp32"
         if self.cpu_offload:
             choices["cpu offload"] = ", ".join(self.cpu_offload)
+            if self.streamed_layers:
+                choices["cpu offload"] += f", {self.streamed_layers} of {self.layers} layers stream"
         return choices
 
     def less_memory(self, *, resumed: bool = False, recompute: bool = True) -> str:

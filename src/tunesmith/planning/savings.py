@@ -14,6 +14,7 @@ from tunesmith.config.dump import differences
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
+from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
@@ -31,6 +32,8 @@ ADAPTER_KEYS: Keys = {
     "train.master_weights": "fp32",
     "train.optimizer_in_backward": False,
 }
+
+STREAMED_KEYS: Keys = {"train.cpu_offload": ("parameters",)}
 
 
 class PlannedChange(NamedTuple):
@@ -50,7 +53,8 @@ def find_savings(
     longest: int,
 ) -> tuple[Saving, ...]:
     """Find changes that bring a run below so many bytes, in the order in which a user would try
-    them; where nothing does, what just fits is enough. Training an adapter comes last.
+    them; where nothing does, what just fits is enough. Training an adapter comes after them, and
+    last frozen layers that stream from the host, which changes no number.
 
     Args:
         plan_of: plans a changed recipe; what the recipe's rules or the meshes refuse is left out.
@@ -70,13 +74,16 @@ def find_savings(
     starts = [PlannedChange(run, plan)]
     if run.adapter.kind == "none":
         starts += _changed(starts[0], ADAPTER_KEYS, plan_of)
+    enough: list[PlannedChange] = []
     for is_enough in (is_below, just_fits):
-        enough: list[PlannedChange] = []
         for start in starts:
             enough += _find_enough(start, is_enough, plan_of, longest)
         if enough:
-            return tuple(_saving(run, change, machine) for change in enough)
-    return ()
+            break
+    if plan.mesh.world == 1:  # several ranks have other ways to share what one cannot hold
+        streamed = _changed(starts[0], STREAMED_KEYS, plan_of)
+        enough += [change for change in streamed if just_fits(change.plan)]
+    return tuple(_saving(run, change, machine) for change in enough)
 
 
 def _find_enough(
@@ -126,9 +133,13 @@ def _saving(run: Run, planned: PlannedChange, machine: Machine) -> Saving:
     words = []
     for change in changes:
         value = change.new if isinstance(change.new, str) else json.dumps(change.new)
+        if isinstance(change.new, list):
+            value = f"[{', '.join(change.new)}]"
         words.append(f"{change.key}={shell_word(value)}")
     resumes = all(change.allowed for change in changes)
-    return Saving(" ".join(words), bytes_of_run(planned.plan, machine), resumes)
+    plan = planned.plan
+    cost = plan.why["cpu offload"] if plan.streamed_layers else ""
+    return Saving(" ".join(words), bytes_of_run(plan, machine), resumes, cost)
 
 
 def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
@@ -274,8 +285,8 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 
-def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
-    """RecipeError where `train.cpu_offload` asks for what a GPU or the mesh cannot have.
+def check_offload(run: Run, spec: ModelSpec, machine: Machine, mesh: MeshShape) -> None:
+    """RecipeError where `train.cpu_offload` asks for what a GPU, the mesh or a model cannot have.
 
     On a CPU it has no effect.
     """
@@ -287,13 +298,21 @@ def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
             why="offloading would use the same memory",
             fix="train.cpu_offload=[]",
         )
-    if "parameters" in moved and mesh.world == 1:
-        is_full = run.adapter.kind == "none"
-        smaller = "train.optimizer=adamw-8bit" if is_full else "model.quantize=nf4"
+    if "parameters" not in moved or mesh.world > 1:
+        return
+    if run.adapter.kind == "none":
         raise RecipeError(
-            "a single process cannot offload parameters",
+            "a single process offloads frozen parameters only",
             where="train.cpu_offload",
-            why="FSDP2 moves the shards of several ranks, and one process has none",
-            fix=f"train.cpu_offload=[] with {smaller}, or train.cpu_offload=[activations], or "
-            "several ranks",
+            why="gradients and moments of a model trained in full would have to move too, which "
+            "FSDP2 does over several ranks",
+            fix="train.cpu_offload=[] with train.optimizer=adamw-8bit, or several ranks, or "
+            "adapter.kind=lora",
+        )
+    if any(layer.experts for layer in spec.layers):
+        raise RecipeError(
+            "a single process cannot offload the parameters of a mixture of experts",
+            where="train.cpu_offload",
+            why="all experts of a layer would be copied, and a token computes with few of them",
+            fix="train.cpu_offload=[] with model.quantize=nf4, or several ranks",
         )

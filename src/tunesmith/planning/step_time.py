@@ -33,6 +33,7 @@ from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.micro_batch import RECOMPUTE_SHARE, PassCosts, rank_step
 from tunesmith.planning.run_plan import RunPlan
 from tunesmith.planning.workload import Workload
+from tunesmith.runtime.stream import SLOTS
 from tunesmith.units import ceil_div
 
 # Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
@@ -40,6 +41,8 @@ EIGHT_BIT_SPEED = 1.44
 # Of products alone, beside whole steps: 700 and 551 TFLOP/s, LoRA of an 8B on an H200. Nobody has
 # measured those of experts: that they reach it is assumed, but for the tiles below.
 PRODUCT_SPEED = 1.27
+# From the host to a GPU of which nothing is known, GB/s: 80 % of PCIe 4.0 x16.
+PCIE_4_LINK = 25.6
 # Rows of a tile of a grouped product: the last one of each expert is half empty on average.
 TILE_ROWS = 128
 # Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
@@ -193,8 +196,9 @@ class Step:
         collectives = self.collectives
         micro_batches = self.micro_batches
         gather = self._gather_seconds(collectives.gather)
-        beside_forward = gather + self._gather_seconds(collectives.gather_head)
-        beside_backward = gather + self._transfer_seconds(collectives.reduce)
+        copies = self._streamed_bytes / (1e9 * self.host_link)
+        beside_forward = copies + gather + self._gather_seconds(collectives.gather_head)
+        beside_backward = copies + gather + self._transfer_seconds(collectives.reduce)
         # Nothing hides these.
         exposed = self._gather_seconds(collectives.gather_first)
         exposed += self._transfer_seconds(collectives.reduce_last)
@@ -213,7 +217,7 @@ class Step:
             exposed_sum = max(0.0, gradients - backward)
         communication = {
             "tensor parallel": self._transfer_seconds(collectives.tensor_parallel),
-            "shards": micro_batches * exposed,
+            "host copies" if copies else "shards": micro_batches * exposed,
             "gradients": exposed_sum + self._transfer_seconds(collectives.expert_gradients),
         }
         # So many times longer the passes must be, and so the micro batch.
@@ -223,6 +227,18 @@ class Step:
             hidden=micro_batches * (of_micro_batch - exposed) + gradients - exposed_sum,
             hides_from=math.ceil(hiding_passes * self.tokens / micro_batches),
         )
+
+    @property
+    def host_link(self) -> float:
+        """From the host's page-locked memory to the GPU, GB/s: measured, or by the table."""
+        chip = self.cluster.chip
+        return self.estimator.machine.host_link or chip.host_link or chip.link or PCIE_4_LINK
+
+    @property
+    def _streamed_bytes(self) -> float:
+        """Bytes that a pass copies from the host: all streamed layers but those in the slots."""
+        copied = max(0, self.plan.streamed_layers - SLOTS)
+        return self.estimator.streamed_bytes * copied / self.plan.layers
 
     @cached_property
     def token_seconds(self) -> dict[str, float]:

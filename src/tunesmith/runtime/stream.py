@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from tunesmith.errors import MachineError
 from tunesmith.model.fused import add_mixin
+from tunesmith.runtime.transfer import Mark
 from tunesmith.units import ceil_div
 
 SLOTS = 2
+LINK_BYTES = 1 << 27  # copied at a time to measure the link
 ALIGNED_BYTES = 256  # as blocks of CUDA's own allocator, whose alignment kernels expect
 
 
@@ -86,7 +88,7 @@ class LayerStream:
             self._stream = torch.cuda.Stream(device)
             self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
         # At the end of the process the driver does it.
-        weakref.finalize(self, _unlock, self._locked).atexit = False
+        weakref.finalize(self, page_unlock, self._locked).atexit = False
         uses = Counter(parameter for layer in layers for parameter in layer.parameters())
         shared = {parameter for parameter, count in uses.items() if count > 1}
         for number in evenly(count, len(layers)):
@@ -100,6 +102,8 @@ class LayerStream:
             if parameter.ndim > 1 and not parameter.requires_grad and parameter not in stays:
                 offsets[name] = size
                 size += ceil_div(parameter.nbytes, ALIGNED_BYTES) * ALIGNED_BYTES
+        if not size:
+            return
         host = HostLayer(layer, host_block(size), offsets)
         if self._stream is not None:
             page_lock(host.block)
@@ -119,12 +123,15 @@ class LayerStream:
     def host_bytes(self) -> int:
         return sum(host.block.nbytes for host in self.streamed)
 
+    @property
+    def slot_bytes(self) -> int:
+        return max((host.block.nbytes for host in self.streamed), default=0)
+
     def attach(self) -> None:
         """Let the layers compute on the device: once they are loaded, and after all that wraps
         them.
         """
-        size = max(host.block.nbytes for host in self.streamed)
-        self._slots = [self._empty(size) for _ in range(SLOTS)]
+        self._slots = [self._empty(self.slot_bytes) for _ in range(SLOTS)]
         for layer in self.layers:
             # All of them: layers of two classes would be compiled twice.
             add_mixin(layer, StreamedLayer)
@@ -157,7 +164,7 @@ class LayerStream:
             host.bind(self._empty(host.block.nbytes).copy_(host.block))
         self.streamed = [hosts[number] for number in numbers]
         if self._stream is not None:
-            _unlock([host.block for host in freed])
+            page_unlock([host.block for host in freed])
             self._locked[:] = [host.block for host in self.streamed]
         self._bind()
 
@@ -223,13 +230,13 @@ def host_block(size: int) -> Tensor:
     """Bytes of the host, in pages of their own: large ones where the system has them, which are
     locked in a fraction of the time.
     """
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         # A child process would get a copy of locked pages.
         memory.madvise(mmap.MADV_DONTFORK)
         with suppress(OSError):  # of kernels that are built without
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def page_lock(block: Tensor) -> None:
@@ -244,7 +251,19 @@ def page_lock(block: Tensor) -> None:
         )
 
 
-def _unlock(blocks: list[Tensor]) -> None:
+def host_link(device: torch.device) -> float:
+    """Measure copies from page-locked memory to a GPU, in GB/s; it takes a tenth of a second."""
+    block = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    place = torch.empty_like(block, device=device)
+    marks = [Mark(device)]
+    for _ in range(4):
+        place.copy_(block, non_blocking=True)
+        marks.append(Mark(device))
+    # Without the first copy.
+    return 3 * LINK_BYTES / marks[-1].seconds_since(marks[1]) / 1e9
+
+
+def page_unlock(blocks: list[Tensor]) -> None:
     """Release page-locked blocks, before their memory goes."""
     if blocks:
         torch.cuda.synchronize()

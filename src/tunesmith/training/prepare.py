@@ -50,11 +50,15 @@ from tunesmith.planning.resolve import check_bf16, probe_machine, with_dtype
 from tunesmith.planning.run_plan import Machine, RunPlan, fit_to_model, shares_prompts
 from tunesmith.planning.workload import measure_work
 from tunesmith.quant.replace import eight_bit_shapes
-from tunesmith.quant.schemes import scheme_of
+from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.run_dir import RECIPE, Phase
 from tunesmith.runtime.device import chip_of
 
 log = logging.getLogger(__name__)
+
+# Of what streamed layers take on the host, what must be available beside it: pages that are locked
+# cannot give way to other programs.
+SPARE_HOST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -325,17 +329,21 @@ def plan_model(
         trained = count_trained(run, model)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
         # `memory.host` is a rank's share; the ranks of a node have one host.
-        needed = plan.memory.host * ranks.local_world
-        there = available_memory()
+        needed, there = plan.memory.host * ranks.local_world, available_memory()
+        why = f"{ranks.local_world} ranks are on it"
+        fix = "train.cpu_offload=[], or more nodes"
+        if plan.streamed_layers:
+            needed += int(needed * SPARE_HOST_SHARE)
+            why = f"{plan.streamed_layers} of {plan.layers} layers wait there"
+            fix = "train.recompute=full, for more layers on the GPU"
+            if scheme_of(run.model) is DENSE:
+                fix += ", or model.quantize=nf4"
         if needed > there:
             what = (
                 f"the host needs {size_text(needed)} for offloading, "
                 f"but only {size_text(there)} are available"
             )
-            fix = "train.cpu_offload=[], or more nodes"
-            raise MachineError(
-                what, where="train.cpu_offload", why=f"{ranks.local_world} ranks are on it", fix=fix
-            )
+            raise MachineError(what, where="train.cpu_offload", why=why, fix=fix)
     ranks.heartbeat.phase(Phase.LOADING)
     return model, plan
 

@@ -77,6 +77,7 @@ STEP_PART_NAMES = {
     "copies for experts": "sorting tokens by expert",
     "tensor parallel": "exchanging activations",
     "shards": "reading other ranks' weights",
+    "host copies": "waiting for layers from the host",
     "gradients": "summing gradients",
 }
 
