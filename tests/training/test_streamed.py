@@ -137,3 +137,16 @@ def test_a_resumed_run_streams_and_has_the_bits_of_one_that_does_not(deep, tmp_p
     stream(LAYERS)
     assert run_of(deep, tmp_path / "run").first_step == 4
     assert adapter_in(tmp_path / "run") == resident[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+def test_on_a_gpu_compiled_layers_stream_alike(deep, tmp_path, stream):
+    """Run with CUBLAS_WORKSPACE_CONFIG=:4096:8 where other tests have used the GPU before."""
+    changes = {
+        "model": {"dtype": "bf16"},
+        "train": {"compile": "on", "recompute": 3, "deterministic": True},
+    }
+    resident = numbers_of(deep, tmp_path / "resident", **changes)
+    stream(4)
+    assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
