@@ -101,6 +101,8 @@ def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
 
 def plans() -> dict[str, dict[str, Any]]:
     """`RECIPE on MACHINE` -> `short_plan`, of every shipped recipe on every machine."""
+    from tunesmith.errors import EXIT_USAGE
+
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["PATH"] = temporary  # without nvidia-smi, `here` is a CPU on every machine
@@ -112,11 +114,13 @@ def plans() -> dict[str, dict[str, Any]]:
             name = recipe["name"]
             for machine, words in MACHINES.items():
                 code, output = run_verb(["plan", name, "--json", "--on", *words])
-                if not output:
+                # A recipe that asks for what the machine cannot do has an error in place of a plan.
+                if not output and code != EXIT_USAGE:
                     sys.exit(
                         f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing"
                     )
-                rows[f"{name} on {machine}"] = short_plan(code, json.loads(output))
+                plan = short_plan(code, json.loads(output)) if output else {"exit": code}
+                rows[f"{name} on {machine}"] = plan
     return rows
 
 

@@ -17,7 +17,12 @@ from warm import read_hub_settings, run_warm
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # `# Forecast at ...: a DGX Spark 91 GiB, 1,400 tokens/s; two 91 GiB, 2,800; an H100 67 GiB, 13,000`
-FORECASTS = {"dgx-spark": "a DGX Spark", "2x-dgx-spark": "two", "h100": "an H100"}
+FORECASTS = {
+    "dgx-spark": "a DGX Spark",
+    "2x-dgx-spark": "two",
+    "h100": "an H100",
+    "rtx-4090": "an RTX 4090",
+}
 
 
 def two_digits(number: float) -> float:

@@ -112,7 +112,7 @@ def words_of(keys: dict[str, object]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "gib"), [("llama3-8b", 11), ("llama3-70b", 30)])
+@pytest.mark.parametrize(("shape", "gib"), [("llama3-8b", 5), ("llama3-70b", 10)])
 def test_nothing_is_offered_where_nothing_helps(recipe: Path, shape: str, gib: float) -> None:
     with pytest.raises(MachineError) as refused:
         plan_of(load_recipe(recipe, {"model.quantize": "nf4"}), shape, gib / 2)

@@ -361,9 +361,10 @@ class Train:
     )
     cpu_offload: tuple[Literal["parameters", "activations"], ...] = key(
         (),
-        "keep in the host's memory, at the cost of time: parameters (of several ranks: a model"
-        " trained in full, with gradients and moments; beside an adapter the frozen layers, without"
-        " embedding and head), activations (the inputs of recomputed layers)",
+        "keep in the host's memory, at the cost of time: parameters (beside an adapter the frozen"
+        " layers, without embedding and head, of one process those that do not fit; on several"
+        " ranks also a model trained in full, with gradients and moments), activations (the inputs"
+        " of recomputed layers)",
         free=True,
     )
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile", free=True)
