@@ -17,8 +17,10 @@ import torch
 
 from conftest import write_tiny_llama
 from recipes import make_run, merge
+from tunesmith.inference.load_run import load_run
+from tunesmith.planning import memory, resolve
 from tunesmith.runtime import compilation
-from tunesmith.runtime.stream import LayerStream
+from tunesmith.runtime.stream import LayerStream, StreamedLayer
 from tunesmith.training import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
@@ -150,3 +152,18 @@ def test_on_a_gpu_compiled_layers_stream_alike(deep, tmp_path, stream):
     resident = numbers_of(deep, tmp_path / "resident", **changes)
     stream(4)
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
+
+
+def test_a_model_that_does_not_fit_streams_as_it_answers(deep, tmp_path, monkeypatch):
+    """As on a GPU without room: each forward brings the layers of which the run had said so."""
+    run_of(deep, tmp_path / "run", train={"cpu_offload": ["parameters"]})
+    ids = torch.arange(20).unsqueeze(0) + 30
+    found = []
+    for share in (0.8, 0.0):
+        monkeypatch.setattr(resolve, "ANSWERING_SHARE", share)
+        loaded = load_run(tmp_path / "run/run")
+        with torch.no_grad():
+            found.append(loaded.model(input_ids=ids).logits)
+        monkeypatch.setattr(memory, "moved_to_host", lambda run, machine: run.train.cpu_offload)
+    assert isinstance(loaded.train_model.layers[0], StreamedLayer)
+    assert torch.equal(*found)

@@ -195,7 +195,7 @@ def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan
     plan = RunPlan(str(device), backend, run.model.dtype, files.spec.depth)
     machine = Machine(str(device), 0, (backend, ""), (False, ""))
     estimator = MemoryEstimator(run, files.spec, machine, trained=0)
-    if not estimator.streams or not estimator.trains_adapter:
+    if not estimator.streams or not estimator.trains_adapter or is_integrated(device):
         return plan
     room = int(free_memory(device) * ANSWERING_SHARE) - estimator.fixed.weights
     streamed = estimator.count_streamed(room)
