@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from recipes import CHATML
+
 pytest_plugins = ["devices", "rows", "varlen"]
 
 # What is imported and collected lives to the end: to look through it for garbage takes a second a
@@ -106,12 +108,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     text = collection_path.read_text()
     has_gpu_tests = any(words in text for words in ("mark.gpu", "marks=gpu", "cpu_and_gpu"))
     return None if has_gpu_tests else True
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def byte_tokenizer(**special: str):

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from devices import take_small_check
+from recipes import CHATML
 from tunesmith.config.typed import run_type
+from tunesmith.data.builtin_templates import with_tools
+from tunesmith.host.packages import installed_versions
 from tunesmith.training.agree import source_digest
 
 HUGE = 2 << 20  # bytes of a huge page
@@ -42,11 +46,15 @@ if not torch.cuda.is_available():
     import bitsandbytes  # noqa: F401
 
 # What does not change is found once, not in each process: the schema's types, the digest of the
-# package, the 400 patterns of Transformers' renamed weights.
+# package, the 400 patterns of Transformers' renamed weights, the compiled templates of the tiny models.
 run_type()
 source_digest()
+installed_versions()
 take_small_check()
 get_checkpoint_conversion_mapping("llama")
+for template in (CHATML, with_tools(CHATML)):
+    render_jinja_template([[{"role": "user", "content": ""}]], chat_template=template)
+torch.manual_seed(torch.initial_seed())  # as it was; its wrapper is made at the first call
 gc.collect()
 gc.freeze()  # a collection in a child leaves these objects' pages as they are, shared
 collapse_pages()

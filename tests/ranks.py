@@ -38,6 +38,7 @@ PRELOADED = [
     "pydantic.dataclasses",
     "numpy.ma",
     "peft",
+    "torch.utils.tensorboard",
     "preloaded",
 ]
 LIMIT = 300  # seconds that all ranks together may take
