@@ -215,7 +215,11 @@ def _read_sizes(config: Mapping[str, Any], where: str, trust_remote_code: bool) 
         )
     tied = bool(config.get("tie_word_embeddings", family.tied))
     layer = _dense_layer(hidden, intermediate, heads, kv_heads, head_dim)
-    layers = tuple(replace(layer, window=window) for window in _windows(config, family, depth))
+    windows = _windows(config, family, depth)
+    # One object for all layers that slide: a config may say millions of layers.
+    widths = (window for window in windows if window is not None)
+    sliding = replace(layer, window=next(widths, None))
+    layers = tuple(layer if window is None else sliding for window in windows)
     layer_parameters = layer.matmul + _vector_parameters(config, family, hidden, layer)
     # Embedding and head, or one matrix for both.
     tables = 1 if tied else 2
