@@ -219,22 +219,3 @@ def test_the_forecast_and_a_profile_beside_it(of_h200: tuple[dict[str, Any], str
     assert lines_with(output, 2, "8,192 tokens"), "as the measured run was cut"
     assert lines_with(output, "skinny")
     assert lines_with(output, GOALS[1].title)
-
-
-@pytest.mark.slow
-@torch_2_13
-def test_an_h100_takes_smaller_micro_batches_and_longer_for_memory(
-    of_h200: tuple[dict[str, Any], str], tmp_path: Path
-) -> None:
-    file = tmp_path / "h100.json"
-    done = run_forecast("--device", "h100", "--only", 0, "--json", file)
-    assert done.returncode == 0, done.stderr
-    h100 = json.loads(file.read_text())["goals"][GOALS[0].title]
-    h200 = of_h200[0]["goals"][GOALS[0].title]
-    assert h100["layout"]["tokens"] < h200["layout"]["tokens"]
-    for term in ("attention", "products"):
-        expected = pytest.approx(h200["terms"][term]["ms"], rel=0.01)
-        assert h100["terms"][term]["ms"] == expected
-    slower = RATES["h200"].copy / RATES["h100"].copy
-    ratio = h100["terms"]["skinny products"]["ms"] / h200["terms"]["skinny products"]["ms"]
-    assert ratio == pytest.approx(slower, rel=0.02)
