@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config.dump import differences, digest, dump, to_mapping, to_yaml
@@ -71,6 +71,7 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 @pytest.mark.slow
+@settings(max_examples=40)
 @given(runs())
 def test_round_trip(run: Run) -> None:
     values = read_value(dump(run), where="config.yaml", base=Path("/")).plain()

@@ -118,7 +118,7 @@ TEXT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(prompt=TEXT, completion=TEXT.filter(bool))
 @example(prompt="The answer: ", completion="So")
 @example(prompt="e", completion="\u0301")
@@ -130,7 +130,7 @@ def test_any_prompt_and_any_completion(kind: str, prompt: str, completion: str) 
 
 
 @pytest.mark.slow
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(prompt=TEXT, completion=TEXT.filter(bool))
 def test_any_prompt_and_any_completion_in_a_real_vocabulary(
     smollm2_tokenizer: Any, prompt: str, completion: str

@@ -325,7 +325,7 @@ class BlockRows:
         return not self.last[i]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     documents=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), max_size=4),
     seq_len=st.integers(2, 12),

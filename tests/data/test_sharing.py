@@ -98,7 +98,7 @@ layouts = st.sampled_from(
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     lengths_of_examples,
     st.integers(1, 16),
@@ -311,7 +311,7 @@ items = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(items, st.integers(1, 16), st.integers(1, 400), st.integers(1, 60))
 def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most: int) -> None:
     costs, lengths = np.array(pairs, np.float64)[:, 0], np.array(pairs)[:, 1]
@@ -328,7 +328,7 @@ def test_balanced_bins(pairs: list[tuple[int, int]], count: int, room: int, most
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 16))
 def test_with_ample_room_no_bin_costs_much_more_than_the_mean(costs: list[int], count: int) -> None:
     """List scheduling: the bin that ends last had the least cost before its last item (Graham,

@@ -188,7 +188,7 @@ bound = st.one_of(st.none(), st.integers(-130, 130))
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(n=st.integers(1, 120), start=bound, stop=bound, percent=st.booleans())
 def test_slices_are_those_of_datasets(
     n: int, start: int | None, stop: int | None, percent: bool

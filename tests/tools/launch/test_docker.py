@@ -106,7 +106,7 @@ NASTY = [",source=/etc", '","', "--privileged", "a b", "$(id)", "x,readonly", "'
 
 
 @pytest.mark.slow
-@settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), deadline=None)
 @given(names=st.lists(TEXT | st.sampled_from(NASTY), min_size=3, max_size=3))
 def test_no_value_adds_a_mount_or_a_flag(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], names: list[str]
