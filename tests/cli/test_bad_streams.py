@@ -21,6 +21,7 @@ from errors import holds, is_internal, lines_with
 from recipes import write_rows
 from tunesmith.cli.main import main
 from tunesmith.host.signals import SIGNAL_NAMES
+from waiting import TIME
 from warm import CLOSED, Warm, run_warm, take_terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -140,7 +141,7 @@ def test_an_interrupt_while_torch_is_imported(world: World) -> None:
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=TIME)
     assert_stopped(process.returncode, err, "SIGINT", world)
 
 
@@ -174,7 +175,7 @@ def test_a_signal_while_the_interpreter_ends_changes_no_exit_code() -> None:
         pass
     for name in SIGNAL_NAMES:
         process.send_signal(signal.Signals[name])
-    assert process.wait(10) == 0
+    assert process.wait(TIME) == 0
 
 
 @pytest.mark.parametrize(
@@ -252,12 +253,12 @@ def test_a_closed_stdin_holds_no_lines(
 def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     """Nothing is learnt yet: exit 75, no run directory, no half of a cache."""
     cache = world.folder / "cache"
-    write_rows(world.folder / "train.jsonl", 100_000)
+    write_rows(world.folder / "train.jsonl", 40_000)
     words = world.train()
     before = snapshot(world.folder)
     process = Warm(words, env=os.environ | {"TUNESMITH_CACHE": str(cache)})
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIME
         while (
             not list(cache.glob("tokens/.*/entry/ids.bin"))
             and process.poll() is None
@@ -265,7 +266,7 @@ def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
         ):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIME)
     finally:
         process.kill()
     assert process.returncode == 75, err

@@ -18,6 +18,8 @@ from errors import check_shown, is_internal
 from recipes import recipe, write_rows
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import EXIT_STOPPED, EXIT_USAGE
+from waiting import TIME
+from warm import run_warm
 
 # The exit code, and whether torch was imported for it.
 COMMAND = """
@@ -213,15 +215,14 @@ def test_an_earlier_run_is_told_without_torch(tiny: Path, tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", 40)
     words = ["--model", str(tiny), "--data", "rows.jsonl", "train.duration=1 steps"]
     words += ["log.tensorboard=false", "log.samples=0"]
-    command = [sys.executable, "-m", "tunesmith", "train", *words]
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    run_warm(["train", *words], cwd=tmp_path).check_returncode()
     [file] = (tmp_path / "runs").glob("*.yaml")
     code, out, _ = start([str(file), "--json"], tmp_path)
     assert code == 0
     assert json.loads(out)["finished_before"]
     write_rows(tmp_path / "rows.jsonl", 41)
-    command = [sys.executable, "-m", "tunesmith", "train", *words, "--json"]
-    told = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    told = run_warm(["train", *words, "--json"], cwd=tmp_path)
+    told.check_returncode()
     assert json.loads(told.stdout)["finished_before"]
     for err in (start([str(file), "--json"], tmp_path)[2], told.stderr):
         [line] = [line for line in err.splitlines() if line.startswith("warning: ")]
@@ -247,13 +248,22 @@ def interrupted(
     )
     time.sleep(seconds)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=TIME)
     return process.returncode, out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("seconds", [0.5, 1.0, 2.0, 3.0, 5.0])
+@pytest.mark.parametrize(
+    ("seconds", "number"),
+    [
+        (0.5, signal.SIGINT),
+        (1.0, signal.SIGTERM),
+        (2.0, signal.SIGINT),
+        (3.0, signal.SIGTERM),
+        (5.0, signal.SIGINT),
+        (5.0, signal.SIGTERM),
+    ],
+)
 def test_a_signal_before_the_first_step_ends_at_once(
     seconds: float, number: signal.Signals, smollm2: Path, tmp_path: Path
 ):

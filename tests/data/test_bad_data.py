@@ -21,6 +21,7 @@ from tunesmith.data import files
 from tunesmith.data.formats import convert_row
 from tunesmith.data.source import read_rows
 from tunesmith.errors import DataError
+from waiting import TIME
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
@@ -380,7 +381,7 @@ def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> N
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=TIME,
             check=True,
         )
         server.shutdown()

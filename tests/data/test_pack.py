@@ -16,7 +16,7 @@ cases = st.integers(1, 300).flatmap(
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(cases)
 def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
@@ -34,7 +34,7 @@ def test_every_item_once_and_no_bin_too_full(case: tuple[int, list[int]]) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(cases)
 def test_it_is_best_fit_decreasing(case: tuple[int, list[int]]) -> None:
     """The same rooms as the definition: longest first, each into the fullest bin that has room,
@@ -54,9 +54,9 @@ def test_it_is_best_fit_decreasing(case: tuple[int, list[int]]) -> None:
 def test_fill_on_lengths_like_those_of_alpaca() -> None:
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(4.8, 0.7, 50_000).astype(int), 10, 2048)
-    began = time.perf_counter()
+    began = time.process_time()
     bins = best_fit_decreasing(lengths, 2048)
-    assert time.perf_counter() - began < 2  # 0.03 s when written
+    assert time.process_time() - began < 2  # 0.03 s when written
     least = -(-int(lengths.sum()) // 2048)
     assert lengths.sum() / (len(bins) * 2048) >= 0.99
     assert len(bins) <= 1.005 * least + 1

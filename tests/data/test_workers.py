@@ -28,6 +28,7 @@ from tunesmith.data.template import Template, select_template
 from tunesmith.data.tokens import TokenSet, tokenize
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, MachineError
+from waiting import TIME
 from warm import Warm
 
 pytestmark = pytest.mark.slow
@@ -243,7 +244,7 @@ def test_a_signal_ends_the_workers_without_a_word(
         prepare=os.setsid,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + TIME
         while process.poll() is None and time.monotonic() < deadline:
             if any(file.stat().st_size for file in (tmp_path / "cache").rglob("ids.bin")):
                 break
@@ -251,7 +252,7 @@ def test_a_signal_ends_the_workers_without_a_word(
         started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) == 2
         os.killpg(process.pid, signal.Signals[name])
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=TIME)
     finally:
         process.kill()
     assert (out, process.returncode) == ("once\n", code), err

@@ -33,7 +33,7 @@ from tunesmith.parallel.mesh import check_mesh
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.training.run import train
 
-SECONDS = 0.5
+SECONDS = 2.0  # of the processor; to build what is refused would take minutes
 BLOCK = (32, 16)
 UP = "model.layers.0.mlp.up_proj.weight"
 SCALE = f"{UP}_scale_inv"

@@ -48,6 +48,7 @@ from tunesmith.training import prepare
 from tunesmith.training.run import joined, start_run, train
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
+from waiting import TIME
 from warm import Warm, run_warm
 
 pytestmark = pytest.mark.slow
@@ -331,7 +332,7 @@ def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path
         (9, signal.SIGTERM),
         (13, signal.SIGKILL),
     ):
-        process, deadline = Warm(command), time.monotonic() + 120
+        process, deadline = Warm(command), time.monotonic() + TIME
         while sum(path.read_bytes().count(b"\n") for path in out.glob("*/metrics.jsonl")) < steps:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
