@@ -128,6 +128,7 @@ def test_every_fix_is_of_a_known_kind() -> None:
     assert counts["key"] > 50
 
 
+@pytest.mark.slow
 def test_a_verb_and_its_flags_exist() -> None:
     wrong, checked = list[tuple[str, str, str]](), 0
     for fix in fixes():

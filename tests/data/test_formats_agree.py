@@ -127,6 +127,7 @@ def every_format(system: str | None, turns: list[Turn]) -> list[Written]:
     return written
 
 
+@pytest.mark.slow
 @PROFILE
 @given(st.one_of(st.none(), TEXT), st.lists(st.builds(Turn, TEXT, TEXT), min_size=1, max_size=3))
 def test_each_format_gives_the_same_tokens(system: str | None, turns: list[Turn]) -> None:

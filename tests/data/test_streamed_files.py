@@ -127,6 +127,7 @@ def test_lines_are_those_of_an_editor(
             ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
     texts = [f"{i} {'x' * 1000}" for i in range(20_000)]

@@ -119,6 +119,7 @@ def test_tensorboard_purges_what_a_run_repeats(
     assert shown[-1][1] == 9.0
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_tensorboard_alone(tmp_path: Path) -> None:
     """By a limit on the size of files, whose error comes in the writer's thread as that of a full
     disk; in a process of its own, which keeps the limit."""

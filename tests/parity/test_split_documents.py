@@ -61,6 +61,7 @@ def transformers_loss(tiny: Path, documents: list[str], seq_len: int) -> tuple[f
     return total / count, count
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_parts(tiny: Path, tmp_path: Path) -> None:
     documents = texts()
     rows = tmp_path / "a.jsonl"
@@ -84,6 +85,7 @@ def test_the_loss_is_that_of_the_parts(tiny: Path, tmp_path: Path) -> None:
     assert [r["loss"] for r in from_files] == [r["loss"] for r in packed]
 
 
+@pytest.mark.slow
 def test_tokens_in_memory_give_the_bits_of_those_on_disk(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

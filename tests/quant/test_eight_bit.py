@@ -157,6 +157,7 @@ def hopper_sums(a, b, *, scale_a, scale_b, **rest):
 
 
 # in_features, then measured on an H200: the loss of signed, of one-signed numbers, of powers.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("k", "signed", "one_sign", "powers"),
     [(4096, 0.0021, 0.075, 0.036), (14336, 0.0033, 0.216, 0.273)],

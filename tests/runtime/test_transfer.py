@@ -99,6 +99,7 @@ def test_nothing_waits_for_the_next_step() -> None:
     torch.cuda.synchronize()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_marks_time_the_device(device: torch.device) -> None:
     """A GPU's host has launched it all when the work has hardly begun."""
