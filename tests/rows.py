@@ -5,6 +5,7 @@ mask written down by hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import Completion, Conversation, Sample
+from tunesmith.data.samples import Completion, Conversation, Sample
 from tunesmith.data.splits import read_splits
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.template import tokenizer_hash
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 
 
 class Simple:
@@ -32,6 +35,10 @@ class Simple:
         self.end_ids = frozenset({tokenizer.eos_token_id})
         self.earlier_end_ids: frozenset[int] = frozenset()
         self.encoded = 0
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        return tokenizer_hash(self.tokenizer)
 
     def describe(self) -> str:
         return "simple: a template of the tests"
@@ -120,8 +127,6 @@ def make(simple: Simple, write: Callable[[str, str | bytes], str]) -> Callable[.
             for k, text in enumerate(contents)
         )
         data = Data(train=sources, **keys)
-        return tokenize(
-            read_splits(data, 0)[0], data, simple, simple.tokenizer, cache=cache, what="train"
-        )
+        return tokenize(read_splits(data, 0)[0], data, simple, cache=cache, what="train")
 
     return build

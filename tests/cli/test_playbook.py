@@ -237,7 +237,7 @@ def test_text_and_mask_are_theirs(row: dict[str, str], bos: bool) -> None:
     token alone.
     """
     from tunesmith.data.formats import convert_row
-    from tunesmith.data.template import select_template
+    from tunesmith.data.select_template import select_template
 
     tokenizer = byte_tokenizer(**({"bos_token": "<s>"} if bos else {}))
     source = Source(source="rows.jsonl", format="alpaca")

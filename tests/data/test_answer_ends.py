@@ -11,7 +11,7 @@ from chat_table import TOOLS, answer, call, result, user
 from chat_tokenizers import train
 
 from errors import refuses
-from tunesmith.data.formats import Conversation
+from tunesmith.data.samples import Conversation
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 

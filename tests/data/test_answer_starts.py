@@ -19,9 +19,9 @@ from errors import holds
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.contract import check_tokens
-from tunesmith.data.formats import Completion, Conversation
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.row_warnings import ROW_WARNINGS
+from tunesmith.data.samples import Completion, Conversation
 from tunesmith.data.source import from_list
 from tunesmith.data.template import Template
 from tunesmith.data.tokens import tokenize
@@ -237,7 +237,7 @@ def test_pairs_have_one_prompt_and_labeled_answers_the_same(kind: str, tmp_path:
         data = Data(train=(source,), template="raw")
         template = raw(tokenizer)
         rows = from_list([row] * 3, "rows")
-        tokens[form] = tokenize([(source, rows)], data, template, tokenizer, cache=None, what="t")
+        tokens[form] = tokenize([(source, rows)], data, template, cache=None, what="t")
         contract = check_tokens(
             tokens[form], template, tokenizer, vocab_size=len(tokenizer), split="train"
         )

@@ -16,9 +16,9 @@ from rows import Simple, alpaca
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import NO_LABEL, TokenWriter
 from tunesmith.data.contract import Contract, check_tokens
-from tunesmith.data.formats import Sample
+from tunesmith.data.samples import Sample
 from tunesmith.data.source import from_list
-from tunesmith.data.tokens import SourceTokens, TokenCounts, TokenSet
+from tunesmith.data.token_set import SourceTokens, TokenCounts, TokenSet
 from tunesmith.errors import DataError
 
 VOCAB = 272

@@ -24,10 +24,12 @@ from tunesmith.data import text_files
 from tunesmith.data.batch import Example
 from tunesmith.data.cache import TokenWriter
 from tunesmith.data.contract import check_tokens
+from tunesmith.data.documents import DocumentSplitter
 from tunesmith.data.prepare import prepare_data
 from tunesmith.data.source import open_splits, read_rows
 from tunesmith.data.splits import read_splits
-from tunesmith.data.tokens import DocumentSplitter, TokenSet, tokenize
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 
 
@@ -46,7 +48,7 @@ def text_tokens(simple: Simple, tmp_path: Path) -> Callable[..., TokenSet]:
         path = texts if isinstance(texts, Path) else write_texts(tmp_path, texts)
         data = Data(train=(Source(source=str(path), format="text"),), **{"seq_len": 8, **keys})
         rows, _ = read_splits(data, 0)
-        return tokenize(rows, data, simple, simple.tokenizer, cache=None, what="train")
+        return tokenize(rows, data, simple, cache=None, what="train")
 
     return build
 
@@ -298,7 +300,7 @@ def test_a_block_that_is_held_out_leaves_no_end_in_the_middle(
     kept = rows.take([range(2), range(3, len(rows))])
     source = Source(source=path, format="text")
     data = Data(train=(source,), seq_len=50)
-    tokens = tokenize([(source, kept)], data, simple, simple.tokenizer, cache=None, what="train")
+    tokens = tokenize([(source, kept)], data, simple, cache=None, what="train")
     end = simple.tokenizer.eos_token_id
     assert [i for i, e in enumerate(tokens) if end in e.ids.tolist()] == [len(tokens) - 1]
     contract = check_tokens(

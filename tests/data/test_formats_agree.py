@@ -18,7 +18,8 @@ from stored_templates import encode
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import builtin_templates
 from tunesmith.data.encode import RowEncoder
-from tunesmith.data.template import TrainOn, select_template
+from tunesmith.data.select_template import select_template
+from tunesmith.data.template import TrainOn
 
 CHATML = (Path(__file__).parent / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=40)

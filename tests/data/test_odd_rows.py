@@ -13,7 +13,8 @@ import pytest
 from errors import holds, refuses
 from tunesmith.config.schema import Source
 from tunesmith.data.detect import Detected, detect
-from tunesmith.data.formats import Feedback, convert_row, read_label
+from tunesmith.data.formats import convert_row, read_label
+from tunesmith.data.samples import Feedback
 from tunesmith.data.source import from_list, read_rows
 from tunesmith.errors import DataError
 

@@ -14,10 +14,12 @@ from conftest import byte_tokenizer
 from errors import refuses
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.contract import Contract, check_tokens
-from tunesmith.data.formats import Completion, Conversation, Feedback, Pair, convert_row
+from tunesmith.data.formats import convert_row
+from tunesmith.data.samples import Completion, Conversation, Feedback, Pair
+from tunesmith.data.select_template import select_template
 from tunesmith.data.source import read_rows
-from tunesmith.data.template import select_template
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 
 U = {"role": "user", "content": "1 + 2?"}
@@ -239,9 +241,7 @@ def tokens_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[T
     data = Data(train=(source,), **options)
     tokenizer = byte_tokenizer()
     template = select_template(data, tokenizer, {tokenizer.eos_token_id})
-    tokens = tokenize(
-        [(source, read_rows(source))], data, template, tokenizer, cache=None, what="train"
-    )
+    tokens = tokenize([(source, read_rows(source))], data, template, cache=None, what="train")
     return tokens, check_tokens(tokens, template, tokenizer, vocab_size=300, split="train")
 
 

@@ -16,7 +16,7 @@ from chat_tokenizers import train
 
 from errors import refuses
 from tunesmith.data import builtin_templates
-from tunesmith.data.formats import Conversation
+from tunesmith.data.samples import Conversation
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 

@@ -261,7 +261,7 @@ sys.path.insert(0, {tests!r})
 from conftest import byte_tokenizer
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.source import read_rows
-from tunesmith.data.template import select_template
+from tunesmith.data.select_template import select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 tokenizer, told = byte_tokenizer(), []
@@ -271,7 +271,7 @@ for name in sys.argv[1:]:
     rows = read_rows(source)
     Path(name).write_bytes(Path(name).read_bytes()[:5000])
     try:
-        tokenize([(source, rows)], data, select_template(data, tokenizer, {{1}}), tokenizer, cache=None, what="train")
+        tokenize([(source, rows)], data, select_template(data, tokenizer, {{1}}), cache=None, what="train")
     except DataError as error:
         told.append(f"{{error.what}}: {{error.where}}")
 print(chr(10).join(told))

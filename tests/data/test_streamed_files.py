@@ -178,7 +178,7 @@ def test_a_json_array_that_memory_does_not_hold(
 def test_batches_for_the_tokenizer_end_at_a_size(
     simple: Simple, write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.data.tokens._BATCH_CHARS", 100)
+    monkeypatch.setattr("tunesmith.data.tokens._BATCH_CHARACTERS", 100)
     sizes: list[int] = []
     encode_many = simple.encode_many
 
@@ -191,9 +191,7 @@ def test_batches_for_the_tokenizer_end_at_a_size(
     path = write("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = Source(source=path, format="text")
     data = Data(train=(source,), seq_len=512)
-    tokens = tokenize(
-        [(source, read_rows(source))], data, simple, simple.tokenizer, cache=None, what="train"
-    )
+    tokens = tokenize([(source, read_rows(source))], data, simple, cache=None, what="train")
     assert sizes == [80, 40, 300, 100, 1]
     assert tokens.lengths.tolist() == [len(text) + 1 for text in texts]
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from conftest import byte_tokenizer
 from tunesmith.config.schema import Source
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import Conversation, convert_row
+from tunesmith.data.formats import convert_row
+from tunesmith.data.samples import Conversation
 from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 from tunesmith.inference.decoding import cut_answer

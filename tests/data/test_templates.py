@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from chat_tokenizers import train
 from errors import holds, refuses
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import builtin_templates
-from tunesmith.data.formats import Completion, Conversation, Sample, Text
-from tunesmith.data.template import Template, select_template
+from tunesmith.data.samples import Completion, Conversation, Sample, Text
+from tunesmith.data.select_template import select_template
+from tunesmith.data.template import Template
 from tunesmith.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,8 +30,6 @@ def base(adds_bos: bool = False) -> Any:
 
 
 def chat_tokenizer(jinja: Any = CHATML) -> Any:
-    import copy
-
     tokenizer = copy.deepcopy(train("bytes", IM, False))
     tokenizer.chat_template = jinja
     return tokenizer
@@ -340,15 +340,16 @@ def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
 
 def test_hermes_form_of_a_dated_template_still_says_that_its_date_is_fixed() -> None:
     tokenizer = chat_tokenizer(CHATML + "{{ strftime_now('%d') if false else '' }}")
-    template = Template(tokenizer, {2}, jinja=tokenizer.chat_template, name="chat").with_tools()
+    template = select_template(data(), tokenizer, {2})
     assert "Hermes' form" in template.describe()
     assert holds(template.describe(), "data.template_args.strftime_now")
 
 
 def test_no_hermes_form_for_other_templates(tmp_path: Path) -> None:
     llama = (TEMPLATES / "bos.jinja").read_text(encoding="utf-8")
-    tokenizer = train("bytes", WORDS, True)
-    template = Template(tokenizer, {2}, jinja=llama, name="bos").with_tools()
+    tokenizer = copy.deepcopy(train("bytes", WORDS, True))
+    tokenizer.chat_template = llama
+    template = select_template(data(), tokenizer, {2})
     assert template.jinja == llama
     with refuses(DataError, where="row 1", names=["tool_calls", 2]):
         template.encode(Conversation(CALLED, TOOLS), "response", where="row 1")

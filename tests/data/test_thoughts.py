@@ -19,10 +19,11 @@ from conftest import byte_tokenizer
 from errors import refuses
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.formats import Conversation
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.row_warnings import ROW_WARNINGS
-from tunesmith.data.template import Template, TrainOn, select_template
+from tunesmith.data.samples import Conversation
+from tunesmith.data.select_template import select_template
+from tunesmith.data.template import Template, TrainOn
 from tunesmith.data.thoughts import find_thought, missing_parts, split_thought
 from tunesmith.errors import DataError
 
@@ -342,15 +343,16 @@ def test_a_template_that_lists_tools_keeps_its_own_form() -> None:
 
 def test_a_chatml_that_takes_no_results_gets_hermes_form() -> None:
     tokenizer = byte_tokenizer()
+    data = Data(train=(Source(source="rows.jsonl", format="messages"),))
     raises = "{%- if m.role == 'tool' -%}{{- raise_exception('no') -}}{%- endif -%}"
     for body in (raises, "", "{%- if m.role == 'tool' -%}{%- continue -%}{%- endif -%}"):
         text = jinja("{{- m.content -}}").replace(HEADER, body + HEADER, 1)
-        template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=text, name="chat")
-        assert template.with_tools().jinja != text
+        tokenizer.chat_template = text
+        assert select_template(data, tokenizer, {tokenizer.eos_token_id}).jinja != text
     for body in ("{{- '<result>' ~ m.content -}}", "{{- m.content ~ m.tool_calls -}}"):
-        text = jinja(body)
-        template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=text, name="chat")
-        assert template.with_tools().jinja == text
+        tokenizer.chat_template = jinja(body)
+        template = select_template(data, tokenizer, {tokenizer.eos_token_id})
+        assert template.jinja == tokenizer.chat_template
 
 
 def test_a_call_of_which_a_value_is_left_out_is_counted() -> None:

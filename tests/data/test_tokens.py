@@ -18,9 +18,10 @@ from errors import holds
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import cache as disk
-from tunesmith.data.formats import Text
+from tunesmith.data.samples import Text
 from tunesmith.data.source import read_rows
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 from tunesmith.host.files import ABANDONED
 
@@ -93,6 +94,7 @@ def test_what_shapes_the_tokens_names_the_entry(make, simple: Simple, tmp_path: 
     assert entries() == 7
     simple.end_ids = frozenset({1})
     assert entries() == 8
+    del simple.tokenizer_hash
     simple.tokenizer.add_special_tokens({"additional_special_tokens": ["<|more|>"]})
     assert entries() == 9
 
@@ -235,7 +237,6 @@ def test_tokenise_reads_the_recipes_keys(simple: Simple, write) -> None:
                 [(source, read_rows(source))],
                 data,
                 simple,
-                simple.tokenizer,
                 cache=None,
                 what="train",
             )
@@ -243,9 +244,7 @@ def test_tokenise_reads_the_recipes_keys(simple: Simple, write) -> None:
         == 3
     )
     other = replace(source, split="train[50%:]")
-    tokens = tokenize(
-        [(other, read_rows(other))], data, simple, simple.tokenizer, cache=None, what="train"
-    )
+    tokens = tokenize([(other, read_rows(other))], data, simple, cache=None, what="train")
     assert tokens.where(0).endswith("a.jsonl:6")
 
 

@@ -23,9 +23,11 @@ from recipes import recipe
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import workers
 from tunesmith.data.encode import RowBatch, RowEncoder
+from tunesmith.data.select_template import select_template
 from tunesmith.data.splits import read_splits
-from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.template import Template
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.data.workers import encode_batches
 from tunesmith.errors import DataError, MachineError
 from waiting import TIME

@@ -19,7 +19,7 @@ from tunesmith.build_model import build_model
 from tunesmith.checkpoint import manifest
 from tunesmith.cli.options import notify_weights
 from tunesmith.data import builtin_templates
-from tunesmith.data.formats import Conversation
+from tunesmith.data.samples import Conversation
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError, UsageError
 from tunesmith.host import demo_model
 from tunesmith.host.chips import Chip

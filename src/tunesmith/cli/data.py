@@ -28,7 +28,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import RECIPE_HELP, add_json, add_recipe, chosen_recipe
-from tunesmith.data.formats import Conversation
+from tunesmith.data.samples import Conversation
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from tunesmith.config.schema import Run
     from tunesmith.data.prepare import TrainingData
-    from tunesmith.data.tokens import SourceTokens, TokenSet
+    from tunesmith.data.token_set import SourceTokens, TokenSet
 
 LOADS_TORCH = "in ranks"
 

@@ -15,12 +15,15 @@ tokenizer's own offsets do.
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 
 from tunesmith.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Put before a piece that continues a text, and then taken off its tokens: SentencePiece tokenizers
 # write a blank at the start of a text. No vocabulary has a word with a NUL in it.
@@ -79,7 +82,7 @@ class Aligner:
         ModelError: the tokenizer is not a fast one.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"the tokenizer {type(tokenizer).__name__} does not provide offsets for its tokens",
@@ -331,7 +334,7 @@ class Aligner:
         )
 
 
-def _byte_sizes(tokenizer: Any) -> np.ndarray | None:
+def _byte_sizes(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | None:
     """Bytes of every token, int64 [vocabulary]; None if the vocabulary is not byte-level."""
     from tokenizers.pre_tokenizers import ByteLevel
 

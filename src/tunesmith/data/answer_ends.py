@@ -16,7 +16,10 @@ message, up to the next text of the conversation: its tail.
 import re
 import sys
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class AnswerEnds:
@@ -32,7 +35,7 @@ class AnswerEnds:
         next_turn: what a last answer gets, by whether it is a tool call.
     """
 
-    def __init__(self, tokenizer: Any, eos_ids: Collection[int]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", eos_ids: Collection[int]) -> None:
         self.stops: dict[str, int] = {}
         for id_ in sorted(eos_ids):
             text = tokenizer.decode([id_])

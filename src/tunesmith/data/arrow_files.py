@@ -9,7 +9,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ from tunesmith.data.arrow_nulls import without_nulls
 from tunesmith.data.table import (
     FileVersion,
     ReadInTurn,
+    Row,
     Table,
     changed_error,
     file_digest,
@@ -45,7 +45,7 @@ def read_arrow(path: Path) -> Table:
         raise DataError("the file has no rows", where=str(path), fix="name a file that does")
     reader = _ForwardReader(sizes, read_group)
 
-    def row(i: int) -> dict[str, Any]:
+    def row(i: int) -> Row:
         try:
             return without_nulls(reader.row(i))
         # ValueError and OverflowError: a text that is no UTF-8, a time that Python does not have.
@@ -93,10 +93,10 @@ class _ForwardReader(ReadInTurn):
         self._group = -1
         self._blocks: Iterator[pa.RecordBatch] = iter(())
         # The rows that were read last, and the number of the first of them.
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
         self._first = 0
 
-    def row(self, i: int) -> dict[str, Any]:
+    def row(self, i: int) -> Row:
         with self.lock:
             if not self._first <= i < self._first + len(self._rows):
                 try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.table import Table
+from tunesmith.data.table import Row, Table
 from tunesmith.errors import DataError
 
 # Rows looked at, spread over the file.
@@ -25,7 +25,7 @@ def without_arrow_nulls(table: Table) -> Table:
     if not _is_exported(table):
         return table
 
-    def row(i: int) -> Any:
+    def row(i: int) -> object:
         values = table.row(i)
         return without_nulls(values) if isinstance(values, dict) else values
 
@@ -54,7 +54,7 @@ def _is_exported(table: Table) -> bool:
     return calls > 1 and has_null
 
 
-def _arguments(value: Any) -> Iterator[Mapping[str, Any]]:
+def _arguments(value: object) -> Iterator[Mapping[str, object]]:
     """The arguments of all calls in a row, where they are objects."""
     if isinstance(value, list):
         for item in value:
@@ -68,17 +68,18 @@ def _arguments(value: Any) -> Iterator[Mapping[str, Any]]:
             yield from _arguments(item)
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls(row: Row) -> Row:
     """Drop null keys inside nested values.
 
     Arrow adds to every struct the keys that any other row has there.
     """
+    return {column: drop_nulls(value) for column, value in row.items()}
 
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        return value
 
-    return {column: clean(value) for column, value in row.items()}
+def drop_nulls(value: Any) -> Any:
+    """A value without the null keys of the objects in it."""
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [drop_nulls(item) for item in value]
+    return value

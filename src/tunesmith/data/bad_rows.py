@@ -1,6 +1,5 @@
 """Rows that cannot be read or rendered: counted, the first of them listed with their cause."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,14 +27,13 @@ class BadRows:
 
     Attributes:
         is_whole: whether all rows of a source are bad.
-        listed: places and faults of the first of them, and of the first of each kind, in order.
+        listed: places and faults of the first LISTED of them, in order.
     """
 
     rows: int
     count: int = 0
     is_whole: bool = False
     listed: list[tuple[str, BadRow]] = field(default_factory=list)
-    _kinds: dict[str, list[tuple[str, BadRow]]] = field(default_factory=dict)
     _first_error: DataError | None = None
 
     def __len__(self) -> int:
@@ -54,18 +52,9 @@ class BadRows:
         self.is_whole = self.count == self.rows
         self._first_error = self._first_error or error
         inside = error.where.removeprefix(place).lstrip(", ")
-        bad = BadRow(row, f"{inside}: {error.what}" if inside else error.what)
-        # One fault differs from row to row by a number alone.
-        kind = re.sub(r"\d+", "", bad.what)
-        repeated = self._kinds.setdefault(kind, [])
-        if len(self.listed) == LISTED and not repeated:
-            # Rows of kinds that are there already make room.
-            crowded = max(self._kinds.values(), key=len)
-            if len(crowded) > 1:
-                self.listed.remove(crowded.pop())
         if len(self.listed) < LISTED:
-            repeated.append((place, bad))
-            self.listed.append((place, bad))
+            what = f"{inside}: {error.what}" if inside else error.what
+            self.listed.append((place, BadRow(row, what)))
         return True
 
     def join(self, other: "BadRows") -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -184,43 +184,24 @@ class Batch:
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "targets": self.targets,
-            "cu_seqlens": self.cu_seqlens,
-        }
-        if self.sequences is not None:
-            tensors |= {
-                "of_target": self.sequences.of_target,
-                "lengths": self.sequences.lengths,
-                "labels": self.sequences.labels,
-            }
-            if self.sequences.reference is not None:
-                tensors["reference"] = self.sequences.reference
-        if self.whole is not None:
-            tensors |= self.whole._asdict()
-        return tensors
+        import torch
+
+        values = vars(self)
+        for group in (self.sequences, self.whole):
+            values = values | (group._asdict() if group else {})
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        sequences = self.sequences
-        if sequences is not None:
-            reference = sequences.reference
-            sequences = sequences._replace(
-                of_target=change(sequences.of_target),
-                lengths=change(sequences.lengths),
-                labels=change(sequences.labels),
-                reference=None if reference is None else change(reference),
-            )
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            position_ids=change(self.position_ids),
-            targets=change(self.targets),
-            cu_seqlens=change(self.cu_seqlens),
-            sequences=sequences,
-            whole=None if self.whole is None else WholeDocuments(*map(change, self.whole)),
-        )
+        import torch
+
+        def map_value(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return change(value)
+            if isinstance(value, Sequences | WholeDocuments):
+                return type(value)(*map(map_value, value))
+            return value
+
+        return replace(self, **{name: map_value(value) for name, value in vars(self).items()})
 
 
 def collate(

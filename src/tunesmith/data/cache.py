@@ -208,21 +208,24 @@ def _crc32(folder: Path) -> int:
 TokenEntry = tuple[TokenArrays, dict[str, Any]]
 
 
-def cached_tokens(folder: Path, key: str, make: Callable[[TokenWriter], TokenEntry]) -> TokenEntry:
+def cached_tokens(
+    folder: Path, key: str, make: Callable[[TokenWriter], TokenEntry] | None
+) -> TokenEntry:
     """An entry of the cache, a new one where there is none.
 
     Args:
         folder: the cache. One that cannot be written costs a warning, and the tokens are built in
             memory.
         key: the hash that names the entry.
-        make: adds the examples to a writer, and returns its arrays and what else to keep (JSON).
+        make: adds the examples to a writer, and returns its arrays and what else to keep (JSON);
+            None: LookupError where there is no entry.
     """
     entry = _read_entry(folder / key)
     if entry is None:
+        if make is None:
+            raise LookupError("the token cache has no such entry")
         _write_entry(folder / key, make)
-        entry = _read_entry(folder / key)
-    if entry is None:
-        entry = make(TokenWriter(None))
+        entry = _read_entry(folder / key) or make(TokenWriter(None))
     return entry
 
 

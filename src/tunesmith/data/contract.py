@@ -6,16 +6,19 @@ things it checked, and names the first fault by its row, with the tokens around 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from tunesmith.data.cache import TokenArrays
 from tunesmith.data.row_warnings import LOST, ROW_WARNINGS
 from tunesmith.data.template import Template
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.token_set import TokenSet
 from tunesmith.errors import DataError
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens checked at once.
 _CHUNK = 1 << 22
@@ -134,7 +137,7 @@ class _Rule(NamedTuple):
 def check_tokens(
     tokens: TokenSet,
     template: Template,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     vocab_size: int,
     split: str,
@@ -194,31 +197,28 @@ def check_tokens(
 
 def _answers_are_whole(tokens: TokenSet) -> Check:
     """The rows whose answers the template renders in part; few are a warning of these rows."""
-    check = Check("the supervised tokens hold the answers of the row", 0, "rows")
+    rows = tokens.counts.rows
+    check = Check("the supervised tokens hold the answers of the row", rows, "rows")
+    lost = []
     for part in tokens.parts:
-        rows = part.counts.rows
-        check = replace(check, checked=check.checked + rows)
         for name in LOST:
-            count, first = part.counts.flaws.get(name, (0, 0))
-            if count and not check.where:
-                warning = ROW_WARNINGS[name]
-                check = replace(
-                    check,
-                    where=part.rows.where(first),
-                    why=f"the row has {warning.what}: {warning.why}",
-                    fix=warning.fix,
-                )
-            check = replace(check, broken=min(check.broken + count, check.checked))
-    if check.broken > MOST_LOST_ANSWERS * check.checked:
+            if name in part.counts.flaws:
+                count, first = part.counts.flaws[name]
+                lost.append((count, part.rows.where(first), ROW_WARNINGS[name]))
+    broken = min(rows, sum(count for count, _, _ in lost))
+    if not broken:
         return check
-    note = f"{check.broken:,} do not" if check.broken else ""
-    return Check(check.name, check.checked, check.of, note=note)
+    if broken <= MOST_LOST_ANSWERS * rows:
+        return replace(check, note=f"{broken:,} do not")
+    _, where, warning = lost[0]
+    why = f"the row has {warning.what}: {warning.why}"
+    return replace(check, broken=broken, where=where, why=why, fix=warning.fix)
 
 
 def _rules(
     tokens: TokenSet,
     template: Template,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     vocab_size: int,
     position_limit: int | None,
 ) -> list[_Rule]:
@@ -479,7 +479,7 @@ def _answers_without_end(
     return ended, _Faults(len(chunk.starts), stops[is_cut_off])
 
 
-def excerpt(tokens: TokenSet, tokenizer: Any, example: int, at: int) -> str:
+def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int, at: int) -> str:
     """The decoded tokens around one of them, which stands in brackets."""
     ids = tokens[example].ids.tolist()
     left = max(0, at - _EXCERPT_SIDE_TOKENS)

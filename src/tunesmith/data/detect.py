@@ -8,9 +8,9 @@ remains open is an error that names the choices.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.config.names import nearest
 from tunesmith.config.row_formats import (
@@ -23,15 +23,18 @@ from tunesmith.config.row_formats import (
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import find_bad_rows
 from tunesmith.data.formats import convert_row
-from tunesmith.data.messages import is_mark
+from tunesmith.data.marks import is_mark
 from tunesmith.data.row_reader import (
-    HARMLESS_COLUMNS,
+    HARMLESS_NAMES,
+    MIN_NAME_SIMILARITY,
+    guess_columns,
     is_absent,
     looks_like_list,
     plain,
     role_key_of,
 )
 from tunesmith.data.source import Rows
+from tunesmith.data.table import Row
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_word
@@ -45,7 +48,7 @@ _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
 )
 # Columns with texts that are no question and no answer.
-_NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
+_NO_TEXTS = HARMLESS_NAMES | {
     name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
 }
 # Words in the names of two columns that hold the better and the worse answer.
@@ -61,9 +64,6 @@ _BETTER_AND_WORSE = (
     ("winner", "loser"),
     ("win", "lose"),
 )
-# The least similarity of a mistyped name to that of a column, as `nearest` measures it.
-_MISTYPED = 0.75
-
 
 # The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
 _Chats = dict[str, list[str]]
@@ -150,7 +150,7 @@ def detect(
     if readable:
         raise examined.ambiguous(readable)
     if trials:
-        raise examined.nothing_read(trials)
+        raise examined.all_errors(max(trials, key=lambda trial: len(trial.layout.columns)))
     what = "no column name indicates what to train on"
     if source.columns:
         pairs = [f"{name}={column}" for name, column in source.columns.items()]
@@ -158,7 +158,7 @@ def detect(
     raise examined.error(what, examined.propose())
 
 
-def sample_rows(rows: Rows) -> tuple[dict[int, dict[str, Any]], bool]:
+def sample_rows(rows: Rows) -> tuple[dict[int, Row], bool]:
     """At most SAMPLE rows by their index, spread evenly from the first to the last; whether all of
     these can be read.
 
@@ -193,7 +193,7 @@ class _SampledRows:
         self,
         rows: Rows,
         source: Source,
-        sample: dict[int, dict[str, Any]],
+        sample: dict[int, Row],
         only_format: FormatName | None,
     ) -> None:
         self.rows = rows
@@ -211,7 +211,7 @@ class _SampledRows:
             for role_key in role_keys:
                 self.chats[role_key].append(column)
 
-    def _values(self, column: str) -> list[Any]:
+    def _values(self, column: str) -> list[object]:
         return [row.get(column) for row in self.sample.values()]
 
     def error(self, what: str, fix: str, why: str = "") -> DataError:
@@ -304,12 +304,18 @@ class _SampledRows:
             )
 
     def all_errors(self, trial: _Trial) -> DataError:
-        """The error that lists all rows that a layout does not read: not of the sample alone."""
-        bad = find_bad_rows(self.rows, _with_layout(self.source, trial.layout))
+        """The error that lists all rows that a layout does not read; of none that it reads the
+        sample's alone.
+        """
+        rows = self.rows
+        if not trial.read:
+            rows = rows.take([range(i, i + 1) for i in self.sample])
+        bad = find_bad_rows(rows, _with_layout(self.source, trial.layout))
         listed = bad.error()
-        why = f"{len(trial.read)} of the {len(self.sample)} rows examined can be read as"
+        read = len(trial.read) or "none"
+        why = f"{read} of the {count_of(len(self.sample), 'row')} examined can be read as"
         why += f" {trial.layout.format}"
-        if len(bad) == 1:
+        if len(bad) == 1 < len(self.sample):
             why += "; not this one"
         listed.why = f"{listed.why}; {why}" if listed.why else why
         listed.fix += self._or_no_label(trial.layout)
@@ -326,35 +332,29 @@ class _SampledRows:
         column = layout.columns["label"]
         return f"; if {column} says something else: rename it, and --format {' or '.join(formats)}"
 
-    def nothing_read(self, trials: list[_Trial]) -> DataError:
-        """Explain why the layout with the most columns reads none of the rows."""
-        layout, _, errors = max(trials, key=lambda trial: len(trial.layout.columns))
-        error = errors[0]
-        count = count_of(len(self.sample), "row")
-        why = f"none of the {count} examined can be read as {layout.format}"
-        if error.why:
-            why = f"{error.why}; {why}"
-        return DataError(
-            error.what, where=error.where, why=why, fix=error.fix + self._or_no_label(layout)
-        )
-
     def ambiguous(self, trials: list[_Trial]) -> DataError:
         """The error for several layouts: a choice, or rows of several formats in one file."""
         order = list(ROW_FORMATS)
         trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))
         most = max(trials, key=lambda trial: len(trial.read))
         share_rows = any(a.read & b.read for a, b in itertools.combinations(trials, 2))
-        if len(most.read) == len(self.sample) or share_rows:
-            ways = " or ".join(trial.layout.flags() for trial in trials)
-            what = f"the rows can be read in {len(trials)} ways"
-            return self.error(what, f"choose one: {ways}", "; it is ambiguous")
+        if len(most.read) < len(self.sample) and not share_rows:
+            return self._several_formats(trials, most)
+        ways = " or ".join(trial.layout.flags() for trial in trials)
+        what = f"the rows can be read in {len(trials)} ways"
+        return self.error(what, f"choose one: {ways}", "; it is ambiguous")
+
+    def _several_formats(self, trials: list[_Trial], most: _Trial) -> DataError:
+        """The error for a file with rows of several formats; `most` reads most of them."""
+        names = [trial.layout.format for trial in trials]
         counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
-        formats = " and ".join(trial.layout.format for trial in trials)
+        first_other = min(i for i in self.sample if i not in most.read)
+        examined = count_of(len(self.sample), "row")
         return DataError(
-            f"the rows have several formats: {formats}",
-            where=self.rows.where(min(i for i in self.sample if i not in most.read)),
-            why=f"of the {count_of(len(self.sample), 'row')} examined {', '.join(counts)} can be"
-            f" read; this one is not {most.layout.format}",
+            f"the rows have several formats: {' and '.join(names)}",
+            where=self.rows.where(first_other),
+            why=f"of the {examined} examined {', '.join(counts)} can be read; this one is not"
+            f" {most.layout.format}",
             fix="write the rows of each format into a file of their own, and name each in"
             " data.train",
         )
@@ -375,43 +375,20 @@ class _SampledRows:
         return f"name the columns with {kind}: --columns {pairs}"
 
     def _guess(self, layout: ColumnSet) -> dict[str, str]:
-        """Columns of text for the names that a layout needs, the likeliest.
-
-        A column of a usual name is mapped to it. Of the others those with the most letters are, in
-        the order that they have in the file.
-        """
-        mapped: dict[str, str] = {}
-        for name, usual_names in layout.needed.items():
-            for column in self.columns:
-                if plain(column) in usual_names and column not in mapped.values():
-                    mapped[name] = column
-                    break
-        unmapped = {plain(c): c for c in self.columns if c not in mapped.values()}
-        for name in [name for name in layout.needed if name not in mapped]:
-            near = nearest(name, unmapped, cutoff=_MISTYPED)
-            if near:
-                mapped[name] = unmapped.pop(near)
-        missing = [name for name in layout.needed if name not in mapped]
-        texts = self._likely_texts(unmapped.values(), is_mapped=bool(mapped))
-        if "rejected" not in layout.needed:
-            # Nobody means to learn the worse answers.
-            texts = [column for column in texts if not _is_named_rejected(column)]
-        picked = sorted(texts[: len(missing)], key=self.columns.index)
-        mapped |= dict(zip(missing, picked, strict=False))
-        return {name: mapped[name] for name in layout.needed if name in mapped}
-
-    def _likely_texts(self, columns: Iterable[str], *, is_mapped: bool) -> list[str]:
-        """Columns of text, those with the most letters first.
-
-        is_mapped: beside a mapped column one that is seldom a text may be the other; two of them
-        are not.
-        """
+        """Columns of text for the names that a layout needs, the likeliest."""
+        by_name = guess_columns(layout.needed, self.columns, {}, texts=[])
         letters = {}
-        for column in columns:
+        for column in self.columns:
+            # Nobody means to learn the worse answers.
+            is_worse = "rejected" not in layout.needed and _is_named_rejected(column)
+            # Beside a column that its name tells, one that is seldom a text may be the other.
+            is_likely = bool(by_name) or plain(column) not in _NO_TEXTS
             count = _letters(self._values(column))
-            if count and (is_mapped or plain(column) not in _NO_TEXTS):
+            if count and is_likely and not is_worse:
                 letters[column] = count
-        return sorted(letters, key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
+        texts = sorted(letters, key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
+        guessed = guess_columns(layout.needed, self.columns, {}, texts=texts)
+        return {name: guessed[name] for name in layout.needed if name in guessed}
 
 
 def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
@@ -431,8 +408,8 @@ def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
 def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
     """Columns that may be the better and the worse answer by their names, mistyped ones first."""
     names = {plain(column): column for column in columns}
-    chosen = nearest("chosen", names, cutoff=_MISTYPED)
-    rejected = nearest("rejected", names, cutoff=_MISTYPED)
+    chosen = nearest("chosen", names, cutoff=MIN_NAME_SIMILARITY)
+    rejected = nearest("rejected", names, cutoff=MIN_NAME_SIMILARITY)
     if chosen and rejected:
         yield names[chosen], names[rejected]
     for better, worse in _BETTER_AND_WORSE:
@@ -445,7 +422,9 @@ def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
 
 def _is_named_rejected(column: str) -> bool:
     name = plain(column)
-    return "rejected" in name.split("_") or bool(nearest("rejected", [name], cutoff=_MISTYPED))
+    return "rejected" in name.split("_") or bool(
+        nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
+    )
 
 
 def _with_layout(source: Source, layout: Detected) -> Source:
@@ -466,7 +445,7 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
     return specific
 
 
-def _letters(values: list[Any]) -> int:
+def _letters(values: list[object]) -> int:
     """Count the letters of values; 0 where one is no text, so that nobody could learn it."""
     count = 0
     for value in values:

@@ -2,24 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from tunesmith.config.schema import Source
 from tunesmith.data.bad_rows import is_of_row
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import (
+from tunesmith.data.formats import convert_row
+from tunesmith.data.row_warnings import has_empty_answers, row_warnings
+from tunesmith.data.samples import (
     Completion,
     Conversation,
     Feedback,
     Pair,
     Sample,
     Text,
-    convert_row,
     samples_of,
 )
-from tunesmith.data.row_warnings import has_empty_answers, row_warnings
+from tunesmith.data.table import Row
 from tunesmith.data.template import Template, TrainOn
 from tunesmith.errors import DataError, TunesmithError
 
@@ -37,7 +38,7 @@ class RowBatch(NamedTuple):
     """
 
     first: int
-    rows: list[dict[str, Any] | TunesmithError]
+    rows: list[Row | TunesmithError]
     places: list[str]
 
 
@@ -155,7 +156,7 @@ class RowEncoder:
         has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
         return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread)
 
-    def _read(self, values: dict[str, Any] | TunesmithError, place: str) -> "_ReadRow | DataError":
+    def _read(self, values: Row | TunesmithError, place: str) -> "_ReadRow | DataError":
         """A row as a sample, or why it is none."""
         # Errors of reading come as values, so that rows before them are encoded.
         if isinstance(values, TunesmithError):

@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
 from tunesmith.config.paths import TEXT_SUFFIXES
@@ -119,7 +118,7 @@ def _read_text(path: Path) -> str:
     return decode_text(path, data, where, "utf-8-sig")
 
 
-def _numbered_rows(path: Path, rows: list[Any]) -> Table:
+def _numbered_rows(path: Path, rows: list[object]) -> Table:
     """Rows in memory that an editor shows by no line of their own."""
     return Table(
         len(rows),
@@ -171,7 +170,7 @@ def _read_json_lines(path: Path) -> Table:
     def where(i: int) -> str:
         return f"{path}:{lines.numbers[i]}"
 
-    def row(i: int) -> Any:
+    def row(i: int) -> object:
         start, stop = lines.starts[i : i + 2]
         if stop - start > MAX_ROW_BYTES:
             raise DataError(

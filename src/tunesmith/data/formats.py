@@ -9,116 +9,40 @@ learned) is refused, by its place; what nothing knows is counted.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 from tunesmith.config.row_formats import ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
+from tunesmith.data.marks import apply_list_of_marks, check_row_marks
 from tunesmith.data.messages import (
     MESSAGE,
     TURN,
     Form,
     any_messages,
-    apply_list_of_marks,
     calls_in_text,
     check_order,
-    check_row_marks,
     is_said,
     read_messages,
     read_system,
     read_tools,
     with_row_system,
 )
-from tunesmith.data.row_reader import HARMLESS_COLUMNS, RowReader, is_absent, plain
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in OpenAI's form.
-
-    Attributes:
-        messages: dicts of `role` (system, user, assistant, tool) and `content` (str); those of an
-            assistant may have `reasoning_content` (str) and `tool_calls` ([{"type": "function",
-            "function": {"name", "arguments": dict}}]).
-        tools: OpenAI's tool schemas.
-        prompt_messages: how many leading messages are a prompt, whose answers are not supervised.
-        instruction: (instruction, input, output) of a row in alpaca's format, so that alpaca's own
-            text can be made.
-        untrained: indices of the assistant messages that the row itself leaves unsupervised.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    prompt_messages: int = 0
-    instruction: tuple[str, str, str] | None = None
-    untrained: frozenset[int] = frozenset()
-
-    def supervised(self) -> list[dict[str, Any]]:
-        """The assistant messages that are trained on, where nothing but the row decides."""
-        answers = []
-        for i, message in enumerate(self.messages):
-            is_context = i < self.prompt_messages or i in self.untrained
-            if message["role"] == "assistant" and not is_context:
-                answers.append(message)
-        return answers
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and its answer, as plain text.
-
-    `system` is for the template that makes two turns of them.
-    """
-
-    prompt: str
-    completion: str
-    system: str | None = None
-
-
-@dataclass(frozen=True)
-class Text:
-    """Plain text, supervised as a whole."""
-
-    text: str
-
-
-Sample = Conversation | Completion | Text
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, the first of which is the better one."""
-
-    chosen: Conversation | Completion
-    rejected: Conversation | Completion
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """An answer that is good or bad."""
-
-    answer: Conversation | Completion
-    is_good: bool
-
-
-def samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
-    """List the samples to tokenize of a row; of a pair the chosen answer comes first."""
-    if isinstance(row, Pair):
-        return [row.chosen, row.rejected]
-    if isinstance(row, Feedback):
-        return [row.answer]
-    return [row]
-
-
-def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """The messages with `system` (None: as they are) as system message, where they have none."""
-    if system is None or (messages and messages[0]["role"] == "system"):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+from tunesmith.data.row_reader import HARMLESS_NAMES, RowReader, is_absent, plain
+from tunesmith.data.samples import (
+    Completion,
+    Conversation,
+    Feedback,
+    Message,
+    Pair,
+    Sample,
+    Text,
+    with_system,
+)
 
 
 def convert_row(
-    row: Mapping[str, Any],
+    row: Mapping[str, object],
     source: Source,
     *,
     where: str,
@@ -149,7 +73,9 @@ def convert_row(
         for column, value in reader.unread_columns().items():
             # Many chats have their first question in a column of its own, too.
             is_repeated = isinstance(value, str) and value.strip() in texts
-            if plain(column) not in HARMLESS_COLUMNS and not is_repeated:
+            # Data sets often add the text of the whole example.
+            is_harmless = plain(column) in HARMLESS_NAMES or plain(column) == "text"
+            if not is_harmless and not is_repeated:
                 unread.add(column)
     if isinstance(sample, Pair):
         chosen = _complete(reader, sample.chosen, system)
@@ -160,7 +86,7 @@ def convert_row(
 
 
 def convert_sample(
-    row: Mapping[str, Any], source: Source, *, where: str, system: str | None = None
+    row: Mapping[str, object], source: Source, *, where: str, system: str | None = None
 ) -> Sample:
     """Convert a row as `convert_row`; of a pair the chosen answer, of feedback the answer."""
     sample = convert_row(row, source, where=where, system=system, is_trained=False)
@@ -241,7 +167,7 @@ def _alpaca(row: RowReader) -> Sample:
     return Conversation(messages)
 
 
-def _no_messages(row: RowReader, value: Any, column: str) -> str:
+def _no_messages(row: RowReader, value: object, column: str) -> str:
     """A text that is not JSON of messages, which alpaca's format would train on as it stands."""
     if not isinstance(row.text_or_messages(value, column), str) and isinstance(value, str):
         fix = "format: prompt-completion, or write the text alone"
@@ -270,20 +196,17 @@ def _chat(row: RowReader, column: str, form: Form) -> Sample:
 def _prompt_completion(row: RowReader) -> Sample:
     prompt = row.text_or_messages(row.required("prompt"), "prompt")
     completion = row.text_or_messages(row.required("completion"), "completion")
-    # One message stands for a list of one.
-    prompt = [prompt] if isinstance(prompt, Mapping) else prompt
-    completion = [completion] if isinstance(completion, Mapping) else completion
     # Both as text, or both as messages: one of each has no border.
-    if isinstance(prompt, list) != isinstance(completion, list):
+    if isinstance(prompt, list | Mapping) != isinstance(completion, list | Mapping):
         fix = "write both as lists of messages"
         raise row.error(
             "prompt and completion have different types", "one is text, the other a list", fix
         )
-    if not isinstance(prompt, list):
+    if not isinstance(prompt, list | Mapping):
         return _completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))
-    prompt = with_row_system(row, any_messages(row, prompt, "prompt"))
-    completion = any_messages(row, completion, "completion")
-    return Conversation(prompt + completion, read_tools(row), prompt_messages=len(prompt))
+    messages = with_row_system(row, any_messages(row, prompt, "prompt"))
+    answer = any_messages(row, completion, "completion")
+    return Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))
 
 
 def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | Completion:
@@ -292,7 +215,7 @@ def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | C
     if tools is None:
         return Completion(prompt, completion, read_system(row))
     messages = with_row_system(row, [{"role": "user", "content": prompt}])
-    answer: dict[str, Any] = {"role": "assistant", "content": completion}
+    answer: Message = {"role": "assistant", "content": completion}
     calls = calls_in_text(row, completion)
     if calls:
         answer = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -315,30 +238,55 @@ def _preference(row: RowReader) -> Pair:
     if isinstance(chosen, str) != isinstance(rejected, str):
         fix = "write both as texts, or both as lists of messages"
         raise row.error("chosen and rejected have different types", "one is a text", fix)
-    if isinstance(chosen, str) and (prompt is None or isinstance(prompt, str)):
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
         return _pair_of_texts(row, prompt, chosen, rejected)
-    chosen = _answer_messages(row, chosen, "chosen")
-    rejected = _answer_messages(row, rejected, "rejected")
-    if chosen[0]["role"] != "assistant":
-        shared = _shared_beginning(row, chosen, rejected)
-        _check_shared(row, prompt, shared)
-        prompt = shared
-        chosen = chosen[len(shared) :]
-        rejected = rejected[len(shared) :]
-    else:
-        prompt = _prompt_messages(row, row.required("prompt") if prompt is None else prompt)
-    prompt = with_row_system(row, prompt)
-    tools = read_tools(row)
-    answers = []
-    for column, answer in (("chosen", chosen), ("rejected", rejected)):
-        _check_answer(row, answer, column)
-        # Copies: each conversation marks its own messages.
-        messages = [dict(message) for message in prompt + answer]
-        answers.append(Conversation(messages, tools, prompt_messages=len(prompt)))
-    return Pair(*answers)
+    of_chosen = _answer_messages(row, chosen, "chosen")
+    of_rejected = _answer_messages(row, rejected, "rejected")
+    if of_chosen[0]["role"] == "assistant":
+        prompt = row.required("prompt") if prompt is None else prompt
+        messages = _prompt_messages(row, prompt)
+        return Pair(*_answered(row, messages, {"chosen": of_chosen, "rejected": of_rejected}))
+    shared = _shared_beginning(row, of_chosen, of_rejected)
+    _check_shared(row, prompt, shared)
+    own = {"chosen": of_chosen[len(shared) :], "rejected": of_rejected[len(shared) :]}
+    return Pair(*_answered(row, shared, own))
 
 
-def _pair_prompt(row: RowReader) -> Any:
+def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: str) -> Pair:
+    chosen = row.text(chosen, "chosen")
+    rejected = row.text(rejected, "rejected")
+    if prompt is None:
+        prompt = _shared_text(row, chosen, rejected)
+        chosen = chosen[len(prompt) :]
+        rejected = rejected[len(prompt) :]
+    answers = {"chosen": chosen, "rejected": rejected}
+    return Pair(*_answered(row, row.text(prompt, "prompt"), answers))
+
+
+def _answered(
+    row: RowReader, prompt: str | list[Message], answers: Mapping[str, str | list[Message]]
+) -> list[Conversation | Completion]:
+    """A sample for each answer to a prompt, by its column; all of them are texts, or messages."""
+    tools = None
+    if not isinstance(prompt, str):
+        prompt = with_row_system(row, prompt)
+        tools = read_tools(row)
+    samples: list[Conversation | Completion] = []
+    for column, answer in answers.items():
+        is_empty = not answer.strip() if isinstance(answer, str) else not is_said(answer[-1])
+        if is_empty:
+            why = "an answer without tokens cannot be compared"
+            raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
+        if isinstance(prompt, str) and isinstance(answer, str):
+            samples.append(_completed(row, prompt, answer))
+        elif not isinstance(prompt, str) and not isinstance(answer, str):
+            # Copies: each conversation marks its own messages.
+            messages = [message.copy() for message in prompt + answer]
+            samples.append(Conversation(messages, tools, prompt_messages=len(prompt)))
+    return samples
+
+
+def _pair_prompt(row: RowReader) -> object:
     """Read the prompt of a pair: a text, messages, or None where both answers begin with it."""
     prompt = row.text_or_messages(row.optional("prompt"), "prompt")
     conversations = row.optional("conversations")
@@ -351,7 +299,7 @@ def _pair_prompt(row: RowReader) -> Any:
     return _with_input(row, prompt)
 
 
-def _with_input(row: RowReader, prompt: Any) -> Any:
+def _with_input(row: RowReader, prompt: object) -> object:
     """The prompt with the row's `input` behind it, as in alpaca's format."""
     extra = row.optional("input")
     if is_absent(extra):
@@ -362,7 +310,7 @@ def _with_input(row: RowReader, prompt: Any) -> Any:
     return f"{prompt}\n{row.text(extra, 'input')}"
 
 
-def _check_shared(row: RowReader, prompt: Any, shared: list[dict[str, Any]]) -> None:
+def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None:
     """DataError for a prompt that chosen and rejected do not begin with."""
     if is_absent(prompt):
         return
@@ -372,19 +320,6 @@ def _check_shared(row: RowReader, prompt: Any, shared: list[dict[str, Any]]) -> 
         why = "chosen and rejected begin with different messages"
         fix = "make them equal, or remove the prompt"
         raise row.error("the prompt differs from that of chosen and rejected", why, fix)
-
-
-def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: str) -> Pair:
-    chosen = row.text(chosen, "chosen")
-    rejected = row.text(rejected, "rejected")
-    if prompt is None:
-        prompt = _shared_text(row, chosen, rejected)
-        chosen = chosen[len(prompt) :]
-        rejected = rejected[len(prompt) :]
-    prompt = row.text(prompt, "prompt")
-    _check_answer(row, chosen, "chosen")
-    _check_answer(row, rejected, "rejected")
-    return Pair(_completed(row, prompt, chosen), _completed(row, prompt, rejected))
 
 
 @_reads("feedback")
@@ -398,24 +333,20 @@ def _feedback(row: RowReader) -> Feedback:
     # Columns that the recipe names are those that are meant.
     if "prompt" not in row.source.columns and row.optional("messages") is not None:
         messages = any_messages(row, row.optional("messages"), "messages")
-        messages = with_row_system(row, messages)
-        _check_answer(row, messages[-1:], "the last message")
-        sample = Conversation(messages, read_tools(row), prompt_messages=len(messages) - 1)
+        [sample] = _answered(row, messages[:-1], {"the last message": messages[-1:]})
         return Feedback(sample, is_good)
     prompt = _with_input(row, row.text_or_messages(row.required("prompt"), "prompt"))
     completion = row.text_or_messages(row.required("completion"), "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        _check_answer(row, completion, "completion")
-        completed = _completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))
-        return Feedback(completed, is_good)
-    prompt = with_row_system(row, _prompt_messages(row, prompt))
-    answer = _answer_messages(row, completion, "completion")
-    _check_answer(row, answer, "completion")
-    sample = Conversation(prompt + answer, read_tools(row), prompt_messages=len(prompt))
+        text = row.text(completion, "completion")
+        [sample] = _answered(row, row.text(prompt, "prompt"), {"completion": text})
+    else:
+        answer = _answer_messages(row, completion, "completion")
+        [sample] = _answered(row, _prompt_messages(row, prompt), {"completion": answer})
     return Feedback(sample, is_good)
 
 
-def read_label(value: Any) -> bool | None:
+def read_label(value: object) -> bool | None:
     """Tell whether a label calls its answer good; None where it says neither good nor bad.
 
     A number other than 0 and 1 may be a rank, and a word such as positive what a text expresses.
@@ -457,14 +388,14 @@ def _check_no_bad_label(row: RowReader) -> None:
             )
 
 
-def _prompt_messages(row: RowReader, prompt: Any) -> list[dict[str, Any]]:
+def _prompt_messages(row: RowReader, prompt: object) -> list[Message]:
     """A prompt that is a text, a message or a list of them."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": row.text(prompt, "prompt")}]
     return any_messages(row, prompt, "prompt")
 
 
-def _answer_messages(row: RowReader, answer: Any, column: str) -> list[dict[str, Any]]:
+def _answer_messages(row: RowReader, answer: object, column: str) -> list[Message]:
     """An answer that is a text, a message or a list of them."""
     if isinstance(answer, str):
         return [{"role": "assistant", "content": row.text(answer, column)}]
@@ -475,17 +406,9 @@ def _answer_messages(row: RowReader, answer: Any, column: str) -> list[dict[str,
     return messages
 
 
-def _check_answer(row: RowReader, answer: str | list[dict[str, Any]], column: str) -> None:
-    """DataError for an answer that says nothing."""
-    is_empty = not answer.strip() if isinstance(answer, str) else not is_said(answer[-1])
-    if is_empty:
-        why = "an answer without tokens cannot be compared"
-        raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
-
-
 def _shared_beginning(
-    row: RowReader, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    row: RowReader, chosen: list[Message], rejected: list[Message]
+) -> list[Message]:
     """The messages that both begin with; each is left with one of its own."""
     count = 0
     most = min(len(chosen), len(rejected)) - 1
@@ -519,5 +442,5 @@ def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
     return prompt
 
 
-def _texts_of(messages: list[dict[str, Any]]) -> list[str]:
+def _texts_of(messages: list[Message]) -> list[str]:
     return [message["content"].strip() for message in messages]

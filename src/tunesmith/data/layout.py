@@ -9,7 +9,7 @@ import numpy as np
 
 from tunesmith.data.batch import Batch, Example, collate
 from tunesmith.data.pack import best_fit_decreasing, groups_of_like_length
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.token_set import TokenSet
 from tunesmith.units import ceil_div
 
 

@@ -14,7 +14,7 @@ from tunesmith.data.layout import Layout
 from tunesmith.data.micro_batches import MicroBatches
 from tunesmith.data.mismatched import mismatched_examples
 from tunesmith.data.schedule import BatchSchedule
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.token_set import TokenSet
 from tunesmith.units import Size
 
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.data.arrow_nulls import without_nulls
-from tunesmith.data.row_reader import RowReader, is_absent, plain
+from tunesmith.data.arrow_nulls import drop_nulls
+from tunesmith.data.marks import PARTIAL_MARKS, is_mark, is_trained_turn
+from tunesmith.data.row_reader import HARMLESS_NAMES, RowReader, is_absent, plain
+from tunesmith.data.samples import CalledFunction, FunctionCall, Message, ToolSchema
 from tunesmith.data.table import json_type
-from tunesmith.errors import DataError
 
 CHAT_ROLES = {
     "system": "system",
@@ -40,30 +41,6 @@ CHAT_ROLES = {
 }
 # What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
-# Marks of a turn, or of a row, and whether true means that it is trained on.
-_MARKS = {
-    **dict.fromkeys(
-        """
-        train trainable train_on_turn training train_on trained is_trained learn learnable
-        supervised loss loss_mask loss_weight compute_loss calculate_loss include_in_loss weight
-        """.split(),
-        True,
-    ),
-    **dict.fromkeys(
-        "mask masked untrained ignore ignore_loss no_loss no_train exclude_from_loss".split(), False
-    ),
-}
-# Marks of a part of a turn, which no mask of whole answers can follow.
-_PARTIAL_MARKS = ("train_detail", "training_detail")
-# Keys of a turn that say where it is from, or what it measures.
-_HARMLESS = frozenset(
-    """
-    id uuid idx index turn turn_id turn_idx turn_index message_id parent_id parent
-    timestamp time date created created_at updated_at create_time update_time
-    source model model_name lang language author name
-    tokens token_count num_tokens length cache_control
-    """.split()
-)
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
@@ -80,17 +57,17 @@ MESSAGE = Form("message", "role", "content", 'write {"role": "user", "content": 
 TURN = Form("turn", "from", "value", 'write {"from": "human", "value": "..."}')
 
 
-def read_messages(row: RowReader, value: Any, column: str, form: Form) -> list[dict[str, Any]]:
+def read_messages(row: RowReader, value: object, column: str, form: Form) -> list[Message]:
     """The messages of a column, in OpenAI's form; DataError if it is no list of turns, or empty.
 
     An answer that is not trained on has `"train": False`.
     """
     turns = row.list(value, column)
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     previous_role = ""
-    for n, turn in enumerate(turns, 1):
+    for n, value_of_turn in enumerate(turns, 1):
         at = f"{form.noun} {n}"
-        _check_turn(row, turn, form, at)
+        turn = _as_turn(row, value_of_turn, form, at)
         role = _role(row, turn[form.role], at)
         of_turn = _read_turn(row, role, turn, form, at)
         # Several calls in one answer are written as turns after one another.
@@ -105,9 +82,7 @@ def read_messages(row: RowReader, value: Any, column: str, form: Form) -> list[d
     return messages
 
 
-def _check_one_answer(
-    row: RowReader, answer: Mapping[str, Any], call: Mapping[str, Any], at: str
-) -> None:
+def _check_one_answer(row: RowReader, answer: Message, call: Message, at: str) -> None:
     """DataError for a further call whose turn says more than a part of one answer can."""
     has_other_mark = answer.get("train", True) != call.get("train", True)
     if has_other_mark or "reasoning_content" in call:
@@ -115,7 +90,7 @@ def _check_one_answer(
         raise row.error("a call has a thought or a mark of its own", why, "write one turn", at)
 
 
-def any_messages(row: RowReader, value: Any, column: str) -> list[dict[str, Any]]:
+def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
     """One message or a list of them, in either form."""
     value = row.json(value, column)
     items = [value] if isinstance(value, Mapping) else row.list(value, column)
@@ -123,18 +98,18 @@ def any_messages(row: RowReader, value: Any, column: str) -> list[dict[str, Any]
     return read_messages(row, items, column, TURN if is_sharegpt else MESSAGE)
 
 
-def _check_turn(row: RowReader, turn: Any, form: Form, at: str) -> None:
-    """DataError for a turn without a role; of ShareGPT's also for one that says nothing."""
+def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, object]:
+    """The turn; DataError for one without a role; of ShareGPT's also for one that says nothing."""
     has_role = isinstance(turn, Mapping) and form.role in turn
-    if form is MESSAGE:
-        if not has_role:
-            raise row.error("a message has no role", fix=form.example, at=at)
-        return
-    if not has_role or not any(key in turn for key in ("value", "tool_calls", "function_call")):
+    if form is MESSAGE and not has_role:
+        raise row.error("a message has no role", fix=form.example, at=at)
+    said = ("value", "tool_calls", "function_call")
+    if not has_role or (form is TURN and not any(key in turn for key in said)):
         raise row.error("a turn has no `from` and `value`", fix=form.example, at=at)
+    return turn
 
 
-def _role(row: RowReader, name: Any, at: str) -> str:
+def _role(row: RowReader, name: object, at: str) -> str:
     role = CHAT_ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         why = f"the roles are {', '.join(CHAT_ROLES)}"
@@ -148,13 +123,13 @@ class _ContentParts:
 
     text: str = ""
     thought: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[FunctionCall] = field(default_factory=list)
+    results: list[Message] = field(default_factory=list)
 
 
 def _read_turn(
-    row: RowReader, role: str, turn: Mapping[str, Any], form: Form, at: str
-) -> list[dict[str, Any]]:
+    row: RowReader, role: str, turn: Mapping[str, object], form: Form, at: str
+) -> list[Message]:
     """The message of a turn; several where tool results stand in a content, as Anthropic has it."""
     content = turn.get(form.content)
     if role == "call":
@@ -171,7 +146,7 @@ def _read_turn(
     if others:
         parts.calls += _calls_of_keys(row, others, at)
         thought = _thought(row, others, parts.thought, at)
-        is_trained = _is_trained(row, role, others, at)
+        is_trained = is_trained_turn(row, role, others, at)
         _note_unread(row, others, form)
     if parts.results:
         return _with_results(row, role, parts, thought, at)
@@ -182,7 +157,7 @@ def _read_turn(
     if content is None and not parts.calls and not thought:
         fix = f'add "{form.content}": "...", or delete it'
         raise row.error(f"a {form.noun} has no {form.content}", fix=fix, at=at)
-    message: dict[str, Any] = {"role": role, "content": parts.text}
+    message: Message = {"role": role, "content": parts.text}
     if not is_trained:
         message["train"] = False
     if thought:
@@ -198,7 +173,7 @@ def _read_turn(
 
 def _with_results(
     row: RowReader, role: str, parts: _ContentParts, thought: str, at: str
-) -> list[dict[str, Any]]:
+) -> list[Message]:
     """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
     if role != "user" or thought or parts.calls:
         raise row.error(
@@ -209,7 +184,7 @@ def _with_results(
     return [*parts.results, {"role": "user", "content": parts.text}]
 
 
-def _thought(row: RowReader, turn: Mapping[str, Any], of_parts: str, at: str) -> str:
+def _thought(row: RowReader, turn: Mapping[str, object], of_parts: str, at: str) -> str:
     """Read the thought of an answer, by whatever name; DataError if two of them differ."""
     thoughts = {"content": of_parts} if of_parts else {}
     for key, value in turn.items():
@@ -221,7 +196,7 @@ def _thought(row: RowReader, turn: Mapping[str, Any], of_parts: str, at: str) ->
     return next(iter(thoughts.values()), "")
 
 
-def _calls_of_keys(row: RowReader, turn: Mapping[str, Any], at: str) -> list[dict[str, Any]]:
+def _calls_of_keys(row: RowReader, turn: Mapping[str, object], at: str) -> list[FunctionCall]:
     """The calls of `tool_calls`, or of OpenAI's older `function_call`."""
     names = [name for name in ("tool_calls", "function_call") if not is_absent(turn.get(name))]
     if len(names) > 1:
@@ -230,15 +205,15 @@ def _calls_of_keys(row: RowReader, turn: Mapping[str, Any], at: str) -> list[dic
     return _calls(row, turn[names[0]], at) if names else []
 
 
-def _note_unread(row: RowReader, others: Mapping[str, Any], form: Form) -> None:
+def _note_unread(row: RowReader, others: Mapping[str, object], form: Form) -> None:
     """Remember the keys of a turn that nothing reads; DataError for those of images and such."""
     for key, value in others.items():
         if key in ("tool_calls", "function_call", "tool_call_id"):
             continue
         name = plain(key)
-        if is_absent(value) or name in THOUGHTS or name in _HARMLESS:
+        if is_absent(value) or name in THOUGHTS or name in HARMLESS_NAMES:
             continue
-        if name in _MARKS or name in _PARTIAL_MARKS:
+        if is_mark(key) or name in PARTIAL_MARKS:
             continue
         if name in _MEDIA:
             why = "this trains a model of text"
@@ -246,104 +221,7 @@ def _note_unread(row: RowReader, others: Mapping[str, Any], form: Form) -> None:
         row.unread.add(f"{form.noun}.{key}")
 
 
-def _is_trained(row: RowReader, role: str, turn: Mapping[str, Any], at: str) -> bool:
-    """False where a turn says that it is not trained on: by `train`, OpenAI's `weight`, or others.
-
-    DataError for a mark that no mask of whole answers follows, and where two differ.
-    """
-    marks: dict[str, bool] = {}
-    for key, value in turn.items():
-        name = plain(key)
-        if value is None:
-            continue
-        if name in _PARTIAL_MARKS and value:
-            why = "an answer is trained on as a whole, or not at all"
-            raise row.error(f"a turn has {key}", why, f"split the turn, or remove {key}", at)
-        if name not in _MARKS:
-            continue
-        marks[key] = _mark(row, key, value, role, at)
-    if len(set(marks.values())) > 1:
-        what = f"{' and '.join(marks)} contradict each other"
-        raise row.error(what, "one says that the turn is trained on", "remove one of them", at)
-    return all(marks.values())
-
-
-def _mark(row: RowReader, key: str, value: Any, role: str, at: str) -> bool:
-    """Tell whether a mark says that its turn is trained on."""
-    if isinstance(value, str | list | dict) or value not in (0, 1):
-        raise _wrong_mark(row, key, value, role, at)
-    # A mask of numbers is as often that of the trained tokens.
-    if plain(key) == "mask" and not isinstance(value, bool):
-        raise _wrong_mark(row, key, value, role, at)
-    is_trained = bool(value) == _MARKS[plain(key)]
-    if is_trained and role != "assistant":
-        raise _wrong_mark(row, key, value, role, at)
-    return is_trained
-
-
-def _wrong_mark(row: RowReader, key: str, value: Any, role: str, at: str) -> DataError:
-    what = f"the message of the {role} has {key}: {value}"
-    why = (
-        "an assistant's turn is trained on (true, or weight 1) or not (false, or 0),"
-        " and no other turn is"
-    )
-    return row.error(what, why, f'write "train": true or false, or remove {key}', at)
-
-
-def apply_list_of_marks(row: RowReader, messages: list[dict[str, Any]], turns: int) -> None:
-    """Mark the answers by a column of the row that has a mark for each turn, as loss_mask: [0, 1].
-
-    A list of another length is refused with the other marks of a row, see `check_row_marks`.
-    """
-    for column, value in row.unread_columns().items():
-        has_mark_each = isinstance(value, list) and len(value) == turns == len(messages)
-        if not is_mark(column) or not has_mark_each:
-            continue
-        row.mark_read(column)
-        for n, (message, mark) in enumerate(zip(messages, value, strict=True), 1):
-            at = f"{column} {n}"
-            if not _mark(row, column, mark, message["role"], at) and message["role"] == "assistant":
-                message["train"] = False
-
-
-def is_mark(column: str) -> bool:
-    """Tell whether a column has the name of a mark."""
-    return plain(column) in _MARKS
-
-
-def check_row_marks(row: RowReader) -> None:
-    """DataError for a mark of a whole row that training would ignore."""
-    for column, as_written in row.unread_columns().items():
-        name = plain(column)
-        value = _from_csv(as_written)
-        is_weight = name in ("weight", "loss_weight", "sample_weight")
-        if not is_weight and not is_mark(column):
-            continue
-        is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)
-        if is_plain_mark and bool(value) == _MARKS.get(name, True):
-            row.mark_read(column)
-            continue
-        if is_plain_mark or is_weight or isinstance(value, list):
-            what = f"the row has {column}: {value}"
-            why = "a row is trained on as its turns say, and all rows of a source weigh the same"
-            fix = (
-                f'delete the row, or remove {column}; write "train": false in turns that are'
-                " context only; rows in a file of their own may have a source's weight"
-            )
-            raise row.error(what, why, fix)
-
-
-def _from_csv(value: Any) -> Any:
-    """A truth value, a number or a list that a csv file has as text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value.strip().lower())
-    except (ValueError, RecursionError):
-        return value
-
-
-def _content(row: RowReader, content: Any, form: Form, at: str) -> _ContentParts:
+def _content(row: RowReader, content: object, form: Form, at: str) -> _ContentParts:
     """Text, thought, calls and results of a content that is a text or a list of parts."""
     if content is None:
         return _ContentParts()
@@ -378,7 +256,7 @@ def _content(row: RowReader, content: Any, form: Form, at: str) -> _ContentParts
     return parts
 
 
-def _part_value(part: Mapping[str, Any]) -> Any:
+def _part_value(part: Mapping[str, object]) -> object:
     """Read the value of a part, which stands under one of several names."""
     for name in ("text", "value", "reasoning", "thinking"):
         if name in part:
@@ -386,10 +264,10 @@ def _part_value(part: Mapping[str, Any]) -> Any:
     return None
 
 
-def _result(row: RowReader, part: Mapping[str, Any], at: str) -> dict[str, Any]:
+def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
     """Anthropic's result of a tool as a message."""
     text = _content(row, part.get("content"), MESSAGE, at).text
-    message: dict[str, Any] = {"role": "tool", "content": text}
+    message: Message = {"role": "tool", "content": text}
     if part.get("tool_use_id"):
         message["tool_call_id"] = row.text(part["tool_use_id"], f"{at} tool_use_id")
     return message
@@ -399,13 +277,13 @@ def _result(row: RowReader, part: Mapping[str, Any], at: str) -> dict[str, Any]:
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 
 
-def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
+def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
     """Tool calls: one or a list, bare or in OpenAI's wrapping.
 
     Their arguments are an object, or JSON text of one.
     """
     value = row.json(value, f"{at} tool call")
-    values = value if isinstance(value, list) else [value]
+    values: list[Any] = value if isinstance(value, list) else [value]
     if not values:
         raise row.error("a list of tool calls is empty", at=at)
     calls = []
@@ -432,15 +310,16 @@ def _calls(row: RowReader, value: Any, at: str) -> list[dict[str, Any]]:
             is_read = key in ("name", "id", "type", "index", "function", *_ARGUMENTS)
             if not is_read and not is_absent(of_call):
                 row.unread.add(f"call.{key}")
-        call: dict[str, Any] = {"type": "function"}
+        called: CalledFunction = {"name": name, "arguments": arguments}
+        call: FunctionCall = {"type": "function", "function": called}
         if isinstance(item.get("id"), str):
-            call["id"] = item["id"]
-        call["function"] = {"name": name, "arguments": arguments}
+            # In this order: a template may write the call as JSON.
+            call = {"type": "function", "id": item["id"], "function": called}
         calls.append(call)
     return calls
 
 
-def calls_in_text(row: RowReader, text: str) -> list[dict[str, Any]]:
+def calls_in_text(row: RowReader, text: str) -> list[FunctionCall]:
     """The calls of an answer that is JSON text of nothing else; none of another text.
 
     Rows with columns query, tools and answers are such.
@@ -458,7 +337,7 @@ def calls_in_text(row: RowReader, text: str) -> list[dict[str, Any]]:
     return _calls(row, items, "completion") if items and are_calls else []
 
 
-def read_tools(row: RowReader) -> list[dict[str, Any]] | None:
+def read_tools(row: RowReader) -> list[ToolSchema] | None:
     """Tool schemas of a row: a list, or JSON text of one; bare schemas get OpenAI's wrapping.
 
     A keyword of a schema that is null is left out. No schema has one by itself: it is what a file
@@ -467,7 +346,7 @@ def read_tools(row: RowReader) -> list[dict[str, Any]] | None:
     value = row.optional("tools")
     if value is None or value in ("", []):
         return None
-    tools = []
+    tools: list[ToolSchema] = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping):
@@ -475,7 +354,7 @@ def read_tools(row: RowReader) -> list[dict[str, Any]] | None:
             raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
         if not isinstance(function.get("name"), str):
             raise row.error(f"tool {n} has no name", fix='add "name": "..."')
-        schema = without_nulls({"function": function})["function"]
+        schema: dict[str, object] = drop_nulls(function)
         # Anthropic's name.
         if "input_schema" in schema and "parameters" not in schema:
             schema["parameters"] = schema.pop("input_schema")
@@ -492,7 +371,7 @@ def read_system(row: RowReader) -> str | None:
     return row.text(parts.text, "system")
 
 
-def with_row_system(row: RowReader, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:
     """The messages behind the row's system column; DataError if they have another one."""
     system = read_system(row)
     if system is None:
@@ -509,7 +388,7 @@ def with_row_system(row: RowReader, messages: list[dict[str, Any]]) -> list[dict
     return messages
 
 
-def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
+def check_order(row: RowReader, messages: list[Message]) -> None:
     """DataError for what no template can render.
 
     That is a late system message, a result without a call, an answer to nothing, or no answer at
@@ -548,7 +427,7 @@ def check_order(row: RowReader, messages: list[dict[str, Any]]) -> None:
         raise row.error(what, why, "delete the row, or its last messages")
 
 
-def is_said(message: Mapping[str, Any]) -> bool:
+def is_said(message: Message) -> bool:
     """Tell whether an answer has a text, a thought or a call."""
     says_more = "tool_calls" in message or "reasoning_content" in message
     return says_more or bool(message["content"].strip())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tunesmith.data.batch import Example
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.token_set import TokenSet
 
 
 def mismatched_examples(

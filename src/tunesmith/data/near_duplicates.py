@@ -317,18 +317,18 @@ def _feature_sets(arrays: WordArrays) -> RowSets:
     pairs = (words[:-1] * np.uint32(0x9E3779B1)) ^ (words[1:] * np.uint32(0x85EBCA6B))
     is_word = words >= _FIRST_WORD
     is_pair = is_word[:-1] & is_word[1:]
-    rows = []
+    sets = [np.zeros(0, np.uint32)]
+    offsets = [0]
     for start, stop in zip(arrays.starts.tolist(), arrays.stops.tolist(), strict=True):
-        of_row = words[start:stop]
-        of_row = of_row[is_word[start:stop]]
-        if len(of_row) < MIN_WORDS:
-            rows.append(of_row[:0])
-            continue
-        of_pairs = pairs[start : stop - 1]
-        of_pairs = of_pairs[is_pair[start : stop - 1]]
-        rows.append(np.unique(np.concatenate([of_row, of_pairs])))
-    values = np.concatenate([np.zeros(0, np.uint32), *rows])
-    return RowSets(values, np.cumsum([0, *map(len, rows)]))
+        if np.count_nonzero(is_word[start:stop]) >= MIN_WORDS:
+            # A row's last word has no neighbor in it.
+            row_words = words[start:stop][is_word[start:stop]]
+            row_pairs = pairs[start : stop - 1][is_pair[start : stop - 1]]
+            sets.append(np.unique(np.concatenate([row_words, row_pairs])))
+            offsets.append(offsets[-1] + len(sets[-1]))
+        else:
+            offsets.append(offsets[-1])
+    return RowSets(np.concatenate(sets), np.array(offsets, np.int64))
 
 
 def _bands(sets: RowSets) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -17,23 +17,20 @@ from tunesmith.data.describe_findings import count_repeating, describe_rows, row
 from tunesmith.data.row_checks import check_across
 from tunesmith.data.row_warnings import ROW_WARNINGS
 from tunesmith.data.schedule import FEW_STEPS, BatchSchedule, describe_long_warmup
+from tunesmith.data.select_template import select_template
 from tunesmith.data.source import describe_layouts
 from tunesmith.data.splits import Splits, read_checked_splits, read_splits
-from tunesmith.data.template import Template, select_template
-from tunesmith.data.tokens import (
-    Repeats,
-    SourceTokens,
-    TokenSet,
-    find_repeats,
-    tokenize,
-    tokenize_sides,
-    tokenizer_hash,
-)
+from tunesmith.data.template import Template
+from tunesmith.data.token_set import Repeats, SourceTokens, TokenSet, find_repeats
+from tunesmith.data.tokens import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
 from tunesmith.host.memory import available_memory
 from tunesmith.run_dir import HELD_OUT, with_earlier_runs
 from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of a source's tokens; where more are lost, a warning says so.
 MOST_LOST_TOKENS = 0.01
@@ -124,17 +121,16 @@ class TrainingData:
         and what the rules noted."""
         lines = []
         for contract in self.contracts:
-            # Of each kind of thing, as rows or tokens, the most that a rule checked.
+            # The most that a rule checked of each kind of thing, as rows or tokens.
             counts: dict[str, int] = {}
             for check in contract.checks:
                 counts[check.of] = max(check.checked, counts.get(check.of, 0))
             things = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-            passed = [check for check in contract.checks if not check.broken]
             count = count_of(len(contract.checks), "check")
             if contract.broken:
-                count = f"{len(passed)} of {count}"
-            notes = [check.note for check in passed if check.note]
+                count = f"{len(contract.checks) - len(contract.broken)} of {count}"
             line = f"token contract of {contract.split}: passed {count} of {things}"
+            notes = [check.note for check in contract.checks if check.note and not check.broken]
             lines.append("; ".join([line, *notes]))
         return lines
 
@@ -372,7 +368,7 @@ def _describe_repeats(repeats: Repeats, tokens: TokenSet | None, what: str) -> s
 
 def prepare_data(
     run: Run,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     eos_ids: Collection[int],
     vocab_size: int,
     *,
@@ -403,13 +399,10 @@ def prepare_data(
     across: list[list[int]] = []
     if run.data.validation:
         across = check_across(splits.validation, splits.train)
-    hash_ = tokenizer_hash(tokenizer)
     sides = {"train": splits.train}
     if splits.validation:
         sides["validation"] = splits.validation
-    token_sets = tokenize_sides(
-        sides, run.data, template, tokenizer, cache=cache, of_tokenizer=hash_
-    )
+    token_sets = tokenize_sides(sides, run.data, template, cache=cache)
     train = token_sets["train"]
     validation = token_sets.get("validation")
     validation_digest = None
@@ -454,13 +447,13 @@ def prepare_data(
         splits=splits,
         across=tuple(map(tuple, across)),
         validation_digest=validation_digest,
-        tokenizer_hash=hash_,
+        tokenizer_hash=template.tokenizer_hash,
         position_limit=position_limit,
     )
 
 
 def find_trained_rows(
-    tokens: TokenSet, trained: Run, data: Data, template: Template, tokenizer: Any
+    tokens: TokenSet, trained: Run, data: Data, template: Template
 ) -> tuple[Repeats | None, str]:
     """The examples of `tokens` that a run was trained on, or one that it continues; and why not all
     of that is known: None where no example was found by what is.
@@ -476,9 +469,8 @@ def find_trained_rows(
     for run in runs:
         try:
             rows, _ = read_splits(replace(run.data, validation=()), run.train.seed)
-            parts += tokenize(
-                rows, data, template, tokenizer, cache=cache_folder("tokens"), what="train"
-            ).parts
+            cache = cache_folder("tokens")
+            parts += tokenize(rows, data, template, cache=cache, what="train").parts
         except TunesmithError as error:
             fault = f"{error.what} ({error.where})" if error.where else error.what
         except OSError as error:

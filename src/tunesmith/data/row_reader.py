@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import nearest
-from tunesmith.config.row_formats import FORMAT_COLUMNS, READ_BY_ANY_NAME, ROW_FORMATS, FormatName
+from tunesmith.config.row_formats import READ_BY_ANY_NAME, ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.table import MAX_ROW_BYTES, json_type
 from tunesmith.errors import DataError
@@ -28,17 +28,21 @@ _ROLE_KEY = re.compile(r"""["'](role|from)\\?["']\s*:""")
 _TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
 # Characters of such a text in which the key of its first role is looked for.
 _LOOKED_AT = 100_000
-# Columns that tell rows apart, or say where they are from: no example is another for them.
-HARMLESS_COLUMNS = frozenset(
+# The least similarity of a mistyped name to that of a column, as `nearest` measures it.
+MIN_NAME_SIMILARITY = 0.75
+# Names of columns, and of keys of turns, that tell rows apart, say where they are from or measure
+# them: no example is another for them.
+HARMLESS_NAMES = frozenset(
     """
     id _id ids uuid uid guid idx index row row_id rowid hash md5 sha256 __index_level_0__
     prompt_id conversation_id conversation_hash session_id user_id thread_id message_id
+    turn turn_id turn_idx turn_index parent_id parent
     name title source dataset dataset_name data_source subset split url link file filename path
-    timestamp time date created created_at updated_at version
+    timestamp time date created created_at updated_at create_time update_time version
     language lang category topic domain subject task task_type type difficulty level tags keywords
     model model_name generator author license
-    tokens token_count num_tokens length num_turns turns_count
-    parallel_tool_calls text
+    tokens token_count num_tokens length num_turns turns_count cache_control
+    parallel_tool_calls
     """.split()
 )
 
@@ -61,12 +65,12 @@ def _names_in_files(format_name: FormatName, column: str) -> dict[str, None]:
     return dict.fromkeys(ROW_FORMATS[format_name].names(column))
 
 
-def is_absent(value: Any) -> bool:
+def is_absent(value: object) -> bool:
     """Tell whether a value says nothing: null, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
-def role_key_of(value: Any) -> str:
+def role_key_of(value: object) -> str:
     """The key of the roles in a list of turns, or in a text that begins as one: `role` or `from`.
 
     Empty for what is no such list.
@@ -83,7 +87,7 @@ def role_key_of(value: Any) -> str:
     return "role" if "role" in first else "from" if "from" in first else ""
 
 
-def looks_like_list(value: Any) -> bool:
+def looks_like_list(value: object) -> bool:
     """Tell whether a value is a list, or a text that begins as one of objects does."""
     if isinstance(value, str):
         text = value.lstrip()
@@ -98,6 +102,38 @@ def _yaml_text(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
 
 
+def guess_columns(
+    needed: Mapping[str, Sequence[str]],
+    columns: Sequence[str],
+    meant: Mapping[str, str],
+    texts: Sequence[str],
+) -> dict[str, str]:
+    """Find the likeliest column for each name that is needed; some may have none.
+
+    A column of a usual name comes first, then one that is mistyped, then the others in the order
+    that they have in the file.
+
+    Args:
+        needed: names of a format -> their usual names in files.
+        meant: names of a format -> the columns that the recipe names, of which there is none.
+        texts: the columns that may be taken by their place alone, the likeliest first.
+    """
+    free = {plain(column): column for column in columns}
+    guessed: dict[str, str] = {}
+    for name, usual_names in needed.items():
+        usual = next((key for key in free if key in usual_names), None)
+        if usual is not None:
+            guessed[name] = free.pop(usual)
+    for name in [name for name in needed if name not in guessed]:
+        near = nearest(meant.get(name, name), free, cutoff=MIN_NAME_SIMILARITY)
+        if near:
+            guessed[name] = free.pop(near)
+    missing = [name for name in needed if name not in guessed]
+    others = [column for column in texts if column in free.values()]
+    picked = sorted(others[: len(missing)], key=columns.index)
+    return {**guessed, **dict(zip(missing, picked, strict=False))}
+
+
 class RowReader:
     """One row with its column mapping and place.
 
@@ -105,7 +141,7 @@ class RowReader:
         unread: names of the columns, and of the keys of turns and calls, that nothing reads.
     """
 
-    def __init__(self, row: Mapping[str, Any], source: Source, where: str) -> None:
+    def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
         self.row = row
         self.source = source
         self.where = where
@@ -116,7 +152,7 @@ class RowReader:
         where = f"{self.where}, {at}" if at else self.where
         return DataError(what, where=where, why=why, fix=fix)
 
-    def optional(self, name: str) -> Any:
+    def optional(self, name: str) -> object:
         """The value of one of the format's columns; None where the row has none."""
         column = self.source.columns.get(name)
         if column is None and name in READ_BY_ANY_NAME:
@@ -127,9 +163,9 @@ class RowReader:
         self._read.add(column)
         return self.row.get(column)
 
-    def _by_any_name(self, name: str) -> Any:
+    def _by_any_name(self, name: str) -> object:
         """The value of a column that is read by each of its names in files."""
-        filled: dict[str, Any] = {}
+        filled: dict[str, object] = {}
         columns = _names_in_files(self.source.format, name)
         self._read.update(columns)
         # Most rows have none of them.
@@ -147,7 +183,7 @@ class RowReader:
             raise self.error(what, f"both are read as {name}", fix)
         return next(iter(filled.values()), None)
 
-    def required(self, name: str) -> Any:
+    def required(self, name: str) -> object:
         column = self.source.columns.get(name, name)
         self._read.add(column)
         if column not in self.row:
@@ -160,9 +196,9 @@ class RowReader:
         """Note that a column has been read by its own name."""
         self._read.add(column)
 
-    def unread_columns(self) -> dict[str, Any]:
+    def unread_columns(self) -> dict[str, object]:
         """The columns that nothing has read, with their values; null counts as absent."""
-        columns: dict[str, Any] = {}
+        columns: dict[str, object] = {}
         # Of most rows everything is read.
         if self.row.keys() <= self._read:
             return columns
@@ -177,8 +213,8 @@ class RowReader:
         It names all columns that are mapped to one that is missing. Its fix is the whole
         `columns:` line, and the formats that fit as the row is.
         """
-        needed = ROW_FORMATS[self.source.format].layouts[0].needed
         mapped = self.source.columns
+        needed = ROW_FORMATS[self.source.format].layouts[0].needed
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
         fix = self._propose_columns(missing) or "add it to the row, or delete the row"
         fitting = []
@@ -187,39 +223,34 @@ class RowReader:
                 fitting.append(format_name)
         if fitting:
             fix += f", or format: {' or '.join(fitting)}"
+        columns = ", ".join(map(str, self.row)) or "none"
+        # Of a recipe's mapping all that are wrong are named at once.
         wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
         what = f"there is no column {column}"
+        why = f"format {self.source.format} needs it; the columns are {columns}"
         if len(wrong) > 1:
             what = f"there are no columns {', '.join(wrong)}"
-        needs = "needs it" if len(wrong) == 1 else "needs them"
-        columns = ", ".join(map(str, self.row)) or "none"
-        why = f"format {self.source.format} {needs}; the columns are {columns}"
+            why = why.replace("needs it", "needs them", 1)
         return self.error(what, why, fix)
 
     def _propose_columns(self, missing: Sequence[str]) -> str:
-        """The `columns:` line with columns that nothing reads yet; empty where there are none.
-
-        Each missing one gets the column of the nearest name, or else the first that is left.
-        """
+        """The `columns:` line with columns that nothing reads yet; empty where there are none."""
         mapped = self.source.columns
-        read = {mapped.get(name, name) for name in FORMAT_COLUMNS[self.source.format]}
+        form = ROW_FORMATS[self.source.format]
+        read = {mapped.get(name, name) for name in form.columns}
         # A number is no text to learn.
         texts = [name for name, value in self.row.items() if not isinstance(value, int | float)]
         free = [name for name in texts if name not in read]
         if not free:
             return ""
-        near = {name: nearest(mapped.get(name) or name, free) or "" for name in missing}
-        proposed = dict(mapped)
-        for name in sorted(missing, key=lambda name: not near[name]):
-            proposed[name] = near[name] if near[name] in free else next(iter(free), "...")
-            free = [other for other in free if other != proposed[name]]
+        guessed = guess_columns({name: form.names(name) for name in missing}, free, mapped, free)
         pairs = []
-        for name, column in proposed.items():
+        for name, column in {**mapped, **dict.fromkeys(missing, "..."), **guessed}.items():
             if column != name:
                 pairs.append(f"{name}: {_yaml_text(column)}")
         return f"columns: {{{', '.join(pairs)}}}"
 
-    def text(self, value: Any, at: str) -> str:
+    def text(self, value: object, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""
         if not isinstance(value, str):
             fix = 'write it in quotes: "..."'
@@ -239,7 +270,7 @@ class RowReader:
             raise self.error(what, why, "write the whole character, or delete it") from None
         return value
 
-    def json(self, value: Any, at: str) -> Any:
+    def json(self, value: object, at: str) -> object:
         """A value that may be JSON as text, as columns of a CSV file and old tool calls are."""
         if not isinstance(value, str):
             return value
@@ -255,13 +286,13 @@ class RowReader:
                 fix = 'df.to_json("rows.jsonl", orient="records", lines=True)   # and name that'
             raise self.error(f"{at} is not JSON", why, fix) from None
 
-    def list(self, value: Any, at: str) -> list[Any]:
+    def list(self, value: object, at: str) -> list[Any]:
         items = self.json(value, at)
         if not isinstance(items, list):
             raise self.error(f"{at} is {json_type(items)}, not a list", fix="write a list: [...]")
         return items
 
-    def text_or_messages(self, value: Any, at: str) -> Any:
+    def text_or_messages(self, value: object, at: str) -> object:
         """The value; of JSON text of messages, as a csv file has them, the list of these."""
         if not isinstance(value, str):
             return value
@@ -278,8 +309,10 @@ class RowReader:
             keys = item.keys() if isinstance(item, dict) else set()
             return [item] if keys >= {"role", "content"} or keys >= {"from", "value"} else value
         items = self.json(value, at)
-        are_turns = isinstance(items, list) and all(
+        if not isinstance(items, list):
+            return value
+        are_turns = all(
             isinstance(item, dict) and ("role" in item or "from" in item) for item in items
         )
         has_texts = are_turns and any(not _TURN_KEYS.isdisjoint(item) for item in items)
-        return items if has_texts or items == [] else value
+        return items if has_texts or not items else value

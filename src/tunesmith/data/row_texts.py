@@ -6,20 +6,22 @@ and alike for every model.
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import (
+from tunesmith.data.formats import convert_row
+from tunesmith.data.samples import (
     Completion,
     Conversation,
     Feedback,
+    Message,
     Pair,
     Sample,
     Text,
-    convert_row,
     samples_of,
 )
 from tunesmith.data.source import Rows, count_characters
+from tunesmith.data.table import Row
 from tunesmith.errors import DataError
 from tunesmith.units import ceil_div
 
@@ -107,7 +109,7 @@ def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterat
         first = stop
 
 
-def row_text(values: dict[str, Any], source: Source) -> RowText:
+def row_text(values: Row, source: Source) -> RowText:
     """The text of one row; DataError where it is not of the source's format."""
     row = convert_row(values, source, where="")
     sample, *others = samples_of(row)
@@ -143,7 +145,7 @@ def _prompt_and_answer(sample: Sample) -> tuple[str, str]:
     return prompt, _message_text(sample.messages[last])
 
 
-def _message_text(message: dict[str, Any]) -> str:
+def _message_text(message: Message) -> str:
     """Join what a message says and calls; how an answer was reasoned is no part of it."""
     calls = [
         json.dumps(call["function"], sort_keys=True, default=str)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tunesmith.data.formats import Completion, Conversation, Sample
 from tunesmith.data.messages import is_said
+from tunesmith.data.samples import Completion, Conversation, Sample
 
 
 class RowWarning(NamedTuple):

@@ -20,7 +20,7 @@ from tunesmith.data.pack import best_fit_decreasing
 from tunesmith.units import Length, ceil_div, count_of
 
 if TYPE_CHECKING:
-    from tunesmith.data.tokens import TokenSet
+    from tunesmith.data.token_set import TokenSet
 
 # With fewer, the learning rate is mostly in its warm-up and the model changes little.
 FEW_STEPS = 50

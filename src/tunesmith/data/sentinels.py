@@ -10,12 +10,13 @@ one at the end, at the start or in the middle may not.
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from tunesmith.data.thoughts import Message, find_thought
+from tunesmith.data.samples import CalledFunction, FunctionCall, Message, ToolSchema
+from tunesmith.data.thoughts import find_thought
 
 Messages = Sequence[Message]
-Tools = list[dict[str, Any]] | None
+Tools = list[ToolSchema] | None
 Position = Literal["both", "end", "start", "middle"]
 SENTINEL_POSITIONS: tuple[Position, ...] = ("both", "end", "start", "middle")
 
@@ -89,17 +90,16 @@ class Sentinels:
         return pattern.sub("", text), sentinels
 
     def _message(self, i: int, message: Message) -> Message:
-        copy = dict(message)
-        if isinstance(copy.get("reasoning_content"), str):
-            copy["reasoning_content"] = self._text(
-                copy["reasoning_content"], i, "reasoning_content"
-            )
-        if isinstance(copy.get("content"), str):
-            copy["content"] = self._content(copy, i)
-        if copy.get("tool_calls"):
-            calls = []
-            for call in copy["tool_calls"]:
-                calls.append({**call, "function": self._function(i, call["function"])})
+        copy = message.copy()
+        if isinstance(message.get("reasoning_content"), str):
+            thought = message["reasoning_content"]
+            copy["reasoning_content"] = self._text(thought, i, "reasoning_content")
+        if isinstance(message.get("content"), str):
+            copy["content"] = self._content(message, i)
+        calls: list[FunctionCall] = []
+        for call in message.get("tool_calls") or ():
+            calls.append({**call, "function": self._function(i, call["function"])})
+        if calls:
             copy["tool_calls"] = calls
         return copy
 
@@ -107,7 +107,7 @@ class Sentinels:
         """The content with sentinels; the thought that an answer's may open with is a text of its
         own, because templates take it out.
         """
-        content: str = message["content"]
+        content = message["content"]
         place = find_thought(content) if message.get("role") == "assistant" else None
         if place is None:
             return self._text(content, i, "content")
@@ -116,12 +116,12 @@ class Sentinels:
         tags = content[: place.start], content[place.end : place.rest]
         return f"{tags[0]}{thought}{tags[1]}{rest}"
 
-    def _function(self, i: int, function: dict[str, Any]) -> dict[str, Any]:
+    def _function(self, i: int, function: CalledFunction) -> CalledFunction:
         name = self._text(function["name"], i, "tool_calls")
         arguments = self._arguments(function.get("arguments"), i)
         return {**function, "name": name, "arguments": arguments}
 
-    def _arguments(self, value: Any, i: int) -> Any:
+    def _arguments(self, value: object, i: int) -> object:
         """Sentinels in every text within a call's arguments; numbers and names carry none."""
         if isinstance(value, str):
             return self._text(value, i, "tool_calls")
@@ -132,11 +132,13 @@ class Sentinels:
             return [self._arguments(item, i) for item in value]
         return value
 
-    def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(tool.get("function"), dict):
-            return {**tool, "function": self._tool(tool["function"])}
-        if isinstance(tool.get("name"), str):
-            return {**tool, "name": self._text(tool["name"], -1, "tools")}
+    def _tool(self, tool: ToolSchema) -> ToolSchema:
+        function = tool.get("function")
+        name = tool.get("name")
+        if isinstance(function, dict):
+            return {**tool, "function": self._tool(function)}
+        if isinstance(name, str):
+            return {**tool, "name": self._text(name, -1, "tools")}
         return tool
 
     def _text(self, text: str, message: int, kind: str) -> str:

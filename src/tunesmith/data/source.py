@@ -12,7 +12,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.arrow_nulls import without_nulls
 from tunesmith.data.conversions import CONVERTED_SUFFIXES
 from tunesmith.data.folders import open_local
-from tunesmith.data.table import RowRange, Rows, Table
+from tunesmith.data.table import Row, RowRange, Rows, Table
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import from_here, near_path
 from tunesmith.units import count_of
@@ -54,7 +54,7 @@ def open_splits(source: Source) -> dict[str, Table]:
     return _read_hub(source)
 
 
-def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
+def from_list(rows: list[Row], name: str = "rows") -> Rows:
     """Rows that a program passes."""
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     table = Table(
@@ -66,7 +66,7 @@ def from_list(rows: list[dict[str, Any]], name: str = "rows") -> Rows:
     return Rows(name, [RowRange(table, range(len(rows)))])
 
 
-def count_characters(value: Any) -> int:
+def count_characters(value: object) -> int:
     """Count the characters of all texts in a row, or in a value of it."""
     if isinstance(value, str):
         return len(value)
@@ -78,7 +78,7 @@ def count_characters(value: Any) -> int:
     return 0
 
 
-def count_of_example(row: Mapping[str, Any], source: Source) -> int:
+def count_of_example(row: Mapping[str, object], source: Source) -> int:
     """Characters of what a row makes: a pair's prompt stands before each of its two answers."""
     count = count_characters(row)
     if source.format == "preference":

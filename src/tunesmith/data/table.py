@@ -16,7 +16,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from tunesmith.errors import DataError
 from tunesmith.host.memory import drop_pages, open_uncached
@@ -28,6 +28,8 @@ MAX_ROW_BYTES = 32 << 20
 DIGESTS_KEPT = 100_000
 
 FileVersion = tuple[int, int, int]
+# The columns of a row, with values as a file has them.
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Table:
     """
 
     size: int
-    row: Callable[[int], Any]
+    row: Callable[[int], object]
     where: Callable[[int], str]
     fingerprint: Callable[[], str]
     check_unchanged: Callable[[], None] = lambda: None
@@ -75,7 +77,7 @@ _TYPE_NAMES: dict[type, str] = {
 }
 
 
-def json_type(value: Any) -> str:
+def json_type(value: object) -> str:
     """Name the type of a JSON value in plain words."""
     return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
@@ -129,7 +131,7 @@ class Rows:
         # A negative index, counted from the range's end.
         return part.table, part.rows[i - self._ends[p]]
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Row:
         table, at = self._find(i)
         row = table.row(at)
         if not isinstance(row, dict):

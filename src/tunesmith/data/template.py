@@ -10,28 +10,39 @@ the format text always do: a BOS where the tokenizer itself adds one, once, and 
 end.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 from unicodedata import normalize
 
 import numpy as np
 
-from tunesmith.config.row_formats import ROW_FORMATS
-from tunesmith.config.schema import Data
 from tunesmith.data import builtin_templates
 from tunesmith.data.align import Aligned, Aligner, CharSpan
 from tunesmith.data.answer_ends import AnswerEnds, any_of
 from tunesmith.data.batch import Example
-from tunesmith.data.formats import Completion, Conversation, Sample, Text, with_system
-from tunesmith.data.loss_mask import RENDER_ERRORS, AssistantMask, RenderedAnswers
-from tunesmith.data.template_args import assign_arguments, split_arguments, with_arguments
+from tunesmith.data.loss_mask import AssistantMask, RenderedAnswers
+from tunesmith.data.probe import probe
+from tunesmith.data.rendering import ChatRenderer
+from tunesmith.data.samples import (
+    Completion,
+    Conversation,
+    FunctionCall,
+    Message,
+    Sample,
+    Text,
+    with_system,
+)
+from tunesmith.data.template_args import split_arguments
 from tunesmith.data.thoughts import THOUGHT_TAGS
 from tunesmith.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["response", "last", "all"]
 # What errors call a template that is no file.
@@ -48,71 +59,7 @@ _DESCRIPTIONS = {
 }
 
 
-def select_template(data: Data, tokenizer: Any, eos_ids: Collection[int]) -> "Template":
-    """The template that `data.template` names.
-
-    Args:
-        eos_ids: those at which generation stops (the generation config's list).
-
-    Raises:
-        DataError: there is no such template, or it cannot tell answers from prompts.
-    """
-    formats = [ROW_FORMATS[source.format] for source in (*data.train, *data.validation)]
-    may_have_tools = any("tools" in form.columns for form in formats)
-    chat_template = _chat_template_of(tokenizer, tools=may_have_tools)
-    if chat_template is not None and data.template in ("auto", "chat"):
-        chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
-    are_plain = bool(formats) and all(form.is_plain for form in formats)
-    needs_none = chat_template is None and are_plain
-    if data.template == "raw" or (data.template == "auto" and needs_none):
-        why = "the tokenizer has no chat template"
-        if data.template == "raw":
-            why = "data.template is raw"
-        if data.system is not None:
-            what = "a raw prompt has no system message"
-            fix = "remove data.system, or data.template=alpaca"
-            raise DataError(what, where="data.system", why=why, fix=fix)
-        if data.template_args:
-            what = "a raw prompt has no template to take arguments"
-            fix = "remove data.template_args, or data.template=FILE.jinja"
-            raise DataError(what, where="data.template_args", why=why, fix=fix)
-        return Template(tokenizer, eos_ids, jinja=None, name="raw")
-    if data.template == "auto" and formats and not any(form.has_turns for form in formats):
-        # Chats with what is trained here use the tokenizer's template.
-        try:
-            return Template(tokenizer, eos_ids, jinja=chat_template, name="text")
-        except DataError:
-            return Template(tokenizer, eos_ids, jinja=None, name="raw")
-    if data.template == "chat" and chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where="data.template",
-            why="`chat` uses the tokenizer's; base models often have none",
-            fix="data.template=alpaca, or data.template=FILE.jinja",
-        )
-    if data.template in ("auto", "chat") and chat_template is not None:
-        chat = Template(tokenizer, eos_ids, jinja=chat_template, name="chat")
-        return chat.with_tools() if may_have_tools else chat
-    if data.template in ("auto", "alpaca"):
-        # A template of ours writes BOS where the tokenizer adds it to plain text.
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and bos in _prefix_ids(tokenizer)
-        jinja = builtin_templates.alpaca(bos=adds_bos)
-        jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
-        return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca")
-    path = Path(data.template).expanduser()
-    jinja = _with_arguments(_read_template(path, tokenizer), data, tokenizer, path.name)
-    return Template(tokenizer, eos_ids, jinja=jinja, name=path.name)
-
-
-def _with_arguments(jinja: str, data: Data, tokenizer: Any, name: str) -> str:
-    """The template `name` with `data.template_args`; DataError for one that it does not take."""
-    return with_arguments(
-        jinja, data.template_args, title=_title(name), special_tokens=tokenizer.special_tokens_map
-    )
-
-
-def _title(name: str) -> str:
+def title_of(name: str) -> str:
     """Name a template as errors call it."""
     return _TITLES.get(name, f"the template {name}")
 
@@ -121,6 +68,7 @@ class Template:
     """A template, which makes text, tokens and a loss mask of a sample.
 
     Attributes:
+        chat: what renders it; None without a template.
         name: `chat`, `alpaca`, `raw`, `text` (rows of that format only), `pattern`, or the name of
             a template file.
         jinja: the chat template, saved as the tokenizer's with the trained model. For `raw` it
@@ -133,15 +81,19 @@ class Template:
     """
 
     def __init__(
-        self, tokenizer: Any, eos_ids: Collection[int], *, jinja: str | None, name: str
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        eos_ids: Collection[int],
+        *,
+        jinja: str | None,
+        name: str,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.raw = name == "raw"
         self.jinja = jinja
-        self._has_fixed_date = False
+        self._has_fixed_date = jinja is not None and builtin_templates.writes_today(jinja)
         if jinja is not None:
-            self._has_fixed_date = builtin_templates.writes_today(jinja)
             self.jinja = builtin_templates.with_fixed_date(jinja)
         self._aligner = Aligner(tokenizer)
         if not eos_ids and tokenizer.eos_token_id is None:
@@ -156,15 +108,16 @@ class Template:
         self._raw_end = min(self._eos_ids)
         if tokenizer.eos_token_id in self._eos_ids:
             self._raw_end = tokenizer.eos_token_id
-        self._mask: AssistantMask | None = None
+        self.chat: ChatRenderer | None = None
         self.end_ids = self._eos_ids
         self.earlier_end_ids: frozenset[int] = frozenset()
         if self.jinja is not None:
-            self._mask = AssistantMask(tokenizer, self.jinja, _title(name), self._eos_ids)
+            self.chat = ChatRenderer(tokenizer, self.jinja, title_of(name), self._eos_ids)
+            probe(self.chat)
             # Tokens that the template writes after an answer end generation too.
-            self.end_ids |= frozenset(self._mask.ends.stops.values())
-            self.earlier_end_ids = frozenset(self._mask.ends.earlier.values())
-        self._bos = _prefix_ids(tokenizer)
+            self.end_ids |= frozenset(self.chat.ends.stops.values())
+            self.earlier_end_ids = frozenset(self.chat.ends.earlier.values())
+        self._bos = prefix_ids(tokenizer)
         if self.raw:
             self.jinja = self._raw_jinja()
 
@@ -178,25 +131,13 @@ class Template:
             return None
         return jinja
 
-    def with_tools(self) -> "Template":
-        """This template; if it is ChatML and drops tool calls, one with those in Hermes' form."""
-        if self._mask is None or self.jinja is None:
-            return self
-        if self._mask.calls or self._mask.lists_tools or not _is_plain_chatml(self._mask):
-            return self
-        arguments, jinja = split_arguments(self.jinja)
-        jinja = assign_arguments(builtin_templates.with_tools(jinja), arguments)
-        template = Template(self.tokenizer, self._eos_ids, jinja=jinja, name=self.name)
-        template._has_fixed_date = self._has_fixed_date
-        return template
-
     def describe(self) -> str:
         """One line for the user.
 
         It says which prompt is in use, how an answer ends and how the loss mask is computed.
         """
         raw_end = repr(self.tokenizer.decode([self._raw_end]))
-        if self._mask is None:
+        if self.chat is None:
             how = "prompt and completion joined without a template"
             return f"raw: no template; {how}; each row ends with {raw_end}"
         if self.name == "text":
@@ -204,7 +145,8 @@ class Template:
         parts = [_DESCRIPTIONS.get(self.name, f"{self.name}: a chat template from a file")]
         if builtin_templates.HERMES in (self.jinja or ""):
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
-        form = self._mask.form
+        chat = self.chat
+        form = chat.traits.form
         if form.thought_tags is not None:
             parts.append(f"thoughts stand in the answer, after {form.thought_tags[0].strip()}")
         elif form.thought_key != "reasoning_content":
@@ -224,13 +166,13 @@ class Template:
             )
         ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
         parts.append(f"answers end with {', '.join(ends)}")
-        if self._mask.ends.earlier:
-            earlier = ", ".join(map(repr, self._mask.ends.earlier))
+        if chat.ends.earlier:
+            earlier = ", ".join(map(repr, chat.ends.earlier))
             parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
-        if self._mask.ends.next_turn:
-            tokens = ", ".join(map(repr, self._mask.ends.next_turn.values()))
+        if chat.ends.next_turn:
+            tokens = ", ".join(map(repr, chat.ends.next_turn.values()))
             parts.append(f"the last one ends with the next turn's {tokens}")
-        if self._mask.tagged:
+        if chat.tagged:
             parts.append("loss mask by its {% generation %} blocks")
         else:
             parts.append("loss mask by sentinels")
@@ -286,8 +228,8 @@ class Template:
             messages = self._messages(sample)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            if self._mask is not None:
-                text = self._mask.render(messages, sample.tools or None, generate=True)
+            if self.chat is not None:
+                text = self.chat.render(messages, sample.tools or None, generate=True)
                 return self._aligner.ids([text])[0].tolist()
             text = self._as_they_stand(messages)
         elif isinstance(sample, Completion):
@@ -322,6 +264,11 @@ class Template:
         sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
         answers = self._locate_answers(sample, "last", where)
         return "".join(answers.text[span.start : span.end] for span in answers.spans)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """See `tokenizer_hash`; that of a large vocabulary takes 0.2 s."""
+        return tokenizer_hash(self.tokenizer)
 
     @cached_property
     def _answer_ends(self) -> AnswerEnds:
@@ -385,13 +332,13 @@ class Template:
         """Convert prompt and completion to two turns, where there is a template."""
         if not isinstance(sample, Completion) or self.raw:
             return sample
-        turns = [
+        turns: list[Message] = [
             {"role": "user", "content": sample.prompt},
             {"role": "assistant", "content": sample.completion},
         ]
         return Conversation(with_system(turns, sample.system))
 
-    def _as_they_stand(self, messages: list[dict[str, Any]]) -> str:
+    def _as_they_stand(self, messages: list[Message]) -> str:
         """Turns of a chat without a template: each text as it stands, answers with an end token."""
         end = self.tokenizer.decode([self._raw_end])
         text = ""
@@ -407,14 +354,14 @@ class Template:
                 text += end
         return text
 
-    def _messages(self, sample: Conversation) -> list[dict[str, Any]]:
+    def _messages(self, sample: Conversation) -> list[Message]:
         """The messages as the template reads them.
 
         alpaca's text takes instruction and input apart; some templates need ids of calls.
         """
         messages = sample.messages
-        if self._mask is not None:
-            messages = list(self._mask.in_form(messages))
+        if self.chat is not None:
+            messages = list(self.chat.in_form(messages))
         jinja = self.jinja or ""
         # The template may write the input apart from the instruction.
         if sample.instruction is not None and "message.input" in jinja:
@@ -454,7 +401,7 @@ class Template:
             what = "the conversation does not end with an answer"
             fix = "delete the row, or its last messages"
             raise DataError(what, where=where, why=why, fix=fix)
-        if self._mask is None:
+        if self.chat is None:
             raise DataError(
                 "the row is a conversation, but there is no template for its turns",
                 where=where,
@@ -462,6 +409,7 @@ class Template:
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
             )
+        mask = AssistantMask(self.chat)
         tools = sample.tools or None
         first = sample.prompt_messages
         if train_on == "last":
@@ -470,16 +418,16 @@ class Template:
         selected = set(range(first, len(messages)))
         if train_on != "all":
             selected -= sample.untrained
-            return self._mask.answers(messages, tools, selected=selected, where=where)
+            return mask.answers(messages, tools, selected=selected, where=where)
         # All characters behind the prompt, without the answers that the row leaves out.
-        answers = self._mask.answers(messages, tools, selected=selected, where=where)
+        answers = mask.answers(messages, tools, selected=selected, where=where)
         text, spans, missing = answers
         start = spans[0].start if sample.prompt_messages else 0
         left_out = selected & sample.untrained
         trained_spans = []
         # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
-            gaps = self._mask.answers(messages, tools, selected=left_out, where=where)
+            gaps = mask.answers(messages, tools, selected=left_out, where=where)
             for gap in gaps.spans:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
@@ -519,7 +467,15 @@ class Template:
         return [] if has_bos else self._bos
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 (hex) of what makes tokens of a text."""
+    core = tokenizer.backend_tokenizer.to_str()
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = json.dumps(special_tokens, sort_keys=True)
+    return hashlib.sha256((core + special).encode()).hexdigest()
+
+
+def _texts_in(value: object) -> Iterator[str]:
     """All texts in messages and tools, but for names of keys."""
     if isinstance(value, str):
         yield value
@@ -539,7 +495,7 @@ def _flaws(text: str, aligned: Aligned) -> tuple[str, ...]:
     return tuple(flaws)
 
 
-def _prefix_ids(tokenizer: Any) -> list[int]:
+def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that the tokenizer itself adds before a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -549,18 +505,7 @@ def _prefix_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def _chat_template_of(tokenizer: Any, *, tools: bool) -> str | None:
-    """The tokenizer's chat template as one text; some have several, `tool_use` among them."""
-    templates = tokenizer.chat_template
-    if not isinstance(templates, dict):
-        return templates
-    default = templates.get("default")
-    if tools and default is not None and "tool_use" in templates:
-        return builtin_templates.either("{%- if tools %}", templates["tool_use"], default)
-    return default
-
-
-def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_ids(messages: list[Message]) -> list[Message]:
     """Ids for calls that have none, and for their results in the same order.
 
     Templates that write ids insist on them (Mistral's: nine letters and digits), and most rows have
@@ -571,10 +516,10 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # Ids that wait for their results, in the order of the calls.
     waiting: list[str] = []
     for message in messages:
-        copy = dict(message)
-        if copy.get("tool_calls"):
-            calls = []
-            for call in copy["tool_calls"]:
+        copy = message.copy()
+        if message.get("tool_calls"):
+            calls: list[FunctionCall] = []
+            for call in message["tool_calls"]:
                 count += 1
                 # An id of the row wins over ours.
                 calls.append({"id": f"call{count:05d}", **call})
@@ -585,51 +530,3 @@ def _with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             copy.setdefault("tool_call_id", next_id)
         with_ids.append(copy)
     return with_ids
-
-
-def _is_plain_chatml(mask: AssistantMask) -> bool:
-    """Tell whether a template writes turns as ChatML, and results in no form of its own."""
-    turns = (("user", "one"), ("assistant", "two"), ("tool", "three"), ("assistant", "four"))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    chatml = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns]
-    try:
-        text = mask.render(messages[:2])
-    except DataError:
-        return False
-    if not text.endswith("".join(chatml[:2])):
-        return False
-    try:
-        text = mask.render(messages)
-    except DataError:
-        return True  # it takes no results
-    return "three" not in text or text.endswith("".join(chatml))
-
-
-def _read_template(path: Path, tokenizer: Any) -> str:
-    """A Jinja file, tried for its syntax; DataError if it cannot be read or is not Jinja."""
-    import jinja2
-
-    try:
-        jinja = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise DataError(
-            f"the template {str(path)!r} cannot be read",
-            where="data.template",
-            why=str(why),
-            fix="use a Jinja file, or one of auto, chat, alpaca, raw",
-        ) from error
-    message = {"role": "user", "content": "one"}
-    try:
-        tokenizer.apply_chat_template([message], chat_template=jinja, tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            "the template is not valid Jinja",
-            where=f"{path}:{error.lineno}",
-            why=str(error.message),
-            fix="fix that line",
-        ) from error
-    except RENDER_ERRORS:
-        # It may ask for more than one message; rows that it refuses are named when they come.
-        pass
-    return jinja

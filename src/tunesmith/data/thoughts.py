@@ -10,9 +10,9 @@ trying the forms.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Message = dict[str, Any]
+from tunesmith.data.samples import FunctionCall, Message
 
 # Between these a row's text may open with a thought.
 THOUGHT_TAGS = {
@@ -111,35 +111,35 @@ class MessageForm(NamedTuple):
     thought_tags: tuple[str, str] | None = None
     text_arguments: bool = False
 
-    def apply(self, messages: Sequence[Message]) -> list[Message]:
+    def apply(self, messages: Sequence[Message]) -> Sequence[Mapping[str, object]]:
         """The messages in this form."""
         if self == _DEFAULT_FORM:
-            return list(messages)
+            return messages
         return [self._message(message) for message in messages]
 
-    def _message(self, message: Message) -> Message:
+    def _message(self, message: Message) -> Mapping[str, object]:
         calls = message.get("tool_calls")
         thought = message.get("reasoning_content")
         if not calls and not thought:
             return message
-        message = dict(message)
-        if thought and self.thought_tags is not None:
-            opening, closing = self.thought_tags
-            del message["reasoning_content"]
-            content = message["content"] or ""
-            message["content"] = f"{opening}{thought.strip()}{closing}{content}"
-        elif thought:
-            del message["reasoning_content"]
-            message[self.thought_key] = thought
+        changed: dict[str, object] = dict(message)
+        if thought:
+            del changed["reasoning_content"]
+            if self.thought_tags is None:
+                changed[self.thought_key] = thought
+            else:
+                opening, closing = self.thought_tags
+                content = message["content"] or ""
+                changed["content"] = f"{opening}{thought.strip()}{closing}{content}"
         if calls and self.text_arguments:
-            message["tool_calls"] = [_with_text_arguments(call) for call in calls]
-        return message
+            changed["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        return changed
 
 
 _DEFAULT_FORM = MessageForm()
 
 
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+def _with_text_arguments(call: FunctionCall) -> FunctionCall:
     arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
@@ -186,7 +186,7 @@ def missing_parts(message: Message, supervised: str) -> list[str]:
     return missing
 
 
-def _texts_of(value: Any) -> Iterator[str]:
+def _texts_of(value: object) -> Iterator[str]:
     """All names and values in a call's arguments, as texts; null may be written in any way."""
     if isinstance(value, Mapping):
         for name, item in value.items():

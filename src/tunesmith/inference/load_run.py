@@ -540,7 +540,8 @@ def _template(
 ) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data import builtin_templates
-    from tunesmith.data.template import Template, select_template
+    from tunesmith.data.select_template import select_template
+    from tunesmith.data.template import Template
 
     jinja = tokenizer.chat_template
     run = location.run

@@ -25,6 +25,7 @@ from tunesmith.config.schema import Adapter, Run, Source
 from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.data.contract import MOST_CUT
+from tunesmith.data.select_template import select_template
 from tunesmith.data.source import (
     CHARACTERS_PER_TOKEN,
     Rows,
@@ -32,7 +33,6 @@ from tunesmith.data.source import (
     count_of_example,
 )
 from tunesmith.data.splits import count_held_out
-from tunesmith.data.template import select_template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, MachineError
 from tunesmith.host import demo_model
@@ -268,9 +268,7 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
         bad_rows="skip",
     )
     template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
-    tokens = tokenize(
-        [(source, rows)], data, template, files.tokenizer, cache=None, what="a sample"
-    )
+    tokens = tokenize([(source, rows)], data, template, cache=None, what="a sample")
     is_padded = files.support.state == "padded"
     mean_length = round(tokens.lengths.mean())
     return _Examined(files.spec, is_padded, tokens.longest_sequences, mean_length)

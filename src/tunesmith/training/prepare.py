@@ -28,7 +28,7 @@ from tunesmith.data.contract import CutAnswers
 from tunesmith.data.folders import check_local
 from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
 from tunesmith.data.source import is_local
-from tunesmith.data.tokens import Repeats
+from tunesmith.data.token_set import Repeats
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host import packages
@@ -270,10 +270,7 @@ def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
         )
     if data.validation is None:
         return lines
-    tokenizer = data.template.tokenizer
-    seen, fault = find_trained_rows(
-        data.validation, earlier, data.run.data, data.template, tokenizer
-    )
+    seen, fault = find_trained_rows(data.validation, earlier, data.run.data, data.template)
     if seen is None:
         lines.append(
             f"warning: could not check whether {name} was trained on held-out rows: {fault}"

@@ -25,7 +25,7 @@ from tunesmith.data.batch import Batch
 from tunesmith.data.loader import Loader
 from tunesmith.data.mismatched import mismatched_of_all
 from tunesmith.data.prepare import TrainingData
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.token_set import TokenSet
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically

@@ -21,7 +21,8 @@ from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.data.batch import Example
 from tunesmith.data.layout import Layout
 from tunesmith.data.splits import read_splits
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, load_run
@@ -51,9 +52,7 @@ def opened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def tokens(opened: LoadedModel) -> TokenSet:
     assert opened.run is not None
     data = opened.run.data
-    return tokenize(
-        read_splits(data, 0)[0], data, opened.template, opened.tokenizer, cache=None, what="test"
-    )
+    return tokenize(read_splits(data, 0)[0], data, opened.template, cache=None, what="test")
 
 
 def reference(model: torch.nn.Module, examples: list[Example]) -> tuple[float, int, int]:

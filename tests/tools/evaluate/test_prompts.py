@@ -21,8 +21,9 @@ from recipes import make_run as recipe_run
 from runs import make_run, peft_model
 from tunesmith.checkpoint.contents import tokenizer_files
 from tunesmith.config.schema import Data, Source
+from tunesmith.data.select_template import select_template
 from tunesmith.data.source import from_list, read_rows
-from tunesmith.data.template import Template, select_template
+from tunesmith.data.template import Template
 from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError
 from tunesmith.inference.load_run import LoadedModel, _template, load_run
@@ -106,16 +107,13 @@ def test_one_prompt_in_training_and_use(
                 [(source, read_rows(source))],
                 data,
                 select_template(data, tokenizer, stops),
-                tokenizer,
                 cache=None,
                 what="train",
             )
         assert refused.value.fix
         return
     template = select_template(data, tokenizer, stops)
-    (example,) = tokenize(
-        [(source, read_rows(source))], data, template, tokenizer, cache=None, what="train"
-    )
+    (example,) = tokenize([(source, read_rows(source))], data, template, cache=None, what="train")
     first = int(np.flatnonzero(example.trained)[0])
     trained = example.ids[:first].tolist()
     assert tokenizer.decode(trained) == text

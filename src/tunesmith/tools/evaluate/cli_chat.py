@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import (
     add_decoding,
@@ -253,7 +253,7 @@ class Chat:
 
         Drops as many of the side's oldest turns as do not fit beside the answer, and says so.
         """
-        from tunesmith.data.formats import Conversation, with_system
+        from tunesmith.data.samples import Conversation, Message, with_system
         from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
 
         room = math.inf
@@ -263,7 +263,7 @@ class Chat:
         prompt: list[int] = []
         # The fewest oldest turns that make the rest fit.
         for dropped in range(len(turns) + 1):
-            messages: list[dict[str, Any]] = []
+            messages: list[Message] = []
             for text, reply in [*turns[dropped:], (question, ANSWER_PLACEHOLDER)]:
                 messages.append({"role": "user", "content": text})
                 messages.append({"role": "assistant", "content": reply})

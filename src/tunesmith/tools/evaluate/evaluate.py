@@ -27,7 +27,8 @@ from tunesmith.data.layout import Layout
 from tunesmith.data.prepare import find_trained_rows
 from tunesmith.data.source import Rows, describe_layouts, is_local, read_rows
 from tunesmith.data.splits import SourceRows, read_splits
-from tunesmith.data.tokens import Repeats, TokenSet, tokenize
+from tunesmith.data.token_set import Repeats, TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
@@ -589,7 +590,7 @@ def _find_seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | No
     if run is None or loaded.location.holds == "base":
         return None, ""
     # The training rows may be gone: the scores are valid without them.
-    return find_trained_rows(tokens, run, run.data, loaded.template, loaded.tokenizer)
+    return find_trained_rows(tokens, run, run.data, loaded.template)
 
 
 def _read_source(
@@ -650,7 +651,7 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
     else:
         sources = tuple(source for source, _ in parts)
         data = Data(train=sources, seq_len=min(loaded.context or 1 << 20, 1 << 20))
-    tokens = tokenize(parts, data, loaded.template, loaded.tokenizer, cache=None, what="eval")
+    tokens = tokenize(parts, data, loaded.template, cache=None, what="eval")
     if not len(tokens):
         raise UsageError(
             f"of {count_of(tokens.counts.rows, 'row')} none can be scored",

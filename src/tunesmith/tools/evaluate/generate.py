@@ -14,15 +14,10 @@ from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
 from tunesmith.data.detect import Detected, detect, sample_rows
-from tunesmith.data.formats import (
-    Completion,
-    Conversation,
-    Sample,
-    convert_sample,
-    read_label,
-)
+from tunesmith.data.formats import convert_sample, read_label
 from tunesmith.data.messages import CHAT_ROLES, is_said
 from tunesmith.data.row_reader import RowReader, is_absent, plain
+from tunesmith.data.samples import Completion, Conversation, Sample
 from tunesmith.data.source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError

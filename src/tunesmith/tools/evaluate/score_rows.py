@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.checkpoint import manifest
-from tunesmith.data.formats import Conversation
+from tunesmith.data.samples import CalledFunction, Conversation, FunctionCall, Message
 from tunesmith.data.splits import SourceRows
-from tunesmith.data.tokens import TokenSet
+from tunesmith.data.token_set import TokenSet
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically
@@ -89,10 +89,12 @@ class RowScores:
 def read_call_form(loaded: LoadedModel) -> CallReader | None:
     """Find a reader of the tool calls that the model's template writes; None if it writes none, or
     none of a readable form."""
-    call = {"type": "function", "function": CALL_PROBE._asdict()}
-    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    function: CalledFunction = {"name": CALL_PROBE.name, "arguments": CALL_PROBE.arguments}
+    call: FunctionCall = {"type": "function", "function": function}
+    answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    thoughtful: Message = {**answer, "reasoning_content": "It must be looked up."}
     # Some templates of models that think write an answer without reasoning unlike their prompt.
-    for message in (answer, answer | {"reasoning_content": "It must be looked up."}):
+    for message in (answer, thoughtful):
         sample = Conversation([{"role": "user", "content": "Look it up."}, message], [PROBE_TOOL])
         try:
             example = loaded.template.encode(sample, "last", where="the template")

@@ -34,7 +34,7 @@ CallReader = Callable[[str], list[ToolCall]]
 
 # What is rendered. No word of it stands in a template.
 CALL_PROBE = ToolCall("zq_look_up", {"zq_town": "Bern zq", "zq_river": "Aare zq"})
-PROBE_TOOL = {
+PROBE_TOOL: dict[str, object] = {
     "type": "function",
     "function": {
         "name": CALL_PROBE.name,

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from tunesmith.checkpoint.start_adapter import find_local_adapter
 from tunesmith.config.schema import Model, Run
+from tunesmith.data.select_template import select_template
 from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_of_example, is_local
 from tunesmith.data.splits import count_held_out, read_splits
-from tunesmith.data.template import select_template
-from tunesmith.data.tokens import TokenSet, tokenize
+from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens import tokenize
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.hub import fetch
@@ -117,9 +118,7 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
         tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
         template = select_template(run.data, tokenizer, eos_ids(folder, tokenizer))
         rows, _ = read_splits(run.data, run.train.seed, only_cached=True)
-        return tokenize(
-            rows, run.data, template, tokenizer, cache=cache, what="train", only_cached=True
-        )
+        return tokenize(rows, run.data, template, cache=cache, what="train", only_cached=True)
     return None
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.data.formats import Completion, Conversation, Sample, convert_sample
+from tunesmith.data.formats import convert_sample
+from tunesmith.data.samples import Completion, Conversation, Sample
 from tunesmith.data.source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.inference.decoding import cut_answer

@@ -1,0 +1,121 @@
+"""Rows of any format as training reads them: conversations, prompts with an answer, texts."""
+
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
+
+
+class CalledFunction(TypedDict):
+    """The function of a call; some templates want its arguments as JSON text."""
+
+    name: str
+    arguments: object
+
+
+class FunctionCall(TypedDict):
+    """A call in OpenAI's wrapping."""
+
+    type: str
+    id: NotRequired[str]
+    function: CalledFunction
+
+
+class Message(TypedDict):
+    """A message in OpenAI's form; `input` is that of alpaca's format, `train` a row's own mark."""
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[FunctionCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    train: NotRequired[bool]
+    input: NotRequired[str]
+
+
+# In OpenAI's form, whatever the schema of its parameters holds.
+ToolSchema = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in OpenAI's form.
+
+    Attributes:
+        messages: dicts of `role` (system, user, assistant, tool) and `content` (str); those of an
+            assistant may have `reasoning_content` (str) and `tool_calls` ([{"type": "function",
+            "function": {"name", "arguments": dict}}]).
+        tools: OpenAI's tool schemas.
+        prompt_messages: how many leading messages are a prompt, whose answers are not supervised.
+        instruction: (instruction, input, output) of a row in alpaca's format, so that alpaca's own
+            text can be made.
+        untrained: indices of the assistant messages that the row itself leaves unsupervised.
+    """
+
+    messages: list[Message]
+    tools: list[ToolSchema] | None = None
+    prompt_messages: int = 0
+    instruction: tuple[str, str, str] | None = None
+    untrained: frozenset[int] = frozenset()
+
+    def supervised(self) -> list[Message]:
+        """The assistant messages that are trained on, where nothing but the row decides."""
+        answers = []
+        for i, message in enumerate(self.messages):
+            is_context = i < self.prompt_messages or i in self.untrained
+            if message["role"] == "assistant" and not is_context:
+                answers.append(message)
+        return answers
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its answer, as plain text.
+
+    `system` is for the template that makes two turns of them.
+    """
+
+    prompt: str
+    completion: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, supervised as a whole."""
+
+    text: str
+
+
+Sample = Conversation | Completion | Text
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first of which is the better one."""
+
+    chosen: Conversation | Completion
+    rejected: Conversation | Completion
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """An answer that is good or bad."""
+
+    answer: Conversation | Completion
+    is_good: bool
+
+
+def samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
+    """List the samples to tokenize of a row; of a pair the chosen answer comes first."""
+    if isinstance(row, Pair):
+        return [row.chosen, row.rejected]
+    if isinstance(row, Feedback):
+        return [row.answer]
+    return [row]
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The messages with `system` (None: as they are) as system message, where they have none."""
+    if system is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
