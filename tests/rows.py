@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.batch import Example
-from tunesmith.data.samples import Completion, Conversation, Sample
-from tunesmith.data.splits import read_splits
-from tunesmith.data.template import tokenizer_hash
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.compare.splits import read_splits
+from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.text.example import Example
+from tunesmith.data.text.template import tokenizer_hash
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 
 
 class Simple:

@@ -23,7 +23,8 @@ from recipes import make_run
 from tunesmith.adapter import lora
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint.resume import Start
-from tunesmith.data.batch import Example, collate
+from tunesmith.data.batches.batch import collate
+from tunesmith.data.text.example import Example
 from tunesmith.formats.fp8 import Fp8, select_scaling
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import sample_answers

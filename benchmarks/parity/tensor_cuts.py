@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, MethodConfig, Train
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import make_method

@@ -25,7 +25,7 @@ from torch import Tensor
 from tunesmith import build_model
 from tunesmith.adapter import lora
 from tunesmith.cli.main import main as tunesmith
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused

@@ -15,7 +15,7 @@ from tunesmith.adapter import lora, peft_files
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_weights
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import RecipeError
 from tunesmith.formats.scaled_matmul import SCALING_RECIPES

@@ -17,7 +17,7 @@ from recipes import built_model, make_run
 from tunesmith.checkpoint.contents import tokenizer_files, write_checkpoint, write_model_files
 from tunesmith.checkpoint.resume import Progress
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.select_template import select_template
+from tunesmith.data.text.select_template import select_template
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.save_tensors import MAX_PIECE_BYTES, save_tensors

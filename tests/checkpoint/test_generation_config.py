@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from recipes import built_model, make_run
 from tunesmith.checkpoint.contents import tokenizer_files, write_model_files
-from tunesmith.data.select_template import select_template
+from tunesmith.data.text.select_template import select_template
 from tunesmith.model.tokenizer import eos_ids
 
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ranks import environment_of, forkserver, free_port, run_ranks
 from tunesmith import build_model
-from tunesmith.data.loader import GlobalBatch, Loader
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.loader import GlobalBatch, Loader
+from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed import row_exchange
 from tunesmith.distributed.ranks import HEARTBEAT_VARIABLE
 from tunesmith.distributed.vocab_parallel import local_part

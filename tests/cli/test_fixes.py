@@ -26,7 +26,7 @@ from tunesmith.config.layers import override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import keys
 from tunesmith.config.schema import Source
-from tunesmith.data.source import read_rows
+from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.tools.doctor.system import TEXTS, finding

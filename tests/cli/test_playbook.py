@@ -236,8 +236,8 @@ def test_text_and_mask_are_theirs(row: dict[str, str], bos: bool) -> None:
     """Every token carries loss as in theirs; with `--train_on response` the answer and its end
     token alone.
     """
-    from tunesmith.data.formats import convert_row
-    from tunesmith.data.select_template import select_template
+    from tunesmith.data.rows.formats import convert_row
+    from tunesmith.data.text.select_template import select_template
 
     tokenizer = byte_tokenizer(**({"bos_token": "<s>"} if bos else {}))
     source = Source(source="rows.jsonl", format="alpaca")

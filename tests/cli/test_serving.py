@@ -314,7 +314,7 @@ def test_chat_without_a_terminal_answers_line_by_line(
 
     assert chat(monkeypatch, "hello\n", str(run)) == EXIT_OK
     opened = load_run(run, device="cpu")
-    from tunesmith.data.samples import Conversation
+    from tunesmith.data.rows.samples import Conversation
 
     prompt = opened.template.prompt(Conversation([{"role": "user", "content": "hello"}]))
     expected = answer_batch(

@@ -20,10 +20,10 @@ import jinja2
 from chat_tokenizers import train
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.builtin_templates import HERMES, with_fixed_date
-from tunesmith.data.encode import EncodedRow, RowBatch, RowEncoder
-from tunesmith.data.select_template import select_template
-from tunesmith.data.template import Template, TrainOn
+from tunesmith.data.text.builtin_templates import HERMES, with_fixed_date
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import Template, TrainOn
+from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.errors import TunesmithError
 
 Message = dict[str, Any]

@@ -9,7 +9,7 @@ import pytest
 from chat_tokenizers import train, wordpiece
 
 from errors import refuses
-from tunesmith.data.align import Aligner, CharSpan
+from tunesmith.data.text.align import Aligner, CharSpan
 from tunesmith.errors import ModelError
 
 TEXTS = [

@@ -11,8 +11,8 @@ from chat_table import TOOLS, answer, call, result, user
 from chat_tokenizers import train
 
 from errors import refuses
-from tunesmith.data.samples import Conversation
-from tunesmith.data.template import Template
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
 
 HEADER = "{{- '<|start|>' + m.role + '<|message|>' }}"

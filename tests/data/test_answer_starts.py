@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from errors import holds
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.contract import check_tokens
 from tunesmith.data.prepare import prepare_data
-from tunesmith.data.row_warnings import ROW_WARNINGS
-from tunesmith.data.samples import Completion, Conversation
-from tunesmith.data.source import from_list
-from tunesmith.data.template import Template
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.rows.samples import Completion, Conversation
+from tunesmith.data.source.open_source import from_list
+from tunesmith.data.text.row_warnings import ROW_WARNINGS
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens.contract import check_tokens
+from tunesmith.data.tokens.tokenize import tokenize
 
 END = "<|im_end|>"
 KINDS = ("bytes", "trimmed", "pieces", "prefixed", "llama2")

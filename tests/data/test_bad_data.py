@@ -17,9 +17,9 @@ import pytest
 
 from errors import holds, refuses
 from tunesmith.config.schema import Source
-from tunesmith.data import files
-from tunesmith.data.formats import convert_row
-from tunesmith.data.source import read_rows
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.source import files
+from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import DataError
 from waiting import TIME
 
@@ -281,7 +281,7 @@ def test_a_huge_row(write, monkeypatch: pytest.MonkeyPatch) -> None:
         "a.jsonl:2",
         "one row per line",
     )
-    monkeypatch.setattr("tunesmith.data.row_reader.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("tunesmith.data.rows.row_reader.MAX_ROW_BYTES", 1 << 20)
     assert_refused(
         Source(source=write("a.json", f"[{big}]"), format="text"),
         "a text of 3 MiB",
@@ -368,7 +368,7 @@ def test_a_hub_that_refuses(tmp_path: Path, name: str, what: str, fix: str) -> N
     with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = (
-            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source import read_rows\n"
+            "from tunesmith.config.schema import Source\nfrom tunesmith.data.source.open_source import read_rows\n"
             "from tunesmith.errors import DataError\n"
             f"try: read_rows(Source(source={name!r}))\nexcept DataError as e: print(e.text())"
         )

@@ -13,8 +13,8 @@ from errors import check_shown, holds, lines_with, refuses
 from recipes import make_run
 from tunesmith.cli.main import main
 from tunesmith.config.dump import differences
-from tunesmith.data import workers
 from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.tokens import workers
 from tunesmith.errors import EXIT_OK, EXIT_USAGE, DataError
 from tunesmith.training.early_checks import check_start
 

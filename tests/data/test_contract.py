@@ -13,12 +13,12 @@ import pytest
 
 from errors import holds
 from rows import Simple, alpaca
-from tunesmith.data.batch import Example
-from tunesmith.data.cache import NO_LABEL, TokenWriter
-from tunesmith.data.contract import Contract, check_tokens
-from tunesmith.data.samples import Sample
-from tunesmith.data.source import from_list
-from tunesmith.data.token_set import SourceTokens, TokenCounts, TokenSet
+from tunesmith.data.rows.samples import Sample
+from tunesmith.data.source.open_source import from_list
+from tunesmith.data.text.example import Example
+from tunesmith.data.tokens.cache import NO_LABEL, TokenWriter
+from tunesmith.data.tokens.contract import Contract, check_tokens
+from tunesmith.data.tokens.token_set import SourceTokens, TokenCounts, TokenSet
 from tunesmith.errors import DataError
 
 VOCAB = 272
@@ -270,7 +270,7 @@ def test_a_label_outside_the_vocabulary(make, simple: Simple) -> None:
 
 
 def test_chunks_see_every_row(simple: Simple, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.data.contract._CHUNK", 50)
+    monkeypatch.setattr("tunesmith.data.tokens.contract._CHUNK", 50)
     end = simple.tokenizer.eos_token_id
     good, bad = ([70, 71, end], [0, 1, 1]), ([70, 71, 72], [0, 1, 1])
     rows = given(simple, *[good] * 40, bad, *[good] * 40, bad)

@@ -14,9 +14,9 @@ from errors import holds, refuses
 from tunesmith.cli.options import column_names, fixes_as_options
 from tunesmith.config.check import FORMAT_COLUMNS
 from tunesmith.config.schema import Source
-from tunesmith.data.detect import SAMPLE, detect
-from tunesmith.data.formats import convert_row
-from tunesmith.data.source import from_list
+from tunesmith.data.rows.detect import SAMPLE, detect
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.source.open_source import from_list
 from tunesmith.errors import DataError
 
 Row = dict[str, Any]

@@ -20,16 +20,16 @@ from errors import holds, refuses, warnings_with
 from recipes import make_run
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import text_files
-from tunesmith.data.batch import Example
-from tunesmith.data.cache import TokenWriter
-from tunesmith.data.contract import check_tokens
-from tunesmith.data.documents import DocumentSplitter
+from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.prepare import prepare_data
-from tunesmith.data.source import open_splits, read_rows
-from tunesmith.data.splits import read_splits
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.source import text_files
+from tunesmith.data.source.open_source import open_splits, read_rows
+from tunesmith.data.text.example import Example
+from tunesmith.data.tokens.cache import TokenWriter
+from tunesmith.data.tokens.contract import check_tokens
+from tunesmith.data.tokens.documents import DocumentSplitter
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
 

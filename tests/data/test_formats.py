@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_row
-from tunesmith.data.samples import Completion, Conversation, Text
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Completion, Conversation, Text
 from tunesmith.errors import DataError
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": [2]}}

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from stored_templates import encode
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import builtin_templates
-from tunesmith.data.encode import RowEncoder
-from tunesmith.data.select_template import select_template
-from tunesmith.data.template import TrainOn
+from tunesmith.data.text import builtin_templates
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import TrainOn
+from tunesmith.data.tokens.encode import RowEncoder
 
 CHATML = (Path(__file__).parent / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=40)

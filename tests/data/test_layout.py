@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tunesmith.data.batch import Example
-from tunesmith.data.layout import Layout
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.text.example import Example
 
 ROOM = 60
 

@@ -14,9 +14,9 @@ import torch
 from errors import refuses
 from rows import alpaca
 from tunesmith.config.schema import Data, Source, Train
-from tunesmith.data.batch import IGNORE, Batch
-from tunesmith.data.loader import Loader
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.batch import IGNORE, Batch
+from tunesmith.data.batches.loader import Loader
+from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.units import Length, Size
 
 LENGTHS = np.random.default_rng(1).integers(4, 200, 512)

@@ -9,8 +9,8 @@ import pytest
 
 from errors import refuses
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_row
-from tunesmith.data.samples import Completion, Conversation
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Completion, Conversation
 from tunesmith.errors import DataError
 
 Row = dict[str, Any]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data import near_duplicates
-from tunesmith.data.near_duplicates import Groups, find_near_duplicates, words_of
-from tunesmith.data.row_texts import RowText
+from tunesmith.data.compare import near_duplicates
+from tunesmith.data.compare.near_duplicates import Groups, find_near_duplicates, words_of
+from tunesmith.data.compare.row_texts import RowText
 
 WORDS = (
     "harbor window lantern copper meadow engine pillow thunder basket ribbon marble candle orchard"

@@ -12,10 +12,10 @@ import pytest
 
 from errors import holds, refuses
 from tunesmith.config.schema import Source
-from tunesmith.data.detect import Detected, detect
-from tunesmith.data.formats import convert_row, read_label
-from tunesmith.data.samples import Feedback
-from tunesmith.data.source import from_list, read_rows
+from tunesmith.data.rows.detect import Detected, detect
+from tunesmith.data.rows.formats import convert_row, read_label
+from tunesmith.data.rows.samples import Feedback
+from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import refuses
-from tunesmith.data.pack import best_fit_decreasing
+from tunesmith.data.batches.pack import best_fit_decreasing
 
 cases = st.integers(1, 300).flatmap(
     lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=200))

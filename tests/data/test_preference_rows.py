@@ -13,13 +13,13 @@ import pytest
 from conftest import byte_tokenizer
 from errors import refuses
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.contract import Contract, check_tokens
-from tunesmith.data.formats import convert_row
-from tunesmith.data.samples import Completion, Conversation, Feedback, Pair
-from tunesmith.data.select_template import select_template
-from tunesmith.data.source import read_rows
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Completion, Conversation, Feedback, Pair
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.tokens.contract import Contract, check_tokens
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
 U = {"role": "user", "content": "1 + 2?"}

@@ -15,9 +15,9 @@ from chat_table import TOOLS, answer, call, result, system, user
 from chat_tokenizers import train
 
 from errors import refuses
-from tunesmith.data import builtin_templates
-from tunesmith.data.samples import Conversation
-from tunesmith.data.template import Template
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text import builtin_templates
+from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "templates"

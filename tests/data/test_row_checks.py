@@ -13,19 +13,23 @@ from errors import lines_with, warnings_with
 from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import row_checks, row_texts
-from tunesmith.data.describe_findings import describe_rows, findings_as_json, row_warnings_of
-from tunesmith.data.prepare import prepare_data
-from tunesmith.data.row_checks import (
+from tunesmith.data.compare import row_checks, row_texts
+from tunesmith.data.compare.describe_findings import (
+    describe_rows,
+    findings_as_json,
+    row_warnings_of,
+)
+from tunesmith.data.compare.row_checks import (
     RowFindings,
     check_across,
     check_prompts,
     check_rows,
     find_faults,
 )
-from tunesmith.data.row_texts import RowText, read_texts, row_text, sampled_rows
-from tunesmith.data.source import from_list, read_rows
-from tunesmith.data.splits import read_checked_splits, read_splits
+from tunesmith.data.compare.row_texts import RowText, read_texts, row_text, sampled_rows
+from tunesmith.data.compare.splits import read_checked_splits, read_splits
+from tunesmith.data.prepare import prepare_data
+from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.training.run import train
 from tunesmith.units import Share
 

@@ -18,12 +18,12 @@ from errors import holds, lines_with, refuses
 from recipes import make_run
 from rows import alpaca
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_row
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.row_warnings import row_warnings
-from tunesmith.data.samples import Completion, Conversation, Text
-from tunesmith.data.template import Template
-from tunesmith.data.token_set import TokenSet, find_repeats
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Completion, Conversation, Text
+from tunesmith.data.text.row_warnings import row_warnings
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens.token_set import TokenSet, find_repeats
 from tunesmith.errors import DataError
 from tunesmith.units import Length
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from recipes import make_run, merge
 from tunesmith.config.schema import Data, Source, Train
-from tunesmith.data.batch import IGNORE, Example, collate
-from tunesmith.data.micro_batches import MicroBatches
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.batch import IGNORE, collate
+from tunesmith.data.batches.micro_batches import MicroBatches
+from tunesmith.data.batches.schedule import BatchSchedule
+from tunesmith.data.text.example import Example
 from tunesmith.planning.run_plan import shares_prompts
 from tunesmith.units import Size
 

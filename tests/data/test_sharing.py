@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from recipes import built_model, make_run
 from tunesmith.config.schema import Data, Source, Train
-from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.loader import GlobalBatch, Loader
-from tunesmith.data.pack import balanced_bins, best_fit_decreasing
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.batches.loader import GlobalBatch, Loader
+from tunesmith.data.batches.pack import balanced_bins, best_fit_decreasing
+from tunesmith.data.batches.schedule import BatchSchedule
+from tunesmith.data.text.example import Example
 from tunesmith.units import Size
 
 SEQ = 64

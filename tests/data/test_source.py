@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from errors import holds, refuses
 from page_cache import resident
 from tunesmith.config.schema import Source
-from tunesmith.data.files import Table, open_table
-from tunesmith.data.source import from_list, is_local, read_rows, select_rows
+from tunesmith.data.source.files import Table, open_table
+from tunesmith.data.source.open_source import from_list, is_local, read_rows, select_rows
 from tunesmith.errors import DataError
 
 ROWS = [{"text": f"row {i}"} for i in range(10)]
@@ -260,9 +260,9 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import byte_tokenizer
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.source import read_rows
-from tunesmith.data.select_template import select_template
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 tokenizer, told = byte_tokenizer(), []
 for name in sys.argv[1:]:

@@ -15,7 +15,7 @@ from recipes import make_run
 from tunesmith.config.dump import differences
 from tunesmith.config.load import from_mapping, load_recipe
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.splits import draw_held_out, read_checked_splits, read_splits
+from tunesmith.data.compare.splits import draw_held_out, read_checked_splits, read_splits
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.training.run import train
 from tunesmith.units import Share

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from errors import refuses
 from rows import Simple
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import arrow_files, files
-from tunesmith.data.files import open_table
-from tunesmith.data.source import read_rows
-from tunesmith.data.table import file_digest
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.source import arrow_files, files
+from tunesmith.data.source.files import open_table
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.data.source.table import file_digest
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
 Texts = list[str]
@@ -178,7 +178,7 @@ def test_a_json_array_that_memory_does_not_hold(
 def test_batches_for_the_tokenizer_end_at_a_size(
     simple: Simple, write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.data.tokens._BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("tunesmith.data.tokens.tokenize._BATCH_CHARACTERS", 100)
     sizes: list[int] = []
     encode_many = simple.encode_many
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
 from tunesmith.config.schema import Source
-from tunesmith.data.batch import Example
-from tunesmith.data.formats import convert_row
-from tunesmith.data.samples import Conversation
-from tunesmith.data.template import Template
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text.example import Example
+from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
 from tunesmith.inference.decoding import cut_answer
 
@@ -366,7 +366,7 @@ def test_a_date_in_the_template_stands_still() -> None:
     """Rendered on another day, the same row gives the same tokens, and the saved template writes
     the same date.
     """
-    from tunesmith.data.builtin_templates import with_fixed_date
+    from tunesmith.data.text.builtin_templates import with_fixed_date
 
     llama = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}|{{ strftime_now ( \"%Y\" ) }}"
     fixed = with_fixed_date(llama)

@@ -13,10 +13,10 @@ from chat_tokenizers import train
 
 from errors import holds, refuses
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import builtin_templates
-from tunesmith.data.samples import Completion, Conversation, Sample, Text
-from tunesmith.data.select_template import select_template
-from tunesmith.data.template import Template
+from tunesmith.data.rows.samples import Completion, Conversation, Sample, Text
+from tunesmith.data.text import builtin_templates
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import Template
 from tunesmith.errors import DataError
 
 TEMPLATES = Path(__file__).parent / "templates"

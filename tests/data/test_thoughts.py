@@ -20,11 +20,11 @@ from errors import refuses
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.row_warnings import ROW_WARNINGS
-from tunesmith.data.samples import Conversation
-from tunesmith.data.select_template import select_template
-from tunesmith.data.template import Template, TrainOn
-from tunesmith.data.thoughts import find_thought, missing_parts, split_thought
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text.row_warnings import ROW_WARNINGS
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import Template, TrainOn
+from tunesmith.data.text.thoughts import find_thought, missing_parts, split_thought
 from tunesmith.errors import DataError
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -17,11 +17,11 @@ import pytest
 from errors import holds
 from rows import Simple, alpaca
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import cache as disk
-from tunesmith.data.samples import Text
-from tunesmith.data.source import read_rows
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.rows.samples import Text
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.data.tokens import cache as disk
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 from tunesmith.host.files import ABANDONED
 

@@ -18,8 +18,8 @@ from tunesmith.cli import data as verb
 from tunesmith.cli.main import main
 from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe
+from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.prepare import TrainingData, prepare_data
-from tunesmith.data.splits import read_splits
 from tunesmith.errors import DataError
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 

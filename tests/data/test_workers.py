@@ -21,14 +21,14 @@ from errors import is_internal, refuses
 from ranks import FORKS
 from recipes import recipe
 from tunesmith.config.schema import Data, Source
-from tunesmith.data import workers
-from tunesmith.data.encode import RowBatch, RowEncoder
-from tunesmith.data.select_template import select_template
-from tunesmith.data.splits import read_splits
-from tunesmith.data.template import Template
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
-from tunesmith.data.workers import encode_batches
+from tunesmith.data.compare.splits import read_splits
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens import workers
+from tunesmith.data.tokens.encode import RowBatch, RowEncoder
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
+from tunesmith.data.tokens.workers import encode_batches
 from tunesmith.errors import DataError, MachineError
 from waiting import TIME
 from warm import Warm
@@ -235,7 +235,7 @@ def test_a_signal_ends_the_workers_without_a_word(
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom tunesmith.data import workers\nfrom tunesmith.cli.main import main\n"
+        "import sys\nfrom tunesmith.data.tokens import workers\nfrom tunesmith.cli.main import main\n"
         "print('once', flush=True)\nworkers.available_cores = lambda: 2\n"
         f"sys.argv[1:] = ['train', {str(tmp_path / 'recipe.yaml')!r}]\nsys.exit(main())\n"
     )

@@ -22,7 +22,7 @@ from tunesmith.host.logger import (
 )
 
 log = logging.getLogger("tunesmith.training.run")
-data_log = logging.getLogger("tunesmith.data.cache")
+data_log = logging.getLogger("tunesmith.data.tokens.cache")
 Capture = pytest.CaptureFixture[str]
 
 

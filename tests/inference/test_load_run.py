@@ -18,8 +18,8 @@ from runs import make_run, peft_model, write_checkpoint
 from tunesmith.build_model import build_model
 from tunesmith.checkpoint import manifest
 from tunesmith.cli.options import notify_weights
-from tunesmith.data import builtin_templates
-from tunesmith.data.samples import Conversation
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text import builtin_templates
 from tunesmith.errors import EXIT_FAILED, EXIT_USAGE, CheckpointError, TunesmithError, UsageError
 from tunesmith.host import demo_model
 from tunesmith.host.chips import Chip

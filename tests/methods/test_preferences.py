@@ -22,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.layout import Layout
-from tunesmith.data.mismatched import mismatched_examples
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.batches.mismatched import mismatched_examples
+from tunesmith.data.text.example import Example
 from tunesmith.methods import make_method
 from tunesmith.methods.answers import reference_logprobs
 from tunesmith.methods.base import StepTotals, TrainModel

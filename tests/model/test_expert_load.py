@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tunesmith.data.batch import Example, collate
+from tunesmith.data.batches.batch import collate
+from tunesmith.data.text.example import Example
 from tunesmith.model.expert_load import ExpertLoad, load_metrics
 
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from errors import refuses
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.text.example import Example
 from tunesmith.errors import ModelError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel

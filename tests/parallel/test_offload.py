@@ -25,7 +25,7 @@ from ranks import free_port, run_ranks
 from recipes import make_run, merge
 from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig, Model
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel

@@ -19,7 +19,7 @@ from errors import error_in, holds, refuses
 from ranks import gathered, run_ranks
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, MethodConfig, Model, Train
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tunesmith.data.batch import IGNORE, Example
+from tunesmith.data.batches.batch import IGNORE
+from tunesmith.data.text.example import Example
 
 
 def padded(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recipes import built_model, make_run, write_rows
-from tunesmith.data.loader import Loader
+from tunesmith.data.batches.loader import Loader
 from tunesmith.data.prepare import prepare_data
 from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 from tunesmith.units import Size

@@ -17,7 +17,7 @@ from errors import refuses
 from recipes import make_run
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
-from tunesmith.data.micro_batches import MicroBatches
+from tunesmith.data.batches.micro_batches import MicroBatches
 from tunesmith.errors import MachineError, NonFiniteError, UsageError
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.run import train

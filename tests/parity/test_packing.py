@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
-from tunesmith.data.batch import IGNORE, Batch, Example, collate
+from tunesmith.data.batches.batch import IGNORE, Batch, collate
+from tunesmith.data.text.example import Example
 from tunesmith.methods.base import TrainModel, supervised_positions
 from tunesmith.runtime.recompute import recompute_layers
 

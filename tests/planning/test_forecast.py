@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.errors import RecipeError
 from tunesmith.host.chips import Chip
 from tunesmith.loss import chunk_size

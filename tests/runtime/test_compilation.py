@@ -31,7 +31,8 @@ from errors import holds, refuses
 from ranks import run_ranks
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
-from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.text.example import Example
 from tunesmith.distributed.torch_private import graphs_compiled
 from tunesmith.errors import MachineError
 from tunesmith.formats import fp8

@@ -23,7 +23,8 @@ from recipes import built_model, make_run
 from tunesmith.build_model import build_model, count_trained, define_model, reference_of
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import PAIR_METHODS
-from tunesmith.data.batch import Example, collate
+from tunesmith.data.batches.batch import collate
+from tunesmith.data.text.example import Example
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.support import TUNED_SUPPORT

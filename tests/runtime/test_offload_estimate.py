@@ -16,7 +16,7 @@ from logged import logged_lines
 from recipes import make_run
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
-from tunesmith.data.schedule import StepSize
+from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import MachineError, RecipeError
 from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.model.measured_spec import model_spec

@@ -17,9 +17,10 @@ from errors import refuses
 from recipes import built_model, make_run
 from tunesmith.build_model import count_trained, define_model
 from tunesmith.config.schema import Adapter, Data, Model, Run, Source, Train
-from tunesmith.data.batch import Batch, Example, collate
-from tunesmith.data.loader import Loader
-from tunesmith.data.schedule import BatchSchedule, StepSize
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.batches.loader import Loader
+from tunesmith.data.batches.schedule import BatchSchedule, StepSize
+from tunesmith.data.text.example import Example
 from tunesmith.errors import MachineError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput

@@ -15,7 +15,7 @@ from errors import refuses, warnings_with
 from recipes import make_run
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.data.schedule import StepSize
+from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import EXIT_USAGE, MachineError
 from tunesmith.host.chips import Chip
 from tunesmith.host.memory import MemoryLimit

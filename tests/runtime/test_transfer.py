@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.runtime.transfer import AsyncScalars, DevicePrefetcher, Mark, Snapshot
 
 gpu = [

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devices import cpu_and_gpu
 from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
-from tunesmith.data.loader import GlobalBatch
+from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
 from tunesmith.training.build import build

@@ -313,7 +313,7 @@ def stop_while(monkeypatch: pytest.MonkeyPatch, place: str, name: str = "SIGTERM
         "tunesmith.model.tokenizer.AutoTokenizer.from_pretrained",  # whose errors are caught, whatever they are
         "transformers.AutoConfig.from_pretrained",
         "tunesmith.training.run.decide_start",
-        "tunesmith.data.encode.convert_row",
+        "tunesmith.data.tokens.encode.convert_row",
         "tunesmith.training.build.build_model",
         "tunesmith.metrics.sink.JsonlSink.open",
     ],

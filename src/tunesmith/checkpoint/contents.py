@@ -17,7 +17,7 @@ from tunesmith.adapter import peft_files
 from tunesmith.checkpoint.resume import DELETE, OPTIMIZER, Progress
 from tunesmith.checkpoint.writer import SaveFunction
 from tunesmith.config.schema import Run
-from tunesmith.data.template import Template
+from tunesmith.data.text.template import Template
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES

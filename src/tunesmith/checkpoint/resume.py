@@ -17,7 +17,7 @@ from tunesmith.checkpoint.start_adapter import folder_in_run
 from tunesmith.config.dump import differences
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Run, Train
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import (
     CheckpointError,

@@ -28,7 +28,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import RECIPE_HELP, add_json, add_recipe, chosen_recipe
-from tunesmith.data.samples import Conversation
+from tunesmith.data.rows.samples import Conversation
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from tunesmith.config.schema import Run
     from tunesmith.data.prepare import TrainingData
-    from tunesmith.data.token_set import SourceTokens, TokenSet
+    from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 
 LOADS_TORCH = "in ranks"
 
@@ -201,8 +201,8 @@ def print_data(
     from rich.console import Console
     from rich.text import Text
 
-    from tunesmith.data.describe_findings import describe_rows
-    from tunesmith.data.source import is_local
+    from tunesmith.data.compare.describe_findings import describe_rows
+    from tunesmith.data.source.open_source import is_local
 
     if console is None:
         console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
@@ -392,7 +392,7 @@ def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
         for text, supervised, special in segments(train, tokenizer, i, limit=1 << 30):
             parts.append({"text": text, "supervised": supervised, "special": special})
         examples.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
-    from tunesmith.data.describe_findings import findings_as_json
+    from tunesmith.data.compare.describe_findings import findings_as_json
 
     checks = []
     for contract in prepared.contracts:

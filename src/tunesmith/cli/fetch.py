@@ -91,7 +91,7 @@ def _model_and_sources(args: argparse.Namespace) -> "tuple[Model, list[Source]]"
                 ["tunesmith", "fetch", args.name, f"model.revision={args.revision}"]
             )
             raise UsageError("a recipe sets its own revision", where="--revision", fix=command)
-        from tunesmith.data.source import is_local
+        from tunesmith.data.source.open_source import is_local
 
         recipe = load_recipe(args.name, args.overrides)
         sources = {}
@@ -172,7 +172,7 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
             # As it is on the Hub, and as an Arrow table.
             fetch.check_cache_room(source.source, 2 * size)
     if not dry:
-        from tunesmith.data.source import read_rows
+        from tunesmith.data.source.open_source import read_rows
 
         row["rows"] = len(read_rows(source))
     return row

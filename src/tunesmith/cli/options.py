@@ -348,8 +348,8 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
-    from tunesmith.data.folders import check_local
-    from tunesmith.data.source import is_local
+    from tunesmith.data.source.folders import check_local
+    from tunesmith.data.source.open_source import is_local
 
     # Before numpy is imported.
     if is_local(args.data[0]):

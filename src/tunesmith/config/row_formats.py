@@ -1,6 +1,6 @@
 """The formats of rows: the columns that each needs and may have, by their names in files.
 
-A new format has its entry here, and its reader in data/formats.py; the recipe's schema, the
+A new format has its entry here, and its reader in data/rows/formats.py; the recipe's schema, the
 detection, templates and the commands follow from them.
 """
 
@@ -11,8 +11,8 @@ FormatName = Literal[
     "alpaca", "messages", "sharegpt", "prompt-completion", "text", "preference", "feedback"
 ]
 
-# Names of columns as `data/detect.py` writes them: in small letters, without accents, words joined
-# by underscores.
+# Names of columns as `data/rows/detect.py` writes them: in small letters, without accents, words
+# joined by underscores.
 _QUESTION_NAMES = (
     *("prompt", "question", "query", "input", "problem", "user", "human", "q"),
     *("user_message", "user_input"),

@@ -32,7 +32,7 @@ TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 StatedDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
-# What `data.leave_out` may name; data/row_checks.py finds it.
+# What `data.leave_out` may name; data/compare/row_checks.py finds it.
 RowFault = Literal["near-duplicates", "contradictions", "unfinished", "rare-languages"]
 MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from tunesmith.config.schema import Data, Run
-from tunesmith.data.contract import Contract, CutAnswers, check_tokens, excerpt
-from tunesmith.data.describe_findings import count_repeating, describe_rows, row_warnings_of
-from tunesmith.data.row_checks import check_across
-from tunesmith.data.row_warnings import ROW_WARNINGS
-from tunesmith.data.schedule import FEW_STEPS, BatchSchedule, describe_long_warmup
-from tunesmith.data.select_template import select_template
-from tunesmith.data.source import describe_layouts
-from tunesmith.data.splits import Splits, read_checked_splits, read_splits
-from tunesmith.data.template import Template
-from tunesmith.data.token_set import Repeats, SourceTokens, TokenSet, find_repeats
-from tunesmith.data.tokens import tokenize, tokenize_sides
+from tunesmith.data.batches.schedule import FEW_STEPS, BatchSchedule, describe_long_warmup
+from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
+from tunesmith.data.compare.row_checks import check_across
+from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits
+from tunesmith.data.source.open_source import describe_layouts
+from tunesmith.data.text.row_warnings import ROW_WARNINGS
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens.contract import Contract, CutAnswers, check_tokens, excerpt
+from tunesmith.data.tokens.token_set import Repeats, SourceTokens, TokenSet, find_repeats
+from tunesmith.data.tokens.tokenize import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
 from tunesmith.host.memory import available_memory

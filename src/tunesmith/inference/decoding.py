@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
-from tunesmith.data.batch import Example
+from tunesmith.data.text.example import Example
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel

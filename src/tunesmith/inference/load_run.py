@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tunesmith.data.template import Template
+    from tunesmith.data.text.template import Template
     from tunesmith.hub.model_files import ModelFiles
     from tunesmith.methods.base import TrainModel
 
@@ -539,9 +539,9 @@ def _template(
     saved: Path | None,
 ) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
-    from tunesmith.data import builtin_templates
-    from tunesmith.data.select_template import select_template
-    from tunesmith.data.template import Template
+    from tunesmith.data.text import builtin_templates
+    from tunesmith.data.text.select_template import select_template
+    from tunesmith.data.text.template import Template
 
     jinja = tokenizer.chat_template
     run = location.run

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batch import IGNORE, Batch
-from tunesmith.data.loader import GlobalBatch
+from tunesmith.data.batches.batch import IGNORE, Batch
+from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.vocab_parallel import compute_with_head
 from tunesmith.errors import ModelError
 from tunesmith.loss import (

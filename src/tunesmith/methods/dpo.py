@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.config.schema import MethodConfig
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.methods.answers import (
     PAIR_METRICS,
     Answers,

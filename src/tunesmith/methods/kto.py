@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.methods.answers import answer_logprobs, reference_logprobs
 from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
 

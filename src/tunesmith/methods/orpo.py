@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics
 from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
 

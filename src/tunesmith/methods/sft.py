@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the cross-entropy of the next token, wherever the batch has a label."""
 
-from tunesmith.data.batch import Batch
-from tunesmith.data.loader import GlobalBatch
+from tunesmith.data.batches.batch import Batch
+from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.methods.base import (
     Method,
     MethodOutput,

@@ -7,7 +7,7 @@ The means are over the tokens of an answer; it needs no reference.
 
 import torch.nn.functional as F
 
-from tunesmith.data.batch import Batch
+from tunesmith.data.batches.batch import Batch
 from tunesmith.methods.answers import PAIR_METRICS, answer_logprobs, pair_metrics
 from tunesmith.methods.base import MethodOutput, OfExamples, StepTotals, TrainModel
 

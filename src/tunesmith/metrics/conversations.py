@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tunesmith.data.messages import CHAT_ROLES
+from tunesmith.data.rows.messages import CHAT_ROLES
 
 # The words that templates write: other names of rows would also match in a message's text.
 _ROLE = "system|user|human|assistant|model|tool|ipython"

@@ -433,7 +433,7 @@ def _plain_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     if "scale" not in VARLEN_KEYWORDS and scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)
     # The bound is a constant of a compiled graph; the batches of a run all state the same one (see
-    # data/loader.py).
+    # data/batches/loader.py).
     edges = documents.cu_seqlens
     longest = documents.max_seqlen
     out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)

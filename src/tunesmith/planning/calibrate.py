@@ -13,7 +13,8 @@ import torch
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig, Run
-from tunesmith.data.batch import Batch, Example, collate
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.text.example import Example
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError
 from tunesmith.methods import make_method

@@ -14,7 +14,7 @@ from typing import Literal
 from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
-from tunesmith.data.schedule import StepSize
+from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import first_line
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.data.schedule import StepSize
+from tunesmith.data.batches.schedule import StepSize
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.measured_layers import count_expert_adapter

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.config.schema import Dtype, Model, Run, Train
-from tunesmith.data.schedule import StepSize
+from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import Chip
 from tunesmith.loss import card_bytes

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tunesmith.config.schema import Run
-from tunesmith.data.schedule import BatchSchedule, StepSize
-from tunesmith.data.token_set import TokenSet
+from tunesmith.data.batches.schedule import BatchSchedule, StepSize
+from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.spec import ModelSpec, flops
 from tunesmith.planning.measured_layers import count_active_adapter

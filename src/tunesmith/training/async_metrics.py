@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tunesmith.checkpoint.writer import Writer
-from tunesmith.data.loader import GlobalBatch
+from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.metrics.health import Health
 from tunesmith.metrics.record import StepRecord
 from tunesmith.runtime.transfer import Mark

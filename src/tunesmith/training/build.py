@@ -29,8 +29,8 @@ from tunesmith.checkpoint.resume import Progress, Start
 from tunesmith.checkpoint.sharded import is_sharded, read_sharded_optimizer
 from tunesmith.config.dump import digest, dump
 from tunesmith.config.schema import Run
-from tunesmith.data.batch import Batch
-from tunesmith.data.loader import GlobalBatch, Loader
+from tunesmith.data.batches.batch import Batch
+from tunesmith.data.batches.loader import GlobalBatch, Loader
 from tunesmith.data.prepare import TrainingData
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import UsageError

@@ -24,11 +24,11 @@ from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
-from tunesmith.data.bad_rows import error_of_sources, find_bad_rows
-from tunesmith.data.detect import Detected, detect
-from tunesmith.data.folders import check_local
-from tunesmith.data.formats import convert_row
-from tunesmith.data.source import Rows, is_local, open_splits, read_rows
+from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
+from tunesmith.data.rows.detect import Detected, detect
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.source.folders import check_local
+from tunesmith.data.source.open_source import Rows, is_local, open_splits, read_rows
 from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.host import demo_model
 from tunesmith.host.files import from_here

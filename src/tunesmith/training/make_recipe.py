@@ -24,16 +24,16 @@ from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import Adapter, Run, Source
 from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
-from tunesmith.data.contract import MOST_CUT
-from tunesmith.data.select_template import select_template
-from tunesmith.data.source import (
+from tunesmith.data.compare.splits import count_held_out
+from tunesmith.data.source.open_source import (
     CHARACTERS_PER_TOKEN,
     Rows,
     count_characters,
     count_of_example,
 )
-from tunesmith.data.splits import count_held_out
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.tokens.contract import MOST_CUT
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, MachineError
 from tunesmith.host import demo_model
 from tunesmith.host.files import from_here, write_atomically

@@ -24,11 +24,11 @@ from tunesmith.checkpoint.resume import Start, as_it_began, check_unchanged, des
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.data.contract import CutAnswers
-from tunesmith.data.folders import check_local
 from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
-from tunesmith.data.source import is_local
-from tunesmith.data.token_set import Repeats
+from tunesmith.data.source.folders import check_local
+from tunesmith.data.source.open_source import is_local
+from tunesmith.data.tokens.contract import CutAnswers
+from tunesmith.data.tokens.token_set import Repeats
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.host import packages

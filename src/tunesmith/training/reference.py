@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from tunesmith.config.schema import Run
-from tunesmith.data.batch import Batch
-from tunesmith.data.loader import Loader
-from tunesmith.data.mismatched import mismatched_of_all
+from tunesmith.data.batches.batch import Batch
+from tunesmith.data.batches.loader import Loader
+from tunesmith.data.batches.mismatched import mismatched_of_all
 from tunesmith.data.prepare import TrainingData
-from tunesmith.data.token_set import TokenSet
+from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.host.files import cache_folder, write_atomically

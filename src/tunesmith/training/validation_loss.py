@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from tunesmith.data.layout import Layout
-from tunesmith.data.mismatched import mismatched_of_all
-from tunesmith.data.token_set import TokenSet
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.batches.mismatched import mismatched_of_all
+from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.inference.decoding import evaluating
 from tunesmith.methods.base import StepTotals, TrainModel
 from tunesmith.parallel.mesh import ALONE, Mesh, all_reduce_together

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from errors import holds, lines_with, refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
-from tunesmith.data.batch import Example
-from tunesmith.data.layout import Layout
-from tunesmith.data.splits import read_splits
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.compare.splits import read_splits
+from tunesmith.data.text.example import Example
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, load_run

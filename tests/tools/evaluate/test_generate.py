@@ -18,8 +18,8 @@ from errors import holds, lines_with, refuses
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Source
-from tunesmith.data.detect import detect, sample_rows
-from tunesmith.data.source import from_list
+from tunesmith.data.rows.detect import detect, sample_rows
+from tunesmith.data.source.open_source import from_list
 from tunesmith.errors import DataError, UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, load_run

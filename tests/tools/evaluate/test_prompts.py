@@ -21,10 +21,10 @@ from recipes import make_run as recipe_run
 from runs import make_run, peft_model
 from tunesmith.checkpoint.contents import tokenizer_files
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.select_template import select_template
-from tunesmith.data.source import from_list, read_rows
-from tunesmith.data.template import Template
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.source.open_source import from_list, read_rows
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 from tunesmith.inference.load_run import LoadedModel, _template, load_run
 from tunesmith.tools.evaluate import generate

@@ -17,8 +17,8 @@ from conftest import byte_tokenizer
 from errors import holds, refuses
 from ranks import run_ranks
 from runs import ROWS, make_run, peft_model, write_checkpoint, write_rows
-from tunesmith.data.samples import Conversation
-from tunesmith.data.template import Template
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text.template import Template
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import (
     DataError,

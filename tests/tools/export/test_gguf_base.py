@@ -19,7 +19,7 @@ from page_cache import resident
 from recipes import write_rows
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
-from tunesmith.data.template import tokenizer_hash
+from tunesmith.data.text.template import tokenizer_hash
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.hub import fetch
 from tunesmith.hub.gguf_tokenizer import read_file_tokenizer

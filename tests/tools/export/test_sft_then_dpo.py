@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tunesmith
 from recipes import make_run, write_pairs
-from tunesmith.data.samples import Completion
+from tunesmith.data.rows.samples import Completion
 from tunesmith.inference.load_run import LoadedModel
 
 TOLERANCE = 1e-5

@@ -23,7 +23,7 @@ import torch
 from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
-from tunesmith.data.loader import GlobalBatch
+from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.torch_private import graphs_compiled, scaled_mm
 from tunesmith.errors import RunError, TunesmithError
 from tunesmith.host.signals import StopRequest

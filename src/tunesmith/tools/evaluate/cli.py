@@ -61,8 +61,8 @@ from tunesmith.cli.options import (
     notify_weights,
     whole_number,
 )
-from tunesmith.data.folders import check_local
-from tunesmith.data.source import is_local
+from tunesmith.data.source.folders import check_local
+from tunesmith.data.source.open_source import is_local
 from tunesmith.distributed.ranks import (
     join_ranks,
     reported_once_a_node,

@@ -253,7 +253,7 @@ class Chat:
 
         Drops as many of the side's oldest turns as do not fit beside the answer, and says so.
         """
-        from tunesmith.data.samples import Conversation, Message, with_system
+        from tunesmith.data.rows.samples import Conversation, Message, with_system
         from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
 
         room = math.inf

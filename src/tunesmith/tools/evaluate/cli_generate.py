@@ -23,7 +23,7 @@ from typing import Any
 
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
-from tunesmith.data.source import Rows, from_list, read_rows
+from tunesmith.data.source.open_source import Rows, from_list, read_rows
 from tunesmith.errors import (
     DataError,
     MachineError,

@@ -22,13 +22,13 @@ import torch
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.batch import Batch
-from tunesmith.data.layout import Layout
+from tunesmith.data.batches.batch import Batch
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.compare.splits import SourceRows, read_splits
 from tunesmith.data.prepare import find_trained_rows
-from tunesmith.data.source import Rows, describe_layouts, is_local, read_rows
-from tunesmith.data.splits import SourceRows, read_splits
-from tunesmith.data.token_set import Repeats, TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.source.open_source import Rows, describe_layouts, is_local, read_rows
+from tunesmith.data.tokens.token_set import Repeats, TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default

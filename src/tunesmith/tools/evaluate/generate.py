@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
 from tunesmith.config.schema import Source
-from tunesmith.data.detect import Detected, detect, sample_rows
-from tunesmith.data.formats import convert_sample, read_label
-from tunesmith.data.messages import CHAT_ROLES, is_said
-from tunesmith.data.row_reader import RowReader, is_absent, plain
-from tunesmith.data.samples import Completion, Conversation, Sample
-from tunesmith.data.source import Rows, from_list
+from tunesmith.data.rows.detect import Detected, detect, sample_rows
+from tunesmith.data.rows.formats import convert_sample, read_label
+from tunesmith.data.rows.messages import CHAT_ROLES, is_said
+from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
+from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import from_here

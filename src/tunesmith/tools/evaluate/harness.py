@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.adapter.lora import disabled
-from tunesmith.data.row_checks import check_prompts, place
-from tunesmith.data.splits import SourceRows, read_splits
+from tunesmith.data.compare.row_checks import check_prompts, place
+from tunesmith.data.compare.splits import SourceRows, read_splits
 from tunesmith.errors import TunesmithError, UsageError, first_line
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import evaluating

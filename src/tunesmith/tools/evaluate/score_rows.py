@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tunesmith.checkpoint import manifest
-from tunesmith.data.samples import CalledFunction, Conversation, FunctionCall, Message
-from tunesmith.data.splits import SourceRows
-from tunesmith.data.token_set import TokenSet
+from tunesmith.data.compare.splits import SourceRows
+from tunesmith.data.rows.samples import CalledFunction, Conversation, FunctionCall, Message
+from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, MachineError, StoppedError, UsageError
 from tunesmith.host.files import write_atomically

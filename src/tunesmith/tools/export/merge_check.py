@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.config.schema import Source
-from tunesmith.data.formats import convert_sample
-from tunesmith.data.source import read_rows
+from tunesmith.data.rows.formats import convert_sample
+from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.tools.export.tuned_weights import TunedModel

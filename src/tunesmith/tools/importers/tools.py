@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest, other_tools
-from tunesmith.data.template_args import OF_RENDERER
+from tunesmith.data.text.template_args import OF_RENDERER
 from tunesmith.errors import UsageError, first_line
 from tunesmith.host.shell import shell_path
 from tunesmith.tools.importers.common import (

@@ -309,7 +309,7 @@ def hub_files(run: Run) -> list[str]:
         return []
     from datasets import config
 
-    from tunesmith.data.source import read_rows
+    from tunesmith.data.source.open_source import read_rows
     from tunesmith.hub.fetch import repo_cache
 
     paths: list[Path] = []

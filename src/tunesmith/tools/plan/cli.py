@@ -206,7 +206,7 @@ def _report(
 
 def _table(planner: "Planner", forecasts: "list[Forecast]", shown: "list[Forecast]") -> list[str]:
     """The machines, the examples, and a row for each mesh that is shown."""
-    from tunesmith.data.schedule import describe_long_warmup
+    from tunesmith.data.batches.schedule import describe_long_warmup
 
     chip = planner.cluster.chip
     work = planner.work

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from tunesmith.checkpoint.start_adapter import find_local_adapter
 from tunesmith.config.schema import Model, Run
-from tunesmith.data.select_template import select_template
-from tunesmith.data.source import CHARACTERS_PER_TOKEN, count_of_example, is_local
-from tunesmith.data.splits import count_held_out, read_splits
-from tunesmith.data.token_set import TokenSet
-from tunesmith.data.tokens import tokenize
+from tunesmith.data.compare.splits import count_held_out, read_splits
+from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
+from tunesmith.data.text.select_template import select_template
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.hub import fetch

@@ -16,7 +16,7 @@ from tunesmith.adapter.low_rank import lora_scaling
 from tunesmith.build_model import init_adapter, reference_of
 from tunesmith.checkpoint.resume import Start, check_unchanged, describe_resume
 from tunesmith.config.schema import Adapter, Run
-from tunesmith.data.schedule import BatchSchedule
+from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.distributed.ranks import Ranks
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import free_device_memory

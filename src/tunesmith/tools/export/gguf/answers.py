@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.data.formats import convert_sample
-from tunesmith.data.samples import Completion, Conversation, Sample
-from tunesmith.data.source import read_rows
+from tunesmith.data.rows.formats import convert_sample
+from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.inference.decoding import cut_answer
 from tunesmith.inference.load_run import OpenedRun

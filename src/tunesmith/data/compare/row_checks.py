@@ -1,0 +1,541 @@
+"""Checks for rows that each read well but are repeated, contradicting, cut off, or in a language
+that few of them have.
+
+Nothing here changes a row or decides what is trained on. What is found is counted and shown before
+the first step (`prepare.py`), `data.leave_out` leaves it out, and rows that are held out keep their
+near-duplicates with them (`splits.py`).
+"""
+
+import hashlib
+import json
+import logging
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain
+from typing import Any, get_args
+
+from tunesmith.config.schema import RowFault, Source
+from tunesmith.data.compare.near_duplicates import find_near_duplicates, words_of
+from tunesmith.data.compare.row_texts import RowText, limits, read_texts, sampled_rows
+from tunesmith.data.source.open_source import Rows
+from tunesmith.host.files import measure_once
+
+log = logging.getLogger(__name__)
+
+# Raise it when the same rows would be judged otherwise.
+ROW_CHECKS_VERSION = 4
+
+# Of more rows a line says that they are compared: it takes more than some seconds.
+TOLD_ROWS = 20_000
+
+ROW_FAULTS: tuple[RowFault, ...] = get_args(RowFault)
+
+# Shorter prompts, such as `Go on.`, are no question of their own.
+MIN_PROMPT_WORDS = 3
+# Rows of one prompt, or of one long answer, are one question: unless so many have it that it is a
+# template's, or a refusal.
+MAX_SHARED_SHARE = 0.01
+MAX_SHARED_ROWS = 10
+# Where more rows repeat an answer, these answers are what the data teaches.
+MAX_REPEATED_SHARE = 0.5
+# Longer answers to one prompt may differ by design, where many prompts have several.
+SHORT_ANSWER_WORDS = 12
+MAX_FREE_SHARE = 0.1
+
+# Shorter answers (a name, a label) need no punctuation.
+MIN_SENTENCE_WORDS = 8
+MIN_SENTENCES = 10
+# Where more end without punctuation it is the style of the data.
+MAX_UNFINISHED_SHARE = 0.2
+# Answers of one length, the longest, that all end within a sentence.
+MIN_CUT_ANSWERS = 3
+# Of the answers that end so: where more have other lengths, it is the style of the data.
+MIN_CUT_SHARE = 0.5
+# A shorter last line is an entry of a list, a verse or a name.
+_LAST_LINE_CHARACTERS = 40
+_LIST_ENTRY = re.compile(r"\s*([-*•+|#>]|\d+[.)]|[A-Za-z][.)]\s)")
+
+# Languages and scripts of no more rows than this are rare, and of at most so many in any case.
+MAX_RARE_SHARE = 0.01
+MAX_RARE_ROWS = 3
+MIN_SCRIPT_ROWS = 20
+MIN_LANGUAGE_ROWS = 50
+# Of a text of fewer letters the language is a guess.
+MIN_LANGUAGE_LETTERS = 40
+MIN_SCRIPT_LETTERS = 4
+LANGUAGE_CHARACTERS = 200
+LANGUAGE_CONFIDENCE = 0.95
+# py3langid's name for a text in no language.
+_NO_LANGUAGE = "zxx"
+# Several scripts that are written together.
+_TOGETHER = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "BOPOMOFO": "CJK"}
+
+SourceRows = Sequence[tuple[Source, Rows]]
+
+
+@dataclass(frozen=True)
+class RowFindings:
+    """The findings in the rows of some sources; rows are indices over all sources together.
+
+    Attributes:
+        rows: of all sources.
+        compared: how many of them were looked at.
+        near_duplicates: groups of rows that say nearly the same, `near_duplicates.py` has the rule.
+        shared: groups of rows with one prompt, or with one answer of several words.
+        contradictions: groups of rows with one prompt and different answers, or with one prompt and
+            the same answers of which they say that another is good.
+        unfinished: rows whose answer ends without punctuation where most have it, or is cut off at
+            the length at which others are.
+        languages: language (ISO 639) or script -> the few rows in it.
+    """
+
+    rows: int = 0
+    compared: int = 0
+    near_duplicates: list[list[int]] = field(default_factory=list)
+    shared: list[list[int]] = field(default_factory=list)
+    contradictions: list[list[int]] = field(default_factory=list)
+    unfinished: list[int] = field(default_factory=list)
+    languages: dict[str, list[int]] = field(default_factory=dict)
+
+    def faulty_rows(self, fault: RowFault) -> list[int]:
+        """The rows that `data.leave_out` leaves out for one fault, in order.
+
+        The first of near-duplicates stays. Of rows that contradict each other none does: nothing
+        here knows which is right.
+        """
+        if fault == "near-duplicates":
+            rows = [row for group in self.near_duplicates for row in group[1:]]
+        elif fault == "contradictions":
+            rows = [row for group in self.contradictions for row in group]
+        elif fault == "unfinished":
+            rows = self.unfinished
+        else:
+            rows = list(chain.from_iterable(self.languages.values()))
+        return sorted(set(rows))
+
+    def mapped(self, take: Callable[[list[int]], list[int]]) -> "RowFindings":
+        """Map the findings to other rows: those that `take` gives for a list of rows."""
+
+        def groups(of: list[list[int]]) -> list[list[int]]:
+            return [group for group in map(take, of) if len(group) > 1]
+
+        languages = {name: take(rows) for name, rows in self.languages.items()}
+        return replace(
+            self,
+            near_duplicates=groups(self.near_duplicates),
+            shared=groups(self.shared),
+            contradictions=groups(self.contradictions),
+            unfinished=take(self.unfinished),
+            languages={name: rows for name, rows in languages.items() if rows},
+        )
+
+    def without(self, left_out: Iterable[int]) -> "RowFindings":
+        """Leave rows out of the findings; the others keep their indices."""
+        gone = set(left_out)
+        return self.mapped(lambda rows: [row for row in rows if row not in gone])
+
+
+def check_rows(sources: SourceRows) -> RowFindings:
+    """Look at the rows of some sources, or take what was found in the same rows before."""
+
+    def check() -> RowFindings:
+        indices = sampled_rows(sources)
+        _tell(len(indices))
+        texts = read_texts(sources, indices)
+        findings = find_faults(texts, _counts_by_source(sources, indices))
+        at_indices = findings.mapped(lambda rows: [indices[row] for row in rows])
+        return replace(at_indices, rows=indices.stop)
+
+    return measure_once("row-checks", _key("rows", sources), check, RowFindings)
+
+
+def checked_before(sources: SourceRows) -> RowFindings | None:
+    """Read what `check_rows` found in the same rows before; None where it did not look."""
+
+    def absent() -> RowFindings:
+        raise LookupError("these rows were not compared before")
+
+    with suppress(LookupError):
+        return measure_once("row-checks", _key("rows", sources), absent, RowFindings)
+    return None
+
+
+def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
+    """Pairs [row of `validation`, row of `train`] that are near-duplicates.
+
+    One for each row of `validation` that has any. Rows are indices over the sources of either.
+    """
+
+    def pairs() -> Iterator[list[int]]:
+        trained, held_out = sampled_rows(train), sampled_rows(validation)
+        first = len(trained)
+        _tell(first + len(held_out))
+        counts = _counts_by_source(train, trained) + _counts_by_source(validation, held_out)
+        texts = chain(read_texts(train, trained), read_texts(validation, held_out))
+        for i, other in _near_pairs(texts, counts, range(first, first + len(held_out))):
+            yield [held_out[i - first], trained[other]]
+
+    return _pairs_once([*_key("across", train), *_key("validation", validation)], pairs)
+
+
+def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[list[int]]:
+    """Pairs [prompt, row of `train`] where the row's prompt is a near-duplicate of the prompt.
+
+    One for each prompt that has any; answers are not compared, since other data may word them
+    otherwise.
+
+    Args:
+        prompts: those of several sets, numbered one after another.
+    """
+
+    def pairs() -> Iterator[list[int]]:
+        indices = sampled_rows(train)
+        questions = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
+        first = sum(map(len, prompts))
+        _tell(first + len(indices))
+        texts = chain(questions, map(_only_prompt, read_texts(train, indices)))
+        counts = [*map(len, prompts), *_counts_by_source(train, indices)]
+        for prompt, row in _near_pairs(texts, counts, range(first)):
+            yield [prompt, indices[row - first]]
+
+    return _pairs_once([*_key("prompts", train), _hash64(json.dumps(prompts))], pairs)
+
+
+def _near_pairs(
+    texts: Iterable[RowText | None], counts: Sequence[int], questions: range
+) -> Iterator[tuple[int, int]]:
+    """Each of some texts that is a near-duplicate of others, with the first of these."""
+    for group in find_near_duplicates(texts, counts):
+        others = [i for i in group if i not in questions]
+        if others:
+            yield from ((i, others[0]) for i in group if i in questions)
+
+
+def _pairs_once(key: list[Any], pairs: Callable[[], Iterable[list[int]]]) -> list[list[int]]:
+    """The pairs, sorted, or what was found before under this key."""
+
+    def check() -> RowFindings:
+        return RowFindings(near_duplicates=sorted(pairs()))
+
+    return measure_once("row-checks", key, check, RowFindings).near_duplicates
+
+
+def _tell(rows: int) -> None:
+    if rows > TOLD_ROWS:
+        log.info("comparing %s rows, once: the result is cached", f"{rows:,}")
+
+
+def _only_prompt(text: RowText | None) -> RowText:
+    if text is None:
+        return RowText("", "", is_answered=False)
+    # Plain text is question and answer in one.
+    return RowText(text.answer if text.is_plain else text.prompt, "", is_answered=False)
+
+
+def place(sources: SourceRows, index: int) -> str:
+    """`file:line` of a row by its index over all sources together."""
+    for _, rows in sources:
+        if index < len(rows):
+            return rows.where(index)
+        index -= len(rows)
+    raise IndexError(index)
+
+
+def _key(what: str, sources: SourceRows) -> list[Any]:
+    described = []
+    for source, rows in sources:
+        described.append([rows.digest(), source.format, sorted(source.columns.items())])
+    return [ROW_CHECKS_VERSION, limits(), what, described]
+
+
+def _counts_by_source(sources: SourceRows, indices: range) -> list[int]:
+    """Count the indices of each source."""
+    counts = []
+    first = 0
+    for _, rows in sources:
+        stop = first + len(rows)
+        counts.append(len(range(-(-first // indices.step), -(-stop // indices.step))))
+        first = stop
+    return counts
+
+
+def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = None) -> RowFindings:
+    """All faults of some rows; rows are counted from 0.
+
+    Args:
+        parts: as for `find_near_duplicates`.
+    """
+    answers = _Answers()
+    endings = _Endings()
+    languages = _Languages()
+    count = 0
+
+    def observed() -> Iterator[RowText | None]:
+        nonlocal count
+        for row, text in enumerate(texts):
+            count = row + 1
+            if text is not None:
+                answers.add(row, text)
+                endings.add(row, text)
+                languages.add(row, text)
+            yield text
+
+    near_duplicates = find_near_duplicates(observed(), parts)
+    return RowFindings(
+        rows=count,
+        compared=count,
+        near_duplicates=near_duplicates,
+        shared=answers.shared(),
+        contradictions=answers.contradictions(),
+        unfinished=endings.unfinished(),
+        languages=languages.rare(),
+    )
+
+
+# Contradictions ---------------------------------------------------------------------------------
+
+
+class _Answers:
+    """The answers to each prompt, and the prompts of each answer."""
+
+    def __init__(self) -> None:
+        # By a hash of the prompt: of each row its index, a hash of its answer, whether it is short.
+        self._rows: dict[int, list[tuple[int, int, bool]]] = {}
+        # By a hash of the answer: the rows of each long one.
+        self._long: dict[int, list[int]] = {}
+        # By a hash of prompt and answers: of each row its index and a hash of what is good in it.
+        self._judged: dict[int, list[tuple[int, int]]] = {}
+        self._count = 0
+
+    def add(self, row: int, text: RowText) -> None:
+        self._count += 1
+        if text.is_plain:
+            return
+        words = words_of(text.answer)
+        answer = _hash64(" ".join(words))
+        is_short = len(words) <= SHORT_ANSWER_WORDS
+        if not is_short:
+            self._long.setdefault(answer, []).append(row)
+        prompt = _normal(text.prompt)
+        if text.is_good is not None or text.chosen:
+            self._add_judged(row, text, prompt, words)
+        if len(words_of(prompt)) < MIN_PROMPT_WORDS:
+            return
+        # Other answers of pairs and of feedback are not other truths.
+        answer = answer if text.is_answered else 0
+        rows = self._rows.setdefault(_hash64(f"{prompt}\n{text.tools}"), [])
+        rows.append((row, answer, is_short))
+
+    def _add_judged(self, row: int, text: RowText, prompt: str, words: list[str]) -> None:
+        # Sorted, so that a pair is the same one with its sides swapped.
+        answers = " ".join(sorted(words) if text.chosen else words)
+        good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
+        rows = self._judged.setdefault(_hash64(f"{prompt}\n{text.tools}\n{answers}"), [])
+        rows.append((row, _hash64(good)))
+
+    def shared(self) -> list[list[int]]:
+        most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self._count)
+        groups = [[row for row, _, _ in rows] for rows in self._rows.values()]
+        repeated = [rows for rows in self._long.values() if len(rows) > 1]
+        # As in an FAQ whose questions are put in several ways: what is held out with all rows of
+        # its answer cannot be learned, and its loss says nothing of the answers that were.
+        if sum(map(len, repeated)) <= MAX_REPEATED_SHARE * self._count:
+            groups += repeated
+        return sorted(group for group in groups if 1 < len(group) <= most)
+
+    def contradictions(self) -> list[list[int]]:
+        """Groups of rows; none of long answers that are several by design."""
+        short: list[list[int]] = []
+        long: list[list[int]] = []
+        for rows in self._rows.values():
+            if len({answer for _, answer, _ in rows}) < 2:
+                continue
+            group = [row for row, _, _ in rows]
+            if all(is_short for _, _, is_short in rows):
+                short.append(group)
+            elif len(rows) <= MAX_SHARED_ROWS:
+                long.append(group)
+        # Several answers to many prompts are a way to write data: samples, drafts, ranks.
+        if sum(map(len, long)) > max(MAX_SHARED_ROWS, MAX_FREE_SHARE * self._count):
+            long = []
+        judged = [
+            [row for row, _ in rows]
+            for rows in self._judged.values()
+            if len({good for _, good in rows}) > 1
+        ]
+        return sorted(short + long + judged)
+
+
+def _normal(text: str) -> str:
+    """A text without what does not make it another question: case, white space, its last sign."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.rstrip(" .?!:;。？！")
+
+
+def _hash64(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+# Unfinished answers -----------------------------------------------------------------------------
+
+
+class _Endings:
+    """The endings of answers: open ones, and those cut at one length."""
+
+    def __init__(self) -> None:
+        self._sentences = 0
+        self._open: list[int] = []
+        # The answers of the greatest length that end within a sentence, and the rows of each.
+        self._longest = 0
+        self._cut: dict[str, list[int]] = {}
+
+    def add(self, row: int, text: RowText) -> None:
+        answer = text.answer.rstrip()
+        is_open = _ends_open(answer)
+        if text.answer_length > self._longest:
+            self._longest = text.answer_length
+            self._cut = {}
+        if not _is_sentence(answer):
+            return
+        if is_open and text.answer_length == self._longest:
+            self._cut.setdefault(answer, []).append(row)
+        if text.is_plain:
+            return
+        self._sentences += 1
+        if is_open and not _ends_in_list(answer):
+            self._open.append(row)
+
+    def unfinished(self) -> list[int]:
+        rows: set[int] = set()
+        few = MAX_UNFINISHED_SHARE * self._sentences
+        if self._sentences >= MIN_SENTENCES and len(self._open) <= few:
+            rows.update(self._open)
+        # One answer that is given often has one length too.
+        cut = set(chain.from_iterable(self._cut.values()))
+        is_at_one_length = len(cut) >= MIN_CUT_SHARE * len(cut.union(self._open))
+        if len(self._cut) >= MIN_CUT_ANSWERS and is_at_one_length:
+            rows.update(cut)
+        return sorted(rows)
+
+
+def _is_sentence(answer: str) -> bool:
+    """Tell whether an answer is long enough to end with punctuation, and is no code."""
+    return "```" not in answer and len(words_of(answer[-400:])) >= MIN_SENTENCE_WORDS
+
+
+def _ends_open(answer: str) -> bool:
+    """Tell whether an answer ends with a letter or a comma, behind which something is missing."""
+    last = answer[-1:]
+    if last in (",", "-", "–", "(", "，", "、"):
+        return True
+    # A tag or a name of a user ends a post.
+    is_tag = answer[answer.rfind(" ") + 1 :].startswith(("#", "@", "http"))
+    return unicodedata.category(last or ".")[0] in "LM" and not is_tag
+
+
+def _ends_in_list(answer: str) -> bool:
+    """Tell whether the last line is an entry of a list, a verse or a name below the text."""
+    _, line_break, last = answer.rpartition("\n")
+    if _LIST_ENTRY.match(last):
+        return True
+    return bool(line_break) and len(last) < _LAST_LINE_CHARACTERS
+
+
+# Languages --------------------------------------------------------------------------------------
+
+
+class _Languages:
+    """The script and the language of each row."""
+
+    def __init__(self) -> None:
+        self._scripts: dict[str, list[int]] = {}
+        # Beginnings of rows, until their number says whether a language can be rare.
+        self._languages: dict[str, list[int]] = {}
+        self._few: list[tuple[int, str]] = []
+
+    def add(self, row: int, text: RowText) -> None:
+        sample = text.answer[:LANGUAGE_CHARACTERS]
+        if sum(map(str.isalpha, sample)) < MIN_LANGUAGE_LETTERS:
+            sample = f"{text.prompt[-LANGUAGE_CHARACTERS:]}\n{sample}"
+        script = script_of(sample)
+        if script:
+            self._scripts.setdefault(script, []).append(row)
+        if sum(map(str.isalpha, sample)) < MIN_LANGUAGE_LETTERS:
+            return
+        # The model of languages takes half a second to load: a few rows do not need it.
+        self._few.append((row, sample))
+        if len(self._few) >= MIN_LANGUAGE_ROWS:
+            self._identify()
+
+    def _identify(self) -> None:
+        for row, sample in self._few:
+            language = language_of(sample)
+            if language:
+                self._languages.setdefault(language, []).append(row)
+        self._few = []
+
+    def rare(self) -> dict[str, list[int]]:
+        """Language or script -> rows; a row in a rare script is listed by that."""
+        rare = _rare(self._scripts, MIN_SCRIPT_ROWS)
+        listed = set(chain.from_iterable(rare.values()))
+        if self._languages:
+            self._identify()
+        for name, rows in _rare(self._languages, MIN_LANGUAGE_ROWS).items():
+            others = [row for row in rows if row not in listed]
+            if others:
+                rare[name] = others
+        return rare
+
+
+def _rare(by_name: Mapping[str, list[int]], min_rows: int) -> dict[str, list[int]]:
+    total = sum(map(len, by_name.values()))
+    if total < min_rows:
+        return {}
+    most = max(MAX_RARE_ROWS, MAX_RARE_SHARE * total)
+    return {name: rows for name, rows in sorted(by_name.items()) if len(rows) <= most}
+
+
+def script_of(text: str) -> str:
+    """The script of most letters, as Unicode names it; empty where there are few letters, or no
+    script has more than half."""
+    if text.isascii():
+        letters = sum(map(str.isalpha, text))
+        return "Latin" if letters >= MIN_SCRIPT_LETTERS else ""
+    counts = Counter(_script_of_letter(letter) for letter in text if letter.isalpha())
+    total = counts.total()
+    if not total or total < MIN_SCRIPT_LETTERS:
+        return ""
+    script, most = counts.most_common(1)[0]
+    return script if 2 * most > total else ""
+
+
+@cache
+def _script_of_letter(letter: str) -> str:
+    # Letters of mathematics and of full width are those of the alphabet.
+    name = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "UNKNOWN").split()[0]
+    name = _TOGETHER.get(name, name)
+    return name if name == "CJK" else name.capitalize()
+
+
+def language_of(text: str) -> str:
+    """The language of a text (ISO 639); empty where that is not sure."""
+    language, confidence = _identifier().classify(text)
+    return language if confidence >= LANGUAGE_CONFIDENCE and language != _NO_LANGUAGE else ""
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    try:
+        from py3langid.langid import MODEL_DIR
+    except ImportError:
+        # py3langid 0.2, the last one that runs with the numpy 1 of some containers.
+        return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)

@@ -1,0 +1,161 @@
+"""The prompt and the answer of a row as plain text, by which rows are compared.
+
+No template and no tokenizer enters, so that a recipe's rows are compared before either is loaded,
+and alike for every model.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.samples import (
+    Completion,
+    Conversation,
+    Feedback,
+    Message,
+    Pair,
+    Sample,
+    Text,
+    samples_of,
+)
+from tunesmith.data.source.open_source import Rows, count_characters
+from tunesmith.data.source.table import Row
+from tunesmith.errors import DataError
+from tunesmith.units import ceil_div
+
+# More rows are sampled: every second one, every third, and so on.
+MAX_ROWS = 200_000
+# Of all prompts and answers that are held in memory.
+MAX_CHARACTERS = 200_000_000
+# Of a longer prompt or answer only both ends are compared.
+MAX_TEXT_CHARACTERS = 4_000
+# Rows whose length says how long the others are.
+_MEASURED_ROWS = 100
+
+
+class RowText(NamedTuple):
+    """One row.
+
+    Attributes:
+        prompt: all before the last answer; empty for plain text.
+        answer: the last answer; of a pair both; of plain text the whole.
+        is_answered: the row has one right answer: it is no pair, no feedback and no plain text.
+        tools: its tool schemas as JSON, since an answer depends on them too.
+        is_plain: the row is plain text.
+        answer_length: characters of the answer, which itself may be longer than what is compared.
+        chosen: of a pair, the answer of both that is the better one.
+        is_good: of feedback, whether the answer is good; None for any other row.
+    """
+
+    prompt: str
+    answer: str
+    is_answered: bool
+    tools: str = ""
+    is_plain: bool = False
+    answer_length: int = 0
+    chosen: str = ""
+    is_good: bool | None = None
+
+
+def limits() -> list[int]:
+    """List the limits that decide which rows are compared, and what of them."""
+    return [MAX_ROWS, MAX_CHARACTERS, MAX_TEXT_CHARACTERS]
+
+
+def sampled_rows(sources: Sequence[tuple[Source, Rows]]) -> range:
+    """The indices, over all sources together, of the rows that are compared.
+
+    All of them up to MAX_ROWS and MAX_CHARACTERS; of a larger corpus every k-th row, the first
+    among them.
+    """
+    total = sum(len(rows) for _, rows in sources)
+    most = min(MAX_ROWS, max(1, MAX_CHARACTERS // max(1, _mean_characters(sources))))
+    return range(0, total, max(1, ceil_div(total, most)))
+
+
+def _mean_characters(sources: Sequence[tuple[Source, Rows]]) -> int:
+    """Characters of a row that are compared, on average: of some rows of each source."""
+    characters = 0
+    for _, rows in sources:
+        step = max(1, len(rows) // _MEASURED_ROWS)
+        looked_at = range(0, len(rows), step)
+        of_source = 0
+        for i in looked_at:
+            try:
+                of_source += min(2 * MAX_TEXT_CHARACTERS, count_characters(rows[i]))
+            except DataError:
+                continue  # tokenization names the row
+        characters += of_source * len(rows) // max(1, len(looked_at))
+    return characters // max(1, sum(len(rows) for _, rows in sources))
+
+
+def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterator[RowText | None]:
+    """The text of each of these rows; None for one that cannot be read.
+
+    Tokenization, which reads every row, names that one with its fault.
+    """
+    first = 0
+    for source, rows in sources:
+        stop = first + len(rows)
+        # The first index of the range that is not below this source.
+        start = first + -(first - indices.start) % indices.step
+        for i in range(start, min(stop, indices.stop), indices.step):
+            try:
+                yield row_text(rows[i - first], source)
+            except DataError:
+                yield None
+        first = stop
+
+
+def row_text(values: Row, source: Source) -> RowText:
+    """The text of one row; DataError where it is not of the source's format."""
+    row = convert_row(values, source, where="")
+    sample, *others = samples_of(row)
+    prompt, answer = _prompt_and_answer(sample)
+    chosen = ""
+    for rejected in others:
+        chosen = answer
+        answer = f"{chosen}\n{_prompt_and_answer(rejected)[1]}"
+    tools = ""
+    if isinstance(sample, Conversation) and sample.tools:
+        tools = json.dumps(sample.tools, sort_keys=True, default=str)
+    return RowText(
+        _ends(prompt),
+        _ends(answer),
+        is_answered=not isinstance(row, Pair | Feedback | Text),
+        tools=tools,
+        is_plain=isinstance(row, Text),
+        answer_length=len(answer),
+        chosen=_ends(chosen),
+        is_good=row.is_good if isinstance(row, Feedback) else None,
+    )
+
+
+def _prompt_and_answer(sample: Sample) -> tuple[str, str]:
+    if isinstance(sample, Text):
+        return "", sample.text
+    if isinstance(sample, Completion):
+        return "\n".join(filter(None, (sample.system, sample.prompt))), sample.completion
+    last = len(sample.messages) - 1
+    while last > 0 and sample.messages[last]["role"] != "assistant":
+        last -= 1
+    prompt = "\n".join(map(_message_text, sample.messages[:last]))
+    return prompt, _message_text(sample.messages[last])
+
+
+def _message_text(message: Message) -> str:
+    """Join what a message says and calls; how an answer was reasoned is no part of it."""
+    calls = [
+        json.dumps(call["function"], sort_keys=True, default=str)
+        for call in message.get("tool_calls") or ()
+    ]
+    return "\n".join(filter(None, (message["content"], *calls)))
+
+
+def _ends(text: str) -> str:
+    if len(text) <= MAX_TEXT_CHARACTERS:
+        return text
+    half = MAX_TEXT_CHARACTERS // 2
+    return f"{text[:half]}\n{text[-half:]}"

@@ -1,0 +1,119 @@
+"""Rows that cannot be read or rendered: counted, the first of them listed with their cause."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.source.open_source import Rows
+from tunesmith.errors import DataError
+
+LISTED = 20  # rows
+# Of a cause in a list; the whole error of a single row is shown.
+_CAUSE_CHARS = 60
+
+
+class BadRow(NamedTuple):
+    """One of them: its index, and what is wrong, with the place in the row if there is one."""
+
+    row: int
+    what: str
+
+
+@dataclass
+class BadRows:
+    """The bad rows of a source of so many rows, or of several.
+
+    Attributes:
+        is_whole: whether all rows of a source are bad.
+        listed: places and faults of the first LISTED of them, in order.
+    """
+
+    rows: int
+    count: int = 0
+    is_whole: bool = False
+    listed: list[tuple[str, BadRow]] = field(default_factory=list)
+    _first_error: DataError | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def first(self) -> list[BadRow]:
+        """At most LISTED of them."""
+        return [bad for _, bad in self.listed]
+
+    def add(self, row: int, place: str, error: DataError) -> bool:
+        """Count a row by its error; False if the error is not of this row, but of the file."""
+        if not is_of_row(error, place):
+            return False
+        self.count += 1
+        self.is_whole = self.count == self.rows
+        self._first_error = self._first_error or error
+        inside = error.where.removeprefix(place).lstrip(", ")
+        if len(self.listed) < LISTED:
+            what = f"{inside}: {error.what}" if inside else error.what
+            self.listed.append((place, BadRow(row, what)))
+        return True
+
+    def join(self, other: "BadRows") -> None:
+        """Add those of another source."""
+        self.rows += other.rows
+        self.count += other.count
+        self.is_whole = self.is_whole or other.is_whole
+        self.listed += other.listed
+        self._first_error = self._first_error or other._first_error
+
+    def error(self) -> DataError:
+        """The error for all of them."""
+        first = self._first_error
+        assert first is not None
+        what = first.what
+        why = [first.why] if first.why else []
+        fix = first.fix
+        if self.count == self.rows > 1:
+            why.append(f"all {self.rows:,} rows are like it, or cannot be read for other reasons")
+        elif self.count > 1:
+            what = f"{self.count:,} of {self.rows:,} rows cannot be read"
+            why = []
+            for place, bad in self.listed[:LISTED]:
+                cause = bad.what
+                if len(cause) > _CAUSE_CHARS:
+                    cause = f"{cause[:_CAUSE_CHARS]}..."
+                # The file's name alone: its folder is that of the first.
+                why.append(f"{place.rpartition('/')[2]}: {cause}")
+            if self.count > len(why):
+                why.append(f"and {self.count - len(why):,} more")
+        if not self.is_whole:
+            fix += "; or data.bad_rows=skip leaves such rows out, counted"
+        return DataError(what, where=first.where, why="; ".join(why), fix=fix)
+
+
+def error_of_sources(sources: Sequence[BadRows]) -> DataError:
+    """One error for the bad rows of several sources."""
+    joined = BadRows(0)
+    for bad in sources:
+        joined.join(bad)
+    return joined.error()
+
+
+def is_of_row(error: DataError, place: str) -> bool:
+    """Tell whether an error is about the row at a place, not about its file or the template."""
+    return error.where == place or error.where.startswith(f"{place}, ")
+
+
+def find_bad_rows(rows: Rows, source: Source, system: str | None = None) -> BadRows:
+    """The rows that are no sample of the source's format; a DataError that is of none is raised.
+
+    system: as of `convert_row`.
+    """
+    bad = BadRows(len(rows))
+    for i in range(len(rows)):
+        place = rows.where(i)
+        try:
+            convert_row(rows[i], source, where=place, system=system)
+        except DataError as error:
+            if not bad.add(i, place, error):
+                raise
+    return bad

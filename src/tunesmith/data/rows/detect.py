@@ -1,0 +1,456 @@
+"""Detection of the format that the rows of a file have, and of its columns, from some rows.
+
+The columns decide first: rows with chosen and rejected are pairs, rows with a label are labeled
+answers, and text is only what has no other columns. Of the layouts that the columns allow, the one
+that uses the most of them is taken if the reader of training reads any row by it; a row that it
+does not read is then an error that names the row, and never a reason for a poorer layout. What
+remains open is an error that names the choices.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from tunesmith.config.names import nearest
+from tunesmith.config.row_formats import (
+    READ_BY_ANY_NAME,
+    ROW_FORMATS,
+    ChatColumn,
+    ColumnSet,
+    FormatName,
+)
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.bad_rows import find_bad_rows
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.marks import is_mark
+from tunesmith.data.rows.row_reader import (
+    HARMLESS_NAMES,
+    MIN_NAME_SIMILARITY,
+    guess_columns,
+    is_absent,
+    looks_like_list,
+    plain,
+    role_key_of,
+)
+from tunesmith.data.source.open_source import Rows
+from tunesmith.data.source.table import Row
+from tunesmith.errors import DataError
+from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_word
+from tunesmith.units import count_of
+
+# Rows looked at, spread over the file.
+SAMPLE = 200
+_IMAGES = ("images", "image")
+# Names of columns that hold a chat, though one is empty.
+_CHAT_NAMES = frozenset(
+    "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
+)
+# Columns with texts that are no question and no answer.
+_NO_TEXTS = HARMLESS_NAMES | {
+    name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
+}
+# Words in the names of two columns that hold the better and the worse answer.
+_BETTER_AND_WORSE = (
+    ("chosen", "rejected"),
+    ("preferred", "rejected"),
+    ("preferred", "dispreferred"),
+    ("accepted", "rejected"),
+    ("better", "worse"),
+    ("best", "worst"),
+    ("good", "bad"),
+    ("correct", "incorrect"),
+    ("winner", "loser"),
+    ("win", "lose"),
+)
+
+# The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
+_Chats = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A format and its columns, by which some rows can be read.
+
+    Attributes:
+        columns: the format's name of a column -> the file's.
+        ignored: the columns that are not read.
+    """
+
+    format: FormatName
+    columns: dict[str, str]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The columns whose names are not the format's own."""
+        return {name: column for name, column in self.columns.items() if name != column}
+
+    def describe(self) -> str:
+        """`columns question, answer -> prompt-completion (prompt = question, ...)`."""
+        noun = "columns" if len(self.columns) > 1 else "column"
+        text = f"{noun} {', '.join(self.columns.values())} -> {self.format}"
+        renamed = [f"{name} = {column}" for name, column in self.renamed.items()]
+        if renamed:
+            text += f" ({', '.join(renamed)})"
+        if self.ignored:
+            text += f"; ignored: {', '.join(self.ignored)}"
+        return text
+
+    def flags(self) -> str:
+        """The option that chooses it."""
+        pairs = [f"{name}={column}" for name, column in self.columns.items()]
+        return f"--columns {shell_word(','.join(pairs))}"
+
+
+class _Trial(NamedTuple):
+    """A layout with which some rows were read, and the errors of those that it does not read.
+
+    Attributes:
+        read: indices of the rows that it reads.
+    """
+
+    layout: Detected
+    read: frozenset[int]
+    errors: list[DataError]
+
+
+def detect(
+    rows: Rows, source: Source, *, any_format: bool = True, skips_bad_rows: bool = False
+) -> Detected:
+    """Find the format and the columns of some rows.
+
+    Args:
+        source: gives `columns` where some are named already, and the `format`, unless `any_format`.
+        skips_bad_rows: rows that the layout does not read are left out later, and are no error.
+
+    Raises:
+        DataError: no layout reads the rows, several do, or some rows are not of the one that does.
+    """
+    sample, is_whole = sample_rows(rows)
+    examined = _SampledRows(rows, source, sample, None if any_format else source.format)
+    is_free = any_format and not source.columns
+    if is_free:
+        examined.check_kind()
+    layouts = _of_one_kind([*examined.layouts(examined.only_format, source.columns)])
+    if is_free:
+        examined.check_pair_is_read(layouts)
+    # Each layout is tried on the sample, with the reader of training.
+    trials = [examined.try_layout(layout) for layout in layouts]
+    readable = _most_specific([trial for trial in trials if trial.read])
+    if len(readable) == 1:
+        layout = readable[0].layout
+        if (readable[0].errors or not is_whole) and not skips_bad_rows:
+            raise examined.all_errors(readable[0])
+        used = layout.columns.values()
+        # Marks of untrained rows are read or refused, whatever the layout.
+        others = (name for name in examined.columns if name not in used)
+        return replace(layout, ignored=tuple(name for name in others if not is_mark(name)))
+    if readable:
+        raise examined.ambiguous(readable)
+    if trials:
+        raise examined.all_errors(max(trials, key=lambda trial: len(trial.layout.columns)))
+    what = "no column name indicates what to train on"
+    if source.columns:
+        pairs = [f"{name}={column}" for name, column in source.columns.items()]
+        what = f"no format reads {', '.join(pairs)}"
+    raise examined.error(what, examined.propose())
+
+
+def sample_rows(rows: Rows) -> tuple[dict[int, Row], bool]:
+    """At most SAMPLE rows by their index, spread evenly from the first to the last; whether all of
+    these can be read.
+
+    A row that is no object, or no JSON, has no columns to tell a format by; it is named when all
+    rows are read. DataError if there is no other row.
+    """
+    count = min(SAMPLE, len(rows))
+    indices = [n * (len(rows) - 1) // max(1, count - 1) for n in range(count)]
+    sample = {}
+    first_error = None
+    for i in indices:
+        try:
+            sample[i] = rows[i]
+        except DataError as error:
+            first_error = first_error or error
+    if first_error is not None and not sample:
+        raise first_error
+    return sample, first_error is None
+
+
+class _SampledRows:
+    """Some rows of a source, by their index, and what their columns are.
+
+    Attributes:
+        only_format: the format that the user names; None: any.
+        chats: the columns that look like lists of messages, or JSON text of them, by what is in
+            them. Under a chat's usual name these are also lists of another form: their error tells
+            what is wrong.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        source: Source,
+        sample: dict[int, Row],
+        only_format: FormatName | None,
+    ) -> None:
+        self.rows = rows
+        self.source = source
+        self.sample = sample
+        self.only_format = only_format
+        self.columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
+        self.chats: _Chats = {"role": [], "from": []}
+        for column in self.columns:
+            values = self._values(column)
+            role_keys = {role_key_of(value) for value in values} - {""}
+            is_named_so = plain(column) in _CHAT_NAMES
+            if not role_keys and is_named_so and any(map(looks_like_list, values)):
+                role_keys = {"role"}
+            for role_key in role_keys:
+                self.chats[role_key].append(column)
+
+    def _values(self, column: str) -> list[object]:
+        return [row.get(column) for row in self.sample.values()]
+
+    def error(self, what: str, fix: str, why: str = "") -> DataError:
+        """An error about the columns."""
+        columns_text = f"the columns are {', '.join(self.columns) or 'none'}"
+        return DataError(what, where=from_here(self.rows.name), why=columns_text + why, fix=fix)
+
+    def check_kind(self) -> None:
+        """DataError where the columns are those of rows for another kind of training."""
+        images = [column for column in self.columns if plain(column) in _IMAGES]
+        if any(not is_absent(value) for column in images for value in self._values(column)):
+            fix = "train on some columns only, such as --columns prompt=...,completion=..."
+            raise self.error("the rows contain images, which is not supported yet", fix)
+
+    def layouts(
+        self, only_format: FormatName | None, chosen_columns: Mapping[str, str]
+    ) -> Iterator[Detected]:
+        """Every way to read the columns that their names allow.
+
+        `only_format` and `chosen_columns` (the format's name of a column -> the file's) narrow it.
+        """
+        layouts: list[tuple[FormatName, ColumnSet]] = []
+        for format_name, form in ROW_FORMATS.items():
+            if only_format in (None, format_name):
+                layouts += [(format_name, layout) for layout in form.layouts]
+        # Of two with the same columns the one that has no others is meant.
+        layouts.sort(key=lambda entry: bool(entry[1].optional))
+        for format_name, layout in layouts:
+            # Columns that the user names must all belong to the format.
+            if not chosen_columns.keys() <= {*layout.needed, *layout.optional}:
+                continue
+            candidates: dict[str, list[str | None]] = {}
+            for name, usual_names in {**layout.needed, **layout.optional}.items():
+                if name in chosen_columns:
+                    candidates[name] = [chosen_columns[name]]
+                    continue
+                candidates[name] = [*self._columns_for(format_name, usual_names)]
+                if name in layout.optional:
+                    candidates[name].append(None)
+            # Each choice of one column a name; no column may serve twice.
+            for picked in itertools.product(*candidates.values()):
+                pairs = zip(candidates, picked, strict=True)
+                mapping = {name: column for name, column in pairs if column is not None}
+                if len(set(mapping.values())) == len(mapping):
+                    yield Detected(format_name, mapping)
+
+    def _columns_for(self, format_name: FormatName, usual_names: tuple[str, ...]) -> list[str]:
+        """The columns that may be what a format has under these names in files."""
+        if isinstance(usual_names, ChatColumn):
+            return list(dict.fromkeys(name for key in usual_names for name in self.chats[key]))
+        named = [column for column in self.columns if plain(column) in usual_names]
+        if ROW_FORMATS[format_name].has_turns:
+            return named
+        # A single column needs no usual name to be the text; a chat is none.
+        texts = self.columns if len(self.columns) == 1 else named
+        return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
+
+    def try_layout(self, layout: Detected) -> _Trial:
+        """Read the rows by a layout as training does; keep which it reads, and what it raises."""
+        source = _with_layout(self.source, layout)
+        read = set()
+        errors = []
+        for i, row in self.sample.items():
+            try:
+                convert_row(row, source, where=self.rows.where(i))
+                read.add(i)
+            except DataError as error:
+                errors.append(error)
+        return _Trial(layout, frozenset(read), errors)
+
+    def check_pair_is_read(self, layouts: list[Detected]) -> None:
+        """DataError where columns are named as two answers of a pair, and `layouts` read none."""
+        if any(layout.format == "preference" for layout in layouts):
+            return
+        for chosen, rejected in _named_as_pairs(self.columns):
+            mapping = {"chosen": chosen, "rejected": rejected}
+            pairs = self.layouts("preference", mapping)
+            if any(self.try_layout(layout).read for layout in pairs):
+                what = f"{chosen} and {rejected} look like the two answers of a pair"
+                why = "; pairs are read by columns named chosen and rejected"
+                raise self.error(what, Detected("preference", mapping).flags(), why)
+        rejected_alone = [column for column in self.columns if _is_named_rejected(column)]
+        formats = dict.fromkeys(layout.format for layout in layouts)
+        if rejected_alone and formats:
+            name = rejected_alone[0]
+            raise self.error(
+                f"{name} looks like the rejected answer of a pair, and there is no chosen",
+                f"name both as --columns chosen=...,rejected={name}; or train on the other columns"
+                f" alone: --format {' or '.join(formats)}",
+            )
+
+    def all_errors(self, trial: _Trial) -> DataError:
+        """The error that lists all rows that a layout does not read; where it reads none, the
+        first.
+        """
+        rows = self.rows
+        if not trial.read:
+            first = next(iter(self.sample))
+            rows = rows.take([range(first, first + 1)])
+        bad = find_bad_rows(rows, _with_layout(self.source, trial.layout))
+        listed = bad.error()
+        read = len(trial.read) or "none"
+        why = f"{read} of the {count_of(len(self.sample), 'row')} examined can be read as"
+        why += f" {trial.layout.format}"
+        if trial.read and len(bad) == 1:
+            why += "; not this one"
+        listed.why = f"{listed.why}; {why}" if listed.why else why
+        listed.fix += self._or_no_label(trial.layout)
+        return listed
+
+    def _or_no_label(self, layout: Detected) -> str:
+        """The way on where a column that looks like labels is none."""
+        if layout.format != "feedback":
+            return ""
+        others = [other.format for other in self.layouts(self.only_format, self.source.columns)]
+        formats = [name for name in dict.fromkeys(others) if name not in ("feedback", "text")]
+        if not formats:
+            return ""
+        column = layout.columns["label"]
+        return f"; if {column} says something else: rename it, and --format {' or '.join(formats)}"
+
+    def ambiguous(self, trials: list[_Trial]) -> DataError:
+        """The error for several layouts: a choice, or rows of several formats in one file."""
+        order = list(ROW_FORMATS)
+        trials = sorted(trials, key=lambda trial: order.index(trial.layout.format))
+        most = max(trials, key=lambda trial: len(trial.read))
+        share_rows = any(a.read & b.read for a, b in itertools.combinations(trials, 2))
+        if len(most.read) < len(self.sample) and not share_rows:
+            return self._several_formats(trials, most)
+        ways = " or ".join(trial.layout.flags() for trial in trials)
+        what = f"the rows can be read in {len(trials)} ways"
+        return self.error(what, f"choose one: {ways}", "; it is ambiguous")
+
+    def _several_formats(self, trials: list[_Trial], most: _Trial) -> DataError:
+        """The error for a file with rows of several formats; `most` reads most of them."""
+        names = [trial.layout.format for trial in trials]
+        counts = [f"{len(trial.read)} as {trial.layout.format}" for trial in trials]
+        first_other = min(i for i in self.sample if i not in most.read)
+        examined = count_of(len(self.sample), "row")
+        return DataError(
+            f"the rows have several formats: {' and '.join(names)}",
+            where=self.rows.where(first_other),
+            why=f"of the {examined} examined {', '.join(counts)} can be read; this one is not"
+            f" {most.layout.format}",
+            fix="write the rows of each format into a file of their own, and name each in"
+            " data.train",
+        )
+
+    def propose(self) -> str:
+        """Propose flags for the columns: the likeliest ones, where the rows are read by them."""
+        formats: tuple[FormatName, ...] = ("prompt-completion", "text")
+        if self.only_format is not None:
+            formats = (self.only_format,)
+        for format_name in formats:
+            guess = Detected(format_name, self._guess(ROW_FORMATS[format_name].layouts[0]))
+            if self.try_layout(guess).read == self.sample.keys():
+                return f"name the columns, such as {guess.flags()}"
+        names = ROW_FORMATS[formats[0]].layouts[0].needed
+        pairs = ",".join(f"{name}=..." for name in names)
+        needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
+        kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
+        return f"name the columns with {kind}: --columns {pairs}"
+
+    def _guess(self, layout: ColumnSet) -> dict[str, str]:
+        """Columns of text for the names that a layout needs, the likeliest."""
+        by_name = guess_columns(layout.needed, self.columns, {}, texts=[])
+        letters = {}
+        for column in self.columns:
+            # Nobody means to learn the worse answers.
+            is_worse = "rejected" not in layout.needed and _is_named_rejected(column)
+            # Beside a column that its name tells, one that is seldom a text may be the other.
+            is_likely = bool(by_name) or plain(column) not in _NO_TEXTS
+            count = _letters(self._values(column))
+            if count and is_likely and not is_worse:
+                letters[column] = count
+        texts = sorted(letters, key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
+        guessed = guess_columns(layout.needed, self.columns, {}, texts=texts)
+        return {name: guessed[name] for name in layout.needed if name in guessed}
+
+
+def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
+    """The layouts of the kind of training that the columns are for.
+
+    A chosen and a rejected answer, or a label, have no other meaning, whatever stands beside them:
+    learning each answer as it is would learn the bad ones too. Any column of text reads as plain
+    text, and data sets often add the text of a whole example: that is the last resort.
+    """
+    for format_name in ("preference", "feedback"):
+        of_format = [layout for layout in layouts if layout.format == format_name]
+        if of_format:
+            return of_format
+    return [layout for layout in layouts if layout.format != "text"] or layouts
+
+
+def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
+    """Columns that may be the better and the worse answer by their names, mistyped ones first."""
+    names = {plain(column): column for column in columns}
+    chosen = nearest("chosen", names, cutoff=MIN_NAME_SIMILARITY)
+    rejected = nearest("rejected", names, cutoff=MIN_NAME_SIMILARITY)
+    if chosen and rejected:
+        yield names[chosen], names[rejected]
+    for better, worse in _BETTER_AND_WORSE:
+        for name, column in names.items():
+            words = name.split("_")
+            counterpart = "_".join(better if word == worse else word for word in words)
+            if worse in words and counterpart in names:
+                yield names[counterpart], column
+
+
+def _is_named_rejected(column: str) -> bool:
+    name = plain(column)
+    return "rejected" in name.split("_") or bool(
+        nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
+    )
+
+
+def _with_layout(source: Source, layout: Detected) -> Source:
+    return replace(source, format=layout.format, columns=layout.columns)
+
+
+def _most_specific(trials: list[_Trial]) -> list[_Trial]:
+    """Without those whose columns another one uses too: with more, or with the same where it reads
+    more rows or is earlier in the list.
+    """
+    specific: list[_Trial] = []
+    for trial in sorted(trials, key=lambda trial: -len(trial.read)):
+        columns = set(trial.layout.columns.values())
+        others = [set(other.layout.columns.values()) for other in trials]
+        is_repeated = any(columns == set(other.layout.columns.values()) for other in specific)
+        if not is_repeated and not any(columns < other for other in others):
+            specific.append(trial)
+    return specific
+
+
+def _letters(values: list[object]) -> int:
+    """Count the letters of values; 0 where one is no text, so that nobody could learn it."""
+    count = 0
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            return 0
+        count += sum(map(str.isalpha, value or ""))
+    return count

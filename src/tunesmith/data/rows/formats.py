@@ -1,0 +1,446 @@
+"""A row of any of the formats -> a sample.
+
+The columns are those of `config/row_formats.py`, and `@_reads` names the reader of a format; turns
+are read by `messages.py`. Nothing is guessed. A row with something that training would ignore (a
+role that no template knows, an image, a loss weight of 0.5, a label beside an answer that is to be
+learned) is refused, by its place; what nothing knows is counted.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from tunesmith.config.row_formats import ROW_FORMATS, FormatName
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.marks import apply_list_of_marks, check_row_marks
+from tunesmith.data.rows.messages import (
+    MESSAGE,
+    TURN,
+    Form,
+    any_messages,
+    calls_in_text,
+    check_order,
+    is_said,
+    read_messages,
+    read_system,
+    read_tools,
+    with_row_system,
+)
+from tunesmith.data.rows.row_reader import HARMLESS_NAMES, RowReader, is_absent, plain
+from tunesmith.data.rows.samples import (
+    Completion,
+    Conversation,
+    Feedback,
+    Message,
+    Pair,
+    Sample,
+    Text,
+    with_system,
+)
+
+
+def convert_row(
+    row: Mapping[str, object],
+    source: Source,
+    *,
+    where: str,
+    system: str | None = None,
+    unread: set[str] | None = None,
+    is_trained: bool = True,
+) -> Sample | Pair | Feedback:
+    """Convert one row.
+
+    Args:
+        row: column names and values as the file has them; null counts as absent.
+        source: gives `format` and `columns` (the format's name of a column: the file's name of it).
+        where: the row's place, for the DataError of one that is not of this format.
+        system: a system message for conversations that have none (`data.system`).
+        unread: gets the names of columns, and of keys of turns and calls, that nothing reads.
+        is_trained: False where the row is answered or scored alone: its own marks and label, which
+            say how an answer is trained on, are then no fault.
+    """
+    reader = RowReader(row, source, where)
+    sample = _ROW_READERS[source.format](reader)
+    if is_trained:
+        check_row_marks(reader)
+        if not isinstance(sample, Pair | Feedback | Text):
+            _check_no_bad_label(reader)
+    if unread is not None:
+        unread |= reader.unread
+        texts = _texts_of(sample.messages) if isinstance(sample, Conversation) else []
+        for column, value in reader.unread_columns().items():
+            # Many chats have their first question in a column of its own, too.
+            is_repeated = isinstance(value, str) and value.strip() in texts
+            # Data sets often add the text of the whole example.
+            is_harmless = plain(column) in HARMLESS_NAMES or plain(column) == "text"
+            if not is_harmless and not is_repeated:
+                unread.add(column)
+    if isinstance(sample, Pair):
+        chosen = _complete(reader, sample.chosen, system)
+        return Pair(chosen, _complete(reader, sample.rejected, system))
+    if isinstance(sample, Feedback):
+        return replace(sample, answer=_complete(reader, sample.answer, system))
+    return _complete(reader, sample, system)
+
+
+def convert_sample(
+    row: Mapping[str, object], source: Source, *, where: str, system: str | None = None
+) -> Sample:
+    """Convert a row as `convert_row`; of a pair the chosen answer, of feedback the answer."""
+    sample = convert_row(row, source, where=where, system=system, is_trained=False)
+    if isinstance(sample, Pair):
+        return sample.chosen
+    if isinstance(sample, Feedback):
+        return sample.answer
+    return sample
+
+
+_AnySample = TypeVar("_AnySample", bound=Sample)
+
+
+def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _AnySample:
+    """The sample with the recipe's system message and its untrained turns, in a checked order."""
+    if isinstance(sample, Completion):
+        return sample if sample.system is not None else replace(sample, system=system)
+    if not isinstance(sample, Conversation):
+        return sample
+    check_order(reader, sample.messages)
+    messages = with_system(sample.messages, system)
+    prompt_messages = sample.prompt_messages
+    if prompt_messages:
+        # A system message in front of them is part of the prompt.
+        prompt_messages += len(messages) - len(sample.messages)
+    untrained = set()
+    for i, message in enumerate(messages):
+        if not message.pop("train", True):
+            untrained.add(i)
+    return replace(
+        sample,
+        messages=messages,
+        prompt_messages=prompt_messages,
+        untrained=frozenset(untrained),
+    )
+
+
+_Reader = Callable[[RowReader], Sample | Pair | Feedback]
+_ROW_READERS: dict[FormatName, _Reader] = {}
+
+
+def _reads(name: FormatName) -> Callable[[_Reader], _Reader]:
+    """Make a function the reader of a format."""
+
+    def register(reader: _Reader) -> _Reader:
+        _ROW_READERS[name] = reader
+        return reader
+
+    return register
+
+
+@_reads("alpaca")
+def _alpaca(row: RowReader) -> Sample:
+    instruction = _no_messages(row, row.required("instruction"), "instruction")
+    output = _no_messages(row, row.required("output"), "output")
+    extra = row.optional("input")
+    extra_text = "" if extra is None else row.text(extra, "input")
+    messages = with_row_system(row, [])
+    # `history` holds the turns before the instruction, as pairs.
+    history = row.optional("history")
+    turns = [] if is_absent(history) else row.list(history, "history")
+    for n, turn in enumerate(turns, 1):
+        pair = row.list(turn, f"history {n}")
+        if len(pair) != 2:
+            fix = "write pairs: [instruction, answer]"
+            raise row.error(f"history {n} has {len(pair)} entries", fix=fix)
+        question = row.text(pair[0], f"history {n}")
+        answer = row.text(pair[1], f"history {n}")
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    # Only a row of one turn is what the Alpaca template writes.
+    is_single_turn = not messages
+    question = f"{instruction}\n{extra_text}" if extra_text else instruction
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": output})
+    if is_single_turn:
+        return Conversation(messages, instruction=(instruction, extra_text, output))
+    return Conversation(messages)
+
+
+def _no_messages(row: RowReader, value: object, column: str) -> str:
+    """A text that is not JSON of messages, which alpaca's format would train on as it stands."""
+    if not isinstance(row.text_or_messages(value, column), str) and isinstance(value, str):
+        fix = "format: prompt-completion, or write the text alone"
+        raise row.error(f"{column} is JSON of messages, not a text", fix=fix)
+    return row.text(value, column)
+
+
+@_reads("messages")
+def _messages(row: RowReader) -> Sample:
+    return _chat(row, "messages", MESSAGE)
+
+
+@_reads("sharegpt")
+def _sharegpt(row: RowReader) -> Sample:
+    return _chat(row, "conversations", TURN)
+
+
+def _chat(row: RowReader, column: str, form: Form) -> Sample:
+    turns = row.list(row.required(column), column)
+    messages = read_messages(row, turns, column, form)
+    apply_list_of_marks(row, messages, len(turns))
+    return Conversation(with_row_system(row, messages), read_tools(row))
+
+
+@_reads("prompt-completion")
+def _prompt_completion(row: RowReader) -> Sample:
+    prompt = row.text_or_messages(row.required("prompt"), "prompt")
+    completion = row.text_or_messages(row.required("completion"), "completion")
+    # Both as text, or both as messages: one of each has no border.
+    if isinstance(prompt, list | Mapping) != isinstance(completion, list | Mapping):
+        fix = "write both as lists of messages"
+        raise row.error(
+            "prompt and completion have different types", "one is text, the other a list", fix
+        )
+    if not isinstance(prompt, list | Mapping):
+        return _completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))
+    messages = with_row_system(row, any_messages(row, prompt, "prompt"))
+    answer = any_messages(row, completion, "completion")
+    return Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))
+
+
+def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | Completion:
+    """A prompt and its answer as texts; as two turns where the row has tools, for a template."""
+    tools = read_tools(row)
+    if tools is None:
+        return Completion(prompt, completion, read_system(row))
+    messages = with_row_system(row, [{"role": "user", "content": prompt}])
+    answer: Message = {"role": "assistant", "content": completion}
+    calls = calls_in_text(row, completion)
+    if calls:
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+    return Conversation([*messages, answer], tools, prompt_messages=len(messages))
+
+
+@_reads("text")
+def _text(row: RowReader) -> Sample:
+    text = row.text(row.required("text"), "text")
+    if not text:
+        raise row.error("the text is empty", fix="delete the row")
+    return Text(text)
+
+
+@_reads("preference")
+def _preference(row: RowReader) -> Pair:
+    chosen = row.text_or_messages(row.required("chosen"), "chosen")
+    rejected = row.text_or_messages(row.required("rejected"), "rejected")
+    prompt = _pair_prompt(row)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        fix = "write both as texts, or both as lists of messages"
+        raise row.error("chosen and rejected have different types", "one is a text", fix)
+    if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str | None):
+        return _pair_of_texts(row, prompt, chosen, rejected)
+    of_chosen = _answer_messages(row, chosen, "chosen")
+    of_rejected = _answer_messages(row, rejected, "rejected")
+    if of_chosen[0]["role"] == "assistant":
+        prompt = row.required("prompt") if prompt is None else prompt
+        messages = _prompt_messages(row, prompt)
+        return Pair(*_answered(row, messages, {"chosen": of_chosen, "rejected": of_rejected}))
+    shared = _shared_beginning(row, of_chosen, of_rejected)
+    _check_shared(row, prompt, shared)
+    own = {"chosen": of_chosen[len(shared) :], "rejected": of_rejected[len(shared) :]}
+    return Pair(*_answered(row, shared, own))
+
+
+def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: str) -> Pair:
+    chosen = row.text(chosen, "chosen")
+    rejected = row.text(rejected, "rejected")
+    if prompt is None:
+        prompt = _shared_text(row, chosen, rejected)
+        chosen = chosen[len(prompt) :]
+        rejected = rejected[len(prompt) :]
+    answers = {"chosen": chosen, "rejected": rejected}
+    return Pair(*_answered(row, row.text(prompt, "prompt"), answers))
+
+
+def _answered(
+    row: RowReader, prompt: str | list[Message], answers: Mapping[str, str | list[Message]]
+) -> list[Conversation | Completion]:
+    """A sample for each answer to a prompt, by its column; all of them are texts, or messages."""
+    tools = None
+    if not isinstance(prompt, str):
+        prompt = with_row_system(row, prompt)
+        tools = read_tools(row)
+    samples: list[Conversation | Completion] = []
+    for column, answer in answers.items():
+        is_empty = not answer.strip() if isinstance(answer, str) else not is_said(answer[-1])
+        if is_empty:
+            why = "an answer without tokens cannot be compared"
+            raise row.error(f"{column} is empty", why, "write the answer, or delete the row")
+        if isinstance(prompt, str) and isinstance(answer, str):
+            samples.append(_completed(row, prompt, answer))
+        elif not isinstance(prompt, str) and not isinstance(answer, str):
+            # Copies: each conversation marks its own messages.
+            messages = [message.copy() for message in prompt + answer]
+            samples.append(Conversation(messages, tools, prompt_messages=len(prompt)))
+    return samples
+
+
+def _pair_prompt(row: RowReader) -> object:
+    """Read the prompt of a pair: a text, messages, or None where both answers begin with it."""
+    prompt = row.text_or_messages(row.optional("prompt"), "prompt")
+    conversations = row.optional("conversations")
+    # A prompt that the recipe names is the one that is meant.
+    if conversations is not None and "prompt" not in row.source.columns:
+        if not is_absent(prompt):
+            why = "each of them is what chosen and rejected answer"
+            raise row.error("the row has both prompt and conversations", why, "delete one of them")
+        prompt = row.json(conversations, "conversations")
+    return _with_input(row, prompt)
+
+
+def _with_input(row: RowReader, prompt: object) -> object:
+    """The prompt with the row's `input` behind it, as in alpaca's format."""
+    extra = row.optional("input")
+    if is_absent(extra):
+        return prompt
+    if not isinstance(prompt, str):
+        fix = "write it into the prompt, or delete it"
+        raise row.error("the row has an input beside messages", "nothing reads it", fix)
+    return f"{prompt}\n{row.text(extra, 'input')}"
+
+
+def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None:
+    """DataError for a prompt that chosen and rejected do not begin with."""
+    if is_absent(prompt):
+        return
+    shared_texts = _texts_of(shared)
+    prompt_texts = _texts_of(_prompt_messages(row, prompt))
+    if not set(prompt_texts) <= set(shared_texts):
+        why = "chosen and rejected begin with different messages"
+        fix = "make them equal, or remove the prompt"
+        raise row.error("the prompt differs from that of chosen and rejected", why, fix)
+
+
+@_reads("feedback")
+def _feedback(row: RowReader) -> Feedback:
+    label = row.required("label")
+    is_good = read_label(label)
+    if is_good is None:
+        why = "1, true, yes, good, desirable or a thumb up is a good answer; their opposites, bad"
+        fix = "write true or false, or delete the row"
+        raise row.error(f"the label is {json.dumps(label, default=str)}", why, fix)
+    # Columns that the recipe names are those that are meant.
+    if "prompt" not in row.source.columns and row.optional("messages") is not None:
+        messages = any_messages(row, row.optional("messages"), "messages")
+        [sample] = _answered(row, messages[:-1], {"the last message": messages[-1:]})
+        return Feedback(sample, is_good)
+    prompt = _with_input(row, row.text_or_messages(row.required("prompt"), "prompt"))
+    completion = row.text_or_messages(row.required("completion"), "completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        text = row.text(completion, "completion")
+        [sample] = _answered(row, row.text(prompt, "prompt"), {"completion": text})
+    else:
+        answer = _answer_messages(row, completion, "completion")
+        [sample] = _answered(row, _prompt_messages(row, prompt), {"completion": answer})
+    return Feedback(sample, is_good)
+
+
+def read_label(value: object) -> bool | None:
+    """Tell whether a label calls its answer good; None where it says neither good nor bad.
+
+    A number other than 0 and 1 may be a rank, and a word such as positive what a text expresses.
+    """
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    if not isinstance(value, str):
+        return None
+    word = _SKIN_TONES.sub("", value).strip().lower().replace("_", " ").replace("-", " ")
+    if word in _GOOD_LABELS:
+        return True
+    return False if word in _BAD_LABELS else None
+
+
+_GOOD_LABELS = frozenset(
+    "true,yes,y,t,1,1.0,good,desirable,chosen,accepted,preferred,thumbs up,thumb up,thumbsup,up,"
+    "upvote,like,liked,👍".split(",")
+)
+_BAD_LABELS = frozenset(
+    "false,no,n,f,0,0.0,bad,undesirable,rejected,thumbs down,thumb down,thumbsdown,down,"
+    "downvote,dislike,disliked,👎".split(",")
+)
+# What may follow a thumb: a color of the skin, or the mark of a picture.
+_SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
+
+
+_LABELS = ROW_FORMATS["feedback"].names("label")
+
+
+def _check_no_bad_label(row: RowReader) -> None:
+    """DataError for a row whose answer is labeled as bad where each answer is learned."""
+    for column, value in row.unread_columns().items():
+        if plain(column) in _LABELS and read_label(value) is False:
+            raise row.error(
+                f"the answer is labeled bad: {column} is {json.dumps(value, default=str)}",
+                f"format {row.source.format} learns each answer as it is",
+                "method: kto with format: feedback learns from both; or delete the row; or rename"
+                " the column if it says something else",
+            )
+
+
+def _prompt_messages(row: RowReader, prompt: object) -> list[Message]:
+    """A prompt that is a text, a message or a list of them."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": row.text(prompt, "prompt")}]
+    return any_messages(row, prompt, "prompt")
+
+
+def _answer_messages(row: RowReader, answer: object, column: str) -> list[Message]:
+    """An answer that is a text, a message or a list of them."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": row.text(answer, column)}]
+    messages = any_messages(row, answer, column)
+    if messages[-1]["role"] != "assistant":
+        what = f"{column} ends with a message of the {messages[-1]['role']}"
+        raise row.error(what, "the last one must be the answer")
+    return messages
+
+
+def _shared_beginning(
+    row: RowReader, chosen: list[Message], rejected: list[Message]
+) -> list[Message]:
+    """The messages that both begin with; each is left with one of its own."""
+    count = 0
+    most = min(len(chosen), len(rejected)) - 1
+    while count < most and chosen[count] == rejected[count]:
+        count += 1
+    # What is learned from begins with an answer.
+    while count and chosen[count]["role"] != "assistant":
+        count -= 1
+    if not count:
+        why = "without a prompt, both begin with the messages that they answer"
+        fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
+        raise row.error("chosen and rejected do not begin with the same prompt", why, fix)
+    return chosen[:count]
+
+
+def _shared_text(row: RowReader, chosen: str, rejected: str) -> str:
+    """The text that both begin with, up to the word in which they part."""
+    count = 0
+    for left, right in zip(chosen, rejected, strict=False):
+        if left != right:
+            break
+        count += 1
+    prompt = chosen[:count]
+    # A prompt ends with a whole word: its tokens are then those of both rows.
+    while prompt and not prompt[-1].isspace():
+        prompt = prompt[:-1]
+    if not prompt.strip():
+        why = "without a column prompt, both begin with the text that they answer"
+        fix = 'write {"prompt": "...", "chosen": "...", "rejected": "..."}'
+        raise row.error("chosen and rejected do not begin with the same prompt", why, fix)
+    return prompt
+
+
+def _texts_of(messages: list[Message]) -> list[str]:
+    return [message["content"].strip() for message in messages]

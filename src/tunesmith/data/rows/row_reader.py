@@ -1,0 +1,318 @@
+"""One row with its columns and place: values of the wanted type, or an error that names both.
+
+What nothing reads is remembered, so that the user is told of it.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.names import nearest
+from tunesmith.config.row_formats import READ_BY_ANY_NAME, ROW_FORMATS, FormatName
+from tunesmith.config.schema import Source
+from tunesmith.data.source.table import MAX_ROW_BYTES, json_type
+from tunesmith.errors import DataError
+
+# What Python prints for a list or an object, and pandas writes into a csv file.
+_PYTHON_REPR = re.compile(r"\s*+(?:\[?array\()?\s*+[\[{][\s\[{]*+'")
+# A text that begins as a list of messages, or as one message; also as JSON text of such a text.
+_CHAT_TEXT = re.compile(
+    r"""\s*+"?\s*+(\[?)\s*+\{\s*+\\?["'](?:role|from|content|value)\\?["']\s*:"""
+)
+_ROLE_KEY = re.compile(r"""["'](role|from)\\?["']\s*:""")
+# One of them at least is in a list of turns, and not in other objects with a role.
+_TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
+# Characters of such a text in which the key of its first role is looked for.
+_LOOKED_AT = 100_000
+# The least similarity of a mistyped name to that of a column, as `nearest` measures it.
+MIN_NAME_SIMILARITY = 0.75
+# Names of columns, and of keys of turns, that tell rows apart, say where they are from or measure
+# them: no example is another for them.
+HARMLESS_NAMES = frozenset(
+    """
+    id _id ids uuid uid guid idx index row row_id rowid hash md5 sha256 __index_level_0__
+    prompt_id conversation_id conversation_hash session_id user_id thread_id message_id
+    turn turn_id turn_idx turn_index parent_id parent
+    name title source dataset dataset_name data_source subset split url link file filename path
+    timestamp time date created created_at updated_at create_time update_time version
+    language lang category topic domain subject task task_type type difficulty level tags keywords
+    model model_name generator author license
+    tokens token_count num_tokens length num_turns turns_count cache_control
+    parallel_tool_calls
+    """.split()
+)
+
+
+# All rows have the same few names.
+@lru_cache(maxsize=4096)
+def plain(name: object) -> str:
+    """A column's name in small letters, without accents, its words joined by underscores."""
+    # Accents are characters of their own in this form.
+    decomposed = unicodedata.normalize("NFKD", str(name).strip())
+    text = "".join(char for char in decomposed if not unicodedata.combining(char))
+    text = unicodedata.normalize("NFKC", text)
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text)
+    return re.sub(r"[\s\-]+", "_", text).lower()
+
+
+@cache
+def _names_in_files(format_name: FormatName, column: str) -> dict[str, None]:
+    """The names that files have for a column of a format, in order."""
+    return dict.fromkeys(ROW_FORMATS[format_name].names(column))
+
+
+def is_absent(value: object) -> bool:
+    """Tell whether a value says nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def role_key_of(value: object) -> str:
+    """The key of the roles in a list of turns, or in a text that begins as one: `role` or `from`.
+
+    Empty for what is no such list.
+    """
+    if isinstance(value, str):
+        match = _CHAT_TEXT.match(value)
+        if match is None or not match[1]:
+            return ""
+        key = _ROLE_KEY.search(value, 0, _LOOKED_AT)
+        return key[1] if key else ""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, Mapping):
+        return ""
+    return "role" if "role" in first else "from" if "from" in first else ""
+
+
+def looks_like_list(value: object) -> bool:
+    """Tell whether a value is a list, or a text that begins as one of objects does."""
+    if isinstance(value, str):
+        text = value.lstrip()
+        return text.startswith("[") and text[1:].lstrip().startswith("{")
+    return isinstance(value, list)
+
+
+def _yaml_text(name: str) -> str:
+    """A column's name as a value in a mapping of YAML on one line."""
+    if name == "..." or re.fullmatch(r"[A-Za-z_][\w .-]*", name):
+        return name
+    return json.dumps(name, ensure_ascii=False)
+
+
+def guess_columns(
+    needed: Mapping[str, Sequence[str]],
+    columns: Sequence[str],
+    meant: Mapping[str, str],
+    texts: Sequence[str],
+) -> dict[str, str]:
+    """Find the likeliest column for each name that is needed; some may have none.
+
+    A column of a usual name comes first, then one that is mistyped, then the others in the order
+    that they have in the file.
+
+    Args:
+        needed: names of a format -> their usual names in files.
+        meant: names of a format -> the columns that the recipe names, of which there is none.
+        texts: the columns that may be taken by their place alone, the likeliest first.
+    """
+    free = {plain(column): column for column in columns}
+    guessed: dict[str, str] = {}
+    for name, usual_names in needed.items():
+        usual = next((key for key in free if key in usual_names), None)
+        if usual is not None:
+            guessed[name] = free.pop(usual)
+    for name in [name for name in needed if name not in guessed]:
+        near = nearest(meant.get(name, name), free, cutoff=MIN_NAME_SIMILARITY)
+        if near:
+            guessed[name] = free.pop(near)
+    missing = [name for name in needed if name not in guessed]
+    others = [column for column in texts if column in free.values()]
+    picked = sorted(others[: len(missing)], key=columns.index)
+    return {**guessed, **dict(zip(missing, picked, strict=False))}
+
+
+class RowReader:
+    """One row with its column mapping and place.
+
+    Attributes:
+        unread: names of the columns, and of the keys of turns and calls, that nothing reads.
+    """
+
+    def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
+        self.row = row
+        self.source = source
+        self.where = where
+        self.unread: set[str] = set()
+        self._read: set[str] = set()
+
+    def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:
+        where = f"{self.where}, {at}" if at else self.where
+        return DataError(what, where=where, why=why, fix=fix)
+
+    def optional(self, name: str) -> object:
+        """The value of one of the format's columns; None where the row has none."""
+        column = self.source.columns.get(name)
+        if column is None and name in READ_BY_ANY_NAME:
+            return self._by_any_name(name)
+        if column is None and name in self.source.columns.values():
+            return None  # it serves as another column
+        column = column or name
+        self._read.add(column)
+        return self.row.get(column)
+
+    def _by_any_name(self, name: str) -> object:
+        """The value of a column that is read by each of its names in files."""
+        filled: dict[str, object] = {}
+        columns = _names_in_files(self.source.format, name)
+        self._read.update(columns)
+        # Most rows have none of them.
+        if columns.keys().isdisjoint(self.row):
+            return None
+        for column in columns:
+            if column in self.source.columns.values():
+                continue  # it serves as another column
+            value = self.row.get(column)
+            if not is_absent(value) and value not in filled.values():
+                filled[column] = value
+        if len(filled) > 1:
+            what = f"the columns {' and '.join(filled)} differ"
+            fix = f"delete one of them, or choose: columns: {{{name}: {next(iter(filled))}}}"
+            raise self.error(what, f"both are read as {name}", fix)
+        return next(iter(filled.values()), None)
+
+    def required(self, name: str) -> object:
+        column = self.source.columns.get(name, name)
+        self._read.add(column)
+        if column not in self.row:
+            raise self._missing_columns(column)
+        if self.row[column] is None:
+            raise self.error(f"column {column} is null", fix="fill it, or delete the row")
+        return self.row[column]
+
+    def mark_read(self, column: str) -> None:
+        """Note that a column has been read by its own name."""
+        self._read.add(column)
+
+    def unread_columns(self) -> dict[str, object]:
+        """The columns that nothing has read, with their values; null counts as absent."""
+        columns: dict[str, object] = {}
+        # Of most rows everything is read.
+        if self.row.keys() <= self._read:
+            return columns
+        for column, value in self.row.items():
+            if column not in self._read and not is_absent(value):
+                columns[column] = value
+        return columns
+
+    def _missing_columns(self, column: str) -> DataError:
+        """The error for a column that the row does not have.
+
+        It names all columns that are mapped to one that is missing. Its fix is the whole
+        `columns:` line, and the formats that fit as the row is.
+        """
+        mapped = self.source.columns
+        needed = ROW_FORMATS[self.source.format].layouts[0].needed
+        missing = [name for name in needed if mapped.get(name, name) not in self.row]
+        fix = self._propose_columns(missing) or "add it to the row, or delete the row"
+        fitting = []
+        for format_name, form in ROW_FORMATS.items():
+            if self.row.keys() >= form.layouts[0].needed.keys():
+                fitting.append(format_name)
+        if fitting:
+            fix += f", or format: {' or '.join(fitting)}"
+        columns = ", ".join(map(str, self.row)) or "none"
+        # Of a recipe's mapping all that are wrong are named at once.
+        wrong = dict.fromkeys([column, *(mapped[name] for name in missing if name in mapped)])
+        what = f"there is no column {column}"
+        why = f"format {self.source.format} needs it; the columns are {columns}"
+        if len(wrong) > 1:
+            what = f"there are no columns {', '.join(wrong)}"
+            why = why.replace("needs it", "needs them", 1)
+        return self.error(what, why, fix)
+
+    def _propose_columns(self, missing: Sequence[str]) -> str:
+        """The `columns:` line with columns that nothing reads yet; empty where there are none."""
+        mapped = self.source.columns
+        form = ROW_FORMATS[self.source.format]
+        read = {mapped.get(name, name) for name in form.columns}
+        # A number is no text to learn.
+        texts = [name for name, value in self.row.items() if not isinstance(value, int | float)]
+        free = [name for name in texts if name not in read]
+        if not free:
+            return ""
+        guessed = guess_columns({name: form.names(name) for name in missing}, free, mapped, free)
+        pairs = []
+        for name, column in {**mapped, **dict.fromkeys(missing, "..."), **guessed}.items():
+            if column != name:
+                pairs.append(f"{name}: {_yaml_text(column)}")
+        return f"columns: {{{', '.join(pairs)}}}"
+
+    def text(self, value: object, at: str) -> str:
+        """A value that must be text; numbers of a CSV or JSON column are not text."""
+        if not isinstance(value, str):
+            fix = 'write it in quotes: "..."'
+            # The columns of these files have one type each.
+            if Path(self.source.source).suffix in (".parquet", ".arrow"):
+                fix = "store this column as text"
+            raise self.error(f"{at} is {json_type(value)}, not a text", fix=fix)
+        if len(value) > MAX_ROW_BYTES:
+            what = f"{at} is a text of {len(value) >> 20} MiB"
+            limit = f"a row may have {MAX_ROW_BYTES >> 20} MiB"
+            raise self.error(what, limit, "split it into several rows")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            what = f"{at} contains half of a surrogate pair (U+{ord(value[error.start]):04X})"
+            why = "a lone surrogate is not Unicode text"
+            raise self.error(what, why, "write the whole character, or delete it") from None
+        return value
+
+    def json(self, value: object, at: str) -> object:
+        """A value that may be JSON as text, as columns of a CSV file and old tool calls are."""
+        if not isinstance(value, str):
+            return value
+        try:
+            decoded = json.loads(value)
+            # Exports of exports write JSON text of JSON text.
+            return json.loads(decoded) if isinstance(decoded, str) else decoded
+        except (ValueError, RecursionError) as error:
+            why = str(error)
+            fix = "fix the text, or write the value itself"
+            if _PYTHON_REPR.match(value):
+                why = "it is written as Python prints a list, which pandas does in csv files"
+                fix = 'df.to_json("rows.jsonl", orient="records", lines=True)   # and name that'
+            raise self.error(f"{at} is not JSON", why, fix) from None
+
+    def list(self, value: object, at: str) -> list[Any]:
+        items = self.json(value, at)
+        if not isinstance(items, list):
+            raise self.error(f"{at} is {json_type(items)}, not a list", fix="write a list: [...]")
+        return items
+
+    def text_or_messages(self, value: object, at: str) -> object:
+        """The value; of JSON text of messages, as a csv file has them, the list of these."""
+        if not isinstance(value, str):
+            return value
+        match = _CHAT_TEXT.match(value)
+        if match is None:
+            return value
+        if not match[1]:
+            # One object may be a text about JSON: only a whole message is read as one.
+            try:
+                item = json.loads(value)
+                item = json.loads(item) if isinstance(item, str) else item
+            except (ValueError, RecursionError):
+                return value
+            keys = item.keys() if isinstance(item, dict) else set()
+            return [item] if keys >= {"role", "content"} or keys >= {"from", "value"} else value
+        items = self.json(value, at)
+        if not isinstance(items, list):
+            return value
+        are_turns = all(
+            isinstance(item, dict) and ("role" in item or "from" in item) for item in items
+        )
+        has_texts = are_turns and any(not _TURN_KEYS.isdisjoint(item) for item in items)
+        return items if has_texts or not items else value

@@ -1,0 +1,315 @@
+"""Local data files -> tables of rows: json, jsonl, csv, parquet, arrow, and texts.
+
+JSON and CSV are read here and not through Arrow, for two reasons. Arrow gives every row the union
+of all rows' keys, so the arguments of one tool call would appear, as nulls, in those of another.
+And a broken row must be named by the line that a text editor shows. Rows stay on disk and are
+parsed when they are read; a JSON array alone is in memory as a whole.
+"""
+
+import codecs
+import json
+import os
+import re
+import sys
+import weakref
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
+from tunesmith.config.paths import TEXT_SUFFIXES
+from tunesmith.data.source.arrow_nulls import without_arrow_nulls
+from tunesmith.data.source.conversions import conversion
+from tunesmith.data.source.csv_files import read_csv
+from tunesmith.data.source.table import (
+    MAX_ROW_BYTES,
+    OpenFile,
+    Table,
+    changed_error,
+    decode_text,
+    file_digest,
+    json_type,
+    new_name,
+    unreadable_error,
+    version_of,
+)
+from tunesmith.data.source.text_files import read_text_file
+from tunesmith.errors import DataError
+from tunesmith.host.files import near_file
+from tunesmith.host.memory import available_memory, open_uncached
+from tunesmith.host.shell import shell_path, shell_word
+
+# Files whose objects are read as they stand; those of Arrow are read without null keys.
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+# Of a JSON array, how many times its size it takes in memory.
+JSON_MEMORY = 8
+# Of a file of lines, read at once.
+READ_BYTES = 1 << 20
+
+
+def open_table(path: Path) -> Table:
+    """Open a local data file; DataError if it is missing, empty, broken or of an unknown type."""
+    check_data_file(path)
+    try:
+        version = version_of(path)
+        table = _FILE_READERS[path.suffix.lower()](path)
+        if path.suffix.lower() in JSON_SUFFIXES:
+            table = without_arrow_nulls(table)
+    except OSError as error:
+        raise unreadable_error(path, error) from error
+
+    def check_unchanged() -> None:
+        if version_of(path) != version:
+            raise changed_error(path)
+
+    return replace(table, check_unchanged=check_unchanged)
+
+
+def check_data_file(path: Path) -> None:
+    """DataError for a data file whose name or size alone tells that it cannot be read."""
+    check_is_file(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"{path.name} is not a supported data file",
+            where=str(path),
+            why=f"the types are {', '.join(SUFFIXES)}",
+            fix=conversion(path)
+            or "unpack or convert it to JSON lines, one object per line, and use that file",
+        )
+    if path.stat().st_size == 0:
+        fix = "add rows to it, or use another file"
+        raise DataError("the file is empty", where=str(path), fix=fix)
+
+
+def check_is_file(path: Path) -> None:
+    """DataError where there is no regular file."""
+    if not path.is_file():
+        raise _missing_file(path)
+
+
+def _missing_file(path: Path) -> DataError:
+    """The error for a path at which there is no regular file."""
+    if path.is_symlink() and not path.exists():
+        return DataError(
+            f"the link points to {os.readlink(path)}, which does not exist",
+            where=str(path),
+            fix=f"ls -l {shell_path(path)}   # use the file itself, or fix the link",
+        )
+    if path.exists():
+        what = "the source is not a regular file"
+        return DataError(
+            what, where=str(path), fix="copy its rows into a regular file and use that"
+        )
+    why = "" if path.parent.is_dir() else f"there is no folder {path.parent}"
+    near = near_file(path, SUFFIXES)
+    fix = "fix the path" if near is None else f"did you mean {near}?"
+    return DataError("there is no such file", where=str(path), why=why, fix=fix)
+
+
+def _read_text(path: Path) -> str:
+    with open_uncached(path) as file:
+        data = file.read()
+
+    def where(at: int) -> str:
+        line_breaks = data.count(b"\n", 0, at)
+        return f"{path}:{line_breaks + 1}"
+
+    return decode_text(path, data, where, "utf-8-sig")
+
+
+def _numbered_rows(path: Path, rows: list[object]) -> Table:
+    """Rows in memory that an editor shows by no line of their own."""
+    return Table(
+        len(rows),
+        rows.__getitem__,
+        where=lambda i: f"{path} row {i + 1}",
+        fingerprint=lambda: file_digest(path),
+    )
+
+
+class _JsonLines:
+    """The places and numbers of the lines of a file that are not blank.
+
+    `starts` has one entry more, the end of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.starts = array("q")
+        self.numbers = array("q")
+        number = 1
+        is_counted = False
+        with open_uncached(path) as file:
+            # A mark of UTF-8 at the start is no part of the first row.
+            mark = codecs.BOM_UTF8
+            position = start = len(mark) if file.read(len(mark)) == mark else 0
+            file.seek(start)
+            # Where the line breaks are lost, a file of gigabytes is one line.
+            while part := file.readline(READ_BYTES):
+                if not is_counted and part.strip():
+                    is_counted = True
+                    self.starts.append(start)
+                    self.numbers.append(number)
+                position += len(part)
+                if part.endswith(b"\n"):
+                    start = position
+                    number += 1
+                    is_counted = False
+        self.starts.append(position)
+
+
+def _read_json_lines(path: Path) -> Table:
+    """One JSON object a line; blank lines are skipped."""
+    file = OpenFile(path)
+    lines = _JsonLines(path)
+    count = len(lines.numbers)
+    if not count:
+        fix = "add rows to it"
+        raise DataError("the file has only blank lines", where=str(path), fix=fix)
+
+    def where(i: int) -> str:
+        return f"{path}:{lines.numbers[i]}"
+
+    def row(i: int) -> object:
+        start, stop = lines.starts[i : i + 2]
+        if stop - start > MAX_ROW_BYTES:
+            raise DataError(
+                f"a row of {(stop - start) / 2**20:.0f} MiB",
+                where=where(i),
+                why=f"a row may have {MAX_ROW_BYTES >> 20} MiB; line breaks between rows may be"
+                " missing",
+                fix="write one row per line, or split the text into several rows",
+            )
+        # Blank lines may follow it.
+        data, line_break, _ = file.read(start, stop).partition(b"\n")
+        text = decode_text(path, data, lambda _: where(i), "utf-8")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            why = f"{error.msg}: column {error.colno}"
+        except ValueError:
+            raise _long_number(where(i)) from None
+        except RecursionError:
+            why = "nested too deep"
+        number = lines.numbers[i]
+        fix = (
+            f"sed -n {number}p {shell_path(path)}"
+            "   # fix or delete this line: one JSON object a line"
+        )
+        if i == count - 1 and not line_break:
+            why += "; the file ends here without a line break, so it may be cut off"
+            fix = "download or write the file again, or delete its last line"
+        elif i == 0 and data.lstrip().startswith(b"["):
+            why += "; the file looks like one JSON array"
+            renamed = shell_path(path.with_suffix(".json"))
+            fix = f"mv {shell_path(path)} {renamed}   # and name that"
+        raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
+
+    # The table holds `row`, and so the file, as long as somebody reads.
+    weakref.finalize(row, file.close)
+    return Table(count, row, where, fingerprint=lambda: file_digest(path))
+
+
+def _read_json(path: Path) -> Table:
+    """A JSON array of objects; a file of JSON lines named .json is read as such."""
+    size = path.stat().st_size
+    if size * JSON_MEMORY > available_memory():
+        if _begins_with_object(path):
+            return _read_json_lines(path)
+        output = new_name(path, f"{path.stem}.jsonl")
+        raise DataError(
+            f"the file of {size / 2**30:.1f} GiB does not fit in memory",
+            where=str(path),
+            why="a JSON array is read as a whole; JSON lines are read one by one",
+            fix=f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {shell_path(path)}"
+            f" > {output}",
+        )
+    text = _read_text(path)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # ValueError itself stands for a number of too many digits.
+        if _has_object_a_line(text, error):
+            return _read_json_lines(path)
+        raise _broken_json(path, text, error) from None
+    if isinstance(rows, list) and rows:
+        return _numbered_rows(path, rows)
+    what = f"the file contains {json_type(rows)}, not an array of rows"
+    why = ""
+    fix = 'write an array of objects: [{"messages": ...}, ...]'
+    if isinstance(rows, list):
+        what = "the file has no rows"
+    elif isinstance(rows, dict):
+        what = "the file contains one object, not an array of rows"
+        why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
+        fix = "put the rows in [ ]"
+        lists = [key for key, value in rows.items() if isinstance(value, list) and value]
+        if lists:
+            output = new_name(path, "rows.json")
+            fix = f"jq {_jq_key(lists[0])} {shell_path(path)} > {output}"
+    raise DataError(what, where=str(path), why=why, fix=fix)
+
+
+def _begins_with_object(path: Path) -> bool:
+    with open_uncached(path) as file:
+        return file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+
+
+def _has_object_a_line(text: str, error: Exception) -> bool:
+    """Tell whether a text that is not JSON, for this error, has an object a line."""
+    first_line_text, _, rest = text.strip().partition("\n")
+    if not first_line_text.startswith("{"):
+        return False
+    is_followed = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+    return is_followed or (first_line_text.rstrip().endswith("}") and bool(rest))
+
+
+def _jq_key(key: str) -> str:
+    """The program of jq that takes a key, as a word of a command line."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+        return f"'.{key}'"
+    return shell_word(f".[{json.dumps(key)}]")
+
+
+def _broken_json(path: Path, text: str, error: Exception) -> DataError:
+    if isinstance(error, RecursionError):
+        fix = "write an array of flat objects"
+        return DataError("the file is nested too deep", where=str(path), fix=fix)
+    if not isinstance(error, json.JSONDecodeError):
+        return _long_number(str(path))
+    place = f"line {error.lineno} column {error.colno}"
+    what = "the file is not JSON"
+    fix = f"fix it at {place}"
+    is_at_end = error.pos >= len(text.rstrip()) - 1
+    # The fault at the end of the text: the file was cut.
+    if is_at_end or error.msg.startswith("Unterminated string"):
+        what = "the file ends in the middle of its JSON"
+        fix = "download or write the file again"
+    return DataError(what, where=f"{path}:{error.lineno}", why=f"{error.msg}, {place}", fix=fix)
+
+
+def _long_number(where: str) -> DataError:
+    """The error for JSON with a whole number that Python does not read.
+
+    int() of a text takes a time of its square.
+    """
+    what = f"a whole number of more than {sys.get_int_max_str_digits():,} digits"
+    return DataError(what, where=where, fix='write it as a string, "123...", or delete it')
+
+
+def _read_arrow(path: Path) -> Table:
+    # It takes a moment to load.
+    from tunesmith.data.source.arrow_files import read_arrow
+
+    return read_arrow(path)
+
+
+_FILE_READERS: dict[str, Callable[[Path], Table]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".csv": read_csv,
+    ".parquet": _read_arrow,
+    ".arrow": _read_arrow,
+    **dict.fromkeys(TEXT_SUFFIXES, read_text_file),
+}

@@ -1,0 +1,175 @@
+"""Find out once, on small conversations, what a chat template does with each kind of text."""
+
+from tunesmith.data.rows.samples import FunctionCall, Message, ToolSchema
+from tunesmith.data.text.rendering import ChatRenderer, Rendering
+from tunesmith.data.text.sentinels import Messages, Tools
+from tunesmith.data.text.thoughts import MessageForm, open_thought, thought_forms
+from tunesmith.errors import DataError
+
+# Small conversations that show what a template does with each kind of text.
+_PROBE_TURN: list[Message] = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+]
+_PROBE_TURNS: list[Message] = [
+    *_PROBE_TURN,
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+_PROBE_THINKING: list[Message] = [_PROBE_TURN[0], {**_PROBE_TURN[1], "reasoning_content": "three"}]
+_PROBE_INLINE: list[Message] = [
+    _PROBE_TURN[0],
+    {**_PROBE_TURN[1], "content": "<think>\nthree\n</think>\n\ntwo"},
+]
+_CALL: FunctionCall = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "look", "arguments": {"at": "six"}},
+}
+_PROBE_CALL: list[Message] = [
+    _PROBE_TURN[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"},
+    _PROBE_TURN[1],
+]
+_PROBE_CALLS: list[Message] = [
+    _PROBE_TURN[0],
+    {"role": "assistant", "content": "", "tool_calls": [_CALL, {**_CALL, "id": "call00002"}]},
+]
+_PROBE_TOOLS: list[ToolSchema] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Look.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
+
+
+def probe(chat: ChatRenderer) -> None:
+    """Find out once per template, on small conversations, what it shows and its end token."""
+    rendering = _try(chat, _PROBE_TURN)
+    if rendering is not None and not rendering.shows_all():
+        dropped = "answer" if 0 in rendering.shown else "question"
+        why = f"it renders as {rendering.text[:60]!r}"
+        fix = "name a template that writes it: data.template=FILE.jinja"
+        raise chat.error(f"drops the {dropped}", "data.template", why, fix)
+    _find_forms(chat)
+    _find_ends(chat)
+    rendering = _try(chat, _PROBE_TURNS)
+    if rendering is not None:
+        _check_generation_prompt(chat, rendering)
+
+
+def _find_forms(chat: ChatRenderer) -> None:
+    """Find out in which form the template shows thoughts and calls."""
+    traits = chat.traits
+    for form in thought_forms(chat.jinja):
+        traits.form = form
+        if _shows_answer(_try(chat, _PROBE_THINKING)):
+            traits.reasoning = True
+            break
+    else:
+        traits.form = MessageForm()
+    for text_arguments in (False, True):
+        traits.form = traits.form._replace(text_arguments=text_arguments)
+        rendering = _try(chat, _PROBE_CALL, _PROBE_TOOLS)
+        if rendering is not None and rendering.shows("tool_calls"):
+            traits.calls = True
+            break
+    else:
+        traits.form = traits.form._replace(text_arguments=False)
+    listed = _try(chat, _PROBE_TURN, _PROBE_TOOLS)
+    traits.lists_tools = listed is not None and listed.shows("tools")
+    if traits.reasoning:
+        # Where the template reads a text's thought itself, as it does the field, texts stay.
+        traits.splits_thoughts = _differ(chat, _PROBE_INLINE, _PROBE_THINKING)
+    elif _prompt_opens_thought(chat):
+        traits.reasoning = True
+        traits.splits_thoughts = True
+        traits.writes_thoughts = True
+
+
+def _prompt_opens_thought(chat: ChatRenderer) -> bool:
+    """Tell whether the generation prompt opens a thought that the template's rows lack."""
+    rendering = _try(chat, _PROBE_TURN)
+    if rendering is None or not rendering.of_message(1) or chat.tagged:
+        return False
+    anchor, prompt = chat.prompt(rendering, 1, "")
+    if anchor is None:
+        return False
+    prompt_at = rendering.place(anchor)
+    is_missing = not rendering.text.startswith(prompt, prompt_at)
+    thought_at = chat.thought_in_prompt(rendering, 1, prompt_at, prompt)
+    return is_missing and thought_at is not None and open_thought(prompt) is not None
+
+
+def _find_ends(chat: ChatRenderer) -> None:
+    """Find out what ends answers, where generation's end tokens do not."""
+    turns = _try(chat, _PROBE_TURNS)
+    if turns is not None:
+        question, earlier, last = (turns.tail(i) for i in (2, 1, 3))
+        if question is not None and earlier is not None and last is not None:
+            chat.ends.read_turns(question, earlier, last)
+    if not chat.traits.calls:
+        return
+    with_result = _try(chat, _PROBE_CALL, _PROBE_TOOLS)
+    # Some templates take one call in a message.
+    calls = _try(chat, _PROBE_CALLS, _PROBE_TOOLS) or _try(chat, _PROBE_CALL[:2], _PROBE_TOOLS)
+    if with_result is None or calls is None:
+        return
+    call = with_result.tail(1)
+    last_calls = calls.tail(1)
+    if call is not None and last_calls is not None:
+        start = calls.place(calls.of_message(1)[0])
+        chat.ends.read_call(call, last_calls, calls.text[start:])
+
+
+def _check_generation_prompt(chat: ChatRenderer, rendering: Rendering) -> None:
+    """DataError for a template without generation prompt whose answers have a header.
+
+    Nothing tells that header from the answer.
+    """
+    indices = rendering.of_message(1)
+    if chat.tagged or not indices:
+        return
+    question = chat.render(_PROBE_TURN[:1])
+    has_generation_prompt = question != chat.render(_PROBE_TURN[:1], generate=True)
+    if has_generation_prompt or not rendering.text.startswith(question):
+        return
+    header = rendering.text[len(question) : rendering.place(indices[0])]
+    special_tokens = chat.tokenizer.added_tokens_decoder.values()
+    if any(token.content in header for token in special_tokens):
+        fix = (
+            "add {% if add_generation_prompt %}...{% endif %} with the header of an answer to"
+            " the template"
+        )
+        why = f"the model would have to write {header!r} itself"
+        raise chat.error("has no generation prompt", "data.template", why, fix)
+
+
+def _try(chat: ChatRenderer, messages: Messages, tools: Tools = None) -> Rendering | None:
+    """A conversation with its texts located; None where the template does not take it."""
+    try:
+        return chat.locate(chat.render(messages, tools), messages, tools, "")
+    except DataError:
+        # The rows will show what it takes.
+        return None
+
+
+def _differ(chat: ChatRenderer, messages: Messages, others: Messages) -> bool:
+    """Tell whether two conversations render differently."""
+    try:
+        return chat.render(messages) != chat.render(others)
+    except DataError:
+        return True
+
+
+def _shows_answer(rendering: Rendering | None) -> bool:
+    """Check that all texts stand in the order of the conversation, each once."""
+    if rendering is None or not rendering.shows_all():
+        return False
+    fields = [sentinel.field for sentinel in rendering.sentinels]
+    return fields == sorted(fields)

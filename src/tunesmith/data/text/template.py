@@ -1,0 +1,532 @@
+"""A sample -> token ids and loss mask: the prompt in use is the prompt that was trained.
+
+Conversations are rendered by one Jinja chat template (the tokenizer's, a file's, or one of
+`builtin_templates`), which is saved with the trained model; a template that wants a BOS writes it.
+A prompt and completion are a conversation of two turns. `loss_mask` finds the answers in the text,
+`align` maps them to tokens.
+
+Without a template (`raw`) prompt and completion stand as they are, one after the other, as rows of
+the format text always do: a BOS where the tokenizer itself adds one, once, and an end token at the
+end.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+from unicodedata import normalize
+
+import numpy as np
+
+from tunesmith.data.rows.samples import (
+    Completion,
+    Conversation,
+    FunctionCall,
+    Message,
+    Sample,
+    Text,
+    with_system,
+)
+from tunesmith.data.text import builtin_templates
+from tunesmith.data.text.align import Aligned, Aligner, CharSpan
+from tunesmith.data.text.answer_ends import AnswerEnds, any_of
+from tunesmith.data.text.example import Example
+from tunesmith.data.text.loss_mask import AssistantMask, RenderedAnswers
+from tunesmith.data.text.probe import probe
+from tunesmith.data.text.rendering import ChatRenderer
+from tunesmith.data.text.template_args import split_arguments
+from tunesmith.data.text.thoughts import THOUGHT_TAGS
+from tunesmith.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["response", "last", "all"]
+# What errors call a template that is no file.
+_TITLES = {
+    "chat": "the tokenizer's chat template",
+    "alpaca": "the alpaca text",
+    "pattern": "the prompt's text",
+}
+# What `Template.describe` calls it.
+_DESCRIPTIONS = {
+    "chat": "chat: the tokenizer's chat template",
+    "alpaca": "alpaca: Stanford's instruction text",
+    "pattern": "pattern: one text with instruction and response",
+}
+
+
+def title_of(name: str) -> str:
+    """Name a template as errors call it."""
+    return _TITLES.get(name, f"the template {name}")
+
+
+class Template:
+    """A template, which makes text, tokens and a loss mask of a sample.
+
+    Attributes:
+        chat: what renders it; None without a template.
+        name: `chat`, `alpaca`, `raw`, `text` (rows of that format only), `pattern`, or the name of
+            a template file.
+        jinja: the chat template, saved as the tokenizer's with the trained model. For `raw` it
+            writes the texts as they stand; None where this tokenizer would split its rendering in
+            another way than the texts themselves.
+        raw: whether prompt and completion stand as they are.
+        end_ids: ids of the tokens that may end an answer, at which generation must stop.
+        earlier_end_ids: of those that end only answers before the last one: not supervised, and
+            generation does not stop there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        eos_ids: Collection[int],
+        *,
+        jinja: str | None,
+        name: str,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.raw = name == "raw"
+        self.jinja = jinja
+        self._has_fixed_date = jinja is not None and builtin_templates.writes_today(jinja)
+        if jinja is not None:
+            self.jinja = builtin_templates.with_fixed_date(jinja)
+        self._aligner = Aligner(tokenizer)
+        if not eos_ids and tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no end token",
+                where="model.tokenizer",
+                why="each answer must end with one, or the model never learns to stop",
+                fix="set eos_token in the tokenizer's tokenizer_config.json",
+            )
+        self._eos_ids = frozenset(eos_ids or {tokenizer.eos_token_id})
+        # What ends raw rows: the tokenizer's end token, if generation stops at it.
+        self._raw_end = min(self._eos_ids)
+        if tokenizer.eos_token_id in self._eos_ids:
+            self._raw_end = tokenizer.eos_token_id
+        self.chat: ChatRenderer | None = None
+        self.end_ids = self._eos_ids
+        self.earlier_end_ids: frozenset[int] = frozenset()
+        if self.jinja is not None:
+            self.chat = ChatRenderer(tokenizer, self.jinja, title_of(name), self._eos_ids)
+            probe(self.chat)
+            # Tokens that the template writes after an answer end generation too.
+            self.end_ids |= frozenset(self.chat.ends.stops.values())
+            self.earlier_end_ids = frozenset(self.chat.ends.earlier.values())
+        self._bos = prefix_ids(tokenizer)
+        if self.raw:
+            self.jinja = self._raw_jinja()
+
+    def _raw_jinja(self) -> str | None:
+        """A template that writes texts as they stand; None if they would be tokenized otherwise."""
+        bos = self.tokenizer.decode(self._bos)
+        jinja = builtin_templates.raw(bos=bos, end=self.tokenizer.decode([self._raw_end]))
+        messages = [{"role": "user", "content": "One two."}]
+        rendered = self.tokenizer.apply_chat_template(messages, chat_template=jinja)
+        if rendered["input_ids"] != self.prompt(Completion("One two.", "")):
+            return None
+        return jinja
+
+    def describe(self) -> str:
+        """One line for the user.
+
+        It says which prompt is in use, how an answer ends and how the loss mask is computed.
+        """
+        raw_end = repr(self.tokenizer.decode([self._raw_end]))
+        if self.chat is None:
+            how = "prompt and completion joined without a template"
+            return f"raw: no template; {how}; each row ends with {raw_end}"
+        if self.name == "text":
+            return f"text: rows as they are; each ends with {raw_end}"
+        parts = [_DESCRIPTIONS.get(self.name, f"{self.name}: a chat template from a file")]
+        if builtin_templates.HERMES in (self.jinja or ""):
+            parts.append("tool calls in Hermes' form (plain ChatML has none)")
+        chat = self.chat
+        form = chat.traits.form
+        if form.thought_tags is not None:
+            parts.append(f"thoughts stand in the answer, after {form.thought_tags[0].strip()}")
+        elif form.thought_key != "reasoning_content":
+            parts.append(f"thoughts are given as {form.thought_key}")
+        if form.text_arguments:
+            parts.append("arguments of tool calls are given as JSON text")
+        arguments, _ = split_arguments(self.jinja or "")
+        for argument, value in arguments.items():
+            parts.append(
+                f"its argument {argument} is {json.dumps(value)}, also in the saved template"
+            )
+        if self._has_fixed_date:
+            date = f"{builtin_templates.DATE:%d %b %Y}"
+            parts.append(
+                f"its date is fixed at {date}, for all starts and in the saved template"
+                " (data.template_args.strftime_now sets another)"
+            )
+        ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
+        parts.append(f"answers end with {', '.join(ends)}")
+        if chat.ends.earlier:
+            earlier = ", ".join(map(repr, chat.ends.earlier))
+            parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
+        if chat.ends.next_turn:
+            tokens = ", ".join(map(repr, chat.ends.next_turn.values()))
+            parts.append(f"the last one ends with the next turn's {tokens}")
+        if chat.tagged:
+            parts.append("loss mask by its {% generation %} blocks")
+        else:
+            parts.append("loss mask by sentinels")
+        return "; ".join(parts)
+
+    def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
+        """Tokens and mask of one sample, however long it is; see `encode_many`."""
+        [example] = self.encode_many([sample], train_on, where=[where])
+        if isinstance(example, DataError):
+            raise example
+        return example
+
+    def encode_many(
+        self, samples: Sequence[Sample], train_on: TrainOn, *, where: Sequence[str]
+    ) -> list[Example | DataError]:
+        """Tokens and masks of many samples, or why one has none, with one call of the tokenizer.
+
+        Args:
+            train_on: `response` (every answer), `last` (the last one) or `all` (every token but the
+                first).
+            where: the rows' places, for the DataError of one that cannot be rendered or masked.
+        """
+        samples = [self._as_turns(sample) for sample in samples]
+        located: list[RenderedAnswers | DataError] = []
+        for sample, place in zip(samples, where, strict=True):
+            try:
+                located.append(self._locate(sample, train_on, place))
+            except DataError as error:
+                located.append(error)
+        renderings = [answers for answers in located if not isinstance(answers, DataError)]
+        texts = [answers.text for answers in renderings]
+        # The tokenizer works on the texts with several threads.
+        aligned = self._aligner.encode(
+            texts, [answers.spans for answers in renderings], self.end_ids
+        )
+        next_aligned = iter(aligned)
+        examples: list[Example | DataError] = []
+        for sample, answers, place in zip(samples, located, where, strict=True):
+            if isinstance(answers, DataError):
+                examples.append(answers)
+            else:
+                examples.append(self._example(sample, answers, next(next_aligned), place))
+        return examples
+
+    def prompt(self, sample: Sample) -> list[int]:
+        """Token ids of the model's input: all before the last answer, which may be missing.
+
+        Raises:
+            DataError: the sample cannot be rendered.
+        """
+        sample = self._as_turns(sample)
+        if isinstance(sample, Conversation):
+            messages = self._messages(sample)
+            if messages and messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            if self.chat is not None:
+                text = self.chat.render(messages, sample.tools or None, generate=True)
+                return self._aligner.ids([text])[0].tolist()
+            text = self._as_they_stand(messages)
+        elif isinstance(sample, Completion):
+            text = sample.prompt
+        else:
+            text = sample.text
+        ids = self._aligner.ids([text])[0].tolist()
+        return [*self._missing_bos(ids), *ids]
+
+    def answer(self, sample: Sample, *, where: str = "") -> str:
+        """The text of the last answer as the model is to write it, up to what ends it.
+
+        It is the row's text in the template's form, never decoded tokens; with the special tokens
+        that the template writes, as of tool calls. Of format text it is empty.
+
+        Raises:
+            DataError: the sample cannot be rendered, or ends with no answer.
+        """
+        text = self._answer_text(self._as_turns(sample), where)
+        # Where the row's own text has an end token, generation stops there.
+        end_token = self._answer_ends.search(text)
+        if end_token is not None:
+            text = text[: end_token.start()]
+        # Of a letter and its accent some tokenizers make one character: so does the model.
+        return normalize("NFC", text) if self._composes_letters else text
+
+    def _answer_text(self, sample: Sample, where: str) -> str:
+        if isinstance(sample, Text):
+            return ""
+        if isinstance(sample, Completion):
+            return sample.completion
+        sample = replace(sample, untrained=frozenset())  # an answer that is not trained on, too
+        answers = self._locate_answers(sample, "last", where)
+        return "".join(answers.text[span.start : span.end] for span in answers.spans)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """See `tokenizer_hash`; that of a large vocabulary takes 0.2 s."""
+        return tokenizer_hash(self.tokenizer)
+
+    @cached_property
+    def _answer_ends(self) -> AnswerEnds:
+        return AnswerEnds(self.tokenizer, self.end_ids)
+
+    @cached_property
+    def _composes_letters(self) -> bool:
+        (ids,) = self._aligner.ids(["e\u0301"])
+        return "\u00e9" in str(self.tokenizer.decode(ids.tolist()))
+
+    def first_answer(self, sample: Sample, train_on: TrainOn) -> str:
+        """Render the first answer that is trained on as `answer` does, without special tokens."""
+        if isinstance(sample, Conversation) and train_on == "response":
+            first = sample.supervised()[0]
+            stop = next(i for i, message in enumerate(sample.messages, 1) if message is first)
+            sample = replace(sample, messages=sample.messages[:stop])
+        return self.without_special_tokens(self.answer(sample))
+
+    def _control_tokens(self, sample: Sample) -> frozenset[str]:
+        """See `Example.control_tokens`.
+
+        The tags of a thought are none, nor in raw rows a BOS in front and end tokens at the end:
+        they are read as such. Format text has none.
+        """
+        if isinstance(sample, Completion):
+            prompt = sample.prompt
+            completion = sample.completion
+            if self.raw:
+                prompt = prompt.removeprefix(self.tokenizer.decode(self._bos))
+                completion = self._trailing_ends.sub("", completion)
+            texts = [prompt, completion, sample.system or ""]
+        elif isinstance(sample, Conversation):
+            texts = [*_texts_in([sample.messages, sample.tools])]
+        else:
+            texts = []
+        return frozenset(token for text in texts for token in self._control_token.findall(text))
+
+    @cached_property
+    def _control_token(self) -> re.Pattern[str]:
+        tags = {tag for pair in THOUGHT_TAGS.items() for tag in pair}
+        return any_of(t for t in self._special_tokens if t.strip() and t not in tags)
+
+    @cached_property
+    def _trailing_ends(self) -> re.Pattern[str]:
+        ends = any_of(self.tokenizer.decode([id_]) for id_ in self.end_ids)
+        return re.compile(f"(?:{ends.pattern})\\s*\\Z")
+
+    def without_special_tokens(self, text: str) -> str:
+        """The text as an answer is decoded."""
+        for token in self._special_tokens:
+            text = text.replace(token, "")
+        return text
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        """Those that decoding leaves out, the longest first."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+
+    def _as_turns(self, sample: Sample) -> Sample:
+        """Convert prompt and completion to two turns, where there is a template."""
+        if not isinstance(sample, Completion) or self.raw:
+            return sample
+        turns: list[Message] = [
+            {"role": "user", "content": sample.prompt},
+            {"role": "assistant", "content": sample.completion},
+        ]
+        return Conversation(with_system(turns, sample.system))
+
+    def _as_they_stand(self, messages: list[Message]) -> str:
+        """Turns of a chat without a template: each text as it stands, answers with an end token."""
+        end = self.tokenizer.decode([self._raw_end])
+        text = ""
+        for message in messages:
+            if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
+                raise DataError(
+                    f"a raw prompt has no {message['role']} message",
+                    why="the model was trained without a template",
+                    fix="remove it, or train with data.template=alpaca",
+                )
+            text += message["content"]
+            if message["role"] == "assistant":
+                text += end
+        return text
+
+    def _messages(self, sample: Conversation) -> list[Message]:
+        """The messages as the template reads them.
+
+        alpaca's text takes instruction and input apart; some templates need ids of calls.
+        """
+        messages = sample.messages
+        if self.chat is not None:
+            messages = list(self.chat.in_form(messages))
+        jinja = self.jinja or ""
+        # The template may write the input apart from the instruction.
+        if sample.instruction is not None and "message.input" in jinja:
+            instruction, extra, _ = sample.instruction
+            # The last question is the one that the row's own columns make.
+            at = max(i for i, message in enumerate(messages) if message["role"] == "user")
+            messages = list(messages)
+            messages[at] = {"role": "user", "content": instruction, "input": extra}
+        if "tool_call" in jinja and ".id" in jinja:
+            return _with_ids(messages)
+        return messages
+
+    def _locate(self, sample: Sample, train_on: TrainOn, where: str) -> RenderedAnswers:
+        """The text of a sample, and the spans of its supervised characters."""
+        if isinstance(sample, Conversation):
+            return self._locate_answers(sample, train_on, where)
+        text = sample.text if isinstance(sample, Text) else sample.prompt + sample.completion
+        if not text:
+            raise DataError("the row has no text", where=where, fix="delete the row")
+        if isinstance(sample, Text):
+            return RenderedAnswers(text, [CharSpan(0, len(text))])
+        start = len(sample.prompt)
+        spans = [CharSpan(start, len(text))]
+        # Two spans: of a prompt that is trained too the tokens are also those of generation.
+        if train_on == "all" and start:
+            spans.insert(0, CharSpan(0, start))
+        return RenderedAnswers(text, spans)
+
+    def _locate_answers(
+        self, sample: Conversation, train_on: TrainOn, where: str
+    ) -> RenderedAnswers:
+        messages = self._messages(sample)
+        if not messages or messages[-1]["role"] != "assistant":
+            why = "it is empty"
+            if messages:
+                why = f"its last message is of role {messages[-1]['role']}"
+            what = "the conversation does not end with an answer"
+            fix = "delete the row, or its last messages"
+            raise DataError(what, where=where, why=why, fix=fix)
+        if self.chat is None:
+            raise DataError(
+                "the row is a conversation, but there is no template for its turns",
+                where=where,
+                why="raw rows are a prompt and a completion without a template",
+                fix='write {"prompt": "...", "completion": "..."},'
+                " or train with data.template=alpaca",
+            )
+        mask = AssistantMask(self.chat)
+        tools = sample.tools or None
+        first = sample.prompt_messages
+        if train_on == "last":
+            first = len(messages) - 1
+        # Answers before `first` belong to the prompt.
+        selected = set(range(first, len(messages)))
+        if train_on != "all":
+            selected -= sample.untrained
+            return mask.answers(messages, tools, selected=selected, where=where)
+        # All characters behind the prompt, without the answers that the row leaves out.
+        answers = mask.answers(messages, tools, selected=selected, where=where)
+        text, spans, missing = answers
+        start = spans[0].start if sample.prompt_messages else 0
+        left_out = selected & sample.untrained
+        trained_spans = []
+        # What the row leaves out becomes gaps between the trained stretches.
+        if left_out:
+            gaps = mask.answers(messages, tools, selected=left_out, where=where)
+            for gap in gaps.spans:
+                trained_spans.append(CharSpan(start, gap.start))
+                start = gap.end
+        trained_spans.append(CharSpan(start, len(text)))
+        trained_spans = [span for span in trained_spans if span.start < span.end]
+        return RenderedAnswers(text, trained_spans, missing)
+
+    def _example(
+        self, sample: Sample, answers: RenderedAnswers, aligned: Aligned, where: str
+    ) -> Example | DataError:
+        ids = aligned.ids
+        trained = aligned.trained
+        if not isinstance(sample, Conversation):
+            # The BOS that the tokenizer adds, once, and a supervised end token.
+            bos = np.array(self._missing_bos(ids), np.int32)
+            # One that ends the prompt ends no answer.
+            has_end = len(ids) > 0 and bool(trained[-1]) and int(ids[-1]) in self.end_ids
+            end = np.array([] if has_end else [self._raw_end], np.int32)
+            ids = np.concatenate([bos, ids, end])
+            trained = np.concatenate([np.zeros(len(bos), bool), trained, np.ones(len(end), bool)])
+        elif not aligned.ended:
+            return DataError(
+                "the end of an answer is not a separate token",
+                where=where,
+                why="the tokenizer merges it with adjacent text, or splits it",
+                fix="add it as a special token: model.added_tokens",
+            )
+        if len(ids) < 2:
+            return DataError("the row has no text", where=where, fix="delete the row")
+        # Nothing predicts the first token.
+        trained[0] = False
+        flaws = (*_flaws(answers.text, aligned), *sorted(answers.missing))
+        return Example(ids, trained, flaws=flaws, control_tokens=self._control_tokens(sample))
+
+    def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]
+        return [] if has_bos else self._bos
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """sha256 (hex) of what makes tokens of a text."""
+    core = tokenizer.backend_tokenizer.to_str()
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = json.dumps(special_tokens, sort_keys=True)
+    return hashlib.sha256((core + special).encode()).hexdigest()
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    """All texts in messages and tools, but for names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
+
+
+def _flaws(text: str, aligned: Aligned) -> tuple[str, ...]:
+    """Names in ROW_WARNINGS of what an answer's edge does to the tokens of a text."""
+    flaws = []
+    edges = [text[cut - 1 : cut + 1] for cut in aligned.cuts]
+    if any(edge[0] in " \t" and not edge[1].isspace() for edge in edges):
+        flaws.append("blank")
+    if aligned.merged_tokens:
+        flaws.append("merged")
+    return tuple(flaws)
+
+
+def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that the tokenizer itself adds before a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def _with_ids(messages: list[Message]) -> list[Message]:
+    """Ids for calls that have none, and for their results in the same order.
+
+    Templates that write ids insist on them (Mistral's: nine letters and digits), and most rows have
+    none.
+    """
+    with_ids = []
+    count = 0
+    # Ids that wait for their results, in the order of the calls.
+    waiting: list[str] = []
+    for message in messages:
+        copy = message.copy()
+        if message.get("tool_calls"):
+            calls: list[FunctionCall] = []
+            for call in message["tool_calls"]:
+                count += 1
+                # An id of the row wins over ours.
+                calls.append({"id": f"call{count:05d}", **call})
+            copy["tool_calls"] = calls
+            waiting = [call["id"] for call in calls]
+        elif copy["role"] == "tool" and waiting:
+            next_id = waiting.pop(0)
+            copy.setdefault("tool_call_id", next_id)
+        with_ids.append(copy)
+    return with_ids

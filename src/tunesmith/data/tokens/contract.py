@@ -1,0 +1,499 @@
+"""The token contract: what must hold of the tokens before a model trains on them.
+
+Every rule checks all examples (arrays at a time, so a million rows take seconds), says how many
+things it checked, and names the first fault by its row, with the tokens around it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from tunesmith.data.text.row_warnings import LOST, ROW_WARNINGS
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens.cache import TokenArrays
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.errors import DataError
+from tunesmith.units import count_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens checked at once.
+_CHUNK = 1 << 22
+# Last tokens of a row among which one ends the answer: a template may write others after it (a line
+# break), supervised too.
+_END_WINDOW_TOKENS = 4
+# Of the rows, with an answer that ends at seq_len: more teach the model not to stop.
+MOST_CUT = 0.1
+_FEW_CUT = f"at most {MOST_CUT:.0%} of the rows have an answer cut off by data.seq_len"
+# Of the rows, with an answer that the template renders in part. Some texts speak of the template's
+# own marks (</think>), and a few such rows teach nothing; more are lost because of what rows and
+# template are.
+MOST_LOST_ANSWERS = 0.01
+# Tokens on each side of a fault in an excerpt.
+_EXCERPT_SIDE_TOKENS = 12
+
+# What becomes of a split in which more of them are cut off.
+CutAnswers = Literal["refuse", "warn", "accept"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule's result.
+
+    Attributes:
+        checked: how many things (`of`).
+        broken: how many are wrong.
+        where, why, fix: of the first of these.
+    """
+
+    name: str
+    checked: int
+    of: str
+    broken: int = 0
+    where: str = ""
+    why: str = ""
+    fix: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """All checks of one split."""
+
+    split: str
+    checks: tuple[Check, ...]
+    # What holds, and is seldom meant.
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def broken(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.broken)
+
+    def raise_if_broken(self) -> None:
+        for check in self.broken:
+            count = f"{check.broken:,} of {check.checked:,} {check.of}"
+            raise DataError(
+                f"the token contract is broken: {check.name} ({count})",
+                where=f"{self.split}: {check.where}",
+                why=check.why,
+                fix=check.fix,
+            )
+
+
+class _Chunk(NamedTuple):
+    """Some examples of one source, each of them one sequence or several.
+
+    Attributes:
+        first: index of the first in the token set.
+        arrays: ids and mask of n examples, with offsets from 0.
+        offsets: int64 [s + 1], between the sequences of all examples.
+        leaks: bool [n], rows whose prompt was seen to be supervised.
+        empties: bool [n], rows with an empty answer.
+        has_answers: as of the source.
+    """
+
+    first: int
+    arrays: TokenArrays
+    offsets: np.ndarray
+    leaks: np.ndarray
+    empties: np.ndarray
+    has_answers: bool
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [s], the first token of each sequence."""
+        return self.offsets[:-1]
+
+    def examples_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The examples that hold some tokens."""
+        return np.searchsorted(self.arrays.offsets, tokens, side="right") - 1
+
+    def sequences_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The sequences that hold some tokens."""
+        return np.searchsorted(self.offsets, tokens, side="right") - 1
+
+
+class _Faults(NamedTuple):
+    """The number of things that a rule checked in a chunk, and the tokens that break it (int64)."""
+
+    checked: int
+    tokens: np.ndarray
+
+
+class _Rule(NamedTuple):
+    """A rule that the tokens must keep. of: the things checked; why, fix: where it is broken."""
+
+    name: str
+    of: str
+    why: str
+    fix: str
+    find: Callable[[_Chunk], _Faults]
+    note: str = ""
+
+
+def check_tokens(
+    tokens: TokenSet,
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    vocab_size: int,
+    split: str,
+    cut_answers: CutAnswers = "refuse",
+    position_limit: int | None = None,
+) -> Contract:
+    """Check the tokens of a split, named in errors.
+
+    Args:
+        vocab_size: entries of the model's embedding.
+        cut_answers: whether many answers without their end break the contract.
+        position_limit: the longest seq_len that a fix may name; None: any.
+    """
+    counts = tokens.counts
+    not_empty = Check("the split is not empty", counts.rows, "rows")
+    if not len(tokens):
+        why = (
+            f"{count_of(counts.rows, 'row')} read, {counts.dropped:,} dropped as too long,"
+            f" {counts.emptied:,} dropped because truncation left no supervised token"
+        )
+        # At least one, so that a split without rows counts as broken.
+        is_empty = replace(
+            not_empty,
+            broken=max(1, counts.rows),
+            where=counts.source,
+            why=why,
+            fix="raise data.seq_len, or use a larger split",
+        )
+        return Contract(split, (is_empty,))
+    rules = _rules(tokens, template, tokenizer, vocab_size, position_limit)
+    checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
+    for chunk in _chunks(tokens):
+        for n, rule in enumerate(rules):
+            faults = rule.find(chunk)
+            check = checks[n]
+            # Only the first fault of each rule is shown; all are counted.
+            if len(faults.tokens) and not check.broken:
+                fault = int(faults.tokens[0])
+                in_chunk = int(chunk.examples_of(faults.tokens[:1])[0])
+                example = chunk.first + in_chunk
+                start = int(chunk.arrays.offsets[in_chunk])
+                around = excerpt(tokens, tokenizer, example, fault - start)
+                where = tokens.where(example)
+                check = replace(check, where=where, why=f"{rule.why}: {around}", fix=rule.fix)
+            checks[n] = replace(
+                check,
+                checked=check.checked + faults.checked,
+                broken=check.broken + len(faults.tokens),
+            )
+        chunk.arrays.release()
+    all_checks = (not_empty, _answers_are_whole(tokens), *checks)
+    # Of rows that are trained on as a whole no answer can be cut off.
+    if not any(source.has_answers for source in tokens.parts):
+        return Contract(split, all_checks[:-1])
+    return _judge_cut_answers(Contract(split, all_checks), cut_answers)
+
+
+def _answers_are_whole(tokens: TokenSet) -> Check:
+    """The rows whose answers the template renders in part; few are a warning of these rows."""
+    rows = tokens.counts.rows
+    check = Check("the supervised tokens hold the answers of the row", rows, "rows")
+    lost = []
+    for part in tokens.parts:
+        for name in LOST:
+            if name in part.counts.flaws:
+                count, first = part.counts.flaws[name]
+                lost.append((count, part.rows.where(first), ROW_WARNINGS[name]))
+    broken = min(rows, sum(count for count, _, _ in lost))
+    if not broken:
+        return check
+    if broken <= MOST_LOST_ANSWERS * rows:
+        return replace(check, note=f"{broken:,} do not")
+    _, where, warning = lost[0]
+    why = f"the row has {warning.what}: {warning.why}"
+    return replace(check, broken=broken, where=where, why=why, fix=warning.fix)
+
+
+def _rules(
+    tokens: TokenSet,
+    template: Template,
+    tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    position_limit: int | None,
+) -> list[_Rule]:
+    counts = tokens.counts
+    end_ids = sorted(template.end_ids)
+    earlier_end_ids = sorted(template.earlier_end_ids)
+    bos = tokenizer.bos_token_id
+    ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
+    compared = f"{count_of(counts.prompts, 'prompt')} rendered separately and compared"
+    if counts.prompts_apart:
+        compared += f", {counts.prompts_apart:,} not comparable"
+    rules = [
+        _Rule(
+            name="every row has a supervised token",
+            of="rows",
+            why="none of its tokens is supervised",
+            fix="delete the row, or check data.train_on and data.template",
+            find=_rows_without_target,
+        ),
+        _Rule(
+            name="every answer has a supervised token besides its end",
+            of="answers",
+            why="of an answer that is not empty the end token alone is supervised",
+            fix="use another template (data.template); or delete the row, if it has no answer",
+            find=lambda chunk: _answers_without_text(chunk, end_ids),
+        ),
+        _Rule(
+            name="every supervised answer ends with an end token",
+            of="answers",
+            why=f"the end tokens are {ends}, and a supervised span ends with another token",
+            fix="use a template that ends each answer (data.template), or the tokenizer of the"
+            " model",
+            find=lambda chunk: _answers_without_end(chunk, end_ids, earlier_end_ids)[0],
+            note=f"end tokens: {ends}",
+        ),
+        _Rule(
+            name="no row begins with two BOS tokens",
+            of="rows",
+            why="the template writes a BOS and the tokenizer adds one",
+            fix="remove the BOS from the template (data.template), or from the rows",
+            find=lambda chunk: _rows_with_two_bos(chunk, bos),
+            note="the tokenizer has no BOS" if bos is None else "",
+        ),
+        _Rule(
+            name="no prompt token is supervised",
+            of="rows",
+            why="a token of the prompt is supervised",
+            fix="use another template (data.template); this one cannot be masked correctly",
+            find=_supervised_prompts,
+            note=compared,
+        ),
+        _Rule(
+            name="every token is in the model's vocabulary",
+            of="tokens",
+            why=f"the model's embedding has {vocab_size:,} entries, and the tokenizer gives an id"
+            " beyond them",
+            fix="use the model's own tokenizer, or name new tokens in model.added_tokens",
+            find=lambda chunk: _tokens_beyond(chunk, vocab_size),
+        ),
+    ]
+    if tokens.has_pairs:
+        rules.append(
+            _Rule(
+                name="the answers of a pair differ, and their prompts do not",
+                of="pairs",
+                why="the prompt's tokens differ between chosen and rejected, or both are the same"
+                " tokens; the rejected answer begins here",
+                fix="delete the row; or, where the template writes a prompt differently for each"
+                " answer, use another (data.template)",
+                find=_pairs_alike,
+            )
+        )
+    rules.append(
+        _Rule(
+            name=_FEW_CUT,
+            of="rows",
+            why="the model learns these answers without their end, and may not learn to stop",
+            fix=_fix_cut_answers(tokens, position_limit),
+            find=lambda chunk: _answers_without_end(chunk, end_ids, earlier_end_ids)[1],
+        )
+    )
+    return rules
+
+
+def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
+    """The contract in which few cut answers, or those that are accepted, break nothing."""
+    *others, check = contract.checks
+    are_many = check.broken > MOST_CUT * check.checked
+    # Many cut answers break the contract, few are a warning.
+    if not check.broken or (cut_answers == "refuse" and are_many):
+        return contract
+    share = f"{check.broken:,} of {check.checked:,} rows ({check.broken / check.checked:.1%})"
+    if cut_answers == "accept":
+        note = f"{share} have one, which data.allow_cut_answers accepts"
+        warnings = []
+    else:
+        note = f"{check.broken:,} have one"
+        warnings = [
+            f"{share} have an answer cut off by data.seq_len, first {check.where}: {check.why};"
+            f" fix: {check.fix}"
+        ]
+    holds = Check(_FEW_CUT, check.checked, check.of, note=note)
+    return replace(contract, checks=(*others, holds), warnings=tuple(warnings))
+
+
+def _fix_cut_answers(tokens: TokenSet, position_limit: int | None) -> str:
+    """The ways on from answers without their end: a seq_len that would do, no such rows, or such
+    answers."""
+    counts = tokens.counts
+    seq_len = int(tokens.longest_sequences.max(initial=0))
+    # A dict: the two lengths may be equal, and are then named once.
+    lengths = {
+        counts.longest_of_99: "fits 99 % of the rows",
+        counts.longest: "fits the longest row",
+    }
+    fixes = []
+    for length, what_fits in lengths.items():
+        is_possible = position_limit is None or length <= position_limit
+        if seq_len < length and is_possible:
+            fixes.append(f"data.seq_len={length} ({what_fits})")
+    if not fixes and position_limit is not None and seq_len < position_limit:
+        fixes.append(f"data.seq_len={position_limit} (the model's maximum)")
+    # Dropping is a way only if rows are left.
+    if counts.cut < counts.kept:
+        fixes.append("data.too_long=drop")
+    fixes.append("data.allow_cut_answers=true")
+    return ", or ".join(fixes)
+
+
+def _chunks(tokens: TokenSet) -> Iterator[_Chunk]:
+    first_of_source = 0
+    for source in tokens.parts:
+        leaks = np.zeros(len(source), np.bool_)
+        leaks[list(source.leaks)] = True
+        empties = np.zeros(len(source), np.bool_)
+        empties[list(source.empties)] = True
+        offsets = source.arrays.offsets
+        first = 0
+        while first < len(source):
+            stop = int(np.searchsorted(offsets, offsets[first] + _CHUNK, side="right")) - 1
+            # At least one example, also where it alone is longer.
+            stop = min(max(stop, first + 1), len(source))
+            arrays = source.arrays.part(first, stop)
+            yield _Chunk(
+                first=first_of_source + first,
+                arrays=arrays,
+                offsets=arrays.sequence_offsets(),
+                leaks=leaks[first:stop],
+                empties=empties[first:stop],
+                has_answers=source.has_answers,
+            )
+            first = stop
+        first_of_source += len(source)
+
+
+def _rows_without_target(chunk: _Chunk) -> _Faults:
+    """The first token does not count, because nothing predicts it."""
+    predicted = chunk.arrays.trained.astype(np.int64)
+    predicted[chunk.starts] = 0
+    supervised_per_row = np.add.reduceat(predicted, chunk.starts)
+    return _Faults(len(chunk.starts), chunk.starts[supervised_per_row == 0])
+
+
+def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
+    """The second BOS of each."""
+    if bos is None:
+        return _Faults(0, chunk.starts[:0])
+    ids = chunk.arrays.ids
+    second = np.minimum(chunk.starts + 1, len(ids) - 1)
+    has_second = np.diff(chunk.offsets) > 1
+    has_two = (ids[chunk.starts] == bos) & (ids[second] == bos) & has_second
+    return _Faults(len(chunk.starts), second[has_two])
+
+
+def _supervised_prompts(chunk: _Chunk) -> _Faults:
+    """The first supervised token of a row that supervises its first token, or its prompt as
+    rendered apart.
+    """
+    trained = chunk.arrays.trained
+    leaks = chunk.leaks[chunk.examples_of(chunk.starts)]
+    leaking = chunk.starts[trained[chunk.starts] | leaks].tolist()
+    first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
+    return _Faults(len(chunk.starts), np.asarray(first_trained, np.int64))
+
+
+def _tokens_beyond(chunk: _Chunk, vocab: int) -> _Faults:
+    ids = chunk.arrays.ids
+    return _Faults(len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
+
+
+def _pairs_alike(chunk: _Chunk) -> _Faults:
+    """Pairs whose prompts differ, or whose answers do not: the first token where that is seen."""
+    pairs = np.flatnonzero(chunk.arrays.firsts)
+    faults = []
+    for pair in pairs.tolist():
+        chosen, rejected = chunk.arrays.example(pair).parts()
+        first, second = (part.ids[: int(np.argmax(part.trained))] for part in (chosen, rejected))
+        if not np.array_equal(first, second) or np.array_equal(chosen.ids, rejected.ids):
+            start = int(chunk.arrays.offsets[pair])
+            faults.append(start + len(chosen.ids) + len(second))
+    return _Faults(len(pairs), np.asarray(faults, np.int64))
+
+
+def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
+    """The end token of each answer of which nothing else is supervised, but of empty ones."""
+    if not chunk.has_answers:
+        return _Faults(0, chunk.starts[:0])
+    trained = chunk.arrays.trained
+    is_row_start = np.zeros(len(trained), np.bool_)
+    is_row_start[chunk.starts] = True
+    follows_trained = np.append(False, trained[:-1]) & ~is_row_start
+    answer_starts = np.flatnonzero(trained & ~follows_trained)
+    # What a template writes behind the end token may be supervised too, and is no answer.
+    faults = answer_starts[np.isin(chunk.arrays.ids[answer_starts], end_ids)]
+    faults = faults[~chunk.empties[chunk.examples_of(faults)]]
+    return _Faults(len(answer_starts), faults)
+
+
+def _answers_without_end(
+    chunk: _Chunk, end_ids: list[int], earlier_end_ids: list[int]
+) -> tuple[_Faults, _Faults]:
+    """The last token of each supervised stretch that ends no answer; those cut at seq_len apart.
+
+    earlier_end_ids: as of a template; these stand behind a stretch.
+    """
+    # Rows stand behind each other in one array; a stretch also ends where its row does.
+    ids = chunk.arrays.ids
+    is_row_end = np.zeros(len(ids), np.bool_)
+    is_row_end[chunk.offsets[1:] - 1] = True
+    # The token after a supervised one is not supervised: the stretch ends there.
+    next_trained = np.append(chunk.arrays.trained[1:], False)
+    is_stretch_end = chunk.arrays.trained & (is_row_end | ~next_trained)
+    stretch_ends = np.flatnonzero(is_stretch_end)
+    next_ids = np.append(ids[1:], -1)
+    ends_answer = np.isin(ids[stretch_ends], end_ids)
+    # In the middle of a row the end token may be the next one, which is not supervised.
+    ends_answer |= ~is_row_end[stretch_ends] & np.isin(next_ids[stretch_ends], earlier_end_ids)
+    stops = stretch_ends[~ends_answer]
+
+    # At the end of a row, what the template writes after an end token may be supervised too.
+    examples = chunk.examples_of(stops)
+    ends_row = is_row_end[stops]
+    has_end_token = np.zeros(len(stops), np.bool_)
+    for back in range(1, _END_WINDOW_TOKENS):
+        earlier = stops - back
+        is_in_row = earlier >= chunk.starts[chunk.sequences_of(stops)]
+        # Indices before the array are clamped to 0; `is_in_row` rules them out.
+        is_end_token = np.isin(ids[np.maximum(earlier, 0)], end_ids)
+        has_end_token |= ends_row & is_in_row & is_end_token
+
+    is_cut_off = ends_row & chunk.arrays.truncated[examples] & ~has_end_token
+    # A document ends in its last example alone.
+    has_end_token |= ends_row & chunk.arrays.continued[examples]
+    unfinished = int(is_cut_off.sum()) + int(chunk.arrays.continued.sum())
+    ended = _Faults(len(stretch_ends) - unfinished, stops[~has_end_token & ~is_cut_off])
+    if not chunk.has_answers:
+        return ended, _Faults(0, chunk.starts[:0])
+    return ended, _Faults(len(chunk.starts), stops[is_cut_off])
+
+
+def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int, at: int) -> str:
+    """The decoded tokens around one of them, which stands in brackets."""
+    ids = tokens[example].ids.tolist()
+    left = max(0, at - _EXCERPT_SIDE_TOKENS)
+    right = min(len(ids), at + _EXCERPT_SIDE_TOKENS + 1)
+    text = ""
+    for position in range(left, right):
+        id_ = ids[position]
+        in_vocabulary = 0 <= id_ < len(tokenizer)
+        piece = tokenizer.decode([id_]) if in_vocabulary else f"<{id_}>"
+        text += f"⟦{piece}⟧" if position == at else piece
+    if left:
+        text = f"…{text}"
+    if right < len(ids):
+        text = f"{text}…"
+    # Line breaks and control characters would break the line of the report.
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    return "".join(shown)

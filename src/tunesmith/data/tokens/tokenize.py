@@ -1,0 +1,308 @@
+"""Rows -> tokens and loss mask, once: they are stored in the token cache (`cache.py`)."""
+
+import hashlib
+import itertools
+import json
+import logging
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.rows.bad_rows import BadRows, error_of_sources
+from tunesmith.data.source.open_source import Rows, count_characters
+from tunesmith.data.source.table import Row
+from tunesmith.data.text.example import Example
+from tunesmith.data.text.template import Template
+from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
+from tunesmith.data.tokens.documents import DocumentSplitter, truncated_example
+from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
+from tunesmith.data.tokens.token_set import (
+    SourceTokens,
+    TokenCounts,
+    TokenSet,
+    TooLong,
+    count_tokens,
+)
+from tunesmith.data.tokens.workers import encode_batches
+from tunesmith.errors import DataError, TunesmithError
+from tunesmith.host.logger import logged_if_slow
+from tunesmith.host.streams import is_terminal, visible
+
+log = logging.getLogger(__name__)
+
+# Raise it when the same rows would give other tokens, or an entry of the cache has another form.
+TOKENS_VERSION = 12
+# Rows handed to the tokenizer at once, and the characters after which no further row joins them:
+# tokenizing takes some 50 bytes of memory a character.
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 4 << 20
+
+
+class _RefusedRowsError(Exception):
+    """The bad rows of one source, until those of the others are known."""
+
+    def __init__(self, bad: BadRows) -> None:
+        super().__init__()
+        self.bad = bad
+
+
+def tokenize(
+    sources: Sequence[tuple[Source, Rows]],
+    data: Data,
+    template: Template,
+    *,
+    cache: Path | None,
+    what: str,
+    only_cached: bool = False,
+) -> TokenSet:
+    """Tokenize one side, `what`, as `tokenize_sides` does."""
+    sides = {what: sources}
+    return tokenize_sides(sides, data, template, cache=cache, only_cached=only_cached)[what]
+
+
+def tokenize_sides(
+    sides: Mapping[str, Sequence[tuple[Source, Rows]]],
+    data: Data,
+    template: Template,
+    *,
+    cache: Path | None,
+    only_cached: bool = False,
+) -> dict[str, TokenSet]:
+    """Tokenize all rows of some sources, or take them from the cache.
+
+    Args:
+        sides: `train` or `validation`, for progress -> rows and how to read them; the weights
+            become `TokenSet.repeats`.
+        data: gives seq_len, train_on, too_long and system.
+        cache: folder of the cache, None for none.
+
+    Raises:
+        DataError: some rows cannot be read or rendered; it lists those of all sources.
+        LookupError: `only_cached`, and the cache lacks one.
+    """
+    token_sets = {}
+    refused = []
+    for what, sources in sides.items():
+        parts = []
+        for source, rows in sources:
+            title = f"tokenize {what}: {rows.name}"
+            make = partial(_tokenize_rows, rows, source, data, template, title)
+            try:
+                if cache is None:
+                    arrays, about = make(TokenWriter(None))
+                else:
+                    # The key holds what changes tokens; other keys of the recipe may change freely.
+                    key = _cache_key(rows, source, data, template)
+                    arrays, about = cached_tokens(cache, key, None if only_cached else make)
+            except _RefusedRowsError as error:
+                refused.append(error.bad)
+                continue
+            counts = TokenCounts(
+                source=source.source,
+                **about["counts"],
+                available=rows.available,
+                taken=_keys_that_select(source, data, what),
+            )
+            tokens = SourceTokens(
+                arrays,
+                counts,
+                rows,
+                weight=source.weight,
+                leaks=tuple(about["reached"]),
+                empties=tuple(about["empties"]),
+                has_answers=data.train_on != "all" and source.format != "text",
+                too_long=too_long_of(source, data),
+                source=source,
+            )
+            parts.append(tokens)
+        token_sets[what] = TokenSet(parts)
+    if refused:
+        raise error_of_sources(refused)
+    return token_sets
+
+
+def _keys_that_select(source: Source, data: Data, what: str) -> str:
+    """The recipe's keys that take some of a source's rows."""
+    # Rows that are held out come from data.train, from which others were left out before.
+    is_of_train = what == "train" or data.hold_out is not None
+    values = {
+        "split": source.split,
+        "max_examples": source.max_examples,
+        "data.leave_out": (", ".join(data.leave_out) or None) if is_of_train else None,
+        "data.hold_out": data.hold_out,
+    }
+    return ", ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
+
+
+def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> str:
+    import transformers
+
+    settings = {
+        "version": TOKENS_VERSION,
+        "transformers": transformers.__version__,
+        "rows": rows.digest(),
+        "format": [source.format, sorted(source.columns.items()), data.system],
+        "template": [template.name, template.jinja, sorted(template.end_ids)],
+        "tokenizer": template.tokenizer_hash,
+        "limits": [data.seq_len, too_long_of(source, data), data.train_on],
+        "bad rows": data.bad_rows,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def too_long_of(source: Source, data: Data) -> TooLong:
+    """Choose what becomes of a source's rows that are longer than `data.seq_len`."""
+    if data.too_long != "auto":
+        return data.too_long
+    # An answer without its beginning would be learned from nothing; a document's parts are text.
+    return "split" if source.format == "text" else "truncate"
+
+
+def _tokenize_rows(
+    rows: Rows, source: Source, data: Data, template: Template, title: str, writer: TokenWriter
+) -> TokenEntry:
+    """Tokenize all rows of a source; their arrays, and what a cache holds beside them."""
+    counts = Counter[str]()
+    leaks: list[int] = []
+    empties: list[int] = []
+    # How many rows each name fits, and the first of them.
+    warnings: dict[str, list[int]] = {}
+    unread: dict[str, list[int]] = {}
+    control_tokens: dict[str, list[int]] = {}
+    bad = BadRows(len(rows))
+    lengths = array("q")
+    splitter = DocumentSplitter(writer, rows, data.seq_len, template)
+    too_long = too_long_of(source, data)
+    encode = RowEncoder(template, source, data.system, data.train_on)
+    slow = f"{title}: the template is rendered for each of {len(rows):,} rows"
+    with logged_if_slow(log, slow), closing(_encode_rows(rows, encode, title)) as encoded_rows:
+        for i, where, row in encoded_rows:
+            if isinstance(row, DataError):
+                bad.add(i, where, row)
+                continue
+            if row.prompt != "unchecked":
+                counts["prompts_apart" if row.prompt == "apart" else "prompts"] += 1
+            if row.prompt == "supervised":
+                leaks.append(len(writer))
+            if row.has_empty_answer:
+                empties.append(len(writer))
+            _count_names(warnings, row.warnings, i)
+            _count_names(unread, row.unread, i)
+            _count_names(control_tokens, sorted(row.example.control_tokens), i)
+            lengths.append(row.example.longest_sequence)
+            if too_long == "split":
+                splitter.add(row.example, i)
+            else:
+                _add_example(row.example, i, where, data, too_long, writer, counts)
+    # Rows are read again in training: a file that changed meanwhile would give others.
+    rows.check_unchanged()
+    # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
+    if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
+        raise _RefusedRowsError(bad)
+    arrays = writer.arrays()
+    if lengths:
+        counts["longest"] = max(lengths)
+        counts["longest_of_99"] = int(np.quantile(lengths, 0.99, method="higher"))
+    about = {
+        "rows": len(rows),
+        **count_tokens(arrays),
+        **counts,
+        "digest": arrays.sha256(),
+        "flaws": warnings,
+        "unread": unread,
+        "control_tokens": control_tokens,
+        "bad": len(bad),
+        "bad_rows": bad.first,
+    }
+    return arrays, {"counts": about, "reached": leaks, "empties": empties}
+
+
+def _count_names(counts: dict[str, list[int]], names: Iterable[str], row: int) -> None:
+    """Count a row for each of some names; the first row of a name is kept."""
+    for name in names:
+        counts.setdefault(name, [0, row])[0] += 1
+
+
+def _add_example(
+    example: Example,
+    row: int,
+    where: str,
+    data: Data,
+    too_long: TooLong,
+    writer: TokenWriter,
+    counts: Counter[str],
+) -> None:
+    """Write one example, each of its sequences cut at seq_len, or count why it is left out."""
+    length = example.longest_sequence
+    if length <= data.seq_len:
+        writer.add(example, row)
+        return
+    if too_long == "error":
+        raise DataError(
+            f"the row has {length} tokens, and data.seq_len is {data.seq_len}",
+            where=where,
+            why="data.too_long is error",
+            fix=f"data.seq_len={length}, or data.too_long=truncate or drop",
+        )
+    if too_long == "drop":
+        counts["dropped"] += 1
+        counts["dropped_tokens"] += len(example.ids)
+        return
+    truncated = truncated_example(example, data.seq_len)
+    if truncated is None:
+        counts["emptied"] += 1
+        counts["dropped_tokens"] += len(example.ids)
+        return
+    counts["cut_tokens"] += len(example.ids) - len(truncated.ids)
+    writer.add(truncated, row, truncated=True)
+
+
+def _encode_rows(
+    rows: Rows, encode: RowEncoder, title: str
+) -> Generator[tuple[int, str, EncodedRow | DataError], None, None]:
+    """All rows of a source as (row, place, example), hundreds handed to the tokenizer at once."""
+    indices: Iterable[int] = range(len(rows))
+    if is_terminal(sys.stderr):
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        # A file's name may hold what is markup.
+        shown = escape(visible(title))
+        indices = track(indices, description=shown, console=console, transient=True)
+    else:
+        log.debug("%s", title)
+    for batch, examples in encode_batches(encode, _read_batches(rows, indices), rows=len(rows)):
+        yield from zip(itertools.count(batch.first), batch.places, examples, strict=False)
+
+
+def _read_batches(rows: Rows, indices: Iterable[int]) -> Iterator[RowBatch]:
+    """All rows, hundreds at once, or fewer where they are long."""
+    batch = RowBatch(0, [], [])
+    characters = 0
+    for i in indices:
+        # An error of a row before it is to be raised first.
+        try:
+            row: Row | TunesmithError = rows[i]
+            size = count_characters(row)
+        except TunesmithError as error:
+            row = error
+            size = 0
+        is_full = len(batch.rows) == _BATCH_ROWS or characters + size > _BATCH_CHARACTERS
+        if batch.rows and is_full:
+            yield batch
+            batch = RowBatch(i, [], [])
+            characters = 0
+        batch.rows.append(row)
+        batch.places.append(rows.where(i))
+        characters += size
+    if batch.rows:
+        yield batch
