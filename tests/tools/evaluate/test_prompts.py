@@ -123,7 +123,7 @@ def test_one_prompt_in_training_and_use(
     for name, content in tokenizer_files(tokenizer, template, tmp_path, tmp_path).items():
         (tmp_path / "final" / name).write_bytes(content)
     saved = AutoTokenizer.from_pretrained(tmp_path / "final")
-    run = replace(loaded.run, data=data)
+    run = replace(loaded.recipe, data=data)
     unanswered = {k: v for k, v in values.items() if k not in ("completion", "output")}
     unanswered |= {"messages": TURNS[:1]} if form == "messages" else {}
     # And the folder alone
@@ -133,7 +133,7 @@ def test_one_prompt_in_training_and_use(
     ):
         used = replace(
             loaded,
-            tokenizer=saved,
+            files=replace(loaded.files, tokenizer=saved),
             template=_template(location, saved, stops, tmp_path / "final"),
             location=location,
         )
@@ -292,5 +292,6 @@ def test_a_reference_has_composed_letters_where_the_tokenizer_makes_them(
     assert prompt_of(loaded, row).reference == "e\u0301"
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=CHATML, name="chat")
-    composing = replace(loaded, tokenizer=tokenizer, template=template)
+    files = replace(loaded.files, tokenizer=tokenizer)
+    composing = replace(loaded, files=files, template=template)
     assert prompt_of(composing, row).reference == "\u00e9"
