@@ -96,10 +96,7 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
-def sum_of_rows(x: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
-    """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width].
-
-    weights: of the rows: [n, k], in the dtype of x.
-    """
+def sum_of_rows(x: Tensor, places: Tensor) -> Tensor:
+    """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width]."""
     # One kernel, which reads each row once and adds up a token's in their order.
-    return F.embedding_bag(places, x, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(places, x, mode="sum")

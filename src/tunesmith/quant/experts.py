@@ -101,7 +101,9 @@ def _weighted_bias(module: Experts, chosen: Tensor, weights: Tensor) -> Tensor:
     """
     _, second = module.stack_names
     bias = module.bias(second)
-    return sum_of_rows(bias, chosen, weights.to(bias.dtype))
+    # A product: in bf16 a GPU's embedding_bag has no gradient for the weights.
+    weight_of_all = bias.new_zeros(len(chosen), len(bias))
+    return weight_of_all.scatter(1, chosen, weights.to(bias.dtype)) @ bias
 
 
 def _project(
