@@ -3,7 +3,6 @@
 example:
   tunesmith export runs/my-run --to gguf --output my-model.gguf
   tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
-  tunesmith export runs/my-run --to ollama --adapter --output my-adapter
   tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
   tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
@@ -13,7 +12,7 @@ grow with the model. If llama.cpp is installed (pip install xllamacpp), it must
 tokenize the run's prompts identically, and the KL divergence from the tuned
 model is printed. Without it nothing is checked.
 
-With --adapter they write the LoRA alone. Of a run on a .gguf file it is for
+With --adapter gguf writes the LoRA alone. Of a run on a .gguf file it is for
 that very file: both are checked together, and the command that serves them is
 printed.
 
@@ -55,15 +54,12 @@ MOST_TIMES = 1000  # larger factors are printed as this one
 SAME_CHANGE_FACTOR = 1.5  # changes within this factor count as equal
 # As in `export.gguf.types`, which a test compares; that module is not loaded to parse.
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-# Those whose rounding is too small to show in three answers.
-NEAREST = ("f32", "f16", "bf16", "q8_0")
 VLLM_QUANTS = ("bf16", "fp8")
 
 
 class ExportOptions(TypedDict):
     """The arguments that `export_gguf` and `export_adapter` share."""
 
-    for_ollama: bool
     force: bool
     threads: int | None
     check: bool
@@ -125,6 +121,9 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.adapter:
         check_not_given(args, ("quant",), "is for a whole model")
+        if args.to == "ollama":
+            fix = "--to gguf --adapter, or --to ollama without --adapter"
+            check_not_given(args, ("adapter",), "is for --to gguf or vllm", fix=fix)
     if args.to == "transformers":
         options = ("quant", "adapter", "force", "threads", "no_check", "device")
         check_not_given(args, options, "is for --to gguf, ollama or vllm")
@@ -151,7 +150,6 @@ def _export_gguf(args: argparse.Namespace) -> None:
 
     with ProgressCounter() as progress:
         options: ExportOptions = {
-            "for_ollama": args.to == "ollama",
             "force": args.force,
             "threads": args.threads,
             "check": not args.no_check,
@@ -165,6 +163,7 @@ def _export_gguf(args: argparse.Namespace) -> None:
                 args.run,
                 args.output,
                 quant=args.quant or DEFAULT_QUANT,
+                for_ollama=args.to == "ollama",
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
                 **options,
             )
@@ -259,8 +258,6 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     if check is None:
         print(f"not compared with the tuned model in llama.cpp ({exported.unchecked})")
         return
-    from tunesmith.tools.export.gguf.answers import answer_lines
-
     print(f"prompts: {check.prompts} of {check.prompts} have identical token ids in llama.cpp")
     what = f"{Path(exported.base).name} with the adapter" if exported.base else "the file"
     verdict = f"good: {what} is near the tuned model"
@@ -270,8 +267,6 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
     same = round(check.tuned.agreement * check.positions)
     print(f"  its most likely next token is the same at {same} of {check.positions} positions")
     print(f"  {_rounding(check)}")
-    for line in answer_lines(check.answers):
-        print(line)
     if not check.is_near and exported.base:
         notify(
             "warning: llama.cpp rounds activations for a quantized file, and the answers change; "
@@ -282,8 +277,6 @@ def print_check(args: argparse.Namespace, exported: "ExportedFile") -> None:
             "warning: rounding to so few bits changes what the model answers; "
             "use more: --quant q8_0, or f16"
         )
-    elif any(answer.differs_at for answer in check.answers) and exported.quant not in NEAREST:
-        notify("note: an answer differs; --quant q8_0 or f16 is nearer to the tuned model")
 
 
 def _rounding(check: "FileCheck") -> str:
@@ -320,32 +313,19 @@ def _next_command(args: argparse.Namespace, exported: "ExportedFile") -> str:
 
 
 def _share_lines(args: argparse.Namespace, exported: "ExportedFile") -> list[str]:
-    """List what a colleague needs of an exported file, and what to keep back."""
+    """List what a colleague needs of an exported file."""
     from tunesmith.inference.load_run import locate_run
-    from tunesmith.tools.export.record import record_path
 
-    file = Path(exported.file)
-    record = record_path(file)
-    answers = exported.check.answers if exported.check else ()
-    # Without rows sentences were continued, which have no reference.
-    has_rows = any(answer.reference is not None for answer in answers)
-    needed = shell_path(file)
+    needed = shell_path(Path(exported.file))
     if args.to == "ollama":
         needed = f"the folder {shell_path(Path(exported.output))}"
-        if has_rows:
-            needed += f" without {record.name}"
-        if exported.base:
-            needed += f", and {shell_path(Path(exported.base))}, which its Modelfile names"
     elif exported.base:
         needed += f" and {shell_path(Path(exported.base))}, the only base that it is for"
         if exported.chat_template:
             needed += f", with {shell_path(Path(exported.chat_template))}"
     elif args.adapter:
         needed += f" and BASE.gguf, its base {locate_run(args.run).base.name}"
-    lines = [f"to share: {needed}; the command above starts it"]
-    if has_rows:
-        lines.append(f"do not share: {shell_path(record)}, which contains rows of your data")
-    return lines
+    return [f"to share: {needed}; the command above starts it"]
 
 
 def _export_sharded(args: argparse.Namespace) -> None:

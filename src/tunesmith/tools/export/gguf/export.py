@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PretrainedConfig
 
 from tunesmith.checkpoint.manifest import digest_of_file
@@ -50,7 +49,6 @@ from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
-    ADAPTER_FILE_ENDING,
     OTHER_DISK,
     gguf_place,
     move_into_place,
@@ -61,10 +59,6 @@ from tunesmith.tools.export.streamed_model import Values
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
 DEFAULT_QUANT = "q4_k_m"
-OLLAMA_NOTE = (
-    "Ollama renders chats by the base's template, without the run's form of tools, or by one of "
-    "its own that is nearly the same; compare its answers with llama-server's"
-)
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -183,7 +177,6 @@ def export_adapter(
     path: str | Path,
     output: str | Path,
     *,
-    for_ollama: bool = False,
     force: bool = False,
     threads: int | None = None,
     check: bool = True,
@@ -195,13 +188,13 @@ def export_adapter(
     Where the run's base is a GGUF file, the adapter is for that very file and no other, and the two
     together are compared with the tuned model.
 
-    Args: as of `export_gguf`; for Ollama a folder whose Modelfile names both files.
+    Args: as of `export_gguf`.
 
-    Raises: as `export_gguf`; UsageError where the run has no adapter, or for Ollama no GGUF file as
-        base; ModelError where the base is not the file that the run was trained on.
+    Raises: as `export_gguf`; UsageError where the run has no adapter; ModelError where the base is
+        not the file that the run was trained on.
     """
     location = locate_run(path)
-    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
+    goal = gguf_place(output, location, is_folder=False, force=force)
     folder = location.folder
     if location.holds != "adapter" or folder is None:
         raise UsageError(
@@ -209,14 +202,10 @@ def export_adapter(
         )
     place = torch.device(select_device(device))
     threads = threads or available_cores()
-    file_name = f"{goal.name}-{ADAPTER_FILE_ENDING}.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
         _check_text_model(read.files.config)
         base = _find_gguf_base(read)
-        chat_template = _other_template(read) if base else None
-        if for_ollama:
-            _check_for_ollama(read, base)
         tuned = open_tuned_model(read)  # checks that base and adapter fit
         with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
             weights = {}
@@ -230,18 +219,16 @@ def export_adapter(
             added_tokens=len(read.recipe.model.added_tokens),
             base=base,
         )
-        require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
+        require_disk_space(goal, plan.size, what=goal.name, fix=OTHER_DISK)
         with part_folder(goal) as part:
-            file = part / file_name
+            file = part / goal.name
             _write(plan, file, threads, None)
-            if for_ollama and base is not None:
-                write_modelfile(part, modelfile_text(str(base.file), read, file_name))
             result = None
             unchecked = _why_unchecked(check)
             if base is None:
                 unchecked = "the GGUF file of its base is not known"
             elif not unchecked:
-                with _rejected(goal, part if for_ollama else file):
+                with _rejected(goal, file):
                     result = check_file(
                         base.file,
                         tuned,
@@ -260,17 +247,17 @@ def export_adapter(
                 is_whole=False,
                 base=base,
             )
-            _place(file, record, goal, is_folder=for_ollama)
+            _place(file, record, goal, is_folder=False)
     return ExportedFile(
         str(output),
-        str(Path(output) / file_name if for_ollama else output),
+        str(output),
         "f16",
         plan.size,
-        (*plan.notes, *([OLLAMA_NOTE] if for_ollama else [])),
+        plan.notes,
         result,
         unchecked,
         base=str(base.file) if base else None,
-        chat_template=chat_template,
+        chat_template=_other_template(read) if base else None,
     )
 
 
@@ -331,45 +318,6 @@ def _other_template(read: OpenedRun) -> str | None:
     base = read.files.folder / CHAT_TEMPLATE
     is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
     return str(saved) if is_other else None
-
-
-def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
-    """UsageError where Ollama, which takes the template of the base, would not render chats as in
-    training."""
-    why = ""
-    if base is None:
-        why = f"the base, {read.location.base.name}, is not a GGUF file, which Ollama needs"
-    elif not _renders_alike(read):
-        why = f"{base.file.name} has another chat template than the run"
-    if why:
-        raise UsageError(
-            "Ollama cannot serve this adapter",
-            where="--to ollama --adapter",
-            why=why,
-            fix="--to gguf --adapter, or --to ollama without --adapter",
-        )
-
-
-def _renders_alike(read: OpenedRun) -> bool:
-    """Tell whether the templates of a run and of its base render chats without tools alike."""
-    base = read.files.folder / CHAT_TEMPLATE
-    templates = [read.files.tokenizer.chat_template, base.read_text() if base.is_file() else None]
-    user = {"role": "user", "content": "Hi"}
-    answer = {"role": "assistant", "content": "Yes?"}
-    for chat in ([user], [user, answer, user], [{"role": "system", "content": "Be brief"}, user]):
-        texts = set()
-        for template in templates:
-            try:
-                text = read.files.tokenizer.apply_chat_template(
-                    chat, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
-            # There is none, or it refuses a system message.
-            except (ValueError, TemplateError):
-                text = None
-            texts.add(text)
-        if len(texts) > 1:
-            return False
-    return True
 
 
 def _move_with_record(file: Path, goal: Path) -> None:
