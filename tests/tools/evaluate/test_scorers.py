@@ -11,7 +11,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 from errors import refuses
@@ -26,7 +25,6 @@ from tunesmith.tools.evaluate.scorers import (
 )
 from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, CallReader, learn_call_form
 
-DRAFT = "http://json-schema.org/draft-07/schema#"
 CASES = [json.loads(line) for line in Path(__file__).with_name("cases.jsonl").open()]
 
 # CALL_PROBE as the templates of these families write it
@@ -202,78 +200,6 @@ def test_a_pattern_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
     with refuses(RunError, names=["0.2 seconds"]) as stopped:
         score_answer(scorer, "a" * 40 + "b", row(r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$"))
     assert stopped.value.where == "held.jsonl:3"
-
-
-ENDLESS = r"^(\w|\w\w)+\d$"
-
-
-@pytest.mark.parametrize(
-    ("schema", "answer"),
-    [
-        ({"pattern": ENDLESS}, f'"{"a" * 60}!"'),
-        ({"$schema": DRAFT, "items": {"$ref": "#"}, "pattern": ENDLESS}, f'["{"a" * 60}!"]'),
-        (
-            {"properties": {"a": {"$schema": DRAFT, "pattern": ENDLESS}}},
-            f'{{"a": "{"a" * 60}!"}}',
-        ),
-        (
-            {"$ref": "#/$defs/x", "$defs": {"x": {"$schema": DRAFT, "pattern": ENDLESS}}},
-            f'"{"a" * 60}!"',
-        ),
-        ({"patternProperties": {ENDLESS: {"type": "string"}}}, f'{{"{"a" * 60}!": 1}}'),
-        (
-            {"patternProperties": {ENDLESS: {}}, "additionalProperties": False},
-            f'{{"{"a" * 60}!": 1}}',
-        ),
-    ],
-)
-def test_a_pattern_without_end_in_a_schema_is_stopped(
-    monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any], answer: str
-) -> None:
-    monkeypatch.setattr(text, "REGEX_SECONDS", 0.2)
-    (scorer,) = select_scorers(["json"])
-    with refuses(RunError, names=["0.2 seconds"], where="held.jsonl:3"):
-        score_answer(scorer, answer, row("1", row={"schema": schema}))
-    # In the row's own answer it is found before any model answers.
-    with refuses(DataError, names=["0.2 seconds"], where="held.jsonl:3, schema"):
-        scorer.check(row(answer, row={"schema": schema}))
-
-
-@pytest.mark.parametrize(
-    ("schema", "fitting", "others"),
-    [
-        ({"$schema": DRAFT, "pattern": "^a+$"}, ['"aa"', "1"], ['"ab"']),
-        (
-            {"patternProperties": {"^n_": {"type": "number"}}, "properties": {"b": True}},
-            ['{"n_a": 1, "b": "c", "d": 1}'],
-            ['{"n_a": "1"}'],
-        ),
-        (
-            {
-                "patternProperties": {"^n_": True},
-                "properties": {"b": True},
-                "additionalProperties": False,
-            },
-            ['{"n_a": 1, "b": 2}', "{}", "[1]"],
-            ['{"c": 1}', '{"n_a": 1, "c": 1}'],
-        ),
-        (
-            {"additionalProperties": {"type": "string", "pattern": "^a"}},
-            ['{"c": "ab"}'],
-            ['{"c": "b"}', '{"c": 1}'],
-        ),
-    ],
-)
-def test_patterns_of_a_schema_mean_what_jsonschema_says(
-    schema: dict[str, Any], fitting: list[str], others: list[str]
-) -> None:
-    plain = jsonschema.validators.validator_for(
-        schema, default=jsonschema.validators.Draft202012Validator
-    )(schema)
-    ours = json_fields.schema_validator(schema)
-    for answer in (*fitting, *others):
-        value = json.loads(answer)
-        assert json_fields.fits(ours, value) == plain.is_valid(value) == (answer in fitting)
 
 
 def test_a_schema_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

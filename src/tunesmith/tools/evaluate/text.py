@@ -8,8 +8,6 @@ script, v2) and ROUGE-L's F-measure as the package rouge_score computes it witho
 import re
 import string
 from collections import Counter
-from functools import lru_cache
-from typing import Any
 
 import regex
 
@@ -30,21 +28,13 @@ def contains(answer: str, reference: str) -> float:
 
 
 def matches(answer: str, pattern: str) -> float:
-    """1 if the pattern matches somewhere in the answer (`^` and `$` tie it to its ends)."""
-    return float(search(pattern.strip(), answer.strip()))
+    """1 if the pattern matches somewhere in the answer (`^` and `$` tie it to its ends).
 
-
-def search(pattern: str, value: str) -> bool:
-    """Tell whether a pattern matches somewhere; TimeoutError where that takes longer than
-    REGEX_SECONDS."""
-    return compile_pattern(pattern).search(value, timeout=REGEX_SECONDS) is not None
-
-
-@lru_cache(maxsize=1024)
-def compile_pattern(pattern: str) -> Any:
-    """A pattern of `regex`, which reads those of `re` and can be stopped; regex.error if it is
-    none."""
-    return regex.compile(pattern)
+    It is one of `regex`, which reads those of `re` and can be stopped: TimeoutError where that
+    takes longer than REGEX_SECONDS.
+    """
+    found = regex.search(pattern.strip(), answer.strip(), timeout=REGEX_SECONDS)
+    return float(found is not None)
 
 
 def token_f1(answer: str, reference: str) -> float:
