@@ -4,13 +4,11 @@ under "needs nothing".
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from importers.test_import import why_unknown
 from tunesmith.cli.main import main
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
@@ -96,51 +94,18 @@ def test_deepspeeds_offload_is_carried(offload: dict[str, str], tmp_path: Path) 
     assert run.train.cpu_offload == ("parameters",)
 
 
-JSON = {
-    "gradient_accumulation_steps": 4, "gradient_clipping": 0.5,
-    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
-}  # fmt: skip
-
-
-def test_deepspeeds_own_file_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(JSON, indent="\t"))
-    run = import_values(
-        tmp_path, ACCELERATE | {"deepspeed_config": {"deepspeed_config_file": "ds.json"}}, *EXTENDS
-    )
-    assert run is not None
-    assert (run.train.cpu_offload, run.train.clip_norm, run.parallel.shard) == (
-        ("parameters",),
-        0.5,
-        2,
-    )
-    differs, _ = parts(capsys)
-    assert "deepspeed_config_file.gradient_accumulation_steps: 4" in differs
-    run = import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, "--force", *ROWS)
-    assert run is not None
-    assert run.train.cpu_offload == ("parameters",)
-    assert why_unknown(tmp_path) not in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "values",
     [LLAMAFACTORY | {"deepspeed": "gone.json"}, AXOLOTL | {"deepspeed": "gone.json"}],
     ids=str,
 )
-def test_deepspeeds_file_that_is_not_here_is_named(
+def test_deepspeeds_own_file_is_named(
     values: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import_values(tmp_path, values, *ROWS)
     differs, _ = parts(capsys)
     assert "gone.json" in differs
     assert "train.cpu_offload=[parameters]" in differs
-
-
-def test_deepspeeds_file_that_is_no_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "ds.json").write_text("{zero: 3")
-    import_values(tmp_path, LLAMAFACTORY | {"deepspeed": "ds.json"}, *ROWS, code=2)
-    assert "ds.json" in capsys.readouterr().err
 
 
 def test_fsdps_offload_as_words(tmp_path: Path) -> None:

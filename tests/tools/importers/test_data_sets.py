@@ -129,19 +129,6 @@ def test_a_cross_entropy_of_torchtune_needs_nothing(loss: str, tmp_path: Path) -
     assert not notes["loss._component_"].differs
 
 
-def test_data_sets_of_torchtune_that_train_on_other_parts_differ(tmp_path: Path) -> None:
-    chat = {"_component_": "torchtune.datasets.chat_dataset", "source": "d/d"}
-    datasets = [
-        {**chat, "train_on_input": False},
-        {**chat, "train_on_input": True},
-        {**chat, "train_on_input": False},
-    ]
-    values = BASES["torchtune"] | {"dataset": datasets}
-    notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
-    assert notes["dataset.1.train_on_input"].differs
-    assert not notes["dataset.2.train_on_input"].differs
-
-
 def test_betas_of_torchtune(tmp_path: Path) -> None:
     values = BASES["torchtune"] | {"optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]}}
     recipe = translated_text("torchtune", json.dumps(values), tmp_path)

@@ -2,26 +2,20 @@
 adapter, intervals.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.config.check import METHOD_FORMATS
-from tunesmith.errors import UsageError, first_line
+from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
-from tunesmith.tools.importers.source_config import json_leaves, nearby, table
+from tunesmith.tools.importers.source_config import table
 from tunesmith.tools.importers.translation import FALSE_WORDS, TRUE_WORDS, Translation
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
 NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
-_COLUMNS_OF_OWN_PROMPTS = {
-    "alpaca": ("instruction", "input", "output", "system"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "feedback": ("prompt", "completion", "label"),
-}
 _LORA_KEYS = (
     "lora_rank",
     "lora_alpha",
@@ -217,7 +211,14 @@ def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], metho
     inner = recipe.find_below(type_key)
     if inner:
         why = "a prompt text of its own is not supported"
-        raise recipe.error(inner[0], why, _fix_own_prompt(recipe, entry, type_key, method))
+        source = shell_word(f"data.train.source={_source_names(recipe, entry)[0]}")
+        words = f"{source} data.train.format={METHOD_FORMATS.get(method, 'alpaca')}"
+        names = [key for key in inner if ".field_" in key]
+        columns = ", ".join(f"{key.rpartition('field_')[2]}: {recipe.get(key)}" for key in names)
+        if columns:
+            words += f" {shell_word(f'data.train.columns={{{columns}}}')}"
+        fix = f"name the columns: {words}; the text around them is data.template: a Jinja file"
+        raise recipe.error(inner[0], why, fix)
     named_type = str(recipe.get(type_key) or rows_table["silent"])
     # What learns from preferences has types with a module or a template in front, or a name behind.
     pattern = r"(.*\.)?{}" if method == "sft" else r"(.*\.)?{}\b.*"
@@ -225,23 +226,6 @@ def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], metho
         if re.fullmatch(pattern.format(type_), named_type):
             return type_
     raise recipe.error(type_key, f"known are {', '.join(types)}", NAME_ROWS)
-
-
-def _fix_own_prompt(recipe: Translation, entry: str, type_key: str, method: str) -> str:
-    """Write what replaces Axolotl's mapping of columns and texts as the type of a data set."""
-    source = _source_names(recipe, entry)[0]
-    format_ = METHOD_FORMATS.get(method, "alpaca")
-    columns = {}
-    for ours in _COLUMNS_OF_OWN_PROMPTS[format_]:
-        column = recipe.get(f"{type_key}.field_{ours}")
-        if column and column != ours:
-            columns[ours] = column
-    words = [f"data.train.source={source}", f"data.train.format={format_}"]
-    if columns:
-        listed = ", ".join(f"{ours}: {column}" for ours, column in columns.items())
-        words.append(f"data.train.columns={{{listed}}}")
-    command = " ".join(map(shell_word, words))
-    return f"name the columns: {command}; the text around them is data.template: a Jinja file"
 
 
 def _source_names(recipe: Translation, entry: str) -> list[Any]:
@@ -268,37 +252,6 @@ def _check_bare_paths(recipe: Translation, part: str, prefix: str) -> None:
     words = f"{shell_word(f'{source}={paths[0]}')} data.{part}.format=messages"
     fix = f"set the format: {words} (or alpaca, ...)"
     raise recipe.error(prefix, "a path does not define the row format", fix)
-
-
-def read_deepspeed(recipe: Translation) -> None:
-    """Take the keys of DeepSpeed's own JSON file beside those of the file that names it."""
-    key = recipe.find("deepspeed_file")
-    if key is None or not isinstance(key.value, str) or not key.value:
-        return
-    path = nearby(recipe.source.base, key.value)
-    if path is None:
-        why = (
-            "this file is not here: if it offloads to the CPU, give train.cpu_offload=[parameters]"
-        )
-        if recipe.source.tool == "accelerate":
-            why += "; if it accumulates gradients, give train.global_batch"
-        recipe.note("deepspeed_file", why)
-        return
-    try:
-        values = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{key.key}: {path.name} is not a JSON file of DeepSpeed",
-            where=str(path),
-            why=first_line(error),
-            fix="fix it, or remove the key",
-        ) from None
-    for leaf in json_leaves(values, key.key, path.name):
-        recipe.source.keys[leaf.key] = leaf
-        part = leaf.key.removeprefix(f"{key.key}.").partition(".")[0]
-        if part in ("optimizer", "scheduler") and leaf.value != "auto":
-            why = "DeepSpeed's own optimizer and schedule are built there; set train.* to match"
-            recipe.note_key(leaf, why, differs=True)
 
 
 def _packs(recipe: Translation) -> bool:

@@ -4,7 +4,7 @@ All three train with TRL's trainers or code derived from them, so that a number 
 the same. The part `preferences` of a tool's table has its defaults, by trainer.
 """
 
-from typing import Any
+from collections.abc import Collection
 
 from tunesmith.config.schema import METHOD_KEYS
 from tunesmith.tools.importers.source_config import TRL_TRAINERS
@@ -19,6 +19,10 @@ _LLAMAFACTORY_METHODS = {
     **dict.fromkeys(("sigmoid", "ipo", "hinge"), "dpo"),
     "orpo": "orpo",
     "simpo": "simpo",
+}
+_NUMBERS_OF_METHODS = {
+    "kto": ("desirable_weight", "undesirable_weight"),
+    "simpo": ("simpo_gamma",),
 }
 _WHOLE_SEQUENCE = "the prompt's tokens are in its cross-entropy there; here those of the answer"
 _NO_CROSS_ENTROPY = "the chosen answer's cross-entropy is added with this weight there; not here"
@@ -50,7 +54,7 @@ def trl_trainer(recipe: Translation) -> str:
         if marks == ["beta"]:
             why = "DPO, ORPO, KTO and CPO have it: here it is DPO; for another give method=NAME"
             recipe.note("beta", why)
-        return str(trainer)
+        return trainer
     return "sft"
 
 
@@ -63,25 +67,18 @@ def set_trl_method(recipe: Translation, trainer: str) -> str:
         if recipe.get("loss_type") in ("nll", "chunked_nll"):
             recipe.note("loss_type", "it is the cross-entropy", differs=False)
         return "sft"
-    recipe.defaults.update(recipe.table["preferences"]["defaults"][trainer])
     name = "simpo" if trainer == "cpo" else trainer
-    if trainer == "cpo":
-        _require(recipe, "loss_type", ("simpo",))
-    elif trainer == "kto":
-        _require(recipe, "loss_type", ("kto",))
-    set_method(recipe, name, "loss_type")
-    if trainer == "dpo":
+    _set_method(recipe, name, trainer, "loss_type")
+    if name in ("simpo", "kto"):
+        require_value(recipe, "loss_type", (name,))
+    if name == "dpo":
         _set_trl_losses(recipe)
     if name == "simpo":
         _note_cross_entropy(recipe)
-        recipe.carry("simpo_gamma")
         if recipe.number("label_smoothing"):
             recipe.note("label_smoothing", _OTHER_SMOOTHING)
     if name == "orpo":
         recipe.note("beta", _WHOLE_SEQUENCE)
-    if name == "kto":
-        recipe.carry("desirable_weight", "undesirable_weight")
-    _set_no_dropout(recipe)
     return name
 
 
@@ -91,18 +88,17 @@ def _set_trl_losses(recipe: Translation) -> None:
     weights = recipe.get("loss_weights") or [1.0] * len(losses)
     if not isinstance(weights, list):
         weights = [weights]
+    weight_of = dict(zip(losses, weights, strict=False))
     main = [loss for loss in losses if loss != "sft"]
-    if len(main) != 1 or main[0] not in _DPO_LOSSES or len(set(losses)) != len(losses):
-        losses_of_ours = ", ".join(_DPO_LOSSES)
-        fix = f"one of {losses_of_ours}, optionally with sft"
+    if len(main) != 1 or main[0] not in _DPO_LOSSES or len(weight_of) < len(losses):
+        fix = f"one of {', '.join(_DPO_LOSSES)}, optionally with sft; one weight per loss"
         raise recipe.error("loss_type", "it has no counterpart here", fix)
-    if len(weights) != len(losses) or weights[losses.index(main[0])] != 1:
+    if len(weights) != len(losses) or weight_of[main[0]] != 1:
         fix = f"one weight per loss, and 1 for {main[0]}"
         raise recipe.error("loss_weights", "it has no counterpart here", fix)
     recipe.set_key("method.loss_type", main[0], "loss_type")
     if "sft" in losses:
-        weight = weights[losses.index("sft")]
-        recipe.set_key("method.sft_weight", weight, "loss_type", "loss_weights")
+        recipe.set_key("method.sft_weight", weight_of["sft"], "loss_type", "loss_weights")
     if main[0] == "robust":
         recipe.carry("label_smoothing")
     else:
@@ -117,61 +113,57 @@ def set_axolotl_method(recipe: Translation) -> str:
     rl = recipe.get("rl")
     if rl is None:
         return "sft"
-    _require(recipe, "rl", tuple(_AXOLOTL_METHODS))
-    name = _AXOLOTL_METHODS[rl]
-    recipe.defaults.update(recipe.table["preferences"]["defaults"][rl])
-    set_method(recipe, name, "rl")
+    require_value(recipe, "rl", _AXOLOTL_METHODS)
+    name = _AXOLOTL_METHODS[str(rl)]
+    _set_method(recipe, name, str(rl), "rl")
     if name == "dpo":
         recipe.set_key("method.loss_type", "ipo" if rl == "ipo" else "sigmoid", "rl")
         _set_sft_weight(recipe, "rpo_alpha")
         recipe.note("dpo_label_smoothing", "no loss of TRL but robust reads it", differs=False)
     if name == "simpo":
         _note_cross_entropy(recipe)
-        recipe.carry("simpo_gamma")
     if name == "orpo":
         recipe.note("rl", _WHOLE_SEQUENCE)
-    if name == "kto":
-        recipe.carry("desirable_weight", "undesirable_weight")
-    _set_no_dropout(recipe)
     recipe.note("adapter_name_or_path", _OLD_REFERENCE)
     return name
 
 
 def set_llamafactory_method(recipe: Translation) -> str:
     """The method of LLaMA-Factory's `stage` and `pref_loss`; its name."""
-    stage = recipe.get("stage")
+    stage = str(recipe.get("stage"))
     if stage == "sft":
         recipe.set_key("method", "sft", "stage")
         return "sft"
     recipe.defaults.update(recipe.table["preferences"]["defaults"][stage])
     name = "kto"
     if stage == "dpo":
-        _require(recipe, "pref_loss", tuple(_LLAMAFACTORY_METHODS))
+        require_value(recipe, "pref_loss", _LLAMAFACTORY_METHODS)
         name = _LLAMAFACTORY_METHODS[str(recipe.get("pref_loss"))]
-    set_method(recipe, name, "stage", *["pref_loss"] * (stage == "dpo"))
+    _set_method(recipe, name, stage, "stage", *["pref_loss"] * (stage == "dpo"))
     if name == "dpo":
         recipe.set_key("method.loss_type", recipe.get("pref_loss"), "pref_loss")
         _set_sft_weight(recipe, "pref_ftx")
-        if recipe.number("pref_ftx"):
-            why = "a mean over answers of the mean over their tokens there; here one over tokens"
-            recipe.note("pref_ftx", why)
         if recipe.number("dpo_label_smoothing"):
             recipe.note("dpo_label_smoothing", _OTHER_SMOOTHING)
-    elif recipe.number("pref_ftx"):
-        recipe.note("pref_ftx", _NO_CROSS_ENTROPY)
-    if name == "simpo":
-        recipe.carry("simpo_gamma")
-    if name == "kto":
-        recipe.carry("desirable_weight", "undesirable_weight")
-    _set_no_dropout(recipe)
+    if recipe.number("pref_ftx"):
+        why = _NO_CROSS_ENTROPY
+        if name == "dpo":
+            why = "a mean over answers of the mean over their tokens there; here one over tokens"
+        recipe.note("pref_ftx", why)
     recipe.note("adapter_name_or_path", _OLD_REFERENCE)
     return name
 
 
-def set_method(recipe: Translation, name: str, *names: str) -> None:
-    """`method.name`, which follows from their keys `names`, and `method.beta`."""
+def _set_method(recipe: Translation, name: str, trainer: str, *names: str) -> None:
+    """`method.name`, which follows from their keys `names`, and the numbers of a method.
+
+    TRL takes all dropout out of a model that is compared with a reference.
+    """
+    recipe.defaults.update(recipe.table["preferences"]["defaults"][trainer])
     recipe.set_key("method.name", name, *names)
-    recipe.carry("beta")
+    recipe.carry("beta", *_NUMBERS_OF_METHODS.get(name, ()))
+    if recipe.values.get("adapter.dropout") and recipe.is_on("disable_dropout"):
+        recipe.set_key("adapter.dropout", 0.0, "lora_dropout", "disable_dropout")
 
 
 def _set_sft_weight(recipe: Translation, key: str) -> None:
@@ -181,19 +173,11 @@ def _set_sft_weight(recipe: Translation, key: str) -> None:
 
 def _note_cross_entropy(recipe: Translation) -> None:
     """CPO's trainer adds a cross-entropy to SimPO's loss, unless its weight is 0."""
-    if recipe.number("cpo_alpha"):
-        recipe.note("cpo_alpha", _NO_CROSS_ENTROPY)
-    else:
-        recipe.note("cpo_alpha", "SimPO has none", differs=False)
+    differs = bool(recipe.number("cpo_alpha"))
+    recipe.note("cpo_alpha", _NO_CROSS_ENTROPY if differs else "SimPO has none", differs=differs)
 
 
-def _set_no_dropout(recipe: Translation) -> None:
-    """TRL takes all dropout out of a model that is compared with a reference."""
-    if recipe.values.get("adapter.dropout") and recipe.is_on("disable_dropout"):
-        recipe.set_key("adapter.dropout", 0.0, "lora_dropout", "disable_dropout")
-
-
-def _require(recipe: Translation, name: str, counterparts: tuple[Any, ...]) -> None:
+def require_value(recipe: Translation, name: str, counterparts: Collection[object]) -> None:
     """UsageError unless a value has a counterpart."""
     value = recipe.get(name)
     if isinstance(value, list) and len(value) == 1:

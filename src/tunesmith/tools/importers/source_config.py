@@ -1,6 +1,5 @@
 """The YAML or JSON file of another tool as flat keys and their places."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -157,8 +156,7 @@ def command_error(where: str) -> UsageError:
 def _leaves(path: Path) -> Iterator[SourceKey]:
     """Every scalar, list of scalars and empty mapping of a YAML file, by its dotted key."""
     try:
-        for key in _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name):
-            yield from _json_leaves(key)
+        yield from _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name)
     except RecipeError as error:
         fix = error.fix
         near = None if path.exists() else near_file(path, (".yaml", ".yml", ".json"))
@@ -180,31 +178,6 @@ def _leaves_below(node: Node, key: str, file_name: str) -> Iterator[SourceKey]:
         return
     line = node.where.rpartition(":")[2]
     yield SourceKey(key, node.plain(), f"{file_name}:{line}")
-
-
-def _json_leaves(key: SourceKey) -> Iterator[SourceKey]:
-    """The values of a text that is a JSON object, as Transformers' arguments take one; else the
-    key itself.
-    """
-    if not isinstance(key.value, str) or not key.value.startswith("{"):
-        yield key
-        return
-    try:
-        values = json.loads(key.value)
-    except ValueError:
-        # A chat template.
-        yield key
-        return
-    yield from json_leaves(values, key.key, key.where)
-
-
-def json_leaves(value: Any, key: str, where: str) -> Iterator[SourceKey]:
-    """Every value of a JSON object but objects, by its dotted key below `key`."""
-    if not isinstance(value, dict) or not value:
-        yield SourceKey(key, value, where)
-        return
-    for name, item in value.items():
-        yield from json_leaves(item, f"{key}.{name}", where)
 
 
 def yaml_1_1_scalar(text: str) -> Scalar:

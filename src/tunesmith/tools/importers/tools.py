@@ -16,12 +16,12 @@ from tunesmith.tools.importers.common import (
     NAME_ROWS,
     PEFT_TARGETS,
     apply_rules,
-    read_deepspeed,
     set_adapter,
     set_rows,
     translate_training,
 )
 from tunesmith.tools.importers.preferences import (
+    require_value,
     set_axolotl_method,
     set_llamafactory_method,
     set_trl_method,
@@ -29,7 +29,6 @@ from tunesmith.tools.importers.preferences import (
 )
 from tunesmith.tools.importers.source_config import SourceConfig, SourceKey, nearby
 from tunesmith.tools.importers.translation import Translation
-from tunesmith.tools.importers.trl_rows import names_without_columns, set_trl_rows, trl_format
 
 
 def translate(
@@ -48,7 +47,6 @@ def translate(
     recipe = Translation(source, overrides)
     if extends:
         recipe.set_key("extends", extends, why="given on the command line")
-    read_deepspeed(recipe)
     _TRANSLATORS[source.tool](recipe)
     if source.tool != "accelerate":
         translate_training(recipe, world)
@@ -82,30 +80,10 @@ def _torchtune(recipe: Translation) -> None:
             "torch_dtype",
             "updates are rounded to the nearest there, here at random, so that small ones count",
         )
-    _note_loss(recipe)
-    _note_other_data_sets(recipe)
     if recipe.get("optimizer.betas"):
         recipe.set_key("train.betas", recipe.get("optimizer.betas"), "optimizer.betas")
     if recipe.get("seed") is None:
         recipe.note("seed", "each run draws its own there; here it is train.seed, 42")
-
-
-def _note_loss(recipe: Translation) -> None:
-    """A loss that is no cross-entropy: of preferences, or of distillation."""
-    loss = recipe.get("loss._component_") or recipe.get("loss")
-    name = str(loss).rpartition(".")[2].lower()
-    if loss and "crossentropy" not in name and "cewith" not in name:
-        recipe.note("loss._component_", "not supported: here it is the cross-entropy")
-        recipe.note("loss", "not supported: here it is the cross-entropy")
-
-
-def _note_other_data_sets(recipe: Translation) -> None:
-    """A data set of a list that trains on other parts of its rows than the first one does."""
-    first = recipe.is_on("train_on_inputs")
-    for name in recipe.source.keys:
-        is_later = re.fullmatch(r"dataset\.[1-9][0-9]*\.train_on_input", name) is not None
-        if is_later and recipe.is_on(name) != first:
-            recipe.note(name, "data.train_on is for all data sets: as the first one has it")
 
 
 def _torchtune_model(recipe: Translation) -> None:
@@ -113,14 +91,12 @@ def _torchtune_model(recipe: Translation) -> None:
     folder = str(recipe.get("checkpointer.checkpoint_dir") or "")
     model = folder
     folder_name = Path(folder).name
-    owner = None
-    for beginning, owner_of_models in recipe.table["owners"].items():
-        if folder_name.lower().startswith(beginning):
-            owner = owner_of_models
-            break
     # A folder that is here wins over the name on the Hub.
-    if owner and not (recipe.source.base / folder).is_dir():
-        model = f"{owner}/{folder_name}"
+    if not (recipe.source.base / folder).is_dir():
+        for beginning, owner in recipe.table["owners"].items():
+            if folder_name.lower().startswith(beginning):
+                model = f"{owner}/{folder_name}"
+                break
     if model != folder:
         why = f"is not here: {model} is fetched; or give model.name=FOLDER"
         recipe.note("checkpointer.checkpoint_dir", why, differs=False)
@@ -128,9 +104,8 @@ def _torchtune_model(recipe: Translation) -> None:
 
 
 def _axolotl(recipe: Translation) -> None:
-    if recipe.get("kind") not in (None, "lora", "qlora"):
-        raise recipe.error("kind", "it has no counterpart here", "adapter: lora, qlora or none")
-    target: Any = recipe.listed("lora_target_modules") or PEFT_TARGETS
+    require_value(recipe, "kind", (None, "lora", "qlora"))
+    target: str | list[str] = recipe.listed("lora_target_modules") or PEFT_TARGETS
     if recipe.is_on("lora_target_linear"):
         target = "all-linear"
     names = ("lora_target_linear", "lora_target_modules")
@@ -202,21 +177,13 @@ def _note_plugins(recipe: Translation) -> None:
 
 def _set_too_long(recipe: Translation) -> None:
     """Set what Axolotl does with rows above sequence_len: it drops them, and splits documents."""
-    formats = [source.get("format") for source in _sources(recipe.values.get("data.train"))]
-    if "text" in formats:
+    if any(key.endswith(".format") and v == "text" for key, v in recipe.defaults.items()):
         recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
         return
-    strategy = recipe.get("excess_length_strategy")
-    if strategy in ("drop", "truncate"):
-        recipe.set_key("data.too_long", strategy, "excess_length_strategy")
-    elif strategy == "raise":
-        recipe.set_key("data.too_long", "error", "excess_length_strategy")
-
-
-def _sources(value: Any) -> list[dict[str, Any]]:
-    if isinstance(value, dict):
-        return [value]
-    return value or []
+    words = {"drop": "drop", "truncate": "truncate", "raise": "error"}
+    word = words.get(str(recipe.get("excess_length_strategy")))
+    if word:
+        recipe.set_key("data.too_long", word, "excess_length_strategy")
 
 
 def _note_templates_of_types(recipe: Translation) -> None:
@@ -250,15 +217,9 @@ def _set_template_args(recipe: Translation, template: str) -> None:
 
 
 def _llamafactory(recipe: Translation) -> None:
-    values_with_counterpart: dict[str, tuple[Any, ...]] = {
-        "stage": ("sft", "dpo", "kto"),
-        "kind": ("lora", "full"),
-        "quantization_bit": (None, 4, 8),
-    }
-    for name, values in values_with_counterpart.items():
-        if recipe.get(name) not in values:
-            fix = f"known are {', '.join(map(str, values))}"
-            raise recipe.error(name, "it has no counterpart here", fix)
+    require_value(recipe, "stage", ("sft", "dpo", "kto"))
+    require_value(recipe, "kind", ("lora", "full"))
+    require_value(recipe, "quantization_bit", (None, 4, 8))
     # LLaMA-Factory's own default.
     recipe.defaults["lora_alpha"] = 2 * recipe.number("lora_rank")
     lora = recipe.get("kind") == "lora"
@@ -340,6 +301,12 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
                 recipe.note(full_key, "read by this name here too", differs=False)
 
 
+# Keys that list several data sets, of TRL and of the alignment handbook.
+_TRL_MIXTURES = ("datasets", "dataset_mixture", "dataset_mixer")
+# Values of dataset_text_field with which many files mean conversations.
+_TRL_COLUMNS = ("text", "messages", "conversations", "completion")
+
+
 def _trl(recipe: Translation) -> None:
     lora = recipe.is_on("kind")
     targets = recipe.listed("lora_target_modules")
@@ -348,12 +315,10 @@ def _trl(recipe: Translation) -> None:
         why = "PEFT chooses by the architecture; q_proj, v_proj of most"
         recipe.note("lora_target_modules", why, differs=False)
     method = set_trl_method(recipe, trl_trainer(recipe))
-    format_ = trl_format(recipe, METHOD_FORMATS.get(method, "messages"))
-    set_trl_rows(recipe, format_)
+    format_ = _set_trl_rows(recipe, METHOD_FORMATS.get(method, "messages"))
     why = f"TRL finds the format by the columns; here it is {format_}: see data.train.format"
     why += "; a column chat_template_kwargs is not read: data.template_args gives all rows the same"
-    for name in names_without_columns(recipe):
-        recipe.note(name, why)
+    recipe.note("dataset_name", why)
     for key in recipe.source.keys:
         if key.startswith("chat_template_kwargs"):
             recipe.note(key, "TRL has no such key; here it is data.template_args")
@@ -371,6 +336,43 @@ def _trl(recipe: Translation) -> None:
     if recipe.is_on("bf16") and recipe.get("torch_dtype") == "float32":
         why = "fp32 under autocast there; here bf16, and what is trained has an fp32 copy"
         recipe.note("torch_dtype", why)
+
+
+def _set_trl_rows(recipe: Translation, usual_format: str) -> str:
+    """`data.train` and `data.validation` from one data set; the format of its rows."""
+    text_column = recipe.get("dataset_text_field") or "text"
+    if not isinstance(text_column, str):
+        why = "the name of one column is expected"
+        raise recipe.error("dataset_text_field", why, "write one name there")
+    format_ = usual_format
+    # Many files name a column of messages there, which TRL then reads as such.
+    if format_ == "messages":
+        format_ = "messages" if text_column in _TRL_COLUMNS else "text"
+    format_ = str(recipe.overrides.get("data.train.format", format_))
+    is_replaced = "data.train.source" in recipe.overrides
+    for key in list(recipe.source.keys):
+        if key.partition(".")[0] not in _TRL_MIXTURES:
+            continue
+        if not is_replaced:
+            fix = f"data.train lists the sources of a recipe; for one {NAME_ROWS}"
+            raise recipe.error(key, "a mixture of data sets is not read", fix)
+        recipe.note(key, "data.train.source is given in its place", differs=False)
+    if is_replaced or not recipe.get("dataset_name"):
+        return format_
+    splits = {"train": "dataset_train_split"}
+    # Without quotes the word `no` of eval_strategy is false.
+    if str(recipe.get("eval_strategy")).lower() not in ("no", "none", "false"):
+        splits["validation"] = "dataset_test_split"
+    for part, split_name in splits.items():
+        names = {"source": "dataset_name", "name": "dataset_config", "split": split_name}
+        source: dict[str, object] = {
+            key: recipe.get(name) for key, name in names.items() if recipe.get(name)
+        }
+        source["format"] = format_
+        if format_ == "text" and text_column != "text":
+            source["columns"] = {"text": text_column}
+        recipe.set_key(f"data.{part}", source, *names.values())
+    return format_
 
 
 def _accelerate(recipe: Translation) -> None:
