@@ -305,7 +305,6 @@ def check_one_mesh(kind: str, mesh: MeshShape, found: Set[str]) -> None:
     """
     selfcheck.TRAINING_KINDS = {kind: selfcheck.TRAINING_KINDS[kind]}
     selfcheck.meshes_of = lambda world, node: [mesh]
-    selfcheck.MIB = 1  # the all-reduce is not looked at
     if kind != "nf4 lora":  # bitsandbytes loads a compiler, in every rank
         SelfCheck.drop_nf4 = lambda self: self.kinds
     check_mesh = SelfCheck.check_mesh

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_json, whole_number
 from tunesmith.distributed.ranks import started_as
@@ -31,7 +31,7 @@ from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
-    from tunesmith.tools.bench.selfcheck import CheckRow
+    from tunesmith.tools.bench.selfcheck import CheckRow, Report
 
 LOADS_TORCH = "here"
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK if report["passed"] else EXIT_FAILED
 
 
-def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
+def check_on_ranks(world: int, *, quiet: bool) -> "Report":
     """Start ranks here by torchrun and wait for their report.
 
     They print the table unless `quiet`.
@@ -92,7 +92,8 @@ def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
             command.append("--json")
         process = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
         if file.is_file():
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            report: Report = json.loads(file.read_text(encoding="utf-8"))
+            return report
     # Around a rank's own error stands what torchrun writes.
     match = re.search(r"^error: .*(?:\n  .*)*", process.stderr, re.M)
     why = process.stderr.strip().rpartition("\n")[2]
@@ -104,15 +105,15 @@ def check_on_ranks(world: int, *, quiet: bool) -> dict[str, Any]:
 
 def print_row(row: "CheckRow") -> None:
     """A line of the table after its check, and below a failed one what it means."""
-    step = f"step {row.step}" if row.step else ""
-    figures = f"{step:>6} {row.expected:>11} {row.actual:>11} {row.tolerance:>6}"
-    result = {True: "pass", False: "FAIL", None: ""}[row.passed]
-    print(f"{row.check:<76} {figures} {result}".rstrip(), flush=True)
-    if row.meaning:
-        print(f"  {row.meaning}", flush=True)
+    step = f"step {row['step']}" if row["step"] else ""
+    figures = f"{step:>6} {row['expected']:>11} {row['found']:>11} {row['tolerance']:>6}"
+    result = {True: "pass", False: "FAIL", None: ""}[row["passed"]]
+    print(f"{row['check']:<76} {figures} {result}".rstrip(), flush=True)
+    if row["meaning"]:
+        print(f"  {row['meaning']}", flush=True)
 
 
-def verdict(report: dict[str, Any]) -> str:
+def verdict(report: "Report") -> str:
     """The last lines."""
     judged = [row for row in report["checks"] if row["passed"] is not None]
     ranks = f"{count_of(report['ranks'], 'rank')} on {', '.join(report['hosts'])}"
@@ -120,16 +121,14 @@ def verdict(report: dict[str, Any]) -> str:
     if report["passed"]:
         return f"all {len(judged)} checks passed: {where}"
     failures = [row for row in judged if not row["passed"]]
-    # As tuples: in a report that was read from its file a mesh is a list.
-    meshes = dict.fromkeys(tuple(row["mesh"]) for row in judged if row["mesh"])
-    # What is left in `meshes` had no failed check.
-    for row in failures:
-        if row["mesh"]:
-            meshes.pop(tuple(row["mesh"]), None)
-    sound = [MeshShape(*mesh).describe() for mesh in meshes]
+    failed = [row["mesh"] for row in failures]
+    sound: dict[str, None] = {}
+    for row in judged:
+        if row["mesh"] and row["mesh"] not in failed:
+            sound[MeshShape(*row["mesh"]).describe()] = None
     fix = f"set `parallel` in the recipe to {', or '.join(sound) or 'no other mesh'}"
     # A check without a mesh compares software: that comes before any mesh.
-    if any(row["mesh"] is None for row in failures):
+    if None in failed:
         fix = "install the same packages on every node, then check again"
     what = f"{len(failures)} of {len(judged)} checks failed: {where}"
     report_it = "report the output of `tunesmith selfcheck --json`"

@@ -13,10 +13,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -49,11 +48,10 @@ from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
-from tunesmith.training.agree import software_versions
+from tunesmith.training.agree import find_differences, software_versions
 from tunesmith.training.build import build, write_identity
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
-from tunesmith.units import ratio
 
 # name -> adapter.kind, model.quantize
 TRAINING_KINDS = {
@@ -86,15 +84,13 @@ TOLERANCES = {
 # Of the adapter.
 LORA_RANK = 4
 LORA_ALPHA = 8.0
-# Of the all-reduce that is timed.
-MIB = 64
 # In place of a limit of 0.
 TINY = 1e-30
 # That a rank may take without progress: a whole mesh takes seconds.
 STUCK_SECONDS = 180.0
 # Heads, KV heads, widths, and the blocks of nf4 in a row are divisible by 8. One token of the 272
 # is no byte and ends a text.
-SHAPE: dict[str, Any] = {
+SHAPE: dict[str, int | bool | None] = {
     "vocab_size": 272,
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -136,29 +132,42 @@ class Kind(NamedTuple):
     dtype: str
 
 
-@dataclass(frozen=True)
-class CheckRow:
-    """One line of the table.
+class CheckRow(TypedDict):
+    """One line of the table, as `selfcheck --json` prints it.
 
-    Attributes:
-        step: that of the figures.
-        passed: None for a figure without a verdict.
+    `step` is that of the figures; `passed` is None for a figure without a verdict.
     """
 
     check: str
     mesh: MeshShape | None
     step: int | None
     expected: str
-    actual: str
+    found: str
     tolerance: str
     passed: bool | None
     meaning: str
 
-    def plain(self) -> dict[str, Any]:
-        """The row as `selfcheck --json` prints it."""
-        values = vars(self).copy()
-        values["found"] = values.pop("actual")
-        return values
+
+class Report(TypedDict):
+    """The result of a check, as `selfcheck --json` prints it."""
+
+    passed: bool
+    ranks: int
+    device: str
+    hosts: list[str]
+    seconds: float
+    checks: list[CheckRow]
+
+
+class FirstInputs(NamedTuple):
+    """Hashes of base and data, and the examples of the first step."""
+
+    hashes: dict[str, str]
+    examples: list[int]
+
+
+# The name of a tensor, and where the rank's part of it begins and ends.
+PartOfTensor = tuple[str, tuple[tuple[int, int], ...]]
 
 
 def meshes_of(world: int, node: int) -> list[MeshShape]:
@@ -253,7 +262,7 @@ class SelfCheck:
         self.rows: list[CheckRow] = []
         # Of one process with one micro batch a step, and of its first step.
         self.reference_records: dict[Kind, list[StepRecord]] = {}
-        self.reference_inputs: dict[Kind, Any] = {}
+        self.reference_inputs: dict[Kind, FirstInputs] = {}
         # What the next rows are of.
         self.part = ""
         self.mesh: MeshShape | None = None
@@ -273,7 +282,7 @@ class SelfCheck:
             mesh=self.mesh,
             step=step,
             expected=str(expected),
-            actual=str(actual),
+            found=str(actual),
             tolerance=limit,
             passed=passed,
             meaning=MEANING.get(check, "") if passed is False else "",
@@ -303,16 +312,13 @@ class SelfCheck:
             # The first step begins from equal weights; later ones inherit its differences.
             allowed = limit if reference.step > 1 else first_limit
             for name in names:
-                figures.append((allowed, reference.step, vars(reference)[name], vars(record)[name]))
-
-        def share_of_limit(figure: tuple[float, int, float, float]) -> float:
-            allowed, _, reference, value = figure
-            # A figure of 0 allows nothing: TINY stands in for the division.
-            return abs(value - reference) / max(abs(allowed * reference), TINY)
-
-        allowed, step, first, second = max(figures, key=share_of_limit)
-        passed = abs(second - first) <= abs(allowed * first)
-        self.add(check, f"{first:.8g}", f"{second:.8g}", passed, step, f"{allowed:.0e}")
+                value, found = vars(reference)[name], vars(record)[name]
+                # A figure of 0 allows nothing: TINY stands in for the division.
+                share = abs(found - value) / max(abs(allowed * value), TINY)
+                figures.append((share, reference.step, allowed, value, found))
+        share, step, allowed, value, found = max(figures)
+        limit_text = f"{allowed:.0e}"
+        self.add(check, f"{value:.8g}", f"{found:.8g}", share <= 1, step, limit_text)
 
     @contextmanager
     def on(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> Iterator[None]:
@@ -363,7 +369,7 @@ class SelfCheck:
         adapter, quantize = TRAINING_KINDS[kind.name]
         # The global batch is the same on every mesh; only how it is cut differs.
         micro_batch = self.batch // (count * shape.data)
-        adapter_values: dict[str, Any] = {"kind": adapter}
+        adapter_values: dict[str, str | float] = {"kind": adapter}
         if adapter == "lora":
             start = str(self.folder / "adapter")
             adapter_values |= {"rank": LORA_RANK, "alpha": LORA_ALPHA, "from": start}
@@ -455,7 +461,7 @@ class SelfCheck:
                 RESUME_CHECK, names, records[RESUMED:], resumed.metrics.records, limit, limit
             )
 
-    def compare_copies(self, digests: list[dict[Any, str]]) -> None:
+    def compare_copies(self, digests: list[dict[PartOfTensor, str]]) -> None:
         """Check that ranks that hold the same part of a tensor hold equal values."""
         copies = defaultdict(list)
         for rank_digests in digests:
@@ -482,46 +488,22 @@ class SelfCheck:
 
     def compare_builds(self, ranks: Ranks) -> None:
         """All ranks must run the same code; a collective call."""
-        versions = software_versions()
-        first, *others = ranks.all_gather_object(versions)
+        versions = ranks.all_gather_object(software_versions())
         if ranks.is_main_process:
-            for rank, other in enumerate(others, 1):
-                for name in first | other:
-                    if first.get(name) != other.get(name):
-                        check = f"{name} of {ranks.name(rank)}"
-                        self.equal(check, first.get(name), other.get(name))
-            self.equal("ranks with the software of rank 0", ranks.world, 1 + others.count(first))
-
-    def time_all_reduce(self, ranks: Ranks) -> None:
-        """Its bus bandwidth as nccl-tests define it.
-
-        That is what each rank sends, and receives, in a ring.
-        """
-        data = torch.ones(MIB << 18, device=self.device)
-        seconds = []
-        # The first one connects the ranks, and is slower.
-        for _ in range(4):
-            ranks.all_gather_object(None)
-            began = time.perf_counter()
-            dist.all_reduce(data)
-            # Waits for the device.
-            data[0].item()
-            seconds.append(time.perf_counter() - began)
-        rate = ratio(2 * (ranks.world - 1) / ranks.world * data.nbytes, min(seconds)) / 1e9
-        if ranks.is_main_process:
-            self.add(f"all-reduce of {MIB} MiB: bus bandwidth", "", f"{rate:.2f} GB/s", None)
+            for name, text in find_differences(ranks, versions).items():
+                self.add(f"{name}: {text}", "equal", "different", False)
+            same = versions.count(versions[0])
+            self.equal("ranks with the software of rank 0", ranks.world, same)
 
 
-def first_inputs(trainer: Trainer) -> Any:
-    """Hashes of base and data, and the examples of the first step."""
-    return dict(trainer.session.hashes), list(trainer.session.loader(0).batch(0).indices)
+def first_inputs(trainer: Trainer) -> FirstInputs:
+    """Read what must be alike on all ranks."""
+    session = trainer.session
+    return FirstInputs(dict(session.hashes), list(session.loader(0).batch(0).indices))
 
 
-def digests_of(trainer: Trainer) -> dict[Any, str]:
-    """sha256 of what this rank holds of trained weights and optimizer state.
-
-    Keys are names and places in the whole tensor.
-    """
+def digests_of(trainer: Trainer) -> dict[PartOfTensor, str]:
+    """sha256 of what this rank holds of trained weights and optimizer state."""
     session = trainer.session
     tensors = dict(session.model.trained_parameters()) | session.optimizer.state_dict()
     digests = {}
@@ -560,7 +542,7 @@ def take_steps(run: Run, ranks: Ranks, make_mesh: MakeMesh = Mesh.of) -> Trainer
     return trainer
 
 
-def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
+def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
     """Check this process and the ranks that it was started with; the report, on every rank.
 
     Rank 0 takes the steps of one process before it joins the others.
@@ -601,12 +583,12 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> dict[str, Any]:
                 check_meshes(check, ranks)
             rows = ranks.broadcast_object(check.rows)
     return {
-        "passed": all(row.passed is not False for row in rows),
+        "passed": all(row["passed"] is not False for row in rows),
         "ranks": ranks.world,
         "device": torch.cuda.get_device_name() if check.device.type == "cuda" else "CPU",
         "hosts": sorted({*ranks.hosts} - {""}) or ["localhost"],
         "seconds": round(time.monotonic() - began, 1),
-        "checks": [row.plain() for row in rows],
+        "checks": rows,
     }
 
 
@@ -619,4 +601,3 @@ def check_meshes(check: SelfCheck, ranks: Ranks) -> None:
         for kind in check.kinds:
             with check.on(kind, shape, ranks):
                 check.check_mesh(kind, shape, ranks)
-    check.time_all_reduce(ranks)

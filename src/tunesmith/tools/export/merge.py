@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -200,7 +199,9 @@ def _merge_and_check(
     written = open_tuned_model(read_run_files(locate_run(folder)))
     prompts, probes = merge_check.probe_prompts(read)
 
-    def logits(model: TunedModel, values: Values, dtype: str, attention: str | None = None) -> Any:
+    def logits(
+        model: TunedModel, values: Values, dtype: str, attention: str | None = None
+    ) -> list[torch.Tensor]:
         return streamed_logits(
             model,
             prompts,
@@ -241,9 +242,8 @@ def _merge_and_check(
 
 def _check_readable(folder: Path) -> None:
     """CheckpointError unless Transformers finds every weight in the files, and all of them."""
-    auto_class: Any = AutoModelForCausalLM
-    if read_json(folder / "config.json")["model_type"] in COMPOSITES:
-        auto_class = AutoModelForImageTextToText
+    is_composite = read_json(folder / "config.json")["model_type"] in COMPOSITES
+    auto_class = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
     _, info = auto_class.from_pretrained(
         folder, dtype="auto", device_map="meta", output_loading_info=True
     )

@@ -4,10 +4,9 @@
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import CardFile, model_card, with_files
@@ -25,6 +24,25 @@ OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
 SUFFIX = ".json"  # behind the whole name of the file
 
 
+class RecordedBase(TypedDict):
+    """The one GGUF file that an adapter is for."""
+
+    file: str
+    sha256: str
+
+
+class ExportRecord(TypedDict):
+    """The content of FILE.gguf.json."""
+
+    tunesmith: str
+    kind: str
+    bytes: int
+    check: dict[str, dict[str, float]] | None
+    unchecked: str
+    base: RecordedBase | None
+    card: str
+
+
 def record_path(file: Path) -> Path:
     """Name the path of the record of a GGUF file."""
     return file.with_name(file.name + SUFFIX)
@@ -39,7 +57,7 @@ def record_of(
     unchecked: str,
     is_whole: bool,
     base: "GgufBase | None" = None,
-) -> dict[str, Any]:
+) -> ExportRecord:
     """The record of an exported GGUF file.
 
     Args:
@@ -72,7 +90,7 @@ def record_of(
     }
 
 
-def write_record(file: Path, record: Mapping[str, Any]) -> None:
+def write_record(file: Path, record: ExportRecord) -> None:
     write_atomically(record_path(file), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -106,13 +124,13 @@ def _card(ggufs: list[Path]) -> str:
     rows = []
     for file in ggufs:
         record = _read_record(file)
-        cards.append(str(record["card"]))
+        cards.append(record["card"])
         rows.append(card_row(file.name, record))
     # Files of one folder are of one run; the first tells of it.
     return with_files(cards[0], rows)
 
 
-def card_row(name: str, record: Mapping[str, Any]) -> CardFile:
+def card_row(name: str, record: ExportRecord) -> CardFile:
     """The row of a file in the card's table."""
     check = record["check"]
     if check is None:
@@ -121,16 +139,16 @@ def card_row(name: str, record: Mapping[str, Any]) -> CardFile:
     return CardFile(name, record["kind"], record["bytes"], tuned["mean_kl"], tuned["agreement"])
 
 
-def _read_record(file: Path) -> dict[str, Any]:
+def _read_record(file: Path) -> ExportRecord:
     """UsageError where there is none, or one of another file."""
     place = record_path(file)
     size = file.stat().st_size
     fix = f"export it again, or push its folder with a {CARD} in it"
     try:
-        record: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        if record["bytes"] == size:
-            return {key: record[key] for key in ("kind", "bytes", "check", "card")}
+        record: ExportRecord = json.loads(place.read_text(encoding="utf-8"))
         why = f"its record is of one with {record['bytes']} bytes, and it has {size}"
+        if record["bytes"] == size and ExportRecord.__required_keys__ <= record.keys():
+            return record
     except FileNotFoundError:
         why = f"there is no {place.name}, which `export` writes"
     except (OSError, ValueError, KeyError, TypeError):

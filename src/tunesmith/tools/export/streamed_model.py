@@ -10,7 +10,7 @@ read once.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -223,7 +223,7 @@ def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightRea
         module.weight = nn.Parameter(torch.cat(rows), requires_grad=False)
         return (places, *others)
 
-    def drop(*_: Any) -> None:
+    def drop(*_: object) -> None:
         module.weight = empty
 
     drop()
@@ -244,10 +244,10 @@ def _read_before_forward(
     for name, module in modules.items():
         empty[name] = dict(module.named_parameters(recurse=False))
 
-    def read(*_: Any) -> None:
+    def read(*_: object) -> None:
         _read_parameters(modules, by_name, reader)
 
-    def drop(*_: Any) -> None:
+    def drop(*_: object) -> None:
         for name, parameters in empty.items():
             for key, parameter in parameters.items():
                 setattr(modules[name], key, parameter)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ log = logging.getLogger(__name__)
 QUANT = "fp8"  # the word of --quant
 
 # What config.json says of the weights, in compressed-tensors' words.
-QUANTIZATION_CONFIG: dict[str, Any] = {
+QUANTIZATION_CONFIG: dict[str, object] = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
     "quantization_status": "compressed",

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tunesmith.adapter.peft_files import PREFIX, last_part, read_adapter
 from tunesmith.checkpoint.manifest import CARD
@@ -228,11 +228,13 @@ def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Factor]]:
 
 
 def _factors_of_stack(
-    model: nn.Module, name: str, update: ExpertsUpdate, read_whole: Callable[[StoredTensor], Tensor]
+    model: PreTrainedModel,
+    name: str,
+    update: ExpertsUpdate,
+    read_whole: Callable[[StoredTensor], Tensor],
 ) -> Iterator[tuple[str, Factor]]:
     """The factors of each expert of the stack of this name."""
-    config: Any = model.config
-    single_names = READ_SINGLE[config.model_type]
+    single_names = READ_SINGLE[model.config.model_type]
     module, _, stack = name.rpartition(".")
     prefix = PREFIX + _stored_module(model, module)
     parts = _parts_of_stack(find_experts(model)[module], stack)
@@ -243,11 +245,10 @@ def _factors_of_stack(
             yield f"{layer}.lora_B.weight", _factor_b(update, expert, rows, read_whole)
 
 
-def _stored_module(model: nn.Module, name: str) -> str:
+def _stored_module(model: PreTrainedModel, name: str) -> str:
     """The name that the experts' module of this name has in a file of the one-by-one form."""
     whole = name_in_whole(model, name)
-    config: Any = model.config
-    block = STORED_PARENTS.get(config.model_type)
+    block = STORED_PARENTS.get(model.config.model_type)
     if block is None:
         return whole
     parent = whole.removesuffix(".mlp.experts")

@@ -4,11 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from tunesmith.adapter.peft_files import PREFIX
 from tunesmith.errors import ModelError
-from tunesmith.tools.export.gguf.families import check_tensor_names, heads_to_permute, read_family
+from tunesmith.tools.export.gguf.families import (
+    ModelConfig,
+    check_tensor_names,
+    heads_to_permute,
+    read_family,
+)
 from tunesmith.tools.export.gguf.plan import (
     GgufPlan,
     GgufTensor,
@@ -27,14 +32,22 @@ class GgufBase:
     sha256: str
 
 
+class LoraSettings(TypedDict, total=False):
+    """The keys of adapter_config.json that a GGUF file depends on."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+
+
 # PEFT's suffixes and llama.cpp's.
 _FACTOR_SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 _WHOLE_MODEL_FIX = "export the whole model: the same command without --adapter"
 
 
 def plan_adapter(
-    config: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    config: ModelConfig,
+    settings: LoraSettings,
     weights: Mapping[str, WeightRows],
     *,
     name: str,
@@ -103,9 +116,9 @@ def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], We
     return matrices
 
 
-def _alpha(settings: Mapping[str, Any]) -> float:
+def _alpha(settings: LoraSettings) -> float:
     """llama.cpp scales by alpha / r; rsLoRA by alpha / sqrt(r)."""
-    alpha = float(settings["lora_alpha"])
+    alpha = settings["lora_alpha"]
     if settings.get("use_rslora"):
         return alpha * math.sqrt(settings["r"])
     return alpha

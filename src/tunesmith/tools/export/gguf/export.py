@@ -7,11 +7,10 @@ it (record.py).
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -54,7 +53,7 @@ from tunesmith.tools.export.output import (
     move_into_place,
     part_folder,
 )
-from tunesmith.tools.export.record import record_of, record_path, write_record
+from tunesmith.tools.export.record import ExportRecord, record_of, record_path, write_record
 from tunesmith.tools.export.streamed_model import Values
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
@@ -279,7 +278,7 @@ def _rejected(goal: Path, written: Path) -> Iterator[None]:
         raise
 
 
-def _place(file: Path, record: Mapping[str, Any], goal: Path, *, is_folder: bool) -> None:
+def _place(file: Path, record: ExportRecord, goal: Path, *, is_folder: bool) -> None:
     """Give a checked file, or its folder, its name, and its record beside it."""
     write_record(file, record)
     if is_folder:

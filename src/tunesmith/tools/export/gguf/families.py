@@ -6,20 +6,92 @@ answer wrongly. Names of keys and tensors are those of the package `gguf`.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 OWN_SCRIPT = f"tunesmith merge RUN, then convert_hf_to_gguf.py of {LLAMA_CPP}, which has more"
 
 _ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v")
 _ALL_LINEARS = (*_ATTENTION_INPUTS, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+class Rope(TypedDict, total=False):
+    """Rotary embeddings of a config.json, under the names of any version of Transformers."""
+
+    rope_type: str
+    type: str
+    rope_theta: float
+    factor: float
+    partial_rotary_factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    truncate: bool
+    low_freq_factor: float
+    high_freq_factor: float
+    long_factor: Sequence[float]
+    short_factor: Sequence[float]
+
+
+class RopeByAttention(Rope, total=False):
+    """Rotary embeddings of a config.json, which may be one by type of attention."""
+
+    full_attention: Rope
+    sliding_attention: Rope
+
+
+class ModelConfig(TypedDict, total=False):
+    """The keys of a config.json that a GGUF file depends on; the first nine are always there."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    vocab_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    head_dim: int
+    num_key_value_heads: int
+    hidden_act: str
+    hidden_activation: str
+    sliding_window: int
+    use_sliding_window: bool
+    layer_types: Sequence[str]
+    no_rope_layers: Sequence[int]
+    query_pre_attn_scalar: int
+    attn_logit_softcapping: float
+    final_logit_softcapping: float
+    rope_parameters: RopeByAttention
+    rope_scaling: RopeByAttention
+    rope_theta: float
+    rope_local_base_freq: float
+    partial_rotary_factor: float
+    original_max_position_embeddings: int
+    attention_multiplier: float
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
+    bos_token_id: int
+    eos_token_id: int
+    unk_token_id: int
+    sep_token_id: int
+    pad_token_id: int
+    mask_token_id: int
 
 
 @dataclass(frozen=True)
@@ -111,13 +183,13 @@ FAMILIES: dict[str, GgufFamily] = {
 }
 
 
-def read_family(config: Mapping[str, Any]) -> GgufFamily:
+def read_family(config: ModelConfig) -> GgufFamily:
     """The row of a parsed config.json (`config.to_dict()`).
 
     ModelError where the family has none, or a value of the config is one that llama.cpp computes
     otherwise.
     """
-    model_type = str(config["model_type"])
+    model_type = config["model_type"]
     family = FAMILIES.get(model_type)
     if family is None:
         raise ModelError(
@@ -141,7 +213,7 @@ def read_family(config: Mapping[str, Any]) -> GgufFamily:
     return family
 
 
-def notes_on_config(config: Mapping[str, Any], family: GgufFamily) -> list[str]:
+def notes_on_config(config: ModelConfig, family: GgufFamily) -> list[str]:
     """List for the user what llama.cpp leaves out of the model; it changes long texts only."""
     notes = []
     window = config.get("sliding_window")
@@ -170,21 +242,21 @@ def _other_math(key: str, value: object, computed: object) -> ModelError:
     )
 
 
-def _default_head_dim(config: Mapping[str, Any]) -> int:
-    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+def _default_head_dim(config: ModelConfig) -> int:
+    return config["hidden_size"] // config["num_attention_heads"]
 
 
-def head_dim(config: Mapping[str, Any]) -> int:
+def head_dim(config: ModelConfig) -> int:
     """Channels of a head."""
-    return int(config.get("head_dim") or _default_head_dim(config))
+    return config.get("head_dim") or _default_head_dim(config)
 
 
-def kv_heads(config: Mapping[str, Any]) -> int:
+def kv_heads(config: ModelConfig) -> int:
     """Heads of keys and values."""
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return config.get("num_key_value_heads") or config["num_attention_heads"]
 
 
-def _check_activation(config: Mapping[str, Any], family: GgufFamily) -> None:
+def _check_activation(config: ModelConfig, family: GgufFamily) -> None:
     activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     # The first Gemma was published with `gelu` and meant its approximation by tanh.
     if activation == "gelu" and family.activation == "gelu_pytorch_tanh":
@@ -193,7 +265,7 @@ def _check_activation(config: Mapping[str, Any], family: GgufFamily) -> None:
         raise _other_math("hidden_act", activation, family.activation)
 
 
-def _check_softcaps(config: Mapping[str, Any]) -> None:
+def _check_softcaps(config: ModelConfig) -> None:
     """llama.cpp has numbers of its own for a Gemma 2 without them, and no first one for Gemma 3."""
     attention = config.get("attn_logit_softcapping")
     if config["model_type"] == "gemma2":
@@ -205,26 +277,26 @@ def _check_softcaps(config: Mapping[str, Any]) -> None:
         raise _other_math("attn_logit_softcapping", attention, "none")
 
 
-def _check_layers_without_rope(config: Mapping[str, Any]) -> None:
+def _check_layers_without_rope(config: ModelConfig) -> None:
     """llama.cpp's SmolLM3 rotates in all layers but every fourth."""
-    layers = int(config["num_hidden_layers"])
+    layers = config["num_hidden_layers"]
     rotated = config.get("no_rope_layers")  # 1: rotated
     computed = [int((layer + 1) % 4 != 0) for layer in range(layers)]
     if rotated and list(rotated) != computed:
         raise _other_math("no_rope_layers", rotated, "rotation in all layers but every fourth")
 
 
-def _check_layer_types(config: Mapping[str, Any], every: int) -> None:
+def _check_layer_types(config: ModelConfig, every: int) -> None:
     kinds = config.get("layer_types")
     computed = []
-    for layer in range(int(config["num_hidden_layers"])):
+    for layer in range(config["num_hidden_layers"]):
         is_full = (layer + 1) % every == 0
         computed.append("full_attention" if is_full else "sliding_attention")
     if kinds and list(kinds) != computed:
         raise _other_math("layer_types", kinds, f"full attention in every layer of {every}")
 
 
-def _check_attention_scale(config: Mapping[str, Any], by_width_at: int) -> None:
+def _check_attention_scale(config: ModelConfig, by_width_at: int) -> None:
     """Scores are divided by the root of a number that the header does not have."""
     # The 27B sizes: the published scale is that of the width, not of the head.
     computed = head_dim(config)
@@ -238,7 +310,7 @@ def _check_attention_scale(config: Mapping[str, Any], by_width_at: int) -> None:
 # Rotary embeddings
 
 
-def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def rope_parameters(config: ModelConfig) -> tuple[Rope, Rope]:
     """Those of full and of sliding attention, each with `rope_type` and `rope_theta`.
 
     Transformers 5 writes `rope_parameters`, for some families one by type of attention; before, it
@@ -247,25 +319,27 @@ def rope_parameters(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """
     # The new name first: a config of Transformers 5 may keep the old one beside it.
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    sliding: Rope = {}
     if "full_attention" in parameters:
-        full = dict(parameters["full_attention"])
-        sliding = dict(parameters.get("sliding_attention") or {})
+        full = parameters["full_attention"].copy()
+        sliding = parameters.get("sliding_attention") or {}
     else:
-        full = dict(parameters)
-        sliding = {}
+        full = parameters.copy()
         if config.get("rope_local_base_freq") is not None:
             sliding = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
     full.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     full["rope_type"] = full.get("rope_type") or full.get("type") or "default"
     if full["rope_type"] == "su":
         full["rope_type"] = "longrope"  # its name in the first Phi-3
-    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
-        if config.get(key) is not None:
-            full.setdefault(key, config[key])
+    if config.get("partial_rotary_factor") is not None:
+        full.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    if config.get("original_max_position_embeddings") is not None:
+        original = config["original_max_position_embeddings"]
+        full.setdefault("original_max_position_embeddings", original)
     return full, sliding
 
 
-def _check_rope(config: Mapping[str, Any], family: GgufFamily) -> None:
+def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
     full, sliding = rope_parameters(config)
     rope_type = full["rope_type"]
     if rope_type != "default" and rope_type not in family.ropes:
@@ -281,32 +355,35 @@ def _check_rope(config: Mapping[str, Any], family: GgufFamily) -> None:
         _check_yarn(full)
     if rope_type == "longrope":
         pairs = rotary_dims(config) // 2
-        for key in ("long_factor", "short_factor"):
-            if len(full.get(key) or ()) != pairs:
-                raise _other_math(key, full.get(key), f"a list of {pairs} factors")
+        long, short = full.get("long_factor", ()), full.get("short_factor", ())
+        lists = {"long_factor": long, "short_factor": short}
+        for key, factors in lists.items():
+            if len(factors) != pairs:
+                raise _other_math(key, factors, f"a list of {pairs} factors")
 
 
-def _check_yarn(rope: Mapping[str, Any]) -> None:
+def _check_yarn(rope: Rope) -> None:
     """llama.cpp scales scores by 0.1 ln(factor) + 1, and rounds the bounds of its ramp."""
-    computed = 0.1 * math.log(float(rope["factor"])) + 1.0
+    computed = 0.1 * math.log(rope["factor"]) + 1.0
     factor = rope.get("attention_factor")
     if factor is not None and not math.isclose(factor, computed, rel_tol=1e-6):
         raise _other_math("attention_factor", factor, computed)
-    for key in ("mscale", "mscale_all_dim"):
-        if rope.get(key):
-            raise _other_math(key, rope[key], "none")
+    scales = {"mscale": rope.get("mscale"), "mscale_all_dim": rope.get("mscale_all_dim")}
+    for key, scale in scales.items():
+        if scale:
+            raise _other_math(key, scale, "none")
     if rope.get("truncate") is False:
         raise _other_math("truncate", False, True)
 
 
-def rotary_dims(config: Mapping[str, Any]) -> int:
+def rotary_dims(config: ModelConfig) -> int:
     """Channels of a head that are rotated."""
     full, _ = rope_parameters(config)
     partial = full.get("partial_rotary_factor") or 1.0
     return int(head_dim(config) * partial)
 
 
-def rope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
     """Compute the divisors of the frequencies, by the tensors' names: fp32 [rotary_dims / 2]."""
     full, _ = rope_parameters(config)
     if full["rope_type"] == "llama3":
@@ -319,7 +396,7 @@ def rope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     return {}
 
 
-def _llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
+def _llama3_factors(rope: Rope, dims: int) -> Tensor:
     """1 for short waves, `factor` for long ones, and a line between the two in frequency."""
     factor = rope["factor"]
     low = rope["low_freq_factor"]
@@ -343,7 +420,7 @@ def _llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
 # The header
 
 
-def add_config(writer: Any, config: Mapping[str, Any], family: GgufFamily) -> None:
+def add_config(writer: "GGUFWriter", config: ModelConfig, family: GgufFamily) -> None:
     """The config's numbers into a `gguf.GGUFWriter`."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -374,14 +451,14 @@ def add_config(writer: Any, config: Mapping[str, Any], family: GgufFamily) -> No
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
-def _add_granite(writer: Any, config: Mapping[str, Any]) -> None:
+def _add_granite(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_attention_scale(config["attention_multiplier"])
     writer.add_embedding_scale(config["embedding_multiplier"])
     writer.add_residual_scale(config["residual_multiplier"])
     writer.add_logit_scale(config["logits_scaling"])
 
 
-def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
+def _add_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
     import gguf
 
     full, sliding = rope_parameters(config)
@@ -406,14 +483,14 @@ def _add_rope(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
 
 
-def _original_context(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
-    return int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+def _original_context(config: ModelConfig, rope: Rope) -> int:
+    return rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
 
 
-def _longrope_scale(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
+def _longrope_scale(config: ModelConfig, rope: Rope) -> float:
     """Compute the factor of queries and keys, as Transformers does."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+        return rope["attention_factor"]
     original = _original_context(config, rope)
     factor = config["max_position_embeddings"] / original
     if factor <= 1.0:
@@ -425,13 +502,13 @@ def _longrope_scale(config: Mapping[str, Any], rope: Mapping[str, Any]) -> float
 
 
 def check_tensor_names(
-    names: Collection[str], config: Mapping[str, Any], family: GgufFamily
+    names: Collection[str], config: ModelConfig, family: GgufFamily
 ) -> dict[str, str]:
     """llama.cpp's name of each parameter. ModelError where it has none."""
     import gguf
 
     arches = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    layers = int(config["num_hidden_layers"])
+    layers = config["num_hidden_layers"]
     table = gguf.get_tensor_name_map(arches[family.arch], layers)
     renamed = {}
     for name in names:
@@ -457,13 +534,13 @@ def _is_read(new_name: str, family: GgufFamily) -> bool:
     return True
 
 
-def heads_to_permute(new_name: str, config: Mapping[str, Any], family: GgufFamily) -> int | None:
+def heads_to_permute(new_name: str, config: ModelConfig, family: GgufFamily) -> int | None:
     """Heads of a tensor whose rows change places; None: they stay."""
     if not family.pairs_neighbors:
         return None
     layer = new_name.split(".")[-2]
     if layer == "attn_q":
-        return int(config["num_attention_heads"])
+        return config["num_attention_heads"]
     if layer == "attn_k":
         return kv_heads(config)
     return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,27 @@ UNREPORTED = -50.0
 
 def has_llama_cpp() -> bool:
     return find_spec("xllamacpp") is not None
+
+
+class TokenProbability(TypedDict):
+    """One token, and how likely it is."""
+
+    id: int
+    logprob: float
+
+
+class NextToken(TypedDict):
+    """The likeliest tokens at a position."""
+
+    top_logprobs: list[TokenProbability]
+
+
+class Reply(TypedDict, total=False):
+    """The parts of the server's answers that are read, each of one address."""
+
+    tokens: list[int]
+    completion_probabilities: list[NextToken]
+    prompt: str
 
 
 class LlamaCpp:
@@ -100,7 +121,7 @@ class LlamaCpp:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, object]) -> Reply:
         """The answer to a request of llama.cpp's server.
 
         CheckpointError where it ends meanwhile, as it does where memory runs short.
@@ -110,7 +131,8 @@ class LlamaCpp:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_SECONDS) as answer:
-                return json.load(answer)
+                reply: Reply = json.load(answer)
+                return reply
         except (OSError, HTTPException) as error:
             raise CheckpointError(
                 f"llama.cpp gives no answer to {path}",
@@ -123,8 +145,7 @@ class LlamaCpp:
     def ids(self, text: str, *, add_special: bool = True) -> list[int]:
         """The token ids of a text, special tokens in it among them."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
-        ids: list[int] = self.post("/tokenize", body)["tokens"]
-        return ids
+        return self.post("/tokenize", body)["tokens"]
 
     def log_probabilities(self, ids: list[int], vocab: int) -> Tensor | None:
         """Ask the server for the log probabilities of the token after `ids`: fp32 [vocab].

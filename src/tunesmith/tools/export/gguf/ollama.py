@@ -1,7 +1,8 @@
 """The Modelfile beside a GGUF file, for `ollama create`."""
 
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError
 from tunesmith.inference.load_run import OpenedRun
@@ -16,7 +17,7 @@ COMMENT = (
 )
 
 
-def guard_template(tokenizer: Any) -> None:
+def guard_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the comment in front of a tokenizer's chat template, which renders as before."""
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = COMMENT + tokenizer.chat_template

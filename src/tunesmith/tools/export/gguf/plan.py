@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.host.packages import require
 from tunesmith.tools.export.gguf.families import (
+    ModelConfig,
     add_config,
     check_tensor_names,
     heads_to_permute,
@@ -27,6 +28,9 @@ from tunesmith.tools.export.gguf.tokenizer import (
 )
 from tunesmith.tools.export.gguf.types import read_quant, tensor_bytes, tensor_type
 from tunesmith.units import ceil_div
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 TENSOR_ALIGNMENT_BYTES = 32  # tensors begin at multiples of this
 # Keys of generation_config.json that llama.cpp takes as defaults of its sampler.
@@ -107,13 +111,13 @@ def padded(size: int) -> int:
 
 
 def plan_gguf(
-    config: Mapping[str, Any],
+    config: ModelConfig,
     weights: Mapping[str, WeightRows],
     tokenizer: PreTrainedTokenizerBase,
     *,
     quant: str,
     name: str,
-    generation: Mapping[str, Any] = {},
+    generation: Mapping[str, float] = {},
     turn_end: int | None = None,
 ) -> GgufPlan:
     """The file of a whole model; no weight is read.
@@ -130,6 +134,8 @@ def plan_gguf(
     MachineError where a package is missing.
     """
     require_gguf()
+    import gguf
+
     chosen = read_quant(quant)
     family = read_family(config)
     new_names = check_tensor_names(weights, config, family)
@@ -153,12 +159,13 @@ def plan_gguf(
     writer = new_writer(family.arch)
     writer.add_type("model")
     writer.add_name(model_name(name, read_tokenizer.strips_space))
-    writer.add_size_label(_size_label(tensors))
+    parameters = sum(prod(tensor.shape) for tensor in tensors)
+    writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
     _add_sampling(writer, generation)
     # The embedding may have more rows than the config says, for tokens that were added.
     add_config(writer, {**config, "vocab_size": rows}, family)
     writer.add_file_type(chosen.file_type)
-    writer.add_quantization_version(_quantization_version())
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, read_tokenizer)
     notes = (*notes_on_config(config, family), *read_tokenizer.notes)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors), notes)
@@ -169,14 +176,14 @@ def require_gguf() -> None:
     require("gguf", where="--to gguf", fix="serve the Transformers folder: tunesmith merge RUN")
 
 
-def new_writer(arch: str) -> Any:
+def new_writer(arch: str) -> "GGUFWriter":
     """A `gguf.GGUFWriter` that no file is opened for."""
     import gguf
 
     return gguf.GGUFWriter(None, arch)
 
 
-def header_bytes(writer: Any, tensors: list[GgufTensor]) -> bytes:
+def header_bytes(writer: "GGUFWriter", tensors: list[GgufTensor]) -> bytes:
     """The file up to the first tensor."""
     import gguf
     import numpy
@@ -197,20 +204,7 @@ def header_bytes(writer: Any, tensors: list[GgufTensor]) -> bytes:
     return header.ljust(padded(len(header)), b"\0")
 
 
-def _size_label(tensors: list[GgufTensor]) -> str:
-    import gguf
-
-    parameters = sum(prod(tensor.shape) for tensor in tensors)
-    return str(gguf.size_label(parameters, parameters, 0, 0))
-
-
-def _quantization_version() -> int:
-    import gguf
-
-    return int(gguf.GGML_QUANT_VERSION)
-
-
-def _add_sampling(writer: Any, generation: Mapping[str, Any]) -> None:
+def _add_sampling(writer: "GGUFWriter", generation: Mapping[str, float]) -> None:
     values = {name: generation.get(name) for name in _SAMPLING}
     values["temp"] = generation.get("temperature")
     for name, value in values.items():

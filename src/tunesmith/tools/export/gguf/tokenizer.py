@@ -9,9 +9,9 @@ not recognized is refused. BPE over characters with tokens for single bytes, as 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -24,11 +24,75 @@ from tunesmith.hub.gguf_tokenizer import (
     TokenType,
     served_splits,
 )
+from tunesmith.tools.export.gguf.families import ModelConfig
 
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# `left right` of older files; newer ones hold pairs.
+Merge = str | list[str]
 ADDED_SCORE = -1000.0
 UNUSED_SCORE = -10000.0
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _SERVE_FOLDER = "serve the Transformers folder, whose tokenizer is exact: tunesmith merge RUN"
+
+
+class Step(TypedDict, total=False):
+    """A normalizer or pre-tokenizer of tokenizer.json; each but `type` is of some types alone."""
+
+    type: str
+    normalizers: "Sequence[Step]"
+    pretokenizers: "Sequence[Step]"
+    content: str
+    prepend: str
+    prepend_scheme: str
+    split: bool
+    pattern: dict[str, str]
+    behavior: str
+    invert: bool
+    add_prefix_space: bool
+    use_regex: bool
+    individual_digits: bool
+
+
+class BpeModel(TypedDict, total=False):
+    """The part `model` of tokenizer.json."""
+
+    type: str
+    vocab: dict[str, int]
+    merges: Sequence[Merge]
+    byte_fallback: bool
+    ignore_merges: bool
+    continuing_subword_prefix: str
+    end_of_word_suffix: str
+
+
+class AddedToken(TypedDict):
+    """One of the tokens that stand beside the vocabulary in tokenizer.json."""
+
+    id: int
+    content: str
+    special: bool
+    rstrip: bool
+
+
+class TokenizerFile(TypedDict):
+    """The content of tokenizer.json."""
+
+    model: BpeModel
+    normalizer: Step | None
+    pre_tokenizer: Step | None
+    added_tokens: list[AddedToken]
+
+
+class FormParts(TypedDict):
+    """The fields of GgufTokenizer that byte-level BPE and SentencePiece have each in its way."""
+
+    model: str
+    pre: str
+    scores: tuple[float, ...]
+    merges: tuple[str, ...]
+    add_space: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +131,7 @@ class GgufTokenizer:
 def read_gguf_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     rows: int,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     turn_end: int | None = None,
 ) -> GgufTokenizer:
     """The tokenizer of a model whose embedding has `rows` rows.
@@ -78,13 +142,13 @@ def read_gguf_tokenizer(
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise _unknown_tokenizer(f"{type(tokenizer).__name__} has no tokenizer.json")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state: TokenizerFile = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
         raise _unknown_tokenizer(f"its model is {model['type']}, not BPE")
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
-            raise _unknown_tokenizer(f"its model has {key} = {model[key]!r}")
+    affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if affix:
+        raise _unknown_tokenizer(f"it writes {affix!r} at the ends of its tokens")
     # Rows of the embedding count: a tokenizer may know tokens that the model has no row for.
     vocab = {token: index for token, index in model["vocab"].items() if index < rows}
     added = {token["id"]: token for token in state["added_tokens"] if token["id"] < rows}
@@ -92,12 +156,6 @@ def read_gguf_tokenizer(
     special = _special_ids(tokenizer, rows, config, turn_end)
     # What encoding puts around a text shows in the ids of any text.
     ids = tokenizer.encode("a")
-    common: dict[str, Any] = {
-        "special": special,
-        "add_bos": bool(ids) and ids[0] == special.get("bos"),
-        "add_eos": len(ids) > 1 and ids[-1] == special.get("eos"),
-        "chat_template": _default_template(tokenizer.chat_template),
-    }
     notes: list[str] = []
     if model.get("byte_fallback"):
         parts = _sentencepiece(state, vocab, tokens, types, special.get("unk"), notes)
@@ -107,9 +165,12 @@ def read_gguf_tokenizer(
     return GgufTokenizer(
         tokens=tuple(tokens),
         types=tuple(types),
+        special=special,
+        add_bos=bool(ids) and ids[0] == special.get("bos"),
+        add_eos=len(ids) > 1 and ids[-1] == special.get("eos"),
         strips_space=strips_space,
+        chat_template=_default_template(tokenizer.chat_template),
         notes=(*notes, *stripping_notes),
-        **common,
         **parts,
     )
 
@@ -126,7 +187,7 @@ def _unknown_tokenizer(why: str) -> ModelError:
 def _special_ids(
     tokenizer: PreTrainedTokenizerBase,
     rows: int,
-    config: Mapping[str, Any],
+    config: ModelConfig,
     turn_end: int | None,
 ) -> dict[str, int]:
     special = {}
@@ -153,13 +214,13 @@ def _default_template(template: str | Mapping[str, str] | None) -> str | None:
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>", re.DOTALL)
 
 
-def _added_type(token: Mapping[str, Any]) -> TokenType:
+def _added_type(token: AddedToken) -> TokenType:
     if token["special"] or _LOOKS_SPECIAL.fullmatch(token["content"]):
         return TokenType.CONTROL
     return TokenType.USER_DEFINED
 
 
-def _stripping(added: Collection[Mapping[str, Any]], tokens: set[str]) -> tuple[bool, list[str]]:
+def _stripping(added: Collection[AddedToken], tokens: set[str]) -> tuple[bool, list[str]]:
     """Tell whether space after special tokens is dropped, by the name, and add notes on that."""
     dropped = {token["content"] for token in added if token["rstrip"]}
     unstripped = {token["content"] for token in added} - dropped
@@ -184,7 +245,7 @@ def model_name(name: str, strips_space: bool) -> str:
 
 
 def _token_lists(
-    vocab: Mapping[str, int], added: Mapping[int, Mapping[str, Any]], rows: int
+    vocab: Mapping[str, int], added: Mapping[int, AddedToken], rows: int
 ) -> tuple[list[str], list[TokenType]]:
     """Text and type of every row: of no token, of the vocabulary, added."""
     # An embedding is often padded to a round number of rows; each needs a text of its own.
@@ -206,10 +267,10 @@ def _token_lists(
 
 
 def _byte_level(
-    tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any], notes: list[str]
-) -> dict[str, Any]:
+    tokenizer: PreTrainedTokenizerBase, state: TokenizerFile, notes: list[str]
+) -> FormParts:
     """Return the fields of GgufTokenizer that only byte-level BPE has."""
-    if list(_steps(state["normalizer"], "normalizers")):
+    if list(_steps(state["normalizer"])):
         notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
     if not state["model"]["merges"]:
         raise _unknown_tokenizer("it joins no bytes to tokens, and llama.cpp opens no such file")
@@ -225,14 +286,14 @@ def _byte_level(
     }
 
 
-def _merge_text(merge: str | list[str]) -> str:
+def _merge_text(merge: Merge) -> str:
     """`left right`, as of older files; newer ones hold pairs, whose parts may contain a space."""
     if isinstance(merge, str):
         return merge
     return " ".join(part.replace(" ", "\u0120") for part in merge)
 
 
-def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Any]) -> str:
+def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: TokenizerFile) -> str:
     """`tokenizer.ggml.pre`, by the ids of a fixed text, else by the steps of tokenizer.json.
 
     The first is llama.cpp's own key, and sees the whole tokenizer; a vocabulary that was trained
@@ -258,16 +319,16 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: Mapping[str, A
     raise _unknown_tokenizer(f"nothing in llama.cpp is known to split text by {splits}")
 
 
-def _splits(state: Mapping[str, Any]) -> list[str] | None:
+def _splits(state: TokenizerFile) -> list[str] | None:
     """The regular expressions that text is split by, one after the other.
 
     None where a step is another.
     """
-    for step in _steps(state["normalizer"], "normalizers"):
+    for step in _steps(state["normalizer"]):
         if step["type"] != "NFC":
             return None
     splits = []
-    steps = list(_steps(state["pre_tokenizer"], "pretokenizers"))
+    steps = list(_steps(state["pre_tokenizer"]))
     for position, step in enumerate(steps):
         is_last = position == len(steps) - 1
         # ByteLevel makes letters of bytes, so it has to be the last step, and be there.
@@ -280,7 +341,7 @@ def _splits(state: Mapping[str, Any]) -> list[str] | None:
     return splits or None
 
 
-def _split_of(step: Mapping[str, Any]) -> list[str] | None:
+def _split_of(step: Step) -> list[str] | None:
     """The expressions of one step; None where it does something else."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return ["gpt-2"] if step["use_regex"] else []
@@ -294,28 +355,28 @@ def _split_of(step: Mapping[str, Any]) -> list[str] | None:
     return None
 
 
-def _steps(part: Mapping[str, Any] | None, key: str) -> Iterator[Mapping[str, Any]]:
-    """A normalizer or pre-tokenizer as a flat list; `key` names the members of a sequence."""
+def _steps(part: Step | None) -> Iterator[Step]:
+    """A normalizer or pre-tokenizer as a flat list."""
     if part is None:
         return
     if part["type"] != "Sequence":
         yield part
         return
-    for member in part[key]:
-        yield from _steps(member, key)
+    for member in (*part.get("normalizers", ()), *part.get("pretokenizers", ())):
+        yield from _steps(member)
 
 
 # SentencePiece's BPE
 
 
 def _sentencepiece(
-    state: Mapping[str, Any],
+    state: TokenizerFile,
     vocab: Mapping[str, int],
     tokens: list[str],
     types: list[TokenType],
     unknown: int | None,
     notes: list[str],
-) -> dict[str, Any]:
+) -> FormParts:
     """Return the fields of GgufTokenizer that only SentencePiece has.
 
     It sets the types of bytes and of the unknown token in `types`.
@@ -348,18 +409,18 @@ def _sentencepiece(
     }
 
 
-def _adds_space(state: Mapping[str, Any], notes: list[str]) -> bool:
+def _adds_space(state: TokenizerFile, notes: list[str]) -> bool:
     """Tell whether encoding puts a space in front.
 
     ModelError where text is changed or split by more than SentencePiece's escape of spaces.
     """
     adds = False
-    for step in _steps(state["normalizer"], "normalizers"):
+    for step in _steps(state["normalizer"]):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             adds = True
         elif step["type"] != "Replace" or step["content"] != SPACE:
             raise _unknown_tokenizer(f"text is normalized by {step['type']}")
-    for step in _steps(state["pre_tokenizer"], "pretokenizers"):
+    for step in _steps(state["pre_tokenizer"]):
         if step["type"] == "Metaspace" and not step["split"]:
             adds = adds or step["prepend_scheme"] != "never"
             if step["prepend_scheme"] == "always":
@@ -373,7 +434,7 @@ def _adds_space(state: Mapping[str, Any], notes: list[str]) -> bool:
 
 
 def _join_ranks(
-    merges: list[Any], vocab: Mapping[str, int], tokens: list[str], types: list[TokenType]
+    merges: Sequence[Merge], vocab: Mapping[str, int], tokens: list[str], types: list[TokenType]
 ) -> dict[str, int]:
     """The order in which tokens are joined from two others: the smallest first.
 
@@ -418,7 +479,7 @@ def _check_pairs(
 # The header
 
 
-def add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
+def add_tokenizer(writer: "GGUFWriter", tokenizer: GgufTokenizer) -> None:
     """The tokenizer into a `gguf.GGUFWriter`."""
     writer.add_tokenizer_model(tokenizer.model)
     writer.add_tokenizer_pre(tokenizer.pre)
