@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ def memory_gib(device: torch.device | None = None) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def describe_machine(argv: Sequence[str] | None = None) -> dict[str, object]:
     """Software, hardware and command for env.json: an allow-list, which never dumps the
     environment, with argv masked."""
     gpus = []

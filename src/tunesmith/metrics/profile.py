@@ -14,10 +14,12 @@ import gzip
 import json
 import pickle
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, TypedDict
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -25,6 +27,41 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tunesmith.config.schema import Profile
 
 TOP = 10  # operations of a table
+
+
+# The `args` of a trace's event. The functional form, as names have a space.
+TraceArgs = TypedDict(
+    "TraceArgs",
+    {"External id": int, "Device Type": int, "Device Id": int, "Total Allocated": int},
+    total=False,
+)
+
+
+class TraceEvent(TypedDict, total=False):
+    """The parts of a trace's event that are read; `ts` and `dur` are microseconds."""
+
+    name: str
+    cat: str
+    ts: float
+    dur: float
+    tid: int
+    args: TraceArgs
+
+
+class Operation(TypedDict):
+    """An operation of the table."""
+
+    name: str
+    calls: int
+    ms: float
+    share: float
+
+
+class ProfileSummary(TypedDict):
+    """The operations with the most time of their own."""
+
+    operations: list[Operation]
+    gpu_busy_share: float | None
 
 
 class Profiler:
@@ -103,11 +140,11 @@ class Profiler:
         self.traces.append(trace)
         name = f"rank{self.rank}-{len(self.traces)}"
         with gzip.open(trace, "rt", encoding="utf-8") as file:
-            events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+            events: list[TraceEvent] = json.load(file)["traceEvents"]
         if self.device.type == "cuda":
             _write_snapshot(self.folder / f"memory-{name}.pickle")
-        summary = {**summarize(events), "peak_bytes": peak_bytes(events)}
-        text = json.dumps(summary, indent=1)
+        summary = summarize(events)
+        text = json.dumps({**summary, "peak_bytes": peak_bytes(events)}, indent=1)
         (self.folder / f"summary-{name}.json").write_text(text, encoding="utf-8")
         table = self.folder / f"top-{name}.txt"
         table.write_text(_table(summary), encoding="utf-8")
@@ -121,7 +158,7 @@ def _write_snapshot(file: Path) -> None:
         pickle.dump(snapshot, out)
 
 
-def _table(summary: Mapping[str, Any]) -> str:
+def _table(summary: ProfileSummary) -> str:
     """The operations of a summary as text."""
     lines = [f"{'operation':<60} {'own time, ms':>14} {'share':>9} {'calls':>9}"]
     for operation in summary["operations"]:
@@ -135,7 +172,7 @@ def _table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(events: Sequence[TraceEvent]) -> ProfileSummary:
     """The operations of a trace with the most time of their own, and the share of the time in which
     the GPU was busy.
 
@@ -147,7 +184,7 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kernels = [
         event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
     ]
-    times = Counter[str]()  # microseconds
+    times = defaultdict[str, float](float)  # microseconds
     calls = Counter[str]()
     if kernels:
         launchers = {event["args"].get("External id"): event["name"] for event in operations}
@@ -160,15 +197,15 @@ def summarize(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     else:
         _count_own_times(operations, times, calls)
     total = sum(times.values()) or 1.0
-    top = []
-    for name, spent in times.most_common(TOP):
+    top: list[Operation] = []
+    for name, spent in nlargest(TOP, times.items(), key=itemgetter(1)):
         top.append({"name": name, "calls": calls[name], "ms": spent / 1e3, "share": spent / total})
     idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in kernels)
     return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
 
 
 def _count_own_times(
-    operations: Sequence[Mapping[str, Any]], times: Counter[str], calls: Counter[str]
+    operations: Sequence[TraceEvent], times: dict[str, float], calls: Counter[str]
 ) -> None:
     """Add the time of each operation without that of operations inside it."""
     # (end, name) of the operations that the next one may lie in, the innermost last.
@@ -204,7 +241,7 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
     return idle / (latest - first) if latest > first else 0.0
 
 
-def peak_bytes(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def peak_bytes(events: Sequence[TraceEvent]) -> dict[str, int]:
     """The most bytes that were allocated on each device; on a CPU they count from the start of the
     trace."""
     peaks: dict[str, int] = {}

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
@@ -128,13 +128,14 @@ class JsonlSink(Sink):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: Any = None
+        self._file: TextIO | None = None
 
     def open(self, run: Run, resumed_at: int) -> None:
         cut_back(self.path, resumed_at)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:
+        assert self._file is not None
         self._file.write(record.to_json() + "\n")
 
     def flush(self) -> None:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -102,12 +102,13 @@ class Terminal(Sink):
             # meanwhile with it.
             auto_refresh=not is_notebook,
         )
-        fields: dict[str, Any] = {"step": str(resumed_at), "status": "", "time_left": ""}
         self._task = self._progress.add_task(
             "",
             total=self.total or self._seconds,
             completed=resumed_at if self.total else int(self.trained_seconds),
-            **fields,
+            step=str(resumed_at),
+            status="",
+            time_left="",
         )
         self._progress.start()
 

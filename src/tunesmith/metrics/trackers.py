@@ -36,7 +36,7 @@ class Tracker(NamedTuple):
         project: the variable that names the project, where accelerate's class does not read it.
     """
 
-    options: Callable[[Path, str | None], dict[str, Any]]
+    options: Callable[[Path, str | None], dict[str, object]]
     run_id: Callable[[Any], str]
     setup: str
     project: str = ""
@@ -212,7 +212,7 @@ class TrackerSink(Sink):
             self._thread.shutdown()
         self._tracker = None
 
-    def _report(self, part: str, step: int, loss: float | None, values: dict[str, Any]) -> None:
+    def _report(self, part: str, step: int, loss: float | None, values: dict[str, float]) -> None:
         if (part, step, loss) in self._sent:
             return
         if self.name == "wandb":

@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import check_not_given, typed_again
 from tunesmith.config.row_formats import FORMAT_COLUMNS
@@ -216,7 +216,7 @@ def check_compiles(recipe: "Run") -> None:
 
 def bench(
     args: argparse.Namespace, recipe: "Run", folder: Path
-) -> "tuple[BenchReport, dict[str, Any], list[str]]":
+) -> "tuple[BenchReport, dict[str, object], list[str]]":
     """Measure in `folder`: figures, the report for --json, and the lines that follow the table."""
     from tunesmith.metrics import hardware
     from tunesmith.runtime.device import free_device_memory
@@ -226,7 +226,7 @@ def bench(
     plan = BenchPlan(recipe, args.steps, args.warmup, "random" if args.shape else "stored", traces)
     (folder / "run").mkdir()
     measured = measure(plan, folder / "run")
-    report: dict[str, Any] = {
+    report: dict[str, object] = {
         "figures": vars(measured.figures),
         "recipe": plain_recipe(args, recipe),
         "machine": hardware.describe_machine(),
@@ -243,7 +243,7 @@ def bench(
     if args.cold:
         # The new process would find less free memory, and choose a smaller micro batch.
         free_device_memory()
-        cold = first_steps(report["figures"], args, folder / "warm.json")
+        cold = first_steps(measured.figures, args, folder / "warm.json")
         report["cold"] = cold
         # The build counts too: on a GPU its trial of memory is what compiles first.
         empty = f"{cold['build_seconds']:.1f} + {cold['first_step_seconds']:.1f} s"
@@ -253,7 +253,7 @@ def bench(
     return measured.figures, report, lines
 
 
-def plain_recipe(args: argparse.Namespace, recipe: "Run") -> dict[str, Any]:
+def plain_recipe(args: argparse.Namespace, recipe: "Run") -> dict[str, object]:
     """The recipe as plain values; a shape has its name instead of its temporary folder."""
     from tunesmith.config.dump import to_mapping
 
@@ -311,7 +311,7 @@ def command_of(args: argparse.Namespace, steps: int, warmup: int, change: str = 
     return [*command, "--steps", str(steps), "--warmup", str(warmup)]
 
 
-def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -> dict[str, float]:
+def first_steps(figures: "BenchReport", args: argparse.Namespace, file: Path) -> dict[str, float]:
     """Seconds of build and first step here, and in a new process.
 
     That one finds what this one has compiled.
@@ -328,8 +328,8 @@ def first_steps(figures: dict[str, Any], args: argparse.Namespace, file: Path) -
         raise RunError(what, where=" ".join(command), fix=fix)
     warm = json.loads(file.read_text(encoding="utf-8"))["figures"]
     return {
-        "first_step_seconds": figures["first_step_seconds"],
-        "build_seconds": figures["build_seconds"],
+        "first_step_seconds": figures.first_step_seconds,
+        "build_seconds": figures.build_seconds,
         "warm_first_step_seconds": warm["first_step_seconds"],
         "warm_build_seconds": warm["build_seconds"],
     }

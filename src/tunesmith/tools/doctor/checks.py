@@ -10,9 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from glob import glob
-from typing import Any
+from typing import TypedDict
 
-from tunesmith.tools.doctor.system import FAULT, GIB, Finding, Gpu, System, finding
+from tunesmith.tools.doctor.system import (
+    FAULT,
+    GIB,
+    CableFunction,
+    Finding,
+    Gpu,
+    NodeProperties,
+    System,
+    finding,
+)
 
 TOML = "/etc/nvidia-container-runtime/config.toml"
 # The generic resource that a swarm's tasks ask for
@@ -60,6 +69,17 @@ report["tflops"] = 2 * 4096**3 * count / max(time.monotonic() - begin, 1e-9) / 1
 report["load"] = look.communicate(timeout=5)[0].strip()
 print(json.dumps(report))
 """
+
+
+class LoadReport(TypedDict, total=False):
+    """What LOAD prints: what torch was built for, then its speed and nvidia-smi's line."""
+
+    cuda: str | None
+    archs: list[str]
+    load: str
+    tflops: float
+
+
 Findings = Iterator[Finding]
 Check = Callable[[System], Findings]
 
@@ -92,8 +112,9 @@ def _torch(system: System) -> Findings:
         yield finding("torch/cpu", version=version)
         return
     code, out, errors = system.run(python, "-c", LOAD, limit=TORCH_SECONDS)
-    reports = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    build: dict[str, Any] = {"archs": [], "cuda": ""}
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    reports: list[LoadReport] = [json.loads(line) for line in lines]
+    build: LoadReport = {"archs": [], "cuda": None}
     if reports:
         build = reports[0]
     gpu = system.gpus[0]
@@ -135,9 +156,9 @@ def _has_code_for(chip: int, archs: list[str]) -> bool:
     return False
 
 
-def _clock(gpu: Gpu, report: dict[str, Any]) -> Finding:
+def _clock(gpu: Gpu, report: LoadReport) -> Finding:
     """Report the clock, power and speed of the GPU under load."""
-    columns: list[str] = report["load"].split(",")
+    columns = report["load"].split(",")
     clock, top, watts, state, *_ = [*columns, "", "", "", ""]
     # A figure that nvidia-smi does not give is 0 here.
     values = [float(re.sub(r"[^\d.]", "", text) or 0) for text in (clock, top, watts)]
@@ -292,7 +313,7 @@ def _cable(system: System) -> Findings:
     yield from _gids(functions)
 
 
-def _address(system: System, functions: list[dict[str, Any]], names: str) -> Finding:
+def _address(system: System, functions: list[CableFunction], names: str) -> Finding:
     """Check that the functions of the cable have addresses that outlast a reboot."""
     stored = [path for pattern in NETWORK_FILES for path in glob(pattern)]
     for file in ("/etc/network/interfaces", *glob("/etc/netplan/*.yaml")):
@@ -313,7 +334,7 @@ def _address(system: System, functions: list[dict[str, Any]], names: str) -> Fin
     return finding(case, shown=", ".join(shown), lost=lost, name=name)
 
 
-def _gids(functions: list[dict[str, Any]]) -> Findings:
+def _gids(functions: list[CableFunction]) -> Findings:
     """Check that each RDMA device has a RoCE v2 address, and NCCL is not sent to another index."""
     forced = os.environ.get("NCCL_IB_GID_INDEX")
     indexes = []
@@ -357,7 +378,7 @@ def _run(system: System, checks: list[Check]) -> list[Finding]:
     return [result for check in checks for result in check(system)]
 
 
-def examine(system: System, *, pair: bool) -> tuple[list[Finding], dict[str, Any]]:
+def examine(system: System, *, pair: bool) -> tuple[list[Finding], NodeProperties]:
     """The findings of this machine, and properties that a pair compares.
 
     Only a pair needs Docker: without one its faults are warnings.
@@ -381,7 +402,7 @@ def examine(system: System, *, pair: bool) -> tuple[list[Finding], dict[str, Any
         findings += _run(system, [_cable, _tools])
     host = os.uname().nodename
     managers = (docker.get("Swarm") or {}).get("RemoteManagers") or []
-    properties = {
+    properties: NodeProperties = {
         "versions": system.versions,
         "packages": system.packages,
         "cable": system.cable,

@@ -8,11 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tunesmith.launch.ssh import check_host, remote_words, run_on
 from tunesmith.tools.doctor.checks import TORCH_SECONDS, examine
-from tunesmith.tools.doctor.system import TEXTS, Finding, System, finding
+from tunesmith.tools.doctor.system import TEXTS, Finding, NodeProperties, System, finding
 
 SENT_FILES = ("system.py", "checks.py", "findings.json")
 MAX_SKEW_SECONDS = 2.0  # seconds between the clocks
@@ -82,7 +81,7 @@ def _why_ssh_failed(host: str, errors: str) -> Finding:
     return replace(finding(f"ssh/{case}", host, message=message), host=host)
 
 
-def _compare(here: dict[str, Any], there: dict[str, Any], host: str) -> list[Finding]:
+def _compare(here: NodeProperties, there: NodeProperties, host: str) -> list[Finding]:
     """Compare what must be the same on both, and the swarm and the subnet that they must share."""
     findings = _compare_versions(here["versions"], there["versions"], host)
     findings += _compare_packages(here["packages"], there["packages"], host)
@@ -121,7 +120,7 @@ def _compare_packages(here: list[str], there: list[str], host: str) -> list[Find
     return [finding("packages/differ", host, differ=shown, names=" ".join(names))]
 
 
-def _subnets_of_cable(node: dict[str, Any]) -> set[ipaddress.IPv4Network]:
+def _subnets_of_cable(node: NodeProperties) -> set[ipaddress.IPv4Network]:
     addresses = [text for function in node["cable"] for text in function["addresses"]]
     return {ipaddress.IPv4Interface(address).network for address in addresses}
 

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 OK = "ok"
 FAULT = "fault"
@@ -62,7 +62,7 @@ class Finding:
     case: str = ""
 
 
-def finding(key: str, host: str = "", **values: Any) -> Finding:
+def finding(key: str, host: str = "", **values: object) -> Finding:
     """The finding that findings.json has under `check/case`, with the values filled in."""
     level, what, why, fix = TEXTS[key]
     values["host"] = host
@@ -84,6 +84,53 @@ class Gpu(NamedTuple):
     driver: str
     capability: str
     memory: str
+
+
+class SwarmManager(TypedDict):
+    """A manager node of a swarm."""
+
+    Addr: str
+
+
+class SwarmInfo(TypedDict, total=False):
+    """The part of `docker info` about its swarm."""
+
+    LocalNodeState: str
+    NodeAddr: str
+    Error: str
+    RemoteManagers: list[SwarmManager] | None
+
+
+class DockerInfo(TypedDict, total=False):
+    """The parts of `docker info` that are read; `refused` and `absent` are ours."""
+
+    ServerVersion: str
+    ServerErrors: list[str]
+    DefaultRuntime: str
+    Swarm: SwarmInfo
+    refused: str
+    absent: bool
+
+
+class CableFunction(TypedDict):
+    """A network function of the port with the cable; -1 for a number that is not known."""
+
+    name: str
+    up: bool
+    mtu: int
+    speed: int
+    addresses: list[str]
+    device: str
+    gids: dict[int, str]
+
+
+class NodeProperties(TypedDict):
+    """The properties of a node that a pair compares."""
+
+    versions: dict[str, str]
+    packages: list[str]
+    cable: list[CableFunction]
+    managers: list[str]
 
 
 class System:
@@ -150,10 +197,10 @@ class System:
         return any(self.read(file).startswith(("NVRM", "0x10de")) for file in files)
 
     @functools.cached_property
-    def docker(self) -> dict[str, Any]:
+    def docker(self) -> DockerInfo:
         """`docker info`; where it does not answer only `refused`, the reason, and `absent`."""
         code, out, errors = self.run("docker", "info", "--format", "{{json .}}")
-        info = json.loads(out) if out.startswith("{") else {}
+        info: DockerInfo = json.loads(out) if out.startswith("{") else {}
         # Some versions exit with 0 though the daemon does not answer.
         if code == 0 and info.get("ServerVersion"):
             return info
@@ -200,7 +247,7 @@ class System:
         return addresses
 
     @functools.cached_property
-    def cable(self) -> list[dict[str, Any]]:
+    def cable(self) -> list[CableFunction]:
         """The network functions of the port with the cable.
 
         That is the first port with a function that is up, else the first port.
@@ -211,11 +258,11 @@ class System:
         interfaces = [os.path.basename(path) for path in glob("/sys/class/net/en*")]
         # A port without an RDMA device is recognized by its name alone.
         names = {*devices, *filter(_FUNCTION.match, interfaces)}
-        ports: dict[str, list[dict[str, Any]]] = {}
+        ports: dict[str, list[CableFunction]] = {}
         for name in sorted(names, key=str.lower):
             base = f"/sys/class/net/{name}"
             device = devices.get(name, "")
-            function = {
+            function: CableFunction = {
                 "name": name,
                 "up": self.read(f"{base}/operstate") == "up",
                 "mtu": int(self.read(f"{base}/mtu") or -1),

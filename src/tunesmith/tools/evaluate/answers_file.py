@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pydantic import JsonValue, TypeAdapter
 
 from tunesmith.checkpoint.manifest import free_name
 from tunesmith.errors import DataError, UsageError
 from tunesmith.run_dir import parse_json
 from tunesmith.tools.evaluate.resumed_file import ResumedFile
+
+if TYPE_CHECKING:
+    from tunesmith.inference.decoding import Decoding
 
 KIND = "eval answers"
 
@@ -38,7 +43,7 @@ class SavedAnswer:
     """
 
     # A file may have been edited.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     model: str
     row: int
@@ -65,7 +70,7 @@ class AnswersHeader:
         prompts: sha256 (hex) of the token ids of all prompts.
         weights: identify what was trained; empty for a plain model.
         base: the base model.
-        decoding: the fields of `Decoding`, the seed among them.
+        decoding: how tokens are chosen, the seed among it.
         batch_size: rows answered at once; it changes what sampling draws.
     """
 
@@ -74,10 +79,10 @@ class AnswersHeader:
     prompts: str
     weights: str
     base: str
-    decoding: dict[str, Any]
+    decoding: "Decoding"
     batch_size: int
 
-    def differences(self, earlier: dict[str, Any]) -> list[str]:
+    def differences(self, earlier: dict[str, JsonValue]) -> list[str]:
         """List the differences from the header of a file, a clause each."""
         clauses = []
         if earlier.get("prompts") != self.prompts:
@@ -87,7 +92,7 @@ class AnswersHeader:
         decoding = earlier.get("decoding")
         options = decoding if isinstance(decoding, dict) else {}
         before = {**options, "batch_size": earlier.get("batch_size")}
-        for name, value in {**self.decoding, "batch_size": self.batch_size}.items():
+        for name, value in {**asdict(self.decoding), "batch_size": self.batch_size}.items():
             if before.get(name) != value:
                 option = f"--{name.replace('_', '-')}"
                 clauses.append(f"{option} was {before.get(name)}, and is {value}")
@@ -126,7 +131,7 @@ class AnswersFile(ResumedFile):
                 self._read_answers()
 
     def _check_header(self) -> None:
-        earlier: Any = None
+        earlier: JsonValue = None
         with suppress(ValueError, IndexError):
             earlier = parse_json(self.lines[0])
         if not isinstance(earlier, dict) or earlier.get("tunesmith") != KIND:
@@ -146,8 +151,6 @@ class AnswersFile(ResumedFile):
             )
 
     def _read_answers(self) -> None:
-        from pydantic import TypeAdapter
-
         saved = TypeAdapter(SavedAnswer)
         for number, line in enumerate(self.lines[1:], 2):
             answer = None

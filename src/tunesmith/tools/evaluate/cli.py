@@ -45,7 +45,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import (
     ProgressCounter,
@@ -277,11 +277,11 @@ def run_tasks(args: argparse.Namespace) -> None:
         notify(f"scores: {file}")
 
 
-def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[str, Any]:
+def tasks_as_report(args: argparse.Namespace, result: "TaskEvaluation") -> dict[str, object]:
     """Return what --json prints of an evaluation on tasks."""
     from tunesmith.tools.evaluate.harness import values_as_json
 
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, object]] = {}
     for metric in result.metrics:
         tasks.setdefault(metric.task, {})[metric.name] = values_as_json(metric)
     return {
@@ -321,9 +321,9 @@ def metric_text(metric: "TaskMetric", model: str) -> str:
     return f"{value:.4g} ({interval.low:.4g} to {interval.high:.4g})"
 
 
-def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
+def as_report(run_name: str, result: "Evaluation") -> dict[str, object]:
     """Return what --json prints of one run."""
-    report: dict[str, Any] = {
+    report: dict[str, object] = {
         "run": run_name,
         "data": result.data,
         "dropped": result.dropped,
@@ -352,7 +352,7 @@ def as_report(run_name: str, result: "Evaluation") -> dict[str, Any]:
     return report
 
 
-def runs_as_report(run_names: Sequence[str], result: "RunsEvaluation") -> dict[str, Any]:
+def runs_as_report(run_names: Sequence[str], result: "RunsEvaluation") -> dict[str, object]:
     """Return what --json prints of several runs."""
     runs = {}
     evaluations = result.evaluations.items()
@@ -373,7 +373,7 @@ def runs_as_report(run_names: Sequence[str], result: "RunsEvaluation") -> dict[s
     return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
 
 
-def loss_difference_as_json(difference: "LossDifference") -> dict[str, Any]:
+def loss_difference_as_json(difference: "LossDifference") -> dict[str, object]:
     """Return how much the loss of tuned differs from that of base, and the verdict."""
     from tunesmith.metrics.intervals import loss_sentence
 
@@ -387,9 +387,9 @@ def difference_as_json(mean: float, interval: "Interval | None") -> dict[str, fl
     return {"mean": mean if math.isfinite(mean) else None, "low": low, "high": high}
 
 
-def scores_as_json(scores: "RowScores") -> dict[str, Any]:
+def scores_as_json(scores: "RowScores") -> dict[str, object]:
     """Return the figures of one scorer, without the scores of single rows."""
-    values: dict[str, Any] = {"rows": scores.rows}
+    values: dict[str, object] = {"rows": scores.rows}
     for name, interval in scores.models.items():
         values[name] = interval._asdict()
     if scores.paired is not None:

@@ -19,7 +19,6 @@ import sys
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
@@ -140,7 +139,7 @@ class _Stream:
             with suppress(OSError):
                 self.file.close()
 
-    def write(self, record: dict[str, Any], *, why: str = "") -> None:
+    def write(self, record: dict[str, object], *, why: str = "") -> None:
         line = _line(record)
         try:
             print(visible(line) if self.file.isatty() else line, end="", file=self.file, flush=True)
@@ -150,7 +149,7 @@ class _Stream:
             raise write_error(self.name, error, why) from error
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: dict[str, object]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
@@ -235,7 +234,7 @@ def _answered_rows(file: "ResumedFile | _Stream", rows: Rows, args: argparse.Nam
     return matching
 
 
-def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
+def _is_answer_to(line: bytes, row: dict[str, object]) -> bool:
     try:
         record = json.loads(line)
     except ValueError:
@@ -249,7 +248,7 @@ def _is_answer_to(line: bytes, row: dict[str, Any]) -> bool:
     return bool(fields.items() <= record.items())
 
 
-def _begins_answer_to(line: bytes, row: dict[str, Any]) -> bool:
+def _begins_answer_to(line: bytes, row: dict[str, object]) -> bool:
     """Tell whether an incomplete line is the beginning of the record that answers `row`."""
     fields = dict(takewhile(lambda item: item[0] != "output", row.items()))
     record = _line({**fields, "output": ""}).removesuffix('"}\n')

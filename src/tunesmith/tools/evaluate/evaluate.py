@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -553,7 +553,7 @@ def _keep_losses(
         log.warning(f"{error.what} for the report: {error.where}: {error.why}")
 
 
-def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, Any]:
+def _about(evaluation: Evaluation, location: RunLocation) -> dict[str, object]:
     """Collect what the file of the scores says beside them."""
     losses = {}
     row_losses = {}

@@ -8,7 +8,7 @@ it is.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
@@ -39,15 +39,15 @@ _ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistan
 ANSWER_PLACEHOLDER = "?"
 
 
-class AnsweredRows(Iterator[dict[str, Any]]):
+class AnsweredRows(Iterator[dict[str, object]]):
     """Rows with their answers; each is answered when the iterator reaches it."""
 
-    def __init__(self, rows: Iterator[dict[str, Any]], count: int) -> None:
+    def __init__(self, rows: Iterator[dict[str, object]], count: int) -> None:
         self._rows = rows
         self._count = count
         self._position = 0
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> dict[str, object]:
         row = next(self._rows)
         self._position += 1
         return row
@@ -62,7 +62,7 @@ class AnsweredRows(Iterator[dict[str, Any]]):
 @lines_by_default()
 def generate(
     loaded: LoadedModel,
-    rows: Rows | Sequence[dict[str, Any]],
+    rows: Rows | Sequence[dict[str, object]],
     decoding: Decoding | None = None,
     *,
     format_name: str = "auto",
@@ -133,7 +133,7 @@ def generate(
     )
 
     # The rows are checked at the call, and answered as the caller iterates.
-    def with_answers() -> Iterator[dict[str, Any]]:
+    def with_answers() -> Iterator[dict[str, object]]:
         for i, answer in answers:
             text = answer.text
             if prompts[i].is_special:
@@ -251,7 +251,7 @@ def _key_column(format_name: str, columns: Mapping[str, str]) -> str:
     return columns.get(_KEY_COLUMN[format_name], _KEY_COLUMN[format_name])
 
 
-def _has_needed_columns(row: dict[str, Any], source: Source) -> bool:
+def _has_needed_columns(row: dict[str, object], source: Source) -> bool:
     """Tell whether a row has all columns that one of the format's layouts needs."""
     layouts = ROW_FORMATS[source.format].layouts
     return any(
@@ -260,7 +260,7 @@ def _has_needed_columns(row: dict[str, Any], source: Source) -> bool:
 
 
 def row_source(
-    row: dict[str, Any],
+    row: dict[str, object],
     where: str,
     sources: Sequence[Source],
     format_name: str,
@@ -297,7 +297,7 @@ def row_source(
 
 
 def _fitting_source(
-    row: dict[str, Any],
+    row: dict[str, object],
     sources: Sequence[Source],
     format_name: str,
     columns: Mapping[str, str] | None,
@@ -317,7 +317,7 @@ def _fitting_source(
     return max(fitting, key=lambda source: len(source.columns.values() & row.keys()), default=None)
 
 
-def _format_by_columns(row: dict[str, Any], columns: Mapping[str, str]) -> str:
+def _format_by_columns(row: dict[str, object], columns: Mapping[str, str]) -> str:
     """The format whose key column the row has; "" for none."""
     # Columns that are named must be of the format; where no format has them, an error says so.
     names = [name for name in _KEY_COLUMN if columns.keys() <= set(FORMAT_COLUMNS[name])]
@@ -374,7 +374,7 @@ def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decodin
     )
 
 
-def make_prompt(row: dict[str, Any], where: str, loaded: LoadedModel, source: Source) -> Prompt:
+def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source: Source) -> Prompt:
     """The prompt of a row, read as `source` says, and the answer that it holds; DataError for a
     broken row."""
     complete_row, is_answered = _with_answer(row, source, where)
@@ -402,7 +402,9 @@ def _is_empty(sample: Sample) -> bool:
     return isinstance(sample, Completion) and not sample.completion.strip()
 
 
-def _with_answer(row: dict[str, Any], source: Source, where: str) -> tuple[dict[str, Any], bool]:
+def _with_answer(
+    row: dict[str, object], source: Source, where: str
+) -> tuple[dict[str, object], bool]:
     """The row with an answer, its own or a placeholder, and whether it is its own."""
     if source.format == "text":
         return row, False
@@ -410,7 +412,7 @@ def _with_answer(row: dict[str, Any], source: Source, where: str) -> tuple[dict[
     column = source.columns.get(column, column)
     reader = RowReader(row, source, where)
     # JSON text of messages is read as these.
-    value: Any = reader.text_or_messages(row.get(column), column)
+    value = reader.text_or_messages(row.get(column), column)
     role_key = "role"
     placeholder = {"role": "assistant", "content": ANSWER_PLACEHOLDER}
     if source.format in ("alpaca", "prompt-completion"):

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.data.compare.row_checks import check_prompts, place
@@ -40,9 +40,28 @@ from tunesmith.tools.evaluate.score_rows import (
     summarize_rows,
 )
 
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
 log = logging.getLogger(__name__)
 
 _Z95 = 1.959964  # standard errors from the mean to each end of a normal 95 % interval
+
+
+class HarnessResults(TypedDict):
+    """The parts of what lm-eval returns that are read.
+
+    Attributes:
+        results: by task, each metric's value under `METRIC,FILTER`.
+        samples: by task, a record of each row.
+        group_subtasks: by group, its tasks.
+        higher_is_better: by task and metric.
+    """
+
+    results: dict[str, dict[str, object]]
+    samples: dict[str, list[dict[str, object]]]
+    group_subtasks: dict[str, list[str]]
+    higher_is_better: dict[str, dict[str, bool]]
 
 
 class MetricValue(NamedTuple):
@@ -152,7 +171,7 @@ def evaluate_tasks(
     # A task may bring its own prompt; whether the template goes around it is decided once for all.
     applies = _applies_template(loaded, path, chat_template)
 
-    def results_of(loaded: LoadedModel) -> dict[str, Any]:
+    def results_of(loaded: LoadedModel) -> HarnessResults:
         return _harness_results(loaded, loaded_tasks, limit, batch_size, chat_template=applies)
 
     tuned = "model" if location.holds == "base" else "tuned"
@@ -167,7 +186,7 @@ def evaluate_tasks(
         results = {"base": results_of(base_model), **results}
     metrics = tuple(_task_metrics(results))
     version = _lm_eval_version()
-    about = {
+    about: dict[str, object] = {
         "lm_eval": version,
         "limit": limit,
         "chat_template": applies,
@@ -232,7 +251,7 @@ def _seen_rows(
     return seen
 
 
-def _count_seen(seen: Mapping[str, SeenRows], name: str, result: Mapping[str, Any]) -> int:
+def _count_seen(seen: Mapping[str, SeenRows], name: str, result: HarnessResults) -> int:
     """Count the seen rows of a task, or of all tasks of a group."""
     count = seen[name].seen if name in seen else 0
     for child in result["group_subtasks"].get(name, ()):
@@ -266,7 +285,7 @@ def _harness_results(
     batch_size: int,
     *,
     chat_template: bool,
-) -> dict[str, Any]:
+) -> HarnessResults:
     """Run lm-eval on one model and return its results."""
     import lm_eval
 
@@ -274,7 +293,7 @@ def _harness_results(
     tokenizer = copy(loaded.tokenizer)
     tokenizer.chat_template = loaded.template.jinja
     with evaluating(loaded.model), _answers_end(loaded.model, loaded.template.end_ids):
-        results: dict[str, Any] = lm_eval.simple_evaluate(
+        results: HarnessResults = lm_eval.simple_evaluate(
             model=_harness_model(loaded.model, tokenizer, batch_size),
             tasks=tasks.items,
             task_manager=tasks.manager,
@@ -285,7 +304,9 @@ def _harness_results(
     return results
 
 
-def _harness_model(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> Any:
+def _harness_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> "HFLM":
     """lm-eval's own `hf` model around one that is loaded."""
     from lm_eval.models import huggingface
 
@@ -314,7 +335,7 @@ def _answers_end(model: PreTrainedModel, end_ids: frozenset[int]) -> Iterator[No
 # Metrics ----------------------------------------------------------------------------------------
 
 
-def _task_metrics(results: Mapping[str, dict[str, Any]]) -> Iterator[TaskMetric]:
+def _task_metrics(results: Mapping[str, HarnessResults]) -> Iterator[TaskMetric]:
     """All metrics of all tasks and groups, where every model has a number."""
     first = next(iter(results.values()))
     for task, by_key in first["results"].items():
@@ -333,7 +354,7 @@ def _task_metrics(results: Mapping[str, dict[str, Any]]) -> Iterator[TaskMetric]
 
 
 def _task_metric(
-    results: Mapping[str, dict[str, Any]],
+    results: Mapping[str, HarnessResults],
     task: str,
     metric: str,
     filter_name: str,
@@ -357,7 +378,9 @@ def _task_metric(
     return replace(whole, row_scores=row_scores)
 
 
-def _metric_value(values: Mapping[str, Any], metric: str, filter_name: str) -> MetricValue | None:
+def _metric_value(
+    values: Mapping[str, object], metric: str, filter_name: str
+) -> MetricValue | None:
     """None for what is no finite number."""
     value = values.get(f"{metric},{filter_name}")
     if not isinstance(value, int | float) or not math.isfinite(value):
@@ -369,7 +392,7 @@ def _metric_value(values: Mapping[str, Any], metric: str, filter_name: str) -> M
     return MetricValue(float(value), float(stderr))
 
 
-def _samples_of(result: Mapping[str, Any], task: str, filter_name: str) -> list[dict[str, Any]]:
+def _samples_of(result: HarnessResults, task: str, filter_name: str) -> list[dict[str, object]]:
     """lm-eval's record of each row of a task, or of all tasks of a group, in their order."""
     samples = []
     if task in result["samples"]:
@@ -381,7 +404,7 @@ def _samples_of(result: Mapping[str, Any], task: str, filter_name: str) -> list[
     return samples
 
 
-def _row_values(result: Mapping[str, Any], task: str, metric: str, filter_name: str) -> list[float]:
+def _row_values(result: HarnessResults, task: str, metric: str, filter_name: str) -> list[float]:
     """A metric row by row; empty where a row has no single number from 0 to 1."""
     values = []
     for sample in _samples_of(result, task, filter_name):
@@ -406,8 +429,8 @@ def _save_task(
     data: str,
     task: str,
     metrics: Sequence[TaskMetric],
-    result: Mapping[str, Any],
-    about: Mapping[str, Any],
+    result: HarnessResults,
+    about: Mapping[str, object],
 ) -> None:
     """Write one task's scores, for `report` and for other tools."""
     task_metrics = [metric for metric in metrics if metric.task == task]
@@ -437,9 +460,9 @@ def _save_task(
     )
 
 
-def values_as_json(metric: TaskMetric) -> dict[str, Any]:
+def values_as_json(metric: TaskMetric) -> dict[str, object]:
     """Each model's value, standard error and interval; the difference where rows are paired."""
-    values: dict[str, Any] = {"rows": metric.rows, "higher_is_better": metric.higher_is_better}
+    values: dict[str, object] = {"rows": metric.rows, "higher_is_better": metric.higher_is_better}
     for model, (value, stderr) in metric.values.items():
         interval = metric.interval(model)
         values[model] = {

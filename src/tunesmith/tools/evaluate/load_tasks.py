@@ -6,11 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, MachineError, UsageError, first_line
 from tunesmith.host.packages import pip_install, require
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+    class LoadedNames(TypedDict):
+        """What lm-eval loads of some names; `group_map`: the children of each group."""
+
+        tasks: dict[str, Task]
+        groups: dict[str, Group]
+        group_map: dict[str, list[str]]
+
 
 TASKS_OPTION = "--tasks"
 _YAML = (".yaml", ".yml")
@@ -26,10 +39,10 @@ class LoadedTasks:
         tasks: each task by its name, those of groups among them.
     """
 
-    manager: Any
-    items: list[Any]
+    manager: "TaskManager"
+    items: "list[Task | Group]"
     names: list[str]
-    tasks: dict[str, Any]
+    tasks: "dict[str, Task]"
 
     def prompts(self, limit: int | None) -> dict[str, list[str]]:
         """The text of each row that is scored, by task; a row without one has an empty text.
@@ -73,8 +86,8 @@ def load_tasks(specs: Sequence[str]) -> LoadedTasks:
     names: list[str] = []
     for spec in specs:
         names += _names_of(spec, manager)
-    items: dict[str, Any] = {}
-    tasks: dict[str, Any] = {}
+    items: dict[str, Task | Group] = {}
+    tasks: dict[str, Task] = {}
     children: set[str] = set()
     for name in dict.fromkeys(names):
         loaded = _load_task(name, manager)
@@ -118,7 +131,7 @@ def _holds_group(file: Path) -> bool:
     return re.search(r"^group:", text, re.MULTILINE) is not None
 
 
-def _names_of(spec: str, manager: Any) -> list[str]:
+def _names_of(spec: str, manager: "TaskManager") -> list[str]:
     """List the names that lm-eval's `load` takes for one of the words of --tasks."""
     if not _is_path(spec):
         names = manager.match_tasks([spec])
@@ -147,7 +160,7 @@ def _names_of(spec: str, manager: Any) -> list[str]:
     return names
 
 
-def _unknown_task(name: str, manager: Any) -> UsageError:
+def _unknown_task(name: str, manager: "TaskManager") -> UsageError:
     nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
     fix = "`lm-eval ls tasks` prints all names"
     if Path(name).is_dir():
@@ -157,12 +170,12 @@ def _unknown_task(name: str, manager: Any) -> UsageError:
     return UsageError(f"there is no task {name}", where=f"{TASKS_OPTION} {name}", fix=fix)
 
 
-def _load_task(name: str, manager: Any) -> dict[str, Any]:
+def _load_task(name: str, manager: "TaskManager") -> "LoadedNames":
     """Load a name with lm-eval: `tasks` and `groups` by name, and `group_map`, the children of
     each group."""
     where = f"{TASKS_OPTION} {name}"
     try:
-        loaded: dict[str, Any] = manager.load([name])
+        loaded: LoadedNames = manager.load([name])
     except ImportError as error:
         raise _missing_package(name, error) from error
     except (ConnectionError, FileNotFoundError) as error:
@@ -180,7 +193,7 @@ def _load_task(name: str, manager: Any) -> dict[str, Any]:
     return loaded
 
 
-def _check_task(name: str, task: Any) -> None:
+def _check_task(name: str, task: "Task") -> None:
     """UsageError for a task that runs a model's code, or is not of text alone."""
     why = ""
     fix = "remove it"

@@ -9,7 +9,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 from tunesmith.errors import MachineError, RunError, UsageError, disk_fault
 from tunesmith.run_dir import read_bytes
@@ -81,7 +81,7 @@ class ResumedFile:
                 self._file.close()
             self._file = None
 
-    def write(self, record: dict[str, Any], *, why: str = "") -> None:
+    def write(self, record: dict[str, object], *, why: str = "") -> None:
         """Write one more line; RunError where the disk takes no more, for which `why` says how far
         it came.
         """

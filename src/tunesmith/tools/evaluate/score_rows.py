@@ -7,10 +7,9 @@ all of them are there.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -131,7 +130,7 @@ def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> Ev
     return EvalRows(prompts, scored, unanswered)
 
 
-def _scored_row(loaded: LoadedModel, prompt: Prompt, row: dict[str, Any]) -> ScoredRow:
+def _scored_row(loaded: LoadedModel, prompt: Prompt, row: dict[str, object]) -> ScoredRow:
     calls = 0
     has_tools = False
     if isinstance(prompt.sample, Conversation):
@@ -231,7 +230,7 @@ class Scoring:
             prompts=self.rows.digest(),
             weights=trained_weights(loaded.location),
             base=f"{base.name}@{base.revision}" if base.revision else base.name,
-            decoding=asdict(decoding),
+            decoding=decoding,
             batch_size=batch_size,
         )
 
@@ -329,7 +328,7 @@ class Scoring:
             reference=row.reference,
         )
 
-    def finish(self, about: dict[str, Any]) -> list[RowScores]:
+    def finish(self, about: dict[str, object]) -> list[RowScores]:
         """Score all answers, and write the scores beside them; RunError where a scorer fails.
 
         Args:
@@ -382,7 +381,11 @@ def scores_path(answers: Path) -> Path:
 
 
 def write_scores(
-    path: Path, header: AnswersHeader, rows: EvalRows, results: Sequence[RowScores], about: Any
+    path: Path,
+    header: AnswersHeader,
+    rows: EvalRows,
+    results: Sequence[RowScores],
+    about: dict[str, object],
 ) -> None:
     """Write the scores, for `report` and for other tools; MachineError where that fails."""
     content = {
@@ -392,23 +395,23 @@ def write_scores(
         "row_hash": hashlib.sha256(
             f"{header.prompts} {rows.reference_digest()}".encode()
         ).hexdigest(),
-        "decoding": Decoding(**header.decoding).describe(),
+        "decoding": header.decoding.describe(),
         **about,
         "scores": {result.name: saved_scores(result) for result in results},
     }
     save_scores(path, content, fix="start the same command again when it can: the answers are kept")
 
 
-def saved_scores(result: RowScores) -> dict[str, Any]:
+def saved_scores(result: RowScores) -> dict[str, object]:
     """One of the `scores` of a file of scores, as `run_dir.read_scores` reads it."""
-    values: dict[str, Any] = {model: list(span) for model, span in result.models.items()}
+    values: dict[str, object] = {model: list(span) for model, span in result.models.items()}
     if result.paired is not None:
         values["difference"] = list(result.paired.difference)
         values["differing"] = result.paired.differing
     return values | {"verdict": result.verdict, "by_row": result.scores}
 
 
-def save_scores(path: Path, content: dict[str, Any], *, fix: str) -> None:
+def save_scores(path: Path, content: dict[str, object], *, fix: str) -> None:
     """Write a file of scores; MachineError where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import regex
 
@@ -50,7 +50,7 @@ class ScoredRow:
 
     reference: str
     raw_reference: str
-    row: dict[str, Any] = field(repr=False)
+    row: dict[str, object] = field(repr=False)
     where: str
     calls: int = 0
     has_tools: bool = False

@@ -18,16 +18,19 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.tools.evaluate.json_fields import equal_fields, parse_strict
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
 
 
 class ToolCall(NamedTuple):
     """A call that an answer holds; `arguments`: JSON values by name."""
 
     name: str
-    arguments: dict[str, Any]
+    arguments: "dict[str, JsonValue]"
 
 
 CallReader = Callable[[str], list[ToolCall]]
@@ -94,7 +97,7 @@ def _flexible(literal: str) -> str:
     return r"\s*" + r"\s*".join(words) + r"\s*"
 
 
-def _decode(text: str, start: int) -> tuple[Any, int]:
+def _decode(text: str, start: int) -> "tuple[JsonValue, int]":
     """The JSON value at or after whitespace at `start`, and where it ends; ValueError for none."""
     while start < len(text) and text[start].isspace():
         start += 1
@@ -132,14 +135,15 @@ class _JsonForm:
             yield match.end()
 
 
-def _calls_in(value: Any) -> Iterator[ToolCall]:
+def _calls_in(value: "JsonValue") -> Iterator[ToolCall]:
     """The calls of a JSON value: an object with a name and arguments, or a list of them."""
     values = value if isinstance(value, list) else [value]
     for item in values:
         if not isinstance(item, dict):
             continue
         # OpenAI's wrapping, or the function itself.
-        function = item["function"] if isinstance(item.get("function"), dict) else item
+        inner = item.get("function")
+        function = inner if isinstance(inner, dict) else item
         # Templates name the parts of a call differently.
         name = function.get("name", function.get("tool_name"))
         arguments = function.get("arguments", function.get("parameters"))
@@ -176,7 +180,7 @@ class _NamedForm:
         return calls
 
 
-def _decode_arguments(text: str) -> Any:
+def _decode_arguments(text: str) -> "JsonValue":
     try:
         return _decode(text, 0)[0]
     except ValueError:
@@ -219,7 +223,7 @@ class _TaggedForm:
         return calls
 
 
-def _value_of(text: str) -> Any:
+def _value_of(text: str) -> "JsonValue":
     try:
         return parse_strict(text)
     except ValueError:
@@ -229,7 +233,7 @@ def _value_of(text: str) -> Any:
 def _tagged_form(rendering: str) -> _TaggedForm | None:
     words = [CALL_PROBE.name]
     for name, value in CALL_PROBE.arguments.items():
-        words += [name, value]
+        words += [name, str(value)]
     # The probe's name, keys and values in the order in which the template writes them.
     gaps = re.fullmatch(f"(.*){'(.*?)'.join(map(re.escape, words))}(.*)", rendering, re.DOTALL)
     if gaps is None:

@@ -4,8 +4,9 @@ adapter, intervals.
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection
+
+from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.errors import UsageError
@@ -78,13 +79,14 @@ def apply_rules(recipe: Translation) -> None:
             continue
         if isinstance(value, list):
             # Several rules may add to a list.
-            values = dict.fromkeys([*recipe.values.get(key, []), *value])
-            recipe.set_key(key, list(values), name, why=why)
+            earlier = recipe.values.get(key)
+            values = [*earlier, *value] if isinstance(earlier, list) else value
+            recipe.set_key(key, list(dict.fromkeys(values)), name, why=why)
         else:
             recipe.set_key(key, value, name, why=why)
 
 
-def _has_part(value: Any, part: str) -> bool:
+def _has_part(value: JsonValue, part: str) -> bool:
     """Tell whether a value holds the text of a rule; true and false have several words."""
     text = str(value).lower()
     if part in ("true", "false") and text in (*TRUE_WORDS, *FALSE_WORDS):
@@ -92,7 +94,7 @@ def _has_part(value: Any, part: str) -> bool:
     return part.lower() in text
 
 
-def set_adapter(recipe: Translation, target: Any, *names: str, lora: bool) -> None:
+def set_adapter(recipe: Translation, target: str | list[str], *names: str, lora: bool) -> None:
     """Set what is trained; `target` follows from their keys `names`."""
     recipe.set_key("adapter.kind", "lora" if lora else "none", "kind")
     if lora:
@@ -118,7 +120,7 @@ def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
     if not entries and recipe.is_set(prefix):
         _check_bare_paths(recipe, part, prefix)
     is_replaced = part == "train" and "data.train.source" in recipe.overrides
-    sources: list[dict[str, Any]] = []
+    sources: list[dict[str, JsonValue]] = []
     names = [prefix]
     for entry in entries:
         if is_replaced:
@@ -152,19 +154,21 @@ def note_replaced(recipe: Translation, entry: str) -> None:
 
 def _read_entry(
     recipe: Translation, entry: str, method: str
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, JsonValue]], list[str]]:
     """The sources of our recipe that one data set makes, and the keys of theirs that tell them.
 
     What their keys are called is in the part `rows` of the tool's table.
     """
     rows_table = recipe.table["rows"]
 
-    def get(key: str) -> Any:
+    def get(key: str) -> JsonValue:
         return recipe.get(f"{entry}.{key}")
 
-    types = rows_table["types"]
-    if method != "sft":
-        types = rows_table[f"types_of_{METHOD_FORMATS[method]}"]
+    types_of_formats = {
+        "preference": rows_table.get("types_of_preference", {}),
+        "feedback": rows_table.get("types_of_feedback", {}),
+    }
+    types = types_of_formats.get(METHOD_FORMATS.get(method, ""), rows_table["types"])
     type_ = _entry_type(recipe, entry, types, method)
     # Values that the type of the data set implies, for keys that are not set.
     for key, value in types[type_].items():
@@ -176,11 +180,13 @@ def _read_entry(
         if method == "sft" and role in rows_table["roles"]:
             format_ = rows_table["roles"][role]
             break
-    source: dict[str, Any] = {key: get(their_key) for key, their_key in rows_table["keys"].items()}
+    source: dict[str, JsonValue] = {
+        key: get(their_key) for key, their_key in rows_table["keys"].items()
+    }
     for key in rows_table.get("other_splits", []):
         source["split"] = get(key) or source["split"]
     source["format"] = format_
-    their_columns = rows_table["columns"].get(format_, {})
+    their_columns = rows_table["columns"].get(str(format_), {})
     known_names = (*rows_table["roles"], *rows_table.get("usual_names", []))
     # A name that is not known here is listed with what differs.
     role_keys = [key for key in rows_table["role_keys"] if get(key) in known_names]
@@ -204,7 +210,7 @@ def _read_entry(
     return sources, [f"{entry}.{name}" for name in names]
 
 
-def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], method: str) -> str:
+def _entry_type(recipe: Translation, entry: str, types: Collection[str], method: str) -> str:
     """The type of a data set, of those in the tool's table; UsageError for another one."""
     rows_table = recipe.table["rows"]
     type_key = f"{entry}.{rows_table['type']}"
@@ -228,7 +234,7 @@ def _entry_type(recipe: Translation, entry: str, types: Mapping[str, Any], metho
     raise recipe.error(type_key, f"known are {', '.join(types)}", NAME_ROWS)
 
 
-def _source_names(recipe: Translation, entry: str) -> list[Any]:
+def _source_names(recipe: Translation, entry: str) -> list[JsonValue]:
     """The files or Hub ids of a data set; UsageError where it names none."""
     source_keys = recipe.table["rows"]["sources"]
     for key in source_keys:
@@ -345,7 +351,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
     recipe.set_key("train.global_batch", size, *names, "num_processes", why=why)
 
 
-def _processes(recipe: Translation, world: int | None, tensor: int) -> Any:
+def _processes(recipe: Translation, world: int | None, tensor: int) -> int | float:
     """Count the processes that train in all; 0 where nothing tells."""
     processes = world or recipe.number("num_processes")
     if recipe.is_set("shard") and recipe.number("shard") > 0:

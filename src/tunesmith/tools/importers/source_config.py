@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from pydantic import JsonValue
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -29,12 +30,59 @@ _INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
 _MAX_INTERPOLATIONS = 10
 
 
+class RowsTable(TypedDict, total=False):
+    """The part `rows` of a table; tables/torchtune.yaml describes it."""
+
+    type: str
+    silent: str
+    sources: list[str]
+    role_keys: list[str]
+    roles: dict[str, str]
+    usual_names: list[str]
+    other_splits: list[str]
+    keys: dict[str, str]
+    columns: dict[str, dict[str, str]]
+    mentioned: list[str]
+    flags: list[str]
+    types: dict[str, dict[str, JsonValue]]
+    types_of_preference: dict[str, dict[str, JsonValue]]
+    types_of_feedback: dict[str, dict[str, JsonValue]]
+
+
+class PreferencesTable(TypedDict, total=False):
+    """The part `preferences` of a table: keys and defaults of each trainer."""
+
+    identified_by: dict[str, list[str]]
+    defaults: dict[str, dict[str, JsonValue]]
+
+
+class ToolTable(TypedDict, total=False):
+    """A tool's keys; tables/torchtune.yaml describes the parts."""
+
+    marks: list[str]
+    names: dict[str, str | list[str]]
+    defaults: dict[str, JsonValue]
+    carried: list[str]
+    words: dict[str, str]
+    ours: dict[str, str]
+    rules: list[tuple[str, str | int, str, JsonValue, str]]
+    nothing: dict[str, list[str]]
+    differs: dict[str, list[str]]
+    rows: RowsTable
+    preferences: PreferencesTable
+    owners: dict[str, str]
+    plugins_of_kernels: list[str]
+    thought_keys: list[str]
+    reasoning_templates: list[str]
+    usual_tags: dict[str, list[str]]
+
+
 @dataclass(frozen=True)
 class SourceKey:
     """A value of the other tool's file and its place, `file:line`, or a default of that tool."""
 
     key: str
-    value: Any
+    value: JsonValue
     where: str
 
 
@@ -69,9 +117,10 @@ def nearby(base: Path, file: str | Path) -> Path | None:
 
 
 @cache
-def table(tool: str) -> dict[str, Any]:
+def table(tool: str) -> ToolTable:
     """The table of a tool's keys; tables/torchtune.yaml describes the parts."""
-    return read_file(Path(__file__).parent / "tables" / f"{tool}.yaml").plain()
+    content: ToolTable = read_file(Path(__file__).parent / "tables" / f"{tool}.yaml").plain()
+    return content
 
 
 def read_config(path: Path, tool: str | None) -> SourceConfig:
@@ -217,7 +266,7 @@ def python_scalar(text: str) -> Scalar:
     return scalar(text) if isinstance(number, str) else number
 
 
-def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> Any:
+def _interpolate(key: SourceKey, keys: dict[str, SourceKey], depth: int = 0) -> JsonValue:
     """The value with each `${other.key}` of OmegaConf replaced.
 
     Raises:

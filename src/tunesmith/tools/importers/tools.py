@@ -5,7 +5,8 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest, other_tools
@@ -32,7 +33,7 @@ from tunesmith.tools.importers.translation import Translation
 
 
 def translate(
-    source: SourceConfig, overrides: Mapping[str, Any], world: int | None, extends: str | None
+    source: SourceConfig, overrides: Mapping[str, str], world: int | None, extends: str | None
 ) -> Translation:
     """A recipe, or a change of one, that names each key of the file.
 
@@ -128,7 +129,7 @@ def _axolotl(recipe: Translation) -> None:
         raise recipe.error("chat_template_jinja", "a template is a file here", fix)
     recipe.carry("chat_template_jinja")
     _note_plugins(recipe)
-    _set_template_args(recipe, template)
+    _set_template_args(recipe, str(template))
     if recipe.is_set("chat_template"):
         _note_template(recipe, "chat_template")
     if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
@@ -365,7 +366,7 @@ def _set_trl_rows(recipe: Translation, usual_format: str) -> str:
         splits["validation"] = "dataset_test_split"
     for part, split_name in splits.items():
         names = {"source": "dataset_name", "name": "dataset_config", "split": split_name}
-        source: dict[str, object] = {
+        source: dict[str, JsonValue] = {
             key: recipe.get(name) for key, name in names.items() if recipe.get(name)
         }
         source["format"] = format_
@@ -402,13 +403,13 @@ def _accelerate(recipe: Translation) -> None:
 def _set_mesh(recipe: Translation) -> None:
     """Copies and shards of the model, from FSDP's or DeepSpeed's keys."""
     kind = recipe.get("kind")
-    ranks = recipe.number("num_processes")
+    ranks = recipe.count("num_processes")
     strategy = str(recipe.get("fsdp_strategy"))
     is_sharded = kind == "FSDP" or (kind == "DEEPSPEED" and recipe.get("zero_stage"))
     copies = 1
     if strategy.startswith("HYBRID"):
         # One copy on each node.
-        copies = recipe.number("num_machines")
+        copies = recipe.count("num_machines")
     if strategy == "NO_SHARD" or not is_sharded:
         copies = ranks
     if ranks > 1:

@@ -4,7 +4,9 @@ import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import JsonValue
 
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.names import keys, members, nearest, other_tools, without_indices
@@ -17,7 +19,7 @@ from tunesmith.units import Length
 
 # A key of another tool that is less like one that is known is no misspelling of it.
 _MISSPELT = 0.85
-_UNSET: tuple[Any, ...] = (None, "", [], {})
+_UNSET: tuple[JsonValue, ...] = (None, "", [], {})
 _OFF = (*_UNSET, False, "no", "none", "false")
 # Texts that Transformers' parser and pydantic read as true and false.
 TRUE_WORDS = ("true", "yes", "on", "t", "y", "1")
@@ -48,12 +50,12 @@ class Translation:
         looked_for: their keys that may be in the file.
     """
 
-    def __init__(self, source: SourceConfig, overrides: Mapping[str, Any]) -> None:
+    def __init__(self, source: SourceConfig, overrides: Mapping[str, str]) -> None:
         self.source = source
         self.overrides = overrides
         self.table = table(source.tool)
-        self.defaults: dict[str, Any] = dict(self.table["defaults"])
-        self.values: dict[str, Any] = {}
+        self.defaults: dict[str, JsonValue] = dict(self.table["defaults"])
+        self.values: dict[str, object] = {}
         self.places: dict[str, str] = {}
         self.comments: dict[str, str] = {}
         self.notes: list[Note] = []
@@ -78,21 +80,23 @@ class Translation:
         """The keys of the file below a dotted one."""
         return [key for key in self.source.keys if key.startswith(f"{prefix}.")]
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> JsonValue:
         """Its value; where it is null or absent, the tool's default."""
         key = self.find(name)
         if key is None:
             return None
         return self.defaults.get(key.key) if key.value is None else key.value
 
-    def number(self, name: str) -> Any:
+    def number(self, name: str) -> int | float:
         """A value that must be a number, also one in quotes; 0 where there is none."""
         value = self.get(name)
         if isinstance(value, str):
             value = python_scalar(value)
-        if isinstance(value, bool | str | list) or not abs(value or 0) < 1e15:
+        if value is None:
+            return 0
+        if isinstance(value, bool | str | list | dict) or not abs(value) < 1e15:
             raise self.error(name, "a number is expected", "write a number there")
-        return value or 0
+        return value
 
     def count(self, name: str) -> int:
         """A value that must be a whole number of at least 1; 1 where there is none."""
@@ -128,7 +132,7 @@ class Translation:
         key = self.find(name)
         return key is not None and key.key in self.source.keys and key.value is not None
 
-    def set_key(self, key: str, value: Any, *names: str, why: str = "") -> None:
+    def set_key(self, key: str, value: object, *names: str, why: str = "") -> None:
         """One key of the recipe, which follows from their keys `names`."""
         origins = [origin for origin in map(self.find, names) if origin is not None]
         self.values[key] = value
@@ -171,7 +175,7 @@ class Translation:
     def carry(self, *names: str) -> None:
         """Set values that need no more than our name, our word or our unit for it."""
         for name in names:
-            value = self.get(name)
+            value: object = self.get(name)
             if value is None:
                 continue
             # The table of the tool, else the table of names that tools share.
@@ -255,14 +259,16 @@ class Translation:
 
         So an error names the line to fix.
         """
-        root: dict[str, Any] = {}
+        root: dict[str, Node] = {}
         # In the order of the schema, `extends` first.
         for key in sorted(self.values, key=["extends", *keys()].index):
             *sections, last = key.split(".")
             section = root
             for name in sections:
                 empty = Node({}, self.source.name, self.source.base)
-                section = section.setdefault(name, empty).value
+                inner = section.setdefault(name, empty).value
+                assert isinstance(inner, dict)
+                section = inner
             section[last] = wrap(self.values[key], where=self.places[key], base=self.source.base)
         return Node(root, self.source.name, self.source.base)
 
@@ -292,6 +298,8 @@ def _shown(key: SourceKey) -> str:
         return '"***"'
     if isinstance(key.value, str):
         return json.dumps(mask_words([key.value])[0])
-    if isinstance(key.value, list) and all(isinstance(item, str) for item in key.value):
-        return json.dumps(mask_words(key.value))
+    if isinstance(key.value, list):
+        texts = [item for item in key.value if isinstance(item, str)]
+        if len(texts) == len(key.value):
+            return json.dumps(mask_words(texts))
     return mask(json.dumps(key.value))

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import agent_words, recipe_file
@@ -57,7 +56,7 @@ class Stack:
     environment: tuple[tuple[str, str], ...] = ()
     debug: bool = False
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The stack file's content."""
         return {
             "version": "3.8",
@@ -67,7 +66,7 @@ class Stack:
             "secrets": {source: {"external": True, "name": name} for source, name in self.secrets},
         }
 
-    def _service(self) -> dict[str, Any]:
+    def _service(self) -> dict[str, object]:
         words = agent_words(
             recipe_file(self.run_dir),
             debug=self.debug,
@@ -112,9 +111,9 @@ class Stack:
             "deploy": self._deploy(),
         }
 
-    def _volumes(self) -> list[dict[str, Any]]:
+    def _volumes(self) -> list[dict[str, object]]:
         hub, datasets = self.cache
-        volumes: list[dict[str, Any]] = []
+        volumes: list[dict[str, object]] = []
         for place, path in (
             (self.run_dir, self.run_dir),
             (hub, HUB_FOLDER),
@@ -126,16 +125,16 @@ class Stack:
         volumes.append({"type": "tmpfs", "target": "/dev/shm", "tmpfs": {"size": SHM_BYTES}})
         return volumes
 
-    def _deploy(self) -> dict[str, Any]:
+    def _deploy(self) -> dict[str, object]:
         # Swarm reads 0 attempts as any number of them.
-        restart_policy: dict[str, Any] = {"condition": "none"}
+        restart_policy: dict[str, object] = {"condition": "none"}
         if self.restarts:
             restart_policy = {
                 "condition": "on-failure",
                 "delay": "5s",
                 "max_attempts": self.restarts,
             }
-        deploy: dict[str, Any] = {
+        deploy: dict[str, object] = {
             "mode": "replicated",
             "replicas": self.nodes,
             "placement": {
@@ -171,7 +170,7 @@ class Stack:
         return json.dumps(values, indent=1, ensure_ascii=False, default=str) + "\n"
 
 
-def _read_extra(file: Path) -> Mapping[str, Any]:
+def _read_extra(file: Path) -> Mapping[str, object]:
     """The content of a user's stack file; UsageError where it is none."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -191,7 +190,7 @@ def _read_extra(file: Path) -> Mapping[str, Any]:
     return values
 
 
-def _laid_over(base: Any, more: Any, key: str = "") -> Any:
+def _laid_over(base: object, more: object, key: str = "") -> object:
     """`base` with the keys of `more` merged into it; `key`: the one that both are the value of."""
     if isinstance(base, dict) and isinstance(more, Mapping):
         merged = dict(base)

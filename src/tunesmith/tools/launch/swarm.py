@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_left
@@ -30,6 +30,46 @@ NOTIFY_SECONDS = 10.0
 REMOVE_SECONDS = 20.0
 # States of a task
 ENDED_TASKS = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
+
+
+class NodeStatus(TypedDict):
+    """The state of a node, and its address."""
+
+    State: str
+    Addr: str
+
+
+class NodeSpec(TypedDict):
+    """What a node is set to."""
+
+    Availability: str
+
+
+class ResourceSpec(TypedDict):
+    """One generic resource: a count of its kind, or the name of one."""
+
+    Kind: str
+    Value: int | str
+
+
+class NodeResources(TypedDict, total=False):
+    """The resources of a node, each under the kind of its specification."""
+
+    GenericResources: list[dict[str, ResourceSpec]]
+
+
+class NodeDescription(TypedDict):
+    """What a node has."""
+
+    Resources: NodeResources
+
+
+class NodeInfo(TypedDict):
+    """The parts of `docker node inspect` that are read."""
+
+    Status: NodeStatus
+    Spec: NodeSpec
+    Description: NodeDescription
 
 
 @dataclass(frozen=True)
@@ -291,12 +331,12 @@ def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode]
     return nodes, excluded, manager
 
 
-def _is_ready(info: dict[str, Any]) -> bool:
+def _is_ready(info: NodeInfo) -> bool:
     """Tell whether a node is up and takes tasks; `info`: of `docker node inspect`."""
     return info["Status"]["State"] == "ready" and info["Spec"]["Availability"] == "active"
 
 
-def _gpus_of(info: dict[str, Any]) -> tuple[str, int] | None:
+def _gpus_of(info: NodeInfo) -> tuple[str, int] | None:
     """Kind and count of the GPUs that a node offers the swarm; None: none."""
     kind = ""
     count = 0

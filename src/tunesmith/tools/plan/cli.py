@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal as size_text
 
@@ -181,7 +181,7 @@ def _price(text: str) -> float:
 
 def _report(
     planner: "Planner", forecasts: "Sequence[Forecast]", price: float | None, base: Path | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what --json prints; `base` is the folder of the model."""
     from tunesmith.planning.resolve import checkpoint_bytes
 

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import path_of
@@ -66,7 +65,7 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
     return Comparison(names, verdict._replace(reasons=reasons), _figures(read))
 
 
-def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, Any]:
+def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, object]:
     """Figures and verdict as plain values, for `report --json`."""
     measure = measure_of(runs)
     rows = []

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from tunesmith.launch.jobs import is_at_work, run_folders
 from tunesmith.metrics.record import checked_values, newest_records
@@ -38,7 +37,7 @@ VALIDATION_BYTES = 1 << 18  # of the records that are searched for a val_loss
 # The content of a line.
 _SIGNATURE_FILES = (METRICS, FAILURE, STOPPED, FINAL_MANIFEST)
 
-Row = dict[str, Any]  # what the page shows of a run
+Row = dict[str, object]  # what the page shows of a run
 
 
 class RunList:

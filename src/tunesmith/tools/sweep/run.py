@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from tunesmith.checkpoint.claim import claim_run_dir, is_run
 from tunesmith.checkpoint.manifest import find_damage, last_step_of, list_checkpoints
@@ -45,15 +45,12 @@ from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of, weig
 from tunesmith.tools.sweep.search import Search, halve, rung_steps
 from tunesmith.tools.sweep.shared_base import SharedBase
 from tunesmith.tools.sweep.space import Space, check_count
+from tunesmith.tools.sweep.table import CandidateResult, FixedValues, SweepRequest, SweepResult
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length, Size, count_of, format_seconds
 
 log = logging.getLogger(__name__)
-
-# How candidates of a range are drawn and stopped, in sweep.json beside the search. An earlier
-# version had other ways, so that a sweep of it must not go on as one of these.
-METHOD = {"sampler": "random", "pruner": "halving"}
 
 
 @dataclass
@@ -77,7 +74,7 @@ class SweepRun:
     def loss(self) -> float:
         return self.losses[max(self.losses)] if self.losses else math.inf
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> CandidateResult:
         """Return what sweep.json holds of it."""
         losses: dict[str, float | None] = {}
         for step, loss in self.losses.items():
@@ -108,7 +105,7 @@ def run_sweep(
     search: Search,
     *,
     argv: list[str] | None = None,
-) -> dict[str, Any]:
+) -> SweepResult:
     """Train the candidates of `space` over one base; what sweep.json holds. Errors are of `train`.
 
     A candidate whose loss is not finite is out; any other error ends the sweep, which the same
@@ -191,11 +188,11 @@ class Sweep:
         request = {
             "recipe": to_mapping(self.base),
             "keys": self.space.plain(),
-            "search": {**vars(self.search), **METHOD},
+            "search": vars(self.search),
         }
         # As it is read back: a tuple becomes a list.
-        self.request: dict[str, Any] = json.loads(json.dumps(request))
-        previous: dict[str, Any] = {}
+        self.request: SweepRequest = json.loads(json.dumps(request))
+        previous: SweepResult | None = None
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 previous = self._read()
@@ -203,30 +200,24 @@ class Sweep:
         previous = self.ranks.broadcast_object(previous)
         self.diverged: dict[str, int] = {}
         # A run that diverged is not trained again.
-        for candidate in previous.get("candidates", ()):
+        for candidate in previous["candidates"] if previous else ():
             if candidate["state"] == "diverged":
                 self.diverged[candidate["name"]] = candidate["step"]
-        self.fixed: dict[str, Any] = previous.get("fixed") or {}
-        if not self.fixed:
-            self.fixed = self._fix()
+        self._fixed = previous["fixed"] if previous else None
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> SweepResult | None:
         """Read what an earlier start of this sweep wrote; UsageError where it was another one."""
         file = self.folder / SWEEP
         # A link that leads nowhere is not overwritten either.
         if not os.path.lexists(file):
-            return {}
+            return None
         fix = f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder"
         try:
-            previous = read_sweep(file)
+            previous = cast("SweepResult", read_sweep(file))
         except (OSError, ValueError) as error:
             what = "sweep.json is damaged, or not from a sweep"
             raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error
         request = previous["asked"]
-        search = request.get("search")
-        if isinstance(search, dict) and not self.space.ranges:
-            # Of lists nothing is drawn, whatever an earlier version noted.
-            search.update(METHOD)
         differences = [name for name, value in self.request.items() if request.get(name) != value]
         if differences:
             what = "this folder contains another sweep"
@@ -240,12 +231,18 @@ class Sweep:
         # Rank and dropout are what a candidate's memory depends on.
         words = [*self.space.widest("adapter.rank"), *self.space.widest("adapter.dropout")]
         widest = load_recipe(self.recipe, [*self.space.fixed, *words])
-        if self.fixed:
+        if self._fixed is not None:
             widest = self._pinned(widest)
         return SharedBase(widest, self.ranks)
 
-    def _fix(self) -> dict[str, Any]:
-        """Return what all candidates share, and a sweep that goes on must find as it was."""
+    @property
+    def fixed(self) -> FixedValues:
+        """What all candidates share, and a sweep that goes on must find as it was."""
+        if self._fixed is None:
+            self._fixed = self._fix()
+        return self._fixed
+
+    def _fix(self) -> FixedValues:
         first = self.shared.first
         run = self.base
         total = first.total_steps or 0
@@ -273,7 +270,7 @@ class Sweep:
             "steps": total,
             "rungs": rungs,
             "micro_batch": str(first.plan.layout.micro_batch),
-            "validate_every": every and str(every),
+            "validate_every": str(every) if every else None,
             "dtype": first.run.model.dtype,
         }
 
@@ -284,12 +281,10 @@ class Sweep:
         """
         every = self.fixed["validate_every"]
         micro_batch = Size.parse(self.fixed["micro_batch"])
-        # Not in the sweep.json of an earlier version.
-        dtype = self.fixed.get("dtype", run.model.dtype)
         return replace(
             run,
-            model=replace(run.model, dtype=dtype),
-            validate=replace(run.validate, every=every and Length.parse(every)),
+            model=replace(run.model, dtype=self.fixed["dtype"]),
+            validate=replace(run.validate, every=Length.parse(every) if every else None),
             train=replace(run.train, micro_batch=micro_batch),
         )
 
@@ -430,7 +425,7 @@ class Sweep:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / SWEEP, json.dumps(self.result(), indent=1))
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> SweepResult:
         """Return what came out so far: plain values, the best candidate's name among them."""
         finished = [candidate for candidate in self.candidates if candidate.state == "finished"]
         best = min(finished, key=lambda candidate: candidate.loss, default=None)
@@ -439,6 +434,6 @@ class Sweep:
             "fixed": self.fixed,
             "compared_by": self.compared,
             "stopped": self.stopped,
-            "best": best and best.name,
+            "best": best.name if best else None,
             "candidates": [candidate.plain() for candidate in self.candidates],
         }

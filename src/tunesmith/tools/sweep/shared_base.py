@@ -35,7 +35,7 @@ class SharedBase:
 
     def __init__(self, widest: Run, ranks: Ranks) -> None:
         self.first = build(widest, Start(), ranks=ranks)
-        self.compiled: dict[tuple[int, float, float], Callable[..., Any]] = {}
+        self.compiled: dict[tuple[int, float, float], Callable[..., object]] = {}
 
     def build(
         self,

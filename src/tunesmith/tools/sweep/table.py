@@ -1,10 +1,11 @@
 """The result of a sweep as text: a table, the best candidate, how far it is ahead, and where its
 files lie."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
@@ -17,7 +18,48 @@ from tunesmith.run_dir import FINAL, RECIPE, weights_step
 ORDER = ("finished", "stopped", "diverged", "waiting")
 
 
-def sweep_page(result: Mapping[str, Any]) -> Path | None:
+class CandidateResult(TypedDict):
+    """One candidate in sweep.json; `losses` by step, null where it diverged."""
+
+    name: str
+    run_dir: str
+    values: dict[str, str]
+    state: str
+    step: int
+    loss: float | None
+    losses: dict[str, float | None]
+
+
+class FixedValues(TypedDict):
+    """The values that all candidates share."""
+
+    steps: int
+    rungs: list[int]
+    micro_batch: str
+    validate_every: str | None
+    dtype: Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class SweepRequest(TypedDict):
+    """The recipe, keys and search of a sweep."""
+
+    recipe: dict[str, object]
+    keys: dict[str, list[str] | str]
+    search: dict[str, int | None]
+
+
+class SweepResult(TypedDict):
+    """The content of sweep.json."""
+
+    asked: SweepRequest
+    fixed: FixedValues
+    compared_by: str
+    stopped: str
+    best: str | None
+    candidates: list[CandidateResult]
+
+
+def sweep_page(result: SweepResult) -> Path | None:
     """Write the report of all candidates beside sweep.json, and return its path.
 
     None where no candidate has begun.
@@ -31,7 +73,7 @@ def sweep_page(result: Mapping[str, Any]) -> Path | None:
     return page
 
 
-def sweep_lines(result: Mapping[str, Any]) -> Iterator[str]:
+def sweep_lines(result: SweepResult) -> Iterator[str]:
     """A table of a result, as sweep.json holds it, and then the best candidate.
 
     The candidates that came furthest come first; of these the one with the least loss.
@@ -50,12 +92,16 @@ def sweep_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield from best_lines(result)
 
 
-def _rank(candidate: Mapping[str, Any]) -> tuple[int, int, float]:
+def _rank(candidate: CandidateResult) -> tuple[int, int, float]:
     """The place of a candidate in the table: the least comes first."""
     return ORDER.index(candidate["state"]), -candidate["step"], candidate["loss"] or 0.0
 
 
-def _table_row(candidate: Mapping[str, Any]) -> list[str]:
+def _loss_of(candidate: CandidateResult) -> float:
+    return math.inf if candidate["loss"] is None else candidate["loss"]
+
+
+def _table_row(candidate: CandidateResult) -> list[str]:
     # A candidate that waits or has diverged has no loss.
     loss = "-"
     if candidate["loss"] is not None:
@@ -65,7 +111,7 @@ def _table_row(candidate: Mapping[str, Any]) -> list[str]:
     return [number, *values, str(candidate["step"]), loss, candidate["state"]]
 
 
-def best_lines(result: Mapping[str, Any]) -> Iterator[str]:
+def best_lines(result: SweepResult) -> Iterator[str]:
     """The best candidate, what it was chosen from, and where its adapter and its recipe lie."""
     candidates = result["candidates"]
     states = Counter(candidate["state"] for candidate in candidates)
@@ -83,14 +129,14 @@ def best_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"recipe to copy: {folder / RECIPE}"
 
 
-def _second_lines(result: Mapping[str, Any], best: Mapping[str, Any]) -> Iterator[str]:
+def _second_lines(result: SweepResult, best: CandidateResult) -> Iterator[str]:
     """The candidate behind the best one: of those that trained to the end, else of those that were
     stopped the one that came furthest."""
     others = [candidate for candidate in result["candidates"] if candidate is not best]
     finished = [candidate for candidate in others if candidate["state"] == "finished"]
     stopped = [candidate for candidate in others if candidate["state"] == "stopped"]
     if finished:
-        second = min(finished, key=lambda candidate: candidate["loss"])
+        second = min(finished, key=_loss_of)
         yield from _comparison_lines(result["compared_by"], best, second)
     elif stopped:
         second = min(stopped, key=lambda candidate: (-candidate["step"], candidate["loss"]))
@@ -100,12 +146,13 @@ def _second_lines(result: Mapping[str, Any], best: Mapping[str, Any]) -> Iterato
 
 
 def _comparison_lines(
-    compared_by: str, best: Mapping[str, Any], second: Mapping[str, Any]
+    compared_by: str, best: CandidateResult, second: CandidateResult
 ) -> Iterator[str]:
     """Say how far the best candidate is ahead of the second, whether that is more than chance, and
     the command that compares them row by row."""
-    gap = second["loss"] - best["loss"]
-    ahead = f"second: {second['name']}, {compared_by} {second['loss']:.4f}: {gap:.4f} higher"
+    gap = _loss_of(second) - _loss_of(best)
+    loss = f"{compared_by} {_loss_of(second):.4f}"
+    ahead = f"second: {second['name']}, {loss}: {gap:.4f} higher"
     if compared_by != "val_loss":
         yield f"{ahead}; training losses do not show which model is better: hold out rows"
         return

@@ -39,7 +39,7 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
-from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
+from tunesmith.tools.export.gguf.adapter import GgufBase, LoraSettings, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file
 from tunesmith.tools.export.gguf.families import OWN_SCRIPT
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
@@ -210,9 +210,14 @@ def export_adapter(
             weights = {}
             for name, tensor in stored.items():
                 weights[name] = StoredRows(tensor, torch.float32, tensor.shape)
+        settings = read_json(folder / ADAPTER_CONFIG)
         plan = plan_adapter(
             read.files.config.to_dict(),
-            read_json(folder / ADAPTER_CONFIG),
+            LoraSettings(
+                r=settings["r"],
+                lora_alpha=settings["lora_alpha"],
+                use_rslora=bool(settings.get("use_rslora")),
+            ),
             weights,
             name=goal.stem,
             added_tokens=len(read.recipe.model.added_tokens),

@@ -403,7 +403,7 @@ def _llama3_factors(rope: Rope, dims: int) -> Tensor:
     high = rope["high_freq_factor"]
     context = rope["original_max_position_embeddings"]
     exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
-    factors = []
+    factors: list[float] = []
     # `rope_freqs.weight` divides the frequencies: the same three ranges that Transformers has.
     for frequency in 1.0 / (rope["rope_theta"] ** exponents):
         wavelength = 2 * math.pi / frequency
