@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.run} has no files to push", where=args.run, fix=fix)
     from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
     from tunesmith.checkpoint.model_card import is_hub_id, model_card
-    from tunesmith.model.older_readers import MODEL_CONFIG, TOKENIZER_CONFIG, for_older_readers
     from tunesmith.run_dir import weights_step
 
     # Others load an adapter by the name of its base, which must then be one that they can fetch.
@@ -87,10 +86,6 @@ def run(args: argparse.Namespace) -> None:
             is_hidden = file.startswith(".") or "/." in file
             if path.is_file() and not (is_hidden or file.startswith("state/") or file == MANIFEST):
                 files[file] = path
-        for config in (MODEL_CONFIG, TOKENIZER_CONFIG):
-            # An earlier version wrote the new keys alone.
-            if config in files:
-                files[config] = for_older_readers(config, (folder / config).read_bytes())
         # A plain model has the card of its makers, or none.
         if CARD not in files and location.holds != "base":
             step = weights_step(folder)
