@@ -132,43 +132,43 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     for name, key in raw_keys.items():
         value = _interpolate(key, raw_keys)
         # What Transformers' `to_dict` writes in place of a token.
-        keys[name] = replace(key, value=None if value == f"<{name.upper()}>" else value)
+        if value == f"<{name.upper()}>":
+            value = None
+        keys[name] = replace(key, value=value)
         if isinstance(key.value, str):
             referenced.update(_INTERPOLATION.findall(key.value))
     if not tool and not {"model.name", "extends"}.isdisjoint(keys):
         fix = f"tunesmith train {shell_path(path)}; or name a tool with --from"
         raise UsageError("this is already a tunesmith recipe", where=str(path), fix=fix)
-    likely = max(IMPORTED_TOOLS, key=lambda each: len(_marks(keys, each)))
-    if tool and not _marks(keys, tool) and _marks(keys, likely):
-        what = f"this file has no key of {tool}, and looks like one of {likely}"
-        why = f"it has {', '.join(_marks(keys, likely)[:3])}"
-        raise UsageError(what, where=str(path), why=why, fix=f"--from {likely}")
-    tool = tool or _guess_tool(keys, path)
+    tool = _choose_tool(keys, path, tool)
     return SourceConfig(tool, path.name, keys, path.parent, referenced=frozenset(referenced))
 
 
-def _guess_tool(keys: dict[str, SourceKey], path: Path) -> str:
-    """The tool that knows most of the names; UsageError where several do alike."""
-    counts = {tool: len(_marks(keys, tool)) for tool in IMPORTED_TOOLS}
-    most = max(counts.values())
-    tools = [tool for tool in IMPORTED_TOOLS if counts[tool] == most]
-    if len(tools) > 1:
-        why = "it has no known keys"
-        if most > 0:
-            why = f"its keys could be of {' or '.join(tools)}"
+def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> str:
+    """The named tool, or the one that knows most of the keys.
+
+    UsageError where several do alike, and where all keys that are known are of another tool.
+    """
+    names = {name for key in keys for name in key.split(".")}
+    marks = {}
+    for tool in IMPORTED_TOOLS:
+        marks[tool] = [mark for mark in table(tool)["marks"] if mark in names]
+    most = max(map(len, marks.values()))
+    likely = [tool for tool, known in marks.items() if len(known) == most]
+    if named:
+        if most and not marks[named]:
+            what = f"this file has no key of {named}, and looks like one of {likely[0]}"
+            why = f"it has {', '.join(marks[likely[0]][:3])}"
+            raise UsageError(what, where=str(path), why=why, fix=f"--from {likely[0]}")
+        return named
+    if len(likely) > 1:
         raise UsageError(
             "cannot detect which tool this file is for",
             where=str(path),
-            why=why,
-            fix=f"name the tool: --from {tools[0]}; known are {', '.join(IMPORTED_TOOLS)}",
+            why=f"its keys could be of {' or '.join(likely)}" if most else "it has no known keys",
+            fix=f"name the tool: --from {likely[0]}; known are {', '.join(IMPORTED_TOOLS)}",
         )
-    return tools[0]
-
-
-def _marks(keys: dict[str, SourceKey], tool: str) -> list[str]:
-    """The names in a file that tell the tool: also parts of dotted keys."""
-    names = {name for key in keys for name in key.split(".")}
-    return [mark for mark in table(tool)["marks"] if mark in names]
+    return likely[0]
 
 
 def _check_no_program(path: Path) -> None:
