@@ -25,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from tunesmith.config.schema import Profile
+from tunesmith.run_dir import ProfiledOperation
 
 TOP = 10  # operations of a table
 
@@ -48,19 +49,10 @@ class TraceEvent(TypedDict, total=False):
     args: TraceArgs
 
 
-class Operation(TypedDict):
-    """An operation of the table."""
-
-    name: str
-    calls: int
-    ms: float
-    share: float
-
-
-class ProfileSummary(TypedDict):
+class TraceSummary(TypedDict):
     """The operations with the most time of their own."""
 
-    operations: list[Operation]
+    operations: list[ProfiledOperation]
     gpu_busy_share: float | None
 
 
@@ -158,7 +150,7 @@ def _write_snapshot(file: Path) -> None:
         pickle.dump(snapshot, out)
 
 
-def _table(summary: ProfileSummary) -> str:
+def _table(summary: TraceSummary) -> str:
     """The operations of a summary as text."""
     lines = [f"{'operation':<60} {'own time, ms':>14} {'share':>9} {'calls':>9}"]
     for operation in summary["operations"]:
@@ -172,7 +164,7 @@ def _table(summary: ProfileSummary) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summarize(events: Sequence[TraceEvent]) -> ProfileSummary:
+def summarize(events: Sequence[TraceEvent]) -> TraceSummary:
     """The operations of a trace with the most time of their own, and the share of the time in which
     the GPU was busy.
 
@@ -197,7 +189,7 @@ def summarize(events: Sequence[TraceEvent]) -> ProfileSummary:
     else:
         _count_own_times(operations, times, calls)
     total = sum(times.values()) or 1.0
-    top: list[Operation] = []
+    top: list[ProfiledOperation] = []
     for name, spent in nlargest(TOP, times.items(), key=itemgetter(1)):
         top.append({"name": name, "calls": calls[name], "ms": spent / 1e3, "share": spent / total})
     idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in kernels)

@@ -72,7 +72,7 @@ print(json.dumps(report))
 
 
 class LoadReport(TypedDict, total=False):
-    """What LOAD prints: what torch was built for, then its speed and nvidia-smi's line."""
+    """A line that LOAD prints: what torch was built for; then its speed and nvidia-smi's line."""
 
     cuda: str | None
     archs: list[str]

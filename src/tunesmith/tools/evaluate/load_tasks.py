@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     class LoadedNames(TypedDict):
-        """What lm-eval loads of some names; `group_map`: the children of each group."""
+        """The tasks and groups of some names; `group_map`: the children of each group."""
 
         tasks: dict[str, Task]
         groups: dict[str, Group]

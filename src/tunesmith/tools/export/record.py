@@ -4,7 +4,7 @@
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -48,40 +48,42 @@ def record_path(file: Path) -> Path:
     return file.with_name(file.name + SUFFIX)
 
 
-def record_of(
-    location: RunLocation,
-    *,
-    weights: str,
-    size: int,
-    check: "FileCheck | None",
-    unchecked: str,
-    is_whole: bool,
-    base: "GgufBase | None" = None,
-) -> ExportRecord:
-    """The record of an exported GGUF file.
+@dataclass(frozen=True)
+class ExportedKind:
+    """The content of a GGUF file.
 
-    Args:
+    Attributes:
         location: of the run that was exported.
         weights: the type of the file's weights, in words.
-        size: of the file in bytes.
-        unchecked: why there is no check; empty where there is one.
         is_whole: the file is a whole model, not an adapter alone.
         base: the one GGUF file that an adapter is for.
     """
+
+    location: RunLocation
+    weights: str
+    is_whole: bool
+    base: "GgufBase | None" = None
+
+
+def record_of(
+    exported: ExportedKind, size: int, check: "FileCheck | None", unchecked: str
+) -> ExportRecord:
+    """The record of an exported GGUF file of `size` bytes; `unchecked` is why there is no check."""
+    location, base = exported.location, exported.base
     # A run's checkpoints and final/ lie in its directory.
     run_dir = location.folder.parent if location.folder else Path()
     card = model_card(
         location.base,
         location.run,
         run_dir,
-        merged="GGUF" if is_whole else "",
+        merged="GGUF" if exported.is_whole else "",
         library="gguf",
         is_trained=location.holds != "base",
         step=weights_step(location.folder),
     )
     return {
         "tunesmith": "export",
-        "kind": weights,
+        "kind": exported.weights,
         "bytes": size,
         "check": asdict(check) if check else None,
         "unchecked": unchecked,

@@ -32,19 +32,6 @@ REMOVE_SECONDS = 20.0
 ENDED_TASKS = {"Complete", "Failed", "Shutdown", "Rejected", "Orphaned", "Remove"}
 
 
-class NodeStatus(TypedDict):
-    """The state of a node, and its address."""
-
-    State: str
-    Addr: str
-
-
-class NodeSpec(TypedDict):
-    """What a node is set to."""
-
-    Availability: str
-
-
 class ResourceSpec(TypedDict):
     """One generic resource: a count of its kind, or the name of one."""
 
@@ -52,24 +39,12 @@ class ResourceSpec(TypedDict):
     Value: int | str
 
 
-class NodeResources(TypedDict, total=False):
-    """The resources of a node, each under the kind of its specification."""
-
-    GenericResources: list[dict[str, ResourceSpec]]
-
-
-class NodeDescription(TypedDict):
-    """What a node has."""
-
-    Resources: NodeResources
-
-
 class NodeInfo(TypedDict):
     """The parts of `docker node inspect` that are read."""
 
-    Status: NodeStatus
-    Spec: NodeSpec
-    Description: NodeDescription
+    Status: dict[str, str]
+    Spec: dict[str, str]
+    Description: dict[str, dict[str, list[dict[str, ResourceSpec]]]]
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class Sweep:
 
     @property
     def fixed(self) -> FixedValues:
-        """What all candidates share, and a sweep that goes on must find as it was."""
+        """The values that all candidates share, and a sweep that goes on must find as they were."""
         if self._fixed is None:
             self._fixed = self._fix()
         return self._fixed

@@ -7,8 +7,7 @@ it (record.py).
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,7 +52,7 @@ from tunesmith.tools.export.output import (
     move_into_place,
     part_folder,
 )
-from tunesmith.tools.export.record import ExportRecord, record_of, record_path, write_record
+from tunesmith.tools.export.record import ExportedKind, record_of, record_path, write_record
 from tunesmith.tools.export.streamed_model import Values
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
@@ -137,36 +136,32 @@ def export_gguf(
     place = torch.device(select_device(device))
     threads = threads or available_cores()
     file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
+    unchecked = _why_unchecked(check)
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
         if for_ollama:
             # Before the plan: the header holds the template.
             guard_template(tuned.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
-        require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
-        with part_folder(goal) as part:
-            file = part / file_name
-            _write(plan, file, threads, progress)
-            if for_ollama:
-                write_modelfile(part, modelfile_text(file_name, tuned))
-                copy_notices(tuned.files.folder, part)
-            result = None
-            unchecked = _why_unchecked(check)
-            if not unchecked:
-                base = _find_base(location, tuned)
-                with _rejected(goal, part if for_ollama else file):
-                    result = check_file(
-                        file, tuned, base, device=place, threads=threads, progress=checking
-                    )
-            record = record_of(
-                location,
-                weights=f"GGUF, {quant}",
-                size=plan.size,
-                check=result,
-                unchecked=unchecked,
-                is_whole=True,
-            )
-            _place(file, record, goal, is_folder=for_ollama)
+
+        def write_beside(part: Path) -> None:
+            write_modelfile(part, modelfile_text(file_name, tuned))
+            copy_notices(tuned.files.folder, part)
+
+        def compare(file: Path) -> FileCheck:
+            base = _find_base(location, tuned)
+            return check_file(file, tuned, base, device=place, threads=threads, progress=checking)
+
+        result = _write_checked(
+            plan,
+            goal / file_name if for_ollama else goal,
+            ExportedKind(location, f"GGUF, {quant}", is_whole=True),
+            threads=threads,
+            progress=progress,
+            compare=compare,
+            unchecked=unchecked,
+            write_beside=write_beside if for_ollama else None,
+        )
     shown = Path(output) / file_name if for_ollama else output
     return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result, unchecked)
 
@@ -223,35 +218,31 @@ def export_adapter(
             added_tokens=len(read.recipe.model.added_tokens),
             base=base,
         )
-        require_disk_space(goal, plan.size, what=goal.name, fix=OTHER_DISK)
-        with part_folder(goal) as part:
-            file = part / goal.name
-            _write(plan, file, threads, None)
-            result = None
-            unchecked = _why_unchecked(check)
-            if base is None:
-                unchecked = "the GGUF file of its base is not known"
-            elif not unchecked:
-                with _rejected(goal, file):
-                    result = check_file(
-                        base.file,
-                        tuned,
-                        (tuned, "base"),
-                        adapter=file,
-                        device=place,
-                        threads=threads,
-                        progress=checking,
-                    )
-            record = record_of(
-                location,
-                weights="GGUF, the LoRA alone in f16",
-                size=plan.size,
-                check=result,
-                unchecked=unchecked,
-                is_whole=False,
-                base=base,
+        unchecked = _why_unchecked(check)
+        if base is None:
+            unchecked = "the GGUF file of its base is not known"
+
+        def compare(file: Path) -> FileCheck:
+            assert base is not None  # else it is not compared
+            return check_file(
+                base.file,
+                tuned,
+                (tuned, "base"),
+                adapter=file,
+                device=place,
+                threads=threads,
+                progress=checking,
             )
-            _place(file, record, goal, is_folder=False)
+
+        result = _write_checked(
+            plan,
+            goal,
+            ExportedKind(location, "GGUF, the LoRA alone in f16", is_whole=False, base=base),
+            threads=threads,
+            progress=None,
+            compare=compare,
+            unchecked=unchecked,
+        )
     return ExportedFile(
         str(output),
         str(output),
@@ -272,24 +263,46 @@ def _why_unchecked(check: bool) -> str:
     return "" if has_llama_cpp() else "pip install xllamacpp, then export again"
 
 
-@contextmanager
-def _rejected(goal: Path, written: Path) -> Iterator[None]:
-    """Keep what was written beside its place where the check in the block refuses it: the user may
-    want to know what differs."""
-    try:
-        yield
-    except CheckpointError:
-        move_into_place(written, goal.with_name(f"{goal.name}.rejected"))
-        raise
+def _write_checked(
+    plan: GgufPlan,
+    file: Path,
+    kind: ExportedKind,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+    compare: Callable[[Path], FileCheck],
+    unchecked: str,
+    write_beside: Callable[[Path], None] | None = None,
+) -> FileCheck | None:
+    """Write a file beside its place, compare it unless it is `unchecked`, and give it its name.
 
-
-def _place(file: Path, record: ExportRecord, goal: Path, *, is_folder: bool) -> None:
-    """Give a checked file, or its folder, its name, and its record beside it."""
-    write_record(file, record)
-    if is_folder:
-        move_into_place(file.parent, goal)
-    else:
-        _move_with_record(file, goal)
+    What the check refuses is kept as `.rejected`: the user may want to know what differs.
+    `write_beside` fills the rest of the file's folder, which then gets its name as one.
+    """
+    goal = file.parent if write_beside else file
+    require_disk_space(goal, plan.size, what=file.name, fix=OTHER_DISK)
+    with part_folder(goal) as part:
+        written = part / file.name
+        _write(plan, written, threads, progress)
+        if write_beside is not None:
+            write_beside(part)
+        result = None
+        if not unchecked:
+            try:
+                result = compare(written)
+            except CheckpointError:
+                rejected = goal.with_name(f"{goal.name}.rejected")
+                move_into_place(part if write_beside else written, rejected)
+                raise
+        write_record(written, record_of(kind, plan.size, result, unchecked))
+        if write_beside is not None:
+            move_into_place(part, goal)
+        else:
+            # The file first: a record is never of one that is not there, nor of an earlier one.
+            record_path(goal).unlink(missing_ok=True)
+            move_into_place(written, goal)
+            move_into_place(record_path(written), record_path(goal))
+    return result
 
 
 def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
@@ -322,14 +335,6 @@ def _other_template(read: OpenedRun) -> str | None:
     base = read.files.folder / CHAT_TEMPLATE
     is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
     return str(saved) if is_other else None
-
-
-def _move_with_record(file: Path, goal: Path) -> None:
-    """Give a file and the record beside it their names, the file first: a record is never of one
-    that is not there, nor of an earlier one."""
-    record_path(goal).unlink(missing_ok=True)
-    move_into_place(file, goal)
-    move_into_place(record_path(file), record_path(goal))
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:

@@ -37,12 +37,12 @@ SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _SERVE_FOLDER = "serve the Transformers folder, whose tokenizer is exact: tunesmith merge RUN"
 
 
-class Step(TypedDict, total=False):
+class TextStep(TypedDict, total=False):
     """A normalizer or pre-tokenizer of tokenizer.json; each but `type` is of some types alone."""
 
     type: str
-    normalizers: "Sequence[Step]"
-    pretokenizers: "Sequence[Step]"
+    normalizers: "Sequence[TextStep]"
+    pretokenizers: "Sequence[TextStep]"
     content: str
     prepend: str
     prepend_scheme: str
@@ -80,8 +80,8 @@ class TokenizerFile(TypedDict):
     """The content of tokenizer.json."""
 
     model: BpeModel
-    normalizer: Step | None
-    pre_tokenizer: Step | None
+    normalizer: TextStep | None
+    pre_tokenizer: TextStep | None
     added_tokens: list[AddedToken]
 
 
@@ -341,7 +341,7 @@ def _splits(state: TokenizerFile) -> list[str] | None:
     return splits or None
 
 
-def _split_of(step: Step) -> list[str] | None:
+def _split_of(step: TextStep) -> list[str] | None:
     """The expressions of one step; None where it does something else."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return ["gpt-2"] if step["use_regex"] else []
@@ -355,7 +355,7 @@ def _split_of(step: Step) -> list[str] | None:
     return None
 
 
-def _steps(part: Step | None) -> Iterator[Step]:
+def _steps(part: TextStep | None) -> Iterator[TextStep]:
     """A normalizer or pre-tokenizer as a flat list."""
     if part is None:
         return
