@@ -131,7 +131,7 @@ class AnswersFile(ResumedFile):
                 self._read_answers()
 
     def _check_header(self) -> None:
-        earlier: JsonValue = None
+        earlier: object = None
         with suppress(ValueError, IndexError):
             earlier = parse_json(self.lines[0])
         if not isinstance(earlier, dict) or earlier.get("tunesmith") != KIND:

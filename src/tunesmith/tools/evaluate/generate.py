@@ -404,7 +404,9 @@ def _with_answer(
     if source.format == "sharegpt":
         role_key = "from"
         placeholder = {"from": "gpt", "value": ANSWER_PLACEHOLDER}
-    last = value[-1] if isinstance(value, list) and value else None
+    if not isinstance(value, list) or not value:
+        return row, True
+    last = value[-1]
     if not isinstance(last, dict) or str(last.get(role_key)).strip().lower() in _ANSWER_ROLES:
         return row, True
     return {**row, column: [*value, placeholder]}, False

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunesmith.adapter.peft_files import PREFIX, last_part, read_adapter
