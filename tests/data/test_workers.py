@@ -91,8 +91,9 @@ def line(i: int) -> dict[str, Any]:
 def tokens_of(path: Path, cores: int, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> TokenSet:
     monkeypatch.setattr(workers, "available_cores", lambda: cores)
     data = Data(train=(Source(source=str(path)),), **{"seq_len": 256, **keys})
-    template = select_template(data, tokenizer := byte_tokenizer(), {tokenizer.eos_token_id})
-    return tokenize(read_splits(data, 0)[0], data, template, tokenizer, cache=None, what="train")
+    tokenizer = byte_tokenizer()
+    template = select_template(data, tokenizer, {tokenizer.eos_token_id})
+    return tokenize(read_splits(data, 0)[0], data, template, cache=None, what="train")
 
 
 def test_tokens_and_counts_are_those_of_one_process(

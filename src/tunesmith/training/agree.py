@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -44,7 +44,7 @@ from tunesmith.model.safetensors_files import (
 
 NEXT_LINE = "\n         "  # below `  where: `
 MAX_NAMES = 4  # of ranks or nodes that an error lists
-DIGEST_CHARACTERS = 12  # characters of a digest that are compared, and that an error shows
+DIGEST_CHARACTERS = 12  # characters of a digest that an error shows
 # What a copy of config.json may have otherwise while the model is the same.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -56,8 +56,14 @@ NOT_COMPUTED = (
 )
 
 
-# What a rank does not have that another one has.
-NOT_THERE = "not there"
+class Compared(NamedTuple):
+    """One thing that must be alike. An empty `digest`: this rank has nothing to compare it by."""
+
+    digest: str
+    text: str  # as an error shows it
+
+
+NOT_THERE = Compared("not there", "not there")
 
 
 def check_same_recipe(run: Run, ranks: Ranks) -> None:
@@ -80,22 +86,23 @@ def check_same_recipe(run: Run, ranks: Ranks) -> None:
         what = f"the ranks have different recipes: {', '.join([*differences][:MAX_NAMES])}"
         fix = "use the same recipe and the same options on every node"
         if key in values:
-            fix += f", such as {shell_word(f'{key}={values[key]}')}"
+            fix += f", such as {shell_word(f'{key}={values[key].text}')}"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
 
 
-def recipe_values(run: Run) -> dict[str, str]:
+def recipe_values(run: Run) -> dict[str, Compared]:
     """The keys of a recipe that must be alike, and their values; those that name a place are left
     out.
     """
     values = {}
     for key, value in flatten(run).items():
         if not is_place(key):
-            values[key] = value if isinstance(value, str) else json.dumps(value)
+            text = value if isinstance(value, str) else json.dumps(value)
+            values[key] = Compared(text, text)
     return values
 
 
-def software_versions() -> dict[str, str]:
+def software_versions() -> dict[str, Compared]:
     """List what computes and in which version, with a digest of this package's own files."""
     versions = dict(installed_versions())
     for name in ("numpy", "triton"):  # the order of the examples, compiled kernels
@@ -107,7 +114,7 @@ def software_versions() -> dict[str, str]:
         versions["cuDNN"] = str(torch.backends.cudnn.version())
     number = f"{versions.get('tunesmith', '')} {source_digest()[:8]}".strip()
     versions["tunesmith"] = number
-    return versions
+    return {name: Compared(version, version) for name, version in versions.items()}
 
 
 @cache
@@ -154,64 +161,85 @@ def check_same_inputs(
     end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
-def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, str]:
+def model_parts(
+    run: Run, start: Start, files: ModelFiles, data: TrainingData
+) -> dict[str, Compared]:
     """The base model by its configuration, the tokenizer, and the adapter to begin with."""
     parts = {}
     for key, value in leaves(files.config.to_dict()).items():
         if key.partition(".")[0] not in NOT_COMPUTED:
-            parts[f"model.name: {key} of config.json"] = json.dumps(value, default=str)
+            text = json.dumps(value, default=str)
+            parts[f"model.name: {key} of config.json"] = Compared(text, text)
     support = files.support
-    parts["model.name: how its layers train"] = ", ".join([support.state, *support.recurrent])
-    parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens ({short(data.tokenizer_hash)})"
+    text = ", ".join([support.state, *support.recurrent])
+    parts["model.name: how its layers train"] = Compared(text, text)
+    digest = data.tokenizer_hash
+    parts["model.tokenizer"] = Compared(
+        digest, f"{len(files.tokenizer):,} tokens ({digest[:DIGEST_CHARACTERS]})"
+    )
     if run.adapter.from_ is not None and start.checkpoint is None:
-        parts["adapter.from"] = f"weights {short(adapter_digest(run.adapter.from_))}"
+        digest = adapter_digest(run.adapter.from_)
+        parts["adapter.from"] = Compared(
+            digest, f"{run.adapter.from_} ({digest[:DIGEST_CHARACTERS]})"
+        )
     return parts
 
 
-def weight_parts(files: ModelFiles) -> dict[str, str]:
+def weight_parts(files: ModelFiles) -> dict[str, Compared]:
     """The base's weights by their `sampled_digest`, which takes milliseconds for 70B.
 
     It misses a change that leaves both ends and the middle of every tensor as they were; of more
     than 4,096 tensors it looks at every n-th.
     """
     entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
-    return {"model.name: weights": short(sampled_digest(entries, ENDS_AND_MIDDLE))}
+    digest = sampled_digest(entries, ENDS_AND_MIDDLE)
+    return {
+        "model.name: weights": Compared(
+            digest, f"{files.model.name} ({digest[:DIGEST_CHARACTERS]})"
+        )
+    }
 
 
-def data_parts(data: TrainingData) -> dict[str, str]:
+def data_parts(data: TrainingData) -> dict[str, Compared]:
     """Template and rows, these by the digests of their tokens."""
     template = data.template
     prompt = f"{template.jinja} {sorted(template.end_ids)}"
     digest = hashlib.sha256(prompt.encode()).hexdigest()
     counts = data.train.counts
     parts = {
-        "data.template": f"{template.name} ({short(digest)})",
-        "data.train": f"{counts.kept:,} rows ({short(counts.digest)})",
+        "data.template": Compared(digest, f"{template.name} ({digest[:DIGEST_CHARACTERS]})"),
+        "data.train": Compared(
+            counts.digest, f"{counts.kept:,} rows ({counts.digest[:DIGEST_CHARACTERS]})"
+        ),
     }
     if data.validation is not None:
-        counts = data.validation.counts
-        digests = f"{short(data.validation_digest or '')} {short(counts.digest)}"
-        parts["data.validation"] = f"{counts.kept:,} rows ({digests})"
+        digest = f"{data.validation_digest} {data.validation.counts.digest}"
+        parts["data.validation"] = Compared(
+            digest, f"{data.validation.counts.kept:,} rows ({digest[:DIGEST_CHARACTERS]})"
+        )
     return parts
 
 
-def short(digest: str) -> str:
-    """Cut a digest to what is compared and shown of it."""
-    return digest[:DIGEST_CHARACTERS]
-
-
-def find_differences(ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def find_differences(
+    ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, Compared]]
+) -> dict[str, str]:
     """Describe how the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`.
 
     `parts_of_ranks` has those of each rank.
     """
     differences = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(parts_of_ranks)):
+        parts = [of_rank.get(key, NOT_THERE) for of_rank in parts_of_ranks]
+        if not all(part.digest for part in parts):
+            continue
         holders: dict[str, list[int]] = {}
-        for rank, parts in enumerate(parts_of_ranks):
-            holders.setdefault(parts.get(key, NOT_THERE), []).append(rank)
+        for rank, part in enumerate(parts):
+            holders.setdefault(part.digest, []).append(rank)
         if len(holders) > 1:
-            sides = [f"{part} on {name_places(ranks, group)}" for part, group in holders.items()]
+            sides = [
+                f"{parts[group[0]].text} on {name_places(ranks, group)}"
+                for group in holders.values()
+            ]
             differences[key] = ", ".join(sides)
     return differences
 
