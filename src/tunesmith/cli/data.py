@@ -28,7 +28,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.cli.options import RECIPE_HELP, add_json, add_recipe, chosen_recipe
+from tunesmith.config.shipped import shipped
 from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.source.open_source import is_local
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
@@ -121,8 +123,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _run_dir(recipe: str | None) -> Path | None:
     """The run directory that RECIPE names, if it is one and no recipe."""
-    from tunesmith.config.shipped import shipped
-
     if recipe is None or recipe in shipped() or not Path(recipe, RECIPE).is_file():
         return None
     return Path(recipe)
@@ -202,7 +202,6 @@ def print_data(
     from rich.text import Text
 
     from tunesmith.data.compare.describe_findings import describe_rows
-    from tunesmith.data.source.open_source import is_local
 
     if console is None:
         console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))

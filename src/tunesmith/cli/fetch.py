@@ -23,14 +23,17 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal as size_text
 
 from tunesmith.cli.options import add_json, add_overrides
+from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
+from tunesmith.config.schema import Model, Source
+from tunesmith.config.shipped import shipped
+from tunesmith.data.source.open_source import is_local, read_rows
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.host.streams import visible
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
-    from tunesmith.config.schema import Model, Source
     from tunesmith.hub.download import FetchProgress
 
 
@@ -81,18 +84,12 @@ def _fetch(args: argparse.Namespace) -> None:
 
 def _model_and_sources(args: argparse.Namespace) -> "tuple[Model, list[Source]]":
     """The model and the Hub's data sets that the command line asks for."""
-    from tunesmith.config.load import load_recipe
-    from tunesmith.config.schema import Model
-    from tunesmith.config.shipped import shipped
-
     if args.name in shipped() or Path(args.name).suffix in (".yaml", ".yml"):
         if args.revision is not None:
             command = shell_command(
                 ["tunesmith", "fetch", args.name, f"model.revision={args.revision}"]
             )
             raise UsageError("a recipe sets its own revision", where="--revision", fix=command)
-        from tunesmith.data.source.open_source import is_local
-
         recipe = load_recipe(args.name, args.overrides)
         sources = {}
         # A data set may be the source of several splits: it is fetched once.
@@ -172,8 +169,6 @@ def _dataset(source: "Source", progress: "FetchProgress", *, dry: bool) -> dict[
             # As it is on the Hub, and as an Arrow table.
             fetch.check_cache_room(source.source, 2 * size)
     if not dry:
-        from tunesmith.data.source.open_source import read_rows
-
         row["rows"] = len(read_rows(source))
     return row
 

@@ -14,8 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES
 from tunesmith.config.row_formats import FORMAT_COLUMNS
+from tunesmith.config.tree import read_value
+from tunesmith.data.source.folders import check_local
+from tunesmith.data.source.open_source import is_local
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
@@ -119,8 +123,6 @@ def column_names(text: str) -> list[tuple[str, str]]:
     That is `{prompt: question, completion: answer}`.
     """
     if text.lstrip().startswith("{"):
-        from tunesmith.config.tree import read_value
-
         pairs = list(read_value(text, where="--columns", base=Path()).plain().items())
     else:
         pairs = []
@@ -336,8 +338,6 @@ def chosen_recipe(
                 rows = shell_word(f"data.train.source={args.data[0]}")
                 fix += f"; to train {words[0]} on these rows: {rows} data.hold_out='5 %'"
             raise UsageError(what, where="command line", why=why, fix=fix)
-        from tunesmith.config.load import load_recipe
-
         return load_recipe(words[0], words[1:], announce=True), None
     if not args.model or len(args.data or ()) != 1:
         what = "a recipe is required, or --model and --data to write one"
@@ -348,9 +348,6 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
-    from tunesmith.data.source.folders import check_local
-    from tunesmith.data.source.open_source import is_local
-
     # Before numpy is imported.
     if is_local(args.data[0]):
         check_local(Path(args.data[0]).expanduser().absolute())

@@ -32,6 +32,7 @@ from tunesmith.distributed.ranks import is_launched, reported_once_a_node
 from tunesmith.host.signals import UNWIND_S, StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
+from tunesmith.metrics.summary import closing_summary
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
@@ -134,8 +135,6 @@ def _show_result(
     took: float | None,
 ) -> None:
     """Show what the run came to, on stdout and in its log."""
-    from tunesmith.metrics.summary import closing_summary
-
     # The run has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
     with StopRequest() as late:

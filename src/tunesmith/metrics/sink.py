@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
+from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
 from tunesmith.metrics.record import VALIDATION, StepRecord, cut_back
@@ -205,8 +206,6 @@ class TensorBoardSink(Sink):
 
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-
-        from tunesmith.config.dump import dump
 
         # purge_step=n makes TensorBoard hide every older event from step n on.
         purge_step = None if self.shared else 0

@@ -16,15 +16,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_json
+from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_FAILED, EXIT_OK
 from tunesmith.host.streams import show, visible
+from tunesmith.tools.doctor.access import check_model
+from tunesmith.tools.doctor.checks import examine
+from tunesmith.tools.doctor.pair import check_pair
+from tunesmith.tools.doctor.slurm import check_slurm
+from tunesmith.tools.doctor.system import FAULT, OK, Finding, System
 from tunesmith.units import count_of
-
-if TYPE_CHECKING:
-    from tunesmith.tools.doctor.system import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.config.load import load_recipe
-    from tunesmith.tools.doctor.access import check_model
-    from tunesmith.tools.doctor.checks import examine
-    from tunesmith.tools.doctor.pair import check_pair
-    from tunesmith.tools.doctor.slurm import check_slurm
-    from tunesmith.tools.doctor.system import FAULT, OK, System
-
     begin = time.monotonic()
     recipe = load_recipe(args.recipe, []) if args.recipe else None
     # The runs' disk: that of the recipe's output, else of this folder.

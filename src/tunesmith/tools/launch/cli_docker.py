@@ -15,6 +15,7 @@ saves after the current step and exits with 75.
 import argparse
 
 from tunesmith.host.shell import shell_word
+from tunesmith.tools.launch import docker
 from tunesmith.tools.launch.cli_local import add_launched, announce, launched_recipe
 
 
@@ -32,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.tools.launch import docker
-
     recipe = launched_recipe(args)
     if args.render:
         job = docker.docker_job(recipe)

@@ -17,11 +17,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_recipe, chosen_recipe, whole_number
+from tunesmith.launch import node
+from tunesmith.launch.jobs import Job, agent_words, check_free, write_recipe
+from tunesmith.tools.launch import local
 from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.config.schema import Run
-    from tunesmith.launch.jobs import Job
 
 LOADS_TORCH = "in ranks"
 
@@ -90,10 +92,6 @@ def announce(job: "Job", doing: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tunesmith.launch import node
-    from tunesmith.launch.jobs import agent_words, check_free, write_recipe
-    from tunesmith.tools.launch import local
-
     recipe = launched_recipe(args, ranks=args.ranks or node.count_gpus() or 1)
     if args.detach:
         check_free(recipe.output_dir)

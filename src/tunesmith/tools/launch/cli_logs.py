@@ -8,6 +8,8 @@ example:
 import argparse
 import sys
 
+from tunesmith.launch.jobs import find_job
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -19,8 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.launch.jobs import find_job
-
     for text in find_job(args.job).read_log(follow=args.follow):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -21,6 +21,8 @@ import argparse
 from tunesmith.cli.options import notify, whole_number
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
+from tunesmith.launch.jobs import check_free, write_recipe
+from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.cli_local import add_launched, is_finished, launched_recipe
 
 # Keys of a request that are an option each -> its help.
@@ -67,9 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from dataclasses import replace
-
-    from tunesmith.launch.jobs import check_free, write_recipe
-    from tunesmith.tools.launch import slurm
 
     request = slurm.Request(
         nodes=args.nodes,

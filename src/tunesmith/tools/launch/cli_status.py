@@ -10,16 +10,13 @@ example:
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import add_json, notify
 from tunesmith.errors import MachineError
 from tunesmith.host.files import from_here
 from tunesmith.host.streams import visible
+from tunesmith.launch.jobs import Job, JobState, all_jobs, find_job, last_step, with_runs_of_folders
 from tunesmith.run_dir import RunState
-
-if TYPE_CHECKING:
-    from tunesmith.launch.jobs import Job, JobState
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.launch.jobs import all_jobs, find_job, with_runs_of_folders
-
     jobs = [find_job(word) for word in with_runs_of_folders(args.jobs)] or all_jobs()
     states = _states_of(jobs)
     if args.json:
@@ -56,8 +51,6 @@ def _states_of(jobs: "Sequence[Job]") -> "list[JobState]":
 
     It is unknown for all of a kind whose queue does not answer, which is asked once.
     """
-    from tunesmith.launch.jobs import JobState, last_step
-
     silent: dict[type[Job], MachineError] = {}
     states = []
     for job in jobs:

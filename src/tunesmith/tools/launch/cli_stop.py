@@ -8,6 +8,8 @@ example:
 import argparse
 import time
 
+from tunesmith.launch.jobs import POLL, find_job
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -17,8 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.launch.jobs import POLL, find_job
-
     job = find_job(args.job)
     name = job.name or job.run_dir
     message = job.stop()

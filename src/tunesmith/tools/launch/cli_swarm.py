@@ -17,7 +17,9 @@ import argparse
 from pathlib import Path
 
 from tunesmith.cli.options import whole_number
+from tunesmith.host.signals import StopRequest
 from tunesmith.tools.launch.cli_local import add_launched, announce, launched_recipe
+from tunesmith.tools.launch.deploy import launch_on_swarm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.host.signals import StopRequest
-    from tunesmith.tools.launch.deploy import launch_on_swarm
-
     # The nodes that are ready are counted later: a swarm is of two at least.
     recipe = launched_recipe(args, ranks=args.nodes or 2)
     with StopRequest():

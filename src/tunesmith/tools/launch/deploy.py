@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
+from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import MachineError, TunesmithError, UsageError
 from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
@@ -309,7 +310,6 @@ def hub_files(run: Run) -> list[str]:
         return []
     from datasets import config
 
-    from tunesmith.data.source.open_source import read_rows
     from tunesmith.hub.fetch import repo_cache
 
     paths: list[Path] = []

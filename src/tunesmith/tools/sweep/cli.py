@@ -40,6 +40,7 @@ from tunesmith.errors import EXIT_OK, EXIT_STOPPED, UsageError
 from tunesmith.host.files import from_here
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting
+from tunesmith.launch.node import run_agent
 from tunesmith.run_dir import SWEEP, read_sweep
 from tunesmith.tools.sweep.search import Search
 from tunesmith.tools.sweep.space import Space, check_count, read_space
@@ -157,8 +158,6 @@ def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
 
 def sweep_on_ranks(args: argparse.Namespace, space: Space) -> int:
     """Start the same sweep on several ranks of this machine; its exit code."""
-    from tunesmith.launch.node import run_agent
-
     words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
     code = run_agent([*words, *typed_again(args, ("candidates", "rungs", "to_the_end", "json"))])
     # Ranks that a stop has ended exit with 0, lest torchrun start them again.
