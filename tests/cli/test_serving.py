@@ -353,7 +353,7 @@ def test_neither_side_of_a_chat_sees_an_answer_of_the_other(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each side answers as in a chat of its own, also after /reset."""
-    from tunesmith.tools.evaluate.cli_chat import Chat
+    from tunesmith.tools.evaluate.chat import Chat
 
     chats: list[Chat] = []
     talk = Chat.talk
@@ -377,7 +377,7 @@ def test_a_question_that_does_not_fit_costs_no_turn(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal the chat goes on after it."""
-    from tunesmith.tools.evaluate.cli_chat import Chat
+    from tunesmith.tools.evaluate.chat import Chat
 
     chats: list[Chat] = []
 

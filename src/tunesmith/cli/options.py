@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from tunesmith.config.schema import Run
-    from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.load_run import RunLocation
     from tunesmith.training.early_checks import RowsLook
     from tunesmith.training.make_recipe import NewRecipe
@@ -388,17 +387,6 @@ def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
     add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
     add("--top-k", type=int, default=0, metavar="K", help=top_k)
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
-
-
-def decoding_of(args: argparse.Namespace) -> "Decoding":
-    """The options of `add_decoding`, checked."""
-    from tunesmith.inference.decoding import Decoding
-
-    try:
-        return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
-    except UsageError as error:
-        error.where = f"--{error.where.replace('_', '-')}"
-        raise
 
 
 def stdin_lines() -> Iterator[tuple[int, str]]:

@@ -30,7 +30,9 @@ from tunesmith.errors import (
     UsageError,
 )
 from tunesmith.host.shell import shell_path
+from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
+from tunesmith.inference.load_run import load_run, locate_run
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
 
@@ -61,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.inference.load_run import locate_run
-
     location = locate_run(args.run, base_only=args.base)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
@@ -73,11 +73,10 @@ def run(args: argparse.Namespace) -> None:
     if answer_count == len(rows) and args.resume:
         options.notify(f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}")
         return
-    from tunesmith.host.signals import StopRequest
-    from tunesmith.inference.load_run import load_run
+    from tunesmith.tools.evaluate.decoding_options import decoding_of
     from tunesmith.tools.evaluate.generate import generate
 
-    decoding = options.decoding_of(args)
+    decoding = decoding_of(args)
     stop = StopRequest(interactive=True)
     loaded = load_run(location, device=args.device)
     with options.fixes_as_options():

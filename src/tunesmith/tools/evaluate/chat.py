@@ -1,0 +1,236 @@
+"""A conversation with a trained model, with its base, or with both."""
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+from tunesmith.adapter.lora import disabled
+from tunesmith.cli.options import notify, notify_weights, stdin_lines
+from tunesmith.data.rows.samples import Conversation, Message, with_system
+from tunesmith.errors import TunesmithError, UsageError
+from tunesmith.host.signals import StopRequest
+from tunesmith.host.streams import visible
+from tunesmith.inference.decoding import Decoding, answer_batch
+from tunesmith.inference.load_run import LoadedModel, RunLocation, load_run
+from tunesmith.tools.evaluate.decoding_options import decoding_of
+from tunesmith.tools.evaluate.generate import ANSWER_PLACEHOLDER
+from tunesmith.units import count_of
+
+CHAT_COMMANDS_HINT = (
+    "the model sees earlier questions too: /reset starts a new conversation, /quit exits"
+)
+# What the commands that were removed set while the chat went on.
+AT_THE_START = "--base, --side-by-side and --system can only be set at startup"
+BASE_SIDE = "base"
+TUNED_SIDE = "tuned"
+# A terminal this wide shows two answers beside each other.
+SIDE_BY_SIDE_COLUMNS = 80
+
+
+def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
+    """Load the model of `location` and chat with it, by the options of `chat`."""
+    # Wrong options end it before weights are read.
+    decoding = decoding_of(args)
+    loaded = load_run(location, device=args.device)
+    chat = Chat(args, loaded, decoding)
+    if chat.on_terminal:
+        about = decoding.describe()
+        if loaded.template.raw:
+            about += f"; {loaded.template.describe()}"
+        notify(f"{location.note or args.run}: {about}\n{CHAT_COMMANDS_HINT}")
+    else:
+        notify_weights(location)
+    chat.talk()
+
+
+class Chat:
+    """Reads lines, and shows the answers of the loaded model, of its base, or of both."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        loaded: LoadedModel,
+        decoding: Decoding,
+    ) -> None:
+        self.args = args
+        self.loaded = loaded
+        self.decoding = decoding
+        self.system = loaded.system
+        if args.system is not None:
+            self.system = args.system or None
+        if args.side_by_side:
+            self.sides = [BASE_SIDE, TUNED_SIDE]
+        elif args.base or loaded.location.holds == "base":
+            self.sides = [BASE_SIDE]
+        else:
+            self.sides = [TUNED_SIDE]
+        # Each side sees its own answers alone, as in a chat of its own.
+        self.turns: dict[str, list[tuple[str, str]]] = {}
+        self._forget()
+        # Of a full fine-tune, at its first answer.
+        self.base: LoadedModel | None = None
+        self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def talk(self) -> None:
+        """Until /quit, the end of the input, or ctrl-C twice."""
+        if self.on_terminal:
+            lines = self._typed_lines()
+        else:
+            # From a pipe no prompt is printed, and a fault ends it.
+            lines = (line.strip() for _, line in stdin_lines())
+        for line in lines:
+            command = line.partition(" ")[0]
+            try:
+                if command in ("/quit", "/exit", "/bye"):
+                    return
+                if command == "/reset":
+                    self._forget()
+                    notify("all forgotten")
+                elif command.startswith("/"):
+                    notify(f"there is no command {command}: {CHAT_COMMANDS_HINT}; {AT_THE_START}")
+                else:
+                    self.answer(line)
+            except KeyboardInterrupt:
+                # ctrl-C outside of an answer, or in one that goes to a pipe.
+                print(flush=True)
+                return
+            except TunesmithError as error:
+                # On a terminal the user can ask again.
+                if not self.on_terminal:
+                    raise
+                notify(error.text())
+
+    def _typed_lines(self) -> Iterator[str]:
+        import readline  # noqa: F401  line editing and history for input()
+
+        interrupted = False
+        while True:
+            try:
+                line = input("you> ").strip()
+                if line:
+                    yield line
+                interrupted = False
+            except (EOFError, KeyboardInterrupt) as error:
+                if interrupted or isinstance(error, EOFError):
+                    break
+                notify("\nctrl-C again exits")
+                interrupted = True
+        notify("")
+
+    def _forget(self) -> None:
+        self.turns = {side: [] for side in self.sides}
+
+    def answer(self, question: str) -> None:
+        """Show the answers of all sides.
+
+        KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal.
+        """
+        several = len(self.sides) > 1
+        # Two columns need room; else the answers come one after the other.
+        is_wide = shutil.get_terminal_size().columns >= SIDE_BY_SIDE_COLUMNS
+        if self.on_terminal and several and is_wide:
+            self._answer_in_columns(question)
+            return
+        for side in self.sides:
+            if self.on_terminal:
+                sys.stdout.write(f"{side}> ")
+            elif several:
+                sys.stdout.write(f"{side}: ")
+            go_on = self._ask(side, question, lambda text: print(text, end="", flush=True))
+            print(flush=True)
+            if not go_on:
+                return
+
+    def _answer_in_columns(self, question: str) -> None:
+        """The answers beside each other, in columns that fill as they come."""
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
+
+        texts = dict.fromkeys(self.sides, "")
+
+        def columns() -> Table:
+            table = Table(*texts, expand=True)
+            table.add_row(*map(Text, texts.values()))
+            return table
+
+        with Live(columns(), refresh_per_second=12) as live:
+            for side in self.sides:
+                # `side` is bound here: the loop has gone on by the time a later one is called.
+                def write(text: str, side: str = side) -> None:
+                    texts[side] += text
+                    live.update(columns())
+
+                if not self._ask(side, question, write):
+                    return
+
+    def _ask(self, side: str, question: str, write: Callable[[str], None]) -> bool:
+        """Stream one answer; False when ctrl-C ended it: it stays, and no other side answers."""
+
+        def write_printable(text: str) -> None:
+            # A model may write control characters, which would change the terminal.
+            write(visible(text))
+
+        with StopRequest(interactive=True) as stop:
+            loaded = self.loaded
+            adapter_off: AbstractContextManager[None] = nullcontext()
+            if side == BASE_SIDE and loaded.location.holds == "adapter":
+                adapter_off = disabled(loaded.model)
+            elif side == BASE_SIDE and loaded.location.holds == "full":
+                # A full fine-tune has its base in other files: they are read at its first use.
+                if self.base is None:
+                    self.base = load_run(self.args.run, device=self.args.device, base_only=True)
+                loaded = self.base
+            prompt = self._prompt(side, question, loaded)
+            with adapter_off:
+                (answer,) = answer_batch(
+                    loaded.model,
+                    loaded.tokenizer,
+                    [prompt],
+                    self.decoding,
+                    stops=loaded.template.end_ids,
+                    write=write_printable if sys.stdout.isatty() else write,
+                    cancelled=stop.requested,
+                )
+        self.turns[side].append((question, answer.text))
+        if stop.requested():
+            notify("\n(stopped)")
+            if not self.on_terminal:
+                # Nobody is there to ask again: the first ctrl-C ends a chat from a pipe.
+                raise KeyboardInterrupt
+        elif not answer.finished:
+            limit = self.decoding.max_new_tokens
+            notify(f"\n(cut at {limit} tokens; raise it with --max-new-tokens)")
+        return not stop.requested()
+
+    def _prompt(self, side: str, question: str, loaded: LoadedModel) -> list[int]:
+        """The prompt's tokens.
+
+        Drops as many of the side's oldest turns as do not fit beside the answer, and says so.
+        """
+        room = math.inf
+        if loaded.context is not None:
+            room = loaded.context - self.decoding.max_new_tokens
+        turns = self.turns[side]
+        prompt: list[int] = []
+        # The fewest oldest turns that make the rest fit.
+        for dropped in range(len(turns) + 1):
+            messages: list[Message] = []
+            for text, reply in [*turns[dropped:], (question, ANSWER_PLACEHOLDER)]:
+                messages.append({"role": "user", "content": text})
+                messages.append({"role": "assistant", "content": reply})
+            conversation = Conversation(with_system(messages, self.system))
+            prompt = list(loaded.template.prompt(conversation))
+            if len(prompt) <= room:
+                del turns[:dropped]
+                if dropped:
+                    forgotten = count_of(dropped, "oldest turn")
+                    notify(f"the context is full: {side} forgot its {forgotten}")
+                return prompt
+        what = f"the question has {len(prompt)} tokens, but only {room} fit"
+        why = f"the model's context minus --max-new-tokens {self.decoding.max_new_tokens}"
+        fix = "shorten the question, or start with a smaller --max-new-tokens"
+        raise UsageError(what, why=why, fix=fix)

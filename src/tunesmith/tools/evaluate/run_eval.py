@@ -1,0 +1,231 @@
+"""The work of `eval`: rows of one run or of several, or the tasks of a benchmark; its tables and
+reports."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, replace
+from functools import partial
+
+from tunesmith.cli.options import (
+    ProgressCounter,
+    fixes_as_options,
+    leave_lines_to_rank_0,
+    notify,
+)
+from tunesmith.distributed.ranks import (
+    join_ranks,
+    reported_once_a_node,
+    require_one_process,
+    started_as,
+)
+from tunesmith.host.streams import width_of
+from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence
+from tunesmith.metrics.result_table import ResultTable
+from tunesmith.tools.evaluate.decoding_options import decoding_of
+from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
+from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
+from tunesmith.tools.evaluate.harness import (
+    TaskEvaluation,
+    TaskMetric,
+    evaluate_tasks,
+    values_as_json,
+)
+from tunesmith.tools.evaluate.score_rows import RowScores
+
+
+def run_rows(args: argparse.Namespace) -> None:
+    """Evaluate one run or several on rows, by the checked options of `eval`."""
+    with reported_once_a_node():
+        decoding = decoding_of(args)
+    if started_as() is None:
+        require_one_process("eval")
+    leave_lines_to_rank_0()
+    is_one = len(args.runs) == 1
+    measure = partial(evaluate, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
+    with join_ranks() as ranks, fixes_as_options():
+        counter = ProgressCounter() if ranks.is_main_process else nullcontext(lambda *_: None)
+        with counter as progress:
+            result = measure(
+                args.data,
+                split=args.split,
+                format_name=args.format_name,
+                columns=dict(args.columns) or None,
+                max_examples=args.max_examples,
+                base=args.base,
+                exact_match=args.exact_match,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+                device=args.device,
+                scorers=args.scorers,
+                decoding=decoding,
+                output=args.output,
+                fresh=args.fresh,
+                progress=progress,
+                ranks=ranks,
+            )
+    if ranks.is_main_process:
+        print_result(args, result)
+
+
+def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) -> None:
+    """The table, with what a reader must know before and after it; or JSON."""
+    if args.json:
+        if isinstance(result, RunsEvaluation):
+            report = runs_as_report(args.runs, result)
+        else:
+            report = as_report(args.runs[0], result)
+        print(json.dumps(report, indent=2))
+        return
+    table = result.table()
+    notify(table.title)
+    # What makes the scores doubtful comes before them.
+    for warning in result.warnings():
+        notify(warning)
+    print(replace(table, title="", notes=result.verdicts()).text(width_of(sys.stdout)))
+    for note in result.notes():
+        notify(note)
+
+
+def run_tasks(args: argparse.Namespace) -> None:
+    """`eval --tasks`."""
+    # lm-eval and what a task brings print notes between, and stdout is for the result.
+    with redirect_stdout(sys.stderr):
+        result = evaluate_tasks(
+            args.runs[0],
+            args.tasks,
+            limit=args.limit,
+            base=args.base,
+            batch_size=args.batch_size,
+            chat_template=args.chat_template,
+            device=args.device,
+        )
+    if args.json:
+        print(json.dumps(tasks_as_report(args, result), indent=2))
+        return
+    print_task_metrics(result.metrics)
+    prompts = "without a chat template"
+    if result.chat_template:
+        prompts = "with the run's chat template"
+    notify(f"lm-eval {result.lm_eval}; prompts {prompts}")
+    for file in result.files:
+        notify(f"scores: {file}")
+
+
+def tasks_as_report(args: argparse.Namespace, result: TaskEvaluation) -> dict[str, object]:
+    """Return what --json prints of an evaluation on tasks."""
+    tasks: dict[str, dict[str, object]] = {}
+    for metric in result.metrics:
+        tasks.setdefault(metric.task, {})[metric.name] = values_as_json(metric)
+    return {
+        "run": args.runs[0],
+        "lm_eval": result.lm_eval,
+        "limit": args.limit,
+        "chat_template": result.chat_template,
+        "files": [str(file) for file in result.files],
+        "seen": {task: seen._asdict() for task, seen in result.seen.items()},
+        "tasks": tasks,
+    }
+
+
+def print_task_metrics(metrics: Sequence[TaskMetric]) -> None:
+    """A table with a row for each metric, and the sentences."""
+    models = list(metrics[0].values) if metrics else []
+    rows = []
+    notes = ["in brackets: 95 % intervals"]
+    for metric in metrics:
+        cells = [metric_text(metric, model) for model in models]
+        rows.append([metric.task, metric.name, str(metric.rows), *cells])
+        if metric.row_scores is not None and metric.row_scores.verdict:
+            notes.append(metric.row_scores.verdict)
+    print(ResultTable(rows, ["metric", "rows", *models], notes=notes).text(width_of(sys.stdout)))
+
+
+def metric_text(metric: TaskMetric, model: str) -> str:
+    """`62.0% (52.1 to 71.3)` of the mean of shares, `12.3 (11.9 to 12.7)` of anything else."""
+    value = metric.values[model].value
+    interval = metric.interval(model)
+    if interval is None:
+        return f"{value:.4g}"
+    if metric.row_scores is not None:
+        return f"{value:.1%} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+    return f"{value:.4g} ({interval.low:.4g} to {interval.high:.4g})"
+
+
+def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
+    """Return what --json prints of one run."""
+    report: dict[str, object] = {
+        "run": run_name,
+        "data": result.data,
+        "dropped": result.dropped,
+        "cut": result.cut,
+    }
+    for name, score in result.scores.items():
+        values = asdict(score)
+        values["asked"] = values.pop("answered")
+        for key in ("pair_accuracy", "pairs", "row_losses", "row_tokens"):
+            del values[key]
+        for key, value in values.items():
+            # JSON has neither NaN nor infinity.
+            if isinstance(value, float) and not math.isfinite(value):
+                values[key] = None
+        report[name] = values
+    if result.answers is not None:
+        report["answers"] = str(result.answers)
+        report["unanswered"] = result.unanswered
+        report["unfinished"] = dict(result.unfinished)
+    if result.by_scorer:
+        report["scores"] = {scores.name: scores_as_json(scores) for scores in result.by_scorer}
+    if result.loss_difference is not None:
+        report["loss_difference"] = loss_difference_as_json(result.loss_difference)
+    if result.seen is not None:
+        report["seen"] = result.seen.count
+    return report
+
+
+def runs_as_report(run_names: Sequence[str], result: RunsEvaluation) -> dict[str, object]:
+    """Return what --json prints of several runs."""
+    runs = {}
+    evaluations = result.evaluations.items()
+    for run_name, (name, evaluation) in zip(run_names, evaluations, strict=True):
+        runs[name] = as_report(run_name, evaluation)
+    comparisons = []
+    for comparison in result.comparisons:
+        comparisons.append(
+            {
+                "name": comparison.name,
+                "best": comparison.best,
+                "other": comparison.other,
+                "is_better": comparison.is_better,
+                "verdict": comparison.verdict,
+                **difference_as_json(comparison.mean, comparison.interval),
+            }
+        )
+    return {"runs": runs, "comparisons": comparisons, "not_compared": result.obstacles}
+
+
+def loss_difference_as_json(difference: LossDifference) -> dict[str, object]:
+    """Return how much the loss of tuned differs from that of base, and the verdict."""
+    values = difference_as_json(difference.mean, difference.interval)
+    return {"rows": difference.rows, **values, "verdict": loss_sentence(difference)}
+
+
+def difference_as_json(mean: float, interval: Interval | None) -> dict[str, float | None]:
+    """A difference and the ends of its interval; None where there are too few rows for one."""
+    low, high = (None, None) if interval is None else interval[1:]
+    return {"mean": mean if math.isfinite(mean) else None, "low": low, "high": high}
+
+
+def scores_as_json(scores: RowScores) -> dict[str, object]:
+    """Return the figures of one scorer, without the scores of single rows."""
+    values: dict[str, object] = {"rows": scores.rows}
+    for name, interval in scores.models.items():
+        values[name] = interval._asdict()
+    if scores.paired is not None:
+        values["difference"] = scores.paired.difference._asdict()
+        values["differing"] = scores.paired.differing
+        values["verdict"] = scores.verdict
+    return values
