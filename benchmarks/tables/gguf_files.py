@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tunesmith.tools.export.cli import GGUF_QUANTS
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
+from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 
 TOKENS = 240
 POSITIONS = 60  # every fourth
@@ -76,7 +76,7 @@ def main() -> None:
     ]
     print(json.dumps(rows[0]), flush=True)
     del model
-    for quant in GGUF_QUANTS:
+    for quant in GGUF_QUANT_TYPES:
         file, seconds, peak = export(options.model, quant, options.dir)
         pairs = []
         with LlamaCpp(file, threads=1, context=TOKENS + 16) as server:

@@ -27,14 +27,13 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.hub.fetch import fetch
 from tunesmith.model.safetensors_files import weights_digest
-from tunesmith.tools.export.cli import GGUF_QUANTS, print_check
 from tunesmith.tools.export.gguf import export as room
 from tunesmith.tools.export.gguf.check import FileCheck
 from tunesmith.tools.export.gguf.export import ExportedFile, export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
 from tunesmith.tools.export.gguf.ollama import modelfile_text
-from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES as TYPES
 from tunesmith.tools.export.merge_check import Difference
+from tunesmith.tools.export.run_export import print_check
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
@@ -70,10 +69,6 @@ def run(base: Path, tmp_path: Path) -> Path:
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def test_the_quantizations_of_the_command_are_those_of_the_writer() -> None:
-    assert tuple(TYPES) == GGUF_QUANTS
 
 
 def test_a_file_answers_as_the_tuned_model(run: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from dataclasses import asdict
 
 from tunesmith.cli.options import add_json, add_run, notify_weights
 from tunesmith.host.streams import width_of
+from tunesmith.inference.load_run import locate_run
+from tunesmith.tools.export.output import merge_place
 
 LOADS_TORCH = "here"
 
@@ -38,9 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tunesmith.inference.load_run import locate_run
-    from tunesmith.tools.export.output import merge_place
-
     # Wrong paths are reported before torch is imported.
     location = locate_run(args.run)
     merge_place(args.run, args.output, location, force=args.force)

@@ -23,12 +23,16 @@ from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
 from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
-from tunesmith.tools.export.record import record_path
 
 # The check, and the size of each file: the mark of a folder that a merge wrote.
 MERGE_FILE = "merge.json"
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 OTHER_DISK = "free disk space (df -h), or use another disk with --output"
+
+
+def record_path(file: Path) -> Path:
+    """Name the path of the record of a GGUF file."""
+    return file.with_name(file.name + ".json")
 
 
 def output_place(output: str | Path, location: RunLocation) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
@@ -9,8 +10,14 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hf_logging
 from rich.filesize import decimal as size_text
 
+from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
+from tunesmith.checkpoint.model_card import is_hub_id, model_card
 from tunesmith.errors import UsageError
+from tunesmith.host.shell import shell_path
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
+from tunesmith.inference.load_run import locate_run, undeleted
+from tunesmith.run_dir import weights_step
+from tunesmith.tools.export.record import gguf_to_push
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -98,3 +105,49 @@ def _push_error(error: Exception, to: str) -> UsageError:
         if 400 <= status < 500:
             fix = "fix the reported problem, then start again"
     return UsageError(what, where=constants.ENDPOINT, why=clean(error), fix=fix)
+
+
+def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str:
+    """Upload a run, a model's folder or an exported file -> the address of its page."""
+    path = Path(run)
+    send = partial(push_files, public=public, revision=revision)
+    exported = gguf_to_push(path)
+    if exported is not None:
+        name = path.resolve().name.removesuffix(".gguf")
+        return send(exported, to or name, message=f"Push {name}")
+    location = locate_run(run)
+    folder = location.folder
+    if folder is None:
+        fix = "use a run directory, or a folder with model files"
+        raise UsageError(f"{run} has no files to push", where=run, fix=fix)
+    # Others load an adapter by the name of its base, which must then be one that they can fetch.
+    if location.holds == "adapter" and not is_hub_id(location.base.name):
+        what = "the adapter's base is a local folder"
+        why = f"its files name {location.base.name}"
+        merge = f"tunesmith merge {shell_path(run)} --output DIR, then tunesmith push DIR"
+        fix = f"{merge}; or train with the base's Hub id"
+        raise UsageError(what, where=str(folder), why=why, fix=fix)
+    if location.run:
+        # A checkpoint or final/ is named after its run.
+        name = folder.parent.resolve().name
+        message = f"Push {name}/{folder.name}"
+    else:
+        name = folder.resolve().name
+        message = f"Push {name}"
+    with undeleted(location):
+        # A damaged file would spread: sums are compared before the first byte goes.
+        check_sums(folder)
+        files: dict[str, Path | bytes] = {}
+        for path in sorted(folder.rglob("*")):
+            file = path.relative_to(folder).as_posix()
+            # Hidden files are the system's or an editor's; state/ holds the optimizer, which only a
+            # resumed run reads.
+            is_hidden = file.startswith(".") or "/." in file
+            if path.is_file() and not (is_hidden or file.startswith("state/") or file == MANIFEST):
+                files[file] = path
+        # A plain model has the card of its makers, or none.
+        if CARD not in files and location.holds != "base":
+            step = weights_step(folder)
+            card = model_card(location.base, location.run, folder.parent, step=step)
+            files[CARD] = card.encode()
+        return send(files, to or name, message=message)

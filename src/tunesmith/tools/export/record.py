@@ -14,6 +14,7 @@ from tunesmith.errors import UsageError
 from tunesmith.host.files import write_atomically
 from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import weights_step
+from tunesmith.tools.export.output import record_path
 
 if TYPE_CHECKING:
     from tunesmith.tools.export.gguf.adapter import GgufBase
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # What is in a run, an adapter's folder and a model's.
 OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
-SUFFIX = ".json"  # behind the whole name of the file
 
 
 class RecordedBase(TypedDict):
@@ -41,11 +41,6 @@ class ExportRecord(TypedDict):
     unchecked: str
     base: RecordedBase | None
     card: str
-
-
-def record_path(file: Path) -> Path:
-    """Name the path of the record of a GGUF file."""
-    return file.with_name(file.name + SUFFIX)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,9 @@ from tunesmith.tools.export.output import (
     gguf_place,
     move_into_place,
     part_folder,
+    record_path,
 )
-from tunesmith.tools.export.record import ExportedKind, record_of, record_path, write_record
+from tunesmith.tools.export.record import ExportedKind, record_of, write_record
 from tunesmith.tools.export.streamed_model import Values
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
