@@ -12,7 +12,7 @@ import versions
 from packaging.version import Version
 
 from conftest import byte_tokenizer
-from tunesmith.cli.data import segments
+from tunesmith.cli.run_data import segments
 from tunesmith.config.load import from_mapping
 from tunesmith.config.names import keys, other_tools
 from tunesmith.data.prepare import prepare_data

@@ -14,7 +14,7 @@ import pytest
 
 from errors import check_shown, holds, lines_with, refuses, warnings_with
 from rows import alpaca
-from tunesmith.cli import data as verb
+from tunesmith.cli import run_data as verb
 from tunesmith.cli.main import main
 from tunesmith.config.dump import dump
 from tunesmith.config.load import load_recipe

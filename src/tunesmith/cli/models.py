@@ -55,7 +55,12 @@ def run(args: argparse.Namespace) -> None:
     if is_demo:
         print(f"{demo_model.DEMO_NAME} is {demo_model.DEMO_DESCRIPTION}", file=sys.stderr)
         args.name = demo_model.MODEL_TYPE
-    entry = measure_folder(Path(args.name)) if is_folder(args.name) else find_model_type(args.name)
+    if is_folder(args.name):
+        from tunesmith.model.measure_folder import measure_folder
+
+        entry = measure_folder(Path(args.name))
+    else:
+        entry = find_model_type(args.name)
     if args.json:
         print(json.dumps(as_row(entry), indent=1))
     else:
@@ -65,27 +70,6 @@ def run(args: argparse.Namespace) -> None:
 def is_folder(name: str) -> bool:
     """Tell whether a word names a place, and no model type."""
     return "/" in name or Path(name).is_dir()
-
-
-def measure_folder(folder: Path) -> ModelType:
-    """Measure how the model of a folder trains, on its own config."""
-    from tunesmith.config.schema import Model
-    from tunesmith.errors import ModelError
-    from tunesmith.model.load import load_config
-    from tunesmith.model.measured_spec import model_spec
-    from tunesmith.model.support import find_support
-
-    model = Model(name=str(folder))
-    config = load_config(folder, model)
-    text_type = config.get_text_config().model_type
-    where = f"{folder}/config.json"
-    try:
-        support = find_support(config, model, where=where)
-    except ModelError as error:
-        return ModelType(text_type, Support("refused", f"{error.what}: {error.why}"))
-    # The twin has other sizes: whether these make a model shows on the model itself.
-    model_spec(config.to_dict(), where=where)
-    return ModelType(text_type, support)
 
 
 def missing_here(entry: ModelType) -> str:

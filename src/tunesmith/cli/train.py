@@ -85,6 +85,16 @@ def run(args: argparse.Namespace) -> None:
     log_file.close()
 
 
+def _check_start(recipe: "Run", *, resumes: bool) -> "Result | None":
+    """Check what files alone can tell of a start; the Result where the run is finished."""
+    # Ranks check it together, when they have joined.
+    if is_launched():
+        return None
+    from tunesmith.training.early_checks import check_start
+
+    return check_start(recipe, resumes=resumes)
+
+
 def _read_recipe(
     args: argparse.Namespace, early: StopRequest
 ) -> "tuple[Run, NewRecipe | None, Result | None]":
@@ -95,17 +105,9 @@ def _read_recipe(
     """
     result: Result | None = None
 
-    def check_early(run: "Run", *, resumes: bool) -> None:
-        nonlocal result
-        # Ranks check it together, when they have joined.
-        if not is_launched():
-            from tunesmith.training.early_checks import check_start
-
-            result = check_start(run, resumes=resumes)
-
     def on_look(look: "RowsLook") -> None:
         """Check what is known of the recipe, and load the libraries that make the rest."""
-        check_early(look.draft, resumes=False)
+        _check_start(look.draft, resumes=False)
         with early.loading_libraries():
             import tunesmith.training.make_recipe  # noqa: F401  `chosen_recipe` takes it
 
@@ -118,8 +120,9 @@ def _read_recipe(
         recipe, new_file = chosen_recipe(args, on_look=on_look)
         if new_file is not None:
             new_file.check_file()
-        elif result is None:
-            check_early(recipe, resumes=not args.fresh and recipe.checkpoint.resume != "never")
+        else:
+            resumes = not args.fresh and recipe.checkpoint.resume != "never"
+            result = _check_start(recipe, resumes=resumes)
     if new_file is not None:
         name = new_file.name
         log.info(f"recipe: {name} (to change it, edit it and run: tunesmith train {name})")

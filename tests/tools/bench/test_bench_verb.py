@@ -26,8 +26,8 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.errors import RunError, UsageError
 from tunesmith.model.shapes import SHAPES, Shape
 from tunesmith.tools.bench import ablation
-from tunesmith.tools.bench.cli import check_compiles
 from tunesmith.tools.bench.measure import BenchReport
+from tunesmith.tools.bench.run_bench import check_compiles
 from warm import CLOSED, become, run_python, run_warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.usefixtures("small_peak")]

@@ -9,16 +9,10 @@ Finished runs can be watched too.
 """
 
 import argparse
-import os
 import re
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tunesmith.cli.options import add_json, notify, report_unreadable
+from tunesmith.cli.options import add_json
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -49,39 +43,9 @@ def run(args: argparse.Namespace) -> None:
         what = "--port is of the page, which --json does not serve"
         raise UsageError(what, where="command line: --port", fix="remove one of them")
     _check_local(args)
-    from tunesmith.launch.jobs import holds_runs, run_folders
-    from tunesmith.reader.run_files import RunFiles, to_json
-    from tunesmith.tools.report.run_list import RunList
-    from tunesmith.tools.report.waiting import open_run
+    from tunesmith.tools.report.run_watch import watch
 
-    folders = [Path(word) for word in args.runs]
-    is_list = all(map(holds_runs, folders))
-    with suppress(KeyboardInterrupt), _ended_by_signals():
-        if is_list and not args.json:
-            from tunesmith.tools.report.server import ListPage, serve_page
-
-            show = partial(_print_address, browser=args.open)
-            serve_page(ListPage(RunList(folders)), show, port=args.port or 0)
-            return
-        if is_list:
-            paths = [path for folder in folders for path in run_folders(folder)]
-            # One after the other: the records of all of them might not fit.
-            print(to_json({"runs": [RunFiles(path).status() for path in paths]}))
-            return
-        runs = []
-        unreadable: list[UsageError] = []
-        for word in args.runs:
-            try:
-                runs.append(open_run(word, wait=not args.json))
-            except UsageError as error:
-                unreadable.append(error)
-        report_unreadable(unreadable, shown=len(runs))
-        if args.json:
-            print(to_json({"runs": [run.status() for run in runs]}))
-        else:
-            from tunesmith.tools.report.server import Page, serve_page
-
-            serve_page(Page(runs), partial(_print_address, browser=args.open), port=args.port or 0)
+    watch(args)
 
 
 def _check_local(args: argparse.Namespace) -> None:
@@ -101,38 +65,3 @@ def _check_local(args: argparse.Namespace) -> None:
             "which prints an address with a PORT; then here, before opening it: "
             f"ssh -N -L PORT:127.0.0.1:PORT {shell_word(host)}",
         )
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A closed terminal and SIGTERM end the command as ctrl-C does: without a traceback, with 0."""
-    handlers = {
-        signal.SIGTERM: signal.default_int_handler,
-        # The server takes SIGTERM for itself, but not SIGHUP.
-        signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM),
-    }
-    previous: dict[signal.Signals, Any] = {}
-    for number, handler in handlers.items():
-        if signal.getsignal(number) != signal.SIG_IGN:
-            previous[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _print_address(address: str, *, browser: bool) -> None:
-    """Print where the page is, and over ssh how to reach it from the user's own machine."""
-    print(f"watching: {address}", flush=True)
-    print("reachable from this machine only, with this URL; ctrl-C stops it", flush=True)
-    connection = os.environ.get("SSH_CONNECTION", "").split()
-    if connection:
-        port = address.split(":")[2].partition("/")[0]
-        login = f"{os.environ.get('USER', 'root')}@{connection[2]}"
-        command = f"ssh -N -L {port}:127.0.0.1:{port} {shell_word(login)}"
-        notify(f"on your own machine first: {command}")
-    if browser:
-        import webbrowser
-
-        webbrowser.open(address)

@@ -1,0 +1,334 @@
+"""Show rows with their supervised tokens, counts, lengths and findings, or write the held-out rows,
+for `data`."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.config.schema import Run
+from tunesmith.data.compare.describe_findings import describe_rows, findings_as_json
+from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.source.open_source import is_local
+from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
+from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.shell import shell_command
+from tunesmith.host.streams import folded, visible, width_of
+from tunesmith.hub import fetch
+from tunesmith.metrics.conversations import turns_of
+from tunesmith.model.load import load_config
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.spec import check_seq_len
+from tunesmith.model.tokenizer import eos_ids, load_tokenizer, vocab_rows
+from tunesmith.run_dir import held_out_hash
+from tunesmith.units import ceil_div, count_of
+
+# Of the length histogram.
+_BARS = 16
+# Tokens of a row that are shown.
+_SHOWN_ROW_TOKENS = 800
+SYSTEM_WIDTH = 100  # characters of a system prompt that are shown
+
+
+def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> None:
+    """Tokenize the rows of a recipe, as training does, and print them as the options of `data` say.
+
+    run_dir: the run that the recipe is of.
+    """
+    folder = fetch.fetch_for_tokens(recipe.model)
+    file = folder / "config.json"
+    spec = model_spec(
+        read_json(file), where=str(file), trust_remote_code=recipe.model.trust_remote_code
+    )
+    check_seq_len(spec, recipe.data.seq_len, where=str(file))
+    tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
+    rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
+    prepared = prepare_data(
+        recipe,
+        tokenizer,
+        eos_ids(folder, tokenizer),
+        rows,
+        # Not strict: what breaks the contract is shown with the rest, and raised at the end.
+        strict=False,
+        position_limit=spec.position_limit,
+    )
+    if args.write_held_out is not None:
+        if run_dir is not None and not args.overrides:
+            _check_held_out(prepared, run_dir)
+        written = _write_held_out(prepared, args.write_held_out)
+        if args.json:
+            print(json.dumps(written, ensure_ascii=False, indent=2))
+            return
+        names = ", ".join(map(from_here, written["sources"]))
+        print(f"{written['file']}: {count_of(written['rows'], 'row')} of {names}")
+        print(f"next: tunesmith eval RUN {_eval_options(recipe, args.write_held_out)}")
+        return
+    if args.json:
+        print(json.dumps(values(prepared, tokenizer, args.rows), ensure_ascii=False, indent=2))
+    else:
+        print_data(prepared, tokenizer, args.rows)
+    for contract in prepared.contracts:
+        contract.raise_if_broken()
+
+
+def _write_held_out(prepared: TrainingData, file: Path) -> dict[str, Any]:
+    """Write the held-out rows, with the columns of their source; returns what was written."""
+    parts = [part for split, part in prepared.sources() if split == "validation"]
+    lines = []
+    for part in parts:
+        for i in range(len(part.rows)):
+            lines.append(json.dumps(part.rows[i], ensure_ascii=False, default=str) + "\n")
+    # Half of a surrogate pair becomes the escape that JSON has for it.
+    content = "".join(lines).encode("utf-8", "backslashreplace")
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise MachineError(
+            f"cannot write {file}: {error.strerror}",
+            where="--write-held-out",
+            fix="use an existing folder that is writable, on a disk with free space",
+        ) from error
+    sources = [part.counts.source for part in parts]
+    return {"file": str(file), "rows": len(lines), "sources": sources}
+
+
+def _eval_options(recipe: Run, file: Path) -> str:
+    """Write the options that make `eval` read these held-out rows, as many as the run does."""
+    source = (recipe.data.validation or recipe.data.train)[0]
+    words: list[object] = ["--data", file]
+    if source.columns:
+        pairs = ",".join(f"{name}={column}" for name, column in source.columns.items())
+        words += ["--format", source.format, "--columns", pairs]
+    if recipe.validate.max_examples is not None:
+        words += ["--max-examples", recipe.validate.max_examples]
+    return shell_command(words)
+
+
+def _check_held_out(prepared: TrainingData, run_dir: Path) -> None:
+    """UsageError where the held-out rows are not those that the run validated on."""
+    if held_out_hash(run_dir) not in (None, prepared.validation_digest):
+        raise UsageError(
+            "these are not the run's held-out rows",
+            where=str(run_dir),
+            why="the file, the template or the tokenizer has changed since the run started",
+            fix="undo the change",
+        )
+
+
+def print_data(
+    prepared: TrainingData, tokenizer: Any, rows: int, console: Console | None = None
+) -> None:
+    """Everything, on stdout: rows, counts, lengths, packing, contract."""
+    if console is None:
+        console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
+    _print_rows(console, prepared.train, tokenizer, rows)
+    console.print(folded(prepared.describe_template(), console.width), markup=False)
+    system = describe_system(prepared, tokenizer, rows)
+    if system:
+        console.print(folded(system, console.width), markup=False)
+    counts = _table("trained on", "source", "figures", text=(1,))
+    for split, part in prepared.sources():
+        name = part.counts.source
+        if is_local(name):
+            name = Path(name).name
+        figures = Text(visible("\n".join(prepared.figures(part))))
+        counts.add_row(Text(visible(f"{split}: {name}")), figures)
+    console.print(counts, soft_wrap=False)
+    bars = histogram(prepared.train)
+    most = max((n for _, _, n in bars), default=1)
+    lengths = _table("tokens per example", "from - to", "examples", "", text=(2,))
+    lengths.columns[0].no_wrap = True
+    lengths.columns[2].max_width = 40
+    for low, high, n in bars:
+        if not n:
+            continue
+        # A few examples are seen too, beside many.
+        bar = Bar(most, 0, max(n, most / 40))
+        lengths.add_row(f"{low:,} - {high:,}" if low < high else f"{low:,}", f"{n:,}", bar)
+    console.print(lengths)
+    for line in (*describe_rows(prepared.splits), prepared.describe_schedule()):
+        console.print(folded(line, console.width), markup=False)
+    for warning in prepared.warnings():
+        console.print(folded(warning, console.width), style="yellow", markup=False)
+    for contract in prepared.contracts:
+        for check in contract.broken:
+            broken = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
+            text = f"BROKEN, {contract.split}: {check.name}: {broken}"
+            text += f"\n  {check.why}\n  fix: {check.fix}"
+            console.print(folded(text, console.width), style="red", markup=False)
+    for line in prepared.describe_checks():
+        console.print(folded(line, console.width), markup=False)
+
+
+def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
+    """A line about the system prompt that the template itself writes; empty where none of the first
+    `rows` examples has it."""
+    if prepared.template.name in ("raw", "text", "pattern"):
+        return ""
+    probe = prepared.template.prompt(Conversation([{"role": "user", "content": "Hello"}]))
+    system = _system_of(tokenizer, probe)
+    shown = [prepared.train[i] for i in range(min(rows, len(prepared.train)))]
+    if not system or all(_system_of(tokenizer, example.ids) != system for example in shown):
+        return ""
+    shown_text = shorten(system, SYSTEM_WIDTH)
+    return (
+        f'system prompt: "{shown_text}" is the chat template\'s, which writes it '
+        "where a row has none; data.system='You are ...' sets another"
+    )
+
+
+def _system_of(tokenizer: Any, ids: Any) -> str:
+    """The system message that token ids begin with; empty where they have none."""
+    turns = turns_of(str(tokenizer.decode(ids, skip_special_tokens=True)))
+    return turns[0].text if turns and turns[0].role == "system" else ""
+
+
+def segments(
+    tokens: TokenSet, tokenizer: Any, i: int, limit: int = _SHOWN_ROW_TOKENS
+) -> list[tuple[str, bool, bool]]:
+    """Example i as (text, supervised, special) stretches.
+
+    Of an example longer than `limit` tokens these are the beginning and the end.
+    """
+    ids = tokens[i].ids.tolist()
+    special_ids = set(tokenizer.all_special_ids)
+    kinds = []
+    for token, is_supervised in zip(ids, tokens[i].trained.tolist(), strict=True):
+        kinds.append((is_supervised, token in special_ids))
+
+    def decode(end: int) -> str:
+        # From the start: a token alone may be a piece of a character, or lose its leading space.
+        text = tokenizer.decode(
+            ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    ranges = [(0, len(ids))]
+    if len(ids) > limit:
+        # Of a long example the beginning and the end.
+        half = limit // 2
+        ranges = [(0, half), (len(ids) - half, len(ids))]
+    stretches: list[tuple[str, bool, bool]] = []
+    last_stop = 0
+    for start, stop in ranges:
+        if start:
+            stretches.append((f"\n… {start - last_stop:,} tokens …\n", False, False))
+        last_stop = stop
+        first = start
+        prefix = decode(start)
+        for end in range(start + 1, stop + 1):
+            # A stretch ends where the next token is of another kind, or at the end of the range.
+            if end == stop or kinds[end] != kinds[first]:
+                text = decode(end)
+                stretches.append((text[len(prefix) :], *kinds[first]))
+                first = end
+                prefix = text
+    return stretches
+
+
+def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
+    has_colors = console.color_system is not None and not console.no_color
+    # NO_COLOR asks any program to print without colors.
+    if "NO_COLOR" in os.environ:
+        has_colors = False
+    for i in range(min(count, len(tokens))):
+        example = tokens[i]
+        supervised = f"{int(example.trained.sum()):,} supervised"
+        title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {supervised}"
+        console.print(Text(f"── {visible(title)}"))
+        text = Text()
+        is_inside = False
+        for piece, is_supervised, is_special in segments(tokens, tokenizer, i):
+            shown = visible(piece)
+            if has_colors:
+                style = "bold green" if is_supervised else "dim"
+                if is_special:
+                    style += " reverse"
+                text.append(shown, style=style)
+                continue
+            # Without colors brackets stand around what is supervised.
+            if is_supervised != is_inside:
+                text.append("⟦" if is_supervised else "⟧")
+                is_inside = is_supervised
+            text.append(shown)
+        if is_inside:
+            text.append("⟧")
+        console.print(text)
+    console.print()
+
+
+def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
+    """A table whose first column, and those numbered `text`, wrap; figures never do."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        wraps = number == 0 or number in text
+        justify: Literal["left", "right"] = "left" if wraps else "right"
+        table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold")
+    return table
+
+
+def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
+    """(shortest, longest, examples) of equal steps of length, in tokens; neighbors without an
+    example are one.
+    """
+    if not len(tokens.lengths):
+        return []
+    first = int(tokens.lengths.min())
+    last = int(tokens.lengths.max())
+    step = ceil_div(last - first + 1, _BARS)
+    bars: list[tuple[int, int, int]] = []
+    for k, count in enumerate(np.bincount((tokens.lengths - first) // step).tolist()):
+        low = first + k * step
+        if bars and not count and not bars[-1][2]:
+            low = bars.pop()[0]
+        bars.append((low, min(first + (k + 1) * step - 1, last), count))
+    return bars
+
+
+def _count_values(part: SourceTokens) -> dict[str, Any]:
+    """The counts of a source, with the places of its bad rows."""
+    bad_rows = [{"where": part.rows.where(row), "what": what} for row, what in part.counts.bad_rows]
+    return {**asdict(part.counts), "bad_rows": bad_rows}
+
+
+def values(prepared: TrainingData, tokenizer: Any, rows: int) -> dict[str, Any]:
+    """The same as plain values, for --json."""
+    train = prepared.train
+    examples = []
+    for i in range(min(rows, len(train))):
+        parts = []
+        for text, supervised, special in segments(train, tokenizer, i, limit=1 << 30):
+            parts.append({"text": text, "supervised": supervised, "special": special})
+        examples.append({"where": train.where(i), "tokens": len(train[i].ids), "segments": parts})
+    checks = []
+    for contract in prepared.contracts:
+        for check in contract.checks:
+            checks.append({"split": contract.split, **asdict(check)})
+    validation = [part for split, part in prepared.sources() if split == "validation"]
+    return {
+        "template": {"name": prepared.template.name, "end_ids": sorted(prepared.template.end_ids)},
+        "train": [{**_count_values(part), "weight": part.weight} for part in train.parts],
+        "validation": [_count_values(part) for part in validation],
+        "lengths": [{"from": low, "to": high, "examples": n} for low, high, n in histogram(train)],
+        "schedule": asdict(prepared.schedule.summary(prepared.run.train.duration)),
+        "duplicates": asdict(prepared.duplicates),
+        "overlap": asdict(prepared.overlap),
+        "findings": findings_as_json(prepared.splits, prepared.across),
+        "warnings": prepared.warnings(),
+        "contract": checks,
+        "rows": examples,
+    }

@@ -1,0 +1,51 @@
+"""The work of `report`: the page, and which run is better."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tunesmith.cli.options import report_unreadable
+from tunesmith.errors import UsageError
+from tunesmith.host.streams import show
+from tunesmith.launch.jobs import with_runs_of_folders
+from tunesmith.reader.compare import judge
+from tunesmith.reader.page import write_report
+from tunesmith.reader.run_files import RunFiles, label_apart
+from tunesmith.run_dir import shown
+from tunesmith.tools.report.comparison import comparison_values
+
+
+def write_page(args: argparse.Namespace) -> None:
+    """Write the page of the runs that the options of `report` name, and print the verdict."""
+    output = Path(args.output or ("report.md" if args.markdown else "report.html"))
+    runs = []
+    unreadable: list[UsageError] = []
+    for folder in with_runs_of_folders(args.runs):
+        # One folder that is no run must not hide the others.
+        try:
+            runs.append(RunFiles(folder))
+        except UsageError as error:
+            unreadable.append(error)
+    report_unreadable(unreadable, shown=len(runs))
+    note = ""
+    if unreadable:
+        reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
+        note = f"Skipped: {reasons}"
+    # A script that reads the JSON needs no page, unless it names one.
+    if args.output or not args.json:
+        write_report(runs, output, markdown=args.markdown, note=shown(note))
+    label_apart(runs)
+    for run in runs:
+        for file in run.damaged:
+            show(f"damaged: {run.label}: {file}", sys.stderr)
+    verdict = judge(runs)
+    if args.json:
+        print(json.dumps(comparison_values(runs, verdict), indent=2))
+        return
+    verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
+    show("\n".join(verdict_lines), sys.stdout)
+    if args.markdown:
+        print(output)
+    else:
+        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")

@@ -1,0 +1,82 @@
+"""The work of `watch`: the page of runs or a list of them, served until a signal ends it."""
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunesmith.cli.options import notify, report_unreadable
+from tunesmith.errors import UsageError
+from tunesmith.host.shell import shell_word
+from tunesmith.launch.jobs import holds_runs, run_folders
+from tunesmith.reader.run_files import RunFiles, to_json
+from tunesmith.tools.report.run_list import RunList
+from tunesmith.tools.report.server import ListPage, Page, serve_page
+from tunesmith.tools.report.waiting import open_run
+
+
+def watch(args: argparse.Namespace) -> None:
+    """Serve the page of the runs that the options of `watch` name, until it is stopped."""
+    folders = [Path(word) for word in args.runs]
+    is_list = all(map(holds_runs, folders))
+    with suppress(KeyboardInterrupt), _ended_by_signals():
+        if is_list and not args.json:
+            show = partial(_print_address, browser=args.open)
+            serve_page(ListPage(RunList(folders)), show, port=args.port or 0)
+            return
+        if is_list:
+            paths = [path for folder in folders for path in run_folders(folder)]
+            # One after the other: the records of all of them might not fit.
+            print(to_json({"runs": [RunFiles(path).status() for path in paths]}))
+            return
+        runs = []
+        unreadable: list[UsageError] = []
+        for word in args.runs:
+            try:
+                runs.append(open_run(word, wait=not args.json))
+            except UsageError as error:
+                unreadable.append(error)
+        report_unreadable(unreadable, shown=len(runs))
+        if args.json:
+            print(to_json({"runs": [run.status() for run in runs]}))
+        else:
+            serve_page(Page(runs), partial(_print_address, browser=args.open), port=args.port or 0)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A closed terminal and SIGTERM end the command as ctrl-C does: without a traceback, with 0."""
+    handlers = {
+        signal.SIGTERM: signal.default_int_handler,
+        # The server takes SIGTERM for itself, but not SIGHUP.
+        signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM),
+    }
+    previous: dict[signal.Signals, Any] = {}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _print_address(address: str, *, browser: bool) -> None:
+    """Print where the page is, and over ssh how to reach it from the user's own machine."""
+    print(f"watching: {address}", flush=True)
+    print("reachable from this machine only, with this URL; ctrl-C stops it", flush=True)
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    if connection:
+        port = address.split(":")[2].partition("/")[0]
+        login = f"{os.environ.get('USER', 'root')}@{connection[2]}"
+        command = f"ssh -N -L {port}:127.0.0.1:{port} {shell_word(login)}"
+        notify(f"on your own machine first: {command}")
+    if browser:
+        import webbrowser
+
+        webbrowser.open(address)
