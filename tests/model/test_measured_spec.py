@@ -16,6 +16,7 @@ from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.model import measured_spec, meta_forward, spec, twin
 from tunesmith.model.decoder import find_layers
+from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import measure_spec, model_spec
 from tunesmith.planning import measured_layers
 from tunesmith.planning.measured_layers import measure_activations
@@ -129,7 +130,7 @@ def test_measured_is_what_the_table_says(name: str) -> None:
     values.pop("rope_parameters", None)
     config = AutoConfig.for_model(name, **values)
     table = spec.read_spec(config.to_dict(), where=name)
-    model = measured_spec.build_to_measure(config)
+    model = build_to_measure(config)
     from tunesmith.model.count_layers import count_layers
     from tunesmith.model.meta_forward import run_on_meta
 

@@ -15,6 +15,7 @@ from tunesmith.config.schema import Run
 from tunesmith.formats.linear import has_codes
 from tunesmith.model import measured_spec, spec
 from tunesmith.model.load import build_on_meta
+from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.random_init import init_weight
 from tunesmith.model.shapes import SHAPES
 
@@ -113,7 +114,7 @@ def test_a_shape_has_the_parameters_of_its_model(
 )  # fmt: skip
 def test_a_measured_shape_has_the_size_of_its_model(name: str, billions: float) -> None:
     config = measured_spec.text_config(SHAPES[name].config, where=name)
-    model = measured_spec.build_to_measure(config)
+    model = build_to_measure(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digits = len(str(billions).partition(".")[2])
     assert round(parameters / 1e9, digits) == billions

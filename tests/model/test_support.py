@@ -16,7 +16,7 @@ from tunesmith.adapter import lora
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model import measured_spec, support, twin
+from tunesmith.model import measure_on_meta, measured_spec, support, twin
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.model_types import read_model_types
 from tunesmith.planning.measured_layers import measure_activations
@@ -145,7 +145,9 @@ def test_sizes_that_take_for_ever_to_measure_are_given_up(
     values: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    monkeypatch.setattr(measured_spec, "MAX_SPEC_SECONDS", 0.1)  # fast machines take less than one
+    monkeypatch.setattr(
+        measure_on_meta, "MAX_SPEC_SECONDS", 0.1
+    )  # fast machines take less than one
     with time_limit(60, "measuring its sizes"), pytest.raises(ModelError) as caught:
         measured_spec.measure_spec(values, where="some/config.json")
     assert holds(caught.value.what, "0 s")
@@ -155,7 +157,7 @@ def test_sizes_that_take_for_ever_to_measure_are_given_up(
 
 def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.MonkeyPatch):
     spec = measured_spec.measure_spec({"model_type": "mamba"}, where="config.json")
-    monkeypatch.setattr(measured_spec, "MAX_SPEC_SECONDS", 0.0)
+    monkeypatch.setattr(measure_on_meta, "MAX_SPEC_SECONDS", 0.0)
     with refuses(ModelError, names=["mamba", "0 s"]):
         measure_activations(spec, Adapter(rank=3), "fp32")
 

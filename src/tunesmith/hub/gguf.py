@@ -6,27 +6,20 @@ is the file's own (gguf_tokenizer.py). A folder is written beside its place and 
 stopped conversion leaves nothing incomplete.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
-from tunesmith.errors import MachineError, ModelError, TunesmithError
+from tunesmith.config.schema import Dtype
+from tunesmith.errors import MachineError, ModelError
 from tunesmith.host.files import cache_folder, follow_umask, remove_abandoned
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
-from tunesmith.host.shell import shell_path
 from tunesmith.model.safetensors_files import SINGLE, unreadable_file
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +39,7 @@ def convert_gguf(file: Path, dtype: str) -> Path:
     target = _cached_folder(file, dtype)
     if not target.is_dir():
         what = f"converting {file.name} to {dtype} safetensors, once, in {target}"
-        _write_once(file, target, what, partial(_convert, file, dtype))
+        _write_once(file, target, what, dtype)
     return target
 
 
@@ -55,17 +48,15 @@ def convert_gguf_without_weights(file: Path) -> Path:
 
     To count tokens takes no more, and no minutes. Raises as `convert_gguf`.
     """
-    from tunesmith.model.dtypes import DTYPES
-
     file = _check_gguf(file)
-    for dtype in DTYPES:
+    for dtype in get_args(Dtype):
         complete = _cached_folder(file, dtype)
         if complete.is_dir():
             return complete
     target = _cached_folder(file, "without-weights")
     if not target.is_dir():
         what = f"reading configuration and tokenizer of {file.name}, once, into {target}"
-        _write_once(file, target, what, partial(_convert_without_weights, file))
+        _write_once(file, target, what, None)
     return target
 
 
@@ -98,9 +89,13 @@ def _cached_folder(file: Path, content: str) -> Path:
     return cache_folder("models") / f"{file.stem}-{content}-{digest}"
 
 
-def _write_once(file: Path, target: Path, what: str, write: Callable[[Path], None]) -> None:
-    """Let `write` make a folder, and move it to `target` when it is complete; `what` is logged."""
+def _write_once(file: Path, target: Path, what: str, dtype: str | None) -> None:
+    """Write a folder, without weights where there is no `dtype` for them, and move it to `target`
+    when it is complete; `what` is logged.
+    """
     require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
+    from tunesmith.hub.gguf_folder import write_model, write_without_weights
+
     log.info(what)
     cache = target.parent
     try:
@@ -109,7 +104,10 @@ def _write_once(file: Path, target: Path, what: str, write: Callable[[Path], Non
         with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as scratch:
             folder = Path(scratch) / "model"
             folder.mkdir()
-            write(folder)
+            if dtype is None:
+                write_without_weights(file, folder)
+            else:
+                write_model(file, dtype, folder)
             follow_umask(folder)
             for read_file in (file, *folder.glob(SINGLE)):
                 with open_uncached(read_file) as stream:
@@ -128,113 +126,3 @@ def _write_once(file: Path, target: Path, what: str, write: Callable[[Path], Non
             why=str(error),
             fix="free disk space, or set TUNESMITH_CACHE to another folder",
         ) from error
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Let the libraries read a file silently; ModelError where they cannot."""
-    from transformers.utils import logging as hf_logging
-
-    from tunesmith.model.load import one_line
-
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        # Hides the bars that tqdm draws.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    except TunesmithError:
-        raise
-    # gguf and Transformers raise many kinds for a file that is cut off or unknown to them.
-    except Exception as error:
-        raise ModelError(
-            f"{file.name} cannot be read as a model",
-            where=str(file),
-            why=one_line(error),
-            fix="download it again, or use the model's safetensors on the Hub",
-        ) from error
-    finally:
-        hf_logging.set_verbosity(level)
-
-
-def _convert(file: Path, dtype: str, folder: Path) -> None:
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    from tunesmith.model.dtypes import DTYPES
-
-    torch_dtype = DTYPES[dtype]
-    with _reading(file):
-        tokenizer = _tokenizer_of(file)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch_dtype
-        )
-    # Written file by file, not by save_pretrained: it refuses a model that was loaded from a
-    # quantized file.
-    model.generation_config.save_pretrained(folder)
-    _save_config(
-        model.config,
-        folder,
-        dtype=str(torch_dtype).removeprefix("torch."),
-        architectures=[type(model).__name__],
-    )
-    _save_tokenizer(tokenizer, folder, file)
-    # named_parameters names a shared tensor once, and no buffer of these families is in a
-    # checkpoint.
-    state = {
-        name: tensor.detach().to(torch_dtype).contiguous()
-        for name, tensor in model.named_parameters()
-    }
-    save_file(state, folder / SINGLE, metadata={"format": "pt"})
-
-
-def _convert_without_weights(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, GenerationConfig
-
-    with _reading(file):
-        tokenizer = _tokenizer_of(file)
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    _save_config(config, folder)
-    _save_tokenizer(tokenizer, folder, file)
-
-
-def _tokenizer_of(file: Path) -> "PreTrainedTokenizerFast":
-    from gguf import GGUFReader
-
-    from tunesmith.hub.gguf_tokenizer import read_file_tokenizer
-
-    header = {key: field.contents() for key, field in GGUFReader(file).fields.items()}
-    if header.get("general.type") == "adapter":
-        base = header.get("general.base_model.0.name")
-        file_of_base = shell_path(base) if base else "BASE.gguf"
-        raise ModelError(
-            f"{file.name} holds an adapter, not a model",
-            where=str(file),
-            why=f"general.type is 'adapter'; its base is {base or 'not named in the file'}",
-            fix=f"name the base's file: {file_of_base}; or to serve both: llama-server -m "
-            f"{file_of_base} --lora {shell_path(file)}",
-        )
-    return read_file_tokenizer(header, str(file))
-
-
-def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path, file: Path) -> None:
-    """Save it beside config.json; ModelError where the two are read back as another tokenizer."""
-    from transformers import AutoTokenizer
-
-    from tunesmith.hub.gguf_tokenizer import split_text, unknown_tokenizer
-
-    tokenizer.save_pretrained(folder)
-    # Transformers has classes that split text in their own way for some model types, as qwen2.
-    read = AutoTokenizer.from_pretrained(folder)
-    if split_text(read) != split_text(tokenizer):
-        why = f"Transformers reads it as a {type(read).__name__}, which splits text in another way"
-        raise unknown_tokenizer(str(file), why)
-
-
-def _save_config(config: "PretrainedConfig", folder: Path, **values: object) -> None:
-    values = {**config.to_dict(), **values}
-    # The weights are plain now, and the path is of this machine.
-    for key in ("quantization_config", "_name_or_path"):
-        values.pop(key, None)
-    type(config).from_dict(values).save_pretrained(folder)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.config.schema import Model, StatedDtype
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.architectures import ARCHITECTURES
@@ -27,16 +26,11 @@ from tunesmith.model.spec import (
 )
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 SPEC_CACHE_VERSION = 6  # of the cached files; how layers are counted, counts
 # A whole number of the chunks that recurrent layers compute in: 64 tokens, of Mamba2 256.
 MEASURED_TOKENS = 256
-# Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
-# for the memory of training; FalconMamba, which loops over the tokens, takes 25 on meta.
-MAX_SPEC_SECONDS = 300.0
 # What a config says beside the model's sizes.
 NO_SIZES = (
     "_name_or_path",
@@ -86,41 +80,9 @@ def measure_spec(config: Mapping[str, object], *, where: str) -> ModelSpec:
 
 
 def _measure(sizes: Mapping[str, object], where: str) -> ModelSpec:
-    """Build and run the model, and count what is seen."""
-    from tunesmith.model.count_layers import count_layers
-    from tunesmith.model.meta_forward import run_on_meta
+    from tunesmith.model.measure_on_meta import measure_sizes  # loads torch
 
-    config = text_config(sizes, where)
-    # The text part of a composite may be a family of the table.
-    if config.model_type in ARCHITECTURES:
-        return read_spec(config.to_dict(), where=where)
-    try:
-        with limit_measuring(config.model_type):
-            model = build_to_measure(config)
-            calls, _ = run_on_meta(model, MEASURED_TOKENS)
-            return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
-    except ModelError as error:
-        error.where = error.where or where
-        raise
-    # Of a tensor on meta: its code asks, for example, which tokens go where.
-    except NotImplementedError as error:
-        raise ModelError(
-            f"the sizes of this {config.model_type} cannot be measured",
-            where=where,
-            why=f"its code depends on tensor values, which are not available here: {error}",
-            fix="use a model of another type: tunesmith models lists those that are supported",
-        ) from error
-    # Code of 140 model types, on a config that may be absurd.
-    except Exception as error:
-        raise _cannot_measure(sizes, where, error) from error
-
-
-def limit_measuring(model_type: str) -> "AbstractContextManager[None]":
-    """ModelError where what is built and run on meta within takes more than MAX_SPEC_SECONDS."""
-    from tunesmith.model.deadline import deadline
-
-    why = "the model is built and run once, without weights, to measure each layer"
-    return deadline(MAX_SPEC_SECONDS, f"measuring this {model_type}", why=why)
+    return measure_sizes(sizes, where)
 
 
 def text_config(sizes: Mapping[str, object], where: str) -> "PretrainedConfig":
@@ -135,7 +97,7 @@ def text_config(sizes: Mapping[str, object], where: str) -> "PretrainedConfig":
         config = text_part(whole)
     # Unknown types, and keys of the wrong kind, in many forms.
     except Exception as error:
-        raise _cannot_measure(sizes, where, error) from error
+        raise cannot_measure(sizes, where, error) from error
     # Ids of tokens are no sizes, and a family's default may be beyond a small vocabulary.
     padding = config.to_dict().get("pad_token_id")
     if padding is not None and padding >= config.vocab_size:
@@ -156,19 +118,8 @@ def _decode_floats(value: Any) -> Any:
     return value
 
 
-def build_to_measure(config: "PretrainedConfig", dtype: StatedDtype = "bf16") -> "PreTrainedModel":
-    """The model with all its parameters and buffers on meta; raises as `load.build_on_meta`."""
-    import torch
-
-    from tunesmith.model.load import build_on_meta
-
-    # `build_on_meta` computes buffers for real, and some models their parameters with them.
-    with torch.device("meta"):
-        model = build_on_meta(config, Model(name=config.model_type, dtype=dtype))
-    return model.to("meta")
-
-
-def _cannot_measure(config: Mapping[str, object], where: str, error: Exception) -> ModelError:
+def cannot_measure(config: Mapping[str, object], where: str, error: Exception) -> ModelError:
+    """The error for a config that a library does not make a model of."""
     text = " ".join(str(error).split())
     why = f"{type(error).__name__}: {text[:300]}"
     fix = (

@@ -17,6 +17,7 @@ from tunesmith.config.schema import Dtype, Model, Run, Train
 from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import Chip
+from tunesmith.hub.fetch import fetch_for_tokens
 from tunesmith.loss import card_bytes
 from tunesmith.model import attention
 from tunesmith.model.dtypes import DTYPES
@@ -110,7 +111,6 @@ def resolve_dtype_here(model: Model, device: str | torch.device) -> Dtype:
     """The dtype of a base on a device of this machine; a choice other than bf16 is logged."""
     if model.dtype != "auto":
         return model.dtype
-    from tunesmith.hub.fetch import fetch_for_tokens
     from tunesmith.hub.model_files import spec_of_folder
 
     # Of a .gguf, which is converted to the dtype that is chosen here, without its weights.

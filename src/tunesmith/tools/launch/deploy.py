@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import MachineError, TunesmithError, UsageError
@@ -310,11 +311,16 @@ def hub_files(run: Run) -> list[str]:
         return []
     from datasets import config
 
-    from tunesmith.hub.fetch import repo_cache
+    from tunesmith.hub.fetch import fetch, fetch_without_weights, repo_cache
 
     paths: list[Path] = []
     for name in names:
-        _fetch_for_nodes(run, name)
+        if name == run.model.name:
+            fetch(run.model)
+        elif name == run.model.tokenizer:
+            fetch_without_weights(name)
+        else:
+            find_adapter(name)
         paths.append(repo_cache(name))
     for source in sources:
         # Which loads it into the caches.
@@ -322,20 +328,6 @@ def hub_files(run: Run) -> list[str]:
         paths.append(repo_cache(source.source, "dataset"))
         paths.append(Path(config.HF_DATASETS_CACHE, source.source.replace("/", "___")))
     return [str(path.absolute()) for path in paths if path.exists()]
-
-
-def _fetch_for_nodes(run: Run, name: str) -> None:
-    """Get a model, tokenizer or adapter of the recipe into the Hub's cache."""
-    from tunesmith.hub.fetch import fetch, fetch_without_weights
-
-    if name == run.model.name:
-        fetch(run.model)
-    elif name == run.model.tokenizer:
-        fetch_without_weights(name)
-    else:
-        from tunesmith.checkpoint.start_adapter import find_adapter  # loads torch
-
-        find_adapter(name)
 
 
 def create_secrets(name: str, manager: str) -> tuple[tuple[str, str], ...]:

@@ -22,7 +22,7 @@ from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.hub import fetch
-from tunesmith.model.measured_spec import build_to_measure, model_spec, text_config
+from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.model_types import Support, read_model_types
 from tunesmith.model.safetensors_files import read_model_config
 from tunesmith.model.shipped import check_quantize, resolve_quantize, shipped_form
@@ -263,6 +263,7 @@ def _check_base_of_fp8(model: Model, paper: PaperModel) -> None:
     if not scheme_of(model).has_fp8_matmuls or runs_own_code or form is None:
         return
     # With Transformers, which other plans can do without.
+    from tunesmith.model.measure_on_meta import build_to_measure
     from tunesmith.quant.linear_layers import linear_names
     from tunesmith.quant.replace import check_plain
 

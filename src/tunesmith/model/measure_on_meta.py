@@ -1,0 +1,68 @@
+"""The sizes of a model that no table has: built without weights, run on meta, and counted."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tunesmith.config.schema import Model, StatedDtype
+from tunesmith.errors import ModelError
+from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.count_layers import count_layers
+from tunesmith.model.deadline import deadline
+from tunesmith.model.load import build_on_meta
+from tunesmith.model.measured_spec import (
+    MEASURED_TOKENS,
+    PER_TOKEN,
+    cannot_measure,
+    first_of,
+    text_config,
+)
+from tunesmith.model.meta_forward import run_on_meta
+from tunesmith.model.spec import ModelSpec, read_spec
+
+# Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
+# for the memory of training; FalconMamba, which loops over the tokens, takes 25 on meta.
+MAX_SPEC_SECONDS = 300.0
+
+
+def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
+    """Build and run the model, and count what is seen."""
+    config = text_config(sizes, where)
+    # The text part of a composite may be a family of the table.
+    if config.model_type in ARCHITECTURES:
+        return read_spec(config.to_dict(), where=where)
+    try:
+        with limit_measuring(config.model_type):
+            model = build_to_measure(config)
+            calls, _ = run_on_meta(model, MEASURED_TOKENS)
+            return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
+    except ModelError as error:
+        error.where = error.where or where
+        raise
+    # Of a tensor on meta: its code asks, for example, which tokens go where.
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the sizes of this {config.model_type} cannot be measured",
+            where=where,
+            why=f"its code depends on tensor values, which are not available here: {error}",
+            fix="use a model of another type: tunesmith models lists those that are supported",
+        ) from error
+    # Code of 140 model types, on a config that may be absurd.
+    except Exception as error:
+        raise cannot_measure(sizes, where, error) from error
+
+
+def limit_measuring(model_type: str) -> AbstractContextManager[None]:
+    """ModelError where what is built and run on meta within takes more than MAX_SPEC_SECONDS."""
+    why = "the model is built and run once, without weights, to measure each layer"
+    return deadline(MAX_SPEC_SECONDS, f"measuring this {model_type}", why=why)
+
+
+def build_to_measure(config: PretrainedConfig, dtype: StatedDtype = "bf16") -> PreTrainedModel:
+    """The model with all its parameters and buffers on meta; raises as `build_on_meta`."""
+    # `build_on_meta` computes buffers for real, and some models their parameters with them.
+    with torch.device("meta"):
+        model = build_on_meta(config, Model(name=config.model_type, dtype=dtype))
+    return model.to("meta")
