@@ -19,7 +19,8 @@ the tokenizer and the configuration are downloaded.
 import argparse
 from pathlib import Path
 
-from tunesmith.cli.options import RECIPE_HELP, add_json, add_recipe, chosen_recipe
+from tunesmith.cli.options import add_json
+from tunesmith.cli.recipe_options import RECIPE_HELP, add_recipe, chosen_recipe
 from tunesmith.config.schema import Run
 from tunesmith.config.shipped import shipped
 from tunesmith.errors import UsageError

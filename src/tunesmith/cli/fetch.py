@@ -15,7 +15,8 @@ HF_TOKEN is your access token.
 import argparse
 from pathlib import Path
 
-from tunesmith.cli.options import add_json, add_overrides
+from tunesmith.cli.options import add_json
+from tunesmith.cli.recipe_options import add_overrides
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Model, Source
 from tunesmith.config.shipped import shipped

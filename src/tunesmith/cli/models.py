@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tunesmith.cli.options import add_json
+from tunesmith.cli.options import add_json, print_columns
 from tunesmith.host import demo_model
 from tunesmith.host.streams import show, visible
 from tunesmith.model.model_types import (
@@ -90,14 +90,7 @@ def print_table(types: Iterable[ModelType]) -> None:
     """All types, those that train best first."""
     order = ("tuned", "packed", "padded", "refused")
     rows = sorted(types, key=lambda entry: (order.index(entry.support.state), entry.model_type))
-    width = max(len(entry.model_type) for entry in rows)
-    for entry in rows:
-        line = f"{entry.model_type.ljust(width)}  {entry.support.state.ljust(7)}  "
-        # In a pipe each type keeps to one line, for grep.
-        if sys.stdout.isatty():
-            show(line + entry.support.why, sys.stdout, indent=len(line))
-        else:
-            print(visible(line + entry.support.why))
+    print_columns([(row.model_type, row.support.state, row.support.why) for row in rows])
     counts: Counter[str] = Counter(entry.support.state for entry in rows)
     counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())

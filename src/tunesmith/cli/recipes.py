@@ -11,10 +11,11 @@ example:
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
-from tunesmith.cli.options import add_json
+from tunesmith.cli.options import add_json, print_columns
 from tunesmith.config.dump import dump, to_mapping
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
@@ -94,30 +95,17 @@ def _list(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    # Plain text for a pipe: rich would fold columns to a width that nobody sees.
-    if not sys.stdout.isatty():
-        widths = {}
-        for column in ("name", "model", "method"):
-            widths[column] = max(len(row[column]) for row in rows)
-        for row in rows:
-            cells = [row[column].ljust(width) for column, width in widths.items()]
-            print("  ".join([*cells, row["purpose"]]))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
+    columns = ["name", "model", "method", "purpose"]
+    lines = []
     # The purpose names model and method in words, and stands for them where the line is short.
-    columns = {"recipe": "name", "what for": "purpose"}
-    if console.width >= WIDE:
-        columns = {"recipe": "name", "model": "model", "method": "method", "what for": "purpose"}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in columns:
-        table.add_column(heading, overflow="fold", no_wrap=heading != "what for")
-    for row in rows:
-        table.add_row(*(row[column] for column in columns.values()))
-    console.print(table)
-    print("\ntunesmith recipes copy NAME    copies one to edit", file=sys.stderr)
+    if sys.stdout.isatty():
+        if shutil.get_terminal_size().columns < WIDE:
+            columns = ["name", "purpose"]
+        lines.append(columns)
+    lines += [[row[column] for column in columns] for row in rows]
+    print_columns(lines)
+    if sys.stdout.isatty():
+        print("\ntunesmith recipes copy NAME    copies one to edit", file=sys.stderr)
 
 
 def _copy(name: str, destination: Path, *, force: bool) -> None:

@@ -21,13 +21,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import (
-    add_json,
-    add_recipe,
-    chosen_recipe,
-    is_main_process,
-    leave_lines_to_rank_0,
-)
+from tunesmith.cli.options import add_json, is_main_process, leave_lines_to_rank_0
+from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
 from tunesmith.host.signals import UNWIND_S, StopRequest
 from tunesmith.host.streams import lasting, show

@@ -16,7 +16,8 @@ import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from tunesmith.cli.options import add_recipe, chosen_recipe, whole_number
+from tunesmith.cli.options import whole_number
+from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.launch import node
 from tunesmith.launch.jobs import Job, agent_words, check_free, write_recipe
 from tunesmith.tools.launch import local

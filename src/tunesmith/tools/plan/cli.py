@@ -19,7 +19,8 @@ import logging
 import math
 from contextlib import suppress
 
-from tunesmith.cli.options import add_json, add_recipe, chosen_recipe, whole_number
+from tunesmith.cli.options import add_json, whole_number
+from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.config.dump import flatten
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word

@@ -23,16 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.cli.options import (
-    RECIPE_HELP,
     add_json,
-    add_new_recipe,
-    check_no_rows,
-    chosen_recipe,
     is_main_process,
     leave_lines_to_rank_0,
     typed_again,
     whole_number,
 )
+from tunesmith.cli.recipe_options import RECIPE_HELP, add_new_recipe, check_no_rows, chosen_recipe
 from tunesmith.config.load import load_recipe
 from tunesmith.config.shipped import locate_recipe
 from tunesmith.distributed.ranks import reported_once_a_node, started_as

@@ -1,0 +1,196 @@
+"""The recipe of a command line: a file with overrides, or one that is made of a model and rows."""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tunesmith.cli.options import add_columns, fixes_as_options
+from tunesmith.config.load import load_recipe
+from tunesmith.config.paths import DATA_SUFFIXES
+from tunesmith.config.row_formats import FORMAT_COLUMNS
+from tunesmith.data.source.folders import check_local
+from tunesmith.data.source.open_source import is_local
+from tunesmith.errors import UsageError
+from tunesmith.host.shell import shell_command, shell_word
+
+if TYPE_CHECKING:
+    from tunesmith.config.schema import Run
+    from tunesmith.training.early_checks import RowsLook
+    from tunesmith.training.make_recipe import NewRecipe
+
+log = logging.getLogger(__name__)
+
+RECIPE_HELP = "a recipe file, or the name of a shipped one (see `tunesmith recipes`)"
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Keys that win over a recipe's."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys that override the file's"
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser, *, recipe_help: str = RECIPE_HELP) -> None:
+    """A recipe with overrides; or a model and rows for a new one."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe_help)
+    add_overrides(parser)
+    add_new_recipe(parser)
+
+
+def add_new_recipe(parser: argparse.ArgumentParser) -> None:
+    """A model and rows for a new recipe."""
+    # For the commands that errors name.
+    parser.set_defaults(verb=parser.prog.removeprefix("tunesmith "))
+    rows = parser.add_argument_group(
+        "without a recipe: detect the format of your rows and make one"
+    )
+    rows.add_argument(
+        "--model", metavar="NAME", help="Hub id, folder, .gguf file, or demo: a small model"
+    )
+    rows.add_argument(
+        "--data",
+        metavar="FILE",
+        action="append",
+        help="json, jsonl, csv, parquet, arrow, or a Hub id",
+    )
+    rows.add_argument(
+        "--split", metavar="SPLIT", help="of a Hub data set, or a slice such as train[:1000]"
+    )
+    rows.add_argument(
+        "--format",
+        choices=FORMAT_COLUMNS,
+        metavar="FORMAT",
+        help=f"row format, if it is ambiguous: one of {', '.join(FORMAT_COLUMNS)}",
+    )
+    add_columns(rows)
+
+
+def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
+    """UsageError where the word in the place of a recipe names a file or folder of rows."""
+    if not _names_rows(recipe):
+        return
+    kind = "folder" if Path(recipe).is_dir() else "file"
+    raise UsageError(
+        f"{recipe} is a {kind} of rows, not a recipe",
+        where="command line",
+        why="a recipe is a .yaml file that names a model and rows",
+        fix=command_on_rows(args, recipe),
+    )
+
+
+def _names_rows(word: str) -> bool:
+    """Tell whether a file is of rows by its name; a recipe may be a .json file, but not an array.
+
+    Or a folder, by the files in it.
+    """
+    path = Path(word)
+    # Unlike Path.is_dir, it is False for a word that is too long for a path.
+    if os.path.isdir(path):
+        return _is_folder_of_rows(path)
+    if "=" in word or path.suffix.lower() not in DATA_SUFFIXES:
+        return False
+    if path.suffix.lower() != ".json":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(64).lstrip().startswith(b"[")
+    except OSError:
+        return False
+
+
+def _is_folder_of_rows(path: Path) -> bool:
+    """By the files in it alone: below a home folder there may be millions."""
+    try:
+        suffixes = {file.suffix.lower() for file in path.iterdir()}
+    except OSError:
+        return False
+    return suffixes.isdisjoint((".yaml", ".yml")) and not suffixes.isdisjoint(DATA_SUFFIXES)
+
+
+def command_on_rows(args: argparse.Namespace, file: str) -> str:
+    """The command that makes a recipe for these rows: the same verb, on the small model if none is
+    named."""
+    words = ["tunesmith", *args.verb.split(), "--model", args.model or "demo", "--data", file]
+    return shell_command(words)
+
+
+def _check_no_blanks(words: list[str]) -> None:
+    """UsageError for an override whose key, sign and value are words of their own."""
+    for key, sign in itertools.pairwise(words):
+        if sign.startswith("=") or key.endswith("="):
+            fix = "write key=value as one word, without blanks around ="
+            raise UsageError(f"{key} {sign} is no override", where="command line", fix=fix)
+
+
+def chosen_recipe(
+    args: argparse.Namespace,
+    *,
+    on_paper: bool = False,
+    row_count: int | None = None,
+    ranks: int = 1,
+    on_look: "Callable[[RowsLook], object]" = lambda look: None,
+) -> "tuple[Run, NewRecipe | None]":
+    """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
+
+    Where they make one, also its file's form; the other arguments are for `make_recipe`.
+
+    on_look: called with what the rows show, before torch is imported.
+    """
+    words = [word for word in (args.recipe, *args.overrides) if word is not None]
+    _check_no_blanks(words)
+    if words:
+        check_no_rows(words[0], args)
+    names = ("model", "data", "split", "format", "columns")
+    options = [f"--{name}" for name in names if vars(args)[name]]
+    # Beside these options the first word may be a key=value already.
+    if words and not (options and "=" in words[0]):
+        if options:
+            what = f"a recipe and {options[0]} cannot be combined"
+            keys = "override keys of an existing recipe with key=value"
+            why = f"{options[0]} is for writing a new recipe; {keys}"
+            fix = f"remove {words[0]}, or {', '.join(options)}"
+            if args.data and not args.model:
+                rows = shell_word(f"data.train.source={args.data[0]}")
+                fix += f"; to train {words[0]} on these rows: {rows} data.hold_out='5 %'"
+            raise UsageError(what, where="command line", why=why, fix=fix)
+        return load_recipe(words[0], words[1:], announce=True), None
+    if not args.model or len(args.data or ()) != 1:
+        what = "a recipe is required, or --model and --data to write one"
+        if args.data and not args.model:
+            what += "; --model is missing"
+        elif args.model and not args.data:
+            what += "; --data is missing"
+        file = args.data[0] if args.data else "faq.csv"
+        fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
+        raise UsageError(what, where="command line", fix=fix)
+    # Before numpy is imported.
+    if is_local(args.data[0]):
+        check_local(Path(args.data[0]).expanduser().absolute())
+    from tunesmith.training.early_checks import look_at_rows
+
+    keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}
+    # The options of rows are keys of the recipe, so that errors name one thing alone.
+    for key, value in keys_of_rows.items():
+        if value:
+            words.append(f"data.train.{key}={json.dumps(value, ensure_ascii=False)}")
+    with fixes_as_options():
+        look = look_at_rows(args.model, args.data[0], words)
+        on_look(look)
+        from tunesmith.training.make_recipe import make_recipe
+
+        recipe = make_recipe(
+            args.model,
+            args.data[0],
+            words,
+            on_paper=on_paper,
+            row_count=row_count,
+            ranks=ranks,
+            look=look,
+        )
+    log.info(recipe.about_data)
+    return recipe.run, recipe
