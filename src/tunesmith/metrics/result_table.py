@@ -7,11 +7,12 @@ that of a dataclass, with every field.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from tunesmith.host.streams import DEFAULT_COLUMNS, folded
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GAP = "  "  # between columns
 MIN_COLUMNS = 20  # of a terminal, of a cell that is folded
@@ -40,6 +41,9 @@ class ResultTable:
         A table with headings that is wider has its cells folded too, and columns for which there is
         no room come in a table below. Cells without headings hold commands, which stay whole.
         """
+        # A tenth of a second, which commands that only find a run do without.
+        from rich.console import Console
+
         lines = [_one_line(self.title)] if self.title else []
         count = max(map(len, self.rows), default=1)
         console = Console(width=MAX_COLUMNS, color_system=None, force_jupyter=False)
@@ -56,8 +60,10 @@ class ResultTable:
                 lines.append("")
         return "\n".join([*lines, *(folded(_one_line(note), width) for note in self.notes)])
 
-    def _side_by_side(self, first: int, end: int) -> Table:
-        """Some columns, behind that which names the rows."""
+    def _side_by_side(self, first: int, end: int) -> "Table":
+        """Put some columns behind that which names the rows."""
+        from rich.table import Table
+
         table = Table(box=None, padding=(0, len(GAP), 0, 0), show_header=bool(self.columns))
         table.add_column(
             no_wrap=not self.columns, max_width=DEFAULT_COLUMNS // 3 if self.columns else None
