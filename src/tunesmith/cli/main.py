@@ -3,6 +3,8 @@
 Each command is a module, of this package or of a tool's, with `add_arguments(parser)` and
 `run(args)`, which returns an exit code unless that is 0. Its docstring begins its help page: a
 sentence, then examples that work, then what else a user needs. Its `EPILOG`, if any, ends the page.
+Work that takes long to load is a module of its own, which `run` imports when it has checked what
+words and files alone can tell.
 `LOADS_TORCH` is "here" in one that loads torch or Transformers, and "in ranks" in one that starts
 processes which do.
 
