@@ -26,6 +26,7 @@ from tunesmith.checkpoint.saved_model import find_saved_model
 from tunesmith.config.load import load_recipe
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
+from tunesmith.data.text import builtin_templates
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.host import demo_model
 from tunesmith.host.files import from_here
@@ -539,7 +540,6 @@ def _template(
     saved: Path | None,
 ) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
-    from tunesmith.data.text import builtin_templates
     from tunesmith.data.text.select_template import select_template
     from tunesmith.data.text.template import Template
 

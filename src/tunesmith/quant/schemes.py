@@ -86,15 +86,13 @@ class Scheme:
         """
         if not self.is_decoded:
             return
-        from tunesmith.formats.nf4 import Nf4
-        from tunesmith.formats.registry import shipped_format
-        from tunesmith.quant.replace import replace_by_codes
+        from tunesmith.quant.replace import replace_by_nf4_or_shipped  # loads torch
 
+        kept = None
         if self.name == AS_SHIPPED:
             assert form is not None  # `check_quantize` refuses others
-            replace_by_codes(model, shipped_format(form), dtype, form)
-        else:
-            replace_by_codes(model, Nf4(dtype), dtype)
+            kept = form
+        replace_by_nf4_or_shipped(model, dtype, kept)
 
     def check_device(self, device: torch.device) -> None:
         """MachineError where a package that the scheme needs is missing or has no code for it."""

@@ -1,11 +1,13 @@
 """The Modelfile beside a GGUF file, for `ollama create`."""
 
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
 from tunesmith.inference.load_run import OpenedRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODELFILE = "Modelfile"
 OLLAMA_CONTEXT_TOKENS = 4096  # Ollama's own default of num_ctx
@@ -17,7 +19,7 @@ COMMENT = (
 )
 
 
-def guard_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def guard_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Add the comment in front of a tokenizer's chat template, which renders as before."""
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = COMMENT + tokenizer.chat_template

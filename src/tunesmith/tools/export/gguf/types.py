@@ -7,9 +7,12 @@ second matrix of the MLP in some layers, where quantization hurts most.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import RecipeError
-from tunesmith.tools.export.gguf.families import ModelConfig
+
+if TYPE_CHECKING:
+    from tunesmith.tools.export.gguf.families import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def tensor_bytes(ggml_type: str, shape: Sequence[int]) -> int:
 
 
 def tensor_type(
-    name: str, shape: Sequence[int], quant: QuantType, config: ModelConfig, *, tied: bool
+    name: str, shape: Sequence[int], quant: QuantType, config: "ModelConfig", *, tied: bool
 ) -> str:
     """The type of a tensor by llama.cpp's name, such as `blk.0.attn_v.weight`.
 
@@ -90,7 +93,7 @@ def tensor_type(
     return ggml_type
 
 
-def _mixture_type(name: str, quant: QuantType, config: ModelConfig) -> str:
+def _mixture_type(name: str, quant: QuantType, config: "ModelConfig") -> str:
     # Embedding and head are no layers.
     if not name.startswith("blk."):
         return quant.plain
@@ -110,7 +113,7 @@ def _gets_more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _is_70b(config: ModelConfig) -> bool:
+def _is_70b(config: "ModelConfig") -> bool:
     """Llama 70B and Qwen2 72B: eight heads share a key and a value head, so those are small."""
     heads = config["num_attention_heads"]
     return (
