@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from devices import take_small_check
 from recipes import CHATML
 from tunesmith.config.typed import run_type
-from tunesmith.data.builtin_templates import with_tools
+from tunesmith.data.text.builtin_templates import with_tools
 from tunesmith.host.packages import installed_versions
 from tunesmith.training.agree import source_digest
 
