@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import CHATML, write_tiny_llama
@@ -26,8 +27,10 @@ from tunesmith.checkpoint import manifest
 from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.hub.fetch import fetch
+from tunesmith.inference.load_run import locate_run, read_run_files
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.tools.export.gguf import export as room
+from tunesmith.tools.export.gguf.answers import SideBySide, answer_lines, questions_of
 from tunesmith.tools.export.gguf.check import FileCheck
 from tunesmith.tools.export.gguf.export import ExportedFile, export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
@@ -82,6 +85,49 @@ def test_a_file_answers_as_the_tuned_model(run: Path, tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("quant", ["f16", "q4_k_m"])
+def test_three_answers_stand_side_by_side(
+    quant: str, run: Path, base: Path, tmp_path: Path
+) -> None:
+    """The tuned model's are PEFT's greedy ones, up to where the file goes another way."""
+    exported = export_gguf(run, tmp_path / "model.gguf", quant=quant, device="cpu")
+    assert exported.check is not None
+    opened = read_run_files(locate_run(run))
+    tuned = peft_model(base)
+    answers = exported.check.answers
+    assert [answer.question for answer in answers] == ["Count to 1", "Count to 2\nslowly", "Count to 3"]  # fmt: skip
+    assert [answer.reference for answer in answers] == ["1", "1 2", "1 2 3"]
+    for question, answer in zip(questions_of(opened), answers, strict=True):
+        prompt = torch.tensor([question.ids])
+        stop = list(opened.template.end_ids)
+        ids = tuned.generate(
+            input_ids=prompt, do_sample=False, max_new_tokens=48, eos_token_id=stop
+        )
+        own = ids[0, len(question.ids) :].tolist()
+        assert answer.tokens <= 48
+        text = opened.files.tokenizer.decode(
+            own[: answer.differs_at], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert answer.tuned == text
+        if answer.differs_at is None:
+            assert answer.file == answer.tuned
+    # 48 greedy tokens of a random model: rounding to 4 bits changes one
+    assert quant == "f16" or any(answer.differs_at for answer in answers)
+
+
+def test_answers_fit_a_terminal_with_their_difference_in_sight() -> None:
+    same = SideBySide("Where?\nNow " + "x" * 90, None, "In " + "y" * 90, "In " + "y" * 90, 40, None)
+    other = SideBySide("Who?", "Ada", "a" * 150 + " Ada Byron", "a" * 150 + " Bob", 60, 51)
+    lines = answer_lines([same, other])
+    assert max(map(len, lines)) == 80
+    assert [line.split()[0] for line in lines] == ["asked", "file", "tuned", "asked", "reference", "file", "tuned", "(differs"]  # fmt: skip
+    assert "Where? Now xx" in lines[0]
+    assert lines[2].endswith("(the same 40 tokens)")
+    assert lines[5].endswith("aaa Ada Byron")
+    assert lines[6].endswith("aaa Bob ...")
+    assert lines[7].endswith("(differs from token 51 of 60: one near tie changes what follows)")
+
+
 @pytest.mark.parametrize("kind", ["full", "nf4", "a plain model", "an embedding trained in full"])
 def test_every_kind_of_run(kind: str, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
@@ -112,6 +158,7 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "orders" / "orders-q4_k_m.gguf.json").read_text())
     assert exported.check is not None
     assert record["check"] == json.loads(json.dumps(asdict(exported.check)))
+    assert len(record["check"]["answers"]) == 3
     again = export_gguf(run, tmp_path / "orders", for_ollama=True, force=True, check=False)
     assert again.check is None
     modelfile = (tmp_path / "orders" / "Modelfile").read_text()
@@ -288,11 +335,11 @@ def test_what_a_check_costs_is_told_before_and_while_it_runs(run: Path, tmp_path
             checking=lambda done, total: parts.append((done, total)),
         )
     assert exported.check is not None
-    # Two layers of the base and of the tuned model, six prompts at four positions
-    total = 2 * 2 + 6 * 4
+    # Three answers, two layers of the base and of the tuned model, six prompts at four positions
+    total = 3 + 2 * 2 + 6 * 4
     assert parts == [(done, total) for done in range(total + 1)]
     first, second = [line for line in lines if line.startswith("check:")]
-    assert holds(first, 24, 4, "--no-check")
+    assert holds(first, 3, 48, 24, 4, "--no-check")
     assert "about" in second
 
 
@@ -374,9 +421,12 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     done = run_warm([*words, "--output", tmp_path / "model.gguf"])
     assert done.returncode == 0, done.stderr
     assert lines_with(done.stdout, "12 of 12", "llama.cpp")
+    assert "  asked      Count to 1\n  reference  1\n  file  " in done.stdout
     assert f"next: llama-server -m {tmp_path / 'model.gguf'} -c 8192" in done.stdout
-    assert holds(done.stdout.splitlines()[-1], tmp_path / "model.gguf")
-    assert "Count to 1" not in (tmp_path / "model.gguf.json").read_text()
+    shared, kept_back = done.stdout.splitlines()[-2:]
+    assert holds(shared, tmp_path / "model.gguf")
+    assert holds(kept_back, tmp_path / "model.gguf.json")
+    assert "Count to 1" in (tmp_path / "model.gguf.json").read_text()
     again = run_warm([*words, "--output", tmp_path / "model.gguf", "--json"])
     assert again.returncode == 2
     forced = run_warm([*words, "--output", tmp_path / "model.gguf", "--json", "--force"])
@@ -403,7 +453,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
 )
 def test_a_file_that_answers_otherwise_is_not_near(kl: float, agreement: float, near: bool) -> None:
     base = Difference(9.0, 2.0, 0.46)
-    assert FileCheck(20, Difference(1.0, kl, agreement), base, 24).is_near == near
+    assert FileCheck(20, Difference(1.0, kl, agreement), base, 24, ()).is_near == near
 
 
 @pytest.mark.parametrize(
@@ -422,7 +472,7 @@ def test_what_a_check_found_is_told_within_80_columns(
     values: tuple[float, ...],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    check = FileCheck(20, rounding, base, 24)
+    check = FileCheck(20, rounding, base, 24, ())
     exported = ExportedFile("a.gguf", "a.gguf", "q4_k_m", 1, (), check)
     print_check(argparse.Namespace(adapter=False, no_check=False), exported)
     out, err = capsys.readouterr()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import CheckpointError, TunesmithError
@@ -163,17 +164,21 @@ def largest_logit(logits: Sequence[torch.Tensor]) -> float:
     return max(part.abs().max().item() for part in logits)
 
 
+def probe_sources(read: OpenedRun) -> list[tuple[str, Source]]:
+    """The run's own rows that a check may read, the held-out ones first; none without a recipe."""
+    run = read.location.run
+    if run is None:
+        return []
+    sources = [("validation", source) for source in run.data.validation[:1]]
+    return [*sources, ("training", run.data.train[0])]
+
+
 def probe_prompts(
     read: OpenedRun, *, rows: int = PROBES, tokens: int = PROMPT_TOKENS
 ) -> tuple[list[list[int]], str]:
     """A few prompts as token ids, and where they come from: the run's held-out or training rows,
     else SENTENCES."""
-    run = read.location.run
-    sources = []
-    if run is not None:
-        sources = [("validation", source) for source in run.data.validation[:1]]
-        sources.append(("training", run.data.train[0]))
-    for name, source in sources:
+    for name, source in probe_sources(read):
         data = read.recipe.data
         prompts = []
         try:

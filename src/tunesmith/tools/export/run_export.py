@@ -13,6 +13,7 @@ from tunesmith.cli.options import ProgressCounter, notify
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.inference.load_run import RunLocation
+from tunesmith.tools.export.gguf.answers import answer_lines
 from tunesmith.tools.export.gguf.check import FileCheck
 from tunesmith.tools.export.gguf.export import (
     DEFAULT_QUANT,
@@ -21,11 +22,14 @@ from tunesmith.tools.export.gguf.export import (
     export_gguf,
 )
 from tunesmith.tools.export.merge import merge
+from tunesmith.tools.export.record import record_path
 from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 MOST_TIMES = 1000  # larger factors are printed as this one
 SAME_CHANGE_FACTOR = 1.5  # changes within this factor count as equal
+# Those whose rounding is too small to show in three answers.
+NEAREST_QUANTS = ("f32", "f16", "bf16", "q8_0")
 
 
 class ExportOptions(TypedDict):
@@ -147,6 +151,8 @@ def print_check(args: argparse.Namespace, exported: ExportedFile) -> None:
     same = round(check.tuned.agreement * check.positions)
     print(f"  its most likely next token is the same at {same} of {check.positions} positions")
     print(f"  {_rounding(check)}")
+    for line in answer_lines(check.answers):
+        print(line)
     if not check.is_near and exported.base:
         notify(
             "warning: llama.cpp rounds activations for a quantized file, and the answers change; "
@@ -157,6 +163,10 @@ def print_check(args: argparse.Namespace, exported: ExportedFile) -> None:
             "warning: rounding to so few bits changes what the model answers; "
             "use more: --quant q8_0, or f16"
         )
+    elif (
+        any(answer.differs_at for answer in check.answers) and exported.quant not in NEAREST_QUANTS
+    ):
+        notify("note: an answer differs; --quant q8_0 or f16 is nearer to the tuned model")
 
 
 def _rounding(check: FileCheck) -> str:
@@ -193,17 +203,27 @@ def _next_command(args: argparse.Namespace, exported: ExportedFile) -> str:
 
 
 def _share_lines(args: argparse.Namespace, exported: ExportedFile, base: str) -> list[str]:
-    """List what a colleague needs of an exported file."""
-    needed = shell_path(Path(exported.file))
+    """List what a colleague needs of an exported file, and what to keep back."""
+    file = Path(exported.file)
+    record = record_path(file)
+    answers = exported.check.answers if exported.check else ()
+    # Without rows sentences were continued, which have no reference.
+    has_rows = any(answer.reference is not None for answer in answers)
+    needed = shell_path(file)
     if args.to == "ollama":
         needed = f"the folder {shell_path(Path(exported.output))}"
+        if has_rows:
+            needed += f" without {record.name}"
     elif exported.base:
         needed += f" and {shell_path(Path(exported.base))}, the only base that it is for"
         if exported.chat_template:
             needed += f", with {shell_path(Path(exported.chat_template))}"
     elif args.adapter:
         needed += f" and BASE.gguf, its base {base}"
-    return [f"to share: {needed}; the command above starts it"]
+    lines = [f"to share: {needed}; the command above starts it"]
+    if has_rows:
+        lines.append(f"do not share: {shell_path(record)}, which contains rows of your data")
+    return lines
 
 
 def join_sharded(args: argparse.Namespace, location: RunLocation) -> None:

@@ -13,6 +13,13 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import CheckpointError
+from tunesmith.tools.export.gguf.answers import (
+    MAX_ANSWER_TOKENS,
+    SideBySide,
+    compare_answers,
+    questions_of,
+    up_to_end,
+)
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.streamed_model import Values, decoder_layers, streamed_logits
@@ -40,12 +47,14 @@ class FileCheck:
         base: the base against the tuned model; None of a model that was not trained, or where the
             base is not at hand.
         positions: where next tokens were compared.
+        answers: to rows of the run, side by side.
     """
 
     prompts: int
     tuned: Difference
     base: Difference | None
     positions: int
+    answers: tuple[SideBySide, ...]
 
     @property
     def is_near(self) -> bool:
@@ -81,23 +90,44 @@ def check_file(
     """
     prompts, _ = probe_prompts(tuned)
     places = [_places(len(prompt)) for prompt in prompts]
+    questions = questions_of(tuned)
     positions = sum(map(len, places))
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
-        f"check: llama.cpp tokenizes up to {MAX_PROMPTS} prompts, and gives the next token at "
-        f"{positions} positions; {layers} layers are computed in fp32 to compare with "
-        "(--no-check skips this)"
+        f"check: llama.cpp tokenizes up to {MAX_PROMPTS} prompts, answers {len(questions)} of "
+        f"them with up to {MAX_ANSWER_TOKENS} tokens, and gives the next token at {positions} "
+        f"positions; {layers} layers are computed in fp32 to compare with (--no-check skips this)"
     )
-    passes = _Passes(device, layers, positions, progress)
+    passes = _Passes(device, layers, len(questions) + positions, progress)
     with LlamaCpp(file, adapter, threads=threads) as server:
         texts = _check_ids(server, tuned)
-        expected = passes.logits(tuned, "adapter", prompts, places)
-        against_base = None
-        if base is not None:
-            against_base = compare_logits(expected, passes.logits(*base, prompts, places))
+        # Before the answers, since how long a layer takes says how long all take.
+        base_logits = None if base is None else passes.logits(*base, prompts, places)
+        # Answers and prompts in one pass, which reads every weight once.
+        passages = [*prompts]
+        passage_places = [*places]
+        answers = []
+        for question in questions:
+            answer = up_to_end(server.answer(question.ids, MAX_ANSWER_TOKENS), tuned)
+            answers.append(answer)
+            passages.append([*question.ids, *answer])
+            first = len(question.ids) - 1  # predicts the answer's first token
+            passage_places.append(list(range(first, first + len(answer))))
+            passes.advance()
+        logits = passes.logits(tuned, "adapter", passages, passage_places)
+        expected = logits[: len(prompts)]
         compared, served = _served_logits(server, prompts, places, expected, passes.advance)
-    return FileCheck(len(texts), compare_logits(compared, served), against_base, len(served))
+    side_by_side = []
+    for question, answer, values in zip(questions, answers, logits[len(prompts) :], strict=True):
+        side_by_side.append(compare_answers(question, answer, values, tuned))
+    return FileCheck(
+        len(texts),
+        compare_logits(compared, served),
+        None if base_logits is None else compare_logits(expected, base_logits),
+        len(served),
+        tuple(side_by_side),
+    )
 
 
 class _Passes:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tunesmith.errors import CheckpointError
 
 CHECK_CONTEXT_TOKENS = 256  # the prompts of the check are shorter
-SERVER_TIMEOUT_SECONDS = 600  # to open a file, and of a request: a large model on a busy machine
+SERVER_TIMEOUT_SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
 # Of a token that the server did not report: less likely than all that it did.
 UNREPORTED = -50.0
 
@@ -167,3 +167,9 @@ class LlamaCpp:
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             values[token["id"]] = token["logprob"]
         return values
+
+    def answer(self, ids: list[int], tokens: int) -> list[int]:
+        """The ids that it writes after `ids`, the likeliest each time, an end token among them."""
+        options = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
+        body = {"prompt": ids, "n_predict": tokens, **options}
+        return self.post("/completion", body)["tokens"]

@@ -1,0 +1,174 @@
+"""Answers to three of the run's own rows side by side: the row's, the tuned model's, the file's.
+
+llama.cpp answers from the file, greedily. The tuned model is not loaded for it: its layers pass
+once over prompt and answer together (`check.py`), which says after each token of the file which one
+it would write. Up to the first where it would write another, the answer is its own greedy one too;
+what it would write behind that is not computed.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+
+from torch import Tensor
+
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.formats import convert_sample
+from tunesmith.data.rows.samples import Completion, Conversation
+from tunesmith.data.source.open_source import read_rows
+from tunesmith.errors import TunesmithError
+from tunesmith.inference.decoding import cut_answer
+from tunesmith.inference.load_run import OpenedRun
+from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS
+from tunesmith.tools.export.merge_check import SENTENCES, probe_sources
+
+MAX_QUESTIONS = 3
+MAX_QUESTION_ROWS = 50  # read, in search of prompts that are short enough
+MAX_ANSWER_TOKENS = 48
+TERMINAL_COLUMNS = 80
+_LABEL_FORMAT = "  {:<11}"
+_CHARS_BEFORE = 20  # characters shown in front of a difference
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that the file is to answer.
+
+    Attributes:
+        ids: of the whole prompt.
+        text: what the user asks in it.
+        reference: the row's own answer; None of a sentence that is to be continued.
+    """
+
+    ids: list[int]
+    text: str
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The answers of the file and of the tuned model to a question.
+
+    Attributes:
+        file: llama.cpp's answer from the file.
+        tuned: the tuned model's; where it differs, up to the first token that does.
+        tokens: of the file's answer, its end among them.
+        differs_at: the number of the first token that differs, from 1; None: none does.
+    """
+
+    question: str
+    reference: str | None
+    file: str
+    tuned: str
+    tokens: int
+    differs_at: int | None
+
+
+def questions_of(read: OpenedRun) -> list[Question]:
+    """The first held-out or training rows whose prompts are short; sentences to be continued where
+    there are no such rows.
+    """
+    for _, source in probe_sources(read):
+        # The data need not be on the machine that exports.
+        with suppress(TunesmithError):
+            questions = list(islice(_questions(read, source), MAX_QUESTIONS))
+            if questions:
+                return questions
+    tokenizer = read.files.tokenizer
+    return [
+        Question(tokenizer(text)["input_ids"], text, None) for text in SENTENCES[:MAX_QUESTIONS]
+    ]
+
+
+def _questions(read: OpenedRun, source: Source) -> Iterator[Question]:
+    """The rows of a source that have an answer, and room for the prompt."""
+    template = read.template
+    rows = read_rows(source)
+    for number in range(min(MAX_QUESTION_ROWS, len(rows))):
+        where = rows.where(number)
+        system = read.recipe.data.system
+        sample = convert_sample(rows[number], source, where=where, system=system)
+        if isinstance(sample, Completion):
+            text = sample.prompt
+        elif isinstance(sample, Conversation) and sample.messages[-1]["role"] == "assistant":
+            turns = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
+            text = str(turns[-1]) if turns else ""
+        else:
+            continue
+        ids = template.prompt(sample)
+        if len(ids) + MAX_ANSWER_TOKENS < CHECK_CONTEXT_TOKENS:
+            answer = template.answer(sample, where=where)
+            yield Question(ids, text, template.without_special_tokens(answer))
+
+
+def up_to_end(ids: list[int], read: OpenedRun) -> list[int]:
+    """An answer up to the first token that ends it for the run, with that one: llama.cpp knows one
+    or two of them."""
+    cut = cut_answer(read.files.tokenizer, ids, read.template.end_ids)
+    return ids[: len(cut.ids) + 1]
+
+
+def compare_answers(
+    question: Question, answer: list[int], logits: Tensor, read: OpenedRun
+) -> SideBySide:
+    """Compare the file's answer with the tuned model's.
+
+    Args:
+        answer: the ids of the file's answer, its end among them.
+        logits: the tuned model's, where they predict `answer`: [tokens, vocabulary].
+    """
+    ends = read.template.end_ids
+    tuned = logits.argmax(-1).tolist()
+    differs_at = None
+    for number, pair in enumerate(zip(answer, tuned, strict=True), 1):
+        # Any token that ends an answer ends it alike.
+        if pair[0] != pair[1] and not ends.issuperset(pair):
+            differs_at = number
+            break
+    return SideBySide(
+        question.text,
+        question.reference,
+        cut_answer(read.files.tokenizer, answer, ends).text,
+        cut_answer(read.files.tokenizer, tuned[:differs_at], ends).text,
+        len(answer),
+        differs_at,
+    )
+
+
+def answer_lines(answers: Sequence[SideBySide]) -> list[str]:
+    """The answers for a terminal: a line each, cut to its width, a difference in sight."""
+    lines = []
+    for answer in answers:
+        lines.append(_line("asked", answer.question))
+        if answer.reference is not None:
+            lines.append(_line("reference", answer.reference))
+        if answer.differs_at is None:
+            lines.append(_line("file", answer.file))
+            lines.append(_line("tuned", f"(the same {answer.tokens} tokens)"))
+            continue
+        texts = [_one_line(answer.file), _one_line(answer.tuned)]
+        characters = enumerate(zip(*texts, strict=False))
+        first = next((at for at, (a, b) in characters if a != b), min(map(len, texts)))
+        lines.append(_line("file", answer.file, first))
+        lines.append(_line("tuned", f"{answer.tuned} ...", first))
+        # The positions that are compared are of rows as they stand; an answer goes on from its own
+        # tokens.
+        place = f"differs from token {answer.differs_at} of {answer.tokens}"
+        lines.append(_line("", f"({place}: one near tie changes what follows)"))
+    return lines
+
+
+def _line(label: str, text: str, at: int = 0) -> str:
+    """One line of the terminal, with the character `at` in it."""
+    room = TERMINAL_COLUMNS - len(_LABEL_FORMAT.format(label))
+    text = _one_line(text)
+    if at > room - _CHARS_BEFORE:
+        text = f"... {text[at - _CHARS_BEFORE :]}"
+    if len(text) > room:
+        text = f"{text[: room - 4]} ..."
+    return (_LABEL_FORMAT.format(label) + text).rstrip()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
