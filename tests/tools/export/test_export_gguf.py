@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from logged import logged_lines
 from runs import make_run, peft_model
 from tunesmith.checkpoint import manifest
 from tunesmith.config.schema import Model
-from tunesmith.errors import CheckpointError, ModelError, TunesmithError
+from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference.load_run import locate_run, read_run_files
 from tunesmith.model.safetensors_files import weights_digest
@@ -314,6 +315,36 @@ def test_the_command_that_serves_an_adapter_and_its_file(
     assert (record["check"], record["unchecked"]) == (None, "--no-check")
 
 
+def test_an_adapter_and_its_file_for_ollama(gguf_run: tuple[Path, Path], tmp_path: Path) -> None:
+    run, file = gguf_run
+    export_adapter(run, tmp_path / "orders", for_ollama=True, check=False, device="cpu")
+    names = sorted(path.name for path in (tmp_path / "orders").iterdir())
+    assert names == ["Modelfile", "orders-lora.gguf", "orders-lora.gguf.json"]
+    assert read_modelfile((tmp_path / "orders" / "Modelfile").read_text())[:2] == [
+        ("from", str(file)),
+        ("adapter", "./orders-lora.gguf"),
+    ]
+    template = run / "final" / "chat_template.jinja"
+    base_template = fetch(Model(name=str(file), dtype="fp32")) / "chat_template.jinja"
+    same, other = "{# tools #}" + CHATML, CHATML.replace("assistant", "helper")
+    for text, base_text, is_alike in (
+        (same, CHATML, True),
+        (other, CHATML, False),
+        (same, "", False),
+    ):
+        template.write_text(text)
+        base_template.write_text(base_text)
+        if not base_text:
+            base_template.unlink()
+        (run / "final" / manifest.MANIFEST).unlink()
+        manifest.write_manifest(run / "final", 3, manifest.flush_files(run / "final"))
+        refused = refuses(UsageError, where="--to ollama --adapter", names=[file.name])
+        with nullcontext() if is_alike else refused:
+            export_adapter(
+                run, tmp_path / "orders", for_ollama=True, force=True, check=False, device="cpu"
+            )
+
+
 def test_an_adapter_is_refused_where_its_file_is_another(
     gguf_run: tuple[Path, Path], base: Path, tmp_path: Path
 ) -> None:
@@ -322,6 +353,11 @@ def test_an_adapter_is_refused_where_its_file_is_another(
     with refuses(ModelError, where=str(file)):
         export_adapter(run, tmp_path / "adapter.gguf", device="cpu")
     assert not (tmp_path / "adapter.gguf").exists()
+
+
+def test_ollama_takes_an_adapter_for_a_gguf_file_alone(run: Path, tmp_path: Path) -> None:
+    with refuses(UsageError, where="--to ollama --adapter", fix=["--to gguf --adapter"]):
+        export_adapter(run, tmp_path / "orders", for_ollama=True, device="cpu")
 
 
 def test_what_a_check_costs_is_told_before_and_while_it_runs(run: Path, tmp_path: Path) -> None:
@@ -433,11 +469,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     report = json.loads(forced.stdout)
     assert report["bytes"] == (tmp_path / "model.gguf").stat().st_size
     assert report["check"]["tuned"]["mean_kl"] < 0.01
-    for wrong in (
-        ["--adapter", "--quant", "f16"],
-        ["--to", "transformers"],
-        ["--to", "ollama", "--adapter"],
-    ):
+    for wrong in (["--adapter", "--quant", "f16"], ["--to", "transformers"]):
         refused = run_warm([*words, "--output", tmp_path / "other.gguf", *wrong])
         assert refused.returncode == 2, refused.stdout
         assert error_in(refused.stderr).where.startswith("command line: --")

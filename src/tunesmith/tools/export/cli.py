@@ -3,6 +3,7 @@
 example:
   tunesmith export runs/my-run --to gguf --output my-model.gguf
   tunesmith export runs/my-run --to gguf --adapter --output my-adapter.gguf
+  tunesmith export runs/my-run --to ollama --adapter --output my-adapter
   tunesmith export runs/my-run --to ollama --quant q8_0 --output my-model
   tunesmith export runs/my-run --to vllm --quant fp8 --output my-model
   tunesmith export runs/my-run/checkpoint-200 --output my-model
@@ -12,7 +13,7 @@ grow with the model. If llama.cpp is installed (pip install xllamacpp), it must
 tokenize the run's prompts identically, and the KL divergence from the tuned
 model is printed. Without it nothing is checked.
 
-With --adapter gguf writes the LoRA alone. Of a run on a .gguf file it is for
+With --adapter they write the LoRA alone. Of a run on a .gguf file it is for
 that very file: both are checked together, and the command that serves them is
 printed.
 
@@ -126,9 +127,6 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if args.adapter:
         check_not_given(args, ("quant",), "is for a whole model")
-        if args.to == "ollama":
-            fix = "--to gguf --adapter, or --to ollama without --adapter"
-            check_not_given(args, ("adapter",), "is for --to gguf or vllm", fix=fix)
     if args.to == "transformers":
         options = ("quant", "adapter", "force", "threads", "no_check", "device")
         check_not_given(args, options, "is for --to gguf, ollama or vllm")

@@ -24,6 +24,7 @@ from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
 from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 
+ADAPTER_FILE_ENDING = "lora"  # ends the name of an adapter's file in a folder for Ollama
 # The check, and the size of each file: the mark of a folder that a merge wrote.
 MERGE_FILE = "merge.json"
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -184,7 +185,10 @@ def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, fo
 
 def _unexported_file(folder: Path) -> str | None:
     """A file in a folder that no export for Ollama wrote; None if there is none."""
-    ggufs = [folder / f"{folder.name}-{content}.gguf" for content in GGUF_QUANT_TYPES]
+    ggufs = [
+        folder / f"{folder.name}-{content}.gguf"
+        for content in (*GGUF_QUANT_TYPES, ADAPTER_FILE_ENDING)
+    ]
     own_names = {MODELFILE}
     for file in ggufs:
         own_names |= {file.name, record_path(file).name}

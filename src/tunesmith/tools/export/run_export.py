@@ -35,6 +35,7 @@ NEAREST_QUANTS = ("f32", "f16", "bf16", "q8_0")
 class ExportOptions(TypedDict):
     """The arguments that `export_gguf` and `export_adapter` share."""
 
+    for_ollama: bool
     force: bool
     threads: int | None
     check: bool
@@ -46,6 +47,7 @@ def export_for_gguf(args: argparse.Namespace, location: RunLocation) -> None:
     """Write a .gguf file or Ollama's folder, and print how near it is to the tuned model."""
     with ProgressCounter() as progress:
         options: ExportOptions = {
+            "for_ollama": args.to == "ollama",
             "force": args.force,
             "threads": args.threads,
             "check": not args.no_check,
@@ -59,7 +61,6 @@ def export_for_gguf(args: argparse.Namespace, location: RunLocation) -> None:
                 args.run,
                 args.output,
                 quant=args.quant or DEFAULT_QUANT,
-                for_ollama=args.to == "ollama",
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
                 **options,
             )
@@ -214,6 +215,8 @@ def _share_lines(args: argparse.Namespace, exported: ExportedFile, base: str) ->
         needed = f"the folder {shell_path(Path(exported.output))}"
         if has_rows:
             needed += f" without {record.name}"
+        if exported.base:
+            needed += f", and {shell_path(Path(exported.base))}, which its Modelfile names"
     elif exported.base:
         needed += f" and {shell_path(Path(exported.base))}, the only base that it is for"
         if exported.chat_template:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import PretrainedConfig
 
 from tunesmith.checkpoint.manifest import digest_of_file
@@ -47,6 +48,7 @@ from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
+    ADAPTER_FILE_ENDING,
     OTHER_DISK,
     gguf_place,
     move_into_place,
@@ -58,6 +60,10 @@ from tunesmith.tools.export.streamed_model import Values
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
 DEFAULT_QUANT = "q4_k_m"
+OLLAMA_NOTE = (
+    "Ollama renders chats by the base's template, without the run's form of tools, or by one of "
+    "its own that is nearly the same; compare its answers with llama-server's"
+)
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -172,6 +178,7 @@ def export_adapter(
     path: str | Path,
     output: str | Path,
     *,
+    for_ollama: bool = False,
     force: bool = False,
     threads: int | None = None,
     check: bool = True,
@@ -183,13 +190,13 @@ def export_adapter(
     Where the run's base is a GGUF file, the adapter is for that very file and no other, and the two
     together are compared with the tuned model.
 
-    Args: as of `export_gguf`.
+    Args: as of `export_gguf`; for Ollama a folder whose Modelfile names both files.
 
-    Raises: as `export_gguf`; UsageError where the run has no adapter; ModelError where the base is
-        not the file that the run was trained on.
+    Raises: as `export_gguf`; UsageError where the run has no adapter, or for Ollama no GGUF file as
+        base; ModelError where the base is not the file that the run was trained on.
     """
     location = locate_run(path)
-    goal = gguf_place(output, location, is_folder=False, force=force)
+    goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     folder = location.folder
     if location.holds != "adapter" or folder is None:
         raise UsageError(
@@ -197,10 +204,14 @@ def export_adapter(
         )
     place = torch.device(select_device(device))
     threads = threads or available_cores()
+    file_name = f"{goal.name}-{ADAPTER_FILE_ENDING}.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
         _check_text_model(read.files.config)
         base = _find_gguf_base(read)
+        chat_template = _other_template(read) if base else None
+        if for_ollama:
+            _check_for_ollama(read, base)
         tuned = open_tuned_model(read)  # checks that base and adapter fit
         with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
             weights = {}
@@ -223,6 +234,10 @@ def export_adapter(
         if base is None:
             unchecked = "the GGUF file of its base is not known"
 
+        def write_beside(part: Path) -> None:
+            assert base is not None  # else Ollama is refused
+            write_modelfile(part, modelfile_text(str(base.file), read, file_name))
+
         def compare(file: Path) -> FileCheck:
             assert base is not None  # else it is not compared
             return check_file(
@@ -237,23 +252,24 @@ def export_adapter(
 
         result = _write_checked(
             plan,
-            goal,
+            goal / file_name if for_ollama else goal,
             ExportedKind(location, "GGUF, the LoRA alone in f16", is_whole=False, base=base),
             threads=threads,
             progress=None,
             compare=compare,
             unchecked=unchecked,
+            write_beside=write_beside if for_ollama else None,
         )
     return ExportedFile(
         str(output),
-        str(output),
+        str(Path(output) / file_name if for_ollama else output),
         "f16",
         plan.size,
-        plan.notes,
+        (*plan.notes, *([OLLAMA_NOTE] if for_ollama else [])),
         result,
         unchecked,
         base=str(base.file) if base else None,
-        chat_template=_other_template(read) if base else None,
+        chat_template=chat_template,
     )
 
 
@@ -336,6 +352,43 @@ def _other_template(read: OpenedRun) -> str | None:
     base = read.files.folder / CHAT_TEMPLATE
     is_other = saved.is_file() and (not base.is_file() or saved.read_bytes() != base.read_bytes())
     return str(saved) if is_other else None
+
+
+def _check_for_ollama(read: OpenedRun, base: GgufBase | None) -> None:
+    """UsageError where Ollama, which takes the template of the base, would not render chats as in
+    training."""
+    why = ""
+    template = read.files.tokenizer.chat_template or ""
+    file = read.files.folder / CHAT_TEMPLATE
+    base_template = file.read_text() if file.is_file() else ""
+    if base is None:
+        why = f"the base, {read.location.base.name}, is not a GGUF file, which Ollama needs"
+    elif _renderings(read, template) != _renderings(read, base_template):
+        why = f"{base.file.name} has another chat template than the run"
+    if why:
+        raise UsageError(
+            "Ollama cannot serve this adapter",
+            where="--to ollama --adapter",
+            why=why,
+            fix="--to gguf --adapter, or --to ollama without --adapter",
+        )
+
+
+def _renderings(read: OpenedRun, template: str) -> list[str | None]:
+    """Render chats without tools; None for one that the template refuses, such as of a system
+    message."""
+    user = {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "Yes?"}
+    texts: list[str | None] = []
+    for chat in ([user], [user, answer, user], [{"role": "system", "content": "Be brief"}, user]):
+        try:
+            text = read.files.tokenizer.apply_chat_template(
+                chat, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except (ValueError, TemplateError):
+            text = None
+        texts.append(text)
+    return texts
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:

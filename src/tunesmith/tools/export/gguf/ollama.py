@@ -25,10 +25,10 @@ def guard_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.chat_template = COMMENT + tokenizer.chat_template
 
 
-def modelfile_text(file: str, read: OpenedRun) -> str:
+def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> str:
     """The Modelfile of a GGUF file, without a TEMPLATE: the file has it.
 
-    `file` is a name in the Modelfile's own folder.
+    `file` and `adapter`, which is added to it, are paths, or names in the Modelfile's own folder.
 
     ModelError where a token that ends an answer, or the system message, cannot be written in it.
     """
@@ -39,7 +39,9 @@ def modelfile_text(file: str, read: OpenedRun) -> str:
         getattr(read.files.config, "max_position_embeddings", 0) or OLLAMA_CONTEXT_TOKENS
     )
     # At least Ollama's default, at most what the model's positions allow.
-    lines = [f"FROM ./{file}"]
+    lines = [f"FROM {_path(file)}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {_path(adapter)}")
     lines.append(f"PARAMETER num_ctx {min(max(OLLAMA_CONTEXT_TOKENS, seq_len), positions)}")
     for token in sorted(read.template.end_ids - {tokenizer.eos_token_id}):
         text = tokenizer.decode([token])
@@ -54,6 +56,10 @@ def modelfile_text(file: str, read: OpenedRun) -> str:
     if run is not None and run.data.system:
         lines.append(_system_line(run.data.system))
     return "\n".join(lines) + "\n"
+
+
+def _path(file: str) -> str:
+    return file if Path(file).is_absolute() else f"./{file}"
 
 
 def _system_line(system: str) -> str:
