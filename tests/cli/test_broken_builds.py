@@ -87,8 +87,8 @@ def leave_a_layer_without_gradient() -> None:
 def give_a_rank_another_base() -> None:
     original = build_model.fill_parameters
 
-    def fill(run, files, model, *where):
-        original(run, files, model, *where)
+    def fill(run, files, model, *where, **options):
+        original(run, files, model, *where, **options)
         with torch.no_grad():
             local_part(model.get_parameter("model.layers.0.mlp.up_proj.weight")).add_(0.01 * rank())
 
@@ -191,8 +191,8 @@ def forget_the_number_of_updates_at_resume() -> None:
 def pair_query_heads_with_other_keys() -> None:
     original = build_model.fill_parameters
 
-    def fill(run, files, model, *where):
-        original(run, files, model, *where)
+    def fill(run, files, model, *where, **options):
+        original(run, files, model, *where, **options)
         if dist.is_initialized():
             for name, parameter in model.named_parameters():
                 if name.endswith("q_proj.weight"):

@@ -86,6 +86,9 @@ def test_every_other_key_is_refused_with_a_reason():
         (["train.schedule=1..2"], "is not a valid range for train.schedule"),
         (["train.seed=1,2", "train.seed=3,4"], "train.seed is set twice"),
         (["train.seed=1"], "no key varies"),
+        (["train.learning_rate=1e-4,1e-4"], "has a value twice: 1e-4"),
+        (["train.learning_rate=1e-4,3e-4,0.0001"], "has a value twice: 0.0001"),
+        (["train.betas=[0.9, 0.99],[0.9,0.99]"], "has a value twice"),
     ],
 )
 def test_words_that_are_refused(words: list[str], said: str):

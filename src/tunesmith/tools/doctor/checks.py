@@ -286,6 +286,14 @@ def _swarm(system: System) -> Findings:
         yield finding("swarm/absent", state=state, message=swarm.get("Error", ""))
 
 
+def _image(system: System) -> Findings:
+    images = system.run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}")[1]
+    tags = re.findall(r"nvcr\.io/nvidia/pytorch:(\d\d\.\d\d)", images)
+    # Tags are YY.MM, so the order of texts is the order of time.
+    old = sorted(tag for tag in tags if tag < "26.02")
+    yield finding("image/old" if old else "image/ok", old=", ".join(old), count=len(tags))
+
+
 def _cable(system: System) -> Findings:
     """The port of the cable: both functions up, MTU 9000, an address that lasts, a GID of each."""
     functions = system.cable
@@ -383,6 +391,9 @@ def examine(system: System, *, pair: bool) -> tuple[list[Finding], NodePropertie
             docker_checks += [_toolkit, _daemon, _swarm_resource]
         if pair and "refused" not in docker:
             docker_checks.append(_swarm)
+        # Only a daemon that answers can list its images.
+        if "refused" not in docker:
+            docker_checks.append(_image)
     findings = _run(system, [_driver, _torch, _memory, _disk])
     for result in _run(system, docker_checks):
         is_warning = result.level == FAULT and not pair

@@ -8,7 +8,7 @@ it is.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
@@ -25,6 +25,7 @@ from tunesmith.host.files import from_here
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,30 @@ _ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistan
 ANSWER_PLACEHOLDER = "?"
 
 
+class AnsweredRows(Iterator[dict[str, object]]):
+    """Rows with their answers; each is answered when the iterator reaches it."""
+
+    def __init__(self, rows: Iterator[dict[str, object]], count: int) -> None:
+        self._rows = rows
+        self._count = count
+        self._position = 0
+
+    def __next__(self) -> dict[str, object]:
+        row = next(self._rows)
+        self._position += 1
+        return row
+
+    def __repr__(self) -> str:
+        answered = f"{self._position} of {count_of(self._count, 'row')} answered"
+        if self._position == self._count:
+            return f"<{answered}>"
+        return f"<{answered}: a loop or list(...) answers the others>"
+
+
 @lines_by_default()
 def generate(
     loaded: LoadedModel,
-    rows: Rows | Sequence[dict[str, Any]],
+    rows: Rows | Sequence[dict[str, object]],
     decoding: Decoding | None = None,
     *,
     format_name: str = "auto",
@@ -50,7 +71,7 @@ def generate(
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
     ranks: Ranks = ONE_PROCESS,
-) -> Iterator[dict[str, Any]]:
+) -> AnsweredRows:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
     >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
@@ -122,7 +143,7 @@ def generate(
                 row["reference"] = prompts[i].reference
             yield row
 
-    return with_answers()
+    return AnsweredRows(with_answers(), len(rows) - start)
 
 
 def find_source(

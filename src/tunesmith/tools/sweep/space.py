@@ -167,11 +167,38 @@ def read_space(words: Sequence[str]) -> Space:
         if match:
             ranges[key] = _read_range(key, *match.groups())
         else:
+            _check_each_once(key, values)
             choices[key] = tuple(values)
     if not choices and not ranges:
         fix = "such as train.learning_rate=1e-4,3e-4,1e-3 adapter.rank=8,32"
         raise RecipeError("no key varies", where="command line", fix=fix)
     return Space(tuple(fixed), choices, ranges)
+
+
+def _check_each_once(key: str, values: Sequence[str]) -> None:
+    """RecipeError where a value is listed twice, also as another form of it: 1e-4 and 0.0001."""
+    different: dict[float | str, str] = {}
+    repeated = []
+    for value in values:
+        number = _as_number(value)
+        if number in different:
+            repeated.append(value)
+        else:
+            different[number] = value
+    if repeated:
+        what = f"{key} has a value twice: {repeated[0]}"
+        fix = shell_word(f"{key}={','.join(different.values())}")
+        why = "two candidates would be identical"
+        raise RecipeError(what, where=f"command line: {key}", why=why, fix=fix)
+
+
+def _as_number(text: str) -> float | str:
+    """The number that a text is, or the text without blanks."""
+    # A float holds no whole number above 2**53 exactly, and seeds may be larger.
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return "".join(text.split())
 
 
 def check_count(space: Space, candidates: int) -> None:
