@@ -11,7 +11,9 @@ Numbers are random, since zeros draw less power and run faster.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ import torch
 
 from tunesmith.metrics.hardware import describe_machine, matmul_tflops, seconds_of
 
+MISSING_PACKAGES = 3  # the exit code where first_gpu_prep.sh has to bring more
+NEEDED = ("transformers", "peft", "pyarrow", "jinja2", "psutil", "regex", "rich", "tensorboard")
+NEEDED += ("ruamel.yaml", "pydantic", "datasketch", "py3langid")
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}  # many times the cache
 
 
@@ -53,6 +58,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"missing here: {' '.join(missing)}; name them in PACKAGES of first_gpu_prep.sh")
+        sys.exit(MISSING_PACKAGES)
     line = json.dumps(device_facts())
     print(line)
     if options.output:

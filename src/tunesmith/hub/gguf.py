@@ -94,7 +94,7 @@ def _write_once(file: Path, target: Path, what: str, dtype: str | None) -> None:
     when it is complete; `what` is logged.
     """
     require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
-    from tunesmith.hub.gguf_folder import write_model, write_without_weights
+    from tunesmith.hub.gguf_folder import write_with_weights, write_without_weights
 
     log.info(what)
     cache = target.parent
@@ -107,7 +107,7 @@ def _write_once(file: Path, target: Path, what: str, dtype: str | None) -> None:
             if dtype is None:
                 write_without_weights(file, folder)
             else:
-                write_model(file, dtype, folder)
+                write_with_weights(file, dtype, folder)
             follow_umask(folder)
             for read_file in (file, *folder.glob(SINGLE)):
                 with open_uncached(read_file) as stream:

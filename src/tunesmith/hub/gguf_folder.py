@@ -48,7 +48,7 @@ def _reading(file: Path) -> Iterator[None]:
         hf_logging.set_verbosity(level)
 
 
-def write_model(file: Path, dtype: str, folder: Path) -> None:
+def write_with_weights(file: Path, dtype: str, folder: Path) -> None:
     """Write the model of a .gguf file into a folder, its weights in `dtype`."""
     torch_dtype = DTYPES[dtype]
     with _reading(file):

@@ -22,7 +22,7 @@ from tunesmith.cli.main import Parser
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.schema import Run
 from tunesmith.tools.bench.ablation import variants
-from tunesmith.tools.bench.cli import add_arguments, check_arguments, read_recipe
+from tunesmith.tools.bench.cli import add_arguments, check_arguments, stated_recipe
 from tunesmith.tools.bench.shape import shape_recipe
 from waiting import wait_for
 from warm import run_warm
@@ -116,7 +116,7 @@ def check_variants(args: argparse.Namespace, run: Run, *, gpu: bool, folder: Pat
     for name in args.only.split(","):
         assert name in changes, f"{name} is no variant; there are {', '.join(changes)}"
         changed = argparse.Namespace(**{**vars(args), "words": [*args.words, changes[name]]})
-        assert read_recipe(changed) or recipe_of_shape(changed, folder)
+        assert stated_recipe(changed) or recipe_of_shape(changed, folder)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_every_command_of_a_stage_is_one_that_bench_takes_and_their_limits_fit_t
         args.typed = parser.typed_options(args)
         args.json = None  # its folder is there: the script has made it
         check_arguments(args)
-        run = read_recipe(args) or recipe_of_shape(args, tmp_path / "model")
+        run = stated_recipe(args) or recipe_of_shape(args, tmp_path / "model")
         # Of a recipe that is trained on a CPU, full fine-tuning in place of an 8B's LoRA has its
         # variants too.
         if args.ablation:

@@ -407,10 +407,10 @@ def test_a_signal_before_the_validation_of_a_rung_loses_nothing(
 
 
 def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from tunesmith.launch import node
+    from tunesmith.tools.sweep import cli as sweep_cli
 
     told: list[Any] = []
-    monkeypatch.setattr(node, "run_agent", lambda words: told.append(words) or EXIT_STOPPED)
+    monkeypatch.setattr(sweep_cli, "run_agent", lambda words: told.append(words) or EXIT_STOPPED)
     file = str(write_recipe(tiny, tmp_path))
     assert (
         main(
@@ -443,36 +443,6 @@ def test_the_words_of_several_ranks(tiny: Path, tmp_path: Path, monkeypatch: pyt
     assert main(["sweep", file, *WORDS, "--candidates", "3"]) == EXIT_USAGE
 
 
-def test_a_sweep_of_an_earlier_version_goes_on(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Of lists, where it noted Optuna's defaults; of ranges, where Optuna's TPE drew, it is another
-    sweep.
-    """
-    recipe_file = write_recipe(tiny, tmp_path)
-    lists = [WORDS[0], f"output_dir={tmp_path / 'lists'}"]
-    ranges = ["train.learning_rate=1e-3..1e-2", f"output_dir={tmp_path / 'ranges'}"]
-    drawing = Search(rungs=2, candidates=2)
-    outcome = sweep(recipe_file, lists)
-    sweep(recipe_file, ranges, drawing)
-    assert outcome["asked"]["search"] == {
-        "rungs": 2,
-        "candidates": 16,
-        "sampler": "random",
-        "pruner": "halving",
-    }
-    for folder in ("lists", "ranges"):
-        file = tmp_path / folder / SWEEP
-        earlier = json.loads(file.read_text())
-        earlier["asked"]["search"]["sampler"] = "tpe"
-        file.write_text(json.dumps(earlier))
-    monkeypatch.delattr(shared_base, "build")  # nothing is loaded
-    assert sweep(recipe_file, lists) == outcome
-    with refuses(UsageError, where=SWEEP) as caught:
-        sweep(recipe_file, ranges, drawing)
-    assert "search" in caught.value.why
-
-
 def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -480,7 +450,7 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
 
     Of several ranks sweep.json tells the stop.
     """
-    from tunesmith.launch import node
+    from tunesmith.tools.sweep import cli as sweep_cli
 
     file, words, train_step = write_recipe(tiny, tmp_path), WORDS[:1], Trainer.train_step
 
@@ -497,7 +467,7 @@ def test_a_sweep_that_memory_stops_goes_on_with_its_micro_batch(
     size = json.loads((tmp_path / "sweep" / SWEEP).read_text())["fixed"]["micro_batch"]
     assert holds(caught.value.fix, size)
     assert caught.value.exit_code == 0
-    monkeypatch.setattr(node, "run_agent", lambda words: 0)
+    monkeypatch.setattr(sweep_cli, "run_agent", lambda words: 0)
     assert main(["sweep", str(file), *words, "--ranks", "2"]) == EXIT_STOPPED
     assert_equals_train(sweep(file, words), tmp_path)
     assert main(["sweep", str(file), *words, "--ranks", "2"]) == 0

@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     require_one_process("bench")
-    recipe = read_recipe(args)
+    recipe = stated_recipe(args)
     from tunesmith.tools.bench.run_bench import run_bench
 
     run_bench(args, recipe)
@@ -157,7 +157,7 @@ def check_source(args: argparse.Namespace) -> None:
             raise UsageError(f"--shape needs {flag}", where="--shape", fix=f"{flag} {example}")
 
 
-def read_recipe(args: argparse.Namespace) -> Run | None:
+def stated_recipe(args: argparse.Namespace) -> Run | None:
     """The checked recipe; None for a shape, whose own is made of its model."""
     if args.shape is not None:
         return None

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
                 fix="remove {option}, or run two commands; the first rows of a task are --limit N",
             )
         else:
-            check_rows(args, locations)
+            check_row_arguments(args, locations)
     from tunesmith.tools.evaluate.run_eval import run_rows, run_tasks
 
     if args.tasks:
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
         run_rows(args)
 
 
-def check_rows(args: argparse.Namespace, locations: Sequence[RunLocation]) -> None:
+def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocation]) -> None:
     """UsageError for options that contradict each other where rows are evaluated, or rows that are
     not there."""
     fix = "add --tasks NAME; the first rows of --data are --max-examples N"
