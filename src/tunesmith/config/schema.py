@@ -83,6 +83,10 @@ def is_section(hint: Any) -> bool:
     return isinstance(hint, type) and hint.__module__ == __name__
 
 
+# With fewer, the learning rate is mostly in its warm-up and the model changes little.
+FEW_STEPS = 50
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """What the loss is; the names and defaults of the numbers are TRL's."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from tunesmith.config.schema import Data, Run
-from tunesmith.data.batches.schedule import FEW_STEPS, BatchSchedule, describe_long_warmup
+from tunesmith.config.schema import FEW_STEPS, Data, Run
+from tunesmith.data.batches.schedule import BatchSchedule, describe_long_warmup
 from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.compare.row_checks import check_across
 from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits

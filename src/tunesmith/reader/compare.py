@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
-from tunesmith.data.batches.schedule import FEW_STEPS
+from tunesmith.config.schema import FEW_STEPS
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.intervals import loss_sentence, paired_losses
 from tunesmith.metrics.summary import has_risen

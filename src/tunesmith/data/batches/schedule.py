@@ -23,9 +23,6 @@ from tunesmith.units import Length, ceil_div, count_of
 if TYPE_CHECKING:
     from tunesmith.data.tokens.token_set import TokenSet
 
-# With fewer, the learning rate is mostly in its warm-up and the model changes little.
-FEW_STEPS = 50
-
 
 def describe_long_warmup(train: Train, steps: int | None) -> list[str]:
     """A sentence, with its fix, where a warmup in steps is as long as the run of `steps`."""

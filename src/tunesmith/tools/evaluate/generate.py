@@ -8,7 +8,7 @@ it is.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.row_formats import FORMAT_COLUMNS, ROW_FORMATS
@@ -39,15 +39,15 @@ _ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistan
 ANSWER_PLACEHOLDER = "?"
 
 
-class AnsweredRows(Iterator[dict[str, object]]):
+class AnsweredRows(Iterator[dict[str, Any]]):
     """Rows with their answers; each is answered when the iterator reaches it."""
 
-    def __init__(self, rows: Iterator[dict[str, object]], count: int) -> None:
+    def __init__(self, rows: Iterator[dict[str, Any]], count: int) -> None:
         self._rows = rows
         self._count = count
         self._position = 0
 
-    def __next__(self) -> dict[str, object]:
+    def __next__(self) -> dict[str, Any]:
         row = next(self._rows)
         self._position += 1
         return row
@@ -62,7 +62,7 @@ class AnsweredRows(Iterator[dict[str, object]]):
 @lines_by_default()
 def generate(
     loaded: LoadedModel,
-    rows: Rows | Sequence[dict[str, object]],
+    rows: Rows | Sequence[dict[str, Any]],
     decoding: Decoding | None = None,
     *,
     format_name: str = "auto",

@@ -27,7 +27,6 @@ from uvicorn import Config, Server
 
 from tunesmith.errors import UsageError
 from tunesmith.reader.curves import curves
-from tunesmith.reader.page import render_report
 from tunesmith.reader.run_files import RunFiles, to_json
 from tunesmith.tools.report.run_list import Row, RunList
 
@@ -182,6 +181,9 @@ class Page(LivePage):
 
     def html(self, request: Request) -> Response:
         with self.lock:
+            # Its comparison loads numpy, which a server without a browser does without.
+            from tunesmith.reader.page import render_report
+
             return HTMLResponse(render_report(self.runs, live=True))
 
     def curves(self, request: Request) -> Response:
