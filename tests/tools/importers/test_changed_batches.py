@@ -32,6 +32,7 @@ AXOLOTL = {
     "learning_rate": 1e-4,
     "sequence_len": 512,
 }
+TRL = {"model_name_or_path": "m/m", "dataset_name": "d/d", "use_peft": True, "max_length": 512}
 ROWS = ("data.train.source=rows.jsonl", "data.train.format=alpaca")
 EXTENDS = ("--extends", "llama3.1-8b-lora")
 
@@ -94,18 +95,40 @@ def test_deepspeeds_offload_is_carried(offload: dict[str, str], tmp_path: Path) 
     assert run.train.cpu_offload == ("parameters",)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [LLAMAFACTORY | {"deepspeed": "gone.json"}, AXOLOTL | {"deepspeed": "gone.json"}],
-    ids=str,
-)
+@pytest.mark.parametrize("file", ["gone.json", "ds_configs/zero3"])
+@pytest.mark.parametrize("values", [LLAMAFACTORY, AXOLOTL], ids=["llamafactory", "axolotl"])
 def test_deepspeeds_own_file_is_named(
-    values: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    values: dict[str, object], file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import_values(tmp_path, values, *ROWS)
+    import_values(tmp_path, values | {"deepspeed": file}, *ROWS)
     differs, _ = parts(capsys)
-    assert "gone.json" in differs
+    assert file in differs
     assert "train.cpu_offload=[parameters]" in differs
+
+
+def test_deepspeeds_own_file_leaves_the_shards_open(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"deepspeed_config": {"deepspeed_config_file": "ds.json"}}
+    recipe = tmp_path / "recipe.yaml"
+    import_values(tmp_path, ACCELERATE | named, *EXTENDS)
+    differs, _ = parts(capsys)
+    assert "ds.json" in differs
+    assert "parallel.shard" in differs
+    assert "parallel" not in yaml.safe_load(recipe.read_text())
+
+
+@pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])
+@pytest.mark.parametrize(
+    "values", [LLAMAFACTORY, AXOLOTL, TRL], ids=["llamafactory", "axolotl", "trl"]
+)
+def test_deepspeeds_offload_within_the_file_is_carried(
+    values: dict[str, object], part: str, tmp_path: Path
+) -> None:
+    deepspeed = {"zero_optimization": {"stage": 3, part: {"device": "cpu"}}}
+    run = import_values(tmp_path, values | {"deepspeed": deepspeed}, *ROWS)
+    assert run is not None
+    assert run.train.cpu_offload == ("parameters",)
 
 
 def test_fsdps_offload_as_words(tmp_path: Path) -> None:

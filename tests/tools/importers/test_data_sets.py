@@ -37,6 +37,15 @@ def test_a_prompt_of_pairs_is_refused_by_its_key(tmp_path: Path) -> None:
         axolotl(tmp_path, {"path": "d/d", "type": own}, rl="dpo")
 
 
+def test_the_fix_of_a_prompt_of_its_own_names_columns_of_the_format_alone(tmp_path: Path) -> None:
+    own = {"field_instruction": "question", "field_input": "", "field_output": "output"}
+    own |= {"field_system": None, "field_thinking": "thought"}
+    with refuses(UsageError, fix=["data.train.columns={instruction: question}"]) as error:
+        axolotl(tmp_path, {"path": "d/d", "type": own})
+    for name in ("input", "output", "system", "thinking"):
+        assert f"{name}: " not in error.value.fix
+
+
 def test_the_fix_of_a_prompt_of_its_own_imports(tmp_path: Path) -> None:
     own = {"field_instruction": "question", "field_output": "answer"}
     values = {**AXOLOTL, "datasets": [{"path": "d/d", "type": own}]}
@@ -115,7 +124,15 @@ def test_documents_are_not_left_out_by_their_length(tmp_path: Path) -> None:
     assert "data.too_long" not in recipe.values
 
 
-@pytest.mark.parametrize("loss", ["torchtune.rlhf.loss.DPOLoss", "m.ForwardKLLoss"])
+def test_documents_that_are_held_out_leave_out_no_rows_by_their_length(tmp_path: Path) -> None:
+    held_out = [{"path": "e/e", "type": "completion"}]
+    recipe = axolotl(tmp_path, CHAT, test_datasets=held_out)
+    assert recipe.values["data.too_long"] == "drop"
+
+
+@pytest.mark.parametrize(
+    "loss", ["torchtune.rlhf.loss.DPOLoss", "m.ForwardKLLoss", "my.loss.FocalLoss"]
+)
 def test_a_loss_of_torchtune_that_is_no_cross_entropy_differs(loss: str, tmp_path: Path) -> None:
     values = BASES["torchtune"] | {"loss": {"_component_": loss}}
     notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
@@ -127,6 +144,19 @@ def test_a_cross_entropy_of_torchtune_needs_nothing(loss: str, tmp_path: Path) -
     values = BASES["torchtune"] | {"loss": {"_component_": f"torchtune.modules.loss.{loss}"}}
     notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
     assert not notes["loss._component_"].differs
+
+
+def test_data_sets_of_torchtune_that_train_on_other_parts_differ(tmp_path: Path) -> None:
+    chat = {"_component_": "torchtune.datasets.chat_dataset", "source": "d/d"}
+    datasets = [
+        {**chat, "train_on_input": False},
+        {**chat, "train_on_input": True},
+        {**chat, "train_on_input": False},
+    ]
+    values = BASES["torchtune"] | {"dataset": datasets}
+    notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
+    assert notes["dataset.1.train_on_input"].differs
+    assert not notes["dataset.2.train_on_input"].differs
 
 
 def test_betas_of_torchtune(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Values of other tools' files as those tools read them: YAML 1.1, text for numbers and switches,
-and OmegaConf's references.
+JSON in a text, and OmegaConf's references.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def test_no_saving_is_no_checkpoint(word: str, tmp_path: Path) -> None:
     assert translated_text("trl", text, tmp_path).values["checkpoint.every"] is None
 
 
-@pytest.mark.parametrize("arguments", ["{min_lr_rate: 0.1}", "{min_lr: 1e-6}"])
+@pytest.mark.parametrize(
+    "arguments", ["{min_lr_rate: 0.1}", """'{"min_lr_rate": 0.1}'""", "{min_lr: 1e-6}"]
+)
 def test_the_least_rate_of_a_schedule(arguments: str, tmp_path: Path) -> None:
     text = (
         "model_name_or_path: m\ndataset_name: d/d\nlearning_rate: 1.0e-5\n"
@@ -116,6 +118,14 @@ def test_the_least_rate_of_a_schedule(arguments: str, tmp_path: Path) -> None:
     assert recipe.values["train.min_learning_rate"] == 1e-6
     assert recipe.values["train.schedule"] == "cosine"
     assert not [note for note in recipe.notes if note.key.startswith("lr_scheduler_kwargs")]
+
+
+def test_other_arguments_of_a_schedule_in_json_are_named_one_by_one(tmp_path: Path) -> None:
+    values = {"lr_scheduler_kwargs": '{"num_cycles": 3, "power": 2.0}'}
+    recipe = translated("llamafactory", BASES["llamafactory"] | values, tmp_path)
+    notes = notes_by_key(recipe)
+    for name in ("num_cycles", "power"):
+        assert notes[f"lr_scheduler_kwargs.{name}"].differs
 
 
 REFERENCES = """\

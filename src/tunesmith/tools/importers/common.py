@@ -17,6 +17,11 @@ from tunesmith.tools.importers.translation import FALSE_WORDS, TRUE_WORDS, Trans
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
 NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
+_COLUMNS_OF_OWN_PROMPTS = {
+    "alpaca": ("instruction", "input", "output", "system"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "feedback": ("prompt", "completion", "label"),
+}
 _LORA_KEYS = (
     "lora_rank",
     "lora_alpha",
@@ -92,6 +97,21 @@ def _has_part(value: JsonValue, part: str) -> bool:
     if part in ("true", "false") and text in (*TRUE_WORDS, *FALSE_WORDS):
         return text in (TRUE_WORDS if part == "true" else FALSE_WORDS)
     return part.lower() in text
+
+
+def note_deepspeed_file(recipe: Translation) -> None:
+    """Note what DeepSpeed's own JSON file may hold, where a configuration names one."""
+    file = recipe.get("deepspeed_file")
+    if not isinstance(file, str) or not file:
+        return
+    why = (
+        "DeepSpeed's file is not read: if it offloads to the CPU, give"
+        " train.cpu_offload=[parameters]; if it accumulates or clips gradients, train.global_batch"
+        " and train.clip_norm; if it has an optimizer or a scheduler, train.*"
+    )
+    if recipe.source.tool == "accelerate":
+        why += "; if its ZeRO stage is 0, parallel.replicate=RANKS, else parallel.shard=RANKS"
+    recipe.note("deepspeed_file", why)
 
 
 def set_adapter(recipe: Translation, target: str | list[str], *names: str, lora: bool) -> None:
@@ -217,11 +237,16 @@ def _entry_type(recipe: Translation, entry: str, types: Collection[str], method:
     inner = recipe.find_below(type_key)
     if inner:
         why = "a prompt text of its own is not supported"
+        format_ = METHOD_FORMATS.get(method, "alpaca")
         source = shell_word(f"data.train.source={_source_names(recipe, entry)[0]}")
-        words = f"{source} data.train.format={METHOD_FORMATS.get(method, 'alpaca')}"
-        names = [key for key in inner if ".field_" in key]
-        columns = ", ".join(f"{key.rpartition('field_')[2]}: {recipe.get(key)}" for key in names)
-        if columns:
+        words = f"{source} data.train.format={format_}"
+        renamed = []
+        for ours in _COLUMNS_OF_OWN_PROMPTS[format_]:
+            column = recipe.get(f"{type_key}.field_{ours}")
+            if column and column != ours:
+                renamed.append(f"{ours}: {column}")
+        if renamed:
+            columns = ", ".join(renamed)
             words += f" {shell_word(f'data.train.columns={{{columns}}}')}"
         fix = f"name the columns: {words}; the text around them is data.template: a Jinja file"
         raise recipe.error(inner[0], why, fix)

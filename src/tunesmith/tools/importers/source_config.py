@@ -1,7 +1,9 @@
 """The YAML or JSON file of another tool as flat keys and their places."""
 
+import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,7 @@ from pydantic import JsonValue
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tunesmith.config.tree import MAX_DIGITS, Node, Scalar, read_file, scalar
+from tunesmith.config.tree import MAX_DIGITS, Node, Scalar, read_file, scalar, wrap
 from tunesmith.errors import RecipeError, UsageError
 from tunesmith.host.files import near_file
 from tunesmith.host.shell import shell_path
@@ -218,6 +220,10 @@ def _leaves(path: Path) -> Iterator[SourceKey]:
 
 
 def _leaves_below(node: Node, key: str, file_name: str) -> Iterator[SourceKey]:
+    if isinstance(node.value, str) and node.value.startswith("{"):
+        # Transformers reads a mapping also from JSON in a text. A chat template is none.
+        with suppress(ValueError):
+            node = wrap(json.loads(node.value), where=node.where, base=node.base)
     has_nested = any(child.children() for _, child in node.children())
     is_mapping = isinstance(node.value, dict) and bool(node.value)
     # A list of mappings has keys below; a list of values is one value.

@@ -17,6 +17,7 @@ from tunesmith.tools.importers.common import (
     NAME_ROWS,
     PEFT_TARGETS,
     apply_rules,
+    note_deepspeed_file,
     set_adapter,
     set_rows,
     translate_training,
@@ -48,6 +49,7 @@ def translate(
     recipe = Translation(source, overrides)
     if extends:
         recipe.set_key("extends", extends, why="given on the command line")
+    note_deepspeed_file(recipe)
     _TRANSLATORS[source.tool](recipe)
     if source.tool != "accelerate":
         translate_training(recipe, world)
@@ -81,10 +83,30 @@ def _torchtune(recipe: Translation) -> None:
             "torch_dtype",
             "updates are rounded to the nearest there, here at random, so that small ones count",
         )
+    _note_loss(recipe)
+    _note_other_data_sets(recipe)
     if recipe.get("optimizer.betas"):
         recipe.set_key("train.betas", recipe.get("optimizer.betas"), "optimizer.betas")
     if recipe.get("seed") is None:
         recipe.note("seed", "each run draws its own there; here it is train.seed, 42")
+
+
+def _note_loss(recipe: Translation) -> None:
+    """Note a loss that is no cross-entropy: of preferences, of distillation, or one's own."""
+    loss = recipe.get("loss._component_") or recipe.get("loss")
+    name = str(loss).rpartition(".")[2].lower()
+    if loss and "crossentropy" not in name and "cewith" not in name:
+        recipe.note("loss._component_", "not supported: here it is the cross-entropy")
+        recipe.note("loss", "not supported: here it is the cross-entropy")
+
+
+def _note_other_data_sets(recipe: Translation) -> None:
+    """Note a data set of a list that trains on other parts of its rows than the first one does."""
+    first = recipe.is_on("train_on_inputs")
+    for name in recipe.source.keys:
+        is_later = re.fullmatch(r"dataset\.[1-9][0-9]*\.train_on_input", name) is not None
+        if is_later and recipe.is_on(name) != first:
+            recipe.note(name, "data.train_on is for all data sets: as the first one has it")
 
 
 def _torchtune_model(recipe: Translation) -> None:
@@ -178,7 +200,8 @@ def _note_plugins(recipe: Translation) -> None:
 
 def _set_too_long(recipe: Translation) -> None:
     """Set what Axolotl does with rows above sequence_len: it drops them, and splits documents."""
-    if any(key.endswith(".format") and v == "text" for key, v in recipe.defaults.items()):
+    names = [name for name, value in recipe.defaults.items() if value == "text"]
+    if any(re.fullmatch(r"datasets(\.[0-9]+)?\.format", name) for name in names):
         recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
         return
     words = {"drop": "drop", "truncate": "truncate", "raise": "error"}
@@ -403,6 +426,8 @@ def _accelerate(recipe: Translation) -> None:
 def _set_mesh(recipe: Translation) -> None:
     """Copies and shards of the model, from FSDP's or DeepSpeed's keys."""
     kind = recipe.get("kind")
+    if kind == "DEEPSPEED" and recipe.get("deepspeed_file") and not recipe.is_set("zero_stage"):
+        return  # the file that is not read has the stage
     ranks = recipe.count("num_processes")
     strategy = str(recipe.get("fsdp_strategy"))
     is_sharded = kind == "FSDP" or (kind == "DEEPSPEED" and recipe.get("zero_stage"))
