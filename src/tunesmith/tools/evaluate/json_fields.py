@@ -2,6 +2,7 @@
 are right."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -82,12 +83,18 @@ def schema_validator(schema: dict[str, "JsonValue"] | bool) -> "Validator":
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"{error.json_path}: {error.message}") from error
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(f"a pattern of it is not a regular expression: {error}") from error
     return kind(schema, registry=Registry())
 
 
 def fits(validator: "Validator", value: "JsonValue") -> bool:
-    """Tell whether a value fits the schema; ValueError where that names another that is not in it,
-    or itself without end."""
+    """Tell whether a value fits the schema.
+
+    Raises:
+        ValueError: the schema names another that is not in it, itself without end, or a pattern
+            that is none.
+    """
     from referencing.exceptions import Unresolvable
 
     try:
@@ -96,3 +103,5 @@ def fits(validator: "Validator", value: "JsonValue") -> bool:
         raise ValueError(f"it names {error.ref}, which is not in it") from error
     except RecursionError:
         raise ValueError("it refers to itself without end") from None
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"a pattern of it is not a regular expression: {error}") from error
