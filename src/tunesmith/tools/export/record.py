@@ -144,8 +144,12 @@ def _read_record(file: Path) -> ExportRecord:
     fix = f"export it again, or push its folder with a {CARD} in it"
     try:
         record: ExportRecord = json.loads(place.read_text(encoding="utf-8"))
-        why = f"its record is of one with {record['bytes']} bytes, and it has {size}"
-        if record["bytes"] == size and ExportRecord.__required_keys__ <= record.keys():
+        missing = [key for key in ("kind", "check", "card") if key not in record]
+        if record["bytes"] != size:
+            why = f"its record is of one with {record['bytes']} bytes, and it has {size}"
+        elif missing:
+            why = f"{place.name} lacks {', '.join(missing)}"
+        else:
             return record
     except FileNotFoundError:
         why = f"there is no {place.name}, which `export` writes"
