@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,29 @@ print("end")
     [line] = done.stderr.splitlines()  # and no traceback of that thread beside it
     assert line.startswith("warning: ")
     assert holds(line, "metrics.jsonl")
+
+
+def test_the_hook_of_other_threads_stays(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[str] = []
+
+    def hook(fault: threading.ExceptHookArgs) -> None:
+        met.append(str(fault.exc_value))
+
+    def fail() -> None:
+        raise ValueError("own")
+
+    monkeypatch.setattr(threading, "excepthook", hook)
+    sink = TensorBoardSink(tmp_path)
+    sink.open(run, 0)
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert met == ["own"]
+    sink.close()
+    sink.close()
+    assert threading.excepthook is hook
 
 
 def test_a_shared_folder_keeps_what_others_wrote(tmp_path: Path, run: Run) -> None:

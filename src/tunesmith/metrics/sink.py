@@ -203,6 +203,7 @@ class TensorBoardSink(Sink):
         self.folder, self.shared = folder, shared
         self._writer: Any = None
         self._has_failed = False
+        self._hook = threading.excepthook
 
     def open(self, run: Run, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -220,7 +221,8 @@ class TensorBoardSink(Sink):
                 why=str(error),
                 fix="log.tensorboard_dir=FOLDER, or log.tensorboard=false",
             ) from None
-        threading.excepthook = _silent_for_tensorboard
+        self._hook = threading.excepthook
+        threading.excepthook = self._silent_for_tensorboard
         self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
@@ -249,6 +251,13 @@ class TensorBoardSink(Sink):
         if self._writer is not None:
             with self._without_faults():
                 self._writer.close()
+            if threading.excepthook == self._silent_for_tensorboard:
+                threading.excepthook = self._hook
+
+    def _silent_for_tensorboard(self, fault: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread: its error is said at the next call."""
+        if not type(fault.thread).__module__.startswith("tensorboard"):
+            self._hook(fault)
 
     def _add(self, kind: Literal["scalar", "text"], *values: object) -> None:
         with self._without_faults():
@@ -270,12 +279,6 @@ class TensorBoardSink(Sink):
                     f"TensorBoard's events in {self.folder} are left out from here on: "
                     f"{error.strerror}; {METRICS} has all records; fix: df -h"
                 )
-
-
-def _silent_for_tensorboard(fault: threading.ExceptHookArgs) -> None:
-    """Print no traceback of TensorBoard's thread: its error is met, and said, at the next call."""
-    if not type(fault.thread).__module__.startswith("tensorboard"):
-        threading.__excepthook__(fault)
 
 
 def _verbatim(text: str) -> str:
