@@ -162,6 +162,19 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tokenizer) -> None:
     assert "tunesmith merge" in error.value.fix
 
 
+@pytest.mark.parametrize(
+    ("affix", "tokens"),
+    [("continuing_subword_prefix", ["a", "##b"]), ("end_of_word_suffix", ["a", "b</w>"])],
+)
+def test_the_refusal_names_the_key_of_the_affix(affix: str, tokens: list[str]) -> None:
+    text = tokens[1].replace("b", "")
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [], **{affix: text})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    with refuses(ModelError, where="tokenizer.json") as error:
+        read_gguf_tokenizer(tokenizer, 600, {})
+    assert f"{affix} = {text!r}" in error.value.why
+
+
 def test_the_refusal_comes_before_a_weight_is_read() -> None:
     class Unreadable:
         shape = (600, 128)
