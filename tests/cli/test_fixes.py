@@ -343,6 +343,8 @@ def test_keys_that_are_proposed_can_be_given(tmp_path: Path) -> None:
     fix = fix_of(lambda: check_run_dir(out)).partition(": ")[2]
     assert next(iter(override_layer(words_in_bash(fix, tmp_path)).places()))[0] == "output_dir"
     fix = fix_of(lambda: read_space(["train.lr=1e-4,3e-4"])).partition("here it is ")[2]
+    repeated = fix_of(lambda: read_space(["train.learning_rate=1e-4,1e-4,3e-4"]))
+    assert repeated == fix
     assert read_space(words_in_bash(fix, tmp_path)).grid() == [
         {"train.learning_rate": "1e-4"},
         {"train.learning_rate": "3e-4"},

@@ -110,6 +110,9 @@ def test_the_ends_of_a_reversed_range_are_given_in_order():
 def test_values_that_differ_are_no_repetition():
     words = ["train.seed=9007199254740992,9007199254740993", "train.learning_rate=1e-4,1.1e-4"]
     assert len(read_space(words).grid()) == 4
+    with pytest.raises(RecipeError) as caught:
+        read_space(["train.learning_rate=1e-4,1e-4,3e-4"])
+    assert caught.value.fix == "train.learning_rate=1e-4,3e-4"
 
 
 def test_a_sweep_of_very_many_candidates_is_refused_with_its_number():
