@@ -152,9 +152,8 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             else:
                 for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
-            read = tuned
             text = generation_config_text(
-                read.files.folder, read.files.tokenizer, read.template.end_ids
+                tuned.files.folder, tuned.files.tokenizer, tuned.template.end_ids
             )
             (part / GENERATION_CONFIG).write_text(text, encoding="utf-8")
             step = weights_step(folder)

@@ -5,8 +5,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
+from tunesmith.config.schema import StatedDtype
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import holds_run
@@ -37,7 +38,7 @@ class FixedValues(TypedDict):
     rungs: list[int]
     micro_batch: str
     validate_every: str | None
-    dtype: Literal["auto", "bf16", "fp16", "fp32"]
+    dtype: StatedDtype
 
 
 class SweepRequest(TypedDict):

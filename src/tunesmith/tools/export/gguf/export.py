@@ -392,15 +392,14 @@ def _renderings(read: OpenedRun, template: str) -> list[str | None]:
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
-    read = tuned
     _check_text_model(tuned.model.config)
-    settings = read.files.folder / "generation_config.json"
+    settings = tuned.files.folder / "generation_config.json"
     # Any of them ends an answer; a GGUF file has room for one beside eos.
-    ends = read.template.end_ids - {read.files.tokenizer.eos_token_id}
+    ends = tuned.template.end_ids - {tuned.files.tokenizer.eos_token_id}
     return plan_gguf(
         tuned.model.config.to_dict(),
         tuned.weights,
-        read.files.tokenizer,
+        tuned.files.tokenizer,
         quant=quant,
         name=name,
         generation=read_json(settings) if settings.is_file() else {},
