@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 
-from errors import lines_with, refuses
+from errors import holds, lines_with, refuses
 from logged import logged_lines
 from recipes import make_run
+from tunesmith.checkpoint.resume import Progress
+from tunesmith.distributed.ranks import ONE_PROCESS
 from tunesmith.errors import LowMemoryError
 from tunesmith.host.memory import MemoryFigures
+from tunesmith.host.signals import LowMemory
 from tunesmith.methods.base import TrainModel
 from tunesmith.reader.run_files import RunFiles, how_it_ended
 from tunesmith.runtime.memory_guard import MemoryGuard
 from tunesmith.training import run as start
+from tunesmith.training.result import stopped_by
 from tunesmith.training.run import train
 from warm import run_warm
 
@@ -115,6 +119,29 @@ def test_memory_that_is_short_while_the_model_loads_ends_the_start(
     assert caught.value.exit_code == 75
     assert "loading" in caught.value.why
     assert not (tmp_path / "run").exists(), "a start that saved nothing leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("train", "kept", "can_shrink"),
+    [
+        ({}, "1024 tokens", True),
+        ({}, "129 tokens", True),
+        ({}, "128 tokens", False),  # a row of data.seq_len has to fit
+        ({}, "5 examples", True),
+        ({}, "1 examples", False),
+        ({}, None, False),
+        ({"optimizer_in_backward": True, "clip_norm": None}, "5 examples", False),
+    ],
+)
+def test_a_smaller_micro_batch_is_named_where_the_run_takes_one(
+    train: dict[str, Any], kept: str | None, can_shrink: bool, tiny: Path, tmp_path: Path
+) -> None:
+    run = make_run(tiny, tmp_path, adapter={"kind": "none"})
+    run = replace(run, train=replace(run.train, **train))
+    Path(run.output_dir).mkdir()
+    shortage = LowMemory("memory is short", {})
+    error = stopped_by([(shortage, None)], run, Progress(step=2, micro_batch=kept), ONE_PROCESS)
+    assert holds(error.fix, "train.micro_batch") == can_shrink
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ from tunesmith.run_dir import (
     shown,
     weights_step,
 )
-from tunesmith.units import count_of
+from tunesmith.units import Size, count_of
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ def stopped_by(
     if shortage is not None:
         reason = "memory"
         fix = f"{FREE_MEMORY_FIX}, then {fix}"
-        if step:
+        if step and can_shrink(run, progress.micro_batch):
             fix += f"; or with a train.micro_batch below {progress.micro_batch}"
         more = {"figures": shortage.record}
         error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
@@ -308,6 +308,17 @@ def write_stopped(
     """Write stopped.json after the complete step `step`; `more` are further fields of it."""
     record = {"signal": None, "reason": reason, "step": step, "next": next_command, "cause": None}
     write_atomically(out / STOPPED, json.dumps(record | more, indent=1))
+
+
+def can_shrink(run: Run, micro_batch: str | None) -> bool:
+    """Tell whether the run would be taken with a smaller `train.micro_batch` too."""
+    if run.train.optimizer_in_backward:
+        return False
+    size = Size.parse(micro_batch or "1 examples")
+    least = 1
+    if size.unit == "tokens":
+        least = run.row_tokens  # a row of data.seq_len has to fit
+    return size.amount > least
 
 
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:
