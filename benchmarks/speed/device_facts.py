@@ -58,7 +58,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    # The module without its parent: to look for `ruamel.yaml` would import `ruamel`.
+    missing = [name for name in NEEDED if importlib.util.find_spec(name.partition(".")[0]) is None]
     if missing:
         print(f"missing here: {' '.join(missing)}; name them in PACKAGES of first_gpu_prep.sh")
         sys.exit(MISSING_PACKAGES)

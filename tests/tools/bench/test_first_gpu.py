@@ -14,6 +14,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import device_facts
 import pytest
 
 from errors import lines_with
@@ -271,3 +272,17 @@ def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
     }
     assert failed == {name for name in found if "in fp32" in name} | kernels
     assert len(found) > 50
+
+
+def test_missing_packages_are_named_as_pip_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ruamel", None)
+    monkeypatch.delitem(sys.modules, "ruamel.yaml", raising=False)
+    monkeypatch.setattr(sys, "argv", ["device_facts.py"])
+    with pytest.raises(SystemExit) as ended:
+        device_facts.main()
+    assert ended.value.code == device_facts.MISSING_PACKAGES
+    printed = capsys.readouterr().out
+    assert [name for name in device_facts.NEEDED if name in printed.split()] == []
+    assert lines_with(printed.replace(";", ""), "ruamel.yaml", "PACKAGES")
