@@ -34,6 +34,7 @@ EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
 ROWS = (0, 3, 70, 0, 1, 129, 16, 0)
 # Sums over 128 to 192 products, in another order, and rounded to the type once more.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
+MXFP4_SCALE = 0.02  # standard deviation of weights that `encode` has steps for
 STACKS = ("dense", "transposed", "mxfp4")
 
 
@@ -42,9 +43,9 @@ def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
     if kind == "mxfp4":
-        kind = Mxfp4.parse()
-        codes = [tensor.to(device) for tensor in kind.encode(weight)]
-        return FrozenStack(kind, codes, (EXPERTS, IN, OUT))
+        mxfp4 = Mxfp4.parse()
+        codes = mxfp4.encode(weight * (MXFP4_SCALE / weight.std()))
+        return FrozenStack(mxfp4, [tensor.to(device) for tensor in codes], (EXPERTS, IN, OUT))
     if kind == "transposed":
         weight = weight.mT.contiguous()
     return dense_stack(weight.to(device, dtype), is_transposed=kind == "transposed")

@@ -23,3 +23,9 @@ def test_a_difference_is_named() -> None:
     results = {"y": 1e-3, "dA": float("nan")}
     named = grouped_products.too_large({"bfloat16 dense": results, "float32 mxfp4": results})
     assert named == ["bfloat16 dense dA", "float32 mxfp4 y", "float32 mxfp4 dA"]
+
+
+def test_weights_in_mxfp4_are_drawn_within_its_range() -> None:
+    stack = grouped_products.stack_of("mxfp4", torch.float32, torch.device("cpu"))
+    sizes = stack.dense(0, grouped_products.EXPERTS, torch.float32).abs()
+    assert (sizes == sizes.max()).float().mean() < 0.1
