@@ -114,7 +114,10 @@ def test_frames_and_numbers_of_numpy_become_plain_rows(home: Path) -> None:
     file = keep_rows(rows, home / "list")
     assert [json.loads(line) for line in file.read_text().splitlines()] == plain
     assert keep_rows(pandas.DataFrame(rows), home / "frame").read_bytes() == file.read_bytes()
-    arrays = [{"text": "a", "n": np.int64(1), "x": np.float32(0.5)}, plain[1]]
+    arrays = [
+        {"text": "a", "n": np.int64(1), "x": np.float32(0.5)},
+        {**plain[1], "x": np.float64("nan")},
+    ]
     assert keep_rows(arrays, home / "arrays").read_bytes() == file.read_bytes()
 
 

@@ -123,12 +123,15 @@ def _mappings(rows: object) -> Iterable[object]:
 
 def _plain(value: object) -> object:
     """A value as JSON has it: numbers of numpy as Python's, and what a frame lacks as null."""
+    # Most values, before the slower checks.
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if value is None or isinstance(value, str | int):
+        return value
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, _NumpyValue):
         return _plain(value.tolist())
-    if isinstance(value, float) and math.isnan(value):
-        return None
     return value
