@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedModel
 
 from tunesmith.adapter import lora
-from tunesmith.adapter.expert_lora import LORA_SUFFIX, expert_updates
+from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import RecipeError
 from tunesmith.formats import base
@@ -23,7 +23,7 @@ from tunesmith.formats.dense import dense_stack
 from tunesmith.formats.linear import FrozenTensors
 from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
-from tunesmith.model.experts import find_experts
+from tunesmith.model.experts import LORA_SUFFIX, find_experts
 from tunesmith.model.twin import VOCAB, build_twin
 from tunesmith.quant import expert_matmul, expert_rows, experts
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex

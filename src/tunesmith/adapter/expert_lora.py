@@ -17,15 +17,14 @@ from tunesmith.adapter.low_rank import LowRank
 from tunesmith.config.schema import Adapter
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
-from tunesmith.model.experts import Experts, find_experts
+from tunesmith.model.experts import LORA_SUFFIX, Experts, StackUpdate, find_experts
 from tunesmith.quant.llama4_experts import Llama4Experts
 
 EXPERTS_TARGET = "experts"  # a target that means both stacks of every layer
-LORA_SUFFIX = "_lora"  # ends the name of the module beside a stack that has its A and B
 
 
-class ExpertsLora(LowRank):
-    """The update of one stack; a child of the experts' module.
+class ExpertsLora(LowRank, StackUpdate):
+    """The update of one stack.
 
     Attributes:
         lora_A: fp32 [experts * rank, in]; lora_B: fp32 [out, rank, experts].
@@ -102,9 +101,7 @@ def attach_to_experts(experts: Experts, adapter: Adapter) -> None:
 
 def attach_to_stack(experts: Experts, stack: str, adapter: Adapter) -> None:
     """Add an adapter to one stack, in place: a module beside it."""
-    update = ExpertsLora(experts, stack, adapter)
-    experts.add_module(stack + LORA_SUFFIX, update)
-    experts.updates[stack] = update
+    experts.add_module(stack + LORA_SUFFIX, ExpertsLora(experts, stack, adapter))
 
 
 def name_whole_experts(

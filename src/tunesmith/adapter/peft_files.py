@@ -255,7 +255,7 @@ def _peft_expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, experts in find_experts(model).items():
         updates = []
         for stack in experts.stacks_in_order():
-            update = experts.updates.get(stack)
+            update = experts.update(stack)
             if isinstance(update, ExpertsLora):
                 updates.append(update)
         key = PREFIX + name_in_whole(model, name) + len(updates) * ".base_layer"

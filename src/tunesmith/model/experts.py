@@ -1,5 +1,6 @@
 """All experts of a layer, as this package has them: a mixin of Transformers' own classes."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -30,9 +31,13 @@ class CalledByInterface(Protocol):
     is_concatenated: bool
 
 
-class StackUpdate(Protocol):
-    """The update of one stack by an adapter."""
+LORA_SUFFIX = "_lora"  # ends the name of the module beside a stack that has its A and B
 
+
+class StackUpdate(nn.Module):
+    """The update of one stack by an adapter; a child of the experts' module."""
+
+    @abstractmethod
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A [experts, rank, in] and B [experts, rank, out] times the scaling, or None twice."""
 
@@ -42,8 +47,6 @@ class Experts(nn.Module):
 
     Attributes:
         num_experts ... is_concatenated: as Transformers sets them.
-        codes: the stacks that are stored in codes, by name; the others are parameters.
-        updates: the adapter of each stack that has one, by the stack's name.
     """
 
     num_experts: int
@@ -55,8 +58,6 @@ class Experts(nn.Module):
     act_fn: nn.Module
     post_expert_norm: nn.Module
     _apply_gate: Callable[[Tensor], Tensor]
-    codes: dict[str, ExpertStack]
-    updates: dict[str, StackUpdate]
 
     @property
     def stack_names(self) -> tuple[str, str]:
@@ -67,10 +68,21 @@ class Experts(nn.Module):
         """`stack_names` in the order in which the module has them."""
         return sorted(self.stack_names, key=_held_names(self).index)
 
+    def codes(self, name: str) -> ExpertStack | None:
+        """The stack of this name where it is stored in codes; None: it is a parameter."""
+        codes = self._modules.get(name)
+        return codes if isinstance(codes, ExpertStack) else None
+
+    def update(self, name: str) -> StackUpdate | None:
+        """The adapter's update of the stack of this name, if it has one."""
+        update = self._modules.get(name + LORA_SUFFIX)
+        return update if isinstance(update, StackUpdate) else None
+
     def stack(self, name: str) -> FrozenStack:
         """This rank's part of the stack of this name, as the products take it."""
-        if name in self.codes:
-            return self.codes[name].frozen_stack()
+        codes = self.codes(name)
+        if codes is not None:
+            return codes.frozen_stack()
         weight = local_part(self.get_parameter(name))
         return dense_stack(weight, is_transposed=bool(self.is_transposed))
 
@@ -82,7 +94,6 @@ class Experts(nn.Module):
         """Have a stack in codes in place of the parameter of this name."""
         delattr(self, name)
         self.add_module(name, stack)
-        self.codes[name] = stack
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
@@ -92,7 +103,7 @@ class Experts(nn.Module):
     def trains_in_full(self) -> bool:
         """Tell whether a stack gets gradients."""
         for name in self.stack_names:
-            if name not in self.codes and self.get_parameter(name).requires_grad:
+            if self.codes(name) is None and self.get_parameter(name).requires_grad:
                 return True
         return False
 
@@ -107,9 +118,7 @@ def find_experts(model: nn.Module) -> dict[str, Experts]:
         if isinstance(module, Experts):
             found[name] = module
         elif _has_stacks(module):
-            found[name] = experts = add_mixin(module, Experts)
-            experts.codes = {}
-            experts.updates = {}
+            found[name] = add_mixin(module, Experts)
     return found
 
 

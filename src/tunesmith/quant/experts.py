@@ -116,7 +116,7 @@ def _project(
     sums: bool = False,
 ) -> Tensor:
     """One stack's products, with the update of its adapter; the options are `expert_matmul`'s."""
-    update = module.updates.get(name)
+    update = module.update(name)
     factors = update.factors(x.dtype) if update is not None else (None, None)
     stack = module.stack(name)
     return expert_matmul(x, stack, rows.row_index, *factors, gathers=gathers, sums=sums)

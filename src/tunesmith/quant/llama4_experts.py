@@ -35,8 +35,6 @@ class Llama4Experts(Experts):
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
-        self.codes = {}
-        self.updates = {}
         self.num_experts = experts.num_experts
         self.gate_up_proj = experts.gate_up_proj
         self.down_proj = experts.down_proj

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.adapter.expert_lora import LORA_SUFFIX, expert_updates
+from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
 from tunesmith.adapter.peft_files import stored_adapter
 from tunesmith.build_model import define_model, embedding_rows
@@ -28,6 +28,7 @@ from tunesmith.formats.stack import ExpertStack
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.experts import LORA_SUFFIX
 from tunesmith.model.weights import StoredTensor, find_stored
 from tunesmith.quant.linear_layers import set_bypassed
 
