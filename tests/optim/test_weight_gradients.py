@@ -29,6 +29,7 @@ from tunesmith.parallel.mesh_shape import ONE, MeshShape
 from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine
+from tunesmith.quant.linear_layers import BypassedLinear, set_bypassed
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -106,6 +107,24 @@ def test_every_gradient_lies_nearer_to_fp32_than_that_of_the_ordinary_path():
         ]
         assert off[0] < 0.01, "eight bits of a bf16 number, a few roundings deep"
         assert off[1] <= off[0], name
+
+
+class Doubling(nn.Linear):
+    """A linear layer that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_left_alone():
+    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "own": Doubling(4, 4)}).bfloat16()
+    both = nn.ModuleDict({"open": model, "bypassed": copy.deepcopy(model)})
+    whole = nn.ModuleDict({"layers": both})
+    set_bypassed(whole, ["bypassed.plain", "bypassed.own"])
+    assert isinstance(both["bypassed"]["own"], BypassedLinear)
+    assert accumulate_in_fp32(whole) == 2
+    names = [name for name, _ in fp32_gradients(both)]
+    assert names == ["open.plain.weight", "bypassed.plain.weight"]
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
