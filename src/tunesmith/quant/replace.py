@@ -13,8 +13,6 @@ from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.form import ShippedForm
 from tunesmith.formats.fp8 import Fp8
 from tunesmith.formats.linear import FrozenLinear
-from tunesmith.formats.nf4 import Nf4
-from tunesmith.formats.registry import shipped_format
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.experts import find_experts
 from tunesmith.model.names import names_on_disk
@@ -62,14 +60,6 @@ def replace_by_codes(
             experts.store(key, stack)
     if is_changed:
         use_grouped_experts(model)  # with an adapter on them or without: Transformers wants tensors
-
-
-def replace_by_nf4_or_shipped(
-    model: nn.Module, dtype: torch.dtype, form: ShippedForm | None
-) -> None:
-    """Replace as `replace_by_codes`, by the codes that the checkpoint keeps, or by nf4 without."""
-    kind = Nf4(dtype) if form is None else shipped_format(form)
-    replace_by_codes(model, kind, dtype, form)
 
 
 def _replace_linear(model: nn.Module, name: str, kind: Format, dtype: torch.dtype) -> None:

@@ -86,13 +86,16 @@ class Scheme:
         """
         if not self.is_decoded:
             return
-        from tunesmith.quant.replace import replace_by_nf4_or_shipped  # loads torch
+        # They load torch.
+        from tunesmith.formats.nf4 import Nf4
+        from tunesmith.formats.registry import shipped_format
+        from tunesmith.quant.replace import replace_by_codes
 
-        kept = None
         if self.name == AS_SHIPPED:
             assert form is not None  # `check_quantize` refuses others
-            kept = form
-        replace_by_nf4_or_shipped(model, dtype, kept)
+            replace_by_codes(model, shipped_format(form), dtype, form)
+        else:
+            replace_by_codes(model, Nf4(dtype), dtype)
 
     def check_device(self, device: torch.device) -> None:
         """MachineError where a package that the scheme needs is missing or has no code for it."""
