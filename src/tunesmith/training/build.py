@@ -193,7 +193,7 @@ def build(
     if plan.base in SCALING_RECIPES:
         plan, refused = compare_eight_bits(root, plan, mesh, prepared, how)
         if refused:
-            # Both hold memory that the second model needs. A base in bf16 leaves room for another
+            # It holds memory that the second model needs. A base in bf16 leaves room for another
             # micro batch.
             del root
             free_device_memory()
