@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.filesize import decimal as size_text
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -188,8 +189,19 @@ def keep_what_fits(stream: LayerStream, plan: RunPlan) -> RunPlan:
     count = max(SLOTS + 1, plan.streamed_layers - more)
     if count >= plan.streamed_layers:
         return plan
+    before = stream.host_bytes
     stream.keep(count)
-    return replace(plan, streamed_layers=count)
+    kept = before - stream.host_bytes
+    memory = plan.memory
+    memory = replace(
+        memory, weights=memory.weights + kept, host=memory.host - kept, streamed_layers=count
+    )
+    reason = (
+        f"{size_text(memory.host)} of the host's memory: the trial of memory left room for "
+        f"{size_text(kept)} of it"
+    )
+    why = {**plan.why, "cpu offload": reason}
+    return replace(plan, streamed_layers=count, memory=memory, why=why)
 
 
 def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[str, Trial]:

@@ -4,6 +4,7 @@ it is refused.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import ModelSpec, adapter_parameters, read_spec
 from tunesmith.parallel.mesh_shape import MeshShape
+from tunesmith.planning import resolve
 from tunesmith.planning.forecast import Planner, plan_on_paper
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator
@@ -177,7 +179,39 @@ def test_layers_that_fit_stay_and_the_others_stream(gib: int, streamed: int) -> 
     assert found.host == streamed * layer
     slots = 2 * layer if streamed else 0
     assert found.weights == whole.weights - found.host + slots
-    assert found.total <= 0.9 * small.free_bytes < found.total + layer or streamed in (0, 32)
+    usable = 0.9 * small.free_bytes
+    assert found.total <= usable
+    if streamed:
+        assert usable < found.total + layer
+
+
+@pytest.mark.parametrize(("depth", "streamed"), [(1, 1), (2, 2), (3, 3), (8, 8)])
+def test_no_more_layers_stream_than_there_are(depth: int, streamed: int) -> None:
+    spec = read_spec(SHAPES["llama3-8b"].config | {"num_hidden_layers": depth}, where="test")
+    run = recipe(LORA, "parameters")
+    estimator = MemoryEstimator(run, spec, replace(machine(), free_bytes=1 << 30), trained=1)
+    assert estimator.count_streamed(-(1 << 30)) == streamed
+
+
+@pytest.mark.parametrize(
+    ("offload", "found", "world", "expected"),
+    [
+        (("parameters",), machine(), 1, 50.0),
+        (("activations",), machine(), 1, 0.0),
+        (("parameters",), machine(), 2, 0.0),  # FSDP2 offloads there
+        (("parameters",), machine(integrated=True), 1, 0.0),  # refused
+        (("parameters",), machine("cpu"), 1, 0.0),
+    ],
+)
+def test_the_link_is_measured_where_layers_may_stream(
+    offload: tuple[str, ...],
+    found: Machine,
+    world: int,
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resolve, "host_link", lambda device: 50.0)
+    assert resolve.measure_link(recipe(LORA, *offload), found, world) == expected
 
 
 def replace_offload(run: Run) -> Run:
@@ -217,6 +251,23 @@ def test_a_run_that_does_not_fit_is_offered_to_stream_with_what_that_costs() -> 
     with refuses(MachineError, fix=["train.cpu_offload", "GB", "tokens/s"]) as refused:
         planner(12).choose()
     assert "[parameters]" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("offload", "offered"),
+    [
+        ((), ["[parameters]"]),
+        (("activations",), ["[activations, parameters]"]),
+        (("parameters",), []),
+        (("activations", "parameters"), []),
+    ],
+)
+def test_what_is_offloaded_already_stays_in_the_offer(
+    offload: tuple[str, ...], offered: list[str]
+) -> None:
+    with refuses(MachineError) as refused:
+        planner(12 if "parameters" not in offload else 2, offload=offload).choose()
+    assert re.findall(r"train\.cpu_offload='?(\[.*?\])", str(refused.value.fix)) == offered
 
 
 def test_short_micro_batches_are_warned_of_and_long_ones_hide_the_copies() -> None:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from devices import gpu
+from errors import holds
+from tunesmith.build_model import keep_what_fits
+from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
 from tunesmith.runtime.stream import ALIGNED_BYTES, LayerStream, evenly
 
 cpu_and_gpu = pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=gpu)])
@@ -149,6 +152,41 @@ def test_on_a_gpu_two_slots_are_taken_and_the_host_is_page_locked():
     del stream, _
     gc.collect()
     assert not block.is_pinned()
+
+
+@pytest.mark.parametrize(("spare_layers", "streamed"), [(0, 7), (0.9, 7), (1, 6), (100, 3)])
+def test_what_stays_after_the_trial_is_in_the_plan(spare_layers, streamed):
+    """Three at least stream on: more than have a slot."""
+    size = 1000
+
+    class Stream:
+        slot_bytes = size
+        count = 7
+
+        def keep(self, count):
+            self.count = count
+
+        @property
+        def host_bytes(self):
+            return self.count * size
+
+    stream = Stream()
+    inputs = 300  # of recomputed layers, on the host too
+    memory = MemoryEstimate(weights=5000, host=7 * size + inputs, streamed_layers=7)
+    plan = RunPlan(
+        "cuda:0", "varlen", "bf16", 9, streamed_layers=7, memory=memory,
+        spare_bytes=int(spare_layers * size), why={"cpu offload": "forecast", "base": "kept"},
+    )  # fmt: skip
+    found = keep_what_fits(stream, plan)
+    stayed = 7 - streamed
+    assert stream.count == found.streamed_layers == found.memory.streamed_layers == streamed
+    assert found.memory.host == streamed * size + inputs
+    assert found.memory.weights == 5000 + stayed * size
+    assert found.why["base"] == "kept"
+    if stayed:
+        assert holds(found.why["cpu offload"], f"{found.memory.host / 1000:.1f} kB")
+    else:
+        assert found == plan
 
 
 def test_layers_are_spread_evenly():

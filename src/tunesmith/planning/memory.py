@@ -116,13 +116,14 @@ class MemoryEstimator:
     def count_streamed(self, room: int) -> int:
         """Count the layers that do not stay on the device, of which as many stay as fit in `room`.
 
-        None stream where all fit in place of the slots, else more than have a slot each.
+        None stream where all fit in place of the slots, else more than have a slot each, if there
+        are as many.
         """
         if self.streamed_bytes - self.slot_bytes <= room:
             return 0
         depth = self.spec.depth
         resident = max(0, room * depth // self.streamed_bytes)
-        return max(SLOTS + 1, depth - resident)
+        return min(depth, max(SLOTS + 1, depth - resident))
 
     def _recomputed_layers(self, room: int, layers: Sequence[int], recomputed_layer: int) -> int:
         """Count the layers that recompute: those of the recipe, or as few as fit into `room`."""

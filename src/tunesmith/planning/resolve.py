@@ -26,7 +26,7 @@ from tunesmith.model.spec import ModelSpec
 from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
 from tunesmith.parallel.mesh_shape import ONE, MeshShape
-from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.memory import MemoryEstimator, moved_to_host
 from tunesmith.planning.micro_batch import choose_micro_batch, layout_of, rank_step
 from tunesmith.planning.run_plan import (
     Machine,
@@ -150,27 +150,28 @@ def probe_machine(
     files: ModelFiles,
     device: torch.device,
     shapes: Sequence[tuple[int, int]] = (),
-    ranks: Collection[int] = (),
+    processes: Collection[int] = (),
+    world: int = 1,
 ) -> Machine:
     """Find what this machine has for a run, by trying: backends, compiler, memory, fp8 matmuls.
 
     Args:
         shapes: those of `eight_bit.eight_bit_shapes`, tried with many rows, few and one.
-        ranks: process ids of the run's ranks on this host, which share its memory.
+        processes: ids of the run's processes on this host, which share its memory.
+        world: ranks of the run.
     """
     # Before the products are tried: torch keeps their memory, for the model to use.
     limit = None
     if device.type == "cpu":
         return_freed_memory()  # of reading the rows and the model's files
-        free, size, limit = host_budget(ranks)
+        free, size, limit = host_budget(processes)
     else:
         free = free_memory(device)
         size = card_bytes(device)
     scaling = scheme_of(run.model).select_scaling(device, shapes)
-    moved = run.train.cpu_offload if device.type == "cuda" else ()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     backend = attention_backend(run, files, device)
-    return Machine(
+    machine = Machine(
         str(device),
         free,
         attention=backend,
@@ -182,8 +183,16 @@ def probe_machine(
         grouped_mm=uses_grouped_mm(device, DTYPES[run.model.dtype]),
         name=name,
         limit=limit,
-        host_link=host_link(device) if "parameters" in moved else 0.0,
     )
+    return replace(machine, host_link=measure_link(run, machine, world))
+
+
+def measure_link(run: Run, machine: Machine, world: int) -> float:
+    """Measure copies from the host, in GB/s, where frozen layers may stream; elsewhere 0."""
+    may_stream = world == 1 and not machine.integrated
+    if may_stream and "parameters" in moved_to_host(run, machine):
+        return host_link(torch.device(machine.device))
+    return 0.0
 
 
 def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan:

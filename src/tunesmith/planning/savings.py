@@ -33,8 +33,6 @@ ADAPTER_KEYS: Keys = {
     "train.optimizer_in_backward": False,
 }
 
-STREAMED_KEYS: Keys = {"train.cpu_offload": ("parameters",)}
-
 
 class PlannedChange(NamedTuple):
     """A changed recipe and its plan."""
@@ -80,8 +78,11 @@ def find_savings(
             enough += _find_enough(start, is_enough, plan_of, longest)
         if enough:
             break
-    if plan.mesh.world == 1:  # several ranks have other ways to share what one cannot hold
-        streamed = _changed(starts[0], STREAMED_KEYS, plan_of)
+    offloaded = run.train.cpu_offload
+    # Several ranks have other ways to share what one cannot hold.
+    if plan.mesh.world == 1 and "parameters" not in offloaded:
+        keys: Keys = {"train.cpu_offload": (*offloaded, "parameters")}
+        streamed = _changed(starts[0], keys, plan_of)
         enough += [change for change in streamed if just_fits(change.plan)]
     return tuple(_saving(run, change, machine) for change in enough)
 

@@ -134,9 +134,7 @@ class LayerStream:
         self._slots = [self._empty(self.slot_bytes) for _ in range(SLOTS)]
         for layer in self.layers:
             # All of them: layers of two classes would be compiled twice.
-            add_mixin(layer, StreamedLayer)
-            streamed: Any = layer
-            streamed.stream = self
+            add_mixin(layer, StreamedLayer).stream = self
         self._bind()
 
     def _empty(self, size: int) -> Tensor:
@@ -145,12 +143,11 @@ class LayerStream:
     def _bind(self) -> None:
         """Give every streamed layer its turn, and its slot."""
         self._held = [None] * SLOTS
-        layer: Any
+        turns = {host.layer: turn for turn, host in enumerate(self.streamed)}
         for layer in self.layers:
-            layer.turn = None
+            assert isinstance(layer, StreamedLayer)  # since `attach`
+            layer.turn = turns.get(layer)
         for turn, host in enumerate(self.streamed):
-            layer = host.layer
-            layer.turn = turn
             host.bind(self._slots[turn % SLOTS])
 
     def keep(self, count: int) -> None:
@@ -251,16 +248,20 @@ def page_lock(block: Tensor) -> None:
         )
 
 
-def host_link(device: torch.device) -> float:
-    """Measure copies from page-locked memory to a GPU, in GB/s; it takes a tenth of a second."""
-    block = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+def host_link(device: torch.device, block: Tensor | None = None) -> float:
+    """Measure copies from page-locked memory to a GPU, in GB/s; it takes a tenth of a second.
+
+    block: copied; None: memory of torch's own.
+    """
+    if block is None:
+        block = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     place = torch.empty_like(block, device=device)
     marks = [Mark(device)]
     for _ in range(4):
         place.copy_(block, non_blocking=True)
         marks.append(Mark(device))
     # Without the first copy.
-    return 3 * LINK_BYTES / marks[-1].seconds_since(marks[1]) / 1e9
+    return 3 * block.nbytes / marks[-1].seconds_since(marks[1]) / 1e9
 
 
 def page_unlock(blocks: list[Tensor]) -> None:

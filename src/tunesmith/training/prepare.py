@@ -313,7 +313,8 @@ def plan_model(
     with ranks.raise_on_all_ranks():
         model = define_model(run, files)
         shapes = eight_bit_shapes(model)
-        machine = probe_machine(run, files, device, shapes, ranks.heartbeat.peers.local_processes())
+        processes = ranks.heartbeat.peers.local_processes()
+        machine = probe_machine(run, files, device, shapes, processes, ranks.world)
     machines = ranks.all_gather_object(machine)
     # Nodes with unlike numbers of ranks are planned as smaller, equal ones.
     local = math.gcd(*ranks.all_gather_object(ranks.local_world))
@@ -325,24 +326,32 @@ def plan_model(
         work = measure_work(run, files.spec, data.train, schedule=data.schedule)
         trained = count_trained(run, model)
         plan = Planner(run, files.spec, cluster, work, machine, trained, start.micro_batch).choose()
-        # `memory.host` is a rank's share; the ranks of a node have one host.
-        needed, there = plan.memory.host * ranks.local_world, available_memory()
-        why = f"{ranks.local_world} ranks are on it"
-        fix = "train.cpu_offload=[], or more nodes"
-        if plan.streamed_layers:
-            needed += int(needed * SPARE_HOST_SHARE)
-            why = f"{plan.streamed_layers} of {plan.layers} layers wait there"
-            fix = "train.recompute=full, for more layers on the GPU"
-            if scheme_of(run.model) is DENSE:
-                fix += ", or model.quantize=nf4"
-        if needed > there:
-            what = (
-                f"the host needs {size_text(needed)} for offloading, "
-                f"but only {size_text(there)} are available"
-            )
-            raise MachineError(what, where="train.cpu_offload", why=why, fix=fix)
+        check_host_memory(run, plan, ranks)
     ranks.heartbeat.phase(Phase.LOADING)
     return model, plan
+
+
+def check_host_memory(run: Run, plan: RunPlan, ranks: Ranks) -> None:
+    """MachineError where the host cannot hold what the ranks of a node offload."""
+    # `memory.host` is a rank's share; the ranks of a node have one host.
+    needed, there = plan.memory.host * ranks.local_world, available_memory()
+    why = f"{ranks.local_world} ranks are on it"
+    fix = "train.cpu_offload=[], or more nodes"
+    if plan.streamed_layers:
+        needed += int(needed * SPARE_HOST_SHARE)
+        why = f"{plan.streamed_layers} of {plan.layers} layers wait there"
+        fixes = []
+        if plan.recomputed_layers < plan.layers:
+            fixes.append("train.recompute=full, for more layers on the GPU")
+        if scheme_of(run.model) is DENSE:
+            fixes.append("model.quantize=nf4")
+        fix = ", or ".join(fixes) or "more memory for this process, or several GPUs"
+    if needed > there:
+        what = (
+            f"the host needs {size_text(needed)} for offloading, "
+            f"but only {size_text(there)} are available"
+        )
+        raise MachineError(what, where="train.cpu_offload", why=why, fix=fix)
 
 
 def common_machine(machines: Sequence[Machine], ranks: Ranks) -> Machine:
