@@ -68,14 +68,21 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(item, f"{key}.{name}" if key else str(name))
 
 
-def run_verb(words: list[str]) -> tuple[int, str]:
-    """The exit code of a command and its stdout; stderr is dropped."""
+def run_verb(words: list[str]) -> tuple[int, str, str]:
+    """The exit code of a command, its stdout and its stderr."""
     from tunesmith.cli.main import main
 
     stdout = io.StringIO()
-    with redirect_stdout(stdout), redirect_stderr(io.StringIO()):
+    stderr = io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
         code = main(words)
-    return code, stdout.getvalue()
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+def short_error(code: int, stderr: str) -> dict[str, Any]:
+    """The exit code of a refusal, and its `where`: a key of the recipe, or a machine."""
+    places = re.findall(r"^  where: (.+)", stderr, re.MULTILINE)
+    return {"exit": code, "where": places[-1] if places else ""}
 
 
 def short_plan(code: int, plan: dict[str, Any]) -> dict[str, Any]:
@@ -113,13 +120,16 @@ def plans() -> dict[str, dict[str, Any]]:
         for recipe in json.loads(run_verb(["recipes", "--json"])[1]):
             name = recipe["name"]
             for machine, words in MACHINES.items():
-                code, output = run_verb(["plan", name, "--json", "--on", *words])
+                code, output, errors = run_verb(["plan", name, "--json", "--on", *words])
                 # A recipe that asks for what the machine cannot do has an error in place of a plan.
                 if not output and code != EXIT_USAGE:
                     sys.exit(
                         f"tunesmith plan {name} --on {machine} ended with {code} and printed nothing"
                     )
-                plan = short_plan(code, json.loads(output)) if output else {"exit": code}
+                if output:
+                    plan = short_plan(code, json.loads(output))
+                else:
+                    plan = short_error(code, errors)
                 rows[f"{name} on {machine}"] = plan
     return rows
 
@@ -134,14 +144,14 @@ def help_text() -> str:
     """The help page of every verb that `tunesmith --help` lists, below the command that prints it."""
     os.environ["COLUMNS"] = COLUMNS
     os.environ["NO_COLOR"] = "1"
-    _, overview = run_verb(["--help"])
+    _, overview, _ = run_verb(["--help"])
     # Commands of one or two words, with two spaces before what they do.
     verbs = re.findall(r"^  (\S+(?: \S+)?)  ", overview, re.MULTILINE)
     if not verbs:
         sys.exit("no command was found in the page of tunesmith --help")
     pages = {"tunesmith --help": overview}
     for verb in verbs:
-        code, page = run_verb([*verb.split(), "--help"])
+        code, page, _ = run_verb([*verb.split(), "--help"])
         if code or not page:
             sys.exit(f"tunesmith {verb} --help ended with {code}")
         pages[f"tunesmith {verb} --help"] = page
