@@ -105,6 +105,10 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
         "a.jsonl", line(Question="q", Answer="a"), {"format": "prompt-completion", "columns": {"prompt": "Question", "completion": "Anwser"}},
         "no column Anwser", "a.jsonl:1", "columns: {prompt: Question, completion: Answer}",
     ),
+    (
+        "a.jsonl", line(question="q", question_en="q", answer="a"), {"format": "prompt-completion", "columns": {"prompt": "question_eng"}},
+        "no column question_eng", "a.jsonl:1", "columns: {prompt: question_en, completion: answer}",
+    ),
     ("a.jsonl", line(instruction="q", output=None), {"format": "alpaca"}, "column output is null", "a.jsonl:1", "delete the row"),
     ("a.jsonl", line(instruction="q", output=7), {"format": "alpaca"}, "output is a number", "a.jsonl:1", "quotes"),
     ("a.jsonl", f"{GOOD}\n{line(text=['a'])}", {}, "text is an array", "a.jsonl:2", "quotes"),

@@ -153,6 +153,16 @@ def test_what_nothing_reads_is_named() -> None:
     assert unread({"conversations": as_turns([U, turn])}, "sharegpt") == {"turn.grade"}
 
 
+def test_harmless_keys_of_a_turn_are_no_harmless_columns() -> None:
+    columns = ["file", "url", "subject", "title", "type", "tags"]
+    marked = {**A, **dict.fromkeys(columns, "x")}
+    assert unread({"messages": [U, marked]}) == {f"message.{name}" for name in columns}
+    assert unread({"messages": [U, A], **dict.fromkeys(columns, "x"), "text": "x"}) == set()
+    keys = ["turn", "parent", "create_time", "cache_control"]
+    assert unread({"messages": [U, A], **dict.fromkeys(keys, "x")}) == {*keys}
+    assert unread({"messages": [U, {**A, **dict.fromkeys(keys, "x")}]}) == set()
+
+
 def test_a_turn_with_an_image_is_refused() -> None:
     with refuses(DataError, names=["images"]):
         read({"messages": [{**U, "images": ["a.png"]}, A]})

@@ -9,6 +9,7 @@ remains open is an error that names the choices.
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from tunesmith.data.rows.bad_rows import find_bad_rows
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.marks import is_mark
 from tunesmith.data.rows.row_reader import (
-    HARMLESS_NAMES,
+    HARMLESS_COLUMNS,
     MIN_NAME_SIMILARITY,
     guess_columns,
     is_absent,
@@ -48,7 +49,7 @@ _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
 )
 # Columns with texts that are no question and no answer.
-_NO_TEXTS = HARMLESS_NAMES | {
+_NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
     name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
 }
 # Words in the names of two columns that hold the better and the worse answer.
@@ -105,7 +106,7 @@ class Detected:
 
 
 class _Trial(NamedTuple):
-    """A layout with which some rows were read, and the errors of those that it does not read.
+    """A layout with which some rows were read.
 
     Attributes:
         read: indices of the rows that it reads.
@@ -113,7 +114,6 @@ class _Trial(NamedTuple):
 
     layout: Detected
     read: frozenset[int]
-    errors: list[DataError]
 
 
 def detect(
@@ -141,7 +141,8 @@ def detect(
     readable = _most_specific([trial for trial in trials if trial.read])
     if len(readable) == 1:
         layout = readable[0].layout
-        if (readable[0].errors or not is_whole) and not skips_bad_rows:
+        reads_all = is_whole and readable[0].read == examined.sample.keys()
+        if not reads_all and not skips_bad_rows:
             raise examined.all_errors(readable[0])
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
@@ -270,17 +271,14 @@ class _SampledRows:
         return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
 
     def try_layout(self, layout: Detected) -> _Trial:
-        """Read the rows by a layout as training does; keep which it reads, and what it raises."""
+        """Read the rows by a layout as training does; keep which it reads."""
         source = _with_layout(self.source, layout)
         read = set()
-        errors = []
         for i, row in self.sample.items():
-            try:
+            with suppress(DataError):
                 convert_row(row, source, where=self.rows.where(i))
                 read.add(i)
-            except DataError as error:
-                errors.append(error)
-        return _Trial(layout, frozenset(read), errors)
+        return _Trial(layout, frozenset(read))
 
     def check_pair_is_read(self, layouts: list[Detected]) -> None:
         """DataError where columns are named as two answers of a pair, and `layouts` read none."""

@@ -28,7 +28,7 @@ from tunesmith.data.rows.messages import (
     read_tools,
     with_row_system,
 )
-from tunesmith.data.rows.row_reader import HARMLESS_NAMES, RowReader, is_absent, plain
+from tunesmith.data.rows.row_reader import HARMLESS_COLUMNS, RowReader, is_absent, plain
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
@@ -73,9 +73,7 @@ def convert_row(
         for column, value in reader.unread_columns().items():
             # Many chats have their first question in a column of its own, too.
             is_repeated = isinstance(value, str) and value.strip() in texts
-            # Data sets often add the text of the whole example.
-            is_harmless = plain(column) in HARMLESS_NAMES or plain(column) == "text"
-            if not is_harmless and not is_repeated:
+            if plain(column) not in HARMLESS_COLUMNS and not is_repeated:
                 unread.add(column)
     if isinstance(sample, Pair):
         chosen = _complete(reader, sample.chosen, system)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tunesmith.data.rows.marks import PARTIAL_MARKS, is_mark, is_trained_turn
-from tunesmith.data.rows.row_reader import HARMLESS_NAMES, RowReader, is_absent, plain
+from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
 from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
@@ -41,6 +41,15 @@ CHAT_ROLES = {
 }
 # What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+# Keys of a turn that say where it is from, or what it measures.
+_HARMLESS_KEYS = frozenset(
+    """
+    id uuid idx index turn turn_id turn_idx turn_index message_id parent_id parent
+    timestamp time date created created_at updated_at create_time update_time
+    source model model_name lang language author name
+    tokens token_count num_tokens length cache_control
+    """.split()
+)
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 
 
@@ -211,7 +220,7 @@ def _note_unread(row: RowReader, others: Mapping[str, object], form: Form) -> No
         if key in ("tool_calls", "function_call", "tool_call_id"):
             continue
         name = plain(key)
-        if is_absent(value) or name in THOUGHTS or name in HARMLESS_NAMES:
+        if is_absent(value) or name in THOUGHTS or name in _HARMLESS_KEYS:
             continue
         if is_mark(key) or name in PARTIAL_MARKS:
             continue

@@ -30,19 +30,17 @@ _TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
 _LOOKED_AT = 100_000
 # The least similarity of a mistyped name to that of a column, as `nearest` measures it.
 MIN_NAME_SIMILARITY = 0.75
-# Names of columns, and of keys of turns, that tell rows apart, say where they are from or measure
-# them: no example is another for them.
-HARMLESS_NAMES = frozenset(
+# Columns that tell rows apart, or say where they are from: no example is another for them.
+HARMLESS_COLUMNS = frozenset(
     """
     id _id ids uuid uid guid idx index row row_id rowid hash md5 sha256 __index_level_0__
     prompt_id conversation_id conversation_hash session_id user_id thread_id message_id
-    turn turn_id turn_idx turn_index parent_id parent
     name title source dataset dataset_name data_source subset split url link file filename path
-    timestamp time date created created_at updated_at create_time update_time version
+    timestamp time date created created_at updated_at version
     language lang category topic domain subject task task_type type difficulty level tags keywords
     model model_name generator author license
-    tokens token_count num_tokens length num_turns turns_count cache_control
-    parallel_tool_calls
+    tokens token_count num_tokens length num_turns turns_count
+    parallel_tool_calls text
     """.split()
 )
 
@@ -110,8 +108,8 @@ def guess_columns(
 ) -> dict[str, str]:
     """Find the likeliest column for each name that is needed; some may have none.
 
-    A column of a usual name comes first, then one that is mistyped, then the others in the order
-    that they have in the file.
+    A column whose name is near to the one that the recipe has comes first, then one of a usual
+    name, then one that is mistyped, then the others in the order that they have in the file.
 
     Args:
         needed: names of a format -> their usual names in files.
@@ -120,12 +118,18 @@ def guess_columns(
     """
     free = {plain(column): column for column in columns}
     guessed: dict[str, str] = {}
+    for name in [name for name in needed if name in meant]:
+        near = nearest(plain(meant[name]), free, cutoff=MIN_NAME_SIMILARITY)
+        if near:
+            guessed[name] = free.pop(near)
     for name, usual_names in needed.items():
+        if name in guessed:
+            continue
         usual = next((key for key in free if key in usual_names), None)
         if usual is not None:
             guessed[name] = free.pop(usual)
     for name in [name for name in needed if name not in guessed]:
-        near = nearest(meant.get(name, name), free, cutoff=MIN_NAME_SIMILARITY)
+        near = nearest(name, free, cutoff=MIN_NAME_SIMILARITY)
         if near:
             guessed[name] = free.pop(near)
     missing = [name for name in needed if name not in guessed]
