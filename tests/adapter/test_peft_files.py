@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,6 +251,28 @@ def test_an_adapter_that_is_nowhere_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with refuses(ModelError, where="adapter.from", names=["nobody/nothing"], fix=["HF_TOKEN"]):
         find_adapter("nobody/nothing")
+
+
+def test_an_adapter_that_is_meant_is_proposed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = Path("runs")
+    runs.mkdir()
+
+    def fix_for(name):
+        with pytest.raises(ModelError) as caught:
+            find_adapter(name)
+        return caught.value.fix
+
+    no_run = "name the output_dir of a run, or a folder with adapter_config.json"
+    assert fix_for("runs/zzz") == no_run
+    (runs / "notes.txt").touch()
+    (runs / "first").mkdir()
+    assert fix_for("runs/note.txt") == no_run, "a file is no adapter"
+    assert fix_for("runs/frist") == "did you mean adapter.from=runs/first?"
+    (runs / "first" / "config.yaml").touch()
+    (runs / "other").mkdir()
+    for name in ("zzz", "FIRST"):
+        assert fix_for(f"runs/{name}") == "runs has first: adapter.from=runs/first"
 
 
 def test_a_run_goes_on_from_an_adapter(tiny, tmp_path):

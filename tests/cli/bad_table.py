@@ -124,7 +124,7 @@ MODELS = [
     Case("model", "empty GGUF", lambda w: w.train(tiny=w.write("m.gguf", b"")), "m.gguf"),
     Case("model", "fp16 on a CPU", lambda w: w.train("model.dtype=fp16"), "model.dtype", "fp16", "bf16"),
     Case("model", "target that is not there", lambda w: w.train("adapter.target=[q_prj]"), "adapter.target", "q_prj", "all-linear"),
-    Case("adapter", "no such adapter", lambda w: w.train(adapter={"from": str(w.folder / "no-adapter")}), "adapter.from", "no-adapter"),
+    Case("adapter", "no such adapter", lambda w: w.train(adapter={"from": str(w.folder / "no-adapter")}), "adapter.from", "adapter_config.json"),
     Case("adapter", "a folder without one", lambda w: w.train(adapter={"from": str(w.tiny)}), "tiny", "adapter_config.json", "PEFT"),
 ]  # fmt: skip
 

@@ -138,6 +138,17 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         RunFiles(tmp_path / "my-rum")
 
 
+def test_only_folders_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    cases = {"runs/notse.txt": "runs contains: first", "runs/note": "runs contains: first"}
+    meant = ("runs/frist", "runs/FIRST", "rnus/first")
+    for missing, fix in (cases | dict.fromkeys(meant, "did you mean runs/first?")).items():
+        with refuses(UsageError, where=missing, fix=[fix]):
+            RunFiles(missing)
+
+
 def test_a_directory_that_just_began(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  warning: the disk is nearly full\n")
     run = RunFiles(tmp_path)
