@@ -27,6 +27,7 @@ from typing import (
     Any,
     BinaryIO,
     Generic,
+    Literal,
     NamedTuple,
     NotRequired,
     TypeVar,
@@ -270,15 +271,14 @@ def read_part(path: Path, read: Callable[[Path], T]) -> Part[T | None]:
         return Part(None, reason_of(error))
 
 
-def _read_fields(path: Path, form: type[T]) -> Part[T | None]:
-    """The object of a JSON file without the values of a wrong type; None where there is none.
-
-    form: a TypedDict, none of whose values has to be there.
+def _read_fields(path: Path, forms: Mapping[str, object]) -> Part[Fields | None]:
+    """The object of a JSON file without the values that are not of their form; None where there is
+    none.
     """
     values, fault, _ = read_part(path, lambda file: read_object(file, Fields))
     if values is not None:
-        fault = _drop_wrong_types(values, form.__annotations__)
-    return Part(cast("T | None", values), fault)
+        fault = _drop_wrong_types(values, forms)
+    return Part(values, fault)
 
 
 def _drop_wrong_types(values: Fields, forms: Mapping[str, object]) -> str:
@@ -352,10 +352,8 @@ class RunningNote(TypedDict):
 
 def read_env(folder: Path) -> Part[Fields]:
     """env.json; empty where it is not there."""
-    values, fault, _ = read_part(folder / IDENTITY, lambda file: read_object(file, Fields))
-    return (
-        Part({}, fault) if values is None else Part(values, _drop_wrong_types(values, _ENV_FORMS))
-    )
+    values, fault, _ = _read_fields(folder / IDENTITY, _ENV_FORMS)
+    return Part(values or {}, fault)
 
 
 def held_out_hash(folder: Path) -> str | None:
@@ -377,11 +375,13 @@ def held_out_hash(folder: Path) -> str | None:
 
 
 def read_failure(folder: Path) -> Part[Failure | None]:
-    return _read_fields(folder / FAILURE, Failure)
+    part = _read_fields(folder / FAILURE, Failure.__annotations__)
+    return cast("Part[Failure | None]", part)
 
 
 def read_stopped(folder: Path) -> Part[Stopped | None]:
-    return _read_fields(folder / STOPPED, Stopped)
+    part = _read_fields(folder / STOPPED, Stopped.__annotations__)
+    return cast("Part[Stopped | None]", part)
 
 
 def how_far(
@@ -497,18 +497,19 @@ class ManifestEntry(TypedDict):
     sha256: str
 
 
-class Manifest(TypedDict):
+class _ManifestFields(TypedDict):
+    step: Count
+    files: dict[str, ManifestEntry]
+
+
+class Manifest(_ManifestFields):
     """manifest.json: the step of the weights, that of the run, and the files."""
 
-    step: Count
     last_step: Count
-    files: dict[str, ManifestEntry]
 
 
-class _WrittenManifest(TypedDict):
-    step: Count
+class _WrittenManifest(_ManifestFields):
     last_step: NotRequired[Count]  # only of final/, whose weights may be of an earlier step
-    files: dict[str, ManifestEntry]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -619,33 +620,32 @@ class Score(TypedDict):
     difference: NotRequired[Interval | None]
 
 
-class EvalScores(TypedDict):
+class _ScoresFields(TypedDict):
+    data: str
+    rows: Count
+    row_hash: str
+    scores: dict[str, Score]
+
+
+class EvalScores(_ScoresFields):
     """The numbers of an `eval`, but not the scores of rows.
 
     `losses`, by model, and `row_losses` are None of a task; `seen` counts rows that were trained
     on.
     """
 
-    data: str
-    rows: Count
-    row_hash: str
     step: Count | None
     seen: Count | None
     losses: dict[str, float] | None
-    scores: dict[str, Score]
     row_losses: RowLosses | None
 
 
-class _WrittenScores(TypedDict):
+class _WrittenScores(_ScoresFields):
     """A file of scores; a loss that is not finite is a text."""
 
-    data: str
-    rows: Count
-    row_hash: str
     step: NotRequired[Count | None]
     seen: NotRequired[Count | None]
     losses: NotRequired[dict[str, object] | None]
-    scores: dict[str, Score]
     row_losses: NotRequired[object]
 
 
@@ -683,13 +683,14 @@ def _are_row_losses(rows: object) -> bool:
     return all(len(values) == len(losses["tokens"]) for values in lists)
 
 
-class SweepPlan(TypedDict):
-    """The plan that all candidates of a sweep share."""
+class FixedValues(TypedDict):
+    """The values that all candidates of a sweep share."""
 
-    rungs: list[Count]
-    validate_every: NotRequired[str | None]
     steps: Count
+    rungs: list[Count]
     micro_batch: str
+    validate_every: str | None
+    dtype: Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class SweepCandidate(TypedDict):
@@ -700,13 +701,15 @@ class SweepCandidate(TypedDict):
     step: Count
 
 
-# `fixed` is empty until the first candidate begins.
 class SweepFile(TypedDict):
+    """sweep.json, as far as a sweep that goes on reads it."""
+
     asked: dict[str, object]
-    fixed: Annotated[dict[str, object], Len(0, 0)] | SweepPlan
+    fixed: FixedValues
     candidates: list[SweepCandidate]
+    stopped: NotRequired[str]
 
 
-def read_sweep(path: Path) -> Fields:
+def read_sweep(path: Path) -> SweepFile:
     """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
-    return dict(read_object(path, SweepFile))
+    return read_object(path, SweepFile)

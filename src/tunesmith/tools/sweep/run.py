@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from tunesmith.checkpoint.claim import claim_run_dir, is_run
 from tunesmith.checkpoint.manifest import find_damage, last_step_of, list_checkpoints
@@ -41,11 +41,20 @@ from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.signals import FREE_MEMORY_FIX, StopRequest
 from tunesmith.metrics.record import read_records
 from tunesmith.optim.lr_schedule import warmup_steps
-from tunesmith.run_dir import FINAL, METRICS, SWEEP, read_sweep, reason_of, weights_step
+from tunesmith.run_dir import (
+    FINAL,
+    METRICS,
+    SWEEP,
+    FixedValues,
+    SweepFile,
+    read_sweep,
+    reason_of,
+    weights_step,
+)
 from tunesmith.tools.sweep.search import Search, halve, rung_steps
 from tunesmith.tools.sweep.shared_base import SharedBase
 from tunesmith.tools.sweep.space import Space, check_count
-from tunesmith.tools.sweep.table import CandidateResult, FixedValues, SweepRequest, SweepResult
+from tunesmith.tools.sweep.table import CandidateResult, SweepRequest, SweepResult
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length, Size, count_of, format_seconds
@@ -192,7 +201,7 @@ class Sweep:
         }
         # As it is read back: a tuple becomes a list.
         self.request: SweepRequest = json.loads(json.dumps(request))
-        previous: SweepResult | None = None
+        previous: SweepFile | None = None
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 previous = self._read()
@@ -205,7 +214,7 @@ class Sweep:
                 self.diverged[candidate["name"]] = candidate["step"]
         self._fixed = previous["fixed"] if previous else None
 
-    def _read(self) -> SweepResult | None:
+    def _read(self) -> SweepFile | None:
         """Read what an earlier start of this sweep wrote; UsageError where it was another one."""
         file = self.folder / SWEEP
         # A link that leads nowhere is not overwritten either.
@@ -213,7 +222,7 @@ class Sweep:
             return None
         fix = f"{shell_word(f'output_dir={self.folder}-2')}, or delete that folder"
         try:
-            previous = cast("SweepResult", read_sweep(file))
+            previous = read_sweep(file)
         except (OSError, ValueError) as error:
             what = "sweep.json is damaged, or not from a sweep"
             raise UsageError(what, where=str(file), why=reason_of(error), fix=fix) from error

@@ -14,7 +14,7 @@ from tunesmith.launch.jobs import holds_run
 from tunesmith.reader.compare import judge
 from tunesmith.reader.page import write_report
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.run_dir import FINAL, RECIPE, weights_step
+from tunesmith.run_dir import FINAL, RECIPE, FixedValues, weights_step
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
 
@@ -29,16 +29,6 @@ class CandidateResult(TypedDict):
     step: int
     loss: float | None
     losses: dict[str, float | None]
-
-
-class FixedValues(TypedDict):
-    """The values that all candidates share."""
-
-    steps: int
-    rungs: list[int]
-    micro_batch: str
-    validate_every: str | None
-    dtype: StatedDtype
 
 
 class SweepRequest(TypedDict):
