@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from errors import refuses
 from tunesmith.checkpoint.claim import IDENTITY, check_run_dir, claim_run_dir, move_aside
-from tunesmith.errors import UsageError
+from tunesmith.errors import ModelError, UsageError
 
 
 def write(folder: Path, *names: str) -> None:
@@ -103,3 +104,12 @@ def test_a_folder_that_the_run_reads_and_the_root_folder_are_refused(tmp_path: P
     check_run_dir(tmp_path / "run", [str(tmp_path)])
     with refuses(UsageError, where="/"):
         check_run_dir(Path("/"))
+
+
+def test_a_pipe_is_to_be_deleted_or_another_folder_used(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.txt")
+    with (
+        refuses(ModelError, where=str(tmp_path / "log.txt"), fix=["output_dir=runs/my-run"]),
+        claim_run_dir(tmp_path),
+    ):
+        pass

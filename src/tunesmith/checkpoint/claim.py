@@ -197,12 +197,17 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
     """Create the run directory and lock it; remove what was created if no run wrote into it.
 
     Yields a function to be called before anything is written into it: it marks the directory as a
-    run's, and removes a request to stop that was there before. UsageError if it holds files that no
-    run wrote; MachineError if it cannot be written or another run holds it.
+    run's, and removes a request to stop that was there before.
 
     inputs: as of `check_run_dir`.
+
+    Raises:
+        ModelError: a pipe, a socket or a device lies in it.
+        UsageError: it holds files that no run wrote.
+        MachineError: it cannot be written, or another run holds it.
     """
-    check_regular_files(output_dir)
+    fix = "delete it, or use a new folder: output_dir=runs/my-run"
+    check_regular_files(output_dir, fix=fix)
     check_run_dir(output_dir, inputs)
     created = missing_folders(output_dir)
     lock = output_dir / LOCK

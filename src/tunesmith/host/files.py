@@ -112,7 +112,9 @@ def measure_once(
     return measured
 
 
-def check_regular_files(path: Path) -> None:
+def check_regular_files(
+    path: Path, *, fix: str = "put the file itself there, or use another path"
+) -> None:
     """ModelError where `path`, or a file of that folder, is a pipe, a socket or a device.
 
     Opening or reading one may never end. Links, such as those of the Hub's cache, are followed.
@@ -123,7 +125,6 @@ def check_regular_files(path: Path) -> None:
             continue
         kind = SPECIAL_FILES.get(stat.S_IFMT(file.stat().st_mode))
         if kind is not None:
-            fix = "put the file itself there, or use another path"
             raise ModelError(f"{file.name} is {kind}, not a file", where=str(file), fix=fix)
 
 
