@@ -141,7 +141,7 @@ def _eval_measure(runs: Sequence[RunFiles], *, pairs: bool) -> Measure | None:
     def values(run: RunFiles) -> dict[int, float]:
         if pairs:
             return {step: e["scores"][PAIRS]["tuned"][0] for step, e in at_steps(run).items()}
-        return {step: (e["losses"] or {})["tuned"] for step, e in at_steps(run).items()}
+        return {step: e["losses"]["tuned"] for step, e in at_steps(run).items() if e["losses"]}
 
     def span(run: RunFiles, step: int) -> tuple[float, float]:
         _, low, high = at_steps(run)[step]["scores"][PAIRS]["tuned"]

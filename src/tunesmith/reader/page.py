@@ -22,7 +22,7 @@ from tunesmith.reader.compare import differing_keys, judge
 from tunesmith.reader.curves import curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
 from tunesmith.reader.measure import measure_of
-from tunesmith.reader.run_files import RunFiles, how_it_ended, label_apart, to_json
+from tunesmith.reader.run_files import RunFiles, how_it_ended, to_json
 from tunesmith.run_dir import RECIPE, Fields, Sample, read_bytes, shown
 from tunesmith.units import format_seconds
 
@@ -79,7 +79,6 @@ def render_report(
     env.trim_blocks = True
     env.lstrip_blocks = True
     env.filters |= {"value": _value, "cell": _cell, "reason": _reason, "fenced": _fenced}
-    label_apart(runs)
     context = _context(runs) | {"note": note, "mark": PAGE_MARK}
     if markdown:
         ends = [(run, how_it_ended(run)) for run in runs]

@@ -28,6 +28,7 @@ def write_page(args: argparse.Namespace) -> None:
         except UsageError as error:
             unreadable.append(error)
     report_unreadable(unreadable, shown=len(runs))
+    label_apart(runs)
     note = ""
     if unreadable:
         reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
@@ -35,7 +36,6 @@ def write_page(args: argparse.Namespace) -> None:
     # A script that reads the JSON needs no page, unless it names one.
     if args.output or not args.json:
         write_report(runs, output, markdown=args.markdown, note=shown(note))
-    label_apart(runs)
     for run in runs:
         for file in run.damaged:
             show(f"damaged: {run.label}: {file}", sys.stderr)

@@ -27,7 +27,7 @@ from uvicorn import Config, Server
 
 from tunesmith.errors import UsageError
 from tunesmith.reader.curves import curves
-from tunesmith.reader.run_files import RunFiles, to_json
+from tunesmith.reader.run_files import RunFiles, label_apart, to_json
 from tunesmith.tools.report.run_list import Row, RunList
 
 # At any port: `ssh -L` may come by another one.
@@ -149,6 +149,7 @@ class Page(LivePage):
 
     def __init__(self, runs: Sequence[RunFiles]) -> None:
         super().__init__()
+        label_apart(runs)
         self.runs = runs
         # Over what the runs hold: threads answer requests.
         self.lock = threading.Lock()
