@@ -41,7 +41,7 @@ ENTRIES = {
     "accelerate.commands.launch": "accelerate.commands.launch:main",
 }
 CLOSED = -1
-LIMIT = 480  # seconds, for what compiles on a busy machine: it only ends what hangs
+MAX_WAIT_S = 480  # for what compiles on a busy machine: it only ends what hangs
 
 
 class Warm:
@@ -101,7 +101,7 @@ class Warm:
     def kill(self) -> None:
         self._process.kill()
 
-    def wait(self, timeout: float = LIMIT) -> int:
+    def wait(self, timeout: float = MAX_WAIT_S) -> int:
         """The exit code; TimeoutExpired, and the process killed, after that many seconds."""
         self._process.join(timeout)
         if self._process.exitcode is None:
@@ -109,14 +109,14 @@ class Warm:
             raise subprocess.TimeoutExpired("tunesmith", timeout)
         return self._process.exitcode
 
-    def communicate(self, timeout: float = LIMIT) -> tuple[str, str]:
+    def communicate(self, timeout: float = MAX_WAIT_S) -> tuple[str, str]:
         """What it wrote, after its end; "" of a stream that was given."""
         self.wait(timeout)
         return _text(self._kept[1]), _text(self._kept[2])
 
 
 def run_warm(
-    words: Sequence[object], *, timeout: float = LIMIT, **options: Any
+    words: Sequence[object], *, timeout: float = MAX_WAIT_S, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """`tunesmith WORDS` to its end, or that of `program`, within `timeout` seconds."""
     started = Warm(words, **options)

@@ -16,8 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from records import record
-
-TIME = 120  # seconds, for what starts on a busy machine
+from warm import MAX_WAIT_S
 
 
 def write_run(
@@ -99,12 +98,12 @@ def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.P
         assert process.stdout is not None
         said = process.stdout.readline()
         found = re.search(r"http://\S+", said)
-        assert found, said + process.communicate(timeout=TIME)[0]
+        assert found, said + process.communicate(timeout=MAX_WAIT_S)[0]
         yield found[0], process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        process.communicate(timeout=TIME)
+        process.communicate(timeout=MAX_WAIT_S)
 
 
 def port_of(address: str) -> int:
@@ -118,7 +117,7 @@ def ask(
     from http.client import HTTPConnection
 
     parts = urlsplit(address)
-    connection = HTTPConnection("127.0.0.1", port_of(address), timeout=TIME)
+    connection = HTTPConnection("127.0.0.1", port_of(address), timeout=MAX_WAIT_S)
     connection.putrequest(method, parts.path + path, skip_host="host" in headers)
     for name, value in headers.items():
         connection.putheader(name, value)
@@ -138,7 +137,7 @@ def iter_events(address: str) -> Iterator[bytes]:
     """The lines of the page's events, as they come."""
     from http.client import HTTPConnection
 
-    with closing(HTTPConnection("127.0.0.1", port_of(address), timeout=TIME)) as connection:
+    with closing(HTTPConnection("127.0.0.1", port_of(address), timeout=MAX_WAIT_S)) as connection:
         connection.request("GET", f"{urlsplit(address).path}events")
         yield from connection.getresponse()
 

@@ -19,8 +19,8 @@ from records import record
 from tunesmith.run_dir import STOP_FILE
 from tunesmith.training.trainer import Trainer
 from waiting import wait_for
-from warm import Warm
-from watching import TIME, add_steps, watching, write_run
+from warm import MAX_WAIT_S, Warm
+from watching import add_steps, watching, write_run
 
 pytestmark = pytest.mark.slow
 SHOW_ALL = ".zoom button:last-child"
@@ -81,7 +81,7 @@ def test_it_follows_a_run_that_trains(tiny: Path, tmp_path: Path, visit: Any) ->
             page.wait_for_selector(".sample .answer")
             (out / STOP_FILE).touch()
             page.wait_for_selector(".state.stopped, .state.killed, .state.finished")
-            assert training.wait(TIME) is not None
+            assert training.wait(MAX_WAIT_S) is not None
             page.wait_for_selector(".state.stopped")
             assert len([url for url in seen.asked if "events" in url]) == 1
     finally:

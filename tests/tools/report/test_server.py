@@ -20,7 +20,8 @@ import pytest
 from errors import check_shown, lines_with
 from tunesmith.cli.main import main
 from waiting import wait_for
-from watching import TIME, add_steps, ask, get, iter_events, port_of, watching, write_run
+from warm import MAX_WAIT_S
+from watching import add_steps, ask, get, iter_events, port_of, watching, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +125,7 @@ def test_it_listens_on_loopback_alone(served: tuple[str, subprocess.Popen[str]])
 def test_events_tell_what_was_added(
     folder: Path, served: tuple[str, subprocess.Popen[str]]
 ) -> None:
-    connection = HTTPConnection("127.0.0.1", port_of(served[0]), timeout=TIME)
+    connection = HTTPConnection("127.0.0.1", port_of(served[0]), timeout=MAX_WAIT_S)
     connection.request("GET", f"{urlsplit(served[0]).path}events")
     answer = connection.getresponse()
     assert answer.getheader("content-type", "").startswith("text/event-stream")
@@ -185,13 +186,13 @@ def test_it_ends_at_once_and_leaves_nothing(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     with watching(folder, TMPDIR=str(tmp_path)) as (address, process):
-        page = HTTPConnection("127.0.0.1", port_of(address), timeout=TIME)
+        page = HTTPConnection("127.0.0.1", port_of(address), timeout=MAX_WAIT_S)
         page.request("GET", f"{urlsplit(address).path}events")
         page.getresponse().readline()
         children = psutil.Process(process.pid).children(recursive=True)
         began = time.monotonic()
         process.send_signal(number)
-        assert process.wait(TIME) == 0
+        assert process.wait(MAX_WAIT_S) == 0
         assert time.monotonic() - began < 30  # an open page does not hold it
         assert process.stdout is not None
         # The second of the two lines that it began with
@@ -252,7 +253,7 @@ def test_nothing_heavy_is_loaded(folder: Path) -> None:
     code = f"import sys; from tunesmith.cli.main import main; main(['watch', {str(folder)!r}, '--json']); " \
            "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"  # fmt: skip
     subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=TIME, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code], check=True, timeout=MAX_WAIT_S, stdout=subprocess.DEVNULL
     )
 
 
