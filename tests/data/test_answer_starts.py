@@ -238,9 +238,7 @@ def test_pairs_have_one_prompt_and_labeled_answers_the_same(kind: str, tmp_path:
         template = raw(tokenizer)
         rows = from_list([row] * 3, "rows")
         tokens[form] = tokenize([(source, rows)], data, template, cache=None, what="t")
-        contract = check_tokens(
-            tokens[form], template, tokenizer, vocab_size=len(tokenizer), split="train"
-        )
+        contract = check_tokens(tokens[form], template, vocab_size=len(tokenizer), split="train")
         contract.raise_if_broken()
     prompt = raw(tokenizer).prompt(Completion("The answer: ", ""))
     chosen, rejected = tokens["preference"][0].parts()

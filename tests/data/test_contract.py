@@ -26,7 +26,7 @@ CHECKS = 9
 
 
 def check(simple: Simple, tokens: TokenSet, vocab: int = VOCAB) -> Contract:
-    return check_tokens(tokens, simple, simple.tokenizer, vocab_size=vocab, split="train")
+    return check_tokens(tokens, simple, vocab_size=vocab, split="train")
 
 
 def assert_holds(simple: Simple, tokens: TokenSet) -> Contract:
@@ -203,9 +203,7 @@ def test_ways_on_from_cut_answers(make, simple: Simple) -> None:
     tokens = make(alpaca(9, letters=lambda i: 200), seq_len=100)
 
     def judge(**keys: Any) -> Contract:
-        return check_tokens(
-            tokens, simple, simple.tokenizer, vocab_size=VOCAB, split="train", **keys
-        )
+        return check_tokens(tokens, simple, vocab_size=VOCAB, split="train", **keys)
 
     (broken,) = judge(position_limit=128).broken
     assert holds(broken.fix, "data.seq_len=128", "data.allow_cut_answers=true")

@@ -84,9 +84,7 @@ def test_each_token_of_a_document_but_the_first_is_supervised_once(
     assert (counts.kept_rows, counts.cut, counts.dropped, counts.lost_share) == (3, 0, 0, 0)
     assert counts.supervised == 2 * length + 2
     assert counts.split == (2 if length > 7 else 0)
-    contract = check_tokens(
-        tokens, simple, simple.tokenizer, vocab_size=len(simple.tokenizer), split="train"
-    )
+    contract = check_tokens(tokens, simple, vocab_size=len(simple.tokenizer), split="train")
     assert not contract.broken
 
 
@@ -114,9 +112,7 @@ def test_each_part_begins_with_a_bos_where_the_tokenizer_writes_one(
     document = [bos, *simple.tokenizer.encode(text), simple.tokenizer.eos_token_id]
     assert predicted(tokens, 0) == list(itertools.pairwise(document))
     assert tokens.counts.supervised == len(document) - 1
-    contract = check_tokens(
-        tokens, simple, simple.tokenizer, vocab_size=len(simple.tokenizer), split="train"
-    )
+    contract = check_tokens(tokens, simple, vocab_size=len(simple.tokenizer), split="train")
     assert not contract.broken
 
 
@@ -303,9 +299,7 @@ def test_a_block_that_is_held_out_leaves_no_end_in_the_middle(
     tokens = tokenize([(source, kept)], data, simple, cache=None, what="train")
     end = simple.tokenizer.eos_token_id
     assert [i for i, e in enumerate(tokens) if end in e.ids.tolist()] == [len(tokens) - 1]
-    contract = check_tokens(
-        tokens, simple, simple.tokenizer, vocab_size=len(simple.tokenizer), split="train"
-    )
+    contract = check_tokens(tokens, simple, vocab_size=len(simple.tokenizer), split="train")
     assert not contract.broken
     # The last token before the gap is no context of the first one behind it.
     gap = rows[2]["text"]

@@ -242,7 +242,7 @@ def tokens_of(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[T
     tokenizer = byte_tokenizer()
     template = select_template(data, tokenizer, {tokenizer.eos_token_id})
     tokens = tokenize([(source, read_rows(source))], data, template, cache=None, what="train")
-    return tokens, check_tokens(tokens, template, tokenizer, vocab_size=300, split="train")
+    return tokens, check_tokens(tokens, template, vocab_size=300, split="train")
 
 
 def test_a_pair_is_one_example_of_two_sequences(tmp_path: Path) -> None:

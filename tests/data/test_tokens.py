@@ -204,6 +204,8 @@ def test_rows_keep_their_place_when_others_are_left_out(make) -> None:
 def test_sources_and_weights(make) -> None:
     tokens = make(alpaca(3), alpaca(2), weights=(2.0, 0.5), seq_len=256)
     assert tokens.repeats.tolist() == [2.0, 2.0, 2.0, 0.5, 0.5]
+    alike = make(alpaca(3), alpaca(2), weights=(1.0, 1.0), seq_len=256).repeats
+    assert (alike.tolist(), alike.strides) == ([1.0] * 5, (0,)), "one number is in memory"
     assert [c.kept for c in tokens.sources] == [3, 2]
     assert tokens.counts.digest != make(alpaca(3), alpaca(2), seq_len=256).counts.digest
 

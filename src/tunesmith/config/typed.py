@@ -413,8 +413,10 @@ def _fitting_value(name: str, key: str, value: str, shown: str) -> str:
         return f"{value} {unit or 'examples'}"
     if kind in types_ or (kind is int and float in types_):
         return value
+    if value.lower() == "true":
+        return ""
     for word in (value, *other_tools("words").get(value.lower(), "").split()):
-        if word in literal_words(hint) and value.lower() != "true":
+        if word in literal_words(hint):
             return word
     return ""
 

@@ -420,7 +420,6 @@ def prepare_data(
         contract = check_tokens(
             tokens,
             template,
-            tokenizer,
             vocab_size=vocab_size,
             split=split,
             cut_answers=cut,

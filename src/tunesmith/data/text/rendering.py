@@ -10,7 +10,7 @@ be equal; then they mark where each text is, and all outside a pair of them is t
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
@@ -25,7 +25,7 @@ from tunesmith.data.text.sentinels import (
     Sentinels,
     Tools,
 )
-from tunesmith.data.text.thoughts import MessageForm, split_thought, thought_at_end
+from tunesmith.data.text.thoughts import DEFAULT_FORM, MessageForm, split_thought, thought_at_end
 from tunesmith.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class TemplateTraits:
         writes_thoughts: whether rows get a thought that its generation prompt opens.
     """
 
-    form: MessageForm = field(default_factory=MessageForm)
+    form: MessageForm = DEFAULT_FORM
     reasoning: bool = False
     calls: bool = False
     lists_tools: bool = False

@@ -113,7 +113,7 @@ class MessageForm(NamedTuple):
 
     def apply(self, messages: Sequence[Message]) -> Sequence[Mapping[str, object]]:
         """The messages in this form."""
-        if self == _DEFAULT_FORM:
+        if self == DEFAULT_FORM:
             return messages
         return [self._message(message) for message in messages]
 
@@ -136,7 +136,7 @@ class MessageForm(NamedTuple):
         return changed
 
 
-_DEFAULT_FORM = MessageForm()
+DEFAULT_FORM = MessageForm()
 
 
 def _with_text_arguments(call: FunctionCall) -> FunctionCall:
@@ -146,9 +146,9 @@ def _with_text_arguments(call: FunctionCall) -> FunctionCall:
 
 def thought_forms(jinja: str) -> Iterator[MessageForm]:
     """Forms of thoughts that a template may know, by the words in it; the plain one comes first."""
-    yield _DEFAULT_FORM
+    yield DEFAULT_FORM
     for key in dict.fromkeys(_THOUGHT_KEY.findall(jinja)):
-        if key != _DEFAULT_FORM.thought_key:
+        if key != DEFAULT_FORM.thought_key:
             yield MessageForm(thought_key=key)
     for closing, opening in THOUGHT_TAGS.items():
         if closing not in jinja:
@@ -168,14 +168,10 @@ def missing_parts(message: Message, supervised: str) -> list[str]:
     if len(message) == 2 and content in supervised:
         return []  # nothing but role and content, as most messages are
     missing = []
-    thought = message.get("reasoning_content") or ""
-    place = None if thought else find_thought(content)
-    if place is not None:
-        thought = content[place.start : place.end]
-        content = content[place.rest :]
-    if thought.strip() not in supervised:
+    message = split_thought(message)
+    if (message.get("reasoning_content") or "").strip() not in supervised:
         missing.append("lost_thought")
-    if content.strip() not in supervised:
+    if (message["content"] or "").strip() not in supervised:
         missing.append("lost_text")
     for call in message.get("tool_calls") or ():
         function = call["function"]

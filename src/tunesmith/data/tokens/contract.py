@@ -137,7 +137,6 @@ class _Rule(NamedTuple):
 def check_tokens(
     tokens: TokenSet,
     template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
     *,
     vocab_size: int,
     split: str,
@@ -167,7 +166,7 @@ def check_tokens(
             fix="raise data.seq_len, or use a larger split",
         )
         return Contract(split, (is_empty,))
-    rules = _rules(tokens, template, tokenizer, vocab_size, position_limit)
+    rules = _rules(tokens, template, vocab_size, position_limit)
     checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
     for chunk in _chunks(tokens):
         for n, rule in enumerate(rules):
@@ -179,7 +178,7 @@ def check_tokens(
                 in_chunk = int(chunk.examples_of(faults.tokens[:1])[0])
                 example = chunk.first + in_chunk
                 start = int(chunk.arrays.offsets[in_chunk])
-                around = excerpt(tokens, tokenizer, example, fault - start)
+                around = excerpt(tokens, template.tokenizer, example, fault - start)
                 where = tokens.where(example)
                 check = replace(check, where=where, why=f"{rule.why}: {around}", fix=rule.fix)
             checks[n] = replace(
@@ -218,15 +217,14 @@ def _answers_are_whole(tokens: TokenSet) -> Check:
 def _rules(
     tokens: TokenSet,
     template: Template,
-    tokenizer: "PreTrainedTokenizerBase",
     vocab_size: int,
     position_limit: int | None,
 ) -> list[_Rule]:
     counts = tokens.counts
     end_ids = sorted(template.end_ids)
     earlier_end_ids = sorted(template.earlier_end_ids)
-    bos = tokenizer.bos_token_id
-    ends = ", ".join(tokenizer.convert_ids_to_tokens(end_ids)) or "none"
+    bos = template.tokenizer.bos_token_id
+    ends = ", ".join(template.tokenizer.convert_ids_to_tokens(end_ids)) or "none"
     compared = f"{count_of(counts.prompts, 'prompt')} rendered separately and compared"
     if counts.prompts_apart:
         compared += f", {counts.prompts_apart:,} not comparable"

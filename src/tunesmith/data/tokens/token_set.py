@@ -190,7 +190,10 @@ class TokenSet:
             firsts = _join_arrays(part.arrays.firsts for part in self.parts)
             self.longest_sequences = np.maximum(firsts, self.lengths - firsts)
         weights = [part.weight for part in self.parts]
-        self.repeats = np.repeat(np.array(weights, np.float64), np.diff(self._firsts))
+        if len(set(weights)) == 1:
+            self.repeats = np.broadcast_to(np.float64(weights[0]), len(self))
+        else:
+            self.repeats = np.repeat(np.array(weights, np.float64), np.diff(self._firsts))
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -317,7 +320,8 @@ class TokenSet:
         # A source with another weight is another epoch.
         digests = [f"{part.counts.digest}*{part.weight}" for part in self.parts]
         joined: dict[str, Any] = {}
-        for name in (field_.name for field_ in fields(TokenCounts) if field_.type is int):
+        numbers = [field_ for field_ in fields(TokenCounts) if isinstance(field_.default, int)]
+        for name in (number.name for number in numbers):
             join = max if name.startswith("longest") else sum
             joined[name] = join([0, *(of[name] for of in values)])
         return TokenCounts(
