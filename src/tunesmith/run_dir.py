@@ -27,7 +27,6 @@ from typing import (
     Any,
     BinaryIO,
     Generic,
-    Literal,
     NamedTuple,
     NotRequired,
     TypeVar,
@@ -690,7 +689,7 @@ class FixedValues(TypedDict):
     rungs: list[Count]
     micro_batch: str
     validate_every: str | None
-    dtype: Literal["auto", "bf16", "fp16", "fp32"]
+    dtype: schema.StatedDtype
 
 
 class SweepCandidate(TypedDict):

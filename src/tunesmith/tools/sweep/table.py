@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from tunesmith.config.schema import StatedDtype
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import holds_run
