@@ -77,7 +77,7 @@ CASES = {
     "no swarm": Case("docker", "b", *kept("$S/docker-info", INFO % ('"active"', '"inactive"') + "; " + INFO % (r'"RemoteManagers": \[[^]]*\]', '"RemoteManagers": null')), "spark-b: swarm: fault", "in no swarm: inactive", "docker swarm init"),
     "an old image": Case("docker", "a", *said("docker-images", "nvcr.io/nvidia/pytorch:25.11-py3"), "spark-a: image: warning", "25.11 is older than 26.02", "docker pull nvcr.io/nvidia/pytorch:26.02-py3"),
     "files fill the memory": Case("docker", "a", *said("meminfo.new", MEM.format(900_000, 118_000_000, 110_000_000)), "spark-a: memory: warning", "MemFree 0.9, Cached 104.9", "drop_caches"),
-    "no room": Case("docker", "a", "mount -o remount,size=1g $S/../cache", "mount -o remount,size=64g $S/../cache", "spark-a: disk: fault", "1.0 GiB free", "tunesmith fetch --list"),
+    "no room": Case("docker", "a", "mount -o remount,size=1g $S/../disk/cache", "mount -o remount,size=64g $S/../disk/cache", "spark-a: disk: fault", "1.0 GiB free", "tunesmith fetch --list"),
     "another torch": Case("docker", "b", *kept("$P/torch-2.13.0.dist-info", "sed -i s/2.13.0/2.11.0/ $P/torch-2.13.0.dist-info/METADATA"), "the pair: versions: fault", "torch is 2.13.0 here and 2.11.0 on spark-b", "-m pip install"),
     "another tunesmith": Case("docker", "b", *kept("$P/tunesmith-0.1.0.dist-info", "sed -i s/0.1.0/0.0.9/ $P/tunesmith-0.1.0.dist-info/METADATA"), "the pair: versions: fault", "tunesmith is 0.1.0 here and 0.0.9 on spark-b", "the same version"),
     "another driver, too old": Case("docker", "b", *said("gpus", GB10.format(UUIDS["b"], "570.86.10")), "spark-b: driver: fault", "570.86.10 is too old", "nvidia-driver-580-open"),

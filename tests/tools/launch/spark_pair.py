@@ -88,26 +88,19 @@ class Spark:
 
     def start(self) -> None:
         """The namespaces, held by a process that sleeps."""
-        for folder in (
-            "etc",
-            "root",
-            "local",
-            "run",
-            "work-etc",
-            "work-root",
-            "work-local",
-            "state",
-            "cache",
-        ):
+        for folder in ("state", "disk"):
             (self.base / folder).mkdir(parents=True)
         subprocess.run(["ip", "netns", "add", self.netns], check=True)
         b = self.base
         overlay = "\n".join(
-            f"mount -t overlay overlay -o lowerdir={lower},upperdir={b}/{upper},workdir={b}/work-{upper} {lower}"
+            f"mount -t overlay overlay -o lowerdir={lower},upperdir={b}/disk/{upper},workdir={b}/disk/work-{upper} {lower}"
             for lower, upper in (("/etc", "etc"), ("/root", "root"), ("/usr/local", "local"))
         )
         script = f"""mount --make-rprivate /
 hostname {self.name}
+mount -t tmpfs -o size=64g tmpfs {b}/disk
+mkdir {b}/disk/{{etc,root,local,work-etc,work-root,work-local,cache,runs}}
+mount -t tmpfs -o size=64g tmpfs {b}/disk/cache
 {overlay}
 mount -t sysfs sysfs /sys
 mkdir -p {b}/net; mount --bind /sys/class/net {b}/net
@@ -115,7 +108,6 @@ mount -t tmpfs tmpfs /sys/class; mkdir /sys/class/net /sys/class/infiniband; mou
 mount -t tmpfs tmpfs /proc/driver; mkdir /proc/driver/nvidia; echo NVRM version: 580.95.05 >/proc/driver/nvidia/version
 mount --bind {b}/state/meminfo /proc/meminfo
 mount -t tmpfs tmpfs /run; mkdir -p /run/sshd /run/systemd/network
-mount -t tmpfs -o size=64g tmpfs {b}/cache
 ip link set lo up
 touch {b}/ready; exec sleep infinity"""
         (self.state / "meminfo").write_text(
@@ -295,7 +287,10 @@ class SparkPair:
         self.b.stop()
 
     def doctor(self, *words: str, **env: str) -> dict:
+        # Runs and the cache lie on a disk of the node's own: the machine's may be nearly full
         command = [
+            "env",
+            f"--chdir={self.a.base}/disk/runs",
             sys.executable,
             "-m",
             "tunesmith",
@@ -303,6 +298,6 @@ class SparkPair:
             *(words or ("--pair", "spark-b")),
             "--json",
         ]
-        done = self.a.run(*command, check=False, HF_HOME=str(self.a.base / "cache"), **env)
+        done = self.a.run(*command, check=False, HF_HOME=str(self.a.base / "disk" / "cache"), **env)
         assert done.returncode in (0, 1), done.stdout + done.stderr
         return {**json.loads(done.stdout), "exit": done.returncode}
