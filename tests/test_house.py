@@ -293,7 +293,14 @@ def test_messages_are_asserted_by_their_fields():
 
 # Files that a change touches; they may only get fewer. The module of a key's effect and its test
 # have no names.
-MOST_FILES = {"A recipe key": 3, "A model family": 4, "A method": 7, "A data format": 5}
+MOST_FILES = {
+    "A recipe key": 3,
+    "A model family": 4,
+    "A method": 7,
+    "A data format": 5,
+    "A scorer of answers": 5,
+    "A storage format of the frozen base": 6,
+}
 
 
 def test_a_change_touches_few_places():
