@@ -7,9 +7,7 @@ these are the tokens that the model is given, and those that it is to write. A t
 write the answer's piece so (WordPiece within a word) keeps the merged token, which is then
 supervised.
 
-In a byte-level vocabulary (Llama 3, Qwen, SmolLM, GPT) each token is a known number of bytes, and
-these must add up to the text: they give its place. Otherwise (SentencePiece, normalized text) the
-tokenizer's own offsets do.
+The tokenizer's own offsets tell the place of each token.
 """
 
 from collections.abc import Collection, Sequence
@@ -67,12 +65,12 @@ class _Piece(NamedTuple):
     aligned: Aligned
 
 
-class _Bounds(NamedTuple):
-    """The bounds of n tokens, int64 [n] each, in bytes or in characters of the text."""
+class _Tokens(NamedTuple):
+    """The n tokens of a text: int32 ids, and the characters of each, [starts, ends) as int64."""
 
+    ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-    in_bytes: bool
 
 
 class Aligner:
@@ -91,7 +89,7 @@ class Aligner:
                 fix="set one: model.tokenizer=FOLDER",
             )
         self.tokenizer = tokenizer
-        self.byte_sizes = _byte_sizes(tokenizer)
+        self._is_byte_level = _is_byte_level(tokenizer)
         # Of a few texts, such as line breaks: prompts of a template end alike.
         self._ids_of_tails: dict[str, np.ndarray] = {}
         self.added_ids = np.array(sorted(tokenizer.added_tokens_decoder), np.int64)
@@ -103,19 +101,15 @@ class Aligner:
 
         No special token is added. One of `end_ids` must stand at each span's `stop`.
         """
-        ids = self.ids(texts)
-        bounds = self._bounds(texts, ids)
-        aligned = []
-        cuts: dict[int, list[int]] = {}
-        for i, text in enumerate(texts):
-            aligned.append(self._align(text, ids[i], bounds[i], spans[i], end_ids))
-            crossed = self._crossed_edges(text, ids[i], bounds[i], spans[i])
-            if crossed:
-                cuts[i] = crossed
-        for i, edges in cuts.items():
-            apart = self._encode_apart(aligned[i], texts[i], spans[i], edges, end_ids)
-            aligned[i] = apart or self._with_merged(texts[i], aligned[i], bounds[i], spans[i])
-        return aligned
+        encoded = []
+        for text, tokens, of_text in zip(texts, self._tokenize(texts), spans, strict=True):
+            aligned = self._align(tokens, of_text, end_ids)
+            cuts = self._crossed_edges(text, tokens, of_text)
+            if cuts:
+                apart = self._encode_apart(aligned, text, of_text, cuts, end_ids)
+                aligned = apart or self._with_merged(aligned, tokens, of_text)
+            encoded.append(aligned)
+        return encoded
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 [n] for each text: its tokens, no special token added."""
@@ -126,39 +120,15 @@ class Aligner:
         )
         return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
 
-    def _bounds(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> list[_Bounds]:
-        """The bounds of the tokens of each text."""
-        bounds: dict[int, _Bounds] = {}
-        for i, text in enumerate(texts):
-            by_bytes = self._bounds_by_bytes(text, ids[i])
-            if by_bytes is not None:
-                bounds[i] = by_bytes
-        # The others in one call: the tokenizer works on a batch with several threads.
-        unplaced = [i for i in range(len(texts)) if i not in bounds]
-        by_offsets = self._bounds_by_offsets([texts[i] for i in unplaced])
-        bounds.update(zip(unplaced, by_offsets, strict=True))
-        return [bounds[i] for i in range(len(texts))]
-
-    def _bounds_by_bytes(self, text: str, ids: np.ndarray) -> _Bounds | None:
-        """Bounds in bytes, or None where the sizes of the tokens do not add up to the text."""
-        if self.byte_sizes is None:
-            return None
-        sizes = self.byte_sizes[ids]
-        text_bytes = len(text) if text.isascii() else len(text.encode())
-        if sizes.sum() != text_bytes:
-            return None
-        ends = np.cumsum(sizes)
-        return _Bounds(ends - sizes, ends, in_bytes=True)
-
-    def _bounds_by_offsets(self, texts: Sequence[str]) -> list[_Bounds]:
-        """Bounds in characters, as the tokenizer gives them."""
-        if not texts:
-            return []
-        bounds = []
+    def _tokenize(self, texts: Sequence[str]) -> list[_Tokens]:
+        """The tokens of each text, no special token added."""
+        tokenized = []
+        # In one call: the tokenizer works on a batch with several threads.
         for encoding in self._core.encode_batch(list(texts), add_special_tokens=False):
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            bounds.append(_Bounds(offsets[:, 0], offsets[:, 1], in_bytes=False))
-        return bounds
+            ids = np.array(encoding.ids, np.int32)
+            tokenized.append(_Tokens(ids, offsets[:, 0], offsets[:, 1]))
+        return tokenized
 
     @cached_property
     def _core(self) -> Any:
@@ -166,33 +136,26 @@ class Aligner:
         from tokenizers import Tokenizer
         from tokenizers.processors import TemplateProcessing
 
+        # A copy takes a second with a large vocabulary.
         core = self.tokenizer.backend_tokenizer
-        if core.post_processor is None or isinstance(core.post_processor, TemplateProcessing):
-            return core
-        # A copy, which takes a second with a large vocabulary.
-        core = Tokenizer.from_str(core.to_str())
-        core.post_processor = None
+        if not isinstance(core.post_processor, TemplateProcessing | None):
+            core = Tokenizer.from_str(core.to_str())
+            core.post_processor = None
+        core.no_truncation()
+        core.no_padding()
         return core
 
     def _align(
-        self,
-        text: str,
-        ids: np.ndarray,
-        bounds: _Bounds,
-        spans: Sequence[CharSpan],
-        end_ids: Collection[int],
+        self, tokens: _Tokens, spans: Sequence[CharSpan], end_ids: Collection[int]
     ) -> Aligned:
+        ids, starts, ends = tokens
         trained = np.zeros(len(ids), dtype=bool)
         ended = True
-        for span in _spans_in(bounds, text, spans):
-            trained |= (
-                (bounds.starts >= span.start)
-                & (bounds.starts < span.end)
-                & (bounds.ends <= span.end)
-            )
+        for span in spans:
+            trained |= (starts >= span.start) & (starts < span.end) & (ends <= span.end)
             if span.stop < 0:
                 continue
-            at = int(np.searchsorted(bounds.ends, span.stop, side="right"))
+            at = int(np.searchsorted(ends, span.stop, side="right"))
             if at < len(ids) and int(ids[at]) in end_ids:
                 # Even where it includes the whitespace after it (`rstrip`, as Phi 3's).
                 trained[at] = True
@@ -200,22 +163,18 @@ class Aligner:
                 ended = False
         return Aligned(ids, trained, ended)
 
-    def _with_merged(
-        self, text: str, aligned: Aligned, bounds: _Bounds, spans: Sequence[CharSpan]
-    ) -> Aligned:
+    def _with_merged(self, aligned: Aligned, tokens: _Tokens, spans: Sequence[CharSpan]) -> Aligned:
         """The text with the tokens supervised that lie across an edge of a span."""
         overlaps = np.zeros(len(aligned.ids), dtype=bool)
-        for span in _spans_in(bounds, text, spans):
-            overlaps |= (bounds.starts < span.end) & (bounds.ends > span.start)
+        for span in spans:
+            overlaps |= (tokens.starts < span.end) & (tokens.ends > span.start)
         # An added token is the template's: it only takes in the white space beside it.
         is_merged = overlaps & ~aligned.trained & ~np.isin(aligned.ids, self.added_ids)
         return aligned._replace(
             trained=aligned.trained | is_merged, merged_tokens=int(is_merged.sum())
         )
 
-    def _crossed_edges(
-        self, text: str, ids: np.ndarray, bounds: _Bounds, spans: Sequence[CharSpan]
-    ) -> list[int]:
+    def _crossed_edges(self, text: str, tokens: _Tokens, spans: Sequence[CharSpan]) -> list[int]:
         """The edges of spans, in characters and in order, at which the text must be cut."""
         edges = []
         for span in spans:
@@ -224,37 +183,31 @@ class Aligner:
             if span.stop < 0:
                 edges.append(span.end)
         edges = sorted({edge for edge in edges if 0 < edge < len(text)})
-        if not edges:
-            return []
-        places = edges
-        if bounds.in_bytes and not text.isascii():
-            places = [len(text[:edge].encode()) for edge in edges]
         # Of each edge the first token that ends behind it.
-        tokens = np.searchsorted(bounds.ends, places, side="right").tolist()
+        firsts = np.searchsorted(tokens.ends, edges, side="right").tolist()
         crossed = []
-        for edge, place, token in zip(edges, places, tokens, strict=True):
+        for edge, first in zip(edges, firsts, strict=True):
             # It begins later, or there is none, where normalization took in the characters between.
-            is_crossed = token == len(ids) or bounds.starts[token] != place
-            if is_crossed or self._has_other_blanks(text, edge, ids[:token]):
+            is_crossed = first == len(tokens.ids) or tokens.starts[first] != edge
+            if is_crossed or self._has_other_blanks(text, edge, tokens, first):
                 crossed.append(edge)
         return crossed
 
-    def _has_other_blanks(self, text: str, edge: int, ids: np.ndarray) -> bool:
+    def _has_other_blanks(self, text: str, edge: int, tokens: _Tokens, first: int) -> bool:
         """Tell whether white space before an edge may have other tokens at the end of a text.
 
         Byte-level tokenizers as GPT-2's leave the last of several blanks to the word behind them:
         "\n\n" is one token, and two before a word.
 
         Args:
-            ids: of text[:edge].
+            first: the first token behind the edge.
         """
-        if self.byte_sizes is None or edge < 2 or not text[edge - 2 : edge].isspace():
+        if not self._is_byte_level or edge < 2 or not text[edge - 2 : edge].isspace():
             return False
         # The last tokens that hold all of the white space.
-        blank_bytes = len(text[len(text[:edge].rstrip()) : edge].encode())
-        from_end = np.cumsum(self.byte_sizes[ids[::-1]])
-        count = int(np.searchsorted(from_end, blank_bytes)) + 1
-        last_ids = ids[len(ids) - count :]
+        blank_start = len(text[:edge].rstrip())
+        blank_token = int(np.searchsorted(tokens.ends, blank_start, side="right"))
+        last_ids = tokens.ids[blank_token:first]
         tail = self._decode(last_ids)
         if tail not in self._ids_of_tails:
             self._ids_of_tails[tail] = self.ids([tail])[0]
@@ -288,8 +241,8 @@ class Aligner:
         texts = [text[start:stop] for start, stop in stretches]
         # The first piece continues nothing.
         texts[1:] = [context + piece for piece in texts[1:]]
-        context_ids, *ids = self.ids([context, *texts])
-        bounds = self._bounds(texts, ids)
+        [context_ids] = self.ids([context])
+        tokenized = self._tokenize(texts)
         pieces = []
         for n, (start, stop) in enumerate(stretches):
             before = len(context) if start else 0
@@ -297,7 +250,7 @@ class Aligner:
             for span in spans:
                 if start <= span.start and span.end <= stop:
                     inside.append(span.shifted(before - start))
-            aligned = self._align(texts[n], ids[n], bounds[n], inside, end_ids)
+            aligned = self._align(tokenized[n], inside, end_ids)
             if before:
                 skipped = len(context_ids)
                 if not np.array_equal(aligned.ids[:skipped], context_ids):
@@ -334,24 +287,14 @@ class Aligner:
         )
 
 
-def _byte_sizes(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | None:
-    """Bytes of every token, int64 [vocabulary]; None if the vocabulary is not byte-level."""
+def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Tell whether a vocabulary writes its tokens byte by byte, each as a letter of an alphabet."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    added = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items()}
     vocabulary = tokenizer.get_vocab()
-    plain = {id_: token for token, id_ in vocabulary.items() if id_ not in added}
-    # A byte-level vocabulary writes a token byte by byte, each byte as one letter of its alphabet.
-    letters = set("".join(plain.values()))
-    is_byte_level = letters <= set(ByteLevel.alphabet()) and "Ġ" in vocabulary
-    if not plain or not is_byte_level:
-        return None
-    sizes = np.zeros(max([*plain, *added]) + 1, dtype=np.int64)
-    for id_, token in plain.items():
-        sizes[id_] = len(token)
-    for id_, token in added.items():
-        sizes[id_] = len(token.encode())
-    return sizes
+    added = tokenizer.added_tokens_decoder
+    letters = set("".join(token for token, id_ in vocabulary.items() if id_ not in added))
+    return "Ġ" in vocabulary and letters <= set(ByteLevel.alphabet())
 
 
 def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
@@ -363,17 +306,3 @@ def _join(pieces: Sequence[_Piece], cuts: Sequence[int]) -> Aligned:
         ended=all(piece.ended for piece in aligned),
         cuts=tuple(cuts),
     )
-
-
-def _spans_in(bounds: _Bounds, text: str, spans: Sequence[CharSpan]) -> Sequence[CharSpan]:
-    """The spans in the unit of the bounds."""
-    if not bounds.in_bytes or text.isascii():
-        return spans
-    return [_span_in_bytes(text, span) for span in spans]
-
-
-def _span_in_bytes(text: str, span: CharSpan) -> CharSpan:
-    start = len(text[: span.start].encode())
-    end = len(text[: span.end].encode())
-    stop = len(text[: span.stop].encode()) if span.stop >= 0 else -1
-    return CharSpan(start, end, stop)
