@@ -6,8 +6,9 @@ reading its group again from the start (Parquet's row group, Arrow's record batc
 
 import bisect
 import itertools
-import weakref
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 from tunesmith.data.source.arrow_nulls import without_nulls
 from tunesmith.data.source.table import (
     FileVersion,
-    ReadInTurn,
     Row,
     Table,
     changed_error,
@@ -43,19 +43,18 @@ def read_arrow(path: Path) -> Table:
         raise _broken(path, error, version) from None
     if not sum(sizes):
         raise DataError("the file has no rows", where=str(path), fix="name a file that does")
-    reader = _ForwardReader(sizes, read_group)
+    ends = list(itertools.accumulate(sizes))
 
     def row(i: int) -> Row:
         try:
-            return without_nulls(reader.row(i))
+            with _LOCK:
+                return without_nulls(_read_row(read_group, ends, i))
         # ValueError and OverflowError: a text that is no UTF-8, a time that Python does not have.
         except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
             raise _broken(path, error, version) from None
 
-    # The table holds `row` as long as somebody reads.
-    weakref.finalize(row, reader.close)
     return Table(
-        sum(sizes),
+        ends[-1],
         row,
         where=lambda i: f"{path} row {i + 1}",
         fingerprint=lambda: file_digest(path),
@@ -76,60 +75,43 @@ def _broken(path: Path, error: Exception, version: FileVersion | None) -> DataEr
     )
 
 
-class _ForwardReader(ReadInTurn):
-    """Rows by their number, in groups that are read from their start; some are in memory.
+_ReadGroup = Callable[[int], Iterator[pa.RecordBatch]]
 
-    Args:
-        sizes: rows of each group.
-        read_group: the rows of one, in batches.
-    """
 
-    def __init__(
-        self, sizes: Sequence[int], read_group: Callable[[int], Iterator[pa.RecordBatch]]
-    ) -> None:
-        self._ends = list(itertools.accumulate(sizes))
-        self._sizes = sizes
-        self._read_group = read_group
-        self._group = -1
-        self._blocks: Iterator[pa.RecordBatch] = iter(())
-        # The rows that were read last, and the number of the first of them.
-        self._rows: list[Row] = []
-        self._first = 0
+class _OpenGroup:
+    """A group of rows: a block of them is in memory, from row `first` on, as `rows` once read."""
 
-    def row(self, i: int) -> Row:
-        with self.lock:
-            if not self._first <= i < self._first + len(self._rows):
-                try:
-                    self._read_on(i)
-                except BaseException:
-                    # The rows in memory are no longer those that `_first` says.
-                    self.close()
-                    raise
-            return self._rows[i - self._first]
+    def __init__(self, read_group: _ReadGroup, group: int, first: int) -> None:
+        self.blocks = _blocks(read_group(group))
+        self.first = first
+        self.block: Sequence[object] | pa.RecordBatch = ()
+        self.rows: list[Row] = []
 
-    def close(self) -> None:
-        """Close the file, if it is open, and forget its rows."""
-        with self.lock:
-            self._group = -1
-            # Its file is closed with the iterator.
-            self._blocks = iter(())
-            self._rows = []
 
-    def _read_on(self, i: int) -> None:
-        """Read the block of row i."""
-        self.take_turn()
-        group = bisect.bisect_right(self._ends, i)
-        if group != self._group or i < self._first:
-            self._group = group
-            self._first = self._ends[group] - self._sizes[group]
-            self._rows = []
-            self._blocks = _blocks(self._read_group(group))
-        self._first += len(self._rows)
-        block = next(self._blocks)
-        while i >= self._first + len(block):
-            self._first += len(block)
-            block = next(self._blocks)
-        self._rows = block.to_pylist()
+# One file at a time is open, and in memory: its iterator is closed when it is forgotten.
+_open_group = lru_cache(maxsize=1)(_OpenGroup)
+_LOCK = threading.Lock()
+
+
+def _read_row(read_group: _ReadGroup, ends: list[int], i: int) -> Row:
+    """Row i of a file whose groups end at `ends`; read on from the row that was read last."""
+    number = bisect.bisect_right(ends, i)
+    first_of_group = ends[number - 1] if number else 0
+    group = _open_group(read_group, number, first_of_group)
+    if i < group.first:
+        _open_group.cache_clear()
+        group = _open_group(read_group, number, first_of_group)
+    try:
+        while i >= group.first + len(group.block):
+            group.first += len(group.block)
+            group.block = next(group.blocks)
+            group.rows = []
+        group.rows = group.rows or group.block.to_pylist()
+    except BaseException:
+        # The next row is found from the start of its group.
+        _open_group.cache_clear()
+        raise
+    return group.rows[i - group.first]
 
 
 def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -138,7 +120,7 @@ def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             yield batch.slice(start, BLOCK_ROWS)
 
 
-_Groups = tuple[list[int], Callable[[int], Iterator[pa.RecordBatch]]]
+_Groups = tuple[list[int], _ReadGroup]
 
 
 def _open_parquet(path: Path) -> _Groups:

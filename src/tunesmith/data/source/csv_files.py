@@ -6,7 +6,6 @@ import io
 import itertools
 import logging
 import re
-import weakref
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,12 +15,13 @@ from typing import NamedTuple
 
 from tunesmith.data.source.table import (
     MAX_ROW_BYTES,
-    OpenFile,
     Table,
     changed_error,
     file_digest,
     new_name,
     not_utf8_error,
+    read_span,
+    version_of,
 )
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
@@ -62,10 +62,10 @@ def read_csv(path: Path) -> Table:
         fix = "add rows below the header"
         raise DataError("the file has a header and no rows", where=str(path), fix=fix)
     separator = index.separator
-    file = OpenFile(path)
+    version = version_of(path)
 
     def row(i: int) -> dict[str, str]:
-        text = file.read(*index.places[i : i + 2]).decode(errors="replace")
+        text = read_span(path, version, *index.places[i : i + 2]).decode(errors="replace")
         try:
             # Blank lines may follow it.
             values = next(
@@ -74,12 +74,11 @@ def read_csv(path: Path) -> Table:
         except (csv.Error, StopIteration):
             raise changed_error(path) from None
         if len(values) != len(index.header):
-            file.check_unchanged()
+            if version_of(path) != version:
+                raise changed_error(path)
             raise _wrong_count(f"{path}:{index.lines[i]}", values, index.header, separator)
         return dict(zip(header, values[index.has_row_numbers :], strict=True))
 
-    # The table holds `row` as long as somebody reads.
-    weakref.finalize(row, file.close)
     return Table(
         len(index.lines),
         row,

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import weakref
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,13 +23,13 @@ from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.csv_files import read_csv
 from tunesmith.data.source.table import (
     MAX_ROW_BYTES,
-    OpenFile,
     Table,
     changed_error,
     decode_text,
     file_digest,
     json_type,
     new_name,
+    read_span,
     unreadable_error,
     version_of,
 )
@@ -160,7 +159,7 @@ class _JsonLines:
 
 def _read_json_lines(path: Path) -> Table:
     """One JSON object a line; blank lines are skipped."""
-    file = OpenFile(path)
+    version = version_of(path)
     lines = _JsonLines(path)
     count = len(lines.numbers)
     if not count:
@@ -181,7 +180,7 @@ def _read_json_lines(path: Path) -> Table:
                 fix="write one row per line, or split the text into several rows",
             )
         # Blank lines may follow it.
-        data, line_break, _ = file.read(start, stop).partition(b"\n")
+        data, line_break, _ = read_span(path, version, start, stop).partition(b"\n")
         text = decode_text(path, data, lambda _: where(i), "utf-8")
         try:
             return json.loads(text)
@@ -205,8 +204,6 @@ def _read_json_lines(path: Path) -> Table:
             fix = f"mv {shell_path(path)} {renamed}   # and name that"
         raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
 
-    # The table holds `row`, and so the file, as long as somebody reads.
-    weakref.finalize(row, file.close)
     return Table(count, row, where, fingerprint=lambda: file_digest(path))
 
 

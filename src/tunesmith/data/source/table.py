@@ -9,14 +9,14 @@ import bisect
 import hashlib
 import itertools
 import os
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.errors import DataError
 from tunesmith.host.memory import drop_pages, open_uncached
@@ -268,58 +268,19 @@ def new_name(path: Path, name: str) -> str:
     return shell_word(name)
 
 
-class ReadInTurn:
-    """A file that is read by several threads; the one that was read last alone is open.
-
-    A folder may have more files than a process may open.
-    """
-
-    lock = threading.RLock()
-    _latest: ClassVar["ReadInTurn | None"] = None
-
-    def take_turn(self) -> None:
-        """Close the file that was read last, where it is another one."""
-        latest = ReadInTurn._latest
-        if latest is not None and latest is not self:
-            latest.close()
-        ReadInTurn._latest = self
-
-    def close(self) -> None:
-        """Close it, if it is open; it is opened again when it is read."""
-        raise NotImplementedError
+# A folder may have more files than a process may open.
+@lru_cache(maxsize=16)
+def _open_version(path: Path, version: FileVersion | None) -> FileIO:
+    if version_of(path) != version:
+        raise changed_error(path)
+    return path.open("rb", buffering=0)
 
 
-class OpenFile(ReadInTurn):
-    """A file that is read at any place.
-
-    Raises DataError from `read` where the file is another than when this was made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._version = version_of(path)
-        self._descriptor: int | None = None
-
-    def read(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`; DataError where there are fewer."""
-        with self.lock:
-            self.take_turn()
-            if self._descriptor is None:
-                self.check_unchanged()
-                self._descriptor = os.open(self.path, os.O_RDONLY)
-            data = os.pread(self._descriptor, stop - start, start)
-        if len(data) < stop - start:
-            raise changed_error(self.path)
-        return data
-
-    def check_unchanged(self) -> None:
-        """DataError where the file is another than when this was made."""
-        if version_of(self.path) != self._version:
-            raise changed_error(self.path)
-
-    def close(self) -> None:
-        with self.lock:
-            if self._descriptor is not None:
-                drop_pages(self._descriptor)
-                os.close(self._descriptor)
-                self._descriptor = None
+def read_span(path: Path, version: FileVersion | None, start: int, stop: int) -> bytes:
+    """The bytes of a file from `start` to `stop`; DataError where it has not this version now."""
+    descriptor = _open_version(path, version).fileno()
+    data = os.pread(descriptor, stop - start, start)
+    drop_pages(descriptor, 0, start or 1)
+    if len(data) < stop - start:
+        raise changed_error(path)
+    return data
