@@ -26,7 +26,6 @@ any pair may be a match; and at all words, for groups of more rows than that.
 import re
 import unicodedata
 import zlib
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from itertools import combinations, pairwise
@@ -112,32 +111,33 @@ class Groups:
         return sorted(group for group in groups.values() if len(group) > 1)
 
 
-class WordArrays(NamedTuple):
-    """The words of all n rows as numbers, each row between edges, one after another.
+class _Words(NamedTuple):
+    """The words of a row as numbers.
 
     Attributes:
-        words: uint32; four _BORDER stand between prompt and answer and four _EDGE between two rows,
-            so that no context has words of both sides.
-        starts, borders, stops: int64 [n], of each row its first word, its border, and the end.
-        numbers: uint32 [n], a hash of the numbers and operators of the prompt.
-        kinds: uint32 [n], a hash of what else is equal in near-duplicates.
+        padded: uint32; four _EDGE before and behind the row, and four _BORDER between prompt and
+            answer, so that no context has words of both sides.
+        border: index of the first _BORDER.
+        numbers: a hash of the numbers and operators of the prompt.
+        kind: a hash of what else is equal in near-duplicates.
     """
 
-    words: np.ndarray
-    starts: np.ndarray
-    borders: np.ndarray
-    stops: np.ndarray
-    numbers: np.ndarray
-    kinds: np.ndarray
+    padded: np.ndarray
+    border: int
+    numbers: int
+    kind: int
 
-    def row(self, i: int) -> np.ndarray:
-        return self.words[self.starts[i] : self.stops[i]]
+    @property
+    def row(self) -> np.ndarray:
+        return self.padded[_CONTEXT_WORDS:-_CONTEXT_WORDS]
 
-    def prompt(self, i: int) -> np.ndarray:
-        return self.words[self.starts[i] : self.borders[i]]
+    @property
+    def prompt(self) -> np.ndarray:
+        return self.padded[_CONTEXT_WORDS : self.border]
 
-    def answer(self, i: int) -> np.ndarray:
-        return self.words[self.borders[i] + _CONTEXT_WORDS : self.stops[i]]
+    @property
+    def answer(self) -> np.ndarray:
+        return self.padded[self.border + _CONTEXT_WORDS : -_CONTEXT_WORDS]
 
 
 def find_near_duplicates(
@@ -152,22 +152,26 @@ def find_near_duplicates(
     Returns:
         the rows of each group in order, groups by their first row.
     """
-    arrays = read_words(texts)
-    count = len(arrays.starts)
+    rows = [_read_words(text or _NO_TEXT) for text in texts]
+    count = len(rows)
     groups = Groups()
-    _join_equal(arrays, groups)
-    features = _Features(arrays, parts or [count])
-    check = _PairCheck(arrays, features)
+    _join_equal(rows, groups)
+    features = []
+    first = 0
+    for size in parts or [count]:
+        sets = [_features(row) for row in rows[first : first + size]]
+        features += _rarer(sets, max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_SHARE * size))
+        first += size
+    check = _PairCheck(rows, features)
     if count <= _MAX_ALL_PAIRS_ROWS:
         _join_matches(combinations(range(count), 2), check, groups)
         return groups.of_several()
-    rare = features.below(_RARE_ROWS)
-    for rows in _bands(rare):
-        _join_matches(combinations(rows, 2), check, groups)
-    for rows in _bands(features.sets):
-        if len(rows) <= _RARE_ROWS:
+    for alike in _bands(_rarer(features, _RARE_ROWS)):
+        _join_matches(combinations(alike, 2), check, groups)
+    for alike in _bands(features):
+        if len(alike) <= _RARE_ROWS:
             continue  # found by their rare words
-        pairs = list(pairwise(rows))
+        pairs = list(pairwise(alike))
         if _join_matches(pairs[:_TRIED_PAIRS], check, groups):
             _join_matches(pairs[_TRIED_PAIRS:], check, groups)
     return groups.of_several()
@@ -188,117 +192,62 @@ def _join_matches(pairs: Iterable[Pair], check: "_PairCheck", groups: Groups) ->
 # Words ------------------------------------------------------------------------------------------
 
 
-def read_words(texts: Iterable[RowText | None]) -> WordArrays:
-    """The words of rows as hashes; a row that is None has no word."""
-    hashes: dict[str, int] = {}
-    words = array("I", [_EDGE] * _CONTEXT_WORDS)
-    starts, borders, stops = array("q"), array("q"), array("q")
-    numbers = array("I")
-    kinds = array("I")
+_NO_TEXT = RowText("", "", is_answered=False)
 
-    def add(text: str) -> list[str]:
-        row_words = words_of(text)
-        for word in row_words:
-            value = hashes.get(word)
-            if value is None:
-                value = max(_FIRST_WORD, zlib.crc32(word.encode("utf-8", "surrogatepass")))
-                hashes[word] = value
-            words.append(value)
-        return row_words
 
-    for text in texts:
-        starts.append(len(words))
-        prompt = add(text.prompt) if text else []
-        borders.append(len(words))
-        words.extend([_BORDER] * _CONTEXT_WORDS)
-        answer = add(text.answer) if text else []
-        stops.append(len(words))
-        words.extend([_EDGE] * _CONTEXT_WORDS)
-        # Plain text has no prompt: its own numbers tell it from others.
-        counted = answer if text and text.is_plain else prompt
-        figures = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
-        numbers.append(zlib.crc32(figures.encode()))
-        kinds.append(_kind_of(text) if text else 0)
-    return WordArrays(
-        words=np.frombuffer(words, np.uint32),
-        starts=np.array(starts, np.int64),
-        borders=np.array(borders, np.int64),
-        stops=np.array(stops, np.int64),
-        numbers=np.array(numbers, np.uint32),
-        kinds=np.array(kinds, np.uint32),
+def _read_words(text: RowText) -> _Words:
+    prompt = words_of(text.prompt)
+    answer = words_of(text.answer)
+    edge = [_EDGE] * _CONTEXT_WORDS
+    border = [_BORDER] * _CONTEXT_WORDS
+    padded = [*edge, *map(_hash32, prompt), *border, *map(_hash32, answer), *edge]
+    # Plain text has no prompt: its own numbers tell it from others.
+    counted = answer if text.is_plain else prompt
+    numbers = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
+    kind = f"{text.tools}\n{text.is_good}\n{' '.join(words_of(text.chosen))}"
+    return _Words(
+        padded=np.array(padded, np.uint32),
+        border=_CONTEXT_WORDS + len(prompt),
+        numbers=_hash32(numbers),
+        kind=_hash32(kind),
     )
 
 
-def _kind_of(text: RowText) -> int:
-    """A hash of a row's tools and label, and of the words of a pair's chosen answer."""
-    described = f"{text.tools}\n{text.is_good}\n{' '.join(words_of(text.chosen))}"
-    return zlib.crc32(described.encode("utf-8", "surrogatepass"))
+def _hash32(text: str) -> int:
+    return max(_FIRST_WORD, zlib.crc32(text.encode("utf-8", "surrogatepass")))
 
 
-def _join_equal(arrays: WordArrays, groups: Groups) -> None:
+def _join_equal(rows: Sequence[_Words], groups: Groups) -> None:
     """Join the rows of the same words in the same order that teach the same."""
     firsts: dict[tuple[int, bytes], int] = {}
-    for row in range(len(arrays.starts)):
-        words = arrays.row(row)
-        if len(words) > _CONTEXT_WORDS:  # more than the border
-            first = firsts.setdefault((int(arrays.kinds[row]), words.tobytes()), row)
-            if first != row:
-                groups.join(first, row)
+    for i, words in enumerate(rows):
+        if len(words.row) > _CONTEXT_WORDS:  # more than the border
+            first = firsts.setdefault((words.kind, words.row.tobytes()), i)
+            if first != i:
+                groups.join(first, i)
 
 
 # Features ---------------------------------------------------------------------------------------
 
 
-class RowSets(NamedTuple):
-    """A set of numbers for each row, one after another.
+def _features(words: _Words) -> np.ndarray:
+    """uint32, sorted: the words and pairs of neighboring words of a row; none of a short one."""
+    sides = (words.prompt, words.answer)
+    if sum(map(len, sides)) < MIN_WORDS:
+        return np.zeros(0, np.uint32)
+    # Mixed, so that a pair in another order is another feature.
+    first, second = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)
+    pairs = [(side[:-1] * first) ^ (side[1:] * second) for side in sides]
+    return np.unique(np.concatenate([*sides, *pairs]))
 
-    Attributes:
-        values: uint32, each row's in ascending order, without repetition.
-        offsets: int64 [n + 1].
+
+def _rarer(sets: Sequence[np.ndarray], most: float) -> list[np.ndarray]:
+    """The sets without the values that more than `most` of them have.
+
+    Values are counted by their first 24 bits; two may share a count.
     """
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def row(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    def where(self, is_kept: np.ndarray) -> "RowSets":
-        """The sets without the values that are not kept (bool, one for each of `values`)."""
-        counts = np.concatenate([[0], np.cumsum(is_kept)])
-        return RowSets(self.values[is_kept], counts[self.offsets])
-
-
-class _Features:
-    """The words and pairs of words of each row, and in how many rows each of them is."""
-
-    # Counted in a table of this many places; rows of two features may share one.
-    _COUNT_BITS = 24
-
-    def __init__(self, arrays: WordArrays, parts: Sequence[int]) -> None:
-        sets = _feature_sets(arrays)
-        is_template = np.zeros(len(sets.values), bool)
-        first = 0
-        for rows in parts:
-            span = slice(int(sets.offsets[first]), int(sets.offsets[first + rows]))
-            counts = self._counts(sets.values[span])
-            is_template[span] = counts > max(MIN_TEMPLATE_ROWS, MAX_TEMPLATE_SHARE * rows)
-            first += rows
-        self.sets = sets.where(~is_template)
-
-    def _counts(self, values: np.ndarray) -> np.ndarray:
-        """Count the rows that have each value."""
-        places = values >> (32 - self._COUNT_BITS)
-        return np.bincount(places, minlength=1)[places]
-
-    def below(self, rows: int) -> RowSets:
-        """Those that no more rows have."""
-        return self.sets.where(self._counts(self.sets.values) <= rows)
-
-    def jaccard(self, one: int, other: int) -> float:
-        """The Jaccard index of two rows; 0 where one has nothing but words of templates."""
-        sets = [self.sets.row(row) for row in (one, other)]
-        return jaccard(*sets) if all(map(len, sets)) else 0.0
+    counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *sets]) >> 8, minlength=1 << 24)
+    return [values[counts[values >> 8] <= most] for values in sets]
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
@@ -310,36 +259,15 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return shared / (len(both) - shared)
 
 
-def _feature_sets(arrays: WordArrays) -> RowSets:
-    """The words and pairs of neighboring words of each row."""
-    words = arrays.words
-    # Mixed, so that a pair in another order is another feature.
-    pairs = (words[:-1] * np.uint32(0x9E3779B1)) ^ (words[1:] * np.uint32(0x85EBCA6B))
-    is_word = words >= _FIRST_WORD
-    is_pair = is_word[:-1] & is_word[1:]
-    sets = [np.zeros(0, np.uint32)]
-    offsets = [0]
-    for start, stop in zip(arrays.starts.tolist(), arrays.stops.tolist(), strict=True):
-        if np.count_nonzero(is_word[start:stop]) >= MIN_WORDS:
-            # A row's last word has no neighbor in it.
-            row_words = words[start:stop][is_word[start:stop]]
-            row_pairs = pairs[start : stop - 1][is_pair[start : stop - 1]]
-            sets.append(np.unique(np.concatenate([row_words, row_pairs])))
-            offsets.append(offsets[-1] + len(sets[-1]))
-        else:
-            offsets.append(offsets[-1])
-    return RowSets(np.concatenate(sets), np.array(offsets, np.int64))
-
-
-def _bands(sets: RowSets) -> Iterator[list[int]]:
+def _bands(sets: Sequence[np.ndarray]) -> Iterator[list[int]]:
     """Rows whose sets have equal hashes in one band, each list in order."""
     from datasketch import MinHash
 
-    rows = np.flatnonzero(np.diff(sets.offsets))
+    rows = np.flatnonzero([len(values) for values in sets])
     signatures = np.empty((len(rows), _BANDS * _BAND_HASHES), np.uint32)
     # The scheme is named: another one would find other pairs, and draw other rows.
     sketches = MinHash.generator(
-        (sets.row(row).tolist() for row in rows.tolist()),
+        (sets[row].tolist() for row in rows.tolist()),
         num_perm=_BANDS * _BAND_HASHES,
         seed=1,
         hashfunc=int,
@@ -365,40 +293,38 @@ def _bands(sets: RowSets) -> Iterator[list[int]]:
 class _PairCheck:
     """A check that two rows are near-duplicates, by the rules at the top of this file."""
 
-    def __init__(self, arrays: WordArrays, features: _Features) -> None:
-        self._arrays = arrays
+    def __init__(self, rows: Sequence[_Words], features: Sequence[np.ndarray]) -> None:
+        self._rows = rows
         self._features = features
         # Pairs that fill in a blank, which takes longest to find out: many bands have them again.
         self._rejected: set[Pair] = set()
-        words = arrays.words
+        # One edge between two rows.
+        edge = np.full(_CONTEXT_WORDS, _EDGE, np.uint32)
+        words = np.concatenate([*(row.padded[:-_CONTEXT_WORDS] for row in rows), edge])
         self._blanks_after = _blank_contexts(_contexts(words), words[_CONTEXT_WORDS:])
         back = words[::-1]
         self._blanks_before = _blank_contexts(_contexts(back), back[_CONTEXT_WORDS:])
 
     def __call__(self, one: int, other: int) -> bool:
-        arrays = self._arrays
-        if arrays.numbers[one] != arrays.numbers[other] or (one, other) in self._rejected:
+        a, b = self._rows[one], self._rows[other]
+        if (a.numbers, a.kind) != (b.numbers, b.kind) or (one, other) in self._rejected:
             return False
-        if arrays.kinds[one] != arrays.kinds[other]:
+        features = self._features[one], self._features[other]
+        # Some have nothing but words of templates.
+        if not all(map(len, features)) or jaccard(*features) < MIN_JACCARD:
             return False
-        if self._features.jaccard(one, other) < MIN_JACCARD:
+        if jaccard(np.unique(a.answer), np.unique(b.answer)) < MIN_ANSWER_JACCARD:
             return False
-        answers = [np.unique(arrays.answer(row)) for row in (one, other)]
-        prompts = [np.unique(arrays.prompt(row)) for row in (one, other)]
-        if jaccard(*answers) < MIN_ANSWER_JACCARD or jaccard(*prompts) < MIN_PROMPT_JACCARD:
+        if jaccard(np.unique(a.prompt), np.unique(b.prompt)) < MIN_PROMPT_JACCARD:
             return False
-        if self._differ_in_blank(one, other):
+        if self._differ_in_blank(a, b):
             self._rejected.add((one, other))
             return False
         return True
 
-    def _differ_in_blank(self, one: int, other: int) -> bool:
+    def _differ_in_blank(self, one: _Words, other: _Words) -> bool:
         """Tell whether two rows fill in a blank with texts that have less in common than not."""
-        words = self._arrays.words
-        matcher = SequenceMatcher(
-            None, self._arrays.row(one).tolist(), self._arrays.row(other).tolist(), autojunk=False
-        )
-        row = int(self._arrays.starts[one])
+        matcher = SequenceMatcher(None, one.row.tolist(), other.row.tolist(), autojunk=False)
         is_inside = False
         shared = 0
         differing = 0
@@ -406,23 +332,19 @@ class _PairCheck:
             if tag == "equal":
                 shared += stop - first
                 continue
-            if not is_inside and self._blank_begins(words, row + first):
+            # The words before the place, and those behind it, backwards.
+            before = one.padded[first : first + _CONTEXT_WORDS]
+            behind = one.padded[stop + _CONTEXT_WORDS : stop + 2 * _CONTEXT_WORDS][::-1]
+            if not is_inside and int(_contexts(before)[0]) in self._blanks_after:
                 is_inside = True
                 shared = 0
                 differing = 0
             differing += max(stop - first, stop_other - first_other)
-            if is_inside and self._blank_ends(words, row + stop):
+            if is_inside and int(_contexts(behind)[0]) in self._blanks_before:
                 if shared <= differing:
                     return True
                 is_inside = False
         return False
-
-    def _blank_begins(self, words: np.ndarray, at: int) -> bool:
-        return int(_contexts(words[at - _CONTEXT_WORDS : at])[0]) in self._blanks_after
-
-    def _blank_ends(self, words: np.ndarray, at: int) -> bool:
-        back = words[at : at + _CONTEXT_WORDS][::-1]
-        return int(_contexts(back)[0]) in self._blanks_before
 
 
 def _contexts(words: np.ndarray) -> np.ndarray:

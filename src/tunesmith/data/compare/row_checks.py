@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 from tunesmith.config.schema import RowFault, Source
 from tunesmith.data.compare.near_duplicates import find_near_duplicates, words_of
-from tunesmith.data.compare.row_texts import RowText, limits, read_texts, sampled_rows
+from tunesmith.data.compare.row_texts import RowText, by_source, limits, read_texts, sampled_rows
 from tunesmith.data.source.open_source import Rows
 from tunesmith.host.files import measure_once
 
@@ -255,13 +255,7 @@ def _key(what: str, sources: SourceRows) -> list[Any]:
 
 def _counts_by_source(sources: SourceRows, indices: range) -> list[int]:
     """Count the indices of each source."""
-    counts = []
-    first = 0
-    for _, rows in sources:
-        stop = first + len(rows)
-        counts.append(len(range(-(-first // indices.step), -(-stop // indices.step))))
-        first = stop
-    return counts
+    return [len(indices_of_source) for _, _, indices_of_source in by_source(sources, indices)]
 
 
 def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = None) -> RowFindings:
@@ -455,9 +449,8 @@ class _Languages:
 
     def __init__(self) -> None:
         self._scripts: dict[str, list[int]] = {}
-        # Beginnings of rows, until their number says whether a language can be rare.
-        self._languages: dict[str, list[int]] = {}
-        self._few: list[tuple[int, str]] = []
+        # Beginnings of rows: their number says whether a language can be rare.
+        self._samples: list[tuple[int, str]] = []
 
     def add(self, row: int, text: RowText) -> None:
         sample = text.answer[:LANGUAGE_CHARACTERS]
@@ -466,27 +459,21 @@ class _Languages:
         script = script_of(sample)
         if script:
             self._scripts.setdefault(script, []).append(row)
-        if sum(map(str.isalpha, sample)) < MIN_LANGUAGE_LETTERS:
-            return
-        # The model of languages takes half a second to load: a few rows do not need it.
-        self._few.append((row, sample))
-        if len(self._few) >= MIN_LANGUAGE_ROWS:
-            self._identify()
-
-    def _identify(self) -> None:
-        for row, sample in self._few:
-            language = language_of(sample)
-            if language:
-                self._languages.setdefault(language, []).append(row)
-        self._few = []
+        if sum(map(str.isalpha, sample)) >= MIN_LANGUAGE_LETTERS:
+            self._samples.append((row, sample))
 
     def rare(self) -> dict[str, list[int]]:
         """Language or script -> rows; a row in a rare script is listed by that."""
         rare = _rare(self._scripts, MIN_SCRIPT_ROWS)
         listed = set(chain.from_iterable(rare.values()))
-        if self._languages:
-            self._identify()
-        for name, rows in _rare(self._languages, MIN_LANGUAGE_ROWS).items():
+        languages: dict[str, list[int]] = {}
+        # The model of languages takes half a second to load: a few rows do not need it.
+        if len(self._samples) >= MIN_LANGUAGE_ROWS:
+            for row, sample in self._samples:
+                language = language_of(sample)
+                if language:
+                    languages.setdefault(language, []).append(row)
+        for name, rows in _rare(languages, MIN_LANGUAGE_ROWS).items():
             others = [row for row in rows if row not in listed]
             if others:
                 rare[name] = others

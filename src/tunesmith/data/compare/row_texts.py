@@ -96,17 +96,22 @@ def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterat
 
     Tokenization, which reads every row, names that one with its fault.
     """
-    first = 0
-    for source, rows in sources:
-        stop = first + len(rows)
-        # The first index of the range that is not below this source.
-        start = first + -(first - indices.start) % indices.step
-        for i in range(start, min(stop, indices.stop), indices.step):
+    for source, rows, own in by_source(sources, indices):
+        for i in own:
             try:
-                yield row_text(rows[i - first], source)
+                yield row_text(rows[i], source)
             except DataError:
                 yield None
-        first = stop
+
+
+def by_source(
+    sources: Sequence[tuple[Source, Rows]], indices: range
+) -> Iterator[tuple[Source, Rows, range]]:
+    """Each source with those of some indices over all sources that are its own, from 0."""
+    first = 0
+    for source, rows in sources:
+        yield source, rows, range(-first % indices.step, len(rows), indices.step)
+        first += len(rows)
 
 
 def row_text(values: Row, source: Source) -> RowText:
