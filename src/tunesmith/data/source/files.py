@@ -209,10 +209,10 @@ def _read_json_lines(path: Path) -> Table:
 
 def _read_json(path: Path) -> Table:
     """A JSON array of objects; a file of JSON lines named .json is read as such."""
+    if _has_object_a_line(path):
+        return _read_json_lines(path)
     size = path.stat().st_size
     if size * JSON_MEMORY > available_memory():
-        if _begins_with_object(path):
-            return _read_json_lines(path)
         output = new_name(path, f"{path.stem}.jsonl")
         raise DataError(
             f"the file of {size / 2**30:.1f} GiB does not fit in memory",
@@ -226,8 +226,6 @@ def _read_json(path: Path) -> Table:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         # ValueError itself stands for a number of too many digits.
-        if _has_object_a_line(text, error):
-            return _read_json_lines(path)
         raise _broken_json(path, text, error) from None
     if isinstance(rows, list) and rows:
         return _numbered_rows(path, rows)
@@ -247,18 +245,12 @@ def _read_json(path: Path) -> Table:
     raise DataError(what, where=str(path), why=why, fix=fix)
 
 
-def _begins_with_object(path: Path) -> bool:
+def _has_object_a_line(path: Path) -> bool:
+    """Tell whether a file begins with an object in one line, and goes on behind it."""
     with open_uncached(path) as file:
-        return file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
-
-
-def _has_object_a_line(text: str, error: Exception) -> bool:
-    """Tell whether a text that is not JSON, for this error, has an object a line."""
-    first_line_text, _, rest = text.strip().partition("\n")
-    if not first_line_text.startswith("{"):
-        return False
-    is_followed = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-    return is_followed or (first_line_text.rstrip().endswith("}") and bool(rest))
+        text = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).strip()
+    first, _, rest = text.partition(b"\n")
+    return first.startswith(b"{") and first.rstrip().endswith(b"}") and bool(rest)
 
 
 def _jq_key(key: str) -> str:

@@ -4,12 +4,11 @@ A large file is read in blocks, each a row that goes on in the next one (`Table.
 are cut where a paragraph, a line or at least a word ends, so that hardly a token is another one.
 """
 
-import bisect
 import codecs
 import hashlib
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tunesmith.data.source.table import (
     FileVersion,
@@ -17,6 +16,7 @@ from tunesmith.data.source.table import (
     changed_error,
     decode_text,
     file_digest,
+    read_span,
     unreadable_error,
     version_of,
 )
@@ -47,103 +47,69 @@ def read_text_file(path: Path) -> Table:
 
 def read_text_files(paths: Sequence[Path]) -> Table:
     """The documents of some files, in this order; those without text are `skipped`."""
-    documents = _Documents()
+    blocks: list[_Block] = []
     blank: list[Path] = []
     for path in paths:
         size = path.stat().st_size
         if size <= BLANK_BYTES and _is_blank(path):
             blank.append(path)
         else:
-            documents.add(path, size)
+            blocks += _find_blocks(path, size)
     skipped = ""
     if blank:
         names = ", ".join(from_here(path) for path in blank[:NAMES_SHOWN])
         skipped = f"{count_of(len(blank), 'file')} without text: {names}"
+    cut = list(dict.fromkeys(block.path.name for block in blocks if block.start))
+    layout = ""
+    if cut:
+        shown = ", ".join([*cut[:NAMES_SHOWN], *["..."] * (len(cut) > NAMES_SHOWN)])
+        size = BLOCK_BYTES >> 20
+        layout = f"read in blocks of {size} MiB that end with a paragraph or a line: {shown}"
+    versions = dict.fromkeys((block.path, block.version) for block in blocks)
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256()
+        for path, _ in versions:
+            digest.update(file_digest(path).encode())
+        return digest.hexdigest()
+
+    def check_unchanged() -> None:
+        for path, version in versions:
+            if version_of(path) != version:
+                raise changed_error(path)
+
     return Table(
-        len(documents),
-        documents.row,
-        documents.where,
-        documents.fingerprint,
-        documents.check_unchanged,
-        layout=documents.layout(),
-        continues=documents.continues,
+        len(blocks),
+        lambda i: blocks[i].row(),
+        lambda i: blocks[i].where,
+        fingerprint,
+        check_unchanged,
+        layout=layout,
+        continues=lambda i: i + 1 < len(blocks) and blocks[i + 1].start > 0,
         are_documents=True,
         skipped=skipped,
     )
 
 
-class _Documents:
-    """Rows that are files or blocks of files; of each its first byte and line are in memory."""
+class _Block(NamedTuple):
+    """A file, or a part of one: its bytes [start, stop), of which the first is in `line`."""
 
-    def __init__(self) -> None:
-        self._files: list[Path] = []
-        self._versions: list[FileVersion | None] = []
-        # Of each file, its size and its first row.
-        self._sizes = array("q")
-        self._first_rows = array("q")
-        self._starts = array("q")
-        self._lines = array("q")
+    path: Path
+    version: FileVersion | None
+    start: int
+    stop: int
+    line: int
 
-    def __len__(self) -> int:
-        return len(self._starts)
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.line}" if self.start else str(self.path)
 
-    def add(self, path: Path, size: int) -> None:
-        """Add a file of `size` bytes."""
-        self._files.append(path)
-        self._versions.append(version_of(path))
-        self._sizes.append(size)
-        self._first_rows.append(len(self))
-        for start, line in _find_blocks(path, size):
-            self._starts.append(start)
-            self._lines.append(line)
-
-    def _file_of(self, i: int) -> int:
-        return bisect.bisect_right(self._first_rows, i) - 1
-
-    def continues(self, i: int) -> bool:
-        return i + 1 < len(self) and self._starts[i + 1] > 0
-
-    def row(self, i: int) -> dict[str, str]:
-        n = self._file_of(i)
-        path = self._files[n]
-        start = self._starts[i]
-        stop = self._starts[i + 1] if self.continues(i) else self._sizes[n]
+    def row(self) -> dict[str, str]:
         try:
-            with open_uncached(path) as file:
-                file.seek(start)
-                data = file.read(stop - start)
+            data = read_span(self.path, self.version, self.start, self.stop)
         except OSError as error:
-            raise unreadable_error(path, error) from error
-        if len(data) < stop - start:
-            raise changed_error(path)
-        return {"text": _decode(path, data, self.where(i), start, self._lines[i])}
-
-    def where(self, i: int) -> str:
-        path = self._files[self._file_of(i)]
-        return f"{path}:{self._lines[i]}" if self._starts[i] else str(path)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._files:
-            digest.update(file_digest(path).encode())
-        return digest.hexdigest()
-
-    def check_unchanged(self) -> None:
-        for path, version in zip(self._files, self._versions, strict=True):
-            if version_of(path) != version:
-                raise changed_error(path)
-
-    def layout(self) -> str:
-        """Name the files that are read in blocks."""
-        names = []
-        for path, size in zip(self._files, self._sizes, strict=True):
-            if size > DOCUMENT_BYTES:
-                names.append(path.name)
-        if not names:
-            return ""
-        shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-        size = BLOCK_BYTES >> 20
-        return f"read in blocks of {size} MiB that end with a paragraph or a line: {shown}"
+            raise unreadable_error(self.path, error) from error
+        return {"text": _decode(self.path, data, self.where, self.start, self.line)}
 
 
 def _is_blank(path: Path) -> bool:
@@ -151,22 +117,22 @@ def _is_blank(path: Path) -> bool:
         return not file.read(BLANK_BYTES).removeprefix(codecs.BOM_UTF8).strip()
 
 
-def _find_blocks(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    """The first byte and the line of each block of a file; of a small file one block."""
-    yield 0, 1
-    if size <= DOCUMENT_BYTES:
-        return
+def _find_blocks(path: Path, size: int) -> Iterator[_Block]:
+    """The blocks of a file; of a small file one."""
+    version = version_of(path)
     start = 0
     line = 1
-    with open_uncached(path) as file:
-        while size - start > BLOCK_BYTES:
-            file.seek(start)
-            block = file.read(BLOCK_BYTES)
-            length = _length_of_block(block)
-            start += length
-            line += block.count(b"\n", 0, length)
-            drop_pages(file.fileno(), 0, start)
-            yield start, line
+    if size > DOCUMENT_BYTES:
+        with open_uncached(path) as file:
+            while size - start > BLOCK_BYTES:
+                file.seek(start)
+                block = file.read(BLOCK_BYTES)
+                length = _length_of_block(block)
+                yield _Block(path, version, start, start + length, line)
+                start += length
+                line += block.count(b"\n", 0, length)
+                drop_pages(file.fileno(), 0, start)
+    yield _Block(path, version, start, size, line)
 
 
 def _length_of_block(block: bytes) -> int:
