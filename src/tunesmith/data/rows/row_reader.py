@@ -6,7 +6,7 @@ What nothing reads is remembered, so that the user is told of it.
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -118,20 +118,20 @@ def guess_columns(
     """
     free = {plain(column): column for column in columns}
     guessed: dict[str, str] = {}
-    for name in [name for name in needed if name in meant]:
-        near = nearest(plain(meant[name]), free, cutoff=MIN_NAME_SIMILARITY)
-        if near:
-            guessed[name] = free.pop(near)
-    for name, usual_names in needed.items():
-        if name in guessed:
-            continue
-        usual = next((key for key in free if key in usual_names), None)
-        if usual is not None:
-            guessed[name] = free.pop(usual)
-    for name in [name for name in needed if name not in guessed]:
-        near = nearest(name, free, cutoff=MIN_NAME_SIMILARITY)
-        if near:
-            guessed[name] = free.pop(near)
+
+    def near(name: str) -> str | None:
+        return nearest(name, free, cutoff=MIN_NAME_SIMILARITY)
+
+    ways: tuple[Callable[[str], str | None], ...] = (
+        lambda name: near(plain(meant[name])) if name in meant else None,
+        lambda name: next((key for key in free if key in needed[name]), None),
+        near,
+    )
+    for find in ways:
+        for name in needed:
+            key = None if name in guessed else find(name)
+            if key:
+                guessed[name] = free.pop(key)
     missing = [name for name in needed if name not in guessed]
     others = [column for column in texts if column in free.values()]
     picked = sorted(others[: len(missing)], key=columns.index)

@@ -145,14 +145,6 @@ class Template:
         parts = [_DESCRIPTIONS.get(self.name, f"{self.name}: a chat template from a file")]
         if builtin_templates.HERMES in (self.jinja or ""):
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
-        chat = self.chat
-        form = chat.traits.form
-        if form.thought_tags is not None:
-            parts.append(f"thoughts stand in the answer, after {form.thought_tags[0].strip()}")
-        elif form.thought_key != "reasoning_content":
-            parts.append(f"thoughts are given as {form.thought_key}")
-        if form.text_arguments:
-            parts.append("arguments of tool calls are given as JSON text")
         arguments, _ = split_arguments(self.jinja or "")
         for argument, value in arguments.items():
             parts.append(
@@ -166,16 +158,11 @@ class Template:
             )
         ends = [repr(self.tokenizer.decode([id_])) for id_ in sorted(self.end_ids)]
         parts.append(f"answers end with {', '.join(ends)}")
-        if chat.ends.earlier:
-            earlier = ", ".join(map(repr, chat.ends.earlier))
+        if self.chat.ends.earlier:
+            earlier = ", ".join(map(repr, self.chat.ends.earlier))
             parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
-        if chat.ends.next_turn:
-            tokens = ", ".join(map(repr, chat.ends.next_turn.values()))
-            parts.append(f"the last one ends with the next turn's {tokens}")
-        if chat.tagged:
-            parts.append("loss mask by its {% generation %} blocks")
-        else:
-            parts.append("loss mask by sentinels")
+        blocks = "its {% generation %} blocks"
+        parts.append(f"loss mask by {blocks if self.chat.tagged else 'sentinels'}")
         return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
