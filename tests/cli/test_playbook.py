@@ -252,7 +252,7 @@ def test_text_and_mask_are_theirs(row: dict[str, str], bos: bool) -> None:
             tokenizer,
             [tokenizer.eos_token_id],
         )
-        sample = convert_row(row, source, where="row")
+        [sample] = convert_row(row, source, where="row").samples
         example = template.encode(sample, train_on, where="row")
         assert tokenizer.decode(example.ids) == text + "<|im_end|>"
         if supervised is None:

@@ -21,7 +21,9 @@ RESULT = {"role": "tool", "content": "3"}
 
 
 def form(row: dict[str, Any], kind: str, **columns: str) -> Any:
-    return convert_row(row, Source(source="x", format=kind, columns=columns), where="x row 1")  # type: ignore[arg-type]
+    return convert_row(
+        row, Source(source="x", format=kind, columns=columns), where="x row 1"
+    ).samples[0]  # type: ignore[arg-type]
 
 
 def turns(*pairs: tuple[str, Any], **columns: Any) -> dict[str, Any]:
@@ -222,7 +224,9 @@ def test_a_system_message_for_conversations_without_one() -> None:
     system = {"role": "system", "content": "S"}
 
     def made(row: dict[str, Any], name: Any) -> Any:
-        return convert_row(row, Source(source="x", format=name), where="row 1", system="S")
+        return convert_row(row, Source(source="x", format=name), where="row 1", system="S").samples[
+            0
+        ]
 
     assert made({"messages": [U, A]}, "messages").messages == [system, U, A]
     own = {"role": "system", "content": "own"}

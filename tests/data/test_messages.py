@@ -22,7 +22,8 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": CALLS}
 
 
 def read(row: Row, form: Any = "messages", **columns: str) -> Any:
-    return convert_row(row, Source(source="x", format=form, columns=columns), where="x row 1")
+    source = Source(source="x", format=form, columns=columns)
+    return convert_row(row, source, where="x row 1").samples[0]
 
 
 def unread(row: Row, form: Any = "messages") -> set[str]:
@@ -316,9 +317,9 @@ def test_json_text_of_messages_is_read() -> None:
     as_text = {"prompt": json.dumps([U]), "completion": json.dumps(A)}
     assert read(as_text, "prompt-completion") == expected
     pair = {"chosen": json.dumps([U, A]), "rejected": json.dumps([U, {**A, "content": "4"}])}
-    assert read(pair, "preference").chosen == expected
+    assert read(pair, "preference") == expected
     labeled = {"prompt": json.dumps(as_turns([U])), "completion": "3", "label": True}
-    assert read(labeled, "feedback").answer == expected
+    assert read(labeled, "feedback") == expected
     with refuses(DataError, names=["prompt", "Python"]):
         read({"prompt": str([U]), "completion": "3"}, "prompt-completion")
 
@@ -342,14 +343,14 @@ def test_a_column_that_serves_as_another_is_read_once() -> None:
     labeled = read(
         {"input": "q", "output": "c", "label": 1}, "feedback", prompt="input", completion="output"
     )
-    assert labeled.answer == Completion("q", "c")
+    assert labeled == Completion("q", "c")
     pair = read({"input": "q", "chosen": "c", "rejected": "r"}, "preference", prompt="input")
-    assert pair.chosen.prompt == "q"
+    assert pair.prompt == "q"
 
 
 def test_columns_that_are_named_win_over_messages() -> None:
     row = {"question": "q", "completion": "c", "label": True, "messages": [U, A]}
-    assert read(row, "feedback", prompt="question").answer == Completion("q", "c")
+    assert read(row, "feedback", prompt="question") == Completion("q", "c")
 
 
 @pytest.mark.parametrize("key", ["Thinking", "reasoningContent", "reasoning content"])

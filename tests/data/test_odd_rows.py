@@ -14,7 +14,6 @@ from errors import holds, refuses
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import Detected, detect
 from tunesmith.data.rows.formats import convert_row, read_label
-from tunesmith.data.rows.samples import Feedback
 from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
@@ -142,7 +141,7 @@ def test_labels_of_a_csv_file(write: Callable[[str, str], str]) -> None:
     assert detect(rows, source).format == "feedback"
     source = Source(source=source.source, format="feedback")
     samples = [convert_row(rows[i], source, where=rows.where(i)) for i in range(2)]
-    assert [sample.is_good for sample in samples if isinstance(sample, Feedback)] == [True, False]
+    assert [sample.is_good for sample in samples] == [True, False]
 
 
 @pytest.mark.parametrize("row", [{**PAIR, "label": 0}, {**CHAT, "kto_tag": "bad"}])
@@ -224,8 +223,7 @@ def test_the_input_of_pairs_and_labeled_answers_is_read(row: Row) -> None:
     layout = found([row] * 2)
     assert set(layout.columns.values()) == row.keys()
     source = Source(source="rows", format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
-    sample: Any = convert_row(row, source, where="r")
-    answer = sample.answer if isinstance(sample, Feedback) else sample.chosen
+    answer: Any = convert_row(row, source, where="r").samples[0]
     assert answer.prompt == "x\nmore"
 
 
@@ -277,7 +275,7 @@ def _arguments(tmp_path: Path, *rows: Row) -> list[Any]:
     read = read_rows(source)
     arguments = []
     for i in range(len(read)):
-        sample: Any = convert_row(read[i], source, where=read.where(i))
+        sample: Any = convert_row(read[i], source, where=read.where(i)).samples[0]
         arguments.append(sample.messages[-1]["tool_calls"][0]["function"]["arguments"])
         assert sample.tools[0]["function"]["parameters"] == {"type": "object"}
     return arguments
@@ -321,7 +319,7 @@ def test_what_looks_like_a_chat_is_never_plain_text(row: Row) -> None:
 
 def test_roles_may_be_written_with_capitals() -> None:
     chat = [{**U, "role": "User"}, {**A, "role": "ASSISTANT"}]
-    sample: Any = convert_row({"messages": chat}, Source(source="rows"), where="r")
+    sample: Any = convert_row({"messages": chat}, Source(source="rows"), where="r").samples[0]
     assert sample.messages == [U, A]
 
 
@@ -344,8 +342,10 @@ def test_json_text_of_json_text_of_a_chat_is_read(chat: list[Row]) -> None:
     layout = found([row] * 3)
     assert layout.format == ("messages" if "role" in chat[0] else "sharegpt")
     source = Source(source="rows", format=layout.format, columns=layout.columns)  # type: ignore[arg-type]
-    sample: Any = convert_row(row, source, where="r")
+    sample: Any = convert_row(row, source, where="r").samples[0]
     assert sample.messages == [U, A]
     twice = {"prompt": json.dumps(json.dumps([U])), "completion": json.dumps([A])}
-    sample = convert_row(twice, Source(source="rows", format="prompt-completion"), where="r")
+    sample = convert_row(
+        twice, Source(source="rows", format="prompt-completion"), where="r"
+    ).samples[0]
     assert sample.messages == [U, A]

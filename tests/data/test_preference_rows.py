@@ -14,7 +14,7 @@ from conftest import byte_tokenizer
 from errors import refuses
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.rows.samples import Completion, Conversation, Feedback, Pair
+from tunesmith.data.rows.samples import Completion, Conversation
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.tokens.contract import Contract, check_tokens
@@ -80,10 +80,10 @@ CHATS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CHATS)
 def test_pairs_of_chats_become_two_conversations_with_one_prompt(name: str) -> None:
     sample = pair(**CHATS[name])
-    assert isinstance(sample, Pair)
-    assert messages(sample.chosen) == CHAT
-    assert messages(sample.rejected) == OTHER_CHAT
-    for answer in (sample.chosen, sample.rejected):
+    chosen, rejected = sample.samples
+    assert messages(chosen) == CHAT
+    assert messages(rejected) == OTHER_CHAT
+    for answer in (chosen, rejected):
         assert isinstance(answer, Conversation)
         assert answer.prompt_messages == 1
         assert bool(answer.tools) == (name == "tools-as-text")
@@ -91,24 +91,28 @@ def test_pairs_of_chats_become_two_conversations_with_one_prompt(name: str) -> N
 
 def test_pairs_of_texts_stay_texts() -> None:
     sample = pair(prompt=PROMPT, chosen="3", rejected="three", system="Be brief.")
-    assert sample == Pair(
-        Completion(PROMPT, "3", "Be brief."), Completion(PROMPT, "three", "Be brief.")
+    assert sample.samples == (
+        Completion(PROMPT, "3", "Be brief."),
+        Completion(PROMPT, "three", "Be brief."),
     )
     shared = pair(chosen="Q: 1 + 2? A: 3", rejected="Q: 1 + 2? A: three")
-    assert shared == Pair(Completion("Q: 1 + 2? A: ", "3"), Completion("Q: 1 + 2? A: ", "three"))
+    assert shared.samples == (
+        Completion("Q: 1 + 2? A: ", "3"),
+        Completion("Q: 1 + 2? A: ", "three"),
+    )
 
 
 def test_a_system_column_joins_the_prompt() -> None:
     sample = pair(prompt=[U], chosen=[GOOD], rejected=[BAD], system="Be brief.")
-    assert messages(sample.chosen)[0] == ("system", "Be brief.")
-    assert sample.chosen.prompt_messages == 2
+    assert messages(sample.samples[0])[0] == ("system", "Be brief.")
+    assert sample.samples[0].prompt_messages == 2
 
 
 def test_earlier_answers_belong_to_the_prompt() -> None:
     later = {"role": "user", "content": "and 3?"}
     sample = pair(chosen=[U, GOOD, later, GOOD], rejected=[U, GOOD, later, BAD])
-    assert sample.chosen.prompt_messages == 3
-    assert sample.chosen.supervised() == [GOOD]
+    assert sample.samples[0].prompt_messages == 3
+    assert sample.samples[0].supervised() == [GOOD]
 
 
 @pytest.mark.parametrize(
@@ -124,13 +128,12 @@ def test_earlier_answers_belong_to_the_prompt() -> None:
 @pytest.mark.parametrize("label", [True, False, 1, 0])
 def test_feedback_is_an_answer_and_whether_it_is_good(row: dict[str, Any], label: Any) -> None:
     sample = feedback(**row, label=label)
-    assert isinstance(sample, Feedback)
     assert sample.is_good == bool(label)
-    if isinstance(sample.answer, Completion):
-        assert sample.answer == Completion("1 + 2?", "3")
+    if isinstance(sample.samples[0], Completion):
+        assert sample.samples[0] == Completion("1 + 2?", "3")
     else:
-        assert messages(sample.answer) == CHAT
-        assert sample.answer.prompt_messages == 1
+        assert messages(sample.samples[0]) == CHAT
+        assert sample.samples[0].prompt_messages == 1
 
 
 BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word that tells it

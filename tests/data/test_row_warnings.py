@@ -261,7 +261,8 @@ def test_a_turn_that_is_not_trained_is_context_only(say: dict[str, Any]) -> None
     turns = [{"from": m["role"], "value": m["content"]} for m in plain]
 
     def learnt(row: dict[str, Any], form: Any, train_on: Any) -> tuple[str, list[int]]:
-        sample = convert_row(row, Source(source="x", format=form), where="r", system="Be.")
+        source = Source(source="x", format=form)
+        [sample] = convert_row(row, source, where="r", system="Be.").samples
         example = template.encode(sample, train_on, where="r")
         return tokenizer.decode(example.ids[example.trained]), example.ids.tolist()
 

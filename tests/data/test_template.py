@@ -216,9 +216,8 @@ def test_last_and_all(smollm2_tokenizer: Any) -> None:
 def test_given_messages_are_not_supervised(smollm2_tokenizer: Any) -> None:
     template = Template(smollm2_tokenizer, {2}, jinja=smollm2_tokenizer.chat_template, name="chat")
     row = {"prompt": [user("a"), answer("b"), user("c")], "completion": [answer("d")]}
-    sample = convert_row(
-        row, Source(source="x", format="prompt-completion"), where="r", system="Be."
-    )
+    source = Source(source="x", format="prompt-completion")
+    [sample] = convert_row(row, source, where="r", system="Be.").samples
     example = template.encode(sample, "response", where="r")
     assert smollm2_tokenizer.decode(example.ids[example.trained]) == "d<|im_end|>"
     assert "system\nBe.<|im_end|>" in smollm2_tokenizer.decode(example.ids)

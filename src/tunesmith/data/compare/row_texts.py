@@ -13,12 +13,9 @@ from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
-    Feedback,
     Message,
-    Pair,
     Sample,
     Text,
-    samples_of,
 )
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
@@ -117,7 +114,7 @@ def by_source(
 def row_text(values: Row, source: Source) -> RowText:
     """The text of one row; DataError where it is not of the source's format."""
     row = convert_row(values, source, where="")
-    sample, *others = samples_of(row)
+    sample, *others = row.samples
     prompt, answer = _prompt_and_answer(sample)
     chosen = ""
     for rejected in others:
@@ -129,12 +126,12 @@ def row_text(values: Row, source: Source) -> RowText:
     return RowText(
         _ends(prompt),
         _ends(answer),
-        is_answered=not isinstance(row, Pair | Feedback | Text),
+        is_answered=row.is_answered,
         tools=tools,
-        is_plain=isinstance(row, Text),
+        is_plain=isinstance(sample, Text),
         answer_length=len(answer),
         chosen=_ends(chosen),
-        is_good=row.is_good if isinstance(row, Feedback) else None,
+        is_good=row.is_good,
     )
 
 

@@ -8,9 +8,8 @@ learned) is refused, by its place; what nothing knows is counted.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from tunesmith.config.row_formats import ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
@@ -32,9 +31,8 @@ from tunesmith.data.rows.row_reader import HARMLESS_COLUMNS, RowReader, is_absen
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
-    Feedback,
     Message,
-    Pair,
+    RowSamples,
     Sample,
     Text,
     with_system,
@@ -49,7 +47,7 @@ def convert_row(
     system: str | None = None,
     unread: set[str] | None = None,
     is_trained: bool = True,
-) -> Sample | Pair | Feedback:
+) -> RowSamples:
     """Convert one row.
 
     Args:
@@ -62,43 +60,34 @@ def convert_row(
             say how an answer is trained on, are then no fault.
     """
     reader = RowReader(row, source, where)
-    sample = _ROW_READERS[source.format](reader)
+    samples = _ROW_READERS[source.format](reader)
+    row_samples = RowSamples(tuple(samples), reader.is_good)
     if is_trained:
         check_row_marks(reader)
-        if not isinstance(sample, Pair | Feedback | Text):
+        if row_samples.is_answered:
             _check_no_bad_label(reader)
     if unread is not None:
         unread |= reader.unread
-        texts = _texts_of(sample.messages) if isinstance(sample, Conversation) else []
+        texts = [
+            text for s in samples if isinstance(s, Conversation) for text in _texts_of(s.messages)
+        ]
         for column, value in reader.unread_columns().items():
             # Many chats have their first question in a column of its own, too.
             is_repeated = isinstance(value, str) and value.strip() in texts
             if plain(column) not in HARMLESS_COLUMNS and not is_repeated:
                 unread.add(column)
-    if isinstance(sample, Pair):
-        chosen = _complete(reader, sample.chosen, system)
-        return Pair(chosen, _complete(reader, sample.rejected, system))
-    if isinstance(sample, Feedback):
-        return replace(sample, answer=_complete(reader, sample.answer, system))
-    return _complete(reader, sample, system)
+    completed = tuple(_complete(reader, sample, system) for sample in samples)
+    return replace(row_samples, samples=completed)
 
 
 def convert_sample(
     row: Mapping[str, object], source: Source, *, where: str, system: str | None = None
 ) -> Sample:
-    """Convert a row as `convert_row`; of a pair the chosen answer, of feedback the answer."""
-    sample = convert_row(row, source, where=where, system=system, is_trained=False)
-    if isinstance(sample, Pair):
-        return sample.chosen
-    if isinstance(sample, Feedback):
-        return sample.answer
-    return sample
+    """Convert a row as `convert_row`; of a pair the chosen answer."""
+    return convert_row(row, source, where=where, system=system, is_trained=False).samples[0]
 
 
-_AnySample = TypeVar("_AnySample", bound=Sample)
-
-
-def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _AnySample:
+def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
     """The sample with the recipe's system message and its untrained turns, in a checked order."""
     if isinstance(sample, Completion):
         return sample if sample.system is not None else replace(sample, system=system)
@@ -110,10 +99,7 @@ def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _Any
     if prompt_messages:
         # A system message in front of them is part of the prompt.
         prompt_messages += len(messages) - len(sample.messages)
-    untrained = set()
-    for i, message in enumerate(messages):
-        if not message.pop("train", True):
-            untrained.add(i)
+    untrained = [i for i, message in enumerate(messages) if not message.pop("train", True)]
     return replace(
         sample,
         messages=messages,
@@ -122,7 +108,7 @@ def _complete(reader: RowReader, sample: _AnySample, system: str | None) -> _Any
     )
 
 
-_Reader = Callable[[RowReader], Sample | Pair | Feedback]
+_Reader = Callable[[RowReader], Sequence[Sample]]
 _ROW_READERS: dict[FormatName, _Reader] = {}
 
 
@@ -137,7 +123,7 @@ def _reads(name: FormatName) -> Callable[[_Reader], _Reader]:
 
 
 @_reads("alpaca")
-def _alpaca(row: RowReader) -> Sample:
+def _alpaca(row: RowReader) -> list[Sample]:
     instruction = _no_messages(row, row.required("instruction"), "instruction")
     output = _no_messages(row, row.required("output"), "output")
     extra = row.optional("input")
@@ -161,8 +147,8 @@ def _alpaca(row: RowReader) -> Sample:
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": output})
     if is_single_turn:
-        return Conversation(messages, instruction=(instruction, extra_text, output))
-    return Conversation(messages)
+        return [Conversation(messages, instruction=(instruction, extra_text, output))]
+    return [Conversation(messages)]
 
 
 def _no_messages(row: RowReader, value: object, column: str) -> str:
@@ -174,24 +160,24 @@ def _no_messages(row: RowReader, value: object, column: str) -> str:
 
 
 @_reads("messages")
-def _messages(row: RowReader) -> Sample:
+def _messages(row: RowReader) -> list[Sample]:
     return _chat(row, "messages", MESSAGE)
 
 
 @_reads("sharegpt")
-def _sharegpt(row: RowReader) -> Sample:
+def _sharegpt(row: RowReader) -> list[Sample]:
     return _chat(row, "conversations", TURN)
 
 
-def _chat(row: RowReader, column: str, form: Form) -> Sample:
+def _chat(row: RowReader, column: str, form: Form) -> list[Sample]:
     turns = row.list(row.required(column), column)
     messages = read_messages(row, turns, column, form)
     apply_list_of_marks(row, messages, len(turns))
-    return Conversation(with_row_system(row, messages), read_tools(row))
+    return [Conversation(with_row_system(row, messages), read_tools(row))]
 
 
 @_reads("prompt-completion")
-def _prompt_completion(row: RowReader) -> Sample:
+def _prompt_completion(row: RowReader) -> list[Sample]:
     prompt = row.text_or_messages(row.required("prompt"), "prompt")
     completion = row.text_or_messages(row.required("completion"), "completion")
     # Both as text, or both as messages: one of each has no border.
@@ -201,13 +187,13 @@ def _prompt_completion(row: RowReader) -> Sample:
             "prompt and completion have different types", "one is text, the other a list", fix
         )
     if not isinstance(prompt, list | Mapping):
-        return _completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))
+        return [_completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))]
     messages = with_row_system(row, any_messages(row, prompt, "prompt"))
     answer = any_messages(row, completion, "completion")
-    return Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))
+    return [Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))]
 
 
-def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | Completion:
+def _completed(row: RowReader, prompt: str, completion: str) -> Sample:
     """A prompt and its answer as texts; as two turns where the row has tools, for a template."""
     tools = read_tools(row)
     if tools is None:
@@ -221,15 +207,15 @@ def _completed(row: RowReader, prompt: str, completion: str) -> Conversation | C
 
 
 @_reads("text")
-def _text(row: RowReader) -> Sample:
+def _text(row: RowReader) -> list[Sample]:
     text = row.text(row.required("text"), "text")
     if not text:
         raise row.error("the text is empty", fix="delete the row")
-    return Text(text)
+    return [Text(text)]
 
 
 @_reads("preference")
-def _preference(row: RowReader) -> Pair:
+def _preference(row: RowReader) -> list[Sample]:
     chosen = row.text_or_messages(row.required("chosen"), "chosen")
     rejected = row.text_or_messages(row.required("rejected"), "rejected")
     prompt = _pair_prompt(row)
@@ -243,14 +229,14 @@ def _preference(row: RowReader) -> Pair:
     if of_chosen[0]["role"] == "assistant":
         prompt = row.required("prompt") if prompt is None else prompt
         messages = _prompt_messages(row, prompt)
-        return Pair(*_answered(row, messages, {"chosen": of_chosen, "rejected": of_rejected}))
+        return _answered(row, messages, {"chosen": of_chosen, "rejected": of_rejected})
     shared = _shared_beginning(row, of_chosen, of_rejected)
     _check_shared(row, prompt, shared)
     own = {"chosen": of_chosen[len(shared) :], "rejected": of_rejected[len(shared) :]}
-    return Pair(*_answered(row, shared, own))
+    return _answered(row, shared, own)
 
 
-def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: str) -> Pair:
+def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: str) -> list[Sample]:
     chosen = row.text(chosen, "chosen")
     rejected = row.text(rejected, "rejected")
     if prompt is None:
@@ -258,18 +244,18 @@ def _pair_of_texts(row: RowReader, prompt: str | None, chosen: str, rejected: st
         chosen = chosen[len(prompt) :]
         rejected = rejected[len(prompt) :]
     answers = {"chosen": chosen, "rejected": rejected}
-    return Pair(*_answered(row, row.text(prompt, "prompt"), answers))
+    return _answered(row, row.text(prompt, "prompt"), answers)
 
 
 def _answered(
     row: RowReader, prompt: str | list[Message], answers: Mapping[str, str | list[Message]]
-) -> list[Conversation | Completion]:
+) -> list[Sample]:
     """A sample for each answer to a prompt, by its column; all of them are texts, or messages."""
     tools = None
     if not isinstance(prompt, str):
         prompt = with_row_system(row, prompt)
         tools = read_tools(row)
-    samples: list[Conversation | Completion] = []
+    samples: list[Sample] = []
     for column, answer in answers.items():
         is_empty = not answer.strip() if isinstance(answer, str) else not is_said(answer[-1])
         if is_empty:
@@ -321,27 +307,24 @@ def _check_shared(row: RowReader, prompt: object, shared: list[Message]) -> None
 
 
 @_reads("feedback")
-def _feedback(row: RowReader) -> Feedback:
+def _feedback(row: RowReader) -> list[Sample]:
     label = row.required("label")
-    is_good = read_label(label)
-    if is_good is None:
+    row.is_good = read_label(label)
+    if row.is_good is None:
         why = "1, true, yes, good, desirable or a thumb up is a good answer; their opposites, bad"
         fix = "write true or false, or delete the row"
         raise row.error(f"the label is {json.dumps(label, default=str)}", why, fix)
     # Columns that the recipe names are those that are meant.
     if "prompt" not in row.source.columns and row.optional("messages") is not None:
         messages = any_messages(row, row.optional("messages"), "messages")
-        [sample] = _answered(row, messages[:-1], {"the last message": messages[-1:]})
-        return Feedback(sample, is_good)
+        return _answered(row, messages[:-1], {"the last message": messages[-1:]})
     prompt = _with_input(row, row.text_or_messages(row.required("prompt"), "prompt"))
     completion = row.text_or_messages(row.required("completion"), "completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         text = row.text(completion, "completion")
-        [sample] = _answered(row, row.text(prompt, "prompt"), {"completion": text})
-    else:
-        answer = _answer_messages(row, completion, "completion")
-        [sample] = _answered(row, _prompt_messages(row, prompt), {"completion": answer})
-    return Feedback(sample, is_good)
+        return _answered(row, row.text(prompt, "prompt"), {"completion": text})
+    answer = _answer_messages(row, completion, "completion")
+    return _answered(row, _prompt_messages(row, prompt), {"completion": answer})
 
 
 def read_label(value: object) -> bool | None:

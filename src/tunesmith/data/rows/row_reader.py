@@ -143,6 +143,7 @@ class RowReader:
 
     Attributes:
         unread: names of the columns, and of the keys of turns and calls, that nothing reads.
+        is_good: as of `RowSamples`.
     """
 
     def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
@@ -150,6 +151,7 @@ class RowReader:
         self.source = source
         self.where = where
         self.unread: set[str] = set()
+        self.is_good: bool | None = None
         self._read: set[str] = set()
 
     def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:

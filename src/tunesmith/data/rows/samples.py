@@ -90,28 +90,20 @@ Sample = Conversation | Completion | Text
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, the first of which is the better one."""
+class RowSamples:
+    """The samples of a row: one, or a pair of answers to one prompt, the better one first.
 
-    chosen: Conversation | Completion
-    rejected: Conversation | Completion
+    is_good: whether an answer is a good one; None where the row has no label.
+    """
 
+    samples: tuple[Sample, ...]
+    is_good: bool | None = None
 
-@dataclass(frozen=True)
-class Feedback:
-    """An answer that is good or bad."""
-
-    answer: Conversation | Completion
-    is_good: bool
-
-
-def samples_of(row: Sample | Pair | Feedback) -> list[Sample]:
-    """List the samples to tokenize of a row; of a pair the chosen answer comes first."""
-    if isinstance(row, Pair):
-        return [row.chosen, row.rejected]
-    if isinstance(row, Feedback):
-        return [row.answer]
-    return [row]
+    @property
+    def is_answered(self) -> bool:
+        """Tell whether the row has one right answer: no pair, no labeled answer and no text."""
+        [first, *others] = self.samples
+        return not others and self.is_good is None and not isinstance(first, Text)
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -12,11 +12,9 @@ from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
-    Feedback,
-    Pair,
+    RowSamples,
     Sample,
     Text,
-    samples_of,
 )
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
@@ -64,9 +62,9 @@ class EncodedRow(NamedTuple):
 
 
 class _ReadRow(NamedTuple):
-    """A row as a sample, with its place and what of it nothing has read."""
+    """A row as samples, with its place and what of it nothing has read."""
 
-    sample: Sample | Pair | Feedback
+    row: RowSamples
     place: str
     unread: tuple[str, ...]
 
@@ -110,15 +108,14 @@ class RowEncoder:
             row = self._read(values, place)
             read.append(row)
             if isinstance(row, _ReadRow):
-                of_row = samples_of(row.sample)
-                samples += of_row
-                places += [place] * len(of_row)
+                samples += row.row.samples
+                places += [place] * len(row.row.samples)
         # One call of the tokenizer for all of them.
         examples = iter(self.template.encode_many(samples, self.train_on, where=places))
         encoded: list[EncodedRow | DataError] = []
         for i, row in enumerate(read, batch.first):
             if isinstance(row, _ReadRow):
-                sequences = [next(examples) for _ in samples_of(row.sample)]
+                sequences = [next(examples) for _ in row.row.samples]
                 encoded.append(self._encoded(row, sequences, i))
             else:
                 encoded.append(row)
@@ -133,8 +130,9 @@ class RowEncoder:
             if isinstance(example, DataError):
                 return _of_row(example, row.place)
             sequences.append(example)
-        example = sequences[0]
-        if isinstance(row.sample, Pair):
+        samples = row.row.samples
+        example = sequences[0]._replace(label=row.row.is_good)
+        if len(samples) > 1:
             if np.array_equal(example.ids, sequences[1].ids):
                 return DataError(
                     "chosen and rejected are the same tokens",
@@ -143,12 +141,9 @@ class RowEncoder:
                     fix="delete the row",
                 )
             example = _side_by_side(example, sequences[1])
-        elif isinstance(row.sample, Feedback):
-            example = example._replace(label=row.sample.is_good)
         prompt: Prompt = "unchecked"
         # All of the first rows and a sample of the others: rendering the prompt alone takes time.
         is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
-        samples = samples_of(row.sample)
         if is_compared and self.train_on != "all":
             prompt = self._check_prompt(samples[0], example)
         warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
@@ -163,13 +158,11 @@ class RowEncoder:
             return _of_row(values, place)
         unread: set[str] = set()
         try:
-            sample = convert_row(
-                values, self.source, where=place, system=self.system, unread=unread
-            )
+            row = convert_row(values, self.source, where=place, system=self.system, unread=unread)
         except DataError as error:
             return _of_row(error, place)
         if self.template.raw and any(
-            isinstance(part, Completion) and part.system for part in samples_of(sample)
+            isinstance(part, Completion) and part.system for part in row.samples
         ):
             return DataError(
                 "there is no template to write the system message",
@@ -177,7 +170,7 @@ class RowEncoder:
                 why="raw rows are a prompt and a completion without a template",
                 fix="data.template=alpaca; or write it into the prompt, and remove data.system",
             )
-        return _ReadRow(sample, place, tuple(sorted(unread)))
+        return _ReadRow(row, place, tuple(sorted(unread)))
 
     def _check_prompt(self, sample: Sample, example: Example) -> Prompt:
         """Compare the prompt, rendered alone, with the beginning of the example."""
