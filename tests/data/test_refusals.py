@@ -28,13 +28,6 @@ WORDS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 NO_PROMPT = CHATML.split("{%- if add_generation_prompt")[0]
 REFUSED: dict[str, tuple[str, list[Any], str]] = {
-    "ends with a question": (
-        CHATML,
-        [user("a"), answer("b"), user("c")],
-        "does not end with an answer",
-    ),
-    "no messages": (CHATML, [], "does not end with an answer"),
-    "no answer": (CHATML, [system("a")], "does not end with an answer"),
     "answer first": (CHATML, [answer("a")], "at the start of a conversation"),
     "thinking dropped": (
         CHATML,

@@ -182,7 +182,6 @@ def test_a_thought_is_written_between_the_tags_that_the_template_knows() -> None
     assert stretches == [f"4{END}", f"<think>\nthree, three\n</think>\n\n6{END}"]
     assert flaws == ("earlier_thought",)
     assert trained(TAGS, turns(inline)) == (stretches, flaws)
-    assert template_of(TAGS).describe().count("<think>") == 1
 
 
 def test_a_template_that_knows_no_thoughts_refuses_the_field_and_names_the_text() -> None:

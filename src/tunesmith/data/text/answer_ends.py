@@ -9,7 +9,7 @@ Most templates end each answer with one token, at which generation stops. Some d
   generation stops: the last answer of a row gets that token.
 - A tool call may have an end of its own, gpt-oss's `<|call|>` and Gemma 4's `<|tool_response>`.
 
-`AssistantMask` renders small conversations, and hands over what the template writes after each
+`probe.py` renders small conversations, and hands over what the template writes after each
 message, up to the next text of the conversation: its tail.
 """
 

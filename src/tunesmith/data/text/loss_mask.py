@@ -48,327 +48,329 @@ class RenderedAnswers(NamedTuple):
     missing: frozenset[str] = frozenset()
 
 
-class AssistantMask:
-    """Finds the answers of conversations that one chat template renders."""
+def find_answers(
+    chat: ChatRenderer,
+    messages: Messages,
+    tools: Tools = None,
+    *,
+    selected: Collection[int] | None = None,
+    where: str = "",
+) -> RenderedAnswers:
+    """The rendered conversation, and the supervised spans of its answers.
 
-    def __init__(self, chat: ChatRenderer) -> None:
-        self.chat = chat
+    Args:
+        selected: indices of the assistant messages that are supervised; None: all.
 
-    def answers(
-        self,
-        messages: Messages,
-        tools: Tools = None,
-        *,
-        selected: Collection[int] | None = None,
-        where: str = "",
-    ) -> RenderedAnswers:
-        """The rendered conversation, and the supervised spans of its answers.
-
-        Args:
-            selected: indices of the assistant messages that are supervised; None: all.
-
-        Raises:
-            DataError: the template drops a part of the conversation, or an answer cannot be located
-                for certain.
-        """
-        if self.chat.tagged:
-            text, blocks = self.chat.render_tagged(messages, tools, where)
+    Raises:
+        DataError: the template drops a part of the conversation, or an answer cannot be located
+            for certain.
+    """
+    if chat.tagged:
+        text, blocks = chat.render_tagged(messages, tools, where)
+    else:
+        text = chat.render(messages, tools, where=where)
+        blocks = []
+    rendering = chat.locate(text, messages, tools, where, selected)
+    _check_complete(chat, rendering, where, selected)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    blocks_of = _blocks_of_answers(chat, rendering, blocks, answers, where)
+    # The end of the last answer shows only where another turn follows.
+    if not chat.tagged and answers:
+        rendering = _with_next_turn(chat, rendering, answers[-1])
+    spans = []
+    missing = set()
+    for i in answers:
+        if selected is not None and i not in selected:
+            continue
+        is_last = i == answers[-1]
+        if chat.tagged:
+            own_spans = _tagged_answer(chat, rendering, i, is_last, blocks_of[i], where)
         else:
-            text = self.chat.render(messages, tools, where=where)
-            blocks = []
-        rendering = self.chat.locate(text, messages, tools, where, selected)
-        self._check_complete(rendering, where, selected)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        blocks_of = self._blocks_of_answers(rendering, blocks, answers, where)
-        # The end of the last answer shows only where another turn follows.
-        if not self.chat.tagged and answers:
-            rendering = self._with_next_turn(rendering, answers[-1])
-        spans = []
-        missing = set()
-        for i in answers:
-            if selected is not None and i not in selected:
-                continue
-            is_last = i == answers[-1]
-            if self.chat.tagged:
-                own_spans = self._tagged_answer(rendering, i, is_last, blocks_of[i], where)
-            else:
-                rendering, span, is_after_prompt = self._answer(rendering, i, is_last, where)
-                own_spans = [span]
-                if not is_after_prompt:
-                    missing.add("earlier_prompt")
-            spans += own_spans
-            supervised = "".join(rendering.text[span.start : span.end] for span in own_spans)
-            for part in missing_parts(messages[i], supervised):
-                is_earlier = part == "lost_thought" and self.chat.traits.reasoning and not is_last
-                missing.add("earlier_thought" if is_earlier else part)
-        if "earlier_thought" in missing:
-            # It says the same, and more.
-            missing.discard("earlier_prompt")
-        if tools and not self.chat.traits.lists_tools and not rendering.shows("tools"):
-            missing.add("unlisted_tools")
-        return RenderedAnswers(rendering.text, spans, frozenset(missing))
+            rendering, span, is_after_prompt = _answer(chat, rendering, i, is_last, where)
+            own_spans = [span]
+            if not is_after_prompt:
+                missing.add("earlier_prompt")
+        spans += own_spans
+        supervised = "".join(rendering.text[span.start : span.end] for span in own_spans)
+        for part in missing_parts(messages[i], supervised):
+            is_earlier = part == "lost_thought" and chat.traits.reasoning and not is_last
+            missing.add("earlier_thought" if is_earlier else part)
+    if "earlier_thought" in missing:
+        # It says the same, and more.
+        missing.discard("earlier_prompt")
+    if tools and not chat.traits.lists_tools and not rendering.shows("tools"):
+        missing.add("unlisted_tools")
+    return RenderedAnswers(rendering.text, spans, frozenset(missing))
 
-    def _with_next_turn(self, rendering: Rendering, i: int) -> Rendering:
-        """The rendering; where message i, the last answer, lacks an end, with the next turn's."""
-        is_call = bool(rendering.messages[i].get("tool_calls"))
-        next_turn = self.chat.ends.next_turn.get(is_call)
-        place = rendering.place(len(rendering.sentinels) - 1)
-        if next_turn is None or self.chat.ends.search(rendering.text, place):
-            return rendering
-        return rendering._replace(text=rendering.text + next_turn)
 
-    def _check_complete(
-        self, rendering: Rendering, where: str, trained: Collection[int] | None
-    ) -> None:
-        """DataError for a template that drops words, and for words that hide where they end."""
-        # A message without sentinels must show its text as it is.
-        for i, plain in enumerate(rendering.messages):
-            content = plain["content"] or ""
-            is_marked = rendering.inserted.only is None or i in rendering.inserted.only
-            if not is_marked and content.strip() not in rendering.text:
-                raise self._dropped(Field(i, "content", content), rendering, where)
-        # Two sentinels of a text tell its beginning and its end.
-        sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
-        for n, field in enumerate(rendering.inserted.fields):
-            message = f"message {field.message + 1}"
-            if n not in rendering.shown and not self.chat.may_drop(field, trained):
-                raise self._dropped(field, rendering, where)
-            is_open = n in rendering.shown and sentinels_of[n] < 2
-            if is_open and self.chat.has_end(field.text):
-                what = f"rewrites {message}, whose text contains an end token"
-                raise self.chat.error(what, where, "the end of the message is ambiguous")
-        if any(map(self.chat.has_end, rendering.inserted.argument_names)):
-            what = "writes a call whose argument is named with an end token"
-            raise self.chat.error(what, where, "the end of the call is ambiguous")
+def _with_next_turn(chat: ChatRenderer, rendering: Rendering, i: int) -> Rendering:
+    """The rendering; where message i, the last answer, lacks an end, with the next turn's."""
+    is_call = bool(rendering.messages[i].get("tool_calls"))
+    next_turn = chat.ends.next_turn.get(is_call)
+    place = rendering.place(len(rendering.sentinels) - 1)
+    if next_turn is None or chat.ends.search(rendering.text, place):
+        return rendering
+    return rendering._replace(text=rendering.text + next_turn)
 
-    def _dropped(self, field: Field, rendering: Rendering, where: str) -> DataError:
-        """The error for a template that leaves out a text."""
+
+def _check_complete(
+    chat: ChatRenderer, rendering: Rendering, where: str, trained: Collection[int] | None
+) -> None:
+    """DataError for a template that drops words, and for words that hide where they end."""
+    # A message without sentinels must show its text as it is.
+    for i, plain in enumerate(rendering.messages):
+        content = plain["content"] or ""
+        is_marked = rendering.inserted.only is None or i in rendering.inserted.only
+        if not is_marked and content.strip() not in rendering.text:
+            raise _dropped(chat, Field(i, "content", content), rendering, where)
+    # Two sentinels of a text tell its beginning and its end.
+    sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
+    for n, field in enumerate(rendering.inserted.fields):
         message = f"message {field.message + 1}"
-        why = "the model would train on an incomplete conversation"
-        fix = "remove it from the rows, or use a template that renders it: data.template=FILE.jinja"
-        if field.kind == "tools":
-            dropped = "the tools"
-        elif field.kind == "content":
-            dropped = f"{message} ({rendering.messages[field.message]['role']})"
-        else:
-            dropped = f"the {field.kind} of {message}"
-        if field.kind == "reasoning_content":
-            fix = (
-                'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
-                " template that renders it: data.template=FILE.jinja"
-            )
-        if (
-            field.kind == "tool_calls"
-            and self.chat.traits.lists_tools
-            and not self.chat.traits.calls
-        ):
-            why = "it lists tools and writes no calls: the model's own form of a call is not known"
-            fix = (
-                "write the call in the answer's content as the model's documentation shows it, and"
-                " remove tool_calls; or add calls to the template: data.template=FILE.jinja"
-            )
-        return self.chat.error(f"drops {dropped}", where, why, fix)
+        if n not in rendering.shown and not chat.may_drop(field, trained):
+            raise _dropped(chat, field, rendering, where)
+        is_open = n in rendering.shown and sentinels_of[n] < 2
+        if is_open and chat.has_end(field.text):
+            what = f"rewrites {message}, whose text contains an end token"
+            raise chat.error(what, where, "the end of the message is ambiguous")
+    if any(map(chat.has_end, rendering.inserted.argument_names)):
+        what = "writes a call whose argument is named with an end token"
+        raise chat.error(what, where, "the end of the call is ambiguous")
 
-    def _answer(
-        self, rendering: Rendering, i: int, is_last: bool, where: str
-    ) -> tuple[Rendering, CharSpan, bool]:
-        """The span of message i: from the end of the generation prompt through the end token.
 
-        The rendering comes back with what the generation prompt holds and the row lacks. The last
-        value says whether the answer stands after all of its prompt.
-        """
-        anchor, prompt = self.chat.prompt(rendering, i, where)
-        if anchor is None:
-            raise self.chat.error(f"moves the text before message {i + 1}, an answer", where)
-        prompt_at = rendering.place(anchor)
-        if is_last and not rendering.text.startswith(prompt, prompt_at):
-            rendering = self._with_prompt(rendering, i, prompt_at, prompt)
-        text = rendering.text
-        indices = rendering.of_message(i)
-        start = self._start_of_answer(rendering, i, prompt_at, prompt, is_last, where)
-        if indices:
-            last_sentinel = indices[-1]
-            # Texts of another message between those of the answer: no span can hold the answer
-            # alone.
-            is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
-            if start > rendering.place(indices[0]) or not is_contiguous:
-                raise self.chat.error(f"mixes message {i + 1}, an answer, with other text", where)
-            texts_end = max(start, rendering.place(last_sentinel))
-        else:
-            last_sentinel = anchor
-            texts_end = start
-        # The end token stands before the next text of the conversation.
-        limit = len(text)
-        if last_sentinel + 1 < len(rendering.sentinels):
-            limit = rendering.place(last_sentinel + 1)
-        # The end token of an answer must come before the next message.
-        end = self.chat.ends.search(text, texts_end, limit, is_last=is_last)
-        if end is None:
-            fix = (
-                "use a template that ends answers: data.template=FILE.jinja;"
-                " or add its end token: model.added_tokens"
-            )
-            what = f"writes no end token after message {i + 1}, an answer"
-            raise self.chat.error(what, where, self._no_end(), fix)
-        return rendering, self._through(start, end), start == prompt_at + len(prompt)
-
-    def _with_prompt(self, rendering: Rendering, i: int, prompt_at: int, prompt: str) -> Rendering:
-        """The rendering with what the generation prompt has before message i, and the row lacks.
-
-        Gemma 4's prompt has an empty thought where thinking is off, and its model answers after it.
-        DeepSeek R1's opens a thought, and its template leaves thoughts out of rows: the row's is
-        written there. A row without a thought has nothing to close it with, and stays as it is.
-        """
-        at = self.chat.thought_in_prompt(rendering, i, prompt_at, prompt)
-        indices = rendering.of_message(i)
-        if at is None:
-            return rendering
-        added = prompt[at:]
-        has_thought = "reasoning_content" in rendering.messages[i]
-        tags = open_thought(added)
-        if has_thought and self.chat.traits.writes_thoughts and tags is not None:
-            added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
-        elif has_thought or tags is not None:
-            return rendering
-        split = indices[0] if indices else len(rendering.sentinels)
-        sentinels = rendering.sentinels[:split]
-        for sentinel in rendering.sentinels[split:]:
-            sentinels.append(sentinel._replace(at=sentinel.at + len(added)))
-        begin = rendering.text[: prompt_at + at]
-        text = begin + added + rendering.text[len(begin) :]
-        return rendering._replace(text=text, sentinels=sentinels)
-
-    def _start_of_answer(
-        self,
-        rendering: Rendering,
-        i: int,
-        prompt_at: int,
-        prompt: str,
-        is_last: bool,
-        where: str,
-    ) -> int:
-        """Find the start of an answer after its generation prompt, which must be at `prompt_at`."""
-        text = rendering.text
-        if text.startswith(prompt, prompt_at):
-            return prompt_at + len(prompt)
-        # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier
-        # turns.
-        if not is_last:
-            header = self.chat.header(rendering, i, prompt_at)
-            if header and prompt.startswith(header):
-                return prompt_at + len(header)
-            thought_at = self.chat.thought_in_prompt(rendering, i, prompt_at, prompt)
-            if thought_at is not None:
-                # Nemotron's rows have the tag, and close it at once.
-                common = _common_prefix(prompt, text[prompt_at:])
-                return prompt_at + max(thought_at, min(common, len(header or "")))
-        row = text[prompt_at : prompt_at + 40]
-        raise self.chat.error(
-            f"writes before message {i + 1}, an answer, something other than its generation prompt",
-            where,
-            f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
-            self._fix_prompt(prompt, is_last),
+def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering, where: str) -> DataError:
+    """The error for a template that leaves out a text."""
+    message = f"message {field.message + 1}"
+    why = "the model would train on an incomplete conversation"
+    fix = "remove it from the rows, or use a template that renders it: data.template=FILE.jinja"
+    if field.kind == "tools":
+        dropped = "the tools"
+    elif field.kind == "content":
+        dropped = f"{message} ({rendering.messages[field.message]['role']})"
+    else:
+        dropped = f"the {field.kind} of {message}"
+    if field.kind == "reasoning_content":
+        fix = (
+            'write it in front of the answer: "<think>\\n...\\n</think>\\n\\n..."; or use a'
+            " template that renders it: data.template=FILE.jinja"
         )
+    if field.kind == "tool_calls" and chat.traits.lists_tools and not chat.traits.calls:
+        why = "it lists tools and writes no calls: the model's own form of a call is not known"
+        fix = (
+            "write the call in the answer's content as the model's documentation shows it, and"
+            " remove tool_calls; or add calls to the template: data.template=FILE.jinja"
+        )
+    return chat.error(f"drops {dropped}", where, why, fix)
 
-    def _fix_prompt(self, prompt: str, is_last: bool) -> str:
-        """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
-        fix = FIX_WITH_TAGS
-        tags = open_thought(prompt)
-        if tags is not None:
-            empty = f"{tags[0]}\\n\\n{tags[1]}\\n\\n..."
-            fix = f'give the answer a thought, or an empty one: "{empty}"; or {fix}'
-        names = names_of_arguments(self.chat.jinja, self.chat.tokenizer.special_tokens_map)
-        if names:
-            fix = (
-                f"set what the template takes in data.template_args ({', '.join(names)}); or {fix}"
-            )
-        # Earlier turns are then history, as the prompt in use has them.
-        return fix if is_last else f"data.train_on=last; or {fix}"
 
-    def _through(self, start: int, end: re.Match[str]) -> CharSpan:
-        """An answer's last characters with the end token; up to it, where generation goes on."""
-        if end[0] in self.chat.ends.earlier:
-            return CharSpan(start, end.start())
-        return CharSpan(start, end.end(), end.start())
+def _answer(
+    chat: ChatRenderer, rendering: Rendering, i: int, is_last: bool, where: str
+) -> tuple[Rendering, CharSpan, bool]:
+    """The span of message i: from the end of the generation prompt through the end token.
 
-    def _no_end(self) -> str:
-        end_tokens = ", ".join(self.chat.ends.stops) or "none"
-        return f"the model would never learn to stop; end tokens: {end_tokens}"
+    The rendering comes back with what the generation prompt holds and the row lacks. The last
+    value says whether the answer stands after all of its prompt.
+    """
+    anchor, prompt = chat.prompt(rendering, i, where)
+    if anchor is None:
+        raise chat.error(f"moves the text before message {i + 1}, an answer", where)
+    prompt_at = rendering.place(anchor)
+    if is_last and not rendering.text.startswith(prompt, prompt_at):
+        rendering = _with_prompt(chat, rendering, i, prompt_at, prompt)
+    text = rendering.text
+    indices = rendering.of_message(i)
+    start = _start_of_answer(chat, rendering, i, prompt_at, prompt, is_last, where)
+    if indices:
+        last_sentinel = indices[-1]
+        # Texts of another message between those of the answer: no span can hold the answer
+        # alone.
+        is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
+        if start > rendering.place(indices[0]) or not is_contiguous:
+            raise chat.error(f"mixes message {i + 1}, an answer, with other text", where)
+        texts_end = max(start, rendering.place(last_sentinel))
+    else:
+        last_sentinel = anchor
+        texts_end = start
+    # The end token stands before the next text of the conversation.
+    limit = len(text)
+    if last_sentinel + 1 < len(rendering.sentinels):
+        limit = rendering.place(last_sentinel + 1)
+    # The end token of an answer must come before the next message.
+    end = chat.ends.search(text, texts_end, limit, is_last=is_last)
+    if end is None:
+        fix = (
+            "use a template that ends answers: data.template=FILE.jinja;"
+            " or add its end token: model.added_tokens"
+        )
+        what = f"writes no end token after message {i + 1}, an answer"
+        raise chat.error(what, where, _no_end(chat), fix)
+    return rendering, _through(chat, start, end), start == prompt_at + len(prompt)
 
-    def _blocks_of_answers(
-        self, rendering: Rendering, blocks: list[Block], answers: list[int], where: str
-    ) -> dict[int, list[Block]]:
-        """The blocks of each assistant message.
 
-        They must hold all of each answer and nobody else's text.
-        """
-        owners: list[int | None] = [None] * len(blocks)
-        if not self.chat.tagged:
-            return {}
-        for sentinel in rendering.sentinels:
-            i = rendering.field(sentinel).message
-            # Borders count: an empty answer has its sentinel on one.
-            holding = [n for n, (start, end) in enumerate(blocks) if start <= sentinel.at <= end]
-            if i in answers:
-                if not holding:
-                    raise self._tag_error("leaves out a part of", i, where)
-                owners[holding[0]] = i
-            elif any(blocks[n][0] < sentinel.at < blocks[n][1] for n in holding):
-                raise self._tag_error("covers", i, where)
-        # A block without a text of the row is a blank answer; these come in order.
-        for n, block in enumerate(blocks):
-            if owners[n] is not None:
-                continue
-            previous = max((owner for owner in owners[:n] if owner is not None), default=None)
-            # The first answer after the last assigned one that no block holds yet.
-            later = [i for i in answers if i not in owners and (previous is None or i > previous)]
-            owners[n] = later[0] if later else previous
-            if owners[n] is None:
-                what = "has a {% generation %} block outside of answers"
-                raise self.chat.error(what, where, f"characters {block}", _FIX_TAGS)
-        blocks_of: dict[int, list[Block]] = {i: [] for i in answers}
-        for block, owner in zip(blocks, owners, strict=True):
-            if owner is not None:
-                blocks_of[owner].append(block)
-        return blocks_of
+def _with_prompt(
+    chat: ChatRenderer, rendering: Rendering, i: int, prompt_at: int, prompt: str
+) -> Rendering:
+    """The rendering with what the generation prompt has before message i, and the row lacks.
 
-    def _tag_error(self, verb: str, i: int, where: str) -> DataError:
-        what = f"has a {{% generation %}} block that {verb} message {i + 1}"
-        return self.chat.error(what, where, fix=_FIX_TAGS)
+    Gemma 4's prompt has an empty thought where thinking is off, and its model answers after it.
+    DeepSeek R1's opens a thought, and its template leaves thoughts out of rows: the row's is
+    written there. A row without a thought has nothing to close it with, and stays as it is.
+    """
+    at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
+    indices = rendering.of_message(i)
+    if at is None:
+        return rendering
+    added = prompt[at:]
+    has_thought = "reasoning_content" in rendering.messages[i]
+    tags = open_thought(added)
+    if has_thought and chat.traits.writes_thoughts and tags is not None:
+        added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
+    elif has_thought or tags is not None:
+        return rendering
+    split = indices[0] if indices else len(rendering.sentinels)
+    sentinels = rendering.sentinels[:split]
+    for sentinel in rendering.sentinels[split:]:
+        sentinels.append(sentinel._replace(at=sentinel.at + len(added)))
+    begin = rendering.text[: prompt_at + at]
+    text = begin + added + rendering.text[len(begin) :]
+    return rendering._replace(text=text, sentinels=sentinels)
 
-    def _tagged_answer(
-        self, rendering: Rendering, i: int, is_last: bool, blocks: list[Block], where: str
-    ) -> list[CharSpan]:
-        """The spans of message i, within its blocks: the last one ends with the end token."""
-        if not blocks:
-            what = f"has no {{% generation %}} block for message {i + 1}"
-            raise self.chat.error(what, where, fix=_FIX_TAGS)
-        texts = [rendering.place(n) for n in rendering.of_message(i)]
-        spans = []
-        end = None
-        for start, stop in blocks:
-            # The end token stands after the answer's texts.
-            after_texts = max([start, *texts])
-            end = self.chat.ends.search(rendering.text, after_texts, stop, is_last=is_last)
-            if end is not None:
-                spans.append(self._through(start, end))
-                break
-            spans.append(CharSpan(start, stop))
-        if end is None:
-            what = f"has a {{% generation %}} block without an end token, at message {i + 1}"
-            fix = "move {% endgeneration %} after the end token"
-            raise self.chat.error(what, where, self._no_end(), fix)
-        begin = 0
-        opens_with_text = bool(texts) and blocks[0][0] >= min(texts)
-        if i > 0 and not opens_with_text:
-            # The block may open before the answer's header, which the generation prompt holds: it
-            # is not supervised.
-            anchor, prompt = self.chat.prompt(rendering, i, where)
-            if anchor is not None:
-                prompt_at = rendering.place(anchor)
-                common = _common_prefix(prompt, rendering.text[prompt_at:])
-                begin = min([prompt_at + common, *texts])
-        return [span._replace(start=max(span.start, begin)) for span in spans if span.end > begin]
+
+def _start_of_answer(
+    chat: ChatRenderer,
+    rendering: Rendering,
+    i: int,
+    prompt_at: int,
+    prompt: str,
+    is_last: bool,
+    where: str,
+) -> int:
+    """Find the start of an answer after its generation prompt, which must be at `prompt_at`."""
+    text = rendering.text
+    if text.startswith(prompt, prompt_at):
+        return prompt_at + len(prompt)
+    # Qwen3.5 and DeepSeek R1 open thinking in the generation prompt and leave it out of earlier
+    # turns.
+    if not is_last:
+        header = chat.header(rendering, i, prompt_at)
+        if header and prompt.startswith(header):
+            return prompt_at + len(header)
+        thought_at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
+        if thought_at is not None:
+            # Nemotron's rows have the tag, and close it at once.
+            common = _common_prefix(prompt, text[prompt_at:])
+            return prompt_at + max(thought_at, min(common, len(header or "")))
+    row = text[prompt_at : prompt_at + 40]
+    raise chat.error(
+        f"writes before message {i + 1}, an answer, something other than its generation prompt",
+        where,
+        f"the prompt in use ends with {prompt[-40:]!r}, the row continues with {row!r}",
+        _fix_prompt(chat, prompt, is_last),
+    )
+
+
+def _fix_prompt(chat: ChatRenderer, prompt: str, is_last: bool) -> str:
+    """The ways on where rows and prompts differ; many templates switch thinking in prompts."""
+    fix = FIX_WITH_TAGS
+    tags = open_thought(prompt)
+    if tags is not None:
+        empty = f"{tags[0]}\\n\\n{tags[1]}\\n\\n..."
+        fix = f'give the answer a thought, or an empty one: "{empty}"; or {fix}'
+    names = names_of_arguments(chat.jinja, chat.tokenizer.special_tokens_map)
+    if names:
+        fix = f"set what the template takes in data.template_args ({', '.join(names)}); or {fix}"
+    # Earlier turns are then history, as the prompt in use has them.
+    return fix if is_last else f"data.train_on=last; or {fix}"
+
+
+def _through(chat: ChatRenderer, start: int, end: re.Match[str]) -> CharSpan:
+    """An answer's last characters with the end token; up to it, where generation goes on."""
+    if end[0] in chat.ends.earlier:
+        return CharSpan(start, end.start())
+    return CharSpan(start, end.end(), end.start())
+
+
+def _no_end(chat: ChatRenderer) -> str:
+    end_tokens = ", ".join(chat.ends.stops) or "none"
+    return f"the model would never learn to stop; end tokens: {end_tokens}"
+
+
+def _blocks_of_answers(
+    chat: ChatRenderer, rendering: Rendering, blocks: list[Block], answers: list[int], where: str
+) -> dict[int, list[Block]]:
+    """The blocks of each assistant message.
+
+    They must hold all of each answer and nobody else's text.
+    """
+    owners: list[int | None] = [None] * len(blocks)
+    if not chat.tagged:
+        return {}
+    for sentinel in rendering.sentinels:
+        i = rendering.field(sentinel).message
+        # Borders count: an empty answer has its sentinel on one.
+        holding = [n for n, (start, end) in enumerate(blocks) if start <= sentinel.at <= end]
+        if i in answers:
+            if not holding:
+                raise _tag_error(chat, "leaves out a part of", i, where)
+            owners[holding[0]] = i
+        elif any(blocks[n][0] < sentinel.at < blocks[n][1] for n in holding):
+            raise _tag_error(chat, "covers", i, where)
+    # A block without a text of the row is a blank answer; these come in order.
+    for n, block in enumerate(blocks):
+        if owners[n] is not None:
+            continue
+        previous = max((owner for owner in owners[:n] if owner is not None), default=None)
+        # The first answer after the last assigned one that no block holds yet.
+        later = [i for i in answers if i not in owners and (previous is None or i > previous)]
+        owners[n] = later[0] if later else previous
+        if owners[n] is None:
+            what = "has a {% generation %} block outside of answers"
+            raise chat.error(what, where, f"characters {block}", _FIX_TAGS)
+    blocks_of: dict[int, list[Block]] = {i: [] for i in answers}
+    for block, owner in zip(blocks, owners, strict=True):
+        if owner is not None:
+            blocks_of[owner].append(block)
+    return blocks_of
+
+
+def _tag_error(chat: ChatRenderer, verb: str, i: int, where: str) -> DataError:
+    what = f"has a {{% generation %}} block that {verb} message {i + 1}"
+    return chat.error(what, where, fix=_FIX_TAGS)
+
+
+def _tagged_answer(
+    chat: ChatRenderer, rendering: Rendering, i: int, is_last: bool, blocks: list[Block], where: str
+) -> list[CharSpan]:
+    """The spans of message i, within its blocks: the last one ends with the end token."""
+    if not blocks:
+        what = f"has no {{% generation %}} block for message {i + 1}"
+        raise chat.error(what, where, fix=_FIX_TAGS)
+    texts = [rendering.place(n) for n in rendering.of_message(i)]
+    spans = []
+    end = None
+    for start, stop in blocks:
+        # The end token stands after the answer's texts.
+        after_texts = max([start, *texts])
+        end = chat.ends.search(rendering.text, after_texts, stop, is_last=is_last)
+        if end is not None:
+            spans.append(_through(chat, start, end))
+            break
+        spans.append(CharSpan(start, stop))
+    if end is None:
+        what = f"has a {{% generation %}} block without an end token, at message {i + 1}"
+        fix = "move {% endgeneration %} after the end token"
+        raise chat.error(what, where, _no_end(chat), fix)
+    begin = 0
+    opens_with_text = bool(texts) and blocks[0][0] >= min(texts)
+    if i > 0 and not opens_with_text:
+        # The block may open before the answer's header, which the generation prompt holds: it
+        # is not supervised.
+        anchor, prompt = chat.prompt(rendering, i, where)
+        if anchor is not None:
+            prompt_at = rendering.place(anchor)
+            common = _common_prefix(prompt, rendering.text[prompt_at:])
+            begin = min([prompt_at + common, *texts])
+    return [span._replace(start=max(span.start, begin)) for span in spans if span.end > begin]
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -34,7 +34,7 @@ from tunesmith.data.text import builtin_templates
 from tunesmith.data.text.align import Aligned, Aligner, CharSpan
 from tunesmith.data.text.answer_ends import AnswerEnds, any_of
 from tunesmith.data.text.example import Example
-from tunesmith.data.text.loss_mask import AssistantMask, RenderedAnswers
+from tunesmith.data.text.loss_mask import RenderedAnswers, find_answers
 from tunesmith.data.text.probe import probe
 from tunesmith.data.text.rendering import ChatRenderer
 from tunesmith.data.text.template_args import split_arguments
@@ -233,7 +233,7 @@ class Template:
         that the template writes, as of tool calls. Of format text it is empty.
 
         Raises:
-            DataError: the sample cannot be rendered, or ends with no answer.
+            DataError: the sample cannot be rendered.
         """
         text = self._answer_text(self._as_turns(sample), where)
         # Where the row's own text has an end token, generation stops there.
@@ -381,13 +381,6 @@ class Template:
         self, sample: Conversation, train_on: TrainOn, where: str
     ) -> RenderedAnswers:
         messages = self._messages(sample)
-        if not messages or messages[-1]["role"] != "assistant":
-            why = "it is empty"
-            if messages:
-                why = f"its last message is of role {messages[-1]['role']}"
-            what = "the conversation does not end with an answer"
-            fix = "delete the row, or its last messages"
-            raise DataError(what, where=where, why=why, fix=fix)
         if self.chat is None:
             raise DataError(
                 "the row is a conversation, but there is no template for its turns",
@@ -396,7 +389,6 @@ class Template:
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
             )
-        mask = AssistantMask(self.chat)
         tools = sample.tools or None
         first = sample.prompt_messages
         if train_on == "last":
@@ -405,16 +397,16 @@ class Template:
         selected = set(range(first, len(messages)))
         if train_on != "all":
             selected -= sample.untrained
-            return mask.answers(messages, tools, selected=selected, where=where)
+            return find_answers(self.chat, messages, tools, selected=selected, where=where)
         # All characters behind the prompt, without the answers that the row leaves out.
-        answers = mask.answers(messages, tools, selected=selected, where=where)
+        answers = find_answers(self.chat, messages, tools, selected=selected, where=where)
         text, spans, missing = answers
         start = spans[0].start if sample.prompt_messages else 0
         left_out = selected & sample.untrained
         trained_spans = []
         # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
-            gaps = mask.answers(messages, tools, selected=left_out, where=where)
+            gaps = find_answers(self.chat, messages, tools, selected=left_out, where=where)
             for gap in gaps.spans:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
