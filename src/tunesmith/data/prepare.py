@@ -65,7 +65,6 @@ class TrainingData:
     splits: Splits
     across: tuple[tuple[int, ...], ...] = ()
     validation_digest: str | None = None
-    tokenizer_hash: str = ""
     position_limit: int | None = None
 
     @property
@@ -446,7 +445,6 @@ def prepare_data(
         splits=splits,
         across=tuple(map(tuple, across)),
         validation_digest=validation_digest,
-        tokenizer_hash=template.tokenizer_hash,
         position_limit=position_limit,
     )
 

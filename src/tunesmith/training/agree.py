@@ -173,7 +173,7 @@ def model_parts(
     support = files.support
     text = ", ".join([support.state, *support.recurrent])
     parts["model.name: how its layers train"] = Compared(text, text)
-    digest = data.tokenizer_hash
+    digest = data.template.tokenizer_hash
     parts["model.tokenizer"] = Compared(
         digest, f"{len(files.tokenizer):,} tokens ({digest[:DIGEST_CHARACTERS]})"
     )

@@ -47,8 +47,8 @@ class Layout:
             group = groups[mine] if mine < len(groups) else []
             yield group, self.batch([examples[i] for i in group])
 
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """Some examples in one batch; of none, padding."""
+    def batch(self, examples: Sequence[Example], rows: int = 1) -> Batch:
+        """Some examples in one batch of at least so many rows; of none, padding."""
         if self.packed:
             length = sum(len(example.ids) - example.shared for example in examples)
         else:
@@ -59,7 +59,7 @@ class Layout:
             length=ceil_div(length, self.multiple) * self.multiple,
             pad_id=self.pad_id,
             max_document=self.max_document,
-            sequence_rows=None if self.packed else 1,
+            sequence_rows=None if self.packed else rows,
         )
 
     def _groups(self, examples: Sequence[Example] | TokenSet, room: int) -> list[list[int]]:

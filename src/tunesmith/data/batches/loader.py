@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Protocol
 
-from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.micro_batches import MicroBatches
 from tunesmith.data.batches.mismatched import mismatched_examples
@@ -184,7 +184,7 @@ class Loader(AbstractContextManager["Loader"]):
         return GlobalBatch(
             step=step,
             epoch=self.schedule.epoch(step),
-            micro=[self._collate(groups[self.rank]) for groups in micro_steps],
+            micro=[self._micro_batch(groups[self.rank]) for groups in micro_steps],
             tokens=int(self.schedule.lengths[examples].sum()),
             supervised=sum(example.supervised for example in of_step),
             examples=len(examples),
@@ -208,13 +208,6 @@ class Loader(AbstractContextManager["Loader"]):
         examples = [self.tokens[i] for i in self.schedule.examples(step)]
         return self.layout.batches(mismatched_examples(examples, most, reference), room=most)
 
-    def _collate(self, group: list[int]) -> Batch:
-        examples = [self.tokens[i] for i in group]
-        row_count, length = self._micro_batches.shape(group)
-        return collate(
-            [examples],
-            length=length,
-            pad_id=self.pad_id,
-            max_document=self.max_document,
-            sequence_rows=None if self.schedule.packed else row_count,
-        )
+    def _micro_batch(self, group: list[int]) -> Batch:
+        rows, _ = self._micro_batches.shape(group)
+        return self.layout.batch([self.tokens[i] for i in group], rows)

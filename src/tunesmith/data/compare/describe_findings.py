@@ -15,7 +15,7 @@ LISTED_PLACES = 100
 
 
 def describe_rows(splits: Splits) -> list[str]:
-    """Lines about the split: what is left out, what is held out together, what was not compared."""
+    """Lines about the split: what is left out, and what was not compared."""
     lines = []
     for fault, rows in splits.left_out.items():
         where = ""
@@ -30,25 +30,7 @@ def describe_rows(splits: Splits) -> list[str]:
             f"compared with each other: {findings.compared:,} of {findings.rows:,} rows, evenly "
             f"spaced: at most {MAX_ROWS:,} rows or {MAX_CHARACTERS // 10**6:,} million characters"
         )
-    together = _held_out_with_others(splits)
-    if together:
-        lines.append(
-            f"held out together: {count_of(together, 'row')} that nearly repeat another, or have "
-            "its prompt or its answer"
-        )
     return lines
-
-
-def _held_out_with_others(splits: Splits) -> int:
-    """Count held-out rows that nearly duplicate each other, or share a prompt or an answer."""
-    assert splits.findings is not None
-    held_out = set(splits.held_out)
-    together: set[int] = set()
-    for group in (*splits.findings.near_duplicates, *splits.findings.shared):
-        members = held_out.intersection(group)
-        if len(members) > 1:
-            together |= members
-    return len(together)
 
 
 def count_repeating(splits: Splits) -> int:

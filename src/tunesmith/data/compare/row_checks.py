@@ -302,8 +302,8 @@ class _Answers:
         self._rows: dict[int, list[tuple[int, int, bool]]] = {}
         # By a hash of the answer: the rows of each long one.
         self._long: dict[int, list[int]] = {}
-        # By a hash of prompt and answers: of each row its index and a hash of what is good in it.
-        self._judged: dict[int, list[tuple[int, int]]] = {}
+        # By a hash of prompt and answers, in the same form: for its answer what is good in it.
+        self._judged: dict[int, list[tuple[int, int, bool]]] = {}
         self._count = 0
 
     def add(self, row: int, text: RowText) -> None:
@@ -330,7 +330,7 @@ class _Answers:
         answers = " ".join(sorted(words) if text.chosen else words)
         good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
         rows = self._judged.setdefault(_hash64(f"{prompt}\n{text.tools}\n{answers}"), [])
-        rows.append((row, _hash64(good)))
+        rows.append((row, _hash64(good), True))
 
     def shared(self) -> list[list[int]]:
         most = max(MAX_SHARED_ROWS, MAX_SHARED_SHARE * self._count)
@@ -346,7 +346,7 @@ class _Answers:
         """Groups of rows; none of long answers that are several by design."""
         short: list[list[int]] = []
         long: list[list[int]] = []
-        for rows in self._rows.values():
+        for rows in chain(self._rows.values(), self._judged.values()):
             if len({answer for _, answer, _ in rows}) < 2:
                 continue
             group = [row for row, _, _ in rows]
@@ -357,12 +357,7 @@ class _Answers:
         # Several answers to many prompts are a way to write data: samples, drafts, ranks.
         if sum(map(len, long)) > max(MAX_SHARED_ROWS, MAX_FREE_SHARE * self._count):
             long = []
-        judged = [
-            [row for row, _ in rows]
-            for rows in self._judged.values()
-            if len({good for _, good in rows}) > 1
-        ]
-        return sorted(short + long + judged)
+        return sorted(short + long)
 
 
 def _normal(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_row
@@ -14,35 +13,29 @@ LISTED = 20  # rows
 _CAUSE_CHARS = 60
 
 
-class BadRow(NamedTuple):
-    """One of them: its index, and what is wrong, with the place in the row if there is one."""
-
-    row: int
-    what: str
-
-
 @dataclass
 class BadRows:
     """The bad rows of a source of so many rows, or of several.
 
     Attributes:
         is_whole: whether all rows of a source are bad.
-        listed: places and faults of the first LISTED of them, in order.
+        listed: the first LISTED of them in order: place, index, and what is wrong, with the place
+            in the row if there is one.
     """
 
     rows: int
     count: int = 0
     is_whole: bool = False
-    listed: list[tuple[str, BadRow]] = field(default_factory=list)
+    listed: list[tuple[str, int, str]] = field(default_factory=list)
     _first_error: DataError | None = None
 
     def __len__(self) -> int:
         return self.count
 
     @property
-    def first(self) -> list[BadRow]:
-        """At most LISTED of them."""
-        return [bad for _, bad in self.listed]
+    def first(self) -> list[tuple[int, str]]:
+        """List them without their places."""
+        return [(row, what) for _, row, what in self.listed]
 
     def add(self, row: int, place: str, error: DataError) -> bool:
         """Count a row by its error; False if the error is not of this row, but of the file."""
@@ -54,7 +47,7 @@ class BadRows:
         inside = error.where.removeprefix(place).lstrip(", ")
         if len(self.listed) < LISTED:
             what = f"{inside}: {error.what}" if inside else error.what
-            self.listed.append((place, BadRow(row, what)))
+            self.listed.append((place, row, what))
         return True
 
     def join(self, other: "BadRows") -> None:
@@ -77,10 +70,8 @@ class BadRows:
         elif self.count > 1:
             what = f"{self.count:,} of {self.rows:,} rows cannot be read"
             why = []
-            for place, bad in self.listed[:LISTED]:
-                cause = bad.what
-                if len(cause) > _CAUSE_CHARS:
-                    cause = f"{cause[:_CAUSE_CHARS]}..."
+            for place, _, fault in self.listed[:LISTED]:
+                cause = fault if len(fault) <= _CAUSE_CHARS else f"{fault[:_CAUSE_CHARS]}..."
                 # The file's name alone: its folder is that of the first.
                 why.append(f"{place.rpartition('/')[2]}: {cause}")
             if self.count > len(why):

@@ -297,9 +297,8 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
         raise row.error("a list of tool calls is empty", at=at)
     calls = []
     for item in values:
-        # OpenAI wraps a function in {"type": "function", "function": ...}.
-        function = item.get("function", item) if isinstance(item, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        function = _function_of(item)
+        if function is None:
             fix = 'write {"name": "f", "arguments": {...}}, or a list of these'
             raise row.error("a tool call has no name", fix=fix, at=at)
         name = function["name"]
@@ -326,6 +325,16 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
             call = {"type": "function", "id": item["id"], "function": called}
         calls.append(call)
     return calls
+
+
+def _function_of(value: object) -> Mapping[str, Any] | None:
+    """A call or a tool, bare or in OpenAI's wrapping {"type": "function", "function": ...}.
+
+    None for what has no name.
+    """
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    is_named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+    return function if is_named else None
 
 
 def calls_in_text(row: RowReader, text: str) -> list[FunctionCall]:
@@ -357,12 +366,10 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
         return None
     tools: list[ToolSchema] = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping):
+        function = _function_of(tool)
+        if function is None:
             fix = 'write {"name", "description", "parameters"}'
-            raise row.error(f"tool {n} is {json_type(tool)}, not an object", fix=fix)
-        if not isinstance(function.get("name"), str):
-            raise row.error(f"tool {n} has no name", fix='add "name": "..."')
+            raise row.error(f"tool {n} is {json_type(tool)} without a name", fix=fix)
         schema: dict[str, object] = drop_nulls(function)
         # Anthropic's name.
         if "input_schema" in schema and "parameters" not in schema:

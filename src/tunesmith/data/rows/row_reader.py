@@ -93,6 +93,12 @@ def looks_like_list(value: object) -> bool:
     return isinstance(value, list)
 
 
+def _decoded(text: str) -> object:
+    """The value of JSON text; exports of exports write JSON text of JSON text."""
+    value = json.loads(text)
+    return json.loads(value) if isinstance(value, str) else value
+
+
 def _yaml_text(name: str) -> str:
     """A column's name as a value in a mapping of YAML on one line."""
     if name == "..." or re.fullmatch(r"[A-Za-z_][\w .-]*", name):
@@ -281,9 +287,7 @@ class RowReader:
         if not isinstance(value, str):
             return value
         try:
-            decoded = json.loads(value)
-            # Exports of exports write JSON text of JSON text.
-            return json.loads(decoded) if isinstance(decoded, str) else decoded
+            return _decoded(value)
         except (ValueError, RecursionError) as error:
             why = str(error)
             fix = "fix the text, or write the value itself"
@@ -308,8 +312,7 @@ class RowReader:
         if not match[1]:
             # One object may be a text about JSON: only a whole message is read as one.
             try:
-                item = json.loads(value)
-                item = json.loads(item) if isinstance(item, str) else item
+                item = _decoded(value)
             except (ValueError, RecursionError):
                 return value
             keys = item.keys() if isinstance(item, dict) else set()

@@ -106,27 +106,6 @@ def _missing_file(path: Path) -> DataError:
     return DataError("there is no such file", where=str(path), why=why, fix=fix)
 
 
-def _read_text(path: Path) -> str:
-    with open_uncached(path) as file:
-        data = file.read()
-
-    def where(at: int) -> str:
-        line_breaks = data.count(b"\n", 0, at)
-        return f"{path}:{line_breaks + 1}"
-
-    return decode_text(path, data, where, "utf-8-sig")
-
-
-def _numbered_rows(path: Path, rows: list[object]) -> Table:
-    """Rows in memory that an editor shows by no line of their own."""
-    return Table(
-        len(rows),
-        rows.__getitem__,
-        where=lambda i: f"{path} row {i + 1}",
-        fingerprint=lambda: file_digest(path),
-    )
-
-
 class _JsonLines:
     """The places and numbers of the lines of a file that are not blank.
 
@@ -221,14 +200,26 @@ def _read_json(path: Path) -> Table:
             fix=f"jq -cn --stream 'fromstream(1|truncate_stream(inputs))' {shell_path(path)}"
             f" > {output}",
         )
-    text = _read_text(path)
+    with open_uncached(path) as file:
+        data = file.read()
+
+    def where(at: int) -> str:
+        line_breaks = data.count(b"\n", 0, at)
+        return f"{path}:{line_breaks + 1}"
+
+    text = decode_text(path, data, where, "utf-8-sig")
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         # ValueError itself stands for a number of too many digits.
         raise _broken_json(path, text, error) from None
     if isinstance(rows, list) and rows:
-        return _numbered_rows(path, rows)
+        return Table(
+            len(rows),
+            rows.__getitem__,
+            where=lambda i: f"{path} row {i + 1}",
+            fingerprint=lambda: file_digest(path),
+        )
     what = f"the file contains {json_type(rows)}, not an array of rows"
     why = ""
     fix = 'write an array of objects: [{"messages": ...}, ...]'

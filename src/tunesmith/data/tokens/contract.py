@@ -39,7 +39,7 @@ _EXCERPT_SIDE_TOKENS = 12
 CutAnswers = Literal["refuse", "warn", "accept"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Check:
     """One rule's result.
 
@@ -116,11 +116,8 @@ class _Chunk(NamedTuple):
         return np.searchsorted(self.offsets, tokens, side="right") - 1
 
 
-class _Faults(NamedTuple):
-    """The number of things that a rule checked in a chunk, and the tokens that break it (int64)."""
-
-    checked: int
-    tokens: np.ndarray
+# The number of things that a rule checked in a chunk, and the tokens that break it (int64).
+_Faults = tuple[int, np.ndarray]
 
 
 class _Rule(NamedTuple):
@@ -153,39 +150,30 @@ def check_tokens(
     counts = tokens.counts
     not_empty = Check("the split is not empty", counts.rows, "rows")
     if not len(tokens):
-        why = (
+        # At least one, so that a split without rows counts as broken.
+        not_empty.broken = max(1, counts.rows)
+        not_empty.where = counts.source
+        not_empty.why = (
             f"{count_of(counts.rows, 'row')} read, {counts.dropped:,} dropped as too long,"
             f" {counts.emptied:,} dropped because truncation left no supervised token"
         )
-        # At least one, so that a split without rows counts as broken.
-        is_empty = replace(
-            not_empty,
-            broken=max(1, counts.rows),
-            where=counts.source,
-            why=why,
-            fix="raise data.seq_len, or use a larger split",
-        )
-        return Contract(split, (is_empty,))
+        not_empty.fix = "raise data.seq_len, or use a larger split"
+        return Contract(split, (not_empty,))
     rules = _rules(tokens, template, vocab_size, position_limit)
     checks = [Check(rule.name, 0, rule.of, note=rule.note) for rule in rules]
     for chunk in _chunks(tokens):
-        for n, rule in enumerate(rules):
-            faults = rule.find(chunk)
-            check = checks[n]
+        for rule, check in zip(rules, checks, strict=True):
+            checked, faults = rule.find(chunk)
             # Only the first fault of each rule is shown; all are counted.
-            if len(faults.tokens) and not check.broken:
-                fault = int(faults.tokens[0])
-                in_chunk = int(chunk.examples_of(faults.tokens[:1])[0])
+            if len(faults) and not check.broken:
+                in_chunk = int(chunk.examples_of(faults[:1])[0])
                 example = chunk.first + in_chunk
-                start = int(chunk.arrays.offsets[in_chunk])
-                around = excerpt(tokens, template.tokenizer, example, fault - start)
-                where = tokens.where(example)
-                check = replace(check, where=where, why=f"{rule.why}: {around}", fix=rule.fix)
-            checks[n] = replace(
-                check,
-                checked=check.checked + faults.checked,
-                broken=check.broken + len(faults.tokens),
-            )
+                at = int(faults[0] - chunk.arrays.offsets[in_chunk])
+                check.where = tokens.where(example)
+                check.why = f"{rule.why}: {excerpt(tokens, template.tokenizer, example, at)}"
+                check.fix = rule.fix
+            check.checked += checked
+            check.broken += len(faults)
         chunk.arrays.release()
     all_checks = (not_empty, _answers_are_whole(tokens), *checks)
     # Of rows that are trained on as a whole no answer can be cut off.
@@ -205,13 +193,14 @@ def _answers_are_whole(tokens: TokenSet) -> Check:
                 count, first = part.counts.flaws[name]
                 lost.append((count, part.rows.where(first), ROW_WARNINGS[name]))
     broken = min(rows, sum(count for count, _, _ in lost))
-    if not broken:
-        return check
-    if broken <= MOST_LOST_ANSWERS * rows:
-        return replace(check, note=f"{broken:,} do not")
-    _, where, warning = lost[0]
-    why = f"the row has {warning.what}: {warning.why}"
-    return replace(check, broken=broken, where=where, why=why, fix=warning.fix)
+    if broken > MOST_LOST_ANSWERS * rows:
+        check.broken = broken
+        _, check.where, warning = lost[0]
+        check.why = f"the row has {warning.what}: {warning.why}"
+        check.fix = warning.fix
+    elif broken:
+        check.note = f"{broken:,} do not"
+    return check
 
 
 def _rules(
@@ -377,18 +366,18 @@ def _rows_without_target(chunk: _Chunk) -> _Faults:
     predicted = chunk.arrays.trained.astype(np.int64)
     predicted[chunk.starts] = 0
     supervised_per_row = np.add.reduceat(predicted, chunk.starts)
-    return _Faults(len(chunk.starts), chunk.starts[supervised_per_row == 0])
+    return (len(chunk.starts), chunk.starts[supervised_per_row == 0])
 
 
 def _rows_with_two_bos(chunk: _Chunk, bos: int | None) -> _Faults:
     """The second BOS of each."""
     if bos is None:
-        return _Faults(0, chunk.starts[:0])
+        return (0, chunk.starts[:0])
     ids = chunk.arrays.ids
     second = np.minimum(chunk.starts + 1, len(ids) - 1)
     has_second = np.diff(chunk.offsets) > 1
     has_two = (ids[chunk.starts] == bos) & (ids[second] == bos) & has_second
-    return _Faults(len(chunk.starts), second[has_two])
+    return (len(chunk.starts), second[has_two])
 
 
 def _supervised_prompts(chunk: _Chunk) -> _Faults:
@@ -399,12 +388,12 @@ def _supervised_prompts(chunk: _Chunk) -> _Faults:
     leaks = chunk.leaks[chunk.examples_of(chunk.starts)]
     leaking = chunk.starts[trained[chunk.starts] | leaks].tolist()
     first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
-    return _Faults(len(chunk.starts), np.asarray(first_trained, np.int64))
+    return (len(chunk.starts), np.asarray(first_trained, np.int64))
 
 
 def _tokens_beyond(chunk: _Chunk, vocab: int) -> _Faults:
     ids = chunk.arrays.ids
-    return _Faults(len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
+    return (len(ids), np.flatnonzero((ids < 0) | (ids >= vocab)))
 
 
 def _pairs_alike(chunk: _Chunk) -> _Faults:
@@ -417,13 +406,13 @@ def _pairs_alike(chunk: _Chunk) -> _Faults:
         if not np.array_equal(first, second) or np.array_equal(chosen.ids, rejected.ids):
             start = int(chunk.arrays.offsets[pair])
             faults.append(start + len(chosen.ids) + len(second))
-    return _Faults(len(pairs), np.asarray(faults, np.int64))
+    return (len(pairs), np.asarray(faults, np.int64))
 
 
 def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
     """The end token of each answer of which nothing else is supervised, but of empty ones."""
     if not chunk.has_answers:
-        return _Faults(0, chunk.starts[:0])
+        return (0, chunk.starts[:0])
     trained = chunk.arrays.trained
     is_row_start = np.zeros(len(trained), np.bool_)
     is_row_start[chunk.starts] = True
@@ -432,7 +421,7 @@ def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
     # What a template writes behind the end token may be supervised too, and is no answer.
     faults = answer_starts[np.isin(chunk.arrays.ids[answer_starts], end_ids)]
     faults = faults[~chunk.empties[chunk.examples_of(faults)]]
-    return _Faults(len(answer_starts), faults)
+    return (len(answer_starts), faults)
 
 
 def _answers_without_end(
@@ -471,10 +460,10 @@ def _answers_without_end(
     # A document ends in its last example alone.
     has_end_token |= ends_row & chunk.arrays.continued[examples]
     unfinished = int(is_cut_off.sum()) + int(chunk.arrays.continued.sum())
-    ended = _Faults(len(stretch_ends) - unfinished, stops[~has_end_token & ~is_cut_off])
+    ended = (len(stretch_ends) - unfinished, stops[~has_end_token & ~is_cut_off])
     if not chunk.has_answers:
-        return ended, _Faults(0, chunk.starts[:0])
-    return ended, _Faults(len(chunk.starts), stops[is_cut_off])
+        return ended, (0, chunk.starts[:0])
+    return ended, (len(chunk.starts), stops[is_cut_off])
 
 
 def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int, at: int) -> str:
@@ -482,16 +471,11 @@ def excerpt(tokens: TokenSet, tokenizer: "PreTrainedTokenizerBase", example: int
     ids = tokens[example].ids.tolist()
     left = max(0, at - _EXCERPT_SIDE_TOKENS)
     right = min(len(ids), at + _EXCERPT_SIDE_TOKENS + 1)
-    text = ""
-    for position in range(left, right):
-        id_ = ids[position]
-        in_vocabulary = 0 <= id_ < len(tokenizer)
-        piece = tokenizer.decode([id_]) if in_vocabulary else f"<{id_}>"
-        text += f"⟦{piece}⟧" if position == at else piece
-    if left:
-        text = f"…{text}"
-    if right < len(ids):
-        text = f"{text}…"
+    pieces = []
+    for id_ in ids[left:right]:
+        pieces.append(tokenizer.decode([id_]) if 0 <= id_ < len(tokenizer) else f"<{id_}>")
+    pieces[at - left] = f"⟦{pieces[at - left]}⟧"
+    text = "…" * (left > 0) + "".join(pieces) + "…" * (right < len(ids))
     # Line breaks and control characters would break the line of the report.
     shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
     return "".join(shown)
