@@ -201,8 +201,8 @@ def test_slices_are_those_of_datasets(
     table = Table(n, int, str, str)
     expected = list(range(theirs.from_, theirs.to))
     if expected:
-        [part] = select_rows({"train": table}, spec, where="x")
-        assert list(part.rows) == expected
+        rows = select_rows({"train": table}, spec, where="x")
+        assert [rows.where(i) for i in range(len(rows))] == list(map(str, expected))
     else:
         with refuses(DataError, where="x", names=[spec]):
             select_rows({"train": table}, spec, where="x")

@@ -279,7 +279,7 @@ def _spread(rows: Rows, count: int) -> Rows:
     if len(rows) <= count:
         return rows
     numbers = sorted({n * len(rows) // count for n in range(count)})
-    return rows.take([range(number, number + 1) for number in numbers])
+    return rows.take(numbers)
 
 
 def _characters(rows: Rows, count: Callable[[object], int]) -> list[int]:

@@ -183,15 +183,9 @@ def _take(sources: SourceRows, indices: np.ndarray) -> SourceRows:
         stop = first + len(rows)
         # Sorted indices: those of this source are side by side.
         lowest, highest = np.searchsorted(indices, [first, stop])
-        here = indices[lowest:highest] - first
+        if lowest < highest:
+            taken.append((source, rows.take((indices[lowest:highest] - first).tolist())))
         first = stop
-        if not len(here):
-            continue
-        # Neighbors become one range.
-        edges = np.flatnonzero(np.diff(here) > 1)
-        starts = here[np.concatenate([[0], edges + 1])].tolist()
-        stops = (here[np.concatenate([edges, [len(here) - 1]])] + 1).tolist()
-        taken.append((source, rows.take(map(range, starts, stops))))
     return taken
 
 

@@ -308,7 +308,7 @@ class _SampledRows:
         rows = self.rows
         if not trial.read:
             first = next(iter(self.sample))
-            rows = rows.take([range(first, first + 1)])
+            rows = rows.take([first])
         bad = find_bad_rows(rows, _with_layout(self.source, trial.layout))
         listed = bad.error()
         read = len(trial.read) or "none"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES
 from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
-from tunesmith.data.source.table import RowRange, Rows, Table, unreadable_error
+from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import NAMES_SHOWN, read_text_files
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
@@ -79,7 +79,7 @@ def check_local(path: Path) -> None:
 
 def _join(tables: Sequence[Table]) -> Table:
     """The rows of some tables, one after another."""
-    rows = Rows("", [RowRange(table, range(len(table))) for table in tables])
+    rows = Rows("", tables)
     return Table(
         len(rows), rows.__getitem__, rows.where, rows.digest, rows.check_unchanged, rows.layout
     )

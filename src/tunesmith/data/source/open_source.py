@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from array import array
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data.source.arrow_nulls import without_nulls
 from tunesmith.data.source.conversions import CONVERTED_SUFFIXES
 from tunesmith.data.source.folders import open_local
-from tunesmith.data.source.table import Row, RowRange, Rows, Table
+from tunesmith.data.source.table import Row, Rows, Table
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import from_here, near_path
 from tunesmith.units import count_of
@@ -34,9 +35,9 @@ def read_rows(source: Source) -> Rows:
         DataError: one of these is not there or cannot be read.
     """
     tables = open_splits(source)
-    rows = Rows(source.source, select_rows(tables, source.split, where=source.source))
+    rows = select_rows(tables, source.split, where=source.source)
     if source.max_examples is not None:
-        rows = rows.take([range(source.max_examples)])
+        rows = rows.take(range(min(source.max_examples, len(rows))))
     return rows
 
 
@@ -63,7 +64,7 @@ def from_list(rows: list[Row], name: str = "rows") -> Rows:
         where=lambda i: f"{name} row {i + 1}",
         fingerprint=lambda: digest,
     )
-    return Rows(name, [RowRange(table, range(len(rows)))])
+    return Rows(name, [table])
 
 
 def count_characters(value: object) -> int:
@@ -97,7 +98,7 @@ def is_local(name: str) -> bool:
     return is_path or name.lower().endswith(suffixes) or Path(name).exists()
 
 
-def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> list[RowRange]:
+def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> Rows:
     """The rows that a split such as `train[:95%]` names; None: of all splits.
 
     Grammar and rounding are those of `datasets`.
@@ -106,7 +107,7 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
         if len(tables) > 1:
             names = ", ".join(f"{name} ({len(table)})" for name, table in tables.items())
             log.warning("%s: no split given; using all rows of all splits: %s", where, names)
-        return [RowRange(table, range(len(table))) for table in tables.values()]
+        return Rows(where, list(tables.values()))
     from datasets import ReadInstruction
 
     for name in _SPLIT_NAME.findall(split):
@@ -127,12 +128,16 @@ def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> l
     except (ValueError, AssertionError) as error:
         raise _unreadable_split(split, where, first_line(error)) from None
     # A slice may end before it begins: then it has no rows.
-    ranges = [RowRange(tables[s.splitname], range(s.from_, max(s.from_, s.to))) for s in slices]
-    if not any(part.rows for part in ranges):
+    numbers = array("q")
+    selected: dict[str, int] = {}
+    for part in slices:
+        first = selected.setdefault(part.splitname, sum(sizes[name] for name in selected))
+        numbers.extend(range(first + part.from_, first + part.to))
+    if not numbers:
         why = ", ".join(f"{name} has {count_of(n, 'row')}" for name, n in sizes.items())
         fix = "use a larger slice: split: train"
         raise DataError(f"split {split} selects no rows", where=where, why=why, fix=fix)
-    return ranges
+    return Rows(where, [tables[name] for name in selected], numbers)
 
 
 def _unreadable_split(split: str, where: str, why: str) -> DataError:

@@ -9,14 +9,14 @@ import bisect
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
 
 from tunesmith.errors import DataError
 from tunesmith.host.memory import drop_pages, open_uncached
@@ -82,54 +82,54 @@ def json_type(value: object) -> str:
     return _TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
 
 
-class RowRange(NamedTuple):
-    """Consecutive rows of one table."""
-
-    table: Table
-    rows: range
-
-
 class Rows:
     """The rows of one source, in order.
 
     `rows[i]` is a dict, `rows.where(i)` its place, counted from 1.
+
+    Args:
+        tables: those that the rows are of.
+        numbers: of the rows, counted over all tables; None: all.
     """
 
-    def __init__(self, name: str, ranges: list[RowRange]) -> None:
+    def __init__(
+        self, name: str, tables: Sequence[Table], numbers: Sequence[int] | None = None
+    ) -> None:
         self.name = name
-        self._ranges = ranges
-        self._ends = list(itertools.accumulate(len(part.rows) for part in ranges))
+        self._tables = tables
+        self._ends = list(itertools.accumulate(map(len, tables)))
+        self._numbers = range(self.available) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._numbers)
 
     @property
     def available(self) -> int:
         """All rows of the files and splits, before a selection."""
-        return sum(len(table) for table in self._tables())
+        return sum(len(table) for table in self._tables)
 
     @property
     def layout(self) -> str:
         """Describe the layout of the files, such as `separated by semicolons`."""
-        return ", ".join(dict.fromkeys(table.layout for table in self._tables() if table.layout))
+        return ", ".join(dict.fromkeys(table.layout for table in self._tables if table.layout))
 
     @property
     def are_documents(self) -> bool:
         """Tell whether the rows are texts of files: their format is text."""
-        return all(table.are_documents for table in self._tables())
+        return all(table.are_documents for table in self._tables)
 
     @property
     def skipped(self) -> str:
         """Say in a clause what of the folder is not read."""
-        return ", ".join(dict.fromkeys(table.skipped for table in self._tables() if table.skipped))
+        return ", ".join(dict.fromkeys(table.skipped for table in self._tables if table.skipped))
 
     def _find(self, i: int) -> tuple[Table, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        p = bisect.bisect_right(self._ends, i)
-        part = self._ranges[p]
-        # A negative index, counted from the range's end.
-        return part.table, part.rows[i - self._ends[p]]
+        number = self._numbers[i]
+        p = bisect.bisect_right(self._ends, number)
+        table = self._tables[p]
+        return table, number - (self._ends[p] - len(table))
 
     def __getitem__(self, i: int) -> Row:
         table, at = self._find(i)
@@ -161,34 +161,24 @@ class Rows:
         next_table, next_at = self._find(i + 1)
         return next_table is table and next_at == at + 1
 
-    def take(self, spans: Iterable[range]) -> "Rows":
-        """The rows of some spans of indices, span after span."""
-        ranges = []
-        for span in spans:
-            for part, end in zip(self._ranges, self._ends, strict=True):
-                start = end - len(part.rows)
-                rows = part.rows[max(0, span.start - start) : max(0, span.stop - start)]
-                if rows:
-                    ranges.append(RowRange(part.table, rows))
-        return Rows(self.name, ranges)
+    def take(self, indices: Sequence[int]) -> "Rows":
+        """Some of the rows, by their indices."""
+        numbers = array("q", map(self._numbers.__getitem__, indices))
+        return Rows(self.name, self._tables, numbers)
 
     def check_unchanged(self) -> None:
         """DataError if a file was changed since it was opened."""
-        for table in self._tables():
+        for table in self._tables:
             table.check_unchanged()
-
-    def _tables(self) -> list[Table]:
-        return list({id(part.table): part.table for part in self._ranges}.values())
 
     def digest(self) -> str:
         """sha256 (hex) of the content and of which rows are selected.
 
         The file's name and folder do not enter.
         """
-        digest = hashlib.sha256()
-        fingerprints = {id(table): table.fingerprint() for table in self._tables()}
-        for table, rows in self._ranges:
-            digest.update(f"{fingerprints[id(table)]}[{rows.start}:{rows.stop}]".encode())
+        digest = hashlib.sha256(array("q", self._numbers).tobytes())
+        for table in self._tables:
+            digest.update(f"{len(table)} {table.fingerprint()}".encode())
         return digest.hexdigest()
 
 
