@@ -27,7 +27,7 @@ class BadRows:
     count: int = 0
     is_whole: bool = False
     listed: list[tuple[str, int, str]] = field(default_factory=list)
-    _first_error: DataError | None = None
+    first_error: DataError | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -43,24 +43,16 @@ class BadRows:
             return False
         self.count += 1
         self.is_whole = self.count == self.rows
-        self._first_error = self._first_error or error
+        self.first_error = self.first_error or error
         inside = error.where.removeprefix(place).lstrip(", ")
         if len(self.listed) < LISTED:
             what = f"{inside}: {error.what}" if inside else error.what
             self.listed.append((place, row, what))
         return True
 
-    def join(self, other: "BadRows") -> None:
-        """Add those of another source."""
-        self.rows += other.rows
-        self.count += other.count
-        self.is_whole = self.is_whole or other.is_whole
-        self.listed += other.listed
-        self._first_error = self._first_error or other._first_error
-
     def error(self) -> DataError:
         """The error for all of them."""
-        first = self._first_error
+        first = self.first_error
         assert first is not None
         what = first.what
         why = [first.why] if first.why else []
@@ -83,10 +75,13 @@ class BadRows:
 
 def error_of_sources(sources: Sequence[BadRows]) -> DataError:
     """One error for the bad rows of several sources."""
-    joined = BadRows(0)
-    for bad in sources:
-        joined.join(bad)
-    return joined.error()
+    return BadRows(
+        rows=sum(bad.rows for bad in sources),
+        count=sum(map(len, sources)),
+        is_whole=any(bad.is_whole for bad in sources),
+        listed=[row for bad in sources for row in bad.listed],
+        first_error=sources[0].first_error,
+    ).error()
 
 
 def is_of_row(error: DataError, place: str) -> bool:

@@ -51,12 +51,6 @@ _TITLES = {
     "alpaca": "the alpaca text",
     "pattern": "the prompt's text",
 }
-# What `Template.describe` calls it.
-_DESCRIPTIONS = {
-    "chat": "chat: the tokenizer's chat template",
-    "alpaca": "alpaca: Stanford's instruction text",
-    "pattern": "pattern: one text with instruction and response",
-}
 
 
 def title_of(name: str) -> str:
@@ -142,7 +136,7 @@ class Template:
             return f"raw: no template; {how}; each row ends with {raw_end}"
         if self.name == "text":
             return f"text: rows as they are; each ends with {raw_end}"
-        parts = [_DESCRIPTIONS.get(self.name, f"{self.name}: a chat template from a file")]
+        parts = [f"{self.name}: {title_of(self.name)}"]
         if builtin_templates.HERMES in (self.jinja or ""):
             parts.append("tool calls in Hermes' form (plain ChatML has none)")
         arguments, _ = split_arguments(self.jinja or "")
