@@ -7,7 +7,7 @@ reading its group again from the start (Parquet's row group, Arrow's record batc
 import bisect
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class _OpenGroup:
     def __init__(self, read_group: _ReadGroup, group: int, first: int) -> None:
         self.blocks = _blocks(read_group(group))
         self.first = first
-        self.block: Sequence[object] | pa.RecordBatch = ()
+        self.block = pa.RecordBatch.from_pylist([])
         self.rows: list[Row] = []
 
 
