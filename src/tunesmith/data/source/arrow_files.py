@@ -47,7 +47,7 @@ def read_arrow(path: Path) -> Table:
 
     def row(i: int) -> Row:
         try:
-            with _LOCK:
+            with _READ_LOCK:
                 return without_nulls(_read_row(read_group, ends, i))
         # ValueError and OverflowError: a text that is no UTF-8, a time that Python does not have.
         except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
@@ -90,7 +90,7 @@ class _OpenGroup:
 
 # One file at a time is open, and in memory: its iterator is closed when it is forgotten.
 _open_group = lru_cache(maxsize=1)(_OpenGroup)
-_LOCK = threading.Lock()
+_READ_LOCK = threading.Lock()
 
 
 def _read_row(read_group: _ReadGroup, ends: list[int], i: int) -> Row:

@@ -102,7 +102,7 @@ class RowEncoder:
         Other errors are raised: a file that was changed, a template that fits no row.
         """
         read = []
-        samples = []
+        samples: list[Sample] = []
         places = []
         for values, place in zip(batch.rows, batch.places, strict=True):
             row = self._read(values, place)
