@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from errors import refuses
-from export.tiny_gguf import header_of, random_model
+from export.tiny_gguf import header_of, random_model, tensor_rows
 from tunesmith.errors import ModelError
 from tunesmith.tools.export.gguf.adapter import plan_adapter
 from tunesmith.tools.export.gguf.families import pair_neighbors
-from tunesmith.tools.export.gguf.plan import GgufPlan, TensorRows
+from tunesmith.tools.export.gguf.plan import GgufPlan
 from tunesmith.tools.export.gguf.write import write_gguf
 
 
@@ -32,7 +32,7 @@ def adapter_of(variant: str, **settings: object) -> tuple[dict, dict, dict[str, 
 
 
 def plan_of_adapter(config: dict, settings: dict, tensors: dict, **more: int) -> GgufPlan:
-    rows = {name: TensorRows(tensor) for name, tensor in tensors.items()}
+    rows = {name: tensor_rows(tensor) for name, tensor in tensors.items()}
     return plan_adapter(config, settings, rows, name="tiny", **more)
 
 

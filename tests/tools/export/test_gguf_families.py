@@ -22,6 +22,7 @@ from export.tiny_gguf import (
     random_model,
     rows_of,
     structure_of,
+    tensor_rows,
     write_model,
 )
 from tunesmith.errors import ModelError, RecipeError
@@ -30,10 +31,9 @@ from tunesmith.tools.export.gguf.families import (
     FAMILIES,
     pair_neighbors,
     read_family,
-    rope_parameters,
     rope_tensors,
 )
-from tunesmith.tools.export.gguf.plan import TensorRows, plan_gguf
+from tunesmith.tools.export.gguf.plan import plan_gguf
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +100,6 @@ def test_scores_are_the_same_when_neighbors_are_rotated() -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_both_spellings_of_rope_are_one() -> None:
-    old = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "rope_theta": None}}
-    del old["rope_scaling"]["rope_theta"]
-    old["rope_scaling"]["type"] = old["rope_scaling"].pop("rope_type")
-    new = {"model_type": "llama", "rope_parameters": LLAMA3}
-    for key in ("rope_type", "rope_theta", "factor"):
-        assert rope_parameters(old)[0][key] == rope_parameters(new)[0][key]
-    local = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    nested = {
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        }
-    }
-    assert rope_parameters(local) == rope_parameters(nested)
-
-
 @pytest.mark.parametrize("rope", [LLAMA3, LONGROPE], ids=["llama3", "longrope"])
 def test_factors_are_those_of_transformers(rope: dict) -> None:
     """Frequencies divided by the factors are those that Transformers computes."""
@@ -173,7 +156,7 @@ REFUSED = {
     "yarn of gemma": ("gemma2", {"rope_parameters": YARN}, "rope_type = yarn"),
     "a factor of yarn": ("llama", {"rope_parameters": {**YARN, "attention_factor": 2.0}}, "attention_factor = 2.0"),
     "mscale of yarn": ("llama", {"rope_parameters": {**YARN, "mscale": 1.0}}, "mscale = 1.0"),
-    "a part of the head rotated": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "a part of the head rotated": ("llama", {"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     "other activation": ("llama", {"hidden_act": "gelu"}, "hidden_act = gelu"),
     "other layers without rope": ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1]}, "no_rope_layers"),
     "other windows": ("gemma3", {"layer_types": ["full_attention"] * 7}, "layer_types"),
@@ -210,7 +193,7 @@ def test_the_first_gemma_is_taken_as_it_was_meant() -> None:
 )
 def test_a_weight_without_a_place_is_refused(variant: str, name: str, tokenizer) -> None:
     model = random_model(variant)
-    weights = {**rows_of(model), name: TensorRows(torch.zeros(128))}
+    weights = {**rows_of(model), name: tensor_rows(torch.zeros(128))}
     with refuses(ModelError, names=[name], fix=["tunesmith merge RUN"]):
         plan_gguf(model.config.to_dict(), weights, tokenizer, quant="f16", name="tiny")
 

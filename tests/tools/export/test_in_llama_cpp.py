@@ -24,6 +24,7 @@ from export.tiny_gguf import (
     random_model,
     sentencepiece,
     structure_of,
+    tensor_rows,
     write_model,
 )
 from tunesmith.config.schema import Model
@@ -34,7 +35,6 @@ from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.tools.export.gguf import tokenizer as header_room
 from tunesmith.tools.export.gguf.adapter import plan_adapter
 from tunesmith.tools.export.gguf.llama_cpp import UNREPORTED, LlamaCpp
-from tunesmith.tools.export.gguf.plan import TensorRows
 from tunesmith.tools.export.gguf.tokenizer import read_gguf_tokenizer
 from tunesmith.tools.export.gguf.write import write_gguf
 
@@ -215,7 +215,7 @@ def test_an_adapter_gives_the_logits_of_peft(variant, rslora, tokenizer, tmp_pat
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
     rows = {
-        name: TensorRows(t.contiguous()) for name, t in get_peft_model_state_dict(tuned).items()
+        name: tensor_rows(t.contiguous()) for name, t in get_peft_model_state_dict(tuned).items()
     }
     plan = plan_adapter(model.config.to_dict(), config.to_dict(), rows, name="tiny")
     write_gguf(plan, tmp_path / "adapter.gguf")

@@ -20,8 +20,9 @@ from transformers import (
 
 from conftest import CHATML
 from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE
-from tunesmith.tools.export.gguf.plan import GgufPlan, TensorRows, plan_gguf
+from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
+from tunesmith.tools.export.tuned_weights import LastRead, WholeRows
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 TEXTS = [
@@ -164,12 +165,16 @@ def random_model(variant: str, **more: Any) -> PreTrainedModel:
     return model
 
 
-def rows_of(model: PreTrainedModel) -> dict[str, TensorRows]:
+def tensor_rows(tensor: torch.Tensor) -> WholeRows:
+    return WholeRows(tensor.shape, tensor.clone, LastRead())
+
+
+def rows_of(model: PreTrainedModel) -> dict[str, WholeRows]:
     """Its weights by name, a tied head left out."""
     weights = {}
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-            weights[name] = TensorRows(tensor)
+            weights[name] = tensor_rows(tensor)
     return weights
 
 
@@ -185,7 +190,7 @@ def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     quant: str = "f32",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     write_gguf(plan_of(model, tokenizer, quant), path, threads=2, progress=progress)
     return path

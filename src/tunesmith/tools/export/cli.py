@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.to == "vllm":
         export_for_vllm(args, location)
     else:
-        export_for_gguf(args, location)
+        export_for_gguf(args)
 
 
 def check_options(args: argparse.Namespace) -> None:

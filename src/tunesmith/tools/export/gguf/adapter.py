@@ -17,11 +17,11 @@ from tunesmith.tools.export.gguf.families import (
 from tunesmith.tools.export.gguf.plan import (
     GgufPlan,
     GgufTensor,
-    WeightRows,
     header_bytes,
     new_writer,
     require_gguf,
 )
+from tunesmith.tools.export.tuned_weights import RowSource
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _WHOLE_MODEL_FIX = "export the whole model: the same command without --adapter"
 def plan_adapter(
     config: ModelConfig,
     settings: LoraSettings,
-    weights: Mapping[str, WeightRows],
+    weights: Mapping[str, RowSource],
     *,
     name: str,
     added_tokens: int = 0,
@@ -99,7 +99,7 @@ def plan_adapter(
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors))
 
 
-def _by_base_name(weights: Mapping[str, WeightRows]) -> dict[tuple[str, str], WeightRows]:
+def _by_base_name(weights: Mapping[str, RowSource]) -> dict[tuple[str, str], RowSource]:
     """The matrices by the adapted weight's name and llama.cpp's suffix."""
     matrices = {}
     for name, weight in weights.items():

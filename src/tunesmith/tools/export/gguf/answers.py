@@ -6,7 +6,7 @@ it would write. Up to the first where it would write another, the answer is its 
 what it would write behind that is not computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -26,9 +26,6 @@ from tunesmith.tools.export.merge_check import SENTENCES, probe_sources
 MAX_QUESTIONS = 3
 MAX_QUESTION_ROWS = 50  # read, in search of prompts that are short enough
 MAX_ANSWER_TOKENS = 48
-TERMINAL_COLUMNS = 80
-_LABEL_FORMAT = "  {:<11}"
-_CHARS_BEFORE = 20  # characters shown in front of a difference
 
 
 @dataclass(frozen=True)
@@ -134,41 +131,3 @@ def compare_answers(
         len(answer),
         differs_at,
     )
-
-
-def answer_lines(answers: Sequence[SideBySide]) -> list[str]:
-    """The answers for a terminal: a line each, cut to its width, a difference in sight."""
-    lines = []
-    for answer in answers:
-        lines.append(_line("asked", answer.question))
-        if answer.reference is not None:
-            lines.append(_line("reference", answer.reference))
-        if answer.differs_at is None:
-            lines.append(_line("file", answer.file))
-            lines.append(_line("tuned", f"(the same {answer.tokens} tokens)"))
-            continue
-        texts = [_one_line(answer.file), _one_line(answer.tuned)]
-        characters = enumerate(zip(*texts, strict=False))
-        first = next((at for at, (a, b) in characters if a != b), min(map(len, texts)))
-        lines.append(_line("file", answer.file, first))
-        lines.append(_line("tuned", f"{answer.tuned} ...", first))
-        # The positions that are compared are of rows as they stand; an answer goes on from its own
-        # tokens.
-        place = f"differs from token {answer.differs_at} of {answer.tokens}"
-        lines.append(_line("", f"({place}: one near tie changes what follows)"))
-    return lines
-
-
-def _line(label: str, text: str, at: int = 0) -> str:
-    """One line of the terminal, with the character `at` in it."""
-    room = TERMINAL_COLUMNS - len(_LABEL_FORMAT.format(label))
-    text = _one_line(text)
-    if at > room - _CHARS_BEFORE:
-        text = f"... {text[at - _CHARS_BEFORE :]}"
-    if len(text) > room:
-        text = f"{text[: room - 4]} ..."
-    return (_LABEL_FORMAT.format(label) + text).rstrip()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -4,10 +4,11 @@ The logits to compare with are computed while the weights are read (`streamed_mo
 the check holds no whole model either.
 """
 
+import itertools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,8 @@ from tunesmith.tools.export.gguf.answers import (
 )
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
-from tunesmith.tools.export.streamed_model import Values, decoder_layers, streamed_logits
+from tunesmith.tools.export.streamed_model import decoder_layers, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel
-from tunesmith.units import format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class FileCheck:
 def check_file(
     file: Path,
     tuned: TunedModel,
-    base: tuple[TunedModel, Values] | None,
+    base: TunedModel | None,
     *,
     adapter: Path | None = None,
     device: torch.device,
@@ -81,7 +81,7 @@ def check_file(
     """Open the file in llama.cpp, and compare it with the tuned model.
 
     Args:
-        base: the model before training, and which values of it.
+        base: the model that has the values before training.
         adapter: the GGUF file of an adapter that llama.cpp adds to the file.
         progress: gets the parts that are done, and all of them.
 
@@ -91,104 +91,51 @@ def check_file(
     prompts, _ = probe_prompts(tuned)
     places = [_places(len(prompt)) for prompt in prompts]
     questions = questions_of(tuned)
-    positions = sum(map(len, places))
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
-        f"check: llama.cpp tokenizes up to {MAX_PROMPTS} prompts, answers {len(questions)} of "
-        f"them with up to {MAX_ANSWER_TOKENS} tokens, and gives the next token at {positions} "
-        f"positions; {layers} layers are computed in fp32 to compare with (--no-check skips this)"
+        f"check: llama.cpp answers {len(questions)} prompts, and {layers} layers are computed in "
+        "fp32 to compare with (--no-check skips this)"
     )
-    passes = _Passes(device, layers, len(questions) + positions, progress)
+    advance = _count_parts(layers + len(questions) + sum(map(len, places)), progress)
+    compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
     with LlamaCpp(file, adapter, threads=threads) as server:
         texts = _check_ids(server, tuned)
-        # Before the answers, since how long a layer takes says how long all take.
-        base_logits = None if base is None else passes.logits(*base, prompts, places)
+        base_logits = None
+        if base is not None:
+            base_logits = compute(base, prompts, values="base", places=places)
         # Answers and prompts in one pass, which reads every weight once.
-        passages = [*prompts]
-        passage_places = [*places]
+        passages, passage_places = [*prompts], [*places]
         answers = []
         for question in questions:
             answer = up_to_end(server.answer(question.ids, MAX_ANSWER_TOKENS), tuned)
             answers.append(answer)
             passages.append([*question.ids, *answer])
-            first = len(question.ids) - 1  # predicts the answer's first token
-            passage_places.append(list(range(first, first + len(answer))))
-            passes.advance()
-        logits = passes.logits(tuned, "adapter", passages, passage_places)
+            # The token before the answer predicts its first one.
+            passage_places.append([len(question.ids) - 1 + number for number in range(len(answer))])
+            advance()
+        logits = compute(tuned, passages, values="adapter", places=passage_places)
         expected = logits[: len(prompts)]
-        compared, served = _served_logits(server, prompts, places, expected, passes.advance)
-    side_by_side = []
-    for question, answer, values in zip(questions, answers, logits[len(prompts) :], strict=True):
-        side_by_side.append(compare_answers(question, answer, values, tuned))
+        compared, served = _served_logits(server, prompts, places, expected, advance)
+    answered = zip(questions, answers, logits[len(prompts) :], strict=True)
     return FileCheck(
         len(texts),
         compare_logits(compared, served),
         None if base_logits is None else compare_logits(expected, base_logits),
         len(served),
-        tuple(side_by_side),
+        tuple(compare_answers(*parts, tuned) for parts in answered),
     )
 
 
-class _Passes:
-    """Passes over weights that are read a layer at a time, and the parts of a check that are done.
+def _count_parts(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:
+    """Return a function that counts one more part for `progress`, which gets 0 at first."""
+    done = itertools.count()
 
-    Args:
-        layers: of all passes.
-        others: parts that are no layer.
-        progress: gets the parts that are done, and all of them.
-    """
+    def advance() -> None:
+        progress(next(done), total)
 
-    def __init__(
-        self,
-        device: torch.device,
-        layers: int,
-        others: int,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self._device = device
-        self._layers = layers
-        self._total = layers + others
-        self._progress = progress
-        self._done = -1
-        self._layers_done = 0
-        self.advance()
-
-    def advance(self) -> None:
-        """Count one more part."""
-        self._done += 1
-        self._progress(self._done, self._total)
-
-    def logits(
-        self,
-        model: TunedModel,
-        values: Values,
-        prompts: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
-    ) -> list[torch.Tensor]:
-        """Those of `streamed_logits` in fp32; how long all layers take is logged after two."""
-        first_done = 0.0
-
-        def advance_layer() -> None:
-            nonlocal first_done
-            self._layers_done += 1
-            # The first reads the embedding and loads libraries, too.
-            if self._layers_done == 1:
-                first_done = time.monotonic()
-            elif self._layers_done == 2:
-                seconds = format_seconds(self._layers * (time.monotonic() - first_done))
-                log.info(f"check: about {seconds} for the layers, by the second of them")
-            self.advance()
-
-        return streamed_logits(
-            model,
-            prompts,
-            values=values,
-            dtype=torch.float32,
-            device=self._device,
-            places=places,
-            on_layer=advance_layer,
-        )
+    advance()
+    return advance
 
 
 def _served_logits(

@@ -56,7 +56,6 @@ from tunesmith.tools.export.output import (
     record_path,
 )
 from tunesmith.tools.export.record import ExportedKind, record_of, write_record
-from tunesmith.tools.export.streamed_model import Values
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
 DEFAULT_QUANT = "q4_k_m"
@@ -91,19 +90,32 @@ class ExportedFile(Tabular):
     chat_template: str | None = None
 
     def table(self) -> ResultTable:
-        """The file, and how far its answers are from the tuned model's."""
+        """Show the file, how far its answers are from the tuned model's, and some of them."""
         rows = [("file", self.file), ("size", f"{self.bytes / 1e6:,.1f} MB in {self.quant}")]
-        if self.check is not None:
-            tuned = self.check.tuned
-            answers = f"mean KL {tuned.mean_kl:.2g} nats against the tuned model"
-            if self.check.base:
-                answers += f" (base: {self.check.base.mean_kl:.2g})"
-            rows += [
-                ("prompts", f"{self.check.prompts} have identical token ids in llama.cpp"),
-                ("answers", answers),
-                ("", f"the same most likely token at {tuned.agreement:.0%}"),
-            ]
-        return ResultTable(rows, notes=[f"note: {note}" for note in self.notes])
+        notes = [f"note: {note}" for note in self.notes]
+        check = self.check
+        if check is None:
+            rows.append(("check", f"not compared with the tuned model ({self.unchecked})"))
+            return ResultTable(rows, notes=notes)
+        answers = f"mean KL {check.tuned.mean_kl:.2g} nats against the tuned model"
+        if check.base:
+            answers += f" (base: {check.base.mean_kl:.2g})"
+        same = round(check.tuned.agreement * check.positions)
+        rows += [
+            ("prompts", f"{check.prompts} have identical token ids in llama.cpp"),
+            ("answers", answers),
+            ("next tokens", f"the same at {same} of {check.positions} positions"),
+        ]
+        for answer in check.answers:
+            notes.append(f"asked: {answer.question}")
+            if answer.reference is not None:
+                notes.append(f"  reference: {answer.reference}")
+            tuned = f"the same {answer.tokens} tokens"
+            if answer.differs_at is not None:
+                place = f"differs from token {answer.differs_at} of {answer.tokens}"
+                tuned = f"{answer.tuned} ... ({place}: one near tie changes what follows)"
+            notes += [f"  file: {answer.file}", f"  tuned: {tuned}"]
+        return ResultTable(rows, notes=notes)
 
 
 @lines_by_default()
@@ -243,7 +255,7 @@ def export_adapter(
             return check_file(
                 base.file,
                 tuned,
-                (tuned, "base"),
+                tuned,
                 adapter=file,
                 device=place,
                 threads=threads,
@@ -300,7 +312,7 @@ def _write_checked(
     require_disk_space(goal, plan.size, what=file.name, fix=OTHER_DISK)
     with part_folder(goal) as part:
         written = part / file.name
-        _write(plan, written, threads, progress)
+        write_gguf(plan, written, threads=threads, progress=progress)
         if write_beside is not None:
             write_beside(part)
         result = None
@@ -417,28 +429,18 @@ def _check_text_model(config: PretrainedConfig) -> None:
         )
 
 
-def _write(
-    plan: GgufPlan, file: Path, threads: int, progress: Callable[[int, int], None] | None
-) -> None:
-    def note(written: int) -> None:
-        if progress is not None:
-            progress(written, plan.size)
-
-    write_gguf(plan, file, threads=threads, progress=note)
-
-
-def _find_base(location: RunLocation, tuned: TunedModel) -> tuple[TunedModel, Values] | None:
+def _find_base(location: RunLocation, tuned: TunedModel) -> TunedModel | None:
     """The model before training; None where there was none, or a whole one was trained and its base
     is gone.
     """
     if location.holds == "base":
         return None
     if location.holds == "adapter":
-        return tuned, "base"
+        return tuned
     try:
         # A full fine-tune names its base in the recipe; it may be gone from the disk or the Hub's
         # cache.
         base = replace(location, holds="base")
-        return open_tuned_model(read_run_files(base)), "base"
+        return open_tuned_model(read_run_files(base))
     except TunesmithError:
         return None

@@ -26,10 +26,9 @@ _ALL_LINEARS = (*_ATTENTION_INPUTS, "attn_output", "ffn_gate", "ffn_up", "ffn_do
 
 
 class Rope(TypedDict, total=False):
-    """Rotary embeddings of a config.json, under the names of any version of Transformers."""
+    """Rotary embeddings of a config.json."""
 
     rope_type: str
-    type: str
     rope_theta: float
     factor: float
     partial_rotary_factor: float
@@ -77,10 +76,6 @@ class ModelConfig(TypedDict, total=False):
     attn_logit_softcapping: float
     final_logit_softcapping: float
     rope_parameters: RopeByAttention
-    rope_scaling: RopeByAttention
-    rope_theta: float
-    rope_local_base_freq: float
-    partial_rotary_factor: float
     original_max_position_embeddings: int
     attention_multiplier: float
     embedding_multiplier: float
@@ -311,32 +306,14 @@ def _check_attention_scale(config: ModelConfig, by_width_at: int) -> None:
 
 
 def rope_parameters(config: ModelConfig) -> tuple[Rope, Rope]:
-    """Those of full and of sliding attention, each with `rope_type` and `rope_theta`.
+    """Return those of full and of sliding attention; the second is empty where all layers have one.
 
-    Transformers 5 writes `rope_parameters`, for some families one by type of attention; before, it
-    was `rope_theta`, `rope_scaling` and `rope_local_base_freq`. The second is empty where a family
-    has one for all layers.
+    Transformers writes older spellings into `rope_parameters` when it reads a config.json.
     """
-    # The new name first: a config of Transformers 5 may keep the old one beside it.
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sliding: Rope = {}
+    parameters = config["rope_parameters"]
     if "full_attention" in parameters:
-        full = parameters["full_attention"].copy()
-        sliding = parameters.get("sliding_attention") or {}
-    else:
-        full = parameters.copy()
-        if config.get("rope_local_base_freq") is not None:
-            sliding = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
-    full.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    full["rope_type"] = full.get("rope_type") or full.get("type") or "default"
-    if full["rope_type"] == "su":
-        full["rope_type"] = "longrope"  # its name in the first Phi-3
-    if config.get("partial_rotary_factor") is not None:
-        full.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    if config.get("original_max_position_embeddings") is not None:
-        original = config["original_max_position_embeddings"]
-        full.setdefault("original_max_position_embeddings", original)
-    return full, sliding
+        return parameters["full_attention"], parameters["sliding_attention"]
+    return parameters, {}
 
 
 def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
@@ -484,7 +461,10 @@ def _add_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
 
 
 def _original_context(config: ModelConfig, rope: Rope) -> int:
-    return rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    for source in (rope, config):
+        if source.get("original_max_position_embeddings"):
+            return source["original_max_position_embeddings"]
+    return config["max_position_embeddings"]
 
 
 def _longrope_scale(config: ModelConfig, rope: Rope) -> float:

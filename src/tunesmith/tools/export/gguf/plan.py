@@ -4,12 +4,11 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.errors import RecipeError
 from tunesmith.host.packages import require
 from tunesmith.tools.export.gguf.families import (
     ModelConfig,
@@ -26,7 +25,8 @@ from tunesmith.tools.export.gguf.tokenizer import (
     model_name,
     read_gguf_tokenizer,
 )
-from tunesmith.tools.export.gguf.types import read_quant, tensor_bytes, tensor_type
+from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES, tensor_bytes, tensor_type
+from tunesmith.tools.export.tuned_weights import LastRead, RowSource, WholeRows
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
@@ -35,32 +35,6 @@ if TYPE_CHECKING:
 TENSOR_ALIGNMENT_BYTES = 32  # tensors begin at multiples of this
 # Keys of generation_config.json that llama.cpp takes as defaults of its sampler.
 _SAMPLING = ("top_k", "top_p", "min_p")
-
-
-class WeightRows(Protocol):
-    """A weight that is read in parts; `rows` is called from several threads."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def rows(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1, in fp32."""
-        ...
-
-
-@dataclass(frozen=True)
-class TensorRows:
-    """A tensor in memory as WeightRows."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    def rows(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1, in fp32."""
-        return self.tensor[first:last].float()
 
 
 @dataclass(frozen=True)
@@ -76,7 +50,7 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     ggml_type: str
-    source: WeightRows
+    source: RowSource
     heads: int | None = None
     offset: float = 0.0
 
@@ -112,7 +86,7 @@ def padded(size: int) -> int:
 
 def plan_gguf(
     config: ModelConfig,
-    weights: Mapping[str, WeightRows],
+    weights: Mapping[str, RowSource],
     tokenizer: PreTrainedTokenizerBase,
     *,
     quant: str,
@@ -136,20 +110,26 @@ def plan_gguf(
     require_gguf()
     import gguf
 
-    chosen = read_quant(quant)
+    if quant not in GGUF_QUANT_TYPES:
+        raise RecipeError(
+            f"{quant!r} is not a supported quantization",
+            where="--quant",
+            fix=f"one of {', '.join(GGUF_QUANT_TYPES)}",
+        )
     family = read_family(config)
     new_names = check_tensor_names(weights, config, family)
     rows = weights["model.embed_tokens.weight"].shape[0]
     read_tokenizer = read_gguf_tokenizer(tokenizer, rows, config, turn_end)
     tensors = []
     for new_name, factors in rope_tensors(config).items():
-        tensors.append(GgufTensor(new_name, tuple(factors.shape), "F32", TensorRows(factors)))
+        source = WholeRows(factors.shape, factors.clone, LastRead())
+        tensors.append(GgufTensor(new_name, tuple(factors.shape), "F32", source))
     # llama.cpp uses the embedding as head where the file has none.
     tied = "output.weight" not in new_names.values()
     for old_name, weight in weights.items():
         new_name = new_names[old_name]
         shape = tuple(weight.shape)
-        ggml_type = tensor_type(new_name, shape, chosen, config, tied=tied)
+        ggml_type = tensor_type(new_name, shape, quant, config, tied=tied)
         heads = heads_to_permute(new_name, config, family)
         offset = family.norm_offset if new_name.endswith("_norm.weight") else 0.0
         tensors.append(GgufTensor(new_name, shape, ggml_type, weight, heads, offset))
@@ -164,7 +144,8 @@ def plan_gguf(
     _add_sampling(writer, generation)
     # The embedding may have more rows than the config says, for tokens that were added.
     add_config(writer, {**config, "vocab_size": rows}, family)
-    writer.add_file_type(chosen.file_type)
+    kind = "ALL" if quant == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{kind}_{quant.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, read_tokenizer)
     notes = (*notes_on_config(config, family), *read_tokenizer.notes)

@@ -85,16 +85,6 @@ class TokenizerFile(TypedDict):
     added_tokens: list[AddedToken]
 
 
-class FormParts(TypedDict):
-    """The fields of GgufTokenizer that byte-level BPE and SentencePiece have each in its way."""
-
-    model: str
-    pre: str
-    scores: tuple[float, ...]
-    merges: tuple[str, ...]
-    add_space: bool
-
-
 @dataclass(frozen=True)
 class GgufTokenizer:
     """The header's entries about the tokenizer.
@@ -159,21 +149,31 @@ def read_gguf_tokenizer(
     # What encoding puts around a text shows in the ids of any text.
     ids = tokenizer.encode("a")
     notes: list[str] = []
-    if model.get("byte_fallback"):
-        parts = _sentencepiece(state, vocab, tokens, types, special.get("unk"), notes)
+    is_sentencepiece = bool(model.get("byte_fallback"))
+    pre, adds_space = "default", False
+    scores: tuple[float, ...] = ()
+    merges: tuple[str, ...] = ()
+    if is_sentencepiece:
+        adds_space = _adds_space(state, notes)
+        scores = _scores(state, vocab, tokens, types, special.get("unk"))
     else:
-        parts = _byte_level(tokenizer, state, notes)
+        pre = _byte_level_name(tokenizer, state, notes)
+        merges = tuple(_merge_text(merge) for merge in model["merges"])
     strips_space, stripping_notes = _stripping(added.values(), {*tokens})
     return GgufTokenizer(
+        model="llama" if is_sentencepiece else "gpt2",
+        pre=pre,
         tokens=tuple(tokens),
         types=tuple(types),
+        scores=scores,
+        merges=merges,
         special=special,
         add_bos=bool(ids) and ids[0] == special.get("bos"),
         add_eos=len(ids) > 1 and ids[-1] == special.get("eos"),
+        add_space=adds_space,
         strips_space=strips_space,
         chat_template=_default_template(tokenizer.chat_template),
         notes=(*notes, *stripping_notes),
-        **parts,
     )
 
 
@@ -268,10 +268,10 @@ def _token_lists(
 # Byte-level BPE
 
 
-def _byte_level(
+def _byte_level_name(
     tokenizer: PreTrainedTokenizerBase, state: TokenizerFile, notes: list[str]
-) -> FormParts:
-    """Return the fields of GgufTokenizer that only byte-level BPE has."""
+) -> str:
+    """`pre_tokenizer_name`, with notes on what llama.cpp splits otherwise."""
     if list(_steps(state["normalizer"])):
         notes.append("llama.cpp does not compose letters (NFC): two code points stay two")
     if not state["model"]["merges"]:
@@ -279,13 +279,7 @@ def _byte_level(
     pre = pre_tokenizer_name(tokenizer, state)
     if pre in PRE_TOKENIZER_TABLE["notes"] and _splits(state) != served_splits(pre):
         notes.append(PRE_TOKENIZER_TABLE["notes"][pre])
-    return {
-        "model": "gpt2",
-        "pre": pre,
-        "scores": (),
-        "merges": tuple(_merge_text(merge) for merge in state["model"]["merges"]),
-        "add_space": False,
-    }
+    return pre
 
 
 def _merge_text(merge: Merge) -> str:
@@ -371,18 +365,14 @@ def _steps(part: TextStep | None) -> Iterator[TextStep]:
 # SentencePiece's BPE
 
 
-def _sentencepiece(
+def _scores(
     state: TokenizerFile,
     vocab: Mapping[str, int],
     tokens: list[str],
     types: list[TokenType],
     unknown: int | None,
-    notes: list[str],
-) -> FormParts:
-    """Return the fields of GgufTokenizer that only SentencePiece has.
-
-    It sets the types of bytes and of the unknown token in `types`.
-    """
+) -> tuple[float, ...]:
+    """The score of each token; sets the types of bytes and of the unknown token in `types`."""
     for byte in range(256):
         index = vocab.get(f"<0x{byte:02X}>")
         if index is None:
@@ -390,7 +380,6 @@ def _sentencepiece(
         types[index] = TokenType.BYTE
     if unknown is not None:
         types[unknown] = TokenType.UNKNOWN
-    adds_space = _adds_space(state, notes)
     ranks = _join_ranks(state["model"]["merges"], vocab, tokens, types)
     scores = []
     for text, token_type in zip(tokens, types, strict=True):
@@ -402,13 +391,7 @@ def _sentencepiece(
         else:
             # The earlier a merge stands in the list, the higher its score.
             scores.append(-float(ranks.get(text, 0)))
-    return {
-        "model": "llama",
-        "pre": "default",
-        "scores": tuple(scores),
-        "merges": (),
-        "add_space": adds_space,
-    }
+    return tuple(scores)
 
 
 def _adds_space(state: TokenizerFile, notes: list[str]) -> bool:

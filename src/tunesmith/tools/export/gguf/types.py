@@ -5,106 +5,79 @@ second matrix of the MLP in some layers, where quantization hurts most.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
-
-from tunesmith.errors import RecipeError
 
 if TYPE_CHECKING:
     from tunesmith.tools.export.gguf.families import ModelConfig
 
 
-@dataclass(frozen=True)
-class QuantType:
-    """One value of --quant."""
-
-    plain: str  # of most matrices
-    file_type: int  # `gguf.LlamaFileType`
-    is_mixture: bool = False
-
-
-GGUF_QUANT_TYPES: dict[str, QuantType] = {
-    "f32": QuantType("F32", 0),
-    "f16": QuantType("F16", 1),
-    "bf16": QuantType("BF16", 32),
-    "q8_0": QuantType("Q8_0", 7),
-    "q6_k": QuantType("Q6_K", 18),
-    "q5_k_m": QuantType("Q5_K", 17, is_mixture=True),
-    "q4_k_m": QuantType("Q4_K", 15, is_mixture=True),
-}
-
-# Values in a block and its bytes, by the type's name; ggml calls the numbers blck_size, type_size.
-GGML_BLOCK_SIZES: dict[str, tuple[int, int]] = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q8_0": (32, 34),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
+# Values of --quant -> the type of most matrices; those on _k_m are mixtures.
+GGUF_QUANT_TYPES = {
+    "f32": "F32",
+    "f16": "F16",
+    "bf16": "BF16",
+    "q8_0": "Q8_0",
+    "q6_k": "Q6_K",
+    "q5_k_m": "Q5_K",
+    "q4_k_m": "Q4_K",
 }
 # For rows that are not whole blocks of 256.
 _SMALLER_BLOCK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-def read_quant(name: str) -> QuantType:
-    """RecipeError where it is none."""
-    if name not in GGUF_QUANT_TYPES:
-        raise RecipeError(
-            f"{name!r} is not a supported quantization",
-            where="--quant",
-            fix=f"one of {', '.join(GGUF_QUANT_TYPES)}",
-        )
-    return GGUF_QUANT_TYPES[name]
+def block_of(ggml_type: str) -> tuple[int, int]:
+    """Values in a block of a type, and its bytes."""
+    import gguf
+
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ggml_type]]
+    return values, size
 
 
 def tensor_bytes(ggml_type: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of a type, without padding."""
-    values, size = GGML_BLOCK_SIZES[ggml_type]
+    values, size = block_of(ggml_type)
     return prod(shape) // values * size
 
 
 def tensor_type(
-    name: str, shape: Sequence[int], quant: QuantType, config: "ModelConfig", *, tied: bool
+    name: str, shape: Sequence[int], quant: str, config: "ModelConfig", *, tied: bool
 ) -> str:
     """The type of a tensor by llama.cpp's name, such as `blk.0.attn_v.weight`.
 
-    `tied`: the file has no `output.weight`, so the embedding is the head.
+    `quant`: of GGUF_QUANT_TYPES; `tied`: no `output.weight`, so the embedding is the head.
     """
     if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
         return "F32"
     columns = shape[-1]
     is_head = name == ("token_embd.weight" if tied else "output.weight")
-    has_large_blocks = GGML_BLOCK_SIZES[quant.plain][0] == 256
-    if is_head and has_large_blocks:
+    plain = GGUF_QUANT_TYPES[quant]
+    if is_head and block_of(plain)[0] == 256:
         ggml_type = "Q6_K" if columns % 256 == 0 else "Q8_0"
-    elif quant.is_mixture:
-        ggml_type = _mixture_type(name, quant, config)
+    elif quant.endswith("_k_m"):
+        ggml_type = _mixture_type(name, plain, config)
     else:
-        ggml_type = quant.plain
+        ggml_type = plain
     # A row must be whole blocks: first the next smaller block, then none.
-    if columns % GGML_BLOCK_SIZES[ggml_type][0] != 0:
+    if columns % block_of(ggml_type)[0] != 0:
         ggml_type = _SMALLER_BLOCK.get(ggml_type, "F16")
-    if columns % GGML_BLOCK_SIZES[ggml_type][0] != 0:
+    if columns % block_of(ggml_type)[0] != 0:
         ggml_type = "F16"
     return ggml_type
 
 
-def _mixture_type(name: str, quant: QuantType, config: "ModelConfig") -> str:
+def _mixture_type(name: str, plain: str, config: "ModelConfig") -> str:
     # Embedding and head are no layers.
     if not name.startswith("blk."):
-        return quant.plain
+        return plain
     layers = config["num_hidden_layers"]
     _, layer, part, _ = name.split(".")
     is_value = part in ("attn_v", "attn_qkv")
     if (is_value or part == "ffn_down") and _gets_more_bits(int(layer), layers):
         return "Q6_K"
-    if is_value and quant.plain == "Q4_K" and _is_70b(config):
+    if is_value and plain == "Q4_K" and _is_70b(config):
         return "Q5_K"
-    return quant.plain
+    return plain
 
 
 def _gets_more_bits(layer: int, layers: int) -> bool:
