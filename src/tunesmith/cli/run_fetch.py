@@ -29,7 +29,7 @@ def fetch_all(
     """Fetch a model and data sets, or with `dry` only look; print a row for each."""
     progress = FetchProgress()
     rows = [_model(model, progress, dry=dry, update=update)]
-    rows += [_dataset(source, progress, dry=dry) for source in sources]
+    rows += [_dataset(source, dry=dry) for source in sources]
     print(json.dumps(rows, indent=2) if as_json else "\n".join(map(_line, rows)))
 
 
@@ -47,7 +47,7 @@ def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) ->
         folder = fetch.cached_model(model)
     # Neither a folder nor in the cache: what the Hub lists is fetched.
     if folder is None:
-        plan = fetch.plan_download(model, progress)
+        plan = fetch.plan_download(model)
         row["licence"] = plan.listing.license
         row["gated"] = plan.listing.gated
         row["revision"] = plan.listing.commit
@@ -76,11 +76,11 @@ def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) ->
     return row
 
 
-def _dataset(source: Source, progress: FetchProgress, *, dry: bool) -> dict[str, Any]:
+def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
     """Fetch one of the Hub's data sets, or with `dry` only look."""
     row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
     if not constants.HF_HUB_OFFLINE:
-        listing = fetch.list_repo(source.source, source.revision, "dataset", progress)
+        listing = fetch.list_repo(source.source, source.revision, "dataset")
         size = sum(file.size for file in listing.files.values())
         row["licence"] = listing.license
         row["gated"] = listing.gated

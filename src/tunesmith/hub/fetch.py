@@ -102,7 +102,7 @@ def fetch(
     path = local_model(model)
     if path is None:
         snapshot = None if update else cached_model(model)
-        return snapshot or download_model(plan_download(model, progress, seq_len), progress)
+        return snapshot or download_model(plan_download(model, seq_len), progress)
     if path.suffix == ".gguf" and path.is_file():
         return convert_gguf(path, model.dtype)
     check_folder(path, model)
@@ -205,22 +205,14 @@ class RepoListing:
     files: dict[str, RemoteFile]
 
 
-def list_repo(
-    repo: str, revision: str | None, repo_type: str, progress: FetchProgress
-) -> RepoListing:
-    """Ask the Hub about a repository (`repo_type`: model or dataset) and show its license; raises
-    as `hub_calls` does.
-    """
+def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
+    """Ask the Hub about a repository (`repo_type`: model or dataset); raises as `hub_calls`."""
     with hub_calls(repo, revision, repo_type):
         info: Any = retry(
             lambda: HfApi().repo_info(
                 repo, revision=revision, repo_type=repo_type, files_metadata=True
             )
         )
-    license_name = _stated_license(info)
-    gated = bool(info.gated)
-    suffix = ", gated" if gated else ""
-    log.info(f"{repo}: license {license_name}{suffix} ({repo_page(repo, repo_type)})")
     files = {}
     for file in info.siblings or ():
         name = file.rfilename
@@ -228,7 +220,7 @@ def list_repo(
         etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
         url = hf_hub_url(repo, name, repo_type=repo_type, revision=info.sha)
         files[name] = RemoteFile(name, url, file.size or 0, etag)
-    return RepoListing(info.sha, license_name, gated, files)
+    return RepoListing(info.sha, _stated_license(info), bool(info.gated), files)
 
 
 def _stated_license(info: Any) -> str:
@@ -268,13 +260,13 @@ class DownloadPlan:
         return sum(file.size - file.arrived(self.storage) for file in self.files)
 
 
-def plan_download(
-    model: Model, progress: FetchProgress, seq_len: int | None = None
-) -> DownloadPlan:
+def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     """Ask the Hub what the model is, and check it (license, format, config, shards) before a large
     download."""
-    listing = list_repo(model.name, model.revision, "model", progress)
+    listing = list_repo(model.name, model.revision, "model")
     page = repo_page(model.name)
+    suffix = ", gated" if listing.gated else ""
+    log.info(f"{model.name}: license {listing.license}{suffix} ({page})")
     names = {name for name in listing.files if "/" not in name}
     if not {INDEX, SINGLE} & names:
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)

@@ -190,19 +190,17 @@ def test_a_model_that_is_larger_than_the_disk(
     from huggingface_hub import constants
 
     from tunesmith.config.schema import Model
+    from tunesmith.hub.download import RemoteFile
+    from tunesmith.hub.fetch import RepoListing
     from tunesmith.tools.doctor import access
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmn")
 
-    class Sibling:
-        rfilename, size = "model.safetensors", 1 << 50
-
-    class Info:
-        sha, card_data, siblings = "main", None, [Sibling]
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: Info)
+    large = RemoteFile("model.safetensors", "", 1 << 50, "")
+    listing = RepoListing("main", "", False, {large.name: large})
+    monkeypatch.setattr("tunesmith.hub.fetch.list_repo", lambda *_: listing)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     found = {f.check: f for f in access.check_model(Model(name="someone/model"))}
     assert found["room"].level == FAULT

@@ -16,9 +16,9 @@ def check_model(model: Model) -> list[Finding]:
 
     Only the Hub's description of the model is fetched.
     """
-    from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url
 
-    from tunesmith.hub.fetch import cached_model, local_model
+    from tunesmith.hub.fetch import cached_model, list_repo, local_model
     from tunesmith.hub.hub_calls import hub_calls
 
     name = model.name
@@ -28,13 +28,10 @@ def check_model(model: Model) -> list[Finding]:
             return [finding("model/ok", name=name)]
         if not get_token():
             findings.append(finding("token/none"))
+        listing = list_repo(name, model.revision, "model")
         with hub_calls(name, model.revision):
-            api = HfApi()
-            info = api.model_info(
-                name, revision=model.revision, files_metadata=True, timeout=HUB_TIMEOUT_SECONDS
-            )
             # Anybody may read the description of a gated model; its files answer with 401.
-            config = hf_hub_url(name, "config.json", revision=info.sha)
+            config = hf_hub_url(name, "config.json", revision=listing.commit)
             get_hf_file_metadata(config, timeout=HUB_TIMEOUT_SECONDS)
     except TunesmithError as error:
         # The words of `hub_calls` tell which of the three it is.
@@ -45,12 +42,9 @@ def check_model(model: Model) -> list[Finding]:
         else:
             case = "model/refused"
         return [*findings, finding(case, message=error.what, why=error.why, fix=error.fix)]
-    license_name = "not stated"
-    if info.card_data:
-        license_name = info.card_data.to_dict().get("license") or license_name
-    findings.append(finding("licence/ok", name=name, licence=license_name))
-    weights = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
-    size = sum(file.size or 0 for file in weights)
+    findings.append(finding("licence/ok", name=name, licence=listing.license))
+    weights = [file for file in listing.files.values() if file.name.endswith(".safetensors")]
+    size = sum(file.size for file in weights)
     # The cache may not exist yet: the disk is that of the first folder above it.
     folder = existing_folder(Path(constants.HF_HUB_CACHE))
     free = shutil.disk_usage(folder).free

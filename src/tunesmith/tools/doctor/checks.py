@@ -38,14 +38,6 @@ NETWORK_FILES = (
     "/run/NetworkManager/*/*",
     "/etc/NetworkManager/*/*",
 )
-TOOL_FOLDERS = (
-    "/usr/local/cuda/bin",
-    "/usr/local/bin",
-    "/usr/bin",
-    "/usr/sbin",
-    "/snap/bin",
-    "/opt/*/bin",
-)
 # Prints what torch was built for, then the same with the speed and clocks under a short load of
 # 100 MB. nvidia-smi looks in the second half of it.
 LOAD = """
@@ -286,14 +278,6 @@ def _swarm(system: System) -> Findings:
         yield finding("swarm/absent", state=state, message=swarm.get("Error", ""))
 
 
-def _image(system: System) -> Findings:
-    images = system.run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}")[1]
-    tags = re.findall(r"nvcr\.io/nvidia/pytorch:(\d\d\.\d\d)", images)
-    # Tags are YY.MM, so the order of texts is the order of time.
-    old = sorted(tag for tag in tags if tag < "26.02")
-    yield finding("image/old" if old else "image/ok", old=", ".join(old), count=len(tags))
-
-
 def _cable(system: System) -> Findings:
     """The port of the cable: both functions up, MTU 9000, an address that lasts, a GID of each."""
     functions = system.cable
@@ -365,11 +349,7 @@ def _tools(system: System) -> Findings:
         tools.append("nvidia-smi")
     missing = [tool for tool in tools if not shutil.which(tool, path=system.path)]
     for tool in missing:
-        usual = [path for folder in TOOL_FOLDERS for path in glob(f"{folder}/{tool}")]
-        of_login = system.run("bash", "-lc", f"command -v {tool}")[1].splitlines()
-        place = (of_login or usual or [""])[-1]
-        case = "hidden" if place else "absent"
-        yield finding(f"tools/{case}", tool=tool, path=system.path, place=place)
+        yield finding("tools/absent", tool=tool, path=system.path)
     if not missing:
         yield finding("tools/ok", tools=", ".join(tools))
 
@@ -391,9 +371,6 @@ def examine(system: System, *, pair: bool) -> tuple[list[Finding], NodePropertie
             docker_checks += [_toolkit, _daemon, _swarm_resource]
         if pair and "refused" not in docker:
             docker_checks.append(_swarm)
-        # Only a daemon that answers can list its images.
-        if "refused" not in docker:
-            docker_checks.append(_image)
     findings = _run(system, [_driver, _torch, _memory, _disk])
     for result in _run(system, docker_checks):
         is_warning = result.level == FAULT and not pair
