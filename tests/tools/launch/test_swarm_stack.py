@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from errors import lines_with, refuses, warnings_with
-from recipes import recipe
-from tunesmith.cli.main import main
+from errors import refuses
 from tunesmith.errors import UsageError
-from tunesmith.tools.launch.deploy import check_exposed, variables_of_ranks
+from tunesmith.tools.launch.deploy import variables_of_ranks
+from tunesmith.tools.launch.inputs import check_exposed
 from tunesmith.tools.launch.stack import JOB_LABEL, SERVICE, Stack
 
 PLAIN = Stack(
@@ -249,58 +247,3 @@ def test_both_functions_of_a_port_are_used_as_one(
         monkeypatch.setenv(name, value)
     passed = variables_of_ranks(devices)
     assert {name: value for name, value in passed.items() if name.startswith("NCCL_IB")} == expected
-
-
-@pytest.mark.parametrize(
-    ("docker", "flags", "count"),
-    [
-        ("", [], 1),
-        ("exit 1", ["--nodes", "2"], 2),
-        ("echo inactive", ["--hosts", "spark-b,spark-c"], 3),
-    ],
-)
-def test_a_stack_is_rendered_without_docker_and_without_a_swarm(
-    docker: str,
-    flags: list[str],
-    count: int,
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-):
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    (tmp_path / "bin").mkdir()
-    for tool in ("sh", "hostname", "id", "ls", "grep"):
-        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool, path="/usr/bin:/bin") or "")
-    if docker:
-        (tmp_path / "bin" / "docker").write_text(f"#!/bin/sh\n{docker}\n")
-        (tmp_path / "bin" / "docker").chmod(0o755)
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(tiny, tmp_path, held=False)))
-    monkeypatch.setattr("tunesmith.tools.launch.deploy.count_gpus", lambda: 0)
-    command = ["launch", "swarm", str(tmp_path / "recipe.yaml"), "--render", *flags]
-    assert main(command) == 0
-    shown = capfd.readouterr()
-    assert main(command) == 0
-    assert capfd.readouterr().out == shown.out
-    service = read(shown.out)["services"][SERVICE]
-    assert service["deploy"]["replicas"] == count
-    assert service["command"][service["command"].index("--nodes") + 1] == str(count)
-    endpoint = service["command"][service["command"].index("--endpoint") + 1]
-    assert endpoint.rpartition(":")[0] == ("127.0.0.1" if count == 1 else socket.gethostname())
-    assert warnings_with(shown.err.replace("\n  ", " "), f"--nodes {count}", "CPUs", "GPU")
-    assert "HF_TOKEN_PATH" not in service["environment"], "there is no such secret"
-    assert service["command"][-1] == str(tmp_path / "run" / "launch" / "recipe.yaml")
-    assert lines_with(shown.err, service["command"][-1])
-    assert Path(service["command"][-1]).is_file()
-    # What a node needs is named in comments, with the commands that bring it there.
-    comments = "".join(line for line in shown.out.splitlines(True) if line.startswith("#"))
-    mounts = [mount for mount in service["volumes"] if mount["type"] == "bind"]
-    inputs = [mount for mount in mounts if mount.get("read_only")]
-    assert {mount["target"] for mount in inputs} == {str(tiny), str(tmp_path / "train.jsonl")}
-    for mount in inputs:
-        folder = f"{os.path.dirname(mount['source'])}/"
-        assert lines_with(comments, "rsync -aL", mount["target"], f"NODE:{folder}")
-    assert lines_with(comments, "mkdir -p", *(os.path.dirname(m["source"]) for m in inputs))
-    for mount in mounts:
-        assert mount in inputs or mount["source"] in comments
-    assert lines_with(comments, "docker save tunesmith")

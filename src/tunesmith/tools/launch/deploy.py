@@ -18,14 +18,14 @@ from typing import NamedTuple
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.source.open_source import read_rows
-from tunesmith.errors import MachineError, TunesmithError, UsageError
-from tunesmith.host.shell import shell_command, shell_word
-from tunesmith.launch.jobs import name_of_run, save_job, state_folder, write_recipe
-from tunesmith.launch.node import MERGE_NICS, count_gpus
+from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.launch.jobs import check_free, name_of_run, save_job, state_folder, write_recipe
+from tunesmith.launch.node import MERGE_NICS
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
 from tunesmith.launch.ssh import require_image, run_on, send_files, send_image, try_on
 from tunesmith.tools.launch.inputs import (
     caches,
+    check_exposed,
     copy_input,
     find_secrets,
     hub_sources,
@@ -34,8 +34,7 @@ from tunesmith.tools.launch.inputs import (
     recipe_inputs,
 )
 from tunesmith.tools.launch.stack import JOB_LABEL, Stack
-from tunesmith.tools.launch.swarm import GPU_RESOURCES, SwarmJob, SwarmNode, find_nodes, in_swarm
-from tunesmith.units import count_of
+from tunesmith.tools.launch.swarm import SwarmJob, SwarmNode, find_nodes
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +43,6 @@ PASSED_TO_SWARM = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
     r"|WANDB_(PROJECT|ENTITY|MODE)"
 )
-# Of a rendered stack, so that two of them are alike: that of torchrun.
-RENDERED_PORT = 29500
-SYSTEM_FOLDERS = (
-    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr"),
-    *("/var/run", "/var/lib/docker"),
-)
-PRIVATE_NAMES = (".ssh", ".docker", ".gnupg", ".netrc")  # in the home folder
 
 
 def launch_on_swarm(
@@ -77,26 +69,20 @@ def launch_on_swarm(
         What `find_nodes`, `fetch` and `send_files` do.
     """
     out = Path(run.output_dir).absolute()
+    check_free(run.output_dir)
     inputs = recipe_inputs(run)
     for path in (out, *inputs):
         check_exposed(path)
-    # What the Docker daemon of this node says is needed only where there is one: `--render` must
-    # work on a laptop without a swarm.
-    if render and not in_swarm():
-        stack = stack_without_swarm(out, hosts, nodes, restarts)
-    else:
-        chosen, excluded, manager = find_nodes(hosts, nodes)
-        # Before large files are read, fetched and sent.
-        image_id = "" if render else require_image(image)
-        stack = replace(plan_stack(out, chosen, restarts), excluded=tuple(excluded))
+    chosen, excluded, manager = find_nodes(hosts, nodes)
+    # Before large files are read, fetched and sent.
+    image_id = "" if render else require_image(image)
+    stack = replace(plan_stack(out, chosen, restarts), excluded=tuple(excluded))
     mounts = [(str(place_by_content(path)), str(path)) for path in inputs]
     stack = replace(stack, image=image, debug=debug, mounts=tuple(mounts))
     if render:
-        host = stack.endpoint.rpartition(":")[0]
-        text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
-        recipe = write_recipe(run)
-        log.info(f"recipe, which each node must have: {recipe}")
-        print(how_to_copy(stack, recipe) + text, end="")
+        text = stack.text(extra)
+        log.info(f"recipe: {write_recipe(run)}; files and image are copied without --render")
+        print(text, end="")
         return None
     addresses = ",".join(node.address for node in chosen)
     job = SwarmJob(stack.name, stack.run_dir, details={"hosts": addresses})
@@ -109,22 +95,6 @@ def launch_on_swarm(
     # Swarm asks no registry for an id.
     _start_service(job, replace(stack, image=image_id), manager, extra)
     return job
-
-
-def how_to_copy(stack: Stack, recipe: Path) -> str:
-    """Comments above a rendered stack: what a launch would bring to the nodes, and how."""
-    files = [(str(recipe), str(recipe)), *((path, place) for place, path in stack.mounts)]
-    folders = dict.fromkeys([*stack.cache, *(os.path.dirname(place) for _, place in files)])
-    lines = [
-        "Nothing is copied yet: `tunesmith launch swarm` without --render copies all of it.",
-        "By hand, for each NODE, this one included:",
-        f"  ssh NODE mkdir -p {shell_command(folders)}",
-    ]
-    for path, place in files:
-        lines.append(f"  rsync -aL {shell_word(path)} NODE:{shell_word(os.path.dirname(place))}/")
-    lines.append(f"  docker save {shell_word(stack.image)} | ssh NODE docker load")
-    lines.append("The Hub's caches may be empty: each node fetches there what the recipe names.")
-    return "".join(f"# {line}\n" for line in lines)
 
 
 def _prepare_nodes(run: Run, job: SwarmJob, nodes: Sequence[SwarmNode], stack: Stack) -> None:
@@ -163,29 +133,6 @@ def _start_service(job: SwarmJob, stack: Stack, manager: str, extra: Path | None
         with suppress(TunesmithError):
             job.clean()
         raise
-
-
-def check_exposed(path: Path) -> None:
-    """UsageError for what no container may have: the system, keys, tokens, docker's socket."""
-    from huggingface_hub import constants
-
-    home = Path.home()
-    private = [Path(folder) for folder in SYSTEM_FOLDERS]
-    private += [home / name for name in PRIVATE_NAMES]
-    private += [Path(constants.HF_TOKEN_PATH), home]
-    # A link is checked by its own name too.
-    for place in (path, path.resolve()):
-        for folder in private:
-            is_above = folder.is_relative_to(place)
-            # A run's folder may be in the home folder.
-            is_inside = folder != home and place.is_relative_to(folder)
-            if is_above or is_inside:
-                raise UsageError(
-                    f"{path} cannot be mounted in a container",
-                    where=str(path),
-                    why=f"{folder} is private",
-                    fix="use a separate folder, and copy the needed files there",
-                )
 
 
 class NodeLook(NamedTuple):
@@ -265,27 +212,6 @@ def _check_alike(node: SwarmNode, look: NodeLook, here: SwarmNode, look_here: No
             why=f"this node {here.gpus or 'none'}",
             fix="tunesmith doctor, on each node",
         )
-
-
-def stack_without_swarm(out: Path, hosts: Sequence[str], count: int | None, restarts: int) -> Stack:
-    """The stack for as many nodes as the flags name, all as this one.
-
-    Neither Docker nor another node is called.
-    """
-    nodes = count or 1 + len(hosts)
-    gpus = count_gpus()
-    here = SwarmNode("", "", (GPU_RESOURCES[0], gpus) if gpus else None)
-    stack = plan_stack(out, [here], restarts)
-    what = "this node is not in a swarm, or docker does not respond"
-    kind = f"with {count_of(gpus, 'GPU')} each" if gpus else "without GPUs, which train on CPUs"
-    message = f"{what}: rendered for --nodes {nodes} such as this one, {kind}"
-    if not gpus:
-        message += "; for GPU nodes run this command on one of them"
-    log.warning(message)
-    if nodes == 1:
-        return stack
-    # The address that others reach is not to be seen here.
-    return replace(stack, nodes=nodes, endpoint=f"{socket.gethostname()}:{RENDERED_PORT}")
 
 
 def variables_of_ranks(rdma_devices: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,12 @@ SECRETS = "/run/secrets"
 MAX_COPIED_BYTES = 64 << 20
 TRACKER_KEYS = ("WANDB_API_KEY", "COMET_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_TOKEN")
 
+SYSTEM_FOLDERS = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr"),
+    *("/var/run", "/var/lib/docker"),
+)
+PRIVATE_NAMES = (".ssh", ".docker", ".gnupg", ".netrc")  # in the home folder
+
 
 def recipe_inputs(run: Run) -> list[Path]:
     """The files and folders that a recipe reads here, absolute, each once, in the schema's order.
@@ -34,6 +40,29 @@ def recipe_inputs(run: Run) -> list[Path]:
         if not os.path.exists(text):
             raise UsageError(f"{text} does not exist", where=key, fix=f"correct it: {key}=PATH")
     return [Path(text) for text in dict.fromkeys(files.values())]
+
+
+def check_exposed(path: Path) -> None:
+    """UsageError for what no container may have: the system, keys, tokens, docker's socket."""
+    from huggingface_hub import constants
+
+    home = Path.home()
+    private = [Path(folder) for folder in SYSTEM_FOLDERS]
+    private += [home / name for name in PRIVATE_NAMES]
+    private += [Path(constants.HF_TOKEN_PATH), home]
+    # A link is checked by its own name too.
+    for place in (path, path.resolve()):
+        for folder in private:
+            is_above = folder.is_relative_to(place)
+            # A run's folder may be in the home folder.
+            is_inside = folder != home and place.is_relative_to(folder)
+            if is_above or is_inside:
+                raise UsageError(
+                    f"{path} cannot be mounted in a container",
+                    where=str(path),
+                    why=f"{folder} is private",
+                    fix="use a separate folder, and copy the needed files there",
+                )
 
 
 def place_by_content(path: Path) -> Path:
