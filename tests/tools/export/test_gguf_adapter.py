@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from errors import refuses
 from export.tiny_gguf import header_of, random_model, tensor_rows
+from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.tools.export.gguf.adapter import plan_adapter
 from tunesmith.tools.export.gguf.families import pair_neighbors
@@ -33,7 +34,10 @@ def adapter_of(variant: str, **settings: object) -> tuple[dict, dict, dict[str, 
 
 def plan_of_adapter(config: dict, settings: dict, tensors: dict, **more: int) -> GgufPlan:
     rows = {name: tensor_rows(tensor) for name, tensor in tensors.items()}
-    return plan_adapter(config, settings, rows, name="tiny", **more)
+    adapter = Adapter(
+        rank=settings["r"], alpha=settings["lora_alpha"], rslora=settings["use_rslora"]
+    )
+    return plan_adapter(config, adapter, rows, name="tiny", **more)
 
 
 def test_rows_of_b_change_places_and_a_stays(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from export.tiny_gguf import (
     tensor_rows,
     write_model,
 )
-from tunesmith.config.schema import Model
+from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import CheckpointError
 from tunesmith.hub.gguf import convert_gguf_without_weights
 from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE, read_file_tokenizer
@@ -217,7 +217,12 @@ def test_an_adapter_gives_the_logits_of_peft(variant, rslora, tokenizer, tmp_pat
     rows = {
         name: tensor_rows(t.contiguous()) for name, t in get_peft_model_state_dict(tuned).items()
     }
-    plan = plan_adapter(model.config.to_dict(), config.to_dict(), rows, name="tiny")
+    plan = plan_adapter(
+        model.config.to_dict(),
+        Adapter(rank=config.r, alpha=config.lora_alpha, rslora=rslora),
+        rows,
+        name="tiny",
+    )
     write_gguf(plan, tmp_path / "adapter.gguf")
     with LlamaCpp(base, tmp_path / "adapter.gguf") as server:
         assert largest_difference(server, tuned) < NOISE

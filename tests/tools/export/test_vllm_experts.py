@@ -191,7 +191,6 @@ def test_qwen3_5_is_read_stacked_beside_its_vision_tower_alone(
 
 
 REFUSED: dict[str, tuple[str, Adapter, str]] = {
-    "no LoRA at all": ("mimo_v2_flash", ADAPTER, "vLLM does not support LoRA for mimo_v2_flash"),
     "an unknown format": ("phimoe", ADAPTER, "the format in which vLLM reads those of a phimoe"),
     "experts of a Llama 4": ("llama4_text", ADAPTER, "experts of a Llama 4"),
     "q of a Llama 4": ("llama4_text", Adapter(target=("q_proj",)), "q_proj or k_proj of a Llama 4"),

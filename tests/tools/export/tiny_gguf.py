@@ -190,7 +190,7 @@ def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     quant: str = "f32",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda written, size: None,
 ) -> Path:
     write_gguf(plan_of(model, tokenizer, quant), path, threads=2, progress=progress)
     return path

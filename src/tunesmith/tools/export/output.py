@@ -112,24 +112,31 @@ def merge_place(
     # A link to a folder stands for the folder. Path.resolve raises for a loop of links.
     goal = output_place(os.path.realpath(output) if str(output) else output, location)
 
-    def unusable(what: str, fix: str, why: str = "") -> UsageError:
-        return UsageError(what, where="--output", why=why, fix=fix)
-
-    if goal.exists() and not goal.is_dir():
-        raise unusable(f"{goal} is a file", "name a folder that is new or empty")
     for folder in (goal, Path(f"{goal}.rejected")):
-        foreign = _unmerged_file(folder)
-        if foreign:
-            raise unusable(
-                f"{folder} is not empty: it contains {foreign}",
-                "name a folder that is new or empty",
-                "--force only replaces an earlier merge that was not changed since",
-            )
         # A rejected merge is replaced in any case.
-        if folder == goal and not force and (folder / MERGE_FILE).exists():
-            fix = "use another folder, or --force to replace it"
-            raise unusable(f"{goal} contains an earlier merge", fix)
+        foreign = _unmerged_file(folder)
+        needs_force = folder == goal and (folder / MERGE_FILE).exists()
+        _check_replaced(
+            folder, foreign and f"contains {foreign}", has_leave=force or not needs_force
+        )
     return goal
+
+
+def _check_replaced(place: Path, fault: str | None, *, has_leave: bool) -> None:
+    """UsageError for the `fault` of a place that is to be replaced, and where there is no leave."""
+    if fault:
+        raise UsageError(
+            f"{place} {fault}",
+            where="--output",
+            why="--force only replaces what an export wrote and nobody changed since",
+            fix="name a new one",
+        )
+    if not has_leave:
+        raise UsageError(
+            f"{place} already exists",
+            where="--output",
+            fix="use a new name, or --force to replace it",
+        )
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -144,7 +151,9 @@ def _unmerged_file(folder: Path) -> str | None:
     try:
         sizes = dict(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        return min((p.name for p in folder.iterdir()), default=None) if folder.is_dir() else None
+        if folder.is_dir():
+            return min((path.name for path in folder.iterdir()), default=None)
+        return folder.name if folder.exists() else None
     for name, size in file_sizes(folder).items():
         if name != MERGE_FILE and sizes.get(name) != size:
             return name
@@ -166,20 +175,12 @@ def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, fo
         raise UsageError(f"{goal} is {kind}", where="--output", fix="name a new one")
     if not goal.exists() or (is_folder and not any(goal.iterdir())):
         return goal
-    foreign = _unexported_file(goal) if is_folder else None
-    if foreign or not (is_folder or _is_gguf(goal)):
-        raise UsageError(
-            f"{goal} contains {foreign}" if foreign else f"{goal} is not a GGUF file",
-            where="--output",
-            why="--force only replaces files that an export wrote",
-            fix="name a new one",
-        )
-    if not force:
-        raise UsageError(
-            f"{goal} already exists",
-            where="--output",
-            fix="use a new name, or --force to replace it",
-        )
+    if is_folder:
+        name = _unexported_file(goal)
+        fault = name and f"contains {name}"
+    else:
+        fault = None if _is_gguf(goal) else "is not a GGUF file"
+    _check_replaced(goal, fault, has_leave=force)
     return goal
 
 

@@ -77,34 +77,23 @@ def push_files(
 def _push_error(error: Exception, to: str) -> UsageError:
     """Return an error that says what the Hub or the network refused, and what to do."""
     status = http_status(error)
-    changed_meanwhile = (f"{to} was changed by someone else in the meantime", "start again")
     answers = {
-        0: (
-            "the Hub cannot be reached",
-            "check the network (HTTPS_PROXY, HF_ENDPOINT) and start again",
-        ),
+        0: ("the Hub cannot be reached", "check the network (HTTPS_PROXY, HF_ENDPOINT)"),
         401: ("the Hub rejected the token", LOGIN),
         403: (
             f"the token may not write to {to}",
             f"create one with write access: {constants.ENDPOINT}/settings/tokens",
         ),
-        409: changed_meanwhile,
-        412: changed_meanwhile,
-        429: ("too many requests to the Hub", "start again in a few minutes"),
+        409: (f"{to} was changed by someone else in the meantime", "start again"),
     }
+    what, fix = answers.get(
+        status, (f"the Hub answers {status}", "fix the reported problem, or start again later")
+    )
     if isinstance(error, OfflineModeIsEnabled):
-        what = "HF_HUB_OFFLINE forbids uploads"
-        fix = "HF_HUB_OFFLINE=0 tunesmith push ..."
+        what, fix = "HF_HUB_OFFLINE forbids uploads", "HF_HUB_OFFLINE=0 tunesmith push ..."
     elif isinstance(error, HFValidationError):
         what = f"{to!r} is not a valid repository name"
         fix = "--to owner/name, of letters, digits, -, _ and ."
-    elif status in answers:
-        what, fix = answers[status]
-    else:
-        what = f"the Hub answers {status}"
-        fix = "start again later"
-        if 400 <= status < 500:
-            fix = "fix the reported problem, then start again"
     return UsageError(what, where=constants.ENDPOINT, why=clean(error), fix=fix)
 
 

@@ -5,7 +5,7 @@ compared, and so rows of the run.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 
 # What is in a run, an adapter's folder and a model's.
 OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
-
-
-class RecordedBase(TypedDict):
-    """The one GGUF file that an adapter is for."""
-
-    file: str
-    sha256: str
+ADAPTER_KIND = "GGUF, the LoRA alone in f16"
 
 
 class ExportRecord(TypedDict):
@@ -40,46 +34,42 @@ class ExportRecord(TypedDict):
     bytes: int
     check: dict[str, dict[str, float]] | None
     unchecked: str
-    base: RecordedBase | None
+    base: dict[str, str] | None
     card: str
 
 
-@dataclass(frozen=True)
-class ExportedKind:
-    """The content of a GGUF file.
+def record_of(
+    location: RunLocation,
+    kind: str,
+    size: int,
+    unchecked: str,
+    check: "FileCheck | None",
+    *,
+    base: "GgufBase | None" = None,
+) -> ExportRecord:
+    """The record of an exported GGUF file.
 
-    Attributes:
+    Args:
         location: of the run that was exported.
-        weights: the type of the file's weights, in words.
-        is_whole: the file is a whole model, not an adapter alone.
+        kind: the type of the file's weights, in words.
+        size: bytes of the file.
+        unchecked: why there is no check.
         base: the one GGUF file that an adapter is for.
     """
-
-    location: RunLocation
-    weights: str
-    is_whole: bool
-    base: "GgufBase | None" = None
-
-
-def record_of(
-    exported: ExportedKind, size: int, check: "FileCheck | None", unchecked: str
-) -> ExportRecord:
-    """The record of an exported GGUF file of `size` bytes; `unchecked` is why there is no check."""
-    location, base = exported.location, exported.base
     # A run's checkpoints and final/ lie in its directory.
     run_dir = location.folder.parent if location.folder else Path()
     card = model_card(
         location.base,
         location.run,
         run_dir,
-        merged="GGUF" if exported.is_whole else "",
+        merged="" if kind == ADAPTER_KIND else "GGUF",
         library="gguf",
         is_trained=location.holds != "base",
         step=weights_step(location.folder),
     )
     return {
         "tunesmith": "export",
-        "kind": exported.weights,
+        "kind": kind,
         "bytes": size,
         "check": asdict(check) if check else None,
         "unchecked": unchecked,

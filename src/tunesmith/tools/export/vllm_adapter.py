@@ -7,12 +7,9 @@ B go to gate and up, which get the same A. What vLLM does is read in its source,
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +24,6 @@ from tunesmith.model.names import composite_of, name_in_whole
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
-from tunesmith.model.weights import StoredTensor
 from tunesmith.run_dir import weights_step
 from tunesmith.tools.export.merge import add_files_to_card
 from tunesmith.tools.export.output import (
@@ -84,31 +80,7 @@ READ_SINGLE: dict[str, dict[str, str]] = {
 # Its classes with `is_3d_moe_weight`: they read PEFT's stacked form.
 READ_STACKED = ("gpt_oss",)
 STACKED_IN_WHOLE = ("qwen3_5_moe_text",)  # within the vision-language model alone
-# Its classes without `SupportsLoRA`.
-WITHOUT_LORA = (
-    "cohere2_moe",
-    "dbrx",
-    "deepseek_v32",
-    "deepseek_v4",
-    "flint",
-    "glm_moe_dsa",
-    "kimi_linear",
-    "mimo_v2_flash",
-)
 EXPORT_MERGED_FIX = "export the merged model: without --adapter"
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A factor as it is written.
-
-    Attributes:
-        values: on meta.
-        read: its values.
-    """
-
-    values: Tensor
-    read: Callable[[], Tensor]
 
 
 def export_peft(path: str | Path, output: str | Path) -> int:
@@ -140,15 +112,12 @@ def export_peft(path: str | Path, output: str | Path) -> int:
         # Checks sums, and that base and adapter fit.
         tuned = open_tuned_model(read_run_files(location))
         is_single = _reads_single(tuned)
-        size = sum((folder / name).stat().st_size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
-        factors: dict[str, Factor] = {}
-        if is_single:
-            factors = dict(_single_factors(tuned))
-            size = sum(factor.values.nbytes for factor in factors.values())
+        # One by one a factor A is written for gate and up.
+        size = 2 * sum((folder / name).stat().st_size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
         require_disk_space(goal, size, what="the adapter", fix=OTHER_DISK)
         with part_folder(goal) as part:
             if is_single:
-                _write_single(part, folder, factors)
+                _write_single(part, folder, dict(_single_factors(tuned)))
             else:
                 for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
@@ -175,10 +144,6 @@ def _reads_single(tuned: TunedModel) -> bool:
     ModelError for an adapter that vLLM does not serve, or would take for another.
     """
     model_type = tuned.model.config.model_type
-    if model_type in WITHOUT_LORA:
-        raise _refusal(
-            f"vLLM does not support LoRA for {model_type}", "its class lacks SupportsLoRA"
-        )
     adapted = [name for name, weight in tuned.weights.items() if weight.update]
     if model_type == "llama4_text":
         _check_llama4(adapted)
@@ -211,37 +176,37 @@ def _check_llama4(adapted: Iterable[str]) -> None:
             )
 
 
-def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Factor]]:
+def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Tensor]]:
     """The factors of all layers, by their names in the file."""
-    # Of a layer's two stacks: B has the experts as its last dimension, and is read whole.
-    read_whole = lru_cache(maxsize=2)(StoredTensor.read)
     for name, weight in tuned.weights.items():
         update = weight.update
         if isinstance(update, LoraUpdate):
             layer = PREFIX + name_in_whole(tuned.model, name.removesuffix(".weight"))
-            for key, stored in (("lora_A", update.lora_A), ("lora_B", update.lora_B)):
-                values = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-                yield f"{layer}.{key}.weight", Factor(values, stored.read)
+            yield f"{layer}.lora_A.weight", update.lora_A.read()
+            yield f"{layer}.lora_B.weight", update.lora_B.read()
         elif isinstance(update, ExpertsUpdate):
-            yield from _factors_of_stack(tuned.model, name, update, read_whole)
+            yield from _factors_of_stack(tuned.model, name, update)
 
 
 def _factors_of_stack(
-    model: PreTrainedModel,
-    name: str,
-    update: ExpertsUpdate,
-    read_whole: Callable[[StoredTensor], Tensor],
-) -> Iterator[tuple[str, Factor]]:
+    model: PreTrainedModel, name: str, update: ExpertsUpdate
+) -> Iterator[tuple[str, Tensor]]:
     """The factors of each expert of the stack of this name."""
     single_names = READ_SINGLE[model.config.model_type]
     module, _, stack = name.rpartition(".")
     prefix = PREFIX + _stored_module(model, module)
     parts = _parts_of_stack(find_experts(model)[module], stack)
+    # A of all experts is one matrix, expert after expert.
+    lora_A = update.lora_A.read().unflatten(0, (update.experts, -1))
+    lora_B = update.lora_B.read()
+    # PEFT's file has B flat: the experts vary fastest in its columns.
+    if lora_B.ndim == 2:
+        lora_B = lora_B.unflatten(1, (-1, update.experts))
     for expert in range(update.experts):
         for projection, rows in parts.items():
             layer = f"{prefix}.{expert}.{single_names[projection]}"
-            yield f"{layer}.lora_A.weight", _factor_a(update, expert)
-            yield f"{layer}.lora_B.weight", _factor_b(update, expert, rows, read_whole)
+            yield f"{layer}.lora_A.weight", lora_A[expert]
+            yield f"{layer}.lora_B.weight", lora_B[rows, :, expert]
 
 
 def _stored_module(model: PreTrainedModel, name: str) -> str:
@@ -268,56 +233,9 @@ def _parts_of_stack(experts: Experts, stack: str) -> dict[str, slice]:
     return {GATE: slice(0, width), UP: slice(width, 2 * width)}
 
 
-def _factor_a(update: ExpertsUpdate, expert: int) -> Factor:
-    """An expert's A: [rank, in]. All projections of a stack have the same."""
-    rank, width = _shape_of_a(update)
-    # A of all experts is one matrix, expert after expert.
-    rows = slice(expert * rank, (expert + 1) * rank)
-    values = torch.empty(rank, width, dtype=update.lora_A.dtype, device="meta")
-    return Factor(values, partial(update.lora_A.__getitem__, (rows, slice(0, width))))
-
-
-def _factor_b(
-    update: ExpertsUpdate, expert: int, rows: slice, read_whole: Callable[[StoredTensor], Tensor]
-) -> Factor:
-    """The rows of an expert's B that belong to one projection: [rows, rank]."""
-    rank, _ = _shape_of_a(update)
-    height = len(range(update.lora_B.shape[0])[rows])
-    values = torch.empty(height, rank, dtype=update.lora_B.dtype, device="meta")
-    read = partial(_expert_b, read_whole, update.lora_B, update.experts, expert, rows)
-    return Factor(values, read)
-
-
-def _shape_of_a(update: ExpertsUpdate) -> tuple[int, int]:
-    """Rank and input width of one expert."""
-    rows, width = update.lora_A.shape
-    return rows // update.experts, width
-
-
-def _expert_b(
-    read_whole: Callable[[StoredTensor], Tensor],
-    stored: StoredTensor,
-    experts: int,
-    expert: int,
-    rows: slice,
-) -> Tensor:
-    """The rows of an expert's B: [rows, rank]."""
-    lora_B = read_whole(stored)
-    # PEFT's file has B flat: the experts vary fastest in its columns.
-    if lora_B.ndim == 2:
-        lora_B = lora_B.unflatten(1, (-1, experts))
-    return lora_B[rows, :, expert]
-
-
-def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> None:
+def _write_single(part: Path, folder: Path, factors: Mapping[str, Tensor]) -> None:
     """Write PEFT's two files with the factors, to `part`; `folder` has the run's own."""
-    readers = {id(factor.values): factor.read for factor in factors.values()}
-
-    def read(values: Tensor, rows: slice) -> Iterator[Tensor]:
-        yield readers[id(values)]()[rows]
-
-    tensors = {name: factor.values for name, factor in factors.items()}
-    save_tensors(part / ADAPTER_WEIGHTS, tensors, {"format": "pt"}, read=read)
+    save_tensors(part / ADAPTER_WEIGHTS, factors, {"format": "pt"})
     settings = read_json(folder / ADAPTER_CONFIG, again="copy the adapter again")
     settings.pop("target_parameters", None)
     targets = set()

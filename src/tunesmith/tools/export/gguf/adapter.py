@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from tunesmith.adapter.peft_files import PREFIX
+from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
 from tunesmith.tools.export.gguf.families import (
     ModelConfig,
@@ -32,14 +32,6 @@ class GgufBase:
     sha256: str
 
 
-class LoraSettings(TypedDict, total=False):
-    """The keys of adapter_config.json that a GGUF file depends on."""
-
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-
-
 # PEFT's suffixes and llama.cpp's.
 _FACTOR_SUFFIXES = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
 _WHOLE_MODEL_FIX = "export the whole model: the same command without --adapter"
@@ -47,7 +39,7 @@ _WHOLE_MODEL_FIX = "export the whole model: the same command without --adapter"
 
 def plan_adapter(
     config: ModelConfig,
-    settings: LoraSettings,
+    adapter: Adapter,
     weights: Mapping[str, RowSource],
     *,
     name: str,
@@ -59,7 +51,7 @@ def plan_adapter(
 
     Args:
         config: the base's `config.to_dict()`.
-        settings: `adapter_config.json`.
+        adapter: its rank and alpha.
         weights: those of `adapter_model.safetensors`, by their names there.
         name: what llama.cpp shows as its name.
         added_tokens: tokens that the run added to the base's.
@@ -91,7 +83,7 @@ def plan_adapter(
     writer.add_type("adapter")
     writer.add_name(name)
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", _alpha(settings))
+    writer.add_float32("adapter.lora.alpha", _alpha(adapter))
     if base is not None:
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base.file.name)
@@ -116,12 +108,9 @@ def _by_base_name(weights: Mapping[str, RowSource]) -> dict[tuple[str, str], Row
     return matrices
 
 
-def _alpha(settings: LoraSettings) -> float:
+def _alpha(adapter: Adapter) -> float:
     """llama.cpp scales by alpha / r; rsLoRA by alpha / sqrt(r)."""
-    alpha = settings["lora_alpha"]
-    if settings.get("use_rslora"):
-        return alpha * math.sqrt(settings["r"])
-    return alpha
+    return adapter.alpha * math.sqrt(adapter.rank) if adapter.rslora else adapter.alpha
 
 
 def _inexpressible(what: str) -> ModelError:

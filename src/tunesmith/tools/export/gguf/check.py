@@ -73,7 +73,7 @@ def check_file(
     tuned: TunedModel,
     base: TunedModel | None,
     *,
-    adapter: Path | None = None,
+    base_file: Path | None = None,
     device: torch.device,
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,7 +82,7 @@ def check_file(
 
     Args:
         base: the model that has the values before training.
-        adapter: the GGUF file of an adapter that llama.cpp adds to the file.
+        base_file: the GGUF file that `file` is an adapter for.
         progress: gets the parts that are done, and all of them.
 
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
@@ -99,7 +99,7 @@ def check_file(
     )
     advance = _count_parts(layers + len(questions) + sum(map(len, places)), progress)
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
-    with LlamaCpp(file, adapter, threads=threads) as server:
+    with LlamaCpp(base_file or file, file if base_file else None, threads=threads) as server:
         texts = _check_ids(server, tuned)
         base_logits = None
         if base is not None:

@@ -9,12 +9,14 @@ it (record.py).
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
 from transformers import PretrainedConfig
 
+from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError
 from tunesmith.host.cores import available_cores
@@ -32,18 +34,17 @@ from tunesmith.inference.load_run import (
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.names import composite_of
 from tunesmith.model.safetensors_files import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     read_json,
     weights_digest,
 )
 from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
-from tunesmith.tools.export.gguf.adapter import GgufBase, LoraSettings, plan_adapter
+from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file
 from tunesmith.tools.export.gguf.families import OWN_SCRIPT
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
-from tunesmith.tools.export.gguf.ollama import guard_template, modelfile_text, write_modelfile
+from tunesmith.tools.export.gguf.ollama import MODELFILE, guard_template, modelfile_text
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
@@ -55,7 +56,7 @@ from tunesmith.tools.export.output import (
     part_folder,
     record_path,
 )
-from tunesmith.tools.export.record import ExportedKind, record_of, write_record
+from tunesmith.tools.export.record import ADAPTER_KIND, ExportRecord, record_of, write_record
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
 DEFAULT_QUANT = "q4_k_m"
@@ -129,7 +130,7 @@ def export_gguf(
     threads: int | None = None,
     check: bool = True,
     device: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda written, size: None,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportedFile:
     """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
@@ -163,23 +164,23 @@ def export_gguf(
             guard_template(tuned.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
 
-        def write_beside(part: Path) -> None:
-            write_modelfile(part, modelfile_text(file_name, tuned))
-            copy_notices(tuned.files.folder, part)
-
-        def compare(file: Path) -> FileCheck:
-            base = _find_base(location, tuned)
-            return check_file(file, tuned, base, device=place, threads=threads, progress=checking)
-
+        compare = partial(
+            check_file,
+            tuned=tuned,
+            base=None if unchecked else _find_base(location, tuned),
+            device=place,
+            threads=threads,
+            progress=checking,
+        )
         result = _write_checked(
             plan,
             goal / file_name if for_ollama else goal,
-            ExportedKind(location, f"GGUF, {quant}", is_whole=True),
+            tuned,
+            partial(record_of, location, f"GGUF, {quant}", plan.size, unchecked),
             threads=threads,
             progress=progress,
-            compare=compare,
-            unchecked=unchecked,
-            write_beside=write_beside if for_ollama else None,
+            compare=None if unchecked else compare,
+            modelfile=modelfile_text(file_name, tuned) if for_ollama else None,
         )
     shown = Path(output) / file_name if for_ollama else output
     return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result, unchecked)
@@ -229,14 +230,9 @@ def export_adapter(
             weights = {}
             for name, tensor in stored.items():
                 weights[name] = StoredRows(tensor, torch.float32, tensor.shape)
-        settings = read_json(folder / ADAPTER_CONFIG)
         plan = plan_adapter(
             read.files.config.to_dict(),
-            LoraSettings(
-                r=settings["r"],
-                lora_alpha=settings["lora_alpha"],
-                use_rslora=bool(settings.get("use_rslora")),
-            ),
+            read_adapter(folder),
             weights,
             name=goal.stem,
             added_tokens=len(read.recipe.model.added_tokens),
@@ -246,31 +242,27 @@ def export_adapter(
         if base is None:
             unchecked = "the GGUF file of its base is not known"
 
-        def write_beside(part: Path) -> None:
-            assert base is not None  # else Ollama is refused
-            write_modelfile(part, modelfile_text(str(base.file), read, file_name))
-
-        def compare(file: Path) -> FileCheck:
-            assert base is not None  # else it is not compared
-            return check_file(
-                base.file,
-                tuned,
-                tuned,
-                adapter=file,
-                device=place,
-                threads=threads,
-                progress=checking,
-            )
-
+        modelfile = None
+        if for_ollama and base is not None:
+            modelfile = modelfile_text(str(base.file), read, file_name)
+        compare = partial(
+            check_file,
+            tuned=tuned,
+            base=tuned,
+            base_file=base.file if base else None,
+            device=place,
+            threads=threads,
+            progress=checking,
+        )
         result = _write_checked(
             plan,
             goal / file_name if for_ollama else goal,
-            ExportedKind(location, "GGUF, the LoRA alone in f16", is_whole=False, base=base),
+            tuned,
+            partial(record_of, location, ADAPTER_KIND, plan.size, unchecked, base=base),
             threads=threads,
-            progress=None,
-            compare=compare,
-            unchecked=unchecked,
-            write_beside=write_beside if for_ollama else None,
+            progress=lambda written, size: None,
+            compare=None if unchecked else compare,
+            modelfile=modelfile,
         )
     return ExportedFile(
         str(output),
@@ -295,36 +287,35 @@ def _why_unchecked(check: bool) -> str:
 def _write_checked(
     plan: GgufPlan,
     file: Path,
-    kind: ExportedKind,
+    tuned: TunedModel,
+    record: Callable[[FileCheck | None], ExportRecord],
     *,
     threads: int,
-    progress: Callable[[int, int], None] | None,
-    compare: Callable[[Path], FileCheck],
-    unchecked: str,
-    write_beside: Callable[[Path], None] | None = None,
+    progress: Callable[[int, int], None],
+    compare: Callable[[Path], FileCheck] | None,
+    modelfile: str | None,
 ) -> FileCheck | None:
-    """Write a file beside its place, compare it unless it is `unchecked`, and give it its name.
+    """Write a file beside its place, `compare` it, and give it its name.
 
-    What the check refuses is kept as `.rejected`: the user may want to know what differs.
-    `write_beside` fills the rest of the file's folder, which then gets its name as one.
+    What the check refuses is kept as `.rejected`: the user may want to know what differs. With a
+    `modelfile` the file's folder gets its name as one.
     """
-    goal = file.parent if write_beside else file
+    goal = file if modelfile is None else file.parent
     require_disk_space(goal, plan.size, what=file.name, fix=OTHER_DISK)
     with part_folder(goal) as part:
         written = part / file.name
         write_gguf(plan, written, threads=threads, progress=progress)
-        if write_beside is not None:
-            write_beside(part)
-        result = None
-        if not unchecked:
-            try:
-                result = compare(written)
-            except CheckpointError:
-                rejected = goal.with_name(f"{goal.name}.rejected")
-                move_into_place(part if write_beside else written, rejected)
-                raise
-        write_record(written, record_of(kind, plan.size, result, unchecked))
-        if write_beside is not None:
+        if modelfile is not None:
+            (part / MODELFILE).write_text(modelfile, encoding="utf-8")
+            copy_notices(tuned.files.folder, part)
+        try:
+            result = compare(written) if compare else None
+        except CheckpointError:
+            rejected = goal.with_name(f"{goal.name}.rejected")
+            move_into_place(written if modelfile is None else part, rejected)
+            raise
+        write_record(written, record(result))
+        if modelfile is not None:
             move_into_place(part, goal)
         else:
             # The file first: a record is never of one that is not there, nor of an earlier one.

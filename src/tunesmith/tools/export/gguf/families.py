@@ -380,18 +380,10 @@ def _llama3_factors(rope: Rope, dims: int) -> Tensor:
     high = rope["high_freq_factor"]
     context = rope["original_max_position_embeddings"]
     exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
-    factors: list[float] = []
     # `rope_freqs.weight` divides the frequencies: the same three ranges that Transformers has.
-    for frequency in 1.0 / (rope["rope_theta"] ** exponents):
-        wavelength = 2 * math.pi / frequency
-        if wavelength < context / high:
-            factors.append(1)
-        elif wavelength > context / low:
-            factors.append(factor)
-        else:
-            smooth = (context / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return torch.tensor(factors, dtype=torch.float32)
+    wavelengths = 2 * math.pi / (1.0 / (rope["rope_theta"] ** exponents))
+    smooth = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
 
 
 # The header

@@ -73,8 +73,3 @@ def _system_line(system: str) -> str:
             fix="use --to gguf, and set the system message in the serving program",
         )
     return f'SYSTEM """{system}"""'
-
-
-def write_modelfile(folder: Path, text: str) -> None:
-    """Write the Modelfile to the folder of the GGUF file."""
-    (folder / MODELFILE).write_text(text, encoding="utf-8")

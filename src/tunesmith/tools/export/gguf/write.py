@@ -5,11 +5,12 @@ alone is 2 GB in bf16. Bands are written in the order of the file.
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +26,7 @@ def write_gguf(
     path: Path,
     *,
     threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda written, size: None,
 ) -> None:
     """Write the file; `progress` gets the bytes written so far, and those of the file.
 
@@ -35,24 +36,17 @@ def write_gguf(
     # One thread of torch in each worker: the workers themselves fill the cores.
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     bands = _bands(plan)
-    running: deque[tuple[GgufTensor, bool, Future[memoryview]]] = deque()
     try:
         with path.open("wb") as file:
             file.write(plan.header)
-            while True:
-                if progress is not None:
+            progress(file.tell(), plan.size)
+            # A few bands a thread are in memory at a time.
+            while batch := list(islice(bands, 2 * threads)):
+                for band, data in zip(batch, pool.map(_band_bytes, batch), strict=True):
+                    file.write(data)
+                    if band.last == band.tensor.shape[0]:
+                        file.write(bytes(padded(band.tensor.size) - band.tensor.size))
                     progress(file.tell(), plan.size)
-                # Two more than threads: a free thread begins another while this one writes.
-                while len(running) < threads + 2 and (band := next(bands, None)) is not None:
-                    tensor, first, last, ends = band
-                    running.append((tensor, ends, pool.submit(_band_bytes, tensor, first, last)))
-                if not running:
-                    break
-                # In the order of the file, though bands may be ready in another.
-                tensor, ends, future = running.popleft()
-                file.write(future.result())
-                if ends:
-                    file.write(bytes(padded(tensor.size) - tensor.size))
             # The data is on the disk before the file gets its name.
             file.flush()
             os.fsync(file.fileno())
@@ -62,15 +56,21 @@ def write_gguf(
         torch.set_num_threads(torch_threads)
 
 
-def _bands(plan: GgufPlan) -> Iterator[tuple[GgufTensor, int, int, bool]]:
-    """Each tensor with the first row of a band, the one after its last, and whether it ends."""
+class Band(NamedTuple):
+    """The rows of a tensor from the first to before the last."""
+
+    tensor: GgufTensor
+    first: int
+    last: int
+
+
+def _bands(plan: GgufPlan) -> Iterator[Band]:
     for tensor in plan.tensors:
         count = tensor.shape[0]
         # The step is counted in rows; the last band has what is left.
         step = _rows_of_a_band(tensor)
         for first in range(0, count, step):
-            last = min(first + step, count)
-            yield tensor, first, last, last == count
+            yield Band(tensor, first, min(first + step, count))
 
 
 def _rows_of_a_band(tensor: GgufTensor) -> int:
@@ -81,7 +81,8 @@ def _rows_of_a_band(tensor: GgufTensor) -> int:
     return max(BAND_VALUES // values // unit, 1) * unit
 
 
-def _band_bytes(tensor: GgufTensor, first: int, last: int) -> memoryview:
+def _band_bytes(band: Band) -> memoryview:
+    tensor, first, last = band
     rows = tensor.source.rows(first, last)
     if tensor.offset:
         rows = rows + tensor.offset
