@@ -50,7 +50,7 @@ else:
 PACKAGE.addHandler(StderrHandler())
 PACKAGE.setLevel("INFO")
 try:
-    print(json.dumps({"folder": str(fetch.fetch(Model(**spec["model"]), progress=progress, update=spec.get("update", False)))}))
+    print(json.dumps({"folder": str(fetch.fetch(Model(**spec["model"]), progress=progress))}))
 except TunesmithError as error:
     print(json.dumps({"error": error.text(), "code": error.exit_code, "kind": type(error).__name__}))
 """

@@ -82,7 +82,6 @@ def fetch(
     model: Model,
     *,
     progress: FetchProgress | None = None,
-    update: bool = False,
     seq_len: int | None = None,
 ) -> Path:
     """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a
@@ -92,7 +91,6 @@ def fetch(
         model: the recipe's block; `name` is a folder, a Hub id, or a .gguf file, which is converted
             to `dtype` (not `auto`).
         progress: shows the bytes that arrive; None: a bar if stderr is a terminal.
-        update: ask the Hub for a newer commit although the cache is complete.
         seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
 
     ModelError where the model cannot be had or read, MachineError where the disk or a package is
@@ -101,8 +99,7 @@ def fetch(
     progress = progress or FetchProgress()
     path = local_model(model)
     if path is None:
-        snapshot = None if update else cached_model(model)
-        return snapshot or download_model(plan_download(model, seq_len), progress)
+        return cached_model(model) or download_model(plan_download(model, seq_len), progress)
     if path.suffix == ".gguf" and path.is_file():
         return convert_gguf(path, model.dtype)
     check_folder(path, model)
@@ -224,19 +221,11 @@ def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
 
 
 def _stated_license(info: Any) -> str:
-    """Read the license off a repository's card, else off its tags."""
+    """Read the license off a repository's card."""
     card = {}
     if info.card_data is not None:
         card = info.card_data.to_dict()
-    stated = card.get("license_name") or card.get("license")
-    if isinstance(stated, list):
-        return ", ".join(stated)
-    if stated:
-        return str(stated)
-    for tag in info.tags or ():
-        if tag.startswith("license:"):
-            return str(tag.removeprefix("license:"))
-    return "not stated"
+    return str(card.get("license_name") or card.get("license") or "not stated")
 
 
 @dataclass(frozen=True)

@@ -150,9 +150,6 @@ def _refusal(
     elif isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo} has no revision {revision!r}"
         fix = f"use one from {page}/tree/main"
-    elif isinstance(error, errors.DisabledRepoError):
-        what = f"{repo} was disabled on the Hub"
-        fix = "use another model"
     elif isinstance(error, errors.RepositoryNotFoundError):
         what = f"no {repo_type} {repo} is visible to you on the Hub"
         why = "it does not exist, or it is private"

@@ -99,23 +99,23 @@ def send_files(paths: Iterable[str], host: str) -> None:
     # rsync separates host and path by a colon.
     place = f"[{host}]:/" if ":" in host else f"{host}:/"
     words += ["-e", shlex.join(SSH), "--", *dict.fromkeys(paths), place]
-    install = "sudo apt-get install rsync"
     try:
         # Progress goes to stderr (2): stdout is for what a command answers.
         done = subprocess.run(words, stdout=2, stderr=subprocess.PIPE, text=True, check=False)
-    except FileNotFoundError:
-        raise MachineError("rsync is not installed", where="PATH", fix=install) from None
-    if not done.returncode:
-        return
-    if done.returncode == SSH_FAILED:
-        raise _unreached(host, done.stderr)
-    there = shell_command(["ssh", host])
-    if "rsync: command not found" in done.stderr or "rsync: not found" in done.stderr:
-        raise MachineError(f"rsync is not installed on {host}", fix=f"{there} {install}")
-    # The first line has the cause; the last one says where rsync's source gave up.
-    why = done.stderr.strip().partition("\n")[0][:300]
-    fix = f"df -h and ls -ld there: {there}"
-    raise MachineError(f"rsync to {host} failed", where="rsync", why=why, fix=fix)
+        code, errors = done.returncode, done.stderr
+    except FileNotFoundError as error:
+        code, errors = NO_COMMAND, str(error)
+    if code == SSH_FAILED:
+        raise _unreached(host, errors)
+    if code:
+        raise MachineError(
+            f"rsync to {host} failed",
+            where="rsync",
+            # The first line has the cause; the last one says where rsync's source gave up.
+            why=errors.strip().partition("\n")[0][:300],
+            fix=f"on both nodes: sudo apt-get install rsync; df -h and ls -ld there: "
+            f"ssh {shell_word(host)}",
+        )
 
 
 def require_image(image: str) -> str:

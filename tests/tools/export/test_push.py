@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoConfig
 
 from conftest import write_tiny_llama
 from errors import check_shown, lines_with
@@ -116,22 +115,6 @@ def test_what_arrives_is_what_lies_there(full: Path) -> None:
         assert push(full, hub=hub)[0] == 0
         assert hub.commits[1][3] == ["README.md"], "only what has changed is sent"
         assert hub.stored[MINE]["main"]["README.md"] == card.read_bytes()
-
-
-def test_a_model_of_an_earlier_version_gets_the_keys_that_older_readers_need(
-    full: Path, tmp_path: Path
-) -> None:
-    final = Path(shutil.copytree(full / "final", tmp_path / "my-run"))
-    AutoConfig.from_pretrained(final).save_pretrained(final)  # `rope_parameters` alone
-    (final / "manifest.json").unlink()
-    before = (final / "config.json").read_bytes()
-    assert b"rope_theta" in before
-    assert "rope_theta" not in json.loads(before)
-    with UploadHub() as hub:
-        code, _, err = push(final, hub=hub)
-        assert code == 0, err
-        assert json.loads(hub.stored[MINE]["main"]["config.json"])["rope_theta"] == 10000.0
-    assert (final / "config.json").read_bytes() == before, "the user's file stays"
 
 
 def test_a_checkpoint_is_pushed_without_its_state_and_with_a_card(full: Path) -> None:

@@ -9,7 +9,6 @@ format is compressed-tensors' `float-quantized`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,18 +19,8 @@ from tunesmith.tools.export.tuned_weights import TunedWeight
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 
 
-@dataclass(frozen=True)
-class StoredPart:
-    """A tensor of the file that is computed from a weight's rows.
-
-    Attributes:
-        rows: the part's rows that belong to a weight's rows from `first` to before `last`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    rows: Callable[[int, int], Tensor]
+# Rows from the first to before the last.
+ReadRows = Callable[[int, int], Tensor]
 
 
 class RoundedWeight:
@@ -45,13 +34,14 @@ class RoundedWeight:
     def shape(self) -> torch.Size:
         return self.weight.shape
 
-    def parts(self) -> list[StoredPart]:
-        """The tensors that the file has of it."""
-        out = self.shape[0]
-        return [
-            StoredPart(f"{self.name}.weight", tuple(self.shape), E4M3, self._values),
-            StoredPart(f"{self.name}.weight_scale", (out, 1), torch.bfloat16, self._scales),
-        ]
+    def parts(self) -> dict[str, tuple[Tensor, ReadRows]]:
+        """The tensors that the file has of it, on meta, and what reads the rows of each."""
+        values = torch.empty(self.shape, dtype=E4M3, device="meta")
+        scales = torch.empty(self.shape[0], 1, dtype=torch.bfloat16, device="meta")
+        return {
+            f"{self.name}.weight": (values, self._values),
+            f"{self.name}.weight_scale": (scales, self._scales),
+        }
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows in fp32, from the rounded values."""

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -53,7 +53,7 @@ from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import weights_step
 from tunesmith.tools.export import merge_check
-from tunesmith.tools.export.compressed import RoundedWeight
+from tunesmith.tools.export.compressed import ReadRows, RoundedWeight
 from tunesmith.tools.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
 from tunesmith.tools.export.output import (
     MERGE_FILE,
@@ -66,8 +66,6 @@ from tunesmith.tools.export.output import (
 from tunesmith.tools.export.streamed_model import Values, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 
-# Rows from the first to before the last.
-ReadRows = Callable[[int, int], torch.Tensor]
 ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
 # Some converters read the vocabulary from it; it says nothing of added tokens.
 SENTENCEPIECE = "tokenizer.model"
@@ -304,9 +302,9 @@ def write_merged(
         tensors[name] = tensor.to("meta", written)
         readers[id(tensors[name])] = tuned.weights[name].rows
     for weight in rounded.values():
-        for part in weight.parts():
-            tensors[part.name] = torch.empty(part.shape, dtype=part.dtype, device="meta")
-            readers[id(tensors[part.name])] = part.rows
+        for name, (tensor, read_part) in weight.parts().items():
+            tensors[name] = tensor
+            readers[id(tensor)] = read_part
 
     def read(tensor: torch.Tensor, rows: slice) -> Iterator[torch.Tensor]:
         read_rows = readers[id(tensor)]

@@ -16,7 +16,6 @@ from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
 from tunesmith.inference.load_run import locate_run, undeleted
-from tunesmith.model.older_readers import MODEL_CONFIG, TOKENIZER_CONFIG, for_older_readers
 from tunesmith.run_dir import weights_step
 from tunesmith.tools.export.record import gguf_to_push
 from tunesmith.units import count_of
@@ -135,10 +134,6 @@ def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str
             is_hidden = file.startswith(".") or "/." in file
             if path.is_file() and not (is_hidden or file.startswith("state/") or file == MANIFEST):
                 files[file] = path
-        for config in (MODEL_CONFIG, TOKENIZER_CONFIG):
-            # An earlier version wrote the new keys alone.
-            if config in files:
-                files[config] = for_older_readers(config, (folder / config).read_bytes())
         # A plain model has the card of its makers, or none.
         if CARD not in files and location.holds != "base":
             step = weights_step(folder)

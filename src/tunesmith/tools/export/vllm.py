@@ -161,8 +161,8 @@ def _size(tuned: TunedModel, weights: Mapping[str, RoundedWeight]) -> int:
         if name not in weights:
             size += weight.shape.numel() * torch.bfloat16.itemsize
             continue
-        for part in weights[name].parts():
-            size += torch.Size(part.shape).numel() * part.dtype.itemsize
+        for part, _ in weights[name].parts().values():
+            size += part.nbytes
     return size
 
 

@@ -17,6 +17,7 @@ docs/slurm.md.
 """
 
 import argparse
+import dataclasses
 
 from tunesmith.cli.options import notify, whole_number
 from tunesmith.errors import UsageError
@@ -53,13 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     line = "a line of the script before the run: --setup 'module load cuda'"
     parser.add_argument("--setup", action="append", default=[], metavar="LINE", help=line)
     other = "any other sbatch option: --sbatch-arg=--reservation=tuesday"
-    parser.add_argument("--sbatch-arg", action="append", default=[], metavar="OPTION", help=other)
+    parser.add_argument(
+        "--sbatch-arg", dest="sbatch", action="append", default=[], metavar="OPTION", help=other
+    )
     reasons = "at a time limit or after a lost node; 0: never (default: 5)"
     requeues = f"how often it may be requeued, {reasons}"
     parser.add_argument("--max-requeues", type=_count, default=5, metavar="N", help=requeues)
     default = "by the size of a checkpoint, from 300 on; a quarter of a short limit"
     warning = f"save this long before the time limit (default: {default})"
-    parser.add_argument("--warn-before", type=whole_number, metavar="SECONDS", help=warning)
+    parser.add_argument(
+        "--warn-before", dest="warning", type=whole_number, metavar="SECONDS", help=warning
+    )
     parser.add_argument(
         "--render",
         action="store_true",
@@ -68,22 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    request = slurm.Request(
-        nodes=args.nodes,
-        **{key: vars(args)[key] for key in SETTINGS},
-        exclusive=args.exclusive,
-        setup=tuple(args.setup),
-        sbatch=tuple(args.sbatch_arg),
-        max_requeues=args.max_requeues,
-        warning=args.warn_before,
-        debug=args.debug,
-    )
+    fields = [field.name for field in dataclasses.fields(slurm.Request)]
+    request = slurm.Request(**{name: vars(args)[name] for name in fields if name in args})
     # The login node's processor is not that of the nodes.
     recipe = launched_recipe(args, ranks=args.nodes * slurm.ranks_of(request))
     slurm.check_mesh_of_job(recipe, request)
-    request = replace(request, saving=slurm.saving_seconds(recipe))
+    request = dataclasses.replace(request, saving=slurm.saving_seconds(recipe))
     for warning in (slurm.warn_of_short_limit(request), slurm.warn_of_default_resources(request)):
         if warning:
             notify(warning)

@@ -38,7 +38,7 @@ from tunesmith.launch.jobs import (
     save_job,
     write_recipe,
 )
-from tunesmith.launch.ssh import NO_COMMAND, try_on
+from tunesmith.launch.ssh import NO_COMMAND, require_image, try_on
 from tunesmith.run_dir import RunState
 from tunesmith.tools.launch.inputs import (
     SECRETS,
@@ -262,13 +262,7 @@ def start_container(run: Run, image: str, *, debug: bool = False) -> DockerJob:
             "a container already trains in this run directory", where=job.name, fix=fix
         )
     # `docker create` would try to pull it from a registry.
-    if _docker("image", "inspect", image, check=False).returncode:
-        raise MachineError(
-            f"there is no image {image} on this machine",
-            where="docker image inspect",
-            fix=f"in a clone: docker build -f docker/Dockerfile -t {shell_word(image)} . "
-            "(see docs/docker.md)",
-        )
+    require_image(image)
     # The ended container of an earlier start still has the name.
     if previous is not None:
         _docker("rm", job.name)

@@ -198,8 +198,8 @@ class Request:
     gpus_per_node: str | None = None
     container: str | None = None
     exclusive: bool = False
-    setup: tuple[str, ...] = ()
-    sbatch: tuple[str, ...] = ()
+    setup: Sequence[str] = ()
+    sbatch: Sequence[str] = ()
     max_requeues: int = 5
     warning: int | None = None
     saving: float = 0.0

@@ -45,7 +45,6 @@ def plan_adapter(
     name: str,
     added_tokens: int = 0,
     base: GgufBase | None = None,
-    ggml_type: str = "F16",
 ) -> GgufPlan:
     """The file of an adapter; no weight is read.
 
@@ -56,7 +55,6 @@ def plan_adapter(
         name: what llama.cpp shows as its name.
         added_tokens: tokens that the run added to the base's.
         base: the one file that it is for, where the run was trained on a GGUF file.
-        ggml_type: the type of the matrices.
 
     ModelError where more was trained than such a file can hold.
     """
@@ -77,7 +75,7 @@ def plan_adapter(
         # Rows of B are those of the base's weight; A has its columns, which stay.
         if suffix == ".lora_b":
             heads = heads_to_permute(new_name, config, family)
-        tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), ggml_type, weight, heads))
+        tensors.append(GgufTensor(new_name + suffix, tuple(weight.shape), "F16", weight, heads))
     writer = new_writer(family.arch)
     # `lora_a` is [r, in] and `lora_b` [out, r], as PEFT stores them.
     writer.add_type("adapter")

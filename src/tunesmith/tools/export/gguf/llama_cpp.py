@@ -51,7 +51,6 @@ class Reply(TypedDict, total=False):
 class LlamaCpp:
     """A GGUF file, and an adapter's beside it, served on a free local port within a `with`.
 
-    llama.cpp computes attention in fp16 unless `fp32_attention`.
     CheckpointError where llama.cpp does not open it.
     """
 
@@ -62,14 +61,12 @@ class LlamaCpp:
         *,
         threads: int = 1,
         context: int = CHECK_CONTEXT_TOKENS,
-        fp32_attention: bool = False,
     ) -> None:
         options = {
             "file": str(file),
             "adapter": str(adapter) if adapter else None,
             "threads": threads,
             "context": context,
-            "fp32_attention": fp32_attention,
         }
         self._file = file
         command = [sys.executable, "-m", "tunesmith.tools.export.gguf.serve", json.dumps(options)]

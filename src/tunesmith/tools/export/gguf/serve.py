@@ -26,10 +26,6 @@ def serve_file() -> None:
     params.n_parallel = 1
     params.n_ctx = options["context"]
     params.warmup = False
-    if options["fp32_attention"]:
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        # Which adds up in fp16 whatever the keys and values are stored in.
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = options["threads"]
     params.port = 0  # any that is free
     params.verbosity = 0
