@@ -141,9 +141,6 @@ def cached_model(model: Model) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    model_spec(
-        read_json(folder / "config.json"), where=config, trust_remote_code=model.trust_remote_code
-    )
     weights = [SINGLE]
     # The index names all shards; without it there is one file.
     if (folder / INDEX).exists():

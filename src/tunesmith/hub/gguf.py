@@ -80,10 +80,7 @@ def _check_gguf(file: Path) -> Path:
 
 def _cached_folder(file: Path, content: str) -> Path:
     """Locate the cache's folder of this version of a file; `content` is part of its name."""
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise unreadable_file(file, error) from error
+    stat = file.stat()
     identity = json.dumps([str(file), stat.st_size, stat.st_mtime_ns, content, CONVERSION_VERSION])
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return cache_folder("models") / f"{file.stem}-{content}-{digest}"

@@ -34,7 +34,7 @@ esac
 """
 DOCKER = """#!/bin/sh
 if [ -e {state}/docker-refuses ]; then cat {state}/docker-refuses >&2; exit 1; fi
-case "$1" in info) cat {state}/docker-info ;; images) cat {state}/docker-images ;; esac
+case "$1" in info) cat {state}/docker-info ;; esac
 """
 CTK = "#!/bin/sh\ncat {state}/toolkit\n"
 TORCH = '''"""The part of torch that the load of the doctor uses, with a GPU's answers."""
@@ -147,7 +147,6 @@ touch {b}/ready; exec sleep infinity"""
             "docker-info",
             json.dumps({"ServerVersion": "29.2.1", "DefaultRuntime": "nvidia", "Swarm": swarm}),
         )
-        self.tell("docker-images", "nvcr.io/nvidia/pytorch:26.02-py3\nubuntu:24.04\n")
         self.tell("toolkit", "NVIDIA Container Toolkit CLI version 1.19.0\ncommit: 1.19.0\n")
         self.tell("gpus", f"NVIDIA GB10, {UUIDS[self.letter]}, 580.95.05, 12.1, [N/A]\n")
         self.tell("load", "2411, 3003, 61.20, P0\n")

@@ -114,11 +114,9 @@ def merge_place(
 
     for folder in (goal, Path(f"{goal}.rejected")):
         # A rejected merge is replaced in any case.
-        foreign = _unmerged_file(folder)
+        fault = _fault_of_merge(folder)
         needs_force = folder == goal and (folder / MERGE_FILE).exists()
-        _check_replaced(
-            folder, foreign and f"contains {foreign}", has_leave=force or not needs_force
-        )
+        _check_replaced(folder, fault, has_leave=force or not needs_force)
     return goal
 
 
@@ -145,18 +143,18 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.lstat().st_size for file in files}
 
 
-def _unmerged_file(folder: Path) -> str | None:
-    """A file in a folder that no merge wrote, or that has another size by now; None if there is
-    none."""
+def _fault_of_merge(folder: Path) -> str | None:
+    """Say what is in a folder that no merge wrote, or that has another size by now."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file"
     try:
         sizes = dict(json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        if folder.is_dir():
-            return min((path.name for path in folder.iterdir()), default=None)
-        return folder.name if folder.exists() else None
+        names = sorted(path.name for path in folder.glob("*"))
+        return f"contains {names[0]}" if names else None
     for name, size in file_sizes(folder).items():
         if name != MERGE_FILE and sizes.get(name) != size:
-            return name
+            return f"contains {name}"
     return None
 
 

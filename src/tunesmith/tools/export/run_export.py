@@ -5,8 +5,8 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 from tunesmith.checkpoint.manifest import check_sums
 from tunesmith.checkpoint.sharded import export_sharded, is_sharded
@@ -27,46 +27,33 @@ from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 
-class ExportOptions(TypedDict):
-    """The arguments that `export_gguf` and `export_adapter` share."""
-
-    for_ollama: bool
-    force: bool
-    threads: int | None
-    check: bool
-    device: str | None
-    checking: Callable[[int, int], None]
-
-
 def export_for_gguf(args: argparse.Namespace) -> None:
     """Write a .gguf file or Ollama's folder, and print how near it is to the tuned model."""
     with ProgressCounter() as progress:
-        options: ExportOptions = {
-            "for_ollama": args.to == "ollama",
-            "force": args.force,
-            "threads": args.threads,
-            "check": not args.no_check,
-            "device": args.device,
-            "checking": lambda done, total: progress("parts checked in llama.cpp", done, total),
-        }
-        if args.adapter:
-            exported = export_adapter(args.run, args.output, **options)
-        else:
-            exported = export_gguf(
-                args.run,
-                args.output,
+        export: Callable[..., ExportedFile] = export_adapter
+        if not args.adapter:
+            export = partial(
+                export_gguf,
                 quant=args.quant or DEFAULT_QUANT,
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
-                **options,
             )
+        exported = export(
+            args.run,
+            args.output,
+            for_ollama=args.to == "ollama",
+            force=args.force,
+            threads=args.threads,
+            check=not args.no_check,
+            device=args.device,
+            checking=lambda done, total: progress("parts checked in llama.cpp", done, total),
+        )
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
         return
     print(exported.table().text(width_of(sys.stdout)))
     warn_of_distance(exported)
     print(f"next: {_next_command(args, exported)}")
-    # Without rows sentences were continued, which have no reference.
-    if exported.check and any(answer.reference for answer in exported.check.answers):
+    if exported.check and exported.check.answers:
         record = shell_path(record_path(Path(exported.file)))
         print(f"do not share: {record}, which contains rows of your data")
 

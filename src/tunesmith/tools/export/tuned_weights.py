@@ -262,19 +262,20 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     run, files = read.recipe, read.files
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     set_bypassed(model, files.support.dead_targets)
+    sources: dict[str, RowSource] = {}
+    is_trained = read.location.holds == "full"
     # Parts of several ranks hold the trained model alone: the base is not needed.
     if is_sharded(files.folder):
+        is_trained = True
         tensors = ShardedTensors(files.folder)
         last_read = LastRead()
-        weights: dict[str, TunedWeight] = {}
         for name, shape in weights_of(model).items():
             read_all = partial(_read_sharded, tensors, name, shape.dtype)
-            weights[name] = TunedWeight(None, WholeRows(shape.shape, read_all, last_read))
-        return TunedModel(**vars(read), model=model, weights=weights)
-    trained = define_model(run, files)
-    sources = _base_rows(model, trained, read)
-    if run.adapter.kind == "none":
-        is_trained = read.location.holds == "full"
+            sources[name] = WholeRows(shape.shape, read_all, last_read)
+    else:
+        trained = define_model(run, files)
+        sources = _base_rows(model, trained, read)
+    if is_trained or run.adapter.kind == "none":
         weights = {}
         for name, rows in sources.items():
             weights[name] = TunedWeight(None if is_trained else rows, rows)

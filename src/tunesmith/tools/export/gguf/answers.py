@@ -21,7 +21,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.inference.decoding import cut_answer
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS
-from tunesmith.tools.export.merge_check import SENTENCES, probe_sources
+from tunesmith.tools.export.merge_check import probe_sources
 
 MAX_QUESTIONS = 3
 MAX_QUESTION_ROWS = 50  # read, in search of prompts that are short enough
@@ -35,12 +35,12 @@ class Question:
     Attributes:
         ids: of the whole prompt.
         text: what the user asks in it.
-        reference: the row's own answer; None of a sentence that is to be continued.
+        reference: the row's own answer.
     """
 
     ids: list[int]
     text: str
-    reference: str | None
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SideBySide:
     """
 
     question: str
-    reference: str | None
+    reference: str
     file: str
     tuned: str
     tokens: int
@@ -63,19 +63,14 @@ class SideBySide:
 
 
 def questions_of(read: OpenedRun) -> list[Question]:
-    """The first held-out or training rows whose prompts are short; sentences to be continued where
-    there are no such rows.
-    """
+    """The first held-out or training rows whose prompts are short; empty where there are none."""
     for _, source in probe_sources(read):
         # The data need not be on the machine that exports.
         with suppress(TunesmithError):
             questions = list(islice(_questions(read, source), MAX_QUESTIONS))
             if questions:
                 return questions
-    tokenizer = read.files.tokenizer
-    return [
-        Question(tokenizer(text)["input_ids"], text, None) for text in SENTENCES[:MAX_QUESTIONS]
-    ]
+    return []
 
 
 def _questions(read: OpenedRun, source: Source) -> Iterator[Question]:

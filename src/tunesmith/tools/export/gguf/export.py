@@ -108,14 +108,16 @@ class ExportedFile(Tabular):
             ("next tokens", f"the same at {same} of {check.positions} positions"),
         ]
         for answer in check.answers:
-            notes.append(f"asked: {answer.question}")
-            if answer.reference is not None:
-                notes.append(f"  reference: {answer.reference}")
             tuned = f"the same {answer.tokens} tokens"
             if answer.differs_at is not None:
                 place = f"differs from token {answer.differs_at} of {answer.tokens}"
                 tuned = f"{answer.tuned} ... ({place}: one near tie changes what follows)"
-            notes += [f"  file: {answer.file}", f"  tuned: {tuned}"]
+            notes += [
+                f"asked: {answer.question}",
+                f"  reference: {answer.reference}",
+                f"  file: {answer.file}",
+                f"  tuned: {tuned}",
+            ]
         return ResultTable(rows, notes=notes)
 
 

@@ -97,15 +97,12 @@ class GgufFamily:
     # Its rotary kernel takes neighbors as a pair, Transformers' the two halves of a head: rows of
     # q and k change places.
     pairs_neighbors: bool = False
-    norm_offset: float = 0.0  # Transformers multiplies with 1 + weight, llama.cpp with the weight
+    # Transformers multiplies with 1 + weight of a norm, llama.cpp with the weight; the activation
+    # is `gelu_pytorch_tanh` in place of `silu`; llama.cpp reads no `output.weight`.
+    is_gemma: bool = False
     # Types of rotary embeddings beside the plain one.
     ropes: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()  # layers whose bias llama.cpp reads
-    activation: str = "silu"
-    writes_rotary_dims: bool = False
-    writes_vocab_size: bool = False
-    writes_head_dim: bool = True
-    untied_head: bool = True  # llama.cpp reads an `output.weight`
     # Every n-th layer sees all tokens, and the others a window.
     full_attention_every: int | None = None
     # llama.cpp computes full attention where the config asks for a window.
@@ -122,23 +119,17 @@ FAMILIES: dict[str, GgufFamily] = {
         pairs_neighbors=True,
         ropes=_LLAMA_ROPES,
         biases=_ALL_LINEARS,
-        writes_rotary_dims=True,
-        writes_vocab_size=True,
     ),
     "mistral": GgufFamily(
         "llama",
         pairs_neighbors=True,
         ropes=_LLAMA_ROPES,
-        writes_rotary_dims=True,
-        writes_vocab_size=True,
         ignores_window=True,
     ),
     "smollm3": GgufFamily(
         "smollm3",
         pairs_neighbors=True,
         ropes=("linear", "yarn"),
-        writes_rotary_dims=True,
-        writes_vocab_size=True,
         ignores_window=True,
     ),
     "granite": GgufFamily(
@@ -146,32 +137,27 @@ FAMILIES: dict[str, GgufFamily] = {
         pairs_neighbors=True,
         ropes=_LLAMA_ROPES,
         biases=_ALL_LINEARS,
-        writes_rotary_dims=True,
-        writes_vocab_size=True,
-        writes_head_dim=False,
     ),
     "qwen2": GgufFamily(
         "qwen2", ropes=("linear", "yarn"), biases=_ATTENTION_INPUTS, ignores_window=True
     ),
     "qwen3": GgufFamily("qwen3", ropes=("linear", "yarn"), ignores_window=True),
     "olmo2": GgufFamily("olmo2", ropes=("linear", "yarn")),
-    "phi3": GgufFamily("phi3", ropes=("longrope",), writes_rotary_dims=True, ignores_window=True),
+    "phi3": GgufFamily("phi3", ropes=("longrope",), ignores_window=True),
     "gemma": GgufFamily(
-        "gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", untied_head=False
+        "gemma",
+        is_gemma=True,
     ),
     "gemma2": GgufFamily(
         "gemma2",
-        norm_offset=1.0,
-        activation="gelu_pytorch_tanh",
-        untied_head=False,
+        is_gemma=True,
         full_attention_every=2,
         scaled_by_width_at=46,
     ),
     "gemma3_text": GgufFamily(
         "gemma3",
-        norm_offset=1.0,
+        is_gemma=True,
         ropes=("linear",),
-        activation="gelu_pytorch_tanh",
         full_attention_every=6,
         scaled_by_width_at=62,
     ),
@@ -203,7 +189,7 @@ def read_family(config: ModelConfig) -> GgufFamily:
     if family.scaled_by_width_at is not None:
         _check_attention_scale(config, family.scaled_by_width_at)
     # Without `key_length` in the header llama.cpp divides the width by the heads.
-    if not family.writes_head_dim and head_dim(config) != _default_head_dim(config):
+    if family.arch == "granite" and head_dim(config) != _default_head_dim(config):
         raise _other_math("head_dim", head_dim(config), _default_head_dim(config))
     return family
 
@@ -252,12 +238,11 @@ def kv_heads(config: ModelConfig) -> int:
 
 
 def _check_activation(config: ModelConfig, family: GgufFamily) -> None:
-    activation = config.get("hidden_activation") or config.get("hidden_act") or family.activation
+    computed = "gelu_pytorch_tanh" if family.is_gemma else "silu"
+    activation = config.get("hidden_activation") or config.get("hidden_act") or computed
     # The first Gemma was published with `gelu` and meant its approximation by tanh.
-    if activation == "gelu" and family.activation == "gelu_pytorch_tanh":
-        return
-    if activation != family.activation:
-        raise _other_math("hidden_act", activation, family.activation)
+    if activation != computed and not (family.is_gemma and activation == "gelu"):
+        raise _other_math("hidden_act", activation, computed)
 
 
 def _check_softcaps(config: ModelConfig) -> None:
@@ -400,12 +385,13 @@ def add_config(writer: "GGUFWriter", config: ModelConfig, family: GgufFamily) ->
     _add_rope(writer, config)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     # Only where the config has the key, as llama.cpp's converter does.
-    if family.writes_head_dim and config.get("head_dim") is not None:
+    if family.arch != "granite" and config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if family.writes_vocab_size:
+    # As llama.cpp's converter does.
+    if family.pairs_neighbors:
         writer.add_vocab_size(config["vocab_size"])
-    if family.writes_rotary_dims:
+    if family.pairs_neighbors or family.arch == "phi3":
         writer.add_rope_dimension_count(rotary_dims(config))
     model_type = config["model_type"]
     if model_type == "granite":
@@ -498,7 +484,7 @@ def check_tensor_names(
 
 def _is_read(new_name: str, family: GgufFamily) -> bool:
     if new_name == "output.weight":
-        return family.untied_head
+        return not family.is_gemma
     if new_name.endswith(".bias"):
         # `blk.0.attn_q.bias`: the part before the last names the layer.
         layer = new_name.split(".")[-2]

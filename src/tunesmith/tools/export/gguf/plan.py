@@ -131,7 +131,7 @@ def plan_gguf(
         shape = tuple(weight.shape)
         ggml_type = tensor_type(new_name, shape, quant, config, tied=tied)
         heads = heads_to_permute(new_name, config, family)
-        offset = family.norm_offset if new_name.endswith("_norm.weight") else 0.0
+        offset = 1.0 if family.is_gemma and new_name.endswith("_norm.weight") else 0.0
         tensors.append(GgufTensor(new_name, shape, ggml_type, weight, heads, offset))
     # A missing package shows now, not after the first gigabytes.
     if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
