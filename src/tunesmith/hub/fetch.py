@@ -200,7 +200,7 @@ class RepoListing:
 
 
 def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
-    """Ask the Hub about a repository (`repo_type`: model or dataset); raises as `hub_calls`."""
+    """Ask the Hub about a repository (model or dataset) and log its license; see `hub_calls`."""
     with hub_calls(repo, revision, repo_type):
         info: Any = retry(
             lambda: HfApi().repo_info(
@@ -214,7 +214,10 @@ def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
         etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
         url = hf_hub_url(repo, name, repo_type=repo_type, revision=info.sha)
         files[name] = RemoteFile(name, url, file.size or 0, etag)
-    return RepoListing(info.sha, _stated_license(info), bool(info.gated), files)
+    license_name = _stated_license(info)
+    suffix = ", gated" if info.gated else ""
+    log.info(f"{repo}: license {license_name}{suffix} ({repo_page(repo, repo_type)})")
+    return RepoListing(info.sha, license_name, bool(info.gated), files)
 
 
 def _stated_license(info: Any) -> str:
@@ -222,7 +225,8 @@ def _stated_license(info: Any) -> str:
     card = {}
     if info.card_data is not None:
         card = info.card_data.to_dict()
-    return str(card.get("license_name") or card.get("license") or "not stated")
+    stated = card.get("license_name") or card.get("license") or "not stated"
+    return ", ".join(stated) if isinstance(stated, list) else str(stated)
 
 
 @dataclass(frozen=True)
@@ -251,8 +255,6 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     download."""
     listing = list_repo(model.name, model.revision, "model")
     page = repo_page(model.name)
-    suffix = ", gated" if listing.gated else ""
-    log.info(f"{model.name}: license {listing.license}{suffix} ({page})")
     names = {name for name in listing.files if "/" not in name}
     if not {INDEX, SINGLE} & names:
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)

@@ -5,7 +5,6 @@ compared, and so rows of the run.
 """
 
 import json
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -131,15 +130,21 @@ def card_row(name: str, record: ExportRecord) -> CardFile:
 def _read_record(file: Path) -> ExportRecord:
     """UsageError where there is none, or one of another file."""
     place = record_path(file)
-    why = f"{place.name}, which `export` writes, is missing or damaged, or of another file"
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    size = file.stat().st_size
+    fix = f"export it again, or push its folder with a {CARD} in it"
+    try:
         record: ExportRecord = json.loads(place.read_text(encoding="utf-8"))
-        is_whole = {"kind", "check", "card"} <= record.keys()
-        if is_whole and record["bytes"] == file.stat().st_size:
+        missing = [key for key in ("kind", "check", "card") if key not in record]
+        if record["bytes"] != size:
+            why = f"its record is of one with {record['bytes']} bytes, and it has {size}"
+        elif missing:
+            why = f"{place.name} lacks {', '.join(missing)}"
+        else:
             return record
+    except FileNotFoundError:
+        why = f"there is no {place.name}, which `export` writes"
+    except (OSError, ValueError, KeyError, TypeError):
+        why = f"{place.name} cannot be read"
     raise UsageError(
-        f"there is no export record for {file.name}",
-        where=str(file),
-        why=why,
-        fix=f"export it again, or push its folder with a {CARD} in it",
+        f"there is no export record for {file.name}", where=str(file), why=why, fix=fix
     )
