@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -131,15 +131,6 @@ def ask(
         )
     finally:
         connection.close()
-
-
-def iter_events(address: str) -> Iterator[bytes]:
-    """The lines of the page's events, as they come."""
-    from http.client import HTTPConnection
-
-    with closing(HTTPConnection("127.0.0.1", port_of(address), timeout=MAX_WAIT_S)) as connection:
-        connection.request("GET", f"{urlsplit(address).path}events")
-        yield from connection.getresponse()
 
 
 def get(address: str, path: str) -> Any:

@@ -82,16 +82,13 @@ def curves(
     low: float,
     high: float,
     points: int,
-    most: int | None = None,
 ) -> list[Fields]:
-    """The charts for a window of the x axis, the first `most` of them.
+    """The charts for a window of the x axis.
 
     Each series has about `points` points, spikes among them.
     """
     charts: list[Fields] = []
     for panel in (*PANELS, *_panels_of_other_columns(runs)):
-        if len(charts) == most:
-            break
         series = []
         for index, run in enumerate(runs):
             for line in _lines_of(run, panel, axis):

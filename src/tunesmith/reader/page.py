@@ -108,7 +108,6 @@ def page_data(runs: Sequence[RunFiles]) -> Fields:
     """Collect what a report holds of that which a live page asks for."""
     return {
         "runs": [run.status() for run in runs],
-        "pause": 0,
         "curves": curves(runs, "step", -math.inf, math.inf, POINTS),
         "texts": [run.texts() for run in runs],
     }

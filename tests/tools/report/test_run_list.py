@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch.jobs import holds_runs
-from tunesmith.tools.report.run_list import SPARK_POINTS, RunList
+from tunesmith.tools.report.run_list import SPARK_POINTS, Row, RunList
 from watching import add_steps, write_run
 
 
-def rows(runs: RunList) -> dict[str, dict[str, object]]:
-    list(runs.refresh())
-    return {str(row["name"]): row for row in runs.rows.values()}
+def rows(runs: RunList) -> dict[str, Row]:
+    runs.refresh()
+    return {row["name"]: row for row in runs.rows.values()}
 
 
 def test_what_a_line_says(tmp_path: Path) -> None:
     write_run(tmp_path / "small", 40)
-    # Of more than are read whole.
     write_run(tmp_path / "sweep" / "large", 1000, of=2000)
     assert holds_runs(tmp_path)
     assert not holds_runs(tmp_path / "small")
@@ -38,18 +37,16 @@ def test_what_a_line_says(tmp_path: Path) -> None:
     assert small["val_loss"] == pytest.approx(1.77032, abs=1e-4)
     assert large["val_loss"] == pytest.approx(1.1, abs=1e-3)
     for row in told.values():
-        spark = row["spark"]
-        assert isinstance(spark, list)
-        assert 20 < len(spark) <= SPARK_POINTS
-        assert spark == sorted(spark, reverse=True)
+        assert 20 < len(row["spark"]) <= SPARK_POINTS
+        assert row["spark"] == sorted(row["spark"], reverse=True)
         assert row["damage"] == ""
 
 
 def test_a_line_follows_its_run_and_new_ones_are_found(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10, of=100)
     runs = RunList([tmp_path])
-    assert list(runs.refresh()) == [True]
-    assert list(runs.refresh()) == [False]
+    first = rows(runs)["run"]
+    assert rows(runs)["run"] is first
     add_steps(folder, 11, 12)
     # A sweep at work locks its folder, and is no run.
     (tmp_path / "sweep.json").write_text("{}")
@@ -58,7 +55,8 @@ def test_a_line_follows_its_run_and_new_ones_are_found(tmp_path: Path) -> None:
         assert holds_runs(tmp_path)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert rows(runs)["run"] | {"step": 12, "state": "running"} == rows(runs)["run"]
+        row = rows(runs)["run"]
+        assert (row["step"], row["state"]) == (12, "running")
     assert rows(runs)["run"]["state"] == "killed"
     write_run(tmp_path / "other", 5)
     assert rows(runs)["other"]["id"] == 1
@@ -76,9 +74,9 @@ def test_damaged_runs_have_their_line(tmp_path: Path) -> None:
     (tmp_path / "no run").mkdir()
     told = rows(RunList([tmp_path]))
     assert list(told) == ["garbage", "manifest", "pipe"]
-    assert "metrics.jsonl" in str(told["garbage"]["damage"])
-    assert "metrics.jsonl" in str(told["pipe"]["damage"])
-    assert "manifest.json" in str(told["manifest"]["damage"])
+    assert "metrics.jsonl" in told["garbage"]["damage"]
+    assert "metrics.jsonl" in told["pipe"]["damage"]
+    assert "manifest.json" in told["manifest"]["damage"]
     assert told["manifest"]["step"] == 10
 
 
@@ -87,7 +85,7 @@ def test_the_records_of_a_run_are_not_held(tmp_path: Path) -> None:
     size = (tmp_path / "run/metrics.jsonl").stat().st_size
     runs = RunList([tmp_path])
     tracemalloc.start()
-    list(runs.refresh())
+    runs.refresh()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < size / 20

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,7 +20,7 @@ from errors import check_shown, lines_with
 from tunesmith.cli.main import main
 from waiting import wait_for
 from warm import MAX_WAIT_S
-from watching import add_steps, ask, get, iter_events, port_of, watching, write_run
+from watching import add_steps, ask, get, port_of, watching, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +41,7 @@ def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Pop
     token = urlsplit(address).path.strip("/")
     base = address.removesuffix(f"{token}/")
     assert len(token) >= 32
-    wrong = ["", "events", "curves", f"{token[:-1]}/", f"{token}x/", f"x{token}/", f"{token.swapcase()}/", f"x/{token}/",
+    wrong = ["", "state", "curves", f"{token[:-1]}/", f"{token}x/", f"x{token}/", f"{token.swapcase()}/", f"x/{token}/",
              f"?token={token}", f"..%2f{token}/", "run.js", "%00", "%ff", "%c3%a9"]  # fmt: skip
     for path in wrong:
         status, body, headers = ask(base, path)
@@ -73,7 +72,7 @@ def test_this_machine_gets_the_page_through_any_port(
         "sec-websocket-key": "x" * 22 + "==",
         "sec-websocket-version": "13",
     }
-    assert ask(f"{base}/wrong/events", **upgrade)[:2] == (404, b"")
+    assert ask(f"{base}/wrong/state", **upgrade)[:2] == (404, b"")
 
 
 def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
@@ -122,53 +121,39 @@ def test_it_listens_on_loopback_alone(served: tuple[str, subprocess.Popen[str]])
     assert [(place.ip, place.port) for place in listening] == [("127.0.0.1", port_of(address))]
 
 
-def test_events_tell_what_was_added(
-    folder: Path, served: tuple[str, subprocess.Popen[str]]
-) -> None:
-    connection = HTTPConnection("127.0.0.1", port_of(served[0]), timeout=MAX_WAIT_S)
-    connection.request("GET", f"{urlsplit(served[0]).path}events")
-    answer = connection.getresponse()
-    assert answer.getheader("content-type", "").startswith("text/event-stream")
-
-    def told() -> int:
-        while not (line := answer.readline()).startswith(b"data: "):
-            assert line
-        return int(json.loads(line[6:])["runs"][0]["step"])
-
-    assert told() == 40
+def test_what_was_added_is_told(folder: Path, served: tuple[str, subprocess.Popen[str]]) -> None:
+    assert get(served[0], "state")["runs"][0]["step"] == 40
     add_steps(folder, 41, 45)
-    while (step := told()) == 40:  # pytest writes nothing into it meanwhile
-        pass
-    assert step == 45
-    connection.close()
-    assert get(served[0], "curves?points=10&panels=1")[0]["series"][0]["x"][-1] == 45
+    assert get(served[0], "state")["runs"][0]["step"] == 45
+    assert get(served[0], "curves?points=10")[0]["series"][0]["x"][-1] == 45
     assert [row["step"] for row in get(served[0], "texts")[0]["samples"]] == [0, 20, 40]
     assert b"100 steps" in ask(served[0])[1]
-    for path in ("curves?from=x", "curves?points=", "curves?panels=1e9"):
+    for path in ("curves?from=x", "curves?points=", "curves?points=1e9"):
         assert ask(served[0], path)[0] == 400
 
 
 def test_a_damaged_line_does_not_freeze_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10, of=100)
     other = write_run(tmp_path / "other", 10, of=100)
-    with watching(folder, other) as (address, _), closing(iter_events(address)) as lines:
-        states = (json.loads(line[6:])["runs"] for line in lines if line.startswith(b"data: "))
-        assert next(states)[0]["step"] == 10
+    with watching(folder, other) as (address, _):
+        assert get(address, "state")["runs"][0]["step"] == 10
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": "x", "loss": 1.0}\n{"step": 11, "loss": {"a": []}}\n')
         add_steps(folder, 12, 15)
-        first = next(runs[0] for runs in states if runs[0]["step"] == 15)
+        first = get(address, "state")["runs"][0]
+        assert first["step"] == 15
         assert [(file["file"], file["lines"]) for file in first["damaged"]] == [
             ("metrics.jsonl", 2)
         ]
         (other / "metrics.jsonl").unlink()
         os.mkfifo(other / "metrics.jsonl")
         add_steps(folder, 16, 20)
-        second = next(runs for runs in states if runs[0]["step"] == 20 and runs[1]["damaged"])
+        second = get(address, "state")["runs"]
+        assert second[0]["step"] == 20
         damage = second[1]["damaged"][0]
         assert (damage["file"], damage["lines"]) == ("metrics.jsonl", None)
         assert damage["why"]
-        assert get(address, "curves?points=10&panels=1")[0]["series"][0]["x"][-1] == 20
+        assert get(address, "curves?points=10")[0]["series"][0]["x"][-1] == 20
 
 
 def test_one_bad_run_does_not_end_the_others(
@@ -187,8 +172,8 @@ def test_it_ends_at_once_and_leaves_nothing(
 ) -> None:
     with watching(folder, TMPDIR=str(tmp_path)) as (address, process):
         page = HTTPConnection("127.0.0.1", port_of(address), timeout=MAX_WAIT_S)
-        page.request("GET", f"{urlsplit(address).path}events")
-        page.getresponse().readline()
+        page.request("GET", f"{urlsplit(address).path}state")
+        page.getresponse().read()  # the connection stays open
         children = psutil.Process(process.pid).children(recursive=True)
         began = time.monotonic()
         process.send_signal(number)
@@ -270,22 +255,21 @@ def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:
 def test_a_folder_of_runs_is_a_list_and_each_has_a_page(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, 10, of=100)
-    with watching(tmp_path) as (address, _), closing(iter_events(address)) as lines:
-        told = (json.loads(line[6:])["rows"] for line in lines if line.startswith(b"data: "))
-        rows: dict[str, dict[str, object]] = {}
-        while len(rows) < 2:
-            rows |= {row["name"]: row for row in next(told)}
+    with watching(tmp_path) as (address, _):
+        told = get(address, "rows?since=0")
+        rows = {row["name"]: row for row in told["rows"]}
         assert {name: row["step"] for name, row in rows.items()} == {"a": 10, "b": 10}
         add_steps(tmp_path / "b", 11, 12)
+        told = get(address, f"rows?since={told['look']}")
         # Only the row that has changed is sent.
-        assert [(row["name"], row["step"]) for row in next(told)] == [("b", 12)]
+        assert [(row["name"], row["step"]) for row in told["rows"]] == [("b", 12)]
         one, two = (row["id"] for row in rows.values())
         assert b"<canvas" not in ask(address)[1]
         assert b"run.js" in ask(address, f"runs/{one}/")[1]
         assert get(address, f"runs/{one}/curves?points=10")[0]["series"][0]["x"][-1] == 10
         both = get(address, f"runs/{two},{one}/curves?points=10")[0]["series"]
         assert [line["x"][-1] for line in both if not line["smoothed"]] == [12, 10]
-        for path in ("runs/2/curves", "runs/-1/curves", "runs/x/events", "runs/0/../../x"):
+        for path in ("runs/2/curves", "runs/-1/curves", "runs/x/state", "runs/0/../../x"):
             assert ask(address, path)[0] == 404, path
 
 

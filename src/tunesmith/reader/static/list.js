@@ -1,4 +1,4 @@
-// The list of runs: `events` tells the rows that have changed; each opens the page of its run.
+// The list of runs: `rows` tells the rows that have changed; each opens the page of its run.
 "use strict";
 (() => {
   const { make, put, count } = Page;
@@ -72,12 +72,16 @@
     put(link, `Compare ${chosen.size} runs`);
   }
 
+  let look = 0;  // the last one that was heard
+
   function hear(told) {
+    look = told.look;
+    if (!told.rows.length && lines.size) return;
     told.rows.forEach(show);
     arrange();
     document.title = `${lines.size} run${lines.size === 1 ? "" : "s"}: tunesmith watch`;
   }
 
   $("#find input").addEventListener("input", arrange);
-  Live.connect(hear);
+  Live.follow(() => `rows?since=${look}`, hear);
 })();

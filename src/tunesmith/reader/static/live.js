@@ -1,18 +1,27 @@
 // What a live page asks the command for; a report has no such link.
 "use strict";
 const Live = (() => {
-  // Calls `hear` with what each event says.
-  function connect(hear) {
-    const source = new EventSource("events"), link = document.querySelector("#link");
-    source.onopen = () => {
-      link.className = "";
-      Page.put(link, "live");
-    };
-    source.onmessage = (event) => hear(JSON.parse(event.data));
-    source.onerror = () => {
-      link.className = "lost";
-      Page.put(link, "not live: tunesmith watch has ended");
-    };
+  const LOOK_MS = 1000;  // between two looks
+
+  // Calls `hear` with what the answer to `path()` says, whenever that has changed.
+  function follow(path, hear) {
+    const link = document.querySelector("#link");
+    let last = "";
+    async function look() {
+      let now = last;
+      try {
+        now = await (await ask(path())).text();
+        link.className = "";
+        Page.put(link, "live");
+      } catch {
+        link.className = "lost";
+        Page.put(link, "not live: tunesmith watch has ended");
+      }
+      setTimeout(look, LOOK_MS);
+      if (now !== last) hear(JSON.parse(now));
+      last = now;
+    }
+    look();
   }
 
   async function ask(path) {
@@ -34,5 +43,5 @@ const Live = (() => {
     }
   }
 
-  return { connect, getJson, refreshSections };
+  return { follow, getJson, refreshSections };
 })();

@@ -1,4 +1,4 @@
-// The page of runs. A live one hears where the runs stand, and asks for `curves`, `texts` and the written sections
+// The page of runs. A live one asks each second where the runs stand, and for `curves`, `texts` and the written sections
 // when that has changed; a report holds all of it.
 "use strict";
 (() => {
@@ -7,9 +7,10 @@
   const report = embedded && JSON.parse(embedded.textContent);
   const $ = (query) => document.querySelector(query);
   const RANKS = 8;  // at most, in one chart
+  const MAX_SHARE = 0.02;  // of the time goes into curves without a request: those of a long run come less often
   const charts = new Map();  // title -> chart
   const slots = new Map();  // title -> its place, which stays empty while the values are constant
-  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, waiting = false, stale = false, read = "", written = null, sampleSteps = [];
+  let runs = [], texts = [], zoomed = null, axis = "step", drawn = "step", later = null, drawnAt = -Infinity, rest = 0, waiting = false, stale = false, read = "", written = null, sampleSteps = [];
 
   const percent = (value) => `${(value * 100).toFixed(value < 0.0995 ? 1 : 0)}`;
 
@@ -181,15 +182,14 @@
       return;
     }
     let pause = 20;
+    const askedAt = performance.now();
     waiting = true;
     stale = false;
     clearTimeout(later);
     later = null;
     try {
       const points = Math.min(2000, Math.round(0.7 * innerWidth * devicePixelRatio));
-      const first = slots.size ? "" : "&panels=4";  // what is seen at once comes first
-      const asked = axis, window = zoomed, panels = await get("curves", `?x=${axis}&points=${points}${windowed()}${first}`);
-      if (first && panels.length && !report) stale = true;
+      const asked = axis, window = zoomed, panels = await get("curves", `?x=${axis}&points=${points}${windowed()}`);
       if (asked !== axis || window !== zoomed) stale = true;
       else showPanels(panels, drawn !== axis);
       drawn = asked;
@@ -199,6 +199,7 @@
     }
     waiting = false;
     drawnAt = performance.now();
+    rest = (drawnAt - askedAt) / MAX_SHARE;
     if (stale) setTimeout(drawCurves, pause);
   }
 
@@ -359,7 +360,7 @@
     runs.forEach(apart(showLog));
     const first = runs[0], done = first.done == null ? "" : `${Math.round(first.done * 100)} % `;
     if (!report) document.title = runs.length > 1 ? `${runs.length} runs: tunesmith watch` : `${done}${first.name}: tunesmith watch`;
-    if (!later) later = setTimeout(drawCurves, Math.max(0, drawnAt + 1000 * told.pause - performance.now()));
+    if (!later) later = setTimeout(drawCurves, Math.max(0, drawnAt + rest - performance.now()));
     getTexts();
     getSections();
   }
@@ -380,6 +381,6 @@
   if (report) hear(report);
   else {
     $("#all-runs").hidden = !/\/runs\/[^/]+\/$/.test(location.pathname);
-    Live.connect(hear);
+    Live.follow(() => "state", hear);
   }
 })();
