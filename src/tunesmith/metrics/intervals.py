@@ -24,11 +24,11 @@ Where all values are equal no resample differs, and the interval is that of the 
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import bdtr, stdtrit
 
 from tunesmith.units import count_of
 
@@ -37,7 +37,7 @@ SEED = 20_240_607
 TAIL_PROBABILITY = 0.025  # beyond each end of a 95 % interval
 # Five rows that differ all point one way once in 16 times by chance, six once in 32.
 MIN_DIFFERING = 6
-_DRAWS = 1 << 22  # row numbers drawn at a time: 32 MiB
+RESAMPLES_AT_ONCE = 100  # which bounds the memory of their row numbers
 
 
 class Interval(NamedTuple):
@@ -127,15 +127,9 @@ def _constant_interval(values: np.ndarray, lowest: float) -> Interval:
 
 
 def share_interval(right: int, rows: int) -> Interval:
-    """Clopper and Pearson's interval of a share with mid-p; not all rows are alike."""
-
-    def above(share: float) -> float:
-        """Compute the probability that more rows are right; as many count half."""
-        shares = _binomial(rows, share)
-        return float(shares[right + 1 :].sum() + shares[right] / 2)
-
-    low = _root(lambda share: above(share) - TAIL_PROBABILITY, 0.0, 1.0)
-    high = _root(lambda share: above(share) - (1 - TAIL_PROBABILITY), 0.0, 1.0)
+    """Clopper and Pearson's interval of a share with mid-p."""
+    low = _root(lambda share: 1 - TAIL_PROBABILITY - _mid_p(right, rows, share), 0.0, 1.0)
+    high = _root(lambda share: TAIL_PROBABILITY - _mid_p(right, rows, share), 0.0, 1.0)
     return Interval(right / rows, low, high)
 
 
@@ -167,29 +161,13 @@ def mcnemar_chance(won: int, lost: int) -> float:
     """McNemar's mid-p: how often equally good models differ as one-sidedly on as many rows."""
     if won == lost:
         return 1.0
-    shares = _binomial(won + lost, 0.5)
-    fewer = min(won, lost)
-    return float(2 * shares[:fewer].sum() + shares[fewer])
+    return 2 * _mid_p(min(won, lost), won + lost, 0.5)
 
 
-def _binomial(count: int, share: float) -> np.ndarray:
-    """The probabilities of 0 to `count` successes: fp64 [count + 1]."""
-    if share in (0.0, 1.0):
-        certain = np.zeros(count + 1)
-        certain[round(count * share)] = 1.0
-        return certain
-    successes = np.arange(count + 1)
-    logs = _log_choices(count) + successes * math.log(share)
-    probabilities: np.ndarray = np.exp(logs + (count - successes) * math.log1p(-share))
-    return probabilities
-
-
-@lru_cache(maxsize=4)
-def _log_choices(count: int) -> np.ndarray:
-    """Logarithms of the numbers of ways to choose 0 to `count` of `count`."""
-    factorials = np.array([math.lgamma(number + 1) for number in range(count + 1)])
-    choices: np.ndarray = factorials[-1] - factorials - factorials[::-1]
-    return choices
+def _mid_p(successes: int, count: int, share: float) -> float:
+    """The probability of fewer successes of `count`; as many count half."""
+    fewer = bdtr(successes - 1, count, share) if successes else 0.0
+    return float(fewer + bdtr(successes, count, share)) / 2
 
 
 def _root(rising: Callable[[float], float], low: float, high: float) -> float:
@@ -213,15 +191,12 @@ def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> In
     count = len(values)
     # The same rows for every call: what two models and their difference get is of the same draws.
     rng = np.random.default_rng(SEED)
-    # So many draws at once that their memory is bounded.
-    at_once = max(1, _DRAWS // count)
-    means = np.empty(resamples)
-    for first in range(0, resamples, at_once):
-        last = min(first + at_once, resamples)
-        rows = rng.integers(count, size=(last - first, count), dtype=np.int64)
-        means[first:last] = values[rows].mean(axis=1)
+    parts = []
+    for _ in range(0, resamples, RESAMPLES_AT_ONCE):
+        rows = rng.integers(count, size=(RESAMPLES_AT_ONCE, count))
+        parts.append(values[rows].mean(axis=1))
     tail = expanded_tail(count)
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail])
     mean = float(values.mean())
     reach = students_t(count) * float(values.std(ddof=1)) / math.sqrt(count)
     # Student's knows nothing of the ends of the scale.
@@ -239,15 +214,8 @@ def expanded_tail(count: int) -> float:
 
 
 def students_t(count: int) -> float:
-    """The quantile of Student's t that leaves 2.5 % above it, for so many values, from the normal's
-    (Abramowitz and Stegun 26.7.5)."""
-    z = NormalDist().inv_cdf(1 - TAIL_PROBABILITY)
-    freedom = count - 1
-    t = z
-    t += (z**3 + z) / (4 * freedom)
-    t += (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    return t
+    """The quantile of Student's t that leaves 2.5 % above it, for so many values."""
+    return float(stdtrit(count - 1, 1 - TAIL_PROBABILITY))
 
 
 class LossDifference(NamedTuple):
@@ -302,8 +270,8 @@ def loss_sentence(difference: LossDifference, *, first: str = "base", second: st
     if not math.isfinite(difference.mean):
         return f"loss: {second} cannot be compared with {first}: a loss is not finite"
     if difference.interval is None:
-        span = f"{difference.mean:+.4f} nats per token"
-        return f"loss: {second} against {first}: {span} on {rows}; {_too_few(difference)}"
+        text = f"loss: {second} against {first}: {difference.mean:+.4f} nats per token on {rows}"
+        return f"{text}; {difference.differing} differ, of at least {MIN_DIFFERING} that are needed"
     low, high = difference.interval.low, difference.interval.high
     span = f"{difference.mean:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}"
     if difference.is_apart:
@@ -312,13 +280,6 @@ def loss_sentence(difference: LossDifference, *, first: str = "base", second: st
     text = f"loss: no significant difference between {second} and {first} on {rows} ({span})"
     smallest = f"{high - difference.mean:.4f}"
     return f"{text}; with {rows} like these a difference shows from about {smallest}"
-
-
-def _too_few(difference: LossDifference) -> str:
-    if not difference.differing:
-        return "the loss of every row is the same"
-    needed = f"at least {MIN_DIFFERING} are needed, and hundreds for a small difference"
-    return f"too few to show which is better: {needed}"
 
 
 def difference_sentence(
@@ -344,15 +305,12 @@ def difference_sentence(
         direction = "better" if is_better else "worse"
         return f"{name}: {second} is {direction} than {first} on these {of_rows} ({span})"
     reason = ""
-    if difference.low > 0 or difference.high < 0:
-        reason = f"; only {intervals.differing} rows differ, which can be chance"
-        if intervals.differing >= MIN_DIFFERING:
-            reason = f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
+    if intervals.differing < MIN_DIFFERING:
+        reason = f"; only {count_of(intervals.differing, 'row')} differ, which can be chance"
+    elif intervals.chance is not None and not difference.low <= 0 <= difference.high:
+        reason = f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
     text = f"{name}: no significant difference between {second} and {first} on {of_rows}"
-    text += f" ({span}{reason})"
-    if rows < MIN_DIFFERING:
-        text += f"; fewer than {MIN_DIFFERING} rows never show which is better"
-    return text
+    return f"{text} ({span}{reason})"
 
 
 def points(share: float) -> str:

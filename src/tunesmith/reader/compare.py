@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.config.schema import FEW_STEPS
 from tunesmith.host.shell import shell_path
-from tunesmith.metrics.intervals import loss_sentence, paired_losses
+from tunesmith.metrics.intervals import loss_sentence, paired_losses, students_t
 from tunesmith.metrics.summary import has_risen
 from tunesmith.reader.figures import environment_rows
 from tunesmith.reader.measure import VAL_LOSS, Measure, measure_of
@@ -29,8 +29,6 @@ from tunesmith.units import count_of
 
 # Standard errors above which a difference counts: about 95 % of a normal distribution.
 STANDARD_ERRORS = 2.0
-# The same of Student's t, from 1 degree of freedom.
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 FEWEST_VALIDATIONS = 5  # whose moves tell the noise
 MAX_NAMED = 3  # runs of few steps
@@ -478,9 +476,7 @@ def _noise_of_seeds(
     freedom = sum(best.count - 1 for best in repeated)
     squares = sum(best.deviation**2 * (best.count - 1) for best in repeated)
     deviation = math.sqrt(squares / freedom)
-    # With few seeds Student's factor is larger than that of the normal distribution.
-    errors = STUDENT[freedom - 1] if freedom <= len(STUDENT) else STANDARD_ERRORS
-    threshold = errors * deviation * math.sqrt(1 / first.count + 1 / second.count)
+    threshold = students_t(freedom + 1) * deviation * math.sqrt(1 / first.count + 1 / second.count)
     text = (
         f"Noise: from seed to seed {measure.name} differs by {measure.gap_text(deviation)} "
         "(standard deviation over a recipe's seeds); "

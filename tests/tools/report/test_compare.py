@@ -225,8 +225,8 @@ def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     write_eval(run.folder, row_eval([1.0] * 5, "few", data="few.jsonl"), "few")
     assert run.refresh()
     cells = dict(eval_figures([run]))
-    # Student's factor of five degrees of freedom, 2.57, times 0.1414 / sqrt(6)
-    shown = "1.0000 (0.8518 to 1.1482), base 1.5000: -0.5000 (-0.5000 to -0.5000) at step 40"
+    # Student's factor of five degrees of freedom, 2.571, times 0.1414 / sqrt(6)
+    shown = "1.0000 (0.8516 to 1.1484), base 1.5000: -0.5000 (-0.5000 to -0.5000) at step 40"
     assert cells["eval: loss (held.jsonl, 6 rows)"] == [shown]
     [few] = cells["eval: loss (few.jsonl, 5 rows)"]
     assert few.split() == ["1.0000", "at", "step", "40"]
