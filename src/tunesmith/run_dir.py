@@ -496,19 +496,14 @@ class ManifestEntry(TypedDict):
     sha256: str
 
 
-class _ManifestFields(TypedDict):
-    step: Count
-    files: dict[str, ManifestEntry]
-
-
-class Manifest(_ManifestFields):
+class Manifest(TypedDict):
     """manifest.json: the step of the weights, that of the run, and the files."""
 
-    last_step: Count
-
-
-class _WrittenManifest(_ManifestFields):
-    last_step: NotRequired[Count]  # only of final/, whose weights may be of an earlier step
+    step: Count
+    last_step: NotRequired[
+        Count
+    ]  # written in final/ alone, whose weights may be of an earlier step
+    files: dict[str, ManifestEntry]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -516,18 +511,15 @@ def read_manifest(folder: Path) -> Manifest | None:
 
     ValueError where it is damaged.
     """
-    values, fault, _ = read_part(
-        folder / MANIFEST, lambda path: read_object(path, _WrittenManifest)
-    )
+    values, fault, _ = read_part(folder / MANIFEST, lambda path: read_object(path, Manifest))
     # No system opens a file whose name has a zero byte.
     if values is not None and any("\0" in name for name in values["files"]):
         fault = "a file's name in it contains a zero byte"
     if fault:
         raise ValueError(fault)
-    if values is None:
-        return None
-    step = values["step"]
-    return {"step": step, "last_step": values.get("last_step", step), "files": values["files"]}
+    if values is not None:
+        values.setdefault("last_step", values["step"])
+    return values
 
 
 def weights_step(folder: Path | None) -> int | None:

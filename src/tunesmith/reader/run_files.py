@@ -14,7 +14,7 @@ from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import pydantic_core
 
@@ -39,15 +39,10 @@ from tunesmith.run_dir import (
     SCORES,
     STOP_FILE,
     STOPPED,
-    EvalScores,
     Failure,
     Fields,
-    Manifest,
     Part,
-    ProfileSummary,
     RunState,
-    Sample,
-    Stopped,
     how_far,
     name_a_run,
     open_regular,
@@ -66,37 +61,17 @@ from tunesmith.run_dir import (
 )
 from tunesmith.units import Length
 
+T = TypeVar("T")
 Columns = dict[str, list[float | None]]
 
-FAILURE_FIELDS = (
-    "what",
-    "where",
-    "why",
-    "cause",
-    "rank",
-    "host",
-    "phase",
-    "collective",
-    "last_step",
-    "next",
-)
 LOG_LINES = 40  # the newest
 WARNINGS = 20  # the newest
 RECENT_STEPS = 20  # that speeds are means of: one step alone would flicker
 FINAL_MANIFEST = f"{FINAL}/{MANIFEST}"
 _RANK_METRICS_NAME = re.compile(r"metrics-rank(\d+)\.jsonl")
 
-# The small files of a run, by pattern: what reads one.
-PART_READERS: dict[str, Callable[[Path], Part[object]]] = {
-    RECIPE: lambda path: read_recipe(path.parent),
-    IDENTITY: lambda path: read_env(path.parent),
-    FAILURE: lambda path: read_failure(path.parent),
-    STOPPED: lambda path: read_stopped(path.parent),
-    SAMPLES: lambda path: read_samples(path.parent),
-    FINAL_MANIFEST: lambda path: read_part(path.parent, read_manifest),
-    f"{EVALS}/{SCORES}": lambda path: read_part(path, read_scores),
-    PROFILES: lambda path: read_part(path, read_profile),
-}
+# The small files of a run.
+PARTS = (RECIPE, IDENTITY, FAILURE, STOPPED, SAMPLES, FINAL_MANIFEST, f"{EVALS}/{SCORES}", PROFILES)
 
 
 class DamagedFile(NamedTuple):
@@ -162,6 +137,7 @@ class JsonlColumns:
     """
 
     def __init__(self, path: Path) -> None:
+        self.name = path.name
         self._lines = AppendedLines(path)
         self._forget()
 
@@ -222,7 +198,6 @@ class RunFiles:
     Attributes:
         label: the folder's name, or where runs side by side share it the whole path.
         recipe, env: config.yaml and env.json as plain values; empty if not there yet.
-        ranks: the columns of metrics-rank<r>.jsonl, by rank.
         samples: in the order of the steps; step 0 is before training.
         failure, stopped: failure.json and stopped.json, None without one.
         final: the manifest of final/; None: it is not there, or damaged.
@@ -242,10 +217,12 @@ class RunFiles:
         self.warnings: list[str] = []
         self.state = RunState.KILLED
         self.revision = 0
-        self._tables = {METRICS: JsonlColumns(self.folder / METRICS)}
+        self._records = JsonlColumns(self.folder / METRICS)
+        self._ranks: dict[int, JsonlColumns] = {}
         self._log = AppendedLines(self.folder / LOG)
-        # By name: what its file looked like, and what was read of it.
-        self._parts: dict[str, tuple[tuple[int, int, int], Part[object]]] = {}
+        # What the small files looked like, the oldest first.
+        self._looks: list[tuple[tuple[int, int, int], Path]] | None = None
+        self._parts: dict[str, Part[object]] = {}
         if not holds_run(self.folder):
             what = f"there is no {folder}"
             why = ""
@@ -258,17 +235,22 @@ class RunFiles:
     @property
     def columns(self) -> Columns:
         """Read metrics.jsonl: record name -> one entry a step, None where it was not measured."""
-        return self._tables[METRICS].columns
+        return self._records.columns
+
+    @property
+    def ranks(self) -> dict[int, Columns]:
+        """The columns of metrics-rank<r>.jsonl, by rank."""
+        return {rank: table.columns for rank, table in self._ranks.items()}
 
     @property
     def damaged(self) -> list[DamagedFile]:
         """List what could not be read, by file; empty for a run whose files are whole."""
         damaged = [
-            DamagedFile(name, table.skipped or None, table.fault)
-            for name, table in self._tables.items()
+            DamagedFile(table.name, table.skipped or None, table.fault)
+            for table in (self._records, *self._ranks.values())
         ]
         damaged.append(DamagedFile(LOG, None, self._log.fault))
-        for name, (_, part) in self._parts.items():
+        for name, part in self._parts.items():
             damaged.append(DamagedFile(name, part.lines, part.fault))
         return [file for file in damaged if file.why]
 
@@ -276,15 +258,11 @@ class RunFiles:
         """Read what was written since the last look; whether anything changed."""
         previous_state = self.state
         for path in self.folder.glob("metrics-rank*.jsonl"):
-            if _RANK_METRICS_NAME.fullmatch(path.name) and path.name not in self._tables:
-                self._tables[path.name] = JsonlColumns(path)
-        changed = [table.read() for table in self._tables.values()]
+            match = _RANK_METRICS_NAME.fullmatch(path.name)
+            if match and int(match[1]) not in self._ranks:
+                self._ranks[int(match[1])] = JsonlColumns(path)
+        changed = [table.read() for table in (self._records, *self._ranks.values())]
         changed += [self._read_log(), self._read_parts()]
-        self.ranks: dict[int, Columns] = {}
-        for name, table in self._tables.items():
-            match = _RANK_METRICS_NAME.fullmatch(name)
-            if match:
-                self.ranks[int(match[1])] = table.columns
         self.state, self.steps = self._state()
         if any(changed):
             # Figures of the records are computed when somebody asks, and kept until these grow.
@@ -294,58 +272,65 @@ class RunFiles:
         return any(changed) or self.state != previous_state
 
     def _read_parts(self) -> bool:
-        """Read the small files that are new or were written again; whether anything changed."""
-        parts = {}
-        for pattern, read in PART_READERS.items():
-            files = [(signature_of(path), path) for path in self.folder.glob(pattern)]
-            # The oldest first: of two evals of the same rows the newer counts.
-            for signature, path in sorted(files):
-                name = shown(path.relative_to(self.folder))
-                known = self._parts.get(name)
-                is_known = known is not None and known[0] == signature
-                parts[name] = known if known and is_known else (signature, read(path))
-        is_changed = parts != self._parts
-        self._parts = parts
-        self.revision += is_changed
-        self._take_parts()
-        return is_changed
+        """Read the small files if one is new or was written again; whether that is so."""
+        files = [path for pattern in PARTS for path in self.folder.glob(pattern)]
+        # The oldest first: of two evals of the same rows the newer counts.
+        looks = sorted((signature_of(path), path) for path in files)
+        if looks == self._looks:
+            return False
+        self._looks = looks
+        self.revision += 1
+        paths = [path for _, path in looks]
+        recipe = read_recipe(self.folder)
+        env = read_env(self.folder)
+        failure = read_failure(self.folder)
+        stopped = read_stopped(self.folder)
+        samples = read_samples(self.folder)
+        final = read_part(self.folder / FINAL, read_manifest)
+        evals = self._read_each(paths, EVALS, read_scores)
+        profiles = self._read_each(paths, str(Path(PROFILES).parent), read_profile)
+        self._parts = {
+            RECIPE: recipe,
+            IDENTITY: env,
+            FAILURE: failure,
+            STOPPED: stopped,
+            SAMPLES: samples,
+            FINAL_MANIFEST: final,
+            **evals,
+            **profiles,
+        }
+        self.recipe = recipe.value
+        self.env = env.value
+        self.failure = failure.value
+        self.stopped = stopped.value
+        self.samples = samples.value
+        self.final = final.value
+        self.evals = [part.value for part in evals.values() if part.value]
+        self.profiles = {
+            Path(name).stem.removeprefix("summary-"): part.value
+            for name, part in profiles.items()
+            if part.value
+        }
+        return True
 
-    def _take_parts(self) -> None:
-        """Give the values of each small file their names."""
-        values = {name: part.value for name, (_, part) in self._parts.items() if part.value}
-        self.recipe = cast("Fields", values.get(RECIPE, {}))
-        self.env = cast("Fields", values.get(IDENTITY, {}))
-        self.samples = cast("list[Sample]", values.get(SAMPLES, []))
-        self.failure = cast("Failure | None", self._value(FAILURE))
-        self.stopped = cast("Stopped | None", self._value(STOPPED))
-        self.final = cast("Manifest | None", self._value(FINAL_MANIFEST))
-        self.evals: list[EvalScores] = []
-        self.profiles: dict[str, ProfileSummary] = {}
-        for name, value in values.items():
-            if name.startswith(f"{EVALS}/"):
-                self.evals.append(cast("EvalScores", value))
-            elif name.startswith(f"{Path(PROFILES).parent}/"):
-                title = Path(name).stem.removeprefix("summary-")
-                self.profiles[title] = cast("ProfileSummary", value)
-
-    def _value(self, name: str) -> object:
-        return self._parts[name][1].value if name in self._parts else None
+    def _read_each(
+        self, paths: Sequence[Path], folder: str, read: Callable[[Path], T]
+    ) -> dict[str, Part[T | None]]:
+        """The files in a folder of the run, by name."""
+        inner = [path for path in paths if path.parent == self.folder / folder]
+        return {shown(path.relative_to(self.folder)): read_part(path, read) for path in inner}
 
     def _read_log(self) -> bool:
         fault = self._log.fault
+        anew, new = self._log.read()
+        lines = [line.decode(errors="replace") for line in new]
         # A log that became shorter was written anew.
-        anew, lines = self._log.read()
         if anew:
             self.log_tail = []
             self.warnings = []
-        newest = [line.decode(errors="replace") for line in lines[-LOG_LINES:]]
-        self.log_tail = [*self.log_tail, *newest][-LOG_LINES:]
-        warnings = self.warnings
-        for line in lines:
-            if b"warning: " in line:
-                text = line.decode(errors="replace").partition("warning: ")[2]
-                warnings = [*warnings, text.strip()]
-        self.warnings = list(dict.fromkeys(warnings))[-WARNINGS:]
+        self.log_tail = [*self.log_tail, *lines][-LOG_LINES:]
+        warnings = [line.partition("warning: ")[2].strip() for line in lines if "warning: " in line]
+        self.warnings = list(dict.fromkeys([*self.warnings, *warnings]))[-WARNINGS:]
         return anew or bool(lines) or self._log.fault != fault
 
     def _state(self) -> tuple[RunState, int]:
@@ -569,7 +554,7 @@ def how_it_ended(run: RunFiles) -> Fields:
     fields: Fields = {}
     # failure.json of an earlier start stays; only the state says whether it counts.
     if run.failure and run.state is RunState.FAILED:
-        fields = {name: run.failure.get(name) for name in FAILURE_FIELDS}
+        fields = {name: run.failure.get(name) for name in Failure.__annotations__}
     elif run.state is RunState.STOPPED and run.stopped:
         fields = leaves(run.stopped)
         if fields.get("reason") == "file":
