@@ -351,15 +351,6 @@ def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture
     assert lines_with(shown, "checkpoint", "waits")
 
 
-def test_full_fine_tuning_names_its_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
-    """What its memory depends on most."""
-    assert main(["plan", "llama3.3-70b-full", "--on", "8xh100"]) == 0
-    settings = ("train.optimizer=adamw-8bit", "train.master_weights=stochastic")
-    assert lines_with(capsys.readouterr().out, *settings)
-    assert main(["plan", "llama3.3-70b-lora", "--on", "8xh100"]) == 0
-    assert not lines_with(capsys.readouterr().out, "train.optimizer=adamw")
-
-
 def test_lengths_from_characters_count_the_prompt_of_a_pair_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,15 +366,15 @@ def test_lengths_from_characters_count_the_prompt_of_a_pair_twice(
         assert lines_with(capsys.readouterr().out, "100", "estimated", "template")
 
 
-def test_a_short_step_is_shown_in_milliseconds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parts_of_a_short_step_are_its_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smollm2-135m-lora", "--on", "2x8xh100"]) == 0
     shown = capsys.readouterr().out
     seconds = re.search(r"^16 x 1 x 1 .* ([\d.]+) +[\d,]+ +0%$", shown, re.MULTILINE)
     assert seconds is not None
     assert 0 < float(seconds[1]) < 0.1
-    (line,) = lines_with(shown, "milliseconds")
+    (line,) = lines_with(shown, "matrix products")
     parts = [float(value) for value in re.findall(r"[\d.]+", line)]
-    assert sum(parts) == pytest.approx(1000 * float(seconds[1]), abs=0.1)
+    assert sum(parts) == pytest.approx(float(seconds[1]), abs=5e-4)
 
 
 def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
@@ -394,16 +385,10 @@ def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     shown = capsys.readouterr()
     assert warnings_with(shown.err, "data.train", llama.parent / "rows.jsonl", "--rows N")
     assert lines_with(shown.out, "million", "--rows N")
-    held = llama.parent / "held.jsonl"
-    assert main([*words, f"data.validation={{source: {held}, format: messages}}"]) == 0
-    assert warnings_with(capsys.readouterr().err, "data.validation", held)
-    assert main([*words, "adapter.from=runs/none/final"]) == 0
-    assert warnings_with(capsys.readouterr().err, "adapter.from", "runs/none/final")
     words += ["train.global_batch=50 examples", "--rows", "1000"]
     assert main([*words, "--length", "500"]) == 0
     shown = capsys.readouterr()
     assert not warnings_with(shown.err)
-    assert lines_with(shown.err, "--rows", llama.parent / "rows.jsonl")
     assert lines_with(shown.out, "examples:", "1,000 rows (--rows)", "500 tokens", "40 steps")
     assert re.search(r"steps: .*, [\d.,]+ USD", shown.out)
     assert main([*words, "--length", "500", "data.hold_out=10 %"]) == 0
@@ -422,7 +407,6 @@ def test_rows_here_tell_the_length_of_those_elsewhere(
     assert main(["plan", str(llama), "--on", "2x8xh100", "--rows", "6400"]) == 0
     shown = capsys.readouterr()
     assert lines_with(shown.out, "6,400 rows (--rows)", "100 tokens")
-    assert lines_with(shown.err, "--rows", 1, "data.train")
 
 
 def test_a_model_and_rows_are_planned_without_the_hub(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tunesmith.checkpoint.start_adapter import find_local_adapter
 from tunesmith.config.schema import Model, Run
 from tunesmith.data.compare.splits import count_held_out, read_splits
 from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_example, is_local
@@ -122,19 +121,6 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
     return None
 
 
-def _warn_of_missing(run: Run) -> None:
-    """Warn of what a start would refuse beside the rows to train on, which are warned of later."""
-
-    for source in run.data.validation:
-        if _is_missing(source.source):
-            log.warning(f"data.validation: there is no such file: {source.source}; fix the path")
-    if run.adapter.from_ is not None:
-        try:
-            find_local_adapter(run.adapter.from_)
-        except TunesmithError as error:
-            log.warning(f"adapter.from: {error.what}; {error.fix}")
-
-
 def _work_of(
     run: Run, spec: ModelSpec, folder: Path | None, rows: StatedRows, *, shares: bool
 ) -> Workload:
@@ -144,9 +130,6 @@ def _work_of(
         folder: has the tokenizer.
         shares: as `TokenSet.shares_prompts`.
     """
-    # With --rows the files are elsewhere.
-    if rows.count is None:
-        _warn_of_missing(run)
     length = rows.length
     is_estimated = False
     if folder is not None and not length:
@@ -168,7 +151,6 @@ def _work_of(
     length = length and ceil_div(length, parts)
     held_out = 0
     if rows.count is not None:
-        _note_count(run, counted)
         if run.data.hold_out is not None:
             held_out = count_held_out(run.data.hold_out, rows.count)
         counted = rows.count - held_out
@@ -184,30 +166,12 @@ def _work_of(
     )
 
 
-def _note_count(run: Run, counted: int) -> None:
-    """Say that --rows is taken for the number of rows, whatever is here."""
-    missing = [source.source for source in run.data.train if _is_missing(source.source)]
-    if missing:
-        log.info(f"the number of rows is that of --rows: {', '.join(missing)} does not exist here")
-    elif counted:
-        log.info(
-            f"the number of rows is that of --rows; their length is that of the {counted:,} in "
-            "data.train"
-        )
-
-
 def _parts_of_row(run: Run, length: int) -> int:
     """Examples that a row of so many tokens makes: long texts are split."""
     are_texts = all(source.format == "text" for source in run.data.train)
     if not are_texts or run.data.too_long != "auto":
         return 1
     return max(1, ceil_div(length - 1, run.data.seq_len - 1))
-
-
-def _is_missing(source: str) -> bool:
-    """Tell whether it is a local file that is not here."""
-
-    return is_local(source) and not Path(source).expanduser().exists()
 
 
 def _count_rows(run: Run, *, is_needed: bool) -> tuple[int, int]:

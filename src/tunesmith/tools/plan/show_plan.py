@@ -110,8 +110,7 @@ def _table(planner: Planner, forecasts: list[Forecast], shown: list[Forecast]) -
     work = planner.work
     speed = "for times --assume tflops=NUMBER"
     if chip.tflops:
-        rounded = f"{chip.tflops:.0f}" if chip.tflops >= 10 else f"{chip.tflops:.2g}"
-        speed = f"{rounded} TFLOP/s in whole steps"
+        speed = f"{chip.tflops:.{0 if chip.tflops >= 10 else 1}f} TFLOP/s in whole steps"
     machines = planner.cluster.describe()
     steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
     lines = [
@@ -176,16 +175,6 @@ def _row(planner: Planner, forecast: Forecast) -> str:
     return f"{plan.mesh.sizes():<24} {micro_batch:>14} {recompute:>9} {needed:6.1f} {figures}"
 
 
-def _optimizer_lines(run: Run) -> list[str]:
-    """The settings that the memory of full fine-tuning depends on most; empty for LoRA."""
-    if run.adapter.kind != "none":
-        return []
-    settings = f"train.optimizer={run.train.optimizer}"
-    if run.model.dtype == "bf16":
-        settings += f" train.master_weights={run.train.master_weights}"
-    return [f"  of full fine-tuning with {settings}"]
-
-
 def _details(planner: Planner, best: Forecast, price: float | None, base: Path | None) -> list[str]:
     """Describe what the best mesh does: memory, seconds of a step, what is sent, disk, hours."""
     step_seconds = best.step_seconds or 0
@@ -196,7 +185,6 @@ def _details(planner: Planner, best: Forecast, price: float | None, base: Path |
     if phase != "step":
         needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
     lines = [f"memory of {device}: {needed}: {best.plan.memory.describe()}"]
-    lines += _optimizer_lines(planner.run)
     if _waits_to_save(best):
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
     if step_seconds:
@@ -218,15 +206,14 @@ def _details(planner: Planner, best: Forecast, price: float | None, base: Path |
 
 def _describe_step(forecast: Forecast, step_seconds: float) -> list[str]:
     """The parts of a step, and the communication that they hide."""
-    unit, scale = ("seconds", 1) if step_seconds >= 1 else ("milliseconds", 1000)
     parts = [
-        f"{STEP_PART_NAMES.get(part, part)} {scale * value:.2f}"
+        f"{STEP_PART_NAMES.get(part, part)} {_step_text(value)}"
         for part, value in forecast.seconds.items()
         if value >= MIN_SHOWN_SHARE * step_seconds
     ]
-    lines = [f"{unit} of a step: {', '.join(parts)}"]
+    lines = [f"seconds of a step: {', '.join(parts)}"]
     if forecast.hidden_seconds:
-        hidden = f"{scale * forecast.hidden_seconds:.2f} {unit}"
+        hidden = f"{_step_text(forecast.hidden_seconds)} seconds"
         lines.append(f"  communication that overlaps with compute: {hidden}")
     return lines
 
