@@ -42,23 +42,6 @@ def test_answers_say_tokens_a_second_and_the_time_left(
     assert "min" not in last
 
 
-def test_the_first_answer_of_many_does_not_say_how_long_the_rest_takes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
-    with ProgressCounter() as progress:
-        progress("answers", 0, 60, 0)
-        now[0] += 20
-        progress("answers", 1, 60, 12)
-        now[0] += 20
-        progress("answers", 30, 60, 400)
-    first, half, _ = capsys.readouterr().err.splitlines()
-    assert holds(first, "1/60")
-    assert "left" not in first
-    assert holds(half, "30/60", "40 s")
-
-
 def test_nothing_done_leaves_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressCounter() as progress:
         progress("answers", 5, 9)

@@ -44,7 +44,7 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
-from tunesmith.host.shell import shell_command, shell_word
+from tunesmith.host.shell import shell_command
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
@@ -99,7 +99,6 @@ OTHER_OPTIONS = {
     "tunesmith export --quant nvfp4": "--quant fp8",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
-LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
 # A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data
 # (measured). With less their C++ code aborts, and no message can be shown.
@@ -150,46 +149,36 @@ class Parser(argparse.ArgumentParser):
                 typed[action.dest] = action.option_strings[0]
         return typed
 
-    def _near_choice(self, option: str, word: str) -> str:
-        """The option with the choice that is nearest to a word; empty if none is near."""
-        for action in self._actions:
-            if "/".join(action.option_strings) == option:
-                near = difflib.get_close_matches(word, map(str, action.choices or ()), n=1)
-                return f"{action.option_strings[-1]} {near[0]}" if near else ""
-        return ""
-
     def error(self, message: str) -> NoReturn:
-        fix = f"{self.prog} --help"
+        fix = self._fix_of(message) or f"{self.prog} --help"
+        raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
+
+    def _fix_of(self, message: str) -> str | None:
+        """Name what goes in place of a word that went or is nearly an option or a recipe key."""
         choice = re.match(r"argument (\S+): invalid choice: '(.*?)'", message)
         if choice:
-            near_choice = self._near_choice(*choice.groups())
-            fix = f"did you mean {near_choice}? see {fix}" if near_choice else fix
-            fix = OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}", fix)
-        if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0]
-            options: list[str] = []
-            for action in self._actions:
-                # A hidden option is for processes that a command starts.
-                if action.help != argparse.SUPPRESS:
-                    options += action.option_strings
-            near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
-            takes_keys = any("key=value" in str(action.metavar) for action in self._actions)
-            other = OTHER_OPTIONS.get(f"{self.prog} {word.partition('=')[0]}")
-            if other:
-                fix = other
-            elif near:
-                fix = f"did you mean {near[0]}? see {fix}"
-            elif word.startswith("--") and takes_keys:
-                from tunesmith.config.typed import suggest_override
+            return OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}")
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if not unknown:
+            return None
+        word = unknown[1]
+        other = OTHER_OPTIONS.get(f"{self.prog} {word.partition('=')[0]}")
+        if other:
+            return other
+        # A hidden option is for processes that a command starts.
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        options = [option for action in shown for option in action.option_strings]
+        near = difflib.get_close_matches(word, options, n=1, cutoff=0.75)
+        if near:
+            return f"did you mean {near[0]}? see {self.prog} --help"
+        takes_keys = any("key=value" in str(action.metavar) for action in shown)
+        if not word.startswith("--") or not takes_keys:
+            return None
+        from tunesmith.config.typed import suggest_override
 
-                value = None
-                for option, following in pairwise(self.words):
-                    if option == word and not following.startswith("-"):
-                        value = following
-                override = suggest_override(word, value)
-                if override:
-                    fix = f"recipe keys take no dashes: {override}"
-        raise UsageError(message, where=f"command line: {self.prog}", fix=fix)
+        value = dict(pairwise(self.words)).get(word, "-")
+        override = suggest_override(word, None if value.startswith("-") else value)
+        return f"recipe keys take no dashes: {override}" if override else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,11 +258,9 @@ def dispatch(words: list[str]) -> int:
             return EXIT_OK
         verb = " ".join(words[:2])
         rest = rest[1:]
-        if verb not in VERBS:
-            raise _no_launch(words[1])
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
-        fix = OTHER_NAMES.get(verb, "tunesmith --help")
+        fix = OTHER_NAMES.get(verb, f"tunesmith {'launch ' if words[0] == 'launch' else ''}--help")
         if rest and rest[0] in VERBS:
             fix = shell_command(["tunesmith", rest[0], verb, *rest[1:]])
         elif near:
@@ -339,23 +326,6 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _no_launch(word: str) -> UsageError:
-    """The error for a word after `launch` that is no kind of it: a kind that is misspelt, or what
-    follows the kind."""
-    kinds = [name.removeprefix("launch ") for name in LAUNCHES]
-    near = [f"launch {kind}" for kind in difflib.get_close_matches(word, kinds, n=1)]
-    what = shell_word(word)
-    rest = "RECIPE" if word.startswith("-") else what
-    fix = "; or ".join(f"tunesmith {launch} {rest}" for launch in LAUNCHES)
-    if near:
-        fix = f"did you mean tunesmith {near[0]}?"
-    return UsageError(
-        f"launch takes one of {', '.join(kinds)}, then a recipe, not {what}",
-        where="command line: tunesmith launch",
-        fix=fix,
-    )
-
-
 def _launch_help() -> str:
     """The page of `tunesmith launch --help`."""
     lines = [
@@ -368,7 +338,7 @@ def _launch_help() -> str:
         "  tunesmith status",
         "",
         "kinds:",
-        *_listed(LAUNCHES),
+        *_listed(verb for verb in VERBS if verb.startswith("launch ")),
         "",
         "  tunesmith launch KIND --help    options of a kind, with examples",
     ]

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 # Of progress, without a terminal.
 SECONDS_BETWEEN_LINES = 10.0
-# The time left is shown once this share of the work is done: of answers that are written in one
-# batch, the first one to end says nothing of the others.
-TELLING_SHARE = 0.1
 
 
 def notify(text: str) -> None:
@@ -256,12 +253,10 @@ class ProgressCounter:
 
     def __init__(self) -> None:
         self._what = ""
-        self._count = 0
-        self._total = 0
         self._start = 0
         self._began = 0.0
-        self._printed = 0.0
-        self._tokens = 0
+        self._shown = 0.0
+        self._line = ""  # that is still to be shown
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -292,45 +287,34 @@ class ProgressCounter:
         now = time.monotonic()
         if what != self._what:
             # Another task begins: the line of the last one is completed.
-            self._print_line()
+            self._show()
             self._what = what
             self._start = count
-            self._began = now
-            self._printed = now
+            self._began = self._shown = now
             if self._bar is not None:
                 self._task = self._bar.add_task(what, total=total, completed=count, speed="")
-        self._count = count
-        self._total = total
-        self._tokens = tokens
+        # The rate is that of this start: answers of an earlier one do not count.
+        rate = (count - self._start) / max(now - self._began, 1e-9)
+        speed = f"{tokens / max(now - self._began, 1e-9):,.0f} tokens/s" if tokens else ""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=count, speed=self._token_speed(now))
-        # Without a bar, as in a log, lines come seldom.
-        elif now - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = now
-            self._print_line()
+            self._bar.update(self._task, completed=count, speed=speed)
+        elif rate:
+            parts = [f"{what}: {count}/{total}", f"{rate:.1f}/s", speed]
+            if count < total:
+                parts.append(f"about {format_seconds((total - count) / rate)} left")
+            self._line = "  ".join(filter(None, parts))
+            # As in a log, lines come seldom.
+            if now - self._shown >= SECONDS_BETWEEN_LINES:
+                self._shown = now
+                self._show()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None:
-            self._print_line()
+            self._show()
 
-    def _token_speed(self, now: float) -> str:
-        seconds = max(now - self._began, 1e-9)
-        return f"{self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
-
-    def _print_line(self) -> None:
-        # The rate is that of this start: answers of an earlier one do not count.
-        if self._bar is None and self._count > self._start:
-            now = time.monotonic()
-            seconds = max(now - self._began, 1e-9)
-            count = self._count - self._start
-            rate = count / seconds
-            parts = [f"{self._what}: {self._count}/{self._total}", f"{rate:.1f}/s"]
-            if self._tokens:
-                parts.append(self._token_speed(now))
-            is_telling = count >= TELLING_SHARE * (self._total - self._start)
-            if is_telling and self._count < self._total:
-                seconds_left = (self._total - self._count) / rate
-                parts.append(f"about {format_seconds(seconds_left)} left")
-            notify("  ".join(parts))
+    def _show(self) -> None:
+        if self._line:
+            notify(self._line)
+        self._line = ""
