@@ -54,7 +54,7 @@ def test_it_shows_what_is_supervised(recipe, capsys: pytest.CaptureFixture[str])
     assert "<|im_start|>user\nsay 1<|im_end|>\n<|im_start|>assistant\n⟦xxxxxx<|im_end|>⟧" in out
     assert out.count("⟦") == out.count("⟧") == 2
     assert "rows.jsonl:2: " in out
-    assert re.search(r"rows\.jsonl +60 of 60 rows", out)
+    assert re.search(r"rows\.jsonl\n +60 of 60 rows", out)
     assert "60 examples" in out
     assert "steps: 1, 1 epoch; " in out
     assert warnings_with(out, 1)
@@ -215,17 +215,17 @@ def test_validation_rows_that_are_trained_on_are_told(recipe, tiny: Path, write)
 NAME = "a-long-name-of-questions.jsonl"
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 160, 200])
-def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width: int) -> None:
-    """No cell is cut or narrower than a word; a file's name is broken only where it is longer than
-    its column.
-    """
-    import io
-
-    from rich.console import Console
-
+@pytest.mark.parametrize("width", [40, 100])
+def test_figures_and_lengths_are_readable_at_any_width(
+    tiny: Path,
+    tmp_path: Path,
+    width: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from recipes import make_run
 
+    monkeypatch.setenv("COLUMNS", str(width))
     (tmp_path / NAME).write_text(alpaca(60) + alpaca(9))
     sources = [
         {"source": str(tmp_path / NAME), "format": "alpaca", "split": s}
@@ -240,35 +240,25 @@ def test_every_table_is_readable_at_any_width(tiny: Path, tmp_path: Path, width:
     run = make_run(tiny, tmp_path, data=more)
     tokenizer = load_tokenizer(tiny, run.model)
     data = prepare_data(run, tokenizer, eos_ids(tiny, tokenizer), 272, cache=tmp_path / "cache")
-    out = io.StringIO()
-    verb.print_data(
-        data, tokenizer, 1, Console(file=out, width=width, soft_wrap=True, highlight=False)
-    )
-    text = out.getvalue()
-    # The rest of a folded message begins with spaces too.
-    tables = [part for part in re.findall(r"(?m)^(?: .*\n)+", text) if "─" in part]
-    assert len(tables) == 2
-    assert all(len(line) <= width for table in tables for line in table.splitlines())
-    assert "…" not in text
-    for whole in ("of 69 rows", "supervised", "longest", "weight 2"):
-        assert whole in tables[0], whole
-    names = "".join(
-        line[: line.index("  ", 2)].strip() for line in tables[0].splitlines()[3:] if line[1] != " "
-    )
-    assert names == f"train:{NAME}validation:{NAME}"[: len(names)] or width >= 80
-    assert tables[0].count(NAME) == (2 if width >= 80 else 0)
-    figures = "".join(tables[0].split())
-    assert all(part in figures or width < 80 for part in ("split:train[:55]", "split:train[-14:]"))
-    if width > 40:
-        assert "█" * (40 if width >= 80 else 30) in tables[1]
+    verb.print_data(data, tokenizer, 1)
+    text = capsys.readouterr().out
+    for whole in (
+        f"train: {NAME}",
+        f"validation: {NAME}",
+        "split: train[:55]",
+        "weight 2",
+        "█" * 10,
+    ):
+        assert whole in " ".join(text.split()), whole
+    bars = [line for line in text.splitlines() if "█" in line]
     # Lengths that no example has are left out.
-    assert " 0 " not in tables[1]
+    assert all(" 0 " not in line for line in bars)
 
 
-def test_lengths_that_no_example_has_are_one_step() -> None:
+def test_lengths_are_counted_in_equal_steps() -> None:
     lengths = np.array([30] * 3 + [57] * 2 + [1000])
     bars = verb.histogram(SimpleNamespace(lengths=lengths))  # type: ignore[arg-type]
-    assert bars == [(30, 90, 5), (91, 944, 0), (945, 1000, 1)]
+    assert [bar for bar in bars if bar[2]] == [(30, 90, 5), (945, 1000, 1)]
     same = SimpleNamespace(lengths=np.array([12, 12]))
     assert verb.histogram(same) == [(12, 12, 2)]  # type: ignore[arg-type]
 

@@ -3,18 +3,14 @@ for `data`."""
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from rich import box
-from rich.bar import Bar
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tunesmith.config.schema import Run
@@ -26,7 +22,7 @@ from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command
-from tunesmith.host.streams import folded, visible, width_of
+from tunesmith.host.streams import show, visible, width_of
 from tunesmith.hub import fetch
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.model.load import load_config
@@ -39,6 +35,7 @@ from tunesmith.units import ceil_div, count_of
 
 # Of the length histogram.
 _BARS = 16
+_BAR_COLUMNS = 40
 # Tokens of a row that are shown.
 _SHOWN_ROW_TOKENS = 800
 SYSTEM_WIDTH = 100  # characters of a system prompt that are shown
@@ -129,49 +126,31 @@ def _check_held_out(prepared: TrainingData, run_dir: Path) -> None:
         )
 
 
-def print_data(
-    prepared: TrainingData, tokenizer: Any, rows: int, console: Console | None = None
-) -> None:
+def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
-    if console is None:
-        console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
+    console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
-    console.print(folded(prepared.describe_template(), console.width), markup=False)
-    system = describe_system(prepared, tokenizer, rows)
-    if system:
-        console.print(folded(system, console.width), markup=False)
-    counts = _table("trained on", "source", "figures", text=(1,))
+    lines = [prepared.describe_template(), describe_system(prepared, tokenizer, rows)]
     for split, part in prepared.sources():
         name = part.counts.source
         if is_local(name):
             name = Path(name).name
-        figures = Text(visible("\n".join(prepared.figures(part))))
-        counts.add_row(Text(visible(f"{split}: {name}")), figures)
-    console.print(counts, soft_wrap=False)
-    bars = histogram(prepared.train)
+        lines += [f"{split}: {name}", *(f"  {figure}" for figure in prepared.figures(part))]
+    lines.append("tokens per example:")
+    bars = [bar for bar in histogram(prepared.train) if bar[2]]
     most = max((n for _, _, n in bars), default=1)
-    lengths = _table("tokens per example", "from - to", "examples", "", text=(2,))
-    lengths.columns[0].no_wrap = True
-    lengths.columns[2].max_width = 40
     for low, high, n in bars:
-        if not n:
-            continue
         # A few examples are seen too, beside many.
-        bar = Bar(most, 0, max(n, most / 40))
-        lengths.add_row(f"{low:,} - {high:,}" if low < high else f"{low:,}", f"{n:,}", bar)
-    console.print(lengths)
-    for line in (*describe_rows(prepared.splits), prepared.describe_schedule()):
-        console.print(folded(line, console.width), markup=False)
-    for warning in prepared.warnings():
-        console.print(folded(warning, console.width), style="yellow", markup=False)
+        bar = "█" * ceil_div(_BAR_COLUMNS * n, most)
+        lines.append(f"  {low:>7,} - {high:<7,} {n:>9,}  {bar}")
+    lines += [*describe_rows(prepared.splits), prepared.describe_schedule(), *prepared.warnings()]
     for contract in prepared.contracts:
         for check in contract.broken:
             broken = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
-            text = f"BROKEN, {contract.split}: {check.name}: {broken}"
-            text += f"\n  {check.why}\n  fix: {check.fix}"
-            console.print(folded(text, console.width), style="red", markup=False)
-    for line in prepared.describe_checks():
-        console.print(folded(line, console.width), markup=False)
+            lines.append(f"BROKEN, {contract.split}: {check.name}: {broken}")
+            lines += [f"  {check.why}", f"  fix: {check.fix}"]
+    lines += prepared.describe_checks()
+    show("\n".join(filter(None, lines)), sys.stdout)
 
 
 def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
@@ -242,9 +221,6 @@ def segments(
 
 def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) -> None:
     has_colors = console.color_system is not None and not console.no_color
-    # NO_COLOR asks any program to print without colors.
-    if "NO_COLOR" in os.environ:
-        has_colors = False
     for i in range(min(count, len(tokens))):
         example = tokens[i]
         supervised = f"{int(example.trained.sum()):,} supervised"
@@ -271,32 +247,18 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
     console.print()
 
 
-def _table(title: str, *columns: str, text: tuple[int, ...] = ()) -> Table:
-    """A table whose first column, and those numbered `text`, wrap; figures never do."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        wraps = number == 0 or number in text
-        justify: Literal["left", "right"] = "left" if wraps else "right"
-        table.add_column(column, justify=justify, no_wrap=not wraps, overflow="fold")
-    return table
-
-
 def histogram(tokens: TokenSet) -> list[tuple[int, int, int]]:
-    """(shortest, longest, examples) of equal steps of length, in tokens; neighbors without an
-    example are one.
-    """
+    """(shortest, longest, examples) of equal steps of length, in tokens."""
     if not len(tokens.lengths):
         return []
     first = int(tokens.lengths.min())
     last = int(tokens.lengths.max())
     step = ceil_div(last - first + 1, _BARS)
-    bars: list[tuple[int, int, int]] = []
-    for k, count in enumerate(np.bincount((tokens.lengths - first) // step).tolist()):
-        low = first + k * step
-        if bars and not count and not bars[-1][2]:
-            low = bars.pop()[0]
-        bars.append((low, min(first + (k + 1) * step - 1, last), count))
-    return bars
+    counts = np.bincount((tokens.lengths - first) // step).tolist()
+    return [
+        (first + k * step, min(first + (k + 1) * step - 1, last), count)
+        for k, count in enumerate(counts)
+    ]
 
 
 def _count_values(part: SourceTokens) -> dict[str, Any]:
