@@ -183,7 +183,7 @@ def _folders_in(folder: Path) -> list[str]:
     return []
 
 
-def parse_json(text: bytes) -> object:
+def parse_json(text: str | bytes) -> object:
     """A JSON value.
 
     ValueError for what is not strict JSON, or holds a number that no run writes.

@@ -79,7 +79,7 @@ def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out() -> None
 
 
 @pytest.mark.parametrize(
-    ("line", "why"), [("[]", "step"), ("{", "Expecting"), ('{"step": 1}', "loss")]
+    ("line", "why"), [("[]", "step"), ("{", "EOF"), ('{"step": 1}', "loss")]
 )
 def test_what_is_no_record_is_refused(line: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):

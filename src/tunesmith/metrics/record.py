@@ -104,6 +104,14 @@ class StepRecord:
                 values[name] = value
         return values | dict(self.extra)
 
+    def of_step(self) -> dict[str, float]:
+        """The values that trackers show of a step: those that were measured, but for validation."""
+        return {
+            name: value
+            for name, value in self.values().items()
+            if value is not None and name != "step" and not name.startswith(VALIDATION)
+        }
+
     def to_plain(self) -> dict[str, int | float | str | None]:
         """`values()` as strict JSON can hold them: non-finite floats are strings."""
         values = self.values().items()
@@ -139,11 +147,7 @@ class StepRecord:
     @classmethod
     def from_json(cls, line: str | bytes) -> Self:
         """Read what `to_json` wrote; ValueError for anything else."""
-        try:
-            values = json.loads(line)
-        except RecursionError:
-            raise ValueError("it is too deeply nested") from None
-        return cls.from_plain(values)
+        return cls.from_plain(parse_json(line))
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(StepRecord) if field.name != "extra")

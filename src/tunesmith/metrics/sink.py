@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError
-from tunesmith.metrics.record import VALIDATION, StepRecord, cut_back
+from tunesmith.metrics.record import StepRecord, cut_back
 from tunesmith.run_dir import METRICS
 
 log = logging.getLogger(__name__)
@@ -226,10 +226,8 @@ class TensorBoardSink(Sink):
         self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
-        for name, value in record.values().items():
-            is_of_step = name != "step" and not name.startswith(VALIDATION)
-            if is_of_step and value is not None:
-                self._add("scalar", f"train/{name}", value, record.step)
+        for name, value in record.of_step().items():
+            self._add("scalar", f"train/{name}", value, record.step)
 
     def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
         for name, value in {"loss": loss, **metrics}.items():

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tunesmith.config.dump import flatten, to_mapping
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RunError, first_line
-from tunesmith.metrics.record import VALIDATION, StepRecord, read_records
+from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.run_dir import METRICS
 
@@ -182,11 +182,7 @@ class TrackerSink(Sink):
         return tracker
 
     def step(self, record: StepRecord) -> None:
-        values = {}
-        for name, value in record.values().items():
-            is_of_step = name != "step" and not name.startswith(VALIDATION)
-            if is_of_step and value is not None:
-                values[f"train/{name}"] = value
+        values = {f"train/{name}": value for name, value in record.of_step().items()}
         self._report("train", record.step, record.loss, values)
 
     def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:

@@ -135,13 +135,10 @@ class Noise(NamedTuple):
     Attributes:
         threshold: None where it is not known.
         text: where it is from, and how to learn more.
-        tells_of_rows: other rows like these are covered; the course of one loss does not tell how
-            much rows differ.
     """
 
     threshold: float | None
     text: str
-    tells_of_rows: bool = True
 
 
 class RunGroup(NamedTuple):
@@ -278,12 +275,8 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
     if gap <= noise.threshold:
         best = f"{measure.best_word} {first} of {first.name}"
         return "equal", f"No significant difference: {best} {of_second}"
-    where = ""
-    if not noise.tells_of_rows:
-        count = first.runs[0].held_out
-        where = f" on {count_of(count, 'held-out row')}" if count else " on these held-out rows"
     verb = "is" if len(first.runs) == 1 else "are"
-    return "better", f"{first.name} {verb} better{where}: {against}"
+    return "better", f"{first.name} {verb} better on these rows: {against}"
 
 
 def _may_improve(run: RunFiles) -> bool:
@@ -447,7 +440,7 @@ def _noise_of_course(first: RunGroup, second: RunGroup) -> Noise:
     threshold = STANDARD_ERRORS * math.sqrt(2) * max(noises)
     moves = f"moves by {measure.gap_text(max(noises))} around its trend"
     text = f"Noise: from one validation to the next {measure.name} {moves}"
-    return Noise(threshold, f"{text}{_counts_above(threshold, measure)}", tells_of_rows=False)
+    return Noise(threshold, f"{text}{_counts_above(threshold, measure)}")
 
 
 def _counts_above(threshold: float, measure: Measure) -> str:

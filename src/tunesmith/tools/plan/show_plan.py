@@ -218,12 +218,6 @@ def _describe_step(forecast: Forecast, step_seconds: float) -> list[str]:
     return lines
 
 
-def _time_text(hours: float) -> str:
-    """`2:05 h`, `5:04 min`, `42 s`, `under 1 s`."""
-    seconds = 3600 * hours
-    return format_seconds(seconds) if seconds >= 1 else "under 1 s"
-
-
 def _measured_here(planner: Planner) -> bool:
     """Tell whether a trial on this CPU gave the speed, which holds for a range alone."""
     return planner.cluster.chip.source == MEASURED_HERE
@@ -235,9 +229,9 @@ def _hours(
     """Say how long the run takes and what it costs, or a part of it if the whole is not known."""
     hourly = (price or 0) * planner.cluster.world
     if best.hours:
-        duration = _time_text(best.hours)
+        duration = format_seconds(3600 * best.hours)
         if _measured_here(planner):
-            least, most = (_time_text(best.hours * factor) for factor in TRIAL_RANGE)
+            least, most = (format_seconds(3600 * best.hours * factor) for factor in TRIAL_RANGE)
             duration = f"about {least} to {most}, as {planner.cluster.chip.source}"
         cost = f", {best.hours * hourly:,.2f} USD" if price else ""
         return [
@@ -245,12 +239,10 @@ def _hours(
             f"of {size_text(checkpoint_size)} come on top"
         ]
     if best.tokens_per_second:
-        hours = 1e6 / best.tokens_per_second / 3600
-        cost = f" and {hours * hourly:,.2f} USD" if price else ""
+        cost = f"; {hourly * 1e6 / best.tokens_per_second / 3600:,.2f} USD per million tokens"
         return [
-            f"per million tokens: {_time_text(hours)}{cost}; the number of rows is "
-            f"unknown, and so are the hours of the run: {ROWS_FIX}, or set "
-            "train.duration='500 steps'"
+            "the number of rows is unknown, and so are the hours of the run: "
+            f"{ROWS_FIX}, or set train.duration='500 steps'{cost if price else ''}"
         ]
     if price:
         why = "because the speed of this machine is unknown"
