@@ -78,9 +78,7 @@ def test_names_are_the_published_ones_and_unmeasured_ones_are_left_out() -> None
     assert list(json.loads(full.to_json())) == REQUIRED + optional
 
 
-@pytest.mark.parametrize(
-    ("line", "why"), [("[]", "step"), ("{", "EOF"), ('{"step": 1}', "loss")]
-)
+@pytest.mark.parametrize(("line", "why"), [("[]", "step"), ("{", "EOF"), ('{"step": 1}', "loss")])
 def test_what_is_no_record_is_refused(line: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         StepRecord.from_json(line)

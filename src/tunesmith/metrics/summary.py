@@ -155,17 +155,12 @@ def _speed(records: Sequence[StepRecord]) -> str:
     steady = records[1:] or records
     seconds = max(sum(r.step_seconds for r in steady), 1e-9)
     speed = f"{sum(r.tokens for r in steady) / seconds:,.0f} tokens/s"
-    weighted = 0.0
-    mfu_seconds = 0.0
-    peak = None
-    for record in steady:
-        if record.mfu is not None:
-            weighted += record.mfu * record.step_seconds
-            mfu_seconds += record.step_seconds
-            peak = record.mfu_peak_tflops or 0.0
-    if peak is None:
+    measured = [record for record in steady if record.mfu is not None]
+    if not measured:
         return speed
-    return f"{speed}, {ratio(weighted, mfu_seconds):.1%} MFU of {peak:,.0f} TFLOP/s"
+    weighted = sum((record.mfu or 0.0) * record.step_seconds for record in measured)
+    mfu = ratio(weighted, sum(record.step_seconds for record in measured))
+    return f"{speed}, {mfu:.1%} MFU of {measured[-1].mfu_peak_tflops or 0.0:,.0f} TFLOP/s"
 
 
 _FILE_NOTES = (
