@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tunesmith.cli.options import notify, report_unreadable
 from tunesmith.errors import UsageError
@@ -50,20 +49,16 @@ def watch(args: argparse.Namespace) -> None:
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """A closed terminal and SIGTERM end the command as ctrl-C does: without a traceback, with 0."""
-    handlers = {
-        signal.SIGTERM: signal.default_int_handler,
-        # The server takes SIGTERM for itself, but not SIGHUP.
-        signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM),
-    }
-    previous: dict[signal.Signals, Any] = {}
-    for number, handler in handlers.items():
-        if signal.getsignal(number) != signal.SIG_IGN:
-            previous[number] = signal.signal(number, handler)
+    hangup = signal.getsignal(signal.SIGHUP)
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The server takes SIGTERM for itself, but not SIGHUP, which nohup has ignored.
+    if hangup != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def _print_address(address: str, *, browser: bool) -> None:
