@@ -151,7 +151,8 @@ class ListPage:
         return self._pages(request.path_params["numbers"])
 
     def _open(self, numbers: str) -> Page:
-        folders = dict(enumerate(self.runs.rows))
+        with self._lock:
+            folders = {row["id"]: path for path, row in self.runs.rows.items()}
         try:
             return Page([RunFiles(folders[int(number)]) for number in numbers.split(",")])
         except (ValueError, KeyError, UsageError):  # a run that is not there, or gone
