@@ -112,14 +112,14 @@ bench() {
   local name=$1 seconds=$2
   shift 2
   set_bench_words "$@"
-  step "$name" "$seconds" "$python" -m tunesmith bench --plain --json "$work/$name.json" "${bench_words[@]}"
+  step "$name" "$seconds" "$python" -m tunesmith bench --json "$work/$name.json" "${bench_words[@]}"
 }
 
-#   ablation NAME SECONDS VARIANTS SHAPE [words of tunesmith bench]
+#   ablation NAME SECONDS ONLY...; after set_bench_words
 ablation() {
-  local name=$1 seconds=$2 variants=$3
-  shift 3
-  bench "$name" "$seconds" "$@" --ablation --only "$variants" --rounds 1 --steps 6 --warmup 3
+  local name=$1 seconds=$2
+  shift 2
+  step "$name" "$seconds" "$python" benchmarks/speed/ablation.py --only "$@" --rounds 1 --json "$work/$name.json" "${bench_words[@]}"
 }
 
 full=(adapter.kind=none train.global_batch='65536 tokens')
@@ -160,17 +160,21 @@ B)
   step micro 75 "$python" benchmarks/speed/micro.py "$work/micro.json" "${micro[@]}"
   bench 8b-bf16-profile 90 llama3-8b "${profile[@]}"
   bench 8b-fp8-profile 95 llama3-8b model.quantize=fp8 "${profile[@]}"
-  bench 8b-cold 130 llama3-8b --cold --steps 5
+  # The second of them finds what the first has compiled.
+  export TORCHINDUCTOR_CACHE_DIR=$work/cold TRITON_CACHE_DIR=$work/cold/triton
+  bench 8b-cold 90 llama3-8b --steps 5
+  bench 8b-warm 40 llama3-8b --steps 1 --warmup 0
+  rm -rf "$work/cold"
   ;;
 C)
-  ablation bases 150 'base in fp8,base in nf4' llama3-8b
+  set_bench_words llama3-8b --steps 6 --warmup 3
+  ablation bases 150 model.quantize=fp8 model.quantize=nf4
   bench own-batch 55 llama3-8b "${own_batch[@]}"
   bench least-memory 50 llama3-8b "${least_memory[@]}" --steps 6 --warmup 3
   step kill-and-resume 65 "$python" benchmarks/faults/kill_and_resume.py "${resume[@]}" --json "$work/kill-and-resume.json"
   # FlashAttention 3 and 4 run where first_gpu_prep.sh was given their wheels; else this compares nothing, and says so.
   set_bench_words llama3-8b --steps 6 --warmup 3
-  step attention 80 "$python" benchmarks/speed/ablation.py --only 'FlashAttention 3' 'FlashAttention 4' --rounds 1 \
-    --json "$work/attention.json" "${bench_words[@]}"
+  ablation attention 80 'FlashAttention 3' 'FlashAttention 4'
   ;;
 D)
   step experts-agree 40 "$python" benchmarks/parity/grouped_products.py --output "$work/experts-agree.json"

@@ -1,11 +1,12 @@
-"""What a technique brings that no key switches off: the same steps again, with other code in its
+"""The gain of each technique: the same steps again, with a key changed or with other code in its
 place.
 
     python benchmarks/speed/ablation.py [--rounds 2] [--only NAME ...] [--json out.json] BENCH...
 
 BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value,
---steps. What keys switch is measured by `tunesmith bench --ablation`, whose runner this shares.
-FlashAttention 3 and 4 take the place of torch's own where their packages are installed and this
+--steps. A NAME with = in it is a key and its other value, such as data.pack=false. Every variant
+runs in a process of its own, in turns, several rounds; the median counts. A shared machine drifts
+by more than most techniques bring, so compare only within one call. FlashAttention 3 and 4 take the place of torch's own where their packages are installed and this
 torch knows them.
 """
 
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +33,9 @@ from tunesmith.data.batches.batch import Batch
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused
-from tunesmith.tools.bench.ablation import BASELINE, lines_of, run_in_turns, table_of
+from tunesmith.units import ratio
+
+BASELINE = "as given"
 
 
 def adapters_alone() -> None:
@@ -154,6 +160,68 @@ REPLACEMENTS = {
 }
 
 
+def run_in_turns(
+    commands: Mapping[str, Sequence[str]], *, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Run each command `rounds` times, in turns; the reports by name.
+
+    A command writes its report to the file that follows as `--json FILE`. Its speed is printed on
+    stdout; of one that fails the end of what it wrote, and it leaves no report.
+    """
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    with tempfile.TemporaryDirectory(prefix="tunesmith-turns-") as folder:
+        file = Path(folder) / "report.json"
+        # In turns: a machine that slows down in an hour slows all variants alike.
+        for turn in range(1, rounds + 1):
+            for name, command in commands.items():
+                # A process of its own: compiled code, settings and memory of one variant do not
+                # reach the next.
+                process = subprocess.run(
+                    [*command, "--json", str(file)], capture_output=True, text=True, check=False
+                )
+                if process.returncode:
+                    failure = f"failed with {process.returncode}\n{process.stderr[-800:]}"
+                    print(f"round {turn}: {name} {failure}", flush=True)
+                    # A variant that fails is left out of the table; the others are still measured.
+                    continue
+                report = json.loads(file.read_text(encoding="utf-8"))
+                reports[name].append(report)
+                speed = report["figures"]["tokens_per_second"]
+                print(f"round {turn}: {name:26} {speed:10,.0f} tokens/s", flush=True)
+    return reports
+
+
+def table_of(reports: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Summarize each variant: median tokens/s, ratio to the baseline, peak GiB, last loss.
+
+    The process ends where the baseline failed.
+    """
+    # The median of the rounds for speed, the largest for memory.
+    table: dict[str, dict[str, float]] = {}
+    for name, variant_reports in reports.items():
+        runs = [report["figures"] for report in variant_reports]
+        if runs:
+            table[name] = {
+                "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
+                "peak_memory_gib": max(run["peak_memory_gib"] for run in runs),
+                "last_loss": runs[-1]["last_loss"],
+            }
+    if BASELINE not in table:
+        sys.exit("the unchanged recipe could not be measured; see the messages above")
+    for row in table.values():
+        row["of_baseline"] = ratio(row["tokens_per_second"], table[BASELINE]["tokens_per_second"])
+    return table
+
+
+def lines_of(table: Mapping[str, Mapping[str, float]], changes: Mapping[str, str]) -> Iterator[str]:
+    """The table as text; `changes` holds what each variant has changed."""
+    yield f"{'':26} {'tokens/s':>10} {'of recipe':>10} {'GiB':>6} {'loss':>8}"
+    for name, row in table.items():
+        speed = f"{row['tokens_per_second']:10,.0f} {row['of_baseline']:10.1%}"
+        figures = f"{speed} {row['peak_memory_gib']:6.1f} {row['last_loss']:8.4f}"
+        yield f"{name:26} {figures}  {changes[name]}"
+
+
 def main() -> None:
     """All of them in turns; with --one one of them, in this process."""
     parser = argparse.ArgumentParser(
@@ -162,7 +230,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=list(REPLACEMENTS), help="these alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--one", choices=list(REPLACEMENTS), help=argparse.SUPPRESS)
     parser.add_argument("--json")
     options, bench = parser.parse_known_args()
@@ -174,6 +242,10 @@ def main() -> None:
     changes = {BASELINE: ""}
     left_out = {}
     for name in options.only or REPLACEMENTS:
+        if "=" in name:
+            commands[name] = [*commands[BASELINE], name]
+            changes[name] = name
+            continue
         replacement = REPLACEMENTS[name]
         if reason := replacement.missing(device):
             left_out[name] = reason

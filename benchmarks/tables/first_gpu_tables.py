@@ -186,15 +186,14 @@ def tests_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"- failed: `{failure['test']}`\n"
 
 
-def first_step_line(report: Mapping[str, Any]) -> str:
+def first_step_line(cold: Mapping[str, Any], warm: Mapping[str, Any]) -> str:
     """Seconds to the end of the first step, with an empty and with a filled compile cache."""
-    cold = report["cold"]
     empty_cache = cold["build_seconds"] + cold["first_step_seconds"]
-    warm_cache = cold["warm_build_seconds"] + cold["warm_first_step_seconds"]
+    warm_cache = warm["build_seconds"] + warm["first_step_seconds"]
     return (
         f"\n8B LoRA, build and first step: {empty_cache:.1f} s with an empty compile cache (of them "
         f"{cold['first_step_seconds']:.1f} s the step), {warm_cache:.1f} s with a warm one "
-        f"({cold['warm_first_step_seconds']:.1f} s).\n"
+        f"({warm['first_step_seconds']:.1f} s).\n"
     )
 
 
@@ -228,8 +227,9 @@ def device_page(name: str, stages: Stages) -> Iterator[str]:
     yield from how_lines(name, stages)
     if tests := report_of(stages, "B", "tests"):
         yield from tests_lines(tests)
-    if cold := report_of(stages, "B", "8b-cold"):
-        yield first_step_line(cold)
+    cold, warm = report_of(stages, "B", "8b-cold"), report_of(stages, "B", "8b-warm")
+    if cold and warm:
+        yield first_step_line(cold["figures"], warm["figures"])
     for step in ("bases", "attention"):
         report = report_of(stages, "C", step)
         if "table" in report:

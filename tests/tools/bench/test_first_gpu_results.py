@@ -131,12 +131,8 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
         },
         "changes": {"as given": "", "base in fp8": "model.quantize=fp8"},
     }
-    cold = {
-        "build_seconds": 20.0,
-        "first_step_seconds": 15.0,
-        "warm_build_seconds": 10.0,
-        "warm_first_step_seconds": 3.0,
-    }
+    cold = figures(build_seconds=20.0, first_step_seconds=15.0)
+    warm = figures(build_seconds=10.0, first_step_seconds=3.0)
     resume = {
         "equal": True,
         "killed_at_step": 5,
@@ -152,7 +148,8 @@ def test_three_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.Monke
         },
         "B": {
             "tests": {**done, "report": {"passed": 40, "failed": 0, "skipped": 2, "failures": []}},
-            "8b-cold": {**done, "report": {**figures(), "cold": cold}},
+            "8b-cold": {**done, "report": cold},
+            "8b-warm": {**done, "report": warm},
         },
         "C": {
             "bases": {**done, "report": ablation},

@@ -8,8 +8,6 @@ example:
   tunesmith bench --shape llama3-3b --data rows.json --tokenizer DIR \\
     adapter.kind=none
   tunesmith bench my-recipe.yaml --profile traces
-  tunesmith bench my-recipe.yaml --ablation --json ablation.json \\
-    --only data.pack,train.recompute
 
 It runs the training steps of `train` on real rows and saves nothing. --shape
 uses the dimensions of a real model with random weights, so nothing is
@@ -21,7 +19,6 @@ step; key=value overrides it.
 import argparse
 from pathlib import Path
 
-from tunesmith.cli.options import check_not_given
 from tunesmith.config.load import load_recipe
 from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import Run
@@ -72,29 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="also profile some steps into DIR, as configured in the recipe's `profile`",
     )
-    add(
-        "--cold",
-        action="store_true",
-        help="time the first step with an empty and with a warm compile cache",
-    )
-    add(
-        "--ablation",
-        action="store_true",
-        help="also measure with one key changed at a time, each in a new process",
-    )
-    add(
-        "--only",
-        metavar="NAMES",
-        help="with --ablation: only these variants, by name or key, separated by commas",
-    )
-    add(
-        "--rounds",
-        type=int,
-        default=2,
-        metavar="N",
-        help="with --ablation: rounds over all variants (default: 2)",
-    )
-    add("--plain", action="store_true", help="print plain text even on a terminal")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,16 +84,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """UsageError for arguments that contradict each other, before anything heavy is imported."""
     check_source(args)
     # The least number of each option; 0 steps of warmup are allowed.
-    for option, least in (("steps", 1), ("warmup", 0), ("rounds", 1)):
+    for option, least in (("steps", 1), ("warmup", 0)):
         number = vars(args)[option]
         if number < least:
             what = f"--{option} {number} is out of range"
             raise UsageError(what, where=f"--{option}", fix=f"use at least {least}")
-    if args.ablation:
-        why = "it measures complete runs only"
-        check_not_given(args, ("cold", "profile"), "and --ablation cannot be combined", why=why)
-    else:
-        check_not_given(args, ("only",), "chooses variants of --ablation", fix="add --ablation")
     folder = Path(args.json or ".").parent
     if not folder.is_dir():
         fix = f"mkdir -p {shell_path(folder)}"
