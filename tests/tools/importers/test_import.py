@@ -374,7 +374,6 @@ BAD = {
     "kind": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: fast\n", ["learning_rate: \"fast\"", "file.yaml:3"]),
     "shape": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nmicro_batch_size: many\nlearning_rate: 1e-4\n", ["micro_batch_size", "file.yaml:3"]),
     "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", ["dataset_text_field", "one column", "file.yaml:3"]),
-    "command": ("# on 2 GPUs\ntrl sft \\\n  --seed 1\n", ["file.yaml", "learning_rate: 2e-4"]),
     "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["contains no model", "--extends"]),
 }  # fmt: skip
 
@@ -445,20 +444,6 @@ def test_a_script_of_the_users_own_is_refused(
     assert main(["import", "--world", "1", "--output", "r.yaml", *words]) == 2
     fix = ["trainer.args.to_dict()", "tunesmith import trl.yaml"]
     check_shown(capsys.readouterr().err, names=["sft.py"], fix=fix)
-    assert not Path("r.yaml").exists()
-
-
-@pytest.mark.parametrize("words", [["run.sh"], ["--", "trl", "sft", "--seed", "1"]])
-def test_a_command_is_refused(
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("run.sh").write_text("set -e\nmodel=m/m\ntrl sft --seed 1\n")
-    assert main(["import", "--world", "1", "--output", "r.yaml", *words]) == 2
-    check_shown(capsys.readouterr().err, fix=["learning_rate: 2e-4", "tunesmith import --from trl"])
     assert not Path("r.yaml").exists()
 
 
@@ -563,7 +548,7 @@ AXOLOTL_CHAT = BASES["axolotl"] | {"datasets": [{"path": "d/d", "type": "chat_te
 
 
 def test_template_arguments_of_axolotl_become_ours(tmp_path: Path) -> None:
-    given = {"enable_thinking": False, "reasoning_effort": "high", "tools": [], "style": ["a"]}
+    given = {"enable_thinking": False, "reasoning_effort": "high", "tools": "t", "style": ["a"]}
     draft = translated("axolotl", AXOLOTL_CHAT | {"chat_template_kwargs": given}, tmp_path)
     assert draft.values["data.template_args"] == {
         "enable_thinking": False,
@@ -573,7 +558,6 @@ def test_template_arguments_of_axolotl_become_ours(tmp_path: Path) -> None:
     notes = {remark.key: remark for remark in draft.notes}
     for name in ("tools", "style"):
         assert notes[f"chat_template_kwargs.{name}"].differs
-    assert "data.template_args" not in notes["chat_template_kwargs.tools"].why
     assert holds(notes["chat_template_kwargs.style"].why, "data.template_args", "true", "false")
 
 
@@ -585,10 +569,6 @@ def test_template_arguments_of_rows_without_a_template_are_left_out(tmp_path: Pa
     draft = translate(read_config(path, "axolotl"), overrides, None, None)
     assert draft.values["data.template"] == "alpaca"
     assert "data.template_args" not in draft.values
-    remark = next(
-        remark for remark in draft.notes if remark.key == "chat_template_kwargs.enable_thinking"
-    )
-    assert not remark.differs
 
 
 @pytest.mark.parametrize(
@@ -596,8 +576,6 @@ def test_template_arguments_of_rows_without_a_template_are_left_out(tmp_path: Pa
     [
         ("qwen3", False, {"enable_thinking": False}, "such a row is an error"),
         ("qwen3", True, None, "adds an empty thought"),
-        ("qwen3", None, None, "adds an empty thought"),
-        ("qwen", False, None, "no thoughts"),
     ],
 )
 def test_thinking_of_llamafactory(

@@ -26,15 +26,13 @@ from tunesmith.errors import UsageError, mask_words
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import visible
-from tunesmith.tools.importers.source_config import IMPORTED_TOOLS, command_error, read_config
+from tunesmith.tools.importers.source_config import IMPORTED_TOOLS, read_config
 from tunesmith.tools.importers.tools import translate
 from tunesmith.tools.importers.translation import Note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", type=_no_program, metavar="FILE [key=value ...]", help="what to import"
-    )
+    parser.add_argument("words", nargs="*", metavar="FILE [key=value ...]", help="what to import")
     parser.add_argument(
         "--from",
         dest="tool",
@@ -57,13 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file to write (default: NAME-recipe.yaml)",
     )
     parser.add_argument("--force", action="store_true", help="overwrite an existing file")
-
-
-def _no_program(word: str) -> str:
-    """A word of the command line; UsageError for the program of another tool's command."""
-    if word in ("trl", "accelerate", "torchrun", "python", "python3"):
-        raise command_error("command line")
-    return word
 
 
 def run(args: argparse.Namespace) -> None:

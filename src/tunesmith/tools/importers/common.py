@@ -319,18 +319,14 @@ def _lengths(recipe: Translation) -> None:
 def _schedule(recipe: Translation) -> None:
     recipe.carry("lr_scheduler_type")
     learning_rate = recipe.number("learning_rate")
-    if recipe.is_set("cosine_min_lr_ratio"):
-        least = float(f"{recipe.number('cosine_min_lr_ratio') * learning_rate:.12g}")
-        recipe.set_key("train.min_learning_rate", least, "cosine_min_lr_ratio")
     if recipe.is_set("lr_scheduler_kwargs.min_lr"):
         least = recipe.number("lr_scheduler_kwargs.min_lr")
         recipe.set_key("train.min_learning_rate", least, "lr_scheduler_kwargs.min_lr")
-    if recipe.is_set("lr_scheduler_kwargs.min_lr_rate"):
-        share = recipe.number("lr_scheduler_kwargs.min_lr_rate")
-        # Rounded: 0.1 * 3e-5 is 3.0000000000000004e-06.
-        least = float(f"{share * learning_rate:.12g}")
-        names = ("lr_scheduler_kwargs.min_lr_rate", "learning_rate")
-        recipe.set_key("train.min_learning_rate", least, *names)
+    for share in ("cosine_min_lr_ratio", "lr_scheduler_kwargs.min_lr_rate"):
+        if recipe.is_set(share):
+            # Rounded: 0.1 * 3e-5 is 3.0000000000000004e-06.
+            least = float(f"{recipe.number(share) * learning_rate:.12g}")
+            recipe.set_key("train.min_learning_rate", least, share, "learning_rate")
     steps = recipe.number("warmup_steps")
     share = recipe.number("warmup_ratio")
     if recipe.get("lr_scheduler_type") == "constant":

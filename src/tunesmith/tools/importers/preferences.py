@@ -85,17 +85,16 @@ def set_trl_method(recipe: Translation, trainer: str) -> str:
 def _set_trl_losses(recipe: Translation) -> None:
     """TRL's list of losses: one of ours, and `sft` with its weight."""
     losses = recipe.listed("loss_type")
-    weights = recipe.get("loss_weights") or [1.0] * len(losses)
-    if not isinstance(weights, list):
-        weights = [weights]
+    given = recipe.get("loss_weights")
+    weights = given if isinstance(given, list) else [given or 1.0] * len(losses)
     weight_of = dict(zip(losses, weights, strict=False))
     main = [loss for loss in losses if loss != "sft"]
-    if len(main) != 1 or main[0] not in _DPO_LOSSES or len(weight_of) < len(losses):
+    has_counterpart = len(main) == 1 and main[0] in _DPO_LOSSES
+    if not has_counterpart or not len(weight_of) == len(losses) == len(weights):
         fix = f"one of {', '.join(_DPO_LOSSES)}, optionally with sft; one weight per loss"
         raise recipe.error("loss_type", "it has no counterpart here", fix)
-    if len(weights) != len(losses) or weight_of[main[0]] != 1:
-        fix = f"one weight per loss, and 1 for {main[0]}"
-        raise recipe.error("loss_weights", "it has no counterpart here", fix)
+    if weight_of[main[0]] != 1:
+        raise recipe.error("loss_weights", "it has no counterpart here", f"1 for {main[0]}")
     recipe.set_key("method.loss_type", main[0], "loss_type")
     if "sft" in losses:
         recipe.set_key("method.sft_weight", weight_of["sft"], "loss_type", "loss_weights")

@@ -21,7 +21,6 @@ from tunesmith.host.shell import shell_path
 IMPORTED_TOOLS = ("torchtune", "axolotl", "llamafactory", "trl", "accelerate")
 # TRL's trainers that have a counterpart.
 TRL_TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo")
-_COMMAND = re.compile(r"(trl|accelerate|torchrun|python3?)\s")
 # In YAML 1.1, which these tools read, besides true and false.
 _TRUTH_1_1 = {
     word: value
@@ -73,10 +72,7 @@ class ToolTable(TypedDict, total=False):
     rows: RowsTable
     preferences: PreferencesTable
     owners: dict[str, str]
-    plugins_of_kernels: list[str]
-    thought_keys: list[str]
-    reasoning_templates: list[str]
-    usual_tags: dict[str, list[str]]
+    usual: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -174,12 +170,7 @@ def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> s
 
 
 def _check_no_program(path: Path) -> None:
-    """UsageError for a Python script or a command, whose values are not in a configuration file."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if line.strip() and not line.lstrip().startswith("#")]
-    except OSError:
-        return  # the reader of YAML says why
+    """UsageError for a Python script, whose values are not in a configuration file."""
     if path.suffix == ".py":
         raise UsageError(
             f"{path} is a Python script, and import does not read Python",
@@ -190,18 +181,6 @@ def _check_no_program(path: Path) -> None:
             " 'lora_alpha': ..., 'lora_target_modules': ...}, open('trl.yaml', 'w')); run it, then:"
             " tunesmith import trl.yaml",
         )
-    if path.suffix == ".sh" or (lines and _COMMAND.match(lines[0].lstrip())):
-        raise command_error(str(path))
-
-
-def command_error(where: str) -> UsageError:
-    """The error for the command of another tool in place of a file."""
-    return UsageError(
-        "this is a command, and import reads configuration files",
-        where=where,
-        fix="write its options as YAML, one a line: `learning_rate: 2e-4` for --learning_rate 2e-4;"
-        " then: tunesmith import --from trl options.yaml",
-    )
 
 
 def _leaves(path: Path) -> Iterator[SourceKey]:

@@ -136,11 +136,14 @@ def _axolotl(recipe: Translation) -> None:
     method = set_axolotl_method(recipe)
     set_rows(recipe, "train", "datasets", method)
     set_rows(recipe, "validation", "test_datasets", method)
-    if method == "sft":
-        _note_trained_parts(recipe)
-    else:
+    if method != "sft":
         _note_templates_of_types(recipe)
-    _set_too_long(recipe)
+    # By default rows that are too long are dropped there, and documents split.
+    names = [name for name, value in recipe.defaults.items() if value == "text"]
+    if any(re.fullmatch(r"datasets(\.[0-9]+)?\.format", name) for name in names):
+        recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
+    else:
+        recipe.carry("excess_length_strategy")
     # Data sets may imply several templates; then `auto` chooses.
     templates = {value for key, value in recipe.defaults.items() if key.endswith(".template")}
     template = templates.pop() if len(templates) == 1 else "auto"
@@ -150,64 +153,10 @@ def _axolotl(recipe: Translation) -> None:
         fix = "write it to template.jinja, and give data.template=template.jinja"
         raise recipe.error("chat_template_jinja", "a template is a file here", fix)
     recipe.carry("chat_template_jinja")
-    _note_plugins(recipe)
-    _set_template_args(recipe, str(template))
-    if recipe.is_set("chat_template"):
-        _note_template(recipe, "chat_template")
+    if recipe.overrides.get("data.template", template) not in ("alpaca", "raw"):
+        _set_template_args(recipe)
     if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
-
-
-# What Axolotl's keys of a data set say where its answers, each with its end, are what is trained.
-_TRAINED_PARTS = {
-    "roles_to_train": ("assistant", "gpt"),
-    "train_on_eos": ("turn",),
-    "train_on_eot": ("turn",),
-}
-
-
-def _note_trained_parts(recipe: Translation) -> None:
-    """Note which turns and ends are trained, and where a turn's thought stands."""
-    for key in list(recipe.source.keys.values()):
-        dataset, _, name = key.key.rpartition(".")
-        if not re.fullmatch(r"(test_)?datasets\.[0-9]+", dataset) or key.value is None:
-            continue
-        if name in _TRAINED_PARTS:
-            parts = set(recipe.listed(key.key))
-            is_usual = bool(parts) and parts <= set(_TRAINED_PARTS[name])
-            why = "the answers are trained here, each with its end token"
-            recipe.note(key.key, why, differs=not is_usual)
-        elif name == "chat_template":
-            _note_template(recipe, key.key)
-        elif name == "field_thinking":
-            thought_keys = recipe.table["thought_keys"]
-            why = f"the thought of a turn is read from {', '.join(thought_keys)}"
-            recipe.note(key.key, why, differs=key.value not in thought_keys)
-
-
-def _note_template(recipe: Translation, name: str) -> None:
-    why = "the tokenizer's own is taken; if it is another, data.template: a Jinja file"
-    recipe.note(name, why, differs=recipe.get(name) != "tokenizer_default")
-
-
-def _note_plugins(recipe: Translation) -> None:
-    """Plugins that do more than choose kernels: distillation, layers that are frozen."""
-    kernels = recipe.table["plugins_of_kernels"]
-    others = [plugin for plugin in recipe.listed("plugins") if plugin.split(".")[-1] not in kernels]
-    if others:
-        recipe.note("plugins", f"what {', '.join(others)} does is not known here")
-
-
-def _set_too_long(recipe: Translation) -> None:
-    """Set what Axolotl does with rows above sequence_len: it drops them, and splits documents."""
-    names = [name for name, value in recipe.defaults.items() if value == "text"]
-    if any(re.fullmatch(r"datasets(\.[0-9]+)?\.format", name) for name in names):
-        recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
-        return
-    words = {"drop": "drop", "truncate": "truncate", "raise": "error"}
-    word = words.get(str(recipe.get("excess_length_strategy")))
-    if word:
-        recipe.set_key("data.too_long", word, "excess_length_strategy")
 
 
 def _note_templates_of_types(recipe: Translation) -> None:
@@ -219,24 +168,17 @@ def _note_templates_of_types(recipe: Translation) -> None:
             recipe.note(name, f"{why} template: compare with tunesmith data")
 
 
-def _set_template_args(recipe: Translation, template: str) -> None:
+def _set_template_args(recipe: Translation) -> None:
     """Axolotl's arguments of the chat template, as far as a recipe has them."""
-    prefix = "chat_template_kwargs."
     arguments = {}
-    for key in recipe.source.keys.values():
-        name = key.key.removeprefix(prefix)
-        if name == key.key or key.value is None:
-            continue
-        if recipe.overrides.get("data.template", template) in ("alpaca", "raw"):
-            recipe.note(key.key, "these rows are written without a chat template", differs=False)
-        elif name in OF_RENDERER:
-            recipe.note(key.key, "it is passed for each row by the renderer; no other is taken")
-        elif "." in name or not isinstance(key.value, bool | int | float | str):
-            recipe.note(key.key, "data.template_args takes true, false, numbers and texts alone")
-        else:
-            arguments[name] = key.value
+    for key in recipe.find_below("chat_template_kwargs"):
+        name = key.partition(".")[2]
+        value = recipe.get(key)
+        is_argument = "." not in name and name not in OF_RENDERER
+        if is_argument and isinstance(value, bool | int | float | str):
+            arguments[name] = value
     if arguments:
-        names = [f"{prefix}{name}" for name in arguments]
+        names = [f"chat_template_kwargs.{name}" for name in arguments]
         recipe.set_key("data.template_args", arguments, *names)
 
 
@@ -257,24 +199,9 @@ def _llamafactory(recipe: Translation) -> None:
         set_rows(recipe, part, key, method)
     template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
     recipe.set_key("data.template", template, "template")
-    _set_thinking(recipe)
     if recipe.is_on("packing") and not recipe.is_on("neat_packing"):
         why = "the documents of a packed row see each other there; here they do not"
         recipe.note("packing", why)
-
-
-def _set_thinking(recipe: Translation) -> None:
-    """LLaMA-Factory's `enable_thinking`, which its own templates of reasoning models read."""
-    if recipe.get("template") not in recipe.table["reasoning_templates"]:
-        recipe.note("enable_thinking", "this template has no thoughts", differs=False)
-    elif recipe.get("enable_thinking") is not None and not recipe.is_on("enable_thinking"):
-        why = "if the model's template does not support it, the run reports an error: remove it"
-        recipe.set_key("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
-        why = "LLaMA-Factory removes a thought from a row; here such a row is an error"
-        recipe.note("enable_thinking", why)
-    else:
-        why = "LLaMA-Factory adds an empty thought to an answer; here the template decides"
-        recipe.note("enable_thinking", why)
 
 
 def _read_dataset_info(recipe: Translation, key: str) -> None:
@@ -300,11 +227,10 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
         why = first_line(error)
         raise UsageError(what, where=str(path), why=why, fix=f"fix it, or {NAME_ROWS}") from None
     for number, name in enumerate(recipe.listed(key)):
-        usable = [listed for listed, value in entries.items() if isinstance(value, dict)]
-        if name not in usable:
+        if not isinstance(entries.get(name), dict):
             what = f"it does not list the data set {name}, or not as a mapping"
-            why = f"it lists {', '.join(usable) or 'none'}"
-            near = nearest(name, usable)
+            why = f"it lists {', '.join(entries) or 'none'}"
+            near = nearest(name, entries)
             fix = f"did you mean {near}? or {NAME_ROWS}" if near else f"add it, or {NAME_ROWS}"
             raise UsageError(what, where=str(path), why=why, fix=fix)
         entry = dict(entries[name])
@@ -315,14 +241,10 @@ def _read_dataset_info(recipe: Translation, key: str) -> None:
             for column, value in entry.pop(section, {}).items():
                 entry[f"{section}.{column}"] = value
         entry["num_samples"] = entry.get("num_samples") or recipe.get("max_samples")
-        usual_tags = recipe.table["usual_tags"]
         for entry_key, value in entry.items():
-            if value is None:
-                continue
-            full_key = f"{key}.{number}.{entry_key}"
-            source.keys[full_key] = SourceKey(full_key, value, path.name)
-            if value in usual_tags.get(entry_key, []):
-                recipe.note(full_key, "read by this name here too", differs=False)
+            if value is not None:
+                full_key = f"{key}.{number}.{entry_key}"
+                source.keys[full_key] = SourceKey(full_key, value, path.name)
 
 
 # Keys that list several data sets, of TRL and of the alignment handbook.

@@ -216,7 +216,11 @@ class Translation:
             if name in self.mentioned:
                 continue
             kind, why = self._uncarried(name)
-            if key.value in _UNSET and kind != "misspelt":
+            usual = self._usual(name)
+            if usual and key.value is not None:
+                parts = {part.rpartition(".")[2] for part in self.listed(name)}
+                self.note_key(key, why, differs=not parts or not parts <= usual)
+            elif key.value in _UNSET and kind != "misspelt":
                 self.note_key(key, "not set", differs=False)
             elif kind == "unknown" and name in self.source.referenced:
                 why = f"it stands where ${{{name}}} names it"
@@ -225,6 +229,13 @@ class Translation:
                 self.note_key(key, "off, as here", differs=False)
             else:
                 self.note_key(key, why, differs=kind != "nothing")
+
+    def _usual(self, name: str) -> set[str]:
+        """The values of a key that say what is done here anyway; empty for most keys."""
+        for pattern, values in self.table.get("usual", {}).items():
+            if fnmatchcase(without_indices(name), pattern):
+                return set(values)
+        return set()
 
     def _uncarried(self, name: str) -> tuple[str, str]:
         """The table's entry for a key that is not carried: `nothing`, `differs`, `misspelt` or
