@@ -29,6 +29,7 @@ from tunesmith.errors import DataError
 from tunesmith.inference.load_run import LoadedModel, _template, load_run
 from tunesmith.tools.evaluate import generate
 from tunesmith.tools.evaluate.evaluate import _eval_tokens
+from tunesmith.tools.evaluate.scorers import ScoredRow
 from tunesmith.training.run import train
 
 ASKED, SAID = "Which bird  sings?\n", " A wren."
@@ -139,7 +140,8 @@ def test_one_prompt_in_training_and_use(
         )
         for asked in (values, unanswered):
             prompt = prompt_of(used, asked)
-            ids, reference = prompt.ids, prompt.reference
+            ids = prompt.ids
+            reference = prompt.scored.reference if prompt.scored else None
             assert ids == trained
             assert reference == (SAID if asked is values else None)
         (scored,) = _eval_tokens([(source, from_list([values]))], used, "held-out")
@@ -221,6 +223,11 @@ def prompt_of(loaded: LoadedModel, row: dict[str, Any]) -> generate.Prompt:
     return generate.make_prompt(row, "row 1", loaded, source)
 
 
+def scored_of(prompt: generate.Prompt) -> ScoredRow:
+    assert prompt.scored is not None
+    return prompt.scored
+
+
 def test_references_are_the_row_s_text_whatever_its_tokens_say(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,13 +240,13 @@ def test_references_are_the_row_s_text_whatever_its_tokens_say(
     raw = replace(loaded, template=Template(loaded.tokenizer, {1}, jinja=None, name="raw"))
     for asked in (loaded, raw):
         found = prompt_of(asked, {"prompt": "Sentiment: ", "completion": "good"})
-        assert (found.reference, found.raw_reference) == ("good", "good")
+        assert (scored_of(found).reference, scored_of(found).raw_reference) == ("good", "good")
     history = [*TURNS, {"role": "user", "content": "b"}]
     for last in ({"content": SAID}, {"content": SAID, "train": False}):
         row = {"messages": [*history, {"role": "assistant", **last}]}
-        assert prompt_of(loaded, row).reference == SAID
+        assert scored_of(prompt_of(loaded, row)).reference == SAID
     row = {"prompt": ASKED, "chosen": SAID, "rejected": "No."}
-    assert prompt_of(loaded, row).reference == SAID
+    assert scored_of(prompt_of(loaded, row)).reference == SAID
 
 
 def test_what_ends_an_answer_is_no_part_of_its_reference(loaded: LoadedModel) -> None:
@@ -251,7 +258,7 @@ def test_what_ends_an_answer_is_no_part_of_its_reference(loaded: LoadedModel) ->
         ),
     )
     row = {"prompt": "Who? ", "completion": f"He.{end}"}
-    assert prompt_of(raw, row).reference == "He."
+    assert scored_of(prompt_of(raw, row)).reference == "He."
 
 
 @pytest.mark.parametrize(
@@ -266,16 +273,16 @@ def test_what_ends_an_answer_is_no_part_of_its_reference(loaded: LoadedModel) ->
     ],
 )
 def test_an_empty_answer_is_no_reference(loaded: LoadedModel, row: dict[str, Any]) -> None:
-    assert prompt_of(loaded, row).reference is None
+    assert prompt_of(loaded, row).scored is None
 
 
 def test_a_reference_of_special_tokens_alone_keeps_them(loaded: LoadedModel) -> None:
     """As labels of `model.added_tokens`, which answers are decoded without."""
     found = prompt_of(loaded, {"prompt": "a", "completion": "<|pad|>"})
-    assert (found.reference, found.is_special) == ("<|pad|>", True)
+    assert (scored_of(found).reference, scored_of(found).is_special) == ("<|pad|>", True)
     found = prompt_of(loaded, {"prompt": "a", "completion": "<|pad|> b"})
-    assert (found.reference, found.raw_reference) == (" b", "<|pad|> b")
-    assert not found.is_special
+    assert (scored_of(found).reference, scored_of(found).raw_reference) == (" b", "<|pad|> b")
+    assert not scored_of(found).is_special
     (row,) = generate.generate(
         loaded, [{"prompt": "a", "completion": "<|pad|>"}], generate.Decoding(4)
     )
@@ -289,9 +296,9 @@ def test_a_reference_has_composed_letters_where_the_tokenizer_makes_them(
 
     tokenizer = byte_tokenizer()
     row = {"prompt": "a", "completion": "e\u0301"}
-    assert prompt_of(loaded, row).reference == "e\u0301"
+    assert scored_of(prompt_of(loaded, row)).reference == "e\u0301"
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     template = Template(tokenizer, {tokenizer.eos_token_id}, jinja=CHATML, name="chat")
     files = replace(loaded.files, tokenizer=tokenizer)
     composing = replace(loaded, files=files, template=template)
-    assert prompt_of(composing, row).reference == "\u00e9"
+    assert scored_of(prompt_of(composing, row)).reference == "\u00e9"

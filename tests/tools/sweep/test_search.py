@@ -61,10 +61,10 @@ def test_every_other_key_is_refused_with_a_reason():
     refused = 0
     for key in leaves:
         if key in VARIED:
-            check_varied(key, "1,2")
+            check_varied(key)
             continue
         with refuses(RecipeError, where="command line", names=[key]) as caught:
-            check_varied(key, "1,2")
+            check_varied(key)
         assert caught.value.why in FIXED_KEY_REASONS.values()
         assert key in caught.value.fix
         refused += 1
@@ -86,8 +86,8 @@ def test_every_other_key_is_refused_with_a_reason():
         (["train.schedule=1..2"], "is not a valid range for train.schedule"),
         (["train.seed=1,2", "train.seed=3,4"], "train.seed is set twice"),
         (["train.seed=1"], "no key varies"),
-        (["train.learning_rate=1e-4,1e-4"], "has a value twice: 1e-4"),
-        (["train.learning_rate=1e-4,3e-4,0.0001"], "has a value twice: 0.0001"),
+        (["train.learning_rate=1e-4,1e-4"], "has a value twice"),
+        (["train.learning_rate=1e-4,3e-4,0.0001"], "has a value twice"),
         (["train.betas=[0.9, 0.99],[0.9,0.99]"], "has a value twice"),
     ],
 )
@@ -95,16 +95,6 @@ def test_words_that_are_refused(words: list[str], said: str):
     with pytest.raises(RecipeError, match=said) as caught:
         read_space(words)
     assert caught.value.fix
-
-
-def test_a_key_of_another_tool_keeps_its_values():
-    with refuses(RecipeError, fix=["train.learning_rate=1e-4,3e-4"]):
-        read_space(["train.lr=1e-4,3e-4"])
-
-
-def test_the_ends_of_a_reversed_range_are_given_in_order():
-    with refuses(RecipeError, fix=["train.learning_rate=1e-5..1e-3"]):
-        read_space(["train.learning_rate=1e-3..1e-5"])
 
 
 def test_values_that_differ_are_no_repetition():

@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact-match",
         action="store_true",
-        help="also the share of greedy answers that --score exact would count",
+        help="the same as --score exact",
     )
     scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your own, file.py:function"
     parser.add_argument(
@@ -182,8 +182,7 @@ def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocatio
             require_held_out(location, run_name)
     elif is_local(args.data):
         check_local(Path(args.data).expanduser())
-    if not args.scorers:
-        # Exact match is always greedy.
+    if not args.scorers and not args.exact_match:
         of_answers = ("output", "fresh", "temperature", "seed")
         fix = "add --score exact, or another"
         check_not_given(args, of_answers, "is for the answers of --score", fix=fix)

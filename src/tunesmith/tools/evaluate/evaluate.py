@@ -2,8 +2,8 @@
 
 Loss and accuracy are teacher-forced over the supervised tokens, by the same `TrainModel` and packed
 batches that training uses: there is no second formula. They are sums over all tokens divided once,
-so they do not depend on the batching. Exact match generates greedily and compares texts; scores
-(`score_rows.py`) come with intervals, and their answers are saved.
+so they do not depend on the batching. Scores of answers (`score_rows.py`) come with intervals, and
+the answers are saved.
 """
 
 import logging
@@ -77,8 +77,8 @@ class EvalResult:
         loss: mean cross-entropy over them, in nats.
         perplexity: exp(loss).
         token_accuracy: share of them that are the most likely token after all true tokens before.
-        exact_match: share of `answered` rows whose greedy answer is the reference.
-        answered: rows answered for exact match.
+        exact_match: share of `answered` rows whose answer is the reference, by the scorer `exact`.
+        answered: rows answered for it.
         pair_accuracy: of pairs of answers, the mean of `pairs`.
         pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
             log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
@@ -212,23 +212,14 @@ def interval_rows(by_scorer: Mapping[str, Sequence[Interval]]) -> list[list[str]
 def loss_rows(results: Sequence[EvalResult]) -> list[list[str]]:
     """Loss and what else is measured without scorers, a cell for each model."""
     perplexities = []
-    matches = []
     for result in results:
         # exp of a large loss overflows.
         is_finite = result.perplexity < math.inf
         perplexities.append(f"{result.perplexity:.3f}" if is_finite else "above 1e308")
-        share = result.exact_match
-        if share is not None:
-            matches.append(f"{share:.1%} ({share * result.answered:.0f}/{result.answered})")
-    rows = [
+    return [
         ["loss (nats per token)", *(f"{result.loss:.4f}" for result in results)],
         ["perplexity", *perplexities],
         ["token accuracy", *(f"{result.token_accuracy:.2%}" for result in results)],
-    ]
-    if matches:
-        rows.append(["exact match", *matches])
-    return [
-        *rows,
         ["rows", *(str(result.rows) for result in results)],
         ["supervised tokens", *(str(result.tokens) for result in results)],
     ]
@@ -248,9 +239,7 @@ def score(
     Several ranks take the batches in turn. Their sums are added in the order of the batches, so
     that the result is that of one process.
     """
-    total = 0.0
     hits = 0
-    count = 0
     rows = 0
     pairs: list[float] = []
     row_losses = np.zeros(len(tokens))
@@ -261,23 +250,22 @@ def score(
         layout = Layout(pad_id, train_model.packs_rows)
         batches = layout.batches(tokens, PACKED_ROW_TOKENS)
         for turn in iter(lambda: list(islice(batches, ranks.world)), []):
-            sums = _NOTHING
+            sums = _BatchSums([], [], [], 0, [])
             with ranks.raise_on_all_ranks():
                 if ranks.rank < len(turn):
                     indices, batch = turn[ranks.rank]
                     sums = _batch_sums(train_model, batch, indices, supervised[indices].tolist())
             for of_batch in ranks.all_gather_object(sums):
-                total += of_batch.loss
                 hits += of_batch.hits
-                count += of_batch.tokens
-                rows += of_batch.rows
+                rows += len(of_batch.indices)
                 pairs += of_batch.pairs
                 row_losses[of_batch.indices] = of_batch.row_losses
                 row_tokens[of_batch.indices] = of_batch.row_tokens
             progress("rows scored", rows, len(tokens))
+    count = int(row_tokens.sum())
     if count == 0:
         return EvalResult(rows, 0, math.nan, math.nan, math.nan)
-    loss = total / count
+    loss = float(row_losses.sum()) / count
     # exp overflows a double from 709.8 on.
     perplexity = math.exp(loss) if loss < 709 else math.inf
     return EvalResult(
@@ -294,20 +282,14 @@ def score(
 
 
 class _BatchSums(NamedTuple):
-    """Sums over one batch: its losses, tokens that are right, the tokens that both count, rows,
-    and the order of each pair; of each row its index, and the same sum and count."""
+    """The sum of losses and the count of tokens of each row of a batch, the tokens of all that are
+    right, and the order of each pair."""
 
-    loss: float
-    hits: int
-    tokens: int
-    rows: int
-    pairs: list[float]
     indices: list[int]
     row_losses: list[float]
-    row_tokens: list[int]
-
-
-_NOTHING = _BatchSums(0.0, 0, 0, 0, [], [], [], [])
+    row_tokens: list[float]
+    hits: int
+    pairs: list[float]
 
 
 def _batch_sums(
@@ -318,39 +300,27 @@ def _batch_sums(
     losses, correct = train_model.token_scores(batch)
     index, _ = supervised_positions(batch)
     of_targets = losses.flatten()[index].double()
+    is_scored = torch.ones_like(of_targets, dtype=torch.bool)
+    pairs: list[float] = []
+    sequences = batch.sequences
+    if sequences is not None:
+        is_scored = sequences.labels[sequences.of_target]
+        if batch.chosen_tokens:
+            sums = torch.segment_reduce(of_targets, "sum", lengths=sequences.lengths)
+            means = -sums / sequences.lengths
+            pairs = accuracy(means[0::2] - means[1::2]).tolist()
     # The examples are laid one after the other, and so are their targets.
     row_of_target = np.repeat(np.arange(len(indices)), counts)
 
     def sums_of_rows(values: torch.Tensor) -> list[float]:
         return np.bincount(row_of_target, values.cpu().numpy(), len(indices)).tolist()
 
-    sequences = batch.sequences
-    if sequences is None:
-        return _BatchSums(
-            losses.double().sum().item(),
-            int(correct.sum()),
-            batch.supervised,
-            batch.examples,
-            [],
-            indices,
-            sums_of_rows(of_targets),
-            counts,
-        )
-    is_good = sequences.labels[sequences.of_target]
-    pairs: list[float] = []
-    if batch.chosen_tokens:
-        sums = torch.segment_reduce(of_targets, "sum", lengths=sequences.lengths)
-        means = -sums / sequences.lengths
-        pairs = accuracy(means[0::2] - means[1::2]).tolist()
     return _BatchSums(
-        of_targets[is_good].sum().item(),
-        int(correct.flatten()[index][is_good].sum()),
-        int(is_good.sum()),
-        batch.examples,
-        pairs,
         indices,
-        sums_of_rows(of_targets * is_good),
-        [int(count) for count in sums_of_rows(is_good)],
+        sums_of_rows(of_targets * is_scored),
+        sums_of_rows(is_scored),
+        int((correct.flatten()[index] & is_scored).sum()),
+        pairs,
     )
 
 
@@ -385,7 +355,7 @@ def evaluate(
             part. None takes the rows that the run itself validates on: `data.validation`, or what
             `data.hold_out` drew.
         format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
-        exact_match: also answer every row greedily and compare texts, as the scorer `exact`.
+        exact_match: the scorer `exact`, in another word.
         max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
             once.
         scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
@@ -414,12 +384,10 @@ def evaluate(
             name = str(data)
             source = Source(source=name, split=split, max_examples=max_examples)
             parts = [_read_source(source, location, format_name, columns, ranks)]
-        # Asked for alone, exact match keeps no answers.
-        keeps_answers = bool(scorers)
         if exact_match:
-            scorers = _with_exact(scorers, decoding)
-        if scorers:
-            _require_answers(parts, name)
+            scorers = [*scorers, "exact"]
+        if scorers and all(source.format == "text" for source, _ in parts):
+            raise no_scored_rows(name, "rows of the format text were read")
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
         shown = name
@@ -430,7 +398,7 @@ def evaluate(
         if scorers:
             decoding = decoding or Decoding(max_new_tokens)
             scoring = Scoring(loaded, tokens, parts, shown, scorers, decoding, batch_size, ranks)
-            scoring.open(answers_path(location, name, output) if keeps_answers else None, fresh)
+            scoring.open(answers_path(location, name, output), fresh)
 
     def score_model(loaded: LoadedModel, model: str) -> EvalResult:
         if scoring is not None:
@@ -452,42 +420,30 @@ def evaluate(
             base_model = load_run(path, device=device, base_only=True)
             scores = {"base": score_model(base_model, "base"), **scores}
         evaluation = replace(_evaluation(scores, tokens, shown), seen=seen, seen_fault=seen_fault)
-        _keep_losses(evaluation, tokens, location, ranks, has_answers=keeps_answers)
+        _keep_losses(evaluation, tokens, location, ranks, has_answers=bool(scorers))
         if scoring is None:
             return evaluation
         by_scorer = scoring.finish(_about(evaluation, location))
-        if exact_match:
-            evaluation = _with_matches(evaluation, by_scorer)
-        return _with_scores(evaluation, by_scorer, scoring) if keeps_answers else evaluation
-
-
-def _require_answers(parts: SourceRows, name: str) -> None:
-    """UsageError for rows of text alone, which ask nothing."""
-    if all(source.format == "text" for source, _ in parts):
-        raise no_scored_rows(name, "rows of the format text were read")
-
-
-def _with_exact(scorers: Sequence[str], decoding: Decoding | None) -> Sequence[str]:
-    """The scorers with `exact`; UsageError where answers are drawn."""
-    if decoding is not None and decoding.temperature:
-        raise UsageError(
-            "exact match compares greedy answers, and a temperature draws them",
-            where="--exact-match",
-            fix="--score exact in its place",
-        )
-    return [*scorers, "exact"]
+        return _with_scores(evaluation, by_scorer, scoring)
 
 
 def _with_scores(
     evaluation: Evaluation, by_scorer: Sequence[RowScores], scoring: Scoring
 ) -> Evaluation:
+    scores = dict(evaluation.scores)
+    for of_scorer in by_scorer:
+        if of_scorer.name == "exact":
+            for model, result in evaluation.scores.items():
+                share = of_scorer.models[model].mean
+                scores[model] = replace(result, exact_match=share, answered=of_scorer.rows)
     return replace(
         evaluation,
+        scores=scores,
         by_scorer=(*evaluation.by_scorer, *by_scorer),
         answers=scoring.path,
-        unanswered=scoring.rows.unanswered,
+        unanswered=scoring.unanswered,
         unfinished=scoring.unfinished(),
-        reference_hash=scoring.rows.reference_digest(),
+        reference_hash=scoring.reference_hash,
     )
 
 
@@ -578,19 +534,13 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Rep
 
     Rank 0 reads them, which takes as long as at the start of the run.
     """
+    run = loaded.run
     seen: tuple[Repeats | None, str] = (None, "")
     with ranks.raise_on_all_ranks():
-        if ranks.is_main_process:
-            seen = _find_seen_rows(tokens, loaded)
+        if ranks.is_main_process and run is not None and loaded.location.holds != "base":
+            # The training rows may be gone: the scores are valid without them.
+            seen = find_trained_rows(tokens, run, run.data, loaded.template)
     return ranks.broadcast_object(seen)
-
-
-def _find_seen_rows(tokens: TokenSet, loaded: LoadedModel) -> tuple[Repeats | None, str]:
-    run = loaded.run
-    if run is None or loaded.location.holds == "base":
-        return None, ""
-    # The training rows may be gone: the scores are valid without them.
-    return find_trained_rows(tokens, run, run.data, loaded.template)
 
 
 def _read_source(
@@ -660,13 +610,3 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
             fix="use shorter rows",
         )
     return tokens
-
-
-def _with_matches(evaluation: Evaluation, by_scorer: Sequence[RowScores]) -> Evaluation:
-    """The evaluation with the share of answers that are exactly the reference."""
-    matches = next(scores for scores in by_scorer if scores.name == "exact")
-    scores = {}
-    for model, result in evaluation.scores.items():
-        share = matches.models[model].mean
-        scores[model] = replace(result, exact_match=share, answered=matches.rows)
-    return replace(evaluation, scores=scores)

@@ -178,19 +178,16 @@ def _differing_keys(first: Run | None, other: Run | None) -> list[str]:
     """The keys by which the held-out rows of two recipes differ as tokens."""
     if first is None or other is None:
         return []
+    values = []
+    for run in (first, other):
+        data = asdict(run.data)
+        if run.data.hold_out_seed is None:
+            data["hold_out_seed"] = run.train.seed
+        values.append(data)
     names = ["validation", "hold_out", "template", "seq_len", "train_on"]
-    differing = []
     if first.data.hold_out and other.data.hold_out:
-        names += ["train", "leave_out"]
-        seeds = [
-            run.train.seed if run.data.hold_out_seed is None else run.data.hold_out_seed
-            for run in (first, other)
-        ]
-        if seeds[0] != seeds[1]:
-            differing.append(f"data.hold_out_seed ({seeds[0]} and {seeds[1]})")
-    values, other_values = asdict(first.data), asdict(other.data)
-    differing += [f"data.{name}" for name in names if values[name] != other_values[name]]
-    return differing
+        names += ["train", "leave_out", "hold_out_seed"]
+    return [f"data.{name}" for name in names if values[0][name] != values[1][name]]
 
 
 def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:

@@ -25,7 +25,7 @@ from tunesmith.host.files import from_here
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
-from tunesmith.units import count_of
+from tunesmith.tools.evaluate.scorers import ScoredRow
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +37,6 @@ _KEY_COLUMN: dict[str, str] = {
 _ANSWER_ROLES = [name for name, role in CHAT_ROLES.items() if role in ("assistant", "call")]
 # Stands in for an answer that is to come, so that the row converts; a prompt ends before it.
 ANSWER_PLACEHOLDER = "?"
-
-
-class AnsweredRows(Iterator[dict[str, Any]]):
-    """Rows with their answers; each is answered when the iterator reaches it."""
-
-    def __init__(self, rows: Iterator[dict[str, Any]], count: int) -> None:
-        self._rows = rows
-        self._count = count
-        self._position = 0
-
-    def __next__(self) -> dict[str, Any]:
-        row = next(self._rows)
-        self._position += 1
-        return row
-
-    def __repr__(self) -> str:
-        answered = f"{self._position} of {count_of(self._count, 'row')} answered"
-        if self._position == self._count:
-            return f"<{answered}>"
-        return f"<{answered}: a loop or list(...) answers the others>"
 
 
 @lines_by_default()
@@ -71,7 +51,7 @@ def generate(
     start: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
     ranks: Ranks = ONE_PROCESS,
-) -> AnsweredRows:
+) -> Iterator[dict[str, Any]]:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
     >>> next(tunesmith.generate(loaded, [{"prompt": "Hello"}]))["output"]
@@ -133,17 +113,17 @@ def generate(
     )
 
     # The rows are checked at the call, and answered as the caller iterates.
-    def with_answers() -> Iterator[dict[str, object]]:
+    def with_answers() -> Iterator[dict[str, Any]]:
         for i, answer in answers:
-            text = answer.text
-            if prompts[i].is_special:
-                text = decode(loaded.tokenizer, answer.ids, with_special=True)
-            row = {**rows[i], "output": text}
-            if prompts[i].reference is not None:
-                row["reference"] = prompts[i].reference
+            row = {**rows[i], "output": answer.text}
+            scored = prompts[i].scored
+            if scored is not None:
+                row["reference"] = scored.reference
+                if scored.is_special:
+                    row["output"] = decode(loaded.tokenizer, answer.ids, with_special=True)
             yield row
 
-    return AnsweredRows(with_answers(), len(rows) - start)
+    return with_answers()
 
 
 def find_source(
@@ -337,21 +317,13 @@ class Prompt(NamedTuple):
 
     Attributes:
         ids: up to where its answer starts, with the run's system message.
-        reference: the answer that it holds, as the model is to write it but without special tokens,
-            unless it has no others; None without one, or of an empty one.
-        raw_reference: with special tokens.
-        sample: the row in the form that the template takes; its answer may be a placeholder.
         where: the row's place.
-        is_special: whether the answer has special tokens alone, as labels that were added to the
-            vocabulary are.
+        scored: the row with the answer that it holds; None without one, or of an empty one.
     """
 
     ids: list[int]
-    reference: str | None
-    raw_reference: str
-    sample: Sample
     where: str
-    is_special: bool = False
+    scored: ScoredRow | None = None
 
 
 def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decoding) -> None:
@@ -381,18 +353,33 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(loaded.template.prompt(sample))
     if not is_answered or _is_empty(sample):
-        return Prompt(prompt_ids, None, "", sample, where)
+        return Prompt(prompt_ids, where)
     # The row's text, never what its tokens say: where these are wrong, an answer that repeats them
     # must not count as right. Tool calls and thoughts are in the form in which the model writes
     # them.
     raw_reference = loaded.template.answer(sample, where=where)
     if not raw_reference.strip():
-        return Prompt(prompt_ids, None, "", sample, where)
+        return Prompt(prompt_ids, where)
     reference = loaded.template.without_special_tokens(raw_reference)
     is_special = not reference.strip()
-    if is_special:
-        reference = raw_reference
-    return Prompt(prompt_ids, reference, raw_reference, sample, where, is_special)
+    calls = 0
+    has_tools = False
+    if isinstance(sample, Conversation):
+        calls = len(sample.messages[-1].get("tool_calls") or ())
+        has_tools = bool(sample.tools)
+    return Prompt(
+        prompt_ids,
+        where,
+        ScoredRow(
+            raw_reference if is_special else reference,
+            raw_reference,
+            row,
+            where,
+            calls,
+            has_tools,
+            is_special,
+        ),
+    )
 
 
 def _is_empty(sample: Sample) -> bool:

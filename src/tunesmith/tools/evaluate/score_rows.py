@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -39,31 +38,6 @@ from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallRead
 
 # Called with what is counted, their count so far, their total, and the tokens so far
 AnswerProgress = Callable[[str, int, int, int], None]
-
-
-@dataclass(frozen=True)
-class EvalRows:
-    """Rows to answer, and what their answers are scored against.
-
-    Attributes:
-        unanswered: rows whose own answer is empty: they are not scored.
-    """
-
-    prompts: list[Prompt] = field(repr=False)
-    scored: list[ScoredRow] = field(repr=False)
-    unanswered: int = 0
-
-    def digest(self) -> str:
-        """sha256 (hex) of the prompts, as token ids."""
-        total = hashlib.sha256()
-        for prompt in self.prompts:
-            total.update(np.array([len(prompt.ids), *prompt.ids], np.int64).tobytes())
-        return total.hexdigest()
-
-    def reference_digest(self) -> str:
-        """sha256 (hex) of what the answers are scored against."""
-        references = [row.raw_reference for row in self.scored]
-        return hashlib.sha256(json.dumps(references).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -108,43 +82,6 @@ def read_call_form(loaded: LoadedModel) -> CallReader | None:
 def _raw_text(loaded: LoadedModel, ids: Sequence[int]) -> str:
     """The text of tokens, with special ones."""
     return decode(loaded.tokenizer, ids, with_special=True)
-
-
-def prepare_rows(loaded: LoadedModel, tokens: TokenSet, parts: SourceRows) -> EvalRows:
-    """The prompts and references of the rows that `tokens` are of.
-
-    Rows that are too long have no tokens, and get no answer.
-    """
-    prompts = []
-    scored = []
-    unanswered = 0
-    # Rows that tokenization dropped have no place in `part`.
-    for (source, rows), part in zip(parts, tokens.parts, strict=True):
-        for i in part.row_indices:
-            prompt = make_prompt(rows[i], rows.where(i), loaded, source)
-            if prompt.reference is None:
-                unanswered += 1
-                continue
-            prompts.append(prompt)
-            scored.append(_scored_row(loaded, prompt, rows[i]))
-    return EvalRows(prompts, scored, unanswered)
-
-
-def _scored_row(loaded: LoadedModel, prompt: Prompt, row: dict[str, object]) -> ScoredRow:
-    calls = 0
-    has_tools = False
-    if isinstance(prompt.sample, Conversation):
-        calls = len(prompt.sample.messages[-1].get("tool_calls") or ())
-        has_tools = bool(prompt.sample.tools)
-    return ScoredRow(
-        prompt.reference or "",
-        prompt.raw_reference,
-        row,
-        prompt.where,
-        calls,
-        has_tools,
-        prompt.is_special,
-    )
 
 
 def answers_path(location: RunLocation, name: str, output: str | Path | None) -> Path:
@@ -212,33 +149,45 @@ class Scoring:
         # Before any answer is paid for: a template whose calls cannot be read is refused.
         reader = read_call_form(loaded) if "tool-call" in scorers else None
         self.scorers = select_scorers(scorers, reader)
-        self.rows = prepare_rows(loaded, tokens, parts)
-        if not self.rows.prompts:
+        self.prompts: list[Prompt] = []
+        self.scored: list[ScoredRow] = []
+        self.unanswered = 0
+        digest = hashlib.sha256()
+        # Rows that tokenization dropped have no place in `part`, and get no answer.
+        for (source, rows), part in zip(parts, tokens.parts, strict=True):
+            for i in part.row_indices:
+                prompt = make_prompt(rows[i], rows.where(i), loaded, source)
+                if prompt.scored is None:
+                    self.unanswered += 1
+                    continue
+                self.prompts.append(prompt)
+                self.scored.append(prompt.scored)
+                digest.update(np.array([len(prompt.ids), *prompt.ids], np.int64).tobytes())
+        if not self.prompts:
             raise no_scored_rows(name, "every answer is empty")
-        check_room(self.rows.prompts, loaded.context, decoding)
+        check_room(self.prompts, loaded.context, decoding)
         # A row that no answer could satisfy is a fault of the data.
-        for row in self.rows.scored:
+        for row in self.scored:
             for scorer in self.scorers:
                 scorer.check(row)
+        references = [row.raw_reference for row in self.scored]
+        self.reference_hash = hashlib.sha256(json.dumps(references).encode()).hexdigest()
         self.decoding = decoding
         self.batch_size = batch_size
         self.ranks = ranks
         base = loaded.location.base
         self.header = AnswersHeader(
             data=name,
-            rows=len(self.rows.prompts),
-            prompts=self.rows.digest(),
+            rows=len(self.prompts),
+            prompts=digest.hexdigest(),
             weights=trained_weights(loaded.location),
             base=f"{base.name}@{base.revision}" if base.revision else base.name,
             decoding=decoding,
             batch_size=batch_size,
         )
 
-    def open(self, path: Path | None, fresh: bool) -> None:
-        """Read the existing answers; `fresh` will move them aside. No path: they are not kept."""
-        if path is None:
-            self._folder = TemporaryDirectory(prefix="tunesmith-answers-")
-            path = Path(self._folder.name, "answers.jsonl")
+    def open(self, path: Path, fresh: bool) -> None:
+        """Read the existing answers; `fresh` will move them aside."""
         self.path = path
         self.file: AnswersFile | None = None
         if self.ranks.is_main_process:
@@ -260,7 +209,7 @@ class Scoring:
         Raises:
             StoppedError: a stop signal came; the answers so far are saved.
         """
-        total = len(self.rows.prompts)
+        total = len(self.prompts)
         answer_count = self._answered(model)
         if answer_count == total:
             return
@@ -281,7 +230,7 @@ class Scoring:
             answers = answer_all(
                 loaded.model,
                 loaded.tokenizer,
-                [prompt.ids for prompt in self.rows.prompts],
+                [prompt.ids for prompt in self.prompts],
                 self.decoding,
                 stops=loaded.template.end_ids,
                 batch_size=self.batch_size,
@@ -316,7 +265,7 @@ class Scoring:
 
     def _saved(self, loaded: LoadedModel, model: str, i: int, answer: Answer) -> SavedAnswer:
         raw = _raw_text(loaded, answer.ids)
-        row = self.rows.scored[i]
+        row = self.scored[i]
         return SavedAnswer(
             model=model,
             row=i,
@@ -337,28 +286,35 @@ class Scoring:
         results: list[RowScores] = []
         with self.ranks.raise_on_all_ranks():
             if self.file is not None:
-                results = score_rows(self.rows, self.scorers, self.file)
-                write_scores(scores_path(self.path), self.header, self.rows, results, about)
+                results = [self._scores(scorer, self.file) for scorer in self.scorers]
+                row_hash = hashlib.sha256(f"{self.header.prompts} {self.reference_hash}".encode())
+                content = {
+                    "tunesmith": "eval scores",
+                    "data": self.header.data,
+                    "rows": self.header.rows,
+                    "row_hash": row_hash.hexdigest(),
+                    "decoding": self.decoding.describe(),
+                    **about,
+                    "scores": {result.name: saved_scores(result) for result in results},
+                }
+                fix = "start the same command again when it can: the answers are kept"
+                save_scores(scores_path(self.path), content, fix=fix)
         return self.ranks.broadcast_object(results)
 
-
-def score_rows(rows: EvalRows, scorers: Sequence[Scorer], file: AnswersFile) -> list[RowScores]:
-    """The scores of all answers, scorer by scorer; RunError where a scorer fails."""
-    results = []
-    for scorer in scorers:
+    def _scores(self, scorer: Scorer, file: AnswersFile) -> RowScores:
+        """The scores of all answers by one scorer; RunError where it fails."""
         scores: dict[str, list[float]] = {}
         for model in ("base", "tuned", "model"):
             answers = file.of(model)
             # The file may have some answers of a base that is not evaluated now.
-            if len(answers) < len(rows.scored):
+            if len(answers) < len(self.scored):
                 continue
             scores[model] = []
-            for answer, row in zip(answers, rows.scored, strict=True):
+            for answer, row in zip(answers, self.scored, strict=True):
                 has_special = scorer.raw or row.is_special
                 text = answer.raw_answer if has_special else answer.answer
                 scores[model].append(score_answer(scorer, text, row))
-        results.append(summarize_rows(scorer.name, scores))
-    return results
+        return summarize_rows(scorer.name, scores)
 
 
 def summarize_rows(
@@ -378,28 +334,6 @@ def summarize_rows(
 def scores_path(answers: Path) -> Path:
     """The file of the scores of some answers."""
     return answers.with_name(f"{answers.stem}.scores.json")
-
-
-def write_scores(
-    path: Path,
-    header: AnswersHeader,
-    rows: EvalRows,
-    results: Sequence[RowScores],
-    about: dict[str, object],
-) -> None:
-    """Write the scores, for `report` and for other tools; MachineError where that fails."""
-    content = {
-        "tunesmith": "eval scores",
-        "data": header.data,
-        "rows": header.rows,
-        "row_hash": hashlib.sha256(
-            f"{header.prompts} {rows.reference_digest()}".encode()
-        ).hexdigest(),
-        "decoding": header.decoding.describe(),
-        **about,
-        "scores": {result.name: saved_scores(result) for result in results},
-    }
-    save_scores(path, content, fix="start the same command again when it can: the answers are kept")
 
 
 def saved_scores(result: RowScores) -> dict[str, object]:

@@ -12,7 +12,7 @@ import os
 import re
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -62,42 +62,11 @@ from tunesmith.units import Cadence, Length, Size, count_of, format_seconds
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class SweepRun:
-    """One candidate of a sweep, and where it stands.
+class Candidate(NamedTuple):
+    """One candidate of a sweep: its recipe, and what sweep.json holds of it."""
 
-    Attributes:
-        values: of the keys that vary, as a recipe writes them.
-        losses: by step; infinite where it diverged.
-        state: waiting, then stopped, finished or diverged.
-    """
-
-    name: str
-    values: dict[str, str]
     run: Run
-    losses: dict[int, float] = field(default_factory=dict)
-    state: str = "waiting"
-    step: int = 0
-
-    @property
-    def loss(self) -> float:
-        return self.losses[max(self.losses)] if self.losses else math.inf
-
-    def plain(self) -> CandidateResult:
-        """Return what sweep.json holds of it."""
-        losses: dict[str, float | None] = {}
-        for step, loss in self.losses.items():
-            # JSON has no infinity.
-            losses[str(step)] = loss if math.isfinite(loss) else None
-        return {
-            "name": self.name,
-            "run_dir": self.run.output_dir,
-            "values": self.values,
-            "state": self.state,
-            "step": self.step,
-            "loss": losses.get(str(self.step)),
-            "losses": losses,
-        }
+    result: CandidateResult
 
 
 class Standing(NamedTuple):
@@ -192,7 +161,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.base.output_dir)
-        self.candidates: list[SweepRun] = []
+        self.candidates: list[Candidate] = []
         self.stopped = ""
         request = {
             "recipe": to_mapping(self.base),
@@ -305,7 +274,16 @@ class Sweep:
         label = re.sub(r"[^\w.+-]+", "_", words)[:80]
         name = f"{len(self.candidates) + 1:02d}-{label}"
         run = replace(self._pinned(run), output_dir=str(self.folder / name))
-        self.candidates.append(SweepRun(name, values, run))
+        result = CandidateResult(
+            name=name,
+            run_dir=run.output_dir,
+            values=values,
+            state="waiting",
+            step=0,
+            loss=None,
+            losses={},
+        )
+        self.candidates.append(Candidate(run, result))
 
     def search_best(self) -> None:
         """Train the candidates, as far as the search asks for."""
@@ -318,17 +296,18 @@ class Sweep:
         self.write()
         halve(self.candidates, self.fixed["rungs"], self.measure)
 
-    def measure(self, candidate: SweepRun, until: int | None) -> float:
+    def measure(self, candidate: Candidate, until: int | None) -> float:
         """The loss of a candidate after step `until` (None: at its end); infinite if it diverged.
 
         It is trained as far as it has to be for that.
         """
         began = time.perf_counter()
+        result = candidate.result
         end = until or self.fixed["steps"]
         diverged = Standing(end, math.inf, "diverged")
         standing: Standing | None = diverged
         # Below the step at which it diverged it still has a loss.
-        if end < self.diverged.get(candidate.name, math.inf):
+        if end < self.diverged.get(result["name"], math.inf):
             # The loss may be there from an earlier start.
             standing = self._standing(candidate, until)
         if standing is None:
@@ -336,23 +315,24 @@ class Sweep:
             if self._train(candidate, until):
                 standing = self._standing(candidate, until)
         assert standing is not None
-        candidate.step = standing.step
-        candidate.state = standing.state
-        candidate.losses[standing.step] = standing.loss
+        # JSON has no infinity.
+        loss = standing.loss if math.isfinite(standing.loss) else None
+        result["step"], result["state"], result["loss"] = standing.step, standing.state, loss
+        result["losses"][str(standing.step)] = loss
         self.write()
-        loss = f"{self.compared} {standing.loss:.4f}"
         seconds = format_seconds(time.perf_counter() - began)
-        log.info(f"{candidate.name}: step {standing.step}  {loss}  {standing.state}  {seconds}")
+        shown = f"{self.compared} {standing.loss:.4f}  {standing.state}  {seconds}"
+        log.info(f"{result['name']}: step {standing.step}  {shown}")
         return standing.loss
 
-    def _train(self, candidate: SweepRun, until: int | None) -> bool:
+    def _train(self, candidate: Candidate, until: int | None) -> bool:
         """Train a candidate up to step `until`, or to its end; False where its loss diverged."""
         stop = StopControl(self.stop, Path(candidate.run.output_dir), self.ranks)
         build = self.shared.build
         number = self.candidates.index(candidate) + 1
         candidates = count_of(len(self.candidates), "candidate")
         end = until or self.fixed["steps"]
-        log.info(f"{candidate.name}: {number} of {candidates}, trains to step {end}")
+        log.info(f"{candidate.result['name']}: {number} of {candidates}, trains to step {end}")
         try:
             # Its lines are in its own log.txt; a stop concerns the sweep.
             with stderr_only_from(log.name, signals.__name__):
@@ -385,7 +365,7 @@ class Sweep:
     def compared(self) -> str:
         return "val_loss" if self.base.data.validation or self.base.data.hold_out else "loss"
 
-    def _standing(self, candidate: SweepRun, until: int | None) -> Standing | None:
+    def _standing(self, candidate: Candidate, until: int | None) -> Standing | None:
         """Read where a candidate stands, or None if it has not come so far; a collective call."""
         standing: Standing | None = None
         with self.ranks.raise_on_all_ranks():
@@ -436,13 +416,17 @@ class Sweep:
 
     def result(self) -> SweepResult:
         """Return what came out so far: plain values, the best candidate's name among them."""
-        finished = [candidate for candidate in self.candidates if candidate.state == "finished"]
-        best = min(finished, key=lambda candidate: candidate.loss, default=None)
+        results = [candidate.result for candidate in self.candidates]
+        losses = {
+            result["name"]: result["loss"]
+            for result in results
+            if result["state"] == "finished" and result["loss"] is not None
+        }
         return {
             "asked": self.request,
             "fixed": self.fixed,
             "compared_by": self.compared,
             "stopped": self.stopped,
-            "best": best.name if best else None,
-            "candidates": [candidate.plain() for candidate in self.candidates],
+            "best": min(losses, key=losses.__getitem__, default=None),
+            "candidates": results,
         }

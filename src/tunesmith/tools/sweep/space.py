@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunesmith.config.names import keys, members, other_tools, suggest_key
+from tunesmith.config.names import keys, members, suggest_key
+from tunesmith.config.tree import Scalar, scalar
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
 
@@ -160,7 +161,7 @@ def read_space(words: Sequence[str]) -> Space:
         if len(values) < 2 and not match:
             fixed.append(word)
             continue
-        check_varied(key, text)
+        check_varied(key)
         if key in choices or key in ranges:
             fix = shell_word(f"{key}={text}")
             raise RecipeError(f"{key} is set twice", where="command line", fix=fix)
@@ -177,28 +178,14 @@ def read_space(words: Sequence[str]) -> Space:
 
 def _check_each_once(key: str, values: Sequence[str]) -> None:
     """RecipeError where a value is listed twice, also as another form of it: 1e-4 and 0.0001."""
-    different: dict[float | str, str] = {}
-    repeated = []
+    different: dict[Scalar, str] = {}
     for value in values:
-        number = _as_number(value)
-        if number in different:
-            repeated.append(value)
-        else:
-            different[number] = value
-    if repeated:
-        what = f"{key} has a value twice: {repeated[0]}"
+        different.setdefault(scalar("".join(value.split())), value)
+    if len(different) < len(values):
+        what = f"{key} has a value twice"
         fix = shell_word(f"{key}={','.join(different.values())}")
         why = "two candidates would be identical"
         raise RecipeError(what, where=f"command line: {key}", why=why, fix=fix)
-
-
-def _as_number(text: str) -> float | str:
-    """The number that a text is, or the text without blanks."""
-    # A float holds no whole number above 2**53 exactly, and seeds may be larger.
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return "".join(text.split())
 
 
 def check_count(space: Space, candidates: int) -> None:
@@ -228,18 +215,13 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def check_varied(key: str, values: str) -> None:
+def check_varied(key: str) -> None:
     """RecipeError where a recipe has no such key, or a sweep cannot vary it."""
     if key in VARIED:
         return
     if key not in keys():
         section, _, name = key.rpartition(".")
-        fix = f"one of {', '.join(VARIED)}"
-        here = other_tools("keys").get(name, "").partition(": ")[0]
-        if here in VARIED:
-            fix = f"here it is {shell_word(f'{here}={values}')}"
-        elif not section or section in keys():
-            fix = suggest_key(section, name)
+        fix = suggest_key(section, name)
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
     beginnings = [
         start for start in FIXED_KEY_REASONS if not start or f"{key}.".startswith(f"{start}.")
@@ -253,21 +235,15 @@ def _read_range(key: str, low: str, high: str) -> Range:
     """The lower and the higher number, of a key that takes one."""
     types = members(keys()[key][1])
     whole = int in types and float not in types
-    if whole:
-        fix = f"{key}=LOW..HIGH, whole numbers"
-        number: type[float] = int
-    elif float in types:
-        fix = f"{key}=LOW..HIGH, numbers"
-        number = float
-    else:
+    fix = f"{key}=LOW..HIGH, {'whole numbers' if whole else 'numbers'}, the lower one first"
+    if not whole and float not in types:
         fix = f"{key}=a,b"
-        number = float
-    with contextlib.suppress(ValueError):
-        span = Range(number(low), number(high), whole)
-        if span.low < span.high and (whole or float in types):
-            return span
-        if span.low > span.high and (whole or float in types):
-            fix = f"the ends are reversed: {key}={high}..{low}"
+    else:
+        with contextlib.suppress(ValueError):
+            number = int if whole else float
+            span = Range(number(low), number(high), whole)
+            if span.low < span.high:
+                return span
     raise RecipeError(
         f"{low}..{high} is not a valid range for {key}", where=f"command line: {key}", fix=fix
     )
