@@ -322,11 +322,11 @@ def _schedule(recipe: Translation) -> None:
     if recipe.is_set("lr_scheduler_kwargs.min_lr"):
         least = recipe.number("lr_scheduler_kwargs.min_lr")
         recipe.set_key("train.min_learning_rate", least, "lr_scheduler_kwargs.min_lr")
-    for share in ("cosine_min_lr_ratio", "lr_scheduler_kwargs.min_lr_rate"):
-        if recipe.is_set(share):
+    for name in ("cosine_min_lr_ratio", "lr_scheduler_kwargs.min_lr_rate"):
+        if recipe.is_set(name):
             # Rounded: 0.1 * 3e-5 is 3.0000000000000004e-06.
-            least = float(f"{recipe.number(share) * learning_rate:.12g}")
-            recipe.set_key("train.min_learning_rate", least, share, "learning_rate")
+            least = float(f"{recipe.number(name) * learning_rate:.12g}")
+            recipe.set_key("train.min_learning_rate", least, name, "learning_rate")
     steps = recipe.number("warmup_steps")
     share = recipe.number("warmup_ratio")
     if recipe.get("lr_scheduler_type") == "constant":

@@ -83,21 +83,11 @@ def _torchtune(recipe: Translation) -> None:
             "torch_dtype",
             "updates are rounded to the nearest there, here at random, so that small ones count",
         )
-    _note_loss(recipe)
     _note_other_data_sets(recipe)
     if recipe.get("optimizer.betas"):
         recipe.set_key("train.betas", recipe.get("optimizer.betas"), "optimizer.betas")
     if recipe.get("seed") is None:
         recipe.note("seed", "each run draws its own there; here it is train.seed, 42")
-
-
-def _note_loss(recipe: Translation) -> None:
-    """Note a loss that is no cross-entropy: of preferences, of distillation, or one's own."""
-    loss = recipe.get("loss._component_") or recipe.get("loss")
-    name = str(loss).rpartition(".")[2].lower()
-    if loss and "crossentropy" not in name and "cewith" not in name:
-        recipe.note("loss._component_", "not supported: here it is the cross-entropy")
-        recipe.note("loss", "not supported: here it is the cross-entropy")
 
 
 def _note_other_data_sets(recipe: Translation) -> None:
@@ -139,8 +129,8 @@ def _axolotl(recipe: Translation) -> None:
     if method != "sft":
         _note_templates_of_types(recipe)
     # By default rows that are too long are dropped there, and documents split.
-    names = [name for name, value in recipe.defaults.items() if value == "text"]
-    if any(re.fullmatch(r"datasets(\.[0-9]+)?\.format", name) for name in names):
+    texts = [name for name, value in recipe.defaults.items() if value == "text"]
+    if any(re.fullmatch(r"datasets(\.[0-9]+)?\.format", name) for name in texts):
         recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
     else:
         recipe.carry("excess_length_strategy")
