@@ -2,9 +2,8 @@
 
 import argparse
 import math
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from tunesmith.adapter.lora import disabled
@@ -26,8 +25,6 @@ CHAT_COMMANDS_HINT = (
 AT_THE_START = "--base, --side-by-side and --system can only be set at startup"
 BASE_SIDE = "base"
 TUNED_SIDE = "tuned"
-# A terminal this wide shows two answers beside each other.
-SIDE_BY_SIDE_COLUMNS = 80
 
 
 def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
@@ -128,51 +125,22 @@ class Chat:
 
         KeyboardInterrupt ends the chat: ctrl-C twice, or once without a terminal.
         """
-        several = len(self.sides) > 1
-        # Two columns need room; else the answers come one after the other.
-        is_wide = shutil.get_terminal_size().columns >= SIDE_BY_SIDE_COLUMNS
-        if self.on_terminal and several and is_wide:
-            self._answer_in_columns(question)
-            return
         for side in self.sides:
             if self.on_terminal:
                 sys.stdout.write(f"{side}> ")
-            elif several:
+            elif len(self.sides) > 1:
                 sys.stdout.write(f"{side}: ")
-            go_on = self._ask(side, question, lambda text: print(text, end="", flush=True))
+            go_on = self._ask(side, question)
             print(flush=True)
             if not go_on:
                 return
 
-    def _answer_in_columns(self, question: str) -> None:
-        """The answers beside each other, in columns that fill as they come."""
-        from rich.live import Live
-        from rich.table import Table
-        from rich.text import Text
-
-        texts = dict.fromkeys(self.sides, "")
-
-        def columns() -> Table:
-            table = Table(*texts, expand=True)
-            table.add_row(*map(Text, texts.values()))
-            return table
-
-        with Live(columns(), refresh_per_second=12) as live:
-            for side in self.sides:
-                # `side` is bound here: the loop has gone on by the time a later one is called.
-                def write(text: str, side: str = side) -> None:
-                    texts[side] += text
-                    live.update(columns())
-
-                if not self._ask(side, question, write):
-                    return
-
-    def _ask(self, side: str, question: str, write: Callable[[str], None]) -> bool:
+    def _ask(self, side: str, question: str) -> bool:
         """Stream one answer; False when ctrl-C ended it: it stays, and no other side answers."""
 
-        def write_printable(text: str) -> None:
+        def write(text: str) -> None:
             # A model may write control characters, which would change the terminal.
-            write(visible(text))
+            print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
         with StopRequest(interactive=True) as stop:
             loaded = self.loaded
@@ -192,7 +160,7 @@ class Chat:
                     [prompt],
                     self.decoding,
                     stops=loaded.template.end_ids,
-                    write=write_printable if sys.stdout.isatty() else write,
+                    write=write,
                     cancelled=stop.requested,
                 )
         self.turns[side].append((question, answer.text))
