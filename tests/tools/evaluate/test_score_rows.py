@@ -349,7 +349,7 @@ def spoiled(content: bytes, kind: str) -> bytes:
         ("too many rows", DataError, "answers.jsonl:28"),
         ("not ours", UsageError, "answers.jsonl"),
         ("bytes", UsageError, "answers.jsonl"),
-        ("a folder", UsageError, "answers.jsonl"),
+        ("a folder", MachineError, "answers.jsonl"),
         ("a pipe", MachineError, "answers.jsonl"),
     ],
 )

@@ -114,12 +114,9 @@ class AnswersFile(ResumedFile):
 
         Raises:
             UsageError: the file holds other answers or is none of ours.
+            MachineError: it cannot be read.
             DataError: a line of it is broken.
         """
-        if path.is_dir():
-            raise UsageError(
-                f"{path} is a folder", where=f"--output {path}", fix="name a file in it"
-            )
         super().__init__(path)
         self.header = header
         self.fresh = fresh

@@ -192,8 +192,6 @@ def check_output(output: Path | None, args: argparse.Namespace) -> None:
     # Opening the output would empty the input.
     if args.input != "-" and output.exists() and output.samefile(args.input):
         raise UsageError("input and output are the same file", where=where, fix="name another file")
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder", where=where, fix="name a file in it")
     # The file need not be there yet: its first folder that is there tells whether it may be.
     nearest = next(place for place in (output, *output.absolute().parents) if place.exists())
     why = ""

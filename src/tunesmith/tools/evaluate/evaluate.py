@@ -54,7 +54,6 @@ from tunesmith.tools.evaluate.score_rows import (
     no_scored_rows,
     save_scores,
     saved_scores,
-    scores_path,
     summarize_rows,
 )
 from tunesmith.tools.evaluate.scorers import check_scorer_names
@@ -491,19 +490,13 @@ def _keep_losses(
     is_of_run = location.run is not None and location.holds != "base"
     if not is_of_run or not ranks.is_main_process or (has_answers and not tokens.has_pairs):
         return
-    content = {
-        "tunesmith": "eval scores",
-        "data": evaluation.data,
-        "rows": len(tokens),
-        "row_hash": evaluation.row_hash,
-        **_about(evaluation, location),
-        "scores": {scores.name: saved_scores(scores) for scores in evaluation.by_scorer},
-    }
+    scores = {scores.name: saved_scores(scores) for scores in evaluation.by_scorer}
+    values = {**_about(evaluation, location), "scores": scores}
     answers = answers_path(location, evaluation.data, None)
     kind = "pairs" if tokens.has_pairs else "loss"
-    path = scores_path(answers.with_name(f"{answers.stem}-{kind}.jsonl"))
+    path = answers.with_name(f"{answers.stem}-{kind}.jsonl")
     try:
-        save_scores(path, content, fix="make sure the folder is writable and the disk is not full")
+        save_scores(path, evaluation.data, len(tokens), evaluation.row_hash, values)
     except MachineError as error:
         # The scores are still shown: the run may be somebody else's.
         log.warning(f"{error.what} for the report: {error.where}: {error.why}")

@@ -159,9 +159,9 @@ def _check_held_out(paths: Sequence[str | Path], locations: Sequence[RunLocation
     """UsageError where a run has held out no rows, or other ones than the first."""
     for path, location in zip(paths, locations, strict=True):
         require_held_out(location, path)
-    hashes = [location.held_out_hash for location in locations]
-    for path, location, hash_of_run in zip(paths, locations, hashes, strict=True):
-        if None not in (hash_of_run, hashes[0]) and hash_of_run != hashes[0]:
+    for path, location in zip(paths, locations, strict=True):
+        hashes = {location.held_out_hash, locations[0].held_out_hash} - {None}
+        if len(hashes) > 1:
             why = "in env.json the hashes of these rows, as tokens, differ"
             keys = _differing_keys(locations[0].run, location.run)
             if keys:

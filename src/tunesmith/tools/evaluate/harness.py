@@ -36,7 +36,6 @@ from tunesmith.tools.evaluate.score_rows import (
     answers_path,
     save_scores,
     saved_scores,
-    scores_path,
     summarize_rows,
 )
 
@@ -196,10 +195,9 @@ def evaluate_tasks(
     files = []
     for name in loaded_tasks.names:
         named = name if limit is None else f"{name}, first {limit}"
-        file = scores_path(answers_path(location, f"tasks-{named}".replace(", ", "-"), None))
+        path = answers_path(location, f"tasks-{named}".replace(", ", "-"), None)
         about["seen"] = None if seen is None else _count_seen(seen, name, results[tuned])
-        _save_task(file, named, name, metrics, results[tuned], about)
-        files.append(file)
+        files.append(_save_task(path, named, name, metrics, results[tuned], about))
     return TaskEvaluation(metrics, applies, version, tuple(files), seen or {})
 
 
@@ -431,7 +429,7 @@ def _save_task(
     metrics: Sequence[TaskMetric],
     result: HarnessResults,
     about: Mapping[str, object],
-) -> None:
+) -> Path:
     """Write one task's scores, for `report` and for other tools."""
     task_metrics = [metric for metric in metrics if metric.task == task]
     rows = max((metric.rows for metric in task_metrics), default=0)
@@ -444,20 +442,12 @@ def _save_task(
     for metric in task_metrics:
         if metric.row_scores is not None:
             scores[metric.name] = saved_scores(metric.row_scores)
-    content = {
-        "tunesmith": "eval scores",
-        "data": data,
-        "rows": rows,
-        "row_hash": digest.hexdigest(),
+    values = {
         **about,
         "metrics": {metric.name: values_as_json(metric) for metric in task_metrics},
         "scores": scores,
     }
-    save_scores(
-        path,
-        content,
-        fix="make sure the folder is writable and the disk is not full, then start again",
-    )
+    return save_scores(path, data, rows, digest.hexdigest(), values)
 
 
 def values_as_json(metric: TaskMetric) -> dict[str, object]:

@@ -6,7 +6,7 @@ all of them are there.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -288,17 +288,15 @@ class Scoring:
             if self.file is not None:
                 results = [self._scores(scorer, self.file) for scorer in self.scorers]
                 row_hash = hashlib.sha256(f"{self.header.prompts} {self.reference_hash}".encode())
-                content = {
-                    "tunesmith": "eval scores",
-                    "data": self.header.data,
-                    "rows": self.header.rows,
-                    "row_hash": row_hash.hexdigest(),
-                    "decoding": self.decoding.describe(),
-                    **about,
-                    "scores": {result.name: saved_scores(result) for result in results},
-                }
-                fix = "start the same command again when it can: the answers are kept"
-                save_scores(scores_path(self.path), content, fix=fix)
+                about = {"decoding": self.decoding.describe(), **about}
+                save_scores(
+                    self.path,
+                    self.header.data,
+                    len(self.prompts),
+                    row_hash.hexdigest(),
+                    {**about, "scores": {result.name: saved_scores(result) for result in results}},
+                    fix="start the same command again when it can: the answers are kept",
+                )
         return self.ranks.broadcast_object(results)
 
     def _scores(self, scorer: Scorer, file: AnswersFile) -> RowScores:
@@ -331,11 +329,6 @@ def summarize_rows(
     return RowScores(name, count, models, paired, verdict, scores)
 
 
-def scores_path(answers: Path) -> Path:
-    """The file of the scores of some answers."""
-    return answers.with_name(f"{answers.stem}.scores.json")
-
-
 def saved_scores(result: RowScores) -> dict[str, object]:
     """One of the `scores` of a file of scores, as `run_dir.read_scores` reads it."""
     values: dict[str, object] = {model: list(span) for model, span in result.models.items()}
@@ -345,11 +338,25 @@ def saved_scores(result: RowScores) -> dict[str, object]:
     return values | {"verdict": result.verdict, "by_row": result.scores}
 
 
-def save_scores(path: Path, content: dict[str, object], *, fix: str) -> None:
-    """Write a file of scores; MachineError where that fails."""
+def save_scores(
+    answers: Path,
+    data: str,
+    rows: int,
+    row_hash: str,
+    values: Mapping[str, object],
+    fix: str = "make sure the folder is writable and the disk is not full, then start again",
+) -> Path:
+    """Write the file of scores that stands beside a file of answers; MachineError where that fails.
+
+    Args:
+        data: the rows' name.
+        row_hash: tells whether two evals scored the same rows.
+    """
+    path = answers.with_name(f"{answers.stem}.scores.json")
+    start = {"tunesmith": "eval scores", "data": data, "rows": rows, "row_hash": row_hash}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content) + "\n")
+        write_atomically(path, json.dumps({**start, **values}) + "\n")
     except OSError as error:
         raise MachineError(
             "the scores cannot be written",
@@ -357,6 +364,7 @@ def save_scores(path: Path, content: dict[str, object], *, fix: str) -> None:
             why=error.strerror or str(error),
             fix=fix,
         ) from error
+    return path
 
 
 def no_scored_rows(name: str, why: str) -> UsageError:

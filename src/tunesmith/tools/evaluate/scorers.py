@@ -6,17 +6,15 @@ is the row's fault and raised before any answer; what is wrong with an answer is
 """
 
 import difflib
-import importlib.util
 import json
 import math
 import re
-import sys
+import runpy
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import regex
@@ -105,15 +103,9 @@ def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
 
     Nothing of the file runs.
     """
-    if not isinstance(names, Sequence) or isinstance(names, str):
+    if isinstance(names, str):
         names = [names]
     for name in names:
-        if not isinstance(name, str):
-            raise UsageError(
-                f"a scorer is a name, not {type(name).__name__}",
-                where="--score",
-                fix="write a function of your own into a file: --score my_scorers.py:my_function",
-            )
         if name not in SCORERS:
             _own_scorer_file(name)
     return names
@@ -317,8 +309,18 @@ def load_own_scorer(name: str) -> Scorer:
     """
     path, function_name = _own_scorer_file(name)
     where = f"--score {name}"
-    module = _run_module(path, where)
-    function = getattr(module, function_name, None)
+    try:
+        # Run, not imported: the import system would leave a folder of bytecode beside the file.
+        values = runpy.run_path(str(path), run_name=f"tunesmith_scorer_{path.stem}")
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise UsageError(
+            f"{path.name} cannot be loaded",
+            where=where,
+            why=reason,
+            fix=f"run it on its own to see where: python {shell_path(path)}",
+        ) from error
+    function = values.get(function_name)
     if not callable(function):
         raise UsageError(
             f"{path.name} has no function {function_name}",
@@ -331,24 +333,3 @@ def load_own_scorer(name: str) -> Scorer:
         return value
 
     return Scorer(name, score)
-
-
-def _run_module(path: Path, where: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tunesmith_scorer_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file", where=where, fix="name another")
-    module = importlib.util.module_from_spec(spec)
-    # Data classes of the file look their module up.
-    sys.modules[spec.name] = module
-    try:
-        # Compiled here: the import system would leave a folder of bytecode beside the file.
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        raise UsageError(
-            f"{path.name} cannot be loaded",
-            where=where,
-            why=reason,
-            fix=f"run it on its own to see where: python {shell_path(path)}",
-        ) from error
-    return module
