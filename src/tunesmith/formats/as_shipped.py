@@ -5,6 +5,8 @@ and again in the backward, and computes what the dense weight computes. Experts 
 one, and an expert in one part or two (gate and up), but for those of MXFP4.
 """
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -15,12 +17,13 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats.base import Format, Stored, TensorForm
+from tunesmith.formats.base import Format, TensorForm
 from tunesmith.formats.form import FETCH, ShippedForm
 
 if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
+    from tunesmith.model.weights import StoredTensor
 
 
 DRAWN_STEP = 2.0**-7  # of drawn weights in 4 bits: their standard deviation is 0.02
@@ -56,7 +59,7 @@ class AsShipped(Format):
         scale: of the whole matrix, as of `read_scale`.
         """
 
-    def read_scale(self, stored: Stored, weight: str) -> Tensor:
+    def read_scale(self, stored: StoredTensor, weight: str) -> Tensor:
         """The scales of the whole weight of this name; ModelError where one is no finite number."""
         raise NotImplementedError
 
@@ -66,7 +69,7 @@ class AsShipped(Format):
 
     @torch.no_grad()
     def load_matrix(
-        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
     ) -> None:
         weight = stored[""]
         targets = layer.stored_tensors()
@@ -86,7 +89,7 @@ class AsShipped(Format):
         weight.check_rows([local_part(target) for target in targets[: len(weight.codes)]])
 
     @torch.no_grad()
-    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
         experts = range(stack.stored_shape[0])
         if isinstance(weight, Tensor):
             for expert in experts:
@@ -110,7 +113,7 @@ class AsShipped(Format):
             if local:
                 stored.check_rows(local)
 
-    def _encode_expert(self, stack: "ExpertStack", expert: int, dense: Tensor) -> None:
+    def _encode_expert(self, stack: ExpertStack, expert: int, dense: Tensor) -> None:
         """Store a dense expert, as far as this rank holds it."""
         matrix = dense.T if stack.is_turned else dense
         for part, rows in enumerate(matrix.split(stack.rows // stack.parts)):
@@ -119,7 +122,7 @@ class AsShipped(Format):
                 if place is not None:
                     place.copy_(values)
 
-    def _is_of(self, weight: Stored) -> bool:
+    def _is_of(self, weight: StoredTensor) -> bool:
         return weight.format is not None and weight.format.name == self.name
 
     def _without_scales(self, name: str, what: str) -> ModelError:

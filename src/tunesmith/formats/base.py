@@ -11,11 +11,13 @@ holds no tensors itself: `FrozenLinear` and `ExpertStack` do, and `FrozenWeight`
 are what the products take of them.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
+    from tunesmith.model.weights import StoredTensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -36,32 +39,6 @@ MAX_DECODED_WEIGHTS = 1 << 24
 # Qwen3-30B-A3B or of gpt-oss-20b takes less in 16 bits, one of gpt-oss-120b 4 GiB.
 DENSE_BYTES = 1 << 30
 Update = tuple[Tensor, Tensor] | None  # of low rank: its two factors
-
-
-class Stored(Protocol):
-    """A tensor of a checkpoint, not yet read: `model.weights.StoredTensor`.
-
-    Attributes:
-        format: of a weight in codes; None: it is dense.
-        codes: of a weight in codes, what is stored of its rows; scale: of all of it.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> torch.Size: ...
-    @property
-    def format(self) -> "Format | None": ...
-    @property
-    def codes(self) -> Sequence["Stored"]: ...
-    @property
-    def scale(self) -> Tensor | None: ...
-    def read(self) -> Tensor: ...
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor: ...
-    def into(self, target: Tensor, begin: int = 0) -> None: ...
-    def into_part(self, target: Tensor) -> None: ...
-    def check_rows(self, codes: Sequence[Tensor], more: str = "") -> None: ...
-    def pieces(self, rows: slice) -> "Iterator[tuple[Any, Stored]]": ...
 
 
 class TensorForm(NamedTuple):
@@ -100,7 +77,7 @@ class Format(ABC):
         self.encoding = json.dumps([self.name, *options])
 
     @classmethod
-    def parse(cls, *options: Any) -> "Format":
+    def parse(cls, *options: Any) -> Format:
         """The format of these options, as they are in `encoding`."""
         return cls(*options)
 
@@ -120,7 +97,7 @@ class Format(ABC):
         raise NotImplementedError
 
     def load_matrix(
-        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
     ) -> None:
         """Take the weight, called `name`, of a checkpoint, or a tensor that was drawn.
 
@@ -128,7 +105,7 @@ class Format(ABC):
         """
         raise NotImplementedError
 
-    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
         """Take the experts of a dense or stored stack, of which this one's begin at `first`.
 
         A rank takes those that it holds. Where ranks share the stack it is a collective call.
@@ -138,10 +115,10 @@ class Format(ABC):
     # ---- values
 
     @abstractmethod
-    def decode(self, weight: "FrozenWeight", dtype: torch.dtype) -> Tensor:
+    def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         """The dense matrix."""
 
-    def decode_experts(self, stack: "FrozenStack", experts: slice, dtype: torch.dtype) -> Tensor:
+    def decode_experts(self, stack: FrozenStack, experts: slice, dtype: torch.dtype) -> Tensor:
         """The dense matrices of some experts: [experts, *stack.matrix]."""
         raise NotImplementedError
 
@@ -158,11 +135,11 @@ class Format(ABC):
         """
         return []
 
-    def quantize_gradient(self, weight: "FrozenWeight", dy: Tensor) -> list[Tensor]:
+    def quantize_gradient(self, weight: FrozenWeight, dy: Tensor) -> list[Tensor]:
         """Return the tensors that `backward_matmul` needs of dy beside dy itself, as above."""
         return []
 
-    def few_rows_matmul(self, weight: "FrozenWeight", x: Tensor) -> Tensor | None:
+    def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
         """x W^T for so few rows as decoding has, by a kernel of their own, without a backward.
 
         None where there is no such kernel.
@@ -170,7 +147,7 @@ class Format(ABC):
         return None
 
     def forward_matmul(
-        self, weight: "FrozenWeight", x: Tensor, quantized: Sequence[Tensor], update: Update
+        self, weight: FrozenWeight, x: Tensor, quantized: Sequence[Tensor], update: Update
     ) -> Tensor:
         """x W^T + (x A^T) B^T: a new [n, out].
 
@@ -188,7 +165,7 @@ class Format(ABC):
 
     def backward_matmul(
         self,
-        weight: "FrozenWeight",
+        weight: FrozenWeight,
         dy: Tensor,
         quantized: Sequence[Tensor],
         dx: Tensor | None,

@@ -4,6 +4,8 @@ Weights, inputs and output gradients are e4m3; the matmuls give bf16. Only the f
 rounded: the adapter's own matmuls and gradients stay in bf16.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +16,7 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import collective, local_slices
 from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import ModelError, first_line
-from tunesmith.formats.base import E4M3, Format, FrozenWeight, Stored, TensorForm, Update
+from tunesmith.formats.base import E4M3, Format, FrozenWeight, TensorForm, Update
 from tunesmith.formats.scaled_matmul import (
     SCALING_RECIPES,
     TENSOR_WISE,
@@ -26,6 +28,7 @@ from tunesmith.formats.scaled_matmul import (
 
 if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
+    from tunesmith.model.weights import StoredTensor
 
 MAX_FP8_ROUNDED_WEIGHTS = 1 << 22  # weights rounded at a time: they are in fp32 then
 # A row or a column may be wrong by this share of its norm. Fast sums and bf16 lose 0.5 % of it; a
@@ -118,7 +121,7 @@ class Fp8(Format):
     # ---- loading
 
     def load_matrix(
-        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
     ) -> None:
         dense = stored[""]
         if len(stored) > 1:
@@ -133,7 +136,7 @@ class Fp8(Format):
         layer.rounded_from = None if isinstance(dense, Tensor) else dense
 
     @torch.no_grad()
-    def quantize(self, layer: "FrozenLinear", dense: Stored | Tensor) -> None:
+    def quantize(self, layer: FrozenLinear, dense: StoredTensor | Tensor) -> None:
         """Store the whole layer's `dense` [out_features, in_features], rounded to bf16 first.
 
         A rank reads and rounds the rows that it holds, a piece at a time. Where ranks share the
@@ -172,12 +175,12 @@ class Fp8(Format):
         layer.get_buffer("scale").copy_(scale)
 
 
-def read_bf16_rows(layer: "FrozenLinear", dense: Stored | Tensor, rows: slice) -> Tensor:
+def read_bf16_rows(layer: FrozenLinear, dense: StoredTensor | Tensor, rows: slice) -> Tensor:
     """Rows of the layer's part of `dense`, in bf16, where the matmuls are."""
     return layer.part_of(dense, rows).to(layer.get_buffer("scale").device, torch.bfloat16)
 
 
-def _largest_of_ranks(layer: "FrozenLinear", scale: Tensor) -> Tensor:
+def _largest_of_ranks(layer: FrozenLinear, scale: Tensor) -> Tensor:
     """The largest scales of the ranks that have shards of the weight.
 
     The scales of rows of other ranks are 0.

@@ -2,7 +2,10 @@
 scale.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +17,13 @@ from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
     FrozenStack,
     FrozenWeight,
-    Stored,
     TensorForm,
 )
 from tunesmith.formats.form import ShippedForm
 from tunesmith.units import ceil_div
+
+if TYPE_CHECKING:
+    from tunesmith.model.weights import StoredTensor
 
 DRAWN_SCALE = 2.0**-10  # of drawn weights, whose standard deviation is 0.02
 
@@ -37,7 +42,7 @@ class Fp8Blocks(AsShipped):
         super().__init__(form, self.height, self.width)
 
     @classmethod
-    def parse(cls, height: int, width: int) -> "Fp8Blocks":
+    def parse(cls, height: int, width: int) -> Fp8Blocks:
         return cls(ShippedForm("fp8", (height, width) if height else None))
 
     def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
@@ -111,7 +116,7 @@ class Fp8Blocks(AsShipped):
         of_rows = scale[torch.arange(first, first + len(values)) // self.height]
         return values * self._spread_columns(of_rows, values.shape[1])
 
-    def read_scale(self, stored: Stored, weight: str) -> Tensor:
+    def read_scale(self, stored: StoredTensor, weight: str) -> Tensor:
         scales = stored.read().float()
         if not scales.isfinite().all():
             raise not_finite(weight, stored.name)

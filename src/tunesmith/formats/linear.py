@@ -1,17 +1,22 @@
 """A linear layer with a weight that is not trained, however that is stored."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.formats.base import Format, FrozenWeight, Stored, TensorForm
+from tunesmith.formats.base import Format, FrozenWeight, TensorForm
 from tunesmith.formats.dense import DENSE_FORMAT
 from tunesmith.formats.matmul import grouped_matmul
+
+if TYPE_CHECKING:
+    from tunesmith.model.weights import StoredTensor
 
 
 class TensorShard(NamedTuple):
@@ -92,7 +97,7 @@ class FrozenLinear(FrozenTensors):
     out_features: int
     bias: nn.Parameter | None
     tensor_shard: TensorShard | None = None
-    rounded_from: Stored | None = None
+    rounded_from: StoredTensor | None = None
     read_dense: Callable[[], Tensor] | None = None
 
     def __init__(
@@ -112,7 +117,7 @@ class FrozenLinear(FrozenTensors):
         self.compute_dtype = compute_dtype
         self.allocate(torch.device(device))
 
-    def take_over(self, base: "nn.Linear | FrozenLinear") -> None:
+    def take_over(self, base: nn.Linear | FrozenLinear) -> None:
         """Have the very tensors of another layer: tied weights stay tied."""
         self.in_features = base.in_features
         self.out_features = base.out_features
@@ -140,7 +145,7 @@ class FrozenLinear(FrozenTensors):
         self.format = kind
         self.hold(kind.matrix_forms(*self.shape), tensors)
 
-    def load(self, stored: Mapping[str, Stored | Tensor], name: str) -> None:
+    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
         """Take the weight, called `name`, of a checkpoint: a hook of `load_weights`.
 
         It may be a collective call.
@@ -153,7 +158,7 @@ class FrozenLinear(FrozenTensors):
             return FrozenWeight(DENSE_FORMAT, [self.read_dense()], self.shape)
         return FrozenWeight(self.format, self.read_tensors(), self.shape)
 
-    def part_of(self, dense: Tensor | Stored, rows: slice) -> Tensor:
+    def part_of(self, dense: Tensor | StoredTensor, rows: slice) -> Tensor:
         """Rows of this rank's part of the whole weight; a new tensor where read from a file."""
         # `rows` count from the first row of this rank's part, `dense` is the whole layer.
         first_row, first_column = self.origin

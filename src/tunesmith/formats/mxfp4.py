@@ -5,6 +5,8 @@ A checkpoint has the experts of a layer in one tensor, as [experts, out, in]; th
 [experts, in, out].
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,7 +22,6 @@ from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
     FrozenStack,
     FrozenWeight,
-    Stored,
     TensorForm,
 )
 from tunesmith.formats.e2m1 import pack_fp4, unpack_fp4
@@ -28,6 +29,7 @@ from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 
 if TYPE_CHECKING:
     from tunesmith.formats.stack import ExpertStack
+    from tunesmith.model.weights import StoredTensor
 
 EXPONENT_BIAS = 127
 NAN_EXPONENT = 255  # as it is stored
@@ -40,7 +42,7 @@ class Mxfp4(AsShipped):
     is_output_major = True
 
     @classmethod
-    def parse(cls) -> "Mxfp4":
+    def parse(cls) -> Mxfp4:
         return cls(ShippedForm("mxfp4"))
 
     def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
@@ -57,7 +59,7 @@ class Mxfp4(AsShipped):
         return [codes, torch.full_like(codes[..., 0], exponent)]
 
     @torch.no_grad()
-    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
         if isinstance(weight, Tensor) or not self._is_of(weight):
             super().load_stack(stack, weight, first)
             return

@@ -6,6 +6,8 @@ a forward on some CPUs. An expert of a stack is quantized by itself, as a linear
 that holds some of them, or a reader of one, has the same bits.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,13 +18,14 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import collective, local_slices
 from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import MachineError, ModelError, first_line
-from tunesmith.formats.base import Format, FrozenStack, FrozenWeight, Stored, TensorForm
+from tunesmith.formats.base import Format, FrozenStack, FrozenWeight, TensorForm
 from tunesmith.host import packages
 from tunesmith.units import ceil_div
 
 if TYPE_CHECKING:
     from tunesmith.formats.linear import FrozenLinear
     from tunesmith.formats.stack import ExpertStack
+    from tunesmith.model.weights import StoredTensor
 
 NF4_BLOCK = 64  # weights that share a scale
 NESTED_BLOCK = 256  # scales that share a scale
@@ -93,7 +96,7 @@ class Nf4(Format):
         self.nested_block = nested_block
 
     @classmethod
-    def parse(cls, dtype: str, block: int, nested_block: int) -> "Nf4":
+    def parse(cls, dtype: str, block: int, nested_block: int) -> Nf4:
         return cls(QUANT_STATE_DTYPES[dtype], block, nested_block)
 
     def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
@@ -188,7 +191,7 @@ class Nf4(Format):
     # ---- a matrix
 
     def load_matrix(
-        self, layer: "FrozenLinear", stored: Mapping[str, Stored | Tensor], name: str
+        self, layer: FrozenLinear, stored: Mapping[str, StoredTensor | Tensor], name: str
     ) -> None:
         if len(stored) == 1:
             self.quantize(layer, stored[""])
@@ -201,7 +204,7 @@ class Nf4(Format):
         self.load_quantized(layer, parts, where=name)
 
     @torch.no_grad()
-    def quantize(self, layer: "FrozenLinear", dense: Stored | Tensor) -> None:
+    def quantize(self, layer: FrozenLinear, dense: StoredTensor | Tensor) -> None:
         """Store the whole layer's `dense` [out_features, in_features].
 
         It is rounded to the compute dtype first, as Transformers does. A rank reads and quantizes
@@ -213,7 +216,7 @@ class Nf4(Format):
         scales = _gather_scales(layer, scales, dense.shape)
         self._quantize_scales(layer, scales, rows=dense.shape[0])
 
-    def _quantize_local_rows(self, layer: "FrozenLinear", dense: Stored | Tensor) -> Tensor:
+    def _quantize_local_rows(self, layer: FrozenLinear, dense: StoredTensor | Tensor) -> Tensor:
         """Store the codes that this rank holds of its part of the layer.
 
         Returns:
@@ -230,7 +233,7 @@ class Nf4(Format):
             _quantize_piece(weights, rows.start * width, codes, local_bytes, scales)
         return scales
 
-    def _quantize_scales(self, layer: "FrozenLinear", scales: Tensor, rows: int) -> None:
+    def _quantize_scales(self, layer: FrozenLinear, scales: Tensor, rows: int) -> None:
         """Store this rank's part of the whole layer's scales, in 8 bits with scales of their own.
 
         Args:
@@ -261,7 +264,7 @@ class Nf4(Format):
 
     @torch.no_grad()
     def load_quantized(
-        self, layer: "FrozenLinear", parts: Mapping[str, Tensor], *, where: str
+        self, layer: FrozenLinear, parts: Mapping[str, Tensor], *, where: str
     ) -> None:
         """Store a weight that bitsandbytes has quantized, else a ModelError that names `where`.
 
@@ -294,7 +297,7 @@ class Nf4(Format):
     # ---- a stack
 
     @torch.no_grad()
-    def load_stack(self, stack: "ExpertStack", weight: Stored | Tensor, first: int) -> None:
+    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
         codes, absmax, code, nested_absmax, nested_code, nested_offset = stack.stored_tensors()
         code.copy_(nf4_functions().get_4bit_type("nf4", device=code.device))
         # It depends on no scale.
@@ -323,7 +326,7 @@ class Nf4(Format):
                 scales.copy_(collective("all_reduce", scales, "max", group.group_name))
 
 
-def _pieces_of_rows(layer: "FrozenLinear", local_bytes: slice) -> Iterator[slice]:
+def _pieces_of_rows(layer: FrozenLinear, local_bytes: slice) -> Iterator[slice]:
     """The rows that have these bytes of the codes, in pieces of whole blocks."""
     # The fewest rows that are whole blocks: their weights are lcm(NF4_BLOCK, in_features).
     rows_per_group = NF4_BLOCK // math.gcd(NF4_BLOCK, layer.in_features)  # whole blocks together
@@ -337,7 +340,7 @@ def _pieces_of_rows(layer: "FrozenLinear", local_bytes: slice) -> Iterator[slice
         yield slice(row, min(row + rows_per_piece, end_row))
 
 
-def _gather_scales(layer: "FrozenLinear", scales: Tensor, shape: torch.Size) -> Tensor:
+def _gather_scales(layer: FrozenLinear, scales: Tensor, shape: torch.Size) -> Tensor:
     """The scales of the whole layer of that shape, of what each rank has of them."""
     groups: list[str] = [group.group_name for group in sharding_groups(layer.weight)]
     shard = layer.tensor_shard

@@ -2,7 +2,10 @@
 of a matrix one in fp32.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +16,13 @@ from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
     FrozenStack,
     FrozenWeight,
-    Stored,
     TensorForm,
 )
 from tunesmith.formats.e2m1 import pack_fp4, unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
+
+if TYPE_CHECKING:
+    from tunesmith.model.weights import StoredTensor
 
 SIGNLESS_NAN = 127  # as the byte of a scale
 
@@ -39,7 +44,7 @@ class Nvfp4(AsShipped):
         super().__init__(form, self.divides)
 
     @classmethod
-    def parse(cls, divides: bool) -> "Nvfp4":
+    def parse(cls, divides: bool) -> Nvfp4:
         return cls(ShippedForm("nvfp4", names=COMPRESSED_TENSORS if divides else MODELOPT))
 
     def matrix_forms(self, rows: int, columns: int) -> dict[str, TensorForm]:
@@ -83,7 +88,7 @@ class Nvfp4(AsShipped):
         packed, scales = codes
         return decode_nvfp4(packed, scales.view(E4M3), scale, divides=self.divides)
 
-    def read_scale(self, stored: Stored, weight: str) -> Tensor:
+    def read_scale(self, stored: StoredTensor, weight: str) -> Tensor:
         scale = stored.read().view(1, 1)
         if not scale.isfinite() or scale <= 0:
             raise not_finite(weight, stored.name, f" and above 0: {scale.item():g}")

@@ -5,7 +5,10 @@ in, out]. Where they are in codes, a module of the parameter's name stands in it
 is read, and rounded, at a time: a dense stack is never in memory.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +16,12 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
-from tunesmith.formats.base import Format, FrozenStack, Stored
+from tunesmith.formats.base import Format, FrozenStack
 from tunesmith.formats.form import FETCH
 from tunesmith.formats.linear import FrozenTensors, empty_tensors
+
+if TYPE_CHECKING:
+    from tunesmith.model.weights import StoredTensor
 
 
 class ExpertStack(FrozenTensors):
@@ -89,11 +95,11 @@ class ExpertStack(FrozenTensors):
         is_transposed = self.is_transposed and not self.is_turned
         return FrozenStack(self.format, self.read_tensors(), self.shape, is_transposed)
 
-    def store(self, weight: Stored | Tensor, first: int = 0) -> None:
+    def store(self, weight: StoredTensor | Tensor, first: int = 0) -> None:
         """Take the experts of a dense or stored stack, of which this one's begin at `first`."""
         self.format.load_stack(self, weight, first)
 
-    def load(self, stored: Mapping[str, Stored | Tensor], name: str) -> None:
+    def load(self, stored: Mapping[str, StoredTensor | Tensor], name: str) -> None:
         """Take the stack, called `name`, of a checkpoint: a hook of `load_weights`."""
         weight = stored[""]
         if len(stored) > 1:
@@ -108,7 +114,7 @@ class ExpertStack(FrozenTensors):
             raise ModelError(what, where=name, fix=FETCH)
         self.store(weight)
 
-    def rounded(self, weight: Stored | Tensor, first: int, last: int) -> Tensor:
+    def rounded(self, weight: StoredTensor | Tensor, first: int, last: int) -> Tensor:
         """The experts of a stack from `first` to before `last`, rounded as this stack does, dense
         on the CPU: [last - first, *stored_shape[1:]] in the compute dtype.
         """
