@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith.formats.e2m1 import pack_fp4
+from tunesmith.formats.e2m1 import E2M1_VALUES
 from tunesmith.formats.form import ROW
 
 Tensors = dict[str, torch.Tensor]
@@ -27,6 +27,15 @@ def rounded(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.
     spread = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)
     spread = spread[: weight.shape[0], : weight.shape[1]]
     return (weight / spread).to(torch.float8_e4m3fn), scale
+
+
+def pack_fp4(values: torch.Tensor) -> torch.Tensor:
+    """The codes nearest to values [..., n], two a byte: [..., n / 2]."""
+    middles = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
+    sizes = torch.bucketize(values.abs().contiguous(), middles.to(values.device))
+    codes = sizes | (values < 0).long() << 3
+    low, high = codes.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
 
 
 def encode_nvfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:

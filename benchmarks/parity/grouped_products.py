@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.dense import dense_stack
+from tunesmith.formats.linear import empty_tensors
 from tunesmith.formats.mxfp4 import Mxfp4
 from tunesmith.quant import expert_matmul, expert_rows
 from tunesmith.quant.expert_rows import ExpertRows
@@ -34,18 +35,18 @@ EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
 ROWS = (0, 3, 70, 0, 1, 129, 16, 0)
 # Sums over 128 to 192 products, in another order, and rounded to the type once more.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
-MXFP4_SCALE = 0.02  # standard deviation of weights that `encode` has steps for
 STACKS = ("dense", "transposed", "mxfp4")
 
 
 def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack:
     """A random stack; the same numbers on each device."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
     if kind == "mxfp4":
         mxfp4 = Mxfp4.parse()
-        codes = mxfp4.encode(weight * (MXFP4_SCALE / weight.std()))
+        codes = empty_tensors(mxfp4.stack_forms(EXPERTS, OUT, IN, 1), torch.device("cpu"))
+        mxfp4.draw(codes)
         return FrozenStack(mxfp4, [tensor.to(device) for tensor in codes], (EXPERTS, IN, OUT))
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(EXPERTS, OUT, IN, generator=generator) / IN**0.5
     if kind == "transposed":
         weight = weight.mT.contiguous()
     return dense_stack(weight.to(device, dtype), is_transposed=kind == "transposed")

@@ -253,15 +253,10 @@ def test_a_base_in_codes_is_quantized_to_nf4_as_its_dense_one(form, tiny, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["fp8", "fp8 of an export", "nvfp4", "nvfp4 of modelopt"])
-def test_drawn_weights_are_rounded_into_the_codes(form: str, tiny, tmp_path) -> None:
+def test_a_base_is_drawn_in_its_codes(form: str, tiny, tmp_path) -> None:
     folder = FORMS[form](tiny, tmp_path / "base")
-    models = []
-    for quantize in ("as-shipped", "none"):
-        run = make_run(folder, tmp_path, held=False, model={"quantize": quantize})
-        models.append(built_model(run, folder, weights="random").model)
-    kept, dense = models
-    layers = layers_of(kept)
+    run = make_run(folder, tmp_path, held=False, model={"quantize": "as-shipped"})
+    layers = layers_of(built_model(run, folder, weights="random").model)
     assert len(layers) == 14
     for name, layer in layers.items():
-        wanted = dense.get_parameter(f"{name}.weight")
-        assert 0 < (layer.dense() - wanted).norm() / wanted.norm() < 0.15, name
+        assert 0.01 < layer.dense().std() < 0.05, name

@@ -199,15 +199,11 @@ def test_peft_files_do_not_know_how_the_base_is_stored(bases: Path, tmp_path: Pa
         "nf4",
     ],
 )
-def test_drawn_weights_are_rounded_into_the_codes(name: str, bases: Path, tmp_path: Path) -> None:
+def test_experts_are_drawn_in_their_codes(name: str, bases: Path, tmp_path: Path) -> None:
     case = CASES[name]
     folder = folder_of(bases, case)
     run = make_run(folder, tmp_path, held=False, model={"quantize": case.quantize})
     model = built_model(run, folder, weights="random").model
-    dense_run = make_run(folder, tmp_path, held=False, model={"quantize": "none"})
-    dense = built_model(dense_run, folder, weights="random").model
     for stack_name, stack in model.named_modules():
         if isinstance(stack, ExpertStack):
-            wanted = dense.get_parameter(stack_name)
-            error = (stack.dense() - wanted).norm() / wanted.norm()
-            assert 0 < error < 0.15, stack_name
+            assert 0.01 < stack.dense().std() < 0.05, stack_name

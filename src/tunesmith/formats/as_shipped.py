@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format, TensorForm
@@ -26,11 +25,14 @@ if TYPE_CHECKING:
     from tunesmith.model.weights import StoredTensor
 
 
-DRAWN_STEP = 2.0**-7  # of drawn weights in 4 bits: their standard deviation is 0.02
-
-
 class AsShipped(Format):
-    """Tensors that are shared have rows of a matrix, and come first; another one has its scales."""
+    """Tensors that are shared have rows of a matrix, and come first; another one has its scales.
+
+    Attributes:
+        drawn_scales: each tensor's value but the codes', of drawn weights: these are of about 0.02.
+    """
+
+    drawn_scales: Sequence[float]
 
     def __init__(self, form: ShippedForm, *options: str | float | None) -> None:
         super().__init__(*options)
@@ -48,9 +50,15 @@ class AsShipped(Format):
             forms[name] = form._replace(shape=shape)
         return forms
 
-    @abstractmethod
-    def encode(self, dense: Tensor) -> list[Tensor]:
-        """The tensors of a matrix in fp32 that was drawn to measure speed: all scales are alike."""
+    def draw(self, tensors: Sequence[Tensor]) -> None:
+        """Fill the tensors of a weight to measure speed with: random codes, equal scales."""
+        codes, *scales = tensors
+        generator = torch.Generator(codes.device).manual_seed(0)
+        codes.random_(0, 256, generator=generator)
+        # Without the highest bit of the exponent: no code is NaN, and few are large.
+        codes.bitwise_and_(0b10111111)
+        for scale, value in zip(scales, self.drawn_scales, strict=True):
+            scale.fill_(value)
 
     @abstractmethod
     def decode_rows(self, codes: Sequence[Tensor], scale: Tensor | None, first: int) -> Tensor:
@@ -74,8 +82,7 @@ class AsShipped(Format):
         weight = stored[""]
         targets = layer.stored_tensors()
         if isinstance(weight, Tensor):
-            for target, values in zip(targets, self.encode(weight.float()), strict=True):
-                local_part(target).copy_(values[local_slices(target)])
+            self.draw([local_part(target) for target in targets])
             return
         if not self._is_of(weight):
             raise self._without_scales(name, "its weight is")
@@ -90,12 +97,10 @@ class AsShipped(Format):
 
     @torch.no_grad()
     def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
-        experts = range(stack.stored_shape[0])
         if isinstance(weight, Tensor):
-            for expert in experts:
-                self._encode_expert(stack, expert, weight[first + expert].float())
+            self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return
-        pieces = list(weight.pieces(slice(first, first + len(experts))))
+        pieces = list(weight.pieces(slice(first, first + stack.stored_shape[0])))
         if not pieces:
             raise self._without_scales(weight.name, "these experts are")
         for piece, stored in pieces:
@@ -112,15 +117,6 @@ class AsShipped(Format):
                 codes.into(place)
             if local:
                 stored.check_rows(local)
-
-    def _encode_expert(self, stack: ExpertStack, expert: int, dense: Tensor) -> None:
-        """Store a dense expert, as far as this rank holds it."""
-        matrix = dense.T if stack.is_turned else dense
-        for part, rows in enumerate(matrix.split(stack.rows // stack.parts)):
-            places = stack.places_of(expert, part)
-            for place, values in zip(places, self.encode(rows), strict=True):
-                if place is not None:
-                    place.copy_(values)
 
     def _is_of(self, weight: StoredTensor) -> bool:
         return weight.format is not None and weight.format.name == self.name

@@ -14,12 +14,3 @@ def unpack_fp4(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     word = torch.int64 if dtype.itemsize == 4 else torch.int32
     pairs = torch.stack([low, high], dim=-1).view(256, 2).view(word).view(256)
     return pairs[packed.int()].view(dtype)
-
-
-def pack_fp4(values: torch.Tensor) -> torch.Tensor:
-    """The codes nearest to values [..., n], two a byte: [..., n / 2]."""
-    middles = (E2M1_VALUES[1:] + E2M1_VALUES[:-1]) / 2
-    sizes = torch.bucketize(values.abs().contiguous(), middles.to(values.device))
-    codes = sizes | (values < 0).long() << 3
-    low, high = codes.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4

@@ -13,7 +13,6 @@ from torch import Tensor
 from tunesmith.formats.as_shipped import AsShipped, not_finite
 from tunesmith.formats.base import (
     E4M3,
-    E4M3_MAX,
     MAX_DECODED_WEIGHTS,
     FrozenStack,
     FrozenWeight,
@@ -25,8 +24,6 @@ from tunesmith.units import ceil_div
 if TYPE_CHECKING:
     from tunesmith.model.weights import StoredTensor
 
-DRAWN_SCALE = 2.0**-10  # of drawn weights, whose standard deviation is 0.02
-
 
 class Fp8Blocks(AsShipped):
     """tensors: the e4m3 codes of W [out, in], and their scales: fp32 [block rows, block columns].
@@ -36,6 +33,7 @@ class Fp8Blocks(AsShipped):
     """
 
     name = "fp8-blocks"
+    drawn_scales = (2.0**-5,)
 
     def __init__(self, form: ShippedForm) -> None:
         self.height, self.width = form.block or (0, 0)
@@ -51,12 +49,6 @@ class Fp8Blocks(AsShipped):
             # Not persistent: a checkpoint of the base holds dense weights.
             "scale": TensorForm(self.form.scale_shape(rows, columns)),
         }
-
-    def encode(self, dense: Tensor) -> list[Tensor]:
-        codes = (dense / DRAWN_SCALE).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        rows, columns = dense.shape
-        scales = dense.new_full(self.form.scale_shape(rows, columns), DRAWN_SCALE)
-        return [codes.view(torch.uint8), scales]
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         codes, scales = weight.tensors

@@ -7,7 +7,6 @@ A checkpoint has the experts of a layer in one tensor, as [experts, out, in]; th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
-from tunesmith.formats.as_shipped import DRAWN_STEP, AsShipped
+from tunesmith.formats.as_shipped import AsShipped
 from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
     FrozenStack,
     FrozenWeight,
     TensorForm,
 )
-from tunesmith.formats.e2m1 import pack_fp4, unpack_fp4
+from tunesmith.formats.e2m1 import unpack_fp4
 from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class Mxfp4(AsShipped):
     """tensors: blocks uint8 [..., out, groups, 16] and exponents uint8 [..., out, groups]."""
 
     name = "mxfp4"
+    drawn_scales = (EXPONENT_BIAS - 7,)
     is_output_major = True
 
     @classmethod
@@ -52,11 +52,6 @@ class Mxfp4(AsShipped):
             # Shared too: it is a sixteenth of the blocks.
             "weight_scales": TensorForm(groups, torch.uint8, is_shared=True),
         }
-
-    def encode(self, dense: Tensor) -> list[Tensor]:
-        codes = pack_fp4(dense / DRAWN_STEP).unflatten(-1, (-1, MXFP4_GROUP // 2))
-        exponent = EXPONENT_BIAS + int(math.log2(DRAWN_STEP))
-        return [codes, torch.full_like(codes[..., 0], exponent)]
 
     @torch.no_grad()
     def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tunesmith.formats.as_shipped import DRAWN_STEP, AsShipped, not_finite
+from tunesmith.formats.as_shipped import AsShipped, not_finite
 from tunesmith.formats.base import (
     E4M3,
     MAX_DECODED_WEIGHTS,
@@ -18,13 +18,14 @@ from tunesmith.formats.base import (
     FrozenWeight,
     TensorForm,
 )
-from tunesmith.formats.e2m1 import pack_fp4, unpack_fp4
+from tunesmith.formats.e2m1 import unpack_fp4
 from tunesmith.formats.form import COMPRESSED_TENSORS, MODELOPT, NVFP4_GROUP, ShippedForm
 
 if TYPE_CHECKING:
     from tunesmith.model.weights import StoredTensor
 
 SIGNLESS_NAN = 127  # as the byte of a scale
+ONE_IN_E4M3 = 0x38  # as above
 
 
 class Nvfp4(AsShipped):
@@ -42,6 +43,7 @@ class Nvfp4(AsShipped):
         assert form.names is not None
         self.divides = form.names.divides
         super().__init__(form, self.divides)
+        self.drawn_scales = (ONE_IN_E4M3, 2.0**7 if self.divides else 2.0**-7)
 
     @classmethod
     def parse(cls, divides: bool) -> Nvfp4:
@@ -55,12 +57,6 @@ class Nvfp4(AsShipped):
             "weight_scales": TensorForm(groups, torch.uint8, is_shared=True, read_as=E4M3),
             "scale": TensorForm((1, 1)),
         }
-
-    def encode(self, dense: Tensor) -> list[Tensor]:
-        codes = pack_fp4(dense / DRAWN_STEP)
-        ones = codes.new_ones(len(codes), dense.shape[1] // NVFP4_GROUP, dtype=torch.float32)
-        scale = torch.full((1, 1), 1 / DRAWN_STEP if self.divides else DRAWN_STEP)
-        return [codes, ones.to(E4M3).view(torch.uint8), scale]
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         codes, scales, scale = weight.tensors
