@@ -70,18 +70,6 @@ def test_value_and_gradients(kind, options, chunk):
 @pytest.mark.parametrize("options", CAPS, ids=str)
 @pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "lora"])
 @pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_weights_per_position(kind, options, chunk):
-    hidden, head, targets = case(kind)
-    weights = torch.rand(23, dtype=torch.float64) + 0.5
-    leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    ours = chunked_cross_entropy(hidden, head, targets, weights=weights, chunk=chunk, **options)
-    expected = (plain(hidden, head, targets, reduction="none", **options) * weights).sum()
-    assert_equal_with_gradients(ours, expected, leaves)
-
-
-@pytest.mark.parametrize("options", CAPS, ids=str)
-@pytest.mark.parametrize("kind", ["frozen", "trained", "bias", "lora"])
-@pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_log_probabilities_have_gradients(kind, options, chunk):
     """Against `log_softmax` of all logits, below a function that is not linear in them."""
     hidden, head, targets = case(kind)

@@ -4,8 +4,8 @@ Logits are the largest tensor of a training step: 4096 positions of a 128k vocab
 fp32, and autograd would keep several copies. Here only positions with a label come in, one chunk of
 logits exists at a time, and its gradient is computed while it exists, so the backward holds nothing
 larger than the hidden states. The idea is that of Liger's fused linear cross-entropy (Hsu et al.
-2024, arXiv:2410.10989). The chunks are ours so that frozen, trained and tied heads, a soft cap, a
-logit scale and weights per position all take the same path.
+2024, arXiv:2410.10989). The chunks are ours so that frozen, trained and tied heads, a soft cap
+and a logit scale all take the same path.
 """
 
 from collections.abc import Callable
@@ -49,13 +49,12 @@ def chunked_cross_entropy(
     head: nn.Linear,
     targets: Tensor,
     *,
-    weights: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
     chunk: int | None = None,
     loss_and_grad_fn: LossAndGradFn | None = None,
 ) -> Tensor:
-    """Sum of `weights * cross_entropy(cap(scale * head(hidden)), targets)`, in nats.
+    """Sum of `cross_entropy(cap(scale * head(hidden)), targets)`, in nats.
 
     Args:
         hidden: [n, h], hidden states of the supervised positions.
@@ -64,7 +63,6 @@ def chunked_cross_entropy(
             chunk by chunk. Of a `ShardedHead` the loss is whole on every rank, and the gradient of
             `hidden` this rank's part of a sum.
         targets: int64 [n].
-        weights: [n], a constant factor per position; None counts each once.
         softcap: c in c * tanh(logits / c) (Gemma 2), or None.
         scale: factor on the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         chunk: positions per chunk; None takes `chunk_size`.
@@ -74,16 +72,13 @@ def chunked_cross_entropy(
     Returns:
         0-d, fp32 (fp64 where hidden is fp64).
     """
-    # The forward computes the gradients too, as the loss is a sum whose weights it has.
+    # The forward computes the gradients too, as the loss is a sum.
     args = _arguments(head, targets, softcap, scale, chunk, loss_and_grad_fn)
     if _is_plain(head):
         weight = local_part(head.weight)
-        return _HeadLoss.apply(hidden, weight, local_part(head.bias), weights, args)
+        return _HeadLoss.apply(hidden, weight, local_part(head.bias), args)
     # A head with an adapter: plain autograd, with each chunk's logits recomputed.
-    losses = _module_losses(hidden, head, args)
-    if weights is not None:
-        losses = losses * weights
-    return losses.sum()
+    return _module_losses(hidden, head, args).sum()
 
 
 def token_logprobs(
@@ -324,7 +319,6 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        weights: Tensor | None,
         args: _LossArguments,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden))
@@ -333,8 +327,7 @@ class _HeadLoss(torch.autograd.Function):
         for span in args.spans():
             # [c, vocabulary], this chunk's alone: the loss may overwrite it.
             raw = F.linear(hidden[span], weight, bias)
-            chunk_weights = None if weights is None else weights[span]
-            losses, grad_logits = args.loss_and_grad(raw, span, chunk_weights)
+            losses, grad_logits = args.loss_and_grad(raw, span, None)
             total += losses.sum()
             grads.add(span, grad_logits, hidden[span], weight)
         # Gradients, not inputs: the backward only multiplies them by the gradient of the sum.
@@ -352,8 +345,7 @@ class _HeadLoss(torch.autograd.Function):
             # grads[0] is the 0-d gradient of the loss, on the device: no value is read by the host.
             return torch.mul(grad, grads[0], out=torch.empty_like(grad, dtype=dtype))
 
-        # None for `weights` and `args`.
-        return (*map(scaled, ctx.saved_tensors, ctx.dtypes), None, None)
+        return (*map(scaled, ctx.saved_tensors, ctx.dtypes), None)
 
 
 class _HeadLogprobs(torch.autograd.Function):

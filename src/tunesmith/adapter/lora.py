@@ -366,8 +366,8 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 @torch.no_grad()
-def merged_weight(layer: LoraLinear, dtype: torch.dtype | None = None) -> Tensor:
-    """Base weight plus update, [out_features, in_features] in `dtype` (None: the base's).
+def merged_weight(layer: LoraLinear) -> Tensor:
+    """Base weight plus update, [out_features, in_features] in the base's dtype.
 
     They are added in fp32 and rounded once.
     """
@@ -375,7 +375,7 @@ def merged_weight(layer: LoraLinear, dtype: torch.dtype | None = None) -> Tensor
     weight = layer.dense()
     wide = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(wide) + layer.update().to(wide)
-    return merged.to(dtype or weight.dtype)
+    return merged.to(weight.dtype)
 
 
 @contextmanager

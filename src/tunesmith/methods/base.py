@@ -288,13 +288,10 @@ class TrainModel(nn.Module):
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
         return output.last_hidden_state.flatten(0, 1)
 
-    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Cross-entropy summed over positions: hidden [n, width], targets [n], each times weights
-        [n]."""
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy summed over positions: hidden [n, width], targets [n]."""
         options = self._loss_options()
-        return compute_with_head(
-            chunked_cross_entropy, hidden, self.head, targets, weights=weights, **options
-        )
+        return compute_with_head(chunked_cross_entropy, hidden, self.head, targets, **options)
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability of each target, fp32 (or fp64) [n], with gradient.
