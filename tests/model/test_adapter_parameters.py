@@ -17,6 +17,7 @@ from . import families
 ADAPTERS = [
     Adapter(),
     Adapter(rank=3, target=("o_proj", "down_proj"), modules_to_save=("embed_tokens",)),
+    Adapter(rank=4, target=("o_proj", "lm_head")),
 ]
 
 

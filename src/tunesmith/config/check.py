@@ -317,7 +317,8 @@ def _template(run: Run) -> Iterator[Problem]:
             fix="remove it, or data.template: chat",
         )
     formats = {source.format for source in (*data.train, *data.validation)}
-    with_turns = sorted(formats & {"messages", "sharegpt", "alpaca"})
+    plain = {name for name, form in ROW_FORMATS.items() if form.is_plain}
+    with_turns = sorted(formats & set(CHATS) - plain - set(METHOD_FORMATS.values()))
     if data.template == "raw" and with_turns:
         yield Problem(
             "data.template",

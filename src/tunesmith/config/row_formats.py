@@ -79,6 +79,12 @@ class RowFormat(NamedTuple):
             names |= dict.fromkeys([*layout.needed, *layout.optional])
         return tuple(names)
 
+    @property
+    def answers_in_text(self) -> bool:
+        """True where a column of its own holds the answer; False where a list of turns does."""
+        names = self.names(self.answer)
+        return bool(names) and not isinstance(names, ChatColumn)
+
     def names(self, column: str) -> tuple[str, ...]:
         """The names that files have for one of these columns."""
         for layout in self.layouts:

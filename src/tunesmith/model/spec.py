@@ -534,6 +534,8 @@ def adapter_parameters(spec: ModelSpec, adapter: Adapter, tensor: int = 1) -> in
         # A is [rank, in], B [out, rank]: rank * (in + out), of which one width is cut over the
         # ranks.
         count += spec.depth * adapter.rank * (whole + ceil_div(shared, tensor))
+    if "lm_head" in targets:
+        count += adapter.rank * (hidden + ceil_div(spec.vocab, tensor))
     tables = 0
     for name in adapter.modules_to_save:
         if _last_part(name) in ("embed_tokens", "lm_head"):

@@ -442,6 +442,7 @@ def load_weights(
     finite = FiniteCheck()
     with torch.no_grad(), ExitStack() as stack:
         files = {path: stack.enter_context(open_uncached(path)) for path in headers}
+        # Hooks last, in their own order: see `convert`.
         for name in (*sorted(groups.keys() - hooks.keys(), key=place), *hooks):
             # A mask that is stored may have infinity in it.
             is_weight = name in hooks or isinstance(targets[name], torch.nn.Parameter)
@@ -461,7 +462,6 @@ def find_stored(
     folder: Path,
     *,
     quantized: Collection[str] = (),
-    # Hooks last, in their own order: see `convert`.
     grow_from: int | None = None,
 ) -> dict[str, dict[str, StoredTensor]]:
     """Find what a folder's safetensors files hold of each tensor of a model, which may be on meta.

@@ -95,6 +95,7 @@ class Scheme:
             assert form is not None  # `check_quantize` refuses others
             replace_by_codes(model, shipped_format(form), dtype, form)
         else:
+            assert self is NF4, f"{self.name} has no format"
             replace_by_codes(model, Nf4(dtype), dtype)
 
     def check_device(self, device: torch.device) -> None:

@@ -548,8 +548,8 @@ def label_apart(runs: Sequence[RunFiles]) -> None:
 
 
 def how_it_ended(run: RunFiles) -> Fields:
-    """Find what a run that neither goes on nor finished left behind to tell why, and the command
-    that goes on; else nothing.
+    """Find what a run that neither goes on nor finished left behind to tell why, and what to do
+    next; else nothing.
     """
     fields: Fields = {}
     # failure.json of an earlier start stays; only the state says whether it counts.

@@ -395,14 +395,14 @@ def _with_answer(
     """The row with an answer, its own or a placeholder, and whether it is its own."""
     if source.format == "text":
         return row, False
-    column = ROW_FORMATS[source.format].answer
-    column = source.columns.get(column, column)
+    form = ROW_FORMATS[source.format]
+    column = source.columns.get(form.answer, form.answer)
     reader = RowReader(row, source, where)
     # JSON text of messages is read as these.
     value = reader.text_or_messages(row.get(column), column)
     role_key = "role"
     placeholder = {"role": "assistant", "content": ANSWER_PLACEHOLDER}
-    if source.format in ("alpaca", "prompt-completion"):
+    if form.answers_in_text:
         if value not in (None, ""):
             return row, True
         # A prompt of messages is completed by messages.

@@ -143,7 +143,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
 
 
 def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> str:
-    """The named tool, or the one that knows most of the keys.
+    """The named tool, or the one of whose own keys the file has most.
 
     UsageError where several do alike, and where all keys that are known are of another tool.
     """

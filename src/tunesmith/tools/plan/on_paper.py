@@ -46,7 +46,8 @@ class StatedRows:
     Attributes:
         count: how many there are, of files that are elsewhere.
         length: tokens of an example.
-        looked_at: the same, as the recipe was chosen by; is_estimated: from characters.
+        looked_at: the same of the rows that the recipe was chosen by.
+        is_estimated: the lengths are guessed from characters.
     """
 
     count: int | None = None
