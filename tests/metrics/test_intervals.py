@@ -15,6 +15,7 @@ import pytest
 from intervals import binary, shares
 
 from errors import holds
+from tunesmith.metrics import intervals as module
 from tunesmith.metrics.intervals import (
     Interval,
     PairedIntervals,
@@ -152,6 +153,28 @@ def test_the_same_scores_give_the_same_interval_on_any_machine() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     here = paired_intervals([0, 1, 0, 1, 1, 0, 0], [1, 1, 0, 1, 0.5, 1, 0])
     assert json.loads(done.stdout) == json.loads(json.dumps(here))
+
+
+def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part has whole resamples: the draws are the same ones, however many fit."""
+    rng = np.random.default_rng(2)
+    base, tuned = shares(rng, 300)
+    sizes = []
+
+    class Counted(np.random.Generator):
+        def integers(self, *args, **options) -> np.ndarray:
+            drawn = super().integers(*args, **options)
+            sizes.append(drawn.size)
+            return drawn
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Counted(np.random.PCG64(seed)))
+    whole = paired_intervals(base, tuned, resamples=250)
+    assert sum(sizes) == 3 * 250 * 300
+    sizes.clear()
+    monkeypatch.setattr(module, "DRAWS_AT_ONCE", 2000)
+    assert paired_intervals(base, tuned, resamples=250) == whole
+    assert max(sizes) == 1800
+    assert sum(sizes) == 3 * 250 * 300
 
 
 @pytest.mark.slow

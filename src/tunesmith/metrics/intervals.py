@@ -37,7 +37,9 @@ SEED = 20_240_607
 TAIL_PROBABILITY = 0.025  # beyond each end of a 95 % interval
 # Five rows that differ all point one way once in 16 times by chance, six once in 32.
 MIN_DIFFERING = 6
-RESAMPLES_AT_ONCE = 100  # which bounds the memory of their row numbers
+# Of row numbers and what they pick: these fit a cache, and 32 MiB.
+RESAMPLES_AT_ONCE = 100
+DRAWS_AT_ONCE = 1 << 22
 
 
 class Interval(NamedTuple):
@@ -191,9 +193,10 @@ def _bootstrap_interval(values: np.ndarray, lowest: float, resamples: int) -> In
     count = len(values)
     # The same rows for every call: what two models and their difference get is of the same draws.
     rng = np.random.default_rng(SEED)
+    at_once = max(1, min(RESAMPLES_AT_ONCE, DRAWS_AT_ONCE // count))
     parts = []
-    for _ in range(0, resamples, RESAMPLES_AT_ONCE):
-        rows = rng.integers(count, size=(RESAMPLES_AT_ONCE, count))
+    for first in range(0, resamples, at_once):
+        rows = rng.integers(count, size=(min(at_once, resamples - first), count))
         parts.append(values[rows].mean(axis=1))
     tail = expanded_tail(count)
     low, high = np.quantile(np.concatenate(parts), [tail, 1 - tail])
