@@ -343,7 +343,7 @@ def test_what_a_stop_saved_is_told_by_all_until_a_resume_goes_on(
     def told_steps() -> list[int | None]:
         summary = RunFiles(folder)
         listed = RunList([folder.parent])
-        list(listed.refresh())
+        listed.refresh()
         stopped = json.loads((folder / "stopped.json").read_text())
         return [summary.steps, listed.rows[folder]["step"], stopped["step"]]
 
