@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import tracemalloc
 from pathlib import Path
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 
 from tunesmith.launch.jobs import holds_runs
+from tunesmith.tools.report import run_list
 from tunesmith.tools.report.run_list import SPARK_POINTS, Row, RunList
 from watching import add_steps, write_run
+
+
+@pytest.fixture(autouse=True)
+def whole_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_list, "LOOK_SECONDS", math.inf)
 
 
 def rows(runs: RunList) -> dict[str, Row]:
@@ -62,6 +69,26 @@ def test_a_line_follows_its_run_and_new_ones_are_found(tmp_path: Path) -> None:
     assert rows(runs)["other"]["id"] == 1
     (folder / "failure.json").write_text('{"what": "out of memory"}')
     assert rows(runs)["run"]["state"] == "failed"
+
+
+def test_a_look_without_time_for_all_goes_on_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / name, 5)
+    runs = RunList([tmp_path])
+    monkeypatch.setattr(run_list, "LOOK_SECONDS", 0)
+    assert [*rows(runs)] == ["a"]
+    # What goes on does not keep the others waiting.
+    add_steps(tmp_path / "a", 6, 7)
+    assert [*rows(runs)] == ["a", "b"]
+    told = rows(runs)
+    assert {row["name"]: (row["look"], row["step"]) for row in told.values()} == {
+        "a": (1, 5),
+        "b": (2, 5),
+        "c": (3, 5),
+    }
+    assert rows(runs)["a"]["step"] == 7
 
 
 def test_damaged_runs_have_their_line(tmp_path: Path) -> None:

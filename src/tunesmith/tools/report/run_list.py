@@ -1,11 +1,14 @@
 """All runs of some folders, a line for each: state, step, losses and a sparkline.
 
 A list of hundreds of runs must not hold their records: a run is read again only when its files have
-changed, and only what goes on stays open.
+changed, and only what goes on stays open. Reading many takes long: a look ends in time, and the next
+one goes on.
 """
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TypedDict
@@ -17,6 +20,7 @@ from tunesmith.run_dir import FAILURE, METRICS, RECIPE, STOPPED, RunState, shown
 from tunesmith.units import ceil_div
 
 SPARK_POINTS = 48  # of a sparkline, at most
+LOOK_SECONDS = 0.3  # after which a look reads no further run
 # The content of a line.
 _SIGNATURE_FILES = (METRICS, FAILURE, STOPPED, FINAL_MANIFEST)
 
@@ -52,15 +56,17 @@ class RunList:
         self._names: dict[Path, str] = {}
         self._running: dict[Path, RunFiles] = {}
         self._signatures: dict[Path, list[object]] = {}
+        self._next = 0  # the number of the run to go on with
 
     def refresh(self) -> None:
-        """Look for new runs, then at each run that has changed."""
+        """Look for new runs, then at each run that has changed, or at as many as there is time for."""
+        began = time.monotonic()
         self.looks += 1
         for folder in self.folders:
             for path in run_folders(folder, listed=self._names.keys()):
                 # Runs of two sweeps may have the same name.
                 self._names.setdefault(path, shown(path.relative_to(folder)))
-        for number, (path, name) in enumerate(self._names.items()):
+        for number, (path, name) in islice(enumerate(self._names.items()), self._next, None):
             signature = [
                 is_at_work(path),
                 *(signature_of(path / file) for file in _SIGNATURE_FILES),
@@ -75,6 +81,10 @@ class RunList:
                 if run.state is RunState.RUNNING:
                     self._running[path] = run
                 self.rows[path] = _row_of(run, number, name, self.looks)
+            if time.monotonic() - began > LOOK_SECONDS:
+                self._next = (number + 1) % len(self._names)
+                return
+        self._next = 0
 
 
 def _row_of(run: RunFiles, number: int, name: str, look: int) -> Row:
