@@ -271,6 +271,7 @@ def test_a_folder_of_runs_is_a_list_and_each_has_a_page(tmp_path: Path) -> None:
         assert [line["x"][-1] for line in both if not line["smoothed"]] == [12, 10]
         for path in ("runs/2/curves", "runs/-1/curves", "runs/x/state", "runs/0/../../x"):
             assert ask(address, path)[0] == 404, path
+        assert ask(address, "rows?since=x")[0] == 400
 
 
 def test_the_status_of_all_runs_of_a_folder(

@@ -139,10 +139,15 @@ class ListPage:
         self._pages = lru_cache(MAX_PAGES)(self._open)
 
     def rows(self, request: Request) -> str:
-        """The rows that changed after the look `since`, as JSON, with the number of this one."""
+        """The rows that changed after the look `since`, as JSON, with the number of this one; 400 for
+        what is no number.
+        """
+        try:
+            since = int(request.query_params.get("since", 0))
+        except ValueError:
+            raise HTTPException(400) from None
         with self._lock:
             self.runs.refresh()
-            since = int(request.query_params.get("since", 0))
             rows = [row for row in self.runs.rows.values() if row["look"] > since]
             return to_json({"look": self.runs.looks, "rows": rows})
 
