@@ -1,8 +1,8 @@
 """All runs of some folders, a line for each: state, step, losses and a sparkline.
 
 A list of hundreds of runs must not hold their records: a run is read again only when its files have
-changed, and only what goes on stays open. Reading many takes long: a look ends in time, and the next
-one goes on.
+changed, and only what goes on stays open. Reading many takes long: a look ends in time, and the
+next one goes on.
 """
 
 import time
@@ -59,7 +59,7 @@ class RunList:
         self._next = 0  # the number of the run to go on with
 
     def refresh(self) -> None:
-        """Look for new runs, then at each run that has changed, or at as many as there is time for."""
+        """Look for new runs, then at those that have changed, as many as there is time for."""
         began = time.monotonic()
         self.looks += 1
         for folder in self.folders:

@@ -139,8 +139,9 @@ class ListPage:
         self._pages = lru_cache(MAX_PAGES)(self._open)
 
     def rows(self, request: Request) -> str:
-        """The rows that changed after the look `since`, as JSON, with the number of this one; 400 for
-        what is no number.
+        """The rows that changed after the look `since`, as JSON, with the number of this one.
+
+        400 for what is no number.
         """
         try:
             since = int(request.query_params.get("since", 0))
