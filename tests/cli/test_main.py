@@ -189,6 +189,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "without blanks around =",
         ),
         (["zzz"], "there is no command 'zzz'", "tunesmith --help"),
+        (
+            ["launch", "slrum", "r.yaml"],
+            "command 'launch slrum'",
+            "did you mean tunesmith launch slurm?",
+        ),
+        (
+            ["launch", "recipe.yaml"],
+            "command 'launch recipe.yaml'",
+            "slurm): tunesmith launch --help",
+        ),
+        (
+            ["launch", "--dry", "r.yaml"],
+            "command 'launch --dry'",
+            "slurm): tunesmith launch --help",
+        ),
         (["compare", "a", "b"], "there is no command 'compare'", "tunesmith report A B"),
         (["--json"], "there is no command '--json'", "tunesmith --help"),
         (
@@ -388,6 +403,15 @@ def test_internal_error_without_a_place_to_write(
         ("fetch org/model --hosts spark-b", "ssh HOST"),
         ("export run --to vllm --quant nvfp4 --output out", "--quant fp8"),
         ("train smollm2-135m-lora parallel.experts=2", "parallel.shard"),
+        ("bench r.yaml --ablation", "the other value of a key"),
+        (
+            "bench r.yaml --ablation --only data.packing=false --rounds 3",
+            "the other value of a key",
+        ),
+        ("bench r.yaml --only=data.packing=false", "--only key=value"),
+        ("bench r.yaml --rounds 3", "--only key=value"),
+        ("bench r.yaml --plain", "plain text"),
+        ("bench r.yaml --cold", "TORCHINDUCTOR_CACHE_DIR"),
     ],
 )
 def test_what_went_names_what_to_use(

@@ -97,6 +97,16 @@ OTHER_OPTIONS = {
     "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
     "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
     "tunesmith export --quant nvfp4": "--quant fp8",
+    **dict.fromkeys(
+        ("tunesmith bench --ablation", "tunesmith bench --only", "tunesmith bench --rounds"),
+        "bench with the other value of a key, beside bench without it; in turns, "
+        "benchmarks/speed/ablation.py --only key=value",
+    ),
+    "tunesmith bench --cold": (
+        "bench twice with one new TORCHINDUCTOR_CACHE_DIR: the second finds what the first has "
+        "compiled"
+    ),
+    "tunesmith bench --plain": "nothing: the table is plain text",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 
@@ -259,13 +269,9 @@ def dispatch(words: list[str]) -> int:
         verb = " ".join(words[:2])
         rest = rest[1:]
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        fix = OTHER_NAMES.get(verb, f"tunesmith {'launch ' if words[0] == 'launch' else ''}--help")
-        if rest and rest[0] in VERBS:
-            fix = shell_command(["tunesmith", rest[0], verb, *rest[1:]])
-        elif near:
-            fix = f"did you mean tunesmith {near[0]}?"
-        raise UsageError(f"there is no command {verb!r}", where="command line", fix=fix)
+        raise UsageError(
+            f"there is no command {verb!r}", where="command line", fix=_command_for(words)
+        )
     name, purpose = VERBS[verb]
     module = import_module(name)
     parser = Parser(
@@ -288,6 +294,21 @@ def dispatch(words: list[str]) -> int:
     if loads_torch == "here":
         prepare_threads()
     return module.run(args) or EXIT_OK
+
+
+def _command_for(words: list[str]) -> str:
+    """Name what goes in place of a command that there is not."""
+    verb, *rest = words
+    if verb == "launch":
+        kinds = [name.partition(" ")[2] for name in VERBS if name.startswith("launch ")]
+        near = difflib.get_close_matches(rest[0], kinds, n=1)
+        other = f"name a kind ({', '.join(kinds)}): tunesmith launch --help"
+        return f"did you mean tunesmith launch {near[0]}?" if near else other
+    if rest and rest[0] in VERBS:
+        return shell_command(["tunesmith", rest[0], verb, *rest[1:]])
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    other = OTHER_NAMES.get(verb, "tunesmith --help")
+    return f"did you mean tunesmith {near[0]}?" if near else other
 
 
 def _check_process_limits() -> None:
