@@ -110,7 +110,8 @@ def _table(planner: Planner, forecasts: list[Forecast], shown: list[Forecast]) -
     work = planner.work
     speed = "for times --assume tflops=NUMBER"
     if chip.tflops:
-        speed = f"{chip.tflops:.{0 if chip.tflops >= 10 else 1}f} TFLOP/s in whole steps"
+        rounded = f"{chip.tflops:.0f}" if chip.tflops >= 10 else f"{chip.tflops:.2g}"
+        speed = f"{rounded} TFLOP/s in whole steps"
     machines = planner.cluster.describe()
     steps = f", {count_of(work.steps, 'step')}" if work.steps else ""
     lines = [
@@ -218,6 +219,12 @@ def _describe_step(forecast: Forecast, step_seconds: float) -> list[str]:
     return lines
 
 
+def _time_text(hours: float) -> str:
+    """`2:05 h`, `5:04 min`, `42 s`, `under 1 s`."""
+    seconds = 3600 * hours
+    return format_seconds(seconds) if seconds >= 1 else "under 1 s"
+
+
 def _measured_here(planner: Planner) -> bool:
     """Tell whether a trial on this CPU gave the speed, which holds for a range alone."""
     return planner.cluster.chip.source == MEASURED_HERE
@@ -229,9 +236,9 @@ def _hours(
     """Say how long the run takes and what it costs, or a part of it if the whole is not known."""
     hourly = (price or 0) * planner.cluster.world
     if best.hours:
-        duration = format_seconds(3600 * best.hours)
+        duration = _time_text(best.hours)
         if _measured_here(planner):
-            least, most = (format_seconds(3600 * best.hours * factor) for factor in TRIAL_RANGE)
+            least, most = (_time_text(best.hours * factor) for factor in TRIAL_RANGE)
             duration = f"about {least} to {most}, as {planner.cluster.chip.source}"
         cost = f", {best.hours * hourly:,.2f} USD" if price else ""
         return [
