@@ -325,7 +325,8 @@ def _obstacle(measured: Sequence[RunFiles], measure: Measure) -> Verdict | None:
         f"taken of them: {of_each(lambda run: run.max_examples or 'all')}."
     )
     reasons = [why, f"Compare them on the same rows: `{command}`."]
-    if len({run.hold_out_seed for run in measured}) > 1:
+    drawn_by = {run.hold_out_seed for run in measured}
+    if None not in drawn_by and len(drawn_by) > 1:
         seeds = of_each(lambda run: run.hold_out_seed)
         reasons.append(
             f"data.hold_out was drawn by several seeds ({seeds}): set data.hold_out_seed."
@@ -505,11 +506,14 @@ def _cautions(runs: Sequence[RunFiles], measure: Measure) -> list[str]:
         if best is None:
             continue
         best_value, step = best
-        last = [*measure.values(run).values()][-1]
-        # Of shares by as much of one, in percent points.
-        if has_risen(measure.worse_by(last, than=0.0), measure.worse_by(best_value, than=0.0)):
+        values = [*measure.values(run).values()]
+        noise = validation_noise(values) or 0.0
+        worse_by = measure.worse_by(values[-1], than=best_value)
+        # Worse than its best by more than noise, or by as much as the end of a run mentions.
+        is_rise = not measure.is_share and has_risen(values[-1], best_value)
+        if worse_by > 0 and (is_rise or worse_by > STANDARD_ERRORS * noise):
             side = "below" if measure.is_share else "above"
-            text = f"{run.label} ends at {measure.name} {measure.text(last)}, "
+            text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
             cautions.append(f"{text}{side} that of step {step}.")
     unfinished = [
         f"{run.label} ({run.state} at step {run.steps})"

@@ -74,6 +74,10 @@ def test_rows_that_several_seeds_drew_are_not_compared(tmp_path: Path) -> None:
     one, other, same = (RunFiles(tmp_path / name) for name in ("one", "other", "same"))
     assert sentence(verdict(one, other), "one: 42", "other: 43", "data.hold_out_seed")
     assert verdict(one, same).kind == "equal"
+    # A file of its own was drawn by no seed.
+    own = write_run(tmp_path / "own", falling(2.0), recipe=rate(1e-3), env=hashes)
+    assert verdict(one, own).kind == "none"
+    assert not sentence(verdict(one, own), "seed")
 
 
 def test_a_gap_within_the_noise_is_none(tmp_path: Path) -> None:
@@ -250,6 +254,17 @@ def test_cautions(tmp_path: Path) -> None:
         ("step 20", "1.5000", "2.4900"),
     ):
         assert lines_with(text, *values)
+
+
+def test_a_late_fall_counts_above_the_noise_of_the_measure(tmp_path: Path) -> None:
+    """A rise of less than 1 % is news of a smooth curve, and none of one that moves as much."""
+    for jitter in (0.0, 0.004):
+        values = {
+            step: 1 + 7e-6 * (step - 28) ** 2 + jitter * (-1) ** (step // 4)
+            for step in range(4, 41, 4)
+        }
+        run = write_run(tmp_path / f"jitter {jitter}", values)
+        assert bool(sentence(verdict(run), "ends at val_loss")) == (jitter == 0)
 
 
 def test_every_difference_of_two_runs_is_named(tmp_path: Path) -> None:
