@@ -42,6 +42,20 @@ def test_answers_say_tokens_a_second_and_the_time_left(
     assert "min" not in last
 
 
+def test_the_first_of_many_answers_says_nothing_of_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
+    with ProgressCounter() as progress:
+        for done in (10, 11, 18):  # of the 80 of this start 1, then a tenth
+            progress("answers", done, 90)
+            now[0] += 40
+    first, last = capsys.readouterr().err.splitlines()
+    assert "left" not in first
+    assert holds(last, "18/90", "left")
+
+
 def test_nothing_done_leaves_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressCounter() as progress:
         progress("answers", 5, 9)

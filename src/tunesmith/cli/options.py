@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Of progress, without a terminal.
 SECONDS_BETWEEN_LINES = 10.0
+# The time left is shown once this share of the work is done: of answers that are written in one
+# batch, the first one to end says nothing of the others.
+TELLING_SHARE = 0.1
 
 
 def notify(text: str) -> None:
@@ -300,7 +303,7 @@ class ProgressCounter:
             self._bar.update(self._task, completed=count, speed=speed)
         elif rate:
             parts = [f"{what}: {count}/{total}", f"{rate:.1f}/s", speed]
-            if count < total:
+            if TELLING_SHARE * (total - self._start) <= count - self._start and count < total:
                 parts.append(f"about {format_seconds((total - count) / rate)} left")
             self._line = "  ".join(filter(None, parts))
             # As in a log, lines come seldom.
