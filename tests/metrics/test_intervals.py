@@ -209,7 +209,7 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
         (30, 5, 65, "exact: tuned is better than base on these 100 rows (+25.0 points, 95 % interval +1"),
         (5, 30, 65, "exact: tuned is worse than base on these 100 rows (-25.0 points"),
         (10, 9, 81, "no significant difference between tuned and base on 100 rows (+1.0 points"),
-        (0, 0, 40, "no significant difference between tuned and base on 40 rows (+0.0 points, 95 % interval -8.8 to +8.8; "),
+        (0, 0, 40, "no significant difference between tuned and base on 40 rows (+0.0 points, 95 % interval -8.8 to +8.8; their scores are equal on every row)"),
         (5, 0, 0, "no significant difference between tuned and base on 5 rows"),
         (6, 0, 0, "better"),
         (5, 0, 5, "only 5 rows differ, which can be chance)"),

@@ -308,7 +308,9 @@ def difference_sentence(
         direction = "better" if is_better else "worse"
         return f"{name}: {second} is {direction} than {first} on these {of_rows} ({span})"
     reason = ""
-    if intervals.differing < MIN_DIFFERING:
+    if not intervals.differing:
+        reason = "; their scores are equal on every row"
+    elif intervals.differing < MIN_DIFFERING:
         reason = f"; only {count_of(intervals.differing, 'row')} differ, which can be chance"
     elif intervals.chance is not None and not difference.low <= 0 <= difference.high:
         reason = f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"

@@ -223,14 +223,12 @@ def newest_record(folder: Path) -> dict[str, int | float | None]:
     return next(newest_records(folder), {})
 
 
-def newest_records(
-    folder: Path, size_bytes: int = TAIL_BYTES
-) -> Iterator[dict[str, int | float | None]]:
+def newest_records(folder: Path) -> Iterator[dict[str, int | float | None]]:
     """The whole records in the end of a run directory's metrics.jsonl, the newest first."""
     try:
         with open_regular(folder / METRICS) as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - size_bytes))
+            file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().splitlines(keepends=True)
     except OSError:
         return
