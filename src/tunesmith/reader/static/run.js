@@ -199,7 +199,7 @@
     }
     waiting = false;
     drawnAt = performance.now();
-    rest = Math.min(30000, (drawnAt - askedAt) / MAX_SHARE);
+    rest = Math.min(30000, (drawnAt - askedAt) / MAX_SHARE);  // a slow network is no long run
     if (stale) setTimeout(drawCurves, pause);
   }
 
