@@ -173,6 +173,17 @@ def test_keys_and_docker_itself_are_not_shown(
         words_of(make_run(tiny, tmp_path, output_dir=folder))
 
 
+def test_a_home_behind_a_link_is_not_shown_and_folders_of_the_system_may_be(
+    tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk" / "home").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("HOME", str(tmp_path / "link" / "home"))
+    with refuses(UsageError, where=str(tmp_path / "disk")):
+        words_of(make_run(tiny, tmp_path, output_dir=str(tmp_path / "disk")))
+    assert words_of(make_run(tiny, tmp_path, output_dir="/run/media/me/disk"))
+
+
 def test_the_hubs_token_beside_a_cache_is_not_shown(
     tiny: Path, tmp_path: Path, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

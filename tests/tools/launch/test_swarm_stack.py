@@ -210,6 +210,18 @@ def test_folders_with_keys_and_tokens_are_refused(
     check_exposed(tmp_path / "runs" / "mine")
 
 
+def test_a_home_behind_a_link_is_refused_by_both_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "disk" / "home" / ".ssh").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("HOME", str(tmp_path / "link" / "home"))
+    for name in ("disk", "disk/home", "disk/home/.ssh", "link/home/.ssh/keys.json"):
+        with refuses(UsageError, where=str(tmp_path / name)):
+            check_exposed(tmp_path / name)
+    check_exposed(tmp_path / "disk" / "home" / "runs")
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/usr/lib", "/etc/passwd", "/var/run/docker.sock", "/run", "/var", "/home"]
 )

@@ -43,7 +43,6 @@ from tunesmith.run_dir import RunState
 from tunesmith.tools.launch.inputs import (
     SECRETS,
     caches,
-    check_exposed,
     find_secrets,
     passed_variables,
     recipe_inputs,
@@ -191,8 +190,23 @@ def find_mounts(run: Run) -> list[Mount]:
         if not any(path.is_relative_to(mount.path) for mount in mounts):
             mounts.append(Mount(path))
     for mount in mounts:
-        check_exposed(mount.path)
+        _check_private(mount.path)
     return mounts
+
+
+def _check_private(path: Path) -> None:
+    """UsageError where a path is above keys, the Hub's token or Docker's socket."""
+    from huggingface_hub import constants
+
+    token = Path(constants.HF_TOKEN_PATH)
+    for private in (Path("~/.ssh").expanduser(), token, Path("/var/run/docker.sock")):
+        if private.resolve().is_relative_to(path.resolve()):
+            raise UsageError(
+                f"the container would have access to {private}",
+                where=str(path),
+                why="a folder is mounted with all its contents",
+                fix="use a folder that does not contain it",
+            )
 
 
 def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = False) -> list[str]:

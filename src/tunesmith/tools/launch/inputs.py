@@ -50,12 +50,13 @@ def check_exposed(path: Path) -> None:
     private = [Path(folder) for folder in SYSTEM_FOLDERS]
     private += [home / name for name in PRIVATE_NAMES]
     private += [Path(constants.HF_TOKEN_PATH), home]
+    private += [folder.resolve() for folder in private]
     # A link is checked by its own name too.
     for place in (path, path.resolve()):
         for folder in private:
             is_above = folder.is_relative_to(place)
             # A run's folder may be in the home folder.
-            is_inside = folder != home and place.is_relative_to(folder)
+            is_inside = folder not in (home, home.resolve()) and place.is_relative_to(folder)
             if is_above or is_inside:
                 raise UsageError(
                     f"{path} cannot be mounted in a container",
