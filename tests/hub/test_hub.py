@@ -7,14 +7,17 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import DisabledRepoError
 from transformers import AutoConfig
 
 from errors import lines_with, refuses
 from tunesmith.errors import ModelError
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.hub.fetch import fetch_without_weights
+from tunesmith.hub.hub_calls import hub_error
 from warm import read_hub_settings, run_warm
 
 from .standin import COMMIT, Repo, StandIn, sha256
@@ -205,6 +208,13 @@ def test_a_busy_hub_is_asked_again(ask, files) -> None:
     with StandIn({"someone/other": Repo(files, failing=99)}) as hub:
         answer, _ = ask(hub, model={"name": "someone/other"})
         assert_refused(answer, "answers 503", "try again later")
+
+
+def test_a_disabled_model_is_not_told_to_log_in() -> None:
+    response = SimpleNamespace(status_code=403, headers={}, request=None)
+    text = hub_error(DisabledRepoError("no access", response=response), NAME, None).text()
+    assert "disabled" in text
+    assert "licence" not in text
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
     if not constants.HF_HUB_OFFLINE:
         listing = fetch.list_repo(source.source, source.revision, "dataset")
+        fetch.log_license(listing, source.source, "dataset")
         size = sum(file.size for file in listing.files.values())
         row["licence"] = listing.license
         row["gated"] = listing.gated

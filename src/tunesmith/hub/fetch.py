@@ -31,7 +31,7 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, check_regular_files, near_path, require_disk_space
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf, convert_gguf_without_weights
-from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, repo_page, retry
+from tunesmith.hub.hub_calls import DISK_FIX, TRIES, hub_calls, hub_error, repo_page, retry
 from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.safetensors_files import (
     INDEX,
@@ -199,13 +199,21 @@ class RepoListing:
     files: dict[str, RemoteFile]
 
 
-def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
-    """Ask the Hub about a repository (model or dataset) and log its license; see `hub_calls`."""
+def list_repo(
+    repo: str,
+    revision: str | None,
+    repo_type: str,
+    *,
+    timeout: float | None = None,
+    tries: int = TRIES,
+) -> RepoListing:
+    """Ask the Hub about a repository (model or dataset); see `hub_calls`."""
     with hub_calls(repo, revision, repo_type):
         info: Any = retry(
             lambda: HfApi().repo_info(
-                repo, revision=revision, repo_type=repo_type, files_metadata=True
-            )
+                repo, revision=revision, timeout=timeout, repo_type=repo_type, files_metadata=True
+            ),
+            tries=tries,
         )
     files = {}
     for file in info.siblings or ():
@@ -214,10 +222,13 @@ def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
         etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
         url = hf_hub_url(repo, name, repo_type=repo_type, revision=info.sha)
         files[name] = RemoteFile(name, url, file.size or 0, etag)
-    license_name = _stated_license(info)
-    suffix = ", gated" if info.gated else ""
-    log.info(f"{repo}: license {license_name}{suffix} ({repo_page(repo, repo_type)})")
-    return RepoListing(info.sha, license_name, bool(info.gated), files)
+    return RepoListing(info.sha, _stated_license(info), bool(info.gated), files)
+
+
+def log_license(listing: RepoListing, repo: str, repo_type: str) -> None:
+    """Show the license of a repository that is to be fetched."""
+    suffix = ", gated" if listing.gated else ""
+    log.info(f"{repo}: license {listing.license}{suffix} ({repo_page(repo, repo_type)})")
 
 
 def _stated_license(info: Any) -> str:
@@ -254,6 +265,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     """Ask the Hub what the model is, and check it (license, format, config, shards) before a large
     download."""
     listing = list_repo(model.name, model.revision, "model")
+    log_license(listing, model.name, "model")
     page = repo_page(model.name)
     names = {name for name in listing.files if "/" not in name}
     if not {INDEX, SINGLE} & names:

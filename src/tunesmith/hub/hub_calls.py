@@ -41,7 +41,9 @@ def repo_page(repo: str, repo_type: str = "model") -> str:
     return f"{constants.ENDPOINT}/{folder}{repo}"
 
 
-def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+def retry(
+    call: Callable[[], T], progress: Callable[[], int] = lambda: 0, *, tries: int = TRIES
+) -> T:
     """Call until it succeeds, with a longer pause after each busy server and broken connection.
 
     When a failed call got further, by the number that `progress` gives, the tries count anew.
@@ -57,7 +59,7 @@ def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
             previous = reached
             reached = progress()
             failures = 1 if reached > previous else failures + 1
-            if failures >= TRIES:
+            if failures >= tries:
                 raise
         time.sleep(PAUSE * 2 ** (failures - 1))
 
@@ -150,6 +152,9 @@ def _refusal(
     elif isinstance(error, errors.RevisionNotFoundError):
         what = f"{repo} has no revision {revision!r}"
         fix = f"use one from {page}/tree/main"
+    elif isinstance(error, errors.DisabledRepoError):
+        what = f"{repo} was disabled on the Hub"
+        fix = "use another model"
     elif isinstance(error, errors.RepositoryNotFoundError):
         what = f"no {repo_type} {repo} is visible to you on the Hub"
         why = "it does not exist, or it is private"

@@ -200,11 +200,34 @@ def test_a_model_that_is_larger_than_the_disk(
 
     large = RemoteFile("model.safetensors", "", 1 << 50, "")
     listing = RepoListing("main", "", False, {large.name: large})
-    monkeypatch.setattr("tunesmith.hub.fetch.list_repo", lambda *_: listing)
+    monkeypatch.setattr("tunesmith.hub.fetch.list_repo", lambda *_, **__: listing)
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     found = {f.check: f for f in access.check_model(Model(name="someone/model"))}
     assert found["room"].level == FAULT
     assert "takes 1048576.0 GiB" in found["room"].what
+
+
+def test_a_hub_that_never_answers_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    from tunesmith.config.schema import Model
+    from tunesmith.hub.hub_calls import TRANSPORT
+    from tunesmith.tools.doctor import access
+
+    asked = []
+
+    def never_answers(*_: object, timeout: float | None, **__: object) -> None:
+        asked.append(timeout)
+        raise TRANSPORT("timed out")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", never_answers)
+    found = {f.check: f for f in access.check_model(Model(name="someone/model"))}
+    assert found["hub"].level == FAULT
+    assert asked == [access.HUB_TIMEOUT_SECONDS]
 
 
 @pytest.mark.slow
