@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 from conftest import write_tiny_llama
-from errors import check_shown, lines_with
+from errors import check_shown, holds, lines_with
 from export.tiny_gguf import chat_tokenizer
 from recipes import make_run as write_run
 from runs import make_run, peft_model
@@ -20,6 +22,7 @@ from tunesmith.config.load import load_recipe
 from tunesmith.hub import hub_calls
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
+from tunesmith.tools.export.push import _push_error
 from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
 from tunesmith.training.run import train
@@ -81,6 +84,14 @@ def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN
     assert "Traceback" not in done.stderr, done.stderr
     assert token is None or token not in done.stderr + done.stdout
     return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(412, ("changed by someone else", MINE)), (429, ("few minutes",))]
+)
+def test_what_the_hub_refuses_is_told(status: int, words: tuple[str, ...]) -> None:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    assert holds(_push_error(HfHubHTTPError("refused", response=response), MINE).text(), *words)
 
 
 def test_what_arrives_is_what_lies_there(full: Path) -> None:

@@ -76,6 +76,7 @@ def push_files(
 def _push_error(error: Exception, to: str) -> UsageError:
     """Return an error that says what the Hub or the network refused, and what to do."""
     status = http_status(error)
+    changed_meanwhile = (f"{to} was changed by someone else in the meantime", "start again")
     answers = {
         0: ("the Hub cannot be reached", "check the network (HTTPS_PROXY, HF_ENDPOINT)"),
         401: ("the Hub rejected the token", LOGIN),
@@ -83,7 +84,9 @@ def _push_error(error: Exception, to: str) -> UsageError:
             f"the token may not write to {to}",
             f"create one with write access: {constants.ENDPOINT}/settings/tokens",
         ),
-        409: (f"{to} was changed by someone else in the meantime", "start again"),
+        409: changed_meanwhile,
+        412: changed_meanwhile,
+        429: ("too many requests to the Hub", "start again in a few minutes"),
     }
     what, fix = answers.get(
         status, (f"the Hub answers {status}", "fix the reported problem, or start again later")
