@@ -182,17 +182,14 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
     assert "ranks=1" in values
 
 
-MORE_RESOURCES = "--cpus-per-task 32 --mem 0, or --exclusive --mem 0"
-
-
 @pytest.mark.parametrize(
     ("settings", "fix"),
     [
-        ({"gpus_per_node": "4"}, MORE_RESOURCES),
-        ({"gpus_per_node": "h100:4", "mem": "0"}, MORE_RESOURCES),
-        ({"gpus_per_node": "4", "cpus_per_task": "64"}, MORE_RESOURCES),
-        ({"gpus_per_node": "4", "exclusive": True}, MORE_RESOURCES),
-        ({"gpus_per_node": "4", "sbatch": ("--exclusive",)}, MORE_RESOURCES),
+        ({"gpus_per_node": "4"}, "--cpus-per-task 32 --mem 0, or --exclusive --mem 0"),
+        ({"gpus_per_node": "h100:4", "mem": "0"}, "--cpus-per-task 32, or --exclusive"),
+        ({"gpus_per_node": "4", "cpus_per_task": "64"}, "--mem 0"),
+        ({"gpus_per_node": "4", "exclusive": True}, "--mem 0"),
+        ({"gpus_per_node": "4", "sbatch": ("--exclusive",)}, "--mem 0"),
         ({"gpus_per_node": "4", "exclusive": True, "mem": "0"}, ""),
         ({"gpus_per_node": "4", "sbatch": ("--cpus-per-gpu=8", "--mem-per-gpu=64G")}, ""),
         ({"gpus_per_node": "1"}, ""),

@@ -342,12 +342,18 @@ def warn_of_default_resources(request: Request) -> str:
         is_exclusive or request.cpus_per_task or re.search(r"(^|\s)(--cpus-per-|-c)", options)
     )
     has_memory = request.mem or re.search(r"(^|\s)--mem", options)
+    cores = f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)}"
     if has_cores and has_memory:
         return ""
+    if has_cores:
+        what, fix = "memory", "--mem 0"
+    elif has_memory:
+        what, fix = "cores", f"{cores}, or --exclusive"
+    else:
+        what, fix = "cores or memory", f"{cores} --mem 0, or --exclusive --mem 0"
     return (
-        "warning: the script asks for no cores or no memory, and the default of many clusters is "
-        f"small; fix: --cpus-per-task {CORES_PER_RANK * ranks_of(request)} --mem 0, or --exclusive "
-        "--mem 0"
+        f"warning: the script does not ask for {what}, and the default of many clusters is small; "
+        f"fix: {fix}"
     )
 
 
