@@ -43,6 +43,8 @@ PASSED_TO_SWARM = re.compile(
     r"(NCCL|GLOO)_\w+|OMP_NUM_THREADS|HF_HUB_OFFLINE|TUNESMITH_HEARTBEAT_SECONDS"
     r"|WANDB_(PROJECT|ENTITY|MODE)"
 )
+# Of a rendered stack, so that two of them are alike: that of torchrun.
+RENDERED_PORT = 29500
 
 
 def launch_on_swarm(
@@ -80,7 +82,8 @@ def launch_on_swarm(
     mounts = [(str(place_by_content(path)), str(path)) for path in inputs]
     stack = replace(stack, image=image, debug=debug, mounts=tuple(mounts))
     if render:
-        text = stack.text(extra)
+        host = stack.endpoint.rpartition(":")[0]
+        text = replace(stack, endpoint=f"{host}:{RENDERED_PORT}").text(extra)
         log.info(f"recipe: {write_recipe(run)}; files and image are copied without --render")
         print(text, end="")
         return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from tunesmith.errors import MachineError
-from tunesmith.launch.jobs import POLL, Job, JobState, step_and_time_left
+from tunesmith.launch.jobs import POLL, Job, JobState, last_step, step_and_time_left
 from tunesmith.launch.rendezvous import local_addresses
 from tunesmith.launch.ssh import remote_words, run_on, try_on
 from tunesmith.run_dir import RunState
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Generic resources, as guides name them
 GPU_RESOURCES = ("NVIDIA_GPU", "NVIDIA-GPU")
+# Seconds between two lines of a stop that waits
+NOTIFY_SECONDS = 10.0
 # Seconds that Swarm has to remove containers before they are removed by force
 REMOVE_SECONDS = 20.0
 # States of a task
@@ -171,10 +173,17 @@ class SwarmJob(Job):
             update = ("docker", "service", "update", "--detach", "--replicas", "0")
             run_on(manager, *update, self.service)
         began = time.monotonic()
+        notified_at = began
         # One minute more than Swarm's own grace period.
         while tasks and time.monotonic() - began < SECONDS_TO_SAVE + 60:
             time.sleep(POLL)
             tasks = self.tasks_at_work(manager)
+            if tasks and time.monotonic() - notified_at >= NOTIFY_SECONDS:
+                notified_at = time.monotonic()
+                nodes = ", ".join(sorted(task["Node"] or "no node" for task in tasks))
+                step = last_step(self.run_dir) or "before the first step"
+                seconds = notified_at - began
+                log.info(f"{self.name}: after {seconds:.0f} s ranks run on {nodes}; {step}")
         unreachable = self.clean()
         run = Job.state(self)
         line = f"removed; {run.state}: {run.text}"
