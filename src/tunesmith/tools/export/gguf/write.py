@@ -5,9 +5,9 @@ alone is 2 GB in bf16. Bands are written in the order of the file.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -36,17 +36,23 @@ def write_gguf(
     # One thread of torch in each worker: the workers themselves fill the cores.
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     bands = _bands(plan)
+    running: deque[tuple[Band, Future[memoryview]]] = deque()
     try:
         with path.open("wb") as file:
             file.write(plan.header)
             progress(file.tell(), plan.size)
-            # A few bands a thread are in memory at a time.
-            while batch := list(islice(bands, 2 * threads)):
-                for band, data in zip(batch, pool.map(_band_bytes, batch), strict=True):
-                    file.write(data)
-                    if band.last == band.tensor.shape[0]:
-                        file.write(bytes(padded(band.tensor.size) - band.tensor.size))
-                    progress(file.tell(), plan.size)
+            while True:
+                # Two more than threads: a free thread begins another while this one writes.
+                while len(running) < threads + 2 and (band := next(bands, None)):
+                    running.append((band, pool.submit(_band_bytes, band)))
+                if not running:
+                    break
+                # In the order of the file, though bands may be ready in another.
+                band, future = running.popleft()
+                file.write(future.result())
+                if band.last == band.tensor.shape[0]:
+                    file.write(bytes(padded(band.tensor.size) - band.tensor.size))
+                progress(file.tell(), plan.size)
             # The data is on the disk before the file gets its name.
             file.flush()
             os.fsync(file.fileno())
