@@ -10,6 +10,7 @@ lora/lora_weights.py stacks them. A name that is not among these is not read.
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.model import load
 from tunesmith.model.twin import build_twin
+from tunesmith.model.weights import StoredTensor
 from tunesmith.tools.export.vllm_adapter import export_peft
 
 GATED = ("gate_proj", "down_proj", "up_proj")
@@ -190,7 +192,29 @@ def test_qwen3_5_is_read_stacked_beside_its_vision_tower_alone(
     assert f"base_model.model.{expected}" in names
 
 
+def test_the_stacks_of_one_layer_are_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = make_adapter("qwen3_moe", tmp_path)
+    read = StoredTensor.read
+    results: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def watched(stored: StoredTensor) -> Tensor:
+        alive.append(sum(result() is not None for result in results))
+        values = read(stored)
+        results.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(StoredTensor, "read", watched)
+    export_peft(folder, tmp_path / "out")
+    assert len(alive) > 4
+    assert max(alive) <= 4
+    assert len(alive) == len(load_file(folder / "adapter_model.safetensors")), "each is read once"
+
+
 REFUSED: dict[str, tuple[str, Adapter, str]] = {
+    "no LoRA at all": ("mimo_v2_flash", ADAPTER, "vLLM does not support LoRA for mimo_v2_flash"),
     "an unknown format": ("phimoe", ADAPTER, "the format in which vLLM reads those of a phimoe"),
     "experts of a Llama 4": ("llama4_text", ADAPTER, "experts of a Llama 4"),
     "q of a Llama 4": ("llama4_text", Adapter(target=("q_proj",)), "q_proj or k_proj of a Llama 4"),

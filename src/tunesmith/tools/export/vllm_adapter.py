@@ -7,9 +7,12 @@ B go to gate and up, which get the same A. What vLLM does is read in its source,
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +27,7 @@ from tunesmith.model.names import composite_of, name_in_whole
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
+from tunesmith.model.weights import StoredTensor
 from tunesmith.run_dir import weights_step
 from tunesmith.tools.export.merge import add_files_to_card
 from tunesmith.tools.export.output import (
@@ -80,7 +84,25 @@ READ_SINGLE: dict[str, dict[str, str]] = {
 # Its classes with `is_3d_moe_weight`: they read PEFT's stacked form.
 READ_STACKED = ("gpt_oss",)
 STACKED_IN_WHOLE = ("qwen3_5_moe_text",)  # within the vision-language model alone
+# Its classes without `SupportsLoRA`.
+WITHOUT_LORA = (
+    "cohere2_moe",
+    "dbrx",
+    "deepseek_v32",
+    "deepseek_v4",
+    "flint",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "mimo_v2_flash",
+)
 EXPORT_MERGED_FIX = "export the merged model: without --adapter"
+
+
+class Factor(NamedTuple):
+    """A factor as it is written: what `select` takes of a stored tensor."""
+
+    stored: StoredTensor
+    select: Callable[[Tensor], Tensor]
 
 
 def export_peft(path: str | Path, output: str | Path) -> int:
@@ -144,6 +166,10 @@ def _reads_single(tuned: TunedModel) -> bool:
     ModelError for an adapter that vLLM does not serve, or would take for another.
     """
     model_type = tuned.model.config.model_type
+    if model_type in WITHOUT_LORA:
+        raise _refusal(
+            f"vLLM does not support LoRA for {model_type}", "its class lacks SupportsLoRA"
+        )
     adapted = [name for name, weight in tuned.weights.items() if weight.update]
     if model_type == "llama4_text":
         _check_llama4(adapted)
@@ -176,37 +202,45 @@ def _check_llama4(adapted: Iterable[str]) -> None:
             )
 
 
-def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Tensor]]:
+def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Factor]]:
     """The factors of all layers, by their names in the file."""
     for name, weight in tuned.weights.items():
         update = weight.update
         if isinstance(update, LoraUpdate):
             layer = PREFIX + name_in_whole(tuned.model, name.removesuffix(".weight"))
-            yield f"{layer}.lora_A.weight", update.lora_A.read()
-            yield f"{layer}.lora_B.weight", update.lora_B.read()
+            yield f"{layer}.lora_A.weight", Factor(update.lora_A, lambda values: values)
+            yield f"{layer}.lora_B.weight", Factor(update.lora_B, lambda values: values)
         elif isinstance(update, ExpertsUpdate):
             yield from _factors_of_stack(tuned.model, name, update)
 
 
 def _factors_of_stack(
     model: PreTrainedModel, name: str, update: ExpertsUpdate
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Factor]]:
     """The factors of each expert of the stack of this name."""
     single_names = READ_SINGLE[model.config.model_type]
     module, _, stack = name.rpartition(".")
     prefix = PREFIX + _stored_module(model, module)
     parts = _parts_of_stack(find_experts(model)[module], stack)
-    # A of all experts is one matrix, expert after expert.
-    lora_A = update.lora_A.read().unflatten(0, (update.experts, -1))
-    lora_B = update.lora_B.read()
-    # PEFT's file has B flat: the experts vary fastest in its columns.
-    if lora_B.ndim == 2:
-        lora_B = lora_B.unflatten(1, (-1, update.experts))
     for expert in range(update.experts):
         for projection, rows in parts.items():
             layer = f"{prefix}.{expert}.{single_names[projection]}"
-            yield f"{layer}.lora_A.weight", lora_A[expert]
-            yield f"{layer}.lora_B.weight", lora_B[rows, :, expert]
+            select_a = partial(_expert_a, update.experts, expert)
+            select_b = partial(_expert_b, update.experts, expert, rows)
+            yield f"{layer}.lora_A.weight", Factor(update.lora_A, select_a)
+            yield f"{layer}.lora_B.weight", Factor(update.lora_B, select_b)
+
+
+def _expert_a(experts: int, expert: int, lora_A: Tensor) -> Tensor:
+    # A of all experts is one matrix, expert after expert.
+    return lora_A.unflatten(0, (experts, -1))[expert]
+
+
+def _expert_b(experts: int, expert: int, rows: slice, lora_B: Tensor) -> Tensor:
+    # PEFT's file has B flat: the experts vary fastest in its columns.
+    if lora_B.ndim == 2:
+        lora_B = lora_B.unflatten(1, (-1, experts))
+    return lora_B[rows, :, expert]
 
 
 def _stored_module(model: PreTrainedModel, name: str) -> str:
@@ -233,9 +267,23 @@ def _parts_of_stack(experts: Experts, stack: str) -> dict[str, slice]:
     return {GATE: slice(0, width), UP: slice(width, 2 * width)}
 
 
-def _write_single(part: Path, folder: Path, factors: Mapping[str, Tensor]) -> None:
+def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> None:
     """Write PEFT's two files with the factors, to `part`; `folder` has the run's own."""
-    save_tensors(part / ADAPTER_WEIGHTS, factors, {"format": "pt"})
+    # A and B of a layer's two stacks, whose experts take turns in the file.
+    read_whole = lru_cache(maxsize=4)(StoredTensor.read)
+    tensors = {}
+    factor_of = {}
+    for name, factor in factors.items():
+        stored = factor.stored
+        values = factor.select(torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        tensors[name] = values
+        factor_of[id(values)] = factor
+
+    def read(values: Tensor, rows: slice) -> Iterator[Tensor]:
+        stored, select = factor_of[id(values)]
+        yield select(read_whole(stored))[rows]
+
+    save_tensors(part / ADAPTER_WEIGHTS, tensors, {"format": "pt"}, read=read)
     settings = read_json(folder / ADAPTER_CONFIG, again="copy the adapter again")
     settings.pop("target_parameters", None)
     targets = set()
