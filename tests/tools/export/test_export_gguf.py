@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageE
 from tunesmith.hub.fetch import fetch
 from tunesmith.inference.load_run import locate_run, read_run_files
 from tunesmith.model.safetensors_files import weights_digest
+from tunesmith.tools.export import run_export
 from tunesmith.tools.export.gguf import export as room
 from tunesmith.tools.export.gguf.answers import SideBySide, questions_of
 from tunesmith.tools.export.gguf.check import FileCheck
@@ -125,6 +127,38 @@ def test_answers_are_shown_side_by_side() -> None:
     assert [note.split(":")[0].strip() for note in notes] == names
     assert holds(notes[3], 40)
     assert holds(notes[7], "Bob", 51, 60)
+
+
+def test_long_answers_are_cut_with_their_difference_in_sight(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    same = SideBySide("x" * 90, "z" * 90, "y" * 90, "y" * 90, 40, None)
+    other = SideBySide("Who?", "Ada", "a" * 150 + " Ada Byron", "a" * 150 + " Bob", 60, 51)
+    check = FileCheck(20, Difference(1.0, 0.1, 0.9), None, 24, (same, other))
+    exported = ExportedFile("a.gguf", "a.gguf", "q4_k_m", 1, (), check)
+    notes = exported.table().notes
+    assert max(map(len, notes[:-1])) <= 80
+    assert notes[2].startswith("  file: yyy")
+    assert notes[6].endswith("aaa Ada Byron")
+    assert "aaa Bob ... (" in notes[7]
+    warn_of_distance(exported)
+    assert lines_with(capsys.readouterr().err, "note", "q8_0")
+
+
+def test_notes_are_for_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = ExportedFile("a.gguf", "a.gguf", "q8_0", 1, ("a window",), None, "--no-check")
+    monkeypatch.setattr(run_export, "export_gguf", lambda *_, **__: exported)
+    options = {"force": False, "threads": 1, "no_check": True, "device": None, "json": False}
+    run_export.export_for_gguf(
+        argparse.Namespace(
+            run="run", output="a.gguf", to="gguf", adapter=False, quant="q8_0", **options
+        )
+    )
+    out, err = capsys.readouterr()
+    assert lines_with(err, "note", "a window")
+    assert "a window" not in out
 
 
 @pytest.mark.parametrize("kind", ["full", "nf4", "a plain model", "an embedding trained in full"])
@@ -443,6 +477,7 @@ def test_no_room_on_the_disk(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(room, "write_gguf", full)
+    monkeypatch.setattr(room, "_find_base", lambda *_: pytest.fail("it may download first"))
     with refuses(CheckpointError, cause="disk"):
         export_gguf(run, tmp_path / "model.gguf", device="cpu")
     assert not (tmp_path / "model.gguf").exists()
@@ -506,5 +541,7 @@ def test_what_a_check_found_is_told_within_80_columns(
     _, err = capsys.readouterr()
     assert lines_with(out, same, 24)
     assert lines_with(out, *values)
+    assert lines_with(out, "verdict", "good")
+    assert bool(lines_with(out, "not good")) != check.is_near
     assert max(map(len, out.splitlines())) <= 80
     assert bool(err) != check.is_near, "a warning"

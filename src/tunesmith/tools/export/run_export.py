@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.record import record_path
 from tunesmith.tools.export.vllm import export_rounded
 from tunesmith.tools.export.vllm_adapter import export_peft
+
+# Those whose rounding is too small to show in three answers.
+NEAREST_QUANTS = ("f32", "f16", "bf16", "q8_0")
 
 
 def export_for_gguf(args: argparse.Namespace) -> None:
@@ -50,7 +53,9 @@ def export_for_gguf(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(exported), indent=2))
         return
-    print(exported.table().text(width_of(sys.stdout)))
+    for note in exported.notes:
+        notify(f"note: {note}")
+    print(replace(exported, notes=()).table().text(width_of(sys.stdout)))
     warn_of_distance(exported)
     print(f"next: {_next_command(args, exported)}")
     if exported.check and exported.check.answers:
@@ -128,6 +133,8 @@ def warn_of_distance(exported: ExportedFile) -> None:
             "warning: rounding to so few bits changes what the model answers; "
             "use more: --quant q8_0, or f16"
         )
+    elif exported.quant not in NEAREST_QUANTS and any(a.differs_at for a in check.answers):
+        notify("note: an answer differs; --quant q8_0 or f16 is nearer to the tuned model")
 
 
 def _next_command(args: argparse.Namespace, exported: ExportedFile) -> str:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
+from operator import eq
 from pathlib import Path
 
 import torch
@@ -65,6 +67,8 @@ OLLAMA_NOTE = (
     "its own that is nearly the same; compare its answers with llama-server's"
 )
 CHAT_TEMPLATE = "chat_template.jinja"
+ANSWER_CHARS = 67  # of an answer that is shown
+CHARS_BEFORE = 20  # of them in front of a difference
 
 
 @dataclass(frozen=True)
@@ -101,24 +105,37 @@ class ExportedFile(Tabular):
         answers = f"mean KL {check.tuned.mean_kl:.2g} nats against the tuned model"
         if check.base:
             answers += f" (base: {check.base.mean_kl:.2g})"
+        verdict = "not good: differs from the tuned model"
+        if check.is_near:
+            verdict = "good: near the tuned model"
         same = round(check.tuned.agreement * check.positions)
         rows += [
             ("prompts", f"{check.prompts} have identical token ids in llama.cpp"),
             ("answers", answers),
             ("next tokens", f"the same at {same} of {check.positions} positions"),
+            ("verdict", verdict),
         ]
         for answer in check.answers:
+            # The end of what both have in common stays in sight.
+            shared = sum(takewhile(bool, map(eq, answer.file, answer.tuned)))
             tuned = f"the same {answer.tokens} tokens"
             if answer.differs_at is not None:
                 place = f"differs from token {answer.differs_at} of {answer.tokens}"
-                tuned = f"{answer.tuned} ... ({place}: one near tie changes what follows)"
+                part = _cut(f"{answer.tuned} ...", shared)
+                tuned = f"{part} ({place}: one near tie changes what follows)"
             notes += [
-                f"asked: {answer.question}",
-                f"  reference: {answer.reference}",
-                f"  file: {answer.file}",
+                f"asked: {_cut(answer.question)}",
+                f"  reference: {_cut(answer.reference)}",
+                f"  file: {_cut(answer.file, 0 if answer.differs_at is None else shared)}",
                 f"  tuned: {tuned}",
             ]
         return ResultTable(rows, notes=notes)
+
+
+def _cut(text: str, at: int = 0) -> str:
+    """Return what fits a line of a terminal, the character `at` of the text among it."""
+    text = f"... {text[at - CHARS_BEFORE :]}" if at > ANSWER_CHARS - CHARS_BEFORE else text
+    return text if len(text) <= ANSWER_CHARS else f"{text[: ANSWER_CHARS - 4]} ..."
 
 
 @lines_by_default()
@@ -166,14 +183,10 @@ def export_gguf(
             guard_template(tuned.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
 
-        compare = partial(
-            check_file,
-            tuned=tuned,
-            base=None if unchecked else _find_base(location, tuned),
-            device=place,
-            threads=threads,
-            progress=checking,
-        )
+        def compare(file: Path) -> FileCheck:
+            base = _find_base(location, tuned)
+            return check_file(file, tuned, base, device=place, threads=threads, progress=checking)
+
         result = _write_checked(
             plan,
             goal / file_name if for_ollama else goal,
