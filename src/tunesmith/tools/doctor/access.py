@@ -28,9 +28,7 @@ def check_model(model: Model) -> list[Finding]:
             return [finding("model/ok", name=name)]
         if not get_token():
             findings.append(finding("token/none"))
-        listing = list_repo(
-            name, model.revision, "model", timeout=HUB_TIMEOUT_SECONDS, tries=1
-        )
+        listing = list_repo(name, model.revision, "model", timeout=HUB_TIMEOUT_SECONDS, tries=1)
         with hub_calls(name, model.revision):
             # Anybody may read the description of a gated model; its files answer with 401.
             config = hf_hub_url(name, "config.json", revision=listing.commit)
