@@ -103,9 +103,15 @@ def check_scorer_names(names: str | Sequence[str]) -> Sequence[str]:
 
     Nothing of the file runs.
     """
-    if isinstance(names, str):
+    if not isinstance(names, Sequence) or isinstance(names, str):
         names = [names]
     for name in names:
+        if not isinstance(name, str):
+            raise UsageError(
+                f"a scorer is a name, not {type(name).__name__}",
+                where="--score",
+                fix="write a function of your own into a file: --score my_scorers.py:my_function",
+            )
         if name not in SCORERS:
             _own_scorer_file(name)
     return names
