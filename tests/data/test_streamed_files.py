@@ -173,6 +173,10 @@ def test_a_json_array_that_memory_does_not_hold(
         open_table(path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert open_table(path).row(99) == rows[99]
+    # A first line of more than is read at once.
+    rows[0] = {"text": "x" * (files.READ_BYTES + 1)}
+    path.write_text("\ufeff\n \n" + "".join(json.dumps(row) + "\n" for row in rows))
+    assert open_table(path).row(0) == rows[0]
 
 
 def test_batches_for_the_tokenizer_end_at_a_size(

@@ -239,9 +239,16 @@ def _read_json(path: Path) -> Table:
 def _has_object_a_line(path: Path) -> bool:
     """Tell whether a file begins with an object in one line, and goes on behind it."""
     with open_uncached(path) as file:
-        text = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).strip()
-    first, _, rest = text.partition(b"\n")
-    return first.startswith(b"{") and first.rstrip().endswith(b"}") and bool(rest)
+        first = file.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8).strip()
+        while not first and (line := file.readline(MAX_ROW_BYTES)):
+            first = line.strip()
+        if not first.startswith(b"{") or not file.read(READ_BYTES).strip():
+            return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _jq_key(key: str) -> str:
