@@ -326,3 +326,21 @@ def test_no_file_that_was_read_stays_in_the_page_cache(name: str, tmp_path: Path
     assert len(table.fingerprint()) == 64
     del table
     assert resident(file) == 0
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux can be told to drop pages"
+)
+def test_of_many_files_those_read_last_stay_in_the_page_cache(tmp_path: Path) -> None:
+    """Rows are read again in any order, so what is dropped at each read is read from the disk."""
+    paths = [tmp_path / f"{n}.{kind}" for n in range(9) for kind in ("txt", "jsonl", "csv")]
+    for path in paths:
+        row = "word " * 4000
+        path.write_text(json.dumps({"text": row}) if path.suffix == ".jsonl" else f"text\n{row}\n")
+        with path.open("rb+") as written:
+            os.fsync(written.fileno())
+        if resident(path) < 4:
+            pytest.skip("this file system does not cache")
+    for table in [open_table(path) for path in paths]:
+        table.row(0)
+    assert [resident(path) > 0 for path in paths] == [False] * 11 + [True] * 16

@@ -10,6 +10,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data.source import arrow_files, files
 from tunesmith.data.source.files import open_table
 from tunesmith.data.source.open_source import read_rows
-from tunesmith.data.source.table import file_digest
+from tunesmith.data.source.table import file_digest, read_span, version_of
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
@@ -215,6 +216,22 @@ def test_one_file_of_a_folder_is_open_and_in_memory(name: str, tmp_path: Path) -
         assert sum(file.startswith(str(tmp_path)) for file in opened) <= 1
     groups = [o for o in gc.get_objects() if isinstance(o, arrow_files._OpenGroup)]
     assert len(groups) <= 1
+
+
+def test_threads_read_more_files_than_are_open(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.txt" for n in range(40)]
+    for n, path in enumerate(paths):
+        path.write_text(f"{n:8}" * 1000)
+    versions = [version_of(path) for path in paths]
+
+    def wrong_reads(seed: int) -> list[int]:
+        numbers = random.Random(seed).choices(range(40), k=1500)
+        return [
+            n for n in numbers if read_span(paths[n], versions[n], 800, 808) != f"{n:8}".encode()
+        ]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(wrong_reads, range(8))) == [[]] * 8
 
 
 def test_no_row_is_given_under_another_number_behind_a_damaged_page(tmp_path: Path) -> None:

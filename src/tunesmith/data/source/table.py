@@ -9,13 +9,13 @@ import bisect
 import hashlib
 import itertools
 import os
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
-from io import FileIO
 from pathlib import Path
 
 from tunesmith.errors import DataError
@@ -258,19 +258,32 @@ def new_name(path: Path, name: str) -> str:
     return shell_word(name)
 
 
+class _OpenFile:
+    """A file that is closed where nothing uses it; then no page of it stays in the page cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, _close, self.descriptor)
+
+
+def _close(descriptor: int) -> None:
+    drop_pages(descriptor)
+    os.close(descriptor)
+
+
 # A folder may have more files than a process may open.
 @lru_cache(maxsize=16)
-def _open_version(path: Path, version: FileVersion | None) -> FileIO:
+def _open_version(path: Path, version: FileVersion | None) -> _OpenFile:
     if version_of(path) != version:
         raise changed_error(path)
-    return path.open("rb", buffering=0)
+    return _OpenFile(path)
 
 
 def read_span(path: Path, version: FileVersion | None, start: int, stop: int) -> bytes:
     """The bytes of a file from `start` to `stop`; DataError where it has not this version now."""
-    descriptor = _open_version(path, version).fileno()
-    data = os.pread(descriptor, stop - start, start)
-    drop_pages(descriptor, 0, start or 1)
+    # Held while it is read: another thread may open so many files that this one is let go.
+    file = _open_version(path, version)
+    data = os.pread(file.descriptor, stop - start, start)
     if len(data) < stop - start:
         raise changed_error(path)
     return data
