@@ -369,7 +369,9 @@ class _SampledRows:
                 return f"name the columns, such as {guess.flags()}"
         names = ROW_FORMATS[formats[0]].layouts[0].needed
         pairs = ",".join(f"{name}=..." for name in names)
-        return f"name the columns: --columns {pairs}"
+        needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
+        kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
+        return f"name the columns with {kind}: --columns {pairs}"
 
     def _guess(self, layout: ColumnSet) -> dict[str, str]:
         """Columns of text for the names that a layout needs, the likeliest."""
