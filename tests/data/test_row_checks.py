@@ -236,6 +236,14 @@ def test_scripts_and_languages_of_few_rows() -> None:
     assert find_faults(rows).faulty_rows("rare-languages") == [60, 61]
 
 
+def test_texts_are_not_kept_once_a_language_can_be_rare() -> None:
+    languages = row_checks._Languages()
+    for i, text in enumerate(good_rows(60)):
+        languages.add(i, text)
+        kept = [value for value in vars(languages).values() if isinstance(value, list)]
+        assert sum(map(len, kept)) < row_checks.MIN_LANGUAGE_ROWS
+
+
 def test_few_rows_have_no_rare_language() -> None:
     assert find_faults([*good_rows(10), row("Что такое кошка?", "Это животное.")]).languages == {}
     many = [*good_rows(30), *(row(f"Что это такое {i}?", f"Это животное {i}.") for i in range(10))]

@@ -444,8 +444,9 @@ class _Languages:
 
     def __init__(self) -> None:
         self._scripts: dict[str, list[int]] = {}
-        # Beginnings of rows: their number says whether a language can be rare.
-        self._samples: list[tuple[int, str]] = []
+        self._languages: dict[str, list[int]] = {}
+        # Beginnings of rows, until their number says whether a language can be rare.
+        self._few: list[tuple[int, str]] = []
 
     def add(self, row: int, text: RowText) -> None:
         sample = text.answer[:LANGUAGE_CHARACTERS]
@@ -455,20 +456,25 @@ class _Languages:
         if script:
             self._scripts.setdefault(script, []).append(row)
         if sum(map(str.isalpha, sample)) >= MIN_LANGUAGE_LETTERS:
-            self._samples.append((row, sample))
+            self._few.append((row, sample))
+        # The model of languages takes half a second to load: a few rows do not need it.
+        if len(self._few) >= MIN_LANGUAGE_ROWS:
+            self._identify()
+
+    def _identify(self) -> None:
+        for row, sample in self._few:
+            language = language_of(sample)
+            if language:
+                self._languages.setdefault(language, []).append(row)
+        self._few = []
 
     def rare(self) -> dict[str, list[int]]:
         """Language or script -> rows; a row in a rare script is listed by that."""
         rare = _rare(self._scripts, MIN_SCRIPT_ROWS)
         listed = set(chain.from_iterable(rare.values()))
-        languages: dict[str, list[int]] = {}
-        # The model of languages takes half a second to load: a few rows do not need it.
-        if len(self._samples) >= MIN_LANGUAGE_ROWS:
-            for row, sample in self._samples:
-                language = language_of(sample)
-                if language:
-                    languages.setdefault(language, []).append(row)
-        for name, rows in _rare(languages, MIN_LANGUAGE_ROWS).items():
+        if self._languages:
+            self._identify()
+        for name, rows in _rare(self._languages, MIN_LANGUAGE_ROWS).items():
             others = [row for row in rows if row not in listed]
             if others:
                 rare[name] = others
