@@ -216,11 +216,21 @@ def test_a_schema_without_its_package_says_what_to_install(monkeypatch: pytest.M
 
 
 OWN = """
+from __future__ import annotations
 from dataclasses import dataclass
+from pydantic import BaseModel
 
 @dataclass
 class Rule:  # looks its module up
     word: str
+
+class Reply(BaseModel):  # looks its module up when it is first made
+    parts: list[Part]
+
+class Part(BaseModel):
+    text: str
+
+def modelled(answer, row): return float(len(Reply(parts=[{"text": answer}]).parts))
 
 def length(answer, row):
     row["changed"] = True
@@ -242,6 +252,8 @@ def test_a_scorer_of_ones_own_gets_answer_and_row(tmp_path: Path) -> None:
     scored = row("abcd")
     assert score_answer(scorer, "ab", scored) == 0.5
     assert scored.row == {}
+    (scorer,) = select_scorers([f"{file}:modelled"])
+    assert score_answer(scorer, "ab", scored) == 1
 
 
 @pytest.mark.parametrize(

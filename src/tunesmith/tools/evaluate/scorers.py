@@ -9,12 +9,13 @@ import difflib
 import json
 import math
 import re
-import runpy
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import regex
@@ -315,9 +316,13 @@ def load_own_scorer(name: str) -> Scorer:
     """
     path, function_name = _own_scorer_file(name)
     where = f"--score {name}"
+    module = ModuleType(f"tunesmith_scorer_{path.stem}")
+    module.__file__ = str(path)
+    # Its classes look their module up, some of them when the scorer is called.
+    sys.modules[module.__name__] = module
     try:
         # Run, not imported: the import system would leave a folder of bytecode beside the file.
-        values = runpy.run_path(str(path), run_name=f"tunesmith_scorer_{path.stem}")
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise UsageError(
@@ -326,7 +331,7 @@ def load_own_scorer(name: str) -> Scorer:
             why=reason,
             fix=f"run it on its own to see where: python {shell_path(path)}",
         ) from error
-    function = values.get(function_name)
+    function = getattr(module, function_name, None)
     if not callable(function):
         raise UsageError(
             f"{path.name} has no function {function_name}",
