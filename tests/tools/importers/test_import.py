@@ -569,11 +569,13 @@ def test_template_arguments_of_rows_without_a_template_are_left_out(tmp_path: Pa
     draft = translate(read_config(path, "axolotl"), overrides, None, None)
     assert draft.values["data.template"] == "alpaca"
     assert "data.template_args" not in draft.values
+    assert not notes_by_key(draft)["chat_template_kwargs.enable_thinking"].differs
 
 
 @pytest.mark.parametrize(
     ("template", "value", "arguments", "words"),
     [
+        ("alpaca", False, None, "without a chat template"),
         ("qwen3", False, {"enable_thinking": False}, "such a row is an error"),
         ("qwen3", True, None, "adds an empty thought"),
     ],

@@ -143,8 +143,7 @@ def _axolotl(recipe: Translation) -> None:
         fix = "write it to template.jinja, and give data.template=template.jinja"
         raise recipe.error("chat_template_jinja", "a template is a file here", fix)
     recipe.carry("chat_template_jinja")
-    if recipe.overrides.get("data.template", template) not in ("alpaca", "raw"):
-        _set_template_args(recipe)
+    _set_template_args(recipe)
     if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
 
@@ -161,7 +160,10 @@ def _note_templates_of_types(recipe: Translation) -> None:
 def _set_template_args(recipe: Translation) -> None:
     """Axolotl's arguments of the chat template, as far as a recipe has them."""
     arguments = {}
-    for key in recipe.find_below("chat_template_kwargs"):
+    names = recipe.find_below("chat_template_kwargs")
+    if _has_no_chat_template(recipe, *names):
+        return
+    for key in names:
         name = key.partition(".")[2]
         value = recipe.get(key)
         is_argument = "." not in name and name not in OF_RENDERER
@@ -170,6 +172,17 @@ def _set_template_args(recipe: Translation) -> None:
     if arguments:
         names = [f"chat_template_kwargs.{name}" for name in arguments]
         recipe.set_key("data.template_args", arguments, *names)
+
+
+def _has_no_chat_template(recipe: Translation, *names: str) -> bool:
+    """Tell whether rows are written without a chat template; then note that of their keys `names`,
+    which are of one.
+    """
+    template = recipe.overrides.get("data.template", recipe.values["data.template"])
+    is_without = template in ("alpaca", "raw")
+    for name in names if is_without else ():
+        recipe.note(name, "these rows are written without a chat template", differs=False)
+    return is_without
 
 
 def _llamafactory(recipe: Translation) -> None:
@@ -189,9 +202,24 @@ def _llamafactory(recipe: Translation) -> None:
         set_rows(recipe, part, key, method)
     template = "alpaca" if recipe.get("template") == "alpaca" else "auto"
     recipe.set_key("data.template", template, "template")
+    _set_thinking(recipe)
     if recipe.is_on("packing") and not recipe.is_on("neat_packing"):
         why = "the documents of a packed row see each other there; here they do not"
         recipe.note("packing", why)
+
+
+def _set_thinking(recipe: Translation) -> None:
+    """LLaMA-Factory's `enable_thinking`, which its templates of reasoning models read."""
+    if _has_no_chat_template(recipe, "enable_thinking") or not recipe.is_set("enable_thinking"):
+        return
+    if recipe.is_on("enable_thinking"):
+        why = "LLaMA-Factory adds an empty thought to an answer; here the template decides"
+        recipe.note("enable_thinking", why)
+        return
+    why = "if the model's template does not support it, the run reports an error: remove it"
+    recipe.set_key("data.template_args", {"enable_thinking": False}, "enable_thinking", why=why)
+    why = "LLaMA-Factory removes a thought from a row; here such a row is an error"
+    recipe.note("enable_thinking", why)
 
 
 def _read_dataset_info(recipe: Translation, key: str) -> None:
