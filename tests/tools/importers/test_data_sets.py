@@ -137,13 +137,17 @@ def test_a_loss_of_torchtune_that_is_no_cross_entropy_differs(loss: str, tmp_pat
     values = BASES["torchtune"] | {"loss": {"_component_": loss}}
     notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
     assert notes["loss._component_"].differs
+    assert "not supported" in notes["loss._component_"].why
 
 
 @pytest.mark.parametrize("loss", ["LinearCrossEntropyLoss", "CEWithChunkedOutputLoss"])
 def test_a_cross_entropy_of_torchtune_needs_nothing(loss: str, tmp_path: Path) -> None:
-    values = BASES["torchtune"] | {"loss": {"_component_": f"torchtune.modules.loss.{loss}"}}
+    given = {"_component_": f"torchtune.modules.loss.{loss}", "mask_ignored_tokens": True}
+    values = BASES["torchtune"] | {"loss": given}
     notes = notes_by_key(translated_text("torchtune", json.dumps(values), tmp_path))
     assert not notes["loss._component_"].differs
+    assert "not supported" not in notes["loss._component_"].why
+    assert not notes["loss.mask_ignored_tokens"].differs
 
 
 def test_data_sets_of_torchtune_that_train_on_other_parts_differ(tmp_path: Path) -> None:
@@ -200,7 +204,10 @@ def test_plugins_that_do_more_than_choose_kernels_differ(
     plugin: str, differs: bool, tmp_path: Path
 ) -> None:
     recipe = axolotl(tmp_path, CHAT, plugins=[f"axolotl.integrations.any.{plugin}"])
-    assert notes_by_key(recipe)["plugins"].differs is differs
+    note = notes_by_key(recipe)["plugins"]
+    assert note.differs is differs
+    assert ("not known here" in note.why) is differs
+    assert not notes_by_key(axolotl(tmp_path, CHAT, plugins=[]))["plugins"].differs
 
 
 @pytest.mark.parametrize(

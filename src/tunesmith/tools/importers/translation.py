@@ -1,7 +1,7 @@
 """A recipe in the making: values under our keys, their origins, what is not carried and why."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -217,9 +217,12 @@ class Translation:
                 continue
             kind, why = self._uncarried(name)
             usual = self._usual(name)
-            if usual and key.value is not None:
-                parts = {part.rpartition(".")[2] for part in self.listed(name)}
-                self.note_key(key, why, differs=not parts or not parts <= usual)
+            if usual and key.value not in (None, ""):
+                # An empty list is the word "".
+                parts = {part.rpartition(".")[2] for part in self.listed(name)} or {""}
+                if not parts <= usual:
+                    _, why = self._uncarried(name, ("differs",))
+                self.note_key(key, why, differs=not parts <= usual)
             elif key.value in _UNSET and kind != "misspelt":
                 self.note_key(key, "not set", differs=False)
             elif kind == "unknown" and name in self.source.referenced:
@@ -237,13 +240,15 @@ class Translation:
                 return set(values)
         return set()
 
-    def _uncarried(self, name: str) -> tuple[str, str]:
-        """The table's entry for a key that is not carried: `nothing`, `differs`, `misspelt` or
+    def _uncarried(
+        self, name: str, kinds: Sequence[str] = ("nothing", "differs")
+    ) -> tuple[str, str]:
+        """The table's entry for a key that is not carried: one of `kinds`, `misspelt` or
         `unknown`, and why.
         """
         schema_name = without_indices(name)
         choices = set(self.looked_for)
-        for kind in ("nothing", "differs"):
+        for kind in kinds:
             for why, patterns in self.table[kind].items():
                 if any(fnmatchcase(schema_name, pattern) for pattern in patterns):
                     return kind, why
