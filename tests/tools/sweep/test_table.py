@@ -9,7 +9,7 @@ import pytest
 
 from errors import holds
 from report.written import falling, row_eval, write_eval, write_run
-from tunesmith.tools.sweep.table import best_lines
+from tunesmith.tools.sweep.table import best_lines, sweep_lines
 
 
 def candidate(folder: Path, last: float, state: str = "finished", step: int = 40) -> dict[str, Any]:
@@ -74,3 +74,17 @@ def test_training_losses_decide_nothing(tmp_path: Path) -> None:
     )
     assert holds(lines[1], "02-b", "loss 2.0000", "1.0000 higher")
     assert not any("tunesmith eval" in line for line in lines)
+
+
+def test_a_candidate_is_one_line_however_many_keys_vary(tmp_path: Path) -> None:
+    candidates = [candidate(tmp_path / f"0{i}-a", float(i)) for i in (1, 2)]
+    for one, value in zip(candidates, ("1e-05", "0.25"), strict=True):
+        one["values"] = {f"train.key_number_{i}": value for i in range(12)}
+    outcome = {"candidates": candidates, "best": "01-a", "compared_by": "val_loss"}
+    heading, *rows = list(sweep_lines(outcome))[:3]
+    assert [row.split() for row in rows] == [
+        ["01", *["1e-05"] * 12, "40", "1.0000", "finished"],
+        ["02", *["0.25"] * 12, "40", "2.0000", "finished"],
+    ]
+    # Numbers end where their heading does.
+    assert {row.index(" 40") + 3 for row in rows} == {heading.index("step") + 4}

@@ -2,7 +2,6 @@
 files lie."""
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import TypedDict
 
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
-from tunesmith.host.streams import width_of
 from tunesmith.launch.jobs import holds_run
-from tunesmith.metrics.result_table import ResultTable
 from tunesmith.reader.compare import judge
 from tunesmith.reader.page import write_report
 from tunesmith.reader.run_files import RunFiles
@@ -76,9 +73,13 @@ def sweep_lines(result: SweepResult) -> Iterator[str]:
     names = []
     if candidates:
         names = [key.rpartition(".")[2] for key in candidates[0]["values"]]
-    rows = list(map(_table_row, sorted(candidates, key=_rank)))
-    columns = [*names, "step", result["compared_by"], ""]
-    yield from ResultTable(rows, columns).text(width_of(sys.stdout)).splitlines()
+    rows = [["", *names, "step", result["compared_by"], ""]]
+    rows += map(_table_row, sorted(candidates, key=_rank))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # One line a candidate, however wide: it is also read through grep.
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        yield "  ".join(cells).rstrip()
     yield from best_lines(result)
 
 
