@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from tunesmith.config.names import keys, members, suggest_key
+from tunesmith.config.names import keys, members, other_tools, suggest_key
 from tunesmith.config.tree import Scalar, scalar
 from tunesmith.errors import RecipeError
 from tunesmith.host.shell import shell_word
@@ -161,7 +161,7 @@ def read_space(words: Sequence[str]) -> Space:
         if len(values) < 2 and not match:
             fixed.append(word)
             continue
-        check_varied(key)
+        check_varied(key, text)
         if key in choices or key in ranges:
             fix = shell_word(f"{key}={text}")
             raise RecipeError(f"{key} is set twice", where="command line", fix=fix)
@@ -215,13 +215,16 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def check_varied(key: str) -> None:
+def check_varied(key: str, values: str) -> None:
     """RecipeError where a recipe has no such key, or a sweep cannot vary it."""
     if key in VARIED:
         return
     if key not in keys():
         section, _, name = key.rpartition(".")
         fix = suggest_key(section, name)
+        here = other_tools("keys").get(name, "").partition(": ")[0]
+        if here in VARIED:
+            fix = f"here it is {shell_word(f'{here}={values}')}"
         raise RecipeError(f"unknown key {key}", where="command line", fix=fix)
     beginnings = [
         start for start in FIXED_KEY_REASONS if not start or f"{key}.".startswith(f"{start}.")
