@@ -1,13 +1,13 @@
 """The gain of each technique: the same steps again, with a key changed or with other code in its
 place.
 
-    python benchmarks/speed/ablation.py [--rounds 2] [--only NAME ...] [--json out.json] BENCH...
+    python benchmarks/speed/ablation.py BENCH... [--rounds 2] [--only NAME ...] [--json out.json]
 
 BENCH is what follows `tunesmith bench`: a recipe or --shape, --tokenizer and --data, key=value,
 --steps. A NAME with = in it is a key and its other value, such as data.pack=false. Every variant
 runs in a process of its own, in turns, several rounds; the median counts. A shared machine drifts
-by more than most techniques bring, so compare only within one call. FlashAttention 3 and 4 take the place of torch's own where their packages are installed and this
-torch knows them.
+by more than most techniques bring, so compare only within one call. FlashAttention 3 and 4 take the
+place of torch's own where their packages are installed and this torch knows them.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def lines_of(table: Mapping[str, Mapping[str, float]], changes: Mapping[str, str
         yield f"{name:26} {figures}  {changes[name]}"
 
 
-def main() -> None:
-    """All of them in turns; with --one one of them, in this process."""
+def parse(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and BENCH; the process ends where a NAME is unknown."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -233,7 +233,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--one", choices=list(REPLACEMENTS), help=argparse.SUPPRESS)
     parser.add_argument("--json")
-    options, bench = parser.parse_known_args()
+    options, bench = parser.parse_known_args(words)
+    for name in options.only or ():
+        if name not in REPLACEMENTS and "=" not in name:
+            known = ", ".join(REPLACEMENTS)
+            parser.error(
+                f"--only {name}: it is none of {known}, and no key=value; a recipe stands before"
+                " --only"
+            )
+    return options, bench
+
+
+def main() -> None:
+    """All of them in turns; with --one one of them, in this process."""
+    options, bench = parse()
     if options.one:
         REPLACEMENTS[options.one].replace()
         sys.exit(tunesmith(["bench", *bench, "--json", options.json]))

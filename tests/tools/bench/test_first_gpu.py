@@ -14,6 +14,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import ablation
 import device_facts
 import pytest
 
@@ -110,6 +111,16 @@ def recipe_of_shape(args: argparse.Namespace, folder: Path) -> Run:
     )
 
 
+def bench_words(command: list[str]) -> list[list[str]]:
+    """What follows `tunesmith bench` in a command, for each variant of an ablation."""
+    if command[:3] == ["-m", "tunesmith", "bench"]:
+        return [command[3:]]
+    if command[0] != "benchmarks/speed/ablation.py":
+        return []
+    options, bench = ablation.parse(command[1:])
+    return [[*bench, *([name] if "=" in name else [])] for name in options.only]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("shapes", [True, False], ids=["true shapes", "a recipe"])
@@ -123,20 +134,46 @@ def test_every_command_of_a_stage_is_one_that_bench_takes_and_their_limits_fit_t
     assert "skipped" not in shown
     checked = 0
     for command in commands:
-        if command[:3] != ["-m", "tunesmith", "bench"]:
-            continue
-        parser = Parser()
-        add_arguments(parser)
-        args = parser.parse_intermixed_args(command[3:])
-        args.typed = parser.typed_options(args)
-        args.json = None  # its folder is there: the script has made it
-        check_arguments(args)
-        assert stated_recipe(args) or recipe_of_shape(args, tmp_path / "model")
-        checked += 1
-    assert checked >= 2
+        for words in bench_words(command):
+            parser = Parser()
+            add_arguments(parser)
+            args = parser.parse_intermixed_args(words)
+            args.typed = parser.typed_options(args)
+            args.json = None  # its folder is there: the script has made it
+            check_arguments(args)
+            assert stated_recipe(args) or recipe_of_shape(args, tmp_path / "model")
+            checked += 1
+    assert checked >= 3
     steps = read_results(tmp_path, stage)["steps"]
     limits = [step["limit"] for name, step in steps.items() if name != "attention"]
     assert sum(limits) + 25 <= 580
+
+
+@pytest.mark.parametrize("name", ["packing", "r.yaml"])
+def test_an_ablation_of_an_unknown_name_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ablation.parse(["--only", "data.pack=false", name])
+    assert ended.value.code == 2
+    assert lines_with(capsys.readouterr().err, name)
+
+
+def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Commands of other programs stand in for bench."""
+    figures = {"figures": {"tokens_per_second": 10.0, "peak_memory_gib": 1.0, "last_loss": 2.0}}
+    write = f"import sys; open(sys.argv[2], 'w').write({json.dumps(figures)!r})"
+    good = [sys.executable, "-ISc", write]
+    bad = [sys.executable, "-ISc", "import sys; sys.exit('error: no memory')"]
+    found = ablation.run_in_turns({ablation.BASELINE: good, "other": bad}, rounds=2)
+    shown = capsys.readouterr()
+    assert list(ablation.table_of(found)) == [ablation.BASELINE]
+    assert (len(found[ablation.BASELINE]), len(found["other"])) == (2, 0)
+    assert "error: no memory" in shown.out
+    with pytest.raises(SystemExit):
+        ablation.table_of({ablation.BASELINE: [], "other": found[ablation.BASELINE]})
 
 
 @pytest.mark.slow
