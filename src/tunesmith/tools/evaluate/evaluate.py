@@ -316,7 +316,7 @@ def _batch_sums(
 
     return _BatchSums(
         indices,
-        sums_of_rows(of_targets * is_scored),
+        sums_of_rows(of_targets.where(is_scored, 0)),
         sums_of_rows(is_scored),
         int((correct.flatten()[index] & is_scored).sum()),
         pairs,
