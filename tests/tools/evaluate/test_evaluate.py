@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from errors import holds, lines_with, refuses
 from recipes import make_run as recipe_run
 from runs import ROWS, make_run, peft_model, write_rows
+from tunesmith.data.batches.batch import collate
 from tunesmith.data.batches.layout import Layout
 from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.text.example import Example
@@ -30,7 +32,7 @@ from tunesmith.metrics.record import read_records
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import read_env
 from tunesmith.runtime import compilation
-from tunesmith.tools.evaluate.evaluate import evaluate, score
+from tunesmith.tools.evaluate.evaluate import _batch_sums, evaluate, score
 from tunesmith.tools.evaluate.evaluate_runs import evaluate_runs
 from tunesmith.tools.evaluate.generate import generate
 from tunesmith.training.run import train
@@ -115,6 +117,20 @@ def test_dropout_is_off_and_training_mode_comes_back(opened: LoadedModel, tokens
         assert train_model.training
         train_model.eval()
     assert first == again
+
+
+def test_an_answer_that_is_not_scored_adds_nothing_however_unlikely_it_is() -> None:
+    trained = np.array([0, 0, 1, 1, 0, 1, 1], bool)
+    pair = Example(np.arange(7, dtype=np.int32), trained, (4, 3))
+    batch = collate([[pair]], length=7, pad_id=0)
+    losses = torch.ones(1, 7)
+    losses[0, 4:] = torch.inf  # of the rejected one
+    correct = torch.zeros(1, 7, dtype=torch.bool)
+    stand_in: Any = SimpleNamespace(
+        model=SimpleNamespace(device=CPU), token_scores=lambda _: (losses, correct)
+    )
+    sums = _batch_sums(stand_in, batch, [0], [4])
+    assert (sums.row_losses, sums.row_tokens, sums.pairs) == ([2.0], [2], [1.0])
 
 
 def test_a_cancelled_validation_has_no_result(opened: LoadedModel, tokens: TokenSet) -> None:
@@ -354,7 +370,7 @@ def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
     ("held_out", "cause"),
     [
         ([{"validation": {"source": f"{x}.jsonl"}} for x in "ab"], ["data.validation"]),
-        ([{"hold_out_seed": x} for x in (0, 42)], ["data.hold_out_seed"]),
+        ([{"hold_out_seed": x} for x in (0, 42)], ["data.hold_out_seed", 0, 42]),
     ],
 )
 def test_runs_with_other_held_out_rows_are_refused_before_loading(

@@ -187,7 +187,13 @@ def _differing_keys(first: Run | None, other: Run | None) -> list[str]:
     names = ["validation", "hold_out", "template", "seq_len", "train_on"]
     if first.data.hold_out and other.data.hold_out:
         names += ["train", "leave_out", "hold_out_seed"]
-    return [f"data.{name}" for name in names if values[0][name] != values[1][name]]
+    differing = []
+    for name in names:
+        one, another = (data[name] for data in values)
+        if one != another:
+            seeds = f" ({one} and {another})" if name == "hold_out_seed" else ""
+            differing.append(f"data.{name}{seeds}")
+    return differing
 
 
 def _check_same_base(paths: Sequence[str | Path], locations: Sequence[RunLocation]) -> None:
