@@ -25,7 +25,7 @@ from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.errors import UsageError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
@@ -402,3 +402,20 @@ def test_two_rows_show_nothing(tiny: Path, tmp_path: Path) -> None:
     assert (found.loss_difference.rows, found.loss_difference.interval) == (2, None)
     (sentence,) = found.verdicts()
     assert holds(sentence, "2 rows", "6")
+
+
+def test_answers_of_runs_that_cannot_be_written_to_go_to_a_folder(
+    tiny: Path, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        make_run(run, tiny, peft_model(tiny))
+        (run / "evals").touch()
+    rows = write_rows(tmp_path / "held.jsonl", ROWS[:1])
+    short: dict[str, Any] = {"exact_match": True, "max_new_tokens": 2, "device": "cpu"}
+    with refuses(MachineError, fix=["--output"]):
+        evaluate_runs(runs, rows, **short)
+    found = evaluate_runs(runs, rows, output=tmp_path / "answers", **short)
+    files = [tmp_path / "answers" / f"{run.name}.jsonl" for run in runs]
+    assert [evaluation.answers for evaluation in found.evaluations.values()] == files
+    assert all(file.is_file() for file in files)

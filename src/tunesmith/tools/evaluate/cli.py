@@ -113,7 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCORER",
         help=f"score the answers: {scorers}; may be repeated",
     )
-    output = "for --score: where answers are kept, and resumed from (default: evals/ of the run)"
+    output = (
+        "for --score: where answers are kept, and resumed from; of several runs a folder"
+        " (default: evals/ of each run)"
+    )
     parser.add_argument("--output", metavar="FILE", help=output)
     parser.add_argument(
         "--fresh",
@@ -147,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
         if len(args.runs) > 1:
             check_not_given(
                 args,
-                ("tasks", "output"),
+                ("tasks",),
                 "is for one run",
                 why=f"{len(args.runs)} are named: {', '.join(args.runs)}",
                 fix="use one command for each run; `tunesmith report RUN RUN` shows them together",

@@ -113,6 +113,7 @@ def evaluate_runs(
     data: str | Path | None = None,
     *,
     base: bool = False,
+    output: str | Path | None = None,
     **options: Any,
 ) -> RunsEvaluation:
     """Score several runs on the same rows, one after the other, and compare them row by row.
@@ -121,6 +122,8 @@ def evaluate_runs(
         paths: as for `load_run`, each once.
         data: as for `evaluate`; None takes the rows that all of them have held out.
         base: score the base beside them, which must be the same of all.
+        output: for scorers: the folder of the files of answers, one for each run; None takes evals/
+            of each.
         options: others of `evaluate`.
 
     Raises:
@@ -135,7 +138,9 @@ def evaluate_runs(
     evaluations: dict[str, Evaluation] = {}
     for name, path in zip(_names(paths), paths, strict=True):
         # The base is the same of all, so that one run brings it.
-        evaluations[name] = evaluate(path, data, base=base and not evaluations, **options)
+        has_base = base and not evaluations
+        file = output and Path(output) / f"{name.replace('/', '-')}.jsonl"
+        evaluations[name] = evaluate(path, data, base=has_base, output=file, **options)
     comparisons: list[RowComparison] = []
     obstacles = []
     has_same_tokens = len({evaluation.row_hash for evaluation in evaluations.values()}) == 1

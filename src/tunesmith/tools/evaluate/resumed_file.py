@@ -65,7 +65,7 @@ class ResumedFile:
                 f"{self.path.name} cannot be written",
                 where=str(self.path),
                 why=error.strerror or str(error),
-                fix="use a writable file: --output FILE",
+                fix="write it elsewhere: --output",
             ) from error
         return self
 
