@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import JsonValue
 
@@ -241,7 +241,7 @@ class Translation:
         return set()
 
     def _uncarried(
-        self, name: str, kinds: Sequence[str] = ("nothing", "differs")
+        self, name: str, kinds: Sequence[Literal["nothing", "differs"]] = ("nothing", "differs")
     ) -> tuple[str, str]:
         """The table's entry for a key that is not carried: one of `kinds`, `misspelt` or
         `unknown`, and why.
