@@ -38,7 +38,7 @@ class ResumedFile:
             except OSError as error:
                 raise MachineError(
                     f"{path.name} cannot be read",
-                    where=str(path),
+                    where=f"--output {path}",
                     why=error.strerror or str(error),
                     fix="name another file: --output FILE",
                 ) from error
