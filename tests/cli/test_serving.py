@@ -528,9 +528,8 @@ def test_eval_compares_two_runs(
     shown = capsys.readouterr()
     assert shown.out.split("\n")[0].split() == ["run", "other"]
     assert holds(" ".join(shown.out.split()), by_loss["verdict"], by_f1["verdict"])
-    for words in (["--output", "o.jsonl", "--score", "f1"], ["--tasks", "gsm8k"]):
-        assert main(["eval", str(run), str(other), *words]) == EXIT_USAGE
-        assert error_in(capsys.readouterr().err).where == f"command line: {words[0]}"
+    assert main(["eval", str(run), str(other), "--tasks", "gsm8k"]) == EXIT_USAGE
+    assert error_in(capsys.readouterr().err).where == "command line: --tasks"
 
 
 @pytest.mark.parametrize(
