@@ -259,7 +259,7 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     with refuses(DataError, names=["promt=question"]) as refused:
         found(row, source=Source(source="faq", columns={"promt": "question"}))
     assert "--columns prompt=question,completion=answer" in refused.value.fix
-    with refuses(DataError, fix=["lists of messages", "--columns messages=..."]) as refused:
+    with refuses(DataError, fix=["messages", "--columns messages=..."]) as refused:
         found(texts("q", "a"), source=Source(source="faq", format="messages"), any_format=False)
     with refuses(DataError, names=["reply"]):
         found(row, source=Source(source="faq", columns={"completion": "reply"}))

@@ -263,7 +263,7 @@ def test_a_stop_that_waits_tells_which_nodes_save(
     monkeypatch.setattr(SwarmJob, "clean", lambda _: [])
     with caplog.at_level("INFO"):
         job.stop()
-    assert lines_with(caplog.text, "spark-b", "before the first step")
+    assert lines_with(caplog.text, "spark-b", "first")
 
 
 MERGED = {"NCCL_IB_HCA": "=rocep1s0f1,roceP2p1s0f1", "NCCL_IB_MERGE_NICS": "1"}
