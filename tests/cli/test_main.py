@@ -191,18 +191,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["zzz"], "there is no command 'zzz'", "tunesmith --help"),
         (
             ["launch", "slrum", "r.yaml"],
-            "command 'launch slrum'",
+            "then a recipe, not slrum",
             "did you mean tunesmith launch slurm?",
         ),
         (
             ["launch", "recipe.yaml"],
-            "command 'launch recipe.yaml'",
-            "slurm): tunesmith launch --help",
+            "then a recipe, not recipe.yaml",
+            "tunesmith launch slurm recipe.yaml",
         ),
         (
             ["launch", "--dry", "r.yaml"],
-            "command 'launch --dry'",
-            "slurm): tunesmith launch --help",
+            "then a recipe, not --dry",
+            "tunesmith launch slurm RECIPE",
         ),
         (["compare", "a", "b"], "there is no command 'compare'", "tunesmith report A B"),
         (["--json"], "there is no command '--json'", "tunesmith --help"),

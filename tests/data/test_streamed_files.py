@@ -234,6 +234,22 @@ def test_threads_read_more_files_than_are_open(tmp_path: Path) -> None:
         assert list(threads.map(wrong_reads, range(8))) == [[]] * 8
 
 
+def test_a_forked_process_opens_the_file_itself(tmp_path: Path) -> None:
+    """Its parent's number of it can be another file's by then, as where a run is detached."""
+    path, other = tmp_path / "rows.txt", tmp_path / "other.txt"
+    path.write_text("right")
+    other.write_text("wrong")
+    version = version_of(path)
+    read_span(path, version, 0, 5)
+    child = os.fork()
+    if child == 0:
+        os.closerange(3, 256)
+        while os.open(other, os.O_RDONLY) < 100:
+            pass
+        os._exit(read_span(path, version, 0, 5) != b"right")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_no_row_is_given_under_another_number_behind_a_damaged_page(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"text": [f"row {i}" for i in range(600)]})

@@ -44,7 +44,7 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
-from tunesmith.host.shell import shell_command
+from tunesmith.host.shell import shell_command, shell_word
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
@@ -109,6 +109,7 @@ OTHER_OPTIONS = {
     "tunesmith bench --plain": "nothing: the table is plain text",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
+LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 
 # A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data
 # (measured). With less their C++ code aborts, and no message can be shown.
@@ -167,7 +168,13 @@ class Parser(argparse.ArgumentParser):
         """Name what goes in place of a word that went or is nearly an option or a recipe key."""
         choice = re.match(r"argument (\S+): invalid choice: '(.*?)'", message)
         if choice:
-            return OTHER_OPTIONS.get(f"{self.prog} {choice[1]} {choice[2]}")
+            option, word = choice.groups()
+            if f"{self.prog} {option} {word}" in OTHER_OPTIONS:
+                return OTHER_OPTIONS[f"{self.prog} {option} {word}"]
+            for action in self._actions:
+                if "/".join(action.option_strings) == option:
+                    near = difflib.get_close_matches(word, map(str, action.choices or ()), n=1)
+                    return f"did you mean {action.option_strings[-1]} {near[0]}?" if near else None
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if not unknown:
             return None
@@ -268,6 +275,8 @@ def dispatch(words: list[str]) -> int:
             return EXIT_OK
         verb = " ".join(words[:2])
         rest = rest[1:]
+        if verb not in VERBS:
+            raise _no_launch(words[1])
     if verb not in VERBS:
         raise UsageError(
             f"there is no command {verb!r}", where="command line", fix=_command_for(words)
@@ -299,16 +308,28 @@ def dispatch(words: list[str]) -> int:
 def _command_for(words: list[str]) -> str:
     """Name what goes in place of a command that there is not."""
     verb, *rest = words
-    if verb == "launch":
-        kinds = [name.partition(" ")[2] for name in VERBS if name.startswith("launch ")]
-        near = difflib.get_close_matches(rest[0], kinds, n=1)
-        other = f"name a kind ({', '.join(kinds)}): tunesmith launch --help"
-        return f"did you mean tunesmith launch {near[0]}?" if near else other
     if rest and rest[0] in VERBS:
         return shell_command(["tunesmith", rest[0], verb, *rest[1:]])
     near = difflib.get_close_matches(verb, VERBS, n=1)
     other = OTHER_NAMES.get(verb, "tunesmith --help")
     return f"did you mean tunesmith {near[0]}?" if near else other
+
+
+def _no_launch(word: str) -> UsageError:
+    """The error for a word after `launch` that is no kind of it: a kind that is misspelt, or what
+    follows the kind."""
+    kinds = [name.removeprefix("launch ") for name in LAUNCHES]
+    near = [f"launch {kind}" for kind in difflib.get_close_matches(word, kinds, n=1)]
+    what = shell_word(word)
+    rest = "RECIPE" if word.startswith("-") else what
+    fix = "; or ".join(f"tunesmith {launch} {rest}" for launch in LAUNCHES)
+    if near:
+        fix = f"did you mean tunesmith {near[0]}?"
+    return UsageError(
+        f"launch takes one of {', '.join(kinds)}, then a recipe, not {what}",
+        where="command line: tunesmith launch",
+        fix=fix,
+    )
 
 
 def _check_process_limits() -> None:

@@ -263,17 +263,19 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, _close, self.descriptor)
+        weakref.finalize(self, _close, self.descriptor, os.getpid())
 
 
-def _close(descriptor: int) -> None:
-    drop_pages(descriptor)
-    os.close(descriptor)
+def _close(descriptor: int, process: int) -> None:
+    if os.getpid() == process:
+        drop_pages(descriptor)
+        os.close(descriptor)
 
 
-# A folder may have more files than a process may open.
+# A folder may have more files than a process may open. A process that is forked opens its own: the
+# number of a file that it inherits can be another file's by then.
 @lru_cache(maxsize=16)
-def _open_version(path: Path, version: FileVersion | None) -> _OpenFile:
+def _open_version(path: Path, version: FileVersion | None, process: int) -> _OpenFile:
     if version_of(path) != version:
         raise changed_error(path)
     return _OpenFile(path)
@@ -282,7 +284,7 @@ def _open_version(path: Path, version: FileVersion | None) -> _OpenFile:
 def read_span(path: Path, version: FileVersion | None, start: int, stop: int) -> bytes:
     """The bytes of a file from `start` to `stop`; DataError where it has not this version now."""
     # Held while it is read: another thread may open so many files that this one is let go.
-    file = _open_version(path, version)
+    file = _open_version(path, version, os.getpid())
     data = os.pread(file.descriptor, stop - start, start)
     if len(data) < stop - start:
         raise changed_error(path)
