@@ -226,7 +226,7 @@ def _factors_of_stack(
         for projection, rows in parts.items():
             layer = f"{prefix}.{expert}.{single_names[projection]}"
             select_a = partial(_expert_a, update.experts, expert)
-            select_b = partial(_expert_b, update.experts, expert, rows)
+            select_b = partial(_expert_b, expert, rows)
             yield f"{layer}.lora_A.weight", Factor(update.lora_A, select_a)
             yield f"{layer}.lora_B.weight", Factor(update.lora_B, select_b)
 
@@ -236,10 +236,7 @@ def _expert_a(experts: int, expert: int, lora_A: Tensor) -> Tensor:
     return lora_A.unflatten(0, (experts, -1))[expert]
 
 
-def _expert_b(experts: int, expert: int, rows: slice, lora_B: Tensor) -> Tensor:
-    # PEFT's file has B flat: the experts vary fastest in its columns.
-    if lora_B.ndim == 2:
-        lora_B = lora_B.unflatten(1, (-1, experts))
+def _expert_b(expert: int, rows: slice, lora_B: Tensor) -> Tensor:
     return lora_B[rows, :, expert]
 
 
