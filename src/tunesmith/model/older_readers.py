@@ -16,37 +16,23 @@ from typing import Any
 
 from tunesmith.model.architectures import ARCHITECTURES
 
-MODEL_CONFIG = "config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-
 
 def write_for_older_readers(folder: Path) -> None:
     """Add the older keys to config.json and tokenizer_config.json of a folder, those of them that
     are there.
     """
-    for name in (MODEL_CONFIG, TOKENIZER_CONFIG):
+    changes = {"config.json": with_older_config, "tokenizer_config.json": with_older_tokenizer}
+    for name, change in changes.items():
         file = folder / name
-        if file.is_file():
-            file.write_bytes(for_older_readers(name, file.read_bytes()))
-
-
-def for_older_readers(name: str, content: bytes) -> bytes:
-    """The content of a model's file `name` with the older keys.
-
-    It stays as it is where they are there, or it is another file.
-    """
-    if name not in (MODEL_CONFIG, TOKENIZER_CONFIG):
-        return content
-    try:
-        values = json.loads(content)
-    except ValueError:
-        return content  # whoever reads the file reports it
-    if not isinstance(values, dict):
-        return content
-    changed = with_older_config(values) if name == MODEL_CONFIG else with_older_tokenizer(values)
-    if changed == values:
-        return content
-    return (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_bytes())
+        except ValueError:
+            continue  # whoever reads the file reports it
+        if isinstance(values, dict) and (changed := change(values)) != values:
+            text = json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False)
+            file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def with_older_config(config: Mapping[str, object]) -> dict[str, object]:
