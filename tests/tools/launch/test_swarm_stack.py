@@ -255,7 +255,7 @@ def test_a_stop_that_waits_tells_which_nodes_save(
     job = SwarmJob("run", str(tmp_path))
     at_work = iter([[{"Node": "spark-b"}], []])
     monkeypatch.setattr(swarm, "POLL", 0.0)
-    monkeypatch.setattr(swarm, "NOTIFY_SECONDS", 0.0, raising=False)
+    monkeypatch.setattr(swarm, "NOTIFY_SECONDS", 0.0)
     monkeypatch.setattr(swarm, "run_on", lambda *_, **__: "")
     monkeypatch.setattr(SwarmJob, "manager", lambda _: "")
     monkeypatch.setattr(SwarmJob, "tasks", lambda *_: [{"Node": "spark-a"}])
