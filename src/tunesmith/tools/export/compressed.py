@@ -18,7 +18,6 @@ from tunesmith.tools.export.tuned_weights import TunedWeight
 
 SMALLEST_SCALE = 1e-12  # of a row of zeros
 
-
 # Rows from the first to before the last.
 ReadRows = Callable[[int, int], Tensor]
 

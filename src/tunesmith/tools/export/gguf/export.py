@@ -134,7 +134,8 @@ class ExportedFile(Tabular):
 
 def _cut(text: str, at: int = 0) -> str:
     """Return what fits a line of a terminal, the character `at` of the text among it."""
-    text = f"... {text[at - CHARS_BEFORE :]}" if at > ANSWER_CHARS - CHARS_BEFORE else text
+    if at > ANSWER_CHARS - CHARS_BEFORE:
+        text = f"... {text[at - CHARS_BEFORE :]}"
     return text if len(text) <= ANSWER_CHARS else f"{text[: ANSWER_CHARS - 4]} ..."
 
 

@@ -144,10 +144,7 @@ FAMILIES: dict[str, GgufFamily] = {
     "qwen3": GgufFamily("qwen3", ropes=("linear", "yarn"), ignores_window=True),
     "olmo2": GgufFamily("olmo2", ropes=("linear", "yarn")),
     "phi3": GgufFamily("phi3", ropes=("longrope",), ignores_window=True),
-    "gemma": GgufFamily(
-        "gemma",
-        is_gemma=True,
-    ),
+    "gemma": GgufFamily("gemma", is_gemma=True),
     "gemma2": GgufFamily(
         "gemma2",
         is_gemma=True,
@@ -439,10 +436,11 @@ def _add_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
 
 
 def _original_context(config: ModelConfig, rope: Rope) -> int:
-    for source in (rope, config):
-        if source.get("original_max_position_embeddings"):
-            return source["original_max_position_embeddings"]
-    return config["max_position_embeddings"]
+    return (
+        rope.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
+    )
 
 
 def _longrope_scale(config: ModelConfig, rope: Rope) -> float:

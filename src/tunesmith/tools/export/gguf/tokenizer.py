@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -136,11 +136,9 @@ def read_gguf_tokenizer(
     model = state["model"]
     if model["type"] != "BPE":
         raise _unknown_tokenizer(f"its model is {model['type']}, not BPE")
-    affixes: tuple[Literal["continuing_subword_prefix", "end_of_word_suffix"], ...]
-    affixes = ("continuing_subword_prefix", "end_of_word_suffix")
-    for key in affixes:
-        if model.get(key):
-            raise _unknown_tokenizer(f"its model has {key} = {model[key]!r}")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if affix := model.get(key):
+            raise _unknown_tokenizer(f"its model has {key} = {affix!r}")
     # Rows of the embedding count: a tokenizer may know tokens that the model has no row for.
     vocab = {token: index for token, index in model["vocab"].items() if index < rows}
     added = {token["id"]: token for token in state["added_tokens"] if token["id"] < rows}
