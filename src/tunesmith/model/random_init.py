@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from tunesmith.formats.linear import FrozenTensors
 from tunesmith.model.weights import Hook
 
 STD = 0.02  # initializer_range of every model in `shapes.py`
@@ -50,18 +51,24 @@ def init_random_weights(
     """
     targets = dict(model.named_parameters(remove_duplicate=False))
     for name, like in checkpoint.items():
+        hook = None if convert is None else convert.get(name)
+        if hook is not None:
+            holder = model.get_submodule(name.removesuffix(".weight"))
+            if isinstance(holder, FrozenTensors) and not holder.format.rounds:
+                # Its codes are drawn: no dense weight is needed.
+                hook({"": like})
+                continue
         target = targets.get(name)
         if target is None:  # a module in codes stands in its place
             target = next(model.get_submodule(name).parameters())
-        has_hook = convert is not None and name in convert
         place = device or target.device
-        if not has_hook and place == target.device:
+        if hook is None and place == target.device:
             init_weight(target, name, seed)
             continue
         dense = torch.empty(like.shape, dtype=like.dtype, device=place)
         init_weight(dense, name, seed)
         # Rounded by the hook as a stored weight would be.
-        if convert is not None and has_hook:
-            convert[name]({"": dense})
+        if hook is not None:
+            hook({"": dense})
         else:
             target.copy_(dense)
