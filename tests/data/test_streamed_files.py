@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gc
 import hashlib
 import json
@@ -232,6 +233,22 @@ def test_threads_read_more_files_than_are_open(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(wrong_reads, range(8))) == [[]] * 8
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_a_file_that_the_disk_no_longer_gives_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_text('{"text": "a"}\n' if name == "a.jsonl" else "text\na\n")
+    table = open_table(path)
+
+    def fails(*args: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fails)
+    with refuses(DataError, where=str(path), names=[os.strerror(errno.EIO)]):
+        table.row(0)
 
 
 def test_a_forked_process_opens_the_file_itself(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class Rows:
 
         The file's name and folder do not enter.
         """
-        digest = hashlib.sha256(array("q", self._numbers).tobytes())
+        digest = hashlib.sha256(array("q", self._numbers))
         for table in self._tables:
             digest.update(f"{len(table)} {table.fingerprint()}".encode())
         return digest.hexdigest()
@@ -283,9 +283,12 @@ def _open_version(path: Path, version: FileVersion | None, process: int) -> _Ope
 
 def read_span(path: Path, version: FileVersion | None, start: int, stop: int) -> bytes:
     """The bytes of a file from `start` to `stop`; DataError where it has not this version now."""
-    # Held while it is read: another thread may open so many files that this one is let go.
-    file = _open_version(path, version, os.getpid())
-    data = os.pread(file.descriptor, stop - start, start)
+    try:
+        # Held while it is read: another thread may open so many files that this one is let go.
+        file = _open_version(path, version, os.getpid())
+        data = os.pread(file.descriptor, stop - start, start)
+    except OSError as error:
+        raise unreadable_error(path, error) from error
     if len(data) < stop - start:
         raise changed_error(path)
     return data

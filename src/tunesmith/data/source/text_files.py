@@ -17,7 +17,6 @@ from tunesmith.data.source.table import (
     decode_text,
     file_digest,
     read_span,
-    unreadable_error,
     version_of,
 )
 from tunesmith.errors import DataError
@@ -105,10 +104,7 @@ class _Block(NamedTuple):
         return f"{self.path}:{self.line}" if self.start else str(self.path)
 
     def row(self) -> dict[str, str]:
-        try:
-            data = read_span(self.path, self.version, self.start, self.stop)
-        except OSError as error:
-            raise unreadable_error(self.path, error) from error
+        data = read_span(self.path, self.version, self.start, self.stop)
         return {"text": _decode(self.path, data, self.where, self.start, self.line)}
 
 
