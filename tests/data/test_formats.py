@@ -21,9 +21,8 @@ RESULT = {"role": "tool", "content": "3"}
 
 
 def form(row: dict[str, Any], kind: str, **columns: str) -> Any:
-    return convert_row(
-        row, Source(source="x", format=kind, columns=columns), where="x row 1"
-    ).samples[0]  # type: ignore[arg-type]
+    source = Source(source="x", format=kind, columns=columns)  # type: ignore[arg-type]
+    return convert_row(row, source, where="x row 1").samples[0]
 
 
 def turns(*pairs: tuple[str, Any], **columns: Any) -> dict[str, Any]:
@@ -224,9 +223,8 @@ def test_a_system_message_for_conversations_without_one() -> None:
     system = {"role": "system", "content": "S"}
 
     def made(row: dict[str, Any], name: Any) -> Any:
-        return convert_row(row, Source(source="x", format=name), where="row 1", system="S").samples[
-            0
-        ]
+        source = Source(source="x", format=name)
+        return convert_row(row, source, where="row 1", system="S").samples[0]
 
     assert made({"messages": [U, A]}, "messages").messages == [system, U, A]
     own = {"role": "system", "content": "own"}

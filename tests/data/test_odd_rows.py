@@ -345,7 +345,6 @@ def test_json_text_of_json_text_of_a_chat_is_read(chat: list[Row]) -> None:
     sample: Any = convert_row(row, source, where="r").samples[0]
     assert sample.messages == [U, A]
     twice = {"prompt": json.dumps(json.dumps([U])), "completion": json.dumps([A])}
-    sample = convert_row(
-        twice, Source(source="rows", format="prompt-completion"), where="r"
-    ).samples[0]
+    source = Source(source="rows", format="prompt-completion")
+    sample = convert_row(twice, source, where="r").samples[0]
     assert sample.messages == [U, A]

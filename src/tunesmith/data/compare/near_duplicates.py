@@ -246,7 +246,7 @@ def _rarer(sets: Sequence[np.ndarray], most: float) -> list[np.ndarray]:
 
     Values are counted by their first 24 bits; two may share a count.
     """
-    counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *sets]) >> 8, minlength=1 << 24)
+    counts = np.bincount(np.concatenate([np.zeros(0, np.uint32), *sets]) >> 8)
     return [values[counts[values >> 8] <= most] for values in sets]
 
 

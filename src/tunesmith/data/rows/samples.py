@@ -93,7 +93,8 @@ Sample = Conversation | Completion | Text
 class RowSamples:
     """The samples of a row: one, or a pair of answers to one prompt, the better one first.
 
-    is_good: whether an answer is a good one; None where the row has no label.
+    Attributes:
+        is_good: whether an answer is a good one; None where the row has no label.
     """
 
     samples: tuple[Sample, ...]

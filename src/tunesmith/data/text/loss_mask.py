@@ -302,9 +302,9 @@ def _blocks_of_answers(
 
     They must hold all of each answer and nobody else's text.
     """
-    owners: list[int | None] = [None] * len(blocks)
     if not chat.tagged:
         return {}
+    owners: list[int | None] = [None] * len(blocks)
     for sentinel in rendering.sentinels:
         i = rendering.field(sentinel).message
         # Borders count: an empty answer has its sentinel on one.
