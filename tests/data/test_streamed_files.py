@@ -219,6 +219,16 @@ def test_one_file_of_a_folder_is_open_and_in_memory(name: str, tmp_path: Path) -
     assert len(groups) <= 1
 
 
+def test_no_group_is_in_memory_that_nobody_reads(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    table = open_table(path)
+    assert table.row(0) == {"text": "a"}
+    del table
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, arrow_files._OpenGroup)]
+
+
 def test_threads_read_more_files_than_are_open(tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.txt" for n in range(40)]
     for n, path in enumerate(paths):

@@ -7,6 +7,7 @@ reading its group again from the start (Parquet's row group, Arrow's record batc
 import bisect
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +54,9 @@ def read_arrow(path: Path) -> Table:
         except (pa.ArrowException, OSError, StopIteration, ValueError, OverflowError) as error:
             raise _broken(path, error, version) from None
 
+    # A batch of an Arrow file may be as large as the file. The table holds `row` as long as
+    # somebody reads; another file that is read then is found again from the start of its group.
+    weakref.finalize(row, _open_group.cache_clear)
     return Table(
         ends[-1],
         row,
