@@ -239,10 +239,10 @@ def _read_json(path: Path) -> Table:
 def _has_object_a_line(path: Path) -> bool:
     """Tell whether a file begins with an object in one line, and goes on behind it."""
     with open_uncached(path) as file:
-        first = file.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8).strip()
-        while not first and (line := file.readline(MAX_ROW_BYTES)):
-            first = line.strip()
-        if not first.startswith(b"{") or not file.read(READ_BYTES).strip():
+        first = file.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8)
+        while first.isspace():
+            first = file.readline(MAX_ROW_BYTES)
+        if not first.lstrip().startswith(b"{") or not file.read(READ_BYTES).strip():
             return False
     try:
         json.loads(first)
