@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pydantic import JsonValue
 
 from tunesmith.config.check import METHOD_FORMATS
+from tunesmith.config.row_formats import ROW_FORMATS
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.tools.importers.source_config import table
@@ -17,11 +18,6 @@ from tunesmith.tools.importers.translation import FALSE_WORDS, TRUE_WORDS, Trans
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
 NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
-_COLUMNS_OF_OWN_PROMPTS = {
-    "alpaca": ("instruction", "input", "output", "system"),
-    "preference": ("prompt", "chosen", "rejected"),
-    "feedback": ("prompt", "completion", "label"),
-}
 _LORA_KEYS = (
     "lora_rank",
     "lora_alpha",
@@ -241,7 +237,7 @@ def _entry_type(recipe: Translation, entry: str, types: Collection[str], method:
         source = shell_word(f"data.train.source={_source_names(recipe, entry)[0]}")
         words = f"{source} data.train.format={format_}"
         renamed = []
-        for ours in _COLUMNS_OF_OWN_PROMPTS[format_]:
+        for ours in ROW_FORMATS[format_].columns:
             column = recipe.get(f"{type_key}.field_{ours}")
             if column and column != ours:
                 renamed.append(f"{ours}: {column}")
