@@ -199,16 +199,6 @@ def check_not_given(
             raise UsageError(f"{option} {what}", where=f"command line: {option}", why=why, fix=fix)
 
 
-def typed_again(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """Those of these options that are given, as words for another process of the same command."""
-    words: list[str] = []
-    for name in names:
-        if name in args.typed:
-            value = vars(args)[name]
-            words += [args.typed[name]] if value is True else [args.typed[name], str(value)]
-    return words
-
-
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     """Add the options of how tokens are chosen; greedy without a temperature."""
     longest = f"longest answer (default: {max_new_tokens})"

@@ -26,7 +26,6 @@ from tunesmith.cli.options import (
     add_json,
     is_main_process,
     leave_lines_to_rank_0,
-    typed_again,
     whole_number,
 )
 from tunesmith.cli.recipe_options import RECIPE_HELP, add_new_recipe, check_no_rows, chosen_recipe
@@ -156,7 +155,11 @@ def read_search(args: argparse.Namespace) -> tuple[Space, Search]:
 def sweep_on_ranks(args: argparse.Namespace, space: Space) -> int:
     """Start the same sweep on several ranks of this machine; its exit code."""
     words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
-    code = run_agent([*words, *typed_again(args, ("candidates", "rungs", "to_the_end", "json"))])
+    for name in ("candidates", "rungs", "to_the_end", "json"):
+        if name in args.typed:
+            value = vars(args)[name]
+            words += [args.typed[name]] if value is True else [args.typed[name], str(value)]
+    code = run_agent(words)
     # Ranks that a stop has ended exit with 0, lest torchrun start them again.
     file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
     if code == EXIT_OK and read_sweep(file).get("stopped"):
