@@ -4,6 +4,7 @@ for `data`."""
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -18,6 +19,7 @@ from tunesmith.data.compare.describe_findings import describe_rows, findings_as_
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.rows.samples import Conversation
 from tunesmith.data.source.open_source import is_local
+from tunesmith.data.tokens.contract import Contract
 from tunesmith.data.tokens.token_set import SourceTokens, TokenSet
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import from_here, write_atomically
@@ -130,27 +132,51 @@ def print_data(prepared: TrainingData, tokenizer: Any, rows: int) -> None:
     """Everything, on stdout: rows, counts, lengths, packing, contract."""
     console = Console(highlight=False, soft_wrap=True, width=width_of(sys.stdout))
     _print_rows(console, prepared.train, tokenizer, rows)
-    lines = [prepared.describe_template(), describe_system(prepared, tokenizer, rows)]
+    lines = [
+        prepared.describe_template(),
+        describe_system(prepared, tokenizer, rows),
+        *_describe_sources(prepared),
+        "tokens per example:",
+        *_draw_lengths(prepared.train),
+        *describe_rows(prepared.splits),
+        prepared.describe_schedule(),
+        *prepared.warnings(),
+        *_describe_broken(prepared.contracts),
+        *prepared.describe_checks(),
+    ]
+    show("\n".join(filter(None, lines)), sys.stdout)
+
+
+def _describe_sources(prepared: TrainingData) -> Iterator[str]:
+    """Each source and its figures, a line for each."""
     for split, part in prepared.sources():
         name = part.counts.source
         if is_local(name):
             name = Path(name).name
-        lines += [f"{split}: {name}", *(f"  {figure}" for figure in prepared.figures(part))]
-    lines.append("tokens per example:")
-    bars = [bar for bar in histogram(prepared.train) if bar[2]]
-    most = max((n for _, _, n in bars), default=1)
-    for low, high, n in bars:
-        # A few examples are seen too, beside many.
-        bar = "█" * ceil_div(_BAR_COLUMNS * n, most)
-        lines.append(f"  {low:>7,} - {high:<7,} {n:>9,}  {bar}")
-    lines += [*describe_rows(prepared.splits), prepared.describe_schedule(), *prepared.warnings()]
-    for contract in prepared.contracts:
+        yield f"{split}: {name}"
+        for figure in prepared.figures(part):
+            yield f"  {figure}"
+
+
+def _draw_lengths(tokens: TokenSet) -> Iterator[str]:
+    """The histogram, a line for each length that examples have."""
+    bars = histogram(tokens)
+    most = max((count for _, _, count in bars), default=0)
+    for low, high, count in bars:
+        if count:
+            # A few examples are seen too, beside many.
+            bar = "█" * ceil_div(_BAR_COLUMNS * count, most)
+            yield f"  {low:>7,} - {high:<7,} {count:>9,}  {bar}"
+
+
+def _describe_broken(contracts: Iterable[Contract]) -> Iterator[str]:
+    """The rules that the tokens of a split break: where, why and the fix."""
+    for contract in contracts:
         for check in contract.broken:
-            broken = f"{check.broken:,} of {check.checked:,} {check.of}, first in {check.where}"
-            lines.append(f"BROKEN, {contract.split}: {check.name}: {broken}")
-            lines += [f"  {check.why}", f"  fix: {check.fix}"]
-    lines += prepared.describe_checks()
-    show("\n".join(filter(None, lines)), sys.stdout)
+            broken = f"{check.broken:,} of {check.checked:,} {check.of}"
+            yield f"BROKEN, {contract.split}: {check.name}: {broken}, first in {check.where}"
+            yield f"  {check.why}"
+            yield f"  fix: {check.fix}"
 
 
 def describe_system(prepared: TrainingData, tokenizer: Any, rows: int) -> str:
