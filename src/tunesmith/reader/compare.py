@@ -239,17 +239,16 @@ def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Ver
     told from the first: its rows may vary more."""
     first = ranking[0]
     measure = first.measure
-    chosen: tuple[RunGroup, Noise, float] | None = None
+    rivals = []
     for group in ranking[1:]:
-        noise = _noise(ranking, group)
         gap = measure.worse_by(group.best.mean, than=first.best.mean)
-        is_equal = noise.threshold is not None and gap <= noise.threshold
-        if chosen is None or is_equal:
-            chosen = group, noise, gap
-        if is_equal:
-            break
-    assert chosen is not None
-    second, noise, gap = chosen
+        rivals.append((group, gap, _noise(ranking, group)))
+    equal = (
+        (group, gap, noise)
+        for group, gap, noise in rivals
+        if noise.threshold is not None and gap <= noise.threshold
+    )
+    second, gap, noise = next(equal, rivals[0])
     reasons = [
         _difference(first.runs[0], second.runs[0], measure),
         f"{measure.gap_text(gap)} apart. {noise.text}",
@@ -506,7 +505,7 @@ def _cautions(runs: Sequence[RunFiles], measure: Measure) -> list[str]:
         if best is None:
             continue
         best_value, step = best
-        values = [*measure.values(run).values()]
+        values = list(measure.values(run).values())
         noise = validation_noise(values) or 0.0
         worse_by = measure.worse_by(values[-1], than=best_value)
         # Worse than its best by more than noise, or by as much as the end of a run mentions.
