@@ -497,12 +497,13 @@ class ManifestEntry(TypedDict):
 
 
 class Manifest(TypedDict):
-    """manifest.json: the step of the weights, that of the run, and the files."""
+    """manifest.json: the step of the weights, that of the run, and the files.
+
+    `last_step` is written in final/ alone, whose weights may be of an earlier step.
+    """
 
     step: Count
-    last_step: NotRequired[
-        Count
-    ]  # written in final/ alone, whose weights may be of an earlier step
+    last_step: NotRequired[Count]
     files: dict[str, ManifestEntry]
 
 

@@ -380,7 +380,7 @@ def _launch_help() -> str:
         "  tunesmith status",
         "",
         "kinds:",
-        *_listed(verb for verb in VERBS if verb.startswith("launch ")),
+        *_listed(LAUNCHES),
         "",
         "  tunesmith launch KIND --help    options of a kind, with examples",
     ]
