@@ -28,7 +28,6 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
 
 from tunesmith.units import count_of
 
@@ -37,7 +36,7 @@ SEED = 20_240_607
 TAIL_PROBABILITY = 0.025  # beyond each end of a 95 % interval
 # Five rows that differ all point one way once in 16 times by chance, six once in 32.
 MIN_DIFFERING = 6
-# Of row numbers and what they pick: these fit a cache, and 32 MiB.
+# DRAWS_AT_ONCE are 32 MiB of row numbers, and as much of what they pick.
 RESAMPLES_AT_ONCE = 100
 DRAWS_AT_ONCE = 1 << 22
 
@@ -168,6 +167,9 @@ def mcnemar_chance(won: int, lost: int) -> float:
 
 def _mid_p(successes: int, count: int, share: float) -> float:
     """The probability of fewer successes of `count`; as many count half."""
+    # It takes a sixth of a second to load, which who only reads a run does not need.
+    from scipy.special import bdtr
+
     fewer = bdtr(successes - 1, count, share) if successes else 0.0
     return float(fewer + bdtr(successes, count, share)) / 2
 
@@ -218,6 +220,8 @@ def expanded_tail(count: int) -> float:
 
 def students_t(count: int) -> float:
     """The quantile of Student's t that leaves 2.5 % above it, for so many values."""
+    from scipy.special import stdtrit
+
     return float(stdtrit(count - 1, 1 - TAIL_PROBABILITY))
 
 

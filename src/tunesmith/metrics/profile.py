@@ -16,6 +16,7 @@ import pickle
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
 from typing import Self, TypedDict
@@ -189,7 +190,7 @@ def summarize(events: Sequence[TraceEvent]) -> TraceSummary:
         _count_own_times(operations, times, calls)
     total = sum(times.values()) or 1.0
     top: list[ProfiledOperation] = []
-    for name, spent in sorted(times.items(), key=itemgetter(1), reverse=True)[:TOP]:
+    for name, spent in nlargest(TOP, times.items(), key=itemgetter(1)):
         top.append({"name": name, "calls": calls[name], "ms": spent / 1e3, "share": spent / total})
     idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in kernels)
     return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
