@@ -228,18 +228,15 @@ def change_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> Pat
     return folder
 
 
-def write_qwen3_moe(
-    folder: Path, tokenizer: Path, *, moe_intermediate_size: int = 40, **sizes: Any
-) -> Path:
+def write_qwen3_moe(folder: Path, tokenizer: Path, **sizes: Any) -> Path:
     """A tiny random Qwen 3 whose experts are stored one by one."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    sizes = {"moe_intermediate_size": 40, "num_hidden_layers": 1} | sizes
     config = Qwen3MoeConfig(
-        vocab_size=272, hidden_size=64, intermediate_size=96,
-        moe_intermediate_size=moe_intermediate_size,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        num_experts=4, num_experts_per_tok=2, max_position_embeddings=256, eos_token_id=2,
-        pad_token_id=0, **sizes,
+        vocab_size=272, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=256, eos_token_id=2, pad_token_id=0, **sizes,
     )  # fmt: skip
     torch.manual_seed(2)
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
@@ -254,7 +251,7 @@ MXFP4 = {
 }
 
 
-def write_mxfp4_gpt_oss(folder: Path, tokenizer: Path) -> Path:
+def write_mxfp4_gpt_oss(folder: Path, tokenizer: Path, layers: int = 2) -> Path:
     """A tiny random gpt-oss in bf16 whose experts ship in MXFP4."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -262,13 +259,13 @@ def write_mxfp4_gpt_oss(folder: Path, tokenizer: Path) -> Path:
         vocab_size=272,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         num_local_experts=4,
         num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
         sliding_window=16,
         max_position_embeddings=256,
         rope_scaling=None,

@@ -225,10 +225,10 @@ def registered_link(device: torch.device) -> float:
     block = stream.host_block(1 << 30)
     block.zero_()
     began = time.perf_counter()
-    stream.page_lock(block)
+    assert stream.page_lock(block, device) == 0
     print(f"1 GiB page-locked in {time.perf_counter() - began:.2f} s", flush=True)
     rate = stream.host_link(device, block)
-    stream.page_unlock([block])
+    stream.page_unlock([block], device)
     return rate
 
 

@@ -180,6 +180,9 @@ def build_model(
         )
         if stream is not None:
             plan = keep_what_fits(stream, plan)
+    staging = stream.describe_staging() if stream else ""
+    if staging:
+        plan = replace(plan, warnings=(*plan.warnings, f"warning: {staging}"))
     return root, plan
 
 

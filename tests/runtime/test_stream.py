@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from devices import gpu
-from errors import holds
+from errors import holds, refuses
 from tunesmith.build_model import keep_what_fits
+from tunesmith.errors import MachineError
 from tunesmith.planning.run_plan import MemoryEstimate, RunPlan
-from tunesmith.runtime.stream import ALIGNED_BYTES, LayerStream, evenly
+from tunesmith.runtime import stream as stream_module
+from tunesmith.runtime.stream import ALIGNED_BYTES, SLOTS, LayerStream, evenly
 
 cpu_and_gpu = pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=gpu)])
 LAYERS = 7
@@ -125,6 +127,57 @@ def test_layers_that_are_kept_stay_and_the_others_stream_on(name):
         assert torch.equal(a, b)
     assert stream.host_bytes * LAYERS == before * 4
     assert [layer.turn for layer in layers].count(None) == LAYERS - 4
+
+
+class Driver:
+    """A driver that page-locks so many blocks, and no more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
+        self.blocks = blocks
+        self.locked: list[int] = []
+        monkeypatch.setattr(stream_module, "page_lock", self.lock)
+        monkeypatch.setattr(stream_module, "page_unlock", self.unlock)
+
+    def lock(self, block: Tensor, device: torch.device) -> int:
+        if len(self.locked) == self.blocks:
+            return 2  # cudaErrorMemoryAllocation
+        self.locked.append(block.data_ptr())
+        return 0
+
+    def unlock(self, blocks: Sequence[Tensor], device: torch.device) -> None:
+        for block in blocks:
+            self.locked.remove(block.data_ptr())
+
+
+@cpu_and_gpu
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+@pytest.mark.parametrize("kept", [LAYERS, 4])
+def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, kept, monkeypatch):
+    device = torch.device(name)
+    expected = results(built(device, 0)[0], device)
+    driver = Driver(monkeypatch, blocks)
+    layers, stream = built(device, LAYERS)
+    # Two of them stage the others.
+    assert [host.locked for host in stream.streamed].count(True) == blocks - SLOTS
+    assert len(driver.locked) == blocks
+    if kept < LAYERS:
+        stream.keep(kept)
+    for a, b in zip(results(layers, device), expected, strict=True):
+        assert torch.equal(a, b)
+    staged = [host.locked for host in stream.streamed].count(False)
+    assert holds(stream.describe_staging(), f"{staged} of {kept}", "thread")
+    assert len(driver.locked) == kept - staged + SLOTS
+
+
+def test_two_blocks_must_be_locked(monkeypatch):
+    Driver(monkeypatch, 1)
+    with refuses(MachineError, where="train.cpu_offload", names=["error 2", "12.8 kB"]):
+        built(torch.device("cpu"), LAYERS)
+
+
+def test_nothing_is_said_where_all_is_locked():
+    _, stream = built(torch.device("cpu"), LAYERS)
+    assert not stream.describe_staging()
 
 
 def test_vectors_and_what_trains_do_not_move():

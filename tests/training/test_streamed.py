@@ -6,7 +6,9 @@ read at the wrong time has another layer's weights.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,14 @@ import pytest
 import torch
 
 from conftest import write_tiny_llama
+from errors import lines_with
 from recipes import make_run, merge
+from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.inference.load_run import load_run
 from tunesmith.planning import memory, resolve
 from tunesmith.runtime import compilation
-from tunesmith.runtime.stream import LayerStream, StreamedLayer
+from tunesmith.runtime import stream as stream_module
+from tunesmith.runtime.stream import HostLayer, LayerStream, StreamedLayer
 from tunesmith.training import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
@@ -103,6 +108,42 @@ def test_a_streamed_run_has_the_bits_of_a_resident_one(case, deep, tmp_path, str
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
 
 
+def write_mixture(plain: Path, folder: Path) -> Path:
+    return write_qwen3_moe(folder, plain, num_hidden_layers=LAYERS)
+
+
+BASES: dict[str, tuple[Callable[[Path, Path], Path], dict[str, Any]]] = {
+    "fp8 as shipped": (lambda plain, folder: write_fp8(plain, folder, (32, 32)), {}),
+    "nvfp4 as shipped": (write_nvfp4, {}),
+    "mixture": (write_mixture, {"model": {"dtype": "fp32"}}),
+    "mixture in nf4": (write_mixture, {"model": {"dtype": "fp32", "quantize": "nf4"}}),
+    "mxfp4 as shipped": (lambda plain, folder: write_mxfp4_gpt_oss(folder, plain, LAYERS), {"model": {"dtype": "bf16"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_bases_of_other_makes_stream_alike(case, deep, tmp_path, stream):
+    """In codes as they ship, and with experts, of which all of a layer come."""
+    write, changes = BASES[case]
+    if "nf4" in case:
+        pytest.importorskip("bitsandbytes")
+    model = write(deep, tmp_path / "model")
+    changes = merge(RECOMPUTED, changes)
+    resident = numbers_of(model, tmp_path / "resident", **changes)
+    stream(LAYERS)
+    bind = HostLayer.bind
+    moved = []
+
+    def counted(host: HostLayer, block: torch.Tensor) -> None:
+        moved.append((list(host.offsets), host.block.nbytes))
+        bind(host, block)
+
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(HostLayer, "bind", counted)
+        assert numbers_of(model, tmp_path / "streamed", **changes) == resident
+    print(case, moved[0], len(moved))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypatch):
     """As on a GPU: compiled layers, packed rows, one graph for all."""
@@ -113,6 +154,22 @@ def test_compiled_layers_stream_alike(backend, deep, tmp_path, stream, monkeypat
     resident = numbers_of(deep, tmp_path / "resident", **changes)
     stream(4)
     assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
+
+
+def test_staged_layers_stream_alike(deep, tmp_path, stream, monkeypatch):
+    """The driver page-locks three layers: two are for staging, and a line says so."""
+    resident = numbers_of(deep, tmp_path / "resident")
+    taken: list[torch.Tensor] = []
+
+    def lock(block: torch.Tensor, device: torch.device) -> int:
+        taken.append(block)
+        return 2 if len(taken) == 4 else 0
+
+    monkeypatch.setattr(stream_module, "page_lock", lock)
+    stream(LAYERS)
+    assert numbers_of(deep, tmp_path / "streamed") == resident
+    log = (tmp_path / "streamed/run/log.txt").read_text()
+    assert len(lines_with(log, "warning:", f"5 of {LAYERS}")) == 1
 
 
 def test_offloaded_inputs_and_streamed_layers_go_together(deep, tmp_path, stream):

@@ -8,18 +8,24 @@ layer's output brings them back before it runs. At both turns of a micro batch t
 are still there, so n layers take 2 (n - 2) copies. A copy begins when its slot is free, and the
 host waits for none.
 
+Where the driver page-locks only a part of the memory (containers, WSL), a thread copies the other
+layers into one of two page-locked blocks before their turn; there the host waits for the thread.
+
 A matrix that is read outside its layer's forward and backward is another layer's.
 """
 
 import mmap
 import sys
+import time
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal as size_text
 from torch import Tensor, nn
 
 from tunesmith.errors import MachineError
@@ -33,11 +39,15 @@ ALIGNED_BYTES = 256  # as blocks of CUDA's own allocator, whose alignment kernel
 
 
 class HostLayer(NamedTuple):
-    """A streamed layer; each of its matrices begins at its offset of the block, in bytes."""
+    """A streamed layer; each of its matrices begins at its offset of the block, in bytes.
+
+    locked: the block is page-locked, so that the device copies from it by itself.
+    """
 
     layer: nn.Module
     block: Tensor
     offsets: dict[str, int]
+    locked: bool = True
 
     def places(self, block: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Each matrix by its name, and its place in a block of this layout."""
@@ -65,7 +75,7 @@ class LayerStream:
         copies: layers that were copied to the device so far.
 
     Raises:
-        MachineError: the driver cannot page-lock so much memory.
+        MachineError: the driver cannot page-lock two layers of the host's memory.
     """
 
     def __init__(
@@ -82,17 +92,21 @@ class LayerStream:
         self._slots: list[Tensor] = []
         self._held: list[int | None] = []
         self._locked: list[Tensor] = []
+        self._staging: list[Tensor] = []  # a slot; empty where all blocks are page-locked
+        self._staged: list[Future[None] | None] = [None] * SLOTS
+        self._thread = ThreadPoolExecutor(1)  # starts with its first work
         self._stream: torch.cuda.Stream | None = None
         self._copied: list[torch.cuda.Event] = []
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
         # At the end of the process the driver does it.
-        weakref.finalize(self, page_unlock, self._locked).atexit = False
+        weakref.finalize(self, page_unlock, self._locked, device).atexit = False
         uses = Counter(parameter for layer in layers for parameter in layer.parameters())
         shared = {parameter for parameter, count in uses.items() if count > 1}
         for number in evenly(count, len(layers)):
             self._move(layers[number], shared.union(stays))
+        self._lock()
 
     def _move(self, layer: nn.Module, stays: Collection[nn.Parameter]) -> None:
         """Give the matrices of a layer on meta their memory on the host."""
@@ -105,14 +119,55 @@ class LayerStream:
         if not size:
             return
         host = HostLayer(layer, host_block(size), offsets)
-        if self._stream is not None:
-            page_lock(host.block)
-            self._locked.append(host.block)
         for name, place in host.places(host.block):
             owner, _, key = name.rpartition(".")
             parameter = nn.Parameter(place, requires_grad=False)
             layer.get_submodule(owner).register_parameter(key, parameter)
         self.streamed.append(host)
+
+    def _lock(self) -> None:
+        """Page-lock the blocks; where the driver does not take all, as many as leave room for two
+        that the others are staged in.
+        """
+        error = 0
+        for host in self.streamed:
+            error = page_lock(host.block, self.device)
+            if error:
+                break
+            self._locked.append(host.block)
+        if not error:
+            return
+        clear_error(self.device)
+        count = max(0, len(self._locked) - SLOTS)
+        page_unlock(self._locked[count:], self.device)
+        del self._locked[count:]
+        self.streamed[count:] = [host._replace(locked=False) for host in self.streamed[count:]]
+        self._staging = [host_block(self.slot_bytes) for _ in range(SLOTS)]
+        for block in self._staging:
+            if page_lock(block, self.device):
+                clear_error(self.device)
+                raise MachineError(
+                    f"the driver cannot page-lock {size_text(SLOTS * block.nbytes)} of the host's "
+                    "memory",
+                    where="train.cpu_offload",
+                    why=f"cudaHostRegister returned error {error}",
+                    fix="train.cpu_offload=[] with model.quantize=nf4, or more memory for this "
+                    "process",
+                )
+            self._locked.append(block)
+
+    def describe_staging(self) -> str:
+        """A line on the layers that a thread copies first, and how fast; empty where none are."""
+        staged = [host.block for host in self.streamed if not host.locked]
+        if not staged:
+            return ""
+        began = time.perf_counter()
+        self._staging[0][: staged[0].nbytes].copy_(staged[0])
+        rate = staged[0].nbytes / (time.perf_counter() - began)
+        return (
+            f"{len(staged)} of {len(self.streamed)} streamed layers lie in memory that the driver "
+            f"does not page-lock: a thread copies them first, with {size_text(int(rate))}/s"
+        )
 
     @property
     def parameters(self) -> set[nn.Parameter]:
@@ -152,6 +207,9 @@ class LayerStream:
 
     def keep(self, count: int) -> None:
         """Let all but `count` of the streamed layers stay on the device, between two steps."""
+        for staged in self._staged:
+            if staged is not None:
+                staged.result()
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
         hosts = self.streamed
@@ -160,9 +218,8 @@ class LayerStream:
         for host in freed:
             host.bind(self._empty(host.block.nbytes).copy_(host.block))
         self.streamed = [hosts[number] for number in numbers]
-        if self._stream is not None:
-            page_unlock([host.block for host in freed])
-            self._locked[:] = [host.block for host in self.streamed]
+        page_unlock([host.block for host in freed if host.locked], self.device)
+        self._locked[:] = [host.block for host in self.streamed if host.locked] + self._staging
         self._bind()
 
     def take(self, turn: int, ahead: int) -> None:
@@ -172,6 +229,9 @@ class LayerStream:
         slot = turn % SLOTS
         if self._held[slot] != turn:
             self._bring(turn)
+        staged = self._staged[slot]
+        if staged is not None:
+            staged.result()
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
         if 0 <= ahead < len(self.streamed) and self._held[ahead % SLOTS] != ahead:
@@ -180,15 +240,29 @@ class LayerStream:
     def _bring(self, turn: int) -> None:
         """Copy a layer into its slot, after all that was issued: it reads what is there."""
         slot = turn % SLOTS
-        block = self.streamed[turn].block
-        place = self._slots[slot][: block.nbytes]
+        host = self.streamed[turn]
+        issued = torch.cuda.current_stream(self.device).record_event() if self._stream else None
         self._held[slot] = turn
         self.copies += 1
-        if self._stream is None:
+        self._staged[slot] = None
+        if host.locked:
+            self._copy(host.block, slot, issued)
+        else:
+            self._staged[slot] = self._thread.submit(self._stage, host.block, slot, issued)
+
+    def _stage(self, block: Tensor, slot: int, issued: torch.cuda.Event | None) -> None:
+        """Copy a block by way of the page-locked one of its slot, in the thread."""
+        if self._copied:
+            self._copied[slot].synchronize()  # the last copy from there
+        self._copy(self._staging[slot][: block.nbytes].copy_(block), slot, issued)
+
+    def _copy(self, block: Tensor, slot: int, issued: torch.cuda.Event | None) -> None:
+        place = self._slots[slot][: block.nbytes]
+        if self._stream is None or issued is None:
             place.copy_(block)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
+            self._stream.wait_event(issued)
             place.copy_(block, non_blocking=True)
             self._copied[slot].record()
 
@@ -236,16 +310,20 @@ def host_block(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def page_lock(block: Tensor) -> None:
-    """Page-lock a block of the host. `pin_memory` would copy it, into a power of two of bytes."""
-    code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
-    if code:
-        raise MachineError(
-            f"the driver cannot page-lock {block.nbytes / 2**30:.1f} GiB of the host's memory",
-            where="train.cpu_offload",
-            why=f"cudaHostRegister returned error {code}",
-            fix="train.cpu_offload=[] with model.quantize=nf4, or more memory for this process",
-        )
+def page_lock(block: Tensor, device: torch.device) -> int:
+    """Page-lock a block of the host for a GPU; the driver's error, or 0.
+
+    `pin_memory` would copy it, into a power of two of bytes.
+    """
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+
+
+def clear_error(device: torch.device) -> None:
+    """Take back the last error of CUDA's runtime, which else the next kernel would raise."""
+    with suppress(RuntimeError):
+        torch.empty(1, device=device).fill_(1)
 
 
 def host_link(device: torch.device, block: Tensor | None = None) -> float:
@@ -264,9 +342,10 @@ def host_link(device: torch.device, block: Tensor | None = None) -> float:
     return 3 * block.nbytes / marks[-1].seconds_since(marks[1]) / 1e9
 
 
-def page_unlock(blocks: list[Tensor]) -> None:
+def page_unlock(blocks: list[Tensor], device: torch.device) -> None:
     """Release page-locked blocks, before their memory goes."""
-    if blocks:
-        torch.cuda.synchronize()
+    if device.type != "cuda" or not blocks:
+        return
+    torch.cuda.synchronize(device)
     for block in blocks:
         torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
