@@ -153,15 +153,17 @@ def test_one_process_offloads_frozen_parameters_alone() -> None:
     assert plan(recipe(LORA, "activations"), ONE, machine()).cpu_offload == ("activations",)
 
 
-def test_one_process_does_not_stream_experts() -> None:
-    mixture = model_spec(SHAPES["qwen3-30b-a3b"].config, where="test")
+def test_a_slot_holds_all_experts_of_the_largest_layer() -> None:
+    config = SHAPES["qwen3-30b-a3b"].config | {"mlp_only_layers": [0]}
+    mixture = model_spec(config, where="test")
     run = recipe(LORA, "parameters")
-    with refuses(
-        RecipeError, where="train.cpu_offload", names=["experts"], fix=["model.quantize=nf4"]
-    ):
-        resolve_plan(
-            run, mixture, machine(), trained=1, step=StepSize(65536, 65536), longest=2048, mesh=ONE
-        )
+    small = replace(machine(), free_bytes=8 << 30, card_bytes=8 << 30)
+    estimator = MemoryEstimator(run, mixture, small, 1, ONE)
+    first, *others = mixture.layers
+    assert not first.experts
+    largest = 2 * max(layer.matmul + layer.experts for layer in others)
+    assert estimator.slot_bytes == pytest.approx(2 * largest, rel=0.001)
+    assert estimator.estimate(TOKENS).streamed_layers > 40
 
 
 MATRICES = sum(layer.matmul for layer in SPEC.layers)  # of all layers, all alike

@@ -174,8 +174,11 @@ class MemoryEstimator:
     @property
     def slot_bytes(self) -> int:
         """Bytes of the slots, each for the largest layer."""
-        sizes = [layer.matmul for layer in self.spec.layers]
-        return SLOTS * self.streamed_bytes * max(sizes) // sum(sizes)
+        scheme = self.scheme
+        width = scheme.weight_bytes or self.itemsize
+        expert_width = scheme.expert_bytes or self.itemsize
+        sizes = [layer.matmul * width + layer.experts * expert_width for layer in self.spec.layers]
+        return round(SLOTS * self.streamed_bytes * (max(sizes) / sum(sizes)))
 
     @cached_property
     def scheme(self) -> Scheme:

@@ -241,7 +241,7 @@ def resolve_plan(
             fits: dropout and the order of sums depend on it.
     """
 
-    check_offload(run, spec, machine, mesh)
+    check_offload(run, machine, mesh)
     train = run.train
     estimator = MemoryEstimator(run, spec, machine, trained, mesh, probabilities, whole)
     step = rank_step(run, step, mesh)

@@ -14,7 +14,6 @@ from tunesmith.config.dump import differences
 from tunesmith.config.schema import Run
 from tunesmith.errors import MachineError, RecipeError, UsageError
 from tunesmith.host.shell import shell_word
-from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.memory import USABLE_CPU_SHARE, moved_to_host
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
@@ -286,8 +285,8 @@ def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 
-def check_offload(run: Run, spec: ModelSpec, machine: Machine, mesh: MeshShape) -> None:
-    """RecipeError where `train.cpu_offload` asks for what a GPU, the mesh or a model cannot have.
+def check_offload(run: Run, machine: Machine, mesh: MeshShape) -> None:
+    """RecipeError where `train.cpu_offload` asks for what a GPU or the mesh cannot have.
 
     On a CPU it has no effect.
     """
@@ -309,11 +308,4 @@ def check_offload(run: Run, spec: ModelSpec, machine: Machine, mesh: MeshShape) 
             "FSDP2 does over several ranks",
             fix="train.cpu_offload=[] with train.optimizer=adamw-8bit, or several ranks, or "
             "adapter.kind=lora",
-        )
-    if any(layer.experts for layer in spec.layers):
-        raise RecipeError(
-            "a single process cannot offload the parameters of a mixture of experts",
-            where="train.cpu_offload",
-            why="all experts of a layer would be copied, and a token computes with few of them",
-            fix="train.cpu_offload=[] with model.quantize=nf4, or several ranks",
         )
