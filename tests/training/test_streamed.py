@@ -19,7 +19,7 @@ import torch
 
 from conftest import write_tiny_llama
 from errors import lines_with
-from recipes import make_run, merge
+from recipes import make_run, merge, write_feedback, write_pairs
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
 from tunesmith.inference.load_run import load_run
 from tunesmith.model.measured_spec import model_spec
@@ -184,6 +184,28 @@ def test_offloaded_inputs_and_streamed_layers_go_together(deep, tmp_path, stream
     resident = numbers_of(deep, tmp_path / "resident", **RECOMPUTED)
     stream(LAYERS, cpu_offload=("parameters", "activations"))
     assert numbers_of(deep, tmp_path / "streamed", **RECOMPUTED) == resident
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_preferences_stream_alike(method, deep, tmp_path, stream):
+    """The reference is the base without its adapter: another forward over the same slots."""
+    write = write_feedback if method == "kto" else write_pairs
+    form = {"format": "feedback" if method == "kto" else "preference"}
+    train = {"source": str(write(tmp_path / "train.jsonl", 24)), **form}
+    held = {"source": str(write(tmp_path / "held.jsonl", 8, first=24)), **form}
+    data = {"train": train, "validation": held}
+    changes: dict[str, Any] = {"method": {"name": method}, "data": data}
+    resident = numbers_of(deep, tmp_path / "resident", **changes)
+    stream(LAYERS)
+    assert numbers_of(deep, tmp_path / "streamed", **changes) == resident
+
+
+def test_a_run_from_an_adapter_streams_alike(deep, tmp_path, stream):
+    run_of(deep, tmp_path / "first")
+    begin = {"adapter": {"from": str(tmp_path / "first/run"), "kind": "lora"}}
+    resident = numbers_of(deep, tmp_path / "resident", **begin)
+    stream(LAYERS)
+    assert numbers_of(deep, tmp_path / "streamed", **begin) == resident
 
 
 def test_a_backward_without_its_copies_differs(deep, tmp_path, stream, monkeypatch):
