@@ -7,6 +7,7 @@ interrupted.
     python benchmarks/faults/kill_and_resume.py --family qwen3_5 --adapter lora --kills 30 [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family llama --method kto --adapter none --kills 10 [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family qwen3_5 parallel.shard=2 --ranks 4 --kills 6 [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --family llama --layers 6 --stream 5 --kills 30 [--json FILE]
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
 CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
@@ -21,6 +22,9 @@ With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_C
 is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
 before it may finish, in as many run directories as that takes. Each is compared in the same way,
 and the optimizer's state in its last checkpoint too.
+
+With `--stream N` the frozen matrices of N layers come from the host in the killed runs, and not in
+the one that they are compared with.
 
 With `--ranks N` as many processes of this machine share the run, by gloo. A kill then hits one of
 them, drawn at random; the others must end by themselves, within SURVIVORS_END seconds.
@@ -54,7 +58,9 @@ DEADLINE = 600.0  # seconds for a run
 SURVIVORS_END = 120.0  # seconds that the other ranks have to notice a killed one
 
 
-def train_command(words: list[str], output_dir: Path, *, is_long: bool = False) -> list[str]:
+def train_command(
+    words: list[str], output_dir: Path, *, is_long: bool = False, streamed: int = 0
+) -> list[str]:
     """`tunesmith train` of the recipe and keys in `words`, into `output_dir`."""
     steps = LONG_STEPS if is_long else STEPS
     every = LONG_CHECKPOINT_EVERY if is_long else CHECKPOINT_EVERY
@@ -67,7 +73,10 @@ def train_command(words: list[str], output_dir: Path, *, is_long: bool = False) 
         "log.samples=0",
         f"output_dir={output_dir}",
     ]
-    return [sys.executable, "-m", "tunesmith", "train", *words, *keys]
+    command = ["-m", "tunesmith", "train"]
+    if streamed:
+        command = [str(Path(__file__).with_name("train_streamed.py")), str(streamed)]
+    return [sys.executable, *command, *words, *keys]
 
 
 def read_records(output_dir: Path) -> list[dict[str, Any]]:
@@ -81,10 +90,16 @@ def read_records(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def start(
-    words: list[str], output_dir: Path, ranks: int, *, is_long: bool = False, **options: Any
+    words: list[str],
+    output_dir: Path,
+    ranks: int,
+    *,
+    is_long: bool = False,
+    streamed: int = 0,
+    **options: Any,
 ) -> list[subprocess.Popen[bytes]]:
     """The processes of a run, in the order of their ranks, each in a session of its own."""
-    command = train_command(words, output_dir, is_long=is_long)
+    command = train_command(words, output_dir, is_long=is_long, streamed=streamed)
     environments: list[dict[str, str]] = [{}]
     if ranks > 1:
         environments = environments_of(ranks)
@@ -118,10 +133,17 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def train(words: list[str], output_dir: Path, ranks: int = 1, *, is_long: bool = False) -> float:
+def train(
+    words: list[str],
+    output_dir: Path,
+    ranks: int = 1,
+    *,
+    is_long: bool = False,
+    streamed: int = 0,
+) -> float:
     """Run to the end; returns the seconds. SystemExit where the run fails."""
     began = time.monotonic()
-    processes = start(words, output_dir, ranks, is_long=is_long)
+    processes = start(words, output_dir, ranks, is_long=is_long, streamed=streamed)
     try:
         codes = [process.wait(DEADLINE) for process in processes]
     finally:
@@ -162,14 +184,21 @@ def last_line(output_dir: Path) -> str:
 
 
 def train_and_kill(
-    words: list[str], output_dir: Path, delay: float, ranks: int = 1, victim: int = 0
+    words: list[str],
+    output_dir: Path,
+    delay: float,
+    ranks: int = 1,
+    victim: int = 0,
+    streamed: int = 0,
 ) -> int | None:
     """Start a run, and kill its rank `victim` `delay` seconds after its first record.
 
     Returns the last step that it had recorded; None where it had ended before.
     """
     before = last_line(output_dir)
-    processes = start(words, output_dir, ranks, is_long=True, stdout=subprocess.DEVNULL)
+    processes = start(
+        words, output_dir, ranks, is_long=True, streamed=streamed, stdout=subprocess.DEVNULL
+    )
     run = processes[victim]
     deadline = time.monotonic() + DEADLINE
     while run.poll() is None and last_line(output_dir) == before and time.monotonic() < deadline:
@@ -205,7 +234,7 @@ def training_seconds(output_dir: Path) -> float:
 
 
 def kill_at_random(
-    words: list[str], folder: Path, kills: int, seed: int, ranks: int = 1
+    words: list[str], folder: Path, kills: int, seed: int, ranks: int = 1, streamed: int = 0
 ) -> dict[str, Any]:
     """Kill runs `kills` times in all, let each finish, and compare it with one that ran undisturbed."""
     rng = random.Random(seed)
@@ -222,12 +251,13 @@ def kill_at_random(
         left = kills - sum(map(len, killed_at))
         while len(steps) < min(KILLS_A_RUN, left):
             victim = rng.randrange(ranks)
-            step = train_and_kill(words, output_dir, rng.uniform(0, seconds), ranks, victim)
+            delay = rng.uniform(0, seconds)
+            step = train_and_kill(words, output_dir, delay, ranks, victim, streamed)
             if step is None:
                 break
             steps.append(step)
             victims[-1].append(victim)
-        train(words, output_dir, ranks, is_long=True)
+        train(words, output_dir, ranks, is_long=True, streamed=streamed)
         killed_at.append(steps)
         report = compare(whole, output_dir)
         report["unequal_optimizer"] = optimizer_state(whole) != optimizer_state(output_dir)
@@ -244,6 +274,7 @@ def kill_at_random(
         **killed_ranks,
         "steps": LONG_STEPS,
         "checkpoint_every": LONG_CHECKPOINT_EVERY,
+        "streamed_layers": streamed,
         "runs": len(reports),
         "unequal_runs": unequal,
         "equal": not unequal,
@@ -323,7 +354,7 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
     from conftest import write_mixture, write_tiny_llama
     from recipes import recipe, write_feedback, write_pairs
 
-    model = write_tiny_llama(folder / "tiny")
+    model = write_tiny_llama(folder / "tiny", num_hidden_layers=options.layers)
     if options.family == "qwen3_moe":
         model = write_mixture(folder / "model", model)
     elif options.family != "llama":
@@ -374,6 +405,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--kills", type=int, metavar="N", help="at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the moments, and of the ranks")
+    parser.add_argument("--stream", type=int, default=0, metavar="N", help="layers, with --kills")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, with --kills")
     parser.add_argument("--json", type=Path)
     options = parser.parse_intermixed_args()
@@ -381,8 +413,8 @@ def main() -> None:
     recipes = len(options.words) - len(keys)
     if recipes + bool(options.shape) + bool(options.family) != 1:
         parser.error("give a recipe, or --shape with --tokenizer and --data, or --family")
-    if options.ranks > 1 and not options.kills:
-        parser.error("--ranks goes with --kills")
+    if (options.ranks > 1 or options.stream) and not options.kills:
+        parser.error("--ranks and --stream go with --kills")
     with tempfile.TemporaryDirectory(prefix="tunesmith-resume-") as name:
         folder = Path(name)
         words = options.words
@@ -391,7 +423,9 @@ def main() -> None:
         elif options.family:
             words = recipe_of_family(options, folder) + keys
         if options.kills:
-            report = kill_at_random(words, folder, options.kills, options.seed, options.ranks)
+            report = kill_at_random(
+                words, folder, options.kills, options.seed, options.ranks, options.stream
+            )
         else:
             report = kill_once(words, folder)
     print(json.dumps(report))

@@ -6,8 +6,10 @@ read at the wrong time has another layer's weights.
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,19 +18,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import write_tiny_llama
 from errors import lines_with
 from recipes import make_run, merge, write_feedback, write_pairs
 from shipped_bases import write_fp8, write_mxfp4_gpt_oss, write_nvfp4, write_qwen3_moe
+from tunesmith.build_model import build_model
+from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.load_run import load_run
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.planning import memory, resolve
 from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.resolve import inference_plan
 from tunesmith.planning.run_plan import Machine
 from tunesmith.runtime import compilation
 from tunesmith.runtime import stream as stream_module
-from tunesmith.runtime.stream import LayerStream, StreamedLayer
+from tunesmith.runtime.stream import SLOTS, LayerStream, StreamedLayer
 from tunesmith.training import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
@@ -254,3 +260,55 @@ def test_a_model_that_does_not_fit_streams_as_it_answers(deep, tmp_path, monkeyp
         monkeypatch.setattr(memory, "moved_to_host", lambda run, machine: run.train.cpu_offload)
     assert isinstance(loaded.train_model.layers[0], StreamedLayer)
     assert torch.equal(*found)
+
+
+class CountedMemory(TorchDispatchMode):
+    """Counts the bytes of storages that torch allocates inside it, as an allocator of a card: those
+    of the host's blocks are not torch's own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key = storage.data_ptr()
+        if key in self.held or not storage.resizable():
+            return
+        self.held[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.free, key)
+
+    def free(self, key: int) -> None:
+        self.live -= self.held.pop(key)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_loading_takes_no_more_of_the_card_than_training(quantize, tmp_path):
+    """Two slots and what stays: no layer passes through the card on its way to the host."""
+    model = write_tiny_llama(tmp_path / "model", num_hidden_layers=12, hidden_size=256)
+    run = make_run(model, tmp_path, model={"quantize": quantize})
+    files = read_model_files(model, run.model)
+    plan = inference_plan(run, files, torch.device("cpu"))
+    build_model(run, files, plan)  # the trial of nf4 is over then
+    with CountedMemory() as counted:
+        root, _ = build_model(run, files, replace(plan, streamed_layers=12))
+        loaded = counted.peak
+        gc.collect()
+        held = counted.live
+    stream = root.layers[0].stream
+    streamed = {host.layer.get_parameter(name) for host in stream.streamed for name in host.offsets}
+    tensors = [*root.buffers(), *(p for p in root.parameters() if p not in streamed)]
+    stays = sum(tensor.nbytes for tensor in tensors)
+    assert held == pytest.approx(stays + SLOTS * stream.slot_bytes, rel=0.03)
+    assert loaded - held < 0.01 * stream.host_bytes
+    assert stream.host_bytes == 12 * stream.slot_bytes
