@@ -33,6 +33,7 @@ from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.runtime.stream import streamed_modules
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
 # Models that were looked at by `_reads_padding`.
@@ -344,11 +345,14 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
     up to rounding.
 
     In bf16 merged weights would be rounded once more and could answer differently; a 4-bit base
-    cannot take them.
+    cannot take them. Outside its forward a streamed layer's weights are those of another one.
     """
     layers = []
+    streamed = streamed_modules(model)
     for _, layer in loras(model):
-        if isinstance(layer, LoraLinear) and layer.enabled and layer.weight.dtype == torch.float32:
+        if not isinstance(layer, LoraLinear) or layer in streamed:
+            continue
+        if layer.enabled and layer.weight.dtype == torch.float32:
             layers.append(layer)
     weights = [layer.weight for layer in layers]
     try:

@@ -292,6 +292,12 @@ class StreamedLayer(nn.Module):
         return output
 
 
+def streamed_modules(model: nn.Module) -> set[nn.Module]:
+    """All modules whose matrices are on the device during their layer's passes alone."""
+    layers = [layer for layer in model.modules() if isinstance(layer, StreamedLayer)]
+    return {module for layer in layers if layer.turn is not None for module in layer.modules()}
+
+
 def evenly(count: int, total: int) -> list[int]:
     """So many of the numbers below `total`, evenly spread."""
     return [number * total // count for number in range(count)]
