@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The first forty minutes on a GPU: four stages of under ten minutes each, on an H100 with 80 GB or an H200, without a network.
-#   OUT=results bash benchmarks/first_gpu.sh A      # then B, C and D, in the root of a checkout
+# The first fifty minutes on a GPU: five stages of under ten minutes each, on an H100 with 80 GB or an H200, without a network.
+#   OUT=results bash benchmarks/first_gpu.sh A      # then B to E, in the root of a checkout
 #   A  what the device reaches; the four goals: 8B LoRA in bf16 and on an fp8 base, 3B in full, 70B LoRA on nf4
 #   B  the GPU tests, products one by one, profiles of 8B in bf16 and fp8, the first step cold and warm
 #   C  what is to be decided: bases in fp8 and nf4 beside bf16, attention backends, batches of the recipe's own size, least
 #      memory, a kill and the start after it
 #   D  mixtures of experts: the products of a GPU beside those of a CPU; Qwen3-30B-A3B in bf16, and its kernels; gpt-oss-120b in
 #      MXFP4 with an adapter on attention, as 80 GB hold no more
+#   E  layers that stream from the host, which needs 90 GB: 8B beside itself without, also with memory that is not page-locked,
+#      48 layers of the 70B, Qwen3-30B-A3B
 # FOLDER (default .gpu) is made by first_gpu_prep.sh. $OUT gets three files:
 #   results-STAGE.json      every figure; rewritten after each step, so that a stage that is killed keeps what ran before
 #   stage-STAGE.log         what the steps printed
@@ -15,8 +17,8 @@
 # RECIPE=FILE measures that recipe in place of the true shapes, two steps each: whether every stage runs, on any machine.
 set -u
 
-stage=${1:?stage: A, B, C or D}
-case $stage in A | B | C | D) ;; *) echo "there is no stage $stage: A, B, C or D" >&2; exit 2 ;; esac
+stage=${1:?stage: A, B, C, D or E}
+case $stage in A | B | C | D | E) ;; *) echo "there is no stage $stage: A, B, C, D or E" >&2; exit 2 ;; esac
 mkdir -p "${OUT:?OUT: the folder for the results}"
 out=$(cd "$OUT" && pwd)
 folder=${FOLDER:-.gpu}
@@ -130,6 +132,7 @@ micro=(--repeat 20)
 # Each pass reads all experts: more tokens share that.
 experts=(train.global_batch='32768 tokens')
 attention_alone=('adapter.target=[q_proj,k_proj,v_proj,o_proj]')
+small=()
 resume=(--shape llama3-3b --layers 4 --tokenizer "$folder/tokenizer" --data "$folder/rows.json")
 if [ -n "${RECIPE:-}" ]; then
   full=(adapter.kind=none)
@@ -138,6 +141,7 @@ if [ -n "${RECIPE:-}" ]; then
   experts=()
   attention_alone=()
   micro=(--repeat 1 --tokens 512 --divide 16)
+  small=(--small)
   resume=("$RECIPE")
 fi
 
@@ -181,6 +185,12 @@ D)
   bench 30b-experts 165 qwen3-30b-a3b "${experts[@]}" --steps 6 --warmup 2
   bench 30b-experts-profile 135 qwen3-30b-a3b "${experts[@]}" "${profile[@]}"
   bench 120b-attention 185 gpt-oss-120b "${experts[@]}" "${attention_alone[@]}" --steps 3 --warmup 1
+  ;;
+E)
+  streamed=("$python" benchmarks/speed/streamed.py "${small[@]}")
+  step streamed-8b 150 "${streamed[@]}" --only link,8b --steps 4 --output "$work/streamed-8b.json"
+  step streamed-70b 170 "${streamed[@]}" --only 70b,planned --steps 3 --output "$work/streamed-70b.json"
+  step streamed-experts 150 "${streamed[@]}" --only experts --steps 3 --output "$work/streamed-experts.json"
   ;;
 esac
 pack_caches
