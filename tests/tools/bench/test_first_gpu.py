@@ -271,7 +271,7 @@ def test_bash_reads_the_scripts(script: str) -> None:
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
-        stage_command("E"),
+        stage_command("F"),
         env=os.environ | {"OUT": str(tmp_path)},
         capture_output=True,
         check=False,
