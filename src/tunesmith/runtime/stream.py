@@ -161,6 +161,7 @@ class LayerStream:
         staged = [host.block for host in self.streamed if not host.locked]
         if not staged:
             return ""
+        self._finish()  # a copy from there may be on its way
         began = time.perf_counter()
         self._staging[0][: staged[0].nbytes].copy_(staged[0])
         rate = staged[0].nbytes / (time.perf_counter() - began)
@@ -207,11 +208,7 @@ class LayerStream:
 
     def keep(self, count: int) -> None:
         """Let all but `count` of the streamed layers stay on the device, between two steps."""
-        for staged in self._staged:
-            if staged is not None:
-                staged.result()
-        if self._stream is not None:
-            torch.cuda.synchronize(self.device)
+        self._finish()
         hosts = self.streamed
         numbers = evenly(count, len(hosts))
         freed = [host for number, host in enumerate(hosts) if number not in numbers]
@@ -221,6 +218,14 @@ class LayerStream:
         page_unlock([host.block for host in freed if host.locked], self.device)
         self._locked[:] = [host.block for host in self.streamed if host.locked] + self._staging
         self._bind()
+
+    def _finish(self) -> None:
+        """Return when all copies have arrived."""
+        for staged in self._staged:
+            if staged is not None:
+                staged.result()
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)
 
     def take(self, turn: int, ahead: int) -> None:
         """Have a layer in its slot for what is issued next, and begin to bring another one, which
