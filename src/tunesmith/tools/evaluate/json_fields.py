@@ -83,8 +83,10 @@ def schema_validator(schema: dict[str, "JsonValue"] | bool) -> "Validator":
         kind.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"{error.json_path}: {error.message}") from error
-    except (OverflowError, RecursionError) as error:
+    except OverflowError as error:
         raise ValueError(f"a pattern of it is not a regular expression: {error}") from error
+    except RecursionError:
+        raise ValueError("it, or a pattern of it, is nested too deeply") from None
     return kind(schema, registry=Registry())
 
 
