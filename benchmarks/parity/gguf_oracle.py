@@ -70,7 +70,7 @@ def main() -> None:
         convert_all(arguments.convert)
         return
     # Last: the converter's folder has a `gguf` of its own, and sentencepiece.
-    sys.path += [str(ROOT / "tests"), str(arguments.converter)]
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "tools"), str(arguments.converter)]
     problems = compare_with_converter(arguments.converter, arguments.variants)
     if arguments.libllama is not None:
         problems += compare_with_quantizer(arguments.libllama)
