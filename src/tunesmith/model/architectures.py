@@ -10,6 +10,19 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class GgufFamily:
+    """A family in llama.cpp: what differs between families there."""
+
+    arch: str  # its name of the architecture
+    # Its rotary kernel takes neighbors as a pair, Transformers' the two halves of a head: rows of
+    # q and k change places in a file.
+    rotates_neighbors: bool = False
+    # Types of rotary embeddings beside the plain one.
+    ropes: tuple[str, ...] = ("linear", "yarn")
+    reads_biases: bool = False  # of linear layers
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of dense decoders."""
 
@@ -30,11 +43,16 @@ class Architecture:
     attention_softcap: float | None = None  # the default of attn_logit_softcapping
     all_fused: bool = False  # attention, MLP and norms have the forwards of `model/fused.py`
     joined: bool = False  # q, k and v are one linear layer, and so are gate and up
+    gguf: GgufFamily | None = None  # None: there is no export to GGUF
 
+
+_LLAMA_ROPES = ("linear", "yarn", "llama3")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
-        "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama", all_fused=True
+        "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM, SmolLM2, Yi, TinyLlama",
+        all_fused=True,
+        gguf=GgufFamily("llama", rotates_neighbors=True, ropes=_LLAMA_ROPES, reads_biases=True),
     ),
     "mistral": Architecture(
         "Mistral 7B, Nemo, Small",
@@ -43,14 +61,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         output_bias=False,
         window="all",
         all_fused=True,
+        gguf=GgufFamily("llama", rotates_neighbors=True, ropes=_LLAMA_ROPES),
     ),
     "qwen2": Architecture(
-        "Qwen2, Qwen2.5", qkv_bias=True, output_bias=False, window="opt-in", all_fused=True
+        "Qwen2, Qwen2.5",
+        qkv_bias=True,
+        output_bias=False,
+        window="opt-in",
+        all_fused=True,
+        gguf=GgufFamily("qwen2", reads_biases=True),
     ),
     "qwen3": Architecture(
-        "Qwen3 (dense)", head_dim=128, head_norms="head", window="opt-in", all_fused=True
+        "Qwen3 (dense)",
+        head_dim=128,
+        head_norms="head",
+        window="opt-in",
+        all_fused=True,
+        gguf=GgufFamily("qwen3"),
     ),
-    "gemma": Architecture("Gemma", tied=True, head_dim=256, kv_heads=16),
+    "gemma": Architecture(
+        "Gemma", tied=True, head_dim=256, kv_heads=16, gguf=GgufFamily("gemma", ropes=())
+    ),
     "gemma2": Architecture(
         "Gemma 2",
         tied=True,
@@ -59,6 +90,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         norms=4,
         window="every-second",
         attention_softcap=50.0,
+        gguf=GgufFamily("gemma2", ropes=()),
     ),
     "gemma3_text": Architecture(
         "Gemma 3 (text)",
@@ -68,13 +100,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         norms=4,
         head_norms="head",
         window="pattern",
+        gguf=GgufFamily("gemma3", ropes=("linear",)),
     ),
     "phi3": Architecture(
-        "Phi-3, Phi-3.5, Phi-4", qkv_bias=False, output_bias=False, window="all", joined=True
+        "Phi-3, Phi-3.5, Phi-4",
+        qkv_bias=False,
+        output_bias=False,
+        window="all",
+        joined=True,
+        gguf=GgufFamily("phi3", ropes=("longrope",)),
     ),
-    "smollm3": Architecture("SmolLM3", tied=True, kv_heads=4, window="opt-in", all_fused=True),
-    "olmo2": Architecture("OLMo 2", head_norms="projection"),
-    "granite": Architecture("Granite 3"),
+    "smollm3": Architecture(
+        "SmolLM3",
+        tied=True,
+        kv_heads=4,
+        window="opt-in",
+        all_fused=True,
+        gguf=GgufFamily("smollm3", rotates_neighbors=True),
+    ),
+    "olmo2": Architecture("OLMo 2", head_norms="projection", gguf=GgufFamily("olmo2")),
+    "granite": Architecture(
+        "Granite 3",
+        gguf=GgufFamily("granite", rotates_neighbors=True, ropes=_LLAMA_ROPES, reads_biases=True),
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from conftest import CHATML
+from model import families
 from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
@@ -40,10 +41,9 @@ HARD = [
 ]  # fmt: skip
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 
-SMALL = {
+SIZES = {
     "vocab_size": 600, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
@@ -56,29 +56,26 @@ YARN = {
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16,
             "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}  # fmt: skip
-GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 
-# name -> (model_type, settings)
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 64}),
-    "llama-3": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
-    "llama-yarn": ("llama", {"rope_parameters": YARN}),
-    "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
-    "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
-                            "attention_multiplier": 0.2}),
-    "granite-bias": ("granite", {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.2}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
-    "qwen3-linear": ("qwen3", {"head_dim": 128, "rope_parameters": LINEAR}),
-    "olmo2": ("olmo2", {}),
-    "phi3": ("phi3", {"tie_word_embeddings": False}),
-    "phi3-long": ("phi3", {"tie_word_embeddings": False, "rope_parameters": LONGROPE,
-                           "original_max_position_embeddings": 64}),
-    "gemma": ("gemma", {"head_dim": 32}),
-    "gemma2": ("gemma2", GEMMA),
-    "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 7}),
+# name -> settings: those of every family, and what matters in a file alone
+VARIANTS: dict[str, dict[str, Any]] = {
+    **families.VARIANTS,
+    "llama": {},
+    "olmo2": {},
+    "qwen3": {"head_dim": 128, "tie_word_embeddings": True},  # that Transformers reads back
+    "llama-tied": {"tie_word_embeddings": True, "head_dim": 64},
+    "llama-yarn": {"rope_parameters": YARN},
+    "mistral": {"sliding_window": None, "head_dim": 32},
+    # Layers without a rotation, with a window, and those between.
+    "smollm3": {"num_hidden_layers": 5},
+    "gemma3_text": {**families.VARIANTS["gemma3_text"], "num_hidden_layers": 7},
+    "gemma3_text-head": {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": False},
+    "granite-bias": {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.2,
+                     "head_dim": 64},
+    "qwen3-linear": {"head_dim": 128, "rope_parameters": LINEAR},
+    "phi3": {"tie_word_embeddings": False},
+    "phi3-long": {"tie_word_embeddings": False, "rope_parameters": LONGROPE,
+                  "original_max_position_embeddings": 64},
 }  # fmt: skip
 
 
@@ -153,10 +150,14 @@ def as_transformers(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     return fast
 
 
+def model_type_of(variant: str) -> str:
+    return variant.split("-", maxsplit=1)[0]
+
+
 def random_model(variant: str, **more: Any) -> PreTrainedModel:
     """A model with random norms and biases too, so that a lost one shows."""
-    model_type, settings = VARIANTS[variant]
-    config = AutoConfig.for_model(model_type, **{**SMALL, **settings, **more})
+    settings = {**families.SMALL, **SIZES, **VARIANTS[variant], **more}
+    config = AutoConfig.for_model(model_type_of(variant), **settings)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

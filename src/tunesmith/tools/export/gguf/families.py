@@ -1,28 +1,26 @@
-"""llama.cpp's names for the families of `model/architectures.py`, and their numbers in a header.
+"""The families of `model/architectures.py` in llama.cpp: names of tensors, numbers of the header.
 
-A family without a row here, or one with a setting that llama.cpp would compute otherwise, is
+A family that it does not know, or one with a setting that llama.cpp would compute otherwise, is
 refused: a GGUF file has no place for what its architecture does not name, so it would load and
 answer wrongly. Names of keys and tensors are those of the package `gguf`.
 """
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from tunesmith.errors import ModelError
+from tunesmith.model.architectures import ARCHITECTURES, GgufFamily
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 OWN_SCRIPT = f"tunesmith merge RUN, then convert_hf_to_gguf.py of {LLAMA_CPP}, which has more"
-
-_ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v")
-_ALL_LINEARS = (*_ATTENTION_INPUTS, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 class Rope(TypedDict, total=False):
@@ -89,76 +87,8 @@ class ModelConfig(TypedDict, total=False):
     mask_token_id: int
 
 
-@dataclass(frozen=True)
-class GgufFamily:
-    """One row: what differs between families in a GGUF file."""
-
-    arch: str  # llama.cpp's name of the architecture
-    # Its rotary kernel takes neighbors as a pair, Transformers' the two halves of a head: rows of
-    # q and k change places.
-    pairs_neighbors: bool = False
-    # Transformers multiplies with 1 + weight of a norm, llama.cpp with the weight; the activation
-    # is `gelu_pytorch_tanh` in place of `silu`; llama.cpp reads no `output.weight`.
-    is_gemma: bool = False
-    # Types of rotary embeddings beside the plain one.
-    ropes: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()  # layers whose bias llama.cpp reads
-    # Every n-th layer sees all tokens, and the others a window.
-    full_attention_every: int | None = None
-    # llama.cpp computes full attention where the config asks for a window.
-    ignores_window: bool = False
-    # The number of layers at which llama.cpp scales scores by hidden_size / heads.
-    scaled_by_width_at: int | None = None
-
-
-_LLAMA_ROPES = ("linear", "yarn", "llama3")
-
-FAMILIES: dict[str, GgufFamily] = {
-    "llama": GgufFamily(
-        "llama",
-        pairs_neighbors=True,
-        ropes=_LLAMA_ROPES,
-        biases=_ALL_LINEARS,
-    ),
-    "mistral": GgufFamily(
-        "llama",
-        pairs_neighbors=True,
-        ropes=_LLAMA_ROPES,
-        ignores_window=True,
-    ),
-    "smollm3": GgufFamily(
-        "smollm3",
-        pairs_neighbors=True,
-        ropes=("linear", "yarn"),
-        ignores_window=True,
-    ),
-    "granite": GgufFamily(
-        "granite",
-        pairs_neighbors=True,
-        ropes=_LLAMA_ROPES,
-        biases=_ALL_LINEARS,
-    ),
-    "qwen2": GgufFamily(
-        "qwen2", ropes=("linear", "yarn"), biases=_ATTENTION_INPUTS, ignores_window=True
-    ),
-    "qwen3": GgufFamily("qwen3", ropes=("linear", "yarn"), ignores_window=True),
-    "olmo2": GgufFamily("olmo2", ropes=("linear", "yarn")),
-    "phi3": GgufFamily("phi3", ropes=("longrope",), ignores_window=True),
-    "gemma": GgufFamily("gemma", is_gemma=True),
-    "gemma2": GgufFamily(
-        "gemma2",
-        is_gemma=True,
-        full_attention_every=2,
-        scaled_by_width_at=46,
-    ),
-    "gemma3_text": GgufFamily(
-        "gemma3",
-        is_gemma=True,
-        ropes=("linear",),
-        full_attention_every=6,
-        scaled_by_width_at=62,
-    ),
-}
+# At so many layers llama.cpp scales scores by hidden_size / heads: the 27B sizes.
+_SCALED_BY_WIDTH_AT = {"gemma2": 46, "gemma3": 62}
 
 
 def read_family(config: ModelConfig) -> GgufFamily:
@@ -168,36 +98,33 @@ def read_family(config: ModelConfig) -> GgufFamily:
     otherwise.
     """
     model_type = config["model_type"]
-    family = FAMILIES.get(model_type)
-    if family is None:
+    row = ARCHITECTURES.get(model_type)
+    if row is None or row.gguf is None:
+        supported = [name for name, other in ARCHITECTURES.items() if other.gguf]
         raise ModelError(
             f"{model_type} is not supported for GGUF export",
             where="config.json: model_type",
-            why=f"supported: {', '.join(FAMILIES)}",
+            why=f"supported: {', '.join(supported)}",
             fix=OWN_SCRIPT,
         )
-    _check_rope(config, family)
-    _check_activation(config, family)
-    _check_softcaps(config)
-    if model_type == "smollm3":
-        _check_layers_without_rope(config)
-    if family.full_attention_every is not None:
-        _check_layer_types(config, family.full_attention_every)
-    if family.scaled_by_width_at is not None:
-        _check_attention_scale(config, family.scaled_by_width_at)
-    # Without `key_length` in the header llama.cpp divides the width by the heads.
-    if family.arch == "granite" and head_dim(config) != _default_head_dim(config):
-        raise _other_math("head_dim", head_dim(config), _default_head_dim(config))
-    return family
+    _check_rope(config, row.gguf)
+    _check_defaults(config)
+    _check_attention_scale(config, row.gguf.arch)
+    return row.gguf
 
 
-def notes_on_config(config: ModelConfig, family: GgufFamily) -> list[str]:
+def _reads_window(config: ModelConfig) -> bool:
+    """Tell whether llama.cpp computes the windows of the family; the others it ignores."""
+    return ARCHITECTURES[config["model_type"]].window in ("every-second", "pattern")
+
+
+def notes_on_config(config: ModelConfig) -> list[str]:
     """List for the user what llama.cpp leaves out of the model; it changes long texts only."""
     notes = []
     window = config.get("sliding_window")
-    is_used = config.get("use_sliding_window", True)
+    is_used = config.get("use_sliding_window", True) and not _reads_window(config)
     # A window as long as the context changes nothing.
-    if family.ignores_window and window and is_used and window < config["max_position_embeddings"]:
+    if is_used and window and window < config["max_position_embeddings"]:
         notes.append(
             f"llama.cpp has no sliding window for this family: it differs after {window} tokens"
         )
@@ -229,55 +156,34 @@ def head_dim(config: ModelConfig) -> int:
     return config.get("head_dim") or _default_head_dim(config)
 
 
-def kv_heads(config: ModelConfig) -> int:
-    """Heads of keys and values."""
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
-
-
-def _check_activation(config: ModelConfig, family: GgufFamily) -> None:
-    computed = "gelu_pytorch_tanh" if family.is_gemma else "silu"
-    activation = config.get("hidden_activation") or config.get("hidden_act") or computed
-    # The first Gemma was published with `gelu` and meant its approximation by tanh.
-    if activation != computed and not (family.is_gemma and activation == "gelu"):
-        raise _other_math("hidden_act", activation, computed)
-
-
-def _check_softcaps(config: ModelConfig) -> None:
-    """llama.cpp has numbers of its own for a Gemma 2 without them, and no first one for Gemma 3."""
-    attention = config.get("attn_logit_softcapping")
-    if config["model_type"] == "gemma2":
-        if not attention:
-            raise _other_math("attn_logit_softcapping", attention, 50.0)
-        if not config.get("final_logit_softcapping"):
-            raise _other_math("final_logit_softcapping", None, 30.0)
-    if config["model_type"] == "gemma3_text" and attention:
-        raise _other_math("attn_logit_softcapping", attention, "none")
-
-
-def _check_layers_without_rope(config: ModelConfig) -> None:
-    """llama.cpp's SmolLM3 rotates in all layers but every fourth."""
+def _check_defaults(config: ModelConfig) -> None:
+    """Refuse what a file has no key for, unless it is the family's default: that is computed."""
     layers = config["num_hidden_layers"]
-    rotated = config.get("no_rope_layers")  # 1: rotated
-    computed = [int((layer + 1) % 4 != 0) for layer in range(layers)]
-    if rotated and list(rotated) != computed:
-        raise _other_math("no_rope_layers", rotated, "rotation in all layers but every fourth")
+    plain = AutoConfig.for_model(config["model_type"], num_hidden_layers=layers)
+    defaults: Mapping[str, object] = plain.to_dict()
+    values: Mapping[str, object] = config
+    unwritten = ["hidden_act", "hidden_activation", "no_rope_layers"]
+    if _reads_window(config):
+        unwritten.append("layer_types")
+    for key in unwritten:
+        pair = values.get(key), defaults.get(key)
+        # The first Gemma was published with `gelu` and meant its approximation by tanh.
+        is_meant = pair[0] == pair[1] or pair == ("gelu", "gelu_pytorch_tanh")
+        if key in defaults and pair[0] and not is_meant:
+            raise _other_math(key, *pair)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        # A header without a cap stands for the default.
+        if defaults.get(key) and not values.get(key):
+            raise _other_math(key, values.get(key), defaults[key])
+    if config.get("attn_logit_softcapping") and not defaults.get("attn_logit_softcapping"):
+        raise _other_math("attn_logit_softcapping", config["attn_logit_softcapping"], "none")
 
 
-def _check_layer_types(config: ModelConfig, every: int) -> None:
-    kinds = config.get("layer_types")
-    computed = []
-    for layer in range(config["num_hidden_layers"]):
-        is_full = (layer + 1) % every == 0
-        computed.append("full_attention" if is_full else "sliding_attention")
-    if kinds and list(kinds) != computed:
-        raise _other_math("layer_types", kinds, f"full attention in every layer of {every}")
-
-
-def _check_attention_scale(config: ModelConfig, by_width_at: int) -> None:
+def _check_attention_scale(config: ModelConfig, arch: str) -> None:
     """Scores are divided by the root of a number that the header does not have."""
-    # The 27B sizes: the published scale is that of the width, not of the head.
     computed = head_dim(config)
-    if config["num_hidden_layers"] == by_width_at:
+    # The published scale is that of the width, not of the head.
+    if config["num_hidden_layers"] == _SCALED_BY_WIDTH_AT.get(arch):
         computed = _default_head_dim(config)
     scalar = config.get("query_pre_attn_scalar", computed)
     if scalar != computed:
@@ -308,7 +214,7 @@ def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
         raise _other_math("rope_type", sliding["rope_type"], "plain ones in layers with a window")
     partial = full.get("partial_rotary_factor") or 1.0
     # Phi-4 mini rotates a part of each head; the others here rotate all of it.
-    if partial != 1.0 and config["model_type"] != "phi3":
+    if partial != 1.0 and family.arch != "phi3":
         raise _other_math("partial_rotary_factor", partial, 1.0)
     if rope_type == "yarn":
         _check_yarn(full)
@@ -378,39 +284,35 @@ def add_config(writer: "GGUFWriter", config: ModelConfig, family: GgufFamily) ->
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(kv_heads(config))
-    _add_rope(writer, config)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    is_phi3 = family.arch == "phi3"
+    _add_rope(writer, config, is_phi3=is_phi3)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     # Only where the config has the key, as llama.cpp's converter does.
-    if family.arch != "granite" and config.get("head_dim") is not None:
+    if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     # As llama.cpp's converter does.
-    if family.pairs_neighbors:
+    if family.rotates_neighbors:
         writer.add_vocab_size(config["vocab_size"])
-    if family.pairs_neighbors or family.arch == "phi3":
+    if family.rotates_neighbors or is_phi3:
         writer.add_rope_dimension_count(rotary_dims(config))
-    model_type = config["model_type"]
-    if model_type == "granite":
-        _add_granite(writer, config)
-    if model_type == "phi3":
-        writer.add_sliding_window(config.get("sliding_window") or 0)
-    if family.full_attention_every is not None:
-        writer.add_sliding_window(config["sliding_window"])
-    if config.get("attn_logit_softcapping"):
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-    if config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if _reads_window(config) or is_phi3:
+        writer.add_sliding_window(config["sliding_window"] or 0)
+    factors = (
+        (writer.add_attention_scale, config.get("attention_multiplier")),
+        (writer.add_embedding_scale, config.get("embedding_multiplier")),
+        (writer.add_residual_scale, config.get("residual_multiplier")),
+        (writer.add_logit_scale, config.get("logits_scaling")),
+        (writer.add_attn_logit_softcapping, config.get("attn_logit_softcapping")),
+        (writer.add_final_logit_softcapping, config.get("final_logit_softcapping")),
+    )
+    for add, factor in factors:
+        if factor:
+            add(factor)
 
 
-def _add_granite(writer: "GGUFWriter", config: ModelConfig) -> None:
-    writer.add_attention_scale(config["attention_multiplier"])
-    writer.add_embedding_scale(config["embedding_multiplier"])
-    writer.add_residual_scale(config["residual_multiplier"])
-    writer.add_logit_scale(config["logits_scaling"])
-
-
-def _add_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
+def _add_rope(writer: "GGUFWriter", config: ModelConfig, *, is_phi3: bool) -> None:
     import gguf
 
     full, sliding = rope_parameters(config)
@@ -426,7 +328,7 @@ def _add_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
             writer.add_rope_scaling_yarn_beta_fast(full["beta_fast"])
         if full.get("beta_slow") is not None:
             writer.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
-    if config["model_type"] == "phi3":
+    if is_phi3:
         writer.add_rope_scaling_orig_ctx_len(_original_context(config, full))
     if rope_type == "longrope":
         writer.add_rope_scaling_attn_factors(_longrope_scale(config, full))
@@ -469,7 +371,8 @@ def check_tensor_names(
     renamed = {}
     for name in names:
         new_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        if new_name is None or not _is_read(new_name, family):
+        is_lost_bias = name.endswith(".bias") and not family.reads_biases
+        if new_name is None or is_lost_bias:
             raise ModelError(
                 f"llama.cpp's {family.arch} has no place for {name}",
                 where="the model's weights",
@@ -480,25 +383,15 @@ def check_tensor_names(
     return renamed
 
 
-def _is_read(new_name: str, family: GgufFamily) -> bool:
-    if new_name == "output.weight":
-        return not family.is_gemma
-    if new_name.endswith(".bias"):
-        # `blk.0.attn_q.bias`: the part before the last names the layer.
-        layer = new_name.split(".")[-2]
-        return layer in family.biases
-    return True
-
-
 def heads_to_permute(new_name: str, config: ModelConfig, family: GgufFamily) -> int | None:
     """Heads of a tensor whose rows change places; None: they stay."""
-    if not family.pairs_neighbors:
+    if not family.rotates_neighbors:
         return None
     layer = new_name.split(".")[-2]
     if layer == "attn_q":
         return config["num_attention_heads"]
     if layer == "attn_k":
-        return kv_heads(config)
+        return config["num_key_value_heads"]
     return None
 
 

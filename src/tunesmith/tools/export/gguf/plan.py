@@ -126,12 +126,14 @@ def plan_gguf(
         tensors.append(GgufTensor(new_name, tuple(factors.shape), "F32", source))
     # llama.cpp uses the embedding as head where the file has none.
     tied = "output.weight" not in new_names.values()
+    # Transformers multiplies with 1 + weight of a norm of Gemma, llama.cpp with the weight.
+    is_gemma = family.arch.startswith("gemma")
     for old_name, weight in weights.items():
         new_name = new_names[old_name]
         shape = tuple(weight.shape)
         ggml_type = tensor_type(new_name, shape, quant, config, tied=tied)
         heads = heads_to_permute(new_name, config, family)
-        offset = 1.0 if family.is_gemma and new_name.endswith("_norm.weight") else 0.0
+        offset = 1.0 if is_gemma and new_name.endswith("_norm.weight") else 0.0
         tensors.append(GgufTensor(new_name, shape, ggml_type, weight, heads, offset))
     # A missing package shows now, not after the first gigabytes.
     if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
@@ -148,7 +150,7 @@ def plan_gguf(
     writer.add_file_type(gguf.LlamaFileType[f"{kind}_{quant.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, read_tokenizer)
-    notes = (*notes_on_config(config, family), *read_tokenizer.notes)
+    notes = (*notes_on_config(config), *read_tokenizer.notes)
     return GgufPlan(header_bytes(writer, tensors), tuple(tensors), notes)
 
 
