@@ -9,7 +9,6 @@ it (record.py).
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -27,7 +26,6 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.hub.fetch import local_model
 from tunesmith.inference.load_run import (
     OpenedRun,
-    RunLocation,
     locate_run,
     read_run_files,
     select_device,
@@ -58,7 +56,7 @@ from tunesmith.tools.export.output import (
     part_folder,
     record_path,
 )
-from tunesmith.tools.export.record import ADAPTER_KIND, ExportRecord, record_of, write_record
+from tunesmith.tools.export.record import ADAPTER_KIND, record_of, write_record
 from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
 
 DEFAULT_QUANT = "q4_k_m"
@@ -173,8 +171,6 @@ def export_gguf(
     """
     location = locate_run(path)
     goal = gguf_place(output, location, is_folder=for_ollama, force=force)
-    place = torch.device(select_device(device))
-    threads = threads or available_cores()
     file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
     unchecked = _why_unchecked(check)
     with undeleted(location):
@@ -183,19 +179,17 @@ def export_gguf(
             # Before the plan: the header holds the template.
             guard_template(tuned.files.tokenizer)
         plan = _plan_model(tuned, quant, goal.stem)
-
-        def compare(file: Path) -> FileCheck:
-            base = _find_base(location, tuned)
-            return check_file(file, tuned, base, device=place, threads=threads, progress=checking)
-
         result = _write_checked(
             plan,
-            goal / file_name if for_ollama else goal,
+            goal,
             tuned,
-            partial(record_of, location, f"GGUF, {quant}", plan.size, unchecked),
+            f"GGUF, {quant}",
+            unchecked=unchecked,
+            device=device,
             threads=threads,
             progress=progress,
-            compare=None if unchecked else compare,
+            checking=checking,
+            file_name=file_name,
             modelfile=modelfile_text(file_name, tuned) if for_ollama else None,
         )
     shown = Path(output) / file_name if for_ollama else output
@@ -231,8 +225,6 @@ def export_adapter(
         raise UsageError(
             f"{path} has no adapter", where="--adapter", fix="export the model: without --adapter"
         )
-    place = torch.device(select_device(device))
-    threads = threads or available_cores()
     file_name = f"{goal.name}-{ADAPTER_FILE_ENDING}.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
@@ -261,24 +253,19 @@ def export_adapter(
         modelfile = None
         if for_ollama and base is not None:
             modelfile = modelfile_text(str(base.file), read, file_name)
-        compare = partial(
-            check_file,
-            tuned=tuned,
-            base=tuned,
-            base_file=base.file if base else None,
-            device=place,
-            threads=threads,
-            progress=checking,
-        )
         result = _write_checked(
             plan,
-            goal / file_name if for_ollama else goal,
+            goal,
             tuned,
-            partial(record_of, location, ADAPTER_KIND, plan.size, unchecked, base=base),
+            ADAPTER_KIND,
+            unchecked=unchecked,
+            device=device,
             threads=threads,
             progress=lambda written, size: None,
-            compare=None if unchecked else compare,
+            checking=checking,
+            file_name=file_name,
             modelfile=modelfile,
+            base=base,
         )
     return ExportedFile(
         str(output),
@@ -302,42 +289,58 @@ def _why_unchecked(check: bool) -> str:
 
 def _write_checked(
     plan: GgufPlan,
-    file: Path,
+    goal: Path,
     tuned: TunedModel,
-    record: Callable[[FileCheck | None], ExportRecord],
+    kind: str,
     *,
-    threads: int,
+    unchecked: str,
+    device: str | None,
+    threads: int | None,
     progress: Callable[[int, int], None],
-    compare: Callable[[Path], FileCheck] | None,
+    checking: Callable[[int, int], None],
+    file_name: str,
     modelfile: str | None,
+    base: GgufBase | None = None,
 ) -> FileCheck | None:
-    """Write a file beside its place, `compare` it, and give it its name.
+    """Write a file beside its place, compare it with the tuned model, and give it its name.
 
     What the check refuses is kept as `.rejected`: the user may want to know what differs. With a
-    `modelfile` the file's folder gets its name as one.
+    `modelfile` the goal is a folder with both.
     """
-    goal = file if modelfile is None else file.parent
-    require_disk_space(goal, plan.size, what=file.name, fix=OTHER_DISK)
+    threads = threads or available_cores()
+    place = torch.device(select_device(device))
+    require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
     with part_folder(goal) as part:
-        written = part / file.name
-        write_gguf(plan, written, threads=threads, progress=progress)
+        file = part / file_name
+        written = file
+        write_gguf(plan, file, threads=threads, progress=progress)
         if modelfile is not None:
+            written = part
             (part / MODELFILE).write_text(modelfile, encoding="utf-8")
             copy_notices(tuned.files.folder, part)
-        try:
-            result = compare(written) if compare else None
-        except CheckpointError:
-            rejected = goal.with_name(f"{goal.name}.rejected")
-            move_into_place(written if modelfile is None else part, rejected)
-            raise
-        write_record(written, record(result))
-        if modelfile is not None:
-            move_into_place(part, goal)
-        else:
-            # The file first: a record is never of one that is not there, nor of an earlier one.
+        result = None
+        if not unchecked:
+            try:
+                result = check_file(
+                    file,
+                    tuned,
+                    _find_base(tuned),
+                    base_file=base.file if base else None,
+                    device=place,
+                    threads=threads,
+                    progress=checking,
+                )
+            except CheckpointError:
+                move_into_place(written, goal.with_name(f"{goal.name}.rejected"))
+                raise
+        record = record_of(tuned.location, kind, plan.size, unchecked, result, base=base)
+        write_record(file, record)
+        if modelfile is None:
+            # A record is never of a file that is not there, nor of an earlier one.
             record_path(goal).unlink(missing_ok=True)
-            move_into_place(written, goal)
-            move_into_place(record_path(written), record_path(goal))
+        move_into_place(written, goal)
+        if modelfile is None:
+            move_into_place(record_path(file), record_path(goal))
     return result
 
 
@@ -436,18 +439,17 @@ def _check_text_model(config: PretrainedConfig) -> None:
         )
 
 
-def _find_base(location: RunLocation, tuned: TunedModel) -> TunedModel | None:
+def _find_base(tuned: TunedModel) -> TunedModel | None:
     """The model before training; None where there was none, or a whole one was trained and its base
     is gone.
     """
-    if location.holds == "base":
+    if tuned.location.holds == "base":
         return None
-    if location.holds == "adapter":
+    if tuned.location.holds == "adapter":
         return tuned
     try:
         # A full fine-tune names its base in the recipe; it may be gone from the disk or the Hub's
         # cache.
-        base = replace(location, holds="base")
-        return open_tuned_model(read_run_files(base))
+        return open_tuned_model(read_run_files(replace(tuned.location, holds="base")))
     except TunesmithError:
         return None
