@@ -30,7 +30,7 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, check_regular_files, near_path, require_disk_space
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
-from tunesmith.hub.gguf import convert_gguf, convert_gguf_without_weights
+from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, TRIES, hub_calls, hub_error, repo_page, retry
 from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.safetensors_files import (
@@ -374,7 +374,7 @@ def fetch_for_tokens(model: Model) -> Path:
     if path is None:
         return cached_model(model) or fetch_without_weights(model.name, model.revision)
     if path.is_file():
-        return convert_gguf_without_weights(path)
+        return convert_gguf(path, None)
     return fetch(model)
 
 

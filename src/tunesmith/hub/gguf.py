@@ -26,37 +26,25 @@ log = logging.getLogger(__name__)
 MAGIC = b"GGUF"
 # Goes up when what is written changes, so that older conversions are repeated.
 CONVERSION_VERSION = 2
+WITHOUT_WEIGHTS = "without-weights"  # in the name of such a folder
 
 
-def convert_gguf(file: Path, dtype: str) -> Path:
-    """The Transformers folder of a .gguf file, its weights in `dtype` (`bf16`, ...), converted now
-    or earlier.
+def convert_gguf(file: Path, dtype: str | None) -> Path:
+    """The Transformers folder of a .gguf file, converted now or earlier.
+
+    Args:
+        dtype: of its weights (`bf16`, ...). None: any folder that is there will do, else one with
+            configuration and tokenizer alone: to count tokens takes no more, and no minutes.
 
     ModelError where Transformers cannot read the file, MachineError where the package or the cache
     is missing.
     """
     file = _check_gguf(file)
-    target = _cached_folder(file, dtype)
-    if not target.is_dir():
-        what = f"converting {file.name} to {dtype} safetensors, once, in {target}"
-        _write_once(file, target, what, dtype)
-    return target
-
-
-def convert_gguf_without_weights(file: Path) -> Path:
-    """A folder of `convert_gguf` if one is there, else one with configuration and tokenizer alone.
-
-    To count tokens takes no more, and no minutes. Raises as `convert_gguf`.
-    """
-    file = _check_gguf(file)
-    for dtype in get_args(Dtype):
-        complete = _cached_folder(file, dtype)
-        if complete.is_dir():
-            return complete
-    target = _cached_folder(file, "without-weights")
-    if not target.is_dir():
-        what = f"reading configuration and tokenizer of {file.name}, once, into {target}"
-        _write_once(file, target, what, None)
+    for content in (dtype,) if dtype else (*get_args(Dtype), WITHOUT_WEIGHTS):
+        target = _cached_folder(file, content)
+        if target.is_dir():
+            return target
+    _write_once(file, target, dtype)
     return target
 
 
@@ -86,14 +74,15 @@ def _cached_folder(file: Path, content: str) -> Path:
     return cache_folder("models") / f"{file.stem}-{content}-{digest}"
 
 
-def _write_once(file: Path, target: Path, what: str, dtype: str | None) -> None:
+def _write_once(file: Path, target: Path, dtype: str | None) -> None:
     """Write a folder, without weights where there is no `dtype` for them, and move it to `target`
-    when it is complete; `what` is logged.
+    when it is complete.
     """
     require("gguf", where=str(file), fix="use the safetensors version of this model on the Hub")
     from tunesmith.hub.gguf_folder import write_with_weights, write_without_weights
 
-    log.info(what)
+    what = f"to {dtype} safetensors" if dtype else "without its weights"
+    log.info(f"converting {file.name} {what}, once, in {target}")
     cache = target.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)

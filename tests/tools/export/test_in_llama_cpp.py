@@ -29,7 +29,7 @@ from export.tiny_gguf import (
 )
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import CheckpointError
-from tunesmith.hub.gguf import convert_gguf_without_weights
+from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE, read_file_tokenizer
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.tools.export.gguf import tokenizer as header_room
@@ -166,7 +166,7 @@ def test_the_demo_is_tokenized_as_llama_cpp_does(
 ) -> None:
     """Its expressions split digits, which Transformers' conversion does not read."""
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    tokenizer = load_tokenizer(convert_gguf_without_weights(smollm2), Model(name=str(smollm2)))
+    tokenizer = load_tokenizer(convert_gguf(smollm2, None), Model(name=str(smollm2)))
     with LlamaCpp(smollm2) as server:
         assert other_ids(tokenizer, server, [*HARD, *MORE_TEXTS]) == {}
 

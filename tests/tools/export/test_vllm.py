@@ -15,7 +15,7 @@ from errors import check_shown, holds, lines_with, refuses
 from runs import make_run, peft_model
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.inference.load_run import locate_run, read_run_files
-from tunesmith.tools.export import tuned_weights
+from tunesmith.tools.export import tuned_weights, vllm_adapter
 from tunesmith.tools.export.tuned_weights import open_tuned_model
 from tunesmith.tools.export.vllm import export_rounded, round_weights
 from tunesmith.tools.export.vllm_adapter import export_peft
@@ -66,8 +66,16 @@ def test_the_folder_holds_what_the_format_says(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_an_adapter_for_vllm(run: Path, tiny: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_vllm(
+    run: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = []
+    monkeypatch.setattr(
+        vllm_adapter, "require_disk_space", lambda goal, size, **_: needed.append(size)
+    )
     assert export_peft(run, tmp_path / "out") == 8
+    written = ("adapter_config.json", "adapter_model.safetensors")
+    assert needed == [sum((tmp_path / "out" / name).stat().st_size for name in written)]
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [
         "README.md",

@@ -28,7 +28,6 @@ already in this format; use `merge` for an adapter.
 
 import argparse
 from collections.abc import Collection
-from pathlib import Path
 
 from tunesmith.cli.options import (
     add_json,
@@ -97,14 +96,11 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     # The import below takes seconds, so wrong paths are reported before it.
     location = locate_run(args.run)
-    if args.to == "transformers":
-        check_empty(Path(args.output))
+    if args.to in ("gguf", "ollama"):
+        gguf_place(args.output, location, is_folder=args.to == "ollama", force=args.force)
     else:
-        if args.to == "vllm":
-            new_folder_place(args.output, location)
-        else:
-            is_folder = args.to == "ollama"
-            gguf_place(args.output, location, is_folder=is_folder, force=args.force)
+        new_folder_place(args.output, location)
+    if args.to != "transformers":
         notify_weights(location)
     from tunesmith.tools.export.run_export import export_for_gguf, export_for_vllm, join_sharded
 
@@ -135,9 +131,3 @@ def check_options(args: argparse.Namespace) -> None:
         if args.quant != "fp8":
             place = "is for --to gguf or ollama, or --quant fp8"
             check_not_given(args, ("no_check",), place)
-
-
-def check_empty(output: Path) -> None:
-    """UsageError where a folder is to be written, and something is there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError("--output is not an empty folder", where=str(output), fix="use a new name")

@@ -7,8 +7,8 @@ B go to gate and up, which get the same A. What vLLM does is read in its source,
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,10 +99,10 @@ EXPORT_MERGED_FIX = "export the merged model: without --adapter"
 
 
 class Factor(NamedTuple):
-    """A factor as it is written: what `select` takes of a stored tensor."""
+    """A factor as it is written: a part of a stored tensor."""
 
     stored: StoredTensor
-    select: Callable[[Tensor], Tensor]
+    part: tuple[slice | int, ...]
 
 
 def export_peft(path: str | Path, output: str | Path) -> int:
@@ -134,8 +134,9 @@ def export_peft(path: str | Path, output: str | Path) -> int:
         # Checks sums, and that base and adapter fit.
         tuned = open_tuned_model(read_run_files(location))
         is_single = _reads_single(tuned)
-        # One by one a factor A is written for gate and up.
-        size = 2 * sum((folder / name).stat().st_size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        size = sum((folder / name).stat().st_size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        if is_single:
+            size *= 2  # a factor A is written for gate and up
         require_disk_space(goal, size, what="the adapter", fix=OTHER_DISK)
         with part_folder(goal) as part:
             if is_single:
@@ -208,8 +209,8 @@ def _single_factors(tuned: TunedModel) -> Iterator[tuple[str, Factor]]:
         update = weight.update
         if isinstance(update, LoraUpdate):
             layer = PREFIX + name_in_whole(tuned.model, name.removesuffix(".weight"))
-            yield f"{layer}.lora_A.weight", Factor(update.lora_A, lambda values: values)
-            yield f"{layer}.lora_B.weight", Factor(update.lora_B, lambda values: values)
+            yield f"{layer}.lora_A.weight", Factor(update.lora_A, ())
+            yield f"{layer}.lora_B.weight", Factor(update.lora_B, ())
         elif isinstance(update, ExpertsUpdate):
             yield from _factors_of_stack(tuned.model, name, update)
 
@@ -222,22 +223,14 @@ def _factors_of_stack(
     module, _, stack = name.rpartition(".")
     prefix = PREFIX + _stored_module(model, module)
     parts = _parts_of_stack(find_experts(model)[module], stack)
+    rank = update.lora_A.shape[0] // update.experts
     for expert in range(update.experts):
+        # A of all experts is one matrix, expert after expert; of B they are the last dimension.
+        part_of_a = slice(expert * rank, (expert + 1) * rank)
         for projection, rows in parts.items():
             layer = f"{prefix}.{expert}.{single_names[projection]}"
-            select_a = partial(_expert_a, update.experts, expert)
-            select_b = partial(_expert_b, expert, rows)
-            yield f"{layer}.lora_A.weight", Factor(update.lora_A, select_a)
-            yield f"{layer}.lora_B.weight", Factor(update.lora_B, select_b)
-
-
-def _expert_a(experts: int, expert: int, lora_A: Tensor) -> Tensor:
-    # A of all experts is one matrix, expert after expert.
-    return lora_A.unflatten(0, (experts, -1))[expert]
-
-
-def _expert_b(expert: int, rows: slice, lora_B: Tensor) -> Tensor:
-    return lora_B[rows, :, expert]
+            yield f"{layer}.lora_A.weight", Factor(update.lora_A, (part_of_a,))
+            yield f"{layer}.lora_B.weight", Factor(update.lora_B, (rows, slice(None), expert))
 
 
 def _stored_module(model: PreTrainedModel, name: str) -> str:
@@ -272,13 +265,13 @@ def _write_single(part: Path, folder: Path, factors: Mapping[str, Factor]) -> No
     factor_of = {}
     for name, factor in factors.items():
         stored = factor.stored
-        values = factor.select(torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        values = torch.empty(stored.shape, dtype=stored.dtype, device="meta")[factor.part]
         tensors[name] = values
         factor_of[id(values)] = factor
 
     def read(values: Tensor, rows: slice) -> Iterator[Tensor]:
-        stored, select = factor_of[id(values)]
-        yield select(read_whole(stored))[rows]
+        stored, part = factor_of[id(values)]
+        yield read_whole(stored)[part][rows]
 
     save_tensors(part / ADAPTER_WEIGHTS, tensors, {"format": "pt"}, read=read)
     settings = read_json(folder / ADAPTER_CONFIG, again="copy the adapter again")

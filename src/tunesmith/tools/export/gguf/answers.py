@@ -14,14 +14,12 @@ from itertools import islice
 from torch import Tensor
 
 from tunesmith.config.schema import Source
-from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.rows.samples import Completion, Conversation
-from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import TunesmithError
 from tunesmith.inference.decoding import cut_answer
 from tunesmith.inference.load_run import OpenedRun
 from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS
-from tunesmith.tools.export.merge_check import probe_sources
+from tunesmith.tools.export.merge_check import probe_samples, probe_sources
 
 MAX_QUESTIONS = 3
 MAX_QUESTION_ROWS = 50  # read, in search of prompts that are short enough
@@ -76,11 +74,7 @@ def questions_of(read: OpenedRun) -> list[Question]:
 def _questions(read: OpenedRun, source: Source) -> Iterator[Question]:
     """The rows of a source that have an answer, and room for the prompt."""
     template = read.template
-    rows = read_rows(source)
-    for number in range(min(MAX_QUESTION_ROWS, len(rows))):
-        where = rows.where(number)
-        system = read.recipe.data.system
-        sample = convert_sample(rows[number], source, where=where, system=system)
+    for sample, where in probe_samples(read, source, MAX_QUESTION_ROWS):
         if isinstance(sample, Completion):
             text = sample.prompt
         elif isinstance(sample, Conversation) and sample.messages[-1]["role"] == "assistant":

@@ -29,8 +29,6 @@ from tunesmith.tools.export.gguf.families import ModelConfig
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# `left right` of older files; newer ones hold pairs.
-Merge = str | list[str]
 ADDED_SCORE = -1000.0
 UNUSED_SCORE = -10000.0
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -60,7 +58,7 @@ class BpeModel(TypedDict, total=False):
 
     type: str
     vocab: dict[str, int]
-    merges: Sequence[Merge]
+    merges: Sequence[list[str]]  # pairs
     byte_fallback: bool
     ignore_merges: bool
     continuing_subword_prefix: str
@@ -156,7 +154,7 @@ def read_gguf_tokenizer(
         scores = _scores(state, vocab, tokens, types, special.get("unk"))
     else:
         pre = _byte_level_name(tokenizer, state, notes)
-        merges = tuple(_merge_text(merge) for merge in model["merges"])
+        merges = tuple(_merge_text(pair) for pair in model["merges"])
     strips_space, stripping_notes = _stripping(added.values(), {*tokens})
     return GgufTokenizer(
         model="llama" if is_sentencepiece else "gpt2",
@@ -280,11 +278,9 @@ def _byte_level_name(
     return pre
 
 
-def _merge_text(merge: Merge) -> str:
-    """`left right`, as of older files; newer ones hold pairs, whose parts may contain a space."""
-    if isinstance(merge, str):
-        return merge
-    return " ".join(part.replace(" ", "\u0120") for part in merge)
+def _merge_text(pair: list[str]) -> str:
+    """Join the two, whose parts may contain a space, by one."""
+    return " ".join(part.replace(" ", "\u0120") for part in pair)
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase, state: TokenizerFile) -> str:
@@ -417,7 +413,10 @@ def _adds_space(state: TokenizerFile, notes: list[str]) -> bool:
 
 
 def _join_ranks(
-    merges: Sequence[Merge], vocab: Mapping[str, int], tokens: list[str], types: list[TokenType]
+    merges: Sequence[list[str]],
+    vocab: Mapping[str, int],
+    tokens: list[str],
+    types: list[TokenType],
 ) -> dict[str, int]:
     """The order in which tokens are joined from two others: the smallest first.
 
@@ -432,8 +431,7 @@ def _join_ranks(
     ranks: dict[str, int] = {}
     pairs = set()
     previous = ""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for left, right in merges:
         joined = left + right
         pairs.add((left, right))
         # One score stands for all pairs that make a token, so they must follow each other in the
