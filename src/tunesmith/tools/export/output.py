@@ -22,9 +22,7 @@ from tunesmith.host.shell import shell_path
 from tunesmith.inference.load_run import RunLocation
 from tunesmith.run_dir import RECIPE
 from tunesmith.tools.export.gguf.ollama import MODELFILE
-from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 
-ADAPTER_FILE_ENDING = "lora"  # ends the name of an adapter's file in a folder for Ollama
 # The check, and the size of each file: the mark of a folder that a merge wrote.
 MERGE_FILE = "merge.json"
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -177,30 +175,21 @@ def gguf_place(output: str | Path, location: RunLocation, *, is_folder: bool, fo
         name = _unexported_file(goal)
         fault = name and f"contains {name}"
     else:
-        fault = None if _is_gguf(goal) else "is not a GGUF file"
+        with goal.open("rb") as stream:
+            fault = None if stream.read(4) == b"GGUF" else "is not a GGUF file"
     _check_replaced(goal, fault, has_leave=force)
     return goal
 
 
 def _unexported_file(folder: Path) -> str | None:
     """A file in a folder that no export for Ollama wrote; None if there is none."""
-    ggufs = [
-        folder / f"{folder.name}-{content}.gguf"
-        for content in (*GGUF_QUANT_TYPES, ADAPTER_FILE_ENDING)
-    ]
-    own_names = {MODELFILE}
-    for file in ggufs:
-        own_names |= {file.name, record_path(file).name}
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
-        if name not in own_names and not name.upper().startswith(NOTICES):
+        gguf = folder / name.removesuffix(".json")
+        has_record = gguf.suffix == ".gguf" and record_path(gguf).is_file()
+        if not has_record and name != MODELFILE and not name.upper().startswith(NOTICES):
             return name
     return None if MODELFILE in names else names[0]
-
-
-def _is_gguf(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4) == b"GGUF"
 
 
 @contextmanager

@@ -339,8 +339,7 @@ def _adapted_weights(
 
     # PEFT also stores a copy of a frozen head or embedding: it is no change.
     def is_base(name: str, stored: StoredTensor) -> bool:
-        base = TunedWeight(None, sources[tied.get(name, name)])
-        return _equal(TunedWeight(None, StoredRows(stored, dtype, stored.shape)), base)
+        return _equal(StoredRows(stored, dtype, stored.shape), sources[tied.get(name, name)])
 
     with stored_adapter(trained, folder, is_base) as stored:
         updates: dict[str, LoraUpdate | ExpertsUpdate] = {}
@@ -374,10 +373,10 @@ def _adapted_weights(
     return weights
 
 
-def _equal(a: TunedWeight, b: TunedWeight) -> bool:
+def _equal(a: RowSource, b: RowSource) -> bool:
     if a.shape != b.shape:
         return False
-    for band in a.bands():
+    for band in row_bands(a.shape):
         if not torch.equal(a.rows(band.start, band.stop), b.rows(band.start, band.stop)):
             return False
     return True

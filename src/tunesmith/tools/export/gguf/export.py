@@ -49,7 +49,6 @@ from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
 from tunesmith.tools.export.gguf.write import write_gguf
 from tunesmith.tools.export.merge import copy_notices
 from tunesmith.tools.export.output import (
-    ADAPTER_FILE_ENDING,
     OTHER_DISK,
     gguf_place,
     move_into_place,
@@ -225,7 +224,7 @@ def export_adapter(
         raise UsageError(
             f"{path} has no adapter", where="--adapter", fix="export the model: without --adapter"
         )
-    file_name = f"{goal.name}-{ADAPTER_FILE_ENDING}.gguf" if for_ollama else goal.name
+    file_name = f"{goal.name}-lora.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
         _check_text_model(read.files.config)
