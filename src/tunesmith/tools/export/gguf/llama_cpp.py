@@ -62,14 +62,9 @@ class LlamaCpp:
         threads: int = 1,
         context: int = CHECK_CONTEXT_TOKENS,
     ) -> None:
-        options = {
-            "file": str(file),
-            "adapter": str(adapter) if adapter else None,
-            "threads": threads,
-            "context": context,
-        }
         self._file = file
-        command = [sys.executable, "-m", "tunesmith.tools.export.gguf.serve", json.dumps(options)]
+        command = [sys.executable, "-m", "tunesmith.tools.export.gguf.serve"]
+        command += [str(file), str(adapter or ""), str(threads), str(context)]
         # A file rather than a pipe: llama.cpp would wait for ever at a full one that nobody reads.
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(

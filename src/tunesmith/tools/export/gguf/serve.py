@@ -6,7 +6,6 @@ process needs no such end, and a fault of llama.cpp in it is an error here rathe
 `tunesmith`. No torch is imported: it starts in a tenth of a second.
 """
 
-import json
 import os
 import sys
 
@@ -16,21 +15,21 @@ import xllamacpp
 def serve_file() -> None:
     """Serve until standard input ends, as it does where the parent is killed.
 
-    The only argument is JSON: the parameters of `LlamaCpp`. The address is the one line of standard
-    output; why the file does not open is the last one of standard error.
+    The arguments are the parameters of `LlamaCpp`, "" for no adapter. The address is the one line
+    of standard output; why the file does not open is the last one of standard error.
     """
-    options = json.loads(sys.argv[1])
+    _, file, adapter, threads, context = sys.argv
     params = xllamacpp.CommonParams()
-    params.model.path = options["file"]
+    params.model.path = file
     params.n_gpu_layers = 0
     params.n_parallel = 1
-    params.n_ctx = options["context"]
+    params.n_ctx = int(context)
     params.warmup = False
-    params.cpuparams.n_threads = options["threads"]
+    params.cpuparams.n_threads = int(threads)
     params.port = 0  # any that is free
     params.verbosity = 0
-    if options["adapter"] is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(options["adapter"], 1.0)]
+    if adapter:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
