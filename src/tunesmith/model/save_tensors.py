@@ -110,6 +110,11 @@ def save_tensors(
                     file.writelines(_pieces(part, written_dtype))
 
 
+def written_bytes(tensors: Iterable[Source]) -> int:
+    """Bytes that `save_tensors` writes of tensors on meta."""
+    return sum(_written_form(source, None).size for source in tensors)
+
+
 @dataclass(frozen=True)
 class _Form:
     """The stored form of a tensor: its dtype as safetensors names it, its shape, and the bytes of

@@ -450,13 +450,13 @@ def test_a_full_fine_tune_is_already_whole(tiny: Path, tmp_path: Path) -> None:
     assert caught.value.exit_code == EXIT_USAGE
 
 
-def test_no_room_on_the_disk_is_found_before_loading(
+def test_no_room_on_the_disk_is_found_before_writing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
     )
-    monkeypatch.setattr(room, "read_run_files", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(room, "save_sharded", lambda *a, **k: pytest.fail("written"))
     with refuses(MachineError, cause="disk") as caught:
         merge(run, tmp_path / "out", device="cpu")
     assert caught.value.exit_code == EXIT_USAGE

@@ -9,12 +9,10 @@ in bands: the memory that this takes does not grow with the model.
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,7 +22,6 @@ from transformers.utils import logging as hf_logging
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.manifest import CARD
 from tunesmith.checkpoint.model_card import CardFile, model_card, weights_file, with_files
-from tunesmith.config.schema import Model
 from tunesmith.errors import CheckpointError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
@@ -43,10 +40,9 @@ from tunesmith.inference.load_run import (
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.older_readers import write_for_older_readers
-from tunesmith.model.safetensors_files import read_headers, read_json
-from tunesmith.model.save_tensors import save_sharded
+from tunesmith.model.safetensors_files import read_json
+from tunesmith.model.save_tensors import save_sharded, written_bytes
 from tunesmith.model.shipped import form_of_folder
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
@@ -58,6 +54,7 @@ from tunesmith.tools.export.merge_check import ExactCheck, MergeCheck, compare_l
 from tunesmith.tools.export.output import (
     MERGE_FILE,
     NOTICES,
+    OTHER_DISK,
     file_sizes,
     merge_place,
     move_into_place,
@@ -66,7 +63,7 @@ from tunesmith.tools.export.output import (
 from tunesmith.tools.export.streamed_model import Values, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 
-ROOM = 1.1  # of the weights: the rest of the folder, and an untied head
+ROOM = 1.1  # of the weights: the rest of the folder
 # Some converters read the vocabulary from it; it says nothing of added tokens.
 SENTENCEPIECE = "tokenizer.model"
 
@@ -137,7 +134,6 @@ def merge(
     location = locate_run(path)
     goal = merge_place(path, output, location, force=force)
     dtype = dtype or location.dtype
-    _check_room(goal, location.base, dtype)
     had_bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -169,20 +165,6 @@ def merge(
         note=note,
         merge_check=check,
     )
-
-
-def _check_room(goal: Path, base: Model, dtype: Dtype) -> None:
-    """MachineError where the disk has no room for the merged model."""
-    folder = fetch(base)
-    config = read_json(folder / "config.json")
-    parameters = model_spec(config, where=f"{folder}/config.json").parameters
-    if config["model_type"] in COMPOSITES:
-        # Images and sound are copied.
-        entries = chain.from_iterable(read_headers(folder).values())
-        parameters = sum(math.prod(entry.shape) for entry in entries)
-    needed = round(parameters * DTYPES[dtype].itemsize * ROOM)
-    fix = "free disk space, or write to another disk with --output"
-    require_disk_space(goal, needed, what="the merged model", fix=fix)
 
 
 def _merge_and_check(
@@ -311,7 +293,11 @@ def write_merged(
         for band in row_bands(tensor.shape, rows):
             yield read_rows(band.start, band.stop)
 
-    save_sharded(folder, in_stored_form(model, tensors), read=read)
+    stored = in_stored_form(model, tensors)
+    needed = round(written_bytes(stored.values()) * ROOM)
+    what = f"the model in {shown_dtype or dtype}"
+    require_disk_space(folder, needed, what=what, fix=OTHER_DISK)
+    save_sharded(folder, stored, read=read)
     model.config.dtype = DTYPES[dtype]
     write_model_config(model, folder)
     files.tokenizer.save_pretrained(folder)

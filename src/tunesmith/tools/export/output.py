@@ -67,10 +67,14 @@ def output_place(output: str | Path, location: RunLocation) -> Path:
             raise UsageError(f"{parent} is a file", where="--output", fix="name another folder")
     parent = existing_folder(goal.parent)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(
-            f"{parent} cannot be written", where="--output", fix="use a writable folder"
-        )
+        raise _unwritable(parent)
     return goal
+
+
+def _unwritable(folder: Path, why: str = "") -> MachineError:
+    return MachineError(
+        f"{folder} cannot be written", where="--output", why=why, fix="use a writable folder"
+    )
 
 
 def _check_not_recipe(location: RunLocation) -> None:
@@ -203,6 +207,9 @@ def part_folder(goal: Path) -> Iterator[Path]:
     part = goal.with_name(f".{goal.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(goal.parent, str(error)) from error
+    try:
         yield part
     except Exception as error:
         # safetensors has errors of its own for a full disk.

@@ -13,7 +13,7 @@ import torch
 
 from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError
-from tunesmith.host.files import follow_umask, require_disk_space
+from tunesmith.host.files import follow_umask
 from tunesmith.inference.load_run import (
     locate_run,
     read_run_files,
@@ -26,7 +26,6 @@ from tunesmith.tools.export.compressed import RoundedWeight
 from tunesmith.tools.export.merge import add_files_to_card, write_merged
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.output import (
-    OTHER_DISK,
     move_into_place,
     new_folder_place,
     part_folder,
@@ -113,13 +112,6 @@ def export_rounded(
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
         weights = round_weights(tuned)
-        rounded = {weight.name: weight for weight in weights.values()}
-        require_disk_space(
-            goal,
-            _size(tuned, weights),
-            what=f"the model in {QUANT}",
-            fix=OTHER_DISK,
-        )
         with part_folder(goal) as part:
             tuned.model.config.quantization_config = QUANTIZATION_CONFIG
             write_merged(tuned, part, "bf16", weights, shown_dtype=QUANT)
@@ -133,7 +125,7 @@ def export_rounded(
             add_files_to_card(part, weights_file(part, kind, *measured))
             move_into_place(part, goal)
     size = sum(file.stat().st_size for file in goal.iterdir())
-    return RoundedFolder(str(output), QUANT, len(rounded), size, positions, kl, base)
+    return RoundedFolder(str(output), QUANT, len(weights), size, positions, kl, base)
 
 
 def round_weights(tuned: TunedModel) -> dict[str, RoundedWeight]:
@@ -152,18 +144,6 @@ def round_weights(tuned: TunedModel) -> dict[str, RoundedWeight]:
         name = f"{layer}.weight"
         weights[name] = RoundedWeight(name, tuned.weights[name])
     return weights
-
-
-def _size(tuned: TunedModel, weights: Mapping[str, RoundedWeight]) -> int:
-    """Bytes of the weights' files."""
-    size = 0
-    for name, weight in tuned.weights.items():
-        if name not in weights:
-            size += weight.shape.numel() * torch.bfloat16.itemsize
-            continue
-        for part, _ in weights[name].parts().values():
-            size += part.nbytes
-    return size
 
 
 def _compare(
