@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.manifest import CARD
-from tunesmith.checkpoint.model_card import CardFile, model_card, weights_file, with_files
+from tunesmith.checkpoint.model_card import CardFile, weights_file, with_files
 from tunesmith.errors import CheckpointError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.host.logger import lines_by_default
@@ -47,7 +47,6 @@ from tunesmith.model.shipped import form_of_folder
 from tunesmith.model.stored_form import in_stored_form, write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.quant.schemes import NF4, scheme_of
-from tunesmith.run_dir import weights_step
 from tunesmith.tools.export import merge_check
 from tunesmith.tools.export.compressed import ReadRows, RoundedWeight
 from tunesmith.tools.export.merge_check import ExactCheck, MergeCheck, compare_logits, largest_logit
@@ -60,6 +59,7 @@ from tunesmith.tools.export.output import (
     move_into_place,
     part_folder,
 )
+from tunesmith.tools.export.record import card_of
 from tunesmith.tools.export.streamed_model import Values, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel, open_tuned_model, row_bands
 
@@ -302,24 +302,21 @@ def write_merged(
     write_model_config(model, folder)
     files.tokenizer.save_pretrained(folder)
     write_for_older_readers(folder)
-    end_ids = tuned.template.end_ids
-    text = generation_config_text(files.folder, files.tokenizer, end_ids)
-    (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+    write_generation_config(tuned, folder)
     copy_notices(files.folder, folder)
     # A `tokenizer.model` knows no added tokens.
     pieces = files.folder / SENTENCEPIECE
     if pieces.is_file() and not files.model.added_tokens:
         shutil.copyfile(pieces, folder / SENTENCEPIECE)
-    location = tuned.location
-    card = model_card(
-        location.base,
-        location.run,
-        (location.folder or folder).parent,
-        merged=shown_dtype or dtype,
-        is_trained=location.holds != "base",
-        step=weights_step(location.folder),
-    )
+    card = card_of(tuned.location, merged=shown_dtype or dtype)
     (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def write_generation_config(tuned: TunedModel, folder: Path) -> None:
+    """Write the base's generation_config.json with the run's end tokens."""
+    files = tuned.files
+    text = generation_config_text(files.folder, files.tokenizer, tuned.template.end_ids)
+    (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
 
 
 def add_files_to_card(folder: Path, *files: CardFile) -> None:

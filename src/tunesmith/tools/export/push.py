@@ -11,13 +11,12 @@ from huggingface_hub.utils import logging as hf_logging
 from rich.filesize import decimal as size_text
 
 from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
-from tunesmith.checkpoint.model_card import is_hub_id, model_card
+from tunesmith.checkpoint.model_card import is_hub_id
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
 from tunesmith.inference.load_run import locate_run, undeleted
-from tunesmith.run_dir import weights_step
-from tunesmith.tools.export.record import gguf_to_push
+from tunesmith.tools.export.record import card_of, gguf_to_push
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -139,7 +138,5 @@ def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str
                 files[file] = path
         # A plain model has the card of its makers, or none.
         if CARD not in files and location.holds != "base":
-            step = weights_step(folder)
-            card = model_card(location.base, location.run, folder.parent, step=step)
-            files[CARD] = card.encode()
+            files[CARD] = card_of(location).encode()
         return send(files, to or name, message=message)

@@ -56,17 +56,7 @@ def record_of(
         unchecked: why there is no check.
         base: the one GGUF file that an adapter is for.
     """
-    # A run's checkpoints and final/ lie in its directory.
-    run_dir = location.folder.parent if location.folder else Path()
-    card = model_card(
-        location.base,
-        location.run,
-        run_dir,
-        merged="" if kind == ADAPTER_KIND else "GGUF",
-        library="gguf",
-        is_trained=location.holds != "base",
-        step=weights_step(location.folder),
-    )
+    merged = "" if kind == ADAPTER_KIND else "GGUF"
     return {
         "tunesmith": "export",
         "kind": kind,
@@ -74,8 +64,23 @@ def record_of(
         "check": asdict(check) if check else None,
         "unchecked": unchecked,
         "base": {"file": base.file.name, "sha256": base.sha256} if base else None,
-        "card": card,
+        "card": card_of(location, merged=merged, library="gguf"),
     }
+
+
+def card_of(location: RunLocation, *, merged: str = "", library: str | None = None) -> str:
+    """The model card of what is made of a run; `merged` and `library` as of `model_card`."""
+    # A run's checkpoints and final/ lie in its directory.
+    run_dir = location.folder.parent if location.folder else Path()
+    return model_card(
+        location.base,
+        location.run,
+        run_dir,
+        merged=merged,
+        library=library,
+        is_trained=location.holds != "base",
+        step=weights_step(location.folder),
+    )
 
 
 def write_record(file: Path, record: ExportRecord) -> None:

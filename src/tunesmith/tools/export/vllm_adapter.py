@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.adapter.peft_files import PREFIX, last_part, read_adapter
 from tunesmith.checkpoint.manifest import CARD
-from tunesmith.checkpoint.model_card import model_card, weights_file
+from tunesmith.checkpoint.model_card import weights_file
 from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
@@ -26,16 +26,15 @@ from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.names import composite_of, name_in_whole
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from tunesmith.model.save_tensors import save_tensors
-from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor
-from tunesmith.run_dir import weights_step
-from tunesmith.tools.export.merge import add_files_to_card
+from tunesmith.tools.export.merge import add_files_to_card, write_generation_config
 from tunesmith.tools.export.output import (
     OTHER_DISK,
     move_into_place,
     new_folder_place,
     part_folder,
 )
+from tunesmith.tools.export.record import card_of
 from tunesmith.tools.export.tuned_weights import (
     ExpertsUpdate,
     LoraUpdate,
@@ -144,13 +143,8 @@ def export_peft(path: str | Path, output: str | Path) -> int:
             else:
                 for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                     shutil.copyfile(folder / name, part / name)
-            text = generation_config_text(
-                tuned.files.folder, tuned.files.tokenizer, tuned.template.end_ids
-            )
-            (part / GENERATION_CONFIG).write_text(text, encoding="utf-8")
-            step = weights_step(folder)
-            card = model_card(location.base, location.run, folder.parent, step=step)
-            (part / CARD).write_text(card, encoding="utf-8")
+            write_generation_config(tuned, part)
+            (part / CARD).write_text(card_of(location), encoding="utf-8")
             add_files_to_card(part, weights_file(part, "PEFT, the LoRA alone"))
             follow_umask(part)
             move_into_place(part, goal)
