@@ -53,17 +53,20 @@ def tiny_config(name: str):
     return AutoConfig.for_model(name.split("-", maxsplit=1)[0], **{**SMALL, **VARIANTS[name]})
 
 
-def build(name: str, folder: Path, dtype: str = "float32") -> Path:
-    """Save a random model of the variant; norms and biases are drawn too, so that a lost one shows
-    in the logits.
-    """
+def random_model(config, dtype: str = "float32"):
+    """A model whose norms and biases are drawn too, so that a lost one shows in the logits."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder / name)
+    return model
+
+
+def build(name: str, folder: Path, dtype: str = "float32") -> Path:
+    """Save a random model of the variant."""
+    random_model(tiny_config(name), dtype).save_pretrained(folder / name)
     return folder / name

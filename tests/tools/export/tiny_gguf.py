@@ -12,7 +12,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -155,15 +154,8 @@ def model_type_of(variant: str) -> str:
 
 
 def random_model(variant: str, **more: Any) -> PreTrainedModel:
-    """A model with random norms and biases too, so that a lost one shows."""
     settings = {**families.SMALL, **SIZES, **VARIANTS[variant], **more}
-    config = AutoConfig.for_model(model_type_of(variant), **settings)
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return families.random_model(AutoConfig.for_model(model_type_of(variant), **settings))
 
 
 def tensor_rows(tensor: torch.Tensor) -> WholeRows:
