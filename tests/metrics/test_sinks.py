@@ -77,9 +77,8 @@ def test_jsonl_is_cut_back_and_goes_on(tmp_path: Path, run: Run) -> None:
 def test_tensorboard_has_each_measured_value_under_its_name(tmp_path: Path, run: Run) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.open(run, 0)
-    sink.step(record(1, mfu=0.25, mfu_peak_tflops=92.0, val_loss=7.0))
-    sink.step(record(2))
-    sink.validation(2, 1.5)
+    sink.step(record(1, mfu=0.25, mfu_peak_tflops=92.0))
+    sink.step(record(2, val_loss=1.5))
     sink.samples(2, [SampleAnswer("ask", "line one\nline *two*", "expected")])
     sink.text("contract", "12 checks")
     sink.close()
@@ -213,8 +212,7 @@ sink = TrackerSink("wandb", folder, print)
 sink.open(run, resumed)
 step = resumed + 1
 sink.step(StepRecord(step=step, epoch=0.1, loss=2.5, learning_rate=1e-4, grad_norm=1.0, tokens=1,
-    supervised_tokens=1, examples=1, step_seconds=1.0, data_seconds=0.0, tokens_per_second=1.0, mfu=None, memory_gib=1.0))
-sink.validation(step, 1.5)
+    supervised_tokens=1, examples=1, step_seconds=1.0, data_seconds=0.0, tokens_per_second=1.0, mfu=None, memory_gib=1.0, val_loss=1.5))
 sink.samples(step, [SampleAnswer("ask", "answer", "expected")])
 sink.close()
 """
@@ -245,7 +243,6 @@ def shown(
     sink.open(run, 0)
     for each in records:
         sink.step(each)
-    sink.validation(len(records), 1.25)
     sink.text("contract", "12 checks\nall hold")
     sink.samples(1, [SampleAnswer("ask", "answer", "expected")])
     sink.close()
@@ -253,7 +250,7 @@ def shown(
 
 
 def test_plain_lines_say_what_a_step_did(tmp_path: Path, run: Run) -> None:
-    text, log = shown(run, tmp_path, [record(1, mfu=0.25)], total=3)
+    text, log = shown(run, tmp_path, [record(1, mfu=0.25, val_loss=1.25)], total=3)
     line = "step 1/3  loss 2.0000  lr 1.0e-4  grad 0.5  400 tok/s  mfu 25.0%  left 0 s"
     assert text.splitlines() == [line, "step 1  val_loss 1.2500", "12 checks", "all hold"]
     assert [row.split("  ", 1)[1] for row in log.splitlines()] == [

@@ -59,7 +59,6 @@ def report(
         made = record(step, val_loss=1.0 / step, **({} if loss is None else {"loss": loss}))
         for each in (jsonl, sink):
             each.step(made)
-            each.validation(step, 1.0 / step)
     sink.close()
     sink.close()
     jsonl.close()

@@ -104,13 +104,14 @@ class StepRecord:
                 values[name] = value
         return values | dict(self.extra)
 
-    def of_step(self) -> dict[str, float]:
-        """The values that trackers show of a step: those that were measured, but for validation."""
-        return {
-            name: value
-            for name, value in self.values().items()
-            if value is not None and name != "step" and not name.startswith(VALIDATION)
-        }
+    def tagged(self) -> dict[str, float]:
+        """List the measured values by a tracker's names: `train/loss`, `validation/loss`."""
+        tagged = {}
+        for name, value in self.values().items():
+            if value is not None and name != "step":
+                held_out = name.removeprefix(VALIDATION)
+                tagged[f"train/{name}" if held_out == name else f"validation/{held_out}"] = value
+        return tagged
 
     def to_plain(self) -> dict[str, int | float | str | None]:
         """`values()` as strict JSON can hold them: non-finite floats are strings."""

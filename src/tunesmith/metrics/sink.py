@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -44,9 +44,6 @@ class Sink:
 
     def step(self, record: StepRecord) -> None:
         """A step is done. `val_loss` is set where the held-out rows were measured after it."""
-
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
-        """The held-out rows were measured."""
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         """The model answered these prompts."""
@@ -99,10 +96,6 @@ class Sinks(Sink):
     def step(self, record: StepRecord) -> None:
         for sink in self.all:
             sink.step(record)
-
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
-        for sink in self.all:
-            sink.validation(step, loss, metrics)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for sink in self.all:
@@ -226,12 +219,8 @@ class TensorBoardSink(Sink):
         self._add("text", "recipe", f"```yaml\n{dump(run)}```", resumed_at)
 
     def step(self, record: StepRecord) -> None:
-        for name, value in record.of_step().items():
-            self._add("scalar", f"train/{name}", value, record.step)
-
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
-        for name, value in {"loss": loss, **metrics}.items():
-            self._add("scalar", f"validation/{name}", value, step)
+        for name, value in record.tagged().items():
+            self._add("scalar", name, value, record.step)
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for number, row in enumerate(rows, start=1):

@@ -23,7 +23,7 @@ from rich.text import Text
 from tunesmith.config.schema import Run
 from tunesmith.host.streams import folded, is_terminal, show, width_of
 from tunesmith.metrics.log_file import LogFile
-from tunesmith.metrics.record import StepRecord
+from tunesmith.metrics.record import VALIDATION, StepRecord
 from tunesmith.metrics.sink import SampleAnswer, Sink
 from tunesmith.run_dir import Phase
 from tunesmith.units import Cadence, format_seconds
@@ -121,33 +121,44 @@ class Terminal(Sink):
         # What ends a run by the clock: the time of its steps, without validation and saving.
         self.trained_seconds += record.step_seconds
         count = f"{record.step}/{self.total}" if self.total else str(record.step)
-        loss = f"loss {record.loss:.4f}"
-        speed = f"{record.tokens_per_second:,.0f} tok/s"
         time_left = self._time_left(record.step)
         if self._progress is not None:
             self._progress.update(
                 self._task,
                 completed=record.step if self.total else self.trained_seconds,
                 step=count,
-                status=f"{loss}  {speed}",
+                status=f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s",
                 time_left=time_left,
             )
             if self._progress.console.is_jupyter and self._may_show():
                 self._progress.refresh()
         is_last = record.step == self.total
         is_due = self._every.due(record.step, self.trained_seconds)
-        if not (is_due or self._steps == 1 or is_last):
-            return
+        if is_due or self._steps == 1 or is_last:
+            self._show_step(record, count, time_left)
+        if record.val_loss is not None:
+            self._show_validation(record.step, record.val_loss, record.extra)
+
+    def _show_step(self, record: StepRecord, count: str, time_left: str) -> None:
         lr = f"lr {record.learning_rate:.1e}".replace("e-0", "e-")
-        figures = [f"step {count}", loss, lr, f"grad {record.grad_norm:.3g}", speed]
+        speed = f"{record.tokens_per_second:,.0f} tok/s"
+        grad = f"grad {record.grad_norm:.3g}"
+        figures = [f"step {count}", f"loss {record.loss:.4f}", lr, grad, speed]
         if record.mfu is not None:
             figures.append(f"mfu {record.mfu:.1%}")
         line = "  ".join([*figures, time_left]).rstrip()
         self.log.write(line)
         # A fast run would flood a terminal or a scheduler's log; log.txt and metrics.jsonl have
         # every line.
-        if self._progress is None and (self._may_show() or is_last):
+        if self._progress is None and (self._may_show() or record.step == self.total):
             self._show(line)
+
+    def _show_validation(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        line = f"step {step}  val_loss {loss:.4f}"
+        for name, value in metrics.items():
+            if name.startswith(VALIDATION) and name.endswith("accuracy"):
+                line += f"  {name} {value:.1%}"
+        self._show_and_log(line)
 
     def _time_left(self, step: int) -> str:
         """The time to the end of the run, by the mean of the last 20 steps or by its duration;
@@ -169,21 +180,12 @@ class Terminal(Sink):
         self._shown_at = now
         return True
 
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
-        line = f"step {step}  val_loss {loss:.4f}"
-        for name, value in metrics.items():
-            if name.endswith("accuracy"):
-                line += f"  val_{name} {value:.1%}"
-        self._show_and_log(line)
-
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         for row in rows:
             self.log.write(f"step {step}  sample  {row.prompt!r} -> {row.answer!r}")
 
     def text(self, title: str, body: str) -> None:
-        # The log needs no recipe: config.yaml lies beside it.
-        if title != "recipe":
-            self._show_and_log(body)
+        self._show_and_log(body)
 
     def close(self) -> None:
         if self._progress is not None:

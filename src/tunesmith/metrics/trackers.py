@@ -8,7 +8,7 @@ run continues.
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -122,8 +122,8 @@ class TrackerSink(Sink):
         self.folder = folder
         self.warn = warn
         self._tracker: Any = None
-        # (part, step, loss) of the reports that the tracker has from an earlier start.
-        self._sent: set[tuple[str, int, float | None]] = set()
+        # Step, loss and val_loss of the records that the tracker has from an earlier start.
+        self._sent: set[tuple[int, float, float | None]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     def open(self, run: Run, resumed_at: int) -> None:
@@ -136,8 +136,7 @@ class TrackerSink(Sink):
         # same.
         with suppress(OSError, RunError):
             for record in read_records(self.folder / METRICS) if run_id else ():
-                self._sent.add(("train", record.step, record.loss))
-                self._sent.add(("validation", record.step, record.val_loss))
+                self._sent.add((record.step, record.loss, record.val_loss))
         try:
             # stdout is for answers.
             with redirect_stdout(sys.stderr):
@@ -171,8 +170,6 @@ class TrackerSink(Sink):
         tracker = LOGGER_TYPE_TO_CLASS[self.name](project, **options)
         tracker.start()
         if self.name == "wandb":
-            # W&B's own step may not decrease, and a resumed run repeats the steps after its
-            # checkpoint.
             tracker.tracker.define_metric("train/*", step_metric="train/step")
             tracker.tracker.define_metric("validation/*", step_metric="train/step")
             tracker.store_init_configuration(to_mapping(run))
@@ -182,12 +179,15 @@ class TrackerSink(Sink):
         return tracker
 
     def step(self, record: StepRecord) -> None:
-        values = {f"train/{name}": value for name, value in record.of_step().items()}
-        self._report("train", record.step, record.loss, values)
-
-    def validation(self, step: int, loss: float, metrics: Mapping[str, float] = {}) -> None:
-        values = {f"validation/{name}": value for name, value in {"loss": loss, **metrics}.items()}
-        self._report("validation", step, loss, values)
+        if (record.step, record.loss, record.val_loss) in self._sent:
+            return
+        values = record.tagged()
+        # W&B's own step may not decrease, and a resumed run repeats the steps after its checkpoint.
+        if self.name == "wandb":
+            values["train/step"] = record.step
+            self._thread.submit(self._call, lambda tracker: tracker.log(values))
+        else:
+            self._thread.submit(self._call, lambda tracker: tracker.log(values, step=record.step))
 
     def samples(self, step: int, rows: Sequence[SampleAnswer]) -> None:
         def report(tracker: Any) -> None:
@@ -207,16 +207,6 @@ class TrackerSink(Sink):
         with redirect_stdout(sys.stderr):
             self._thread.shutdown()
         self._tracker = None
-
-    def _report(self, part: str, step: int, loss: float | None, values: dict[str, float]) -> None:
-        if (part, step, loss) in self._sent:
-            return
-        if self.name == "wandb":
-            self._thread.submit(
-                self._call, lambda tracker: tracker.log(values | {"train/step": step})
-            )
-        else:
-            self._thread.submit(self._call, lambda tracker: tracker.log(values, step=step))
 
     def _call(self, action: Callable[[Any], object]) -> None:
         """Do something with the tracker; if it fails, warn once and leave the tracker alone."""

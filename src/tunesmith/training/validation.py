@@ -54,7 +54,6 @@ class Validation(LoopPart):
             extra[f"{VALIDATION}{name}"] = value
         progress.record = dataclasses.replace(progress.record, val_loss=result.loss, extra=extra)
         self.metrics.log_record()
-        self.sinks.validation(progress.step, result.loss, result.metrics)
         # Counted up first, and reset where this one is the best.
         progress.worse += 1
         if self._is_best(result):
