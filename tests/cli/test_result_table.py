@@ -1,9 +1,8 @@
-"""What the Python functions return, as text and as HTML."""
+"""What the Python functions return, as text and in a notebook."""
 
 from __future__ import annotations
 
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -25,22 +24,6 @@ from tunesmith.tools.report.comparison import Comparison, compare
 from tunesmith.training.result import Result
 
 HOSTILE = "<script>alert('a')</script>&\"\n\x1b[31m"
-
-
-class Cells(HTMLParser):
-    """The tags of a page, and the texts of its cells."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.texts: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.add(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts += [data] if data.strip() else []
 
 
 def write_run(folder: Path, losses: list[float]) -> Path:
@@ -98,7 +81,6 @@ def test_columns_stand_side_by_side_whatever_their_script() -> None:
         "精度  3     4",
         "N",
     ]
-    assert Cells(table.html()).texts == "T base 調整 loss 1.0 22 精度 3 4 N".split()
     assert ResultTable([]).text() == ""
 
 
@@ -111,13 +93,13 @@ def test_long_notes_are_folded_between_words() -> None:
 
 
 def test_what_comes_from_data_is_text_in_every_result(tmp_path: Path) -> None:
-    tags = set("table caption thead tbody tr th td div".split())
     for result in results(HOSTILE, tmp_path):
-        page = result._repr_html_()
-        assert Cells(page).tags <= tags, type(result)
-        assert "alert" in page, type(result)
         printed = str(result)
+        assert "alert" in printed, type(result)
         assert "\x1b" not in printed, type(result)
+        page = result._repr_html_()
+        assert page.count("<") == 2, type(result)
+        assert "alert" in page, type(result)
         assert repr(result).startswith(f"{type(result).__name__}("), "repr has the fields"
 
 

@@ -1,4 +1,4 @@
-"""The small tables that show what Python functions return: text in print, HTML in a notebook.
+"""The small tables that show what Python functions return, in print and in a notebook.
 
 A result says what is in its table (`Tabular.table`); how a table looks is here alone. `repr` stays
 that of a dataclass, with every field.
@@ -21,7 +21,7 @@ MAX_COLUMNS = 100_000  # of a terminal, of a line that is not folded
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of texts, which may come from data: HTML is escaped where it is rendered.
+    """A table of texts, which may come from data.
 
     Attributes:
         rows: the cells of each; the first cell names the row.
@@ -74,26 +74,9 @@ class ResultTable:
             table.add_row(*map(_one_line, (name, *cells[first - 1 : end - 1])))
         return table
 
-    def html(self) -> str:
-        """The same as a `<table>`; every text is escaped."""
-        align = ' style="text-align: left"'  # a notebook's own style is right
-        parts = ["<table>"]
-        if self.title:
-            parts.append(f"<caption{align}>{escape(self.title)}</caption>")
-        if self.columns:
-            headings = "".join(f"<th{align}>{escape(column)}</th>" for column in self.columns)
-            parts.append(f"<thead><tr><th></th>{headings}</tr></thead>")
-        parts.append("<tbody>")
-        for name, *cells in self.rows:
-            row = "".join(f"<td{align}>{escape(cell)}</td>" for cell in cells)
-            parts.append(f"<tr><th{align}>{escape(name)}</th>{row}</tr>")
-        parts.append("</tbody></table>")
-        parts += [f"<div>{escape(note)}</div>" for note in self.notes]
-        return "\n".join(parts)
-
 
 class Tabular:
-    """A result that prints as its table, and that a notebook renders."""
+    """A result that prints as its table, in a notebook too."""
 
     def table(self) -> ResultTable:
         """Build the table that a reader is shown of it."""
@@ -103,8 +86,8 @@ class Tabular:
         return self.table().text()
 
     def _repr_html_(self) -> str:
-        """Return what Jupyter shows. The name is IPython's."""
-        return self.table().html()
+        """Return what Jupyter shows: the text of the table. The name is IPython's."""
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 def _one_line(text: str) -> str:
