@@ -44,6 +44,7 @@ from tunesmith.config.tree import read_file
 from tunesmith.errors import RecipeError, TunesmithError, UsageError
 from tunesmith.host.files import from_here, near_path
 from tunesmith.host.packages import COMPUTE
+from tunesmith.units import Length
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -435,6 +436,18 @@ def read_recipe(folder: Path) -> Part[Fields]:
     if _SURROGATE.search(json.dumps(values, ensure_ascii=False)):
         return Part({}, "it contains invalid Unicode")
     return Part(values, _drop_wrong_types(values, _SECTION_FORMS))
+
+
+def share_done(recipe: Fields, steps: float, epochs: float, seconds: float = 0.0) -> float | None:
+    """Compute the part of its duration that a run has trained, from 0 to 1.
+
+    None where there is no recipe yet, or somebody edited it, and before the first step.
+    """
+    try:
+        duration = Length.parse(recipe["train"]["duration"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
+    return duration.share(steps=steps, epochs=epochs, seconds=seconds)
 
 
 class TrainSection(TypedDict):

@@ -66,7 +66,7 @@ def test_the_summary_holds_every_figure(run: Run, folder: Path) -> None:
         "1:40 min in steps; this start took 2:30 min",
         "2,000 without padding, 800 of them supervised",
         "400 tokens/s, 50.0% MFU of 100 TFLOP/s",
-        "2.0000 -> 0.1000 (mean of the last 2: 0.1026)",
+        "2.0000 -> 0.1000 (mean of the last 10: 0.1338)",
         "0.5000 -> 0.7500, best 0.5000 at step 10",
         "2.0 GiB",
         "checkpoint-10",

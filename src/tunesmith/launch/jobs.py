@@ -30,6 +30,7 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import near_path, write_atomically
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.record import newest_record, newest_records
+from tunesmith.metrics.run_figures import RECENT_STEPS
 from tunesmith.run_dir import (
     FAILURE,
     FINAL,
@@ -49,8 +50,9 @@ from tunesmith.run_dir import (
     read_part,
     read_recipe,
     read_stopped,
+    share_done,
 )
-from tunesmith.units import Length, format_seconds
+from tunesmith.units import format_seconds
 
 # kind -> its class, in tools/launch/<kind>.py
 JOB_CLASSES = {"local": "LocalJob", "docker": "DockerJob", "slurm": "SlurmJob", "swarm": "SwarmJob"}
@@ -59,7 +61,6 @@ FOLDER = LAUNCH
 # Of these a run writes the first within seconds.
 WRITTEN_BY_RUNS = (METRICS, RECIPE, IDENTITY, LOG)
 LOG_BYTES = 1 << 20  # of a job's log, in which its first error is looked for
-RECENT = 20  # steps whose mean time says what is left
 POLL = 0.5  # seconds between two looks at a log that is followed
 
 
@@ -300,7 +301,7 @@ def last_step(run_dir: str | Path) -> str:
 
 def step_and_time_left(run_dir: str | Path) -> str:
     """`last_step` of a run that is at work, with the time that is left by its newest steps."""
-    records = list(itertools.islice(newest_records(Path(run_dir)), RECENT))
+    records = list(itertools.islice(newest_records(Path(run_dir)), RECENT_STEPS))
     if not records:
         return ""
     newest = records[0]
@@ -325,11 +326,7 @@ def _describe_step(record: Mapping[str, int | float | None], total: int | None) 
 def _total_steps(run_dir: Path, record: Mapping[str, int | float | None]) -> int | None:
     """The steps of the whole run by its recipe; None where it ends by the clock."""
     step = record.get("step") or 0
-    try:
-        duration = Length.parse(read_recipe(run_dir).value["train"]["duration"])
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return None
-    share = duration.share(steps=step, epochs=record.get("epoch") or 0)
+    share = share_done(read_recipe(run_dir).value, step, record.get("epoch") or 0)
     return round(step / share) if share else None
 
 

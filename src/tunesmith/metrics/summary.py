@@ -1,7 +1,6 @@
 """The end of a run in words: the closing summary, and failure.json."""
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +12,7 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.metrics.record import StepRecord, read_records
+from tunesmith.metrics.run_figures import RunFigures
 from tunesmith.run_dir import (
     FAILURE,
     FINAL,
@@ -26,7 +26,7 @@ from tunesmith.run_dir import (
     read_manifest,
     read_samples,
 )
-from tunesmith.units import count_of, format_seconds, ratio
+from tunesmith.units import count_of, format_seconds
 
 # An increase of val_loss above its minimum, as a share of that, that is more than noise.
 RISE = 0.01
@@ -82,7 +82,7 @@ def closing_summary(
     with suppress(ValueError):
         weights = read_manifest(folder / FINAL)
     rows += [*run_figures(records, seconds, took=took), "", *_answers(folder, weights)]
-    _, best_step = _lowest(_validations(records))
+    best_step = RunFigures.of(records).best_step
     rows += [*_written(folder, weights, best_step), "", *_next(run, folder)]
     return "\n".join(rows)
 
@@ -108,59 +108,35 @@ def run_figures(
 
 def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, str]:
     """The numbers of a run of at least one step, by what they are."""
+    figures = RunFigures.of(records)
     last = records[-1]
-    examples = sum(r.examples for r in records)
-    tokens = sum(r.tokens for r in records)
-    supervised = sum(r.supervised_tokens for r in records)
+    examples = count_of(round(figures.total("examples")), "example")
+    supervised = figures.total("supervised_tokens")
+    # The sum of steps where nobody measured the whole.
+    time = format_seconds(seconds or figures.seconds)
     rows = {
-        "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {count_of(examples, 'example')})",
-        # The sum of steps where nobody measured the whole.
-        "time": f"{format_seconds(seconds or sum(r.step_seconds for r in records))} in steps",
-        "tokens": f"{tokens:,} without padding, {supervised:,} of them supervised",
-        "speed": _speed(records),
+        "steps": f"{last.step:,} ({last.epoch:.2f} epochs, {examples})",
+        "time": f"{time} in steps",
+        "tokens": f"{figures.tokens:,.0f} without padding, {supervised:,.0f} of them supervised",
+        "speed": f"{figures.speed.mean if figures.speed else 0.0:,.0f} tokens/s",
         "loss": f"{records[0].loss:.4f} -> {last.loss:.4f}",
     }
+    if figures.mfu is not None:
+        peak = figures.last("mfu_peak_tflops") or 0.0
+        rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
     # One batch's loss is noisy.
-    tail = records[-max(1, len(records) // 10) :]
-    if len(tail) > 1:
-        mean = sum(r.loss for r in tail) / len(tail)
-        rows["loss"] += f" (mean of the last {len(tail)}: {mean:.4f})"
-    validations = _validations(records)
-    if validations:
-        best, step = _lowest(validations)
-        rows["val_loss"] = f"{validations[0][0]:.4f}"
-        if len(validations) > 1:
-            rows["val_loss"] += f" -> {validations[-1][0]:.4f}"
-            if step is not None:
-                rows["val_loss"] += f", best {best:.4f} at step {step}"
-    rows["peak memory"] = f"{max(r.memory_gib for r in records):.1f} GiB"
+    if figures.loss and figures.loss.count > 1:
+        rows["loss"] += f" (mean of the last {figures.loss.count}: {figures.loss.mean:.4f})"
+    val_losses = [value for value in figures.column("val_loss") if value is not None]
+    if val_losses:
+        rows["val_loss"] = f"{val_losses[0]:.4f}"
+    if len(val_losses) > 1:
+        rows["val_loss"] += f" -> {val_losses[-1]:.4f}"
+        if figures.best_step is not None:
+            best = figures.validations[figures.best_step]
+            rows["val_loss"] += f", best {best:.4f} at step {figures.best_step}"
+    rows["peak memory"] = f"{figures.memory_gib or 0.0:.1f} GiB"
     return rows
-
-
-def _validations(records: Sequence[StepRecord]) -> list[tuple[float, int]]:
-    """val_loss and step of each validation."""
-    return [(r.val_loss, r.step) for r in records if r.val_loss is not None]
-
-
-def _lowest(validations: Sequence[tuple[float, int]]) -> tuple[float, int | None]:
-    """The lowest val_loss that is a number, of equal ones the first, and its step; None where there
-    is none.
-    """
-    numbers = [row for row in validations if not math.isnan(row[0])]
-    return min(numbers, default=(math.nan, None))
-
-
-def _speed(records: Sequence[StepRecord]) -> str:
-    # The first step compiles and fills caches.
-    steady = records[1:] or records
-    seconds = max(sum(r.step_seconds for r in steady), 1e-9)
-    speed = f"{sum(r.tokens for r in steady) / seconds:,.0f} tokens/s"
-    measured = [record for record in steady if record.mfu is not None]
-    if not measured:
-        return speed
-    weighted = sum((record.mfu or 0.0) * record.step_seconds for record in measured)
-    mfu = ratio(weighted, sum(record.step_seconds for record in measured))
-    return f"{speed}, {mfu:.1%} MFU of {measured[-1].mfu_peak_tflops or 0.0:,.0f} TFLOP/s"
 
 
 _FILE_NOTES = (

@@ -20,10 +20,11 @@ from tunesmith.config.dump import is_free, leaves
 from tunesmith.config.schema import FEW_STEPS
 from tunesmith.host.shell import shell_path
 from tunesmith.metrics.intervals import loss_sentence, paired_losses, students_t
+from tunesmith.metrics.run_figures import Spread
 from tunesmith.metrics.summary import has_risen
 from tunesmith.reader.figures import environment_rows
 from tunesmith.reader.measure import VAL_LOSS, Measure, measure_of
-from tunesmith.reader.run_files import RunFiles, Spread
+from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import RECIPE, RunState, shown
 from tunesmith.units import count_of
 
@@ -523,10 +524,10 @@ def _cautions(runs: Sequence[RunFiles], measure: Measure) -> list[str]:
         cautions.append(
             f"Not finished: {', '.join(unfinished)}. Their {measure.name} may still improve."
         )
-    tokens = [run.tokens for run in runs]
+    tokens = [run.figures.tokens for run in runs]
     # More tokens are more training, whatever the recipe.
     if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
-        amounts = ", ".join(f"{run.label} {run.tokens:,.0f}" for run in runs)
+        amounts = ", ".join(f"{run.label} {run.figures.tokens:,.0f}" for run in runs)
         cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
     names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
     if names:

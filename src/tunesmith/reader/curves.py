@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from tunesmith.reader.run_files import RunFiles, finite
+from tunesmith.metrics.run_figures import finite
+from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import Fields
 
 # Of the records: counts and positions, no curves.
@@ -116,9 +117,9 @@ def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
 def _lines_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[Fields]:
     """The lines of a panel of one run, whole: each a record field of one rank (None for rank 0's
     own record); `smoothed` is the choice of the page, "" for raw values."""
-    x = run.axes.get(axis, run.axes["step"])
+    x = run.figures.axes.get(axis, run.figures.axes["step"])
     # Other ranks record their steps alone: rank 0 says how many tokens or seconds these are.
-    x_by_step = dict(zip(run.axes["step"], x, strict=True))
+    x_by_step = dict(zip(run.figures.axes["step"], x, strict=True))
     for field in panel.columns:
         y = run.columns.get(field, [])
         smooth_lines = smoothings(y) if field in _SMOOTHED else {}

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.config.dump import leaves
 from tunesmith.metrics.intervals import paired_losses
+from tunesmith.metrics.run_figures import Spread, finite
 from tunesmith.reader.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
-from tunesmith.reader.run_files import RunFiles, Spread, finite
+from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import EvalScores, RowLosses, Score
 from tunesmith.units import format_seconds
 
@@ -16,7 +17,7 @@ Figure = str | float | Spread | None
 
 
 def _mean(run: RunFiles, name: str) -> Spread | None:
-    return Spread.from_values(finite(run.columns.get(name, [])))
+    return Spread.from_values(finite(run.figures.column(name)))
 
 
 def _percent(share: float | None) -> str | None:
@@ -26,15 +27,15 @@ def _percent(share: float | None) -> str | None:
 # Rows of the table of figures, below the state and what decides.
 FIGURES: dict[str, Callable[[RunFiles], Figure]] = {
     VAL_LOSS.best_word: VAL_LOSS.best_text,
-    "val_loss, last": lambda run: next(reversed(run.validations.values()), None),
+    "val_loss, last": lambda run: next(reversed(run.figures.validations.values()), None),
     HELD_OUT_ACCURACY.best_word: HELD_OUT_ACCURACY.best_text,
-    "training loss, mean of the last steps": lambda run: run.loss,
-    "tokens/s, without the first step": lambda run: run.speed,
-    "MFU": lambda run: _percent(run.mfu),
-    "waiting for data": lambda run: _percent(run.waiting),
-    "peak memory, GiB": lambda run: run.memory_gib,
-    "training tokens": lambda run: f"{run.tokens:,.0f}",
-    "total step time": lambda run: format_seconds(run.seconds),
+    "training loss, mean of the last steps": lambda run: run.figures.loss,
+    "tokens/s, without the first step": lambda run: run.figures.speed,
+    "MFU": lambda run: _percent(run.figures.mfu),
+    "waiting for data": lambda run: _percent(run.figures.waiting),
+    "peak memory, GiB": lambda run: run.figures.memory_gib,
+    "training tokens": lambda run: f"{run.figures.tokens:,.0f}",
+    "total step time": lambda run: format_seconds(run.figures.seconds),
     "gradient norm": lambda run: _mean(run, "grad_norm"),
     "GPU utilization, %": lambda run: _mean(run, "gpu_utilization"),
     "GPU power, W": lambda run: _mean(run, "gpu_power_watts"),

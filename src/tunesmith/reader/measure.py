@@ -84,14 +84,14 @@ def _validation_rows(run: RunFiles) -> object:
 def _accuracy_span(run: RunFiles, step: int) -> tuple[float, float] | None:
     if not run.held_out:
         return None
-    interval = share_interval(round(run.accuracies[step] * run.held_out), run.held_out)
+    interval = share_interval(round(run.figures.accuracies[step] * run.held_out), run.held_out)
     return interval.low, interval.high
 
 
-VAL_LOSS = Measure("val_loss", lambda run: run.validations, _validation_rows)
+VAL_LOSS = Measure("val_loss", lambda run: run.figures.validations, _validation_rows)
 HELD_OUT_ACCURACY = Measure(
     "accuracy on held-out pairs",
-    lambda run: run.accuracies,
+    lambda run: run.figures.accuracies,
     _validation_rows,
     is_share=True,
     span=_accuracy_span,
@@ -151,7 +151,8 @@ def _eval_measure(runs: Sequence[RunFiles], *, pairs: bool) -> Measure | None:
         name = "accuracy on pairs, by eval,"
         return Measure(name, values, lambda _: chosen, is_share=True, span=span)
     validated = {_validation_rows(run) for run in runs}
-    if len(validated) == 1 and None not in validated and all(run.validations for run in runs):
+    has_val_loss = all(run.figures.validations for run in runs)
+    if len(validated) == 1 and None not in validated and has_val_loss:
         held_out = runs[0].held_out or 0
         if rows_of(chosen) < min(held_out, runs[0].max_examples or held_out):
             return None

@@ -8,12 +8,7 @@ files that are not there yet, a last line that is still being written, fields of
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from math import isfinite
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import NamedTuple, TypeVar, cast
 
 import pydantic_core
@@ -25,6 +20,7 @@ from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import holds_run, is_at_work
 from tunesmith.metrics.conversations import conversations_of, whole_characters
 from tunesmith.metrics.record import checked_values
+from tunesmith.metrics.run_figures import Columns, RunFigures
 from tunesmith.run_dir import (
     EVALS,
     FAILURE,
@@ -57,16 +53,14 @@ from tunesmith.run_dir import (
     read_scores,
     read_stopped,
     reason_of,
+    share_done,
     shown,
 )
-from tunesmith.units import Length
 
 T = TypeVar("T")
-Columns = dict[str, list[float | None]]
 
 LOG_LINES = 40  # the newest
 WARNINGS = 20  # the newest
-RECENT_STEPS = 20  # that speeds are means of: one step alone would flicker
 FINAL_MANIFEST = f"{FINAL}/{MANIFEST}"
 _RANK_METRICS_NAME = re.compile(r"metrics-rank(\d+)\.jsonl")
 
@@ -142,10 +136,13 @@ class JsonlColumns:
         self._forget()
 
     def _forget(self) -> None:
-        self.columns: Columns = {}
-        self.rows = 0
+        self.figures = RunFigures()
         self.skipped = 0
         self.reason = ""
+
+    @property
+    def columns(self) -> Columns:
+        return self.figures.columns
 
     @property
     def fault(self) -> str:
@@ -158,38 +155,16 @@ class JsonlColumns:
         anew, lines = self._lines.read()
         if anew:
             self._forget()
+        if lines:
+            # What was computed is of the records before.
+            self.figures = RunFigures(self.columns)
         for line in lines:
             try:
-                self._add(checked_values(parse_json(line)))
+                self.figures.add(checked_values(parse_json(line)))
             except ValueError as error:
                 self.skipped += 1
-                self.reason = self.reason or f"line {self.rows + self.skipped}: {error}"
+                self.reason = self.reason or f"line {self.figures.rows + self.skipped}: {error}"
         return anew or bool(lines) or self._lines.fault != fault
-
-    def _add(self, row: dict[str, float | None]) -> None:
-        for name in row:
-            if name not in self.columns:
-                self.columns[name] = [None] * self.rows
-        for name, column in self.columns.items():
-            column.append(row.get(name))
-        self.rows += 1
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean, the standard deviation of what it is a mean of, and their number."""
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def from_values(cls, values: Sequence[float], mean: float | None = None) -> "Spread | None":
-        """None without values; `mean`: a weighted one in place of the plain one."""
-        if not values:
-            return None
-        deviation = stdev(values) if len(values) > 1 else 0.0
-        return cls(fmean(values) if mean is None else mean, deviation, len(values))
 
 
 class RunFiles:
@@ -233,8 +208,13 @@ class RunFiles:
         self.refresh()
 
     @property
+    def figures(self) -> RunFigures:
+        """The figures of metrics.jsonl."""
+        return self._records.figures
+
+    @property
     def columns(self) -> Columns:
-        """Read metrics.jsonl: record name -> one entry a step, None where it was not measured."""
+        """The columns of metrics.jsonl."""
         return self._records.columns
 
     @property
@@ -264,11 +244,6 @@ class RunFiles:
         changed = [table.read() for table in (self._records, *self._ranks.values())]
         changed += [self._read_log(), self._read_parts()]
         self.state, self.steps = self._state()
-        if any(changed):
-            # Figures of the records are computed when somebody asks, and kept until these grow.
-            for name, attribute in vars(RunFiles).items():
-                if isinstance(attribute, cached_property):
-                    vars(self).pop(name, None)
         return any(changed) or self.state != previous_state
 
     def _read_parts(self) -> bool:
@@ -334,7 +309,7 @@ class RunFiles:
         return anew or bool(lines) or self._log.fault != fault
 
     def _state(self) -> tuple[RunState, int]:
-        state, steps = how_far(self.last("step"), self.failure, self.stopped, self.final)
+        state, steps = how_far(self.figures.last("step"), self.failure, self.stopped, self.final)
         return (RunState.RUNNING if is_at_work(self.folder) else state), steps
 
     @property
@@ -393,109 +368,21 @@ class RunFiles:
         seed = self.key("data", "hold_out_seed")
         return self.seed if seed is None else seed
 
-    def last(self, name: str) -> float | None:
-        """The newest finite value of a column."""
-        values = reversed(self.columns.get(name, []))
-        return next((value for value in values if value is not None and isfinite(value)), None)
-
-    def recent_mean(self, name: str) -> float | None:
-        """The mean of the last steps; the first step of a run, which compiles, is left out."""
-        values = self.columns.get(name, [])
-        recent = finite(values[1:][-RECENT_STEPS:] or values[-1:])
-        return fmean(recent) if recent else None
-
-    def _column(self, name: str) -> list[float | None]:
-        return self.columns.get(name) or [None] * len(self.columns.get("step", []))
-
-    def _by_step(self, name: str) -> dict[int, float]:
-        pairs = zip(self._column("step"), self._column(name), strict=True)
-        return {
-            int(step or 0): value for step, value in pairs if value is not None and isfinite(value)
-        }
-
-    @cached_property
-    def validations(self) -> dict[int, float]:
-        """val_loss by step."""
-        return self._by_step("val_loss")
-
-    @cached_property
-    def accuracies(self) -> dict[int, float]:
-        """The share of held-out pairs in order, by step."""
-        return self._by_step("val_reward_accuracy")
-
-    @cached_property
-    def loss(self) -> Spread | None:
-        """The training loss of a tenth of the steps, at least 10, at the end."""
-        losses = finite(self._column("loss"))
-        return Spread.from_values(losses[-max(10, len(losses) // 10) :])
-
-    @cached_property
-    def tokens(self) -> float:
-        return sum(finite(self._column("tokens")))
-
-    @cached_property
-    def seconds(self) -> float:
-        """The seconds of the recorded steps."""
-        return sum(finite(self._column("step_seconds")))
-
-    @cached_property
-    def memory_gib(self) -> float | None:
-        return max(finite(self._column("memory_gib")), default=None)
-
-    def _after_first(self, name: str) -> list[float | None]:
-        """A column without the first step, which compiles: it would hide the others' speed."""
-        values = self._column(name)
-        return values[1:] if len(values) > 1 else values
-
-    def _a_second(self, name: str) -> float | None:
-        """The sum of a column a second of training, without the first step."""
-        seconds = sum(finite(self._after_first("step_seconds")))
-        return sum(finite(self._after_first(name))) / seconds if seconds else None
-
-    @cached_property
-    def speed(self) -> Spread | None:
-        """Tokens per second, weighted by time."""
-        mean = self._a_second("tokens")
-        if mean is None:
-            return None
-        return Spread.from_values(finite(self._after_first("tokens_per_second")), mean)
-
-    @cached_property
-    def waiting(self) -> float | None:
-        """The share of the time spent waiting for data."""
-        return self._a_second("data_seconds")
-
-    @cached_property
-    def mfu(self) -> float | None:
-        """The mean over time, of the steps whose MFU was measured: a step that took twice as long
-        counts twice."""
-        values = zip(self._after_first("mfu"), self._after_first("step_seconds"), strict=True)
-        measured = [(mfu, time) for mfu, time in values if mfu and time]
-        seconds = sum(time for _, time in measured)
-        return sum(mfu * time for mfu, time in measured) / seconds if seconds else None
-
-    @cached_property
-    def axes(self) -> dict[str, list[float]]:
-        """For each record its step, the tokens up to it, and the seconds of training up to it."""
-        axes = {}
-        for name, column in {"step": "step", "tokens": "tokens", "seconds": "step_seconds"}.items():
-            values = [value if value and isfinite(value) else 0.0 for value in self._column(column)]
-            axes[name] = values if name == "step" else list(accumulate(values))
-        return axes
-
     def status(self) -> Fields:
         """Say where it stands: state, progress, newest figures, warnings, and how it ended."""
-        progress = self._progress()
+        recorded = self.figures
+        epochs = recorded.last("epoch") or 0.0
+        progress = share_done(self.recipe, self.steps, epochs, recorded.seconds)
         total_steps = self.steps / progress if progress else 0.0
-        seconds_per_step = self.recent_mean("step_seconds")
+        seconds_per_step = recorded.recent_mean("step_seconds")
         seconds_left = None
         if self.state is RunState.RUNNING and total_steps and seconds_per_step:
             seconds_left = (total_steps - self.steps) * seconds_per_step
-        figures = {name: self.last(name) for name in self.columns}
+        figures = {name: recorded.last(name) for name in recorded.columns}
         # Means of the last steps: one alone would flicker.
         if "tokens_per_second" in figures:
-            figures["tokens_per_second"] = self.recent_mean("tokens_per_second")
-        data_seconds = self.recent_mean("data_seconds")
+            figures["tokens_per_second"] = recorded.recent_mean("tokens_per_second")
+        data_seconds = recorded.recent_mean("data_seconds")
         if seconds_per_step and data_seconds is not None:
             figures["data_share"] = data_seconds / seconds_per_step
         return {
@@ -514,19 +401,6 @@ class RunFiles:
             "texts": self.revision,
             "damaged": [file._asdict() for file in self.damaged],
         }
-
-    def _progress(self) -> float | None:
-        """The part of its duration that it has trained, from 0 to 1.
-
-        None where the recipe is not there yet.
-        """
-        try:
-            duration = Length.parse(self.recipe["train"]["duration"])
-            epochs = self.last("epoch") or 0.0
-            return duration.share(steps=self.steps, epochs=epochs, seconds=self.seconds)
-        except (KeyError, ValueError, TypeError, AttributeError):
-            # There is no recipe yet, or somebody edited it.
-            return None
 
     def texts(self) -> Fields:
         """The samples, the turns of their prompts (role, text), and the system prompt of all."""
@@ -578,11 +452,6 @@ def signature_of(path: Path) -> tuple[int, int, int]:
     except OSError:
         return (0, 0, 0)
     return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def finite(values: Sequence[float | None]) -> list[float]:
-    """The finite ones."""
-    return [value for value in values if value is not None and isfinite(value)]
 
 
 def to_json(value: object) -> str:

@@ -14,6 +14,7 @@ from recipes import merge
 from report.written import falling, pairs_eval, row_eval, write_eval, write_run
 from tunesmith.cli.main import main
 from tunesmith.errors import EXIT_OK
+from tunesmith.metrics.run_figures import Spread
 from tunesmith.reader.compare import (
     HASHES_OF_INPUTS,
     Verdict,
@@ -22,7 +23,7 @@ from tunesmith.reader.compare import (
     validation_noise,
 )
 from tunesmith.reader.figures import eval_figures
-from tunesmith.reader.run_files import RunFiles, Spread, label_apart
+from tunesmith.reader.run_files import RunFiles, label_apart
 
 
 def verdict(*runs) -> Verdict:
@@ -379,7 +380,7 @@ def test_figures_leave_out_the_first_step_of_the_speed(tmp_path: Path) -> None:
         tmp_path / "a", steps=5, tokens_per_second=pace, step_seconds=seconds, data_seconds=lambda s: seconds(s) / 4,
         mfu=lambda s: pace(s) / 1000, memory_gib=float,
     )  # fmt: skip
-    found = run
+    found = run.figures
     assert found.speed == Spread(
         pytest.approx(400 / (2 / 3 + 2)), pytest.approx(math.sqrt(4 * 100**2 / 3)), 4
     )

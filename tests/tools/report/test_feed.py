@@ -181,12 +181,12 @@ def test_what_is_added_and_cut_back_is_followed(tmp_path: Path) -> None:
     assert not run.refresh()
     add_steps(folder, 31, 35)
     assert run.refresh()
-    assert run.axes["step"][-1] == 35
+    assert run.figures.axes["step"][-1] == 35
     (folder / "metrics.jsonl").write_text(
         "".join((folder / "metrics.jsonl").read_text().splitlines(True)[:20])
     )
     assert run.refresh()
-    assert run.axes["tokens"] == [100.0 * step for step in range(1, 21)]
+    assert run.figures.axes["tokens"] == [100.0 * step for step in range(1, 21)]
     before = run.status()["texts"]
     (folder / "samples.jsonl").write_text("")
     assert run.refresh()

@@ -71,6 +71,7 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
     rows = []
     for run in runs:
         best = measure.best(run)
+        figures = run.figures
         evals = []
         for result in run.evals:
             evals.append({key: value for key, value in result.items() if key != "row_losses"})
@@ -83,14 +84,14 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
                 "final_step": run.final_step,
                 "best": best and {"value": best[0], "step": best[1]},
                 "val_losses": [
-                    {"step": step, "value": value} for step, value in run.validations.items()
+                    {"step": step, "value": value} for step, value in figures.validations.items()
                 ],
-                "loss": run.loss and run.loss.mean,
-                "tokens": run.tokens,
-                "seconds": run.seconds,
-                "tokens_per_second": run.speed and run.speed.mean,
-                "mfu": run.mfu,
-                "memory_gib": run.memory_gib,
+                "loss": figures.loss and figures.loss.mean,
+                "tokens": figures.tokens,
+                "seconds": figures.seconds,
+                "tokens_per_second": figures.speed and figures.speed.mean,
+                "mfu": figures.mfu,
+                "memory_gib": figures.memory_gib,
                 "evals": evals,
             }
         )

@@ -15,7 +15,8 @@ from typing import TypedDict
 
 from tunesmith.errors import UsageError
 from tunesmith.launch.jobs import is_at_work, run_folders
-from tunesmith.reader.run_files import FINAL_MANIFEST, RunFiles, finite, signature_of
+from tunesmith.metrics.run_figures import finite
+from tunesmith.reader.run_files import FINAL_MANIFEST, RunFiles, signature_of
 from tunesmith.run_dir import FAILURE, METRICS, RECIPE, STOPPED, RunState, shown
 from tunesmith.units import ceil_div
 
@@ -95,10 +96,10 @@ def _row_of(run: RunFiles, number: int, name: str, look: int) -> Row:
         "place": shown(run.folder),
         "state": run.state,
         "step": run.steps,
-        "loss": run.last("loss"),
-        "val_loss": run.last("val_loss"),
+        "loss": run.figures.last("loss"),
+        "val_loss": run.figures.last("val_loss"),
         "started": signature_of(run.folder / RECIPE)[0] / 1e9,
-        "spark": sparkline(finite(run.columns.get("loss", []))),
+        "spark": sparkline(finite(run.figures.column("loss"))),
         "damage": str(next(iter(run.damaged), "")),
     }
 

@@ -40,6 +40,7 @@ from tunesmith.host.logger import stderr_only_from
 from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.signals import FREE_MEMORY_FIX, StopRequest
 from tunesmith.metrics.record import read_records
+from tunesmith.metrics.run_figures import RunFigures
 from tunesmith.optim.lr_schedule import warmup_steps
 from tunesmith.run_dir import (
     FINAL,
@@ -395,8 +396,8 @@ class Sweep:
             if not progress.validated:
                 return None
         if record is not None and self.compared == "loss":
-            last = list(records.values())[-max(1, len(records) // 10) :]
-            return Standing(step, sum(record.loss for record in last) / len(last), "finished")
+            loss = RunFigures.of(records.values()).loss
+            return Standing(step, loss.mean if loss else math.inf, "finished")
         if step == final:
             # A finished candidate is as good as the weights in its final/.
             record = records.get(weights_step(folder / FINAL) or step)
