@@ -149,9 +149,8 @@ class JsonlColumns:
         """Why the file, or its first line that was skipped, was not read; empty for nothing."""
         return self._lines.fault or self.reason
 
-    def read(self) -> bool:
-        """Read what was appended; whether anything changed."""
-        fault = self._lines.fault
+    def read(self) -> None:
+        """Read what was appended."""
         anew, lines = self._lines.read()
         if anew:
             self._forget()
@@ -164,7 +163,6 @@ class JsonlColumns:
             except ValueError as error:
                 self.skipped += 1
                 self.reason = self.reason or f"line {self.figures.rows + self.skipped}: {error}"
-        return anew or bool(lines) or self._lines.fault != fault
 
 
 class RunFiles:
@@ -190,7 +188,6 @@ class RunFiles:
         self.label = self.name
         self.log_tail: list[str] = []
         self.warnings: list[str] = []
-        self.state = RunState.KILLED
         self.revision = 0
         self._records = JsonlColumns(self.folder / METRICS)
         self._ranks: dict[int, JsonlColumns] = {}
@@ -234,25 +231,28 @@ class RunFiles:
             damaged.append(DamagedFile(name, part.lines, part.fault))
         return [file for file in damaged if file.why]
 
-    def refresh(self) -> bool:
-        """Read what was written since the last look; whether anything changed."""
-        previous_state = self.state
+    def refresh(self) -> None:
+        """Read what was written since the last look."""
         for path in self.folder.glob("metrics-rank*.jsonl"):
             match = _RANK_METRICS_NAME.fullmatch(path.name)
             if match and int(match[1]) not in self._ranks:
                 self._ranks[int(match[1])] = JsonlColumns(path)
-        changed = [table.read() for table in (self._records, *self._ranks.values())]
-        changed += [self._read_log(), self._read_parts()]
-        self.state, self.steps = self._state()
-        return any(changed) or self.state != previous_state
+        for table in (self._records, *self._ranks.values()):
+            table.read()
+        self._read_log()
+        self._read_parts()
+        state, self.steps = how_far(
+            self.figures.last("step"), self.failure, self.stopped, self.final
+        )
+        self.state = RunState.RUNNING if is_at_work(self.folder) else state
 
-    def _read_parts(self) -> bool:
-        """Read the small files if one is new or was written again; whether that is so."""
+    def _read_parts(self) -> None:
+        """Read the small files if one is new or was written again."""
         files = [path for pattern in PARTS for path in self.folder.glob(pattern)]
         # The oldest first: of two evals of the same rows the newer counts.
         looks = sorted((signature_of(path), path) for path in files)
         if looks == self._looks:
-            return False
+            return
         self._looks = looks
         self.revision += 1
         paths = [path for _, path in looks]
@@ -286,7 +286,6 @@ class RunFiles:
             for name, part in profiles.items()
             if part.value
         }
-        return True
 
     def _read_each(
         self, paths: Sequence[Path], folder: str, read: Callable[[Path], T]
@@ -295,8 +294,7 @@ class RunFiles:
         inner = [path for path in paths if path.parent == self.folder / folder]
         return {shown(path.relative_to(self.folder)): read_part(path, read) for path in inner}
 
-    def _read_log(self) -> bool:
-        fault = self._log.fault
+    def _read_log(self) -> None:
         anew, new = self._log.read()
         lines = [line.decode(errors="replace") for line in new]
         # A log that became shorter was written anew.
@@ -306,11 +304,6 @@ class RunFiles:
         self.log_tail = [*self.log_tail, *lines][-LOG_LINES:]
         warnings = [line.partition("warning: ")[2].strip() for line in lines if "warning: " in line]
         self.warnings = list(dict.fromkeys([*self.warnings, *warnings]))[-WARNINGS:]
-        return anew or bool(lines) or self._log.fault != fault
-
-    def _state(self) -> tuple[RunState, int]:
-        state, steps = how_far(self.figures.last("step"), self.failure, self.stopped, self.final)
-        return (RunState.RUNNING if is_at_work(self.folder) else state), steps
 
     @property
     def final_step(self) -> int | None:

@@ -213,7 +213,7 @@ def test_an_unfinished_run_leads_or_is_led_so_far_unless_a_sweep_left_it(tmp_pat
     )
     assert verdict(whole, cut).kind == "none"
     (cut.folder / "stopped.json").write_text(json.dumps({"reason": "sweep", "step": 20}))
-    assert cut.refresh()
+    cut.refresh()
     found = verdict(whole, cut)
     assert (found.kind, found.best) == ("better", (0,))
 
@@ -226,7 +226,7 @@ def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     values["row_losses"]["base"] = [loss + 0.5 for loss in tuned]
     write_eval(run.folder, values)
     write_eval(run.folder, row_eval([1.0] * 5, "few", data="few.jsonl"), "few")
-    assert run.refresh()
+    run.refresh()
     cells = dict(eval_figures([run]))
     # Student's factor of five degrees of freedom, 2.571, times 0.1414 / sqrt(6)
     shown = "1.0000 (0.8516 to 1.1484), base 1.5000: -0.5000 (-0.5000 to -0.5000) at step 40"
@@ -235,7 +235,7 @@ def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:
     assert few.split() == ["1.0000", "at", "step", "40"]
     values["row_losses"]["base"] = [1.5]
     write_eval(run.folder, values)
-    assert run.refresh()
+    run.refresh()
     [damaged] = dict(eval_figures([run]))["eval: loss (held.jsonl, 6 rows)"]
     assert damaged.split() == ["1.0000,", "base", "1.5000", "at", "step", "40"]
 
@@ -470,21 +470,21 @@ def test_methods_that_measure_otherwise_are_compared_by_eval_alone(tmp_path: Pat
     assert sentence(verdict(dpo, others), f"{others.folder} --data held-out.jsonl`")
     for run, share in ((dpo, 0.95), (simpo, 0.6), (sft, 0.5)):
         write_eval(run.folder, pairs_eval(share))
-        assert run.refresh()
+        run.refresh()
     found = verdict(dpo, simpo, sft)
     assert (found.kind, found.best) == ("better", (0,))
     assert holds(found.headline, "95.0 %", "60.0 %")
     # Further pairs of one run do not hide those that all have.
     write_eval(simpo.folder, pairs_eval(0.99, row_hash="o" * 64), "further")
-    assert simpo.refresh()
+    simpo.refresh()
     assert verdict(dpo, simpo).best == (0,)
     # Of two evals of the same pairs the newer counts, whatever its name.
     write_eval(dpo.folder, pairs_eval(0.3), "again")
-    assert dpo.refresh()
+    dpo.refresh()
     assert verdict(dpo, simpo).best == (1,)
     # Other pairs are another measure.
     write_eval(simpo.folder, pairs_eval(0.99, row_hash="o" * 64))
-    assert simpo.refresh()
+    simpo.refresh()
     assert verdict(dpo, simpo).kind == "none"
 
 
@@ -493,7 +493,7 @@ def test_sft_runs_stay_by_loss_where_pairs_were_scored(tmp_path: Path) -> None:
     bad = write_run(tmp_path / "bad", falling(2.5), recipe=rate(1e-4))
     for run, share in ((good, 0.4), (bad, 0.9)):
         write_eval(run.folder, pairs_eval(share))
-        assert run.refresh()
+        run.refresh()
     assert verdict(good, bad).best == (0,)
 
 
