@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from namespaces import start_in
 from recipes import recipe
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.launch import node
-from tunesmith.launch.debug import collect_logs
 from tunesmith.launch.rendezvous import find_endpoint, start_store
 from waiting import wait_for
 from warm import Warm
@@ -157,21 +155,12 @@ def test_ranks_get_the_words_of_the_command_and_no_token(monkeypatch: pytest.Mon
     assert programs == [["-m", "tunesmith", *words]]
 
 
-def test_logs_of_one_node_and_of_one_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch.distributed import TCPStore
-
-    monkeypatch.setattr("tunesmith.launch.debug.COLLECT_TIMEOUT", 0.2)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "rank.log").write_text("said")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    target = tmp_path / "debug.tar.gz"
-    for nodes, told in ((1, ""), (2, "; 1 of 2 nodes did not respond")):
-        said = collect_logs(store, tmp_path / "logs", "127.0.0.1", nodes, target)
-        assert said.endswith(f" 1 node: {target}{told}")
-        with tarfile.open(target) as archive:
-            assert archive.getnames() == ["127.0.0.1/rank.log"]
+def test_debug_lets_ranks_and_nccl_say_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "run_program", lambda *words: 0)
+    monkeypatch.setenv("NCCL_DEBUG", "TRACE")  # the user's own
+    monkeypatch.setenv("TUNESMITH_DEBUG", "0")
+    node.run_node(node.parser().parse_args(["--ranks", "2", "--debug", "--", "eval", "runs/mine"]))
+    assert (os.environ["TUNESMITH_DEBUG"], os.environ["NCCL_DEBUG"]) == ("1", "TRACE")
 
 
 def start_agent(space: str, out: Path, words: list[str], tiny: Path, **changes: Any) -> Warm:
@@ -252,7 +241,7 @@ def test_a_launcher_that_loses_the_store_after_its_ranks_began_has_failed(
 
 
 @pytest.mark.slow
-def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
+def test_two_nodes_meet_on_the_cable_alone_stop_together(
     spaces: list[str], tiny: Path, tmp_path: Path
 ):
     """Each node has a disk of its own; SIGTERM to the second node's agent saves on both, and the
@@ -264,9 +253,7 @@ def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
     }
 
     def start(number: int) -> Warm:
-        return start_agent(
-            spaces[number - 1], tmp_path / f"node{number}", ["--debug"], tiny, **changes
-        )
+        return start_agent(spaces[number - 1], tmp_path / f"node{number}", [], tiny, **changes)
 
     def said() -> list[str]:
         return [(tmp_path / f"node{number}" / "said").read_text() for number in (2, 1)]
@@ -294,6 +281,3 @@ def test_two_nodes_meet_on_the_cable_alone_stop_together_and_collect_their_logs(
                 agent.kill()
         assert codes == [75, 75], said()
         assert "checkpoint-" in said()[1]
-    assert lines_with(said()[1], "debug.tar.gz")
-    with tarfile.open(tmp_path / "node1" / "run" / "launch" / "debug.tar.gz") as archive:
-        assert {name.partition("/")[0] for name in archive.getnames()} == {"10.91.0.1", "10.91.0.2"}

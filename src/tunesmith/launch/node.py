@@ -6,7 +6,6 @@ Swarm task.
 torch's elastic launcher runs in this process. Exit codes are those of `train`: 0 success, 1 failed,
 2 refused before the first step, 75 stopped with all saved. A stop signal goes on to the ranks of
 this node, and all ranks of all nodes agree to save and end. One rank alone takes this process over.
-A run that stops because memory is short starts once more, with half the micro batch.
 """
 
 import argparse
@@ -39,8 +38,6 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.memory import oom_kills
 from tunesmith.host.signals import ignore_stop_signals
 from tunesmith.host.streams import visible
-from tunesmith.launch.debug import collect_logs, enable_debug_logs
-from tunesmith.launch.jobs import FOLDER
 from tunesmith.launch.rendezvous import (
     BACKEND,
     Endpoint,
@@ -95,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         help="exit code of a stopped and saved run (75); 0 for Swarm, which restarts any other",
     )
     p.add_argument(
-        "--debug", action="store_true", help="collect the output of ranks and NCCL on every node"
+        "--debug", action="store_true", help="tracebacks, and what NCCL does, in the output"
     )
     p.add_argument("words", nargs="+", metavar="-- train RECIPE", help="the command of each rank")
     return p
@@ -129,10 +126,13 @@ def run_node(args: argparse.Namespace) -> int:
     if args.ranks != "auto":
         ranks = positive_count(args.ranks, "--ranks")
     nodes = [positive_count(word, "--nodes") for word in args.nodes.split(":")]
+    if args.debug:
+        os.environ["TUNESMITH_DEBUG"] = "1"
+        os.environ.setdefault("NCCL_DEBUG", "INFO")
     is_one_rank = ranks == nodes[-1] == 1
     # One rank needs no launcher: it takes the place of this process, so that signals reach it
     # directly.
-    if is_one_rank and not args.restarts and not args.debug:
+    if is_one_rank and not args.restarts:
         os.execv(sys.executable, [sys.executable, "-m", "tunesmith", *args.words])
     return run_program(args, ranks, ["-m", "tunesmith", *args.words], out)
 
@@ -169,18 +169,7 @@ def run_program(
     # torch leaves its own folder behind.
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as folder:
         launcher = _launcher_words(args, ranks, endpoint, folder)
-        if args.debug:
-            launcher += enable_debug_logs(Path(folder))
-        try:
-            code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
-        finally:
-            if args.debug:
-                max_nodes = int(args.nodes.rpartition(":")[2])
-                target = None
-                if endpoint.is_here:
-                    target = (out or Path()) / FOLDER / "debug.tar.gz"
-                line = collect_logs(store, Path(folder), endpoint.address, max_nodes, target)
-                print(line, file=sys.stderr)
+        code = run_ranks([*launcher, "--rdzv-id", args.id, *program], store, stop)
     if code in (EXIT_FAILED, EXIT_OK) and stopped_at(out) > stopped_before:
         return EXIT_STOPPED
     is_done = out is not None and (out / FINAL).is_dir()

@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_launched(parser: argparse.ArgumentParser) -> None:
     """The recipe that a launcher takes, or a model and rows for a new one."""
     add_recipe(parser)
-    archive = "launch/debug.tar.gz of the run directory"
-    debug = f"collect the output of ranks and NCCL on every node in {archive}"
+    debug = "tracebacks, and what NCCL does on every node, in the log"
     parser.add_argument("--debug", action="store_true", help=debug)
 
 

@@ -184,7 +184,7 @@ class Request:
         warning: seconds before the time limit at which all ranks get the signal to save; None: 300,
             or more where saving takes longer, but no more than a quarter of the limit.
         saving: seconds that a checkpoint takes, as far as one was measured.
-        debug: the agents collect what ranks and NCCL print.
+        debug: ranks and NCCL say more in the log.
     """
 
     nodes: int = 1

@@ -38,7 +38,7 @@ class Stack:
         mounts: (place on each node, path in the container) of what the recipe reads.
         secrets: (file below SECRETS, the secret's name).
         environment: of the user.
-        debug: collect logs.
+        debug: ranks and NCCL say more in the log.
     """
 
     name: str
