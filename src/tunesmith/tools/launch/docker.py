@@ -43,12 +43,14 @@ from tunesmith.run_dir import RunState
 from tunesmith.tools.launch.inputs import (
     SECRETS,
     caches,
+    check_exposed,
     find_secrets,
     passed_variables,
     recipe_inputs,
 )
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
+DOCKER_SOCKET = "/var/run/docker.sock"
 # Variables that mean the same in the container, and whose values `docker inspect` may show.
 PASSED_TO_CONTAINER = re.compile(
     r"HF_HUB_OFFLINE|HF_ENDPOINT|(HTTPS?|NO)_PROXY|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS"
@@ -190,23 +192,8 @@ def find_mounts(run: Run) -> list[Mount]:
         if not any(path.is_relative_to(mount.path) for mount in mounts):
             mounts.append(Mount(path))
     for mount in mounts:
-        _check_private(mount.path)
+        check_exposed(mount.path, system=(DOCKER_SOCKET,))
     return mounts
-
-
-def _check_private(path: Path) -> None:
-    """UsageError where a path is above keys, the Hub's token or Docker's socket."""
-    from huggingface_hub import constants
-
-    token = Path(constants.HF_TOKEN_PATH)
-    for private in (Path("~/.ssh").expanduser(), token, Path("/var/run/docker.sock")):
-        if private.resolve().is_relative_to(path.resolve()):
-            raise UsageError(
-                f"the container would have access to {private}",
-                where=str(path),
-                why="a folder is mounted with all its contents",
-                fix="use a folder that does not contain it",
-            )
 
 
 def create_words(job: Job, image: str, mounts: list[Mount], *, debug: bool = False) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -42,12 +43,12 @@ def recipe_inputs(run: Run) -> list[Path]:
     return [Path(text) for text in dict.fromkeys(files.values())]
 
 
-def check_exposed(path: Path) -> None:
-    """UsageError for what no container may have: the system, keys, tokens, docker's socket."""
+def check_exposed(path: Path, *, system: Iterable[str] = SYSTEM_FOLDERS) -> None:
+    """UsageError for what no container may have: keys, tokens and, of the system, `system`."""
     from huggingface_hub import constants
 
     home = Path.home()
-    private = [Path(folder) for folder in SYSTEM_FOLDERS]
+    private = [Path(folder) for folder in system]
     private += [home / name for name in PRIVATE_NAMES]
     private += [Path(constants.HF_TOKEN_PATH), home]
     private += [folder.resolve() for folder in private]
