@@ -63,9 +63,7 @@ CPP_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 def parser() -> argparse.ArgumentParser:
     """The agent's flags; the words after `--` are those of `tunesmith`."""
     p = argparse.ArgumentParser(prog="python -m tunesmith.launch.node", description=__doc__)
-    p.add_argument(
-        "--nodes", default="1", metavar="N|MIN:MAX", help="nodes of the run (default: 1)"
-    )
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="of the run (default: 1)")
     p.add_argument(
         "--ranks", default="auto", metavar="N|auto", help="of this node; auto: one per GPU, or one"
     )
@@ -76,7 +74,6 @@ def parser() -> argparse.ArgumentParser:
         help="of the node with the store",
     )
     p.add_argument("--id", default="tunesmith", help="of the run, if several share an endpoint")
-    p.add_argument("--address", help="of this node (default: the one that routes to HOST)")
     p.add_argument(
         "--restarts",
         type=int,
@@ -122,14 +119,11 @@ def run_node(args: argparse.Namespace) -> int:
     if command == "train":
         recipe, *overrides = rest
         out = Path(load_recipe(recipe, overrides).output_dir)
-    ranks = count_gpus() or 1
-    if args.ranks != "auto":
-        ranks = positive_count(args.ranks, "--ranks")
-    nodes = [positive_count(word, "--nodes") for word in args.nodes.split(":")]
+    ranks = count_gpus() or 1 if args.ranks == "auto" else int(args.ranks)
     if args.debug:
         os.environ["TUNESMITH_DEBUG"] = "1"
         os.environ.setdefault("NCCL_DEBUG", "INFO")
-    is_one_rank = ranks == nodes[-1] == 1
+    is_one_rank = ranks == args.nodes == 1
     # One rank needs no launcher: it takes the place of this process, so that signals reach it
     # directly.
     if is_one_rank and not args.restarts:
@@ -158,7 +152,7 @@ def run_program(
     # A file of an earlier run in this directory is no news.
     stopped_before = stopped_at(out)
     stop = ForwardStop()
-    endpoint = find_endpoint(host.strip("[]"), int(port), args.address)
+    endpoint = find_endpoint(host.strip("[]"), int(port))
     prepare_environment(ranks, endpoint.interface)
     if endpoint.is_here:
         store, endpoint = start_store(endpoint)
@@ -184,7 +178,7 @@ def _launcher_words(
 ) -> list[str]:
     """The flags of torch's elastic launcher, but for the rendezvous id; `folder`: for logs."""
     flags = {
-        "--nnodes": args.nodes,
+        "--nnodes": str(args.nodes),
         "--nproc-per-node": str(ranks),
         "--rdzv-backend": BACKEND,
         "--rdzv-endpoint": endpoint.place,
@@ -294,15 +288,6 @@ def count_gpus() -> int:
     # CUDA sees none from -1 on.
     valid, _, _ = visible.partition("-1")
     return sum(1 for name in valid.split(",") if name.strip())
-
-
-def positive_count(text: str, where: str) -> int:
-    """A count of at least 1; UsageError for any other text."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(
-            f"{text} is not a whole number of at least 1", where=where, fix=f"{where} 2"
-        )
-    return int(text)
 
 
 if __name__ == "__main__":

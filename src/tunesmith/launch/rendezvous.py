@@ -42,14 +42,8 @@ class Endpoint(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
-    """The endpoint as this node sees it.
-
-    MachineError if the name does not resolve, or no interface has the address.
-
-    Args:
-        address: of this node; None: the one that packets to the host carry.
-    """
+def find_endpoint(host: str, port: int) -> Endpoint:
+    """The endpoint as this node sees it; MachineError if the name does not resolve."""
     try:
         host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
@@ -58,14 +52,8 @@ def find_endpoint(host: str, port: int, address: str | None = None) -> Endpoint:
             f"{host} is not a known host", where="--endpoint", why=str(error), fix=fix
         ) from None
     interfaces = local_addresses()
-    if address is None:
-        # This node holds the store where the address is its own.
-        address = host if host in interfaces else route_to(host)
-    if address not in interfaces:
-        fix = f"one of {', '.join(a for a in interfaces if '.' in a)}"
-        raise MachineError(
-            f"no interface of this node has the address {address}", where="--address", fix=fix
-        )
+    # This node holds the store where the address is its own.
+    address = host if host in interfaces else route_to(host)
     return Endpoint(host, port, address, interfaces[address])
 
 
