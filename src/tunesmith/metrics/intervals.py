@@ -280,13 +280,20 @@ def loss_sentence(difference: LossDifference, *, first: str = "base", second: st
         text = f"loss: {second} against {first}: {difference.mean:+.4f} nats per token on {rows}"
         return f"{text}; {difference.differing} differ, of at least {MIN_DIFFERING} that are needed"
     low, high = difference.interval.low, difference.interval.high
-    span = f"{difference.mean:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}"
+    figures = f"{difference.mean:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}"
     if difference.is_apart:
-        direction = "better" if difference.mean < 0 else "worse"
-        return f"loss: {second} is {direction} than {first} on these {rows} ({span})"
-    text = f"loss: no significant difference between {second} and {first} on {rows} ({span})"
-    smallest = f"{high - difference.mean:.4f}"
-    return f"{text}; with {rows} like these a difference shows from about {smallest}"
+        return _apart("loss", difference.mean < 0, first, second, rows, figures)
+    figures += f"; {rows} like these show a difference from about {high - difference.mean:.4f}"
+    return _not_apart("loss", first, second, rows, figures)
+
+
+def _apart(name: str, is_better: bool, first: str, second: str, rows: str, figures: str) -> str:
+    direction = "better" if is_better else "worse"
+    return f"{name}: {second} is {direction} than {first} on these {rows} ({figures})"
+
+
+def _not_apart(name: str, first: str, second: str, rows: str, figures: str) -> str:
+    return f"{name}: no significant difference between {second} and {first} on {rows} ({figures})"
 
 
 def difference_sentence(
@@ -301,25 +308,21 @@ def difference_sentence(
     """One sentence: whether the second model is better or worse than the first, or the rows do not
     say."""
     difference = intervals.difference
-    span = (
-        f"{points(difference.mean)} points, 95 % interval "
-        f"{points(difference.low)} to {points(difference.high)}"
-    )
+    low, high = points(difference.low), points(difference.high)
+    figures = f"{points(difference.mean)} points, 95 % interval {low} to {high}"
     of_rows = count_of(rows, "row")
     if intervals.is_apart:
         # A metric may be better where it is lower.
         is_better = (difference.mean > 0) == higher_is_better
-        direction = "better" if is_better else "worse"
-        return f"{name}: {second} is {direction} than {first} on these {of_rows} ({span})"
-    reason = ""
+        return _apart(name, is_better, first, second, of_rows, figures)
     if not intervals.differing:
-        reason = "; their scores are equal on every row"
+        figures += "; their scores are equal on every row"
     elif intervals.differing < MIN_DIFFERING:
-        reason = f"; only {count_of(intervals.differing, 'row')} differ, which can be chance"
+        differing = count_of(intervals.differing, "row")
+        figures += f"; only {differing} differ, which can be chance"
     elif intervals.chance is not None and not difference.low <= 0 <= difference.high:
-        reason = f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
-    text = f"{name}: no significant difference between {second} and {first} on {of_rows}"
-    return f"{text} ({span}{reason})"
+        figures += f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
+    return _not_apart(name, first, second, of_rows, figures)
 
 
 def points(share: float) -> str:

@@ -133,16 +133,9 @@ class StepRecord:
         missing = [name for name in _FIELD_NAMES if name not in numbers and name not in _OPTIONAL]
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}")
-        fields: dict[str, Any] = {}
-        extra: dict[str, float] = {}
-        for name, number in numbers.items():
-            if name in _INTEGER_FIELDS:
-                fields[name] = number
-            elif name in _FIELD_NAMES:
-                fields[name] = number if number is None else float(number)
-            # A later version may write more: such numbers stay.
-            elif number is not None:
-                extra[name] = number
+        fields: dict[str, Any] = {name: numbers.pop(name, None) for name in _FIELD_NAMES}
+        # A later version may write more: such numbers stay.
+        extra = {name: number for name, number in numbers.items() if number is not None}
         return cls(**fields, extra=extra)
 
     @classmethod
