@@ -686,35 +686,3 @@ def _are_row_losses(rows: object) -> bool:
     losses = cast("RowLosses", rows)
     lists = [losses["tuned"], *([losses["base"]] if "base" in losses else [])]
     return all(len(values) == len(losses["tokens"]) for values in lists)
-
-
-class FixedValues(TypedDict):
-    """The values that all candidates of a sweep share."""
-
-    steps: Count
-    rungs: list[Count]
-    micro_batch: str
-    validate_every: str | None
-    dtype: schema.StatedDtype
-
-
-class SweepCandidate(TypedDict):
-    """A candidate of a sweep."""
-
-    name: str
-    state: str
-    step: Count
-
-
-class SweepFile(TypedDict):
-    """sweep.json, as far as a sweep that goes on reads it."""
-
-    asked: dict[str, object]
-    fixed: FixedValues
-    candidates: list[SweepCandidate]
-    stopped: NotRequired[str]
-
-
-def read_sweep(path: Path) -> SweepFile:
-    """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
-    return read_object(path, SweepFile)

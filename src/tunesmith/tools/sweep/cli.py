@@ -37,9 +37,10 @@ from tunesmith.host.files import from_here
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.launch.node import run_agent
-from tunesmith.run_dir import SWEEP, read_sweep
+from tunesmith.run_dir import SWEEP
 from tunesmith.tools.sweep.search import Search
 from tunesmith.tools.sweep.space import Space, check_count, read_space
+from tunesmith.tools.sweep.sweep_file import read_sweep
 
 if TYPE_CHECKING:
     from tunesmith.training.make_recipe import NewRecipe
@@ -162,6 +163,6 @@ def sweep_on_ranks(args: argparse.Namespace, space: Space) -> int:
     code = run_agent(words)
     # Ranks that a stop has ended exit with 0, lest torchrun start them again.
     file = Path(load_recipe(args.recipe, space.fixed).output_dir, SWEEP)
-    if code == EXIT_OK and read_sweep(file).get("stopped"):
+    if code == EXIT_OK and read_sweep(file)["stopped"]:
         return EXIT_STOPPED
     return code

@@ -46,16 +46,18 @@ from tunesmith.run_dir import (
     FINAL,
     METRICS,
     SWEEP,
-    FixedValues,
-    SweepFile,
-    read_sweep,
     reason_of,
     weights_step,
 )
 from tunesmith.tools.sweep.search import Search, halve, rung_steps
 from tunesmith.tools.sweep.shared_base import SharedBase
 from tunesmith.tools.sweep.space import Space, check_count
-from tunesmith.tools.sweep.table import CandidateResult, SweepRequest, SweepResult
+from tunesmith.tools.sweep.sweep_file import (
+    CandidateResult,
+    FixedValues,
+    SweepResult,
+    read_sweep,
+)
 from tunesmith.training.run import joined, start_run
 from tunesmith.training.stop_control import StopControl
 from tunesmith.units import Cadence, Length, Size, count_of, format_seconds
@@ -170,8 +172,8 @@ class Sweep:
             "search": vars(self.search),
         }
         # As it is read back: a tuple becomes a list.
-        self.request: SweepRequest = json.loads(json.dumps(request))
-        previous: SweepFile | None = None
+        self.request: dict[str, object] = json.loads(json.dumps(request))
+        previous: SweepResult | None = None
         with self.ranks.raise_on_all_ranks():
             if self.ranks.is_main_process:
                 previous = self._read()
@@ -184,7 +186,7 @@ class Sweep:
                 self.diverged[candidate["name"]] = candidate["step"]
         self._fixed = previous["fixed"] if previous else None
 
-    def _read(self) -> SweepFile | None:
+    def _read(self) -> SweepResult | None:
         """Read what an earlier start of this sweep wrote; UsageError where it was another one."""
         file = self.folder / SWEEP
         # A link that leads nowhere is not overwritten either.
@@ -305,17 +307,15 @@ class Sweep:
         began = time.perf_counter()
         result = candidate.result
         end = until or self.fixed["steps"]
-        diverged = Standing(end, math.inf, "diverged")
-        standing: Standing | None = diverged
+        found: Standing | None = None
         # Below the step at which it diverged it still has a loss.
         if end < self.diverged.get(result["name"], math.inf):
             # The loss may be there from an earlier start.
-            standing = self._standing(candidate, until)
-        if standing is None:
-            standing = diverged
-            if self._train(candidate, until):
-                standing = self._standing(candidate, until)
-        assert standing is not None
+            found = self._standing(candidate, until)
+            if found is None and self._train(candidate, until):
+                found = self._standing(candidate, until)
+                assert found is not None
+        standing = found or Standing(end, math.inf, "diverged")
         # JSON has no infinity.
         loss = standing.loss if math.isfinite(standing.loss) else None
         result["step"], result["state"], result["loss"] = standing.step, standing.state, loss

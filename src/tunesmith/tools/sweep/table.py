@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
 
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
@@ -13,40 +12,10 @@ from tunesmith.launch.jobs import holds_run
 from tunesmith.reader.compare import judge
 from tunesmith.reader.page import write_report
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.run_dir import FINAL, RECIPE, FixedValues, weights_step
+from tunesmith.run_dir import FINAL, RECIPE, weights_step
+from tunesmith.tools.sweep.sweep_file import CandidateResult, SweepResult
 
 ORDER = ("finished", "stopped", "diverged", "waiting")
-
-
-class CandidateResult(TypedDict):
-    """One candidate in sweep.json; `losses` by step, null where it diverged."""
-
-    name: str
-    run_dir: str
-    values: dict[str, str]
-    state: str
-    step: int
-    loss: float | None
-    losses: dict[str, float | None]
-
-
-class SweepRequest(TypedDict):
-    """The recipe, keys and search of a sweep."""
-
-    recipe: dict[str, object]
-    keys: dict[str, list[str] | str]
-    search: dict[str, int | None]
-
-
-class SweepResult(TypedDict):
-    """The content of sweep.json."""
-
-    asked: SweepRequest
-    fixed: FixedValues
-    compared_by: str
-    stopped: str
-    best: str | None
-    candidates: list[CandidateResult]
 
 
 def sweep_page(result: SweepResult) -> Path | None:
