@@ -25,7 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from tunesmith.config.schema import Profile
-from tunesmith.run_dir import ProfiledOperation
+from tunesmith.run_dir import ProfiledOperation, ProfileSummary
 
 TOP = 10  # operations of a table
 
@@ -47,13 +47,6 @@ class TraceEvent(TypedDict, total=False):
     dur: float
     tid: int
     args: TraceArgs
-
-
-class TraceSummary(TypedDict):
-    """The operations with the most time of their own."""
-
-    operations: list[ProfiledOperation]
-    gpu_busy_share: float | None
 
 
 class Profiler:
@@ -130,7 +123,7 @@ class Profiler:
         if self.device.type == "cuda":
             _write_snapshot(self.folder / f"memory-{name}.pickle")
         summary = summarize(events)
-        text = json.dumps({**summary, "peak_bytes": peak_bytes(events)}, indent=1)
+        text = json.dumps(summary, indent=1)
         (self.folder / f"summary-{name}.json").write_text(text, encoding="utf-8")
         table = self.folder / f"top-{name}.txt"
         table.write_text(_table(summary), encoding="utf-8")
@@ -144,7 +137,7 @@ def _write_snapshot(file: Path) -> None:
         pickle.dump(snapshot, out)
 
 
-def _table(summary: TraceSummary) -> str:
+def _table(summary: ProfileSummary) -> str:
     """The operations of a summary as text."""
     lines = [f"{'operation':<60} {'own time, ms':>14} {'share':>9} {'calls':>9}"]
     for operation in summary["operations"]:
@@ -158,7 +151,7 @@ def _table(summary: TraceSummary) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summarize(events: Sequence[TraceEvent]) -> TraceSummary:
+def summarize(events: Sequence[TraceEvent]) -> ProfileSummary:
     """The operations of a trace with the most time of their own, and the share of the time in which
     the GPU was busy.
 
@@ -187,7 +180,8 @@ def summarize(events: Sequence[TraceEvent]) -> TraceSummary:
     for name, spent in nlargest(TOP, times.items(), key=itemgetter(1)):
         top.append({"name": name, "calls": calls[name], "ms": spent / 1e3, "share": spent / total})
     idle = idle_share((event["ts"], event["ts"] + event["dur"]) for event in kernels)
-    return {"operations": top, "gpu_busy_share": None if idle is None else 1 - idle}
+    busy = None if idle is None else 1 - idle
+    return {"operations": top, "gpu_busy_share": busy, "peak_bytes": peak_bytes(events)}
 
 
 def _count_own_times(
@@ -227,10 +221,10 @@ def idle_share(spans: Iterable[tuple[float, float]]) -> float | None:
     return idle / (latest - first) if latest > first else 0.0
 
 
-def peak_bytes(events: Sequence[TraceEvent]) -> dict[str, int]:
+def peak_bytes(events: Sequence[TraceEvent]) -> dict[str, float]:
     """The most bytes that were allocated on each device; on a CPU they count from the start of the
     trace."""
-    peaks: dict[str, int] = {}
+    peaks: dict[str, float] = {}
     for event in events:
         if event.get("name") == "[memory]":
             values = event["args"]
