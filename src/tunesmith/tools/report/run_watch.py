@@ -11,7 +11,7 @@ from pathlib import Path
 from tunesmith.cli.options import notify, report_unreadable
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
-from tunesmith.launch.jobs import holds_runs, run_folders
+from tunesmith.launch.jobs import holds_runs, with_runs_of_folders
 from tunesmith.reader.run_files import RunFiles, to_json
 from tunesmith.tools.report.run_list import RunList
 from tunesmith.tools.report.server import ListPage, Page, serve_page
@@ -21,29 +21,29 @@ from tunesmith.tools.report.waiting import open_run
 def watch(args: argparse.Namespace) -> None:
     """Serve the page of the runs that the options of `watch` name, until it is stopped."""
     folders = [Path(word) for word in args.runs]
-    is_list = all(map(holds_runs, folders))
     with suppress(KeyboardInterrupt), _ended_by_signals():
-        if is_list and not args.json:
-            show = partial(_print_address, browser=args.open)
-            serve_page(ListPage(RunList(folders)), show, port=args.port or 0)
-            return
-        if is_list:
-            paths = [path for folder in folders for path in run_folders(folder)]
-            # One after the other: the records of all of them might not fit.
-            print(to_json({"runs": [RunFiles(path).status() for path in paths]}))
-            return
-        runs = []
-        unreadable: list[UsageError] = []
-        for word in args.runs:
-            try:
-                runs.append(open_run(word, wait=not args.json))
-            except UsageError as error:
-                unreadable.append(error)
-        report_unreadable(unreadable, shown=len(runs))
         if args.json:
-            print(to_json({"runs": [run.status() for run in runs]}))
+            print(to_json({"runs": [run.status() for run in _opened(args)]}))
+            return
+        is_list = all(map(holds_runs, folders))
+        page = ListPage(RunList(folders)) if is_list else Page([*_opened(args)])
+        serve_page(page, partial(_print_address, browser=args.open), port=args.port or 0)
+
+
+def _opened(args: argparse.Namespace) -> Iterator[RunFiles]:
+    """Open the runs one after the other, as the records of all might not fit; then report those
+    that cannot be read."""
+    unreadable: list[UsageError] = []
+    shown = 0
+    for word in with_runs_of_folders(args.runs):
+        try:
+            run = open_run(word, wait=not args.json)
+        except UsageError as error:
+            unreadable.append(error)
         else:
-            serve_page(Page(runs), partial(_print_address, browser=args.open), port=args.port or 0)
+            shown += 1
+            yield run
+    report_unreadable(unreadable, shown=shown)
 
 
 @contextmanager
