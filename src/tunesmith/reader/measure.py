@@ -17,8 +17,6 @@ class Measure:
         values: of a run: step -> value, in the order of the steps.
         rows: of a run: what tells the rows that it was measured on; None where unknown.
         is_share: it is from 0 to 1, and higher is better; else lower is.
-        span: of a run at a step: the ends of the value's 95 % interval; None where they are not
-            known.
         evals: of a run by step, where `eval` measured it, as `run_dir.read_scores` has it.
     """
 
@@ -26,7 +24,6 @@ class Measure:
     values: Callable[[RunFiles], Mapping[int, float]]
     rows: Callable[[RunFiles], object]
     is_share: bool = False
-    span: Callable[[RunFiles, int], tuple[float, float] | None] = lambda _, __: None
     evals: Callable[[RunFiles], Mapping[int, EvalScores]] = lambda _: {}
 
     @property
@@ -46,15 +43,24 @@ class Measure:
         return self.values(run)[step], step
 
     def best_span(self, run: RunFiles) -> tuple[float, float] | None:
-        """The interval of the best value of a run; None where it is not known."""
+        """The 95 % interval of the best share of a run; None where it is not known."""
         best = self.best(run)
-        return self.span(run, best[1]) if best else None
+        if best is None or not self.is_share:
+            return None
+        share, step = best
+        if step in self.evals(run):
+            _, low, high = self.evals(run)[step]["scores"][PAIRS]["tuned"]
+            return low, high
+        if not run.held_out:
+            return None
+        interval = share_interval(round(share * run.held_out), run.held_out)
+        return interval.low, interval.high
 
     def best_row_losses(self, run: RunFiles) -> tuple[str, RowLosses] | None:
         """The rows that `eval` measured the best value of a run on, and the loss of each."""
         best = self.best(run)
         result = self.evals(run).get(best[1]) if best else None
-        if result is None or result["row_losses"] is None:
+        if self.is_share or result is None or result["row_losses"] is None:
             return None
         return result["data"], result["row_losses"]
 
@@ -81,20 +87,12 @@ def _validation_rows(run: RunFiles) -> object:
     return (run.validation_hash, run.max_examples) if run.validation_hash else None
 
 
-def _accuracy_span(run: RunFiles, step: int) -> tuple[float, float] | None:
-    if not run.held_out:
-        return None
-    interval = share_interval(round(run.figures.accuracies[step] * run.held_out), run.held_out)
-    return interval.low, interval.high
-
-
 VAL_LOSS = Measure("val_loss", lambda run: run.figures.validations, _validation_rows)
 HELD_OUT_ACCURACY = Measure(
     "accuracy on held-out pairs",
     lambda run: run.figures.accuracies,
     _validation_rows,
     is_share=True,
-    span=_accuracy_span,
 )
 
 
@@ -143,13 +141,9 @@ def _eval_measure(runs: Sequence[RunFiles], *, pairs: bool) -> Measure | None:
             return {step: e["scores"][PAIRS]["tuned"][0] for step, e in at_steps(run).items()}
         return {step: e["losses"]["tuned"] for step, e in at_steps(run).items() if e["losses"]}
 
-    def span(run: RunFiles, step: int) -> tuple[float, float]:
-        _, low, high = at_steps(run)[step]["scores"][PAIRS]["tuned"]
-        return low, high
-
     if pairs:
         name = "accuracy on pairs, by eval,"
-        return Measure(name, values, lambda _: chosen, is_share=True, span=span)
+        return Measure(name, values, lambda _: chosen, is_share=True, evals=at_steps)
     validated = {_validation_rows(run) for run in runs}
     has_val_loss = all(run.figures.validations for run in runs)
     if len(validated) == 1 and None not in validated and has_val_loss:
