@@ -221,8 +221,7 @@ def is_count(value: object) -> bool:
 
 
 Count = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
-Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
-Interval = Annotated[list[Number], Len(3, 3)]  # a mean and the ends of its interval
+Interval = Annotated[list[float], Len(3, 3)]  # a mean and the ends of its interval
 
 
 def form_fault(value: object, form: object) -> str:
@@ -590,15 +589,15 @@ class ProfiledOperation(TypedDict):
 
     name: str
     calls: Count
-    ms: Number
-    share: Number
+    ms: float
+    share: float
 
 
 class ProfileSummary(TypedDict):
     """A summary of `profile/`; `peak_bytes` by device."""
 
-    gpu_busy_share: Number | None
-    peak_bytes: dict[str, Number]
+    gpu_busy_share: float | None
+    peak_bytes: dict[str, float]
     operations: list[ProfiledOperation]
 
 
@@ -612,8 +611,8 @@ class RowLosses(TypedDict):
 
     row_hash: str
     tokens: list[Count]
-    tuned: list[Number]
-    base: NotRequired[list[Number]]
+    tuned: list[float]
+    base: NotRequired[list[float]]
 
 
 class Score(TypedDict):

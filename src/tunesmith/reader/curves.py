@@ -107,9 +107,9 @@ def curves(
 
 def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
     """A panel for each record field that has none, such as a method's own metric."""
-    names = {
-        name for run in runs for columns in (run.columns, *run.ranks.values()) for name in columns
-    }
+    names = set[str]()
+    for run in runs:
+        names.update(run.figures.columns, *run.ranks.values())
     names -= {*_IN_PANELS, *NO_CHART}
     return [Panel(name, "", (name,)) for name in sorted(names)]
 
@@ -121,7 +121,7 @@ def _lines_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[Fields]:
     # Other ranks record their steps alone: rank 0 says how many tokens or seconds these are.
     x_by_step = dict(zip(run.figures.axes["step"], x, strict=True))
     for field in panel.columns:
-        y = run.columns.get(field, [])
+        y = run.figures.columns.get(field, [])
         smooth_lines = smoothings(y) if field in _SMOOTHED else {}
         for smoothed, values in {"": y, **smooth_lines}.items():
             yield {"field": field, "rank": None, "smoothed": smoothed, "x": x, "y": values}

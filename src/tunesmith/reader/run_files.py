@@ -56,6 +56,7 @@ from tunesmith.run_dir import (
     share_done,
     shown,
 )
+from tunesmith.units import count_of
 
 T = TypeVar("T")
 
@@ -79,8 +80,7 @@ class DamagedFile(NamedTuple):
     def __str__(self) -> str:
         if self.lines is None:
             return f"{self.file}: {self.why}"
-        skipped = "1 line was skipped" if self.lines == 1 else f"{self.lines:,} lines were skipped"
-        return f"{self.file}: {skipped}; {self.why}"
+        return f"{self.file}: {count_of(self.lines, 'line')} skipped; {self.why}"
 
 
 class AppendedLines:
@@ -141,10 +141,6 @@ class JsonlColumns:
         self.reason = ""
 
     @property
-    def columns(self) -> Columns:
-        return self.figures.columns
-
-    @property
     def fault(self) -> str:
         """Why the file, or its first line that was skipped, was not read; empty for nothing."""
         return self._lines.fault or self.reason
@@ -156,7 +152,7 @@ class JsonlColumns:
             self._forget()
         if lines:
             # What was computed is of the records before.
-            self.figures = RunFigures(self.columns)
+            self.figures = RunFigures(self.figures.columns)
         for line in lines:
             try:
                 self.figures.add(checked_values(parse_json(line)))
@@ -210,14 +206,9 @@ class RunFiles:
         return self._records.figures
 
     @property
-    def columns(self) -> Columns:
-        """The columns of metrics.jsonl."""
-        return self._records.columns
-
-    @property
     def ranks(self) -> dict[int, Columns]:
         """The columns of metrics-rank<r>.jsonl, by rank."""
-        return {rank: table.columns for rank, table in self._ranks.items()}
+        return {rank: table.figures.columns for rank, table in self._ranks.items()}
 
     @property
     def damaged(self) -> list[DamagedFile]:

@@ -49,7 +49,7 @@ def test_a_line_that_is_no_record_is_skipped_and_counted(folder: Path, line: str
     add_steps(folder, 12, 13)
     run.refresh()
     for read in (run, RunFiles(folder)):
-        assert read.columns["step"] == [*range(1, 11), 12, 13]
+        assert read.figures.columns["step"] == [*range(1, 11), 12, 13]
         assert [(file.file, file.lines) for file in read.damaged] == [("metrics.jsonl", 1)]
         assert "line 11" in read.damaged[0].why
     assert newest_record(folder)["step"] == 13
@@ -61,7 +61,7 @@ def test_a_diverged_run_is_not_damaged(folder: Path) -> None:
             '{"step": 11, "loss": "NaN", "grad_norm": "Infinity", "reward": null, "note": "mine", "mfu": null}\n'
         )
     run = RunFiles(folder)
-    assert run.columns["step"][-1] == 11
+    assert run.figures.columns["step"][-1] == 11
     assert run.damaged == []
 
 

@@ -216,7 +216,7 @@ def test_a_job_in_a_queue_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
         waiting.time, "sleep", lambda _: shutil.copytree(made, folder, dirs_exist_ok=True)
     )
     with logged_lines() as said:
-        assert open_run("slurm-7", wait=True).columns["step"] == [1, 2, 3]
+        assert open_run("slurm-7", wait=True).figures.columns["step"] == [1, 2, 3]
     (line,) = said
     assert holds(line, "slurm-7", "PENDING: Resources")
 

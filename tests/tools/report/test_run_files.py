@@ -53,12 +53,12 @@ def test_a_finished_run(trained: Path) -> None:
         None,
         {},
     )
-    assert run.columns["step"] == list(range(1, 9))
-    assert [value is not None for value in run.columns["val_loss"]] == [
+    assert run.figures.columns["step"] == list(range(1, 9))
+    assert [value is not None for value in run.figures.columns["val_loss"]] == [
         step in (4, 8) for step in range(1, 9)
     ]
     records = [json.loads(line) for line in (trained / "metrics.jsonl").open()]
-    assert run.columns["loss"] == [row["loss"] for row in records]
+    assert run.figures.columns["loss"] == [row["loss"] for row in records]
     assert run.recipe["train"]["learning_rate"] == 1e-3
     assert run.env["data_hash"]
     assert any("loss" in line for line in run.log_tail)
@@ -152,11 +152,17 @@ def test_only_folders_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_directory_that_just_began(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  warning: the disk is nearly full\n")
     run = RunFiles(tmp_path)
-    assert (run.state, run.columns, run.recipe, run.env, run.samples) == ("killed", {}, {}, {}, [])
+    assert (run.state, run.figures.columns, run.recipe, run.env, run.samples) == (
+        "killed",
+        {},
+        {},
+        {},
+        [],
+    )
     (tmp_path / "config.yaml").write_text("model: {name: x}\ntrain: {learning_rate: 3e-4}\n")
     (tmp_path / "metrics.jsonl").write_text(record(1).to_json() + "\n")
     run.refresh()
-    assert (run.recipe["train"]["learning_rate"], run.columns["loss"]) == (3e-4, [2.0])
+    assert (run.recipe["train"]["learning_rate"], run.figures.columns["loss"]) == (3e-4, [2.0])
 
 
 def test_a_file_that_grows_and_is_cut_back(tmp_path: Path) -> None:
@@ -166,18 +172,21 @@ def test_a_file_that_grows_and_is_cut_back(tmp_path: Path) -> None:
     path.write_text("".join(record(step).to_json() + "\n" for step in (1, 2)) + '{"step": 3, "lo')
     table.read()
     table.read()
-    assert table.columns["step"] == [1, 2], "half a line is not there yet"
+    assert table.figures.columns["step"] == [1, 2], "half a line is not there yet"
     with path.open("a") as file:
         file.write('ss": 1.5, "val_loss": 0.5}\n')
     table.read()
-    assert (table.columns["step"], table.columns["val_loss"]) == ([1, 2, 3], [None, None, 0.5])
-    assert table.columns["tokens"] == [100, 100, None]
+    assert (table.figures.columns["step"], table.figures.columns["val_loss"]) == (
+        [1, 2, 3],
+        [None, None, 0.5],
+    )
+    assert table.figures.columns["tokens"] == [100, 100, None]
     cut_back(path, 1)
     table.read()
-    assert (table.columns["step"], "val_loss" in table.columns) == ([1], False)
+    assert (table.figures.columns["step"], "val_loss" in table.figures.columns) == ([1], False)
     path.unlink()
     table.read()
-    assert table.columns == {}
+    assert table.figures.columns == {}
 
 
 def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
@@ -191,11 +200,15 @@ def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     table = JsonlColumns(tmp_path / "metrics.jsonl")
     table.read()
-    assert table.columns["step"] == [1, 2]
-    nan, loss = table.columns["loss"]
+    assert table.figures.columns["step"] == [1, 2]
+    nan, loss = table.figures.columns["loss"]
     assert nan is not None
     assert math.isnan(nan)
-    assert (loss, table.columns["who"], table.columns["on"]) == (1.5, [None, None], [None, None])
+    assert (loss, table.figures.columns["who"], table.figures.columns["on"]) == (
+        1.5,
+        [None, None],
+        [None, None],
+    )
 
 
 @pytest.mark.slow
@@ -207,7 +220,7 @@ def test_many_lines_are_those_of_json(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = JsonlColumns(tmp_path / "metrics.jsonl")
     table.read()
-    assert table.columns == {
+    assert table.figures.columns == {
         name: [row.get(name) for row in rows] for name in ("step", "loss", "val_loss")
     }
 
