@@ -124,8 +124,8 @@ def named_figures(records: Sequence[StepRecord], seconds: float) -> dict[str, st
     if figures.mfu is not None:
         peak = figures.last("mfu_peak_tflops") or 0.0
         rows["speed"] += f", {figures.mfu:.1%} MFU of {peak:,.0f} TFLOP/s"
-    # One batch's loss is noisy.
-    if figures.loss and figures.loss.count > 1:
+    # One batch's loss is noisy; the mean of all steps says nothing of the end.
+    if figures.loss and figures.loss.count < len(records):
         rows["loss"] += f" (mean of the last {figures.loss.count}: {figures.loss.mean:.4f})"
     val_losses = [value for value in figures.column("val_loss") if value is not None]
     if val_losses:
