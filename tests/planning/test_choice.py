@@ -121,7 +121,7 @@ def test_without_a_speed_the_first_mesh_that_fits_is_taken(monkeypatch: pytest.M
         cluster = Cluster(Chip("NVIDIA Other", gib), 1, 8)
         planner = plan_on_paper(run, spec, cluster, measure_work(run, spec, tokens))  # type: ignore[arg-type]
         taken = planned_in_training(monkeypatch, planner, tokens)
-        first = next(f for f in map(planner.fastest, planner.meshes()) if f.fits and not f.tight)
+        first = next(f for f in map(planner.forecast, planner.meshes()) if f.fits and not f.tight)
         assert taken.mesh == first.plan.mesh == MeshShape(*(mesh or first.plan.mesh))
         assert taken.why["mesh"]
         assert taken.layout == first.plan.layout

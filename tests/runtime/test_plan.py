@@ -22,15 +22,18 @@ from tunesmith.data.batches.loader import Loader
 from tunesmith.data.batches.schedule import BatchSchedule, StepSize
 from tunesmith.data.text.example import Example
 from tunesmith.errors import MachineError
+from tunesmith.host.chips import CHIPS
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.methods.base import MethodOutput
 from tunesmith.model.spec import read_spec
 from tunesmith.planning.calibrate import MemoryMeter, calibrate_recompute, revise_recomputed
+from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator, fewest_recomputed
 from tunesmith.planning.micro_batch import MIN_ROW_LENGTHS
 from tunesmith.planning.resolve import resolve_plan
 from tunesmith.planning.run_plan import Machine, MemoryEstimate, MicroBatchLayout, RunPlan, Saving
 from tunesmith.planning.savings import check_memory_fits
+from tunesmith.planning.workload import measure_work
 from tunesmith.runtime.recompute import recompute_layers
 from tunesmith.units import Size
 
@@ -74,12 +77,12 @@ def planned(
     before: str = "",
     **found,
 ) -> RunPlan:
-    spec, size = read_spec(config, where="test"), StepSize(step, step)
+    spec = read_spec(config, where="test")
     kept = Size.parse(before) if before else None
     machine = gpu(gib, **found)
-    plan = resolve_plan(
-        run, spec, machine, trained=trained, step=size, longest=longest, previous_micro_batch=kept
-    )
+    cluster = Cluster(CHIPS["dgx-spark" if machine.integrated else "h200"])
+    work = measure_work(run, spec, None)._replace(step=StepSize(step, step), longest=longest)
+    plan = resolve_plan(MemoryEstimator(run, spec, machine, trained), cluster, work, kept)
     check_memory_fits(plan, machine, resumed=kept is not None)
     return plan
 
@@ -120,7 +123,7 @@ def test_a_chip_with_slow_memory_takes_larger_micro_batches():
     """
     run = replace(recipe(**WHOLE_STEPS), model=Model(name="m", dtype="bf16", quantize="nf4"))
     sizes = [
-        planned(run, LARGE, 108, trained=104_000_000, integrated=i).layout.micro_batch.amount
+        planned(run, LARGE, 120, trained=104_000_000, integrated=i).layout.micro_batch.amount
         for i in (False, True)
     ]
     assert sizes == [2048, 4096]

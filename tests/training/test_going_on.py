@@ -23,6 +23,7 @@ from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.planning import micro_batch
 from tunesmith.planning.memory import MemoryEstimator
+from tunesmith.planning.run_plan import MemoryEstimate
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
@@ -88,9 +89,10 @@ def test_other_free_memory_does_not_change_the_numbers(
     chosen: list[int] = []
     fastest = micro_batch.fastest_micro_batch
 
-    def choose(*args: Any, **options: Any) -> int:
-        chosen.append(fastest(*args, **options) if not chosen else 128)
-        return chosen[-1]
+    def choose(estimator: MemoryEstimator, *args: Any, **options: Any) -> MemoryEstimate:
+        memory = estimator.estimate(128) if chosen else fastest(estimator, *args, **options)
+        chosen.append(memory.tokens)
+        return memory
 
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -129,7 +131,8 @@ def test_another_micro_batch_is_told(
     assert effect in told[0]
     shown.clear()
     monkeypatch.setattr(MemoryEstimator, "overrun", lambda *args: 2.0)
-    monkeypatch.setattr(micro_batch, "fastest_micro_batch", lambda *args, **options: 384)
+    chosen = MemoryEstimate(384)
+    monkeypatch.setattr(micro_batch, "fastest_micro_batch", lambda *args, **options: chosen)
     go(tiny, tmp_path, shown, **adapter, train={"duration": "6 steps"})
     told = [line for line in shown if "micro batch is" in line]
     assert len(told) == 1

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal
 
 from rich.filesize import decimal as size_text
 
@@ -24,20 +23,16 @@ from tunesmith.planning import resolve, savings
 from tunesmith.planning.machines import MEASURED_HERE, Cluster
 from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator, usable_share
-from tunesmith.planning.micro_batch import most_tokens, rank_step, step_units
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.planning.step_time import Step, StepTime
-from tunesmith.planning.workload import Workload
+from tunesmith.planning.workload import Workload, rank_step, step_units
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.units import Size, ceil_div
 
 log = logging.getLogger(__name__)
 
-Recompute = int | Literal["auto", "none", "full"]
-
 # The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
-# the nodes, or a micro batch over that of `auto`, which knows of no link. Forecasts differ from
-# measurements by as much.
+# the nodes. Forecasts differ from measurements by as much.
 MIN_GAIN_SHARE = 0.05
 # A model whose first layers and head have more parameters is not tried on a CPU, which would take
 # many seconds.
@@ -238,7 +233,7 @@ class Planner:
         speed is known, those that fit keep the order of `meshes_for`, and groups over nodes come
         last.
         """
-        forecasts = [self.fastest(mesh) for mesh in self.meshes()]
+        forecasts = [self.forecast(mesh) for mesh in self.meshes()]
         # The class of the best: whether it fails to fit, fits tightly (`Forecast.tight`), or spans
         # nodes at an unknown speed. Only others of the same class can come before it.
         *best_class, least_cost = min(map(self._order, forecasts))
@@ -263,70 +258,22 @@ class Planner:
         has_no_speed = forecast.fits and not forecast.step_seconds
         return fails, tight, has_no_speed and self._crosses_nodes(forecast), cost
 
-    def fastest(self, mesh: MeshShape) -> Forecast:
-        """A mesh with the micro batch that `train` takes, or with another that is faster."""
-        auto = self.forecast(mesh)
-        train = self.run.train
-        if train.micro_batch != "auto" or self.previous_micro_batch is not None:
-            return auto
-        # Without links `auto` is the fastest already; an update in the backward takes the whole
-        # global batch at once.
-        has_links = mesh.world > 1 or auto.plan.streamed_layers
-        if not has_links or not auto.step_seconds or train.optimizer_in_backward:
-            return auto
-        limit = most_tokens(self.spec, self.machine.device)
-        largest = min(limit, rank_step(self.run, self.work.step, mesh).largest)
-        best = auto
-        fails, tight, cost = auto.order
-        # Another micro batch than that of `auto` must save MIN_GAIN_SHARE of its cost.
-        least = (fails, tight, (1 - MIN_GAIN_SHARE) * cost)
-        recomputes = [train.recompute]
-        if auto.plan.streamed_layers and train.recompute == "auto":
-            # More layers then stay on the device, and fewer are copied.
-            recomputes.append("full")
-        tokens = self.run.row_tokens
-        while tokens <= largest:
-            for recompute in recomputes:
-                forecast = self.forecast(mesh, Size(tokens, "tokens"), recompute)
-                if forecast.order < least:
-                    best = forecast
-                    least = forecast.order
-            tokens *= 2
-        return best
-
-    def forecast(
-        self, mesh: MeshShape, size: Size | None = None, recompute: Recompute | None = None
-    ) -> Forecast:
-        """Memory and time of a mesh, with the recipe's micro batch and recompute or with these."""
+    def forecast(self, mesh: MeshShape) -> Forecast:
+        """Memory and time of a mesh, with the micro batch that `train` takes."""
         run = self.run
-        keys = " ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items())
-        if recompute is not None and recompute != run.train.recompute:
-            run = replace(run, train=replace(run.train, recompute=recompute))
-            keys += f" train.recompute={recompute}"
-        if size:
-            run = replace(run, train=replace(run.train, micro_batch=size))
-            keys += f" train.micro_batch='{size}'"
         work = self.work
-        plan = resolve.resolve_plan(
-            run,
-            self.spec,
-            self.machine,
-            trained=self.trained,
-            step=work.step,
-            longest=work.longest,
-            probabilities=work.probabilities,
-            whole=work.whole,
-            previous_micro_batch=self.previous_micro_batch,
-            mesh=mesh,
+        estimator = MemoryEstimator(
+            run, self.spec, self.machine, self.trained, mesh, work.probabilities, work.whole
         )
+        plan = resolve.resolve_plan(estimator, self.cluster, work, self.previous_micro_batch)
         plan = replace(plan, savings=cache(partial(self._savings, plan)))
         if work.whole > 1:
             reason = f"attention sees both answers whole; {1 - 1 / work.whole:.0%} fewer tokens"
             plan = replace(plan, prompts="once a pair", why={**plan.why, "prompts": reason})
         needed, room = savings.memory_needs(plan, self.machine)
 
-        estimator = MemoryEstimator(run, self.spec, self.machine, self.trained, mesh)
-        step = Step(plan, estimator, self.cluster, work)
+        is_padded = plan.layout.row_length is not None
+        step = Step(estimator, self.cluster, work, plan.memory, is_padded)
         time = step.time() if self.cluster.chip.tflops else StepTime({}, hidden=0.0, hides_from=0)
         step_seconds = sum(time.parts.values()) or None
 
@@ -362,7 +309,7 @@ class Planner:
             step_seconds=step_seconds,
             tokens_per_second=tokens_per_second,
             hours=hours,
-            keys=keys,
+            keys=" ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items()),
         )
 
     def _savings(self, plan: RunPlan) -> tuple[Saving, ...]:

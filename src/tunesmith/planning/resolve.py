@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from tunesmith.config.schema import Dtype, Model, Run, Train
-from tunesmith.data.batches.schedule import StepSize
 from tunesmith.errors import MachineError
 from tunesmith.host.chips import Chip
 from tunesmith.hub.fetch import fetch_for_tokens
@@ -25,15 +24,17 @@ from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE, resolve_quantize
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
-from tunesmith.parallel.mesh_shape import ONE, MeshShape
+from tunesmith.parallel.mesh_shape import ONE
+from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator, moved_to_host
-from tunesmith.planning.micro_batch import choose_micro_batch, layout_of, rank_step
+from tunesmith.planning.micro_batch import choose_micro_batch, layout_of
 from tunesmith.planning.run_plan import (
     Machine,
     RunPlan,
     describe_reference,
 )
 from tunesmith.planning.savings import check_offload
+from tunesmith.planning.workload import Workload
 from tunesmith.quant.expert_rows import uses_grouped_mm
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime import compilation
@@ -217,37 +218,26 @@ def inference_plan(run: Run, files: ModelFiles, device: torch.device) -> RunPlan
 
 
 def resolve_plan(
-    run: Run,
-    spec: ModelSpec,
-    machine: Machine,
-    *,
-    trained: int,
-    step: StepSize,
-    longest: int,
-    probabilities: float = 0.0,
-    whole: float = 1.0,
+    estimator: MemoryEstimator,
+    cluster: Cluster,
+    work: Workload,
     previous_micro_batch: Size | None = None,
-    mesh: MeshShape = ONE,
 ) -> RunPlan:
     """Resolve every `auto` of a recipe by what the machine has, whether it fits or not.
 
     Args:
-        machine: that of each rank; the plan is each rank's, too.
-        trained: trained parameters of all ranks.
-        step: tokens of an optimizer step, of all ranks.
-        longest: tokens of the longest example.
-        probabilities, whole: as in `MemoryEstimator`.
+        estimator: of the recipe, the machine of each rank, and the mesh.
         previous_micro_batch: of the start that a resumed run goes on from. `auto` keeps it while it
             fits: dropout and the order of sums depend on it.
     """
-
-    check_offload(run, machine, mesh)
+    run = estimator.run
+    spec = estimator.spec
+    machine = estimator.machine
+    check_offload(run, machine, estimator.mesh)
     train = run.train
-    estimator = MemoryEstimator(run, spec, machine, trained, mesh, probabilities, whole)
-    step = rank_step(run, step, mesh)
-    chosen = choose_micro_batch(estimator, step, longest, previous_micro_batch)
-    memory = estimator.estimate(chosen.tokens)
-    least = estimator.least_bytes(min(chosen.tokens, longest), memory.recomputed_layers)
+    chosen = choose_micro_batch(estimator, cluster, work, previous_micro_batch)
+    memory = chosen.memory
+    least = estimator.least_bytes(min(memory.tokens, work.longest), memory.recomputed_layers)
     memory = replace(memory, least=least)
     compiled, compile_reason = machine.compiles
     reference = describe_reference(run)
@@ -280,9 +270,9 @@ def resolve_plan(
         fp32_gradients=estimator.fp32_gradients,
         cpu_offload=estimator.moved,
         warnings=describe_dense_experts(estimator),
-        layout=layout_of(run, machine, chosen, longest),
+        layout=layout_of(run, machine, chosen, work.longest),
         memory=memory,
-        mesh=mesh,
+        mesh=estimator.mesh,
         why=why,
     )
 

@@ -29,10 +29,10 @@ from typing import NamedTuple
 from tunesmith.config.schema import Run
 from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.planning.machines import Cluster
+from tunesmith.planning.measured_layers import count_expert_adapter
 from tunesmith.planning.memory import MemoryEstimator
-from tunesmith.planning.micro_batch import RECOMPUTE_SHARE, PassCosts, rank_step
-from tunesmith.planning.run_plan import RunPlan
-from tunesmith.planning.workload import Workload
+from tunesmith.planning.run_plan import MemoryEstimate
+from tunesmith.planning.workload import Workload, rank_step
 from tunesmith.runtime.stream import SLOTS
 from tunesmith.units import ceil_div
 
@@ -47,6 +47,19 @@ PCIE_4_LINK = 25.6
 TILE_ROWS = 128
 # Bytes that an update moves for a parameter: norm 4, clipping 8, AdamW 28, 16-bit copy 6.
 UPDATE_BYTES = 46
+# Of a chip of which nothing is known. An H200 reaches so many in products alone, 700 TFLOP/s at
+# 4 TB/s.
+USUAL_TFLOPS = 551.0
+USUAL_OPERATIONS_PER_BYTE = 175
+# Rows of the hidden width and of an expert's that the kernels around the products of experts read
+# and write for each expert of a token, forward and backward: gathers, sums and activations, as
+# benchmarks/speed/count_kernels.py counts them. Where one kernel multiplies all experts, the
+# products of an adapter's low rank go through memory too; in an expert's turn they are in the
+# cache.
+EXPERT_ROWS = (5, 17)
+GROUPED_ROWS = (20, 35)
+# A second forward, as a share of a step: 2 of 6 operations, or of 4.
+RECOMPUTE_SHARE = {"none": 1 / 3, "lora": 1 / 2}
 
 
 class Collective(NamedTuple):
@@ -92,16 +105,19 @@ class StepTime(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step of the busiest rank of a plan.
+    """An optimizer step of the busiest rank.
 
     Attributes:
-        estimator: of the plan's recipe and mesh.
+        estimator: of the recipe and mesh.
+        memory: of a micro batch, with the layers that recompute and those that stream.
+        fixed: every micro batch is padded to one size.
     """
 
-    plan: RunPlan
     estimator: MemoryEstimator
     cluster: Cluster
     work: Workload
+    memory: MemoryEstimate
+    fixed: bool
 
     @property
     def run(self) -> Run:
@@ -113,23 +129,24 @@ class Step:
 
     @cached_property
     def micro_batches(self) -> int:
-        share = rank_step(self.run, self.work.step, self.plan.mesh).mean
+        share = rank_step(self.run, self.work.step, self.estimator.mesh).mean
         # A share that is whole micro batches but for rounding makes no further one.
-        return max(1, math.ceil(share / self.plan.memory.tokens - 1e-9))
+        return max(1, math.ceil(share / self.memory.tokens - 1e-9))
 
     @cached_property
     def tokens(self) -> float:
         """Tokens of the rank that are computed, padding counted."""
-        if self.plan.layout.row_length:
-            return self.micro_batches * self.plan.layout.row_length
-        return rank_step(self.run, self.work.step, self.plan.mesh).mean
+        if self.fixed:
+            # A padded row must hold the longest example.
+            return self.micro_batches * max(self.memory.tokens, self.work.longest)
+        return rank_step(self.run, self.work.step, self.estimator.mesh).mean
 
     @cached_property
     def collectives(self) -> Collectives:
         """Collect what the rank's groups gather and reduce."""
         spec = self.spec
         estimator = self.estimator
-        replicate, shard, tensor = self.plan.mesh
+        replicate, shard, tensor = self.estimator.mesh
         itemsize = estimator.itemsize
         layers, ends = estimator.weights(itemsize)
         # In fp32; of a model trained in full, of this rank's shards.
@@ -177,7 +194,7 @@ class Step:
         recomputed; and of the embedding and the head's gradient.
         """
         blocks = [self._shared_blocks(layer) for layer in self.spec.layers]
-        return 2 * sum(blocks) + sum(blocks[: self.plan.recomputed_layers]) + 2
+        return 2 * sum(blocks) + sum(blocks[: self.memory.recomputed_layers]) + 2
 
     def _shared_blocks(self, layer: Layer) -> int:
         """Count the blocks of a layer that a tensor group shares: attention, an MLP of all tokens.
@@ -192,7 +209,7 @@ class Step:
         return 1 + (layer.matmul > attention + router)
 
     def time(self) -> StepTime:
-        """The seconds of the step, by part."""
+        """The seconds of the step, by part; in proportion where the chip's speed is unknown."""
         collectives = self.collectives
         micro_batches = self.micro_batches
         gather = self._gather_seconds(collectives.gather)
@@ -237,30 +254,62 @@ class Step:
     @property
     def _streamed_bytes(self) -> float:
         """Bytes that a pass copies from the host: all streamed layers but those in the slots."""
-        copied = max(0, self.plan.streamed_layers - SLOTS)
-        return self.estimator.streamed_bytes * copied / self.plan.layers
+        copied = max(0, self.memory.streamed_layers - SLOTS)
+        return self.estimator.streamed_bytes * copied / self.spec.depth
 
     @cached_property
     def token_seconds(self) -> dict[str, float]:
         """Estimate the time of a token in the plan's micro batches, both passes, by part."""
-        tflops = self.cluster.chip.tflops
-        assert tflops is not None
         work = self.work
-        rate = tflops * 1e12
+        rate = self._tflops * 1e12
         product_rate = PRODUCT_SPEED * rate
-        if self.plan.base.startswith("fp8"):
+        if self.estimator.scheme.has_fp8_matmuls:
             rate *= EIGHT_BIT_SPEED
         # The ranks of a tensor group share a token's work.
-        operations = work.operations / self.plan.mesh.tensor
+        operations = work.operations / self.estimator.mesh.tensor
         seconds = {
             "products": operations * (1 - work.attention - work.experts) / rate,
             "attention": operations * work.attention / rate,
         }
         if work.experts:
-            traffic = PassCosts(self.estimator).expert_traffic
             seconds["experts"] = operations * work.experts * self._tile_cost() / product_rate
-            seconds["copies for experts"] = traffic / self._memory_bandwidth
+            seconds["copies for experts"] = self.expert_traffic / self._memory_bandwidth
         return seconds
+
+    @property
+    def expert_traffic(self) -> float:
+        """Bytes of a token that the kernels around the products of experts move, both ways."""
+        estimator = self.estimator
+        spec = self.spec
+        has_adapter = count_expert_adapter(spec, self.run.adapter)
+        in_one_kernel = estimator.machine.grouped_mm and has_adapter
+        of_hidden, of_width = GROUPED_ROWS if in_one_kernel else EXPERT_ROWS
+        elements = 0
+        for layer in spec.layers:
+            if layer.expert_count:
+                elements += of_hidden * layer.experts_per_token * spec.hidden
+                elements += of_width * layer.intermediate
+        return estimator.itemsize * elements / estimator.mesh.tensor
+
+    @property
+    def pass_bytes(self) -> float:
+        """Bytes of weights that one forward and backward of a micro batch reads and makes dense.
+
+        Of experts all, whatever few a token goes to; a tensor group shares the other layers.
+        """
+        estimator = self.estimator
+        spec = self.spec
+        scheme = estimator.scheme
+        linears = spec.active - spec.active_of_experts
+        experts = spec.layer_matrices - spec.linear_matrices
+        # The products read dense weights; codes are dequantized first.
+        dense_bytes = scheme.expert_dense_bytes
+        # Experts that train in full are Transformers', and in no compiled graph.
+        compiled = estimator.machine.compiles[0] and estimator.trains_adapter
+        if compiled and scheme.compiled_dense_bytes:
+            dense_bytes = scheme.compiled_dense_bytes
+        of_experts = 2 * (experts * estimator.itemsize + spec.expert_stacks * dense_bytes)
+        return linears * scheme.traffic_bytes / estimator.mesh.tensor + of_experts
 
     def _tile_cost(self) -> float:
         """Compute the cost of the experts' products, relative to the same with full tiles."""
@@ -268,7 +317,7 @@ class Step:
         if not mixture.expert_count:
             return 1.0
         # The ranks of a tensor group share the tokens.
-        tokens = self.plan.memory.tokens / self.plan.mesh.tensor
+        tokens = self.memory.tokens / self.estimator.mesh.tensor
         rows = tokens * mixture.experts_per_token / mixture.expert_count
         return 1 + TILE_ROWS / 2 / rows
 
@@ -276,18 +325,14 @@ class Step:
     def _recompute_share(self) -> float:
         """Compute what recomputed layers add to a step's products, as a share of them."""
         cost = RECOMPUTE_SHARE[self.run.adapter.kind]
-        return cost * self.plan.recomputed_layers / self.spec.depth
+        return cost * self.memory.recomputed_layers / self.spec.depth
 
     def _compute_seconds(self) -> dict[str, float]:
         """The parts of the step that are no communication."""
         token_seconds = sum(self.token_seconds.values())
-        costs = PassCosts(self.estimator)
-        passes = costs.pass_tokens * token_seconds
-        # A layer that recomputes reads its experts a third time.
-        reads = 1 + self.plan.recomputed_layers / self.spec.depth / 2
-        passes += reads * costs.expert_pass_bytes / self._memory_bandwidth
-        if self.estimator.machine.device == "cpu":
-            passes = 0.0  # its measured rate is that of such passes
+        # A layer that recomputes reads its weights a third time.
+        reads = 1 + self.memory.recomputed_layers / self.spec.depth / 2
+        passes = reads * self.pass_bytes / self._memory_bandwidth
         parts = {name: self.tokens * seconds for name, seconds in self.token_seconds.items()}
         return parts | {
             "recompute": self.tokens * token_seconds * self._recompute_share,
@@ -297,16 +342,19 @@ class Step:
         }
 
     @property
+    def _tflops(self) -> float:
+        return self.cluster.chip.tflops or USUAL_TFLOPS
+
+    @property
     def _memory_bandwidth(self) -> float:
-        """Bytes/s; without an end where unknown, so that nothing waits for it."""
+        """Bytes/s; where unknown, in proportion to the speed of products."""
         bandwidth = self.cluster.chip.bandwidth
-        return 1e9 * bandwidth if bandwidth else math.inf
+        return 1e9 * bandwidth if bandwidth else 1e12 * self._tflops / USUAL_OPERATIONS_PER_BYTE
 
     def _transfer_seconds(self, collective: Collective) -> float:
-        """Estimate the seconds of all that one collective sends."""
-        if not collective.sent:
-            return 0.0
-        return collective.sent / self.cluster.bandwidth(collective.ranks, collective.stride)
+        """Estimate the seconds of all that one collective sends; none over an unknown link."""
+        bandwidth = self.cluster.bandwidth(collective.ranks, collective.stride)
+        return collective.sent / bandwidth if bandwidth else 0.0
 
     def _gather_seconds(self, gather: Collective) -> float:
         """Estimate the seconds of a gather, with the copy of this rank's shards to its buffer."""

@@ -12,8 +12,8 @@ from tunesmith.data.batches.schedule import BatchSchedule, StepSize
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.model.documents import count_saved_probabilities
 from tunesmith.model.spec import ModelSpec, flops
+from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning.measured_layers import count_active_adapter
-from tunesmith.planning.micro_batch import step_units
 from tunesmith.units import ceil_div, count_of
 
 
@@ -165,3 +165,22 @@ def _steps_of_equal_rows(run: Run, rows: int, length: int) -> tuple[StepSize, in
     # The last step of an epoch may have fewer examples.
     mean = rows * length / steps_per_epoch if counts_examples else largest
     return StepSize(mean, largest), steps
+
+
+def step_units(run: Run) -> int:
+    """Count what an optimizer step has, and no rank shares with another.
+
+    Examples, or packed rows where the recipe counts tokens.
+    """
+    size = run.train.global_batch
+    if size.unit == "examples":
+        return size.amount
+    return max(1, size.amount // run.row_tokens)
+
+
+def rank_step(run: Run, step: StepSize, mesh: MeshShape) -> StepSize:
+    """Find what the busiest data rank takes of a step."""
+    units = step_units(run)
+    # Examples and rows are not divided: the busiest rank's share is rounded up.
+    share = ceil_div(units, mesh.data) / units
+    return StepSize(step.mean * share, math.ceil(step.largest * share))

@@ -11,7 +11,7 @@ import torch
 from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.shapes import find_shape
 from tunesmith.model.spec import read_spec
-from tunesmith.planning.micro_batch import EXPERT_ROWS, GROUPED_ROWS
+from tunesmith.planning.step_time import EXPERT_ROWS, GROUPED_ROWS
 from warm import run_warm
 
 pytestmark = pytest.mark.slow
