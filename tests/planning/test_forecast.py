@@ -370,7 +370,7 @@ def test_groups_over_nodes_come_first_where_they_gain() -> None:
         f for f in others if f.fits and not f.tight and f.plan.mesh.shard * f.plan.mesh.tensor <= 8
     ]
     assert within_nodes
-    assert all(first.order[2] <= 0.95 * f.order[2] for f in within_nodes)
+    assert all(first.step_seconds <= 0.95 * f.step_seconds for f in within_nodes)
 
 
 def test_near_equal_meshes_stay_within_the_nodes() -> None:
@@ -385,7 +385,7 @@ def test_near_equal_meshes_stay_within_the_nodes() -> None:
     made = planner("llama3-70b", "2x8xh100", run)
     shards = {f.plan.mesh: f for f in made.ranked()}
     over_nodes, within = shards[MeshShape(1, 16, 1)], shards[MeshShape(2, 8, 1)]
-    assert over_nodes.order < within.order
+    assert made.order(over_nodes) < made.order(within)
     assert next(iter(shards)) == MeshShape(2, 8, 1)
 
 
@@ -422,7 +422,7 @@ def test_a_share_too_short_to_hide_the_gathers_is_named_with_the_batch_that_hide
         "llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": batch}}, length=length
     )
     best = made.ranked()[0]
-    warning = made.warn_of_exposed_gathers(best)
+    warning = made.warn_of_waits(best)
     if wanted is None:
         assert warning is None
         assert made.choose().warnings == ()
@@ -434,7 +434,7 @@ def test_a_share_too_short_to_hide_the_gathers_is_named_with_the_batch_that_hide
         "llama3-70b", "2x-dgx-spark", data | {"train": {"global_batch": wanted}}, length=length
     )
     mended = larger.ranked()[0]
-    assert larger.warn_of_exposed_gathers(mended) is None
+    assert larger.warn_of_waits(mended) is None
     assert mended.tokens_per_second > 1.5 * best.tokens_per_second
 
 

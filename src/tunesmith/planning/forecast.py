@@ -71,14 +71,6 @@ class Forecast:
     hours: float | None
     keys: str
 
-    @property
-    def order(self) -> tuple[bool, bool, float]:
-        """The least is the fastest with memory to spare; then what fits; then the nearest to it."""
-        cost: float = self.phases["step"]
-        if self.fits:
-            cost = self.step_seconds or 0.0
-        return not self.fits, self.tight, cost
-
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
     """The planner for machines that are not here.
@@ -166,7 +158,7 @@ class Planner:
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
-        warning = self.warn_of_exposed_gathers(best) or self.warn_of_exposed_copies(best)
+        warning = self.warn_of_waits(best)
         if warning:
             plan = replace(plan, warnings=(*plan.warnings, warning))
         reason = "the first that fits, because the speed is unknown"
@@ -175,53 +167,39 @@ class Planner:
         reason = f"{reason}, of {len(self.meshes())} possible meshes"
         return replace(plan, why={**plan.why, "mesh": reason})
 
-    def warn_of_exposed_gathers(self, forecast: Forecast) -> str | None:
-        """A warning where a rank's share of a step is too short to hide the gathers of shards.
+    def warn_of_waits(self, forecast: Forecast) -> str | None:
+        """A warning where micro batches are too short to hide the gathers of other ranks' weights,
+        or the copies of layers from the host, and a key makes them longer or less.
 
-        It names the key that makes it longer. None where ranks wait for them less than a twentieth
-        of the time, and where micro batches are as short for want of memory.
+        None where ranks wait less than a twentieth of the time, and where micro batches are as
+        short for want of memory.
         """
         run = self.run
-        mesh = forecast.plan.mesh
-        exposed = forecast.seconds.get("shards", 0.0)
+        plan = forecast.plan
+        waits_for = "layers from the host" if plan.streamed_layers else "other ranks' weights"
+        exposed = forecast.seconds.get("host copies" if plan.streamed_layers else "shards", 0.0)
         if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
             return None
-        share = rank_step(run, self.work.step, mesh).mean
-        if share >= forecast.hides_from:
-            return None
-        batch = run.train.global_batch
-        # Each data rank takes whole examples, or whole packed rows.
-        unit = mesh.data
-        if batch.unit == "tokens":
-            unit *= run.row_tokens
-        amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
-        fix = f"train.global_batch='{Size(amount, batch.unit)}'"
-        if run.train.micro_batch != "auto":
-            fix += " train.micro_batch=auto"
-        return (
-            f"warning: ranks wait {exposed / forecast.step_seconds:.0%} of the time for other "
-            f"ranks' weights: a step gives each {share:,.0f} tokens, and {forecast.hides_from:,} "
-            f"would hide that; fix: {fix}, for fewer and larger steps"
-        )
-
-    def warn_of_exposed_copies(self, forecast: Forecast) -> str | None:
-        """A warning where micro batches are too short to hide the copies of streamed layers."""
-        exposed = forecast.seconds.get("host copies", 0.0)
-        if not forecast.step_seconds or exposed <= MIN_GAIN_SHARE * forecast.step_seconds:
-            return None
-        run = self.run
-        tokens = forecast.plan.memory.tokens
-        fix = ""
-        if self.work.step.mean < forecast.hides_from:
+        share = rank_step(run, self.work.step, plan.mesh).mean
+        if share < forecast.hides_from:
             batch = run.train.global_batch
-            amount = math.ceil(batch.amount * forecast.hides_from / self.work.step.mean)
-            fix = f"; fix: train.global_batch='{Size(amount, batch.unit)}', for larger steps"
-        elif scheme_of(run.model) is DENSE:
-            fix = "; fix: model.quantize=nf4, of which a quarter is copied"
+            # Each data rank takes whole examples, or whole packed rows.
+            unit = plan.mesh.data
+            if batch.unit == "tokens":
+                unit *= run.row_tokens
+            amount = math.ceil(batch.amount * forecast.hides_from / share / unit) * unit
+            fix = f"train.global_batch='{Size(amount, batch.unit)}'"
+            if run.train.micro_batch != "auto":
+                fix += " train.micro_batch=auto"
+            fix += ", for fewer and larger steps"
+        elif plan.streamed_layers and scheme_of(run.model) is DENSE:
+            fix = "model.quantize=nf4, of which a quarter is copied"
+        else:
+            return None
         return (
-            f"warning: the GPU waits {exposed / forecast.step_seconds:.0%} of the time for layers "
-            f"from the host: a micro batch has {tokens:,} tokens, and {forecast.hides_from:,} "
-            f"would hide their copies{fix}"
+            f"warning: {exposed / forecast.step_seconds:.0%} of the time ranks wait for "
+            f"{waits_for}: a step gives each {share:,.0f} tokens in micro batches of "
+            f"{plan.memory.tokens:,}, and {forecast.hides_from:,} would hide that; fix: {fix}"
         )
 
     def ranked(self) -> list[Forecast]:
@@ -234,29 +212,31 @@ class Planner:
         last.
         """
         forecasts = [self.forecast(mesh) for mesh in self.meshes()]
-        # The class of the best: whether it fails to fit, fits tightly (`Forecast.tight`), or spans
-        # nodes at an unknown speed. Only others of the same class can come before it.
-        *best_class, least_cost = min(map(self._order, forecasts))
+        *best_class, least_cost = min(map(self.order, forecasts))
         contenders = []
         for forecast in forecasts:
-            *forecast_class, cost = self._order(forecast)
+            *forecast_class, cost = self.order(forecast)
             if forecast_class == best_class and (1 - MIN_GAIN_SHARE) * cost <= least_cost:
                 contenders.append(forecast)
         # `meshes_for` has those with the fewest tensor ranks and shards first, and `min` takes the
         # first of equal ones.
         first = min(contenders, key=self._crosses_nodes)
-        others = [forecast for forecast in forecasts if forecast is not first]
-        return [first, *sorted(others, key=self._order)]
+        return sorted(forecasts, key=lambda each: (each is not first, self.order(each)))
 
     def _crosses_nodes(self, forecast: Forecast) -> bool:
         mesh = forecast.plan.mesh
         return mesh.shard * mesh.tensor > self.cluster.per_node
 
-    def _order(self, forecast: Forecast) -> tuple[bool, bool, bool, float]:
-        """`Forecast.order`; of those that fit at an unknown speed, groups over nodes come last."""
-        fails, tight, cost = forecast.order
-        has_no_speed = forecast.fits and not forecast.step_seconds
-        return fails, tight, has_no_speed and self._crosses_nodes(forecast), cost
+    def order(self, forecast: Forecast) -> tuple[bool, bool, bool, float]:
+        """The least is the fastest with memory to spare; then what fits; then the nearest to it.
+
+        At an unknown speed groups over nodes come last of those that fit.
+        """
+        if not forecast.fits:
+            return True, forecast.tight, False, forecast.phases["step"]
+        seconds = forecast.step_seconds
+        crosses = not seconds and self._crosses_nodes(forecast)
+        return False, forecast.tight, crosses, seconds or 0.0
 
     def forecast(self, mesh: MeshShape) -> Forecast:
         """Memory and time of a mesh, with the micro batch that `train` takes."""

@@ -196,7 +196,7 @@ def _details(planner: Planner, best: Forecast, price: float | None, base: Path |
     size, copies = checkpoint_bytes(planner.run, planner.trained, base)
     most = f"at most {copies} at once, {size_text(copies * size)}"
     lines.append(f"disk: {size_text(size)} per checkpoint, {most}")
-    warning = planner.warn_of_exposed_gathers(best)
+    warning = planner.warn_of_waits(best)
     if warning:
         lines.append(warning)
     lines += _hours(planner, best, price, checkpoint_size=size)
