@@ -201,8 +201,7 @@ def test_layers_that_another_stands_for_count_as_if_they_ran(
 
     monkeypatch.setattr(meta_forward, "layer_form", form_of_its_own)
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "all layers"))
-    measured_layers._measure_cached.cache_clear()
-    measured_layers._measure_same.cache_clear()
+    measured_layers._measure.cache_clear()
     every = measure_spec(config, where="test")
     assert some == every
     assert kept_of_some == measure_activations(every, adapter, "bf16")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 
 from tunesmith.adapter import lora
@@ -13,7 +14,7 @@ from tunesmith.model.decoder import find_layers
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measure_on_meta import build_to_measure, limit_measuring
 from tunesmith.model.measured_spec import MEASURED_TOKENS, PER_TOKEN, first_of, text_config
-from tunesmith.model.meta_forward import LayerCall, run_on_meta
+from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.support import find_support
 from tunesmith.planning.measured_layers import SavedActivations
 from tunesmith.quant.linear_layers import set_bypassed
@@ -42,31 +43,24 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
                 why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 fix="plan and train on this machine with train.micro_batch and train.recompute set",
             ) from error
-    by_token, constant = _lines(short, long)
+    # A line goes through two points: what layers keep for each token, and for any number of them.
+    kept = np.array([call.saved_bytes for call in short])
+    by_token = (np.array([call.saved_bytes for call in long]) - kept) / MEASURED_TOKENS
+    constant = kept - by_token * MEASURED_TOKENS
     outside = (long_outside - short_outside) / MEASURED_TOKENS
     # Llama 4's choose within their own forward: nobody sees them choose.
     stated = first_of(config.to_dict(), PER_TOKEN) or 0
     chosen = [call.experts_per_token or stated for call in short]
     layers = [*model.get_submodule(find_layers(model)).children()]
     of_experts, idle = _expert_parameters(layers, chosen)
-    return SavedActivations(by_token, constant, outside, trained, trained - idle, of_experts)
-
-
-def _lines(
-    short: Sequence[LayerCall], long: Sequence[LayerCall]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute what layers keep for each token, and what for any number of them.
-
-    Args:
-        short, long: with MEASURED_TOKENS, and with twice as many: a line goes through two points.
-    """
-    by_token = []
-    constant = []
-    for first, second in zip(short, long, strict=True):
-        slope = (second.saved_bytes - first.saved_bytes) / MEASURED_TOKENS
-        by_token.append(slope)
-        constant.append(first.saved_bytes - slope * MEASURED_TOKENS)
-    return tuple(by_token), tuple(constant)
+    return SavedActivations(
+        tuple(by_token.tolist()),
+        tuple(constant.tolist()),
+        outside,
+        trained,
+        trained - idle,
+        of_experts,
+    )
 
 
 def _expert_parameters(layers: Sequence[nn.Module], per_token: Sequence[int]) -> tuple[int, int]:

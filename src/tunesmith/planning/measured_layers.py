@@ -69,13 +69,6 @@ def measure_activations(spec: ModelSpec, adapter: Adapter, dtype: StatedDtype) -
 
     RecipeError for a target that the model does not have; ModelError where it does not run on meta.
     """
-    return _measure_cached(spec.measured, adapter, dtype)
-
-
-# A plan asks hundreds of times.
-@lru_cache(maxsize=32)
-def _measure_cached(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
-    """Measure as `measure_activations` does, of the sizes that a spec was measured by."""
     # Only these change what is saved.
     same = Adapter(kind=adapter.kind)
     if adapter.kind == "lora":
@@ -86,11 +79,20 @@ def _measure_cached(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAc
             target=adapter.target,
             modules_to_save=adapter.modules_to_save,
         )
-    return _measure_same(sizes, same, dtype)
+    return _measure(spec.measured, same, dtype)
 
 
+# A plan asks hundreds of times.
 @lru_cache(maxsize=32)
-def _measure_same(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
+def _measure(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
+    """Measure as `measure_activations` does, of the sizes that a spec was measured by."""
+
+    def measure() -> SavedActivations:
+        # Here, as a plan of a family in the table needs no Transformers.
+        from tunesmith.planning.layers_on_meta import measure_layers
+
+        return measure_layers(sizes, adapter, dtype)
+
     key = [
         MEASURED_LAYERS_VERSION,
         version("transformers"),
@@ -99,11 +101,4 @@ def _measure_same(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActi
         asdict(adapter),
         dtype,
     ]
-    return measure_once("specs", key, lambda: _measure(sizes, adapter, dtype), SavedActivations)
-
-
-def _measure(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
-    # Here, as a plan of a family in the table needs no Transformers.
-    from tunesmith.planning.layers_on_meta import measure_layers
-
-    return measure_layers(sizes, adapter, dtype)
+    return measure_once("specs", key, measure, SavedActivations)

@@ -24,7 +24,6 @@ from tunesmith.model.shipped import AS_SHIPPED, KEEPABLE, resolve_quantize
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.stored_form import bytes_aside
 from tunesmith.optim.adamw import checkpoint_bytes_per_parameter
-from tunesmith.parallel.mesh_shape import ONE
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.memory import MemoryEstimator, moved_to_host
 from tunesmith.planning.micro_batch import choose_micro_batch, layout_of
@@ -282,22 +281,15 @@ def describe_dense_experts(estimator: MemoryEstimator) -> tuple[str, ...]:
     in codes.
     """
     spec = estimator.spec
-    run = estimator.run
     if not estimator.scheme.has_fp8_matmuls or not spec.expert_stacks:
         return ()
-    whole = replace(estimator, mesh=ONE)
-    left = (
-        f"model.quantize=fp8 leaves experts in {run.model.dtype}: "
-        f"{spec.expert_stacks * whole.itemsize / 1e9:.1f} GB of the base's "
-        f"{sum(whole.weights(whole.itemsize)) / 1e9:.1f}"
-    )
-    if spec.quantized is None or spec.quantized not in KEEPABLE:
-        return (f"{left}; to save memory: model.quantize=nf4",)
-    whole = replace(whole, run=replace(run, model=replace(run.model, quantize=AS_SHIPPED)))
-    return (
-        f"warning: {left}, which ships in {spec.quantized.upper()} and takes "
-        f"{sum(whole.weights(whole.itemsize)) / 1e9:.1f} GB so; fix: model.quantize={AS_SHIPPED}",
-    )
+    share = spec.expert_stacks / spec.parameters
+    dtype = estimator.run.model.dtype
+    left = f"model.quantize=fp8 leaves experts, {share:.0%} of the parameters, in {dtype}"
+    if spec.quantized in KEEPABLE:
+        ships = f"which ships in {spec.quantized.upper()}; fix: model.quantize={AS_SHIPPED}"
+        return (f"warning: {left}, {ships}",)
+    return (f"{left}; to save memory: model.quantize=nf4",)
 
 
 def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, int]:

@@ -538,7 +538,7 @@ def test_experts_that_fp8_leaves_dense_are_named(capsys: pytest.CaptureFixture[s
     """A base that ships them in codes would take three times the memory."""
     words = ["plan", "gpt-oss-20b-lora", "--on", "h100"]
     assert main([*words, "model.quantize=fp8"]) == 0
-    assert lines_with(capsys.readouterr().out, "warning", "MXFP4", "41.2", "13.8 GB")
+    assert lines_with(capsys.readouterr().out, "warning", "MXFP4", "as-shipped")
     assert main(words) == 0
     assert not lines_with(capsys.readouterr().out, "warning")
 
