@@ -36,8 +36,7 @@ MESH_TEXT = (
 )
 # Parts of a step that take a smaller share of it are not shown.
 MIN_SHOWN_SHARE = 0.01
-# What the phases of memory and the parts of a step are called here; --json has the short names.
-PHASES = {"load": "while it loads", "step": "in a step", "save": "while it saves"}
+# What the parts of a step are called here; --json has the short names.
 STEP_PART_NAMES = {
     "products": "matrix products",
     "recompute": "recomputing layers",
@@ -136,21 +135,12 @@ def _table(planner: Planner, forecasts: list[Forecast], shown: list[Forecast]) -
     return lines
 
 
-def _largest_phase(planner: Planner, forecast: Forecast) -> tuple[str, int]:
-    """The phase that needs the most bytes, of those that decide whether the run fits.
-
-    A checkpoint of an adapter for which there is no room beside a step waits for it.
-    """
+def _needed_gib(planner: Planner, forecast: Forecast) -> float:
+    """Compute what a step needs; of a run that does not fit, what it cannot do without."""
+    needed = forecast.phases["step"]
     if not forecast.fits:
-        return "step", memory_needs(forecast.plan, planner.machine)[0]
-    phases = forecast.phases
-    if _waits_to_save(forecast):
-        phases = {name: size for name, size in phases.items() if name != "save"}
-    return max(phases.items(), key=lambda phase: phase[1])
-
-
-def _waits_to_save(forecast: Forecast) -> bool:
-    return bool(forecast.plan.memory.copies) and forecast.phases["save"] > forecast.room
+        needed, _ = memory_needs(forecast.plan, planner.machine)
+    return needed / GIB
 
 
 def _step_text(seconds: float) -> str:
@@ -172,7 +162,7 @@ def _row(planner: Planner, forecast: Forecast) -> str:
     if not forecast.fits:
         figures = " does not fit"
     micro_batch = plan.choices["micro batch"]
-    needed = _largest_phase(planner, forecast)[1] / GIB
+    needed = _needed_gib(planner, forecast)
     return f"{plan.mesh.sizes():<24} {micro_batch:>14} {recompute:>9} {needed:6.1f} {figures}"
 
 
@@ -181,12 +171,9 @@ def _details(planner: Planner, best: Forecast, price: float | None, base: Path |
     step_seconds = best.step_seconds or 0
     is_gpu = planner.machine.device == "cuda"
     device = "a GPU" if is_gpu else "the process, without 0.5 GiB of Python and its libraries"
-    phase, largest = _largest_phase(planner, best)
-    needed = f"{largest / GIB:.1f} of {best.room / GIB:.1f} usable GiB {PHASES[phase]}"
-    if phase != "step":
-        needed += f"; {best.phases['step'] / GIB:.1f} {PHASES['step']}"
+    needed = f"{_needed_gib(planner, best):.1f} of {best.room / GIB:.1f} usable GiB in a step"
     lines = [f"memory of {device}: {needed}: {best.plan.memory.describe()}"]
-    if _waits_to_save(best):
+    if best.plan.memory.copies and best.phases["save"] > best.room:
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
     if step_seconds:
         lines += _describe_step(best, step_seconds)
