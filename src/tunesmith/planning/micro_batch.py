@@ -103,7 +103,7 @@ def fastest_micro_batch(
     run = estimator.run
     if estimator.machine.device == "cpu":
         # Without the figures of a trial, which are others each time.
-        cluster = replace(cluster, chip=replace(cluster.chip, tflops=None, bandwidth=None))
+        cluster = replace(cluster, chip=replace(cluster.chip, tflops=None))
     estimators = [estimator]
     if estimator.streams and run.train.recompute == "auto":
         # More layers then stay on the device, and fewer are copied.

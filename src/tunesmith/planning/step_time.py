@@ -347,9 +347,11 @@ class Step:
 
     @property
     def _memory_bandwidth(self) -> float:
-        """Bytes/s; where unknown, in proportion to the speed of products."""
-        bandwidth = self.cluster.chip.bandwidth
-        return 1e9 * bandwidth if bandwidth else 1e12 * self._tflops / USUAL_OPERATIONS_PER_BYTE
+        """Bytes/s; in proportion to the speed of products where either is unknown."""
+        chip = self.cluster.chip
+        if chip.tflops and chip.bandwidth:
+            return 1e9 * chip.bandwidth
+        return 1e12 * self._tflops / USUAL_OPERATIONS_PER_BYTE
 
     def _transfer_seconds(self, collective: Collective) -> float:
         """Estimate the seconds of all that one collective sends; none over an unknown link."""
