@@ -100,8 +100,8 @@ def test_a_plan_that_does_not_fit_is_refused_with_keys_that_make_it_fit(
         again = plan_of(load_recipe(recipe, [*words_of(keys), *shlex.split(words)]), shape, gib)
         assert again.memory.total <= gib * GIB * USABLE_SHARE, words
         # The size of an adapter that the recipe does not have yet is worked out without its model.
-        tolerance = 0.7 if "adapter.kind" in words else 0.06
-        assert again.memory.total / GIB == pytest.approx(
+        tolerance = 0.9 if "adapter.kind" in words else 0.06
+        assert again.memory.step / GIB == pytest.approx(
             float(claimed.partition(" GiB")[0]), abs=tolerance
         )
 
@@ -138,7 +138,7 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
     words, _, claimed = refused.value.fix.partition(" (")
     assert words == "model.quantize=nf4"
     again = plan_of(load_recipe(recipe, [*keys, words]), "llama3-8b", gib)
-    needed = again.memory.total - again.memory.copies
+    needed = again.memory.step
     assert gib * GIB * USABLE_SHARE < needed <= gib * GIB * ALLOCATABLE_SHARE
     assert float(claimed.partition(" GiB")[0]) == pytest.approx(needed / GIB, abs=0.06)
 
@@ -148,10 +148,10 @@ def test_what_just_fits_is_offered_where_nothing_leaves_room(recipe: Path) -> No
     [
         (
             {"train.recompute": "none"},
-            "train.recompute=full (16.5 GiB); or "
-            "train.cpu_offload='[parameters]' (21.3 GiB; 4.4 GB of the host's memory)",
+            "train.recompute=full (16.3 GiB); or "
+            "train.cpu_offload='[parameters]' (21.1 GiB; 4.4 GB of the host's memory)",
         ),
-        (FULL, "adapter.kind=lora (21.6 GiB) with --fresh"),
+        (FULL, "adapter.kind=lora (21.3 GiB) with --fresh"),
     ],
 )
 def test_a_run_that_resumes_on_a_smaller_device_is_told_what_it_may_change(

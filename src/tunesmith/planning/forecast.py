@@ -329,6 +329,6 @@ class Planner:
                 save += 4 * largest
         return {
             "load": memory.weights + largest * DTYPES[self.run.model.dtype].itemsize,
-            "step": memory.total - memory.copies,
+            "step": memory.step,
             "save": save,
         }

@@ -144,7 +144,7 @@ class MemoryEstimator:
         run = replace(self.run, train=replace(self.run.train, recompute=recomputed_layers))
         memory = replace(self, run=run).estimate(tokens)
         # The moments are in `total`; the gradients of the step before are dropped.
-        return memory.total - memory.gradients - memory.copies
+        return memory.step - memory.gradients
 
     @property
     def itemsize(self) -> int:

@@ -184,6 +184,11 @@ class MemoryEstimate:
     def total(self) -> int:
         return self.static + self.activations + self.workspace
 
+    @property
+    def step(self) -> int:
+        """Count what a step takes: an adapter's checkpoint waits where its copies have no room."""
+        return self.total - self.copies
+
     def describe(self) -> str:
         """The parts, in GiB."""
         sizes = {
@@ -208,7 +213,7 @@ class Saving(NamedTuple):
 
     Attributes:
         keys: as words of the command line.
-        total: bytes that the run then needs.
+        total: bytes that a step then needs.
         resumes: whether a run that is resumed may change them.
         cost: of layers that stream, as the plan says it.
     """

@@ -83,7 +83,7 @@ def find_savings(
         keys: Keys = {"train.cpu_offload": (*offloaded, "parameters")}
         streamed = _changed(starts[0], keys, plan_of)
         enough += [change for change in streamed if just_fits(change.plan)]
-    return tuple(_saving(run, change, machine) for change in enough)
+    return tuple(_saving(run, change) for change in enough)
 
 
 def _find_enough(
@@ -128,7 +128,7 @@ def _changed(
         return []
 
 
-def _saving(run: Run, planned: PlannedChange, machine: Machine) -> Saving:
+def _saving(run: Run, planned: PlannedChange) -> Saving:
     changes = differences(run, planned.run)
     words = []
     for change in changes:
@@ -139,16 +139,7 @@ def _saving(run: Run, planned: PlannedChange, machine: Machine) -> Saving:
     resumes = all(change.allowed for change in changes)
     plan = planned.plan
     cost = plan.why["cpu offload"] if plan.streamed_layers else ""
-    return Saving(" ".join(words), bytes_of_run(plan, machine), resumes, cost)
-
-
-def bytes_of_run(plan: RunPlan, machine: Machine) -> int:
-    """Count what a run takes: no copies of an adapter whose checkpoint waits for want of room."""
-    needed, there = memory_needs(plan, machine)
-    total = plan.memory.total
-    if plan.device.startswith("cuda") and total > there:
-        return needed
-    return total
+    return Saving(" ".join(words), plan.memory.step, resumes, cost)
 
 
 def _changes(run: Run, plan: RunPlan, longest: int) -> list[list[Keys]]:
@@ -229,7 +220,7 @@ def warn_of_overrun(plan: RunPlan, machine: Machine, *, resumed: bool = False) -
     """The plan of a run on a CPU, with a warning where it may need more than can be had now."""
     if not _may_overrun(plan, machine):
         return plan
-    needed = plan.memory.total - plan.memory.copies
+    needed = plan.memory.step
     there = machine.free_bytes
     place = ""
     if machine.limit and machine.limit.name:
@@ -257,8 +248,7 @@ def _may_overrun(plan: RunPlan, machine: Machine) -> bool:
     """Tell whether a run on a CPU may need more than can be had now."""
     if machine.device != "cpu" or not machine.card_bytes:
         return False
-    needed = plan.memory.total - plan.memory.copies
-    return needed > machine.free_bytes * USABLE_CPU_SHARE
+    return plan.memory.step > machine.free_bytes * USABLE_CPU_SHARE
 
 
 def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
@@ -275,13 +265,13 @@ def _ways_to_fit(plan: RunPlan, machine: Machine, *, resumed: bool) -> str:
 def memory_needs(plan: RunPlan, machine: Machine) -> tuple[int, int]:
     """Bytes that a plan cannot do without, and those that there are (0: unknown).
 
-    An adapter's checkpoint may wait. A CPU's free memory grows as other programs give way, and
+    A CPU's free memory grows as other programs give way, and
     micro batches may be smaller than planned: there only what is certain counts, the whole run's
     share or a step on the longest example alone, against all that the process could have.
     """
     memory = plan.memory
     if plan.device.startswith("cuda"):
-        return memory.total - memory.copies, int(machine.free_bytes * ALLOCATABLE_SHARE)
+        return memory.step, int(machine.free_bytes * ALLOCATABLE_SHARE)
     return max(memory.static - memory.copies, memory.least), machine.card_bytes
 
 
