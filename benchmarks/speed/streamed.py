@@ -239,18 +239,6 @@ def measure(
     return results
 
 
-def registered_link(device: torch.device) -> float:
-    """GB/s of a copy from memory that was page-locked where it lay, and of its locking."""
-    block = stream.host_block(1 << 30)
-    block.zero_()
-    began = time.perf_counter()
-    assert stream.page_lock(block, device) == 0
-    print(f"1 GiB page-locked in {time.perf_counter() - began:.2f} s", flush=True)
-    rate = stream.host_link(device, block)
-    stream.page_unlock([block], device)
-    return rate
-
-
 def main() -> None:
     """Measure all cases, and write what each has given."""
     parser = argparse.ArgumentParser(
@@ -290,7 +278,7 @@ def main() -> None:
     }
     only = args.only.split(",")
     if "link" in only and device.type == "cuda":
-        found["link"] = {"pinned": stream.host_link(device), "locked": registered_link(device)}
+        found["link"] = {"pinned": stream.host_link(device)}
         print(json.dumps(found["link"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = write_inputs(Path(folder), row_tokens)

@@ -161,7 +161,6 @@ def test_a_slot_holds_all_experts_of_the_largest_layer() -> None:
     config = SHAPES["qwen3-30b-a3b"].config | {"mlp_only_layers": [0]}
     mixture = model_spec(config, where="test")
     run = recipe(LORA, "parameters")
-<<<<<<< HEAD
     small = replace(machine(), free_bytes=8 << 30, card_bytes=8 << 30)
     estimator = MemoryEstimator(run, mixture, small, 1, ONE)
     first, *others = mixture.layers
@@ -169,13 +168,6 @@ def test_a_slot_holds_all_experts_of_the_largest_layer() -> None:
     largest = 2 * max(layer.matmul + layer.experts for layer in others)
     assert estimator.slot_bytes == pytest.approx(2 * largest, rel=0.001)
     assert estimator.estimate(TOKENS).streamed_layers > 40
-=======
-    with refuses(
-        RecipeError, where="train.cpu_offload", names=["experts"], fix=["model.quantize=nf4"]
-    ):
-        estimator = MemoryEstimator(run, mixture, machine(), trained=1)
-        resolve_plan(estimator, Cluster(CHIPS["h100"]), WORK)
->>>>>>> 15e322c4 (Choose micro batches by the forecast's own step time)
 
 
 MATRICES = sum(layer.matmul for layer in SPEC.layers)  # of all layers, all alike
