@@ -66,10 +66,15 @@ def slowly(self, step=None):
     progress(self, step)
 Heartbeat.progress = slowly
 """
-# Ranks are forked from their agent, which has loaded torch.
+# Ranks are forked from their agent, which has loaded what they load; one rank alone takes its agent
+# over.
 FORKING = """
-from warm import fork_ranks
-fork_ranks()
+import sys
+words = " ".join(sys.orig_argv)
+if " tunesmith.launch.node " in words and "--nodes 1 --ranks 1" not in words:
+    import tunesmith.training.run
+    from warm import fork_ranks
+    fork_ranks()
 """
 
 

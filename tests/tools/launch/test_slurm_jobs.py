@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from errors import holds, lines_with, refuses
-from launch.conftest import SLOW, UNENDING, uninterrupted
+from launch.conftest import FORKING, SLOW, UNENDING, uninterrupted
 from recipes import make_run, recipe
 from tunesmith.errors import MachineError
 from tunesmith.launch.jobs import last_step
@@ -114,7 +114,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for place in (folder, home):
         place.chmod(0o755)
     (home / "site").mkdir()
-    (home / "site" / "sitecustomize.py").write_text(SLOW)
+    (home / "site" / "sitecustomize.py").write_text(SLOW + FORKING)
     env = os.environ | CANARIES | {
         "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf"), "SLURMD_TIMEOUT": "20", "KILL_WAIT": "120",
         "XDG_STATE_HOME": str(home / "state"), "TUNESMITH_HEARTBEAT_SECONDS": "15", "PYTHONPATH": os.pathsep.join(sys.path),
