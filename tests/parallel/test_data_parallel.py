@@ -75,9 +75,7 @@ SHARD, COPY, TENSOR = {"shard": 2}, {"replicate": 2}, {"tensor": 2}
 # name: what is trained, how it is shared among how many ranks
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, COPY),
-    "lora, shards": (LORA, SHARD),
     "lora, shards, recomputed": (merge(LORA, {"train": {"recompute": "full"}}), SHARD),
-    "lora on nf4, copies": ({"model": {"quantize": "nf4"}}, COPY),
     "lora on nf4, shards": ({"model": {"quantize": "nf4"}}, SHARD),
     "lora, padded rows": ({"data": {"pack": False}, "train": {"micro_batch": "2 examples"}}, COPY),
     "lora, a trained embedding": ({"adapter": {"modules_to_save": ["embed_tokens"]}}, SHARD),
@@ -91,7 +89,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, 8 examples on 3": (merge(FULL, BITES), {"shard": 3}),
     "full, copies of shards": (merge(FULL, BITES), {"replicate": 2, "shard": 2}),
     "lora, copies of a tensor group": ({}, {"replicate": 2, "tensor": 2}),
-    "lora, shards of a tensor group": ({}, {"shard": 2, "tensor": 2}),
     "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
 # The recipe of a case that has `auto`
@@ -185,7 +182,6 @@ APART: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "full, shards, samples": (merge(merge(FULL, BITES), {"log": {"samples": 1}}), SHARD),
     "full, shards, updated in the backward": (merge(FULL, IN_BACKWARD), SHARD),
     "full, copies of a tensor group": (merge(FULL, BITES), {"replicate": 2, "tensor": 2}),
-    "full, shards of a tensor group": (merge(FULL, BITES), {"shard": 2, "tensor": 2}),
 }
 
 
@@ -206,7 +202,6 @@ FP8 = {"model": {"dtype": "bf16", "quantize": "fp8"}}
 NF4 = {"model": {"quantize": "nf4"}}
 # As above.
 IN_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "8-bit moments, copies": (EIGHT_BIT_MOMENTS, COPY),
     "8-bit moments, shards": (EIGHT_BIT_MOMENTS, SHARD),
     "8-bit moments, in the backward": (merge(EIGHT_BIT_MOMENTS, IN_BACKWARD), SHARD),
     "8-bit moments, tensor": (EIGHT_BIT_MOMENTS, TENSOR),
@@ -253,7 +248,6 @@ STACKS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "mxfp4": ({"model": {"quantize": "as-shipped"}}, SHARD),
     "fp8": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
     "nvfp4": ({"model": {"quantize": "as-shipped"}}, {"shard": 3}),
-    "mxfp4, tensor": ({"model": {"quantize": "as-shipped"}}, TENSOR),
     "mxfp4, shards of a tensor group": (
         {"model": {"quantize": "as-shipped"}},
         {"shard": 2, "tensor": 2},
