@@ -34,17 +34,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "lora, copies": (LORA, {"replicate": 2}),
     "lora on nf4, shards": ({**LORA, "model": {"quantize": "nf4"}}, {"shard": 2}),
     "lora, tensor": (LORA, {"tensor": 2}),
-    "full, tensor": (FULL, {"tensor": 2}),
     "kto, tensor": (KTO, {"tensor": 2}),
     "kto, 6 answers on 4": (
         {**KTO, "train": {"global_batch": "6 examples"}},
         {"replicate": 2, "shard": 2},
     ),
     "full, in the backward, shards": ({**FULL, "train": IN_BACKWARD}, {"shard": 2}),
-    "kto in full, in the backward, shards": (
-        {**FULL_KTO, "train": IN_BACKWARD},
-        {"shard": 2},
-    ),
     "kto in full, 3 answers on 4": (
         {**FULL_KTO, "train": {"global_batch": "3 examples"}},
         {"replicate": 2, "shard": 2},
