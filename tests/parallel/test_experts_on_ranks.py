@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 CASES: dict[int, dict[str, tuple[dict[str, Any], dict[str, int]]]] = {
     2: {
         "shards": (LORA, {"shard": 2}),
-        "copies": (LORA, {"replicate": 2}),
         "tensor, recomputed": (
             {"train": {"recompute": "full"}},
             {"tensor": 2},
