@@ -47,7 +47,6 @@ FULL, LORA = {"adapter": {"kind": "none"}}, {"adapter": {"kind": "lora"}}
 OFFLOADED = {"train": {"cpu_offload": ["parameters", "activations"], "recompute": "full"}}
 CASES = {
     "full": (FULL, {"shard": 2}),
-    "lora": (LORA, {"shard": 2}),
     "lora on copies": (LORA, {"replicate": 2}),
     "lora on nf4": (merge(LORA, {"model": {"quantize": "nf4"}}), {"shard": 2}),
     "lora, tensor": (LORA, {"tensor": 2}),
