@@ -23,7 +23,7 @@ from tunesmith.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY, KILLED_IN = 6, 2, 4  # the second checkpoint is not there yet
+STEPS, EVERY, KILLED_IN = 4, 2, 4  # the second checkpoint is not there yet
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "tokens", "examples")
 SECONDS = 120  # for two ranks
 
