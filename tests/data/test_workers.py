@@ -230,7 +230,7 @@ def test_a_signal_ends_the_workers_without_a_word(
 ) -> None:
     """Also a script that has no `if __name__` guard is not run again by them."""
     (tmp_path / "train.jsonl").write_text(
-        "".join(json.dumps(line(i)) + "\n" for i in range(40_000))
+        "".join(json.dumps(line(i)) + "\n" for i in range(12_000))
     )
     values = recipe(tiny, tmp_path, held=False, data={"train": {"format": "messages"}})
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
