@@ -66,12 +66,13 @@ def slowly(self, step=None):
     progress(self, step)
 Heartbeat.progress = slowly
 """
-# Ranks are forked from their agent, which has loaded what they load; one rank alone takes its agent
-# over.
+# Ranks are forked from their launcher, which has loaded what they load; one rank alone takes its
+# launcher over.
 FORKING = """
 import sys
 words = " ".join(sys.orig_argv)
-if " tunesmith.launch.node " in words and "--nodes 1 --ranks 1" not in words:
+launches = "-m tunesmith.launch.node " in words or "-m accelerate.commands.launch " in words
+if launches and "--nodes 1 --ranks 1" not in words:
     import tunesmith.training.run
     from warm import fork_ranks
     fork_ranks()

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +23,7 @@ import playbook
 import run_multi
 from accelerate_env import DEFAULTS, NOTHING, PREFIXES, read_launcher
 from errors import holds, lines_with
+from launch.conftest import FORKING
 from namespaces import start_in
 from playbook import SCRIPTS
 from ranks import free_port, run_ranks
@@ -284,9 +286,11 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def test_a_run_script_starts_the_processes_of_one_machine(
     words: list[str], tiny: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FORKING)
+    search = os.pathsep.join([str(tmp_path), *sys.path])
     out = tmp_path / "run"
     command = [FOLDER / "run-multi-llama_3b", *words, "--batch_size", "2", "--output_dir", str(out)]
-    said = finish(start(*command, PET_NNODES="1", PET_NPROC_PER_NODE="2"))
+    said = finish(start(*command, PET_NNODES="1", PET_NPROC_PER_NODE="2", PYTHONPATH=search))
     assert (
         said.count("accelerate: FSDP_VERSION=2: parallel.replicate 1, parallel.shard 2\n") == 1
     ), said
