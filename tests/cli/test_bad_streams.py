@@ -253,7 +253,7 @@ def test_a_closed_stdin_holds_no_lines(
 def test_an_interrupt_while_rows_become_tokens(world: World) -> None:
     """Nothing is learnt yet: exit 75, no run directory, no half of a cache."""
     cache = world.folder / "cache"
-    write_rows(world.folder / "train.jsonl", 40_000)
+    write_rows(world.folder / "train.jsonl", 9_000)
     words = world.train()
     before = snapshot(world.folder)
     process = Warm(words, env=os.environ | {"TUNESMITH_CACHE": str(cache)})
