@@ -176,7 +176,8 @@ def test_runs_on_nf4_are_those_of_one_process(
     pytest.importorskip("bitsandbytes")
     model = write_model(model_type, tmp_path / "model", tiny, **{**WIDE, **sizes})
     runs = {"lora on nf4, tensor": ({"model": {"quantize": "nf4"}}, TENSOR)}
-    if model_type != "qwen3_moe":  # trained in full by `test_experts_on_ranks.py`
+    # The others are trained in full by `test_tensor.py`, with biases, and `test_experts_on_ranks.py`.
+    if model_type == "minicpm3":
         runs["full, tensor"] = (FULL, TENSOR)
     # Latent attention has more products one after another: its norm moves by 1.1e-6 in fp32.
     tolerance = (5e-6, 1e-4)
@@ -195,7 +196,7 @@ def compiled(model_type: str) -> tuple[float, list[int]]:
         alone = backward(build(TABLE[model_type], ADAPTER))
         root = build(TABLE[model_type], ADAPTER)
         partial = apply_tensor_parallel(root, mesh)
-        compile_layers(root.layers, varied=True, backend="aot_eager")
+        compile_layers(root.layers[:1], varied=True, backend="aot_eager")  # the other is like it
         graphs = []
         differences = []
         for _ in range(2):

@@ -91,7 +91,7 @@ class Cluster(NamedTuple):
         deadline = time.monotonic() + LIMIT
         while not condition():
             assert time.monotonic() < deadline, log_of(out)
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def start_again(self, job: str, out: Path) -> None:
         """Let a requeued job run: Slurm 22.05 holds it for two minutes, and its old credential must
