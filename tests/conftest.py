@@ -80,9 +80,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    """What is frozen at the end is never freed, and Triton's bindings print it as leaked."""
-    gc.unfreeze()
+def pytest_configure(config: pytest.Config) -> None:
+    """What is frozen at the end is never freed, and Triton's bindings print it as leaked; pytest
+    looks for garbage before.
+    """
+    config.add_cleanup(gc.unfreeze)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
