@@ -23,6 +23,9 @@ REACHES_A_TOOL = re.compile(
     r"tunesmith\.tools|tools/|(from|import) tunesmith\b(?!\.)|cli\.main|\bmain\(|run_warm|Warm\(|run_python"
 )
 
+# No server for the few processes that these tests start.
+ENVIRONMENT = {"PYTEST_ADDOPTS": "", "TUNESMITH_TESTS_FORK": "0"}
+
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
@@ -63,7 +66,7 @@ def test_the_tests_of_the_engine_pass_without_three_tools(tmp_path: Path) -> Non
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "src"), "PYTEST_ADDOPTS": ""},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(tmp_path / "src")},
         capture_output=True,
         text=True,
         check=False,
