@@ -283,9 +283,9 @@ def test_a_library_that_holds_the_main_thread_does_not_hold_the_end(tmp_path: Pa
     """The main thread takes a minute that no exception ends; the test waits for half of it."""
     program = """
 import time
-from tunesmith.host.signals import UNWIND_S, StopRequest
+from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
 stop = StopRequest()
-stop.patience = UNWIND_S
+stop.patience = STOP_PATIENCE_SECONDS
 with stop:
     for _ in range(2):
         try:

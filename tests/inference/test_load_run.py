@@ -62,7 +62,7 @@ def test_without_final_the_newest_whole_checkpoint_is_taken(
     assert capsys.readouterr().err == "", "it was named"
     (run / "final").mkdir()
     assert "final" in locate_run(run).note
-    assert not locate_run(run).is_notable, "final/ is damaged"
+    assert not locate_run(run).is_worth_telling, "final/ is damaged"
 
 
 def test_demo_is_the_demo_model_unless_a_folder_of_that_name_holds_one(
@@ -170,7 +170,7 @@ def test_a_recipe_gives_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:
     place = locate_run(recipe)
     assert (place.holds, place.base.name, place.folder) == ("base", str(tiny), None)
     # Told where the run that it made is there
-    assert place.is_notable == (Path(place.run.output_dir) / "config.yaml").is_file()
+    assert place.is_worth_telling == (Path(place.run.output_dir) / "config.yaml").is_file()
 
 
 def _nothing(run: Path) -> Path:

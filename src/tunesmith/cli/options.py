@@ -60,7 +60,7 @@ def is_main_process() -> bool:
 
 def notify_weights(location: "RunLocation") -> None:
     """Say which weights stand for a run, where they are not those of its end."""
-    if location.is_notable and is_main_process():
+    if location.is_worth_telling and is_main_process():
         notify(location.note)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from tunesmith.cli.options import add_json, is_main_process, leave_lines_to_rank_0
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.distributed.ranks import is_launched, reported_once_a_node
-from tunesmith.host.signals import UNWIND_S, StopRequest
+from tunesmith.host.signals import STOP_PATIENCE_SECONDS, StopRequest
 from tunesmith.host.streams import lasting, show
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.summary import closing_summary
@@ -110,7 +110,7 @@ def _read_recipe(
         # A rank that waits for the report of another one is stopped by its launcher.
         early.defer_signals(announce=False)
     elif StopRequest.is_of_command:
-        early.patience = UNWIND_S
+        early.patience = STOP_PATIENCE_SECONDS
     with reported_once_a_node():
         recipe, new_file = chosen_recipe(args, on_look=on_look)
         if new_file is not None:

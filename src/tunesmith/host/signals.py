@@ -32,8 +32,8 @@ SHORT = "stopped because memory is low"
 FREE_MEMORY_FIX = "close the programs that use the memory"
 # Set by the script of `launch slurm` where it puts the job back into the queue after SIGUSR1.
 REQUEUE = "TUNESMITH_REQUEUE"
-# Seconds; for `StopRequest.patience`.
-UNWIND_S = 0.7
+# For `StopRequest.patience`, where Python alone has to end.
+STOP_PATIENCE_SECONDS = 0.7
 # Seconds; a wrapper such as `timeout` passes on the SIGINT that the terminal has sent to all.
 ONE_PRESS = 0.3
 

@@ -60,8 +60,8 @@ class RunLocation:
         base: the base model; where it holds a `full` model, the one it was trained from.
         run: the resolved recipe beside it, if there is one.
         note: which of several candidates was chosen, and why.
-        is_notable: it stands for a run, and does not hold the last step of one that has finished;
-            or for the recipe of a run.
+        is_worth_telling: the note is for the user: the path stands for a run, or for its recipe,
+            and does not hold the last step of a finished one.
     """
 
     holds: Literal["adapter", "full", "base"]
@@ -69,7 +69,7 @@ class RunLocation:
     base: Model
     run: Run | None = field(default=None, repr=False)
     note: str = ""
-    is_notable: bool = False
+    is_worth_telling: bool = False
 
     @property
     def held_out_hash(self) -> str | None:
@@ -129,7 +129,7 @@ class LoadedModel(OpenedRun, Tabular):
             ("device", f"{device}, in {dtype}"),
             ("next", "list(tunesmith.generate(loaded, [{'prompt': 'Hello'}]))"),
         ]
-        if self.location.is_notable:
+        if self.location.is_worth_telling:
             rows.insert(1, ("", self.location.note))
         return ResultTable(rows)
 
@@ -210,8 +210,8 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
         )
     elif place.is_dir():
         if (place / RECIPE).is_file():
-            folder, note, is_notable = find_saved_model(place)
-            location = replace(_in_folder(folder, note=note), is_notable=is_notable)
+            folder, note, is_worth_telling = find_saved_model(place)
+            location = replace(_in_folder(folder, note=note), is_worth_telling=is_worth_telling)
         else:
             location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
@@ -220,7 +220,7 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
         has_run = (Path(run.output_dir) / RECIPE).is_file()
         if has_run:
             note += f"; its run is {from_here(run.output_dir)}"
-        location = RunLocation("base", None, run.model, run, note, is_notable=has_run)
+        location = RunLocation("base", None, run.model, run, note, is_worth_telling=has_run)
     elif place.is_file() and place.suffix == ".gguf":
         location = RunLocation("base", None, Model(name=str(path)))
     # A folder of that name wins over a Hub id.

@@ -97,7 +97,7 @@ class Snapshot:
 class DevicePrefetcher:
     """Copies micro batches to a GPU in the thread that makes them.
 
-    `claim` is for the thread that takes them.
+    `record_stream` is for the thread that takes them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -115,7 +115,7 @@ class DevicePrefetcher:
             self._stream.synchronize()
         return placed
 
-    def claim(self, batch: Batch) -> None:
+    def record_stream(self, batch: Batch) -> None:
         """Tell the allocator that the current stream reads the batch.
 
         Else the prefetcher's stream, which owns the memory, reuses it as soon as Python frees the

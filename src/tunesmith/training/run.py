@@ -52,7 +52,7 @@ from tunesmith.errors import (
 from tunesmith.host import packages
 from tunesmith.host.files import cache_folder
 from tunesmith.host.logger import default_level, lines_by_default, stderr_only_from
-from tunesmith.host.signals import UNWIND_S, Interrupted, StopRequest
+from tunesmith.host.signals import STOP_PATIENCE_SECONDS, Interrupted, StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.hub.fetch import repo_cache
 from tunesmith.metrics.log_file import LogFile, log_file_of_run
@@ -210,7 +210,7 @@ def joined(run: Run) -> Iterator[tuple[StopRequest, Ranks]]:
     stop = StopRequest()
     # Other ranks would take an end without a word for a crash.
     if StopRequest.is_of_command and not is_launched():
-        stop.patience = UNWIND_S
+        stop.patience = STOP_PATIENCE_SECONDS
     try:
         with ExitStack() as stack, deterministic_algorithms(run.train.deterministic):
             stack.enter_context(contextlib.redirect_stderr(lasting(sys.stderr)))

@@ -65,7 +65,7 @@ class BatchPrefetcher(Protocol):
     """
 
     def __call__(self, batch: Batch) -> Batch: ...
-    def claim(self, batch: Batch) -> None: ...
+    def record_stream(self, batch: Batch) -> None: ...
 
 
 @dataclass(eq=False)
@@ -158,7 +158,7 @@ class Loader(AbstractContextManager["Loader"]):
                 batch = waiting.popleft().result()
                 if self.prefetcher is not None:
                     for micro in (*batch.mismatched, *batch.micro):
-                        self.prefetcher.claim(micro)
+                        self.prefetcher.record_stream(micro)
                 yield replace(batch, data_seconds=time.perf_counter() - began)
         finally:
             self.close()

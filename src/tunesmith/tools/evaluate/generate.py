@@ -91,8 +91,9 @@ def generate(
         if detected.format == "text" and format_name == "auto" and not columns:
             _require_text_column(detected, sources)
         if format_name != "auto" or columns:
+            # The options name a part of it.
             format_name, columns = detected.format, detected.columns
-        # A sample was looked at: a row without its columns is read by its own.
+        # Of a sample: each row is read by it, or else by one of the run's, or by its own columns.
         sources = (detected, *sources)
     prompts = []
     for i in range(len(rows)):
@@ -129,11 +130,10 @@ def generate(
 def find_source(
     rows: Rows, sources: Sequence[Source], format_name: str, columns: Mapping[str, str] | None
 ) -> Source | None:
-    """Find how `train` would read these rows, whose answers may be missing; None where format
-    and columns are given, the first row is one of `sources`, or the rows differ: `row_source`
-    then tells of each.
+    """Find how `train` would read these rows, whose answers may be missing.
 
-    DataError where it cannot tell of the first row either.
+    None where `row_source` tells it of each row: format and columns are given, or the first row has
+    the columns of one of `sources`, or the rows differ. DataError where that could not tell either.
     """
     sample, _ = sample_rows(rows)
     if not sample or (format_name != "auto" and columns is not None):

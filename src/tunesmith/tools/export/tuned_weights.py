@@ -262,32 +262,37 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     run, files = read.recipe, read.files
     model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
     set_bypassed(model, files.support.dead_targets)
-    sources: dict[str, RowSource] = {}
-    is_trained = read.location.holds == "full"
-    # Parts of several ranks hold the trained model alone: the base is not needed.
     if is_sharded(files.folder):
-        is_trained = True
-        tensors = ShardedTensors(files.folder)
-        last_read = LastRead()
-        for name, shape in weights_of(model).items():
-            read_all = partial(_read_sharded, tensors, name, shape.dtype)
-            sources[name] = WholeRows(shape.shape, read_all, last_read)
-    else:
-        trained = define_model(run, files)
-        sources = _base_rows(model, trained, read)
-    if is_trained or run.adapter.kind == "none":
-        weights = {}
-        for name, rows in sources.items():
-            weights[name] = TunedWeight(None if is_trained else rows, rows)
+        # Parts of several ranks hold the trained model alone: the base is not needed.
+        parts = _sharded_rows(model, ShardedTensors(files.folder))
+        weights = {name: TunedWeight(None, rows) for name, rows in parts}
         return TunedModel(**vars(read), model=model, weights=weights)
-    copy_saved_modules(trained, run.adapter)
-    return TunedModel(
-        **vars(read), model=model, weights=_adapted_weights(model, trained, read, sources)
-    )
+    trained = define_model(run, files)
+    rows_of = _stored_rows(model, trained, read)
+    if read.location.holds == "full":
+        weights = {name: TunedWeight(None, rows) for name, rows in rows_of.items()}
+    elif run.adapter.kind == "none":
+        weights = {name: TunedWeight(rows, rows) for name, rows in rows_of.items()}
+    else:
+        copy_saved_modules(trained, run.adapter)
+        weights = _adapted_weights(model, trained, read, rows_of)
+    return TunedModel(**vars(read), model=model, weights=weights)
 
 
-def _base_rows(model: PreTrainedModel, trained: nn.Module, read: OpenedRun) -> dict[str, RowSource]:
-    """The parameters of the base, by the names of `weights_of`."""
+def _sharded_rows(
+    model: PreTrainedModel, tensors: ShardedTensors
+) -> Iterator[tuple[str, RowSource]]:
+    """The parameters of a checkpoint of several ranks, by the names of `weights_of`."""
+    last_read = LastRead()
+    for name, shape in weights_of(model).items():
+        read_all = partial(_read_sharded, tensors, name, shape.dtype)
+        yield name, WholeRows(shape.shape, read_all, last_read)
+
+
+def _stored_rows(
+    model: PreTrainedModel, trained: nn.Module, read: OpenedRun
+) -> dict[str, RowSource]:
+    """The parameters of the base, or of a model trained in full, by the names of `weights_of`."""
     run, files = read.recipe, read.files
     frozen = {}
     stacks = {}
