@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +169,56 @@ def test_layers_whose_memory_cannot_be_locked_are_staged(name, blocks, kept, mon
     staged = [host.locked for host in stream.streamed].count(False)
     assert holds(stream.describe_staging(), f"{staged} of {kept}", "thread")
     assert len(driver.locked) == kept - staged + SLOTS
+
+
+@cpu_and_gpu
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_layers_whose_backward_never_comes_are_brought_in_order(name, blocks, monkeypatch):
+    """The lowest trained layer's backward brings the one below it, which takes no turn then."""
+    device = torch.device(name)
+
+    def losses(streamed: int) -> list[Tensor]:
+        layers, _ = built(device, streamed)
+        for layer in layers[:4]:
+            layer.requires_grad_(requires_grad=False)
+        return [step(layers, device) for _ in range(4)]
+
+    expected = losses(0)
+    Driver(monkeypatch, blocks)
+    slow = stream_module.LayerStream._stage
+
+    def late(self: LayerStream, *args: Any) -> None:
+        time.sleep(0.02)
+        slow(self, *args)
+
+    monkeypatch.setattr(stream_module.LayerStream, "_stage", late)
+    found = losses(LAYERS)
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_as_much_is_released_as_the_largest_layer_needs(monkeypatch):
+    """A driver with room for 12 units, and layers of 1 and 4: two of 4 stage the others."""
+    unit = 4 * 16 * 16
+    room = 12 * unit
+
+    def lock(block: Tensor, device: torch.device) -> int:
+        nonlocal room
+        if block.nbytes > room:
+            return 2
+        room -= block.nbytes
+        return 0
+
+    def unlock(blocks: Sequence[Tensor], device: torch.device) -> None:
+        nonlocal room
+        room += sum(block.nbytes for block in blocks)
+
+    monkeypatch.setattr(stream_module, "page_lock", lock)
+    monkeypatch.setattr(stream_module, "page_unlock", unlock)
+    layers: list[nn.Module] = [Layer(width) for width in (16, 32) * 4]
+    stream = LayerStream(layers, len(layers), torch.device("cpu"))
+    assert stream.slot_bytes == 4 * unit
+    assert [host.locked for host in stream.streamed].count(True) >= 1
+    assert room >= 0
 
 
 def test_two_blocks_must_be_locked(monkeypatch):

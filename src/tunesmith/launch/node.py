@@ -63,7 +63,7 @@ CPP_LOG_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 def parser() -> argparse.ArgumentParser:
     """The agent's flags; the words after `--` are those of `tunesmith`."""
     p = argparse.ArgumentParser(prog="python -m tunesmith.launch.node", description=__doc__)
-    p.add_argument("--nodes", type=int, default=1, metavar="N", help="of the run (default: 1)")
+    p.add_argument("--nodes", default="1", metavar="N", help="of the run (default: 1)")
     p.add_argument(
         "--ranks", default="auto", metavar="N|auto", help="of this node; auto: one per GPU, or one"
     )
@@ -119,7 +119,10 @@ def run_node(args: argparse.Namespace) -> int:
     if command == "train":
         recipe, *overrides = rest
         out = Path(load_recipe(recipe, overrides).output_dir)
-    ranks = count_gpus() or 1 if args.ranks == "auto" else int(args.ranks)
+    args.nodes = positive_count(args.nodes, "--nodes")
+    ranks = count_gpus() or 1
+    if args.ranks != "auto":
+        ranks = positive_count(args.ranks, "--ranks")
     if args.debug:
         os.environ["TUNESMITH_DEBUG"] = "1"
         os.environ.setdefault("NCCL_DEBUG", "INFO")
@@ -288,6 +291,15 @@ def count_gpus() -> int:
     # CUDA sees none from -1 on.
     valid, _, _ = visible.partition("-1")
     return sum(1 for name in valid.split(",") if name.strip())
+
+
+def positive_count(text: str, where: str) -> int:
+    """A count of at least 1; UsageError for any other text."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"{text} is not a whole number of at least 1", where=where, fix=f"{where} 2"
+        )
+    return int(text)
 
 
 if __name__ == "__main__":

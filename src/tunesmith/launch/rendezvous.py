@@ -43,7 +43,10 @@ class Endpoint(NamedTuple):
 
 
 def find_endpoint(host: str, port: int) -> Endpoint:
-    """The endpoint as this node sees it; MachineError if the name does not resolve."""
+    """The endpoint as this node sees it.
+
+    MachineError if the name does not resolve, or no interface has the address of this node.
+    """
     try:
         host = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
@@ -54,6 +57,12 @@ def find_endpoint(host: str, port: int) -> Endpoint:
     interfaces = local_addresses()
     # This node holds the store where the address is its own.
     address = host if host in interfaces else route_to(host)
+    if address not in interfaces:
+        raise MachineError(
+            f"no interface of this node has the address {address}",
+            where="--endpoint",
+            fix=f"the address of a node that is reached from one of {', '.join(interfaces)}",
+        )
     return Endpoint(host, port, address, interfaces[address])
 
 

@@ -62,6 +62,7 @@ class Profiler:
         self.device = device
         self.traces: list[Path] = []
         self.tables: list[Path] = []
+        self._steps_left = (settings.wait + settings.warmup + settings.active) * settings.cycles
         self._profile: profile | None = None
         # Ranks that are not profiled pay nothing.
         if not settings.enabled or (settings.ranks != "all" and rank not in settings.ranks):
@@ -93,10 +94,14 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """Note an optimizer step; after its last cycle the profiler does nothing any more."""
-        if self._profile is not None:
-            self._profile.step()
-            self._keep_traces_only()
+        """Note an optimizer step. The profiler ends after its last cycle, with what it holds."""
+        if self._profile is None:
+            return
+        self._profile.step()
+        self._keep_traces_only()
+        self._steps_left -= 1
+        if self._steps_left == 0:
+            self.__exit__()
 
     def _keep_traces_only(self) -> None:
         """Parse no events of the cycle that has begun, if one has: they are read from its trace.

@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from tunesmith.config.schema import Run
-from tunesmith.model.spec import ModelSpec
+from tunesmith.model.spec import Layer, ModelSpec
 from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_expert_adapter
 from tunesmith.planning.memory import MemoryEstimator
@@ -194,9 +194,20 @@ class Step:
         One of each block, forward and backward, that of the forward again where its layer is
         recomputed; and of the embedding and the head's gradient.
         """
-        # Attention, and an MLP; shared experts of a mixture are not counted.
-        blocks = [1 if layer.experts else 2 for layer in self.spec.layers]
+        blocks = [self._shared_blocks(layer) for layer in self.spec.layers]
         return 2 * sum(blocks) + sum(blocks[: self.memory.recomputed_layers]) + 2
+
+    def _shared_blocks(self, layer: Layer) -> int:
+        """Count the blocks of a layer that a tensor group shares: attention, an MLP of all tokens.
+
+        Of a mixture that is one of shared experts: what there is beside attention and router.
+        """
+        if not layer.experts:
+            return 2
+        of_heads = layer.heads + layer.kv_heads
+        attention = self.spec.hidden * of_heads * (layer.head_dim + layer.value_dim)
+        router = self.spec.hidden * layer.expert_count
+        return 1 + (layer.matmul > attention + router)
 
     def time(self) -> StepTime:
         """The seconds of the step, by part; in proportion where the chip's speed is unknown."""
@@ -320,6 +331,8 @@ class Step:
         # A layer that recomputes reads its weights a third time.
         reads = 1 + self.memory.recomputed_layers / self.spec.depth / 2
         passes = reads * self.pass_bytes / self._memory_bandwidth
+        if self.estimator.machine.device == "cpu" and self.cluster.chip.tflops:
+            passes = 0.0  # its measured rate is that of such passes
         parts = {name: self.tokens * seconds for name, seconds in self.token_seconds.items()}
         return parts | {
             "recompute": self.tokens * token_seconds * self._recompute_share,

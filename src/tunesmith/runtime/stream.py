@@ -138,7 +138,11 @@ class LayerStream:
         if not error:
             return
         clear_error(self.device)
-        count = max(0, len(self._locked) - SLOTS)
+        count = len(self._locked)
+        freed = 0
+        while count and freed < SLOTS * self.slot_bytes:
+            count -= 1
+            freed += self._locked[count].nbytes
         page_unlock(self._locked[count:], self.device)
         del self._locked[count:]
         self.streamed[count:] = [host._replace(locked=False) for host in self.streamed[count:]]
@@ -249,7 +253,9 @@ class LayerStream:
         issued = torch.cuda.current_stream(self.device).record_event() if self._stream else None
         self._held[slot] = turn
         self.copies += 1
-        self._staged[slot] = None
+        staged = self._staged[slot]
+        if staged is not None:
+            staged.result()  # else it might come after this copy, if its layer took no turn
         if host.locked:
             self._copy(host.block, slot, issued)
         else:

@@ -218,6 +218,12 @@ def _check_rope(config: ModelConfig, family: GgufFamily) -> None:
         raise _other_math("partial_rotary_factor", partial, 1.0)
     if rope_type == "yarn":
         _check_yarn(full)
+    if rope_type == "longrope":
+        pairs = rotary_dims(config) // 2
+        long, short = full.get("long_factor", ()), full.get("short_factor", ())
+        for key, factors in {"long_factor": long, "short_factor": short}.items():
+            if len(factors) != pairs:
+                raise _other_math(key, factors, f"a list of {pairs} factors")
 
 
 def _check_yarn(rope: Rope) -> None:
