@@ -16,7 +16,7 @@ from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import BatchSchedule
 from tunesmith.errors import RecipeError
-from tunesmith.host.chips import Chip
+from tunesmith.host.chips import CHIPS, Chip
 from tunesmith.loss import chunk_size
 from tunesmith.model.shapes import SHAPES
 from tunesmith.model.spec import adapter_parameters, flops, read_spec
@@ -287,6 +287,15 @@ def test_gathers_hide_behind_compute_as_far_as_they_are_shorter() -> None:
     exposed = layer + (gather - forward) + max(0, gather - 3 * forward)
     assert short.seconds["shards"] == pytest.approx(exposed)
     assert short.hidden_seconds == pytest.approx(layer + 2 * gather - exposed)
+
+
+def test_the_measured_rate_of_a_cpu_has_the_reads_of_weights_in_it() -> None:
+    run, spec = recipe({}), read_spec(SHAPES["llama3-3b"].config, where="")
+    chip = replace(CHIPS["h100"], name="cpu", tflops=1.0, bandwidth=10.0)
+    work = measure_work(run, spec, None, 60)
+    found = plan_on_paper(run, spec, Cluster(chip, 1, 1), work).forecast(MeshShape())
+    assert found.seconds["products"] > 0
+    assert found.seconds["fixed cost of passes"] == 0
 
 
 # Cases of streamed.json, their shape, layers and tolerance. Matrices of the 70B run faster than those
