@@ -302,7 +302,7 @@ class Shelf:
         self.put.append((threading.current_thread().name, placed))
         return placed
 
-    def claim(self, batch: Batch) -> None:
+    def record_stream(self, batch: Batch) -> None:
         self.taken.append((threading.current_thread().name, batch))
 
 

@@ -140,7 +140,7 @@ def test_a_placed_batch_is_there_and_stays_while_it_is_read() -> None:
             1,
         )
         placed = placer(batch)
-        placer.claim(placed)
+        placer.record_stream(placed)
         assert all(t.device == device for t in placed.tensors().values())
         moved = placed.to(device)
         assert all(moved.tensors()[n] is t for n, t in placed.tensors().items()), "copied again"
