@@ -40,7 +40,7 @@ from tunesmith.training import build
 from tunesmith.training.result import Result
 from tunesmith.training.run import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 LAYERS = 6
 RECOMPUTED = {"train": {"recompute": "full"}}
