@@ -7,10 +7,6 @@
 Micro batch and recomputed layers are those that `train` plans on the device. Layers are counted by
 count_kernels.py; head, optimizer and attention are added as the comments below say. Rates are those
 of gpu_rates.py, and `--assume NAME=NUMBER` gives others.
-
-Two columns have tokens/s: with products at the rate of a large one, and at the average of a step.
-That average has skinny products in it, which are a term of their own here, so the truth should lie
-between.
 """
 
 from __future__ import annotations
@@ -74,9 +70,6 @@ class Setting:
 
     device: str
     rates: Rates
-
-    def in_step(self) -> Setting:
-        return replace(self, rates=self.rates.in_step())
 
 
 @dataclass
@@ -328,34 +321,30 @@ def compare_with_results(
 def print_forecasts(goals: Sequence[Goal], setting: Setting) -> dict[str, Any]:
     """The table, a row a goal; everything behind it by title."""
     names = (PRODUCTS, SKINNY, LAYER_KERNELS, ATTENTION, HEAD, OPTIMIZER)
-    rates = setting.rates
-    slow, fast = (f"{rate / 1e12:,.0f}" for rate in (rates.product_in_step, rates.product))
-    head = ("ms a step", "micro batch", "recomputed", *names)
-    print(f"| {' | '.join(head)} | tokens/s at {slow} | at {fast} TFLOP/s | goal | of the goal |")
-    print("|---" * (len(head) + 4) + "|")
+    head = ("ms a step", "micro batch", "recomputed", *names, "tokens/s", "goal", "of the goal")
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
     report_by_title = {}
     for goal in goals:
         layout = plan_layout(goal, setting)
-        best = forecast(goal, setting, layout)
-        likely = forecast(goal, setting.in_step(), layout)
+        step = forecast(goal, setting, layout)
+        speed = step.tokens_per_second
         target = goal.tokens_per_second.get(setting.device)
-        speeds = [likely.tokens_per_second, best.tokens_per_second]
         cells = [
             goal.title,
             f"{layout.micro_batches} x {layout.tokens:,}",
             f"{layout.recomputed_layers} of {len(read_shape(goal).layers)}",
-            *(f"{best.terms[name].ms:,.0f}" for name in names),
-            *(f"{speed:,.0f}" for speed in speeds),
+            *(f"{step.terms[name].ms:,.0f}" for name in names),
+            f"{speed:,.0f}",
             f"{target:,}" if target else "-",
-            " to ".join(f"{speed / target:.0%}" for speed in speeds) if target else "-",
+            f"{speed / target:.0%}" if target else "-",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
         report_by_title[goal.title] = {
             "layout": vars(layout),
-            "terms": {name: vars(term) for name, term in best.terms.items()},
-            "head_products": vars(best.head_products),
-            "best": best.tokens_per_second,
-            "likely": likely.tokens_per_second,
+            "terms": {name: vars(term) for name, term in step.terms.items()},
+            "head_products": vars(step.head_products),
+            "tokens_per_second": speed,
             "goal": target,
         }
     return report_by_title

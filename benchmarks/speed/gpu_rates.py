@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 RANK, MICRO_TOKENS = 8, 16384
 HIDDEN, MLP = 4096, 14336
 SHAPED = re.compile(r"(?P<product>.+), (?P<m>\d+) x (?P<k>\d+)")
-PRODUCTS_OF_MICRO = ("x W^T", "x W^T added to y", "dy W")
 # Each with the width of its large matrix.
 SKINNY_OF_MICRO = {
     "x A^T": "k",
@@ -37,7 +36,7 @@ ATTENTION_BOUND = 768
 class Rates:
     """What one device reaches: operations/s, bytes/s (read and written), milliseconds.
 
-    product: a large dense product in bf16; product_in_step: those of a step on average.
+    product: a large dense product in bf16, at the power that a whole step takes.
     eight_bit_speed: an 8-bit product beside one in bf16.
     copy: a copy on the device. memory_share, skinny_share: of it, what memory-bound kernels and
     skinny products reach.
@@ -46,7 +45,6 @@ class Rates:
     """
 
     product: float
-    product_in_step: float
     eight_bit_speed: float
     copy: float
     memory_share: float
@@ -66,10 +64,6 @@ class Rates:
     def skinny_bandwidth(self) -> float:
         return self.skinny_share * self.copy
 
-    def in_step(self) -> Rates:
-        """With products at the rate that a step reaches on average."""
-        return replace(self, product=self.product_in_step)
-
     def with_figures(self, source: str, **figures: Any) -> Rates:
         """With other figures, all from one source. Attention follows the product's rate."""
         sources = {**self.sources, **dict.fromkeys(figures, source)}
@@ -83,32 +77,26 @@ class Rates:
         return replace(self, sources=sources, **figures)
 
 
+_MICRO = "measured on an H200 by micro.py"
 H200 = Rates(
-    product=790e12,
-    product_in_step=700e12,
-    eight_bit_speed=1.9,
-    copy=4.3e12,
+    product=670e12,
+    eight_bit_speed=2.19,
+    copy=4.26e12,
     memory_share=0.88,
-    # A plain loop's products took 716 ms of a step of 8B. Its 492 TFLOP take 623 ms at 790 TFLOP/s.
-    # If the other 93 ms are its 257 GB of skinny products, these reach 0.64 of the copy; the
-    # profile is exact to a percent of the step, so 0.58 to 0.72.
-    skinny_share=0.6,
-    # 11 % of the 955 ms of a step of 8B are the backward; a third of that the forward.
-    attention_ms=(35.0, 105.0),
+    skinny_share=0.709,
+    attention_ms=(13.94, 48.97),
     sources={
-        "product": "measured on an H200, 8192^3",
-        "product_in_step": "measured on an H200 in a plain loop, its skinny products included",
-        "eight_bit_speed": "assumed: twice on paper",
+        "product": "measured on an H200, 8192^3, held at its 700 W; single products reach 708",
+        "eight_bit_speed": f"{_MICRO}: 2.32 with fast sums, 2.07 with full ones",
         "copy": "measured on an H200, device to device",
-        "memory_share": "assumed",
-        "skinny_share": "assumed: a plain loop's products, less these at 790 TFLOP/s",
-        "attention_ms": "measured on an H200 in a plain loop; its forward assumed, a third",
+        "memory_share": "as 77 ms of an 8B's step on an H200 say",
+        "skinny_share": _MICRO,
+        "attention_ms": _MICRO,
     },
 )
 H100 = H200.with_figures("assumed: the H200's share of 4.8 TB/s, of 3.35", copy=3.0e12)
 GB10 = (
-    H200.with_figures("assumed: the H200's share of a large product", product_in_step=81.5e12)
-    .with_figures("measured on a GB10, single products", product=92e12, eight_bit_speed=2.0)
+    H200.with_figures("measured on a GB10, single products", product=92e12, eight_bit_speed=2.0)
     .with_figures("measured on a GB10, 218 to 234 GB/s", copy=226e9)
     # What was measured is taken for what kernels reach.
     .with_figures("assumed", memory_share=1.0)
@@ -125,9 +113,6 @@ def figures_of_micro(report: Mapping[str, Any], copy: float, product: float) -> 
     # What failed has its error in place of a number.
     seconds = {name: ms / 1e3 for name, ms in timings.items() if isinstance(ms, int | float)}
     figures: dict[str, Any] = {}
-    products = sum_products(seconds, tokens)
-    if products.seconds:
-        figures["product_in_step"] = products.amount / products.seconds
     skinny = sum_skinny_products(seconds, tokens)
     if skinny.seconds:
         figures["skinny_share"] = skinny.amount / skinny.seconds / copy
@@ -147,17 +132,6 @@ class Total(NamedTuple):
 
     amount: float
     seconds: float
-
-
-def sum_products(seconds: Mapping[str, float], tokens: int) -> Total:
-    """Operations of micro.py's products with a frozen weight [m, k]."""
-    operations, time = 0.0, 0.0
-    for name, duration in seconds.items():
-        match = SHAPED.fullmatch(name)
-        if match and match["product"] in PRODUCTS_OF_MICRO:
-            operations += 2 * tokens * int(match["m"]) * int(match["k"])
-            time += duration
-    return Total(operations, time)
 
 
 def sum_skinny_products(seconds: Mapping[str, float], tokens: int) -> Total:

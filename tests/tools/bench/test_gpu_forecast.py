@@ -14,7 +14,6 @@ import torch
 from gpu_goals import GOALS, MIXTURES, device_key
 from gpu_rates import (
     MACHINES,
-    PRODUCTS_OF_MICRO,
     RATES,
     SKINNY_OF_MICRO,
     read_results,
@@ -110,7 +109,6 @@ def test_measured_figures_take_the_place_of_assumed_ones() -> None:
     rates = with_measured(RATES["h200"], session(micro={"milliseconds": MICRO}))
     n = 16384
     assert (rates.copy, rates.product) == (4.2e12, 780e12)
-    assert rates.product_in_step == pytest.approx(2 * 2 * n * 4096 * 4096 / 1.5e-3)
     moved = 2 * (n * 4096 + 8 * (n + 4096)) + 2 * (n * 14336 + 8 * (n + 14336))
     assert rates.skinny_bandwidth == pytest.approx(moved / 0.25e-3)
     assert rates.eight_bit_product == pytest.approx(2 * n * 4096 * 14336 / 1.4e-3)
@@ -123,7 +121,7 @@ def test_measured_figures_take_the_place_of_assumed_ones() -> None:
 def test_the_names_are_those_of_micro() -> None:
     source = (ROOT / "benchmarks/speed/micro.py").read_text(encoding="utf-8")
     source = re.sub(r"timed\(\s+", "timed(", source)
-    for product in (*PRODUCTS_OF_MICRO, *SKINNY_OF_MICRO):
+    for product in SKINNY_OF_MICRO:
         assert f'timed(f"{product}, {{shape}}"' in source
     for name in ("fp8 product of {rows} rows", "{backend}, bound {bound}, both ways"):
         assert f'timed(f"{name}"' in source
@@ -131,9 +129,9 @@ def test_the_names_are_those_of_micro() -> None:
 
 def test_without_a_measurement_attention_follows_the_product_and_the_rest_stays() -> None:
     old = RATES["h200"]
-    slower = {"name": "NVIDIA H200", "product_tflops": 395.0}
+    slower = {"name": "NVIDIA H200", "product_tflops": 335.0}
     rates = with_measured(old, {"device": slower, "steps": {}})
-    assert rates.attention_ms == pytest.approx((70.0, 210.0))
+    assert rates.attention_ms == pytest.approx((27.88, 97.94))
     assert (rates.copy, rates.skinny_share) == (old.copy, old.skinny_share)
     failed = {"micro": {"exit": 124, "seconds": 70.0, "report": None}}
     assert with_measured(old, {"device": {"name": "NVIDIA H200"}, "steps": failed}) == old
@@ -179,7 +177,7 @@ PROFILED_TERMS = {
 
 @pytest.fixture(scope="module")
 def of_h200(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The report and the output of a forecast of two goals with a profile of the first beside it."""
+    """The report and the output of a forecast of four goals with a profile of the first beside it."""
     folder = tmp_path_factory.mktemp("forecast")
     figures = {
         "tokens_per_second": 16384 / 1.13,
@@ -189,7 +187,7 @@ def of_h200(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], s
     file = folder / "results.json"
     profiled = {"8b-bf16-profile": {"figures": figures, "terms_ms_a_step": PROFILED_TERMS}}
     file.write_text(json.dumps(session(**profiled)))
-    words = ["--only", 0, 1, "--beside", file]
+    words = ["--only", 0, 1, 2, 3, "--beside", file]
     done = run_forecast(*words, "--json", folder / "forecast.json")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "forecast.json").read_text()), done.stdout
@@ -203,13 +201,12 @@ def test_the_forecast_and_a_profile_beside_it(of_h200: tuple[dict[str, Any], str
     bf16, fp8 = (report["goals"][goal.title] for goal in GOALS[:2])
     assert bf16["layout"] == {"tokens": 16384, "micro_batches": 1, "recomputed_layers": 0}
     step = sum(term["ms"] for term in bf16["terms"].values())
-    assert bf16["best"] == pytest.approx(16384e3 / step)
-    assert bf16["likely"] < bf16["best"]
+    assert bf16["tokens_per_second"] == pytest.approx(16384e3 / step)
     operations = 4 * 16384 * 6.98e9 / 1e12  # 6.98 billion weights in the layers' matrices
     assert bf16["terms"]["products"]["tera_operations"] == pytest.approx(operations, rel=0.01)
-    # Arithmetic alone: the base's products take the product's rate, in 8 bits 1.9 times that.
+    # Arithmetic alone: the base's products take the product's rate, in 8 bits 2.19 times that.
     ratio = bf16["terms"]["products"]["ms"] / fp8["terms"]["products"]["ms"]
-    assert ratio == pytest.approx(1.9, rel=0.01)
+    assert ratio == pytest.approx(2.19, rel=0.01)
     rows = {row["term"]: row for row in report["beside"][GOALS[0].title]}
     head = bf16["head_products"]["ms"]
     products = rows["products, the head's too"]
@@ -219,3 +216,24 @@ def test_the_forecast_and_a_profile_beside_it(of_h200: tuple[dict[str, Any], str
     assert lines_with(output, 2, "8,192 tokens"), "as the measured run was cut"
     assert lines_with(output, "skinny")
     assert lines_with(output, GOALS[1].title)
+
+
+# Of the step of an 8B in bf16 in ms, by a profile of it on an H200 (26 November 2026).
+PROFILED_8B = {"skinny products": 64, "attention": 69}
+
+
+@pytest.mark.slow
+@torch_2_13
+def test_steps_of_an_h200_are_as_forecast(of_h200: tuple[dict[str, Any], str]) -> None:
+    report, _ = of_h200
+    measured = read_results([ROOT / "docs/measurements/gpu/h200/results-A.json"])["steps"]
+    for goal in GOALS:
+        found = report["goals"][goal.title]["tokens_per_second"]
+        speed = measured[goal.step]["report"]["figures"]["tokens_per_second"]
+        # What rounds to 8 bits there is more kernels than one traced layer has.
+        assert found == pytest.approx(speed, rel=0.15 if goal.base == "fp8" else 0.04), goal.title
+    terms = report["goals"][GOALS[0].title]["terms"]
+    for name, ms in PROFILED_8B.items():
+        assert terms[name]["ms"] == pytest.approx(ms, rel=0.15), name
+    products = terms["products"]["ms"] + report["goals"][GOALS[0].title]["head_products"]["ms"]
+    assert products == pytest.approx(785, rel=0.15)
