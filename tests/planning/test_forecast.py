@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from errors import holds
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import BatchSchedule
@@ -296,6 +297,37 @@ def test_the_measured_rate_of_a_cpu_has_the_reads_of_weights_in_it() -> None:
     found = plan_on_paper(run, spec, Cluster(chip, 1, 1), work).forecast(MeshShape())
     assert found.seconds["products"] > 0
     assert found.seconds["fixed cost of passes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("quantize", "seq_len", "micro_batch", "waits"),
+    [
+        ("nf4", 256, "256 tokens", True),
+        ("none", 2048, "2048 tokens", True),
+        ("none", 2048, "auto", False),
+    ],
+)
+def test_waits_for_layers_from_the_host_are_named(
+    quantize: str, seq_len: int, micro_batch: str, waits: bool
+) -> None:
+    """70B on 24 GB: a step has tokens enough, and its micro batches have not."""
+    run = {
+        "model": {"quantize": quantize},
+        "data": {"train": {"source": "rows.jsonl"}, "seq_len": seq_len},
+        "train": {
+            "global_batch": "65536 tokens",
+            "micro_batch": micro_batch,
+            "cpu_offload": ["parameters"],
+        },
+    }
+    made = planner("llama3-70b", "rtx-4090", run)
+    best = made.ranked()[0]
+    assert best.plan.streamed_layers > 70
+    assert (best.plan.memory.tokens < best.hides_from) == waits
+    warning = made.warn_of_waits(best)
+    assert (warning is not None) == waits
+    if warning:
+        assert holds(warning, "train.micro_batch=auto", f"{best.hides_from:,}")
 
 
 # Cases of streamed.json, their shape, layers and tolerance. Matrices of the 70B run faster than those

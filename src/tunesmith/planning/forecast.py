@@ -171,8 +171,8 @@ class Planner:
         """A warning where micro batches are too short to hide the gathers of other ranks' weights,
         or the copies of layers from the host, and a key makes them longer or less.
 
-        None where ranks wait less than a twentieth of the time, and where micro batches are as
-        short for want of memory.
+        None where ranks wait less than a twentieth of the time, and where shards are gathered in
+        micro batches that are short for want of memory.
         """
         run = self.run
         plan = forecast.plan
@@ -192,10 +192,14 @@ class Planner:
             if run.train.micro_batch != "auto":
                 fix += " train.micro_batch=auto"
             fix += ", for fewer and larger steps"
-        elif plan.streamed_layers and scheme_of(run.model) is DENSE:
+        elif not plan.streamed_layers:
+            return None
+        elif run.train.micro_batch != "auto":
+            fix = "train.micro_batch=auto"
+        elif scheme_of(run.model) is DENSE:
             fix = "model.quantize=nf4, of which a quarter is copied"
         else:
-            return None
+            fix = "a GPU with more memory, for longer micro batches"
         return (
             f"warning: {exposed / forecast.step_seconds:.0%} of the time ranks wait for "
             f"{waits_for}: a step gives each {share:,.0f} tokens in micro batches of "
