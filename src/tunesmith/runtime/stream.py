@@ -92,7 +92,7 @@ class LayerStream:
         self._slots: list[Tensor] = []
         self._held: list[int | None] = []
         self._locked: list[Tensor] = []
-        self._staging: list[Tensor] = []  # a slot; empty where all blocks are page-locked
+        self._staging: list[Tensor] = []  # one a slot; empty where all blocks are page-locked
         self._staged: list[Future[None] | None] = [None] * SLOTS
         self._thread = ThreadPoolExecutor(1)  # starts with its first work
         self._stream: torch.cuda.Stream | None = None
@@ -137,7 +137,6 @@ class LayerStream:
             self._locked.append(host.block)
         if not error:
             return
-        clear_error(self.device)
         count = len(self._locked)
         freed = 0
         while count and freed < SLOTS * self.slot_bytes:
@@ -149,7 +148,6 @@ class LayerStream:
         self._staging = [host_block(self.slot_bytes) for _ in range(SLOTS)]
         for block in self._staging:
             if page_lock(block, self.device):
-                clear_error(self.device)
                 raise MachineError(
                     f"the driver cannot page-lock {size_text(SLOTS * block.nbytes)} of the host's "
                     "memory",
@@ -225,11 +223,16 @@ class LayerStream:
 
     def _finish(self) -> None:
         """Return when all copies have arrived."""
-        for staged in self._staged:
-            if staged is not None:
-                staged.result()
+        for slot in range(SLOTS):
+            self._wait_staged(slot)
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
+
+    def _wait_staged(self, slot: int) -> None:
+        """Return when the thread has issued the copy into a slot, if it has one to make."""
+        staged = self._staged[slot]
+        if staged is not None:
+            staged.result()
 
     def take(self, turn: int, ahead: int) -> None:
         """Have a layer in its slot for what is issued next, and begin to bring another one, which
@@ -238,9 +241,7 @@ class LayerStream:
         slot = turn % SLOTS
         if self._held[slot] != turn:
             self._bring(turn)
-        staged = self._staged[slot]
-        if staged is not None:
-            staged.result()
+        self._wait_staged(slot)
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_event(self._copied[slot])
         if 0 <= ahead < len(self.streamed) and self._held[ahead % SLOTS] != ahead:
@@ -253,9 +254,7 @@ class LayerStream:
         issued = torch.cuda.current_stream(self.device).record_event() if self._stream else None
         self._held[slot] = turn
         self.copies += 1
-        staged = self._staged[slot]
-        if staged is not None:
-            staged.result()  # else it might come after this copy, if its layer took no turn
+        self._wait_staged(slot)  # of a layer that took no turn: else it might come after this copy
         if host.locked:
             self._copy(host.block, slot, issued)
         else:
@@ -334,13 +333,12 @@ def page_lock(block: Tensor, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    return int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
-
-
-def clear_error(device: torch.device) -> None:
-    """Take back the last error of CUDA's runtime, which else the next kernel would raise."""
-    with suppress(RuntimeError):
-        torch.empty(1, device=device).fill_(1)
+    code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    if code:
+        # CUDA's runtime keeps its last error, and the next kernel raises it: this one.
+        with suppress(RuntimeError):
+            torch.empty(1, device=device).fill_(1)
+    return code
 
 
 def host_link(device: torch.device) -> float:
