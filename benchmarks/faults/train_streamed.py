@@ -7,22 +7,15 @@ of them would fit: `benchmarks/faults/kill_and_resume.py --stream` starts it.
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from tunesmith.cli.main import main
-from tunesmith.training import build
 
-plan_model = build.plan_model
-
-
-def planned(*args: Any) -> Any:
-    model, plan = plan_model(*args)
-    return model, replace(plan, streamed_layers=int(LAYERS))
-
+sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
+from streamed import with_streamed
 
 if __name__ == "__main__":
-    _, LAYERS, *words = sys.argv
+    _, layers, *words = sys.argv
     sys.argv = ["tunesmith", "train", *words]
-    build.plan_model = planned
-    sys.exit(main())
+    with with_streamed(int(layers)):
+        sys.exit(main())
