@@ -223,5 +223,8 @@ def test_what_is_offloaded_lies_on_the_host_and_trains_alike(kind, device, mesh,
         assert [loss for pair in on_host for loss in pair] == pytest.approx(
             [n for pair in on_device for n in pair], rel=1e-5
         )
-        # The input of each layer, fp32
-        assert kept[0] - kept[6] >= 0.9 * LAYERS * TOKENS[device.type] * WIDTH * 4
+        # The input of each layer, fp32. The last layer stays gathered, as the backward begins with
+        # it: beside an adapter its weights and their copy from the host come on top.
+        inputs = LAYERS * TOKENS[device.type] * WIDTH * 4
+        last = 2 * 7 * WIDTH * WIDTH * 4 if kind == "lora" else 0
+        assert kept[0] - kept[6] >= 0.9 * inputs - last
