@@ -201,6 +201,11 @@ def test_the_sums_of_a_hopper_are_right_and_a_wrong_scale_beside_them_is_not(
     assert fp8.matmul_fault(ROW_WISE, CPU, (16, k), 16) != ""
 
 
+def test_a_sum_that_is_zero_is_no_wrong_result():
+    """With one row a column is one sum of signed numbers, of which some are exactly zero."""
+    assert fp8.matmul_fault(ROW_WISE, CPU, (256, 512), 1) == ""
+
+
 def test_a_forward_takes_fast_sums_and_a_backward_full_ones(monkeypatch):
     taken = []
 

@@ -230,9 +230,10 @@ def select_scaling(
 def _wrong_share(result: Tensor, expected: Tensor, sizes: Tensor) -> float:
     """Find how much the worst row or column is off; sizes: of the elements, [n, m]."""
     wrong = (result.float() - expected.float()) / sizes
-    right = expected.float() / sizes
-    rows, columns = (wrong.norm(dim=dim) / right.norm(dim=dim) for dim in (1, 0))
-    return float(torch.cat([rows, columns]).max())
+    # Beside the usual element and not the row's or column's own: that of one element may be 0.
+    usual = (expected.float() / sizes).square().mean().sqrt()
+    worst = [wrong.square().mean(dim).max().sqrt() for dim in (1, 0)]
+    return float(torch.stack(worst).max() / usual)
 
 
 @torch.no_grad()
