@@ -5,7 +5,8 @@ of the rows and of an adapter's A and B.
 
 A GPU multiplies all experts by `grouped_mm`, a CPU one after the other. Both get the same numbers, on
 small shapes with experts that have no rows: dense stacks as [experts, out, in] and [experts, in, out],
-and one in MXFP4, in bf16 and fp32. Where torch sees no GPU, the CPU's own `grouped_mm` stands for it.
+and one in MXFP4, in bf16 and fp32; then rows that are gathered from tokens, and such that are added up
+to them. Where torch sees no GPU, the CPU's own `grouped_mm` stands for it.
 Differences are relative to the largest value. The exit code is 1 where one is larger than its type
 rounds.
 """
@@ -35,7 +36,7 @@ EXPERTS, IN, OUT, RANK = 8, 128, 192, 4
 ROWS = (0, 3, 70, 0, 1, 129, 16, 0)
 # Sums over 128 to 192 products, in another order, and rounded to the type once more.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
-STACKS = ("dense", "transposed", "mxfp4")
+STACKS = ("dense", "transposed", "mxfp4", "gathers", "sums")
 
 
 def stack_of(kind: str, dtype: torch.dtype, device: torch.device) -> FrozenStack:
@@ -62,15 +63,21 @@ def results_of(
         values = torch.randn(*shape, generator=generator)
         return values.to(device, dtype).requires_grad_()
 
-    x = draw(sum(ROWS), IN)
+    chosen = torch.repeat_interleave(torch.tensor(ROWS)).unsqueeze(1)
+    options = {}
+    if kind in ("gathers", "sums"):
+        options[kind] = True
+        # Three of the experts that have rows, for each token.
+        chosen = torch.rand(sum(ROWS), 5, generator=generator).topk(3).indices + 1
+    copies = chosen.numel()
+    x = draw(len(chosen) if kind == "gathers" else copies, IN)
     lora_A = draw(EXPERTS, RANK, IN)
     lora_B = draw(EXPERTS, RANK, OUT)
-    dy = draw(sum(ROWS), OUT).detach()
-    experts = torch.repeat_interleave(torch.tensor(ROWS)).to(device)
+    dy = draw(len(chosen) if kind == "sums" else copies, OUT).detach()
     with patch.object(expert_rows, "uses_grouped_mm", lambda *_: grouped):
-        rows = ExpertRows.of(experts.unsqueeze(1), EXPERTS, dtype)
+        rows = ExpertRows.of(chosen.to(device), EXPERTS, dtype)
         stack = stack_of(kind, dtype, device)
-        y = expert_matmul.expert_matmul(x, stack, rows.row_index, lora_A, lora_B)
+        y = expert_matmul.expert_matmul(x, stack, rows.row_index, lora_A, lora_B, **options)
         gradients = torch.autograd.grad(y, (x, lora_A, lora_B), dy)
     tensors = {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), gradients, strict=True))}
     return {name: tensor.float().cpu() for name, tensor in tensors.items()}

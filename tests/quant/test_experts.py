@@ -25,7 +25,7 @@ from tunesmith.formats.nf4 import Nf4
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.model.experts import LORA_SUFFIX, find_experts
 from tunesmith.model.twin import VOCAB, build_twin
-from tunesmith.quant import expert_matmul, expert_rows, experts
+from tunesmith.quant import expert_matmul, expert_rows, experts, experts_at_once
 from tunesmith.quant.expert_rows import ExpertRows, RowIndex
 from tunesmith.quant.replace import replace_by_codes
 
@@ -213,14 +213,32 @@ def test_a_mutation_shows(mutation: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("has_lora", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"gathers": True}, {"sums": True}])
+@pytest.mark.parametrize(
+    ("options", "dense_columns"),
+    [
+        ({}, 256),
+        ({"gathers": True}, 256),
+        ({"gathers": True}, 0),
+        ({"sums": True}, 256),
+        ({"sums": True}, 0),
+    ],
+)
 def test_one_kernel_for_all_experts_equals_one_after_the_other(
-    dtype: torch.dtype, has_lora: bool, options: dict, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    has_lora: bool,
+    options: dict,
+    dense_columns: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a GPU runs: of a rank that its kernel does not take, and with an expert without rows."""
+    """What a GPU runs: of a rank that its kernel does not take, and with an expert without rows.
+
+    One token chooses an expert twice.
+    """
+    monkeypatch.setattr(experts_at_once, "DENSE_COLUMNS", dense_columns)
     counts = torch.tensor([5, 0, 9, 2])
-    chosen = torch.arange(4).repeat_interleave(counts)[torch.randperm(16)].view(8, 2)
     torch.manual_seed(0)
+    chosen = torch.arange(4).repeat_interleave(counts)[torch.randperm(16)].view(8, 2)
+    assert (chosen[:, 0] == chosen[:, 1]).any()
     stack = dense_stack(torch.randn(4, 24, 16).to(dtype), is_transposed=False)
     shapes = ((8 if "gathers" in options else 16, 16), (4, 3, 16), (4, 3, 24))
     leaves = [torch.randn(shape).to(dtype) for shape in shapes]

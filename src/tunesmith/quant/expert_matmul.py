@@ -33,6 +33,7 @@ from tunesmith.formats.base import FrozenStack
 from tunesmith.formats.registry import find_format
 from tunesmith.quant import expert_rows
 from tunesmith.quant.expert_rows import RowIndex, sum_of_rows
+from tunesmith.quant.experts_at_once import AtOnce
 
 # Rows of a matrix that `grouped_mm` takes begin at multiples of 16 bytes.
 ROW_ALIGNMENT_BYTES = 16
@@ -87,10 +88,6 @@ class GatheredRows(NamedTuple):
     x: Tensor
     row_index: RowIndex
     gathers: bool
-
-    def all(self) -> Tensor:
-        """All rows, expert after expert."""
-        return self.x.index_select(0, self.row_index.tokens) if self.gathers else self.x
 
     def split(self, counts: Sequence[int]) -> Sequence[Tensor]:
         """Split what `part` takes by expert."""
@@ -185,6 +182,8 @@ class ExpertProducts(NamedTuple):
 
     def forward(self, x: Tensor, lora: Sequence[Tensor]) -> list[Tensor]:
         """The output, and x A^T [rows, rank] where there is an update."""
+        if _is_at_once(x):
+            return AtOnce(*self).forward(x, lora)
         factors = (lora[0].mT, lora[1]) if lora else None
         rows = GatheredRows(x, self.row_index, self.gathers)
         xa, y, _, _ = _multiply(Product(rows, factors, self.stack))
@@ -201,6 +200,8 @@ class ExpertProducts(NamedTuple):
         saved: x and x A^T, or empty without updates.
         """
         dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
+        if _is_at_once(dy):
+            return AtOnce(*self).backward(dy, saved, lora, needs_dx)
         factors = None
         forward = None
         if lora:
@@ -218,73 +219,20 @@ class ExpertProducts(NamedTuple):
         return [dx, *(gradient for gradient in d_lora if gradient is not None)]
 
 
-def _multiply(product: Product) -> Results:
-    """Multiply the rows of all experts, each of them by the kernels of the device."""
-    x = product.rows.x
-    if x.is_meta:
-        return Results.empty(product)
-    if expert_rows.uses_grouped_mm(x.device, x.dtype):
-        return _multiply_at_once(product)
-    return _multiply_in_turns(product)
-
-
-def _multiply_at_once(product: Product) -> Results:
-    """`_multiply` by kernels for all experts."""
-    index = product.rows.row_index
-    x = product.rows.all()
-    low = y = d_A = d_B = None
-    if product.factors is not None:
-        low = F.grouped_mm(x, product.factors[0], offs=index.offsets)
-        if product.stack is not None:
-            y = F.grouped_mm(low, product.factors[1], offs=index.offsets)
-        if product.forward is not None:
-            forward, xa = product.forward
-            d_A = F.grouped_mm(low.T, forward.all(), offs=index.offsets)
-            d_B = F.grouped_mm(xa.T, x, offs=index.offsets)
-    if product.stack is not None:
-        y = _add_frozen(y, x, product.stack, index, backward=product.is_backward)
-    return Results(low, y, d_A, d_B)
-
-
-def _add_frozen(
-    y: Tensor | None, x: Tensor, stack: FrozenStack, row_index: RowIndex, *, backward: bool
-) -> Tensor:
-    """x W_e, or x W_e^T if `backward`, added to y if there is one, which may be overwritten.
-
-    By one kernel for all experts, or for each group of them.
-    """
-    experts, width, out_width = stack.shape
-    step = stack.experts_at_once(x.dtype)
-    if row_index.ends is None or step == experts:
-        weights = stack.dense(0, experts, x.dtype)
-        product = F.grouped_mm(x, weights.mT if backward else weights, offs=row_index.offsets)
-        return product if y is None else product.add_(y)
-    if y is None:
-        y = x.new_zeros(len(x), width if backward else out_width)
-    ends = row_index.ends_on_host()
-    first_row = 0
-    for first in range(0, experts, step):
-        last = min(first + step, experts)
-        end_row = ends[last - 1]
-        if end_row > first_row:
-            weights = stack.dense(first, last, x.dtype)
-            offsets = row_index.offsets[first:last] - first_row
-            of_group = slice(first_row, end_row)
-            y[of_group] += F.grouped_mm(
-                x[of_group], weights.mT if backward else weights, offs=offsets
-            )
-            del weights  # the next group's would be there beside it
-        first_row = end_row
-    return y
+def _is_at_once(x: Tensor) -> bool:
+    """Tell whether all experts are multiplied at once."""
+    return not x.is_meta and expert_rows.uses_grouped_mm(x.device, x.dtype)
 
 
 def is_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _multiply_in_turns(product: Product) -> Results:
-    """`_multiply`, all rows of an expert at a time."""
+def _multiply(product: Product) -> Results:
+    """Multiply all rows of an expert at a time."""
     results = Results.empty(product)
+    if product.rows.x.is_meta:
+        return results
     counts = product.rows.row_index.counts_on_host()
     # All are cut at once: a slice takes as long as a small product takes to start.
     x_parts = product.rows.split(counts)

@@ -18,6 +18,7 @@ class RowIndex(NamedTuple):
     Attributes:
         tokens: int64 [rows], the token of each row.
         places: int64 [n, k], the row of each copy of each token.
+        slots: int64 [rows], the token of each row times the number of experts, plus its expert.
         offsets: int32 [experts], on the device: the end of each expert's rows.
         ends: the same on the host, on a CPU the same tensor; None where the host need not know, and
             wait for the GPU.
@@ -25,6 +26,7 @@ class RowIndex(NamedTuple):
 
     tokens: Tensor
     places: Tensor
+    slots: Tensor
     offsets: Tensor
     ends: Tensor | None
 
@@ -41,13 +43,13 @@ class RowIndex(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All of them, for `of_tensors`."""
-        tensors = [self.tokens, self.places, self.offsets]
+        tensors = [self.tokens, self.places, self.slots, self.offsets]
         return tensors if self.ends is None else [*tensors, self.ends]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor]) -> "RowIndex":
-        tokens, places, offsets, *ends = tensors
-        return cls(tokens, places, offsets, ends[0] if ends else None)
+        tokens, places, slots, offsets, *ends = tensors
+        return cls(tokens, places, slots, offsets, ends[0] if ends else None)
 
 
 class ExpertRows(NamedTuple):
@@ -84,7 +86,9 @@ class ExpertRows(NamedTuple):
         ends = None
         if device.type != "meta" and (in_groups or not uses_grouped_mm(device, dtype)):
             ends = offsets.cpu()
-        index = RowIndex(copies // per_token, places.view(-1, per_token), offsets, ends)
+        tokens = copies // per_token
+        slots = tokens * experts + sorted_experts
+        index = RowIndex(tokens, places.view(-1, per_token), slots, offsets, ends)
         return cls(copies, sorted_experts, index)
 
 
@@ -96,7 +100,40 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device)[0] in GROUPED_CAPABILITIES
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Tell whether rows of x are moved by `row_kernels`: where these were measured."""
+    is_traced = torch.compiler.is_compiling() or x.device.type != "cuda"
+    return not is_traced and uses_grouped_mm(x.device, x.dtype)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows]; rows: int64."""
+    if _has_kernels(x):
+        from tunesmith.quant import row_kernels
+
+        return row_kernels.copy_rows(x.contiguous(), rows)
+    return x.index_select(0, rows)
+
+
 def sum_of_rows(x: Tensor, places: Tensor) -> Tensor:
     """For each token the sum of its k rows of x, which lie at `places` [n, k]: [n, width]."""
+    if _has_kernels(x):
+        from tunesmith.quant import row_kernels
+
+        return row_kernels.add_chosen_rows(x.contiguous(), places)
     # One kernel, which reads each row once and adds up a token's in their order.
     return F.embedding_bag(places, x, mode="sum")
+
+
+def add_low(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> None:
+    """y += low N_e, in place, for the rows of each expert.
+
+    y: [rows, width]; low: [rows, rank]; factors: N [experts, rank, width]; offsets: as in
+    `RowIndex`.
+    """
+    if _has_kernels(y):
+        from tunesmith.quant import row_kernels
+
+        row_kernels.add_low_product(y, low.contiguous(), factors.contiguous(), offsets)
+    else:
+        y += F.grouped_mm(low, factors, offs=offsets)
