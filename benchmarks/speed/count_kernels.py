@@ -71,7 +71,7 @@ from tunesmith.model.shapes import find_shape
 from tunesmith.model.shipped import AS_SHIPPED, shipped_form
 from tunesmith.model.support import TUNED_SUPPORT
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
-from tunesmith.quant import expert_matmul, expert_rows
+from tunesmith.quant import expert_matmul, expert_rows, experts_at_once
 from tunesmith.quant.expert_rows import RowIndex
 from tunesmith.quant.replace import convert_to_eight_bit
 from tunesmith.runtime.compilation import compile_layers
@@ -366,7 +366,8 @@ def recipe(base: str, *, full: bool, target: str | tuple[str, ...] = "all-linear
 @contextmanager
 def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
     """Products of experts as on a GPU: by one kernel for all, or one expert after the other, each
-    with as many rows. MXFP4 is dequantized by one compiled kernel.
+    with as many rows. MXFP4 is dequantized by one compiled kernel, and the update of rows added by
+    one that reads and writes them.
     """
 
     def even_ends(index: RowIndex) -> list[int]:
@@ -377,6 +378,7 @@ def experts_of_cuda(*, by_expert: bool) -> Iterator[None]:
         patch.object(expert_rows, "uses_grouped_mm", lambda *_: not by_expert),
         patch.object(RowIndex, "ends_on_host", even_ends),
         patch.object(expert_matmul, "is_cpu", lambda _: False),
+        patch.object(experts_at_once, "add_low", lambda y, *_: y.neg_()),
         patch.object(mxfp4, "compiled_mxfp4", lambda: counted_mxfp4),
     ):
         yield
