@@ -38,6 +38,7 @@ from tunesmith.model.documents import (
     use_documents,
 )
 from tunesmith.model.expert_load import ExpertLoad
+from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
 from tunesmith.quant.linear_layers import parameter_count
@@ -256,8 +257,13 @@ class TrainModel(nn.Module):
         if self.attention_backend == "eager":
             return None
         repeated = None if batch.whole is None else RepeatedTokens(*batch.whole)
+        tokens = batch.input_ids.numel() if repeated is None else len(repeated.places)
         documents = Documents(
-            batch.cu_seqlens, batch.max_seqlen, self.attention_backend, repeated=repeated
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            self.attention_backend,
+            repeated=repeated,
+            spans=spans_if_chosen(batch.cu_seqlens, tokens),
         )
         if batch.edges:
             documents.set_edges(batch.edges)

@@ -3,8 +3,8 @@
 The edges of the documents travel as one keyword argument, `documents`, through the model's forward;
 where a model does not pass it on, they are those of `current_documents`. Three backends:
 
-- varlen: `torch.nn.attention.varlen` on CUDA: cuDNN or FlashAttention on the flattened block, no
-  padding, no mask.
+- varlen: kernels on the flattened block on CUDA, no padding, no mask: our own (`packed_attention`)
+  where they were measured, else cuDNN or FlashAttention by `torch.nn.attention.varlen`.
 - products: grouped batched matrix products with an explicit softmax: on a CPU several times faster
   than sdpa in bf16 on short documents, and the only backend with a soft cap.
 - sdpa: one `scaled_dot_product_attention` a document: cards that varlen refuses, and attention
@@ -28,6 +28,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.errors import ModelError, first_line
+from tunesmith.model import packed_attention
 from tunesmith.model.attention_kernels import choose_kernel
 from tunesmith.model.documents import (
     BLOCK_QUERIES,
@@ -206,6 +207,8 @@ def _attend_each(
         backend, _ = select_attention_backend(q.device, q.dtype, q.shape[-1])
     if backend == "products" or softcap is not None:
         return _products(q, k, v, rule, sinks)
+    if _takes_packed(q, v, rule, sinks):
+        return _packed(q, k, v, rule)
     # A run has one backend, and a layer may have heads that its kernel does not take: the full
     # attention of Gemma 4 has heads of 512, its sliding attention of 256.
     if (
@@ -303,9 +306,20 @@ def select_attention_backend(
             "on a CPU batched matmuls are faster than torch's attention per document",
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)
-    kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
-    # For `fits_varlen`, which the layers ask about the same shape.
-    _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
+    faults = []
+    kernel = ""
+    if packed_attention.takes(device, dtype, head_dim):
+        fault = find_varlen_fault(shape, "packed")
+        if fault:
+            faults.append(f"{packed_attention.NAME}: {fault}")
+        else:
+            kernel = packed_attention.NAME
+            packed_attention.choose_packed(device)
+    if not kernel:
+        kernel, of_torch = choose_kernel(lambda: find_varlen_fault(shape))
+        faults += of_torch
+        # For `fits_varlen`, which the layers ask about the same shape.
+        _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
     ATTENTION_KERNELS["varlen"] = kernel
@@ -342,15 +356,18 @@ def fits_varlen(
     return _FITS_VARLEN[key]
 
 
-def find_varlen_fault(shape: VarlenShape) -> str:
-    """Find what is wrong with torch's varlen attention on a few packed documents, or return "".
+def find_varlen_fault(shape: VarlenShape, kernels: str = "varlen") -> str:
+    """Find what is wrong with attention on a few packed documents, or return "".
 
-    It is compared with fp32 attention of each document alone.
+    kernels: "varlen" for torch's, "packed" for our own. They are compared with fp32 attention of
+    each document alone.
     """
     device, dtype, head_dim, v_dim, has_sinks = shape
     # Three documents of 40, 160 and 256 tokens: edges that are and are not multiples of a tile.
     edges = [0, 40, 200, 456]
-    documents = Documents(torch.tensor(edges, dtype=torch.int32, device=device), 256)
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device)
+    spans = packed_attention.spans_of(cu_seqlens, edges[-1])
+    documents = Documents(cu_seqlens, 256, spans=spans)
     rule = Rule(documents, head_dim**-0.5)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -364,7 +381,7 @@ def find_varlen_fault(shape: VarlenShape) -> str:
         # About as large as a score's logsumexp, so that sinks take a part that shows.
         inputs.append(torch.linspace(0, 4, 4, device=device).to(dtype))
     try:
-        results = _output_and_gradients("varlen", inputs, d_out, rule)
+        results = _output_and_gradients(kernels, inputs, d_out, rule)
     except Exception as error:  # FlashAttention 4 is compiled here, by a compiler of its own
         return first_line(error)
     # Math only: the reference is torch's own formula and no kernel like the tried one.
@@ -391,9 +408,24 @@ def _output_and_gradients(
         sinks = rest[0] if rest else None
         if backend == "sdpa":
             out = _sdpa(q, k, v, rule)
+        elif backend == "packed":
+            out = _packed(q, k, v, rule)
         else:
             out = (_varlen if backend == "varlen" else _products)(q, k, v, rule, sinks)
         return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+
+def _takes_packed(q: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> bool:
+    """Tell whether our own kernels were chosen, and take this layer."""
+    if rule.documents.spans is None or sinks is not None:
+        return False
+    return packed_attention.takes(q.device, q.dtype, q.shape[-1], v.shape[-1])
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    spans = rule.documents.spans
+    assert spans is not None
+    return packed_attention.attend_packed(q, k, v, spans, scale=rule.scale, window=rule.window)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> Tensor:

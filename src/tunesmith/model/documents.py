@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.model.packed_attention import spans_of
+
 # Queries of a document are computed this many at a time, so that scores are [heads, BLOCK_QUERIES,
 # n] and keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 %
 # faster than 512 for documents of 75 to 310 tokens.
@@ -104,6 +106,8 @@ class Documents:
     # Those of layers with chunked attention, by `cut`; None: the model has no such layers.
     chunks: "Documents | None" = None
     repeated: RepeatedTokens | None = None
+    # Of `packed_attention.spans_of`; None: other kernels compute attention.
+    spans: Tensor | None = None
 
     @cached_property
     def edges(self) -> list[int]:
@@ -133,7 +137,10 @@ class Documents:
             edges.append(end)
         cu_seqlens = self._on_device(torch.tensor(edges, dtype=torch.int32))
         longest = min(size, self.max_seqlen)
-        chunks = replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest, chunks=None)
+        spans = None
+        if self.spans is not None:
+            spans = spans_of(cu_seqlens, self.spans.shape[1])
+        chunks = replace(self, cu_seqlens=cu_seqlens, max_seqlen=longest, chunks=None, spans=spans)
         chunks.set_edges(edges)
         return chunks
 

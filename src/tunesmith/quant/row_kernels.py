@@ -4,14 +4,14 @@ For GPUs that multiply all experts at once. Those of torch take two to five time
 on an H200): `index_select` and `embedding_bag`, and for an update a product and a sum.
 """
 
-from typing import Any
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 1024  # of a row, a program
-TILE_ROWS, TILE_COLUMNS = 128, 256
+TILE_ROWS, TILE_COLUMNS = 64, 128
 LEAST_RANK = 16  # of `tl.dot`
 
 
@@ -61,12 +61,11 @@ def add_low_product(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) ->
         RANK=max(LEAST_RANK, triton.next_power_of_2(rank)),
         ROWS=TILE_ROWS,
         COLUMNS=TILE_COLUMNS,
-        num_warps=8,
     )
 
 
 @triton.jit
-def _copy_rows(x: Any, rows: Any, out: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def _copy_rows(x, rows, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -75,9 +74,7 @@ def _copy_rows(x: Any, rows: Any, out: Any, width: Any, BLOCK: tl.constexpr) -> 
 
 
 @triton.jit
-def _add_chosen_rows(
-    x: Any, places: Any, out: Any, width: Any, K: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def _add_chosen_rows(x, places, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -90,41 +87,35 @@ def _add_chosen_rows(
 
 @triton.jit
 def _add_low_product(
-    y: Any,
-    low: Any,
-    factors: Any,
-    offsets: Any,
-    width: Any,
-    experts: Any,
-    rank: Any,
-    EXPERTS: tl.constexpr,
-    RANK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    expert, rows, end = _tile_of_expert(offsets, experts, EXPERTS, ROWS)
-    if expert < experts:
-        ranks = tl.arange(0, RANK)
-        in_rank = ranks < rank
-        in_rows = (rows < end)[:, None]
-        low_places = low + rows[:, None] * rank + ranks[None, :]
-        of_rows = tl.load(low_places, in_rows & in_rank[None, :], other=0.0)
-        factor_places = factors + (expert.to(tl.int64) * rank + ranks)[:, None] * width
-        for first in range(0, width, COLUMNS):
-            columns = (first + tl.arange(0, COLUMNS))[None, :]
-            inside = columns < width
-            factor = tl.load(factor_places + columns, in_rank[:, None] & inside, other=0.0)
-            places = y + rows[:, None] * width + columns
-            total = tl.load(places, in_rows & inside, other=0.0).to(tl.float32)
-            total = tl.dot(of_rows, factor, total)
-            tl.store(places, total.to(y.dtype.element_ty), in_rows & inside)
+    y, low, factors, offsets, width, experts, rank,
+    EXPERTS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    expert, first, count = _tile_of_expert(offsets, experts, EXPERTS, ROWS)
+    # Wide numbers once: those within the tile are small.
+    y += first.to(tl.int64) * width
+    low += first.to(tl.int64) * rank
+    factors += expert.to(tl.int64) * rank * width
+    row = tl.arange(0, ROWS)[:, None]
+    ranks = tl.arange(0, RANK)
+    of_rows = tl.load(
+        low + row * rank + ranks[None, :], (row < count) & (ranks < rank)[None, :], other=0.0
+    )
+    for column in range(0, width, COLUMNS):
+        columns = (column + tl.arange(0, COLUMNS))[None, :]
+        has_rank = (ranks < rank)[:, None] & (columns < width)
+        factor = tl.load(factors + ranks[:, None] * width + columns, has_rank, other=0.0)
+        inside = (row < count) & (columns < width)
+        places = y + row * width + columns
+        total = tl.load(places, inside, other=0.0).to(tl.float32)
+        total = tl.dot(of_rows, factor, total)
+        tl.store(places, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
-def _tile_of_expert(offsets: Any, experts: Any, EXPERTS: tl.constexpr, ROWS: tl.constexpr) -> Any:
-    """The expert of this program (`experts`: it has nothing to do), its rows, and their end.
+def _tile_of_expert(offsets, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """The expert of this program, its first row, and how many rows from there on are the expert's.
 
-    Tiles of ROWS rows are counted expert after expert.
+    Tiles of ROWS rows are counted expert after expert; beyond the last one none is left.
     """
     tile = tl.program_id(0)
     numbers = tl.arange(0, EXPERTS)
@@ -133,11 +124,10 @@ def _tile_of_expert(offsets: Any, experts: Any, EXPERTS: tl.constexpr, ROWS: tl.
     starts = tl.load(offsets + numbers - 1, is_expert & (numbers > 0), other=0)
     tiles = tl.where(is_expert, (ends - starts + ROWS - 1) // ROWS, 0)
     last_tiles = tl.cumsum(tiles, 0)
-    # As many experts have all of their tiles before this one. Beyond the last all of them do.
-    expert = tl.minimum(tl.sum((last_tiles <= tile).to(tl.int32), 0), experts)
+    # As many experts have all of their tiles before this one.
+    expert = tl.sum((is_expert & (last_tiles <= tile)).to(tl.int32), 0)
     is_own = numbers == expert
     first_tile = tl.sum(tl.where(is_own, last_tiles - tiles, 0), 0)
-    start = tl.sum(tl.where(is_own, starts, 0), 0)
+    first = tl.sum(tl.where(is_own, starts, 0), 0) + (tile - first_tile) * ROWS
     end = tl.sum(tl.where(is_own, ends, 0), 0)
-    rows = start + (tile - first_tile) * ROWS + tl.arange(0, ROWS)
-    return expert, rows.to(tl.int64), end
+    return tl.minimum(expert, experts - 1), first, tl.where(expert < experts, end - first, 0)

@@ -212,6 +212,9 @@ class CompiledLayer(nn.Module):
         if documents.chunks is not None:
             mark_varying(documents.chunks.cu_seqlens, 0)
         if self.varied:
+            for of_documents in (documents, documents.chunks):
+                if of_documents is not None and of_documents.spans is not None:
+                    mark_varying(of_documents.spans, 1)
             # [1, tokens, ...]: the second dimension of whatever has one entry a token.
             length = hidden.shape[1]
             for tensor in _tensors((args, kwargs)):

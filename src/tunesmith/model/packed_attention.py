@@ -1,0 +1,112 @@
+"""Our own attention over packed documents on a GPU, where its kernels were measured."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "our own for packed documents"
+# Compute capabilities on which it was measured to be faster than torch's: H100 and H200.
+CAPABILITIES = ((9, 0),)
+HEAD_DIMS = (64, 128)
+
+_CHOSEN: set[str] = set()  # types of devices on which this process takes these kernels
+
+
+def choose_packed(device: torch.device) -> None:
+    """Let attention take these kernels from now on, in the layers that they take."""
+    _CHOSEN.add(device.type)
+
+
+def takes(
+    device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int | None = None
+) -> bool:
+    """Tell whether layers of this shape may run on these kernels."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    if dtype != torch.bfloat16 or head_dim not in HEAD_DIMS:
+        return False
+    return v_dim in (None, head_dim) and torch.cuda.get_device_capability(device) in CAPABILITIES
+
+
+def spans_if_chosen(cu_seqlens: Tensor, tokens: int) -> Tensor | None:
+    """`spans_of` where these kernels were chosen."""
+    return spans_of(cu_seqlens, tokens) if cu_seqlens.device.type in _CHOSEN else None
+
+
+def spans_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The first token of each token's document, and one past its last: int32 [2, tokens]."""
+    lengths = cu_seqlens.diff()
+    starts, ends = (
+        edges.repeat_interleave(lengths, output_size=tokens)
+        for edges in (cu_seqlens[:-1], cu_seqlens[1:])
+    )
+    return torch.stack([starts, ends])
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """`attention.attend` over all tokens of the row; spans: of `spans_of`."""
+    if window is not None:
+        numbers = torch.arange(len(q), dtype=spans.dtype, device=spans.device)
+        starts, ends = spans
+        # The query itself is counted.
+        spans = torch.stack(
+            [starts.maximum(numbers - (window - 1)), ends.minimum(numbers + window)]
+        )
+    out, _ = packed_attention(q, k, v, spans, scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from tunesmith.model import packed_kernels  # Triton comes with torch for CUDA alone
+
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return packed_kernels.attend_forward(q, k, v, spans, scale)
+
+
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    spans: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from tunesmith.model import packed_kernels
+
+    d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
+    return packed_kernels.attend_backward(d_out, q, k, v, out, log_sum, spans, scale)
+
+
+packed_attention = torch.library.custom_op("tunesmith::packed_attention", _forward, mutates_args=())
+packed_attention_backward = torch.library.custom_op(
+    "tunesmith::packed_attention_backward", _backward, mutates_args=()
+)
+
+
+@packed_attention.register_fake
+def _(q, k, v, spans, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@packed_attention_backward.register_fake
+def _(d_out, q, k, v, out, log_sum, spans, scale):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, spans, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, spans)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
+    gradients = packed_attention_backward(d_out, *ctx.saved_tensors, ctx.scale)
+    return *gradients, None, None
+
+
+packed_attention.register_autograd(_differentiate, setup_context=_save)
