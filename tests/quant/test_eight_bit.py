@@ -256,12 +256,14 @@ def test_a_matmul_is_that_of_its_rounded_factors():
         (a, a_scale), (b, b_scale) = left, right
         return (a.double() * a_scale.double()) @ (b.double() * b_scale.double()).T
 
-    x8, dy8 = weight.format.quantize_input(x), weight.format.quantize_gradient(weight, dy)
-    codes, scale = weight.tensors
-    transposed = (codes.float().T, torch.ones(64, 1) if kind == ROW_WISE else scale)
+    x8 = weight.format.quantize_input(x)
+    quantized = weight.format.quantize_gradients([weight], [dy])
+    dy8 = [quantized[0].view(torch.float8_e4m3fn), quantized[1]]
+    # The scales of W are in those of dy.
+    transposed = [weight.tensors[0].float().T, torch.ones(1, 1)]
     for got, left, right in (
         (weight.format.forward_matmul(weight, x, x8, None), x8, weight.tensors),
-        (weight.format.backward_matmul(weight, dy, dy8, None), dy8, transposed),
+        (weight.format.backward_matmul([weight], [dy], quantized, None), dy8, transposed),
     ):
         expected = plain(left, right)
         assert (got.double() - expected).norm() / expected.norm() < 2**-8
@@ -388,9 +390,8 @@ def test_one_copy_of_the_weight_makes_dx_as_well_as_two(kind: str, spread: str) 
     def error(dx: torch.Tensor) -> float:
         return float(((dx.double() - expected).norm(dim=1) / expected.norm(dim=1)).median())
 
-    one = error(
-        weight.format.backward_matmul(weight, dy, weight.format.quantize_gradient(weight, dy), None)
-    )
+    quantized = weight.format.quantize_gradients([weight], [dy])
+    one = error(weight.format.backward_matmul([weight], [dy], quantized, None))
     assert one < 1.1 * error(two_copies(kind, w, dy))
     assert one < 0.045 or kind == TENSOR_WISE
 

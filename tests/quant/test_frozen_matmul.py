@@ -184,9 +184,7 @@ def test_what_the_compiler_is_told_of_the_operators_is_what_they_do(kind):
         )
         torch.library.opcheck(matmul.frozen_matmul, given, test_utils=tests)
         dys = [torch.randn(40, width, dtype=torch.bfloat16) for width in widths]
-        quantized = [
-            t for dy, w in zip(dys, weights, strict=True) for t in w.format.quantize_gradient(w, dy)
-        ]
+        quantized = weight.format.quantize_gradients(weights, dys)
         saved = [x, *xa] if factors else []
         for needs_dx in (True, False):
             given = (dys, quantized, saved, factors, tensors, weight.format.encoding, 64, needs_dx)

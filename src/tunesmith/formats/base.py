@@ -135,8 +135,10 @@ class Format(ABC):
         """
         return []
 
-    def quantize_gradient(self, weight: FrozenWeight, dy: Tensor) -> list[Tensor]:
-        """Return the tensors that `backward_matmul` needs of dy beside dy itself, as above."""
+    def quantize_gradients(
+        self, weights: Sequence[FrozenWeight], dys: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the tensors that `backward_matmul` needs beside `dys` and `weights`, as above."""
         return []
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
@@ -165,25 +167,30 @@ class Format(ABC):
 
     def backward_matmul(
         self,
-        weight: FrozenWeight,
-        dy: Tensor,
+        weights: Sequence[FrozenWeight],
+        dys: Sequence[Tensor],
         quantized: Sequence[Tensor],
-        dx: Tensor | None,
-        update: Update = None,
+        update: Update,
     ) -> Tensor:
-        """dy W for dy [n, out], added to `dx` [n, in] if there is one, which is then overwritten.
+        """The sum of dy_i W_i, plus d_xa A: a new [n, in].
 
-        quantized: `quantize_gradient(dy)`.
-        update: d_xa [n, rank] and A^T [in, rank], whose product is added; not beside `dx`.
+        Args:
+            weights: of the layers of one input.
+            dys: [n, out_i] each.
+            quantized: `quantize_gradients(weights, dys)`.
+            update: d_xa [n, rank] and A^T [in, rank], or None.
         """
-        dense = weight.dense(dy.dtype)
+        dx = None
         if update is not None:
             d_xa, a_transposed = update
             # [n, rank] times [rank, in].
             dx = d_xa @ a_transposed.T
-        if dx is None:
-            return dy @ dense
-        return dx.addmm_(dy, dense)
+        # Each product is added to the same dx: one tensor [n, in] for all layers.
+        for weight, dy in zip(weights, dys, strict=True):
+            dense = weight.dense(dy.dtype)
+            dx = dy @ dense if dx is None else dx.addmm_(dy, dense)
+        assert dx is not None
+        return dx
 
 
 class FrozenWeight(NamedTuple):

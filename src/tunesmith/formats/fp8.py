@@ -6,6 +6,7 @@ rounded: the adapter's own matmuls and gradients stay in bf16.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,9 +41,10 @@ WRONG_SHARE = 0.05
 class Fp8(Format):
     """tensors: the e4m3 codes of W [out, in], and their scale: fp32 [out, 1], or [1, 1] of all.
 
-    dx = dy W sums over the rows of W. Their scales are factors within that sum, where no matmul
-    applies them, so they are multiplied into dy before it is rounded. A GPU multiplies along
-    contiguous rows only: the backward makes W^T of the codes.
+    dx sums over the rows of W. Their scales are factors within that sum, where no matmul applies
+    them, so they are multiplied into dy before it is rounded. So the layers of one input need one
+    product: a longer sum. A GPU multiplies along contiguous rows only: the backward makes W^T of
+    the codes.
 
     Attributes:
         recipe: one of `scaled_matmul.SCALING_RECIPES`.
@@ -81,12 +83,29 @@ class Fp8(Format):
     def quantize_input(self, x: Tensor) -> list[Tensor]:
         return list(quantize(self.recipe, x))
 
-    def quantize_gradient(self, weight: FrozenWeight, dy: Tensor) -> list[Tensor]:
-        if self.recipe != TENSOR_WISE:
-            _, scale = weight.tensors
-            # [n, out] times [1, out].
-            dy = dy * scale.T
-        return list(quantize(self.recipe, dy))
+    def quantize_gradients(
+        self, weights: Sequence[FrozenWeight], dys: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the factors of the one product that sums dy_i W_i over all layers.
+
+        Returns:
+            The codes of the dy_i times the scales of W_i, side by side [n, sum of out_i], the one
+            scale of all layers ([n, 1], or [1, 1]), and the codes of the W_i^T side by side
+            [in, sum of out_i]. Codes are uint8 here.
+        """
+        largest = []
+        pieces = []
+        transposed = []
+        for weight, dy in zip(weights, dys, strict=True):
+            # [n, out_i] times [1, out_i], or times [1, 1].
+            largest.append(find_scale(self.recipe, dy * weight.tensors[1].T))
+        scale = functools.reduce(torch.maximum, largest)
+        for weight, dy in zip(weights, dys, strict=True):
+            codes, weight_scale = weight.tensors
+            # Scaled again: kept, it would be of fp32 for all layers.
+            pieces.append(round_to_e4m3(dy * weight_scale.T, scale).view(torch.uint8))
+            transposed.append(codes.view(torch.uint8).t())
+        return [torch.cat(pieces, 1), scale, torch.cat(transposed, 1)]
 
     def forward_matmul(
         self, weight: FrozenWeight, x: Tensor, quantized: Sequence[Tensor], update: Update
@@ -99,24 +118,20 @@ class Fp8(Format):
 
     def backward_matmul(
         self,
-        weight: FrozenWeight,
-        dy: Tensor,
+        weights: Sequence[FrozenWeight],
+        dys: Sequence[Tensor],
         quantized: Sequence[Tensor],
-        dx: Tensor | None,
-        update: Update = None,
+        update: Update,
     ) -> Tensor:
-        codes, scale = weight.tensors
-        # [in, out] in memory, rows contiguous; the codes are moved as bytes.
-        transposed = codes.view(torch.uint8).t().contiguous().view(E4M3)
-        if self.recipe != TENSOR_WISE:
-            scale = scale.new_ones(len(transposed), 1)  # it is in `quantized`
-        dy_w = scaled_matmul(self.recipe, quantized, (transposed, scale), dy.dtype)
+        codes, scale, transposed = quantized
+        # The scales of W are in `codes`.
+        ones = scale.new_ones(1 if self.recipe == TENSOR_WISE else len(transposed), 1)
+        left, right = (codes.view(E4M3), scale), (transposed.view(E4M3), ones)
+        dx = scaled_matmul(self.recipe, left, right, dys[0].dtype)
         if update is not None:
             d_xa, a_transposed = update
-            dy_w.addmm_(d_xa, a_transposed.T)
-        if dx is None:
-            return dy_w
-        return dx.add_(dy_w)
+            dx.addmm_(d_xa, a_transposed.T)
+        return dx
 
     # ---- loading
 
@@ -246,9 +261,9 @@ def matmul_fault(
 ) -> str:
     """Find what is wrong with a frozen layer and its adapter on n rows, or return "".
 
-    One forward and two added backwards are tried. Rows and columns are different powers of two, so
-    that scales that are swapped or shifted change the result. Signs are drawn: a sum of one sign
-    tells of fast sums rather than of a fault.
+    One forward and the backward of a group of two layers are tried. Rows and columns are different
+    powers of two, so that scales that are swapped or shifted change the result. Signs are drawn: a
+    sum of one sign tells of fast sums rather than of a fault.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -264,7 +279,7 @@ def matmul_fault(
     in_powers = powers(shape[1], 3)
     dense = signed(out_powers.outer(in_powers))
     x = signed(row_powers.outer(torch.ones_like(in_powers)))
-    dy = signed(row_powers.outer(torch.ones_like(out_powers)))
+    dys = [signed(row_powers.outer(torch.ones_like(out_powers))) for _ in range(2)]
     # A sum of signed numbers is of the size of their norm. A LoRA update of rank 1 adds as much.
     update = (signed(row_powers.outer(in_powers.norm().view(1))), signed(out_powers.view(-1, 1)))
     dx_update = (signed(row_powers.outer(out_powers.norm().view(1))), signed(in_powers.view(-1, 1)))
@@ -272,14 +287,12 @@ def matmul_fault(
     fault = ""
     try:
         kind = Fp8(recipe, fast_sums=device.type == "cuda")
-        weight = kind.round(dense)
-        y = kind.forward_matmul(weight, x, kind.quantize_input(x), update)
-        quantized_dy = kind.quantize_gradient(weight, dy)
-        dx = kind.backward_matmul(weight, dy, quantized_dy, None, dx_update)
-        dx = kind.backward_matmul(weight, dy, quantized_dy, dx)
+        weights = [kind.round(dense), kind.round(dense / 2)]
+        y = kind.forward_matmul(weights[0], x, kind.quantize_input(x), update)
+        dx = kind.backward_matmul(weights, dys, kind.quantize_gradients(weights, dys), dx_update)
         # The powers are e4m3 numbers: only the sums and bf16 round.
         expected_y = x @ dense.T + update[0] @ update[1].T
-        expected_dx = 2 * (dy @ dense) + dx_update[0] @ dx_update[1].T
+        expected_dx = dys[0] @ dense + dys[1] @ (dense / 2) + dx_update[0] @ dx_update[1].T
         shares = [_wrong_share(y, expected_y, row_powers.outer(out_powers))]
         shares += [_wrong_share(dx, expected_dx, row_powers.outer(in_powers))]
         if not all(share <= WRONG_SHARE for share in shares):  # NaN is wrong too

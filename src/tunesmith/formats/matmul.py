@@ -149,8 +149,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x (empty unless `needs_dx`) and of `lora`.
 
-    saved: [x, xa], or empty without updates. quantized: `quantize_gradient` of each of `dys`, one
-    after the other.
+    saved: [x, xa], or empty without updates. quantized: `quantize_gradients` of `dys`, or empty
+    unless `needs_dx`.
     """
     update: Update = None
     d_lora: list[Tensor] = []
@@ -172,14 +172,7 @@ def _backward(
         return [dys[0].new_empty(0), *d_lora]
 
     weights = _rebuild_weights(encoding, tensors, [dy.shape[1] for dy in dys], in_features)
-    per_layer = len(quantized) // len(dys)
-    dx = None
-    # Each product is added to the same dx: one tensor [n, in] for all layers.
-    for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-        quantized_dy = quantized[i * per_layer : (i + 1) * per_layer]
-        dx = weight.format.backward_matmul(weight, dy, quantized_dy, dx, update)
-        update = None  # the first product has added it, for all layers
-    assert dx is not None
+    dx = weights[0].format.backward_matmul(weights, dys, quantized, update)
     return [dx, *d_lora]
 
 
@@ -229,11 +222,11 @@ def _backward_inputs(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
         else:
             dys.append(dy.contiguous())
 
-    weights = _rebuild_weights(ctx.encoding, tensors, ctx.widths, ctx.in_features)
-    quantized = []
-    for dy, weight in zip(dys, weights, strict=True):
-        quantized += weight.format.quantize_gradient(weight, dy)
     needs_dx = ctx.needs_input_grad[0]
+    quantized: list[Tensor] = []
+    if needs_dx:
+        weights = _rebuild_weights(ctx.encoding, tensors, ctx.widths, ctx.in_features)
+        quantized = weights[0].format.quantize_gradients(weights, dys)
     return dys, quantized, saved, lora, tensors, ctx.encoding, ctx.in_features, needs_dx
 
 
