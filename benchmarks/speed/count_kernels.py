@@ -52,6 +52,7 @@ from torch._inductor.compile_fx import (
 )
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
+from torch._inductor.lowering import lowerings, pointwise_cat
 from torch._inductor.virtualized import V
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,8 +94,22 @@ GATHERS = ("index", "index_select")
 # of dO * O, the gradients, and dq's conversion.
 ATTENTION_KERNELS = {"count::attention": 1, "count::attention_backward": 3}
 
-# Fused as for a GPU: by Triton's rules, and `cat` computed where it is used.
-INDUCTOR = inductor.patch(cpu_backend="triton", force_pointwise_cat=True)
+
+def cat_of_cuda(parts: Sequence[ir.TensorBox], dim: int = 0) -> ir.TensorBox:
+    """In the place of Inductor's `cat`, which chooses otherwise for a CPU.
+
+    As on a GPU it is computed where it is used, but parts that read a reduction are written where
+    they are computed.
+    """
+    for part in parts:
+        for name in part.get_read_names():
+            if isinstance(getattr(V.graph.get_buffer(name), "data", None), ir.Reduction):
+                return ir.TensorBox(ir.ConcatKernel.create(parts, dim))
+    return pointwise_cat(parts, dim)
+
+
+# Fused as for a GPU, by Triton's rules.
+INDUCTOR = inductor.patch(cpu_backend="triton")
 
 
 @torch.library.custom_op("count::attention", mutates_args=())
@@ -317,8 +332,8 @@ class Counter:
                 graph.run(*inputs)
                 graph._update_scheduler()
                 for fused in graph.scheduler.nodes:
-                    # These are counted above
-                    if not isinstance(fused.node, ir.ExternKernel | ir.MultiOutput):
+                    # The first two are counted above, and a `cat` with its parts.
+                    if not isinstance(fused.node, ir.ExternKernel | ir.MultiOutput | ir.NopKernel):
                         count.add(int(fused.get_read_write_buffers_sizes()))
         return make_boxed_func(module.forward)
 
@@ -411,7 +426,8 @@ def count_layer(
     # A CPU multiplies dB in another order, and copies it.
     b_of_cuda = patch.object(matmul, "gradient_of_b", lambda dy, xa: dy.T @ xa, create=True)
     kernel = patch.multiple(attention, varlen_attn=attention_of_cuda, fits_varlen=lambda *_: True)
-    with fake, kernel, b_of_cuda, experts_of_cuda(by_expert=by_expert), INDUCTOR:
+    cat = patch.dict(lowerings, {torch.ops.aten.cat.default: cat_of_cuda})
+    with fake, kernel, b_of_cuda, experts_of_cuda(by_expert=by_expert), INDUCTOR, cat:
         materialize(model, torch.device("cpu"))
         for name, p in model.named_parameters():  # made outside the mode
             module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]

@@ -17,10 +17,19 @@ from torch import Tensor
 from tunesmith.distributed.torch_private import collective, local_slices
 from tunesmith.distributed.vocab_parallel import local_part, sharding_groups
 from tunesmith.errors import ModelError, first_line
-from tunesmith.formats.base import E4M3, Format, FrozenWeight, TensorForm, Update
+from tunesmith.formats.base import (
+    E4M3,
+    E4M3_MAX,
+    LEAST_SCALE,
+    Format,
+    FrozenWeight,
+    TensorForm,
+    Update,
+)
 from tunesmith.formats.scaled_matmul import (
     SCALING_RECIPES,
     TENSOR_WISE,
+    find_largest,
     find_scale,
     quantize,
     round_to_e4m3,
@@ -93,19 +102,22 @@ class Fp8(Format):
             scale of all layers ([n, 1], or [1, 1]), and the codes of the W_i^T side by side
             [in, sum of out_i]. Codes are uint8 here.
         """
-        largest = []
-        pieces = []
+        layers = list(zip(weights, dys, strict=True))
+        # [n, out_i] times [1, out_i], or times [1, 1]. Multiplied again below: kept, it would be
+        # fp32 for all layers.
+        of_layers = [find_largest(self.recipe, dy * weight.tensors[1].T) for weight, dy in layers]
+        largest = functools.reduce(torch.maximum, of_layers).clamp(min=LEAST_SCALE * E4M3_MAX)
+        # Not by the scale: Inductor writes a part of `torch.cat` where dy is made, and reads dy no
+        # second time, only if that part reads a reduction. What the operator takes is none.
+        factor = E4M3_MAX / largest
+        codes = []
         transposed = []
-        for weight, dy in zip(weights, dys, strict=True):
-            # [n, out_i] times [1, out_i], or times [1, 1].
-            largest.append(find_scale(self.recipe, dy * weight.tensors[1].T))
-        scale = functools.reduce(torch.maximum, largest)
-        for weight, dy in zip(weights, dys, strict=True):
-            codes, weight_scale = weight.tensors
-            # Scaled again: kept, it would be of fp32 for all layers.
-            pieces.append(round_to_e4m3(dy * weight_scale.T, scale).view(torch.uint8))
-            transposed.append(codes.view(torch.uint8).t())
-        return [torch.cat(pieces, 1), scale, torch.cat(transposed, 1)]
+        for weight, dy in layers:
+            weight_codes, weight_scale = weight.tensors
+            codes.append((dy * weight_scale.T * factor).to(E4M3).view(torch.uint8))
+            # Contiguous: of a single part the compiler would drop the `cat`, and pass a view on.
+            transposed.append(weight_codes.view(torch.uint8).t().contiguous())
+        return [torch.cat(codes, 1), largest / E4M3_MAX, torch.cat(transposed, 1)]
 
     def forward_matmul(
         self, weight: FrozenWeight, x: Tensor, quantized: Sequence[Tensor], update: Update

@@ -36,11 +36,16 @@ def find_scale(recipe: str, x: Tensor) -> Tensor:
 
     TENSOR_WISE: the largest value of all of x, [1, 1].
     """
+    return (find_largest(recipe, x) / E4M3_MAX).clamp(min=LEAST_SCALE)
+
+
+def find_largest(recipe: str, x: Tensor) -> Tensor:
+    """The largest absolute value of each row of x [n, k], or of all: fp32 [n, 1], or [1, 1]."""
     if recipe == TENSOR_WISE:
         largest = x.abs().amax()
     else:
         largest = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True)
-    return (largest.float() / E4M3_MAX).clamp(min=LEAST_SCALE).view(-1, 1)
+    return largest.float().view(-1, 1)
 
 
 def round_to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
