@@ -70,7 +70,8 @@ class Scheme:
     def backward_elements(self, weights: int, itemsize: int) -> int:
         """Elements of a matmul's dtype that its backward makes of a matrix with so many weights."""
         if self.has_fp8_matmuls:
-            return weights // itemsize  # the transposed codes, a byte each
+            # The transposed codes, a byte each, of two such matrices: gate and up share a product.
+            return 2 * weights // itemsize
         return weights if self.is_decoded else 0
 
     def replace_linears(
