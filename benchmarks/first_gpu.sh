@@ -3,8 +3,8 @@
 #   OUT=results bash benchmarks/first_gpu.sh A      # then B to E, in the root of a checkout
 #   A  what the device reaches; the four goals: 8B LoRA in bf16 and on an fp8 base, 3B in full, 70B LoRA on nf4
 #   B  the GPU tests, products one by one, profiles of 8B in bf16 and fp8, the first step cold and warm
-#   C  what is to be decided: bases in fp8 and nf4 beside bf16, attention backends, batches of the recipe's own size, least
-#      memory, a kill and the start after it
+#   C  what is to be decided: bases in fp8 and nf4 beside bf16, attention and experts by torch's kernels, batches of the
+#      recipe's own size, least memory, a kill and the start after it
 #   D  mixtures of experts: the products of a GPU beside those of a CPU; Qwen3-30B-A3B in bf16, and its kernels; gpt-oss-120b in
 #      MXFP4 with an adapter on attention, as 80 GB hold no more
 #   E  layers that stream from the host, which needs 90 GB: 8B beside itself without, also with memory that is not page-locked,
@@ -176,9 +176,11 @@ C)
   bench own-batch 55 llama3-8b "${own_batch[@]}"
   bench least-memory 50 llama3-8b "${least_memory[@]}" --steps 6 --warmup 3
   step kill-and-resume 65 "$python" benchmarks/faults/kill_and_resume.py "${resume[@]}" --json "$work/kill-and-resume.json"
-  # FlashAttention 3 and 4 run where first_gpu_prep.sh was given their wheels; else this compares nothing, and says so.
+  # FlashAttention 3 and 4 run where first_gpu_prep.sh was given their wheels; else they are left out, and it says so.
   set_bench_words llama3-8b --steps 6 --warmup 3
-  ablation attention 80 'FlashAttention 3' 'FlashAttention 4'
+  ablation attention 100 'attention kernels' 'FlashAttention 3' 'FlashAttention 4'
+  set_bench_words qwen3-30b-a3b "${experts[@]}" --steps 4 --warmup 2
+  ablation experts 130 'experts by token'
   ;;
 D)
   step experts-agree 40 "$python" benchmarks/parity/grouped_products.py --output "$work/experts-agree.json"

@@ -32,7 +32,7 @@ from tunesmith.cli.main import main as tunesmith
 from tunesmith.data.batches.batch import Batch
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
-from tunesmith.model import attention, fused
+from tunesmith.model import attention, fused, packed_attention
 from tunesmith.quant import expert_rows, experts_at_once
 from tunesmith.units import ratio
 
@@ -114,13 +114,14 @@ def flash_attention(version: str) -> Callable[[], None]:
     return activate
 
 
-def updates_by_rows() -> None:
-    """The updates of experts are products of all rows."""
+def attention_of_torch() -> None:
+    """Torch's kernel for packed documents."""
+    packed_attention.takes = lambda *_: False
+
+
+def experts_by_row() -> None:
+    """The updates of experts are products of all rows, and torch's kernels move rows."""
     experts_at_once.DENSE_COLUMNS = 0
-
-
-def rows_by_torch() -> None:
-    """Rows of experts are gathered and added up by torch's kernels."""
     expert_rows._has_kernels = lambda _: False
 
 
@@ -162,8 +163,8 @@ REPLACEMENTS = {
     "head on labels only": Replacement(head_everywhere, "the head on every position"),
     "chunked loss": Replacement(whole_logits, "all logits at once, in fp32"),
     "freed pages": Replacement(default_malloc, "glibc's defaults", only="cpu"),
-    "updates of experts by token": Replacement(updates_by_rows, "by row", only="cuda"),
-    "kernels for rows of experts": Replacement(rows_by_torch, "torch's own", only="cuda"),
+    "attention kernels": Replacement(attention_of_torch, "torch's own", only="cuda"),
+    "experts by token": Replacement(experts_by_row, "updates by row, torch's kernels", only="cuda"),
     "FlashAttention 3": Replacement(
         flash_attention("FA3"), "in place of torch's", "cuda", "flash_attn_interface"
     ),

@@ -101,6 +101,7 @@ def cat_of_cuda(parts: Sequence[ir.TensorBox], dim: int = 0) -> ir.TensorBox:
     As on a GPU it is computed where it is used, but parts that read a reduction are written where
     they are computed.
     """
+    dim %= len(parts[0].get_size())
     for part in parts:
         for name in part.get_read_names():
             if isinstance(getattr(V.graph.get_buffer(name), "data", None), ir.Reduction):

@@ -28,6 +28,7 @@ from tunesmith.formats.matmul import grouped_matmul
 from tunesmith.host.packages import bnb_functional
 from tunesmith.model.attention import attend, select_attention_backend
 from tunesmith.model.documents import Documents
+from tunesmith.model.packed_attention import spans_if_chosen
 
 RANK = 8
 HIDDEN, MLP, KV = 4096, 14336, 1024
@@ -173,7 +174,7 @@ def main() -> None:
     )
     backend = select_attention_backend(device, BF16, heads[0].shape[-1])[0]
     for bound in (256, 768, 2048):
-        documents = Documents(edges, bound, backend)
+        documents = Documents(edges, bound, backend, spans=spans_if_chosen(edges, n))
         timed(f"{backend}, bound {bound}", lambda d=documents: attend(*heads, d).sum())
         if args.divide == 1:
             timed(

@@ -107,7 +107,7 @@ def _add_low_product(
         inside = (row < count) & (columns < width)
         places = y + row * width + columns
         total = tl.load(places, inside, other=0.0).to(tl.float32)
-        total = tl.dot(of_rows, factor, total)
+        total = tl.dot(of_rows, factor, total, input_precision="ieee")
         tl.store(places, total.to(y.dtype.element_ty), inside)
 
 

@@ -71,7 +71,7 @@ def test_a_mixture_moves_what_the_plan_counts(tmp_path: Path) -> None:
     layer = spec.layers[0]
     done = run_warm([], program=PROGRAM, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rest = {}
+    rest, planned_on = {}, {}
     for device in ("h100", "gb10"):
         counts = json.loads((tmp_path / f"{device}.json").read_text())["counts"]
         moved = 0.0
@@ -79,15 +79,23 @@ def test_a_mixture_moves_what_the_plan_counts(tmp_path: Path) -> None:
             row = counts[f"bf16, {direction}"]
             terms = row["terms"]
             active = 2 * TOKENS * layer.active / 1e12
+            if device == "h100":
+                # Of the tokens with the factors of all experts, of rank 8: two forward, four
+                # backward.
+                products = 2 if direction == "forward" else 4
+                active += products * 2 * TOKENS * EXPERTS * 8 * spec.hidden / 1e12
             assert terms["products"]["tera_operations"] == pytest.approx(active, rel=0.01)
             gib = terms["skinny products"]["gib"] + terms["other kernels"]["gib"]
             moved += gib * 2**30 / TOKENS
         of_hidden, of_width = GROUPED_ROWS if device == "h100" else EXPERT_ROWS
         planned = of_hidden * layer.experts_per_token * spec.hidden + of_width * layer.intermediate
-        rest[device] = moved - 2 * planned
+        planned_on[device] = 2 * planned
+        rest[device] = moved - planned_on[device]
     # Norms, rotary embedding and small products of attention: some 40 to 90 rows of a token.
     assert 40 * 2 * spec.hidden < rest["gb10"] < 90 * 2 * spec.hidden, rest
-    assert rest["h100"] == pytest.approx(rest["gb10"], rel=0.4), rest
+    # The plan has more there, as those kernels do not reach the memory's bandwidth.
+    counted = rest["h100"] - rest["gb10"] + planned_on["h100"]
+    assert 0.3 < counted / planned_on["h100"] < 0.8, counted
 
 
 def assert_terms_are_parts(row: dict) -> None:
