@@ -129,9 +129,26 @@ class Nf4(Format):
     # ---- decode
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
-        codes = weight.tensors[0]
+        codes, absmax, code, *nested = weight.tensors
+        if _has_kernel(codes):
+            return self._decode_by_kernel(codes, absmax, code, nested, weight.shape).to(dtype)
         dense: Tensor = nf4_functions().dequantize_4bit(codes, self._quant_state(weight))
         return dense.to(dtype)
+
+    def _decode_by_kernel(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        values: Tensor,
+        nested: Sequence[Tensor],
+        shape: tuple[int, int],
+    ) -> Tensor:
+        from tunesmith.formats import nf4_kernel  # Triton comes with torch for CUDA alone
+
+        dense = torch.empty(shape, dtype=self.dtype, device=codes.device)
+        blocks = {"block": self.block, "nested_block": self.nested_block}
+        nf4_kernel.decode_nf4(codes, scales, values, nested, dense, **blocks)
+        return dense
 
     def few_rows_matmul(self, weight: FrozenWeight, x: Tensor) -> Tensor | None:
         if len(x) > MAX_FUSED_ROWS:
@@ -175,8 +192,13 @@ class Nf4(Format):
         scales = self.scales_of_experts(stack.tensors, experts)
         count, blocks = scales.shape
         # One call for all of them: blocks do not reach from one expert into the next.
-        state = self._state(scales.flatten(), (count, blocks * self.block), code)
-        weights: Tensor = nf4_functions().dequantize_4bit(codes[experts].reshape(-1, 1), state)
+        shape = (count, blocks * self.block)
+        weights: Tensor
+        if _has_kernel(codes):
+            weights = self._decode_by_kernel(codes[experts], scales, code, (), shape)
+        else:
+            state = self._state(scales.flatten(), shape, code)
+            weights = nf4_functions().dequantize_4bit(codes[experts].reshape(-1, 1), state)
         # Without what fills up an expert's last block.
         return weights.to(dtype)[:, : math.prod(stack.matrix)].unflatten(1, stack.matrix)
 
@@ -324,6 +346,11 @@ class Nf4(Format):
             for scales in of_experts:
                 # The largest: none is negative, and ranks have 0 for the experts of others.
                 scales.copy_(collective("all_reduce", scales, "max", group.group_name))
+
+
+def _has_kernel(codes: Tensor) -> bool:
+    """Tell whether codes are on a GPU on which `nf4_kernel` was measured: H100 and H200."""
+    return codes.is_cuda and torch.cuda.get_device_capability(codes.device) == (9, 0)
 
 
 def _pieces_of_rows(layer: FrozenLinear, local_bytes: slice) -> Iterator[slice]:
