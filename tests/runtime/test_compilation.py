@@ -483,6 +483,43 @@ def test_the_folder_of_compiled_code_is_the_users_alone(tmp_path: Path) -> None:
         compilation.private_folder(folder)
 
 
+# Prints the gradient of an operator whose backward multiplies by the first argument, compiled by a
+# version whose digest is the second.
+OF_VERSION = """
+import sys
+import torch
+from tunesmith.runtime import compilation
+
+compilation.source_digest = lambda: sys.argv[2]
+compilation.use_persistent_cache()
+
+@torch.library.custom_op("of_test::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+double.register_fake(torch.empty_like)
+double.register_autograd(
+    lambda ctx, grad: grad * int(sys.argv[1]), setup_context=lambda ctx, inputs, output: None
+)
+x = torch.zeros(4, requires_grad=True)
+torch.compile(lambda x: double(x.sin()))(x).sum().backward()
+print(round(float(x.grad[0])))
+"""
+
+
+@pytest.mark.slow
+def test_a_backward_that_another_version_compiled_is_not_taken(tmp_path, monkeypatch):
+    """The compiler's cache goes by the forward, which is the same."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    printed = []
+    for words in (["2", "first"], ["5", "first"], ["5", "second"]):
+        command = [sys.executable, "-c", OF_VERSION, *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        printed.append(done.stdout.split()[-1])
+    # Of the second, torch's own behavior: what the digest is for.
+    assert printed == ["2", "2", "5"]
+
+
 def test_a_cache_folder_that_cannot_be_written_leaves_torch_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ number of documents is dynamic, and so is the number of tokens where steps diffe
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -133,9 +134,14 @@ def use_persistent_cache() -> str:
     have a folder each: they may have other chips. In a job of Slurm it is on the node's own disk:
     locks of files are slow on a shared one.
 
+    Code that another version of this package has compiled is not taken.
+
     Returns:
         The folder.
     """
+    # The cache goes by a graph's forward: it would run the backward of before a change.
+    of_user = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    torch.compiler.config.cache_key_tag = of_user + source_digest()
     # Some imports of torch set the variable to torch's own default.
     torch_default = str(Path(tempfile.gettempdir()) / "torchinductor_")
     # Unset, or torch's default: anything else is the user's choice.
@@ -147,6 +153,15 @@ def use_persistent_cache() -> str:
             folder = private_folder(place)
             os.environ[CACHE] = str(folder / socket.gethostname())
     return os.environ.get(CACHE, "")
+
+
+@cache
+def source_digest() -> str:
+    """A digest of this package's source."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def private_folder(folder: Path) -> Path:
