@@ -13,8 +13,7 @@ from devices import take_small_check
 from recipes import CHATML
 from tunesmith.config.typed import run_type
 from tunesmith.data.text.builtin_templates import with_tools
-from tunesmith.host.packages import installed_versions
-from tunesmith.training.agree import source_digest
+from tunesmith.host.packages import installed_versions, source_digest
 
 HUGE = 2 << 20  # bytes of a huge page
 MADV_COLLAPSE = 25  # of Linux 6.1

@@ -104,18 +104,19 @@ def default_malloc() -> None:
 
 
 def flash_attention(version: str) -> Callable[[], None]:
-    """Activates FlashAttention "FA3" or "FA4" in place of torch's own, below torch's varlen
-    attention.
+    """Activates FlashAttention "FA3" or "FA4" in place of torch's own and of ours, below torch's
+    varlen attention.
     """
 
     def activate() -> None:
+        attention_of_torch()
         torch.nn.attention.activate_flash_attention_impl(version)
 
     return activate
 
 
 def attention_of_torch() -> None:
-    """Torch's kernel for packed documents."""
+    """The kernel for packed documents that torch would take."""
     packed_attention.takes = lambda *_: False
 
 
@@ -163,13 +164,13 @@ REPLACEMENTS = {
     "head on labels only": Replacement(head_everywhere, "the head on every position"),
     "chunked loss": Replacement(whole_logits, "all logits at once, in fp32"),
     "freed pages": Replacement(default_malloc, "glibc's defaults", only="cpu"),
-    "attention kernels": Replacement(attention_of_torch, "torch's own", only="cuda"),
+    "attention kernels": Replacement(attention_of_torch, "that of torch", only="cuda"),
     "experts by token": Replacement(experts_by_row, "updates by row, torch's kernels", only="cuda"),
     "FlashAttention 3": Replacement(
-        flash_attention("FA3"), "in place of torch's", "cuda", "flash_attn_interface"
+        flash_attention("FA3"), "in place of ours", "cuda", "flash_attn_interface"
     ),
     "FlashAttention 4": Replacement(
-        flash_attention("FA4"), "in place of torch's", "cuda", "flash_attn.cute.interface"
+        flash_attention("FA4"), "in place of ours", "cuda", "flash_attn.cute.interface"
     ),
 }
 

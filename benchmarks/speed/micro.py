@@ -174,7 +174,7 @@ def main() -> None:
     )
     backend = select_attention_backend(device, BF16, heads[0].shape[-1])[0]
     for bound in (256, 768, 2048):
-        documents = Documents(edges, bound, backend, spans=spans_if_chosen(edges, n))
+        documents = Documents(edges, bound, backend, spans=spans_if_chosen(edges, n, bound))
         timed(f"{backend}, bound {bound}", lambda d=documents: attend(*heads, d).sum())
         if args.divide == 1:
             timed(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from devices import gpu
+from tunesmith.model import attention, packed_attention
 
 # Heads, key heads, width of a head, edges of documents, window. Documents of one token, of none,
 # over several tiles, and a last one that is shorter than a tile; groups of heads that are a power
@@ -61,6 +62,50 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         for result, reference in zip(results, references, strict=True):
             error = (result.float() - reference).norm() / reference.norm()
             assert error < tolerance, (heads, kv_heads, edges, float(error))
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "fault", "chosen"),
+    [
+        ("torch's own FlashAttention 2", "", True),
+        ("FlashAttention 4", "", True),
+        ("", "", True),
+        ("FlashAttention 3", "", False),  # beside these it was not measured
+        ("cuDNN", "", False),
+        ("torch's own FlashAttention 2", "wrong here", False),
+    ],
+)
+def test_where_it_is_chosen(
+    of_torch: str, fault: str, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's kernel is chosen too, for layers that ours does not take."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(packed_attention, "_CHOSEN", set())
+    monkeypatch.setattr(packed_attention, "takes", lambda *_: True)
+    monkeypatch.setattr(attention, "choose_kernel", lambda _: (of_torch, []))
+    monkeypatch.setattr(attention, "find_varlen_fault", lambda *_: fault)
+    monkeypatch.setattr(attention, "_FITS_VARLEN", {})
+    monkeypatch.setattr(attention, "ATTENTION_KERNELS", {})
+    attention.select_attention_backend.cache_clear()
+    backend, why = attention.select_attention_backend(device, torch.bfloat16, 128)
+    attention.select_attention_backend.cache_clear()
+    assert backend == "varlen"
+    assert why.startswith("our own kernel" if chosen else of_torch)
+    assert fault in why
+    assert [*attention._FITS_VARLEN.values()] == [bool(of_torch)]
+    assert ({"cuda"} if chosen else set()) == packed_attention._CHOSEN
+
+
+def test_spans_are_made_where_the_kernel_takes_the_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edges = torch.tensor([0, 1, 1, 3], dtype=torch.int32)
+    assert packed_attention.spans_if_chosen(edges, 3, 2) is None, "not chosen on a CPU"
+    monkeypatch.setattr(packed_attention, "_CHOSEN", {"cpu"})
+    found = packed_attention.spans_if_chosen(edges, 3, 4096)
+    assert found is not None
+    assert found.tolist() == [[0, 1, 1], [1, 3, 3]]
+    assert packed_attention.spans_if_chosen(edges, 3, 4097) is None, "not measured"
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Optional packages: where each is imported, and how each is installed."""
 
+import hashlib
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MachineError
@@ -57,6 +59,15 @@ def installed_versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 of this package's own files as this process first read them."""
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        source.update(file.read_bytes())
+    return source.hexdigest()
 
 
 def check_versions() -> None:

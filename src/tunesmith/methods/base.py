@@ -263,7 +263,7 @@ class TrainModel(nn.Module):
             batch.max_seqlen,
             self.attention_backend,
             repeated=repeated,
-            spans=spans_if_chosen(batch.cu_seqlens, tokens),
+            spans=spans_if_chosen(batch.cu_seqlens, tokens, batch.max_seqlen),
         )
         if batch.edges:
             documents.set_edges(batch.edges)

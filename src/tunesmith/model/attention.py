@@ -306,20 +306,18 @@ def select_attention_backend(
             "on a CPU batched matmuls are faster than torch's attention per document",
         )
     shape = VarlenShape(device, dtype, head_dim, head_dim)
-    faults = []
-    kernel = ""
-    if packed_attention.takes(device, dtype, head_dim):
+    # Chosen also where ours runs: layers that it does not take have torch's.
+    kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
+    # For `fits_varlen`, which the layers ask about the same shape.
+    _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
+    if kernel in packed_attention.SLOWER and packed_attention.takes(device, dtype, head_dim):
         fault = find_varlen_fault(shape, "packed")
         if fault:
             faults.append(f"{packed_attention.NAME}: {fault}")
         else:
-            kernel = packed_attention.NAME
             packed_attention.choose_packed(device)
-    if not kernel:
-        kernel, of_torch = choose_kernel(lambda: find_varlen_fault(shape))
-        faults += of_torch
-        # For `fits_varlen`, which the layers ask about the same shape.
-        _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
+            other = f"{kernel or 'batched products'} for layers that it does not take"
+            kernel, faults = packed_attention.NAME, [*faults, other]
     if not kernel:
         return "sdpa", f"this GPU's varlen attention is not right in {dtype}: {'; '.join(faults)}"
     ATTENTION_KERNELS["varlen"] = kernel

@@ -134,6 +134,7 @@ def add_low(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> None:
     if _has_kernels(y):
         from tunesmith.quant import row_kernels
 
-        row_kernels.add_low_product(y, low.contiguous(), factors.contiguous(), offsets)
-    else:
-        y += F.grouped_mm(low, factors, offs=offsets)
+        if low.shape[1] <= row_kernels.MOST_RANK:
+            row_kernels.add_low_product(y, low.contiguous(), factors.contiguous(), offsets)
+            return
+    y += F.grouped_mm(low, factors, offs=offsets)

@@ -8,7 +8,6 @@ number of documents is dynamic, and so is the number of tokens where steps diffe
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from tunesmith.distributed.torch_private import mark_varying, restart_compiler
 from tunesmith.errors import MachineError, first_line
 from tunesmith.host.files import cache_folder
+from tunesmith.host.packages import source_digest
 from tunesmith.host.shell import shell_path
 from tunesmith.loss import LossAndGradFn
 from tunesmith.model.documents import Documents, current_documents
@@ -153,15 +153,6 @@ def use_persistent_cache() -> str:
             folder = private_folder(place)
             os.environ[CACHE] = str(folder / socket.gethostname())
     return os.environ.get(CACHE, "")
-
-
-@cache
-def source_digest() -> str:
-    """A digest of this package's source."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def private_folder(folder: Path) -> Path:

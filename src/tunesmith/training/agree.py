@@ -11,9 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -33,7 +31,7 @@ from tunesmith.errors import (
     RecipeError,
     UsageError,
 )
-from tunesmith.host.packages import installed_versions
+from tunesmith.host.packages import installed_versions, source_digest
 from tunesmith.host.shell import shell_word
 from tunesmith.hub.model_files import ModelFiles
 from tunesmith.model.safetensors_files import (
@@ -115,15 +113,6 @@ def software_versions() -> dict[str, Compared]:
     number = f"{versions.get('tunesmith', '')} {source_digest()[:8]}".strip()
     versions["tunesmith"] = number
     return {name: Compared(version, version) for name, version in versions.items()}
-
-
-@cache
-def source_digest() -> str:
-    """SHA-256 of this package's own files as this process first read them."""
-    source = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        source.update(file.read_bytes())
-    return source.hexdigest()
 
 
 def check_same_inputs(
