@@ -1,7 +1,8 @@
 """Triton kernels for the rows of experts, each of which moves every byte once.
 
-For GPUs that multiply all experts at once. Those of torch take two to five times as long (measured
-on an H200): `index_select` and `embedding_bag`, and for an update a product and a sum.
+For GPUs that multiply all experts at once. On an H200 `embedding_bag` takes 0.73 ms where the sum
+here takes 0.15. The others are counted, not timed one by one: `index_select` reached half of the
+memory's bandwidth there, and an update by `grouped_mm` and a sum moves its rows twice as often.
 """
 
 # mypy: disable-error-code="no-untyped-def"
