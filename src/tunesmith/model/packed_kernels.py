@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1 / math.log(2)
-# Rows and keys of a tile: the fastest of those that were timed on an H200, but for 2 % that loads by
-# TMA brought.
+# Rows and keys of a tile: the fastest that were timed on an H200, but for 2 % by loads through TMA.
 ROWS = 64
 FORWARD_KEYS = 32
 GRADIENT_KEYS = 64  # of keys and values
