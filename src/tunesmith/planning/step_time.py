@@ -56,7 +56,7 @@ USUAL_OPERATIONS_PER_BYTE = 175
 # benchmarks/speed/count_kernels.py counts them in an expert's turn, where an adapter's products of
 # low rank are in the cache. Where one kernel multiplies all experts these go through memory too,
 # and kernels do not reach its bandwidth: so many rows there are what an H200 took for them
-# (27,374 tokens/s of Qwen3-30B-A3B). The count is two thirds of it.
+# (27,374 tokens/s of Qwen3-30B-A3B), more than they move by the count.
 EXPERT_ROWS = (5, 17)
 GROUPED_ROWS = (20, 35)
 # A forward, as a share of both passes: 2 of 6 operations. With an adapter they are 2 of 4, but an
