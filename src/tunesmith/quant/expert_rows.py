@@ -18,7 +18,6 @@ class RowIndex(NamedTuple):
     Attributes:
         tokens: int64 [rows], the token of each row.
         places: int64 [n, k], the row of each copy of each token.
-        slots: int64 [rows], the token of each row times the number of experts, plus its expert.
         offsets: int32 [experts], on the device: the end of each expert's rows.
         ends: the same on the host, on a CPU the same tensor; None where the host need not know, and
             wait for the GPU.
@@ -26,9 +25,16 @@ class RowIndex(NamedTuple):
 
     tokens: Tensor
     places: Tensor
-    slots: Tensor
     offsets: Tensor
     ends: Tensor | None
+
+    def slots(self) -> Tensor:
+        """The token of each row times the number of experts, plus its expert: int64 [rows]."""
+        numbers = torch.arange(
+            len(self.tokens), dtype=self.offsets.dtype, device=self.offsets.device
+        )
+        experts = torch.searchsorted(self.offsets, numbers, right=True)
+        return self.tokens * len(self.offsets) + experts
 
     def ends_on_host(self) -> list[int]:
         """The end of each expert's rows."""
@@ -43,13 +49,13 @@ class RowIndex(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All of them, for `of_tensors`."""
-        tensors = [self.tokens, self.places, self.slots, self.offsets]
+        tensors = [self.tokens, self.places, self.offsets]
         return tensors if self.ends is None else [*tensors, self.ends]
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor]) -> "RowIndex":
-        tokens, places, slots, offsets, *ends = tensors
-        return cls(tokens, places, slots, offsets, ends[0] if ends else None)
+        tokens, places, offsets, *ends = tensors
+        return cls(tokens, places, offsets, ends[0] if ends else None)
 
 
 class ExpertRows(NamedTuple):
@@ -86,9 +92,7 @@ class ExpertRows(NamedTuple):
         ends = None
         if device.type != "meta" and (in_groups or not uses_grouped_mm(device, dtype)):
             ends = offsets.cpu()
-        tokens = copies // per_token
-        slots = tokens * experts + sorted_experts
-        index = RowIndex(tokens, places.view(-1, per_token), slots, offsets, ends)
+        index = RowIndex(copies // per_token, places.view(-1, per_token), offsets, ends)
         return cls(copies, sorted_experts, index)
 
 

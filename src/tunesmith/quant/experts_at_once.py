@@ -66,22 +66,22 @@ class AtOnce(NamedTuple):
 
     def _sides(self, lora: Sequence[Tensor]) -> "tuple[Side, Side]":
         lora_A, lora_B = lora
-        return (
-            Side(self.row_index, lora_A, self.gathers),
-            Side(self.row_index, lora_B, self.sums),
-        )
+        index = self.row_index
+        slots = index.slots()
+        return Side(index, slots, lora_A, self.gathers), Side(index, slots, lora_B, self.sums)
 
 
 class Side(NamedTuple):
     """The inputs or the outputs of a stack, and the factor of its update on that side.
 
     Attributes:
-        row_index: the rows of the experts.
+        row_index: the rows of the experts; slots: its `slots`, for both sides.
         factors: N [experts, rank, width]: A of the inputs, B of the outputs.
         of_tokens: inputs are gathered from tokens [n, width], outputs are added up to them.
     """
 
     row_index: RowIndex
+    slots: Tensor
     factors: Tensor
     of_tokens: bool
 
@@ -96,7 +96,7 @@ class Side(NamedTuple):
         if not self.is_dense:
             return F.grouped_mm(rows, self.factors.mT, offs=self.row_index.offsets)
         of_all = x @ self.factors.flatten(0, 1).T
-        return of_all.view(-1, self.factors.shape[1]).index_select(0, self.row_index.slots)
+        return of_all.view(-1, self.factors.shape[1]).index_select(0, self.slots)
 
     def expand(self, low: Tensor, rows: Tensor) -> Tensor:
         """The rows [rows, width], which may be overwritten, and low N_e: as outside."""
@@ -120,7 +120,7 @@ class Side(NamedTuple):
         tokens = len(self.row_index.places)
         spread = low.new_zeros(tokens * experts, rank)
         # Added: a router might choose an expert twice. Else a place has one row, and one order.
-        return spread.index_add_(0, self.row_index.slots, low).view(tokens, -1)
+        return spread.index_add_(0, self.slots, low).view(tokens, -1)
 
 
 def _multiply(x: Tensor, stack: FrozenStack, index: RowIndex, *, backward: bool = False) -> Tensor:
