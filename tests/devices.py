@@ -5,6 +5,8 @@ is known to run. And what takes a CPU long for a reason of its own, made short.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,6 +25,14 @@ gpu = [
 cpu_and_gpu = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=gpu)], indirect=True
 )
+
+
+def run_interpreted(file: str) -> None:
+    """Run a test file as a program whose Triton kernels the interpreter runs, on the CPU."""
+    pytest.importorskip("triton")
+    # Triton reads the first as it is imported.
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, file], check=True, env=os.environ | environment)
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from devices import gpu
+from devices import gpu, run_interpreted
 from tunesmith.model import attention, packed_attention
 
 # Heads, key heads, width of a head, edges of documents, window. Documents of one token, of none,
@@ -110,10 +107,7 @@ def test_spans_are_made_where_the_kernel_takes_the_documents(
 
 @pytest.mark.slow
 def test_the_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    # Triton reads the first as it is imported.
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], check=True, env=os.environ | environment)
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])

@@ -4,14 +4,10 @@ interpreter.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from devices import gpu
+from devices import gpu, run_interpreted
 from tunesmith.formats import nf4
 from tunesmith.formats.base import FrozenStack, FrozenWeight
 from tunesmith.formats.linear import empty_tensors
@@ -54,11 +50,8 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
 
 @pytest.mark.slow
 def test_the_kernel_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
     pytest.importorskip("bitsandbytes")
-    # Triton reads the first as it is imported.
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], check=True, env=os.environ | environment)
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from devices import gpu
+from devices import gpu, run_interpreted
 
 WIDTH = 1100  # more than a program has columns
 
@@ -59,10 +55,7 @@ def test_factors_that_do_not_fit_are_multiplied_by_torch(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_the_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    # Triton reads the first as it is imported.
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], check=True, env=os.environ | environment)
+    run_interpreted(__file__)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
