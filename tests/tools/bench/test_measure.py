@@ -250,6 +250,21 @@ def test_more_than_the_peak_is_refused(
         run_plan(plan, tmp_path)
 
 
+@pytest.mark.parametrize(("units", "dtype"), [(False, "fp32"), (True, "bf16")])
+def test_emulated_products_bound_no_step(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool, dtype: str
+) -> None:
+    """What of a step is in fp32 passes them: of small models it came to 130 % of their peak."""
+    monkeypatch.setattr("tunesmith.tools.bench.measure.multiplies_bf16", lambda: units)
+    peaks = {torch.bfloat16: 1e2, torch.float32: 1e3}
+    monkeypatch.setattr("tunesmith.tools.bench.measure.matmul_tflops", lambda _, of: peaks[of])
+    run = make_run(tiny, tmp_path, model={"dtype": "bf16"}, held=False)
+    found = run_plan(BenchPlan(run, steps=1, warmup=0), tmp_path).figures
+    assert found.measured_peak_dtype == dtype
+    assert found.measured_peak_tflops == (1e2 if units else 1e3)
+    assert any(f"{dtype} products" in remark for *_, remark in found.rows())
+
+
 def test_fp8_products_pass_the_peak_of_16_bits_and_not_their_own(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

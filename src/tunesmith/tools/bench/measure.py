@@ -26,6 +26,7 @@ from tunesmith.config.schema import Checkpoint, Log, Run, Validate
 from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.torch_private import graphs_compiled, scaled_mm
 from tunesmith.errors import RunError, TunesmithError
+from tunesmith.host.cores import multiplies_bf16
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.hardware import MATMUL_SIZE, matmul_tflops, seconds_of
 from tunesmith.metrics.log_file import LogFile
@@ -33,6 +34,7 @@ from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.record import StepRecord
 from tunesmith.metrics.sink import Sinks
 from tunesmith.metrics.terminal import Terminal
+from tunesmith.model.dtypes import DTYPES
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.runtime.determinism import deterministic_algorithms
 from tunesmith.training.build import Session, build
@@ -101,7 +103,8 @@ class BenchReport:
         padding: where the other tokens come from; empty below 1 %.
         mfu_of_published_peak: FLOPs of the model a second (no recomputation), over the data
             sheet's peak. None where the base is fp8 on a GPU: its products pass a peak of 16 bits.
-        mfu_of_measured_peak: the same, over the dense product measured in this run.
+        mfu_of_measured_peak: the same, over the dense product measured in this run, in
+            `measured_peak_dtype`: fp32 on a CPU that only emulates bf16.
         mfu_of_fp8_peak: the same, over the measured fp8 product, where the base is fp8.
         data_wait_share: of the step time, spent waiting for data.
         build_seconds: from the recipe to a model that is ready: rows, weights, optimizer; on a GPU
@@ -132,6 +135,7 @@ class BenchReport:
     published_peak_tflops: float | None
     mfu_of_published_peak: float | None
     measured_peak_tflops: float
+    measured_peak_dtype: str
     mfu_of_measured_peak: float | None
     mfu_of_fp8_peak: float | None
     step_seconds_p50: float
@@ -167,7 +171,8 @@ class BenchReport:
         if self.recomputed_layers:
             recomputed = f"; {self.recomputed_layers} layers recomputed, not counted"
         if self.mfu_of_measured_peak is not None:
-            peak = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {self.dtype} products in this run"
+            products = f"{self.measured_peak_dtype} products in this run"
+            peak = f"of {self.measured_peak_tflops:.3g} TFLOP/s, {products}"
             yield "MFU, measured peak", f"{self.mfu_of_measured_peak:.1%}", peak + recomputed
         if self.mfu_of_fp8_peak is not None:
             peak = "of the fp8 products in this run"
@@ -308,7 +313,8 @@ def _report(
     # A record's step counts from 1, those of the schedule from 0.
     flops = sum(session.flops(examples(r.step - 1), r.supervised_tokens) for r in records)
     tflops = ratio(flops, seconds) / 1e12
-    measured_peak = matmul_tflops(device, session.dtype)
+    peak_dtype = _dtype_of_units(run.model.dtype, device)
+    measured_peak = matmul_tflops(device, DTYPES[peak_dtype])
     # A peak that nobody published would make up a utilization.
     published_peak = session.peak.tflops if session.peak.published else None
     quantize = "none" if scheme_of(run.model) is DENSE else session.plan.base
@@ -336,6 +342,7 @@ def _report(
         published_peak_tflops=published_peak,
         mfu_of_published_peak=_utilization(tflops, bounds[0]),
         measured_peak_tflops=measured_peak,
+        measured_peak_dtype=peak_dtype,
         mfu_of_measured_peak=_utilization(tflops, bounds[1]),
         mfu_of_fp8_peak=_utilization(tflops, fp8_peak),
         step_seconds_p50=percentiles[0],
@@ -353,6 +360,13 @@ def _report(
         first_loss=records[0].loss,
         last_loss=records[-1].loss,
     )
+
+
+def _dtype_of_units(dtype: str, device: torch.device) -> str:
+    """That of the products that bound a step: fp32 on a CPU that emulates bf16, as emulated ones
+    are slower than what of a step is in fp32."""
+    emulated = dtype == "bf16" and device.type == "cpu" and not multiplies_bf16()
+    return "fp32" if emulated else dtype
 
 
 def _utilization(tflops: float, peak: float | None) -> float | None:
