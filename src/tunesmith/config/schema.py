@@ -154,6 +154,11 @@ class Model:
         others=("attn_implementation",),
         free=True,
     )
+    vision: bool = key(
+        False,
+        "build the vision part of a vision-language model too, frozen: rows may have pictures;"
+        " false: its text model alone",
+    )
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"
@@ -261,6 +266,12 @@ class Data:
         " trained model as a part of its template",
     )
     system: str | None = key(None, "system message for rows that have none")
+    image_max_pixels: Count | None = key(
+        None,
+        "pictures of more pixels are scaled down to so many before the model's processor sees them;"
+        " null: they go to it as they are",
+        others=("max_pixels",),
+    )
     seq_len: AtLeastTwo = key(
         2048,
         "maximum length of an example, and length of a packed row, in tokens",

@@ -15,7 +15,7 @@ alone sees whole documents, by `WholeDocuments`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -68,7 +68,8 @@ class Batch:
 
     Attributes:
         input_ids: int64 [rows, length].
-        position_ids: int64 [rows, length]; each document counts from 0.
+        position_ids: int64 [rows, length]; each document counts from 0. With pictures of a model
+            whose positions have rows and columns, [3, rows, length].
         targets: int64 [rows, length]; the next token, or IGNORE.
         cu_seqlens: int32 [documents + 1]; edges of documents in the flattened block, from 0 to
             rows * length; with `whole` those of the documents that it makes.
@@ -82,6 +83,8 @@ class Batch:
         sequences: None where each example is one sequence without a label.
         chosen_tokens: supervised tokens of the chosen answers of pairs.
         whole: None where the block holds each document whole.
+        pictures: name of an argument of the model's vision part -> its tensor, of all pictures in
+            the order of their placeholders; empty without any.
     """
 
     input_ids: torch.Tensor
@@ -97,6 +100,7 @@ class Batch:
     sequences: Sequences | None = None
     chosen_tokens: int = 0
     whole: WholeDocuments | None = None
+    pictures: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def is_token(self) -> torch.Tensor:
         """bool [rows * length]: False for padding; computed on the device without a copy to it."""
@@ -117,6 +121,7 @@ class Batch:
         values = vars(self)
         for group in (self.sequences, self.whole):
             values = values | (group._asdict() if group else {})
+        values = values | self.pictures
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -127,6 +132,8 @@ class Batch:
                 return change(value)
             if isinstance(value, Sequences | WholeDocuments):
                 return type(value)(*map(map_value, value))
+            if isinstance(value, dict):
+                return {name: change(tensor) for name, tensor in value.items()}
             return value
 
         return replace(self, **{name: map_value(value) for name, value in vars(self).items()})

@@ -1,7 +1,19 @@
 """Rows of any format as training reads them: conversations, prompts with an answer, texts."""
 
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from pathlib import Path
+from typing import NamedTuple, NotRequired, TypedDict
+
+# Stands in a text where a picture does: Unicode's character for an object that is no text.
+PICTURE_MARK = "\ufffc"
+
+
+class Picture(NamedTuple):
+    """A picture of a row, not yet read: a file, or its bytes; `place` is what errors call it."""
+
+    place: str
+    path: Path | None = None
+    data: bytes | None = None
 
 
 class CalledFunction(TypedDict):
@@ -49,6 +61,8 @@ class Conversation:
         instruction: (instruction, input, output) of a row in alpaca's format, so that alpaca's own
             text can be made.
         untrained: indices of the assistant messages that the row itself leaves unsupervised.
+        pictures: those of the messages, in the order in which PICTURE_MARK stands for them; where
+            there are none the character is a text like any other.
     """
 
     messages: list[Message]
@@ -56,6 +70,7 @@ class Conversation:
     prompt_messages: int = 0
     instruction: tuple[str, str, str] | None = None
     untrained: frozenset[int] = frozenset()
+    pictures: tuple[Picture, ...] = ()
 
     def supervised(self) -> list[Message]:
         """The assistant messages that are trained on, where nothing but the row decides."""

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class Pixels(NamedTuple):
+    """The pictures of one or more examples, as the model's vision part takes them.
+
+    Attributes:
+        inputs: name of an argument of the model -> its array, pictures (or their patches) along the
+            first dimension.
+        grids: int64 [pictures, 2], rows and columns of placeholders, for models whose positions
+            have them; else empty.
+    """
+
+    inputs: dict[str, np.ndarray]
+    grids: np.ndarray
+
+
+class RowPictures(Protocol):
+    """The pictures of a row, whose pixels other processes prepare."""
+
+    def begin(self) -> None:
+        """Have them prepared, without waiting."""
+
+    def pixels(self) -> Pixels:
+        """Wait for them; DataError where a picture is not the one that was tokenized."""
 
 
 class Example(NamedTuple):
@@ -21,6 +45,8 @@ class Example(NamedTuple):
             method compares with, where it is known before training.
         shared: tokens at the start of a pair's second sequence that a packed row leaves out, as
             they are those of the first one and no position of either has a target (`count_shared`).
+        digests: of the bytes of each of its pictures, 63 bits.
+        pictures: hands over their pixels, once a token set has the processor of a model that sees.
         flaws: names in ROW_WARNINGS of what its tokens show, until it is stored.
         control_tokens: special tokens that the row's own text spells, until it is stored.
     """
@@ -31,6 +57,8 @@ class Example(NamedTuple):
     label: bool | None = None
     reference: tuple[float, ...] = ()
     shared: int = 0
+    digests: tuple[int, ...] = ()
+    pictures: RowPictures | None = None
     flaws: tuple[str, ...] = ()
     control_tokens: frozenset[str] = frozenset()
 
