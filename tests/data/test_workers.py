@@ -21,6 +21,7 @@ from errors import is_internal, refuses
 from ranks import FORKS
 from recipes import recipe
 from tunesmith.config.schema import Data, Source
+from tunesmith.data import workers as pool
 from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
@@ -68,7 +69,7 @@ def watch_starts(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Any]) -> 
         processes.append(start(*args, **options))
         return processes[-1]
 
-    monkeypatch.setattr(workers.subprocess, "Popen", started)
+    monkeypatch.setattr(pool.subprocess, "Popen", started)
     monkeypatch.setattr(workers, "ROWS_EACH", 100)
     monkeypatch.setattr(workers, "available_cores", lambda: 3)
     return processes

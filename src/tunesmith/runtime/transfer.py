@@ -8,6 +8,7 @@ there are no events.
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -105,15 +106,19 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device.
+        """The batch on the device, but for its pictures.
+
+        Of all micro batches of a step these may take gigabytes: they stay on the host, pinned, and
+        the model copies those of one when it needs them.
 
         The copy is waited for here, where nothing waits for this thread.
         """
         # A new thread's current device is 0, whatever the main thread has chosen.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            placed = batch.map_tensors(Tensor.pin_memory).to(self._device)
+            pinned = batch.map_tensors(Tensor.pin_memory)
+            placed = replace(pinned, pictures={}).to(self._device)
             self._stream.synchronize()
-        return placed
+        return replace(placed, pictures=pinned.pictures)
 
     def record_stream(self, batch: Batch) -> None:
         """Tell the allocator that the current stream reads the batch.
@@ -123,4 +128,5 @@ class DevicePrefetcher:
         """
         stream = torch.cuda.current_stream(self._device)
         for tensor in batch.tensors().values():
-            tensor.record_stream(stream)
+            if tensor.is_cuda:
+                tensor.record_stream(stream)

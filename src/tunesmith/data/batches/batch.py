@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.text.example import Example
+from tunesmith.data.batches.positions import mrope_positions
+from tunesmith.data.text.example import Example, Pixels
 
 if TYPE_CHECKING:
     # Processes that only tokenize do without torch; it is imported where tensors are created.
@@ -166,7 +167,10 @@ def collate(
     if sequence_rows is not None:
         parts = [[part._replace(shared=0)] for row in parts for part in row]
         parts += [[] for _ in range(sequence_rows - len(parts))]
-    flat = _FlatRows(len(parts) * length, pad_id)
+    pixels = [part.pictures.pixels() if part.pictures else None for row in parts for part in row]
+    has_grids = any(of is not None and len(of.grids) for of in pixels)
+    flat = _FlatRows(len(parts) * length, pad_id, axes=3 if has_grids else 1)
+    pixels_of_next = iter(pixels)
     row_tokens = []
     for r, row in enumerate(parts):
         row_start = r * length
@@ -176,7 +180,7 @@ def collate(
             end = at + len(part.ids) - part.shared
             if end > row_start + length:
                 raise ValueError(f"row {r} has room for {length} tokens, and more are to go there")
-            flat.add_sequence(part, at, previous)
+            flat.add_sequence(part, at, previous, next(pixels_of_next))
             previous = at
             at = end
         row_tokens.append(at - row_start)
@@ -185,7 +189,7 @@ def collate(
     shape = (len(parts), length)
     return Batch(
         input_ids=torch.from_numpy(flat.ids.reshape(shape)),
-        position_ids=torch.from_numpy(flat.positions.reshape(shape)),
+        position_ids=torch.from_numpy(flat.positions.reshape((3, *shape) if has_grids else shape)),
         targets=torch.from_numpy(flat.targets.reshape(shape)),
         cu_seqlens=torch.tensor(flat.edges, dtype=torch.int32),
         max_seqlen=max_document or int(np.diff(flat.edges).max()),
@@ -197,33 +201,65 @@ def collate(
         sequences=_sequences(examples),
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
+        pictures=join_pixels([of for of in pixels if of is not None]),
     )
+
+
+def join_pixels(pixels: Sequence[Pixels]) -> dict[str, torch.Tensor]:
+    """The inputs of all pictures, one behind another.
+
+    Those that the processor pads to the largest of a call are padded with zeros to the largest of
+    all, as it would have done for all of them at once.
+    """
+    import torch
+
+    joined = {}
+    for name in pixels[0].inputs if pixels else ():
+        arrays = [of.inputs[name] for of in pixels]
+        largest = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
+        padded = []
+        for array in arrays:
+            widths = [
+                (0, int(to - size)) for size, to in zip(array.shape[1:], largest, strict=True)
+            ]
+            padded.append(np.pad(array, [(0, 0), *widths]) if any(map(sum, widths)) else array)
+        joined[name] = torch.from_numpy(np.concatenate(padded))
+    return joined
 
 
 class _FlatRows:
     """The flattened rows of a batch, document by document.
 
     Attributes:
-        ids, positions, targets: int64 [places].
+        ids, targets: int64 [places].
+        positions: int64 [axes, places]; a text has the same on each of several.
         edges: of the documents so far.
         runs: of places that make them: the first, and the one after the last.
     """
 
-    def __init__(self, places: int, pad_id: int) -> None:
+    def __init__(self, places: int, pad_id: int, axes: int) -> None:
         # Everything is padding until a token is laid over it.
         self.ids = np.full(places, pad_id, dtype=np.int64)
-        self.positions = np.zeros(places, dtype=np.int64)
+        self.positions = np.zeros((axes, places), dtype=np.int64)
         self.targets = np.full(places, IGNORE, dtype=np.int64)
         self.edges = [0]
         self.runs: list[tuple[int, int]] = []
 
-    def add_sequence(self, part: Example, at: int, previous: int) -> None:
-        """Lay a sequence from place `at` on; the one before it in the row begins at `previous`."""
+    def add_sequence(self, part: Example, at: int, previous: int, pixels: Pixels | None) -> None:
+        """Lay a sequence from place `at` on; the one before it in the row begins at `previous`.
+
+        pixels: of its pictures.
+        """
         n = len(part.ids)
         span = slice(at, at + n - part.shared)
         self.ids[span] = part.ids[part.shared :]
         # Each document counts its positions from 0, so that packed and alone are the same.
-        self.positions[span] = np.arange(part.shared, n)
+        self.positions[:, span] = np.arange(part.shared, n)
+        if pixels is not None and len(pixels.grids):
+            assert part.pictures is not None
+            self.positions[:, span] = mrope_positions(
+                part.ids, part.pictures.token_id, pixels.grids
+            )
         # The target of a token is the next one; the last of a document has none, as what follows
         # is another document.
         targets = np.append(np.where(part.trained[1:], part.ids[1:], IGNORE), IGNORE)
@@ -238,7 +274,7 @@ class _FlatRows:
         padding = end - at
         if not padding:
             return
-        self.positions[at:end] = np.arange(padding) % longest
+        self.positions[:, at:end] = np.arange(padding) % longest
         self.runs.append((at, end))
         start = self.edges[-1]
         self.edges += range(start + longest, start + padding, longest)

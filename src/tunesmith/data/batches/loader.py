@@ -178,13 +178,21 @@ class Loader(AbstractContextManager["Loader"]):
         examples = self.schedule.examples(step)
         micro_steps = self._micro_batches.micro_steps(step)
         of_step = [self.tokens[i] for i in examples]
+        # All at once: other processes make the pixels of several rows.
+        mine = [[self.tokens[i] for i in groups[self.rank]] for groups in micro_steps]
+        for example in itertools.chain.from_iterable(mine):
+            if example.pictures is not None:
+                example.pictures.begin()
         mismatched: list[Batch] = []
         if self.mismatches:
             mismatched = [batch for _, batch in self.mismatched(step)]
         return GlobalBatch(
             step=step,
             epoch=self.schedule.epoch(step),
-            micro=[self._micro_batch(groups[self.rank]) for groups in micro_steps],
+            micro=[
+                self.layout.batch(group, self._micro_batches.shape(groups[self.rank])[0])
+                for group, groups in zip(mine, micro_steps, strict=True)
+            ],
             tokens=int(self.schedule.lengths[examples].sum()),
             supervised=sum(example.supervised for example in of_step),
             examples=len(examples),
@@ -207,7 +215,3 @@ class Loader(AbstractContextManager["Loader"]):
         most = self.schedule.row_length
         examples = [self.tokens[i] for i in self.schedule.examples(step)]
         return self.layout.batches(mismatched_examples(examples, most, reference), room=most)
-
-    def _micro_batch(self, group: list[int]) -> Batch:
-        rows, _ = self._micro_batches.shape(group)
-        return self.layout.batch([self.tokens[i] for i in group], rows)

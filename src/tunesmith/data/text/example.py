@@ -24,6 +24,10 @@ class Pixels(NamedTuple):
 class RowPictures(Protocol):
     """The pictures of a row, whose pixels other processes prepare."""
 
+    @property
+    def token_id(self) -> int:
+        """The token that stands in place of their features."""
+
     def begin(self) -> None:
         """Have them prepared, without waiting."""
 

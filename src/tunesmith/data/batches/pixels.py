@@ -1,0 +1,125 @@
+"""The pixels of rows' pictures, prepared by other processes while the model computes.
+
+Decoding and scaling a picture takes up to a second of a core (Qwen3-VL at 3 megapixels), and the
+result up to 70 MB: nothing of it is kept on the disk, and few steps are prepared ahead.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+from tunesmith.data.rows.pictures import open_picture, picture_digest, read_picture
+from tunesmith.data.rows.samples import Picture
+from tunesmith.data.text.example import Pixels
+from tunesmith.data.text.placeholders import PictureProcessor
+from tunesmith.data.tokens.token_set import SourceTokens
+from tunesmith.data.workers import WorkerPool
+from tunesmith.errors import DataError
+from tunesmith.host.cores import available_cores
+
+# One process for so many cores: the others compute, on a GPU machine for the other ranks.
+CORES_EACH = 4
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class PixelTask:
+    """The pictures of one row, and what their bytes hashed to when they became tokens."""
+
+    pictures: tuple[Picture, ...]
+    digests: tuple[int, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class PixelMaker:
+    """Makes pixels of a row's pictures; sent to each process once."""
+
+    processor: PictureProcessor
+
+    def __call__(self, task: PixelTask) -> Pixels:
+        """Read, check, open and process the pictures of one row, in one call of the processor."""
+        images = []
+        for picture, digest in zip(task.pictures, task.digests, strict=True):
+            data = read_picture(picture, task.where)
+            if picture_digest(data) != digest:
+                raise DataError(
+                    f"{picture.place} is another picture than the one that became tokens",
+                    where=task.where,
+                    why="its file was changed since the rows were read",
+                    fix="put the old file back; or start anew, with another output_dir",
+                )
+            images.append(open_picture(data, picture.place, task.where))
+        return self.processor.pixels(images)
+
+
+class PixelReader(AbstractContextManager["PixelReader"]):
+    """Hands out the pictures of the rows of token sets.
+
+    Args:
+        workers: processes; None: by the cores of this machine. With none of them a row's pictures
+            are made in the thread that asks for them.
+    """
+
+    def __init__(
+        self, processor: PictureProcessor, *, ranks: int = 1, workers: int | None = None
+    ) -> None:
+        self._make = PixelMaker(processor)
+        self.token_id = processor.token_id
+        if workers is None:
+            workers = min(available_cores() // (CORES_EACH * ranks), MAX_WORKERS)
+        self.workers = workers
+        self._pool: WorkerPool[PixelTask, Pixels] | None = None
+
+    def of(self, part: SourceTokens, at: int, digests: Sequence[int]) -> "PicturesOfRow":
+        """The pictures of an example of a source; its row is read when they are asked for."""
+        return PicturesOfRow(self, part, at, tuple(digests))
+
+    def submit(self, task: PixelTask) -> Callable[[], Pixels]:
+        """Have the pixels of a row made; what is returned waits for them."""
+        if not self.workers:
+            return partial(self._make, task)
+        if self._pool is None:
+            self._pool = WorkerPool(self._make, self.workers, "a process that prepares pictures")
+        return self._pool.submit(task, task.where).result
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; what they were making is lost."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+class PicturesOfRow:
+    """The pictures of one row, as an `Example` has them."""
+
+    def __init__(
+        self, reader: PixelReader, part: SourceTokens, at: int, digests: tuple[int, ...]
+    ) -> None:
+        self._reader = reader
+        self._part = part
+        self._at = at
+        self._digests = digests
+        self._wait: Callable[[], Pixels] | None = None
+
+    @property
+    def token_id(self) -> int:
+        return self._reader.token_id
+
+    def begin(self) -> None:
+        """Read the row, and have its pixels made, unless that was begun before."""
+        if self._wait is None:
+            row = int(self._part.arrays.rows[self._at])
+            where = self._part.rows.where(row)
+            task = PixelTask(self._part.row_pictures(self._at), self._digests, where)
+            self._wait = self._reader.submit(task)
+
+    def pixels(self) -> Pixels:
+        """Wait for the pixels; DataError where a picture is not the one that was tokenized."""
+        self.begin()
+        assert self._wait is not None
+        return self._wait()
