@@ -7,6 +7,7 @@ Generation settings that ship with a model (a repetition penalty, a default temp
 ignored.
 """
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -27,7 +28,8 @@ from transformers import (
 )
 
 from tunesmith.adapter.lora import LoraLinear, loras, merged_weight
-from tunesmith.data.text.example import Example
+from tunesmith.data.batches.batch import join_pixels
+from tunesmith.data.text.example import Example, Pixels
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel
@@ -156,6 +158,7 @@ def answer_batch(
     cancelled: Callable[[], bool] = lambda: False,
     generate: Callable[..., torch.Tensor] | None = None,
     synced: bool = False,
+    pictures: Sequence[Pixels | None] = (),
 ) -> list[Answer]:
     """Answer a few prompts, of at least one token each, in one batch.
 
@@ -168,6 +171,7 @@ def answer_batch(
         generate: takes the place of the model's own, for a sharded root.
         synced: whether all ranks answer together, as each gathers weights from the others: none
             ends before the last. Transformers' own guess does not see FSDP2.
+        pictures: those of each prompt; none at all where no prompt has any.
     """
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
     _check_embedded(model, tokenizer, max(map(max, prompts)))
@@ -186,6 +190,7 @@ def answer_batch(
         rows = [torch.tensor(prompts[i], dtype=torch.long, device=model.device) for i in numbers]
         ones = [torch.ones_like(row) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        seen = [pictures[i] for i in numbers] if pictures else []
         torch.manual_seed(decoding.seed)
         out = generate(
             input_ids=ids,
@@ -195,6 +200,7 @@ def answer_batch(
             ),
             stopping_criteria=StoppingCriteriaList([ended]),
             streamer=_Streamer(tokenizer, write) if write else None,
+            **_picture_inputs(model, ids, [pixels for pixels in seen if pixels is not None]),
         )
         return out[:, ids.shape[1] :].tolist()
 
@@ -216,6 +222,20 @@ def answer_batch(
     finally:
         model.generation_config = settings
     return [cut_answer(tokenizer, written[i], stops) for i in range(len(prompts))]
+
+
+def _picture_inputs(
+    model: PreTrainedModel, ids: torch.Tensor, pixels: Sequence[Pixels]
+) -> dict[str, torch.Tensor]:
+    """The arguments of a forward for the pictures of some prompts, with ids [prompts, length]."""
+    if not pixels:
+        return {}
+    inputs = {name: tensor.to(ids.device) for name, tensor in join_pixels(pixels).items()}
+    # Positions, and who sees whom, go by what is a picture's.
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inspect.signature(model.forward).parameters:
+            inputs[name] = (ids == model.config.image_token_id).long()
+    return inputs
 
 
 def _reads_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:
@@ -285,6 +305,7 @@ def answer_all(
     cancelled: Callable[[], bool] = lambda: False,
     ranks: Ranks = ONE_PROCESS,
     answered: Callable[[Sequence[Answer]], object] = lambda _: None,
+    pictures: Callable[[int], Pixels | None] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer many prompts, with an fp32 adapter merged; yield (index, answer) in their order, from
     index `start` on.
@@ -292,7 +313,8 @@ def answer_all(
     The batches do not depend on `start`: the window that holds it is computed whole. Once
     `cancelled` says so, the current window is dropped and the iterator ends. Each of several ranks
     holds the whole model and answers a window; all of them yield the answers of all. A window is
-    yielded at its end; `answered` gets each batch of this rank as soon as it is there.
+    yielded at its end; `answered` gets each batch of this rank as soon as it is there. `pictures`
+    gives those of a prompt, by its index.
     """
     window = batch_size * WINDOW_BATCHES
 
@@ -315,6 +337,7 @@ def answer_all(
                 replace(decoding, seed=seed),
                 stops=stops,
                 cancelled=cancelled,
+                pictures=[pictures(i) for i in rows] if pictures else (),
             )
             # A batch that was cut short has unfinished answers: all of it is dropped.
             if cancelled():
@@ -443,6 +466,7 @@ def sample_answers(
     prompts = []
     expected = []
     rows = []
+    pictures = []
     for index, example in enumerate(examples):
         # What stands before the first supervised token is the prompt; an example that is supervised
         # whole has none.
@@ -450,6 +474,7 @@ def sample_answers(
         if start > 1:
             prompts.append(example.ids[:start].tolist())
             rows.append(places[index] if places else "")
+            pictures.append(example.pictures.pixels() if example.pictures else None)
             # As much of the row's own answer.
             reference = references[index] if references else ""
             reference_ids = tokenizer(reference, add_special_tokens=False)["input_ids"]
@@ -467,6 +492,7 @@ def sample_answers(
             cancelled=clock.after_token,
             generate=train_model.generate,
             synced=synced,
+            pictures=pictures,
         )
     finally:
         train_model.use_training_attention()

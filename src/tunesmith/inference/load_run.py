@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from tunesmith.data.rows.samples import Picture
+    from tunesmith.data.text.example import Pixels
     from tunesmith.data.text.template import Template
     from tunesmith.hub.model_files import ModelFiles
     from tunesmith.methods.base import TrainModel
@@ -159,6 +161,17 @@ class LoadedModel(OpenedRun, Tabular):
     def system(self) -> str | None:
         """The system message that the run gave to rows without one."""
         return self.run.data.system if self.run else None
+
+    def pixels(self, pictures: "tuple[Picture, ...]", where: str = "") -> "Pixels | None":
+        """The pictures of a prompt as the model takes them; None of none.
+
+        where: the row's place, for the DataError of a picture that cannot be read.
+        """
+        from tunesmith.data.batches.pixels import PixelMaker, PixelTask
+
+        if not pictures or self.template.pictures is None:
+            return None
+        return PixelMaker(self.template.pictures)(PixelTask(pictures, where=where))
 
     @contextmanager
     def training_attention(self) -> "Iterator[TrainModel]":

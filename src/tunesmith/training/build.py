@@ -397,6 +397,8 @@ def make_loader(
         share=(mesh.data_rank, mesh.shape.data),
         attention_weight=attention_weight(files.spec, trained=trained),
         mismatches=METHODS[data.run.method.name].needs_mismatched,
+        # Pictures of a step may take gigabytes.
+        ahead=0 if data.train.pictures is not None else Loader.ahead,
         prefetcher=DevicePrefetcher(device) if device.type == "cuda" else None,
     )
 

@@ -4,8 +4,8 @@ Decoding and scaling a picture takes up to a second of a core (Qwen3-VL at 3 meg
 result up to 70 MB: nothing of it is kept on the disk, and few steps are prepared ahead.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +25,16 @@ MAX_WORKERS = 8
 
 @dataclass(frozen=True)
 class PixelTask:
-    """The pictures of one row, and what their bytes hashed to when they became tokens."""
+    """The pictures of one row.
+
+    Attributes:
+        digests: what their bytes hashed to when they became tokens; empty where that is not known.
+        where: the row's place.
+    """
 
     pictures: tuple[Picture, ...]
-    digests: tuple[int, ...]
-    where: str
+    digests: tuple[int, ...] = ()
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ class PixelMaker:
     def __call__(self, task: PixelTask) -> Pixels:
         """Read, check, open and process the pictures of one row, in one call of the processor."""
         images = []
-        for picture, digest in zip(task.pictures, task.digests, strict=True):
+        for n, picture in enumerate(task.pictures):
             data = read_picture(picture, task.where)
-            if picture_digest(data) != digest:
+            if task.digests and picture_digest(data) != task.digests[n]:
                 raise DataError(
                     f"{picture.place} is another picture than the one that became tokens",
                     where=task.where,
@@ -54,8 +59,10 @@ class PixelMaker:
         return self.processor.pixels(images)
 
 
-class PixelReader(AbstractContextManager["PixelReader"]):
+class PixelReader:
     """Hands out the pictures of the rows of token sets.
+
+    Its processes end with it.
 
     Args:
         workers: processes; None: by the cores of this machine. With none of them a row's pictures
@@ -82,16 +89,8 @@ class PixelReader(AbstractContextManager["PixelReader"]):
             return partial(self._make, task)
         if self._pool is None:
             self._pool = WorkerPool(self._make, self.workers, "a process that prepares pictures")
+            weakref.finalize(self, self._pool.close)
         return self._pool.submit(task, task.where).result
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the processes; what they were making is lost."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
 
 
 class PicturesOfRow:

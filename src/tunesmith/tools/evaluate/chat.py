@@ -5,10 +5,13 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.cli.options import notify, notify_weights, stdin_lines
-from tunesmith.data.rows.samples import Conversation, Message, with_system
+from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Message, Picture, with_system
+from tunesmith.data.text.example import Pixels
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
@@ -31,6 +34,8 @@ def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
     """Load the model of `location` and chat with it, by the options of `chat`."""
     # Wrong options end it before weights are read.
     decoding = decoding_of(args)
+    if args.image and location.run is None:
+        location = replace(location, base=replace(location.base, vision=True))
     loaded = load_run(location, device=args.device)
     chat = Chat(args, loaded, decoding)
     if chat.on_terminal:
@@ -64,6 +69,14 @@ class Chat:
             self.sides = [BASE_SIDE]
         else:
             self.sides = [TUNED_SIDE]
+        self.pictures = tuple(Picture(file, path=Path(file)) for file in args.image)
+        if self.pictures and loaded.template.pictures is None:
+            raise UsageError(
+                "this model sees no pictures",
+                where="--image",
+                why="model.vision is false, or the model has no vision part",
+                fix="remove --image; or train a vision-language model with model.vision=true",
+            )
         # Each side sees its own answers alone, as in a chat of its own.
         self.turns: dict[str, list[tuple[str, str]]] = {}
         self._forget()
@@ -152,7 +165,7 @@ class Chat:
                 if self.base is None:
                     self.base = load_run(self.args.run, device=self.args.device, base_only=True)
                 loaded = self.base
-            prompt = self._prompt(side, question, loaded)
+            prompt, pixels = self._prompt(side, question, loaded)
             with adapter_off:
                 (answer,) = answer_batch(
                     loaded.model,
@@ -162,6 +175,7 @@ class Chat:
                     stops=loaded.template.end_ids,
                     write=write,
                     cancelled=stop.requested,
+                    pictures=[pixels],
                 )
         self.turns[side].append((question, answer.text))
         if stop.requested():
@@ -174,8 +188,10 @@ class Chat:
             notify(f"\n(cut at {limit} tokens; raise it with --max-new-tokens)")
         return not stop.requested()
 
-    def _prompt(self, side: str, question: str, loaded: LoadedModel) -> list[int]:
-        """The prompt's tokens.
+    def _prompt(
+        self, side: str, question: str, loaded: LoadedModel
+    ) -> tuple[list[int], Pixels | None]:
+        """The prompt's tokens, and its pictures: they stand before the first question.
 
         Drops as many of the side's oldest turns as do not fit beside the answer, and says so.
         """
@@ -190,14 +206,15 @@ class Chat:
             for text, reply in [*turns[dropped:], (question, ANSWER_PLACEHOLDER)]:
                 messages.append({"role": "user", "content": text})
                 messages.append({"role": "assistant", "content": reply})
-            conversation = Conversation(with_system(messages, self.system))
+            messages[0]["content"] = PICTURE_MARK * len(self.pictures) + messages[0]["content"]
+            conversation = Conversation(with_system(messages, self.system), pictures=self.pictures)
             prompt = list(loaded.template.prompt(conversation))
             if len(prompt) <= room:
                 del turns[:dropped]
                 if dropped:
                     forgotten = count_of(dropped, "oldest turn")
                     notify(f"the context is full: {side} forgot its {forgotten}")
-                return prompt
+                return prompt, loaded.pixels(self.pictures)
         what = f"the question has {len(prompt)} tokens, but only {room} fit"
         why = f"the model's context minus --max-new-tokens {self.decoding.max_new_tokens}"
         fix = "shorten the question, or start with a smaller --max-new-tokens"

@@ -24,6 +24,7 @@ from tunesmith.adapter.lora import disabled
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.layout import Layout
+from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.compare.splits import SourceRows, read_splits
 from tunesmith.data.prepare import find_trained_rows
 from tunesmith.data.source.open_source import Rows, describe_layouts, is_local, read_rows
@@ -595,6 +596,8 @@ def _eval_tokens(parts: SourceRows, loaded: LoadedModel, name: str) -> TokenSet:
         sources = tuple(source for source, _ in parts)
         data = Data(train=sources, seq_len=min(loaded.context or 1 << 20, 1 << 20))
     tokens = tokenize(parts, data, loaded.template, cache=None, what="eval")
+    if loaded.template.pictures is not None:
+        tokens.pictures = PixelReader(loaded.template.pictures)
     if not len(tokens):
         raise UsageError(
             f"of {count_of(tokens.counts.rows, 'row')} none can be scored",

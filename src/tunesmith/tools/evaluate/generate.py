@@ -17,7 +17,7 @@ from tunesmith.data.rows.detect import Detected, detect, sample_rows
 from tunesmith.data.rows.formats import convert_sample, read_label
 from tunesmith.data.rows.messages import CHAT_ROLES, is_said
 from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
-from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.rows.samples import Completion, Conversation, Picture, Sample
 from tunesmith.data.source.open_source import Rows, from_list
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
@@ -111,6 +111,7 @@ def generate(
         start=start,
         cancelled=cancelled,
         ranks=ranks,
+        pictures=lambda i: loaded.pixels(prompts[i].pictures, prompts[i].where),
     )
 
     # The rows are checked at the call, and answered as the caller iterates.
@@ -319,11 +320,13 @@ class Prompt(NamedTuple):
         ids: up to where its answer starts, with the run's system message.
         where: the row's place.
         scored: the row with the answer that it holds; None without one, or of an empty one.
+        pictures: those that it shows.
     """
 
     ids: list[int]
     where: str
     scored: ScoredRow | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decoding) -> None:
@@ -352,14 +355,15 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
     complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
     prompt_ids = list(loaded.template.prompt(sample))
+    pictures = sample.pictures if isinstance(sample, Conversation) else ()
     if not is_answered or _is_empty(sample):
-        return Prompt(prompt_ids, where)
+        return Prompt(prompt_ids, where, pictures=pictures)
     # The row's text, never what its tokens say: where these are wrong, an answer that repeats them
     # must not count as right. Tool calls and thoughts are in the form in which the model writes
     # them.
     raw_reference = loaded.template.answer(sample, where=where)
     if not raw_reference.strip():
-        return Prompt(prompt_ids, where)
+        return Prompt(prompt_ids, where, pictures=pictures)
     reference = loaded.template.without_special_tokens(raw_reference)
     is_special = not reference.strip()
     calls = 0
@@ -379,6 +383,7 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
             has_tools,
             is_special,
         ),
+        pictures,
     )
 
 

@@ -238,6 +238,7 @@ class Scoring:
                 cancelled=stop.requested,
                 ranks=self.ranks,
                 answered=count_batch,
+                pictures=lambda i: loaded.pixels(self.prompts[i].pictures, self.prompts[i].where),
             )
             for i, answer in answers:
                 if self.file is not None:
