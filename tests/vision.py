@@ -109,6 +109,164 @@ FAMILIES: dict[str, _Family] = {
         ids=_QWEN_IDS,
         tokens=_QWEN_TOKENS,
     ),
+    "qwen3_5": _Family(
+        {**_DELTA, **_MROPE},
+        {**_QWEN_TOWER, "num_position_embeddings": 16},
+        ("Qwen3VLProcessor", {}),
+        {"image_processor_type": "Qwen2VLImageProcessorFast", **_QWEN_PIXELS},
+        image=_QWEN_IMAGE,
+        ids=_QWEN_IDS,
+        tokens=_QWEN_TOKENS,
+    ),
+    "glm4v": _Family(
+        _MROPE,
+        {**_QWEN_TOWER, "out_hidden_size": 64, "image_size": 56},
+        ("Glm4vProcessor", {}),
+        {"image_processor_type": "Glm4vImageProcessor", **_QWEN_PIXELS},
+        image="<|begin_of_image|><|image|><|end_of_image|>",
+        ids={
+            "image_token_id": "<|image|>",
+            "video_token_id": "<|video|>",
+            "image_start_token_id": "<|begin_of_image|>",
+            "image_end_token_id": "<|end_of_image|>",
+            "video_start_token_id": "<|begin_of_video|>",
+            "video_end_token_id": "<|end_of_video|>",
+        },
+        tokens=[
+            "<|image|>",
+            "<|video|>",
+            "<|begin_of_image|>",
+            "<|end_of_image|>",
+            "<|begin_of_video|>",
+            "<|end_of_video|>",
+        ],
+    ),
+    "gemma3": _Family(
+        {**_WINDOWS, "query_pre_attn_scalar": 16},
+        _TOWER,
+        ("Gemma3Processor", {"image_seq_length": 4}),
+        {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 56, "width": 56}},
+        image="<start_of_image>",
+        ids={
+            "image_token_id": "<image_soft_token>",
+            "boi_token_id": "<start_of_image>",
+            "eoi_token_id": "<end_of_image>",
+        },
+        whole={"mm_tokens_per_image": 4},
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+    ),
+    "gemma4": _Family(
+        {
+            **_WINDOWS,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 32,
+            "vocab_size_per_layer_input": 320,
+            "hidden_size_per_layer_input": 8,
+        },
+        {**_TOWER, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 3},
+        ("Gemma4Processor", {"image_seq_length": 70}),
+        {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "patch_size": 14,
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 3,
+        },
+        image="\n\n<|image|>\n\n",
+        ids={
+            "image_token_id": "<|image|>",
+            "boi_token_id": "<|image>",
+            "eoi_token_id": "<image|>",
+            "video_token_id": "<|video|>",
+        },
+        whole={"audio_config": None},
+        named={
+            "image_token": "<|image|>",
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+        },
+        tokens=["<|video|>"],
+    ),
+    "internvl": _Family(
+        {"model_type": "qwen2"},
+        {**_TOWER, "image_size": [56, 56], "patch_size": [14, 14]},
+        ("InternVLProcessor", {"image_seq_length": 4}),
+        {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": {"height": 56, "width": 56},
+            "max_patches": 4,
+        },
+        image="<IMG_CONTEXT>\n",
+        ids={"image_token_id": "<IMG_CONTEXT>"},
+        whole={"downsample_ratio": 0.5},
+        named={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    ),
+    "llava_onevision": _Family(
+        {"model_type": "qwen2"},
+        {**_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+        (
+            "LlavaOnevisionProcessor",
+            {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+        ),
+        {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": 56, "width": 56},
+            "image_grid_pinpoints": [[56, 56], [56, 112], [112, 56], [112, 112]],
+        },
+        image="<image>\n",
+        ids={"image_token_id": "<image>", "video_token_id": "<video>"},
+        whole={
+            "image_grid_pinpoints": [[56, 56], [56, 112], [112, 56], [112, 112]],
+            "vision_feature_select_strategy": "full",
+            "vision_feature_layer": -1,
+        },
+        tokens=["<image>", "<video>"],
+    ),
+    "idefics3": _Family(
+        {"model_type": "llama"},
+        _TOWER,
+        ("Idefics3Processor", {"image_seq_len": 4}),
+        {
+            "image_processor_type": "Idefics3ImageProcessor",
+            "size": {"longest_edge": 112},
+            "max_image_size": {"longest_edge": 56},
+        },
+        image="<image>",
+        ids={"image_token_id": "<image>"},
+        whole={"scale_factor": 2},
+        tokens=[
+            "<image>",
+            "<fake_token_around_image>",
+            "<end_of_utterance>",
+            "<global-img>",
+            *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)),
+        ],
+    ),
+    "mistral3": _Family(
+        {"model_type": "mistral"},
+        {**_TOWER, "model_type": "pixtral", "head_dim": 16},
+        ("PixtralProcessor", {"patch_size": 14, "spatial_merge_size": 2}),
+        {
+            "image_processor_type": "PixtralImageProcessor",
+            "size": {"longest_edge": 112},
+            "patch_size": {"height": 14, "width": 14},
+        },
+        image="[IMG]",
+        ids={"image_token_id": "[IMG]"},
+        whole={"spatial_merge_size": 2, "vision_feature_layer": -1},
+        tokens=["[IMG]", "[IMG_BREAK]", "[IMG_END]"],
+    ),
 }
 
 # ChatML as Qwen2.5-VL's: contents are texts, or lists of parts.
@@ -126,8 +284,9 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
     """Write all files of a tiny model of a family but its weights: `config` are further settings of
     the whole.
     """
-    from conftest import byte_tokenizer
     from transformers import AutoConfig
+
+    from conftest import byte_tokenizer
 
     of = FAMILIES[family]
     tokenizer = byte_tokenizer(bos_token="<|bos|>", **of.named)
@@ -141,7 +300,7 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    text = {**_TEXT, "vocab_size": len(tokenizer), **special, **of.text}
+    text = {**_TEXT, "vocab_size": 320, **special, **of.text}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in of.ids.items()}
     whole = {**ids, "tie_word_embeddings": False, **of.whole, **config}
     AutoConfig.for_model(family, text_config=text, vision_config=of.tower, **whole).save_pretrained(
