@@ -171,7 +171,7 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
     ([U, {"role": "narrator", "content": "x"}], "unknown role 'narrator'", "message 2", "rename"),
     ([U, {"role": "assistant"}], "has no content", "message 2", '"content"'),
     ([U, {"role": "assistant", "content": 3}], "content is a number", ":1", "quotes"),
-    ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A], "part of type 'image_url'", "message 1", "remove the part"),
+    ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, A], "part of type 'video'", "message 1", "remove the part"),
     ([U], "no assistant turn", ":1", "columns:"),
     ([U, A, U], "does not end with an answer", ":1", "last messages"),
     ([A, U, A], "without a question", "message 1", "order"),

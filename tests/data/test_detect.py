@@ -69,6 +69,27 @@ CLEAR: dict[str, tuple[Row, str]] = {
         {"prompt": "hi", "prompt_id": "1", "messages": TURNS},
         "column messages -> messages; ignored: prompt, prompt_id",
     ),
+    "messages with pictures": (
+        {"messages": TURNS, "images": ["a.png"]},
+        "columns messages, images -> messages",
+    ),
+    "messages with no picture": (
+        {"messages": TURNS, "images": []},
+        "columns messages, images -> messages",
+    ),
+    "a question about a picture": (
+        {"image": "a.png", **texts("question", "answer")},
+        "columns question, answer, image -> prompt-completion"
+        " (prompt = question, completion = answer, images = image)",
+    ),
+    "sharegpt with a picture": (
+        {"id": 1, "image": "a.png", "conversations": FROMS},
+        "columns conversations, image -> sharegpt (images = image); ignored: id",
+    ),
+    "alpaca with a picture": (
+        {**texts("instruction", "input", "output"), "image_path": "a.png"},
+        "columns instruction, output, input, image_path -> alpaca (images = image_path)",
+    ),
     "sharegpt": ({"conversations": FROMS}, "column conversations -> sharegpt"),
     "sharegpt under another name": (
         {"messages": FROMS},
@@ -211,7 +232,9 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     "a question alone": (
         texts("question", "source"), "no column name indicates", "--columns prompt=question,completion=source",
     ),
-    "images": ({"messages": TURNS, "images": ["a.png"]}, "the rows contain images", "--columns prompt=..."),
+    "images of pairs": (
+        {**texts("chosen", "rejected", "prompt"), "images": ["a.png"]}, "the row has images: an array", "delete the pictures",
+    ),
     "numbers as answers": ({"question": "x", "answer": 4}, "completion is a number", "write it in quotes"),
     "messages of an unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",

@@ -330,10 +330,11 @@ def test_both_forms_of_a_chat_in_one_column() -> None:
         found([CHAT, {"messages": FROMS}, {"messages": FROMS}])
 
 
-def test_a_column_of_images_without_one_is_no_kind_of_its_own() -> None:
-    assert found([{**CHAT, "images": []}] * 2).format == "messages"
-    with refuses(DataError, names=["images"]):
-        found([{**CHAT, "images": []}, {**CHAT, "images": ["a.png"]}])
+def test_some_rows_with_pictures_among_others() -> None:
+    layout = found([{**CHAT, "images": []}] * 2)
+    assert (layout.format, layout.has_pictures) == ("messages", False)
+    layout = found([{**CHAT, "images": []}, {**CHAT, "images": ["a.png"]}])
+    assert (layout.format, layout.has_pictures) == ("messages", True)
 
 
 @pytest.mark.parametrize("chat", [[U, A], FROMS])

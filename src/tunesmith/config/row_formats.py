@@ -30,6 +30,7 @@ _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 _CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions")
 _TOOLS_NAMES = ("tools", "functions")
 _INPUT_NAMES = ("input", "context")
+PICTURE_NAMES = ("images", "image", "image_path", "image_paths", "pictures", "picture")
 _LABEL_NAMES = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")
 
 
@@ -98,7 +99,12 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     "messages": RowFormat(
         (
             ColumnSet(
-                {"messages": _ROLE_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}
+                {"messages": _ROLE_CHAT},
+                {
+                    "system": _CHAT_SYSTEM_NAMES,
+                    "tools": _TOOLS_NAMES,
+                    "images": PICTURE_NAMES,
+                },
             ),
         ),
         answer="messages",
@@ -107,7 +113,12 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     "sharegpt": RowFormat(
         (
             ColumnSet(
-                {"conversations": _FROM_CHAT}, {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES}
+                {"conversations": _FROM_CHAT},
+                {
+                    "system": _CHAT_SYSTEM_NAMES,
+                    "tools": _TOOLS_NAMES,
+                    "images": PICTURE_NAMES,
+                },
             ),
         ),
         answer="conversations",
@@ -117,7 +128,12 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         (
             ColumnSet(
                 {"instruction": ("instruction", *_QUESTION_NAMES), "output": _ANSWER_NAMES},
-                {"input": _INPUT_NAMES, "system": _SYSTEM_NAMES, "history": ("history",)},
+                {
+                    "input": _INPUT_NAMES,
+                    "system": _SYSTEM_NAMES,
+                    "history": ("history",),
+                    "images": PICTURE_NAMES,
+                },
             ),
         ),
         answer="output",
@@ -127,8 +143,12 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
         (
             ColumnSet({"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES}, {}),
             ColumnSet(
+                {"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES, "images": PICTURE_NAMES},
+                {},
+            ),
+            ColumnSet(
                 {"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES},
-                {"system": _SYSTEM_NAMES, "tools": _TOOLS_NAMES},
+                {"system": _SYSTEM_NAMES, "tools": _TOOLS_NAMES, "images": PICTURE_NAMES},
             ),
         ),
         answer="completion",
@@ -183,4 +203,4 @@ FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 # Columns that are read by any of their names where `columns` does not map them: rows that have one
 # mean it, whether the recipe names it or not.
-READ_BY_ANY_NAME = ("system", "tools")
+READ_BY_ANY_NAME = ("system", "tools", "images")

@@ -29,11 +29,11 @@ from tunesmith.data.rows.row_reader import (
     HARMLESS_COLUMNS,
     MIN_NAME_SIMILARITY,
     guess_columns,
-    is_absent,
     looks_like_list,
     plain,
     role_key_of,
 )
+from tunesmith.data.rows.samples import pictures_of
 from tunesmith.data.source.open_source import Rows
 from tunesmith.data.source.table import Row
 from tunesmith.errors import DataError
@@ -43,7 +43,6 @@ from tunesmith.units import count_of
 
 # Rows looked at, spread over the file.
 SAMPLE = 200
-_IMAGES = ("images", "image")
 # Names of columns that hold a chat, though one is empty.
 _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
@@ -77,11 +76,13 @@ class Detected:
     Attributes:
         columns: the format's name of a column -> the file's.
         ignored: the columns that are not read.
+        has_pictures: whether a row that was looked at has any.
     """
 
     format: FormatName
     columns: dict[str, str]
     ignored: tuple[str, ...] = ()
+    has_pictures: bool = False
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -110,10 +111,12 @@ class _Trial(NamedTuple):
 
     Attributes:
         read: indices of the rows that it reads.
+        has_pictures: as of `Detected`.
     """
 
     layout: Detected
     read: frozenset[int]
+    has_pictures: bool
 
 
 def detect(
@@ -131,8 +134,6 @@ def detect(
     sample, is_whole = sample_rows(rows)
     examined = _SampledRows(rows, source, sample, None if any_format else source.format)
     is_free = any_format and not source.columns
-    if is_free:
-        examined.check_kind()
     layouts = _of_one_kind([*examined.layouts(examined.only_format, source.columns)])
     if is_free:
         examined.check_pair_is_read(layouts)
@@ -147,7 +148,11 @@ def detect(
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
         others = (name for name in examined.columns if name not in used)
-        return replace(layout, ignored=tuple(name for name in others if not is_mark(name)))
+        return replace(
+            layout,
+            ignored=tuple(name for name in others if not is_mark(name)),
+            has_pictures=readable[0].has_pictures,
+        )
     if readable:
         raise examined.ambiguous(readable)
     if trials:
@@ -220,13 +225,6 @@ class _SampledRows:
         columns_text = f"the columns are {', '.join(self.columns) or 'none'}"
         return DataError(what, where=from_here(self.rows.name), why=columns_text + why, fix=fix)
 
-    def check_kind(self) -> None:
-        """DataError where the columns are those of rows for another kind of training."""
-        images = [column for column in self.columns if plain(column) in _IMAGES]
-        if any(not is_absent(value) for column in images for value in self._values(column)):
-            fix = "train on some columns only, such as --columns prompt=...,completion=..."
-            raise self.error("the rows contain images, which is not supported yet", fix)
-
     def layouts(
         self, only_format: FormatName | None, chosen_columns: Mapping[str, str]
     ) -> Iterator[Detected]:
@@ -274,11 +272,13 @@ class _SampledRows:
         """Read the rows by a layout as training does; keep which it reads."""
         source = _with_layout(self.source, layout)
         read = set()
+        has_pictures = False
         for i, row in self.sample.items():
             with suppress(DataError):
-                convert_row(row, source, where=self.rows.where(i))
+                samples = convert_row(row, source, where=self.rows.where(i)).samples
                 read.add(i)
-        return _Trial(layout, frozenset(read))
+                has_pictures = has_pictures or any(map(pictures_of, samples))
+        return _Trial(layout, frozenset(read), has_pictures)
 
     def check_pair_is_read(self, layouts: list[Detected]) -> None:
         """DataError where columns are named as two answers of a pair, and `layouts` read none."""

@@ -1,9 +1,9 @@
 """A row of any of the formats -> a sample.
 
 The columns are those of `config/row_formats.py`, and `@_reads` names the reader of a format; turns
-are read by `messages.py`. Nothing is guessed. A row with something that training would ignore (a
-role that no template knows, an image, a loss weight of 0.5, a label beside an answer that is to be
-learned) is refused, by its place; what nothing knows is counted.
+are read by `messages.py`, pictures by `picture_places.py`. Nothing is guessed. A row with something
+that training would ignore (a role that no template knows, a video, a loss weight of 0.5, a label
+beside an answer that is to be learned) is refused, by its place; what nothing knows is counted.
 """
 
 import json
@@ -27,6 +27,7 @@ from tunesmith.data.rows.messages import (
     read_tools,
     with_row_system,
 )
+from tunesmith.data.rows.picture_places import check_media, read_column_pictures, with_pictures
 from tunesmith.data.rows.row_reader import HARMLESS_COLUMNS, RowReader, is_absent, plain
 from tunesmith.data.rows.samples import (
     Completion,
@@ -60,8 +61,10 @@ def convert_row(
             say how an answer is trained on, are then no fault.
     """
     reader = RowReader(row, source, where)
+    reader.column_pictures = read_column_pictures(reader)
     samples = _ROW_READERS[source.format](reader)
     row_samples = RowSamples(tuple(samples), reader.is_good)
+    check_media(reader)
     if is_trained:
         check_row_marks(reader)
         if row_samples.is_answered:
@@ -88,12 +91,15 @@ def convert_sample(
 
 
 def _complete(reader: RowReader, sample: Sample, system: str | None) -> Sample:
-    """The sample with the recipe's system message and its untrained turns, in a checked order."""
+    """The sample with its pictures, its untrained turns and the recipe's system message, in a
+    checked order.
+    """
     if isinstance(sample, Completion):
         return sample if sample.system is not None else replace(sample, system=system)
     if not isinstance(sample, Conversation):
         return sample
     check_order(reader, sample.messages)
+    sample = with_pictures(reader, sample)
     messages = with_system(sample.messages, system)
     prompt_messages = sample.prompt_messages
     if prompt_messages:
@@ -194,13 +200,15 @@ def _prompt_completion(row: RowReader) -> list[Sample]:
 
 
 def _completed(row: RowReader, prompt: str, completion: str) -> Sample:
-    """A prompt and its answer as texts; as two turns where the row has tools, for a template."""
+    """A prompt and its answer as texts; as two turns where the row has tools or pictures, for a
+    template.
+    """
     tools = read_tools(row)
-    if tools is None:
+    if tools is None and not row.column_pictures:
         return Completion(prompt, completion, read_system(row))
     messages = with_row_system(row, [{"role": "user", "content": prompt}])
     answer: Message = {"role": "assistant", "content": completion}
-    calls = calls_in_text(row, completion)
+    calls = calls_in_text(row, completion) if tools is not None else []
     if calls:
         answer = {"role": "assistant", "content": "", "tool_calls": calls}
     return Conversation([*messages, answer], tools, prompt_messages=len(messages))

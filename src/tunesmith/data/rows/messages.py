@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tunesmith.data.rows.marks import PARTIAL_MARKS, is_mark, is_trained_turn
+from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
 from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
 from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
 from tunesmith.data.source.arrow_nulls import drop_nulls
@@ -147,7 +148,7 @@ def _read_turn(
         parts = _ContentParts(calls=_calls(row, content, at))
         content = ""
     else:
-        parts = _content(row, content, form, at)
+        parts = _content(row, content, form, at, role)
     thought = parts.thought
     is_trained = True
     # Most turns have nothing else.
@@ -215,7 +216,7 @@ def _calls_of_keys(row: RowReader, turn: Mapping[str, object], at: str) -> list[
 
 
 def _note_unread(row: RowReader, others: Mapping[str, object], form: Form) -> None:
-    """Remember the keys of a turn that nothing reads; DataError for those of images and such."""
+    """Remember the keys of a turn that nothing reads; DataError for those of pictures and such."""
     for key, value in others.items():
         if key in ("tool_calls", "function_call", "tool_call_id"):
             continue
@@ -225,13 +226,17 @@ def _note_unread(row: RowReader, others: Mapping[str, object], form: Form) -> No
         if is_mark(key) or name in PARTIAL_MARKS:
             continue
         if name in _MEDIA:
-            why = "this trains a model of text"
-            raise row.error(f"a {form.noun} has {key}", why, "delete the row")
+            why = "pictures are parts of a content, or in a column images of the row"
+            fix = 'write {"type": "image", "path": "..."} as a part, or delete the row'
+            raise row.error(f"a {form.noun} has {key}", why, fix)
         row.unread.add(f"{form.noun}.{key}")
 
 
-def _content(row: RowReader, content: object, form: Form, at: str) -> _ContentParts:
-    """Text, thought, calls and results of a content that is a text or a list of parts."""
+def _content(row: RowReader, content: object, form: Form, at: str, role: str) -> _ContentParts:
+    """Text, thought, calls and results of a content that is a text or a list of parts.
+
+    Where a picture stands the text has its mark.
+    """
     if content is None:
         return _ContentParts()
     if not isinstance(content, list):
@@ -250,17 +255,18 @@ def _content(row: RowReader, content: object, form: Form, at: str) -> _ContentPa
                 raise row.error("a thought behind a text", why, "write it in front", at)
             thought = row.text(_part_value(part), f"{at} reasoning")
             parts.thought = "\n".join(filter(None, (parts.thought, thought)))
-        elif kind == "tool_call":
-            parts.calls += _calls(row, _part_value(part), at)
-        elif kind == "tool_use":
-            parts.calls += _calls(row, part, at)
+        elif kind in PICTURE_PARTS:
+            parts.text += read_picture_part(row, part, role, at)
+        elif kind in ("tool_call", "tool_use"):
+            call = part if kind == "tool_use" else _part_value(part)
+            parts.calls += _calls(row, call, at)
         elif kind == "tool_result":
             if parts.text:
                 why = "results follow the calls that they answer"
                 raise row.error("a tool result behind a text", why, "put it first", at)
             parts.results.append(_result(row, part, at))
         else:
-            why = "parts are text, reasoning, tool_call, or Anthropic's; this is a text model"
+            why = "parts are text, image, reasoning, tool_call, or Anthropic's"
             raise row.error(f"a content part of type {kind!r}", why, "remove the part", at)
     return parts
 
@@ -275,7 +281,7 @@ def _part_value(part: Mapping[str, object]) -> object:
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
     """Anthropic's result of a tool as a message."""
-    text = _content(row, part.get("content"), MESSAGE, at).text
+    text = _content(row, part.get("content"), MESSAGE, at, "tool").text
     message: Message = {"role": "tool", "content": text}
     if part.get("tool_use_id"):
         message["tool_call_id"] = row.text(part["tool_use_id"], f"{at} tool_use_id")
@@ -383,7 +389,7 @@ def read_system(row: RowReader) -> str | None:
     system = row.optional("system")
     if is_absent(system):
         return None
-    parts = _content(row, system, MESSAGE, "system")
+    parts = _content(row, system, MESSAGE, "system", "system")
     return row.text(parts.text, "system")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from tunesmith.config.names import nearest
 from tunesmith.config.row_formats import READ_BY_ANY_NAME, ROW_FORMATS, FormatName
 from tunesmith.config.schema import Source
-from tunesmith.data.source.table import MAX_ROW_BYTES, json_type
+from tunesmith.data.rows.samples import Picture
+from tunesmith.data.source.table import MAX_ROW_BYTES, Place, json_type
 from tunesmith.errors import DataError
 
 # What Python prints for a list or an object, and pandas writes into a csv file.
@@ -150,6 +151,9 @@ class RowReader:
     Attributes:
         unread: names of the columns, and of the keys of turns and calls, that nothing reads.
         is_good: as of `RowSamples`.
+        folder: as of `Place`; a program's rows have paths from the working directory.
+        column_pictures: those of the column `images`.
+        pictures: those of parts of contents, in order; None takes the next one of the column.
     """
 
     def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
@@ -158,6 +162,9 @@ class RowReader:
         self.where = where
         self.unread: set[str] = set()
         self.is_good: bool | None = None
+        self.folder = where.folder if isinstance(where, Place) else Path()
+        self.column_pictures: tuple[Picture, ...] = ()
+        self.pictures: list[Picture | None] = []
         self._read: set[str] = set()
 
     def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:

@@ -104,6 +104,11 @@ class Text:
 Sample = Conversation | Completion | Text
 
 
+def pictures_of(sample: Sample) -> tuple[Picture, ...]:
+    """The pictures of a sample, which a conversation alone may have."""
+    return sample.pictures if isinstance(sample, Conversation) else ()
+
+
 @dataclass(frozen=True)
 class RowSamples:
     """The samples of a row: one, or a pair of answers to one prompt, the better one first.

@@ -23,6 +23,7 @@ from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.csv_files import read_csv
 from tunesmith.data.source.table import (
     MAX_ROW_BYTES,
+    Place,
     Table,
     changed_error,
     decode_text,
@@ -62,7 +63,11 @@ def open_table(path: Path) -> Table:
         if version_of(path) != version:
             raise changed_error(path)
 
-    return replace(table, check_unchanged=check_unchanged)
+    return replace(
+        table,
+        where=lambda i: Place(table.where(i), path.parent),
+        check_unchanged=check_unchanged,
+    )
 
 
 def check_data_file(path: Path) -> None:

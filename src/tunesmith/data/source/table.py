@@ -32,13 +32,29 @@ FileVersion = tuple[int, int, int]
 Row = dict[str, object]
 
 
+class Place(str):
+    """The place of a row as errors show it.
+
+    Attributes:
+        folder: of the row's file, to which paths in the row are relative; None where there is none,
+            as on the Hub.
+    """
+
+    folder: Path | None
+
+    def __new__(cls, text: str, folder: Path | None = None) -> "Place":
+        place = super().__new__(cls, text)
+        place.folder = folder
+        return place
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows by their number.
 
     Attributes:
         row: row i as Python values, or a DataError with its place.
-        where: the place of row i that an editor shows.
+        where: the place of row i that an editor shows; of a file or the Hub a `Place`.
         fingerprint: sha256 of the content, in hex.
         check_unchanged: raises DataError if the file is another than when it was opened.
         layout: what was found out about the file, for the user; empty for nothing.
