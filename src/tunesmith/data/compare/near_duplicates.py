@@ -11,8 +11,8 @@ Two rows are near-duplicates where all of this holds:
 3. **Prompt and answer each agree**: the Jaccard index of the answers' words is at least 0.5, that
    of the prompts' at least 0.3. `Paris` and `Madrid` are two answers to two questions, and one
    refusal may answer many.
-4. **They teach the same**: their tools are equal, the labels of feedback are equal, and the chosen
-   answers of pairs have the same words.
+4. **They teach the same**: their tools, their pictures and the labels of feedback are equal, and
+   the chosen answers of pairs have the same words.
 5. **They do not differ in a blank of a template.** A blank is a place whose surroundings, four
    words on each side, stand in at least four rows, no word being in it in more than two fifths of
    them: `Is the following country in Europe? Country: ...`. The rows of a paraphrased question have
@@ -204,7 +204,7 @@ def _read_words(text: RowText) -> _Words:
     # Plain text has no prompt: its own numbers tell it from others.
     counted = answer if text.is_plain else prompt
     numbers = " ".join(word for word in counted if not _LETTERS.fullmatch(word))
-    kind = f"{text.tools}\n{text.is_good}\n{' '.join(words_of(text.chosen))}"
+    kind = f"{text.given}\n{text.is_good}\n{' '.join(words_of(text.chosen))}"
     return _Words(
         padded=np.array(padded, np.uint32),
         border=_CONTEXT_WORDS + len(prompt),

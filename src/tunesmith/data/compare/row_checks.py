@@ -28,7 +28,7 @@ from tunesmith.host.files import measure_once
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be judged otherwise.
-ROW_CHECKS_VERSION = 4
+ROW_CHECKS_VERSION = 5
 
 # Of more rows a line says that they are compared: it takes more than some seconds.
 TOLD_ROWS = 20_000
@@ -234,7 +234,8 @@ def _only_prompt(text: RowText | None) -> RowText:
     if text is None:
         return RowText("", "", is_answered=False)
     # Plain text is question and answer in one.
-    return RowText(text.answer if text.is_plain else text.prompt, "", is_answered=False)
+    prompt = text.answer if text.is_plain else text.prompt
+    return RowText(prompt, "", is_answered=False, pictures=text.pictures)
 
 
 def place(sources: SourceRows, index: int) -> str:
@@ -322,14 +323,14 @@ class _Answers:
             return
         # Other answers of pairs and of feedback are not other truths.
         answer = answer if text.is_answered else 0
-        rows = self._rows.setdefault(_hash64(f"{prompt}\n{text.tools}"), [])
+        rows = self._rows.setdefault(_hash64(f"{prompt}\n{text.given}"), [])
         rows.append((row, answer, is_short))
 
     def _add_judged(self, row: int, text: RowText, prompt: str, words: list[str]) -> None:
         # Sorted, so that a pair is the same one with its sides swapped.
         answers = " ".join(sorted(words) if text.chosen else words)
         good = f"{text.is_good}\n{' '.join(words_of(text.chosen))}"
-        rows = self._judged.setdefault(_hash64(f"{prompt}\n{text.tools}\n{answers}"), [])
+        rows = self._judged.setdefault(_hash64(f"{prompt}\n{text.given}\n{answers}"), [])
         rows.append((row, _hash64(good), True))
 
     def shared(self) -> list[list[int]]:

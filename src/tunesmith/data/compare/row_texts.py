@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.pictures import picture_digest, read_picture
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
     Message,
+    Picture,
     Sample,
     Text,
+    pictures_of,
 )
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
@@ -40,6 +43,7 @@ class RowText(NamedTuple):
         answer: the last answer; of a pair both; of plain text the whole.
         is_answered: the row has one right answer: it is no pair, no feedback and no plain text.
         tools: its tool schemas as JSON, since an answer depends on them too.
+        pictures: the digests of its pictures, for the same reason.
         is_plain: the row is plain text.
         answer_length: characters of the answer, which itself may be longer than what is compared.
         chosen: of a pair, the answer of both that is the better one.
@@ -54,6 +58,12 @@ class RowText(NamedTuple):
     answer_length: int = 0
     chosen: str = ""
     is_good: bool | None = None
+    pictures: str = ""
+
+    @property
+    def given(self) -> str:
+        """What an answer depends on beside the prompt."""
+        return self.tools + self.pictures
 
 
 def limits() -> list[int]:
@@ -96,7 +106,7 @@ def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterat
     for source, rows, own in by_source(sources, indices):
         for i in own:
             try:
-                yield row_text(rows[i], source)
+                yield row_text(rows[i], source, rows.where(i))
             except DataError:
                 yield None
 
@@ -111,9 +121,9 @@ def by_source(
         first += len(rows)
 
 
-def row_text(values: Row, source: Source) -> RowText:
+def row_text(values: Row, source: Source, where: str = "") -> RowText:
     """The text of one row; DataError where it is not of the source's format."""
-    row = convert_row(values, source, where="")
+    row = convert_row(values, source, where=where)
     sample, *others = row.samples
     prompt, answer = _prompt_and_answer(sample)
     chosen = ""
@@ -132,7 +142,16 @@ def row_text(values: Row, source: Source) -> RowText:
         answer_length=len(answer),
         chosen=_ends(chosen),
         is_good=row.is_good,
+        pictures=" ".join(map(_identity, pictures_of(sample))),
     )
+
+
+def _identity(picture: Picture) -> str:
+    """Tell a picture from others by its content; tokenization names one that cannot be read."""
+    try:
+        return f"{picture_digest(read_picture(picture, '')):x}"
+    except DataError:
+        return str(picture.path)
 
 
 def _prompt_and_answer(sample: Sample) -> tuple[str, str]:
