@@ -167,6 +167,9 @@ def look_at_rows(
     if source.columns:
         chosen["data.train.columns"] = source.columns
     draft = replace(draft, data=replace(draft.data, train=(source,)))
+    if layout.has_pictures and "model.vision" not in override_keys:
+        chosen["model.vision"] = True
+        draft = replace(draft, model=replace(draft.model, vision=True))
     about_data = _describe_rows(data, rows, layout)
     return RowsLook(model, data, overrides, layer, chosen, draft, source, rows, layout, about_data)
 

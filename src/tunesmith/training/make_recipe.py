@@ -321,6 +321,8 @@ class _Choices:
         self.draft = look.draft
         self.override_keys = look.override_keys
         self.row_format = look.layout.format
+        if look.layout.has_pictures:
+            self.why["model.vision"] = "the rows have pictures"
 
     def choose(self, key: str, value: object, why: str) -> None:
         self.values[key] = value

@@ -26,6 +26,8 @@ _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 # A text beside files of rows that is about them.
 _README_STEM = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
 _SKIPPED_FOLDERS = ("__pycache__",)
+# Rows name them: they are no rows themselves.
+_PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ppm".split())
 # One kind of file under two names.
 _SUFFIX_ALIASES = {".ndjson": ".jsonl"}
 # Names of folders and words of file names that are a split, as `datasets` reads them.
@@ -140,6 +142,7 @@ def _look_into(folder: Path) -> _Content:
         else:
             others.append(file)
     if rows:
+        others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
         about += [file.name for file in texts if _README_STEM.fullmatch(file.stem)]
         texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]
     suffixes = Counter(_SUFFIX_ALIASES.get(s, s) for s in (file.suffix.lower() for file in rows))
@@ -207,4 +210,6 @@ def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
         first = next((file for file in others if conversion(file)), None)
         if first is not None:
             fix = conversion(first)
+        elif any(file.suffix.lower() in _PICTURE_SUFFIXES for file in others):
+            fix = "put a file rows.csv beside them, with a header image,question,answer"
     return DataError("the folder has no data file", where=str(folder), why=why, fix=fix)
