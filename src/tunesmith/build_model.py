@@ -25,6 +25,7 @@ from tunesmith.loss import loss_and_grad
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, gpu_kernels, load, random_init
+from tunesmith.model.decoder import find_text_part
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent import use_packed_calls
 from tunesmith.model.recurrent_kernels import Trial, try_packed_calls
@@ -62,7 +63,7 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     """
     # `read_model_files` says what `auto` means with a base; of one in codes the recipe has it now.
     assert run.model.quantize != "auto" or files.model.quantize == "none"
-    model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
+    model = build_unchanged(run, files)
     # First: what other code reads past the forward is neither quantized nor adapted.
     set_bypassed(model, files.support.dead_targets)
     if run.adapter.kind == "lora":
@@ -72,8 +73,15 @@ def define_model(run: Run, files: ModelFiles) -> PreTrainedModel:
     scheme_of(run.model).replace_linears(model, DTYPES[run.model.dtype], files.form)
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
-    fused.fuse_modules(model, project=lora.project)
+    _, text = find_text_part(model)
+    fused.fuse_modules(text, project=lora.project)
     return model
+
+
+def build_unchanged(run: Run, files: ModelFiles) -> PreTrainedModel:
+    """The model on meta as Transformers has it, with the rows of the recipe."""
+    rows = embedding_rows(run, files)
+    return load.build_on_meta(files.config, run.model, rows=rows, whole=files.whole)
 
 
 def embedding_rows(run: Run, files: ModelFiles) -> int:
@@ -214,7 +222,7 @@ def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[st
     if not recurrent or not gpu_kernels.runs_kernels(device) or plan.attention == "eager":
         return {}
     # As the layers are in Transformers: those of the run have adapters and quantized weights.
-    return try_packed_calls(load.build_on_meta(files.config, run.model), recurrent, device)
+    return try_packed_calls(build_unchanged(run, files), recurrent, device)
 
 
 def _check_eager(model: PreTrainedModel, support: Support) -> None:
@@ -277,7 +285,7 @@ def fill_parameters(
     """
     if weights == "random":
         # The parameters as in a checkpoint.
-        stored = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
+        stored = build_unchanged(run, files)
         shapes = dict(stored.named_parameters())
         random_init.init_random_weights(
             model, shapes, seed=run.train.seed, convert=load_hooks(model), device=device

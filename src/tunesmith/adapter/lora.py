@@ -29,6 +29,7 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.formats.linear import FrozenLinear, FrozenTensors, has_codes
 from tunesmith.formats.matmul import grouped_matmul
+from tunesmith.model.decoder import is_in_text
 from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
@@ -264,6 +265,7 @@ def describe_unreached(model: nn.Module) -> str:
     names: dict[str, None] = {}
     bypassed: dict[str, None] = {}
     parameters = 0
+    is_text = is_in_text(model)
     for name, module in model.named_modules():
         words = [word for word in name.split(".") if not word.isdigit()]
         # Not reported: embeddings, the output layer, and what takes an adapter.
@@ -271,7 +273,7 @@ def describe_unreached(model: nn.Module) -> str:
             continue
         if name in routers or isinstance(module, Experts) or is_plain_linear(module):
             continue
-        if has_codes(module):
+        if has_codes(module) or not is_text(name):
             continue
         if isinstance(module, BypassedLinear):
             bypassed[words[-1]] = None
@@ -311,9 +313,11 @@ def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
     As in PEFT a name means every module whose full name ends in it, with or without a dot before.
     """
     names = []
+    is_text = is_in_text(model)
     for name, module in model.named_modules():
         # Experts in codes have their weights in modules below.
-        if isinstance(module, Experts) or next(module.parameters(recurse=False), None) is not None:
+        has_own = next(module.parameters(recurse=False), None) is not None
+        if (isinstance(module, Experts) or has_own) and is_text(name):
             names.append(name)
     saved = tuple(name_in_text(model, name) for name in adapter.modules_to_save)
     key = "adapter.modules_to_save"

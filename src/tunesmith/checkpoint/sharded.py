@@ -374,7 +374,8 @@ def export_sharded(folder: Path, output: Path, run: Run) -> None:
 
     step = int(json.loads((folder / MANIFEST).read_text())["step"])
     with atomic_folder(output, step) as inside:
-        model = load.build_on_meta(load.load_config(folder, run.model), run.model)
+        config, whole = load.load_configs(folder, run.model)
+        model = load.build_on_meta(config, run.model, whole=whole)
         base = fetch(run.model) if is_stored_otherwise(model) else None
         save_sharded(inside, in_stored_form(model, shapes, base), read=read)
         for path in folder.iterdir():

@@ -285,7 +285,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     where = f"{page}/blob/{listing.commit}/config.json"
     config = read_json(small_file("config.json"))
     # All checks by config.json come before gigabytes are fetched.
-    check_supported(config, where)
+    check_supported(config, where, vision=model.vision)
     spec = model_spec(config, where=where, trust_remote_code=model.trust_remote_code)
     if spec.measured:  # of Transformers' own code, so whether it trains is clear before its weights
         from tunesmith.model.support import find_support

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tunesmith.config.schema import Model
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
-from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.measured_spec import has_own_class, model_spec
 from tunesmith.model.safetensors_files import has_weights, read_json
 from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
 from tunesmith.model.shipped_entries import read_entries
@@ -28,6 +28,8 @@ class ModelFiles:
     support: Support  # how its layers train, by measurement where the table has no row for them
     tokenizer: PreTrainedTokenizerBase
     form: ShippedForm | None = None  # of weights that ship in codes
+    # With `model.vision`: of the vision-language model that `config` is the text part of.
+    whole: PretrainedConfig | None = None
 
     @property
     def pad_id(self) -> int:
@@ -87,18 +89,23 @@ def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
 def read_model_files(folder: Path, model: Model) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
     or ModelError."""
-    config = load.load_config(folder, model)
+    config, whole = load.load_configs(folder, model)
     file = folder / "config.json"
     form = form_of_folder(folder)
     if form is not None and has_weights(folder):
         read_entries(folder)  # what is torn is said now, and not after the rows are read
+    # Where the text part has no class of its own, the whole says what it is.
+    described = config if whole is None or has_own_class(config) else whole
     spec = model_spec(
-        config.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
+        described.to_dict(), where=str(folder), trust_remote_code=model.trust_remote_code
     )
     # Transformers fills in max_position_embeddings where the file has none.
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec)
-    support = find_support(config, model, where=str(file))
+    if whole is None or has_own_class(config):
+        support = find_support(config, model, where=str(file))
+    else:
+        support = Support("packed", "not measured yet")
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    return ModelFiles(folder, model, config, spec, support, tokenizer, form)
+    return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole)

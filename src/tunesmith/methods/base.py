@@ -41,6 +41,7 @@ from tunesmith.model.expert_load import ExpertLoad
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
+from tunesmith.model.vision import see, set_text_attention
 from tunesmith.quant.linear_layers import parameter_count
 
 Value = TypeVar("Value")
@@ -190,9 +191,9 @@ class TrainModel(nn.Module):
     def use_training_attention(self) -> None:
         """Set the attention of training; generation sets its own and calls this at its end."""
         if self.attention_backend == "eager":
-            self.model.set_attn_implementation("eager")
+            set_text_attention(self.model, "eager")
         else:
-            self.model.set_attn_implementation(attention.register())
+            set_text_attention(self.model, attention.register())
 
     def use_inference_attention(self) -> None:
         """Set the attention of generation, which takes padding masks: sdpa where it can.
@@ -200,7 +201,7 @@ class TrainModel(nn.Module):
         Where scores are capped (Gemma 2) it is eager: sdpa does not compute that, and Transformers
         refuses it.
         """
-        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
+        set_text_attention(self.model, "sdpa" if self.model._supports_sdpa else "eager")
 
     @property
     def packs_rows(self) -> bool:
@@ -276,7 +277,9 @@ class TrainModel(nn.Module):
         alone."""
         ids = batch.input_ids
         positions = batch.position_ids
-        options = {}
+        options: dict[str, Any] = {}
+        if batch.pictures:
+            options["mm_encoder_outputs"] = {"image": see(self.model, batch.pictures)}
         documents = current_documents()
         # Validation, or a forward outside `step_context`: by identity, so that documents of another
         # batch are never used.
@@ -286,7 +289,8 @@ class TrainModel(nn.Module):
             # One row: attention and recurrent layers go by the documents, and every other layer
             # works position by position.
             ids = ids.view(1, -1)
-            positions = positions.view(1, -1)
+            # Those of a model whose positions have rows and columns: [3, 1, n].
+            positions = positions.view(*positions.shape[:-2], 1, -1)
             options["documents"] = documents
         decoder = find_decoder(self.model)
         # Again around the decoder alone: inside `step_context` these are the same documents.

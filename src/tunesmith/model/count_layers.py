@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_layers
+from tunesmith.model.decoder import find_layers, find_text_part, vision_parameters
 from tunesmith.model.experts import CalledByInterface
 from tunesmith.model.meta_forward import LayerCall, are_experts, count_experts
 from tunesmith.model.spec import Layer, ModelSpec
@@ -49,6 +49,7 @@ def count_layers(
             layer = replace(layer, chunk=values["attention_chunk_size"])
         counted.append(layer)
     head = model.get_output_embeddings().weight
+    _, text = find_text_part(model)
     in_layers = sum(_matrices(module) for module in layers)
     softcaps = [call.softcap for call in calls if call.softcap is not None]
     return ModelSpec(
@@ -59,12 +60,13 @@ def count_layers(
         tied=head is model.get_input_embeddings().weight,
         context=values.get("max_position_embeddings") or 2048,
         position_limit=None,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters())
+        - sum(p.numel() for _, p in vision_parameters(model)),
         head_matmul=head.numel(),
         quantized=None,
         attention_softcap=softcaps[0] if softcaps else None,
         # What is left of all matrices: projections before the first layer or after the last.
-        other_matmul=_matrices(model) - in_layers - head.numel(),
+        other_matmul=_matrices(text) - in_layers - (head.numel() if text is model else 0),
     )
 
 

@@ -1,9 +1,11 @@
 """The parts of a causal LM: its decoder, its layers, and what it does to its logits.
 
-All of it is read off the model, on meta or not, so that a family needs no row of a table to run.
+All of it is read off the model, on meta or not, so that a family needs no row of a table to run. Of
+a vision-language model in whole the decoder is what holds its text model and its vision part.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,57 @@ def find_decoder(causal_lm: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+def is_whole(model: nn.Module) -> bool:
+    """Tell whether a model is a vision-language model with all its parts."""
+    return isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config
+
+
+def find_text_part(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the text model without its head in a vision-language model in whole.
+
+    Of any other model it is the model itself, under "".
+    """
+    name = ""
+    module = model
+    if is_whole(model):
+        assert isinstance(model, PreTrainedModel)
+        embedding = model.get_input_embeddings()
+        # The innermost that holds the embedding: those that come later are inside.
+        for inner, part in model.named_modules():
+            holds = any(below is embedding for below in part.modules())
+            if isinstance(part, PreTrainedModel) and holds:
+                name, module = inner, part
+    return name, module
+
+
+def is_in_text(model: nn.Module) -> Callable[[str], bool]:
+    """Return what tells of a name in a model whether that part is of the text model, head and all.
+
+    Everything is where the model is no vision-language model in whole.
+    """
+    prefix, _ = find_text_part(model)
+    heads: set[str] = set()
+    if isinstance(model, PreTrainedModel) and prefix:
+        head = model.get_output_embeddings()
+        heads = {name for name, module in model.named_modules() if module is head}
+
+    def is_text(name: str) -> bool:
+        module, _, _ = name.rpartition(".")
+        return f"{name}.".startswith(f"{prefix}.") or name in heads or module in heads
+
+    return is_text if prefix else lambda name: True
+
+
+def vision_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a vision-language model in whole that are not of its text part, by
+    name.
+    """
+    is_text = is_in_text(model)
+    for name, parameter in model.named_parameters():
+        if not is_text(name):
+            yield name, parameter
+
+
 def find_layers(causal_lm: PreTrainedModel) -> str:
     """Dotted name of the list of decoder layers in the causal LM: "model.layers", "transformer.h".
 
@@ -72,7 +125,8 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
     count = config.to_dict().get("num_layers", config.num_hidden_layers)
     largest = 0
     layers = ""
-    for name, module in causal_lm.named_modules():
+    prefix, text = find_text_part(causal_lm)
+    for name, module in text.named_modules(prefix=prefix):
         if not isinstance(module, nn.ModuleList) or len(module) != count:
             continue
         # Other lists may be as long by chance; the layers are what is largest.

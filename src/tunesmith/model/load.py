@@ -19,12 +19,20 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.composite import stored_text_name
+from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import text_part
@@ -44,9 +52,15 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
 
     Of a vision-language model it is that of the text model, as `text_part` describes.
     """
+    text, _ = load_configs(folder, model)
+    return text
+
+
+def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, PretrainedConfig | None]:
+    """`load_config`, and with `model.vision` the whole model's configuration, which holds it."""
     file = folder / "config.json"
     stated = read_model_config(folder)
-    check_supported(stated, str(file))
+    check_supported(stated, str(file), vision=model.vision)
     check_quantize(model.quantize, stated, str(file))
     runs_own_code = model.trust_remote_code and "auto_map" in stated
     if stated["model_type"] in ARCHITECTURES or runs_own_code:
@@ -67,7 +81,17 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
         ) from error
     if text is not config and text.tie_word_embeddings:
         text.tie_word_embeddings = not _stores_other_head(folder)
-    return text
+    if not model.vision:
+        return text, None
+    if text is config or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(
+            "model.vision is true, and this model has no vision part",
+            where=str(file),
+            why=f"Transformers has no class of a {config.model_type} that takes pictures and text",
+            fix="model.vision=false, or a vision-language model",
+        )
+    config.tie_word_embeddings = text.tie_word_embeddings
+    return text, config
 
 
 def _stores_other_head(folder: Path) -> bool:
@@ -127,27 +151,37 @@ class _MatricesOnMeta(TorchFunctionMode):
 
 
 def build_on_meta(
-    config: PretrainedConfig, model: Model, *, rows: int | None = None
+    config: PretrainedConfig,
+    model: Model,
+    *,
+    rows: int | None = None,
+    whole: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Build the model: every parameter on meta, in the recipe's dtype; every buffer real, on the
     CPU.
 
     `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError
     where Transformers refuses the config.
+
+    whole: of the vision-language model that `config` is the text part of; it is then built with all
+    its parts, and all but the text part is frozen.
     """
     # The caller's config stays as it is.
-    config = copy.deepcopy(config)
+    outer = copy.deepcopy(whole or config)
+    config = outer.get_text_config()
     if rows is not None:
         config.vocab_size = rows
-    if "quantization_config" in config.to_dict():
-        # Our own layers hold such weights, not Transformers' quantizer.
-        del config.quantization_config
+    for part in (outer, config):
+        if "quantization_config" in vars(part):
+            # Our own layers hold such weights, not Transformers' quantizer.
+            del part.quantization_config
+    factory = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     try:
         with _MatricesOnMeta():
-            causal_lm = AutoModelForCausalLM.from_config(
-                config,
+            causal_lm: PreTrainedModel = factory.from_config(
+                outer,
                 dtype=DTYPES[model.dtype],
-                attn_implementation="eager" if model.attention == "eager" else None,
+                attn_implementation="eager" if model.attention == "eager" and not whole else None,
                 trust_remote_code=model.trust_remote_code,
             )
     # Code of 190 model types, on a config that may be absurd.
@@ -160,6 +194,8 @@ def build_on_meta(
         ) from error
     # What constructors initialize otherwise (ones, random values) is still real.
     _replace(causal_lm, lambda parameter: parameter.to("meta"))
+    for _, parameter in vision_parameters(causal_lm):
+        parameter.requires_grad_(False)
     keep_kernels_to_gpus(causal_lm)
     return causal_lm
 
@@ -183,9 +219,9 @@ def _replace(
             setattr(module, name, changed[old])
 
 
-def widen(model: nn.Module) -> None:
-    """Make every 16-bit parameter of a model on meta fp32: the shards of a model trained in full
-    are its masters.
+def widen(model: nn.Module, skip: Collection[nn.Parameter] = ()) -> None:
+    """Make every 16-bit parameter of a model on meta fp32, but for those of `skip`: the shards of a
+    model trained in full are its masters.
     """
 
     def fp32(parameter: torch.Tensor) -> torch.Tensor:
@@ -193,7 +229,7 @@ def widen(model: nn.Module) -> None:
             return parameter.float()
         return parameter
 
-    _replace(model, fp32)
+    _replace(model, fp32, skip)
 
 
 def materialize(

@@ -17,7 +17,7 @@ from tunesmith.model.measured_spec import (
     PER_TOKEN,
     cannot_measure,
     first_of,
-    text_config,
+    read_configs,
 )
 from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.spec import ModelSpec, read_spec
@@ -29,13 +29,13 @@ MAX_SPEC_SECONDS = 300.0
 
 def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
     """Build and run the model, and count what is seen."""
-    config = text_config(sizes, where)
+    config, whole = read_configs(sizes, where)
     # The text part of a composite may be a family of the table.
     if config.model_type in ARCHITECTURES:
         return read_spec(config.to_dict(), where=where)
     try:
         with limit_measuring(config.model_type):
-            model = build_to_measure(config)
+            model = build_to_measure(config, whole=whole)
             calls, _ = run_on_meta(model, MEASURED_TOKENS)
             return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
     except ModelError as error:
@@ -60,9 +60,14 @@ def limit_measuring(model_type: str) -> AbstractContextManager[None]:
     return deadline(MAX_SPEC_SECONDS, f"measuring this {model_type}", why=why)
 
 
-def build_to_measure(config: PretrainedConfig, dtype: StatedDtype = "bf16") -> PreTrainedModel:
-    """The model with all its parameters and buffers on meta; raises as `build_on_meta`."""
+def build_to_measure(
+    config: PretrainedConfig,
+    dtype: StatedDtype = "bf16",
+    *,
+    whole: PretrainedConfig | None = None,
+) -> PreTrainedModel:
+    """The model with all its parameters and buffers on meta; as `build_on_meta` otherwise."""
     # `build_on_meta` computes buffers for real, and some models their parameters with them.
     with torch.device("meta"):
-        model = build_on_meta(config, Model(name=config.model_type, dtype=dtype))
+        model = build_on_meta(config, Model(name=config.model_type, dtype=dtype), whole=whole)
     return model.to("meta")

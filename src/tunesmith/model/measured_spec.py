@@ -89,6 +89,16 @@ def text_config(sizes: Mapping[str, object], where: str) -> "PretrainedConfig":
     """The config of a model's text part, with all defaults; ModelError where Transformers does not
     read it.
     """
+    config, _ = read_configs(sizes, where)
+    return config
+
+
+def read_configs(
+    sizes: Mapping[str, object], where: str
+) -> tuple["PretrainedConfig", "PretrainedConfig | None"]:
+    """`text_config`, and the whole model's config where Transformers has the text model in that
+    alone, and no class of it by itself (Qwen3-VL).
+    """
     from transformers import AutoConfig, PretrainedConfig
 
     values = _decode_floats(sizes)
@@ -102,7 +112,16 @@ def text_config(sizes: Mapping[str, object], where: str) -> "PretrainedConfig":
     padding = config.to_dict().get("pad_token_id")
     if padding is not None and padding >= config.vocab_size:
         config.pad_token_id = None
-    return config
+    if config is whole or has_own_class(config):
+        return config, None
+    return config, whole
+
+
+def has_own_class(text: "PretrainedConfig") -> bool:
+    """Tell whether Transformers has a causal LM of a text model, apart from the whole model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _decode_floats(value: Any) -> Any:

@@ -24,6 +24,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tunesmith.distributed.torch_private import SavingContext
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.experts import CalledByInterface, HasExperts
+from tunesmith.model.vision import set_text_attention
 
 MEASURING_NAME = "tunesmith-sizes"
 GROUPED = "grouped_mm"
@@ -232,10 +233,10 @@ def _run(
     # Around the layers: what autograd keeps between them is counted in `outside`.
     for index, layer in enumerate(model.get_submodule(find_layers(model)).children()):
         replaced[layer] = layer.forward
-        form = layer_form(layer, index, model.config)
+        form = layer_form(layer, index, model.config.get_text_config())
         layer.forward = partial(watch.run_layer, form, layer.forward)
     AttentionInterface.register(MEASURING_NAME, watch.attention)
-    model.set_attn_implementation(MEASURING_NAME)
+    set_text_attention(model, MEASURING_NAME)
     has_experts = any(map(count_experts, model.modules()))
     set_experts: Callable[[str], None] = model.set_experts_implementation
     if has_experts:

@@ -137,8 +137,12 @@ def names_on_disk(model: "nn.Module", name: str) -> list[str]:
 
 
 def is_in_whole(model: "nn.Module") -> bool:
-    """Tell whether a model is the text model of a vision-language model."""
-    return _composite_of_model(model) is not None
+    """Tell whether a model is the text model of a vision-language model, or such a model in
+    whole.
+    """
+    from tunesmith.model.decoder import is_whole
+
+    return _composite_of_model(model) is not None or is_whole(model)
 
 
 def _composite_of_model(model: "nn.Module") -> Composite | None:

@@ -26,6 +26,12 @@ from tunesmith.units import ceil_div
 
 _MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
 _MULTIMODAL = ("llava", "mllama", "paligemma", "idefics3", "gemma3", "gemma3n", "llama4")
+# Types that take pictures otherwise than as tokens of the text.
+_OTHER_PICTURES = {
+    "mllama": "its text model attends to pictures in layers of their own (cross-attention)",
+    "idefics": "its text model attends to pictures in layers of their own (cross-attention)",
+    "llama4": "its projector runs outside of what Transformers makes the features of pictures by",
+}
 _ENCODERS = (
     "bert",
     "roberta",
@@ -337,12 +343,24 @@ def _is_encoder(name: str, config: Mapping[str, object]) -> bool:
     return is_named_so or bidirectional or bool(config.get("is_encoder_decoder"))
 
 
-def check_supported(config: Mapping[str, object], where: str) -> None:
-    """Raise ModelError, naming what the model is, for an encoder and for images or sound."""
+def check_supported(config: Mapping[str, object], where: str, *, vision: bool = False) -> None:
+    """Raise ModelError, naming what the model is, for an encoder and for images or sound.
+
+    vision: pictures are welcome, where the model takes them in a way that is trained here.
+    """
     check_decoder(config, where)
     model_type = str(config["model_type"])
+    if vision and model_type in _OTHER_PICTURES:
+        raise ModelError(
+            f"{model_type} does not train with pictures here",
+            where=where,
+            why=_OTHER_PICTURES[model_type],
+            fix="model.vision=false, or another vision-language model",
+        )
     if model_type in COMPOSITES:
         _check_composite(config, where)
+        return
+    if vision:
         return
     name = model_type.lower().replace("-", "_")
     if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:

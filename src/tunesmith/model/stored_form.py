@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tunesmith.errors import ModelError
 from tunesmith.model.composite import COMPOSITES, STORED_PREFIXES, is_stored_text_name
-from tunesmith.model.names import Pieces, assign_names, composite_of
+from tunesmith.model.decoder import vision_parameters
+from tunesmith.model.names import Pieces, assign_names, composite_of, is_in_whole
 from tunesmith.model.safetensors_files import Entry, has_weights, read_headers, read_json
 from tunesmith.model.save_tensors import Source, TensorPart
 from tunesmith.model.shipped_entries import read_entries
@@ -36,7 +37,7 @@ def is_stored_otherwise(model: "PreTrainedModel") -> bool:
 
     # Old names of norms, which every model has a rule for, are not written.
     has_rules = bool(get_model_conversion_mapping(model, add_legacy=False))
-    return has_rules or composite_of(model.config) is not None
+    return has_rules or is_in_whole(model)
 
 
 def in_stored_form(
@@ -65,10 +66,13 @@ def in_stored_form(
         )
     headers = read_entries(folder)
     names = assign_names(model, headers, tensors.keys())
+    frozen = {name for name, _ in vision_parameters(model)}
     written: dict[str, Source] = {}
     stored_names = []
     for name, entry in names.stored():
-        if isinstance(entry, Pieces):
+        if name in frozen and isinstance(entry, Entry):
+            written[entry.name] = entry
+        elif isinstance(entry, Pieces):
             for piece in entry.pieces:
                 # Only named here: it is cut when it is written.
                 part = TensorPart(tensors[name], piece.region, piece.stacked)
@@ -80,7 +84,7 @@ def in_stored_form(
         # A head that is not tied any more; an embedding that was stored as the head.
         stored = _stored_like(name, stored_names) if composite else name
         written[stored] = tensors[name]
-    # What the text model does not have: copied from the base's files.
+    # What the model does not have: copied from the base's files, as what is never trained.
     for aside in names.aside:
         if not isinstance(aside, Entry):
             raise ModelError(
@@ -130,7 +134,7 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
 
     It is the base's own, but for the dtype of the weights, tied weights and rows of the embedding.
     """
-    if composite_of(model.config) is None:
+    if not is_in_whole(model):
         model.config.save_pretrained(folder)
         return
     base = Path(model.config.name_or_path)
@@ -148,7 +152,8 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
 
 def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, object]:
     """The whole model's config with what training changed."""
-    dtype = str(model.config.dtype).removeprefix("torch.")
+    trained = model.config.get_text_config()
+    dtype = str(trained.dtype).removeprefix("torch.")
     changed = dict(config)
     text = dict(config.get("text_config") or {})
     for values in (changed, text):
@@ -158,10 +163,12 @@ def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, o
                 values[key] = dtype
     if not {"dtype", "torch_dtype"} & changed.keys():
         changed["dtype"] = dtype
-    if changed.get("tie_word_embeddings") != model.config.tie_word_embeddings:
-        changed["tie_word_embeddings"] = model.config.tie_word_embeddings
-    if text.get("vocab_size") != model.config.vocab_size:
-        text["vocab_size"] = model.config.vocab_size
+    if changed.get("tie_word_embeddings") != trained.tie_word_embeddings:
+        changed["tie_word_embeddings"] = trained.tie_word_embeddings
+    # Older Qwen's have the text model's keys beside the vision part's.
+    sizes = text if text or "vocab_size" not in changed else changed
+    if sizes.get("vocab_size") != trained.vocab_size:
+        sizes["vocab_size"] = trained.vocab_size
     if text:
         changed["text_config"] = text
     return changed

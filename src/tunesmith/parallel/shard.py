@@ -26,6 +26,7 @@ from tunesmith.config.schema import Run
 from tunesmith.distributed.torch_private import let_codes_be_sharded
 from tunesmith.distributed.vocab_parallel import GatheredHead
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.fused import add_mixin
 from tunesmith.model.load import widen
 from tunesmith.parallel.mesh import Mesh
@@ -55,12 +56,13 @@ def shard_model(
         return
     is_half = compute in HALF
     param_dtype = None
-    ignored = None
+    # What is frozen outside the layers is whole on every rank.
+    ignored = {parameter for _, parameter in vision_parameters(root.model)}
     if run.adapter.kind == "lora":
         ignored = whole_parameters(root, run)
     else:
         if run.train.master_weights == "fp32":
-            widen(root)
+            widen(root, skip=ignored)
         if is_half:
             param_dtype = compute
     pinned = mesh.sharding.device_type == "cuda"
@@ -71,7 +73,7 @@ def shard_model(
             reduce_dtype=torch.float32 if is_half else None,
             cast_forward_inputs=False,  # rotary tables are fp32
         ),
-        "ignored_params": ignored,
+        "ignored_params": ignored or None,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
     }
     let_codes_be_sharded()

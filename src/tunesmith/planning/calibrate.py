@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from tunesmith.adapter import lora
 from tunesmith.config.schema import MethodConfig, Run
@@ -20,7 +21,7 @@ from tunesmith.errors import MachineError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import fused, load
-from tunesmith.model.measured_spec import text_config
+from tunesmith.model.measured_spec import read_configs
 from tunesmith.model.spec import ModelSpec, flops
 from tunesmith.planning.measured_layers import count_active_adapter
 from tunesmith.planning.run_plan import RunPlan
@@ -199,7 +200,7 @@ def measure_cpu(
     """
     keep_freed_pages()
     bound_product_caches()
-    model = load.build_on_meta(text_config(config, where=run.model.name), run.model)
+    model = _build_described(run, config)
     adapter = 0
     if run.adapter.kind == "lora":
         lora.attach_lora(model, run.adapter, seed=run.train.seed)
@@ -241,6 +242,11 @@ def measure_cpu(
     # Each byte is read and written.
     bandwidth = 2 * COPY_BYTES / _least_seconds(lambda: copy.copy_(block))
     return operations / seconds / 1e12, bandwidth / 1e9
+
+
+def _build_described(run: Run, config: Mapping[str, object]) -> PreTrainedModel:
+    text, whole = read_configs(config, where=run.model.name)
+    return load.build_on_meta(text, run.model, whole=whole)
 
 
 def _least_seconds(work: Callable[[], object]) -> float:

@@ -13,7 +13,7 @@ from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measure_on_meta import build_to_measure, limit_measuring
-from tunesmith.model.measured_spec import MEASURED_TOKENS, PER_TOKEN, first_of, text_config
+from tunesmith.model.measured_spec import MEASURED_TOKENS, PER_TOKEN, first_of, read_configs
 from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.support import find_support
 from tunesmith.planning.measured_layers import SavedActivations
@@ -22,11 +22,10 @@ from tunesmith.quant.linear_layers import set_bypassed
 
 def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
     """Attach the adapter on meta and run two lengths; sizes: as JSON."""
-    values = json.loads(sizes)
-    config = text_config(values, where="config.json")
+    config, whole = read_configs(json.loads(sizes), where="config.json")
     support = find_support(config, Model(name=config.model_type), where="config.json")
     with limit_measuring(config.model_type):
-        model = build_to_measure(config, dtype)
+        model = build_to_measure(config, dtype, whole=whole)
         trained = 0
         set_bypassed(model, support.dead_targets)
         if adapter.kind == "lora":
@@ -39,7 +38,7 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
         # Code of 140 model types.
         except Exception as error:
             raise ModelError(
-                f"the memory of this {values['model_type']} cannot be measured",
+                f"the memory of this {config.model_type} cannot be measured",
                 why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 fix="plan and train on this machine with train.micro_batch and train.recompute set",
             ) from error

@@ -8,6 +8,7 @@ from torch import nn
 
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
+from tunesmith.model.decoder import is_in_text
 from tunesmith.model.fused import add_mixin
 from tunesmith.model.weights import Hook
 
@@ -60,7 +61,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def linear_names(model: nn.Module, *, head: bool) -> list[str]:
-    """Full names of the plain linear layers, dense and quantized, in the model's order.
+    """Full names of the text model's plain linear layers, dense and quantized, in its order.
 
     With the output layer if `head`.
     """
@@ -70,8 +71,9 @@ def linear_names(model: nn.Module, *, head: bool) -> list[str]:
     if isinstance(model, PreTrainedModel) and not head:
         left_out = model.get_output_embeddings()
     names = []
+    is_text = is_in_text(model)
     for name, module in model.named_modules():
-        if is_plain_linear(module) and module is not left_out:
+        if is_plain_linear(module) and module is not left_out and is_text(name):
             names.append(name)
     return names
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tunesmith.adapter.expert_lora import attach_to_stack
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.experts import LORA_SUFFIX, find_experts
+from tunesmith.model.vision import set_text_attention
 from tunesmith.quant.experts import use_grouped_experts
 from tunesmith.quant.linear_layers import is_plain_linear
 from tunesmith.quant.llama4_experts import choose_top_k
@@ -114,7 +115,7 @@ def streamed_logits(
     for layer in decoder_layers(model):
         layer.register_forward_hook(lambda *_: on_layer())
     if attention is not None:
-        model.set_attn_implementation(attention)
+        set_text_attention(model, attention)
     weights = dict(tuned.weights)
     if values == "adapter":
         weights |= _attach_to_experts(model, tuned)

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.adapter.lora import copy_saved_modules, loras, saved_parameters
 from tunesmith.adapter.peft_files import stored_adapter
-from tunesmith.build_model import define_model, embedding_rows
+from tunesmith.build_model import build_unchanged, define_model
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.checkpoint.sharded import ShardedTensors, is_sharded
 from tunesmith.formats.linear import FrozenLinear, has_codes
 from tunesmith.formats.stack import ExpertStack
 from tunesmith.inference.load_run import OpenedRun
-from tunesmith.model import load
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.experts import LORA_SUFFIX
 from tunesmith.model.weights import StoredTensor, find_stored
@@ -260,7 +259,7 @@ def open_tuned_model(read: OpenedRun) -> TunedModel:
     ModelError where base, adapter and recipe do not fit each other.
     """
     run, files = read.recipe, read.files
-    model = load.build_on_meta(files.config, run.model, rows=embedding_rows(run, files))
+    model = build_unchanged(run, files)
     set_bypassed(model, files.support.dead_targets)
     if is_sharded(files.folder):
         # Parts of several ranks hold the trained model alone: the base is not needed.

@@ -1,0 +1,42 @@
+"""Pictures in a vision-language model in whole: its vision part makes features of them, frozen.
+
+The features go to the model beside the ids, by the arguments that Transformers has for them: it
+puts them in the place of the placeholders.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tunesmith.model.decoder import find_decoder, is_whole
+
+
+def set_text_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention of the text model; a vision part keeps its own."""
+    if is_whole(model):
+        model.set_attn_implementation({text_key(model.config): name})
+    else:
+        model.set_attn_implementation(name)
+
+
+def text_key(whole: PretrainedConfig) -> str:
+    """Return the key under which a vision-language model's config has that of its text part."""
+    text = whole.get_text_config()
+    keys = [key for key in whole.sub_configs if vars(whole).get(key) is text]
+    return keys[0]
+
+
+@torch.no_grad()
+def see(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
+    """Return the features of pictures, as the whole model's forward takes them.
+
+    Without a graph: the vision part is frozen, and its activations would stay in memory.
+    """
+    inputs = {}
+    for name, tensor in pictures.items():
+        inputs[name] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+    whole: Any = find_decoder(model)
+    return whole.get_image_features(**inputs, return_dict=True)
