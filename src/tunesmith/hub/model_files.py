@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -15,6 +16,9 @@ from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, stated_position_limit
 from tunesmith.model.support import Support, find_support
 from tunesmith.model.tokenizer import load_tokenizer, vocab_rows
+
+if TYPE_CHECKING:
+    from tunesmith.data.text.placeholders import PictureProcessor
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class ModelFiles:
     form: ShippedForm | None = None  # of weights that ship in codes
     # With `model.vision`: of the vision-language model that `config` is the text part of.
     whole: PretrainedConfig | None = None
+    pictures: "PictureProcessor | None" = None  # with `model.vision`
 
     @property
     def pad_id(self) -> int:
@@ -86,9 +91,14 @@ def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
     return model_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
 
 
-def read_model_files(folder: Path, model: Model) -> ModelFiles:
+def read_model_files(
+    folder: Path, model: Model, *, image_max_pixels: int | None = None
+) -> ModelFiles:
     """Read config and tokenizer of the model in `folder`, as the recipe's `model` block wants them,
-    or ModelError."""
+    or ModelError.
+
+    image_max_pixels: as `data.image_max_pixels`.
+    """
     config, whole = load.load_configs(folder, model)
     file = folder / "config.json"
     form = form_of_folder(folder)
@@ -103,9 +113,14 @@ def read_model_files(folder: Path, model: Model) -> ModelFiles:
     limit = stated_position_limit(read_json(file), spec.layers, where=str(file))
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec)
-    if whole is None or has_own_class(config):
-        support = find_support(config, model, where=str(file))
-    else:
-        support = Support("packed", "not measured yet")
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole)
+    if whole is None:
+        support = find_support(config, model, where=str(file))
+        return ModelFiles(folder, model, config, spec, support, tokenizer, form)
+    # With them come libraries for pictures.
+    from tunesmith.data.text.placeholders import PictureProcessor
+    from tunesmith.hub.picture_support import find_picture_support
+
+    pictures = PictureProcessor.load(folder, tokenizer, whole, image_max_pixels)
+    support = find_picture_support(whole, pictures, tokenizer, where=str(file))
+    return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole, pictures)

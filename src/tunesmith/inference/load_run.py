@@ -484,7 +484,8 @@ def _read_files(
     from tunesmith.hub.model_files import read_model_files
     from tunesmith.model.tokenizer import load_tokenizer
 
-    files = read_model_files(weights, run.model)
+    most = run.data.image_max_pixels
+    files = read_model_files(weights, run.model, image_max_pixels=most)
     run = replace(run, model=files.model)
     if saved is None:
         return run, files

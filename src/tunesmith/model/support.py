@@ -31,6 +31,7 @@ from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Errors, Support
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
+from tunesmith.model.vision import set_text_attention
 
 SUPPORT_CACHE_VERSION = 6  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
@@ -130,12 +131,12 @@ def measure_support(
         with deadline(seconds, what, why="it is used to measure how the model trains"):
             twin = build_twin(config, trust_remote_code=trust_remote_code)
             with torch.enable_grad():
-                return _measure(twin)
+                return measure_twin(twin)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(twin: PreTrainedModel) -> Support:
+def measure_twin(twin: PreTrainedModel) -> Support:
     ids = torch.randint(
         FIRST_ID, VOCAB, (sum(DOCUMENT_LENGTHS),), generator=torch.Generator().manual_seed(0)
     )
@@ -165,7 +166,7 @@ def _measure(twin: PreTrainedModel) -> Support:
     try:
         # Before the first packed run, which puts its rules on the layers.
         chunk_size = prepare_chunked_attention(twin)
-        twin.set_attn_implementation(attention.register())
+        set_text_attention(twin, attention.register())
         recurrent = find_recurrent(twin, ids)
         bypassed = find_bypassed(twin, recurrent, ids)
         dead_targets = tuple(dict.fromkeys((*dead_targets, *bypassed)))
@@ -202,7 +203,7 @@ def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
         positions = torch.arange(len(document))[None]
         output = twin(input_ids=document[None], position_ids=positions, use_cache=False)
         outputs.append(output.logits[0])
-    return _backward(twin, torch.cat(outputs), ids)
+    return differentiate(twin, torch.cat(outputs), ids)
 
 
 @torch.no_grad()
@@ -227,7 +228,7 @@ def _run_padded(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
     hidden = _hidden(twin, torch.stack(rows), positions)
     # Logits of the tokens alone, in the order of the packed row.
     tokens = [row[:length] for row, length in zip(hidden, DOCUMENT_LENGTHS, strict=True)]
-    return _backward(twin, _logits(twin, torch.cat(tokens)), ids)
+    return differentiate(twin, logits_of(twin, torch.cat(tokens)), ids)
 
 
 def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: TwinOutput) -> bool:
@@ -237,7 +238,7 @@ def _packs_eager(twin: PreTrainedModel, ids: Tensor, alone: TwinOutput) -> bool:
     """
     try:
         hidden = _hidden(twin, ids[None], _positions())
-        packed = _backward(twin, _logits(twin, hidden[0]), ids)
+        packed = differentiate(twin, logits_of(twin, hidden[0]), ids)
     except Exception:  # code of 140 model types
         return False
     return packed.errors(alone).are_rounding()
@@ -248,7 +249,7 @@ def _run_packed(twin: PreTrainedModel, ids: Tensor, chunk_size: int | None = Non
     documents = packed_documents(DOCUMENT_LENGTHS, chunk_size)
     with use_documents(documents):
         hidden = _hidden(twin, ids[None], _positions(), documents=documents)
-        return _backward(twin, _logits(twin, hidden[0]), ids)
+        return differentiate(twin, logits_of(twin, hidden[0]), ids)
 
 
 def packed_documents(lengths: tuple[int, ...], chunk_size: int | None) -> Documents:
@@ -275,14 +276,14 @@ def _hidden(twin: PreTrainedModel, ids: Tensor, positions: Tensor, **options: Do
     return hidden
 
 
-def _logits(twin: PreTrainedModel, hidden: Tensor) -> Tensor:
+def logits_of(twin: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = twin.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(twin).__name__} has no head apart from its decoder")
     return find_head(twin).logits(head(hidden))
 
 
-def _backward(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> TwinOutput:
+def differentiate(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> TwinOutput:
     """Logits [n, vocabulary] and the gradients of a loss of all of them."""
     twin.zero_grad()
     # A label for each logit, the last one's too: a loss that every logit takes part in.

@@ -12,9 +12,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from tunesmith.errors import ModelError
+from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.load import one_line
 from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
@@ -280,6 +286,16 @@ NOT_COPIED = (
     "transformers_version",
 )
 
+# The placeholders of pictures in a twin; other special tokens of a whole model come before it.
+PICTURE_ID = VOCAB - 1
+FIRST_SPECIAL_ID = VOCAB - 16
+TEXT_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+VISION_SIZES = dict.fromkeys(("hidden_size", "embed_dim", "d_model"), 32)
+VISION_SIZES |= dict.fromkeys(("intermediate_size", "projector_hidden_size"), 48)
+VISION_SIZES |= dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 2)
+VISION_SIZES |= dict.fromkeys(("depth", "num_hidden_layers"), FEWEST_LAYERS)
+VISION_SIZES |= dict.fromkeys(("head_dim", "global_head_dim"), HEAD_DIM)
+
 # What the names of the keys do not tell.
 HINTS: dict[str, dict[str, object]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -291,15 +307,19 @@ HINTS: dict[str, dict[str, object]] = {
 def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The twin of a model of this config: fp32, on the CPU, with eager attention.
 
-    It is in eval mode: some experts are drawn at random in training (PhiMoE).
+    It is in eval mode: some experts are drawn at random in training (PhiMoE). Of the config of a
+    vision-language model it is the twin of the whole, with all but the text model frozen.
 
     ModelError where Transformers cannot build it, or a size of it does not shrink.
     """
 
+    is_whole_model = config.get_text_config() is not config
+    factory = AutoModelForImageTextToText if is_whole_model else AutoModelForCausalLM
+
     def build() -> PreTrainedModel:
         with _without_warnings():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                shrink(config),
+            model: PreTrainedModel = factory.from_config(
+                shrink_whole(config) if is_whole_model else shrink(config),
                 dtype=torch.float32,
                 attn_implementation="eager",
                 trust_remote_code=trust_remote_code,
@@ -324,6 +344,8 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
             raise _no_twin(config, one_line(error)) from error
         _spread_weights(model)
     keep_kernels_to_gpus(model)
+    for _, parameter in vision_parameters(model):
+        parameter.requires_grad_(False)
     return model.eval()
 
 
@@ -375,6 +397,58 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     if "auto_map" in vars(config):
         twin.auto_map = config.auto_map
     return twin
+
+
+def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
+    """The config of the twin of a vision-language model, which takes the same pictures.
+
+    Its text part is that of `shrink`; of the rest widths and depths alone shrink, as all others
+    decide the shapes of what the model's own processor makes.
+    """
+    text = whole.get_text_config()
+    values = whole.to_dict()
+    model_type = values.pop("model_type")
+    small: dict[str, Any] = {}
+    ids: dict[int, int] = {}
+    for key, value in values.items():
+        if key == "text_config":
+            small[key] = shrink(text).to_dict()
+        elif key.startswith("audio") and isinstance(value, dict):
+            small[key] = None
+        elif key == "image_token_id" or key == "image_token_index":
+            small[key] = PICTURE_ID
+        elif key.endswith(TOKEN_IDS) and isinstance(value, int) and key not in TEXT_IDS:
+            small[key] = ids.setdefault(value, PICTURE_ID - 1 - len(ids))
+        elif key not in NOT_COPIED:
+            small[key] = _shrink_part(key, value, {"width": text.hidden_size})
+    small["text_config"].update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    small["model_type"] = model_type
+    small.pop("model_type")
+    return type(whole)(**small)
+
+
+def _shrink_part(key: str, value: object, outer: Mapping[str, Any]) -> object:
+    """The value of a key of a vision-language model, or of its vision part.
+
+    outer: values beside it; "width" is that of the text model.
+    """
+    if isinstance(value, dict) and key.endswith("_config"):
+        inner = {**value, "width": outer["width"]}
+        left_out = NOT_COPIED
+        return {k: _shrink_part(k, v, inner) for k, v in value.items() if k not in left_out}
+    if _is_dropout(key) and isinstance(value, float):
+        return 0.0
+    if isinstance(value, list) and key.endswith(("indexes", "indices", "feature_layer")):
+        return list(range(min(len(value), FEWEST_LAYERS)))
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    # Qwen2-VL's `hidden_size` is what comes out, beside its own width.
+    is_output = key == "hidden_size" and "embed_dim" in outer
+    if key in VISION_SIZES and not is_output:
+        return VISION_SIZES[key] if value > 0 else value
+    if value == outer["width"] and ("hidden" in key or "dim" in key or "size" in key):
+        return HIDDEN
+    return SIZE_OF_KEY[key] if key == "vocab_size" else value
 
 
 def choose_layers(values: Mapping[str, object], depth: int, *, each: int = 1) -> list[int]:

@@ -184,6 +184,7 @@ def read_base(
     weights.
     """
     folder = Path(run.model.name)
+    most = run.data.image_max_pixels
 
     def read_sizes() -> ModelSpec:
         # Drawn weights have a folder with less in it than a fetch demands.
@@ -192,13 +193,14 @@ def read_base(
 
     model = with_dtype(run.model, run.train, chip, read_sizes)
     if weights == "random":
-        return read_model_files(folder, model), {"model_hash": None}
+        return read_model_files(folder, model, image_max_pixels=most), {"model_hash": None}
     # A resumed run's rows were cut to this length when it began.
     seq_len = None if start.checkpoint else run.data.seq_len
     folder = fetch.fetch(model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
     if ranks.local_rank == 0:
         check_sums(folder)  # the base may be a model that an earlier run wrote
-    return read_model_files(folder, model), {"model_hash": weights_digest(folder)}
+    files = read_model_files(folder, model, image_max_pixels=most)
+    return files, {"model_hash": weights_digest(folder)}
 
 
 def read_data(

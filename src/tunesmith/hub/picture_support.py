@@ -1,0 +1,100 @@
+"""How a vision-language model trains with pictures, measured with its own processor."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tunesmith.data.batches.batch import collate
+from tunesmith.data.text.example import Example, Pixels
+from tunesmith.data.text.placeholders import PictureProcessor
+from tunesmith.errors import ModelError
+from tunesmith.host.files import measure_once
+from tunesmith.model.measured_spec import NO_SIZES
+from tunesmith.model.model_types import Support
+from tunesmith.model.support import FIRST_ID
+from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
+from tunesmith.model.vision_support import PictureRow, measure_pictures
+
+PICTURE_SUPPORT_VERSION = 1  # of the cached files; what is measured, and how, counts
+# Width and height of each document's pictures: small, and no two alike.
+DOCUMENT_PICTURES = (((72, 48), (40, 88)), (), ((56, 64),))
+TEXT_AROUND = 9  # tokens before a document's first picture, and after each
+
+
+@dataclass
+class ReadyPixels:
+    """The pictures of an example whose pixels are there."""
+
+    token_id: int
+    ready: Pixels
+
+    def begin(self) -> None:
+        """Do nothing."""
+
+    def pixels(self) -> Pixels:
+        return self.ready
+
+
+def find_picture_support(
+    whole: PretrainedConfig,
+    processor: PictureProcessor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    where: str,
+) -> Support:
+    """Find how a vision-language model trains with pictures, from its config, which errors call
+    `where`, or from the disk; ModelError for one that is refused, with the figures.
+    """
+    sizes = whole.to_dict()
+    for name in NO_SIZES:
+        sizes.pop(name, None)
+    versions = [version("transformers"), version("torch")]
+    key = [PICTURE_SUPPORT_VERSION, *versions, processor.digest, sizes]
+
+    def measure() -> Support:
+        return measure_pictures(whole, make_picture_row(processor, tokenizer))
+
+    try:
+        support = measure_once("support", key, measure, Support)
+    except ModelError as error:
+        error.where = error.where or where
+        raise
+    if support.state == "refused":
+        raise ModelError(
+            f"{whole.model_type} does not train with pictures here",
+            where=where,
+            why=support.why,
+            fix="train its text model alone: model.vision=false; or use another model",
+        )
+    return support
+
+
+def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizerBase) -> PictureRow:
+    """Make documents with pictures of noise, as a twin takes them."""
+    random = np.random.default_rng(0)
+    examples = []
+    for sizes in DOCUMENT_PICTURES:
+        runs = [np.zeros(TEXT_AROUND, bool)]
+        for text in processor.expand(sizes) if sizes else ():
+            tokens = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
+            runs += [tokens == processor.token_id, np.zeros(TEXT_AROUND, bool)]
+        is_picture = np.concatenate(runs)
+        ids = random.integers(FIRST_ID, FIRST_SPECIAL_ID, len(is_picture)).astype(np.int32)
+        ids[is_picture] = PICTURE_ID
+        pictures = None
+        if sizes:
+            noise = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in sizes]
+            pixels = processor.pixels([Image.fromarray(values) for values in noise])
+            pictures = ReadyPixels(PICTURE_ID, pixels)
+        examples.append(Example(ids, np.ones(len(ids), bool), pictures=pictures))
+    lengths = tuple(len(example.ids) for example in examples)
+    batch = collate([examples], length=sum(lengths), pad_id=0)
+    alone = []
+    for example in examples:
+        inputs = example.pictures.pixels().inputs if example.pictures else {}
+        alone.append({name: torch.from_numpy(array) for name, array in inputs.items()})
+    return PictureRow(batch.input_ids[0], batch.position_ids, lengths, batch.pictures, tuple(alone))

@@ -1,0 +1,130 @@
+"""The measurement of whether a vision-language model trains on packed rows with pictures.
+
+On its twin, as in `support`, with a row of three documents, of two pictures, of none and of one:
+its logits and gradients must be those of each document alone under Transformers' own forward. And
+other pictures in the first document must leave the others as they are, to the bit.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tunesmith.model import attention
+from tunesmith.model.chunked import prepare_chunked_attention
+from tunesmith.model.deadline import deadline
+from tunesmith.model.decoder import find_decoder
+from tunesmith.model.documents import use_documents
+from tunesmith.model.load import one_line
+from tunesmith.model.model_types import Support
+from tunesmith.model.support import (
+    MAX_SUPPORT_SECONDS,
+    TwinOutput,
+    differentiate,
+    logits_of,
+    measure_twin,
+    packed_documents,
+)
+from tunesmith.model.twin import PICTURE_ID, build_twin
+from tunesmith.model.vision import see, set_text_attention
+
+# What a forward may ask for to know where pictures are.
+_TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
+
+
+class PictureRow(NamedTuple):
+    """A packed row of documents with pictures, for a twin.
+
+    Attributes:
+        ids: int64 [n], PICTURE_ID where a picture's features go.
+        positions: int64 [1, n] or [3, 1, n].
+        lengths: tokens of each document.
+        pictures: inputs of all pictures.
+        alone: those of each document's.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    pictures: Mapping[str, Tensor]
+    alone: tuple[Mapping[str, Tensor], ...]
+
+
+def measure_pictures(whole: PretrainedConfig, row: PictureRow) -> Support:
+    """Measure how a vision-language model trains; ModelError where no twin can be built of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    what = f"the small model of this {whole.model_type}"
+    try:
+        with deadline(MAX_SUPPORT_SECONDS, what, why="it is used to measure how the model trains"):
+            twin = build_twin(whole)
+            with torch.enable_grad():
+                support = measure_twin(twin)
+                if support.state != "packed":
+                    return replace(support, state="refused")
+                return _measure_row(twin, row, support)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Support:
+    """Support of a twin whose documents without pictures share rows."""
+    try:
+        set_text_attention(twin, "eager")
+        expected = _run_documents(twin, row)
+        set_text_attention(twin, attention.register())
+        packed = _run_row(twin, row)
+    # Code of 90 model types.
+    except Exception as error:
+        return Support("refused", f"its twin does not run with pictures: {one_line(error)}")
+    errors = packed.errors(expected)
+    if not errors.are_rounding():
+        why = "packed documents with pictures give different results than single ones"
+        return Support("refused", f"{why}: {errors.describe()}", errors=errors)
+    if not _keeps_pictures_apart(twin, row, packed.logits):
+        return Support("refused", "a picture changes the logits of other documents", errors=errors)
+    return replace(support, why=f"{support.why}, with pictures too", errors=errors)
+
+
+def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
+    """Each document by itself, as Transformers computes it from ids and pixels."""
+    known = inspect.signature(type(twin).forward).parameters
+    logits = []
+    for ids, pictures in zip(row.ids.split(row.lengths), row.alone, strict=True):
+        is_picture = (ids == PICTURE_ID).long()[None]
+        options: dict[str, Any] = {name: is_picture for name in _TYPE_IDS if name in known}
+        output = twin(input_ids=ids[None], use_cache=False, **pictures, **options)
+        logits.append(output.logits[0])
+    return differentiate(twin, torch.cat(logits), row.ids)
+
+
+def _run_row(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
+    """The row under this engine's attention, as `TrainModel` does."""
+    documents = packed_documents(row.lengths, prepare_chunked_attention(twin))
+    with use_documents(documents):
+        output = find_decoder(twin)(
+            input_ids=row.ids[None],
+            position_ids=row.positions,
+            use_cache=False,
+            documents=documents,
+            mm_encoder_outputs={"image": see(twin, row.pictures)},
+        )
+        return differentiate(twin, logits_of(twin, output.last_hidden_state[0]), row.ids)
+
+
+def _keeps_pictures_apart(twin: PreTrainedModel, row: PictureRow, logits: Tensor) -> bool:
+    """Check that other pictures in the first document reach its own logits and no others."""
+    others = dict(row.pictures)
+    for name, tensor in row.pictures.items():
+        if tensor.is_floating_point():
+            # The same values in another order, in the pictures of the first document.
+            others[name] = tensor.clone()
+            others[name][: len(row.alone[0][name])] = tensor[: len(row.alone[0][name])].flip(-1)
+    changed = _run_row(twin, row._replace(pictures=others)).logits
+    rest = row.lengths[0]
+    is_changed = not torch.equal(changed[:rest], logits[:rest])
+    return is_changed and torch.equal(changed[rest:], logits[rest:])

@@ -1,0 +1,230 @@
+"""Vision-language models in whole: packed rows with pictures, a frozen tower, PEFT's files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+
+import vision
+from errors import refuses
+from recipes import built_model, make_run
+from tunesmith.adapter import lora
+from tunesmith.checkpoint.contents import write_model_files
+from tunesmith.config.schema import Model
+from tunesmith.data.batches.batch import Batch, collate
+from tunesmith.data.batches.positions import mrope_positions
+from tunesmith.data.text.example import Example
+from tunesmith.data.text.placeholders import PictureProcessor
+from tunesmith.errors import ModelError, RecipeError
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.hub.picture_support import ReadyPixels, make_picture_row
+from tunesmith.methods.base import TrainModel
+from tunesmith.model import load
+from tunesmith.model.decoder import find_decoder, find_text_part, vision_parameters
+from tunesmith.model.model_types import ROUNDING_TOLERANCE
+from tunesmith.model.vision_support import measure_pictures
+
+pytestmark = pytest.mark.slow
+
+MROPE = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"]
+
+
+@pytest.fixture(scope="module", params=sorted(vision.FAMILIES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of a family, with its processor and tokenizer."""
+    family: str = request.param
+    return write_model(tmp_path_factory.mktemp(family), family)
+
+
+def write_model(folder: Path, family: str) -> Path:
+    vision.write_processor(folder, family)
+    config = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(3)
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.05)
+    model.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["model_type"] == config["model_type"]
+    return folder
+
+
+def seeing(folder: Path, tmp_path: Path, **changes: Any) -> Any:
+    changes["model"] = {"vision": True, **changes.get("model", {})}
+    return make_run(folder, tmp_path, **changes)
+
+
+def make_batch(folder: Path, run: Any) -> Batch:
+    """A row of documents with two pictures, none and one, with ids of the model's own."""
+    files = read_model_files(folder, run.model)
+    assert files.pictures is not None
+    row = make_picture_row(files.pictures, files.tokenizer)
+    token_id = files.pictures.token_id
+    examples = []
+    for ids, pictures in zip(row.ids.split(row.lengths), row.alone, strict=True):
+        own = np.where(ids.numpy() == row.ids.max().item(), token_id, ids.numpy() + 40)
+        handle = None
+        if pictures:
+            handle = ReadyPixels(token_id, pixels_of(pictures, files.pictures))
+        examples.append(Example(own.astype(np.int32), own != token_id, pictures=handle))
+    return collate([examples], length=len(row.ids), pad_id=0)
+
+
+def pixels_of(inputs: Any, processor: PictureProcessor) -> Any:
+    from tunesmith.data.text.example import Pixels
+
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    grids = np.zeros((0, 2), np.int64)
+    if "image_grid_thw" in arrays:
+        merge = processor._processor.image_processor.merge_size
+        grids = arrays["image_grid_thw"][:, 1:] // merge
+    return Pixels(arrays, grids)
+
+
+def whole(folder: Path) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def hidden_of(model: TrainModel, batch: Batch) -> Tensor:
+    model.use_training_attention()
+    return model.head(model.hidden(batch))
+
+
+def tower(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in vision_parameters(model)}
+
+
+def test_packed_documents_are_each_document_alone(folder: Path) -> None:
+    spec = Model(name=str(folder), dtype="fp32", vision=True)
+    _, config = load.load_configs(folder, spec)
+    assert config is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = PictureProcessor.load(folder, tokenizer, config, None)
+    support = measure_pictures(config, make_picture_row(processor, tokenizer))
+    assert support.state == "packed", support.why
+    assert support.errors is not None
+    assert max(support.errors.logits, support.errors.gradients) < ROUNDING_TOLERANCE
+
+
+def test_an_adapter_is_on_the_text_alone_and_the_tower_frozen(folder: Path, tmp_path: Path) -> None:
+    run = seeing(folder, tmp_path)
+    model = built_model(run, folder)
+    text, _ = find_text_part(model.model)
+    adapted = [name for name, _ in lora.loras(model.model)]
+    assert adapted
+    assert all(name.startswith(f"{text}.") for name in adapted)
+    before = tower(model.model)
+    assert before
+    batch = make_batch(folder, run)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for _ in range(2):
+        with model.step_context(batch):
+            model(batch).loss.backward()
+        optimizer.step()
+        assert all(p.grad is None for _, p in vision_parameters(model.model))
+    after = tower(model.model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert any(bool(layer.lora_B.any()) for _, layer in lora.loras(model.model))
+
+
+def test_peft_opens_the_adapter_on_the_whole_model(folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    run = seeing(folder, tmp_path)
+    model = built_model(run, folder).eval()
+    with torch.no_grad():
+        for _, layer in lora.loras(model.model):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    batch = make_batch(folder, run)
+    expected = hidden_of(model, batch)
+    write_model_files(tmp_path, run, model, {})
+    base = whole(folder)
+    theirs = PeftModel.from_pretrained(base, tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    loaded = {name for name, _ in theirs.named_parameters() if ".lora_" in name}
+    assert {name.replace(".default.", ".") for name in loaded} == set(names)
+    plain = make_run(folder, tmp_path, adapter={"kind": "none"}).adapter
+    merged = built_model(replace(run, adapter=plain), folder).eval()
+    merged.model.load_state_dict(theirs.merge_and_unload().state_dict())
+    torch.testing.assert_close(hidden_of(merged, batch), expected, atol=2e-6, rtol=0)
+
+
+def test_a_model_trained_in_full_is_the_whole_model_again(folder: Path, tmp_path: Path) -> None:
+    run = seeing(folder, tmp_path, adapter={"kind": "none"})
+    model = built_model(run, folder).eval()
+    frozen = {name for name, _ in vision_parameters(model.model)}
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters():
+            assert parameter.requires_grad == (name not in frozen)
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    written = tmp_path / "written"
+    written.mkdir()
+    write_model_files(written, run, model, {})
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(written / "model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    changed = sum(not torch.equal(before[name], after[name]) for name in before)
+    assert changed == len(list(model.model.named_parameters())) - len(frozen)
+    assert (written / "preprocessor_config.json").is_file()
+    assert (written / "processor_config.json").is_file()
+    batch = make_batch(folder, run)
+    again = built_model(run, folder).eval()
+    again.model.load_state_dict(whole(written).state_dict())
+    assert torch.equal(hidden_of(again, batch), hidden_of(model, batch))
+
+
+@pytest.mark.parametrize("family", MROPE)
+def test_positions_are_the_model_s_own(family: str, tmp_path: Path) -> None:
+    vision.write_processor(tmp_path, family)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    merge = config.vision_config.spatial_merge_size
+    decoder: Any = find_decoder(model)
+    random = np.random.default_rng(0)
+    token_id = config.image_token_id
+    for _ in range(250):
+        grids = random.integers(1, 9, (int(random.integers(0, 5)), 2))
+        runs = [np.full(random.integers(0, 12), 5)]
+        for rows, columns in grids:
+            runs += [np.full(rows * columns, token_id), np.full(random.integers(1, 12), 5)]
+        ids = np.concatenate(runs)
+        if not len(ids):
+            continue
+        thw = np.concatenate([np.ones((len(grids), 1), np.int64), grids * merge], 1)
+        expected, _ = decoder.get_rope_index(
+            torch.from_numpy(ids)[None],
+            image_grid_thw=torch.from_numpy(thw) if len(grids) else None,
+            mm_token_type_ids=torch.from_numpy(ids == token_id).int()[None],
+        )
+        assert np.array_equal(mrope_positions(ids, token_id, grids), expected[:, 0].numpy())
+
+
+def test_a_model_without_a_vision_part_is_refused(tiny: Path, tmp_path: Path) -> None:
+    run = seeing(tiny, tmp_path)
+    with refuses(ModelError, where=f"{tiny}/config.json", fix=["model.vision=false"]):
+        read_model_files(tiny, run.model)
+
+
+def test_modules_of_the_tower_are_not_trained(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "qwen3_vl")
+    run = seeing(folder, tmp_path, adapter={"target": ["attn.qkv"]})
+    with refuses(RecipeError, where="adapter.target", names=["attn.qkv"]):
+        built_model(run, folder)
