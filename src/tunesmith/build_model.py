@@ -145,8 +145,8 @@ def build_model(
         skip = lora.modules_to_save(model, run.adapter)
         check_plain(model, eight_bit_names(model, skip), files.form)
         convert_to_eight_bit(model, plan.base, skip=skip)
-    if plan.attention == "eager" and run.data.pack:
-        _check_eager(model, files.support)
+    if plan.attention == "eager":
+        _check_eager(run, model, files.support)
     trials = try_recurrent_kernels(run, files, plan)
     varied = plan.compiled and plan.layout.row_length is None
     loss_fn = compilation.compile_loss(loss_and_grad) if plan.compiled else loss_and_grad
@@ -158,6 +158,7 @@ def build_model(
         recurrent_trials=trials,
         loss_and_grad_fn=loss_fn,
         varied_tokens=varied,
+        both_ways=files.support.both_ways,
     )
     use_packed_calls(model, {name: trial.call for name, trial in trials.items()})
     # Before what wraps the layers: it changes the modules inside them.
@@ -225,11 +226,18 @@ def try_recurrent_kernels(run: Run, files: ModelFiles, plan: RunPlan) -> dict[st
     return try_packed_calls(build_unchanged(run, files), recurrent, device)
 
 
-def _check_eager(model: PreTrainedModel, support: Support) -> None:
+def _check_eager(run: Run, model: PreTrainedModel, support: Support) -> None:
     """RecipeError for Transformers' own attention on a model in which it does not tell packed
-    documents apart by their positions.
+    documents apart by their positions, or pictures from text.
     """
-    if support.packs_eager or support.state == "padded":
+    if support.both_ways:
+        raise RecipeError(
+            "model.attention: eager does not know where pictures are",
+            where="model.attention",
+            why=f"their tokens see each other both ways in a {model.config.model_type}",
+            fix="model.attention=auto",
+        )
+    if support.packs_eager or support.state == "padded" or not run.data.pack:
         return
     layers = "layers"
     if support.recurrent:

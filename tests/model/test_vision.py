@@ -119,6 +119,19 @@ def test_packed_documents_are_each_document_alone(folder: Path) -> None:
     assert max(support.errors.logits, support.errors.gradients) < ROUNDING_TOLERANCE
 
 
+def test_a_picture_is_seen_both_ways_in_layers_with_a_window(tmp_path: Path) -> None:
+    """Gemma 4 of more than a few billion parameters: not in all layers, as Gemma 3."""
+    vision.write_processor(tmp_path, "gemma4")
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values["text_config"]["use_bidirectional_attention"] = "vision"
+    file.write_text(json.dumps(values))
+    files = read_model_files(tmp_path, Model(name=str(tmp_path), dtype="fp32", vision=True))
+    assert files.support.both_ways == "sliding"
+    assert files.support.errors is not None
+    assert files.support.errors.are_rounding()
+
+
 def test_an_adapter_is_on_the_text_alone_and_the_tower_frozen(folder: Path, tmp_path: Path) -> None:
     run = seeing(folder, tmp_path)
     model = built_model(run, folder)

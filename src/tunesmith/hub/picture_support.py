@@ -97,4 +97,6 @@ def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizer
     for example in examples:
         inputs = example.pictures.pixels().inputs if example.pictures else {}
         alone.append({name: torch.from_numpy(array) for name, array in inputs.items()})
-    return PictureRow(batch.input_ids[0], batch.position_ids, lengths, batch.pictures, tuple(alone))
+    return PictureRow(
+        batch.input_ids[0], batch.position_ids, lengths, batch.spans, batch.pictures, tuple(alone)
+    )

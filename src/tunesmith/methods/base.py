@@ -32,6 +32,7 @@ from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import (
+    BothWays,
     Documents,
     RepeatedTokens,
     current_documents,
@@ -152,6 +153,7 @@ class TrainModel(nn.Module):
         recurrent_trials: what became of the kernels of these layers, by class.
         loss_and_grad_fn: the loss of a chunk with its gradient.
         varied_tokens: layers are compiled for micro batches of any number of tokens.
+        both_ways: layers in which a picture's tokens see those behind them, up to its end.
 
     Attributes:
         partial_gradients: the names of the parameters for `tensor.reduce_gradients`.
@@ -169,6 +171,7 @@ class TrainModel(nn.Module):
         recurrent_trials: Mapping[str, Trial] = MappingProxyType({}),
         loss_and_grad_fn: LossAndGradFn = loss_and_grad,
         varied_tokens: bool = False,
+        both_ways: BothWays = "",
     ) -> None:
         super().__init__()
         self.model = model
@@ -178,6 +181,7 @@ class TrainModel(nn.Module):
         self.attention_backend = attention_backend
         self.loss_and_grad_fn = loss_and_grad_fn
         self.recurrent_trials = recurrent_trials
+        self.both_ways = both_ways
         self.expert_load = ExpertLoad(model, is_varied=varied_tokens)
         # These two follow once the model is sharded, and has its weights.
         self.partial_gradients: frozenset[str] = frozenset()
@@ -265,7 +269,9 @@ class TrainModel(nn.Module):
             self.attention_backend,
             repeated=repeated,
             spans=spans_if_chosen(batch.cu_seqlens, tokens, batch.max_seqlen),
+            both_ways=self.both_ways if batch.spans else "",
         )
+        documents.set_pictures(batch.spans)
         if batch.edges:
             documents.set_edges(batch.edges)
         if self.chunk_size is None:

@@ -15,6 +15,7 @@ see each other. Generation therefore runs under another name ("sdpa"), never thi
 """
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
@@ -180,6 +181,7 @@ def attend(
 
     Returns [n, heads, width of v] in q's dtype.
     """
+    sees_ahead = documents.both_ways == "all" or (documents.both_ways and window is not None)
     # A window as long as the longest document hides nothing.
     if window is not None and window >= documents.max_seqlen:
         window = None
@@ -188,7 +190,46 @@ def attend(
     rule = Rule(documents, scale, window, softcap)
     if documents.repeated is not None:
         return _attend_whole(q, k, v, rule, documents.repeated, sinks, dropout)
-    return _attend_each(q, k, v, rule, sinks, dropout)
+    out = _attend_each(q, k, v, rule, sinks, dropout)
+    if sees_ahead:
+        out = _let_pictures_see(out, q, k, v, rule)
+    return out
+
+
+@torch.compiler.disable  # shapes follow the pictures and change with every batch
+def _let_pictures_see(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """Replace the rows of pictures' queries by those that see keys up to the picture's end.
+
+    The window, or the document, still bounds what they see before them.
+    """
+    documents, scale, window, softcap = rule
+    pictures = documents.pictures
+    if not pictures:
+        return out
+    if softcap is not None:
+        what = "attention that sees pictures both ways is not computed with a soft cap"
+        raise ModelError(what, fix="model.vision=false")
+    rows = []
+    places = []
+    for first, stop in pictures:
+        start = documents.edges[bisect_right(documents.edges, first) - 1]
+        mask = None
+        if window is not None:
+            # The query itself is counted.
+            distance = torch.arange(first, stop)[:, None] - torch.arange(start, stop)
+            mask = (distance < window).to(q.device, non_blocking=True)
+        row = F.scaled_dot_product_attention(
+            q[first:stop].transpose(0, 1).unsqueeze(0),
+            k[start:stop].transpose(0, 1).unsqueeze(0),
+            v[start:stop].transpose(0, 1).unsqueeze(0),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=True,
+        )
+        rows.append(row.squeeze(0).transpose(0, 1))
+        places.append(torch.arange(first, stop))
+    index = torch.cat(places).to(q.device, non_blocking=True)
+    return out.index_copy(0, index, torch.cat(rows))
 
 
 def _attend_each(

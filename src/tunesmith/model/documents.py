@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from tunesmith.model.packed_attention import spans_of
 
+# Layers in which a picture's tokens see those behind them, up to the picture's end: none, all, those
+# with a window.
+BothWays = Literal["", "all", "sliding"]
 # Queries of a document are computed this many at a time, so that scores are [heads, BLOCK_QUERIES,
 # n] and keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 %
 # faster than 512 for documents of 75 to 310 tokens.
@@ -108,6 +111,8 @@ class Documents:
     repeated: RepeatedTokens | None = None
     # Of `packed_attention.spans_of`; None: other kernels compute attention.
     spans: Tensor | None = None
+    # In which layers the tokens of `pictures` see all others of their picture.
+    both_ways: BothWays = ""
 
     @cached_property
     def edges(self) -> list[int]:
@@ -121,10 +126,20 @@ class Documents:
         """
         vars(self)["edges"] = [*edges]
 
+    @property
+    def pictures(self) -> tuple[tuple[int, int], ...]:
+        """The places of each picture's tokens: the first, and the one after the last."""
+        return vars(self).get("_pictures", ())
+
+    def set_pictures(self, spans: Sequence[tuple[int, int]]) -> None:
+        """State where pictures are; no field, as in `set_edges`."""
+        vars(self)["_pictures"] = tuple(spans)
+
     def with_chunks(self, size: int) -> "Documents":
         """The same documents, with those of layers with chunked attention beside them."""
         documents = replace(self, chunks=self.cut(size))
         documents.set_edges(self.edges)
+        documents.set_pictures(self.pictures)
         return documents
 
     def cut(self, size: int) -> "Documents":

@@ -50,6 +50,7 @@ class Support:
         packs_eager: whether packed rows are each document alone under Transformers' own attention
             too, which `model.attention: eager` selects.
         errors: of the layout in use, or of padded rows where none is.
+        both_ways: layers in which a picture's tokens see those behind them, up to its end.
     """
 
     state: State
@@ -58,6 +59,7 @@ class Support:
     dead_targets: tuple[str, ...] = ()
     packs_eager: bool = False
     errors: Errors | None = None
+    both_ways: Literal["", "all", "sliding"] = ""
 
     def describe(self) -> list[str]:
         """Lines for the user where a model trains otherwise than one that this engine is tuned

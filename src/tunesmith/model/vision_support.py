@@ -8,7 +8,7 @@ other pictures in the first document must leave the others as they are, to the b
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.deadline import deadline
 from tunesmith.model.decoder import find_decoder
-from tunesmith.model.documents import use_documents
+from tunesmith.model.documents import BothWays, use_documents
 from tunesmith.model.load import one_line
 from tunesmith.model.model_types import Support
 from tunesmith.model.support import (
@@ -43,6 +43,7 @@ class PictureRow(NamedTuple):
         ids: int64 [n], PICTURE_ID where a picture's features go.
         positions: int64 [1, n] or [3, 1, n].
         lengths: tokens of each document.
+        spans: the first place of each picture's tokens, and the one after its last.
         pictures: inputs of all pictures.
         alone: those of each document's.
     """
@@ -50,6 +51,7 @@ class PictureRow(NamedTuple):
     ids: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
     pictures: Mapping[str, Tensor]
     alone: tuple[Mapping[str, Tensor], ...]
 
@@ -73,21 +75,28 @@ def measure_pictures(whole: PretrainedConfig, row: PictureRow) -> Support:
 
 def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Support:
     """Support of a twin whose documents without pictures share rows."""
+    found = []
     try:
         set_text_attention(twin, "eager")
         expected = _run_documents(twin, row)
         set_text_attention(twin, attention.register())
-        packed = _run_row(twin, row)
+        for both_ways in get_args(BothWays):
+            packed = _run_row(twin, row, both_ways)
+            errors = packed.errors(expected)
+            if errors.are_rounding():
+                apart = _keeps_pictures_apart(twin, row, packed.logits, both_ways)
+                why = f"{support.why}, with pictures too"
+                if not apart:
+                    support = replace(support, state="refused")
+                    why = "a picture changes the logits of other documents"
+                return replace(support, why=why, errors=errors, both_ways=both_ways)
+            found.append(errors)
     # Code of 90 model types.
     except Exception as error:
         return Support("refused", f"its twin does not run with pictures: {one_line(error)}")
-    errors = packed.errors(expected)
-    if not errors.are_rounding():
-        why = "packed documents with pictures give different results than single ones"
-        return Support("refused", f"{why}: {errors.describe()}", errors=errors)
-    if not _keeps_pictures_apart(twin, row, packed.logits):
-        return Support("refused", "a picture changes the logits of other documents", errors=errors)
-    return replace(support, why=f"{support.why}, with pictures too", errors=errors)
+    errors = min(found, key=lambda errors: errors.logits)
+    why = "packed documents with pictures give different results than single ones"
+    return Support("refused", f"{why}: {errors.describe()}", errors=errors)
 
 
 def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
@@ -102,9 +111,11 @@ def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
     return differentiate(twin, torch.cat(logits), row.ids)
 
 
-def _run_row(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
+def _run_row(twin: PreTrainedModel, row: PictureRow, both_ways: BothWays) -> TwinOutput:
     """The row under this engine's attention, as `TrainModel` does."""
     documents = packed_documents(row.lengths, prepare_chunked_attention(twin))
+    documents = replace(documents, both_ways=both_ways)
+    documents.set_pictures(row.spans)
     with use_documents(documents):
         output = find_decoder(twin)(
             input_ids=row.ids[None],
@@ -116,7 +127,9 @@ def _run_row(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
         return differentiate(twin, logits_of(twin, output.last_hidden_state[0]), row.ids)
 
 
-def _keeps_pictures_apart(twin: PreTrainedModel, row: PictureRow, logits: Tensor) -> bool:
+def _keeps_pictures_apart(
+    twin: PreTrainedModel, row: PictureRow, logits: Tensor, both_ways: BothWays
+) -> bool:
     """Check that other pictures in the first document reach its own logits and no others."""
     others = dict(row.pictures)
     for name, tensor in row.pictures.items():
@@ -124,7 +137,7 @@ def _keeps_pictures_apart(twin: PreTrainedModel, row: PictureRow, logits: Tensor
             # The same values in another order, in the pictures of the first document.
             others[name] = tensor.clone()
             others[name][: len(row.alone[0][name])] = tensor[: len(row.alone[0][name])].flip(-1)
-    changed = _run_row(twin, row._replace(pictures=others)).logits
+    changed = _run_row(twin, row._replace(pictures=others), both_ways).logits
     rest = row.lengths[0]
     is_changed = not torch.equal(changed[:rest], logits[:rest])
     return is_changed and torch.equal(changed[rest:], logits[rest:])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tunesmith.data.batches.positions import mrope_positions
+from tunesmith.data.batches.positions import mrope_positions, picture_spans
 from tunesmith.data.text.example import Example, Pixels
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Batch:
         whole: None where the block holds each document whole.
         pictures: name of an argument of the model's vision part -> its tensor, of all pictures in
             the order of their placeholders; empty without any.
+        spans: of the flattened block, the first place of each picture's tokens and the one after
+            its last, on the host.
     """
 
     input_ids: torch.Tensor
@@ -102,6 +104,7 @@ class Batch:
     chosen_tokens: int = 0
     whole: WholeDocuments | None = None
     pictures: dict[str, torch.Tensor] = field(default_factory=dict)
+    spans: tuple[tuple[int, int], ...] = ()
 
     def is_token(self) -> torch.Tensor:
         """bool [rows * length]: False for padding; computed on the device without a copy to it."""
@@ -202,7 +205,16 @@ def collate(
         chosen_tokens=sum(example.chosen_tokens for example in examples),
         whole=flat.whole_documents(),
         pictures=join_pixels([of for of in pixels if of is not None]),
+        spans=_spans(flat, examples),
     )
+
+
+def _spans(flat: _FlatRows, examples: Sequence[Example]) -> tuple[tuple[int, int], ...]:
+    """Where the tokens of the examples' pictures are; a row that holds tokens twice has none."""
+    handles = [example.pictures for example in examples if example.pictures is not None]
+    if not handles or flat.edges[-1] != len(flat.ids):
+        return ()
+    return picture_spans(flat.ids, handles[0].token_id, flat.edges)
 
 
 def join_pixels(pixels: Sequence[Pixels]) -> dict[str, torch.Tensor]:

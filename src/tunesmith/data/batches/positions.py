@@ -1,6 +1,32 @@
 """Positions of tokens in models that give a picture's tokens rows and columns (M-RoPE)."""
 
+from collections.abc import Sequence
+
 import numpy as np
+
+
+def picture_spans(
+    ids: np.ndarray, token_id: int, edges: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Find the runs of a picture's tokens: the first place of each, and the one after its last.
+
+    Pictures without a token between them are one run, as Transformers takes them for one; those of
+    two documents are not.
+
+    Args:
+        ids: of a flattened block.
+        token_id: as of `mrope_positions`.
+        edges: of its documents, from 0 to its length.
+    """
+    is_picture = ids == token_id
+    begins = is_picture.copy()
+    begins[1:] &= ~is_picture[:-1]
+    starts = np.array([edge for edge in edges if edge < len(ids)], dtype=np.int64)
+    begins[starts] = is_picture[starts]
+    ends = is_picture.copy()
+    ends[:-1] &= ~is_picture[1:] | begins[1:]
+    stops = np.flatnonzero(ends) + 1
+    return tuple(zip(np.flatnonzero(begins).tolist(), stops.tolist(), strict=True))
 
 
 def mrope_positions(ids: np.ndarray, token_id: int, grids: np.ndarray) -> np.ndarray:
