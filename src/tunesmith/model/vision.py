@@ -36,7 +36,9 @@ def see(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
     Without a graph: the vision part is frozen, and its activations would stay in memory.
     """
     inputs = {}
+    # Of a batch on a GPU they are on the host, pinned.
     for name, tensor in pictures.items():
-        inputs[name] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
+        inputs[name] = tensor.to(model.device, non_blocking=True).to(dtype)
     whole: Any = find_decoder(model)
     return whole.get_image_features(**inputs, return_dict=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tunesmith.data.rows.pictures import open_picture, picture_digest, read_picture
+from tunesmith.data.rows.pictures import open_picture, picture_digest, picture_place, read_picture
 from tunesmith.data.rows.samples import Picture
 from tunesmith.data.text.example import Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
@@ -48,14 +48,15 @@ class PixelMaker:
         images = []
         for n, picture in enumerate(task.pictures):
             data = read_picture(picture, task.where)
+            place = picture_place(picture, task.where)
             if task.digests and picture_digest(data) != task.digests[n]:
                 raise DataError(
-                    f"{picture.place} is another picture than the one that became tokens",
-                    where=task.where,
+                    "the picture is another one than when its row became tokens",
+                    where=place,
                     why="its file was changed since the rows were read",
                     fix="put the old file back; or start anew, with another output_dir",
                 )
-            images.append(open_picture(data, picture.place, task.where))
+            images.append(open_picture(data, place, self.processor.max_pixels))
         return self.processor.pixels(images)
 
 
