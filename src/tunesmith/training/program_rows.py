@@ -1,6 +1,8 @@
 """Rows that a program passes to `train`, written to the run directory, so that the run resumes."""
 
+import base64
 import hashlib
+import io
 import json
 import math
 import re
@@ -34,6 +36,17 @@ class _NumpyValue(Protocol):
     """An array, or one number."""
 
     def tolist(self) -> Any: ...
+
+
+@runtime_checkable
+class _PilImage(Protocol):
+    """A picture as `datasets` decodes it, already turned."""
+
+    mode: str
+
+    def convert(self, mode: str) -> "_PilImage": ...
+
+    def save(self, file: io.BytesIO, form: str, /) -> None: ...
 
 
 @contextmanager
@@ -122,7 +135,9 @@ def _mappings(rows: object) -> Iterable[object]:
 
 
 def _plain(value: object) -> object:
-    """A value as JSON has it: numbers of numpy as Python's, and what a frame lacks as null."""
+    """A value as JSON has it: numbers of numpy as Python's, what a frame lacks as null, and
+    pictures as data URIs.
+    """
     # Most values, before the slower checks.
     if isinstance(value, float):
         return None if math.isnan(value) else value
@@ -134,4 +149,11 @@ def _plain(value: object) -> object:
         return [_plain(each) for each in value]
     if isinstance(value, _NumpyValue):
         return _plain(value.tolist())
+    if isinstance(value, _PilImage):
+        file = io.BytesIO()
+        # Those of print have no form in PNG.
+        (value.convert("RGB") if value.mode == "CMYK" else value).save(file, "PNG")
+        value = file.getvalue()
+    if isinstance(value, bytes):
+        return f"data:image/*;base64,{base64.b64encode(value).decode()}"
     return value

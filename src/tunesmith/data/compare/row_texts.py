@@ -62,7 +62,7 @@ class RowText(NamedTuple):
 
     @property
     def given(self) -> str:
-        """What an answer depends on beside the prompt."""
+        """Join what an answer depends on beside the prompt."""
         return self.tools + self.pictures
 
 
