@@ -30,6 +30,7 @@ from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.recurrent import use_packed_calls
 from tunesmith.model.recurrent_kernels import Trial, try_packed_calls
 from tunesmith.model.support import Support
+from tunesmith.model.vision import skip_device_checks
 from tunesmith.model.weights import load_weights
 from tunesmith.optim.adamw import check_blocks
 from tunesmith.optim.weight_gradients import accumulate_in_fp32
@@ -138,6 +139,8 @@ def build_model(
     if device.type == "cpu":
         keep_freed_pages()
         bound_product_caches()
+    if device.type == "cuda" and files.whole is not None:
+        skip_device_checks()
     prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)
     # By the plan: the scaling recipe of fp8 depends on the machine.

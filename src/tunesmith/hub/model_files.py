@@ -119,8 +119,9 @@ def read_model_files(
         return ModelFiles(folder, model, config, spec, support, tokenizer, form)
     # With them come libraries for pictures.
     from tunesmith.data.text.placeholders import PictureProcessor
-    from tunesmith.hub.picture_support import find_picture_support
+    from tunesmith.hub.picture_support import add_vision, find_picture_support
 
     pictures = PictureProcessor.load(folder, tokenizer, whole, image_max_pixels)
     support = find_picture_support(whole, pictures, tokenizer, where=str(file))
+    spec = add_vision(spec, whole, pictures, tokenizer)
     return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole, pictures)

@@ -1,6 +1,6 @@
 """How a vision-language model trains with pictures, measured with its own processor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import numpy as np
@@ -13,8 +13,11 @@ from tunesmith.data.text.example import Example, Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
+from tunesmith.model.decoder import vision_parameters
+from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Support
+from tunesmith.model.spec import ModelSpec
 from tunesmith.model.support import FIRST_ID
 from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
 from tunesmith.model.vision_support import PictureRow, measure_pictures
@@ -22,6 +25,7 @@ from tunesmith.model.vision_support import PictureRow, measure_pictures
 PICTURE_SUPPORT_VERSION = 1  # of the cached files; what is measured, and how, counts
 # Width and height of each document's pictures: small, and no two alike.
 DOCUMENT_PICTURES = (((72, 48), (40, 88)), (), ((56, 64),))
+TYPICAL_SIZE = (640, 480)
 TEXT_AROUND = 9  # tokens before a document's first picture, and after each
 
 
@@ -71,6 +75,37 @@ def find_picture_support(
             fix="train its text model alone: model.vision=false; or use another model",
         )
     return support
+
+
+@dataclass(frozen=True)
+class VisionSize:
+    """The parameters of a model's vision part."""
+
+    parameters: int
+
+
+def add_vision(
+    spec: ModelSpec,
+    whole: PretrainedConfig,
+    processor: PictureProcessor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ModelSpec:
+    """The spec with the sizes of the vision part, and of what it is given."""
+    values = whole.to_dict()
+    for name in NO_SIZES:
+        values.pop(name, None)
+
+    def measure() -> VisionSize:
+        model = build_to_measure(whole.get_text_config(), whole=whole)
+        return VisionSize(sum(parameter.numel() for _, parameter in vision_parameters(model)))
+
+    key = [PICTURE_SUPPORT_VERSION, version("transformers"), values]
+    size = measure_once("specs", key, measure, VisionSize)
+    [text] = processor.expand((TYPICAL_SIZE,))
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"].count(processor.token_id)
+    pixels = processor.pixels([Image.new("RGB", TYPICAL_SIZE)])
+    given = sum(array.nbytes for array in pixels.inputs.values())
+    return replace(spec, vision_parameters=size.parameters, picture_bytes=given // tokens)
 
 
 def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizerBase) -> PictureRow:

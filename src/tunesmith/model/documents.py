@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tunesmith.model.packed_attention import spans_of
 
-# Layers in which a picture's tokens see those behind them, up to the picture's end: none, all, those
-# with a window.
+# Layers in which a picture's tokens see those behind them, up to its end: none, all, those with a
+# window.
 BothWays = Literal["", "all", "sliding"]
 # Queries of a document are computed this many at a time, so that scores are [heads, BLOCK_QUERIES,
 # n] and keys that lie in the future of a whole block are never multiplied. On 2 cores 128 is 10 %

@@ -4,6 +4,7 @@ The features go to the model beside the ids, by the arguments that Transformers 
 puts them in the place of the placeholders.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,14 @@ def text_key(whole: PretrainedConfig) -> str:
     text = whole.get_text_config()
     keys = [key for key in whole.sub_configs if vars(whole).get(key) is text]
     return keys[0]
+
+
+def skip_device_checks() -> None:
+    """Let Transformers not ask the device how many placeholders a batch has, and wait for it.
+
+    What a batch has is counted on the host, row by row.
+    """
+    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
 
 
 @torch.no_grad()

@@ -82,6 +82,9 @@ class MemoryEstimator:
         if spec.measured:
             outside = measure_activations(spec, run.adapter, run.model.dtype).outside
             ends = int((spec.hidden * itemsize + outside) * tokens)
+        # A micro batch may be all pictures. What the vision part computes with them is gone before
+        # the first layer keeps anything.
+        ends += spec.picture_bytes * tokens
         backward = self._backward_bytes(tokens, itemsize)
         # The input of the layer that is recomputed comes back from the host.
         workspace = max(self._head_bytes(tokens, itemsize), backward) + input_on_host
@@ -345,7 +348,7 @@ class MemoryEstimator:
                 state = 0
                 gradients = 0
         return MemoryEstimate(
-            weights=base + adapter,
+            weights=base + adapter + self.spec.vision_parameters * self.itemsize,
             gradients=gradients,
             # `state` has the gradients in it, which are shown apart.
             optimizer=state - gradients,
