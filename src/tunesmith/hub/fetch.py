@@ -32,7 +32,7 @@ from tunesmith.host.files import cache_folder, check_regular_files, near_path, r
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import DISK_FIX, TRIES, hub_calls, hub_error, repo_page, retry
-from tunesmith.model.measured_spec import model_spec, text_config
+from tunesmith.model.measured_spec import model_spec, read_configs
 from tunesmith.model.safetensors_files import (
     INDEX,
     MODELOPT_CONFIG,
@@ -290,7 +290,8 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     if spec.measured:  # of Transformers' own code, so whether it trains is clear before its weights
         from tunesmith.model.support import find_support
 
-        find_support(text_config(config, where), model, where=where)
+        text, whole = read_configs(config, where)
+        find_support(text, model, where=where, whole=whole)
     if seq_len is not None:
         check_seq_len(spec, seq_len, where=where)
     weights = [SINGLE]

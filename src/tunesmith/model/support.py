@@ -78,8 +78,12 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return difference
 
 
-def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Support:
+def find_support(
+    config: PretrainedConfig, model: Model, *, where: str, whole: PretrainedConfig | None = None
+) -> Support:
     """Find how a model trains, from its config, which errors call `where`.
+
+    whole: of a text model that Transformers has in a vision-language model alone.
 
     What was measured before is read from the disk; the code of a repository, which may change, is
     measured each time. ModelError for a model that is refused, with the figures.
@@ -92,12 +96,13 @@ def find_support(config: PretrainedConfig, model: Model, *, where: str) -> Suppo
         if runs_own_code:
             support = measure_support(text_config, trust_remote_code=True)
         else:
-            sizes = text_config.to_dict()
+            measured = whole or text_config
+            sizes = measured.to_dict()
             # What does not change the layers: configs that differ in it alone share a measurement.
             for name in NO_SIZES:
                 sizes.pop(name, None)
             key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), sizes]
-            support = measure_once("support", key, lambda: measure_support(text_config), Support)
+            support = measure_once("support", key, lambda: measure_support(measured), Support)
     except ModelError as error:
         # Errors of the measurement name no file: that is the caller's.
         error.where = error.where or where
@@ -120,7 +125,8 @@ def measure_support(
 ) -> Support:
     """Measure how a model of this config trains, in a second or two, on the CPU.
 
-    `config` is that of a text model. ModelError where no twin can be built of it, or the twin takes
+    `config` is that of a text model, or of a vision-language model in whole. ModelError where
+    no twin can be built of it, or the twin takes
     more than `seconds`.
     """
     threads = torch.get_num_threads()

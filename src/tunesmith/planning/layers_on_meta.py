@@ -10,7 +10,7 @@ from tunesmith.adapter import lora
 from tunesmith.adapter.expert_lora import expert_updates
 from tunesmith.config.schema import Adapter, Model, StatedDtype
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_layers
+from tunesmith.model.decoder import find_layers, find_text_part
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.measure_on_meta import build_to_measure, limit_measuring
 from tunesmith.model.measured_spec import MEASURED_TOKENS, PER_TOKEN, first_of, read_configs
@@ -23,7 +23,7 @@ from tunesmith.quant.linear_layers import set_bypassed
 def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedActivations:
     """Attach the adapter on meta and run two lengths; sizes: as JSON."""
     config, whole = read_configs(json.loads(sizes), where="config.json")
-    support = find_support(config, Model(name=config.model_type), where="config.json")
+    support = find_support(config, Model(name=config.model_type), where="config.json", whole=whole)
     with limit_measuring(config.model_type):
         model = build_to_measure(config, dtype, whole=whole)
         trained = 0
@@ -31,7 +31,7 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
         if adapter.kind == "lora":
             lora.attach_lora(model, adapter, seed=0)
             trained = lora.count_adapter_parameters(model, adapter)
-        fuse_modules(model, project=lora.project)
+        fuse_modules(find_text_part(model)[1], project=lora.project)
         try:
             short, short_outside = run_on_meta(model, MEASURED_TOKENS, training=True)
             long, long_outside = run_on_meta(model, 2 * MEASURED_TOKENS, training=True)
@@ -50,8 +50,9 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
     # Llama 4's choose within their own forward: nobody sees them choose.
     stated = first_of(config.to_dict(), PER_TOKEN) or 0
     chosen = [call.experts_per_token or stated for call in short]
-    layers = [*model.get_submodule(find_layers(model)).children()]
-    of_experts, idle = _expert_parameters(layers, chosen)
+    of_experts, idle = _expert_parameters(
+        [*model.get_submodule(find_layers(model)).children()], chosen
+    )
     return SavedActivations(
         tuple(by_token.tolist()),
         tuple(constant.tolist()),

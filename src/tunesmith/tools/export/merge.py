@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,10 +38,9 @@ from tunesmith.inference.load_run import (
     undeleted,
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.dtypes import DTYPES
+from tunesmith.model.names import is_in_whole
 from tunesmith.model.older_readers import write_for_older_readers
-from tunesmith.model.safetensors_files import read_json
 from tunesmith.model.save_tensors import save_sharded, written_bytes
 from tunesmith.model.shipped import form_of_folder
 from tunesmith.model.stored_form import in_stored_form, write_model_config
@@ -175,8 +174,11 @@ def _merge_and_check(
     read = read_run_files(location)
     tuned = open_tuned_model(read)
     write_merged(tuned, folder, dtype)
-    _check_readable(folder)
-    written = open_tuned_model(read_run_files(locate_run(folder)))
+    _check_readable(folder, is_whole=is_in_whole(tuned.model))
+    place_of_merged = locate_run(folder)
+    # With the parts that the run has built: a folder without a recipe does not say it.
+    base = replace(place_of_merged.base, vision=location.base.vision)
+    written = open_tuned_model(read_run_files(replace(place_of_merged, base=base)))
     prompts, probes = merge_check.probe_prompts(read)
 
     def logits(
@@ -220,10 +222,12 @@ def _merge_and_check(
     )
 
 
-def _check_readable(folder: Path) -> None:
-    """CheckpointError unless Transformers finds every weight in the files, and all of them."""
-    is_composite = read_json(folder / "config.json")["model_type"] in COMPOSITES
-    auto_class = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
+def _check_readable(folder: Path, *, is_whole: bool) -> None:
+    """CheckpointError unless Transformers finds every weight in the files, and all of them.
+
+    is_whole: they are those of a vision-language model.
+    """
+    auto_class = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
     _, info = auto_class.from_pretrained(
         folder, dtype="auto", device_map="meta", output_loading_info=True
     )
