@@ -29,6 +29,7 @@ class Simple:
     name = "simple"
     raw = False
     jinja = None
+    pictures = None
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.text import Text
+from transformers import AutoConfig
 
 from tunesmith.config.schema import Run
 from tunesmith.data.compare.describe_findings import describe_rows, findings_as_json
@@ -56,6 +57,14 @@ def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> No
     check_seq_len(spec, recipe.data.seq_len, where=str(file))
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
+    pictures = None
+    if recipe.model.vision:
+        # Transformers' readers of pictures load torch.
+        from tunesmith.data.text.placeholders import PictureProcessor
+
+        trusted = recipe.model.trust_remote_code
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        pictures = PictureProcessor.load(folder, tokenizer, whole, recipe.data.image_max_pixels)
     prepared = prepare_data(
         recipe,
         tokenizer,
@@ -64,6 +73,7 @@ def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> No
         # Not strict: what breaks the contract is shown with the rest, and raised at the end.
         strict=False,
         position_limit=spec.position_limit,
+        pictures=pictures,
     )
     if args.write_held_out is not None:
         if run_dir is not None and not args.overrides:
@@ -154,7 +164,7 @@ def _describe_sources(prepared: TrainingData) -> Iterator[str]:
         if is_local(name):
             name = Path(name).name
         yield f"{split}: {name}"
-        for figure in prepared.figures(part):
+        for figure in [*prepared.figures(part), *prepared.describe_pictures(part)]:
             yield f"  {figure}"
 
 

@@ -16,12 +16,19 @@ from tunesmith.data.batches.schedule import BatchSchedule, describe_long_warmup
 from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.compare.row_checks import check_across
 from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits
+from tunesmith.data.rows.pictures import scaled_size
 from tunesmith.data.source.open_source import describe_layouts
 from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.contract import Contract, CutAnswers, check_tokens, excerpt
-from tunesmith.data.tokens.token_set import Repeats, SourceTokens, TokenSet, find_repeats
+from tunesmith.data.tokens.token_set import (
+    Repeats,
+    SourceTokens,
+    TokenCounts,
+    TokenSet,
+    find_repeats,
+)
 from tunesmith.data.tokens.tokenize import tokenize, tokenize_sides
 from tunesmith.errors import DataError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder, from_here
@@ -31,6 +38,8 @@ from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.data.text.placeholders import PictureProcessor
 
 # Of a source's tokens; where more are lost, a warning says so.
 MOST_LOST_TOKENS = 0.01
@@ -193,7 +202,37 @@ class TrainingData:
         if "empty" in counts.flaws:
             figures.append(f"{counts.flaws['empty'][0]:,} with an empty answer")
         figures.append(f"longest {count_of(counts.longest, 'token')}")
+        if counts.pictures:
+            figures += self._picture_figures(counts)
         return figures
+
+    def _picture_figures(self, counts: TokenCounts) -> list[str]:
+        all_tokens = counts.tokens + counts.cut_tokens + counts.dropped_tokens
+        share = f"{counts.placeholders / all_tokens:.1%} of the tokens"
+        figures = [f"{count_of(counts.pictures, 'picture')}, {share}"]
+        if counts.scaled_pictures:
+            limit = f"data.image_max_pixels: {self.run.data.image_max_pixels}"
+            figures.append(f"{counts.scaled_pictures:,} of them scaled down ({limit})")
+        return figures
+
+    def describe_pictures(self, part: SourceTokens) -> list[str]:
+        """Tell what the pictures of a source cost in tokens, and what scaling them down changes."""
+        counts = part.counts
+        processor = self.template.pictures
+        if not counts.pictures or processor is None:
+            return []
+        least, middle, most = counts.picture_tokens
+        each = f"{least:,}" if least == most else f"{least:,} to {most:,} (median {middle:,})"
+        lines = [f"tokens of a picture: {each}"]
+        width, height = counts.largest_picture
+        limit = processor.max_pixels or width * height // 4
+        size = scaled_size((width, height), limit)
+        whole = processor.count_tokens((width, height))
+        scaled = processor.count_tokens(size)
+        if scaled < whole:
+            largest = f"the largest picture, {width} x {height}"
+            lines.append(f"{largest}: {whole:,}, with data.image_max_pixels={limit} {scaled:,}")
+        return lines
 
     def describe_schedule(self) -> str:
         """A line for the user: how many optimizer steps, and of which examples."""
@@ -376,6 +415,7 @@ def prepare_data(
     cut_answers: CutAnswers = "refuse",
     position_limit: int | None = None,
     shares_prompts: bool = False,
+    pictures: "PictureProcessor | None" = None,
 ) -> TrainingData:
     """Read, tokenize and check the rows of a recipe.
 
@@ -388,12 +428,13 @@ def prepare_data(
             them in any case.
         position_limit: the model's longest sequence, where it has one.
         shares_prompts: as of `TokenSet`.
+        pictures: as of `Template`.
 
     Raises:
         DataError: a source, a row or the contract is broken.
     """
     cache = cache or cache_folder("tokens")
-    template = select_template(run.data, tokenizer, eos_ids)
+    template = select_template(run.data, tokenizer, eos_ids, pictures)
     splits = read_checked_splits(run.data, run.train.seed)
     across: list[list[int]] = []
     if run.data.validation:
@@ -403,6 +444,7 @@ def prepare_data(
         sides["validation"] = splits.validation
     token_sets = tokenize_sides(sides, run.data, template, cache=cache)
     train = token_sets["train"]
+    _check_method(run, train)
     validation = token_sets.get("validation")
     validation_digest = None
     if run.data.allow_cut_answers:
@@ -474,6 +516,17 @@ def find_trained_rows(
             fault = first_line(error)
     seen = find_repeats(tokens, TokenSet(parts), chosen=True) if parts else Repeats()
     return None if fault and not seen.count else seen, fault
+
+
+def _check_method(run: Run, train: TokenSet) -> None:
+    """DataError where a method that takes texts alone gets pictures."""
+    if run.method.name != "sft" and train.counts.pictures:
+        raise DataError(
+            f"the rows have pictures, and the method is {run.method.name}",
+            where=train.counts.source,
+            why="pictures are trained with method sft",
+            fix="method=sft, or remove the pictures",
+        )
 
 
 def _check_labels(train: TokenSet) -> None:

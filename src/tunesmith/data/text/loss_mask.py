@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
+from tunesmith.data.rows.samples import PICTURE_MARK
 from tunesmith.data.text.align import CharSpan
+from tunesmith.data.text.example import SeenPicture
 from tunesmith.data.text.rendering import FIX_WITH_TAGS, Block, ChatRenderer, Rendering
 from tunesmith.data.text.sentinels import Field, Messages, Tools
 from tunesmith.data.text.template_args import names_of_arguments
@@ -41,11 +43,14 @@ class RenderedAnswers(NamedTuple):
             of answers; `earlier_thought`, one that the template leaves out because the conversation
             continues; `earlier_prompt`, an answer without what its prompt ends with, for the same
             reason; and `unlisted_tools`.
+        digests, seen: of the row's pictures, once their placeholders are in the text.
     """
 
     text: str
     spans: list[CharSpan]
     missing: frozenset[str] = frozenset()
+    digests: tuple[int, ...] = ()
+    seen: tuple[SeenPicture, ...] = ()
 
 
 def find_answers(
@@ -121,7 +126,8 @@ def _check_complete(
     for i, plain in enumerate(rendering.messages):
         content = plain["content"] or ""
         is_marked = rendering.inserted.only is None or i in rendering.inserted.only
-        if not is_marked and content.strip() not in rendering.text:
+        texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
+        if not is_marked and any(text.strip() not in rendering.text for text in texts):
             raise _dropped(chat, Field(i, "content", content), rendering, where)
     # Two sentinels of a text tell its beginning and its end.
     sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)

@@ -85,7 +85,7 @@ class PictureProcessor:
     Attributes:
         placeholder: what a chat template writes for a picture.
         token: the token of `token_id`.
-        tokens: all special tokens that stand for a picture or a part of it.
+        tokens, ids: all special tokens that stand for a picture or a part of it.
         digest: sha256 (hex) of all that its texts and arrays depend on beside pictures.
     """
 
@@ -100,9 +100,8 @@ class PictureProcessor:
     ) -> None:
         self._arguments = (kind, image_processor, tokenizer, settings, token_id, max_pixels)
         # The parts that a class wants are those of its argument check: audio, video.
-        unchecked = type(
-            kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None}
-        )
+        changes = {"check_argument_for_proper_class": lambda *_: None}
+        unchecked: type[ProcessorMixin] = type(kind.__name__, (kind,), changes)
         parts = {"image_processor": image_processor, "tokenizer": tokenizer}
         arguments = [parts.get(name) for name in unchecked.get_attributes()]
         self._processor = unchecked.from_args_and_dict(arguments, settings)
@@ -117,7 +116,8 @@ class PictureProcessor:
         [text] = self.expand((_PROBE_SIZE,))
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         found = [token for token in added if token in text]
-        self.tokens = frozenset([self.placeholder, *found])
+        self.tokens = tuple(dict.fromkeys([self.placeholder, *found]))
+        self.ids = np.array(tokenizer.convert_tokens_to_ids(list(self.tokens)), np.int32)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         """Its class is made anew in another process."""
@@ -179,12 +179,17 @@ class PictureProcessor:
             )
         return processor
 
-    def _expand(self, sizes: tuple[Size, ...]) -> list[str]:
+    def _expand(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """The texts that take the places of a row's placeholders, for pictures of these sizes."""
         blank = [Image.new("RGB", size) for size in sizes]
         # The texts are the same without the arithmetic on each pixel.
         output = self._process(blank, do_rescale=False, do_normalize=False)
-        return [replaced["replacement"] for replaced in output[_REPLACED][0]]
+        return tuple(replaced["replacement"] for replaced in output[_REPLACED][0])
+
+    def count_tokens(self, size: Size) -> int:
+        """Count the placeholders of a picture that is alone in its row."""
+        [text] = self.expand((size,))
+        return text.count(self.token)
 
     def pixels(self, pictures: Sequence[Image.Image]) -> Pixels:
         """The arrays of one row's pictures."""

@@ -7,15 +7,16 @@ rendered, and again with every text in it between two sentinels. Without them bo
 be equal; then they mark where each text is, and all outside a pair of them is the template's own.
 """
 
+import copy
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
-from tunesmith.data.rows.samples import Message
+from tunesmith.data.rows.samples import PICTURE_MARK, Message
 from tunesmith.data.text.answer_ends import AnswerEnds
 from tunesmith.data.text.sentinels import (
     SENTINEL_POSITIONS,
@@ -141,6 +142,9 @@ class ChatRenderer:
         tagged: whether the template has {% generation %} blocks.
         ends: what may end an answer.
         traits: before they are known, every text is looked for with every position of sentinels.
+        with_pictures: each PICTURE_MARK of a text stands for a picture: the template gets such
+            texts as lists of parts.
+        takes_lists: the template gets all texts as lists of parts.
     """
 
     def __init__(
@@ -156,6 +160,35 @@ class ChatRenderer:
         self.tagged = bool(_GENERATION_START.search(jinja))
         self.ends = AnswerEnds(tokenizer, eos_ids)
         self.traits = TemplateTraits()
+        self.with_pictures = False
+        self.takes_lists = False
+
+    def for_pictures(self) -> "ChatRenderer":
+        """The same for conversations with pictures."""
+        renderer = copy.copy(self)
+        renderer.with_pictures = True
+        return renderer
+
+    def _given(self, messages: Messages) -> Sequence[Mapping[str, object]]:
+        """The messages as the template gets them."""
+        given = self.traits.form.apply(messages)
+        if not self.with_pictures and not self.takes_lists:
+            return given
+        return [self._in_parts(message) for message in given]
+
+    def _in_parts(self, message: Mapping[str, object]) -> Mapping[str, object]:
+        content = message.get("content") or ""
+        assert isinstance(content, str)
+        texts = content.split(PICTURE_MARK) if self.with_pictures else [content]
+        if len(texts) == 1 and not self.takes_lists:
+            return message
+        parts: list[Mapping[str, object]] = []
+        for n, text in enumerate(texts):
+            if n:
+                parts.append({"type": "image"})
+            if text:
+                parts.append({"type": "text", "text": text})
+        return {**message, "content": parts}
 
     def render(
         self, messages: Messages, tools: Tools = None, *, generate: bool = False, where: str = ""
@@ -163,7 +196,7 @@ class ChatRenderer:
         """The text of a conversation, or DataError; `generate` adds the generation prompt."""
         with self._render_errors(where):
             return self.tokenizer.apply_chat_template(
-                self.traits.form.apply(messages),
+                self._given(messages),
                 tools,
                 chat_template=self.jinja,
                 add_generation_prompt=generate,
@@ -180,7 +213,7 @@ class ChatRenderer:
         # begin before a span.
         bare = [
             {key: value for key, value in message.items() if value is not None}
-            for message in self.traits.form.apply(messages)
+            for message in self._given(messages)
         ]
         with self._render_errors(where):
             texts, blocks = render_jinja_template(
@@ -246,7 +279,7 @@ class ChatRenderer:
             shown: set[int] = set()
             # Sentinels before, after or around each text: a template may trim one side.
             for position in SENTINEL_POSITIONS:
-                inserted = Sentinels(word, position, only)
+                inserted = Sentinels(word, position, only, self.with_pictures)
                 marked_messages, marked_tools = inserted.insert(messages, tools)
                 marked_text = self.render(marked_messages, marked_tools, where=where)
                 plain_text, sentinels = self._strip(inserted, marked_text)

@@ -16,21 +16,27 @@ from tunesmith.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tunesmith.data.text.placeholders import PictureProcessor
+
 
 def select_template(
-    data: Data, tokenizer: "PreTrainedTokenizerBase", eos_ids: Collection[int]
+    data: Data,
+    tokenizer: "PreTrainedTokenizerBase",
+    eos_ids: Collection[int],
+    pictures: "PictureProcessor | None" = None,
 ) -> Template:
     """The template that `data.template` names.
 
     Args:
         eos_ids: those at which generation stops (the generation config's list).
+        pictures: as of `Template`; None: rows have none.
 
     Raises:
         DataError: there is no such template, or it cannot tell answers from prompts.
     """
     formats = [ROW_FORMATS[source.format] for source in (*data.train, *data.validation)]
     may_have_tools = any("tools" in form.columns for form in formats)
-    chat_template = _chat_template_of(tokenizer, tools=may_have_tools)
+    chat_template = _chat_template_of(tokenizer, pictures, tools=may_have_tools)
     if chat_template is not None and data.template in ("auto", "chat"):
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
     are_plain = bool(formats) and all(form.is_plain for form in formats)
@@ -47,13 +53,13 @@ def select_template(
             what = "a raw prompt has no template to take arguments"
             fix = "remove data.template_args, or data.template=FILE.jinja"
             raise DataError(what, where="data.template_args", why=why, fix=fix)
-        return Template(tokenizer, eos_ids, jinja=None, name="raw")
+        return Template(tokenizer, eos_ids, jinja=None, name="raw", pictures=pictures)
     if data.template == "auto" and formats and not any(form.has_turns for form in formats):
         # Chats with what is trained here use the tokenizer's template.
         try:
-            return Template(tokenizer, eos_ids, jinja=chat_template, name="text")
+            return Template(tokenizer, eos_ids, jinja=chat_template, name="text", pictures=pictures)
         except DataError:
-            return Template(tokenizer, eos_ids, jinja=None, name="raw")
+            return Template(tokenizer, eos_ids, jinja=None, name="raw", pictures=pictures)
     if data.template == "chat" and chat_template is None:
         raise DataError(
             "the tokenizer has no chat template",
@@ -62,21 +68,21 @@ def select_template(
             fix="data.template=alpaca, or data.template=FILE.jinja",
         )
     if data.template in ("auto", "chat") and chat_template is not None:
-        template = Template(tokenizer, eos_ids, jinja=chat_template, name="chat")
+        template = Template(tokenizer, eos_ids, jinja=chat_template, name="chat", pictures=pictures)
         if not may_have_tools or not _drops_calls(template):
             return template
         jinja = _with_hermes_calls(chat_template)
-        return Template(tokenizer, eos_ids, jinja=jinja, name="chat")
+        return Template(tokenizer, eos_ids, jinja=jinja, name="chat", pictures=pictures)
     if data.template in ("auto", "alpaca"):
         # A template of ours writes BOS where the tokenizer adds it to plain text.
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and bos in prefix_ids(tokenizer)
         jinja = builtin_templates.alpaca(bos=adds_bos)
         jinja = _with_arguments(jinja, data, tokenizer, "alpaca")
-        return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca")
+        return Template(tokenizer, eos_ids, jinja=jinja, name="alpaca", pictures=pictures)
     path = Path(data.template).expanduser()
     jinja = _with_arguments(_read_template(path, tokenizer), data, tokenizer, path.name)
-    return Template(tokenizer, eos_ids, jinja=jinja, name=path.name)
+    return Template(tokenizer, eos_ids, jinja=jinja, name=path.name, pictures=pictures)
 
 
 def _with_arguments(jinja: str, data: Data, tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
@@ -99,9 +105,14 @@ def _drops_calls(template: Template) -> bool:
     return _is_plain_chatml(chat)
 
 
-def _chat_template_of(tokenizer: "PreTrainedTokenizerBase", *, tools: bool) -> str | None:
+def _chat_template_of(
+    tokenizer: "PreTrainedTokenizerBase", pictures: "PictureProcessor | None", *, tools: bool
+) -> str | None:
     """The tokenizer's chat template as one text; some have several, `tool_use` among them."""
     templates = tokenizer.chat_template
+    if templates is None and pictures is not None:
+        # Older models have it beside their processor alone.
+        templates = pictures.chat_template
     if not isinstance(templates, dict):
         return templates
     default = templates.get("default")

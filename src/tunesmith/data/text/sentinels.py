@@ -12,7 +12,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
+from tunesmith.data.rows.samples import (
+    PICTURE_MARK,
+    CalledFunction,
+    FunctionCall,
+    Message,
+    ToolSchema,
+)
 from tunesmith.data.text.thoughts import find_thought
 
 Messages = Sequence[Message]
@@ -51,6 +57,8 @@ class Sentinels:
         word: begins every sentinel; occurs nowhere in the conversation or its rendering.
         position: where in a text they stand.
         only: indices of the messages that carry some; None: all, and the tools.
+        with_pictures: pictures stand in the texts; those at a text's edges stay outside of its
+            sentinels, as white space does.
         fields: the texts that carry sentinels.
         argument_names: names of call arguments. They carry none, because templates may sort by
             them.
@@ -59,6 +67,7 @@ class Sentinels:
     word: str
     position: Position
     only: Collection[int] | None = None
+    with_pictures: bool = False
     fields: list[Field] = field(default_factory=list)
     argument_names: list[str] = field(default_factory=list)
 
@@ -142,16 +151,17 @@ class Sentinels:
         return tool
 
     def _text(self, text: str, message: int, kind: str) -> str:
-        stripped = text.strip()
-        if not stripped:
+        bare = text.replace(PICTURE_MARK, " ") if self.with_pictures else text
+        start = len(bare) - len(bare.lstrip())
+        end = len(bare.rstrip())
+        if start >= end:
             # A sentinel would make an empty text a full one, and templates ask `if content`.
             return text
+        stripped = text[start:end]
         n = len(self.fields)
         self.fields.append(Field(message, kind, text))
         begin_sentinel = f"{self.word}{n}bQ"
         end_sentinel = f"{self.word}{n}eQ"
-        start = len(text) - len(text.lstrip())
-        end = start + len(stripped)
         if self.position == "both":
             return f"{text[:start]}{begin_sentinel}{stripped}{end_sentinel}{text[end:]}"
         if self.position == "end":

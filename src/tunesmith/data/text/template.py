@@ -13,7 +13,7 @@ end.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +22,7 @@ from unicodedata import normalize
 import numpy as np
 
 from tunesmith.data.rows.samples import (
+    PICTURE_MARK,
     Completion,
     Conversation,
     FunctionCall,
@@ -35,14 +36,24 @@ from tunesmith.data.text.align import Aligned, Aligner, CharSpan
 from tunesmith.data.text.answer_ends import AnswerEnds, any_of
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.loss_mask import RenderedAnswers, find_answers
+from tunesmith.data.text.pictures_in_text import (
+    SeenPictures,
+    literal_placeholder,
+    put_placeholders,
+    see_pictures,
+    texts_in,
+)
 from tunesmith.data.text.probe import probe
 from tunesmith.data.text.rendering import ChatRenderer
 from tunesmith.data.text.template_args import split_arguments
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 from tunesmith.errors import DataError, ModelError
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.data.text.placeholders import PictureProcessor
 
 TrainOn = Literal["response", "last", "all"]
 # What errors call a template that is no file.
@@ -68,6 +79,7 @@ class Template:
         jinja: the chat template, saved as the tokenizer's with the trained model. For `raw` it
             writes the texts as they stand; None where this tokenizer would split its rendering in
             another way than the texts themselves.
+        pictures: makes the placeholders of pictures; None: a row with pictures is refused.
         raw: whether prompt and completion stand as they are.
         end_ids: ids of the tokens that may end an answer, at which generation must stop.
         earlier_end_ids: of those that end only answers before the last one: not supervised, and
@@ -81,9 +93,11 @@ class Template:
         *,
         jinja: str | None,
         name: str,
+        pictures: "PictureProcessor | None" = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.pictures = pictures
         self.raw = name == "raw"
         self.jinja = jinja
         self._has_fixed_date = jinja is not None and builtin_templates.writes_today(jinja)
@@ -107,13 +121,23 @@ class Template:
         self.earlier_end_ids: frozenset[int] = frozenset()
         if self.jinja is not None:
             self.chat = ChatRenderer(tokenizer, self.jinja, title_of(name), self._eos_ids)
-            probe(self.chat)
+            self._probe(self.chat)
             # Tokens that the template writes after an answer end generation too.
             self.end_ids |= frozenset(self.chat.ends.stops.values())
             self.earlier_end_ids = frozenset(self.chat.ends.earlier.values())
         self._bos = prefix_ids(tokenizer)
         if self.raw:
             self.jinja = self._raw_jinja()
+
+    def _probe(self, chat: ChatRenderer) -> None:
+        try:
+            probe(chat)
+        except DataError:
+            if self.pictures is None:
+                raise
+            # That of a model that sees may read lists of parts alone, as LLaVA's.
+            chat.takes_lists = True
+            probe(chat)
 
     def _raw_jinja(self) -> str | None:
         """A template that writes texts as they stand; None if they would be tokenized otherwise."""
@@ -157,6 +181,8 @@ class Template:
             parts.append(f"earlier ones with {earlier}, where generation continues: not supervised")
         blocks = "its {% generation %} blocks"
         parts.append(f"loss mask by {blocks if self.chat.tagged else 'sentinels'}")
+        if self.pictures is not None and self._moves_pictures():
+            parts.append("a turn's pictures come before its text, wherever they stand in it")
         return "; ".join(parts)
 
     def encode(self, sample: Sample, train_on: TrainOn, *, where: str) -> Example:
@@ -180,14 +206,16 @@ class Template:
         located: list[RenderedAnswers | DataError] = []
         for sample, place in zip(samples, where, strict=True):
             try:
-                located.append(self._locate(sample, train_on, place))
+                seen = see_pictures(sample, self.pictures, place)
+                located.append(self._expanded(self._locate(sample, train_on, place), seen, place))
             except DataError as error:
                 located.append(error)
         renderings = [answers for answers in located if not isinstance(answers, DataError)]
-        texts = [answers.text for answers in renderings]
         # The tokenizer works on the texts with several threads.
         aligned = self._aligner.encode(
-            texts, [answers.spans for answers in renderings], self.end_ids
+            [answers.text for answers in renderings],
+            [answers.spans for answers in renderings],
+            self.end_ids,
         )
         next_aligned = iter(aligned)
         examples: list[Example | DataError] = []
@@ -209,8 +237,11 @@ class Template:
             messages = self._messages(sample)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
+            seen = see_pictures(sample, self.pictures, "")
             if self.chat is not None:
-                text = self.chat.render(messages, sample.tools or None, generate=True)
+                chat = self._chat_of(sample)
+                text = chat.render(messages, sample.tools or None, generate=True)
+                text = self._expanded(RenderedAnswers(text, []), seen, "").text
                 return self._aligner.ids([text])[0].tolist()
             text = self._as_they_stand(messages)
         elif isinstance(sample, Completion):
@@ -265,7 +296,7 @@ class Template:
         if isinstance(sample, Conversation) and train_on == "response":
             first = sample.supervised()[0]
             stop = next(i for i, message in enumerate(sample.messages, 1) if message is first)
-            sample = replace(sample, messages=sample.messages[:stop])
+            sample = first_turns(sample, stop)
         return self.without_special_tokens(self.answer(sample))
 
     def _control_tokens(self, sample: Sample) -> frozenset[str]:
@@ -282,7 +313,7 @@ class Template:
                 completion = self._trailing_ends.sub("", completion)
             texts = [prompt, completion, sample.system or ""]
         elif isinstance(sample, Conversation):
-            texts = [*_texts_in([sample.messages, sample.tools])]
+            texts = [*texts_in([sample.messages, sample.tools])]
         else:
             texts = []
         return frozenset(token for text in texts for token in self._control_token.findall(text))
@@ -383,6 +414,7 @@ class Template:
                 fix='write {"prompt": "...", "completion": "..."},'
                 " or train with data.template=alpaca",
             )
+        chat = self._chat_of(sample)
         tools = sample.tools or None
         first = sample.prompt_messages
         if train_on == "last":
@@ -391,22 +423,22 @@ class Template:
         selected = set(range(first, len(messages)))
         if train_on != "all":
             selected -= sample.untrained
-            return find_answers(self.chat, messages, tools, selected=selected, where=where)
+            return find_answers(chat, messages, tools, selected=selected, where=where)
         # All characters behind the prompt, without the answers that the row leaves out.
-        answers = find_answers(self.chat, messages, tools, selected=selected, where=where)
-        text, spans, missing = answers
+        answers = find_answers(chat, messages, tools, selected=selected, where=where)
+        text, spans = answers.text, answers.spans
         start = spans[0].start if sample.prompt_messages else 0
         left_out = selected & sample.untrained
         trained_spans = []
         # What the row leaves out becomes gaps between the trained stretches.
         if left_out:
-            gaps = find_answers(self.chat, messages, tools, selected=left_out, where=where)
+            gaps = find_answers(chat, messages, tools, selected=left_out, where=where)
             for gap in gaps.spans:
                 trained_spans.append(CharSpan(start, gap.start))
                 start = gap.end
         trained_spans.append(CharSpan(start, len(text)))
         trained_spans = [span for span in trained_spans if span.start < span.end]
-        return RenderedAnswers(text, trained_spans, missing)
+        return answers._replace(spans=trained_spans)
 
     def _example(
         self, sample: Sample, answers: RenderedAnswers, aligned: Aligned, where: str
@@ -432,12 +464,66 @@ class Template:
             return DataError("the row has no text", where=where, fix="delete the row")
         # Nothing predicts the first token.
         trained[0] = False
-        flaws = (*_flaws(answers.text, aligned), *sorted(answers.missing))
-        return Example(ids, trained, flaws=flaws, control_tokens=self._control_tokens(sample))
+        if self.pictures is not None:
+            # With train_on all they are within the spans.
+            trained &= ~np.isin(ids, self.pictures.ids)
+            count = np.count_nonzero(ids == self.pictures.token_id)
+            if count != sum(picture.tokens for picture in answers.seen):
+                return literal_placeholder(self.pictures.token, where)
+        return Example(
+            ids,
+            trained,
+            digests=answers.digests,
+            seen=answers.seen,
+            flaws=(*_flaws(answers.text, aligned), *sorted(answers.missing)),
+            control_tokens=self._control_tokens(sample),
+        )
+
+    def _chat_of(self, sample: Conversation) -> ChatRenderer:
+        assert self.chat is not None
+        return self.chat.for_pictures() if sample.pictures else self.chat
+
+    def _expanded(
+        self, answers: RenderedAnswers, seen: SeenPictures, where: str
+    ) -> RenderedAnswers:
+        """The rendered text with the placeholders of the pictures in it."""
+        if not seen.texts:
+            return answers
+        assert self.pictures is not None
+        assert self.chat is not None
+        mark = self.pictures.placeholder
+        count = answers.text.count(mark)
+        if count != len(seen.texts):
+            raise self.chat.error(
+                f"writes {mark} {count} times for {count_of(len(seen.texts), 'picture')}",
+                where,
+                "the model finds pictures by that token",
+                "use the model's own chat template: data.template=chat",
+            )
+        text, spans = put_placeholders(answers.text, answers.spans, mark, seen.texts)
+        return answers._replace(text=text, spans=spans, digests=seen.digests, seen=seen.pictures)
+
+    def _moves_pictures(self) -> bool:
+        """Tell whether the template writes the pictures of a turn before all of its text."""
+        assert self.pictures is not None
+        assert self.chat is not None
+        message: Message = {"role": "user", "content": f"one{PICTURE_MARK}"}
+        try:
+            text = self.chat.for_pictures().render([message], generate=True)
+        except DataError:
+            return False
+        return self.pictures.placeholder in text.partition("one")[0]
 
     def _missing_bos(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         has_bos = len(ids) > 0 and bool(self._bos) and int(ids[0]) == self._bos[0]
         return [] if has_bos else self._bos
+
+
+def first_turns(sample: Conversation, count: int) -> Conversation:
+    """The first messages of a conversation, with their pictures."""
+    messages = sample.messages[:count]
+    pictures = sum(message["content"].count(PICTURE_MARK) for message in messages)
+    return replace(sample, messages=messages, pictures=sample.pictures[:pictures])
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -446,15 +532,6 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special = json.dumps(special_tokens, sort_keys=True)
     return hashlib.sha256((core + special).encode()).hexdigest()
-
-
-def _texts_in(value: object) -> Iterator[str]:
-    """All texts in messages and tools, but for names of keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_in(item)
 
 
 def _flaws(text: str, aligned: Aligned) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ class TokenArrays(NamedTuple):
             read.
         firsts: int32 [n], tokens of the first sequence of a pair; 0 for an example of one sequence.
         labels: int8 [n], 1 for a good answer, 0 for a bad one, NO_LABEL where the row has none.
+        digests: int64 [pictures], see `Example.digests`.
+        owners: int64 [pictures], the example of each picture; it rises.
     """
 
     ids: np.ndarray
@@ -55,13 +57,25 @@ class TokenArrays(NamedTuple):
     continued: np.ndarray
     firsts: np.ndarray
     labels: np.ndarray
+    digests: np.ndarray
+    owners: np.ndarray
 
     def part(self, first: int, stop: int) -> "TokenArrays":
         """Examples first to stop - 1; their offsets count from 0."""
         tokens = slice(int(self.offsets[first]), int(self.offsets[stop]))
         offsets = self.offsets[first : stop + 1] - tokens.start
-        of_examples = [values[first:stop] for values in self[3:]]
-        return TokenArrays(self.ids[tokens], self.trained[tokens], offsets, *of_examples)
+        # From rows to labels.
+        of_examples = [values[first:stop] for values in self[3:8]]
+        pictures = self._pictures_of(first, stop)
+        of_pictures = [self.digests[pictures], self.owners[pictures] - first]
+        return TokenArrays(
+            self.ids[tokens], self.trained[tokens], offsets, *of_examples, *of_pictures
+        )
+
+    def _pictures_of(self, first: int, stop: int) -> slice:
+        """The pictures of examples first to stop - 1."""
+        begin, end = np.searchsorted(self.owners, [first, stop]).tolist()
+        return slice(begin, end)
 
     def example(self, i: int) -> Example:
         """The i-th example."""
@@ -69,7 +83,11 @@ class TokenArrays(NamedTuple):
         first = int(self.firsts[i])
         sequences = (first, span.stop - span.start - first) if first else ()
         label = None if self.labels[i] == NO_LABEL else bool(self.labels[i])
-        return Example(self.ids[span], self.trained[span], sequences, label)
+        example = Example(self.ids[span], self.trained[span], sequences, label)
+        if not len(self.owners):
+            return example
+        digests = self.digests[self._pictures_of(i, i + 1)]
+        return example._replace(digests=tuple(digests.tolist()))
 
     def sequence_offsets(self) -> np.ndarray:
         """int64, between the sequences of all examples: `offsets` where each is one."""
@@ -101,6 +119,9 @@ class TokenArrays(NamedTuple):
             digest.update(np.ascontiguousarray(self.firsts).data)
         if np.any(self.labels != NO_LABEL):
             digest.update(np.ascontiguousarray(self.labels).data)
+        if len(self.digests):
+            digest.update(np.ascontiguousarray(self.digests).data)
+            digest.update(np.ascontiguousarray(self.owners).data)
         return digest.hexdigest()
 
 
@@ -114,6 +135,8 @@ _ENTRY_FILES = {
     "continued.bin": np.bool_,
     "firsts.bin": np.int32,
     "labels.bin": np.int8,
+    "digests.bin": np.int64,
+    "owners.bin": np.int64,
 }
 
 
@@ -135,13 +158,15 @@ class TokenWriter:
     def add(
         self, example: Example, row: int, truncated: bool = False, *, continued: bool = False
     ) -> None:
+        owners = [self._examples] * len(example.digests)
         self._examples += 1
         self._tokens += len(example.ids)
         first = example.sequences[0] if example.sequences else 0
         label = NO_LABEL if example.label is None else example.label
-        written = (example.ids, example.trained, self._tokens, row, truncated, continued)
+        tokens = (example.ids, example.trained, self._tokens)
+        written = (*tokens, row, truncated, continued, first, label, example.digests, owners)
         # In the order of the files.
-        for name, values in zip(_ENTRY_FILES, (*written, first, label), strict=True):
+        for name, values in zip(_ENTRY_FILES, written, strict=True):
             self._append(name, values)
 
     def _append(self, name: str, values: Any) -> None:

@@ -266,6 +266,8 @@ def _rules(
             find=lambda chunk: _tokens_beyond(chunk, vocab_size),
         ),
     ]
+    if template.pictures is not None and any(len(part.arrays.digests) for part in tokens.parts):
+        rules += _picture_rules(template.pictures.token_id)
     if tokens.has_pairs:
         rules.append(
             _Rule(
@@ -288,6 +290,25 @@ def _rules(
         )
     )
     return rules
+
+
+def _picture_rules(token_id: int) -> list[_Rule]:
+    return [
+        _Rule(
+            name="no placeholder of a picture is supervised",
+            of="placeholders",
+            why="a token that stands for a picture is supervised",
+            fix="use the model's own template: data.template=chat",
+            find=lambda chunk: _supervised_placeholders(chunk, token_id),
+        ),
+        _Rule(
+            name="the placeholders of a row are those of its pictures",
+            of="rows",
+            why="the row has pictures and no placeholders, or placeholders and no pictures",
+            fix="use the model's own template: data.template=chat",
+            find=lambda chunk: _rows_without_placeholders(chunk, token_id),
+        ),
+    ]
 
 
 def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
@@ -389,6 +410,22 @@ def _supervised_prompts(chunk: _Chunk) -> _Faults:
     leaking = chunk.starts[trained[chunk.starts] | leaks].tolist()
     first_trained = [start + int(np.argmax(trained[start:])) for start in leaking]
     return (len(chunk.starts), np.asarray(first_trained, np.int64))
+
+
+def _supervised_placeholders(chunk: _Chunk, token_id: int) -> _Faults:
+    is_placeholder = chunk.arrays.ids == token_id
+    faults = np.flatnonzero(is_placeholder & chunk.arrays.trained)
+    return (int(np.count_nonzero(is_placeholder)), faults)
+
+
+def _rows_without_placeholders(chunk: _Chunk, token_id: int) -> _Faults:
+    """The first token of each row that has fewer placeholders than pictures, or them alone."""
+    placeholders = np.flatnonzero(chunk.arrays.ids == token_id)
+    starts = chunk.arrays.offsets[:-1]
+    tokens = np.bincount(chunk.examples_of(placeholders), minlength=len(starts))
+    pictures = np.bincount(chunk.arrays.owners, minlength=len(starts))
+    is_broken = (tokens < pictures) | ((pictures == 0) & (tokens > 0))
+    return (len(starts), starts[is_broken])
 
 
 def _tokens_beyond(chunk: _Chunk, vocab: int) -> _Faults:

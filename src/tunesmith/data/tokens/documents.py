@@ -75,6 +75,11 @@ class DocumentSplitter:
         return Example(piece_ids, piece_trained), stop - 1
 
 
+def cuts_pictures(example: Example, length: int, picture_ids: np.ndarray) -> bool:
+    """Tell whether a token of a picture stands beyond `length`: no picture is cut or lost."""
+    return bool(example.digests) and bool(np.isin(example.ids[length:], picture_ids).any())
+
+
 def truncated_example(example: Example, length: int) -> Example | None:
     """The example with each of its sequences cut; None where that leaves one without a target."""
     parts = []

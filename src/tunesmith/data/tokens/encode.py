@@ -19,7 +19,7 @@ from tunesmith.data.rows.samples import (
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
 from tunesmith.data.text.row_warnings import has_empty_answers, row_warnings
-from tunesmith.data.text.template import Template, TrainOn
+from tunesmith.data.text.template import Template, TrainOn, first_turns
 from tunesmith.errors import DataError, TunesmithError
 
 # Rows whose prompt is rendered alone and compared: the first so many, then every n-th.
@@ -132,6 +132,13 @@ class RowEncoder:
             sequences.append(example)
         samples = row.row.samples
         example = sequences[0]._replace(label=row.row.is_good)
+        if example.digests and (len(samples) > 1 or row.row.is_good is not None):
+            return DataError(
+                "the row has pictures, and answers that are compared",
+                where=row.place,
+                why="pictures are trained with method sft",
+                fix="write the good answers as rows of format messages, or delete the row",
+            )
         if len(samples) > 1:
             if np.array_equal(example.ids, sequences[1].ids):
                 return DataError(
@@ -179,8 +186,7 @@ class RowEncoder:
         if isinstance(sample, Conversation):
             # Up to the first answer.
             roles = [message["role"] for message in sample.messages]
-            messages = sample.messages[: roles.index("assistant") + 1]
-            sample = Conversation(messages, sample.tools, instruction=sample.instruction)
+            sample = first_turns(sample, roles.index("assistant") + 1)
         try:
             prompt = self.template.prompt(sample)
         except DataError:

@@ -4,15 +4,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_sample
-from tunesmith.data.rows.samples import Conversation, Sample, Text
+from tunesmith.data.rows.samples import Conversation, Picture, Sample, Text, pictures_of
 from tunesmith.data.source.open_source import Rows
-from tunesmith.data.text.example import Example
+from tunesmith.data.text.example import Example, RowPictures
 from tunesmith.data.tokens.cache import TokenArrays
 
 # Read in a row, before the memory that they take is released.
@@ -56,6 +56,12 @@ class TokenCounts:
         longest_of_99: 99 % of the rows, uncut, have no more tokens.
         available: rows that the source has.
         taken: the recipe's keys that select some of them.
+        pictures: of all rows, uncut, as the following ones.
+        scaled_pictures: those of more than `data.image_max_pixels`.
+        placeholders: tokens of pictures.
+        picture_tokens: tokens of the picture that has the fewest, of the one in the middle, and of
+            the one that has the most; empty without pictures.
+        largest_picture: width and height in pixels of the one that has the most.
     """
 
     source: str
@@ -82,6 +88,11 @@ class TokenCounts:
     split: int = 0
     cut_tokens: int = 0
     dropped_tokens: int = 0
+    pictures: int = 0
+    scaled_pictures: int = 0
+    placeholders: int = 0
+    picture_tokens: list[int] = field(default_factory=list)
+    largest_picture: list[int] = field(default_factory=list)
 
     @property
     def lost_share(self) -> float:
@@ -121,6 +132,17 @@ class SourceTokens:
     def row_indices(self) -> list[int]:
         """The rows that the examples are of, each once."""
         return list(dict.fromkeys(self.arrays.rows.tolist()))
+
+    def row_pictures(self, at: int) -> tuple[Picture, ...]:
+        """The pictures of the row of example `at`, which is read again.
+
+        Raises:
+            DataError: the file has changed, and the row is broken now.
+        """
+        assert self.source is not None
+        row = int(self.arrays.rows[at])
+        sample = convert_sample(self.rows[row], self.source, where=self.rows.where(row))
+        return pictures_of(sample)
 
     def first(self, n: int) -> "SourceTokens":
         """The first n examples (all, where there are fewer)."""
@@ -162,6 +184,13 @@ def _join_arrays(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *arrays])
 
 
+class PictureSource(Protocol):
+    """Has the pixels of rows prepared."""
+
+    def of(self, part: SourceTokens, at: int, digests: tuple[int, ...]) -> RowPictures:
+        """The pictures of example `at` of a source; `digests` are those that were tokenized."""
+
+
 class TokenSet:
     """All examples of a split, source after source.
 
@@ -173,11 +202,13 @@ class TokenSet:
         mismatched_reference: of prompts with answers of other rows (`mismatched.py`), fp64
             [examples] of each optimizer step, or of all held-out rows as one; None: unknown.
         shares_prompts: packed rows hold once what the sequences of a pair share.
+        pictures: makes the pixels of an example's pictures; None: for nothing that needs them.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
         self.shares_prompts = False
+        self.pictures: PictureSource | None = None
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
         self._firsts = np.cumsum([0, *map(len, self.parts)])
@@ -258,6 +289,8 @@ class TokenSet:
         example = part.arrays.example(at)
         if self.shares_prompts:
             example = example._replace(shared=int(self.shared[i]))
+        if self.pictures is not None and example.digests:
+            example = example._replace(pictures=self.pictures.of(part, at, example.digests))
         if self.reference is None:
             return example
         return example._replace(reference=tuple(self.reference[i].tolist()))
@@ -338,12 +371,15 @@ class TokenSet:
             n -= len(parts[-1])
         tokens = TokenSet(parts)
         tokens.shares_prompts = self.shares_prompts
+        tokens.pictures = self.pictures
         return tokens
 
 
 def _hash64(example: Example) -> int:
-    digest = hashlib.sha256(np.ascontiguousarray(example.ids).data).digest()
-    return int.from_bytes(digest[:8], "big")
+    digest = hashlib.sha256(np.ascontiguousarray(example.ids).data)
+    if example.digests:
+        digest.update(np.array(example.digests, np.int64).data)
+    return int.from_bytes(digest.digest()[:8], "big")
 
 
 @dataclass(frozen=True)

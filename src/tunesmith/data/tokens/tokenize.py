@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import sys
 from array import array
 from collections import Counter
@@ -11,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +20,14 @@ from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.bad_rows import BadRows, error_of_sources
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
-from tunesmith.data.text.example import Example
+from tunesmith.data.text.example import Example, SeenPicture
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
-from tunesmith.data.tokens.documents import DocumentSplitter, truncated_example
+from tunesmith.data.tokens.documents import (
+    DocumentSplitter,
+    cuts_pictures,
+    truncated_example,
+)
 from tunesmith.data.tokens.encode import EncodedRow, RowBatch, RowEncoder
 from tunesmith.data.tokens.token_set import (
     SourceTokens,
@@ -38,7 +44,7 @@ from tunesmith.host.streams import is_terminal, visible
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-TOKENS_VERSION = 12
+TOKENS_VERSION = 13
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH_ROWS = 256
@@ -154,6 +160,8 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
         "limits": [data.seq_len, too_long_of(source, data), data.train_on],
         "bad rows": data.bad_rows,
     }
+    if template.pictures is not None:
+        settings["pictures"] = template.pictures.digest
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -178,6 +186,7 @@ def _tokenize_rows(
     control_tokens: dict[str, list[int]] = {}
     bad = BadRows(len(rows))
     lengths = array("q")
+    seen: list[SeenPicture] = []
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
     too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
@@ -197,10 +206,11 @@ def _tokenize_rows(
             _count_names(unread, row.unread, i)
             _count_names(control_tokens, sorted(row.example.control_tokens), i)
             lengths.append(row.example.longest_sequence)
+            seen += row.example.seen
             if too_long == "split":
                 splitter.add(row.example, i)
             else:
-                _add_example(row.example, i, where, data, too_long, writer, counts)
+                _add_example(row.example, i, where, data, too_long, writer, counts, template)
     # Rows are read again in training: a file that changed meanwhile would give others.
     rows.check_unchanged()
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
@@ -214,6 +224,7 @@ def _tokenize_rows(
         "rows": len(rows),
         **count_tokens(arrays),
         **counts,
+        **_count_pictures(seen),
         "digest": arrays.sha256(),
         "flaws": warnings,
         "unread": unread,
@@ -222,6 +233,20 @@ def _tokenize_rows(
         "bad_rows": bad.first,
     }
     return arrays, {"counts": about, "reached": leaks, "empties": empties}
+
+
+def _count_pictures(seen: Sequence[SeenPicture]) -> dict[str, Any]:
+    """Count the pictures of a source, by the names of `TokenCounts`."""
+    if not seen:
+        return {}
+    tokens = sorted(picture.tokens for picture in seen)
+    return {
+        "pictures": len(seen),
+        "scaled_pictures": sum(picture.is_scaled for picture in seen),
+        "placeholders": sum(tokens),
+        "picture_tokens": [tokens[0], tokens[len(tokens) // 2], tokens[-1]],
+        "largest_picture": list(max((picture.size for picture in seen), key=math.prod)),
+    }
 
 
 def _count_names(counts: dict[str, list[int]], names: Iterable[str], row: int) -> None:
@@ -238,6 +263,7 @@ def _add_example(
     too_long: TooLong,
     writer: TokenWriter,
     counts: Counter[str],
+    template: Template,
 ) -> None:
     """Write one example, each of its sequences cut at seq_len, or count why it is left out."""
     length = example.longest_sequence
@@ -251,7 +277,8 @@ def _add_example(
             why="data.too_long is error",
             fix=f"data.seq_len={length}, or data.too_long=truncate or drop",
         )
-    if too_long == "drop":
+    pictures = template.pictures
+    if too_long == "drop" or (pictures and cuts_pictures(example, data.seq_len, pictures.ids)):
         counts["dropped"] += 1
         counts["dropped_tokens"] += len(example.ids)
         return
