@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from tunesmith.config.schema import FEW_STEPS, Data, Run
+from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.batches.schedule import BatchSchedule, describe_long_warmup
 from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.compare.row_checks import check_across
@@ -443,6 +444,10 @@ def prepare_data(
     if splits.validation:
         sides["validation"] = splits.validation
     token_sets = tokenize_sides(sides, run.data, template, cache=cache)
+    if pictures is not None:
+        reader = PixelReader(pictures)
+        for tokens in token_sets.values():
+            tokens.pictures = reader
     train = token_sets["train"]
     _check_method(run, train)
     validation = token_sets.get("validation")

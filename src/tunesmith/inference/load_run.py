@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.rows.samples import Picture
     from tunesmith.data.text.example import Pixels
+    from tunesmith.data.text.placeholders import PictureProcessor
     from tunesmith.data.text.template import Template
     from tunesmith.hub.model_files import ModelFiles
     from tunesmith.methods.base import TrainModel
@@ -435,7 +436,8 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
     saved = folder if folder and (folder / "tokenizer_config.json").is_file() else None
     run, files = _read_files(location, run, weights, saved)
     ends = eos_ids(saved or weights, files.tokenizer) | eos_ids(weights, files.tokenizer)
-    return OpenedRun(location, run, files, _template(location, files.tokenizer, ends, saved))
+    template = _template(location, files.tokenizer, ends, saved, files.pictures)
+    return OpenedRun(location, run, files, template)
 
 
 def select_device(device: "str | torch.device | None") -> str:
@@ -552,6 +554,7 @@ def _template(
     tokenizer: "PreTrainedTokenizerBase",
     ends: set[int],
     saved: Path | None,
+    pictures: "PictureProcessor | None",
 ) -> "Template":
     """The template in use: what a run has written holds it as the tokenizer's chat template."""
     from tunesmith.data.text.select_template import select_template
@@ -570,13 +573,13 @@ def _template(
         else:
             # Its arguments are a part of the saved template.
             data = replace(data, template="auto", template_args={})
-    template = select_template(data, tokenizer, ends)
+    template = select_template(data, tokenizer, ends, pictures)
     if saved is not None and template.jinja is not None and "message.input" in template.jinja:
         # One of our own texts, with instruction and input apart: rows must reach it in that form,
         # as in training.
         alpaca_texts = [builtin_templates.alpaca(bos=bos) for bos in (True, False)]
         name = "alpaca" if template.jinja in alpaca_texts else "pattern"
-        template = Template(tokenizer, ends, jinja=template.jinja, name=name)
+        template = Template(tokenizer, ends, jinja=template.jinja, name=name, pictures=pictures)
     # A base model without a template gets unchanged prompts; its chats take the alpaca
     # text.
     template.raw |= run is None and jinja is None

@@ -267,7 +267,8 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
         train_on="all",
         bad_rows="skip",
     )
-    template = select_template(data, files.tokenizer, eos_ids(files.folder, files.tokenizer))
+    ends = eos_ids(files.folder, files.tokenizer)
+    template = select_template(data, files.tokenizer, ends, files.pictures)
     tokens = tokenize([(source, rows)], data, template, cache=None, what="a sample")
     is_padded = files.support.state == "padded"
     mean_length = round(tokens.lengths.mean())

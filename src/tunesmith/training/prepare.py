@@ -230,6 +230,7 @@ def read_data(
         cut_answers=cut_answers,
         position_limit=files.spec.position_limit,
         shares_prompts=shares,
+        pictures=files.pictures,
     )
     hashes |= {"data_hash": data.digest, "validation_hash": data.validation_digest}
     if METHODS[run.method.name].needs_reference and run.adapter.from_ is not None:

@@ -4,6 +4,7 @@ Decoding and scaling a picture takes up to a second of a core (Qwen3-VL at 3 meg
 result up to 70 MB: nothing of it is kept on the disk, and few steps are prepared ahead.
 """
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,16 +67,15 @@ class PixelReader:
     Its processes end with it.
 
     Args:
-        workers: processes; None: by the cores of this machine. With none of them a row's pictures
-            are made in the thread that asks for them.
+        workers: processes; None: by the cores of this machine, which its ranks share. With none of
+            them a row's pictures are made in the thread that asks for them.
     """
 
-    def __init__(
-        self, processor: PictureProcessor, *, ranks: int = 1, workers: int | None = None
-    ) -> None:
+    def __init__(self, processor: PictureProcessor, *, workers: int | None = None) -> None:
         self._make = PixelMaker(processor)
         self.token_id = processor.token_id
         if workers is None:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(available_cores() // (CORES_EACH * ranks), MAX_WORKERS)
         self.workers = workers
         self._pool: WorkerPool[PixelTask, Pixels] | None = None

@@ -177,8 +177,8 @@ def _merge_and_check(
     _check_readable(folder, is_whole=is_in_whole(tuned.model))
     place_of_merged = locate_run(folder)
     # With the parts that the run has built: a folder without a recipe does not say it.
-    base = replace(place_of_merged.base, vision=location.base.vision)
-    written = open_tuned_model(read_run_files(replace(place_of_merged, base=base)))
+    model = replace(place_of_merged.base, vision=location.base.vision)
+    written = open_tuned_model(read_run_files(replace(place_of_merged, base=model)))
     prompts, probes = merge_check.probe_prompts(read)
 
     def logits(
