@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
+from transformers import Gemma3Config
 
 from errors import check_error, refuses
 from tunesmith.config.schema import Data, Source
@@ -37,7 +38,9 @@ from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Picture, pic
 from tunesmith.data.source.open_source import count_characters, read_rows
 from tunesmith.data.source.table import Place
 from tunesmith.errors import DataError
+from tunesmith.hub import fetch
 from tunesmith.training.early_checks import look_at_rows
+from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.program_rows import keep_rows
 
 Row = dict[str, Any]
@@ -668,3 +671,15 @@ def test_a_recipe_for_rows_with_pictures_has_a_model_that_sees(folder: Path) -> 
     assert not look.draft.model.vision
     (folder / "b.csv").write_text("question,answer\nHi,Ho\n")
     assert "model.vision" not in look_at_rows("someone/model", str(folder / "b.csv")).chosen
+
+
+def test_the_recipe_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "a.csv").write_text("image,question,answer\npictures/red.png,Color?,red\n")
+    monkeypatch.chdir(folder)
+    config = json.loads(Gemma3Config().to_json_string(use_diff=False))
+    monkeypatch.setattr(fetch, "config_in_package", lambda model: config)
+    made = make_recipe("someone/sees", "a.csv", on_paper=True)
+    assert made.run.model.vision
+    lines = made.text.splitlines()
+    [at] = [n for n, line in enumerate(lines) if "vision:" in line]
+    assert "pictures" in "".join(lines[at - 1 : at + 1])

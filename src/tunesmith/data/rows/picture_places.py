@@ -59,6 +59,8 @@ def read_picture_part(row: RowReader, part: Mapping[str, object], role: str, at:
 def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
     """The pictures of the row's column `images`: one, or a list of them."""
     value = row.optional("images")
+    if value is None:
+        return ()
     # A list in a cell of a csv file.
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = row.json(value, "images")
@@ -70,8 +72,12 @@ def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
 
 def check_media(row: RowReader) -> None:
     """DataError for pictures in a row whose format has no place for them, videos and sound."""
+    unread = row.unread_columns()
+    # Nearly all rows.
+    if not unread and not row.pictures:
+        return
     takes_pictures = "images" in ROW_FORMATS[row.source.format].columns
-    for column, value in row.unread_columns().items():
+    for column, value in unread.items():
         if plain(column) in _OTHER_MEDIA:
             why = "texts and pictures are trained on"
             fix = f"delete the column {column}, or these rows"
