@@ -1,4 +1,4 @@
-"""How a vision-language model trains with pictures, measured with its own processor."""
+"""The measurement of how a vision-language model trains with pictures of its own processor."""
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version

@@ -210,7 +210,7 @@ def collate(
 
 
 def _spans(flat: _FlatRows, examples: Sequence[Example]) -> tuple[tuple[int, int], ...]:
-    """Where the tokens of the examples' pictures are; a row that holds tokens twice has none."""
+    """Find the tokens of the examples' pictures; a row that holds tokens twice has none."""
     handles = [example.pictures for example in examples if example.pictures is not None]
     if not handles or flat.edges[-1] != len(flat.ids):
         return ()

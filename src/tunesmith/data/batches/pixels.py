@@ -21,7 +21,7 @@ from tunesmith.host.cores import available_cores
 
 # One process for so many cores: the others compute, on a GPU machine for the other ranks.
 CORES_EACH = 4
-MAX_WORKERS = 8
+MAX_PIXEL_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PixelReader:
         self.token_id = processor.token_id
         if workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(available_cores() // (CORES_EACH * ranks), MAX_WORKERS)
+            workers = min(available_cores() // (CORES_EACH * ranks), MAX_PIXEL_WORKERS)
         self.workers = workers
         self._pool: WorkerPool[PixelTask, Pixels] | None = None
 

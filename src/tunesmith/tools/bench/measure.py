@@ -363,7 +363,7 @@ def _report(
 
 
 def _dtype_of_units(dtype: str, device: torch.device) -> str:
-    """That of the products that bound a step: fp32 on a CPU that emulates bf16, as emulated ones
+    """Dtype of the products that bound a step: fp32 on a CPU that emulates bf16, as emulated ones
     are slower than what of a step is in fp32."""
     emulated = dtype == "bf16" and device.type == "cpu" and not multiplies_bf16()
     return "fp32" if emulated else dtype
