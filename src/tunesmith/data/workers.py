@@ -88,7 +88,7 @@ class _Worker(Generic[Task, Result]):
         self._unsent: list[object] = [function]
 
     def __call__(self, task: Task, where: str) -> Result:
-        """What the function makes of a task, or its error; `where` is the task's place."""
+        """Return what the function makes of a task at the place `where`, or raise its error."""
         requests = self.process.stdin
         answers = self.process.stdout
         assert requests is not None
