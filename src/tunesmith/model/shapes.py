@@ -25,11 +25,13 @@ class Shape:
         source: the repository of its config.json.
         config: the values of that file.
         models: repositories of this shape, each with what its config.json says beyond `config`.
+        vision: of the vision part that is there too, by their names in `ModelSpec`.
     """
 
     source: str
     config: Mapping[str, object]
     models: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    vision: Mapping[str, int] = field(default_factory=dict)
 
 
 _SHAPE_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -45,6 +47,14 @@ def find_shape(name: str) -> Shape:
     if near:
         fix = f"did you mean --shape {near}?"
     raise UsageError(f"there is no shape {name!r}", where="--shape", fix=fix)
+
+
+def vision_of_model(repo: str) -> Mapping[str, int]:
+    """Return the sizes of the vision part of a repository's model; none where they are not here."""
+    for shape in SHAPES.values():
+        if repo in shape.models:
+            return shape.vision
+    return {}
 
 
 def config_of_model(repo: str) -> dict[str, object] | None:

@@ -18,12 +18,13 @@ from tunesmith.data.source.open_source import CHARACTERS_PER_TOKEN, count_of_exa
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.errors import DataError, TunesmithError, first_line
+from tunesmith.errors import DataError, ModelError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
 from tunesmith.hub import fetch
 from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.model_types import Support, read_model_types
 from tunesmith.model.safetensors_files import read_model_config
+from tunesmith.model.shapes import vision_of_model
 from tunesmith.model.shipped import check_quantize, resolve_quantize, shipped_form
 from tunesmith.model.spec import ModelSpec
 from tunesmith.planning.forecast import Planner, plan_on_paper
@@ -74,6 +75,8 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     spec = model_spec(
         model.config, where=model.where, trust_remote_code=run.model.trust_remote_code
     )
+    if run.model.vision:
+        spec = _with_vision(run, spec, model)
     check_quantize(run.model.quantize, model.config, model.where)
     run = replace(run, model=resolve_quantize(run.model, spec))
     types = read_model_types()
@@ -86,6 +89,35 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     if cluster.chip.source == UNMEASURED:
         planner = planner.measured_here(model.config)
     return planner, model.folder
+
+
+def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
+    """The spec with the sizes of the vision part; ModelError where the model has none."""
+    if model.folder is None:
+        sizes = vision_of_model(model.where)
+        if not sizes:
+            raise ModelError(
+                "model.vision is true, and this model has no vision part",
+                where=model.where,
+                fix="model.vision=false, or a vision-language model",
+            )
+        return replace(
+            spec,
+            vision_parameters=sizes["vision_parameters"],
+            picture_bytes=sizes["picture_bytes"],
+        )
+    # With Transformers, which a plan can do without.
+    from tunesmith.data.text.placeholders import PictureProcessor
+    from tunesmith.hub.picture_support import add_vision
+    from tunesmith.model.load import load_configs
+    from tunesmith.model.tokenizer import load_tokenizer
+
+    _, whole = load_configs(model.folder, run.model)
+    assert whole is not None
+    tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, model.folder), run.model)
+    most = run.data.image_max_pixels
+    processor = PictureProcessor.load(model.folder, tokenizer, whole, most)
+    return add_vision(spec, whole, processor, tokenizer)
 
 
 def _read_model(model: Model) -> PaperModel:
