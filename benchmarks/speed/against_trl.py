@@ -6,7 +6,8 @@ Each round starts one process per contender, in turn, so that a noisy machine is
 Reported for each: non-padding tokens/s over the timed steps (data loading included), peak memory
 (allocated on a GPU, else resident), the loss of each step, and the ratio of the medians. Rows are
 alpaca-like JSON; every contender trains on the same text in the same order, on every token. A model
-of a true shape with random weights: benchmarks/speed/random_model.py.
+of a true shape with random weights: benchmarks/speed/random_model.py. With --pictures the rows are
+JSON lines of messages with images, and the model is one of benchmarks/speed/picture_model.py.
 """
 
 from __future__ import annotations
@@ -42,19 +43,45 @@ def texts(path: str, count: int, eos: str = "") -> list[str]:
     return (out * (count // len(out) + 1))[:count]
 
 
+def picture_rows(path: str, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows with pictures, by absolute paths, repeated if there are fewer."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for row in rows:
+        row["images"] = [str(Path(path).resolve().parent / name) for name in row["images"]]
+    return (rows * (count // len(rows) + 1))[:count]
+
+
+def trl_picture_rows(path: str, count: int) -> list[dict[str, Any]]:
+    """The same as TRL takes them: messages of parts, and opened pictures."""
+    from PIL import Image
+
+    rows = []
+    for row in picture_rows(path, count):
+        question, answer = row["messages"]
+        marks = question["content"].count("<image>")
+        text = question["content"].replace("<image>", "")
+        parts = [*[{"type": "image"}] * marks, {"type": "text", "text": text}]
+        answers = [{"type": "text", "text": answer["content"]}]
+        messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": answers}]
+        images = [Image.open(image).convert("RGB") for image in row["images"]]
+        rows.append({"messages": messages, "images": images})
+    return rows
+
+
 def tunesmith_run(a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """tunesmith, through the same `train` that the command calls."""
     from tunesmith import train  # which prepares this process's threads before it loads torch
     from tunesmith.config.load import from_mapping
 
     rows = folder / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in texts(a.data, a.steps * a.batch))
-    )
+    values = [{"text": t} for t in texts(a.data, a.steps * a.batch)] if not a.pictures else []
+    if a.pictures:
+        values = picture_rows(a.data, a.steps * a.batch)
+    rows.write_text("".join(json.dumps(value) + "\n" for value in values))
     recipe = {
-        "model": {"name": a.model, "dtype": a.dtype},
+        "model": {"name": a.model, "dtype": a.dtype, "vision": a.pictures},
         "adapter": {"kind": "lora", "rank": 8, "alpha": 16},
-        "data": {"train": {"source": str(rows), "format": "text"}, "seq_len": a.seq, "train_on": "all", "shuffle": False},
+        "data": {"train": {"source": str(rows), "format": "messages" if a.pictures else "text"}, "seq_len": a.seq, "train_on": "all", "shuffle": False},
         "train": {
             "duration": f"{a.steps} steps", "global_batch": f"{a.batch} examples", "learning_rate": 1e-4,
             "schedule": "linear", "warmup": "0 steps", "compile": a.compile,
@@ -76,7 +103,13 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
     from datasets import Dataset
     from peft import LoraConfig
     from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+        TrainerCallback,
+    )
     from trl import SFTConfig, SFTTrainer
 
     seen: list[Any] = []
@@ -110,16 +143,22 @@ def trl_run(a: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dic
         lr_scheduler_type="linear", bf16=a.dtype == "bf16", save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(), output_dir=str(folder / "run"), **options,
     )  # fmt: skip
+    kind = AutoModelForImageTextToText if a.pictures else AutoModelForCausalLM
+    targets: Any = LINEARS
+    if a.pictures:
+        # The vision part stays as it is.
+        targets = f".*language_model.*[.]({'|'.join(LINEARS)})"
+        dataset = Dataset.from_list(trl_picture_rows(a.data, a.steps * a.batch))
+    else:
+        dataset = Dataset.from_dict({"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)})
     trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(
+        model=kind.from_pretrained(
             a.model, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[a.dtype]
         ),
-        processing_class=tokenizer,
-        train_dataset=Dataset.from_dict(
-            {"text": texts(a.data, a.steps * a.batch, tokenizer.eos_token)}
-        ),
+        processing_class=AutoProcessor.from_pretrained(a.model) if a.pictures else tokenizer,
+        train_dataset=dataset,
         args=config,
-        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
         callbacks=[Clock()],
     )
     trainer.train()
@@ -193,6 +232,7 @@ def main() -> None:
     )
     p.add_argument("--model", required=True, help="a Transformers folder")
     p.add_argument("--data", required=True, help="alpaca-like rows, a JSON array")
+    p.add_argument("--pictures", action="store_true", help="rows of messages with images")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--steps", type=int, default=6)
