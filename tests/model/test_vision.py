@@ -26,16 +26,104 @@ from tunesmith.data.text.example import Example
 from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.hub.model_files import read_model_files
-from tunesmith.hub.picture_support import ReadyPixels, make_picture_row
+from tunesmith.hub.picture_support import ReadyPixels, add_vision, make_picture_row
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import load
 from tunesmith.model.decoder import find_decoder, find_text_part, vision_parameters
+from tunesmith.model.measured_spec import has_own_class, model_spec
 from tunesmith.model.model_types import ROUNDING_TOLERANCE
+from tunesmith.model.names import text_part
 from tunesmith.model.vision_support import measure_pictures
 
 pytestmark = pytest.mark.slow
 
 MROPE = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"]
+
+_QWEN_TOWER = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+# config.json, the settings of the processor's two files, billions of parameters of the parts.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[float]]] = {
+    # Qwen2.5-VL 7B: text and vision part in one mapping.
+    "qwen2_5_vl": (
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "vocab_size": 152064,
+            "vision_config": {
+                **_QWEN_TOWER,
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 3584,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+        },
+        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
+        {},
+        [7.62, 0.68],
+    ),
+    # Qwen3-VL 8B
+    "qwen3_vl": (
+        {
+            "text_config": {
+                "head_dim": 128,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 36,
+                "num_key_value_heads": 8,
+                "rope_scaling": {"mrope_section": [24, 20, 20], "rope_type": "default"},
+                "vocab_size": 151936,
+            },
+            "vision_config": {
+                **_QWEN_TOWER,
+                "patch_size": 16,
+                "deepstack_visual_indexes": [8, 16, 24],
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 4096,
+            },
+        },
+        {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
+        {},
+        [8.19, 0.58],
+    ),
+    # Gemma 3 4B
+    "gemma3": (
+        {
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+            "vision_config": {
+                "hidden_size": 1152,
+                "image_size": 896,
+                "intermediate_size": 4304,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 27,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+            "mm_tokens_per_image": 256,
+        },
+        {"size": {"height": 896, "width": 896}},
+        {"image_seq_length": 256},
+        [3.88, 0.42],
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=sorted(vision.FAMILIES))
@@ -117,6 +205,29 @@ def test_packed_documents_are_each_document_alone(folder: Path) -> None:
     assert support.state == "packed", support.why
     assert support.errors is not None
     assert max(support.errors.logits, support.errors.gradients) < ROUNDING_TOLERANCE
+
+
+@pytest.mark.parametrize("family", sorted(PUBLISHED))
+def test_a_model_of_published_size_is_measured(family: str, tmp_path: Path) -> None:
+    """Its twin takes what a processor of its settings makes; the parameters are the page's."""
+    values, pixels, processor, billions = PUBLISHED[family]
+    vision.write_processor(tmp_path, family)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    token_id = AutoConfig.from_pretrained(tmp_path).image_token_id
+    config = AutoConfig.for_model(family, **{**values, "image_token_id": token_id})
+    for file, changes in (
+        ("preprocessor_config.json", pixels),
+        ("processor_config.json", processor),
+    ):
+        settings = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps(settings | changes))
+    made = PictureProcessor.load(tmp_path, tokenizer, config, None)
+    assert measure_pictures(config, make_picture_row(made, tokenizer)).state == "packed"
+    text = text_part(config)
+    described = text if has_own_class(text) else config
+    spec = add_vision(model_spec(described.to_dict(), where=family), config, made, tokenizer)
+    found = [round(count / 1e9, 2) for count in (spec.parameters, spec.vision_parameters)]
+    assert found == billions
 
 
 def test_a_picture_is_seen_both_ways_in_layers_with_a_window(tmp_path: Path) -> None:

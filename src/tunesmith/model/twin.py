@@ -305,7 +305,7 @@ HINTS: dict[str, dict[str, object]] = {
 
 
 def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The twin of a model of this config: fp32, on the CPU, with eager attention.
+    """The twin of a model of this config: fp32, on the CPU, its text model with eager attention.
 
     It is in eval mode: some experts are drawn at random in training (PhiMoE). Of the config of a
     vision-language model it is the twin of the whole, with all but the text model frozen.
@@ -321,7 +321,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
             model: PreTrainedModel = factory.from_config(
                 shrink_whole(config) if is_whole_model else shrink(config),
                 dtype=torch.float32,
-                attn_implementation="eager",
+                attn_implementation={"text_config": "eager"} if is_whole_model else "eager",
                 trust_remote_code=trust_remote_code,
             )
         return model

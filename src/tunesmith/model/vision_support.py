@@ -80,8 +80,9 @@ def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Su
         set_text_attention(twin, "eager")
         expected = _run_documents(twin, row)
         set_text_attention(twin, attention.register())
+        features = see(twin, row.pictures)
         for both_ways in get_args(BothWays):
-            packed = _run_row(twin, row, both_ways)
+            packed = _run_row(twin, row, features, both_ways)
             errors = packed.errors(expected)
             if errors.are_rounding():
                 apart = _keeps_pictures_apart(twin, row, packed.logits, both_ways)
@@ -111,8 +112,13 @@ def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
     return differentiate(twin, torch.cat(logits), row.ids)
 
 
-def _run_row(twin: PreTrainedModel, row: PictureRow, both_ways: BothWays) -> TwinOutput:
-    """The row under this engine's attention, as `TrainModel` does."""
+def _run_row(
+    twin: PreTrainedModel, row: PictureRow, features: object, both_ways: BothWays
+) -> TwinOutput:
+    """The row under this engine's attention, as `TrainModel` does.
+
+    features: of all pictures, by `see`.
+    """
     documents = packed_documents(row.lengths, prepare_chunked_attention(twin))
     documents = replace(documents, both_ways=both_ways)
     documents.set_pictures(row.spans)
@@ -122,7 +128,7 @@ def _run_row(twin: PreTrainedModel, row: PictureRow, both_ways: BothWays) -> Twi
             position_ids=row.positions,
             use_cache=False,
             documents=documents,
-            mm_encoder_outputs={"image": see(twin, row.pictures)},
+            mm_encoder_outputs={"image": features},
         )
         return differentiate(twin, logits_of(twin, output.last_hidden_state[0]), row.ids)
 
@@ -137,7 +143,7 @@ def _keeps_pictures_apart(
             # The same values in another order, in the pictures of the first document.
             others[name] = tensor.clone()
             others[name][: len(row.alone[0][name])] = tensor[: len(row.alone[0][name])].flip(-1)
-    changed = _run_row(twin, row._replace(pictures=others), both_ways).logits
+    changed = _run_row(twin, row, see(twin, others), both_ways).logits
     rest = row.lengths[0]
     is_changed = not torch.equal(changed[:rest], logits[:rest])
     return is_changed and torch.equal(changed[rest:], logits[rest:])
