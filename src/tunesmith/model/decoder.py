@@ -7,12 +7,15 @@ a vision-language model in whole the decoder is what holds its text model and it
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # slow, and a plan needs none
 
 # Keys of the config that cap the logits, c * tanh(logits / c), and that scale them before the cap.
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -43,13 +46,15 @@ class Head:
         return self.softcap * torch.tanh(scaled / self.softcap)
 
 
-def find_decoder(causal_lm: PreTrainedModel) -> PreTrainedModel:
+def find_decoder(causal_lm: "PreTrainedModel") -> "PreTrainedModel":
     """The model without its head, which returns the last hidden states.
 
     It is not always Transformers' `base_model`: where the `base_model_prefix` of the class is not
     the name of the decoder (llama4_text), that is the causal LM itself. ModelError where there is
     none.
     """
+    from transformers import PreTrainedModel
+
     embedding = causal_lm.get_input_embeddings()
     # Outermost first: a decoder may hold another model (OPT).
     for module in causal_lm.modules():
@@ -66,6 +71,8 @@ def find_decoder(causal_lm: PreTrainedModel) -> PreTrainedModel:
 
 def is_whole(model: nn.Module) -> bool:
     """Tell whether a model is a vision-language model with all its parts."""
+    from transformers import PreTrainedModel
+
     return isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config
 
 
@@ -74,6 +81,8 @@ def find_text_part(model: nn.Module) -> tuple[str, nn.Module]:
 
     Of any other model it is the model itself, under "".
     """
+    from transformers import PreTrainedModel
+
     name = ""
     module = model
     if is_whole(model):
@@ -81,8 +90,9 @@ def find_text_part(model: nn.Module) -> tuple[str, nn.Module]:
         embedding = model.get_input_embeddings()
         # The innermost that holds the embedding: those that come later are inside.
         for inner, part in model.named_modules():
-            holds = any(below is embedding for below in part.modules())
-            if isinstance(part, PreTrainedModel) and holds:
+            if not isinstance(part, PreTrainedModel):
+                continue
+            if any(below is embedding for below in part.modules()):
                 name, module = inner, part
     return name, module
 
@@ -92,6 +102,8 @@ def is_in_text(model: nn.Module) -> Callable[[str], bool]:
 
     Everything is where the model is no vision-language model in whole.
     """
+    from transformers import PreTrainedModel
+
     prefix, _ = find_text_part(model)
     heads: set[str] = set()
     if isinstance(model, PreTrainedModel) and prefix:
@@ -115,7 +127,7 @@ def vision_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def find_layers(causal_lm: PreTrainedModel) -> str:
+def find_layers(causal_lm: "PreTrainedModel") -> str:
     """Dotted name of the list of decoder layers in the causal LM: "model.layers", "transformer.h".
 
     ModelError where none has as many entries as the config has layers.
@@ -143,7 +155,7 @@ def find_layers(causal_lm: PreTrainedModel) -> str:
     return layers
 
 
-def find_head(causal_lm: PreTrainedModel) -> Head:
+def find_head(causal_lm: "PreTrainedModel") -> Head:
     """Read from its config what the model does to its logits; `head_fits` proves it."""
     config = find_decoder(causal_lm).config.get_text_config()
 
@@ -163,7 +175,7 @@ def find_head(causal_lm: PreTrainedModel) -> Head:
 
 
 @torch.no_grad()
-def head_fits(causal_lm: PreTrainedModel, head: Head) -> bool:
+def head_fits(causal_lm: "PreTrainedModel", head: Head) -> bool:
     """Check whether the model's own logits are those of `head` on its last hidden states.
 
     Args:
