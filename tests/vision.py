@@ -274,7 +274,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}"
-    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}{{ IMAGE }}{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -293,7 +293,7 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
     tokenizer.add_special_tokens(
         {"additional_special_tokens": of.tokens}, replace_extra_special_tokens=False
     )
-    tokenizer.chat_template = TEMPLATE.replace("IMAGE", of.image)
+    tokenizer.chat_template = TEMPLATE.replace("IMAGE", json.dumps(of.image))
     tokenizer.save_pretrained(folder)
     special = {
         "bos_token_id": tokenizer.bos_token_id,

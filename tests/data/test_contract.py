@@ -294,6 +294,8 @@ def test_a_million_rows_take_seconds(simple: Simple) -> None:
         np.zeros(n, bool),
         np.zeros(n, np.int32),
         np.full(n, NO_LABEL, np.int8),
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int64),
     )
     counts = TokenCounts("made", n, n, n * length, 0, 0, 0, 0, 0, "")
     tokens = TokenSet([SourceTokens(arrays, counts, from_list([{}]))])

@@ -10,7 +10,7 @@ supervised.
 The tokenizer's own offsets tell the place of each token.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Put before a piece that continues a text, and then taken off its tokens: SentencePiece tokenizers
 # write a blank at the start of a text. No vocabulary has a word with a NUL in it.
 _CONTEXTS = ("", "\0")
+# Tokenized at once; they take some 50 bytes of memory a character.
+_BATCH_CHARACTERS = 4 << 20
 
 
 class CharSpan(NamedTuple):
@@ -123,11 +125,12 @@ class Aligner:
     def _tokenize(self, texts: Sequence[str]) -> list[_Tokens]:
         """The tokens of each text, no special token added."""
         tokenized = []
-        # In one call: the tokenizer works on a batch with several threads.
-        for encoding in self._core.encode_batch(list(texts), add_special_tokens=False):
-            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            ids = np.array(encoding.ids, np.int32)
-            tokenized.append(_Tokens(ids, offsets[:, 0], offsets[:, 1]))
+        # Many in one call: the tokenizer works on a batch with several threads.
+        for batch in _in_batches(texts):
+            for encoding in self._core.encode_batch(batch, add_special_tokens=False):
+                offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+                ids = np.array(encoding.ids, np.int32)
+                tokenized.append(_Tokens(ids, offsets[:, 0], offsets[:, 1]))
         return tokenized
 
     @cached_property
@@ -285,6 +288,20 @@ class Aligner:
                 ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _in_batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """All texts in order, fewer at once where they are long: pictures make rows of 100 KB."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        characters += len(text)
+        if batch and characters > _BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            characters = len(text)
+        batch.append(text)
+    yield batch
 
 
 def _is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:

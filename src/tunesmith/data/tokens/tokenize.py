@@ -18,11 +18,13 @@ import numpy as np
 
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.bad_rows import BadRows, error_of_sources
+from tunesmith.data.rows.formats import convert_sample
+from tunesmith.data.rows.samples import pictures_of
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example, SeenPicture
 from tunesmith.data.text.template import Template
-from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
+from tunesmith.data.tokens.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.tokens.documents import (
     DocumentSplitter,
     cuts_pictures,
@@ -106,7 +108,10 @@ def tokenize_sides(
                 else:
                     # The key holds what changes tokens; other keys of the recipe may change freely.
                     key = _cache_key(rows, source, data, template)
-                    arrays, about = cached_tokens(cache, key, None if only_cached else make)
+                    are_older = partial(_pictures_are_older, rows, source)
+                    arrays, about = cached_tokens(
+                        cache, key, None if only_cached else make, are_older
+                    )
             except _RefusedRowsError as error:
                 refused.append(error.bad)
                 continue
@@ -163,6 +168,25 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
     if template.pictures is not None:
         settings["pictures"] = template.pictures.digest
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _pictures_are_older(rows: Rows, source: Source, arrays: TokenArrays, written: int) -> bool:
+    """Tell whether no picture's file was changed since the rows became tokens, at `written`.
+
+    The digest of the rows knows the names of such files alone. One that comes with an older time is
+    noticed when its pixels are made.
+    """
+    for row in arrays.rows[np.unique(arrays.owners)].tolist():
+        for picture in pictures_of(convert_sample(rows[row], source, where=rows.where(row))):
+            if picture.path is None:
+                return True  # the rows hold the pictures themselves
+            try:
+                changed = picture.path.stat().st_mtime_ns
+            except OSError:
+                return False
+            if changed > written:
+                return False
+    return True
 
 
 def too_long_of(source: Source, data: Data) -> TooLong:
