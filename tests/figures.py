@@ -18,7 +18,7 @@ COLOURS = {
 SHAPES = ("square", "circle", "triangle")
 COUNTS = ("one", "two", "three")
 SIDE = 56  # pixels of a picture
-QUESTION = "What is drawn?"
+QUESTION = "?"
 
 
 def draw_figures(rng: random.Random) -> tuple[Image.Image, str]:
@@ -31,7 +31,7 @@ def draw_figures(rng: random.Random) -> tuple[Image.Image, str]:
     # A quarter each, so that no figure covers another.
     half = SIDE // 2
     for quarter in rng.sample(range(4), count):
-        size = rng.randint(14, 20)
+        size = rng.randint(18, 22)
         x = quarter % 2 * half + rng.randint(2, half - size - 2)
         y = quarter // 2 * half + rng.randint(2, half - size - 2)
         box = (x, y, x + size, y + size)

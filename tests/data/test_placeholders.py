@@ -560,6 +560,19 @@ def test_the_contract_knows_the_placeholders_of_a_row(
     assert broken(ids=np.where(is_placeholder, 70, part.arrays.ids)) == ["rows"]
 
 
+def test_all_tokens_of_a_row_may_be_trained_but_those_of_its_pictures(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """What stands before a picture is supervised then, and is no answer that lacks its end."""
+    draw((56, 56)).save(tmp_path / "a.png")
+    folder = folders["gemma3"]
+    rows = [row(tmp_path, "a.png", "<image>What is it?", "Noise.")]
+    data = prepared(folder, tmp_path, rows, train_on="all")
+    [example] = data.train
+    processor = load(folder)
+    assert np.array_equal(~example.trained[1:], np.isin(example.ids[1:], processor.ids))
+
+
 def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path, (112, 112))
     picture(tmp_path, (57, 43))

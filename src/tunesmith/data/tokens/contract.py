@@ -211,7 +211,11 @@ def _rules(
 ) -> list[_Rule]:
     counts = tokens.counts
     end_ids = sorted(template.end_ids)
-    earlier_end_ids = sorted(template.earlier_end_ids)
+    # What an answer may be followed by that does not end with one itself; where all is supervised, a
+    # text before a picture is.
+    followers = sorted(template.earlier_end_ids)
+    if template.pictures is not None:
+        followers += template.pictures.ids.tolist()
     bos = template.tokenizer.bos_token_id
     ends = ", ".join(template.tokenizer.convert_ids_to_tokens(end_ids)) or "none"
     compared = f"{count_of(counts.prompts, 'prompt')} rendered separately and compared"
@@ -238,7 +242,7 @@ def _rules(
             why=f"the end tokens are {ends}, and a supervised span ends with another token",
             fix="use a template that ends each answer (data.template), or the tokenizer of the"
             " model",
-            find=lambda chunk: _answers_without_end(chunk, end_ids, earlier_end_ids)[0],
+            find=lambda chunk: _answers_without_end(chunk, end_ids, followers)[0],
             note=f"end tokens: {ends}",
         ),
         _Rule(
@@ -286,7 +290,7 @@ def _rules(
             of="rows",
             why="the model learns these answers without their end, and may not learn to stop",
             fix=_fix_cut_answers(tokens, position_limit),
-            find=lambda chunk: _answers_without_end(chunk, end_ids, earlier_end_ids)[1],
+            find=lambda chunk: _answers_without_end(chunk, end_ids, followers)[1],
         )
     )
     return rules
@@ -462,11 +466,11 @@ def _answers_without_text(chunk: _Chunk, end_ids: list[int]) -> _Faults:
 
 
 def _answers_without_end(
-    chunk: _Chunk, end_ids: list[int], earlier_end_ids: list[int]
+    chunk: _Chunk, end_ids: list[int], followers: list[int]
 ) -> tuple[_Faults, _Faults]:
     """The last token of each supervised stretch that ends no answer; those cut at seq_len apart.
 
-    earlier_end_ids: as of a template; these stand behind a stretch.
+    followers: ids behind a stretch that need no end token before them.
     """
     # Rows stand behind each other in one array; a stretch also ends where its row does.
     ids = chunk.arrays.ids
@@ -479,7 +483,7 @@ def _answers_without_end(
     next_ids = np.append(ids[1:], -1)
     ends_answer = np.isin(ids[stretch_ends], end_ids)
     # In the middle of a row the end token may be the next one, which is not supervised.
-    ends_answer |= ~is_row_end[stretch_ends] & np.isin(next_ids[stretch_ends], earlier_end_ids)
+    ends_answer |= ~is_row_end[stretch_ends] & np.isin(next_ids[stretch_ends], followers)
     stops = stretch_ends[~ends_answer]
 
     # At the end of a row, what the template writes after an end token may be supervised too.
