@@ -211,8 +211,7 @@ def _rules(
 ) -> list[_Rule]:
     counts = tokens.counts
     end_ids = sorted(template.end_ids)
-    # What an answer may be followed by that does not end with one itself; where all is supervised, a
-    # text before a picture is.
+    # Behind a stretch that need not end with one: where all is supervised, a picture ends a text.
     followers = sorted(template.earlier_end_ids)
     if template.pictures is not None:
         followers += template.pictures.ids.tolist()
