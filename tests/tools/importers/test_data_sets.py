@@ -183,6 +183,19 @@ def test_names_in_a_turn_of_llamafactory(tmp_path: Path) -> None:
     assert notes["dataset.1.tags.role_tag"].differs
 
 
+def test_pictures_of_llamafactory(tmp_path: Path) -> None:
+    entry = {"file_name": "d.json", "formatting": "sharegpt", "columns": {"images": "photos"}}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text(json.dumps({"seen": entry}))
+    values = BASES["llamafactory"] | {"dataset": "seen", "freeze_vision_tower": False}
+    recipe = translated_text("llamafactory", json.dumps(values), tmp_path)
+    assert recipe.values["model.vision"] is True
+    assert recipe.values["data.image_max_pixels"] == 768 * 768  # its default
+    assert recipe.values["data.train"]["columns"]["images"] == "photos"
+    assert notes_by_key(recipe)["freeze_vision_tower"].differs
+
+
 @pytest.mark.parametrize("tool", ["trl", "llamafactory"])
 def test_a_base_in_fp4_differs(tool: str, tmp_path: Path) -> None:
     key = {"trl": "bnb_4bit_quant_type", "llamafactory": "quantization_type"}[tool]

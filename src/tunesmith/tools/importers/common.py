@@ -145,6 +145,11 @@ def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
         entry_sources, entry_names = _read_entry(recipe, entry, method)
         sources += entry_sources
         names += entry_names
+        pictures = recipe.table["rows"].get("pictures", {})
+        if pictures and recipe.get(f"{entry}.{pictures['column']}"):
+            recipe.set_key("model.vision", True, f"{entry}.{pictures['column']}")
+            most = pictures["most_pixels"]
+            recipe.set_key("data.image_max_pixels", recipe.get(most), most)
     if sources:
         value = sources[0] if len(sources) == 1 else sources
         recipe.set_key(f"data.{part}", value, *names, *recipe.table["rows"]["mentioned"])

@@ -43,6 +43,7 @@ class RowsTable(TypedDict, total=False):
     other_splits: list[str]
     keys: dict[str, str]
     columns: dict[str, dict[str, str]]
+    pictures: dict[str, str]
     mentioned: list[str]
     flags: list[str]
     types: dict[str, dict[str, JsonValue]]
