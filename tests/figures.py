@@ -31,7 +31,7 @@ def draw_figures(rng: random.Random) -> tuple[Image.Image, str]:
     # A quarter each, so that no figure covers another.
     half = SIDE // 2
     for quarter in rng.sample(range(4), count):
-        size = rng.randint(18, 22)
+        size = rng.randint(20, 24)
         x = quarter % 2 * half + rng.randint(2, half - size - 2)
         y = quarter // 2 * half + rng.randint(2, half - size - 2)
         box = (x, y, x + size, y + size)
