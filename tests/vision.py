@@ -6,6 +6,7 @@ part alone is trained.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class _Family:
         tokens: other special tokens.
         image: what its template writes for a picture.
         ids: name in the config -> the token whose id it has.
+        model_type: where it is not the family's name.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class _Family:
         whole: dict[str, Any] | None = None,
         named: dict[str, str] | None = None,
         tokens: list[str] | None = None,
+        model_type: str = "",
     ) -> None:
         self.text = text
         self.tower = tower
@@ -81,6 +84,11 @@ class _Family:
         self.tokens = tokens or []
         self.image = image
         self.ids = ids
+        self.model_type = model_type
+
+    def but(self, **changes: Any) -> _Family:
+        """A family that differs in some of it."""
+        return _Family(**{**vars(self), **changes})
 
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -269,6 +277,32 @@ FAMILIES: dict[str, _Family] = {
     ),
 }
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_QWEN2 = FAMILIES["qwen2_5_vl"]
+_IDEFICS = FAMILIES["idefics3"]
+# Near relatives of these, and other text models in them.
+MORE_FAMILIES: dict[str, _Family] = {
+    "qwen2_vl": _QWEN2.but(
+        tower={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14},
+        processor=("Qwen2VLProcessor", {}),
+    ),
+    "qwen3_vl_moe": FAMILIES["qwen3_vl"].but(text={**_MROPE, **_EXPERTS}),
+    "qwen3_5_moe": FAMILIES["qwen3_5"].but(
+        text={**_DELTA, **_MROPE, **_EXPERTS, "shared_expert_intermediate_size": 24}
+    ),
+    "gemma4_both_ways": FAMILIES["gemma4"].but(
+        text={**FAMILIES["gemma4"].text, "use_bidirectional_attention": "vision"},
+        model_type="gemma4",
+    ),
+    "ministral3": FAMILIES["mistral3"].but(
+        text={"model_type": "ministral3"}, model_type="mistral3"
+    ),
+    "smolvlm": _IDEFICS.but(
+        processor=("SmolVLMProcessor", {"image_seq_len": 4}),
+        pixels={**_IDEFICS.pixels, "image_processor_type": "SmolVLMImageProcessor"},
+    ),
+}
+
 # ChatML as Qwen2.5-VL's: contents are texts, or lists of parts.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -288,7 +322,7 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
 
     from conftest import byte_tokenizer
 
-    of = FAMILIES[family]
+    of = (FAMILIES | MORE_FAMILIES)[family]
     tokenizer = byte_tokenizer(bos_token="<|bos|>", **of.named)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": of.tokens}, replace_extra_special_tokens=False
@@ -303,9 +337,9 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
     text = {**_TEXT, "vocab_size": 320, **special, **of.text}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in of.ids.items()}
     whole = {**ids, "tie_word_embeddings": False, **of.whole, **config}
-    AutoConfig.for_model(family, text_config=text, vision_config=of.tower, **whole).save_pretrained(
-        folder
-    )
+    # Configs write into the mappings that they are given.
+    parts = copy.deepcopy({"text_config": text, "vision_config": of.tower})
+    AutoConfig.for_model(of.model_type or family, **whole, **parts).save_pretrained(folder)
     name, settings = of.processor
     for file, content in (
         ("processor_config.json", {"processor_class": name, **settings}),
