@@ -583,6 +583,23 @@ def test_a_picture_of_a_data_set_on_the_hub_is_not_decoded(monkeypatch: pytest.M
     assert isinstance(read.where(0), Place)
 
 
+def test_json_of_a_data_set_on_the_hub_is_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {
+        "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Json()}),
+        "tools": datasets.Json(),
+        "prompt": datasets.Json(),
+        "images": datasets.List({"of": datasets.Image()}),
+    }
+    messages = [{"role": "user", "content": 5}, {"role": "user", "content": [{"text": "a"}]}]
+    row = {"messages": messages, "tools": [{"name": "f"}], "prompt": "a text"}
+    row["images"] = [{"of": {"bytes": RED, "path": "x.png"}}]
+    loaded = datasets.DatasetDict(
+        train=datasets.Dataset.from_list([row], features=datasets.Features(features))
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: loaded)
+    assert read_rows(Source(source="someone/rows"))[0] == row
+
+
 def test_a_file_of_a_data_set_on_the_hub_is_not_here() -> None:
     source = Source(source="someone/pictures", format="messages")
     with refuses(DataError, where="someone/pictures train row 1", fix=["someone/pictures"]):

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # Of English text and most tokenizers, roughly.
 CHARACTERS_PER_TOKEN = 4
 
+# Types of columns that `datasets` makes objects of.
+_MEDIA_TYPES = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _SPLIT_NAME = re.compile(r"(?:^|\+)\s*(\w[\w.-]*)")
 # A percentage and a row number, which `datasets` confuses.
 _MIXED_BOUNDS = re.compile(r"%:-?[\d_]+\]|\[-?[\d_]+:-?[\d_]+%")
@@ -161,6 +163,8 @@ def _read_hub(source: Source) -> dict[str, Table]:
 
 
 def _hub_table(name: str, dataset: Any) -> Table:
+    import datasets
+
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for table in dataset.with_format("arrow").iter(batch_size=4096):
@@ -168,12 +172,13 @@ def _hub_table(name: str, dataset: Any) -> Table:
                 digest.update(batch.serialize())
         return digest.hexdigest()
 
-    # Rows of a dataset as Arrow has them: those of Python would decode every picture.
+    # Rows as Arrow has them, with the values of JSON: those of Python would decode every picture.
     tables = dataset.with_format("arrow")
+    undecoded = datasets.Features.from_dict(_undecoded(dataset.features.to_dict()))
 
     def row(i: int) -> Row:
         [values] = tables[i].to_pylist()
-        return without_nulls(values)
+        return without_nulls(undecoded.decode_example(values))
 
     return Table(
         len(dataset),
@@ -181,6 +186,16 @@ def _hub_table(name: str, dataset: Any) -> Table:
         where=lambda i: Place(f"{name} row {i + 1}"),
         fingerprint=fingerprint,
     )
+
+
+def _undecoded(feature: Any) -> Any:
+    """The types of columns, as `datasets` writes them, with pictures and sound as bytes."""
+    if isinstance(feature, list):
+        return [_undecoded(part) for part in feature]
+    if not isinstance(feature, dict):
+        return feature
+    parts = {name: _undecoded(part) for name, part in feature.items()}
+    return {**parts, "decode": False} if feature.get("_type") in _MEDIA_TYPES else parts
 
 
 def _hub_error(name: str, error: Exception) -> DataError:
