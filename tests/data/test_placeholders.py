@@ -364,6 +364,21 @@ def test_a_row_that_spells_a_token_of_pictures_is_refused(
         raw.encode(Completion(f"a {token} b", "c"), "response", where="row 1")
 
 
+def test_line_breaks_are_no_tokens_of_pictures(tmp_path: Path) -> None:
+    """Gemma 3 has tokens of line breaks among the added ones, and writes some around a picture."""
+    folder = write_processor(tmp_path / "model", "gemma3")
+    tokenizer = tokenizer_of(folder)
+    tokenizer.add_tokens(["\n", "\n\n"])
+    tokenizer.save_pretrained(folder)
+    template = template_of(folder)
+    assert template.pictures is not None
+    assert not any(token.isspace() for token in template.pictures.tokens)
+    seen = (picture(tmp_path, (57, 43)),)
+    for sample in (conversation("a\n\nb", "c\nd"), conversation("a\n\n#", "c\n", pictures=seen)):
+        _, answer = learnt(template, sample)
+        assert answer.startswith("c\n")
+
+
 def test_a_template_without_pictures_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     jinja = tokenizer_of(folders["qwen2_5_vl"]).chat_template
     jinja = jinja.replace("<|vision_start|><|image_pad|><|vision_end|>", "")

@@ -115,7 +115,8 @@ class PictureProcessor:
         self.digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         [text] = self.expand((_PROBE_SIZE,))
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        found = [token for token in added if token in text]
+        # Gemma 3's line breaks around a picture are added tokens too.
+        found = [token for token in added if token in text and not token.isspace()]
         self.tokens = tuple(dict.fromkeys([self.placeholder, *found]))
         self.ids = np.array(tokenizer.convert_tokens_to_ids(list(self.tokens)), np.int32)
 
