@@ -618,6 +618,45 @@ def test_rows_of_a_program_keep_their_pictures(tmp_path: Path) -> None:
     assert open_picture(found[3]).size == (2, 2)
 
 
+def test_rows_of_a_program_name_pictures_from_its_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    name = next(file.relative_to(folder) for file in sorted(folder.rglob("*.png")))
+    data = name.read_bytes()
+    rows = [
+        chat(f"<image>{Q}", images=str(name)),
+        chat(f"<image>{Q}", images=[{"path": name}]),
+        chat(user(image(path=str(name)), Q)),
+    ]
+    assert seen(keep_rows(rows, folder / "run")) == [data] * 3
+    tool = {"arguments": {"path": str(name), "image": str(name)}}
+    kept = read_rows(Source(source=str(keep_rows([tool], folder / "run"))))[0]
+    assert kept == tool
+
+
+def test_an_opened_photo_of_a_program_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    photo = Image.open(io.BytesIO(encoded(noise(size=(40, 20)), "JPEG", exif=exif)))
+    [found] = seen(keep_rows([chat(f"<image>{Q}", images=[photo])], tmp_path))
+    assert open_picture(found).size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "LAB", "HSV", "PA", "RGBa", "RGBX"])
+def test_a_picture_of_a_program_may_have_any_colours(mode: str, tmp_path: Path) -> None:
+    image = Image.new(mode, (3, 2))
+    [found] = seen(keep_rows([chat(f"<image>{Q}", images=[image])], tmp_path))
+    assert open_picture(found).size == (3, 2)
+
+
+def test_a_picture_of_a_program_that_is_numbers_or_broken_is_refused(tmp_path: Path) -> None:
+    torn = Image.open(io.BytesIO(encoded(noise(size=(40, 20)))[:200]))
+    for image in (Image.new("F", (3, 2)), Image.new("I", (3, 2)), torn):
+        with refuses(DataError, names=["rows[0]"]):
+            keep_rows([chat(f"<image>{Q}", images=[image])], tmp_path)
+
+
 @pytest.mark.parametrize(
     "value", [URI, {"base64": RED64}, {"type": "base64", "data": RED64}, {"bytes": RED}, RED]
 )

@@ -5,17 +5,22 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
 from tunesmith.checkpoint.claim import is_run, program_rows_file
+from tunesmith.config.row_formats import PICTURE_NAMES
+from tunesmith.data.rows.picture_places import PICTURE_KEYS, PICTURE_PARTS
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.host.files import write_atomically
 
 _ROWS_ARGUMENT = "train(rows=...)"
+# Colours of PIL's pictures that a PNG file may have.
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 # By what they can do: none of these packages is imported for the sake of a check.
@@ -40,13 +45,13 @@ class _NumpyValue(Protocol):
 
 @runtime_checkable
 class _PilImage(Protocol):
-    """A picture as `datasets` decodes it, already turned."""
+    """A picture as `datasets` or a program opens it."""
 
     mode: str
 
     def convert(self, mode: str) -> "_PilImage": ...
 
-    def save(self, file: io.BytesIO, form: str, /) -> None: ...
+    def getexif(self) -> Any: ...
 
 
 @contextmanager
@@ -101,8 +106,9 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
                 fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
             )
         try:
-            lines.append(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n")
-        except (TypeError, ValueError) as error:
+            lines.append(json.dumps(_kept(row), ensure_ascii=False, allow_nan=False) + "\n")
+        # A picture that cannot be decoded: OSError.
+        except (TypeError, ValueError, OSError) as error:
             raise DataError(
                 f"rows[{index}] has a value that JSON does not support: {error}",
                 where=_ROWS_ARGUMENT,
@@ -134,6 +140,27 @@ def _mappings(rows: object) -> Iterable[object]:
     return rows
 
 
+def _kept(row: Mapping[str, object]) -> object:
+    """A row as JSON has it, whose pictures are found from any folder."""
+    values = {}
+    for column, value in row.items():
+        values[column] = _from_here(value) if column in PICTURE_NAMES else value
+    return _plain(values)
+
+
+def _from_here(value: object) -> object:
+    """A picture or a list of them, by whole paths: a program's are from the folder where it works,
+    and those in a file of rows from the folder of this file.
+    """
+    if isinstance(value, PurePath) or (isinstance(value, str) and os.path.isfile(value)):
+        return os.path.abspath(value)
+    if isinstance(value, list | tuple):
+        return [_from_here(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: _from_here(v) if key in PICTURE_KEYS else v for key, v in value.items()}
+    return value
+
+
 def _plain(value: object) -> object:
     """A value as JSON has it: numbers of numpy as Python's, what a frame lacks as null, and
     pictures as data URIs.
@@ -144,16 +171,31 @@ def _plain(value: object) -> object:
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        of_part = value.get("type") in PICTURE_PARTS
+        return {
+            str(key): _plain(_from_here(each) if of_part and key in PICTURE_KEYS else each)
+            for key, each in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, _NumpyValue):
         return _plain(value.tolist())
     if isinstance(value, _PilImage):
-        file = io.BytesIO()
-        # Those of print have no form in PNG.
-        (value.convert("RGB") if value.mode == "CMYK" else value).save(file, "PNG")
-        value = file.getvalue()
+        value = _as_png(value)
     if isinstance(value, bytes):
         return f"data:image/*;base64,{base64.b64encode(value).decode()}"
     return value
+
+
+def _as_png(image: Any) -> bytes:
+    """A picture of PIL as a file of it has it, turned as its EXIF says: PNG keeps none."""
+    from PIL import ImageOps
+
+    if image.mode in ("F", "I"):
+        raise TypeError(f"a picture of mode {image.mode}, and nothing says which number is white")
+    image = ImageOps.exif_transpose(image)
+    if image.mode not in _PNG_MODES:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

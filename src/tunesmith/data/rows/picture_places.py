@@ -24,7 +24,7 @@ _OTHER_MEDIA = frozenset(("video", "videos", "audio", "audios"))
 # Where a picture stands in a part, or in an object that one of these names holds. Anthropic's and
 # OpenAI's interfaces have text in base64, the Hub's files bytes beside the name that they had.
 _IN_BASE64 = ("base64", "data", "bytes")
-_PICTURE_KEYS = ("image", "image_url", "url", "source", "path", *_IN_BASE64)
+PICTURE_KEYS = ("image", "image_url", "url", "source", "path", *_IN_BASE64)
 # Other keys of a part that change nothing.
 _HARMLESS_PART_KEYS = ("type", "text", "index", "cache_control")
 
@@ -51,7 +51,7 @@ def read_picture_part(row: RowReader, part: Mapping[str, object], role: str, at:
         raise row.error(f"the index of a picture is {index}", why, "sort the pictures", at)
     row.pictures.append(None if value is None else _picture(row, value, at))
     for key, of_part in part.items():
-        if key not in (*_PICTURE_KEYS, *_HARMLESS_PART_KEYS) and not is_absent(of_part):
+        if key not in (*PICTURE_KEYS, *_HARMLESS_PART_KEYS) and not is_absent(of_part):
             row.unread.add(f"image.{key}")
     return PICTURE_MARK
 
@@ -171,7 +171,7 @@ def _mark_texts(row: RowReader, messages: list[Message]) -> None:
 
 def _value_in(row: RowReader, holder: Mapping[str, object], at: str) -> object:
     """The picture of a part or an object, under one of its names; None where there is none."""
-    found = {key: holder[key] for key in _PICTURE_KEYS if not is_absent(holder.get(key))}
+    found = {key: holder[key] for key in PICTURE_KEYS if not is_absent(holder.get(key))}
     if "bytes" in found:
         found.pop("path", None)  # the name that they had
     if len(found) > 1:
