@@ -480,6 +480,12 @@ def test_a_picture_that_was_changed_becomes_tokens_again(
     assert second.train[0].digests != first.train[0].digests
     assert second.train[0].ids.tolist() == first.train[0].ids.tolist()
     assert second.digest != first.digest
+    # Another file in its place may bring an older time along.
+    draw((57, 43), 2).save(tmp_path / "new.png")
+    os.utime(tmp_path / "new.png", ns=(1, 1))
+    (tmp_path / "new.png").rename(file)
+    third = prepared(folders["qwen2_5_vl"], tmp_path, rows)
+    assert third.train[0].digests != second.train[0].digests
     file.unlink()
     with refuses(DataError, names=[file.name]):
         prepared(folders["qwen2_5_vl"], tmp_path, rows)

@@ -173,18 +173,18 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
 def _pictures_are_older(rows: Rows, source: Source, arrays: TokenArrays, written: int) -> bool:
     """Tell whether no picture's file was changed since the rows became tokens, at `written`.
 
-    The digest of the rows knows the names of such files alone. One that comes with an older time is
-    noticed when its pixels are made.
+    The digest of the rows knows the names of such files alone. One that comes with an older time has
+    a new inode, as from an archive; what is left is noticed when the pixels are made.
     """
     for row in arrays.rows[np.unique(arrays.owners)].tolist():
         for picture in pictures_of(convert_sample(rows[row], source, where=rows.where(row))):
             if picture.path is None:
                 return True  # the rows hold the pictures themselves
             try:
-                changed = picture.path.stat().st_mtime_ns
+                about = picture.path.stat()
             except OSError:
                 return False
-            if changed > written:
+            if max(about.st_mtime_ns, about.st_ctime_ns) > written:
                 return False
     return True
 
