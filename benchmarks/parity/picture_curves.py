@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import vision
 from figures import draw_figures
 from recipes import make_run
-
 from tunesmith.config.schema import Run
 from tunesmith.training.run import train
 
@@ -172,13 +171,17 @@ def read_row(row: Row, folder: Path, processor: Any, turn: Turn | None = None) -
         parts = [{"type": "text", "text": texts[0]}]
         for text in texts[1:]:
             parts += [{"type": "image"}, {"type": "text", "text": text}]
-        messages.append({"role": message["role"], "content": [p for p in parts if p.get("text", 1)]})
+        messages.append(
+            {"role": message["role"], "content": [p for p in parts if p.get("text", 1)]}
+        )
     pictures = [ImageOps.exif_transpose(Image.open(folder / name)) for name in row["images"]]
     pictures = [turn(picture) if turn else picture for picture in pictures]
 
     tokenizer = processor.tokenizer
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    arguments = dict(processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
+    arguments = dict(
+        processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt")
+    )
     ids = arguments["input_ids"][0]
     begin = tokenizer("<|im_start|>assistant\n", return_tensors="pt")["input_ids"][0]
     labels = torch.full_like(ids, -100)
@@ -307,7 +310,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as name:
                 result = compare_family(family, Path(name), kind, options.steps, options.attention)
             difference = result["difference"]
-            text = f"{family:18}{kind:5} first {difference['first']:.1e}  all {difference['all']:.1e}"
+            text = (
+                f"{family:18}{kind:5} first {difference['first']:.1e}  all {difference['all']:.1e}"
+            )
             text += f"  weights {result['weights']:.1e}  pictures {result['pictures']:.1e}"
             text += f"  loss {result['plain'][0]:.4f} -> {result['plain'][-1]:.4f}"
             print(text, flush=True)
