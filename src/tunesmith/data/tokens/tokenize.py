@@ -173,8 +173,8 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
 def _pictures_are_older(rows: Rows, source: Source, arrays: TokenArrays, written: int) -> bool:
     """Tell whether no picture's file was changed since the rows became tokens, at `written`.
 
-    The digest of the rows knows the names of such files alone. One that comes with an older time has
-    a new inode, as from an archive; what is left is noticed when the pixels are made.
+    The digest of the rows knows the names of such files alone. One that comes with an older time,
+    as from an archive, has a new inode; what is left is noticed when the pixels are made.
     """
     for row in arrays.rows[np.unique(arrays.owners)].tolist():
         for picture in pictures_of(convert_sample(rows[row], source, where=rows.where(row))):
