@@ -23,7 +23,7 @@ from tunesmith.methods.base import TrainModel
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import gathered, save_sharded, save_tensors
-from tunesmith.model.stored_form import in_stored_form, write_model_config
+from tunesmith.model.stored_form import PROCESSORS, in_stored_form, write_model_config
 from tunesmith.model.tokenizer import GENERATION_CONFIG, generation_config_text
 from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.runtime.transfer import Snapshot
@@ -38,6 +38,7 @@ def tokenizer_files(
     """The tokenizer's files, with the template in use as its chat template, and the settings of
     generation, with all tokens that end an answer.
 
+    With pictures also the base's files of their processor, as Transformers looks for them here.
     So inference prompts as training did, and stops where answers ended. Make them once, in the main
     thread: others use and change the tokenizer, and serializing a large vocabulary in a background
     thread would hold the interpreter's lock.
@@ -56,7 +57,10 @@ def tokenizer_files(
             text = generation_config_text(base, tokenizer, template.end_ids)
             (Path(folder) / GENERATION_CONFIG).write_text(text, encoding="utf-8")
             files = [path for path in Path(folder).rglob("*") if path.is_file()]
-            return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+            contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+            if template.pictures is not None:
+                contents |= {path.name: path.read_bytes() for path in base.glob(PROCESSORS)}
+            return contents
     finally:
         tokenizer.chat_template = original_template
 

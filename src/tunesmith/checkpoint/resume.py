@@ -309,7 +309,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
             continue
         part, key, sources = parts[name]
         error: type[ModelError | DataError] = DataError
-        changed = "rows, template or tokenizer"
+        changed = "rows, pictures, template or tokenizer"
         if name in ("model_hash", "reference_hash"):
             error = ModelError
             changed = "weights"

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoConfig
 
 from tunesmith.config.schema import Run
 from tunesmith.data.compare.describe_findings import describe_rows, findings_as_json
@@ -27,6 +26,7 @@ from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_command
 from tunesmith.host.streams import show, visible, width_of
 from tunesmith.hub import fetch
+from tunesmith.hub.model_files import read_picture_processor
 from tunesmith.metrics.conversations import turns_of
 from tunesmith.model.load import load_config
 from tunesmith.model.measured_spec import model_spec
@@ -57,14 +57,6 @@ def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> No
     check_seq_len(spec, recipe.data.seq_len, where=str(file))
     tokenizer = load_tokenizer(fetch.tokenizer_folder(recipe.model, folder), recipe.model)
     rows = vocab_rows(load_config(folder, recipe.model), tokenizer, recipe.model)
-    pictures = None
-    if recipe.model.vision:
-        # Transformers' readers of pictures load torch.
-        from tunesmith.data.text.placeholders import PictureProcessor
-
-        trusted = recipe.model.trust_remote_code
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        pictures = PictureProcessor.load(folder, tokenizer, whole, recipe.data.image_max_pixels)
     prepared = prepare_data(
         recipe,
         tokenizer,
@@ -73,7 +65,7 @@ def show_data(args: argparse.Namespace, recipe: Run, run_dir: Path | None) -> No
         # Not strict: what breaks the contract is shown with the rest, and raised at the end.
         strict=False,
         position_limit=spec.position_limit,
-        pictures=pictures,
+        pictures=read_picture_processor(folder, tokenizer, recipe),
     )
     if args.write_held_out is not None:
         if run_dir is not None and not args.overrides:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from tunesmith.config.schema import Model
+from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
 from tunesmith.model.measured_spec import has_own_class, model_spec
@@ -89,6 +89,21 @@ def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
     """The sizes of the model in `folder`, by its config.json alone."""
     file = folder / "config.json"
     return model_spec(read_json(file), where=str(file), trust_remote_code=model.trust_remote_code)
+
+
+def read_picture_processor(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run
+) -> "PictureProcessor | None":
+    """What makes tokens of a recipe's pictures, by the model in `folder`; None without
+    `model.vision`.
+    """
+    if not run.model.vision:
+        return None
+    # It loads torch.
+    from tunesmith.data.text.placeholders import PictureProcessor
+
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
+    return PictureProcessor.load(folder, tokenizer, whole, run.data.image_max_pixels)
 
 
 def read_model_files(

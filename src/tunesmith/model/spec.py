@@ -368,11 +368,14 @@ def check_supported(config: Mapping[str, object], where: str, *, vision: bool = 
         return
     name = model_type.lower().replace("-", "_")
     if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:
+        fix = f"use a text decoder, such as {families_text()}"
+        if "vision_config" in config and model_type not in _OTHER_PICTURES:
+            fix = f"train it in whole: model.vision=true; or {fix}"
         raise ModelError(
             f"{model_type} is a multimodal model (text with images or sound), "
             "which tunesmith does not train",
             where=where,
-            fix=f"use a text decoder, such as {families_text()}",
+            fix=fix,
         )
 
 

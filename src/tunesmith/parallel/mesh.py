@@ -199,6 +199,8 @@ def check_mesh(run: Run, spec: ModelSpec, shape: MeshShape, per_node: int) -> No
     tensor = shape.tensor
     if tensor > 1 and spec.quantized == "bnb-nf4":
         raise _cannot_shard("a ready-made nf4 base", shape)
+    if tensor > 1 and run.model.vision:
+        raise _cannot_shard("a model with its vision part", shape)
     if tensor > 1 and not scheme_of(run.model, spec.quantized).is_cut:
         raise _cannot_shard("a base as it ships", shape, where="model.quantize", fix="none")
     if run.train.optimizer == "adamw-8bit" and _has_ragged_moments(run, spec, shape):

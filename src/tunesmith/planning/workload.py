@@ -58,7 +58,8 @@ def _describe_assumed(
     if length:
         each = f"about {length:,} tokens each"
     if is_estimated:
-        each += " (estimated from characters, without a chat template)"
+        left_out = "a chat template and pictures" if run.model.vision else "a chat template"
+        each += f" (estimated from characters, without {left_out})"
     return f"{counted}, {each}, all counted as supervised"
 
 

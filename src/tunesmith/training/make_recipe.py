@@ -256,7 +256,8 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
         return _examine_on_paper(run.model.name, config, source, rows)
-    files = read_model_files(fetch.fetch_for_tokens(run.model), run.model)
+    folder = fetch.fetch_for_tokens(run.model)
+    files = read_model_files(folder, run.model, image_max_pixels=run.data.image_max_pixels)
     # Nothing is cut where lengths are looked at. Rows that cannot be rendered are listed when all
     # of them are tokenized, not these alone.
     data = replace(

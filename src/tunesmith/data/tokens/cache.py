@@ -234,10 +234,7 @@ TokenEntry = tuple[TokenArrays, dict[str, Any]]
 
 
 def cached_tokens(
-    folder: Path,
-    key: str,
-    make: Callable[[TokenWriter], TokenEntry] | None,
-    is_current: Callable[[TokenArrays, int], bool] | None = None,
+    folder: Path, key: str, make: Callable[[TokenWriter], TokenEntry] | None
 ) -> TokenEntry:
     """An entry of the cache, a new one where there is none.
 
@@ -247,13 +244,8 @@ def cached_tokens(
         key: the hash that names the entry.
         make: adds the examples to a writer, and returns its arrays and what else to keep (JSON);
             None: LookupError where there is no entry.
-        is_current: tells by an entry's arrays, and by when it was written (in ns), whether it still
-            holds; None: the key says it all.
     """
     entry = _read_entry(folder / key)
-    if entry is not None and make is not None and is_current is not None:
-        written = (folder / key / "meta.json").stat().st_mtime_ns
-        entry = entry if is_current(entry[0], written) else None
     if entry is None:
         if make is None:
             raise LookupError("the token cache has no such entry")

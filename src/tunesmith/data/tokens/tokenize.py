@@ -9,7 +9,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example, SeenPicture
 from tunesmith.data.text.template import Template
-from tunesmith.data.tokens.cache import TokenArrays, TokenEntry, TokenWriter, cached_tokens
+from tunesmith.data.tokens.cache import TokenEntry, TokenWriter, cached_tokens
 from tunesmith.data.tokens.documents import (
     DocumentSplitter,
     cuts_pictures,
@@ -108,10 +108,7 @@ def tokenize_sides(
                 else:
                     # The key holds what changes tokens; other keys of the recipe may change freely.
                     key = _cache_key(rows, source, data, template)
-                    are_older = partial(_pictures_are_older, rows, source)
-                    arrays, about = cached_tokens(
-                        cache, key, None if only_cached else make, are_older
-                    )
+                    arrays, about = cached_tokens(cache, key, None if only_cached else make)
             except _RefusedRowsError as error:
                 refused.append(error.bad)
                 continue
@@ -166,27 +163,31 @@ def _cache_key(rows: Rows, source: Source, data: Data, template: Template) -> st
         "bad rows": data.bad_rows,
     }
     if template.pictures is not None:
-        settings["pictures"] = template.pictures.digest
+        settings["pictures"] = [template.pictures.digest, _stamp_pictures(rows, source)]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _pictures_are_older(rows: Rows, source: Source, arrays: TokenArrays, written: int) -> bool:
-    """Tell whether no picture's file was changed since the rows became tokens, at `written`.
+def _stamp_pictures(rows: Rows, source: Source) -> str:
+    """Hash which files the pictures of some rows are, and when they were written.
 
-    The digest of the rows knows the names of such files alone. One that comes with an older time,
-    as from an archive, has a new inode; what is left is noticed when the pixels are made.
+    The same rows in another folder have other pictures, and a file may become another picture.
     """
-    for row in arrays.rows[np.unique(arrays.owners)].tolist():
-        for picture in pictures_of(convert_sample(rows[row], source, where=rows.where(row))):
-            if picture.path is None:
-                return True  # the rows hold the pictures themselves
-            try:
-                about = picture.path.stat()
-            except OSError:
-                return False
-            if max(about.st_mtime_ns, about.st_ctime_ns) > written:
-                return False
-    return True
+    stamps = hashlib.sha256()
+    slow = f"{rows.name}: the pictures of {len(rows):,} rows are looked up"
+    with logged_if_slow(log, slow):
+        for i in range(len(rows)):
+            # What is broken is said where the rows are tokenized.
+            with suppress(DataError):
+                for picture in pictures_of(convert_sample(rows[i], source, where=rows.where(i))):
+                    if picture.path is None:
+                        continue  # the row itself holds it
+                    stamps.update(f"{i} {picture.path}".encode(errors="surrogateescape"))
+                    with suppress(OSError):
+                        about = picture.path.stat()
+                        # One that comes with an older time, as from an archive, has a new status.
+                        times = f"{about.st_mtime_ns} {about.st_ctime_ns}"
+                        stamps.update(f" {about.st_size} {times}".encode())
+    return stamps.hexdigest()
 
 
 def too_long_of(source: Source, data: Data) -> TooLong:

@@ -143,12 +143,14 @@ def _cached_tokens(run: Run, folder: Path) -> TokenSet | None:
             return None
 
     # With Transformers, which a plan can do without.
+    from tunesmith.hub.model_files import read_picture_processor
     from tunesmith.model.tokenizer import eos_ids, load_tokenizer
 
     # A plan goes on without the tokens: they make it more exact.
     with suppress(TunesmithError, LookupError):
         tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
-        template = select_template(run.data, tokenizer, eos_ids(folder, tokenizer))
+        pictures = read_picture_processor(folder, tokenizer, run)
+        template = select_template(run.data, tokenizer, eos_ids(folder, tokenizer), pictures)
         rows, _ = read_splits(run.data, run.train.seed, only_cached=True)
         return tokenize(rows, run.data, template, cache=cache, what="train", only_cached=True)
     return None

@@ -1,0 +1,573 @@
+"""Whole runs of vision-language models on rows with pictures, from tokens to final/."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from errors import error_in, holds, refuses
+from figures import QUESTION
+from picture_runs import (
+    FAMILIES,
+    picture_recipe,
+    picture_run,
+    write_mixed,
+    write_vision_model,
+)
+from tunesmith.data.batches import pixels
+from tunesmith.data.batches.pixels import PixelMaker, PixelReader, PixelTask
+from tunesmith.data.compare.splits import read_splits
+from tunesmith.data.rows.samples import Picture
+from tunesmith.data.text.example import Example
+from tunesmith.data.tokens.token_set import TokenSet
+from tunesmith.data.tokens.tokenize import tokenize
+from tunesmith.errors import DataError, MachineError, RunError
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.inference import decoding
+from tunesmith.inference.load_run import load_run
+from tunesmith.tools.evaluate import chat
+from tunesmith.training.result import Result
+from tunesmith.training.run import train
+from tunesmith.training.trainer import Trainer
+from waiting import wait_for
+from warm import Warm
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+ROWS = 18
+
+
+class Trained(NamedTuple):
+    """A finished run, and what it is made of."""
+
+    model: Path
+    rows: Path
+    held: Path
+    result: Result
+
+    @property
+    def folder(self) -> Path:
+        return self.rows.parent
+
+    @property
+    def losses(self) -> list[float]:
+        return [record.loss for record in self.result.records]
+
+    def changed(self, out: str, **changes: Any) -> Any:
+        """Another run on the same rows."""
+        return picture_run(self.model, self.rows, **changes, output_dir=str(self.folder / out))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """The run of a family: LoRA on packed rows, of which one in three is a text alone."""
+
+    @cache
+    def of(family: str) -> Trained:
+        folder = tmp_path_factory.mktemp(family)
+        model = write_vision_model(folder / "model", family)
+        rows, held = write_mixed(folder, ROWS), write_mixed(folder, 6, seed=1)
+        run = picture_run(
+            model,
+            rows,
+            data={"validation": {"source": str(held), "format": "messages"}},
+            validate={"every": "6 steps"},
+        )
+        return Trained(model, rows, held, train(run, quiet=True))
+
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_fall_and_do_not_depend_on_the_layout(
+    family: str, trained: Callable[[str], Trained]
+) -> None:
+    run = trained(family)
+    assert run.losses[-1] < run.losses[0] - 0.3
+    few = {"duration": "3 steps"}
+    for number, changes in enumerate(
+        [
+            {"data": {"pack": False}, "train": {**few, "micro_batch": "3 examples"}},
+            {"train": {**few, "micro_batch": "1 examples"}},
+        ]
+    ):
+        other = train(run.changed(f"layout-{number}", **changes), quiet=True)
+        assert [r.loss for r in other.records] == pytest.approx(run.losses[:3], rel=1e-5)
+        assert [r.grad_norm for r in other.records] == pytest.approx(
+            [r.grad_norm for r in run.result.records[:3]], rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_of_the_pictures(family: str, trained: Callable[[str], Trained]) -> None:
+    """The same rows with other pictures have another loss."""
+    run = trained(family)
+    other = run.folder / "others"
+    shutil.copytree(run.folder / "pictures", other / "pictures")
+    rows = shutil.copy(run.rows, other)
+    files = sorted((other / "pictures").glob("0-*"))
+    first = files[0].read_bytes()
+    for here, there in itertools.pairwise(files):
+        here.write_bytes(there.read_bytes())
+    files[-1].write_bytes(first)
+    one = {"train": {"duration": "1 steps"}}
+    changed = train(picture_run(run.model, Path(rows), **one), quiet=True)
+    assert abs(changed.records[0].loss - run.losses[0]) > 1e-4
+
+
+def type_command(*words: object) -> int:
+    from tunesmith.cli.main import main
+
+    return main([*map(str, words)])
+
+
+def written_recipe(folder: Path, values: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_a_plan_counts_the_tokens_of_pictures(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the cache, as training made them; else it says that they are left out."""
+    run = trained("qwen2_5_vl")
+    recipe = written_recipe(tmp_path, picture_recipe(run.model, run.rows))
+    assert type_command("plan", recipe) == 0
+    tokens = capsys.readouterr().out
+    assert holds(tokens, "token cache"), tokens
+    assert type_command("plan", recipe, "data.image_max_pixels=1568") == 0
+    assert "without a chat template and pictures" in capsys.readouterr().out
+
+
+def test_data_shows_pictures(
+    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained("gemma3")
+    recipe = written_recipe(tmp_path, picture_recipe(run.model, run.rows))
+    assert type_command("data", recipe) == 0
+    shown = capsys.readouterr().out
+    assert "<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>" in shown
+    assert holds(shown, "12 pictures")
+    assert holds(shown, "48 placeholders")
+    assert type_command("data", recipe, "--json") == 0
+    (part,) = json.loads(capsys.readouterr().out)["train"]
+    assert (part["pictures"], part["placeholders"]) == (12, 48)
+
+
+def bad_recipes(run: Trained, tiny: Path, folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Words of a command -> what its error names."""
+    pairs, video, texts = (folder / f"{name}.jsonl" for name in ("pairs", "video", "texts"))
+    image = str(run.folder / "pictures/0-0-0.png")
+
+    def answer(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    question = [{"role": "user", "content": "<image>What is it?"}]
+    pair = {"prompt": question, "chosen": answer("a"), "rejected": answer("b"), "images": [image]}
+    pairs.write_text(json.dumps(pair))
+    video.write_text(json.dumps({"messages": question + answer("a"), "video": "a.mp4"}))
+    texts.write_text(json.dumps({"messages": question + answer("a")}))
+    train = ["train", str(folder / "recipe.yaml"), f"output_dir={folder / 'out'}"]
+    return {
+        "pairs": (
+            [*train, f"data.train.source={pairs}", "data.train.format=preference", "method=dpo"],
+            ["images", "format preference"],
+        ),
+        "a text model": (
+            [*train, f"model.name={tiny}"],
+            ["model.vision is true", "model.vision=false"],
+        ),
+        "no vision": ([*train, "model.vision=false"], ["model.vision", "model.vision=true"]),
+        "tensor": (
+            ["plan", train[1], "parallel.tensor=2", "--on", "1x2xh100"],
+            ["vision part", "parallel.tensor=1"],
+        ),
+        "a video": ([*train, f"data.train.source={video}"], ["video"]),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_refused(
+    family: str,
+    trained: Callable[[str], Trained],
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = trained(family)
+    written_recipe(tmp_path, picture_recipe(run.model, run.rows))
+    for name, (words, named) in bad_recipes(run, tiny, tmp_path).items():
+        assert type_command(*words) == 2, name
+        shown = capsys.readouterr().err
+        error = error_in(shown)
+        assert "Traceback" not in shown
+        assert all(holds(f"{error.what}\n{error.why}\n{error.fix}", value) for value in named), (
+            shown
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def makers_of(run: Trained) -> tuple[Any, list[PixelTask]]:
+    """The processor of a run's pictures, and a task for each row that has one."""
+    recipe = picture_run(run.model, run.rows)
+    processor = read_model_files(run.model, recipe.model).pictures
+    tasks = []
+    for n, line in enumerate(run.rows.read_text().splitlines(), 1):
+        images = json.loads(line)["images"]
+        if images:
+            pictures = tuple(Picture("picture 1", path=run.folder / name) for name in images)
+            tasks.append(PixelTask(pictures, where=f"{run.rows}:{n}"))
+    return processor, tasks
+
+
+def children() -> set[int]:
+    """Processes that this one has started and not collected."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            found.add(int(file.parent.name))
+    return found
+
+
+def test_other_processes_make_the_same_pixels(trained: Callable[[str], Trained]) -> None:
+    """Errors are those of the thread too; one that is killed is said; none is left behind."""
+    processor, tasks = makers_of(trained("qwen2_5_vl"))
+    expected = list(map(PixelMaker(processor), tasks))
+    before = children()
+    reader = PixelReader(processor, workers=2)
+    waits = [reader.submit(task) for task in tasks]
+    for wait, pixels_here in zip(waits, expected, strict=True):
+        made = wait()
+        assert made.inputs.keys() == pixels_here.inputs.keys()
+        assert (made.grids == pixels_here.grids).all()
+        for name, array in pixels_here.inputs.items():
+            assert made.inputs[name].dtype == array.dtype
+            assert made.inputs[name].tobytes() == array.tobytes()
+    with refuses(DataError, where=f"{tasks[1].where}, picture 1"):
+        reader.submit(replace(tasks[1], digests=(1,)))()
+    workers = children() - before
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    with refuses(MachineError, where=tasks[0].where, names=[-9]):
+        reader.submit(tasks[0])()
+    del reader, waits
+    assert children() == before
+
+
+def lines_of(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+def numbers_of(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What must be the same to the bit in each step's record."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    names = ("step", "loss", "grad_norm", "tokens", "examples", "val_loss")
+    return [tuple(record.get(name) for name in names) for record in records]
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(
+    trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    """In a step, while a checkpoint is written, and by ctrl-C."""
+    run = trained("qwen2_5_vl")
+    values = picture_recipe(
+        run.model,
+        run.rows,
+        data={"validation": {"source": str(run.held), "format": "messages"}},
+        validate={"every": "6 steps"},
+        checkpoint={"every": "1 steps"},
+        output_dir=str(tmp_path / "run"),
+    )
+    out, recipe = tmp_path / "run", written_recipe(tmp_path, values)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+        before = lines_of(out)
+        process = Warm(["train", recipe], env=environment)
+        wait_for(lambda before=before: lines_of(out) > before, process)
+        if before == 0:
+            wait_for(lambda: list(out.glob(".checkpoint-*.partial")), process)
+        process.send_signal(number)
+        assert process.wait() == (75 if number == signal.SIGINT else -signal.SIGKILL)
+    last = Warm(["train", recipe], env=environment)
+    assert last.wait() == 0, last.communicate()
+    assert numbers_of(out) == numbers_of(run.folder / "run")
+    for file in (run.folder / "run" / "final").glob("*.safetensors"):
+        assert (out / "final" / file.name).read_bytes() == file.read_bytes()
+
+
+def two_workers() -> None:
+    """Before a command: it prepares pictures in two other processes, as on a larger machine."""
+    pixels.available_cores = lambda: 2 * pixels.CORES_EACH  # type: ignore[assignment]
+
+
+def workers_of(pid: int) -> set[int]:
+    """The processes that prepare pictures for another."""
+    found = set()
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+            command = (file.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and b"tunesmith.data.workers" in command:
+            found.add(int(file.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_its_run(
+    number: int, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    run = trained("gemma3")
+    values = picture_recipe(
+        run.model, run.rows, train={"duration": "900 steps"}, output_dir=str(tmp_path / "run")
+    )
+    recipe = written_recipe(tmp_path, values)
+    process = Warm(["train", recipe], prepare=two_workers)
+    workers: set[int] = set()
+
+    def has_workers() -> bool:
+        workers.update(workers_of(process.pid))
+        return len(workers) >= 2
+
+    wait_for(has_workers, process)
+    wait_for(lambda: lines_of(tmp_path / "run"), process)
+    process.send_signal(number)
+    assert process.wait() == (75 if number == signal.SIGINT else -number)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_a_picture_that_changes_is_refused(
+    trained: Callable[[str], Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("qwen2_5_vl")
+    shutil.copytree(run.folder / "pictures", tmp_path / "pictures")
+    rows = Path(shutil.copy(run.rows, tmp_path))
+    picture = tmp_path / "pictures/0-3-0.png"
+    first = picture.read_bytes()
+    start = picture_run(run.model, rows, checkpoint={"every": "1 steps"})
+    fit = Trainer.fit
+
+    def changed(self: Trainer) -> Any:
+        picture.write_bytes((tmp_path / "pictures/0-5-0.png").read_bytes())
+        return fit(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", changed)
+        with refuses(RunError, where=f"{rows}:4, picture 1"):
+            train(start, quiet=True)
+    with refuses(DataError, where=f"data.train: {rows}", names=["pictures"]):
+        train(start, quiet=True)
+    # Another run takes it as it is now, and the first one goes on with the old one.
+    few = {"duration": "1 steps"}
+    train(picture_run(run.model, rows, train=few, output_dir=str(tmp_path / "new")), quiet=True)
+    picture.write_bytes(first)
+    assert train(start, quiet=True).records[-1].loss == run.losses[-1]
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The ids of each prompt that a command answers, as they reach the model."""
+    seen: list[list[int]] = []
+    answer = decoding.answer_batch
+
+    def kept(model: Any, tokenizer: Any, prompts: Any, *words: Any, **options: Any) -> Any:
+        seen.extend(map(list, prompts))
+        return answer(model, tokenizer, prompts, *words, **options)
+
+    monkeypatch.setattr(decoding, "answer_batch", kept)
+    monkeypatch.setattr(chat, "answer_batch", kept)
+    return seen
+
+
+def held_tokens(run: Trained) -> TokenSet:
+    """The held-out rows as training had them."""
+    loaded = load_run(run.folder / "run", device="cpu")
+    assert loaded.run is not None
+    data = loaded.run.data
+    rows = read_splits(data, 0)[1]
+    return tokenize(rows, data, loaded.template, cache=None, what="test")
+
+
+def prompt_ids(example: Example) -> list[int]:
+    """Up to the first supervised token."""
+    return example.ids[: int(np.flatnonzero(example.trained)[0])].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_is_scored_and_asked_by_the_command_line(
+    family: str,
+    trained: Callable[[str], Trained],
+    prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = trained(family)
+    expected = list(map(prompt_ids, held_tokens(run)))
+    folder = run.folder / "run"
+    assert type_command("eval", folder, "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["tuned"]["loss"] == pytest.approx(run.result.records[-1].val_loss, rel=1e-6)
+    answers = {}
+    for batch in (1, 6):
+        words = [
+            "--input",
+            run.held,
+            "--output",
+            tmp_path / f"{batch}.jsonl",
+            "--batch-size",
+            batch,
+        ]
+        assert type_command("generate", folder, *words, "--max-new-tokens", "6") == 0
+        assert sorted(prompts) == sorted(expected)
+        prompts.clear()
+        lines = (tmp_path / f"{batch}.jsonl").read_text().splitlines()
+        answers[batch] = [json.loads(line)["output"] for line in lines]
+    # What shares a batch changes no answer.
+    assert answers[1] == answers[6]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nReally?\n"))
+    picture = run.folder / "pictures/1-0-0.png"
+    assert type_command("chat", folder, "--image", picture, "--max-new-tokens", "6") == 0
+    assert prompts[0] == expected[0]
+    assert prompts[1][: len(expected[0])] == expected[0]
+    assert capsys.readouterr().out.splitlines()[0] == answers[1][0]
+
+
+def loss_in_transformers(model: Any, run: Trained) -> float:
+    """Of the held-out rows, one by one, by the public forward of the whole model."""
+    tokens, total, count = held_tokens(run), 0.0, 0
+    processor, _ = makers_of(run)
+    for i, example in enumerate(tokens):
+        ids = torch.tensor(example.ids.tolist())[None]
+        inputs: dict[str, Any] = {}
+        row = tokens.parts[0].row_pictures(i)
+        if row:
+            made = PixelMaker(processor)(PixelTask(row))
+            inputs = {name: torch.from_numpy(array) for name, array in made.inputs.items()}
+        is_picture = (ids == processor.token_id).long()
+        inputs |= {"mm_token_type_ids": is_picture, "token_type_ids": is_picture}
+        taken = inspect.signature(model.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in taken}
+        with torch.no_grad():
+            logits = model(input_ids=ids, **inputs).logits[0, :-1]
+        wanted = torch.tensor(example.trained[1:].tolist())
+        total += cross_entropy(logits[wanted], ids[0, 1:][wanted], reduction="sum").item()
+        count += int(wanted.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_and_peft_open_what_a_run_leaves(
+    family: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    run = trained(family)
+    final = run.folder / "run" / "final"
+    expected = run.result.records[-1].val_loss
+    base = AutoModelForImageTextToText.from_pretrained(run.model, dtype=torch.float32).eval()
+    assert abs(loss_in_transformers(base, run) - expected) > 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of keys that are missing
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = PeftModel.from_pretrained(base, final).eval()
+    names = load_file(final / "adapter_model.safetensors").keys()
+    found = {name.replace(".default.", ".") for name in tuned.state_dict() if ".lora_" in name}
+    assert found == set(names)
+    assert loss_in_transformers(tuned.get_base_model(), run) == pytest.approx(expected, rel=1e-5)
+    merged = tmp_path / "merged"
+    assert type_command("merge", run.folder / "run", "--output", merged) == 0
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        merged, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert loss_in_transformers(model.eval(), run) == pytest.approx(expected, rel=1e-5)
+    for folder in (final, merged):
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            assert (folder / name).read_bytes() == (run.model / name).read_bytes()
+    if family == "gemma3":  # Transformers' way to the processors of others needs torchvision
+        processor = AutoProcessor.from_pretrained(final)
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+        ]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        image = Image.open(run.folder / "pictures/1-0-0.png")
+        made = processor(images=[[image]], text=[text])
+        assert made["input_ids"][0] == prompt_ids(held_tokens(run)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_fine_tuning_leaves_the_vision_part_as_it_was(
+    family: str, trained: Callable[[str], Trained]
+) -> None:
+    run = trained(family)
+    full = run.changed(
+        "full", adapter={"kind": "none"}, train={"duration": "2 steps", "learning_rate": 1e-3}
+    )
+    result = train(full, quiet=True)
+    assert result.records[0].loss == pytest.approx(run.losses[0], rel=1e-5)
+    final = run.folder / "full" / "final"
+    before, after = (load_file(f / "model.safetensors") for f in (run.model, final))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    is_seen = {name for name in before if re.search("visual|vision|projector", name)}
+    assert is_seen
+    assert changed == before.keys() - is_seen
+    _, info = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
+    assert not any(info.values())
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_run_without_a_recipe_finds_the_pictures(
+    form: str, trained: Callable[[str], Trained]
+) -> None:
+    run = trained("gemma3")
+    rows = run.rows
+    if form == "csv":
+        rows = run.folder / "table.csv"
+        answers = map(json.loads, run.rows.read_text().splitlines())
+        lines = [
+            f"{row['images'][0]},{QUESTION},{row['messages'][1]['content']}\n"
+            for row in answers
+            if row["images"]
+        ]
+        rows.write_text("".join(["image,question,answer\n", *lines]))
+    out = run.folder / f"by-{form}"
+    words = ["--model", run.model, "--data", rows, f"output_dir={out}", "log.samples=0"]
+    assert type_command("train", *words, "train.duration=1 steps") == 0
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    assert values["model"]["vision"] is True
+    told = (out / "log.txt").read_text()
+    assert holds(told, "12 pictures"), told
