@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from PIL import Image
 from errors import holds, refuses
 from recipes import make_run
 from tunesmith.config.schema import Data, Source
+from tunesmith.data.batches import pixels
+from tunesmith.data.batches.layout import Layout
+from tunesmith.data.batches.loader import Loader
 from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.rows.pictures import picture_digest, scaled_size
 from tunesmith.data.rows.samples import PICTURE_MARK, Completion, Conversation, Message, Picture
@@ -25,7 +30,9 @@ from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.contract import check_tokens
 from tunesmith.data.tokens.token_set import SourceTokens, find_repeats
+from tunesmith.data.workers import WorkerPool
 from tunesmith.errors import DataError, ModelError
+from tunesmith.units import Size
 from vision import FAMILIES, write_processor
 
 # What Transformers' LLaVA templates do: lists of parts alone, pictures before all text.
@@ -461,6 +468,70 @@ def test_pictures_are_stored_and_read_again(folders: dict[str, Path], tmp_path: 
     tokens.pictures = Reader()
     assert [example.pictures for example in tokens.first(3)] == ["pixels", None, "pixels"]
     assert asked == [(0, (digests[0],)), (2, (digests[1],))]
+
+
+def test_the_rows_of_a_step_are_read_in_the_order_of_their_file(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Parquet is read on from the last row, and from its start for one before it."""
+    for n in range(12):
+        picture(tmp_path, (57, 43), n)
+    rows = [row(tmp_path, f"57x43-{n}.png", "What?", "Blue.") for n in range(12)]
+    data = prepared(folders["qwen2_5_vl"], tmp_path, rows)
+    begun: list[int] = []
+
+    class Recorded:
+        def __init__(self, at: int, pictures: Any) -> None:
+            self.at, self.of, self.token_id = at, pictures, pictures.token_id
+
+        def begin(self) -> None:
+            begun.append(self.at)
+
+        def pixels(self) -> Pixels:
+            assert len(begun) in (8, 12)
+            return self.of.pixels()
+
+    reader = data.train.pictures
+
+    class Source:
+        def of(self, part: SourceTokens, at: int, digests: tuple[int, ...]) -> Any:
+            assert reader is not None
+            return Recorded(at, reader.of(part, at, digests))
+
+    data.train.pictures = Source()
+    loader = Loader(data.train, data.schedule, pad_id=0, micro_batch=Size.parse("2 examples"))
+    batch = loader.batch(0)
+    assert batch.indices != sorted(batch.indices)
+    assert begun == sorted(batch.indices)
+    begun.clear()
+    [_] = Layout(0, packed=True).batches(data.train, 4096)
+    assert begun == list(range(12))
+
+
+def test_held_out_rows_and_training_rows_share_processes(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = []
+
+    class Slow(WorkerPool[Any, Any]):
+        def __init__(self, *args: Any) -> None:
+            time.sleep(0.1)
+            pools.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(pixels, "WorkerPool", Slow)
+    reader = pixels.PixelReader(load(folders["qwen2_5_vl"]), workers=1)
+    waits: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: waits.append(reader.submit(pixels.PixelTask(()))))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pools[0].close()
+    assert len(pools) == 1
 
 
 def test_a_picture_that_was_changed_becomes_tokens_again(

@@ -14,6 +14,20 @@ from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.units import ceil_div
 
 
+def take_examples(examples: Sequence[Example] | TokenSet, indices: Sequence[int]) -> list[Example]:
+    """The examples of some indices, the pixels of all of them being made from here on.
+
+    Their rows are read in the order of the files: some kinds (Parquet) are read on from the row
+    that was read last, and from the start for one before it.
+    """
+    taken = {i: examples[i] for i in indices}
+    for i in sorted(taken):
+        pictures = taken[i].pictures
+        if pictures is not None:
+            pictures.begin()
+    return [taken[i] for i in indices]
+
+
 @dataclass(frozen=True)
 class Layout:
     """The way in which examples are laid into batches.
@@ -45,7 +59,7 @@ class Layout:
         for first in range(0, len(groups), ranks):
             mine = first + rank
             group = groups[mine] if mine < len(groups) else []
-            yield group, self.batch([examples[i] for i in group])
+            yield group, self.batch(take_examples(examples, group))
 
     def batch(self, examples: Sequence[Example], rows: int = 1) -> Batch:
         """Some examples in one batch of at least so many rows; of none, padding."""

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Protocol
 
 from tunesmith.data.batches.batch import Batch
-from tunesmith.data.batches.layout import Layout
+from tunesmith.data.batches.layout import Layout, take_examples
 from tunesmith.data.batches.micro_batches import MicroBatches
 from tunesmith.data.batches.mismatched import mismatched_examples
 from tunesmith.data.batches.schedule import BatchSchedule
@@ -178,11 +178,9 @@ class Loader(AbstractContextManager["Loader"]):
         examples = self.schedule.examples(step)
         micro_steps = self._micro_batches.micro_steps(step)
         of_step = [self.tokens[i] for i in examples]
+        groups = [of_ranks[self.rank] for of_ranks in micro_steps]
         # All at once: other processes make the pixels of several rows.
-        mine = [[self.tokens[i] for i in groups[self.rank]] for groups in micro_steps]
-        for example in itertools.chain.from_iterable(mine):
-            if example.pictures is not None:
-                example.pictures.begin()
+        mine = iter(take_examples(self.tokens, [*itertools.chain.from_iterable(groups)]))
         mismatched: list[Batch] = []
         if self.mismatches:
             mismatched = [batch for _, batch in self.mismatched(step)]
@@ -190,8 +188,8 @@ class Loader(AbstractContextManager["Loader"]):
             step=step,
             epoch=self.schedule.epoch(step),
             micro=[
-                self.layout.batch(group, self._micro_batches.shape(groups[self.rank])[0])
-                for group, groups in zip(mine, micro_steps, strict=True)
+                self.layout.batch([next(mine) for _ in group], self._micro_batches.shape(group)[0])
+                for group in groups
             ],
             tokens=int(self.schedule.lengths[examples].sum()),
             supervised=sum(example.supervised for example in of_step),

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 from tunesmith.data.rows.pictures import open_picture, picture_digest, picture_place, read_picture
 from tunesmith.data.rows.samples import Picture
@@ -78,6 +79,7 @@ class PixelReader:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(available_cores() // (CORES_EACH * ranks), MAX_PIXEL_WORKERS)
         self.workers = workers
+        self._starting = Lock()
         self._pool: WorkerPool[PixelTask, Pixels] | None = None
 
     def of(self, part: SourceTokens, at: int, digests: Sequence[int]) -> "PicturesOfRow":
@@ -88,9 +90,12 @@ class PixelReader:
         """Have the pixels of a row made; what is returned waits for them."""
         if not self.workers:
             return partial(self._make, task)
-        if self._pool is None:
-            self._pool = WorkerPool(self._make, self.workers, "a process that prepares pictures")
-            weakref.finalize(self, self._pool.close)
+        # Asked for by the thread of the training rows, and by that of the held-out ones.
+        with self._starting:
+            if self._pool is None:
+                what = "a process that prepares pictures"
+                self._pool = WorkerPool(self._make, self.workers, what)
+                weakref.finalize(self, self._pool.close)
         return self._pool.submit(task, task.where).result
 
 
