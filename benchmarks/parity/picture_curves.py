@@ -23,12 +23,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from families_curves import as_json
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
@@ -214,6 +216,7 @@ class Plain:
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=attention
         )
+        self.inputs = self.read_rows()
         self.is_adapted = adapter is not None
         if adapter is not None:
             model = PeftModel.from_pretrained(
@@ -225,19 +228,18 @@ class Plain:
             model.get_output_embeddings().weight.requires_grad_(True)
         self.model: Any = model.train()
 
-    def inputs(self, turn: Turn | None = None) -> list[Inputs]:
+    def read_rows(self, turn: Turn | None = None) -> list[Inputs]:
         return [read_row(row, self.folder, self.processor, turn) for row in self.rows]
 
-    def first_loss(self, turn: Turn | None = None) -> float:
-        """The loss of all rows before any update."""
+    def first_loss(self, inputs: list[Inputs]) -> float:
+        """Compute the loss of rows before any update."""
         with torch.no_grad():
-            rows = self.inputs(turn)
-            total = sum(float(sum_losses(self.model, row)) for row in rows)
-        return total / sum(int((row.labels[1:] != -100).sum()) for row in rows)
+            total = sum(float(sum_losses(self.model, row)) for row in inputs)
+        return total / sum(int((row.labels[1:] != -100).sum()) for row in inputs)
 
     def steps(self, steps: int, rate: float) -> Iterator[float]:
         """The loss of each step before its update."""
-        rows = self.inputs()
+        rows = self.inputs
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, eps=EPS)
         for step in range(steps):
@@ -260,6 +262,15 @@ class Plain:
         return get_peft_model_state_dict(self.model) if self.is_adapted else self.model.state_dict()
 
 
+def read_weights(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Those that a run wrote, by the names of `Plain.weights`."""
+    from transformers import AutoModelForImageTextToText
+
+    if kind == "lora":
+        return load_file(folder / "adapter_model.safetensors")
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Of all values; an update moves one by the rate at most."""
     if ours.keys() != theirs.keys():
@@ -278,11 +289,11 @@ def compare_family(
     run = recipe(model, folder, rows, kind, steps)
     adapter = write_first_adapter(run, folder / "first") if kind == "lora" else None
     plain = Plain(model, adapter, rows, attention)
-    seen, turned = plain.first_loss(), plain.first_loss(ImageOps.flip)
+    seen = plain.first_loss(plain.inputs)
+    turned = plain.first_loss(plain.read_rows(ImageOps.flip))
     ours = [record.loss for record in train(run, quiet=True).records]
     theirs = list(plain.steps(steps, RATES[kind]))
-    file = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-    written = load_file(Path(run.output_dir) / "final" / file)
+    written = read_weights(Path(run.output_dir) / "final", kind)
     return {
         "difference": compare(ours, theirs),
         "weights": largest_difference(written, plain.weights()),
@@ -304,7 +315,11 @@ def main() -> None:
     p.add_argument("--attention", default="sdpa", help="of the plain side")
     p.add_argument("--json", help="write the figures to this file")
     options = p.parse_args()
-    report = []
+    report: dict[str, Any] = {
+        "command": [Path(word).name for word in sys.argv],
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "rows": [],
+    }
     for family in options.families or families:
         for kind in options.kinds:
             with tempfile.TemporaryDirectory() as name:
@@ -316,9 +331,9 @@ def main() -> None:
             text += f"  weights {result['weights']:.1e}  pictures {result['pictures']:.1e}"
             text += f"  loss {result['plain'][0]:.4f} -> {result['plain'][-1]:.4f}"
             print(text, flush=True)
-            report.append({"family": family, "trained": kind, **result})
+            report["rows"].append({"family": family, "trained": kind, **result})
             if options.json:
-                Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+                Path(options.json).write_text(as_json(report), encoding="utf-8")
 
 
 if __name__ == "__main__":
