@@ -37,7 +37,7 @@ from tunesmith.model.vision_support import measure_pictures
 
 pytestmark = pytest.mark.slow
 
-MROPE = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"]
+MROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"]
 
 _QWEN_TOWER = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 # config.json, the settings of the processor's two files, billions of parameters of the parts.
@@ -154,8 +154,11 @@ def seeing(folder: Path, tmp_path: Path, **changes: Any) -> Any:
     return make_run(folder, tmp_path, **changes)
 
 
-def make_batch(folder: Path, run: Any) -> Batch:
-    """A row of documents with two pictures, none and one, with ids of the model's own."""
+def make_batch(folder: Path, run: Any, *, turned: bool = False) -> Batch:
+    """A row of documents with two pictures, none and one, with ids of the model's own.
+
+    turned: the pictures of the first document have their values in another order.
+    """
     files = read_model_files(folder, run.model)
     assert files.pictures is not None
     row = make_picture_row(files.pictures, files.tokenizer)
@@ -165,7 +168,12 @@ def make_batch(folder: Path, run: Any) -> Batch:
         own = np.where(ids.numpy() == row.ids.max().item(), token_id, ids.numpy() + 40)
         handle = None
         if pictures:
-            handle = ReadyPixels(token_id, pixels_of(pictures, files.pictures))
+            pixels = pixels_of(pictures, files.pictures)
+            handle = ReadyPixels(token_id, pixels)
+            if turned and not examples:
+                for name, values in pixels.inputs.items():
+                    if values.dtype == np.float32:
+                        pixels.inputs[name] = values[..., ::-1].copy()
         examples.append(Example(own.astype(np.int32), own != token_id, pictures=handle))
     return collate([examples], length=len(row.ids), pad_id=0)
 
@@ -232,15 +240,22 @@ def test_a_model_of_published_size_is_measured(family: str, tmp_path: Path) -> N
 
 def test_a_picture_is_seen_both_ways_in_layers_with_a_window(tmp_path: Path) -> None:
     """Gemma 4 of more than a few billion parameters: not in all layers, as Gemma 3."""
-    vision.write_processor(tmp_path, "gemma4")
-    file = tmp_path / "config.json"
-    values = json.loads(file.read_text())
-    values["text_config"]["use_bidirectional_attention"] = "vision"
-    file.write_text(json.dumps(values))
+    vision.write_processor(tmp_path, "gemma4_both_ways")
     files = read_model_files(tmp_path, Model(name=str(tmp_path), dtype="fp32", vision=True))
     assert files.support.both_ways == "sliding"
     assert files.support.errors is not None
     assert files.support.errors.are_rounding()
+
+
+def test_another_picture_changes_its_own_document_alone(folder: Path, tmp_path: Path) -> None:
+    run = seeing(folder, tmp_path)
+    model = built_model(run, folder).eval()
+    batch, other = make_batch(folder, run), make_batch(folder, run, turned=True)
+    assert torch.equal(batch.input_ids, other.input_ids)
+    logits, changed = hidden_of(model, batch), hidden_of(model, other)
+    first = batch.edges[1]
+    assert not torch.equal(changed[:first], logits[:first])
+    assert torch.equal(changed[first:], logits[first:])
 
 
 def test_an_adapter_is_on_the_text_alone_and_the_tower_frozen(folder: Path, tmp_path: Path) -> None:
@@ -345,6 +360,15 @@ def test_a_model_without_a_vision_part_is_refused(tiny: Path, tmp_path: Path) ->
     run = seeing(tiny, tmp_path)
     with refuses(ModelError, where=f"{tiny}/config.json", fix=["model.vision=false"]):
         read_model_files(tiny, run.model)
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "mllama"])
+def test_a_model_that_takes_pictures_otherwise_is_refused(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    run = seeing(tmp_path, tmp_path)
+    where = f"{tmp_path}/config.json"
+    with refuses(ModelError, where=where, names=[model_type], fix=["model.vision=false"]):
+        read_model_files(tmp_path, run.model)
 
 
 def test_modules_of_the_tower_are_not_trained(tmp_path: Path) -> None:
