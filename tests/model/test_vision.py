@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 
 import vision
 from errors import refuses
+from figures import write_figures
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.checkpoint.contents import write_model_files
+from tunesmith.cli.main import main
 from tunesmith.config.schema import Model
 from tunesmith.data.batches.batch import Batch, collate
 from tunesmith.data.batches.positions import mrope_positions
@@ -34,6 +36,7 @@ from tunesmith.model.measured_spec import has_own_class, model_spec
 from tunesmith.model.model_types import ROUNDING_TOLERANCE
 from tunesmith.model.names import text_part
 from tunesmith.model.vision_support import measure_pictures
+from tunesmith.tools.evaluate.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -376,3 +379,14 @@ def test_modules_of_the_tower_are_not_trained(tmp_path: Path) -> None:
     run = seeing(folder, tmp_path, adapter={"target": ["attn.qkv"]})
     with refuses(RecipeError, where="adapter.target", names=["attn.qkv"]):
         built_model(run, folder)
+
+
+def test_a_model_without_a_recipe_sees_the_pictures_of_rows(tmp_path: Path) -> None:
+    """A folder that `merge` wrote, or a base."""
+    model = write_model(tmp_path / "model", "qwen2_5_vl")
+    rows = write_figures(tmp_path / "rows", 3)
+    assert evaluate(model, rows, device="cpu").rows == 3
+    output = tmp_path / "answers.jsonl"
+    words = ["generate", model, "--input", rows, "--output", output, "--max-new-tokens", 2]
+    assert main([*map(str, words), "--device", "cpu"]) == 0
+    assert len(output.read_text().splitlines()) == 3

@@ -15,7 +15,7 @@ was trained.
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -360,6 +360,17 @@ def _stored_dtype(folder: Path) -> Dtype | None:
 
 
 @lines_by_default()
+def that_sees(location: RunLocation, rows: Iterable[object]) -> RunLocation:
+    """The location, with the vision part of a model that no recipe describes where the first rows
+    have pictures.
+    """
+    from tunesmith.data.rows.picture_places import names_pictures
+
+    if location.run is None and any(map(names_pictures, rows)):
+        return replace(location, base=replace(location.base, vision=True))
+    return location
+
+
 def load_run(
     path: str | os.PathLike[str] | RunLocation,
     *,

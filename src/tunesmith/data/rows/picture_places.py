@@ -70,6 +70,18 @@ def read_column_pictures(row: RowReader) -> tuple[Picture, ...]:
     return tuple(_picture(row, item, f"picture {n}") for n, item in enumerate(values, 1))
 
 
+def names_pictures(row: object) -> bool:
+    """Tell whether a row has pictures in a column, or in a part of a message."""
+    if isinstance(row, list):
+        return any(map(names_pictures, row))
+    if not isinstance(row, Mapping):
+        return False
+    if row.get("type") in PICTURE_PARTS:
+        return True
+    in_column = any(not is_absent(row.get(name)) for name in PICTURE_NAMES)
+    return in_column or any(map(names_pictures, row.values()))
+
+
 def check_media(row: RowReader) -> None:
     """DataError for pictures in a row whose format has no place for them, videos and sound."""
     unread = row.unread_columns()

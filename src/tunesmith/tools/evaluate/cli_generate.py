@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tunesmith.cli import options
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.detect import sample_rows
 from tunesmith.data.source.open_source import Rows, from_list, read_rows
 from tunesmith.errors import (
     DataError,
@@ -32,7 +33,7 @@ from tunesmith.errors import (
 from tunesmith.host.shell import shell_path
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import visible
-from tunesmith.inference.load_run import load_run, locate_run
+from tunesmith.inference.load_run import load_run, locate_run, that_sees
 from tunesmith.tools.evaluate.resumed_file import ResumedFile, write_error
 from tunesmith.units import count_of
 
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
     decoding = decoding_of(args)
     stop = StopRequest(interactive=True)
+    location = that_sees(location, sample_rows(rows)[0].values())
     loaded = load_run(location, device=args.device)
     with options.fixes_as_options():
         answers = generate(

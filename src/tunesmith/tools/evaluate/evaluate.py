@@ -27,6 +27,7 @@ from tunesmith.data.batches.layout import Layout
 from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.compare.splits import SourceRows, read_splits
 from tunesmith.data.prepare import find_trained_rows
+from tunesmith.data.rows.detect import sample_rows
 from tunesmith.data.source.open_source import Rows, describe_layouts, is_local, read_rows
 from tunesmith.data.tokens.token_set import Repeats, TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
@@ -41,6 +42,7 @@ from tunesmith.inference.load_run import (
     locate_run,
     path_of,
     require_held_out,
+    that_sees,
 )
 from tunesmith.methods.answers import accuracy
 from tunesmith.methods.base import TrainModel, supervised_positions
@@ -388,6 +390,8 @@ def evaluate(
             scorers = [*scorers, "exact"]
         if scorers and all(source.format == "text" for source, _ in parts):
             raise no_scored_rows(name, "rows of the format text were read")
+        for _, rows in parts:
+            location = that_sees(location, sample_rows(rows)[0].values())
         loaded = load_run(location, device=device)
         tokens = _eval_tokens(parts, loaded, name)
         shown = name
