@@ -382,6 +382,24 @@ def test_a_row_without_a_picture_is_a_text(nothing: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("figure", [3, 0.5, False])
+def test_a_count_of_pictures_is_none(figure: Any) -> None:
+    """Rows of texts alone were read with such a column."""
+    rows: dict[str, Row] = {
+        "text": {"text": "a"},
+        "prompt-completion": {"prompt": "a", "completion": "b"},
+        "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }
+    for form, row in rows.items():
+        source = Source(source="x", format=form)  # type: ignore[arg-type]
+        for column in ("images", "picture"):
+            read = convert_row({**row, column: figure}, source, where="r").samples
+            assert not any(map(pictures_of, read))
+    named = Source(source="x", format="prompt-completion", columns={"images": "n"})
+    with refuses(DataError, where="r"):
+        convert_row({**rows["prompt-completion"], "n": figure}, named, where="r")
+
+
 def test_a_column_of_another_name() -> None:
     assert sample(chat(Q, photo="a"), images="photo").pictures[0].path == Path("/data/a")
     row = chat(Q, image="a", photo="b")
