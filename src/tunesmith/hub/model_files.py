@@ -94,7 +94,7 @@ def spec_of_folder(folder: Path, model: Model) -> ModelSpec:
 def read_picture_processor(
     folder: Path, tokenizer: PreTrainedTokenizerBase, run: Run
 ) -> "PictureProcessor | None":
-    """What makes tokens of a recipe's pictures, by the model in `folder`; None without
+    """The processor of a recipe's pictures, by the model in `folder`; None without
     `model.vision`.
     """
     if not run.model.vision:
