@@ -382,6 +382,16 @@ def test_a_row_without_a_picture_is_a_text(nothing: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("column", ["image", "videos"])
+def test_a_text_is_trained_on_alone_and_what_stands_beside_it_named(column: str) -> None:
+    unread: set[str] = set()
+    source = Source(source="x", format="text")
+    row: Row = {"text": "a", column: "https://a.b/c"}
+    [read] = convert_row(row, source, where="r", unread=unread).samples
+    assert not pictures_of(read)
+    assert unread == {column}
+
+
 @pytest.mark.parametrize("figure", [3, 0.5, False])
 def test_a_count_of_pictures_is_none(figure: Any) -> None:
     """Rows of texts alone were read with such a column."""
@@ -477,7 +487,6 @@ BAD: dict[str, tuple[Row, str, str, tuple[object, ...], tuple[str, ...]]] = {
         {"prompt": [user(image(path="a"))], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "B"}]}, "preference", "", ("image", "preference"), ("delete",),
     ),
     "a labeled answer": ({"prompt": "a", "completion": "b", "label": True, "images": ["a"]}, "feedback", "", ("images", "feedback"), ("delete",)),
-    "a text": ({"text": "a", "image": "a"}, "text", "", ("image", "text"), ("prompt-completion",)),
 }  # fmt: skip
 
 
