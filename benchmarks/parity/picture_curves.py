@@ -7,8 +7,8 @@ Each family is a small random model (fp32) with its processor and a byte tokeniz
 Both sides begin with the same weights, take the same rows of drawn figures in the same order, at a
 constant rate. The plain side renders a row's lists of parts by the tokenizer, opens the pictures,
 has Transformers' processor make all inputs of them and computes one row a forward; ours packs.
-Printed: the largest relative difference of the loss, and of what was trained in the end; and how far
-the plain side's first loss moves when its pictures are turned upside down.
+Printed: the largest relative difference of the loss, that of what was trained in the end; and how far
+the plain side's first losses of rows move with pictures in the opposite colours.
 
 Transformers' `AutoProcessor` wants torchvision, and PixtralProcessor and SmolVLMProcessor cannot be
 had without (and num2words). Where torchvision is not installed, the others are made without it.
@@ -52,7 +52,7 @@ SPREAD = 0.15
 EPS = 1e-5
 
 Row = dict[str, Any]
-Turn = Callable[[Image.Image], Image.Image]
+Change = Callable[[Image.Image], Image.Image]
 
 
 def write_model(family: str, folder: Path) -> Path:
@@ -165,7 +165,7 @@ class Inputs:
     labels: Tensor
 
 
-def read_row(row: Row, folder: Path, processor: Any, turn: Turn | None = None) -> Inputs:
+def read_row(row: Row, folder: Path, processor: Any, change: Change | None = None) -> Inputs:
     """Render, open and process a row; the answers with their end are learnt, and nothing else."""
     messages = []
     for message in row["messages"]:
@@ -177,7 +177,7 @@ def read_row(row: Row, folder: Path, processor: Any, turn: Turn | None = None) -
             {"role": message["role"], "content": [p for p in parts if p.get("text", 1)]}
         )
     pictures = [ImageOps.exif_transpose(Image.open(folder / name)) for name in row["images"]]
-    pictures = [turn(picture) if turn else picture for picture in pictures]
+    pictures = [change(picture) if change else picture for picture in pictures]
 
     tokenizer = processor.tokenizer
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -228,14 +228,13 @@ class Plain:
             model.get_output_embeddings().weight.requires_grad_(True)
         self.model: Any = model.train()
 
-    def read_rows(self, turn: Turn | None = None) -> list[Inputs]:
-        return [read_row(row, self.folder, self.processor, turn) for row in self.rows]
+    def read_rows(self, change: Change | None = None) -> list[Inputs]:
+        return [read_row(row, self.folder, self.processor, change) for row in self.rows]
 
-    def first_loss(self, inputs: list[Inputs]) -> float:
-        """Compute the loss of rows before any update."""
+    def first_losses(self, inputs: list[Inputs]) -> Tensor:
+        """Compute the loss of each row before any update."""
         with torch.no_grad():
-            total = sum(float(sum_losses(self.model, row)) for row in inputs)
-        return total / sum(int((row.labels[1:] != -100).sum()) for row in inputs)
+            return torch.stack([sum_losses(self.model, row) for row in inputs])
 
     def steps(self, steps: int, rate: float) -> Iterator[float]:
         """The loss of each step before its update."""
@@ -289,15 +288,15 @@ def compare_family(
     run = recipe(model, folder, rows, kind, steps)
     adapter = write_first_adapter(run, folder / "first") if kind == "lora" else None
     plain = Plain(model, adapter, rows, attention)
-    seen = plain.first_loss(plain.inputs)
-    turned = plain.first_loss(plain.read_rows(ImageOps.flip))
+    seen = plain.first_losses(plain.inputs)
+    others = plain.first_losses(plain.read_rows(ImageOps.invert))
     ours = [record.loss for record in train(run, quiet=True).records]
     theirs = list(plain.steps(steps, RATES[kind]))
     written = read_weights(Path(run.output_dir) / "final", kind)
     return {
         "difference": compare(ours, theirs),
         "weights": largest_difference(written, plain.weights()),
-        "pictures": abs(turned - seen) / seen,
+        "pictures": float((others - seen).abs().sum() / seen.sum()),
         "ours": ours,
         "plain": theirs,
     }

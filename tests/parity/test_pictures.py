@@ -35,5 +35,5 @@ def test_losses_and_weights_are_transformers_and_peft_s(
     assert result["difference"]["all"] <= 1e-5
     assert result["weights"] <= 1e-5
     # What the figures are worth: pictures count, and much is learnt.
-    assert result["pictures"] > 1e-4
+    assert result["pictures"] > 1e-3
     assert result["plain"][-1] < result["plain"][0] - 0.1
