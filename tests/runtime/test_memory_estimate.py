@@ -102,6 +102,7 @@ def measure(
         folder=folder,
         vocab_rows=vocabulary,
         support=TUNED_SUPPORT,
+        whole=None,
         form=None,
     )
     plan = replace(
