@@ -621,17 +621,6 @@ def test_no_picture_is_cut(folders: dict[str, Path], tmp_path: Path) -> None:
         kept(last, too_long="error")
 
 
-def test_pictures_are_trained_with_sft(folders: dict[str, Path], tmp_path: Path) -> None:
-    picture(tmp_path, (57, 43))
-    rows = [row(tmp_path, "57x43-0.png", "What?", "Blue.")]
-    data = prepared(folders["qwen2_5_vl"], tmp_path, rows)
-    from tunesmith.data.prepare import _check_method
-
-    run = replace(data.run, method=replace(data.run.method, name="dpo"))
-    with refuses(DataError, names=["dpo"], fix=["sft"]):
-        _check_method(run, data.train)
-
-
 def test_the_contract_knows_the_placeholders_of_a_row(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

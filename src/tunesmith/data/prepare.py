@@ -449,7 +449,6 @@ def prepare_data(
         for tokens in token_sets.values():
             tokens.pictures = reader
     train = token_sets["train"]
-    _check_method(run, train)
     validation = token_sets.get("validation")
     validation_digest = None
     if run.data.allow_cut_answers:
@@ -521,17 +520,6 @@ def find_trained_rows(
             fault = first_line(error)
     seen = find_repeats(tokens, TokenSet(parts), chosen=True) if parts else Repeats()
     return None if fault and not seen.count else seen, fault
-
-
-def _check_method(run: Run, train: TokenSet) -> None:
-    """DataError where a method that takes texts alone gets pictures."""
-    if run.method.name != "sft" and train.counts.pictures:
-        raise DataError(
-            f"the rows have pictures, and the method is {run.method.name}",
-            where=train.counts.source,
-            why="pictures are trained with method sft",
-            fix="method=sft, or remove the pictures",
-        )
 
 
 def _check_labels(train: TokenSet) -> None:

@@ -226,8 +226,9 @@ def _find_class(folder: Path, whole: PretrainedConfig) -> type[ProcessorMixin]:
     if isinstance(kind, type) and issubclass(kind, ProcessorMixin):
         return kind
     raise ModelError(
-        f"there is no processor {name} for the model's pictures".replace("  ", " "),
+        f"there is no processor for the pictures of this {whole.model_type}",
         where=str(folder),
-        why="Transformers has none of that name, or it needs a package that is not installed",
+        why=f"Transformers has none ({name or 'no file names one'}), or it needs a package that is"
+        " not installed",
         fix=_FIX,
     )

@@ -132,13 +132,6 @@ class RowEncoder:
             sequences.append(example)
         samples = row.row.samples
         example = sequences[0]._replace(label=row.row.is_good)
-        if example.digests and (len(samples) > 1 or row.row.is_good is not None):
-            return DataError(
-                "the row has pictures, and answers that are compared",
-                where=row.place,
-                why="pictures are trained with method sft",
-                fix="write the good answers as rows of format messages, or delete the row",
-            )
         if len(samples) > 1:
             if np.array_equal(example.ids, sequences[1].ids):
                 return DataError(
