@@ -192,44 +192,44 @@ def attend(
         return _attend_whole(q, k, v, rule, documents.repeated, sinks, dropout)
     out = _attend_each(q, k, v, rule, sinks, dropout)
     if sees_ahead:
-        out = _let_pictures_see(out, q, k, v, rule)
+        if softcap is not None or sinks is not None:
+            what = "attention that sees pictures both ways has neither a soft cap nor sinks here"
+            raise ModelError(what, fix="model.vision=false")
+        out = _let_pictures_see(out, q, k, v, rule, dropout)
     return out
 
 
 @torch.compiler.disable  # shapes follow the pictures and change with every batch
-def _let_pictures_see(out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+def _let_pictures_see(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float
+) -> Tensor:
     """Replace the rows of pictures' queries by those that see keys up to the picture's end.
 
     The window, or the document, still bounds what they see before them.
     """
-    documents, scale, window, softcap = rule
-    pictures = documents.pictures
-    if not pictures:
-        return out
-    if softcap is not None:
-        what = "attention that sees pictures both ways is not computed with a soft cap"
-        raise ModelError(what, fix="model.vision=false")
+    documents, scale, window, _ = rule
+    # On the device: a copy of what the host made would be waited for in each layer.
+    places = torch.arange(len(q), device=q.device)
     rows = []
-    places = []
-    for first, stop in pictures:
+    indices = []
+    for first, stop in documents.pictures:
         start = documents.edges[bisect_right(documents.edges, first) - 1]
         mask = None
         if window is not None:
             # The query itself is counted.
-            distance = torch.arange(first, stop)[:, None] - torch.arange(start, stop)
-            mask = (distance < window).to(q.device, non_blocking=True)
+            mask = places[first:stop, None] - places[start:stop] < window
         row = F.scaled_dot_product_attention(
             q[first:stop].transpose(0, 1).unsqueeze(0),
             k[start:stop].transpose(0, 1).unsqueeze(0),
             v[start:stop].transpose(0, 1).unsqueeze(0),
             attn_mask=mask,
+            dropout_p=dropout,
             scale=scale,
             enable_gqa=True,
         )
         rows.append(row.squeeze(0).transpose(0, 1))
-        places.append(torch.arange(first, stop))
-    index = torch.cat(places).to(q.device, non_blocking=True)
-    return out.index_copy(0, index, torch.cat(rows))
+        indices.append(places[first:stop])
+    return out.index_copy(0, torch.cat(indices), torch.cat(rows))
 
 
 def _attend_each(
