@@ -236,7 +236,7 @@ def test_a_model_of_published_size_is_measured(family: str, tmp_path: Path) -> N
     assert measure_pictures(config, make_picture_row(made, tokenizer)).state == "packed"
     text = text_part(config)
     described = text if has_own_class(text) else config
-    spec = add_vision(model_spec(described.to_dict(), where=family), config, made, tokenizer)
+    spec = add_vision(model_spec(described.to_dict(), where=family), config, made)
     found = [round(count / 1e9, 2) for count in (spec.parameters, spec.vision_parameters)]
     assert found == billions
 

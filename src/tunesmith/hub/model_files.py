@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
@@ -97,12 +97,12 @@ def read_picture_processor(
     """The processor of a recipe's pictures, by the model in `folder`; None without
     `model.vision`.
     """
-    if not run.model.vision:
+    _, whole = load.load_configs(folder, run.model)
+    if whole is None:
         return None
     # It loads torch.
     from tunesmith.data.text.placeholders import PictureProcessor
 
-    whole = AutoConfig.from_pretrained(folder, trust_remote_code=run.model.trust_remote_code)
     return PictureProcessor.load(folder, tokenizer, whole, run.data.image_max_pixels)
 
 
@@ -138,5 +138,5 @@ def read_model_files(
 
     pictures = PictureProcessor.load(folder, tokenizer, whole, image_max_pixels)
     support = find_picture_support(whole, pictures, tokenizer, where=str(file))
-    spec = add_vision(spec, whole, pictures, tokenizer)
+    spec = add_vision(spec, whole, pictures)
     return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole, pictures)

@@ -18,7 +18,7 @@ from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Support
 from tunesmith.model.spec import ModelSpec
-from tunesmith.model.support import FIRST_ID
+from tunesmith.model.support import FIRST_ID, errors_at
 from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
 from tunesmith.model.vision_support import PictureRow, measure_pictures
 
@@ -58,15 +58,13 @@ def find_picture_support(
         sizes.pop(name, None)
     versions = [version("transformers"), version("torch")]
     key = [PICTURE_SUPPORT_VERSION, *versions, processor.digest, sizes]
-
-    def measure() -> Support:
-        return measure_pictures(whole, make_picture_row(processor, tokenizer))
-
-    try:
-        support = measure_once("support", key, measure, Support)
-    except ModelError as error:
-        error.where = error.where or where
-        raise
+    with errors_at(where):
+        support = measure_once(
+            "support",
+            key,
+            lambda: measure_pictures(whole, make_picture_row(processor, tokenizer)),
+            Support,
+        )
     if support.state == "refused":
         raise ModelError(
             f"{whole.model_type} does not train with pictures here",
@@ -84,12 +82,7 @@ class VisionSize:
     parameters: int
 
 
-def add_vision(
-    spec: ModelSpec,
-    whole: PretrainedConfig,
-    processor: PictureProcessor,
-    tokenizer: PreTrainedTokenizerBase,
-) -> ModelSpec:
+def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProcessor) -> ModelSpec:
     """The spec with the sizes of the vision part, and of what it is given."""
     values = whole.to_dict()
     for name in NO_SIZES:
@@ -101,11 +94,10 @@ def add_vision(
 
     key = [PICTURE_SUPPORT_VERSION, version("transformers"), values]
     size = measure_once("specs", key, measure, VisionSize)
-    [text] = processor.expand((TYPICAL_SIZE,))
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"].count(processor.token_id)
     pixels = processor.pixels([Image.new("RGB", TYPICAL_SIZE)])
     given = sum(array.nbytes for array in pixels.inputs.values())
-    return replace(spec, vision_parameters=size.parameters, picture_bytes=given // tokens)
+    of_token = given // processor.count_tokens(TYPICAL_SIZE)
+    return replace(spec, vision_parameters=size.parameters, picture_bytes=of_token)
 
 
 def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizerBase) -> PictureRow:

@@ -7,7 +7,6 @@ Generation settings that ship with a model (a repetition penalty, a default temp
 ignored.
 """
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from tunesmith.errors import UsageError
 from tunesmith.methods.base import TrainModel
 from tunesmith.metrics.sink import SampleAnswer
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.vision import mark_pictures
 from tunesmith.runtime.stream import streamed_modules
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
@@ -231,11 +231,7 @@ def _picture_inputs(
     if not pixels:
         return {}
     inputs = {name: tensor.to(ids.device) for name, tensor in join_pixels(pixels).items()}
-    # Positions, and who sees whom, go by what is a picture's.
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if name in inspect.signature(model.forward).parameters:
-            inputs[name] = (ids == model.config.image_token_id).long()
-    return inputs
+    return inputs | mark_pictures(model, ids)
 
 
 def _reads_padding(model: PreTrainedModel, generate: Callable[..., Any]) -> bool:

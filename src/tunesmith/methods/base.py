@@ -32,13 +32,13 @@ from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.decoder import find_decoder, find_head, find_layers
 from tunesmith.model.documents import (
-    BothWays,
     Documents,
     RepeatedTokens,
     current_documents,
     use_documents,
 )
 from tunesmith.model.expert_load import ExpertLoad
+from tunesmith.model.model_types import BothWays
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial

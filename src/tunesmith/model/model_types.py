@@ -20,6 +20,9 @@ FILE = Path(__file__).with_suffix(".json")
 ROUNDING_TOLERANCE = 1e-4
 
 State = Literal["tuned", "packed", "padded", "refused"]
+# Layers in which a picture's tokens see those behind them, up to its end: none, all, those with a
+# window.
+BothWays = Literal["", "all", "sliding"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Support:
     dead_targets: tuple[str, ...] = ()
     packs_eager: bool = False
     errors: Errors | None = None
-    both_ways: Literal["", "all", "sliding"] = ""
+    both_ways: BothWays = ""
 
     def describe(self) -> list[str]:
         """Lines for the user where a model trains otherwise than one that this engine is tuned

@@ -92,7 +92,7 @@ def find_support(
     if text_config.model_type in ARCHITECTURES:
         return TUNED_SUPPORT
     runs_own_code = model.trust_remote_code and "auto_map" in vars(config)
-    try:
+    with errors_at(where):
         if runs_own_code:
             support = measure_support(text_config, trust_remote_code=True)
         else:
@@ -103,10 +103,6 @@ def find_support(
                 sizes.pop(name, None)
             key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), sizes]
             support = measure_once("support", key, lambda: measure_support(measured), Support)
-    except ModelError as error:
-        # Errors of the measurement name no file: that is the caller's.
-        error.where = error.where or where
-        raise
     if support.state == "refused":
         raise ModelError(
             f"{text_config.model_type} is not supported",
@@ -117,6 +113,16 @@ def find_support(
     return support
 
 
+@contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Give errors of a measurement, which name no file, that of the caller."""
+    try:
+        yield
+    except ModelError as error:
+        error.where = error.where or where
+        raise
+
+
 def measure_support(
     config: PretrainedConfig,
     *,
@@ -125,9 +131,23 @@ def measure_support(
 ) -> Support:
     """Measure how a model of this config trains, in a second or two, on the CPU.
 
-    `config` is that of a text model, or of a vision-language model in whole. ModelError where
-    no twin can be built of it, or the twin takes
-    more than `seconds`.
+    `config` is that of a text model, or of a vision-language model in whole. ModelError as
+    `ready_twin`.
+    """
+    with ready_twin(config, trust_remote_code=trust_remote_code, seconds=seconds) as twin:
+        return measure_twin(twin)
+
+
+@contextmanager
+def ready_twin(
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    seconds: float = MAX_SUPPORT_SECONDS,
+) -> Iterator[PreTrainedModel]:
+    """The twin of a model, to be measured in the block, on one thread and with gradients.
+
+    ModelError where no twin can be built of its config, or the block takes more than `seconds`.
     """
     threads = torch.get_num_threads()
     # Sums of a thread's share in one order, wherever this runs.
@@ -137,12 +157,13 @@ def measure_support(
         with deadline(seconds, what, why="it is used to measure how the model trains"):
             twin = build_twin(config, trust_remote_code=trust_remote_code)
             with torch.enable_grad():
-                return measure_twin(twin)
+                yield twin
     finally:
         torch.set_num_threads(threads)
 
 
 def measure_twin(twin: PreTrainedModel) -> Support:
+    """Measure how a twin trains on texts."""
     ids = torch.randint(
         FIRST_ID, VOCAB, (sum(DOCUMENT_LENGTHS),), generator=torch.Generator().manual_seed(0)
     )

@@ -407,7 +407,7 @@ def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
     """
     text = whole.get_text_config()
     values = whole.to_dict()
-    model_type = values.pop("model_type")
+    del values["model_type"]
     small: dict[str, Any] = {}
     ids: dict[int, int] = {}
     for key, value in values.items():
@@ -415,15 +415,13 @@ def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
             small[key] = shrink(text).to_dict()
         elif key.startswith("audio") and isinstance(value, dict):
             small[key] = None
-        elif key == "image_token_id" or key == "image_token_index":
+        elif key in ("image_token_id", "image_token_index"):
             small[key] = PICTURE_ID
         elif key.endswith(TOKEN_IDS) and isinstance(value, int) and key not in TEXT_IDS:
             small[key] = ids.setdefault(value, PICTURE_ID - 1 - len(ids))
         elif key not in NOT_COPIED:
             small[key] = _shrink_part(key, value, {"width": text.hidden_size})
     small["text_config"].update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    small["model_type"] = model_type
-    small.pop("model_type")
     return type(whole)(**small)
 
 

@@ -4,6 +4,7 @@ The features go to the model beside the ids, by the arguments that Transformers 
 puts them in the place of the placeholders.
 """
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,17 @@ def text_key(whole: PretrainedConfig) -> str:
     text = whole.get_text_config()
     keys = [key for key in whole.sub_configs if vars(whole).get(key) is text]
     return keys[0]
+
+
+def mark_pictures(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return the arguments of a whole model's forward that tell which of `ids` are pictures'.
+
+    Positions, and who sees whom, go by them where Transformers computes these.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    is_picture = (ids == model.config.image_token_id).long()
+    names = ("mm_token_type_ids", "token_type_ids")
+    return {name: is_picture for name in names if name in known}
 
 
 def skip_device_checks() -> None:

@@ -5,7 +5,6 @@ its logits and gradients must be those of each document alone under Transformers
 other pictures in the first document must leave the others as they are, to the bit.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
@@ -16,24 +15,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
-from tunesmith.model.deadline import deadline
 from tunesmith.model.decoder import find_decoder
-from tunesmith.model.documents import BothWays, use_documents
+from tunesmith.model.documents import use_documents
 from tunesmith.model.load import one_line
-from tunesmith.model.model_types import Support
+from tunesmith.model.model_types import BothWays, Support
 from tunesmith.model.support import (
-    MAX_SUPPORT_SECONDS,
     TwinOutput,
     differentiate,
     logits_of,
     measure_twin,
     packed_documents,
+    ready_twin,
 )
-from tunesmith.model.twin import PICTURE_ID, build_twin
-from tunesmith.model.vision import see, set_text_attention
-
-# What a forward may ask for to know where pictures are.
-_TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
+from tunesmith.model.vision import mark_pictures, see, set_text_attention
 
 
 class PictureRow(NamedTuple):
@@ -58,19 +52,11 @@ class PictureRow(NamedTuple):
 
 def measure_pictures(whole: PretrainedConfig, row: PictureRow) -> Support:
     """Measure how a vision-language model trains; ModelError where no twin can be built of it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    what = f"the small model of this {whole.model_type}"
-    try:
-        with deadline(MAX_SUPPORT_SECONDS, what, why="it is used to measure how the model trains"):
-            twin = build_twin(whole)
-            with torch.enable_grad():
-                support = measure_twin(twin)
-                if support.state != "packed":
-                    return replace(support, state="refused")
-                return _measure_row(twin, row, support)
-    finally:
-        torch.set_num_threads(threads)
+    with ready_twin(whole) as twin:
+        support = measure_twin(twin)
+        if support.state != "packed":
+            return replace(support, state="refused")
+        return _measure_row(twin, row, support)
 
 
 def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Support:
@@ -102,12 +88,10 @@ def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Su
 
 def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
     """Each document by itself, as Transformers computes it from ids and pixels."""
-    known = inspect.signature(type(twin).forward).parameters
     logits = []
     for ids, pictures in zip(row.ids.split(row.lengths), row.alone, strict=True):
-        is_picture = (ids == PICTURE_ID).long()[None]
-        options: dict[str, Any] = {name: is_picture for name in _TYPE_IDS if name in known}
-        output = twin(input_ids=ids[None], use_cache=False, **pictures, **options)
+        marks: dict[str, Any] = mark_pictures(twin, ids[None])
+        output = twin(input_ids=ids[None], use_cache=False, **pictures, **marks)
         logits.append(output.logits[0])
     return differentiate(twin, torch.cat(logits), row.ids)
 

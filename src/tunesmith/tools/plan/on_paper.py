@@ -92,14 +92,15 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
 
 
 def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
-    """The spec with the sizes of the vision part; ModelError where the model has none."""
+    """The spec with the sizes of the vision part; ModelError where nothing here knows of one."""
     if model.folder is None:
         sizes = vision_of_model(model.where)
         if not sizes:
             raise ModelError(
-                "model.vision is true, and this model has no vision part",
+                "the sizes of this model's vision part are not known, if it has one",
                 where=model.where,
-                fix="model.vision=false, or a vision-language model",
+                why="they are in the package for the models of its recipes for pictures alone",
+                fix=f"tunesmith fetch {model.where}; or model.vision=false",
             )
         return replace(
             spec,
@@ -107,17 +108,17 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
             picture_bytes=sizes["picture_bytes"],
         )
     # With Transformers, which a plan can do without.
-    from tunesmith.data.text.placeholders import PictureProcessor
+    from tunesmith.hub.model_files import read_picture_processor
     from tunesmith.hub.picture_support import add_vision
     from tunesmith.model.load import load_configs
     from tunesmith.model.tokenizer import load_tokenizer
 
     _, whole = load_configs(model.folder, run.model)
-    assert whole is not None
     tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, model.folder), run.model)
-    most = run.data.image_max_pixels
-    processor = PictureProcessor.load(model.folder, tokenizer, whole, most)
-    return add_vision(spec, whole, processor, tokenizer)
+    processor = read_picture_processor(model.folder, tokenizer, run)
+    assert whole is not None
+    assert processor is not None
+    return add_vision(spec, whole, processor)
 
 
 def _read_model(model: Model) -> PaperModel:
