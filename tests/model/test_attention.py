@@ -4,9 +4,12 @@ in float64.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from errors import refuses
 from tunesmith.errors import ModelError
 from tunesmith.model import attention
 from tunesmith.model import sinks as sinks_module
@@ -19,7 +22,7 @@ def documents(lengths: list[int]) -> Documents:
     return Documents(edges, max(lengths))
 
 
-def formula(q, k, v, lengths, *, scale, window=None, softcap=None):
+def formula(q, k, v, lengths, *, scale, window=None, softcap=None, pictures=()):
     """softmax(cap(scale q k^T) + mask) v with a [n, n] mask; keys repeated for grouped heads."""
     n, repeat = len(q), q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -29,6 +32,8 @@ def formula(q, k, v, lengths, *, scale, window=None, softcap=None):
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(n)
     seen = (owner[:, None] == owner) & (place[:, None] >= place)
+    for first, stop in pictures:
+        seen[first:stop, first:stop] = True
     if window is not None:
         seen &= place[:, None] - place < window
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
@@ -343,3 +348,48 @@ def test_tokens_that_two_documents_share_are_attended_to_in_both(backend, option
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for ours, plain in zip(gradients, torch.autograd.grad(expected, leaves, d_out), strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+
+
+def with_pictures(lengths: list[int], both_ways: str) -> Documents:
+    """Pictures at the beginning, in the middle and at the end of documents."""
+    made = replace(documents(lengths), both_ways=both_ways)
+    made.set_pictures(PICTURES)
+    return made
+
+
+PICTURES = ((0, 3), (9, 15), (26, 30))
+PICTURE_LENGTHS = [7, 16, 7]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("both_ways", ["", "all", "sliding"])
+def test_pictures_are_seen_both_ways_as_the_formula_says(window, both_ways):
+    torch.manual_seed(0)
+    leaves = [torch.randn(30, h, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2)]
+    d_out = torch.randn(30, 4, 8, dtype=torch.float64)
+    out = attend(*leaves, with_pictures(PICTURE_LENGTHS, both_ways), scale=0.3, window=window)
+    sees = both_ways == "all" or (both_ways == "sliding" and window is not None)
+    seen = PICTURES if sees else ()
+    expected = formula(*leaves, PICTURE_LENGTHS, scale=0.3, window=window, pictures=seen)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad(out, leaves, d_out)
+    for ours, plain in zip(got, torch.autograd.grad(expected, leaves, d_out), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+
+
+def test_weights_of_pictures_are_dropped_too():
+    q, k, v = (torch.ones(30, h, 8) for h in (4, 2, 2))
+    torch.manual_seed(0)
+    out = attend(q, k, v, with_pictures(PICTURE_LENGTHS, "all"), dropout=0.5)
+    # Without dropout the mean of equal values is that value.
+    for first, stop in PICTURES:
+        assert (out[first:stop] != 1).any()
+
+
+@pytest.mark.parametrize(
+    "option", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}], ids=["cap", "sinks"]
+)
+def test_what_pictures_would_be_seen_without_is_refused(option):
+    q, k, v = (torch.randn(30, h, 8) for h in (4, 2, 2))
+    with refuses(ModelError, names=["both ways"], fix=["model.vision=false"]):
+        attend(q, k, v, with_pictures(PICTURE_LENGTHS, "all"), **option)
