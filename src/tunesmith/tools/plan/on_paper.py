@@ -20,6 +20,7 @@ from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, ModelError, TunesmithError, first_line
 from tunesmith.host.files import cache_folder
+from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
 from tunesmith.model.measured_spec import model_spec, text_config
 from tunesmith.model.model_types import Support, read_model_types
@@ -100,7 +101,7 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
                 "the sizes of this model's vision part are not known, if it has one",
                 where=model.where,
                 why="they are in the package for the models of its recipes for pictures alone",
-                fix=f"tunesmith fetch {model.where}; or model.vision=false",
+                fix=f"tunesmith fetch {shell_word(model.where)}; or model.vision=false",
             )
         return replace(
             spec,
