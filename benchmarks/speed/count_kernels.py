@@ -420,6 +420,7 @@ def count_layer(
             vocab_rows=config.vocab_size,
             support=TUNED_SUPPORT,
             form=form,
+            whole=None,
         ),
     )  # type: ignore[arg-type]
     if run.adapter.kind == "none":  # as on one GPU

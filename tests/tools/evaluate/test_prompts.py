@@ -135,7 +135,7 @@ def test_one_prompt_in_training_and_use(
         used = replace(
             loaded,
             files=replace(loaded.files, tokenizer=saved),
-            template=_template(location, saved, stops, tmp_path / "final"),
+            template=_template(location, saved, stops, tmp_path / "final", None),
             location=location,
         )
         for asked in (values, unanswered):
