@@ -53,7 +53,7 @@ def write_mixed(folder: Path, count: int, order: str = "PTP", *, seed: int = 0) 
     return file
 
 
-def picture_recipe(model: Path, rows: Path, **changes: Any) -> dict[str, Any]:
+def picture_recipe(model: Path, rows: Path, /, **changes: Any) -> dict[str, Any]:
     """A small LoRA recipe on rows with pictures; `changes` are laid over it by section."""
     base = {
         "model": {"name": str(model), "dtype": "fp32", "vision": True},
@@ -75,6 +75,6 @@ def picture_recipe(model: Path, rows: Path, **changes: Any) -> dict[str, Any]:
     return recipes.merge(base, changes)
 
 
-def picture_run(model: Path, rows: Path, **changes: Any) -> Run:
+def picture_run(model: Path, rows: Path, /, **changes: Any) -> Run:
     """The same as a checked Run."""
     return from_mapping(picture_recipe(model, rows, **changes), where="test", base=rows.parent)

@@ -51,6 +51,15 @@ SPREAD = 0.15
 # Of an update by a gradient of nothing but rounding, AdamW makes one as large as of any other.
 EPS = 1e-5
 
+# Of the families here
+PROJECTORS = (
+    "multi_modal_projector",
+    ".merger.",
+    "deepstack_merger_list",
+    "connector",
+    "embed_vision",
+)
+
 Row = dict[str, Any]
 Change = Callable[[Image.Image], Image.Image]
 
@@ -112,14 +121,14 @@ def write_rows(folder: Path, count: int) -> Path:
     return file
 
 
-def recipe(model: Path, folder: Path, rows: Path, kind: str, steps: int) -> Run:
+def recipe(model: Path, folder: Path, rows: Path, kind: str, steps: int, *, projector: bool) -> Run:
     """Ours: fixed order, constant rate, packed rows, a row a micro batch."""
     adapter = {"kind": "lora", "rank": 4, "alpha": 8} if kind == "lora" else {"kind": "none"}
     return make_run(
         model,
         folder,
         held=False,
-        model={"vision": True},
+        model={"vision": True, "train_projector": projector},
         data={
             "train": {"source": str(rows), "format": "messages"},
             "shuffle": False,
@@ -206,7 +215,9 @@ def sum_losses(model: torch.nn.Module, row: Inputs) -> Tensor:
 class Plain:
     """The plain side."""
 
-    def __init__(self, folder: Path, adapter: Path | None, rows: Path, attention: str) -> None:
+    def __init__(
+        self, folder: Path, adapter: Path | None, rows: Path, attention: str, *, projector: bool
+    ) -> None:
         from peft import PeftModel
         from transformers import AutoModelForImageTextToText
 
@@ -224,7 +235,9 @@ class Plain:
             )
         else:
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_("language_model" in name or "text_model" in name)
+                is_text = "language_model" in name or "text_model" in name
+                is_trained = is_text or (projector and any(part in name for part in PROJECTORS))
+                parameter.requires_grad_(is_trained)
             model.get_output_embeddings().weight.requires_grad_(True)
         self.model: Any = model.train()
 
@@ -278,16 +291,22 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 
 
 def compare_family(
-    family: str, folder: Path, kind: str, steps: int, attention: str = "sdpa"
+    family: str,
+    folder: Path,
+    kind: str,
+    steps: int,
+    attention: str = "sdpa",
+    *,
+    projector: bool = False,
 ) -> dict[str, Any]:
     """Train on both sides; the losses and their differences, that of the weights, and how much
     pictures count.
     """
     model = write_model(family, folder / "model")
     rows = write_rows(folder / "rows", ROWS)
-    run = recipe(model, folder, rows, kind, steps)
+    run = recipe(model, folder, rows, kind, steps, projector=projector)
     adapter = write_first_adapter(run, folder / "first") if kind == "lora" else None
-    plain = Plain(model, adapter, rows, attention)
+    plain = Plain(model, adapter, rows, attention, projector=projector)
     seen = plain.first_losses(plain.inputs)
     others = plain.first_losses(plain.read_rows(ImageOps.invert))
     ours = [record.loss for record in train(run, quiet=True).records]
@@ -312,6 +331,7 @@ def main() -> None:
     p.add_argument("--kinds", nargs="+", default=["lora", "none"], choices=["lora", "none"])
     p.add_argument("--steps", type=int, default=STEPS)
     p.add_argument("--attention", default="sdpa", help="of the plain side")
+    p.add_argument("--projector", action="store_true", help="train it too, in full")
     p.add_argument("--json", help="write the figures to this file")
     options = p.parse_args()
     report: dict[str, Any] = {
@@ -322,7 +342,14 @@ def main() -> None:
     for family in options.families or families:
         for kind in options.kinds:
             with tempfile.TemporaryDirectory() as name:
-                result = compare_family(family, Path(name), kind, options.steps, options.attention)
+                result = compare_family(
+                    family,
+                    Path(name),
+                    kind,
+                    options.steps,
+                    options.attention,
+                    projector=options.projector,
+                )
             difference = result["difference"]
             text = (
                 f"{family:18}{kind:5} first {difference['first']:.1e}  all {difference['all']:.1e}"

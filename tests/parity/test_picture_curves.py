@@ -18,18 +18,18 @@ pytestmark = pytest.mark.slow
 
 # M-RoPE with features for several layers; pictures that see both ways; tiles, of a picture alone.
 @pytest.mark.parametrize(
-    ("family", "kind", "steps"),
+    ("family", "kind", "steps", "projector"),
     [
-        ("qwen3_vl", "lora", 20),
-        ("gemma3", "lora", 5),
-        ("llava_onevision", "lora", 5),
-        ("qwen3_vl", "none", 5),
+        ("qwen3_vl", "lora", 20, False),
+        ("gemma3", "lora", 5, True),
+        ("llava_onevision", "lora", 5, False),
+        ("qwen3_vl", "none", 5, True),
     ],
 )
 def test_losses_and_weights_are_transformers_and_peft_s(
-    family: str, kind: str, steps: int, tmp_path: Path
+    family: str, kind: str, steps: int, projector: bool, tmp_path: Path
 ) -> None:
-    result = compare_family(family, tmp_path, kind, steps)
+    result = compare_family(family, tmp_path, kind, steps, projector=projector)
     assert len(result["ours"]) == len(result["plain"]) == steps
     assert result["difference"]["first"] <= 1e-6
     assert result["difference"]["all"] <= 1e-5

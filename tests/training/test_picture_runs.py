@@ -58,6 +58,8 @@ from warm import Warm
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROWS = 18
+# One family's projector is trained beside an adapter, and the other's in a model trained in full.
+ADAPTER_AND_PROJECTOR, FULL_AND_PROJECTOR = FAMILIES
 
 
 class Trained(NamedTuple):
@@ -67,6 +69,7 @@ class Trained(NamedTuple):
     rows: Path
     held: Path
     result: Result
+    trained_model: dict[str, bool]
 
     @property
     def folder(self) -> Path:
@@ -78,7 +81,8 @@ class Trained(NamedTuple):
 
     def changed(self, out: str, **changes: Any) -> Any:
         """Another run on the same rows."""
-        return picture_run(self.model, self.rows, **changes, output_dir=str(self.folder / out))
+        changes = {"model": self.trained_model, "output_dir": str(self.folder / out), **changes}
+        return picture_run(self.model, self.rows, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +94,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
         folder = tmp_path_factory.mktemp(family)
         model = write_vision_model(folder / "model", family)
         rows, held = write_mixed(folder, ROWS), write_mixed(folder, 6, seed=1)
+        trained_model = {"train_projector": family == ADAPTER_AND_PROJECTOR}
         run = picture_run(
             model,
             rows,
+            model=trained_model,
             data={"validation": {"source": str(held), "format": "messages"}},
             validate={"every": "6 steps"},
         )
-        return Trained(model, rows, held, train(run, quiet=True))
+        return Trained(model, rows, held, train(run, quiet=True), trained_model)
 
     return of
 
@@ -310,6 +316,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(
     values = picture_recipe(
         run.model,
         run.rows,
+        model=run.trained_model,
         data={"validation": {"source": str(run.held), "format": "messages"}},
         validate={"every": "6 steps"},
         checkpoint={"every": "1 steps"},
@@ -380,7 +387,7 @@ def test_a_picture_that_changes_is_refused(
     rows = Path(shutil.copy(run.rows, tmp_path))
     picture = tmp_path / "pictures/0-3-0.png"
     first = picture.read_bytes()
-    start = picture_run(run.model, rows, checkpoint={"every": "1 steps"})
+    start = picture_run(run.model, rows, model=run.trained_model, checkpoint={"every": "1 steps"})
     fit = Trainer.fit
 
     def changed(self: Trainer) -> Any:
@@ -514,8 +521,14 @@ def test_transformers_and_peft_open_what_a_run_leaves(
         warnings.simplefilter("ignore", FutureWarning)
         tuned = PeftModel.from_pretrained(base, final).eval()
     names = load_file(final / "adapter_model.safetensors").keys()
-    found = {name.replace(".default.", ".") for name in tuned.state_dict() if ".lora_" in name}
+    own = (".lora_", ".modules_to_save.")
+    found = {
+        name.replace(".modules_to_save", "").replace(".default.", ".")
+        for name in tuned.state_dict()
+        if any(part in name for part in own)
+    }
     assert found == set(names)
+    assert any("merger" in name for name in names) == (family == ADAPTER_AND_PROJECTOR)
     assert loss_in_transformers(tuned.get_base_model(), run) == pytest.approx(expected, rel=1e-5)
     merged = tmp_path / "merged"
     assert type_command("merge", run.folder / "run", "--output", merged) == 0
@@ -539,12 +552,16 @@ def test_transformers_and_peft_open_what_a_run_leaves(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_fine_tuning_leaves_the_vision_part_as_it_was(
+def test_full_fine_tuning_leaves_the_tower_as_it_was(
     family: str, trained: Callable[[str], Trained]
 ) -> None:
     run = trained(family)
+    trains_projector = family == FULL_AND_PROJECTOR
     full = run.changed(
-        "full", adapter={"kind": "none"}, train={"duration": "2 steps", "learning_rate": 1e-3}
+        "full",
+        model={"train_projector": trains_projector},
+        adapter={"kind": "none"},
+        train={"duration": "2 steps", "learning_rate": 1e-3},
     )
     result = train(full, quiet=True)
     assert result.records[0].loss == pytest.approx(run.losses[0], rel=1e-5)
@@ -552,9 +569,10 @@ def test_full_fine_tuning_leaves_the_vision_part_as_it_was(
     before, after = (load_file(f / "model.safetensors") for f in (run.model, final))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    is_seen = {name for name in before if re.search("visual|vision|projector", name)}
-    assert is_seen
-    assert changed == before.keys() - is_seen
+    frozen = "visual|vision" if trains_projector else "visual|vision|projector"
+    is_frozen = {name for name in before if re.search(frozen, name)}
+    assert is_frozen
+    assert changed == before.keys() - is_frozen
     _, info = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
     assert not any(info.values())
 

@@ -29,7 +29,7 @@ from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import RecipeError
 from tunesmith.formats.linear import FrozenLinear, FrozenTensors, has_codes
 from tunesmith.formats.matmul import grouped_matmul
-from tunesmith.model.decoder import is_in_text
+from tunesmith.model.decoder import find_projector, is_in_text, trained_projector
 from tunesmith.model.experts import Experts, find_experts
 from tunesmith.model.names import name_in_text
 from tunesmith.model.random_init import seed_of
@@ -100,11 +100,14 @@ def attach_lora(model: nn.Module, adapter: Adapter, *, seed: int) -> list[str]:
     On the meta device call `init_lora` once the weights are there. RecipeError for a target or
     module to save that the model does not have, and where nothing would train.
     """
+    projector = trained_projector(model)
     # Frozen first: A and B are created afterwards, and stay trainable.
     model.requires_grad_(False)
+    for module in projector:
+        module.requires_grad_(True)
     choose_top_k(model)
     names = target_names(model, adapter)
-    if not names and not adapter.modules_to_save:
+    if not names and not adapter.modules_to_save and not projector:
         raise RecipeError(
             f"{type(model).__name__} has no layer that takes an adapter",
             where="adapter.target",
@@ -308,23 +311,44 @@ def _unknown(name: str, names: Iterable[str], key: str, described: str, fix: str
 
 
 def _names_to_save(model: nn.Module, adapter: Adapter) -> list[str]:
-    """Full names of `modules_to_save`: modules with parameters of their own, as an embedding has.
+    """Full names of `modules_to_save`: modules with parameters of their own, as an embedding has,
+    and those of a projector that is trained.
 
     As in PEFT a name means every module whose full name ends in it, with or without a dot before.
     """
     names = []
     is_text = is_in_text(model)
+    projector = {part for module in trained_projector(model) for part in module.modules()}
+    in_projector = []
     for name, module in model.named_modules():
         # Experts in codes have their weights in modules below.
         has_own = next(module.parameters(recurse=False), None) is not None
-        if (isinstance(module, Experts) or has_own) and is_text(name):
+        if module in projector and has_own:
+            in_projector.append(name)
+        elif (isinstance(module, Experts) or has_own) and is_text(name):
             names.append(name)
     saved = tuple(name_in_text(model, name) for name in adapter.modules_to_save)
+    _check_known(model, saved, names)
+    return [*(name for name in names if name.endswith(saved)), *in_projector]
+
+
+def _check_known(model: nn.Module, saved: Iterable[str], names: Collection[str]) -> None:
+    """RecipeError for a name of `modules_to_save` that is not among those of the model."""
     key = "adapter.modules_to_save"
+    projector = find_projector(model)
     for ending in saved:
-        if not any(name.endswith(ending) for name in names):
+        if any(name.endswith(ending) for name in names):
+            continue
+        # As PEFT's files name it
+        if not any(name.endswith(ending) for name in projector):
             raise _unknown(ending, names, key, "module with weights named", f"remove {key}")
-    return [name for name in names if name.endswith(saved)]
+        if not trained_projector(model):
+            raise RecipeError(
+                f"{ending!r} is the model's projector, which is frozen",
+                where=key,
+                why="it is trained by a key of its own, with an adapter or without",
+                fix="model.train_projector=true",
+            )
 
 
 def _check_saved(model: nn.Module, adapter: Adapter) -> None:

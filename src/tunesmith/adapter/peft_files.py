@@ -25,6 +25,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
+from tunesmith.model.decoder import find_projector, trained_projector
 from tunesmith.model.experts import find_experts
 from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import (
@@ -130,6 +131,7 @@ def _peft_modules(
     Last parts of names, but full names where it would match other modules by a last part too. In
     the vision-language model that a text model is part of, those are the vision tower's.
     """
+    trained = _joined_projector(model, trained)
     if is_in_whole(model):
         in_whole = partial(name_in_whole, model)
         return set(map(in_whole, adapted)), set(map(in_whole, trained))
@@ -149,6 +151,17 @@ def _peft_modules(
     if matched_by_saved != trained:
         to_save = trained
     return targets, to_save
+
+
+def _joined_projector(model: nn.Module, trained: set[str]) -> set[str]:
+    """Names of modules trained in full, with those of a projector as the one that they are parts
+    of: PEFT copies such a module whole.
+    """
+    if not trained_projector(model):
+        return trained
+    projector = find_projector(model)
+    inside = tuple(f"{name}." for name in projector)
+    return {name for name in trained if not f"{name}.".startswith(inside)}.union(projector)
 
 
 def _peft_stacks(model: nn.Module) -> list[str]:

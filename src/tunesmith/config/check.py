@@ -163,6 +163,9 @@ def _model(run: Run, where: Place) -> Iterator[Problem]:
             fix="model.dtype: bf16",
             why="fp8 matmuls return bf16",
         )
+    if model.train_projector and not model.vision:
+        fix = "model.vision: true, or remove model.train_projector"
+        yield Problem("model.train_projector", "has no effect without model.vision", fix)
     if model.quantize not in ("auto", "none") and adapter.kind == "none":
         fix = "train an adapter on it (adapter.kind: lora), or model.quantize: none"
         if model.quantize == "as-shipped":

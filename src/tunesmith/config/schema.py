@@ -159,6 +159,10 @@ class Model:
         "build the vision part of a vision-language model too, frozen: rows may have pictures;"
         " false: its text model alone",
     )
+    train_projector: bool = key(
+        False,
+        "with `vision`: also train, in full, what turns features of pictures into those of tokens",
+    )
     trust_remote_code: bool = key(False, "run Python code from the model's repository")
     added_tokens: tuple[str, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"

@@ -22,7 +22,7 @@ from tunesmith.model.support import FIRST_ID, errors_at
 from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
 from tunesmith.model.vision_support import PictureRow, measure_pictures
 
-PICTURE_SUPPORT_VERSION = 1  # of the cached files; what is measured, and how, counts
+PICTURE_SUPPORT_VERSION = 2  # of the cached files; what is measured, and how, counts
 # Width and height of each document's pictures: small, and no two alike.
 DOCUMENT_PICTURES = (((72, 48), (40, 88)), (), ((56, 64),))
 TYPICAL_SIZE = (640, 480)

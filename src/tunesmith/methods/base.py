@@ -42,7 +42,7 @@ from tunesmith.model.model_types import BothWays
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
-from tunesmith.model.vision import see, set_text_attention
+from tunesmith.model.vision import see, set_text_attention, with_projector
 from tunesmith.quant.linear_layers import parameter_count
 
 Value = TypeVar("Value")
@@ -302,7 +302,8 @@ class TrainModel(nn.Module):
         # Again around the decoder alone: inside `step_context` these are the same documents.
         with use_documents(documents):
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
-        return output.last_hidden_state.flatten(0, 1)
+        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+        return hidden if batch.pictures else with_projector(self.model, hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over positions: hidden [n, width], targets [n]."""

@@ -127,6 +127,40 @@ def vision_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def find_projector(model: nn.Module) -> tuple[str, ...]:
+    """Name the modules of a vision-language model in whole between its tower and its text model.
+
+    They are what stands beside both, or the tower's last part, of the families in which it is one.
+    Empty where there are none.
+    """
+    from transformers import PreTrainedModel
+
+    if not is_whole(model):
+        return ()
+    assert isinstance(model, PreTrainedModel)
+    decoder = find_decoder(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    names = []
+    for name, part in decoder.named_children():
+        if isinstance(part, PreTrainedModel):
+            # Qwen's and GLM's towers end in one, and Qwen3-VL's has more of them in its middle.
+            for inner, module in part.named_children():
+                if isinstance(module, nn.ModuleList) and "merger" in inner:
+                    # PEFT cannot copy a list.
+                    names += [f"{prefix}.{name}.{inner}.{number}" for number in range(len(module))]
+                elif "merger" in inner:
+                    names.append(f"{prefix}.{name}.{inner}")
+        elif "audio" not in name and next(part.parameters(), None) is not None:
+            names.append(f"{prefix}.{name}")
+    return tuple(names)
+
+
+def trained_projector(model: nn.Module) -> list[nn.Module]:
+    """List the modules of the projector that is trained; none where it is frozen."""
+    projector = [model.get_submodule(name) for name in find_projector(model)]
+    return [module for module in projector if next(module.parameters()).requires_grad]
+
+
 def find_layers(causal_lm: "PreTrainedModel") -> str:
     """Dotted name of the list of decoder layers in the causal LM: "model.layers", "transformer.h".
 

@@ -32,7 +32,7 @@ from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.composite import stored_text_name
-from tunesmith.model.decoder import vision_parameters
+from tunesmith.model.decoder import find_projector, vision_parameters
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.names import text_part
@@ -164,7 +164,7 @@ def build_on_meta(
     where Transformers refuses the config.
 
     whole: of the vision-language model that `config` is the text part of; it is then built with all
-    its parts, and all but the text part is frozen.
+    its parts, and all but the text part, and the projector that the recipe trains, is frozen.
     """
     # The caller's config stays as it is.
     outer = copy.deepcopy(whole or config)
@@ -196,8 +196,24 @@ def build_on_meta(
     _replace(causal_lm, lambda parameter: parameter.to("meta"))
     for _, parameter in vision_parameters(causal_lm):
         parameter.requires_grad_(False)
+    if model.train_projector:
+        _train_projector(causal_lm)
     keep_kernels_to_gpus(causal_lm)
     return causal_lm
+
+
+def _train_projector(model: PreTrainedModel) -> None:
+    """Let the projector be trained; ModelError where there is none to be found."""
+    names = find_projector(model)
+    if not names:
+        raise ModelError(
+            f"no projector was found in this {model.config.model_type}",
+            where="model.train_projector",
+            why="it stands beside the vision tower and the text model, or is the tower's merger",
+            fix="model.train_projector=false",
+        )
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
 
 
 def _replace(

@@ -66,7 +66,7 @@ def in_stored_form(
         )
     headers = read_entries(folder)
     names = assign_names(model, headers, tensors.keys())
-    frozen = {name for name, _ in vision_parameters(model)}
+    frozen = {name for name, p in vision_parameters(model) if not p.requires_grad}
     written: dict[str, Source] = {}
     stored_names = []
     for name, entry in names.stored():

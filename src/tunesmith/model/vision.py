@@ -1,4 +1,4 @@
-"""Pictures in a vision-language model in whole: its vision part makes features of them, frozen.
+"""Pictures in a vision-language model in whole: its vision part makes features of them.
 
 The features go to the model beside the ids, by the arguments that Transformers has for them: it
 puts them in the place of the placeholders.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tunesmith.model.decoder import find_decoder, is_whole
+from tunesmith.model.decoder import find_decoder, is_whole, trained_projector
 
 
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
@@ -50,11 +50,10 @@ def skip_device_checks() -> None:
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
 
 
-@torch.no_grad()
 def see(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
     """Return the features of pictures, as the whole model's forward takes them.
 
-    Without a graph: the vision part is frozen, and its activations would stay in memory.
+    Their graph is that of the projector that is trained; without one there is none.
     """
     inputs = {}
     # Of a batch on a GPU they are on the host, pinned.
@@ -62,4 +61,16 @@ def see(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
         dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
         inputs[name] = tensor.to(model.device, non_blocking=True).to(dtype)
     whole: Any = find_decoder(model)
-    return whole.get_image_features(**inputs, return_dict=True)
+    # Frozen parameters alone make no graph, but code of a family may.
+    trains = torch.is_grad_enabled() and bool(trained_projector(model))
+    with torch.set_grad_enabled(trains):
+        return whole.get_image_features(**inputs, return_dict=True)
+
+
+def with_projector(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return hidden states of a batch without pictures, with gradients of zero for a trained
+    projector: each rank must have the same gradients, whatever its pictures.
+    """
+    projector = trained_projector(model) if torch.is_grad_enabled() else []
+    zeros = [0 * p.sum() for module in projector for p in module.parameters()]
+    return hidden + torch.stack(zeros).sum().to(hidden.dtype) if zeros else hidden

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
-from tunesmith.model.decoder import find_decoder
+from tunesmith.model.decoder import find_decoder, find_projector
 from tunesmith.model.documents import use_documents
 from tunesmith.model.load import one_line
 from tunesmith.model.model_types import BothWays, Support
@@ -62,13 +62,15 @@ def measure_pictures(whole: PretrainedConfig, row: PictureRow) -> Support:
 def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Support:
     """Support of a twin whose documents without pictures share rows."""
     found = []
+    # It may be trained too: its gradients are compared with the rest.
+    for name in find_projector(twin):
+        twin.get_submodule(name).requires_grad_(True)
     try:
         set_text_attention(twin, "eager")
         expected = _run_documents(twin, row)
         set_text_attention(twin, attention.register())
-        features = see(twin, row.pictures)
         for both_ways in get_args(BothWays):
-            packed = _run_row(twin, row, features, both_ways)
+            packed = _run_row(twin, row, row.pictures, both_ways)
             errors = packed.errors(expected)
             if errors.are_rounding():
                 apart = _keeps_pictures_apart(twin, row, packed.logits, both_ways)
@@ -97,12 +99,9 @@ def _run_documents(twin: PreTrainedModel, row: PictureRow) -> TwinOutput:
 
 
 def _run_row(
-    twin: PreTrainedModel, row: PictureRow, features: object, both_ways: BothWays
+    twin: PreTrainedModel, row: PictureRow, pictures: Mapping[str, Tensor], both_ways: BothWays
 ) -> TwinOutput:
-    """The row under this engine's attention, as `TrainModel` does.
-
-    features: of all pictures, by `see`.
-    """
+    """The row, with these pictures, under this engine's attention, as `TrainModel` does."""
     documents = packed_documents(row.lengths, prepare_chunked_attention(twin))
     documents = replace(documents, both_ways=both_ways)
     documents.set_pictures(row.spans)
@@ -112,7 +111,7 @@ def _run_row(
             position_ids=row.positions,
             use_cache=False,
             documents=documents,
-            mm_encoder_outputs={"image": features},
+            mm_encoder_outputs={"image": see(twin, pictures)},
         )
         return differentiate(twin, logits_of(twin, output.last_hidden_state[0]), row.ids)
 
@@ -127,7 +126,7 @@ def _keeps_pictures_apart(
             # The same values in another order, in the pictures of the first document.
             others[name] = tensor.clone()
             others[name][: len(row.alone[0][name])] = tensor[: len(row.alone[0][name])].flip(-1)
-    changed = _run_row(twin, row, see(twin, others), both_ways).logits
+    changed = _run_row(twin, row, others, both_ways).logits
     rest = row.lengths[0]
     is_changed = not torch.equal(changed[:rest], logits[:rest])
     return is_changed and torch.equal(changed[rest:], logits[rest:])

@@ -57,7 +57,7 @@ def shard_model(
     is_half = compute in HALF
     param_dtype = None
     # What is frozen outside the layers is whole on every rank.
-    ignored = {parameter for _, parameter in vision_parameters(root.model)}
+    ignored = {p for _, p in vision_parameters(root.model) if not p.requires_grad}
     if run.adapter.kind == "lora":
         ignored = whole_parameters(root, run)
     else:
