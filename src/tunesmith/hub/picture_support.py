@@ -1,5 +1,6 @@
 """The measurement of how a vision-language model trains with pictures of its own processor."""
 
+import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -8,21 +9,25 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from tunesmith.config.schema import Model
 from tunesmith.data.batches.batch import collate
 from tunesmith.data.text.example import Example, Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import measure_once
 from tunesmith.model.decoder import vision_parameters
-from tunesmith.model.measure_on_meta import build_to_measure
+from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Support
+from tunesmith.model.picture_flops import count_picture_flops
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.support import FIRST_ID, errors_at
 from tunesmith.model.twin import FIRST_SPECIAL_ID, PICTURE_ID
 from tunesmith.model.vision_support import PictureRow, measure_pictures
 
-PICTURE_SUPPORT_VERSION = 2  # of the cached files; what is measured, and how, counts
+log = logging.getLogger(__name__)
+
+PICTURE_SUPPORT_VERSION = 3  # of the cached files; what is measured, and how, counts
 # Width and height of each document's pictures: small, and no two alike.
 DOCUMENT_PICTURES = (((72, 48), (40, 88)), (), ((56, 64),))
 TYPICAL_SIZE = (640, 480)
@@ -77,9 +82,13 @@ def find_picture_support(
 
 @dataclass(frozen=True)
 class VisionSize:
-    """The parameters of a model's vision part."""
+    """The parameters of a model's vision part, and its operations on a picture of TYPICAL_SIZE.
+
+    flops: 0 where they could not be counted.
+    """
 
     parameters: int
+    flops: int
 
 
 def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProcessor) -> ModelSpec:
@@ -88,16 +97,30 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
     for name in NO_SIZES:
         values.pop(name, None)
 
-    def measure() -> VisionSize:
-        model = build_to_measure(whole.get_text_config(), whole=whole)
-        return VisionSize(sum(parameter.numel() for _, parameter in vision_parameters(model)))
-
-    key = [PICTURE_SUPPORT_VERSION, version("transformers"), values]
-    size = measure_once("specs", key, measure, VisionSize)
     pixels = processor.pixels([Image.new("RGB", TYPICAL_SIZE)])
+
+    def measure() -> VisionSize:
+        stated = Model(name=whole.model_type, dtype="fp32")
+        model = build_on_meta(whole.get_text_config(), stated, whole=whole)
+        parameters = sum(parameter.numel() for _, parameter in vision_parameters(model))
+        try:
+            inputs = {name: torch.from_numpy(array) for name, array in pixels.inputs.items()}
+            return VisionSize(parameters, count_picture_flops(model, inputs))
+        # Code of 90 model types, for a figure that a run can do without.
+        except Exception as error:
+            log.warning(f"the operations of the vision part are not counted: {first_line(error)}")
+            return VisionSize(parameters, 0)
+
+    key = [PICTURE_SUPPORT_VERSION, version("transformers"), processor.digest, values]
+    size = measure_once("specs", key, measure, VisionSize)
     given = sum(array.nbytes for array in pixels.inputs.values())
-    of_token = given // processor.count_tokens(TYPICAL_SIZE)
-    return replace(spec, vision_parameters=size.parameters, picture_bytes=of_token)
+    tokens = processor.count_tokens(TYPICAL_SIZE)
+    return replace(
+        spec,
+        vision_parameters=size.parameters,
+        picture_bytes=given // tokens,
+        picture_flops=size.flops // tokens,
+    )
 
 
 def make_picture_row(processor: PictureProcessor, tokenizer: PreTrainedTokenizerBase) -> PictureRow:

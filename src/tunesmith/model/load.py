@@ -193,7 +193,7 @@ def build_on_meta(
             fix="fix the value in config.json, or fetch the model again: tunesmith fetch MODEL",
         ) from error
     # What constructors initialize otherwise (ones, random values) is still real.
-    _replace(causal_lm, lambda parameter: parameter.to("meta"))
+    replace_parameters(causal_lm, lambda parameter: parameter.to("meta"))
     for _, parameter in vision_parameters(causal_lm):
         parameter.requires_grad_(False)
     if model.train_projector:
@@ -216,7 +216,7 @@ def _train_projector(model: PreTrainedModel) -> None:
         model.get_submodule(name).requires_grad_(True)
 
 
-def _replace(
+def replace_parameters(
     model: nn.Module,
     change: Callable[[torch.Tensor], torch.Tensor],
     skip: Collection[nn.Parameter] = (),
@@ -245,7 +245,7 @@ def widen(model: nn.Module, skip: Collection[nn.Parameter] = ()) -> None:
             return parameter.float()
         return parameter
 
-    _replace(model, fp32, skip)
+    replace_parameters(model, fp32, skip)
 
 
 def materialize(
@@ -271,7 +271,7 @@ def materialize(
             return torch.empty_like(tensor, device=place)
         return tensor.to(place)
 
-    _replace(model, real, skip)
+    replace_parameters(model, real, skip)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             # A registered buffer stays one, and as persistent as it was.

@@ -133,10 +133,11 @@ class ModelSpec:
     attention_softcap: float | None = None
     # Parameters of matrices outside the layers, without embedding and head.
     other_matmul: int = 0
-    # Frozen ones of a vision part that is there too, which all other figures leave out; and bytes
-    # of what it is given for one token of a picture.
+    # Frozen ones of a vision part that is there too, which all other figures leave out; and for one
+    # token of a picture the bytes of what it is given, and the operations of its forward.
     vision_parameters: int = 0
     picture_bytes: int = 0
+    picture_flops: int = 0
     # What `measured_spec` measured the model by, as JSON; empty: the sizes are from the table.
     measured: str = ""
 

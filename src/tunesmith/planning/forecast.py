@@ -53,6 +53,8 @@ class Forecast:
             and of gradients.
         hidden_seconds: of the communication that they hide.
         hides_from: tokens of a micro batch that wholly hides the gathers of shards.
+        uncounted_seconds: what the vision part would add to a step whose tokens are all of
+            pictures; 0 where it is known how many are.
         keys: of the recipe, which make a run of it.
     """
 
@@ -66,6 +68,7 @@ class Forecast:
     seconds: dict[str, float]
     hidden_seconds: float
     hides_from: int
+    uncounted_seconds: float
     step_seconds: float | None
     tokens_per_second: float | None
     hours: float | None
@@ -260,7 +263,7 @@ class Planner:
         step = Step(estimator, self.cluster, work, plan.memory, is_padded)
         time = step.time() if self.cluster.chip.tflops else StepTime({}, hidden=0.0, hides_from=0)
         step_seconds = sum(time.parts.values()) or None
-
+        is_uncounted = work.pictures is None and step_seconds
         tokens_per_second = step_seconds and work.step.mean * work.whole / step_seconds
         if plan.streamed_layers:
             cost = f"{size_text(plan.memory.host)} of the host's memory"
@@ -290,6 +293,7 @@ class Planner:
             seconds=time.parts,
             hidden_seconds=time.hidden,
             hides_from=time.hides_from,
+            uncounted_seconds=step.picture_seconds if is_uncounted else 0.0,
             step_seconds=step_seconds,
             tokens_per_second=tokens_per_second,
             hours=hours,

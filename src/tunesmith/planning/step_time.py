@@ -19,6 +19,10 @@ ones dense.
 FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer
 of their reduction, in the stream that computes. Shards are copied into the gather's buffer in the
 stream of the gather, and count as a part of it.
+
+A frozen vision part is counted by the tokens of pictures that the rows have. Its operations for one
+are those of a picture of 640 x 480: on a larger one its attention takes more for each token, where
+it sees the picture in whole.
 """
 
 import math
@@ -335,12 +339,23 @@ class Step:
         if self.estimator.machine.device == "cpu" and self.cluster.chip.tflops:
             passes = 0.0  # its measured rate is that of such passes
         parts = {name: self.tokens * seconds for name, seconds in self.token_seconds.items()}
+        if self.work.pictures:
+            parts["vision part"] = self.work.pictures * self.picture_seconds
         return parts | {
             "recompute": self.tokens * token_seconds * self._recompute_share,
             "fixed cost of passes": self.micro_batches * passes,
             "update": UPDATE_BYTES * self.estimator.trained_here / self._memory_bandwidth,
             "shard copies": self._copied_bytes() / self._memory_bandwidth,
         }
+
+    @property
+    def picture_seconds(self) -> float:
+        """Estimate the time of the vision part in a step whose tokens are all of pictures.
+
+        It runs forward alone, never in 8 bits, and sees each picture once; padding has none.
+        """
+        tokens = rank_step(self.run, self.work.step, self.estimator.mesh).mean
+        return tokens * self.spec.picture_flops / (1e12 * self._tflops)
 
     @property
     def _tflops(self) -> float:

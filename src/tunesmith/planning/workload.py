@@ -30,6 +30,7 @@ class Workload(NamedTuple):
         document: tokens of a sequence, on average.
         supervised: the share of tokens that enter the loss.
         source: what the lengths of examples are from.
+        pictures: the share of tokens that stand for pictures; None where unknown.
     """
 
     step: StepSize
@@ -43,6 +44,7 @@ class Workload(NamedTuple):
     document: float
     supervised: float
     source: str
+    pictures: float | None = 0.0
 
 
 def _describe_assumed(
@@ -74,6 +76,7 @@ def measure_work(
     held_out: int = 0,
     is_assumed: bool = False,
     is_estimated: bool = False,
+    picture_share: float | None = None,
 ) -> Workload:
     """From the recipe's tokens.
 
@@ -83,6 +86,7 @@ def measure_work(
     Args:
         is_assumed: the rows were not counted, `--rows` says so.
         is_estimated: `length` is, from the characters of rows.
+        picture_share: of the tokens of such rows; None where it is not known.
     """
     steps = None
     shared = np.zeros(1, np.int64)
@@ -95,6 +99,9 @@ def measure_work(
         step = schedule.step_size()
         steps = schedule.steps(run.train.duration)
         source = f"{len(lengths):,} in the token cache, {lengths.mean():,.0f} tokens on average"
+        if run.model.vision:
+            picture_share = float(tokens.picture_tokens.sum() / lengths.sum())
+            source += f", {picture_share:.1%} of them of pictures"
     else:
         sequences = run.row_tokens // run.data.seq_len
         supervised = min(length or run.row_tokens, run.row_tokens)
@@ -143,6 +150,7 @@ def measure_work(
         document=float(documents.mean()),
         supervised=supervised / float(lengths.sum()),
         source=source,
+        pictures=picture_share if run.model.vision else 0.0,
     )
 
 

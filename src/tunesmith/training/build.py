@@ -127,7 +127,8 @@ class Session:
             count = partial(count, trained="lora", adapter_parameters=adapter - idle)
         # What two sequences share is computed once.
         shared = tokens.shared[[*examples]]
-        return count(tokens.document_lengths(examples), supervised) - count(shared, 0)
+        seen = spec.picture_flops * int(tokens.picture_tokens[[*examples]].sum())
+        return count(tokens.document_lengths(examples), supervised) - count(shared, 0) + seen
 
     def memory_gib(self) -> float:
         """Peak memory of this start so far, GiB; what the trial of memory reset in the allocator's

@@ -203,12 +203,14 @@ class TokenSet:
             [examples] of each optimizer step, or of all held-out rows as one; None: unknown.
         shares_prompts: packed rows hold once what the sequences of a pair share.
         pictures: makes the pixels of an example's pictures; None: for nothing that needs them.
+        picture_id: the token that stands for a part of a picture; None: rows have no pictures.
     """
 
     def __init__(self, parts: Iterable[SourceTokens]) -> None:
         self.parts = tuple(parts)
         self.shares_prompts = False
         self.pictures: PictureSource | None = None
+        self.picture_id: int | None = None
         self.reference: np.ndarray | None = None
         self.mismatched_reference: Sequence[np.ndarray] | None = None
         self._firsts = np.cumsum([0, *map(len, self.parts)])
@@ -242,6 +244,13 @@ class TokenSet:
         if not self.shares_prompts:
             return np.zeros(len(self), np.int64)
         return self._of_each(Example.count_shared)
+
+    @cached_property
+    def picture_tokens(self) -> np.ndarray:
+        """int64 [n], tokens of each example that stand for pictures."""
+        if self.picture_id is None:
+            return np.zeros(len(self), np.int64)
+        return self._of_each(lambda example: int((example.ids == self.picture_id).sum()))
 
     @property
     def supervised(self) -> np.ndarray:
@@ -372,6 +381,7 @@ class TokenSet:
         tokens = TokenSet(parts)
         tokens.shares_prompts = self.shares_prompts
         tokens.pictures = self.pictures
+        tokens.picture_id = self.picture_id
         return tokens
 
 

@@ -131,6 +131,8 @@ def tokenize_sides(
             )
             parts.append(tokens)
         token_sets[what] = TokenSet(parts)
+        if template.pictures is not None:
+            token_sets[what].picture_id = template.pictures.token_id
     if refused:
         raise error_of_sources(refused)
     return token_sets

@@ -107,6 +107,7 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
             spec,
             vision_parameters=sizes["vision_parameters"],
             picture_bytes=sizes["picture_bytes"],
+            picture_flops=sizes["picture_flops"],
         )
     # With Transformers, which a plan can do without.
     from tunesmith.hub.model_files import read_picture_processor
@@ -169,6 +170,7 @@ def _work_of(
     """
     length = rows.length
     is_estimated = False
+    picture_share = None
     if folder is not None and not length:
         tokens = _cached_tokens(run, folder)
         if tokens is not None and rows.count is None:
@@ -176,6 +178,7 @@ def _work_of(
             return measure_work(run, spec, tokens)
         if tokens is not None:
             length = round(tokens.lengths.mean())
+            picture_share = float(tokens.picture_tokens.sum() / tokens.lengths.sum())
     if not length:
         length = rows.looked_at
         is_estimated = rows.is_estimated
@@ -200,6 +203,7 @@ def _work_of(
         held_out=held_out * parts,
         is_assumed=rows.count is not None,
         is_estimated=is_estimated,
+        picture_share=picture_share,
     )
 
 

@@ -177,6 +177,7 @@ def _details(planner: Planner, best: Forecast, price: float | None, base: Path |
         lines.append("  a checkpoint has no room beside a step: training waits until it is written")
     if step_seconds:
         lines += _describe_step(best, step_seconds)
+        lines += _describe_uncounted(planner, best)
     amounts = [f"{size_text(int(sent))} {LINKS[link]}" for link, sent in best.sent.items() if sent]
     if amounts:
         lines.append(f"a GPU sends per step: {', '.join(amounts)}")
@@ -204,6 +205,17 @@ def _describe_step(forecast: Forecast, step_seconds: float) -> list[str]:
         hidden = f"{_step_text(forecast.hidden_seconds)} seconds"
         lines.append(f"  communication that overlaps with compute: {hidden}")
     return lines
+
+
+def _describe_uncounted(planner: Planner, forecast: Forecast) -> list[str]:
+    """Say that the figures lack the time of the vision part, where they do."""
+    what = "  the time of the vision part is not in these figures"
+    if planner.run.model.vision and not planner.spec.picture_flops:
+        return [f"{what}: its operations could not be counted"]
+    if planner.work.pictures is not None:
+        return []
+    most = f"about {_step_text(forecast.uncounted_seconds)} seconds if all tokens of a step are"
+    return [f"{what}: `tunesmith data` counts how many tokens are of pictures; {most}"]
 
 
 def _time_text(hours: float) -> str:
