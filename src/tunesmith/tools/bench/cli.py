@@ -8,8 +8,10 @@ example:
   tunesmith bench --shape llama3-3b --data rows.json --tokenizer DIR \\
     adapter.kind=none
   tunesmith bench my-recipe.yaml --profile traces
+  tunesmith bench qwen3.5-9b-vision-lora --picture 1024x768
 
-It runs the training steps of `train` on real rows and saves nothing. --shape
+It runs the training steps of `train` on real rows and saves nothing. --picture
+takes rows with a drawn picture each instead, prepared as `train` does. --shape
 uses the dimensions of a real model with random weights, so nothing is
 downloaded; any tokenizer that fits the vocabulary works. The recipe of a shape
 is LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per
@@ -17,6 +19,7 @@ step; key=value overrides it.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from tunesmith.config.load import load_recipe
@@ -61,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"with --shape, row format: one of {', '.join(FORMAT_COLUMNS)} (default: alpaca)",
     )
+    add(
+        "--picture",
+        metavar="WIDTHxHEIGHT",
+        help="with a recipe of model.vision: rows with a drawn picture of this size each, and a "
+        "short question and answer, in place of the recipe's rows",
+    )
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="warmup steps before them (default: 5)")
     add("--json", metavar="FILE", help="write the result as JSON to FILE, for scripts")
@@ -83,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """UsageError for arguments that contradict each other, before anything heavy is imported."""
     check_source(args)
+    if args.picture is not None:
+        check_picture(args)
     # The least number of each option; 0 steps of warmup are allowed.
     for option, least in (("steps", 1), ("warmup", 0)):
         number = vars(args)[option]
@@ -97,6 +108,37 @@ def check_arguments(args: argparse.Namespace) -> None:
     if traces.is_file():
         fix = "use a folder for the traces"
         raise UsageError(f"{traces} is a file", where="--profile", fix=fix)
+
+
+def check_picture(args: argparse.Namespace) -> None:
+    """UsageError for `--picture` with a shape, or with a size that no picture has."""
+    if args.shape is not None:
+        what = "--picture requires a recipe: a shape is a text model alone"
+        fix = "tunesmith bench qwen3.5-9b-vision-lora --picture 1024x768"
+        raise UsageError(what, where="--picture", fix=fix)
+    read_size(args.picture)
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Width and height of `--picture`; UsageError where no picture has such a size."""
+    # With numpy, which the help does without.
+    from tunesmith.data.rows.pictures import MAX_PICTURE_PIXELS, MAX_PICTURE_RATIO
+
+    what = f"no picture is {text!r} large"
+    fix = "such as --picture 1024x768"
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
+    if found is None:
+        why = "it takes width x height in pixels"
+        raise UsageError(what, where="--picture", why=why, fix=fix)
+    width, height = int(found[1]), int(found[2])
+    is_too_long = max(width, height) > MAX_PICTURE_RATIO * min(width, height)
+    if is_too_long or width * height > MAX_PICTURE_PIXELS:
+        why = (
+            f"a picture of a row may have {MAX_PICTURE_PIXELS:,} pixels, and one side may be "
+            f"{MAX_PICTURE_RATIO} times the other"
+        )
+        raise UsageError(what, where="--picture", why=why, fix=fix)
+    return width, height
 
 
 def check_source(args: argparse.Namespace) -> None:
