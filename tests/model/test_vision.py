@@ -48,7 +48,8 @@ pytestmark = pytest.mark.slow
 MROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"]
 
 _QWEN_TOWER = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-# config.json, the settings of the processor's two files, billions of parameters of the parts.
+# config.json, the settings of the processor's two files, billions of parameters of the parts and of
+# the vision part's operations for a token.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[float]]] = {
     # Qwen2.5-VL 7B: text and vision part in one mapping.
     "qwen2_5_vl": (
@@ -75,7 +76,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[
         },
         {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
         {},
-        [7.62, 0.68],
+        [7.62, 0.68, 5.3],
     ),
     # Qwen3-VL 8B
     "qwen3_vl": (
@@ -104,7 +105,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[
         },
         {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
         {},
-        [8.19, 0.58],
+        [8.19, 0.58, 4.22],
     ),
     # Gemma 3 4B
     "gemma3": (
@@ -129,7 +130,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[
         },
         {"size": {"height": 896, "width": 896}},
         {"image_seq_length": 256},
-        [3.88, 0.42],
+        [3.88, 0.42, 21.34],
     ),
 }
 
@@ -242,8 +243,8 @@ def test_a_model_of_published_size_is_measured(family: str, tmp_path: Path) -> N
     text = text_part(config)
     described = text if has_own_class(text) else config
     spec = add_vision(model_spec(described.to_dict(), where=family), config, made)
-    found = [round(count / 1e9, 2) for count in (spec.parameters, spec.vision_parameters)]
-    assert found == billions
+    counts = (spec.parameters, spec.vision_parameters, spec.picture_flops)
+    assert [round(count / 1e9, 2) for count in counts] == billions
 
 
 def test_a_picture_is_seen_both_ways_in_layers_with_a_window(tmp_path: Path) -> None:
