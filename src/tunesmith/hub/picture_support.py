@@ -15,7 +15,7 @@ from tunesmith.data.text.example import Example, Pixels
 from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError, first_line
 from tunesmith.host.files import measure_once
-from tunesmith.model.decoder import vision_parameters
+from tunesmith.model.decoder import find_projector, vision_parameters
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Support
@@ -84,10 +84,13 @@ def find_picture_support(
 class VisionSize:
     """The parameters of a model's vision part, and its operations on a picture of TYPICAL_SIZE.
 
-    flops: 0 where they could not be counted.
+    Attributes:
+        projector: those of the parameters that `model.train_projector` trains.
+        flops: 0 where they could not be counted.
     """
 
     parameters: int
+    projector: int
     flops: int
 
 
@@ -103,13 +106,16 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
         stated = Model(name=whole.model_type, dtype="fp32")
         model = build_on_meta(whole.get_text_config(), stated, whole=whole)
         parameters = sum(parameter.numel() for _, parameter in vision_parameters(model))
+        projector = 0
+        for name in find_projector(model):
+            projector += sum(p.numel() for p in model.get_submodule(name).parameters())
         try:
             inputs = {name: torch.from_numpy(array) for name, array in pixels.inputs.items()}
-            return VisionSize(parameters, count_picture_flops(model, inputs))
+            return VisionSize(parameters, projector, count_picture_flops(model, inputs))
         # Code of 90 model types, for a figure that a run can do without.
         except Exception as error:
             log.warning(f"the operations of the vision part are not counted: {first_line(error)}")
-            return VisionSize(parameters, 0)
+            return VisionSize(parameters, projector, 0)
 
     key = [PICTURE_SUPPORT_VERSION, version("transformers"), processor.digest, values]
     size = measure_once("specs", key, measure, VisionSize)
@@ -118,6 +124,7 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
     return replace(
         spec,
         vision_parameters=size.parameters,
+        projector_parameters=size.projector,
         picture_bytes=given // tokens,
         picture_flops=size.flops // tokens,
     )

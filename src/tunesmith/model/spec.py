@@ -133,9 +133,11 @@ class ModelSpec:
     attention_softcap: float | None = None
     # Parameters of matrices outside the layers, without embedding and head.
     other_matmul: int = 0
-    # Frozen ones of a vision part that is there too, which all other figures leave out; and for one
-    # token of a picture the bytes of what it is given, and the operations of its forward.
+    # Of a vision part that is there too, which all other figures leave out, and of its projector
+    # alone; and for one token of a picture the bytes of what it is given, and the operations of its
+    # forward.
     vision_parameters: int = 0
+    projector_parameters: int = 0
     picture_bytes: int = 0
     picture_flops: int = 0
     # What `measured_spec` measured the model by, as JSON; empty: the sizes are from the table.

@@ -98,10 +98,17 @@ def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -
         integrated=chip.integrated,
         grouped_mm=chip.grouped_mm and run.model.dtype == "bf16",
     )
+    return Planner(run, spec, cluster, work, machine, _count_trained(run, spec))
+
+
+def _count_trained(run: Run, spec: ModelSpec) -> int:
+    """Parameters that a recipe trains, of all ranks."""
     trained = spec.parameters
     if run.adapter.kind == "lora":
         trained = count_adapter(spec, run.adapter)
-    return Planner(run, spec, cluster, work, machine, trained)
+    if run.model.train_projector:
+        trained += spec.projector_parameters
+    return trained
 
 
 @dataclass(frozen=True)
@@ -315,7 +322,7 @@ class Planner:
         """The planner of a recipe that differs in what `find_savings` changes."""
         trained = self.trained
         if run.adapter.kind != self.run.adapter.kind:
-            trained = count_adapter(self.spec, run.adapter)
+            trained = _count_trained(run, self.spec)
         step = self.work.step
         share = run.train.global_batch.amount / self.run.train.global_batch.amount
         work = self.work._replace(

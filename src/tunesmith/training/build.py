@@ -121,6 +121,9 @@ class Session:
         count = partial(flops, spec, trained="full", forwards=self.run.extra_forwards)
         if self.run.adapter.kind == "lora":
             adapter = sum(p.numel() for p in self.optimizer.params.values())
+            # Tokens of texts never reach it.
+            if self.run.model.train_projector:
+                adapter -= spec.projector_parameters
             # Of experts that a token does not go to.
             idle = count_adapter(spec, self.run.adapter)
             idle -= count_active_adapter(spec, self.run.adapter)

@@ -106,6 +106,7 @@ def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
         return replace(
             spec,
             vision_parameters=sizes["vision_parameters"],
+            projector_parameters=sizes["projector_parameters"],
             picture_bytes=sizes["picture_bytes"],
             picture_flops=sizes["picture_flops"],
         )
