@@ -7,7 +7,8 @@ it (record.py).
 """
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import eq
@@ -32,7 +33,8 @@ from tunesmith.inference.load_run import (
     undeleted,
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
-from tunesmith.model.names import composite_of
+from tunesmith.model.decoder import find_text_part, is_in_text
+from tunesmith.model.names import composite_of, is_in_whole
 from tunesmith.model.safetensors_files import (
     ADAPTER_WEIGHTS,
     read_json,
@@ -42,7 +44,6 @@ from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
 from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file
-from tunesmith.tools.export.gguf.families import OWN_SCRIPT
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
 from tunesmith.tools.export.gguf.ollama import MODELFILE, guard_template, modelfile_text
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
@@ -56,12 +57,26 @@ from tunesmith.tools.export.output import (
     record_path,
 )
 from tunesmith.tools.export.record import ADAPTER_KIND, record_of, write_record
-from tunesmith.tools.export.tuned_weights import StoredRows, TunedModel, open_tuned_model
+from tunesmith.tools.export.tuned_weights import (
+    StoredRows,
+    TunedModel,
+    TunedWeight,
+    open_tuned_model,
+)
 
 DEFAULT_QUANT = "q4_k_m"
 OLLAMA_NOTE = (
     "Ollama renders chats by the base's template, without the run's form of tools, or by one of "
     "its own that is nearly the same; compare its answers with llama-server's"
+)
+PICTURES_NOTE = (
+    "the file has the text model alone; for pictures llama.cpp takes the mmproj file of the base, "
+    "whose vision part was not trained"
+)
+TRAINED_PROJECTOR_NOTE = (
+    "the file has the text model alone, and the projector was trained: for pictures make an mmproj "
+    "file of the merged model (tunesmith merge, then convert_hf_to_gguf.py --mmproj), not of the "
+    "base"
 )
 CHAT_TEMPLATE = "chat_template.jinja"
 ANSWER_CHARS = 67  # of an answer that is shown
@@ -413,28 +428,47 @@ def _renderings(read: OpenedRun, template: str) -> list[str | None]:
 
 
 def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
-    _check_text_model(tuned.model.config)
     settings = tuned.files.folder / "generation_config.json"
     # Any of them ends an answer; a GGUF file has room for one beside eos.
     ends = tuned.template.end_ids - {tuned.files.tokenizer.eos_token_id}
-    return plan_gguf(
-        tuned.model.config.to_dict(),
-        tuned.weights,
+    plan = plan_gguf(
+        tuned.model.config.get_text_config().to_dict(),
+        _text_weights(tuned),
         tuned.files.tokenizer,
         quant=quant,
         name=name,
         generation=read_json(settings) if settings.is_file() else {},
         turn_end=min(ends, default=None),
     )
+    if not is_in_whole(tuned.model):
+        return plan
+    note = PICTURES_NOTE
+    if tuned.recipe.model.train_projector:
+        note = TRAINED_PROJECTOR_NOTE
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:
+    """Those of the text model, by its own names, of a vision-language model in whole too."""
+    prefix, _ = find_text_part(tuned.model)
+    if not prefix:
+        return tuned.weights
+    is_text = is_in_text(tuned.model)
+    weights = {}
+    for name, weight in tuned.weights.items():
+        if is_text(name):
+            weights[re.sub(f"^{re.escape(prefix)}[.]", "model.", name)] = weight
+    return weights
 
 
 def _check_text_model(config: PretrainedConfig) -> None:
+    """ModelError for the adapter of a vision-language model, whose layers have other names."""
     if composite_of(config) is not None:
         raise ModelError(
-            "GGUF export does not support the text model of a vision-language model yet",
-            where="--to gguf",
-            why="the file would not match its base model",
-            fix=OWN_SCRIPT,
+            "the adapter of a vision-language model is not exported to GGUF",
+            where="--adapter",
+            why="its layers have other names than those of llama.cpp's text models",
+            fix="export the model: without --adapter",
         )
 
 

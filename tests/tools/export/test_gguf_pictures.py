@@ -1,0 +1,86 @@
+"""The text model of a vision-language model as a GGUF file, which llama.cpp opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+import conftest
+from errors import holds, refuses
+from export.tiny_gguf import chat_tokenizer
+from picture_runs import picture_run, write_mixed
+from tunesmith.errors import ModelError
+from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
+from tunesmith.training.run import train
+from vision import write_processor
+
+pytestmark = pytest.mark.slow
+
+
+def small_bpe(**special: str) -> Any:
+    """One that llama.cpp knows, with a family's own tokens."""
+    core = chat_tokenizer()._tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>", **special
+    )
+
+
+def write_model(folder: Path, family: str) -> Path:
+    """A random model of a family, with a tokenizer that llama.cpp knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conftest, "byte_tokenizer", small_bpe)
+        write_processor(folder, family)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = len(AutoTokenizer.from_pretrained(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+    whole.save_pretrained(folder)
+    return folder
+
+
+# Their text models are a Qwen2 and a Mistral; of the second the text model alone is trained.
+@pytest.mark.parametrize(
+    ("family", "vision", "projector", "note"),
+    [
+        ("internvl", True, True, "convert_hf_to_gguf.py --mmproj"),
+        ("mistral3", False, False, "the mmproj file of the base"),
+    ],
+)
+def test_the_text_model_answers_as_the_tuned_one(
+    family: str, vision: bool, projector: bool, note: str, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", family)
+    rows = write_mixed(tmp_path, 6, "P" if vision else "T")
+    run = picture_run(
+        model,
+        rows,
+        model={"vision": vision, "train_projector": projector},
+        data={"seq_len": 512},
+        train={"duration": "2 steps"},
+    )
+    train(run, quiet=True)
+    exported = export_gguf(run.output_dir, tmp_path / "text.gguf", quant="f16", device="cpu")
+    assert holds(" ".join(exported.notes), note)
+    assert exported.check is not None
+    assert exported.check.base is not None
+    # f16 weights, and llama.cpp's keys and values in fp16
+    assert exported.check.tuned.mean_kl < 1e-4 < exported.check.base.mean_kl
+    with refuses(ModelError, where="--adapter", fix=["without --adapter"]):
+        export_adapter(run.output_dir, tmp_path / "lora.gguf")
