@@ -30,7 +30,7 @@ from tunesmith.loss import (
 )
 from tunesmith.model import attention
 from tunesmith.model.chunked import prepare_chunked_attention
-from tunesmith.model.decoder import find_decoder, find_head, find_layers
+from tunesmith.model.decoder import find_decoder, find_head, find_layers, trained_projector
 from tunesmith.model.documents import (
     Documents,
     RepeatedTokens,
@@ -42,7 +42,7 @@ from tunesmith.model.model_types import BothWays
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
-from tunesmith.model.vision import see, set_text_attention, with_projector
+from tunesmith.model.vision import see, set_text_attention, with_unused
 from tunesmith.quant.linear_layers import parameter_count
 
 Value = TypeVar("Value")
@@ -182,6 +182,7 @@ class TrainModel(nn.Module):
         self.loss_and_grad_fn = loss_and_grad_fn
         self.recurrent_trials = recurrent_trials
         self.both_ways = both_ways
+        self.projector = trained_projector(model)
         self.expert_load = ExpertLoad(model, is_varied=varied_tokens)
         # These two follow once the model is sharded, and has its weights.
         self.partial_gradients: frozenset[str] = frozenset()
@@ -285,7 +286,8 @@ class TrainModel(nn.Module):
         positions = batch.position_ids
         options: dict[str, Any] = {}
         if batch.pictures:
-            options["mm_encoder_outputs"] = {"image": see(self.model, batch.pictures)}
+            features = see(self.model, batch.pictures, trains=bool(self.projector))
+            options["mm_encoder_outputs"] = {"image": features}
         documents = current_documents()
         # Validation, or a forward outside `step_context`: by identity, so that documents of another
         # batch are never used.
@@ -303,7 +305,7 @@ class TrainModel(nn.Module):
         with use_documents(documents):
             output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **options)
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-        return hidden if batch.pictures else with_projector(self.model, hidden)
+        return hidden if batch.pictures else with_unused(self.projector, hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over positions: hidden [n, width], targets [n]."""

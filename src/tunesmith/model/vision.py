@@ -6,14 +6,14 @@ puts them in the place of the placeholders.
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tunesmith.model.decoder import find_decoder, is_whole, trained_projector
+from tunesmith.model.decoder import find_decoder, is_whole
 
 
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
@@ -50,10 +50,11 @@ def skip_device_checks() -> None:
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"
 
 
-def see(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
+def see(model: PreTrainedModel, pictures: Mapping[str, Tensor], *, trains: bool = False) -> Any:
     """Return the features of pictures, as the whole model's forward takes them.
 
-    Their graph is that of the projector that is trained; without one there is none.
+    trains: with the graph of a projector that is trained. Of a frozen one activations would stay in
+    memory.
     """
     inputs = {}
     # Of a batch on a GPU they are on the host, pinned.
@@ -61,16 +62,13 @@ def see(model: PreTrainedModel, pictures: Mapping[str, Tensor]) -> Any:
         dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
         inputs[name] = tensor.to(model.device, non_blocking=True).to(dtype)
     whole: Any = find_decoder(model)
-    # Frozen parameters alone make no graph, but code of a family may.
-    trains = torch.is_grad_enabled() and bool(trained_projector(model))
-    with torch.set_grad_enabled(trains):
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
         return whole.get_image_features(**inputs, return_dict=True)
 
 
-def with_projector(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return hidden states of a batch without pictures, with gradients of zero for a trained
-    projector: each rank must have the same gradients, whatever its pictures.
+def with_unused(projector: Iterable[nn.Module], hidden: Tensor) -> Tensor:
+    """Return hidden states of a batch without pictures, with gradients of zero for the projector
+    that is trained: each rank must have the same gradients, whatever its pictures.
     """
-    projector = trained_projector(model) if torch.is_grad_enabled() else []
     zeros = [0 * p.sum() for module in projector for p in module.parameters()]
     return hidden + torch.stack(zeros).sum().to(hidden.dtype) if zeros else hidden

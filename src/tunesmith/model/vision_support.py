@@ -111,7 +111,7 @@ def _run_row(
             position_ids=row.positions,
             use_cache=False,
             documents=documents,
-            mm_encoder_outputs={"image": see(twin, pictures)},
+            mm_encoder_outputs={"image": see(twin, pictures, trains=True)},
         )
         return differentiate(twin, logits_of(twin, output.last_hidden_state[0]), row.ids)
 
