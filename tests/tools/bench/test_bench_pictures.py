@@ -39,8 +39,8 @@ def test_the_model_sees_drawn_pictures_of_the_size(
 ) -> None:
     features = []
 
-    def noted(model: Any, pictures: Mapping[str, Tensor]) -> Any:
-        output = see(model, pictures)
+    def noted(model: Any, pictures: Mapping[str, Tensor], **options: Any) -> Any:
+        output = see(model, pictures, **options)
         features.append(sum(len(each) for each in output.pooler_output))
         return output
 

@@ -23,7 +23,6 @@ import torch
 from tunesmith.build_model import Weights
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Checkpoint, Log, Run, Validate
-from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.torch_private import graphs_compiled, scaled_mm
 from tunesmith.errors import RunError, TunesmithError
@@ -98,7 +97,7 @@ class BenchReport:
         quantize: how the base was stored: none, nf4, an fp8 form, or bf16 where fp8 was turned off.
         recomputed_layers: decoder layers whose forward runs again in the backward.
         tokens: non-padding tokens of the timed steps.
-        picture_tokens: those of them that stand for pictures, which the vision part saw.
+        picture_tokens: those of them that stand for pictures.
         samples_times_seq_len_per_second: often called tokens/s: each example counted as if it
             filled `seq_len`.
         fill_share: non-padding tokens of all computed ones.
@@ -164,7 +163,7 @@ class BenchReport:
         if self.picture_tokens:
             speed = f"{ratio(self.picture_tokens, self.seconds):,.0f} /s"
             share = f"{self.picture_tokens / self.tokens:.1%} of the non-padding tokens"
-            yield "tokens of pictures", speed, f"{share}; the vision part saw their pictures"
+            yield "tokens of pictures", speed, share
         speed = f"{self.supervised_tokens_per_second:,.0f} /s"
         yield "supervised tokens", speed, "positions that enter the loss"
         speed = f"{self.samples_times_seq_len_per_second:,.0f} /s"
@@ -217,7 +216,6 @@ class Observed:
     Attributes:
         graphs: compiled so far: before the build, then after each step up to the last timed one.
         padded: step, from 1 -> tokens computed, padding counted.
-        pictures: the same -> tokens of pictures whose pixels the batch has for the vision part.
         memory_gib: peak at the end of the timed steps.
         stall: seconds that a checkpoint delayed the loop.
     """
@@ -225,7 +223,6 @@ class Observed:
     build_seconds: float
     graphs: list[int]
     padded: dict[int, int] = field(default_factory=dict)
-    pictures: dict[int, int] = field(default_factory=dict)
     memory_gib: float = 0.0
     stall: float | None = None
 
@@ -270,10 +267,6 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         return Measured(figures, profiler.traces, profiler.tables)
 
 
-def count_picture_tokens(batch: Batch) -> int:
-    return sum(stop - start for start, stop in batch.spans)
-
-
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:
     """The trainer's own loop over all steps, then two adapter checkpoints."""
     session = trainer.session
@@ -283,8 +276,6 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
     def counted(batches: Iterable[GlobalBatch]) -> Iterator[GlobalBatch]:
         for batch in batches:
             seen.padded[batch.step + 1] = sum(micro.input_ids.numel() for micro in batch.micro)
-            with_pixels = [micro for micro in batch.micro if micro.pictures]
-            seen.pictures[batch.step + 1] = sum(map(count_picture_tokens, with_pixels))
             yield batch
 
     session.model.train()
@@ -308,6 +299,12 @@ def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Obse
             checkpoints.save_periodic()
             seen.stall = checkpoints.stalls[-1]
             checkpoints.writer.wait()
+
+
+def _count_picture_tokens(session: Session, records: list[StepRecord]) -> int:
+    examples = session.data.schedule.examples
+    counts = session.data.train.picture_tokens
+    return sum(int(counts[[*examples(r.step - 1)]].sum()) for r in records)
 
 
 def _report(
@@ -347,7 +344,7 @@ def _report(
         steps=len(records),
         seconds=seconds,
         tokens=tokens,
-        picture_tokens=sum(seen.pictures[r.step] for r in records),
+        picture_tokens=_count_picture_tokens(session, records),
         tokens_per_second=ratio(tokens, seconds),
         supervised_tokens_per_second=ratio(sum(r.supervised_tokens for r in records), seconds),
         samples_times_seq_len_per_second=ratio(
