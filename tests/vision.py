@@ -334,7 +334,7 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    text = {**_TEXT, "vocab_size": 320, **special, **of.text}
+    text = {**_TEXT, "vocab_size": max(320, len(tokenizer)), **special, **of.text}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in of.ids.items()}
     whole = {**ids, "tie_word_embeddings": False, **of.whole, **config}
     # Configs write into the mappings that they are given.

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
-from transformers import PretrainedConfig
 
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.manifest import digest_of_file
@@ -242,7 +241,7 @@ def export_adapter(
     file_name = f"{goal.name}-lora.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
-        _check_text_model(read.files.config)
+        _check_text_model(read)
         base = _find_gguf_base(read)
         chat_template = _other_template(read) if base else None
         if for_ollama:
@@ -461,9 +460,9 @@ def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:
     return weights
 
 
-def _check_text_model(config: PretrainedConfig) -> None:
+def _check_text_model(read: OpenedRun) -> None:
     """ModelError for the adapter of a vision-language model, whose layers have other names."""
-    if composite_of(config) is not None:
+    if read.files.whole is not None or composite_of(read.files.config) is not None:
         raise ModelError(
             "the adapter of a vision-language model is not exported to GGUF",
             where="--adapter",
