@@ -293,7 +293,6 @@ def test_the_tower_is_frozen_where_the_projector_is_trained(folder: Path, tmp_pa
     run = seeing(folder, tmp_path, model={"train_projector": True})
     model = built_model(run, folder)
     projector = tuple(f"{name}." for name in find_projector(model.model))
-    before = tower(model.model)
     batch = make_batch(folder, run)
     model.train()
     with model.step_context(batch):
@@ -308,7 +307,6 @@ def test_the_tower_is_frozen_where_the_projector_is_trained(folder: Path, tmp_pa
         model(texts).loss.backward()
     for name, p in vision_parameters(model.model):
         assert name.startswith(projector) == (p.grad is not None and not p.grad.any()), name
-    assert tower(model.model).keys() == before.keys()
     assert lora.count_adapter_parameters(model.model, run.adapter) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
@@ -343,10 +341,10 @@ def test_peft_opens_the_adapter_on_the_whole_model(
         for _, module, key in lora.saved_parameters(model.model):
             module.get_parameter(key).mul_(0.5)
     batch = make_batch(folder, run)
-    expected = hidden_of(model, batch)
     write_model_files(tmp_path, run, model, {})
-    base = whole(folder)
-    theirs = PeftModel.from_pretrained(base, tmp_path)
+    # In float64: rounding of a merged fp32 weight alone comes near the tolerance.
+    expected = hidden_of(model.double(), batch)
+    theirs = PeftModel.from_pretrained(whole(folder), tmp_path).double()
     names = load_file(tmp_path / "adapter_model.safetensors").keys()
     loaded = {
         name.replace(".modules_to_save", "").replace(".default.", ".")
@@ -355,10 +353,9 @@ def test_peft_opens_the_adapter_on_the_whole_model(
     }
     assert loaded == set(names)
     plain = make_run(folder, tmp_path, adapter={"kind": "none"}).adapter
-    merged = built_model(replace(run, adapter=plain), folder).eval()
+    merged = built_model(replace(run, adapter=plain), folder).eval().double()
     merged.model.load_state_dict(theirs.merge_and_unload().state_dict())
-    # Of logits of about 1; a merged weight is rounded once more.
-    torch.testing.assert_close(hidden_of(merged, batch), expected, atol=4e-6, rtol=0)
+    torch.testing.assert_close(hidden_of(merged, batch), expected, atol=2e-6, rtol=0)
 
 
 def test_a_model_trained_in_full_is_the_whole_model_again(folder: Path, tmp_path: Path) -> None:
