@@ -4,6 +4,8 @@ float64.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from tunesmith.adapter.lora import LoraLinear
 from tunesmith.config.schema import Adapter
 from tunesmith.loss import (
     TILE_ROWS,
+    VOCABULARY_ROWS,
     chunk_size,
     chunked_cross_entropy,
     even_chunk_size,
@@ -65,6 +68,28 @@ def test_value_and_gradients(kind, options, chunk):
     ours = chunked_cross_entropy(hidden, head, targets, chunk=chunk, **options)
     expected = plain(hidden, head, targets, **options)
     assert_equal_with_gradients(ours, expected, leaves)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_large_vocabulary_in_fp32(trained: bool) -> None:
+    """The head is multiplied in parts, the last of which is smaller."""
+    torch.manual_seed(0)
+    head = nn.Linear(6, 2 * VOCABULARY_ROWS + 5, bias=False).requires_grad_(trained)
+    hidden = torch.randn(23, 6, requires_grad=True)
+    # Of each part, the edges too
+    targets = torch.arange(23) % 2 * VOCABULARY_ROWS + torch.arange(23) // 2
+    targets[:3] = torch.tensor([VOCABULARY_ROWS - 1, VOCABULARY_ROWS, 2 * VOCABULARY_ROWS + 4])
+    leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    ours = chunked_cross_entropy(hidden, head, targets, chunk=5)
+    got = torch.autograd.grad(ours, leaves)
+    wide = copy.deepcopy(head).double()
+    wide_leaves = [hidden.detach().double().requires_grad_(), *wide.parameters()][: len(leaves)]
+    expected = plain(wide_leaves[0], wide, targets)
+    wanted = torch.autograd.grad(expected, wide_leaves)
+    # fp32 rounding of a sum over 2,053 tokens
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=0)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", CAPS, ids=str)
