@@ -89,7 +89,7 @@ H200_OF_TORCH = Rates(
     sources={
         "product": "measured on an H200, 8192^3, held at its 700 W; single products reach 708",
         "eight_bit_speed": "an 8B layer's four shapes on an H200, with full sums, which the loss "
-        "asked for: 1.83 to 2.07; 10 to 14 % more with fast ones",
+        "asked for: 1.83 to 2.07 (pairs.json)",
         "copy": "measured on an H200, device to device",
         "memory_share": "as 77 ms of an 8B's step on an H200 say",
         "skinny_share": _MICRO,
