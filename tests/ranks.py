@@ -7,10 +7,12 @@ a file.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import math
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import time
 import traceback
@@ -115,12 +117,13 @@ def run_ranks(
             if results.empty():
                 assert alive, (
                     f"ranks {sorted(set(range(world)) - set(found))} ended without a result"
+                    f"{_killed(ranks)}"
                 )
                 assert time.monotonic() < deadline, f"the ranks took longer than {LIMIT} s"
                 time.sleep(0.02)
                 continue
             rank, fault, value = results.get()
-            assert not fault, f"rank {rank} failed:\n{fault}"
+            assert not fault, f"rank {rank} failed:\n{fault}{_killed(ranks)}"
             found[rank] = value
     finally:
         for process in ranks:
@@ -141,9 +144,20 @@ def gathered(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def _killed(ranks: list[Any]) -> str:
+    """A line for each process that a signal ended."""
+    signals = {rank: -(process.exitcode or 0) for rank, process in enumerate(ranks)}
+    return "".join(
+        f"\nrank {rank} was ended by {signal.Signals(number).name}"
+        for rank, number in signals.items()
+        if number > 0
+    )
+
+
 def _rank(
     env: dict[str, str], rank: int, results: Any, function: Callable[..., Any], arguments: Any
 ) -> None:
+    faulthandler.enable()  # a crash says where it was
     os.environ.update(env)
     import torch
 

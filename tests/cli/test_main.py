@@ -456,6 +456,17 @@ def test_closed_pipe_is_quiet() -> None:
     assert (done.stdout.strip(), done.stderr) == (str(frame.EXIT_BROKEN_PIPE), "")
 
 
+def test_a_crash_says_where_it_was() -> None:
+    crash = (
+        "import os, signal, sys; from tunesmith.cli import main;"
+        " main.dispatch = lambda words: os.kill(os.getpid(), signal.SIGSEGV); main.run_process()"
+    )
+    done = _python("-c", crash)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert "main.py" in done.stderr
+
+
 def test_another_broken_pipe_is_told(
     verb: Callable[..., None],
     capfd: pytest.CaptureFixture[str],

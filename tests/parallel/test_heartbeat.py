@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from ranks import environment_of, forkserver, free_port
+from ranks import environment_of, forkserver, free_port, run_ranks
 from tunesmith.distributed.heartbeat import Heartbeat
 from tunesmith.distributed.ranks import HEARTBEAT_VARIABLE, heartbeat_limit, join_ranks, meet
 from tunesmith.distributed.torch_private import collective, current_collective
@@ -267,6 +267,19 @@ def test_a_group_that_is_started_again_does_not_meet_its_predecessors():
         assert store.get(f"{found[0][0]}/fault") == b"-"
         names.append(found[0][0])
     assert len({*names}) == 3
+
+
+def crash_on_rank_1() -> None:
+    with join_ranks() as ranks:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        ranks.all_gather_object(None)
+
+
+def test_a_crash_in_a_test_is_named_by_its_signal() -> None:
+    both = r"rank 1 on \S+ was killed(.|\n)*rank 1 was ended by SIGSEGV"
+    with pytest.raises(AssertionError, match=both):
+        run_ranks(2, crash_on_rank_1)
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ interrupted before there was anything to save, 141 nobody reads the output any m
 import argparse
 import difflib
 import errno
+import faulthandler
 import logging
 import os
 import re
@@ -227,6 +228,9 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
         sys.stdin = open(os.devnull)  # noqa: SIM115  it lives as long as the process
     sys.stdout = lasting(sys.stdout, raises=True)
     sys.stderr = lasting(sys.stderr)
+    if process:
+        # A crash in a library ends a process without a word: it says where each thread was.
+        faulthandler.enable()
     # bitsandbytes warns of a CPU kernel that it would fetch from the Hub, unasked.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_no_released_config)
