@@ -259,6 +259,11 @@ def test_raw_rows_have_one_bos_and_one_end(adds_bos: bool) -> None:
         example = template.encode(Text(text), "response", where="r")
         assert example.trained.tolist() == [False] + [True] * (len(example.ids) - 1)
         assert mine.endswith("</s>")
+    # A template writes a line break behind its end token: nothing ends twice.
+    for text in ("A line.</s>\n", "Q</s>\nA line.</s> \n"):
+        assert learnt(template, Text(text))[0] == bos + text
+    assert learnt(template, Completion("Q: ", "So.</s>\n"))[1] == "So.</s>\n"
+    assert learnt(template, Completion("Q</s>", "\n"))[1] == "\n</s>"
     sample = Completion("Q: why?\nA>", "So.")
     whole, mine = learnt(template, sample)
     assert (whole, mine) == (f"{bos}Q: why?\nA>So.</s>", "So.</s>")

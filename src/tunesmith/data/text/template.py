@@ -448,8 +448,7 @@ class Template:
         if not isinstance(sample, Conversation):
             # The BOS that the tokenizer adds, once, and a supervised end token.
             bos = np.array(self._missing_bos(ids), np.int32)
-            # One that ends the prompt ends no answer.
-            has_end = len(ids) > 0 and bool(trained[-1]) and int(ids[-1]) in self.end_ids
+            has_end = self._has_own_end(sample, ids, trained)
             end = np.array([] if has_end else [self._raw_end], np.int32)
             ids = np.concatenate([bos, ids, end])
             trained = np.concatenate([np.zeros(len(bos), bool), trained, np.ones(len(end), bool)])
@@ -478,6 +477,16 @@ class Template:
             flaws=(*_flaws(answers.text, aligned), *sorted(answers.missing)),
             control_tokens=self._control_tokens(sample),
         )
+
+    def _has_own_end(self, sample: Text | Completion, ids: np.ndarray, trained: np.ndarray) -> bool:
+        """Tell whether a text ends with an end token; a template writes a line break behind it.
+
+        One that ends the prompt ends no answer.
+        """
+        if not len(ids) or not trained[-1]:
+            return False
+        text = sample.text if isinstance(sample, Text) else sample.completion
+        return int(ids[-1]) in self.end_ids or bool(self._trailing_ends.search(text))
 
     def _chat_of(self, sample: Conversation) -> ChatRenderer:
         assert self.chat is not None

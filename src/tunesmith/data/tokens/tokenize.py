@@ -46,7 +46,7 @@ from tunesmith.host.streams import is_terminal, visible
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-TOKENS_VERSION = 13
+TOKENS_VERSION = 14
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH_ROWS = 256
