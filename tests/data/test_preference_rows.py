@@ -174,6 +174,26 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word th
         {"prompt": "2 + 2?", "chosen": [U, GOOD], "rejected": [U, BAD]},
         "prompt",
     ),
+    "a prompt that is answered": (
+        "preference",
+        {"prompt": [U, GOOD], "chosen": [GOOD], "rejected": [BAD]},
+        "prompt ends with an answer",
+    ),
+    "a chat that is answered, as the prompt": (
+        "preference",
+        {"conversations": [U, GOOD], "chosen": GOOD, "rejected": BAD},
+        "prompt ends with an answer",
+    ),
+    "a prompt of feedback that is answered": (
+        "feedback",
+        {"prompt": [U, GOOD], "completion": "3", "label": True},
+        "prompt ends with an answer",
+    ),
+    "a prompt with its completion in it": (
+        "prompt-completion",
+        {"prompt": [U, GOOD], "completion": [GOOD]},
+        "prompt ends with an answer",
+    ),
     "an answer of the user's": (
         "preference",
         {"prompt": [U], "chosen": [GOOD, U], "rejected": [BAD, U]},

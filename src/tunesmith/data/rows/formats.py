@@ -194,7 +194,7 @@ def _prompt_completion(row: RowReader) -> list[Sample]:
         )
     if not isinstance(prompt, list | Mapping):
         return [_completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))]
-    messages = with_row_system(row, any_messages(row, prompt, "prompt"))
+    messages = with_row_system(row, _open_prompt(row, prompt))
     answer = any_messages(row, completion, "completion")
     return [Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))]
 
@@ -236,7 +236,7 @@ def _preference(row: RowReader) -> list[Sample]:
     of_rejected = _answer_messages(row, rejected, "rejected")
     if of_chosen[0]["role"] == "assistant":
         prompt = row.required("prompt") if prompt is None else prompt
-        messages = _prompt_messages(row, prompt)
+        messages = _open_prompt(row, prompt)
         return _answered(row, messages, {"chosen": of_chosen, "rejected": of_rejected})
     shared = _shared_beginning(row, of_chosen, of_rejected)
     _check_shared(row, prompt, shared)
@@ -332,7 +332,7 @@ def _feedback(row: RowReader) -> list[Sample]:
         text = row.text(completion, "completion")
         return _answered(row, row.text(prompt, "prompt"), {"completion": text})
     answer = _answer_messages(row, completion, "completion")
-    return _answered(row, _prompt_messages(row, prompt), {"completion": answer})
+    return _answered(row, _open_prompt(row, prompt), {"completion": answer})
 
 
 def read_label(value: object) -> bool | None:
@@ -382,6 +382,16 @@ def _prompt_messages(row: RowReader, prompt: object) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": row.text(prompt, "prompt")}]
     return any_messages(row, prompt, "prompt")
+
+
+def _open_prompt(row: RowReader, prompt: object) -> list[Message]:
+    """The messages of a prompt; DataError where they have an answer already."""
+    messages = _prompt_messages(row, prompt)
+    if messages[-1]["role"] == "assistant":
+        why = "the answer would be a second one behind it, and not go on with it"
+        fix = "delete the last message of the prompt; or write its text in front of the answers"
+        raise row.error("the prompt ends with an answer", why, fix)
+    return messages
 
 
 def _answer_messages(row: RowReader, answer: object, column: str) -> list[Message]:
