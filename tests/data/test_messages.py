@@ -437,3 +437,19 @@ def test_a_text_that_begins_with_many_blanks() -> None:
     """Backtracking would take minutes."""
     text = " " * 100_000 + "x"
     assert read({"prompt": text, "completion": "c"}, "prompt-completion").prompt == text
+
+
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    calls = [{**CALLS[0], "id": name} for name in ("a", "b")]
+    results = [{"role": "tool", "content": name, "tool_call_id": name} for name in ("b", "a")]
+    sample = read({"messages": [U, {**CALLING, "tool_calls": calls}, *results, A]})
+    assert sample.messages[2:] == [*results[::-1], A]
+    # Results that name no call, or one that is not there, stay as they are.
+    for unnamed in ({"role": "tool", "content": "b"}, {**results[0], "tool_call_id": "c"}):
+        sample = read({"messages": [U, {**CALLING, "tool_calls": calls}, unnamed, results[1], A]})
+        assert [message["content"] for message in sample.messages[2:]] == ["b", "a", "3"]
+    parts = [
+        {"type": "tool_result", "tool_use_id": name, "content": name} for name in ("b", "a")
+    ]
+    turns = [U, {**CALLING, "tool_calls": calls}, {"role": "user", "content": parts}, A]
+    assert [turn["content"] for turn in read({"messages": turns}).messages[2:]] == ["a", "b", "3"]

@@ -5,6 +5,7 @@ content parts as OpenAI, Anthropic and Hugging Face write them. A key that chang
 is read or refused by name; a key that nothing knows is counted, and the user is told.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,7 +90,25 @@ def read_messages(row: RowReader, value: object, column: str, form: Form) -> lis
         previous_role = role
     if not messages:
         raise row.error(f"{column} is empty", fix="delete the row")
-    return messages
+    return _in_order_of_calls(messages)
+
+
+def _in_order_of_calls(messages: list[Message]) -> list[Message]:
+    """The messages with the results of several calls in the order of these, by their ids.
+
+    Servers take results in any order, and many templates write no id: a result then belongs to the
+    call of its place.
+    """
+    ordered: list[Message] = []
+    places: dict[str, int] = {}
+    for is_result, group in itertools.groupby(messages, lambda turn: turn["role"] == "tool"):
+        turns = list(group)
+        if is_result and all(turn.get("tool_call_id") in places for turn in turns):
+            turns.sort(key=lambda turn: places[turn["tool_call_id"]])
+        calls = turns[-1].get("tool_calls", ())
+        places = {call["id"]: n for n, call in enumerate(calls) if "id" in call}
+        ordered += turns
+    return ordered
 
 
 def _check_one_answer(row: RowReader, answer: Message, call: Message, at: str) -> None:
