@@ -111,6 +111,24 @@ def _missing_file(path: Path) -> DataError:
     return DataError("there is no such file", where=str(path), why=why, fix=fix)
 
 
+class _RepeatedKeyError(ValueError):
+    """An object of JSON with a key twice: one of the two values would be lost."""
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, whose keys must differ."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"an object has {json.dumps(repeated, ensure_ascii=False)} twice")
+    return values
+
+
+# Calls of json.loads with this argument would make one anew each time.
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+
+
 class _JsonLines:
     """The places and numbers of the lines of a file that are not blank.
 
@@ -167,9 +185,11 @@ def _read_json_lines(path: Path) -> Table:
         data, line_break, _ = read_span(path, version, start, stop).partition(b"\n")
         text = decode_text(path, data, lambda _: where(i), "utf-8")
         try:
-            return json.loads(text)
+            return _DECODER.decode(text)
         except json.JSONDecodeError as error:
             why = f"{error.msg}: column {error.colno}"
+        except _RepeatedKeyError as error:
+            raise _repeated_key(error, where(i)) from None
         except ValueError:
             raise _long_number(where(i)) from None
         except RecursionError:
@@ -214,7 +234,7 @@ def _read_json(path: Path) -> Table:
 
     text = decode_text(path, data, where, "utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         # ValueError itself stands for a number of too many digits.
         raise _broken_json(path, text, error) from None
@@ -267,6 +287,8 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     if isinstance(error, RecursionError):
         fix = "write an array of flat objects"
         return DataError("the file is nested too deep", where=str(path), fix=fix)
+    if isinstance(error, _RepeatedKeyError):
+        return _repeated_key(error, str(path))
     if not isinstance(error, json.JSONDecodeError):
         return _long_number(str(path))
     place = f"line {error.lineno} column {error.colno}"
@@ -278,6 +300,12 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
         what = "the file ends in the middle of its JSON"
         fix = "download or write the file again"
     return DataError(what, where=f"{path}:{error.lineno}", why=f"{error.msg}, {place}", fix=fix)
+
+
+def _repeated_key(error: _RepeatedKeyError, where: str) -> DataError:
+    """The error for JSON with a key twice in an object."""
+    fix = "delete one of them, or give it another name"
+    return DataError(str(error), where=where, why="only one would be read", fix=fix)
 
 
 def _long_number(where: str) -> DataError:
