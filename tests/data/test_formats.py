@@ -52,6 +52,14 @@ def turns(*pairs: tuple[str, Any], **columns: Any) -> dict[str, Any]:
                 ("assistant", "ok"),
             ],
         ),
+        (
+            {
+                "instruction": "go",
+                "output": "ok",
+                "history": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            },
+            [("user", "a"), ("assistant", "b"), ("user", "go"), ("assistant", "ok")],
+        ),
     ],
 )
 def test_alpaca(row: dict[str, Any], messages: list[tuple[str, str]]) -> None:

@@ -28,7 +28,13 @@ from tunesmith.data.rows.messages import (
     with_row_system,
 )
 from tunesmith.data.rows.picture_places import check_media, read_column_pictures, with_pictures
-from tunesmith.data.rows.row_reader import HARMLESS_COLUMNS, RowReader, is_absent, plain
+from tunesmith.data.rows.row_reader import (
+    HARMLESS_COLUMNS,
+    RowReader,
+    is_absent,
+    plain,
+    role_key_of,
+)
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
@@ -134,9 +140,23 @@ def _alpaca(row: RowReader) -> list[Sample]:
     output = _no_messages(row, row.required("output"), "output")
     extra = row.optional("input")
     extra_text = "" if extra is None else row.text(extra, "input")
-    messages = with_row_system(row, [])
-    # `history` holds the turns before the instruction, as pairs.
+    messages = with_row_system(row, _history(row))
+    # Only a row of one turn is what the Alpaca template writes.
+    is_single_turn = not messages
+    question = f"{instruction}\n{extra_text}" if extra_text else instruction
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": output})
+    if is_single_turn:
+        return [Conversation(messages, instruction=(instruction, extra_text, output))]
+    return [Conversation(messages)]
+
+
+def _history(row: RowReader) -> list[Message]:
+    """The turns before the instruction: pairs of a question and its answer, or messages."""
     history = row.optional("history")
+    if role_key_of(history):
+        return any_messages(row, history, "history")
+    messages: list[Message] = []
     turns = [] if is_absent(history) else row.list(history, "history")
     for n, turn in enumerate(turns, 1):
         pair = row.list(turn, f"history {n}")
@@ -147,14 +167,7 @@ def _alpaca(row: RowReader) -> list[Sample]:
         answer = row.text(pair[1], f"history {n}")
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
-    # Only a row of one turn is what the Alpaca template writes.
-    is_single_turn = not messages
-    question = f"{instruction}\n{extra_text}" if extra_text else instruction
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": output})
-    if is_single_turn:
-        return [Conversation(messages, instruction=(instruction, extra_text, output))]
-    return [Conversation(messages)]
+    return messages
 
 
 def _no_messages(row: RowReader, value: object, column: str) -> str:
