@@ -127,6 +127,10 @@ CLEAR: dict[str, tuple[Row, str]] = {
         {**texts("instruction", "input", "output", "system"), "history": []},
         "columns instruction, output, input, system, history -> alpaca",
     ),
+    "alpaca with a history of messages": (
+        {**texts("instruction", "output"), "history": TURNS},
+        "columns instruction, output, history -> alpaca",
+    ),
     "prompt and completion": (
         texts("prompt", "completion"),
         "columns prompt, completion -> prompt-completion",
@@ -292,7 +296,16 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
     )
 
 
-@pytest.mark.parametrize("pair", [("good", "bad"), ("best", "worst"), ("correct", "incorrect")])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("good", "bad"),
+        ("best", "worst"),
+        ("correct", "incorrect"),
+        ("preferred_output", "non_preferred_output"),
+        ("preferred", "non-preferred"),
+    ],
+)
 def test_a_worse_answer_is_never_proposed_as_the_answer(pair: tuple[str, str]) -> None:
     """The column of the worse answers has the most letters, which else tells an answer."""
     row = {"question": "what is it", pair[0]: "it is this", pair[1]: "it is this or that, or more"}

@@ -56,6 +56,7 @@ _BETTER_AND_WORSE = (
     ("chosen", "rejected"),
     ("preferred", "rejected"),
     ("preferred", "dispreferred"),
+    ("preferred", "non_preferred"),
     ("accepted", "rejected"),
     ("better", "worse"),
     ("best", "worst"),
@@ -413,9 +414,8 @@ def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
         yield names[chosen], names[rejected]
     for better, worse in _BETTER_AND_WORSE:
         for name, column in names.items():
-            words = name.split("_")
-            counterpart = "_".join(better if word == worse else word for word in words)
-            if worse in words and counterpart in names:
+            counterpart = f"_{name}_".replace(f"_{worse}_", f"_{better}_")[1:-1]
+            if counterpart != name and counterpart in names:
                 yield names[counterpart], column
 
 
