@@ -56,7 +56,10 @@ def turns(*pairs: tuple[str, Any], **columns: Any) -> dict[str, Any]:
             {
                 "instruction": "go",
                 "output": "ok",
-                "history": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "history": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ],
             },
             [("user", "a"), ("assistant", "b"), ("user", "go"), ("assistant", "ok")],
         ),

@@ -448,8 +448,6 @@ def test_results_stand_in_the_order_of_their_calls() -> None:
     for unnamed in ({"role": "tool", "content": "b"}, {**results[0], "tool_call_id": "c"}):
         sample = read({"messages": [U, {**CALLING, "tool_calls": calls}, unnamed, results[1], A]})
         assert [message["content"] for message in sample.messages[2:]] == ["b", "a", "3"]
-    parts = [
-        {"type": "tool_result", "tool_use_id": name, "content": name} for name in ("b", "a")
-    ]
+    parts = [{"type": "tool_result", "tool_use_id": name, "content": name} for name in ("b", "a")]
     turns = [U, {**CALLING, "tool_calls": calls}, {"role": "user", "content": parts}, A]
     assert [turn["content"] for turn in read({"messages": turns}).messages[2:]] == ["a", "b", "3"]

@@ -17,7 +17,9 @@ from tunesmith.data.batches.schedule import BatchSchedule, describe_long_warmup
 from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
 from tunesmith.data.compare.row_checks import check_across
 from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits
+from tunesmith.data.rows.formats import SPLIT_COLUMNS
 from tunesmith.data.rows.pictures import scaled_size
+from tunesmith.data.rows.row_reader import plain
 from tunesmith.data.source.open_source import describe_layouts
 from tunesmith.data.text.row_warnings import ROW_WARNINGS
 from tunesmith.data.text.select_template import select_template
@@ -335,6 +337,16 @@ class TrainingData:
         for name, (count, first) in part.counts.unread.items():
             if name == "rejected" and "chosen" in columns:
                 continue  # who names the chosen answers leaves out the others
+            if plain(name) in SPLIT_COLUMNS:
+                # A file that has nothing else was chosen for it.
+                if count < part.counts.rows:
+                    yield (
+                        f"{count:,} of {part.counts.rows:,} rows are not of the split to"
+                        f" train on, by the column {name} (first {part.rows.where(first)}), and are"
+                        " used as the others are; fix: put the rows of each split into a file of"
+                        " their own"
+                    )
+                continue
             names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
         if names:
             yield (

@@ -44,6 +44,10 @@ from tunesmith.data.rows.samples import (
     Text,
     with_system,
 )
+from tunesmith.data.source.folders import SPLIT_NAMES
+
+# Columns that name the split of a row.
+SPLIT_COLUMNS = ("split", "subset")
 
 
 def convert_row(
@@ -83,10 +87,18 @@ def convert_row(
         for column, value in reader.unread_columns().items():
             # Many chats have their first question in a column of its own, too.
             is_repeated = isinstance(value, str) and value.strip() in texts
-            if plain(column) not in HARMLESS_COLUMNS and not is_repeated:
+            is_harmless = plain(column) in HARMLESS_COLUMNS and not _is_held_out(column, value)
+            if not is_harmless and not is_repeated:
                 unread.add(column)
     completed = tuple(_complete(reader, sample, system) for sample in samples)
     return replace(row_samples, samples=completed)
+
+
+def _is_held_out(column: str, value: object) -> bool:
+    """Tell whether a column says that its row is not of the split to train on."""
+    if plain(column) not in SPLIT_COLUMNS or not isinstance(value, str):
+        return False
+    return SPLIT_NAMES.get(value.strip().lower(), "train") != "train"
 
 
 def convert_sample(

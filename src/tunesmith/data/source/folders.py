@@ -31,7 +31,7 @@ _PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif 
 # One kind of file under two names.
 _SUFFIX_ALIASES = {".ndjson": ".jsonl"}
 # Names of folders and words of file names that are a split, as `datasets` reads them.
-_SPLITS = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "validation": "validation",
@@ -120,7 +120,7 @@ class _Content(NamedTuple):
             words = words[:1]
         else:
             words += re.split(r"[^a-z]+", place.stem.lower())
-        return next((_SPLITS[word] for word in words if word in _SPLITS), "")
+        return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
 def _look_into(folder: Path) -> _Content:
