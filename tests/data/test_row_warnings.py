@@ -209,6 +209,33 @@ def test_which_placeholders_are_told(text: str, found: bool) -> None:
         assert list(row_warnings(sample, raw=False)) == ["placeholder"] * found
 
 
+@pytest.mark.parametrize(
+    ("question", "is_told"),
+    [
+        ("\n\nHuman: Who is it?\n\nAssistant: ", True),
+        ("Below is an instruction.\n\n### Instruction:\nGo\n\n### Response:\n", True),
+        ("A chat. USER: Who is it? ASSISTANT:", True),
+        ("[INST] Who is it? [/INST]", True),
+        ("<|im_start|>user\nWho is it?<|im_end|>\n<|im_start|>assistant\n", True),
+        ("<start_of_turn>user\nWho is it?<end_of_turn>\n<start_of_turn>model\n", True),
+        ("<|start_header_id|>assistant<|end_header_id|>\n\n", True),
+        ("\n\nHuman: Who is it?\n\nAssistant: He.\n\nWho is meant?", False),
+        ("Write a short response: ", False),
+        ("Who is your assistant?", False),
+        ("Question: who is it?\nAnswer:", False),
+        ("\n" * 99, False),
+    ],
+)
+def test_prompts_for_no_template_are_told_where_there_is_one(question: str, is_told: bool) -> None:
+    sample = Completion(question, "He.")
+    assert ("written_turns" in row_warnings(sample, raw=False)) == is_told
+    assert "written_turns" not in list(row_warnings(sample, raw=True))
+    chat = Conversation([{**U, "content": question}, A])
+    assert ("written_turns" in row_warnings(chat, raw=False)) == is_told
+    said = Conversation([U, {**A, "content": question}])
+    assert "written_turns" not in list(row_warnings(said, raw=False))
+
+
 def test_what_counts_as_an_empty_answer() -> None:
     def empty(*messages: dict[str, Any], **more: Any) -> bool:
         return list(row_warnings(Conversation(list(messages), **more), raw=False)) == ["empty"]

@@ -34,6 +34,13 @@ ROW_WARNINGS = {
         fix="delete it from the answers; of pairs whose answers both begin with it, deleting the"
         " column prompt does too",
     ),
+    "written_turns": RowWarning(
+        what="a question that ends where an answer begins, such as with Assistant:",
+        why="it was written for a prompt without a template, and the template makes a turn of it"
+        " all, with its own header behind it",
+        fix="write each turn as a message, without these words; or data.template=raw, where prompt"
+        " and answer are texts",
+    ),
     "joined": RowWarning(
         what="no space or line break between prompt and completion",
         why="the tokenizer has no chat template, so nothing is written between them",
@@ -90,16 +97,27 @@ LOST = ("lost_thought", "lost_text", "lost_call")
 # Two braces around one name, as Jinja, Handlebars and prompt editors write it; {name} is code or a
 # formula too often.
 _BRACED_NAME = re.compile(r"\{\{ *[A-Za-z_][\w.-]* *\}\}")
+# The end of a prompt that names who answers: in words at the start of a line, or in the markup of a
+# template.
+_OPENS_ANSWER = re.compile(
+    r"(?:(?:^|\n)[\W_]*(?:assistant|response)[\W_]*:|\bASSISTANT:|\[/INST\]|<\|assistant\|>"
+    r"|<\|im_start\|>assistant|<start_of_turn>model|assistant<\|end_header_id\|>)\s*\Z",
+    re.IGNORECASE,
+)
+_HEADER_CHARACTERS = 60  # at most, of such an end
 # A shorter prompt, such as a greeting, may be what its answer begins with.
 _REPEATED_CHARACTERS = 16
 
 
 def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     """Names in ROW_WARNINGS that fit one row; `raw`: no template writes between its texts."""
+    questions: list[str] = []
     if isinstance(sample, Conversation):
         texts = [message["content"] for message in sample.messages]
+        questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
+        questions = [] if raw else [sample.prompt]
         prompt, answer = sample.prompt.strip(), sample.completion.strip()
         is_long = len(prompt) >= _REPEATED_CHARACTERS
         # An answer that is the prompt, and no more, may be what is to be learned.
@@ -111,6 +129,8 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
             yield "joined"
     else:
         texts = [sample.text]
+    if any(_OPENS_ANSWER.search(text[-_HEADER_CHARACTERS:]) for text in questions):
+        yield "written_turns"
     if has_empty_answers(sample):
         yield "empty"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
