@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import re
 import shutil
 import subprocess
@@ -263,10 +264,23 @@ def reading(folder: Path, suffix: str, content: bytes) -> Callable[[], object]:
     return read
 
 
+TWO_ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Path, str], bool]]] = {
     "jq": (
         lambda f: reading(f, ".json", b'{"it\'s \\"$(touch ran)": [{"prompt": "a", "completion": "b"}]}'), "jq",
         lambda f, out: "completion" in (f / "rows.json").read_text(),
+    ),
+    "jq of columns": (
+        lambda f: reading(f, ".json", b'{"prompt": ["a", "c"], "completion": ["b", "d"]}'), "jq",
+        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
+    ),
+    "jq of columns by pandas": (
+        lambda f: reading(f, ".json", b'{"prompt": {"0": "a", "1": "c"}, "completion": {"0": "b", "1": "d"}}'), "jq",
+        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
+    ),
+    "jq of rows by their ids": (
+        lambda f: reading(f, ".json", b'{"7": {"prompt": "a", "completion": "b"}, "x": {"prompt": "c", "completion": "d"}}'), "jq",
+        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
     ),
     "iconv of rows": (
         lambda f: reading(f, ".csv", "prompt,completion\ncafé,b\n".encode("latin-1")), "iconv",

@@ -72,6 +72,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", '"text"', {}, "a text, not an array", "a.json", "array of objects"),
     ("a.json", f'{{"data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
     ("a.json", f'{{"info": {{"v": 1}}\n, "data": [{GOOD}]}}', {}, "one object, not an array", "a.json", "jq '.data'"),
+    ("a.json", '{"text": "a", "n": [1]}', {}, "one object, not an array", "a.json", "put the rows in"),
+    ("a.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', {}, "one object, not an array", "a.json", "put the rows in"),
     ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json:3", "download or write"),
     ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json:2", "at line 2 column 2"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),

@@ -7,6 +7,7 @@ parsed when they are read; a JSON array alone is in memory as a whole.
 """
 
 import codecs
+import itertools
 import json
 import os
 import re
@@ -254,10 +255,13 @@ def _read_json(path: Path) -> Table:
         what = "the file contains one object, not an array of rows"
         why = f"its keys are {', '.join(list(rows)[:8]) or 'none'}"
         fix = "put the rows in [ ]"
-        lists = [key for key, value in rows.items() if isinstance(value, list) and value]
+        lists = [key for key, value in rows.items() if isinstance(_first(value), dict)]
+        output = new_name(path, "rows.json")
+        program = _program_of_rows(rows)
         if lists:
-            output = new_name(path, "rows.json")
             fix = f"jq {_jq_key(lists[0])} {shell_path(path)} > {output}"
+        elif program:
+            fix = f"jq {shell_word(program)} {shell_path(path)} > {output}"
     raise DataError(what, where=str(path), why=why, fix=fix)
 
 
@@ -274,6 +278,28 @@ def _has_object_a_line(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _first(value: object) -> object:
+    """The first of a list; None for what is none, or empty."""
+    return value[0] if isinstance(value, list) and value else None
+
+
+def _program_of_rows(value: dict[str, object]) -> str:
+    """The program of jq that makes rows of an object of columns, or of one that has rows by their
+    ids; empty for another.
+
+    A column is a list, or an object with the numbers of the rows, as pandas writes it.
+    """
+    parts = list(value.values())
+    objects = [part for part in parts if isinstance(part, dict)]
+    if len(objects) == len(parts) and not all(map(str.isdigit, itertools.chain(*objects))):
+        return "[.[]]"
+    columns = [part for part in parts if isinstance(part, list | dict)]
+    is_even = len(columns) == len(parts) and len(set(map(len, columns))) == 1
+    if not is_even or not columns[0] or any(isinstance(_first(part), list) for part in parts):
+        return ""
+    return "[(.[keys_unsorted[0]] | keys_unsorted[]) as $row | map_values(.[$row])]"
 
 
 def _jq_key(key: str) -> str:
