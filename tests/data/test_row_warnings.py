@@ -236,6 +236,25 @@ def test_prompts_for_no_template_are_told_where_there_is_one(question: str, is_t
     assert "written_turns" not in list(row_warnings(said, raw=False))
 
 
+@pytest.mark.parametrize(
+    ("answer", "is_told"),
+    [
+        ("<think>\nBecause", True),
+        ("\n<thinking>Because</think> so", True),
+        ("[THINK]Because", True),
+        ("<think>\nBecause\n</think>\n\nSo.", False),
+        ("Because\n</think>\n\nSo.", False),
+        ("Write <think> first.", False),
+    ],
+)
+def test_a_thought_that_never_ends_is_told(answer: str, is_told: bool) -> None:
+    chat = Conversation([U, {**A, "content": answer}])
+    for sample in (Completion("x", answer), chat):
+        assert list(row_warnings(sample, raw=False)) == ["endless_thought"] * is_told
+    assert not list(row_warnings(Conversation(chat.messages, untrained=frozenset({1})), raw=False))
+    assert not list(row_warnings(Text(answer), raw=False))
+
+
 def test_what_counts_as_an_empty_answer() -> None:
     def empty(*messages: dict[str, Any], **more: Any) -> bool:
         return list(row_warnings(Conversation(list(messages), **more), raw=False)) == ["empty"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from tunesmith.data.rows.messages import is_said
 from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.text.thoughts import THOUGHT_TAGS
 
 
 class RowWarning(NamedTuple):
@@ -56,6 +57,11 @@ ROW_WARNINGS = {
         why="the prompt ends with words, such as the tag of a thought, that the template leaves out"
         " once the conversation continues",
         fix="data.train_on=last, and for each answer a row that ends with it",
+    ),
+    "endless_thought": RowWarning(
+        what="a thought that is opened and never closed",
+        why="it was cut off, and the model learns to end within a thought",
+        fix="delete these rows, or close the thought and write the answer behind it",
     ),
     "lost_thought": RowWarning(
         what="a thought that is not in the tokens",
@@ -133,6 +139,8 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "written_turns"
     if has_empty_answers(sample):
         yield "empty"
+    if any(map(_is_endless, _answers_of(sample))):
+        yield "endless_thought"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
         yield "placeholder"
 
@@ -142,3 +150,19 @@ def has_empty_answers(sample: Sample) -> bool:
     if isinstance(sample, Conversation):
         return any(not is_said(answer) for answer in sample.supervised())
     return isinstance(sample, Completion) and not sample.completion.strip()
+
+
+def _answers_of(sample: Sample) -> list[str]:
+    """The texts of the answers that are trained on."""
+    if isinstance(sample, Conversation):
+        return [answer["content"] for answer in sample.supervised()]
+    return [sample.completion] if isinstance(sample, Completion) else []
+
+
+def _is_endless(answer: str) -> bool:
+    """Tell whether an answer opens a thought and never closes it."""
+    text = answer.lstrip()
+    return any(
+        text.startswith(opening) and closing not in text
+        for closing, opening in THOUGHT_TAGS.items()
+    )
