@@ -205,15 +205,14 @@ def test_what_nothing_reads_is_warned_of(tiny: Path, tmp_path: Path) -> None:
 def test_rows_of_another_split_are_told(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for splits, told in (
-        (("train", "test", "Validation", "train"), ["2 of 4", "column split", f"{path}:2"]),
+        (("train", "test", "Validation", "train"), ["2 of 4", f"{path}:2"]),
         (("train", "en", None, "train"), []),
         (("test", "test", "test", "test"), []),
     ):
         rows = [{**good(n), "split": split} for n, split in enumerate(splits)]
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         warnings = prepared(tiny, tmp_path, path).warnings()
-        assert not [line for line in warnings if "nothing reads" in line]
-        lines = [line for line in warnings if "column split" in line]
+        lines = [line for line in warnings if holds(line, "split")]
         assert len(lines) == bool(told)
         assert holds("".join(lines), *told)
 
