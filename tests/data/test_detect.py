@@ -346,6 +346,17 @@ def test_a_rejected_answer_is_not_proposed_for_a_completion(name: str) -> None:
     assert name not in refused.value.fix
 
 
+@pytest.mark.parametrize("more", [{}, {"label": True}])
+def test_a_prompt_beside_its_answer_is_no_chat(more: Row) -> None:
+    row = {"prompt": TURNS, "completion": TURNS[1:], **more}
+    with refuses(DataError, names=["prompt", "answer"]):
+        found(row)
+    assert "messages = prompt" in found({"prompt": TURNS, **more})
+    # The whole chat beside its beginning is one.
+    row = {"prompt": TURNS[:1], "completion": TURNS, **more}
+    assert "messages = completion" in found(row)
+
+
 def test_rows_that_disagree_are_named() -> None:
     rows = from_list([{"messages": TURNS}] * 9 + [{"conversations": FROMS}], "faq")
     with refuses(DataError, where="faq row 10") as refused:

@@ -194,6 +194,21 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {  # format, row, a word th
         {"prompt": [U, GOOD], "completion": [GOOD]},
         "prompt ends with an answer",
     ),
+    "a completion with its prompt": (
+        "prompt-completion",
+        {"prompt": [U], "completion": [U, GOOD]},
+        "completion begins with a message of the user",
+    ),
+    "a completion of feedback with its prompt": (
+        "feedback",
+        {"prompt": "1 + 2?", "completion": [U, GOOD], "label": True},
+        "completion begins with a message of the user",
+    ),
+    "a rejected answer with its prompt": (
+        "preference",
+        {"prompt": [U], "chosen": [GOOD], "rejected": [U, BAD]},
+        "rejected begins with a message of the user",
+    ),
     "an answer of the user's": (
         "preference",
         {"prompt": [U], "chosen": [GOOD, U], "rejected": [BAD, U]},

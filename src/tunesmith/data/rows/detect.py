@@ -261,7 +261,12 @@ class _SampledRows:
     def _columns_for(self, format_name: FormatName, usual_names: tuple[str, ...]) -> list[str]:
         """The columns that may be what a format has under these names in files."""
         if isinstance(usual_names, ChatColumn):
-            return list(dict.fromkeys(name for key in usual_names for name in self.chats[key]))
+            chats = dict.fromkeys(name for key in usual_names for name in self.chats[key])
+            # A prompt beside its answer is no whole chat, whatever it ends with.
+            needed = ROW_FORMATS["prompt-completion"].layouts[0].needed
+            is_answered = any(plain(column) in needed["completion"] for column in self.columns)
+            prompts = needed["prompt"] if is_answered else ()
+            return [name for name in chats if plain(name) not in prompts]
         named = [column for column in self.columns if plain(column) in usual_names]
         if ROW_FORMATS[format_name].has_turns:
             return named

@@ -221,6 +221,7 @@ def _prompt_completion(row: RowReader) -> list[Sample]:
         return [_completed(row, row.text(prompt, "prompt"), row.text(completion, "completion"))]
     messages = with_row_system(row, _open_prompt(row, prompt))
     answer = any_messages(row, completion, "completion")
+    _check_no_question(row, messages, answer, "completion")
     return [Conversation(messages + answer, read_tools(row), prompt_messages=len(messages))]
 
 
@@ -297,6 +298,7 @@ def _answered(
         if isinstance(prompt, str) and isinstance(answer, str):
             samples.append(_completed(row, prompt, answer))
         elif not isinstance(prompt, str) and not isinstance(answer, str):
+            _check_no_question(row, prompt, answer, column)
             # Copies: each conversation marks its own messages.
             messages = [message.copy() for message in prompt + answer]
             samples.append(Conversation(messages, tools, prompt_messages=len(prompt)))
@@ -417,6 +419,16 @@ def _open_prompt(row: RowReader, prompt: object) -> list[Message]:
         fix = "delete the last message of the prompt; or write its text in front of the answers"
         raise row.error("the prompt ends with an answer", why, fix)
     return messages
+
+
+def _check_no_question(
+    row: RowReader, prompt: list[Message], answer: list[Message], column: str
+) -> None:
+    """DataError for an answer that begins with a question behind that of the prompt."""
+    if prompt and prompt[-1]["role"] == answer[0]["role"] == "user":
+        why = "the prompt stands before it already, and the question would be there twice"
+        fix = f"write the answer alone into {column}, without what the prompt has"
+        raise row.error(f"{column} begins with a message of the user", why, fix)
 
 
 def _answer_messages(row: RowReader, answer: object, column: str) -> list[Message]:
