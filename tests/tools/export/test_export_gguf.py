@@ -36,7 +36,7 @@ from tunesmith.tools.export.gguf.answers import SideBySide, questions_of
 from tunesmith.tools.export.gguf.check import FileCheck
 from tunesmith.tools.export.gguf.export import ExportedFile, export_adapter, export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
-from tunesmith.tools.export.gguf.ollama import modelfile_text
+from tunesmith.tools.export.gguf.ollama import modelfile_text, ollama_name
 from tunesmith.tools.export.merge_check import Difference
 from tunesmith.tools.export.run_export import warn_of_distance
 from warm import run_warm
@@ -207,6 +207,28 @@ def test_a_folder_for_ollama(run: Path, tmp_path: Path) -> None:
     with LlamaCpp(Path(exported.file)) as server:
         rendered = server.post("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
     assert rendered["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("out/my-model_v1.5", "my-model_v1.5"),
+        ("out/öllama x", "llama-x"),
+        (".exported", "exported"),
+        ("模型", "my-model"),
+        ("n" * 99, "n" * 80),
+    ],
+)
+def test_the_name_for_ollama_is_one_that_it_takes(folder: str, name: str) -> None:
+    assert ollama_name(Path(folder)) == name
+
+
+def test_the_folder_that_one_is_in_names_an_ollama_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my faq").mkdir()
+    monkeypatch.chdir(tmp_path / "my faq")
+    assert ollama_name(Path()) == "my-faq"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from tunesmith.tools.export.gguf.export import (
     export_adapter,
     export_gguf,
 )
+from tunesmith.tools.export.gguf.ollama import ollama_name
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.record import record_path
 from tunesmith.tools.export.vllm import export_rounded
@@ -147,7 +148,7 @@ def _next_command(args: argparse.Namespace, exported: ExportedFile) -> str:
         return command
     if args.to == "ollama":
         folder = shell_path(Path(exported.output))
-        name = shell_word(Path(exported.output).name)
+        name = shell_word(ollama_name(Path(exported.output)))
         return f"cd {folder} && ollama create {name} -f Modelfile && ollama run {name}"
     return f"llama-server -m {file} -c 8192"
 

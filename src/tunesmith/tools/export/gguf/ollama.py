@@ -1,5 +1,6 @@
 """The Modelfile beside a GGUF file, for `ollama create`."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 MODELFILE = "Modelfile"
 OLLAMA_CONTEXT_TOKENS = 4096  # Ollama's own default of num_ctx
+# What Ollama takes in a model's name (types/model/name.go), which begins with a letter or digit.
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
+OLLAMA_NAME_LENGTH = 80
 # `ollama create` puts a template of its own list in the place of the file's where the two are less
 # than 100 edits apart, and drops the system prompt that a model was trained with.
 COMMENT = (
@@ -23,6 +27,12 @@ def guard_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Add the comment in front of a tokenizer's chat template, which renders as before."""
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = COMMENT + tokenizer.chat_template
+
+
+def ollama_name(folder: Path) -> str:
+    """The folder's name in the letters that Ollama takes, others as dashes."""
+    name = _NOT_IN_A_NAME.sub("-", folder.absolute().name).strip("-_.")
+    return name[:OLLAMA_NAME_LENGTH] or "my-model"
 
 
 def modelfile_text(file: str, read: OpenedRun, adapter: str | None = None) -> str:
