@@ -739,6 +739,20 @@ def test_what_is_given_stands_and_is_written(home: Path) -> None:
     assert f"source: {home / 'faq.csv'}\n" in by_python.text, "an absolute path stays one"
 
 
+def test_a_recipe_in_a_linked_folder_names_the_same_files_without_the_link(home: Path) -> None:
+    (home / "large/disk/runs").mkdir(parents=True)
+    (home / "runs").symlink_to(home / "large/disk/runs")
+    made = make_recipe("small", "faq.csv")
+    assert made.path.parent == home / "runs"
+    made.path.write_text(made.text)
+    for folder in ("runs", "large/disk/runs"):
+        run = load_recipe(home / folder / made.path.name)
+        assert (run.data.train[0].source, run.model.name) == (
+            str(home / "faq.csv"),
+            str(home / "small"),
+        )
+
+
 def test_a_hub_data_set_is_read_from_its_train_split(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
