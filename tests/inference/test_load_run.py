@@ -105,6 +105,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_told(
     with refuses(CheckpointError, where="checkpoint-3", names=["checkpoint.keep"]) as caught:
         load_run(run, device="cpu")
     assert str(run) in caught.value.fix
+    assert "again" in caught.value.fix, "the run directory is what was given"
 
 
 def test_an_adapter_alone_names_its_base(run: Path, tiny: Path, tmp_path: Path) -> None:

@@ -554,7 +554,7 @@ def undeleted(location: RunLocation) -> Iterator[None]:
             f"{folder.name} was deleted while it was read",
             where=str(folder),
             why="its run is still training and keeps only the newest checkpoints (checkpoint.keep)",
-            fix=f"use the run directory: {folder.parent}",
+            fix=f"try again, with the run directory: {folder.parent}",
         ) from fault
     if fault:
         raise fault
