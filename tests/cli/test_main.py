@@ -342,6 +342,17 @@ def test_an_error_of_another_library_is_a_block_too(
     assert not is_internal(shown)
 
 
+def test_the_folder_is_listed_where_a_file_could_not_be_made(
+    verb: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    missing = folder / "none" / "b.json"
+    verb(_raising(OSError(errno.EROFS, "Read-only file system", str(missing))))
+    assert main(["try"]) == 2
+    check_shown(capsys.readouterr().err, where=str(missing), fix=[f"ls -ld '{folder}'"])
+
+
 def test_what_transformers_says_of_a_released_config_is_not_shown(
     verb: Callable[[Callable[[], int]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

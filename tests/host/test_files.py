@@ -46,8 +46,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as raised:
         files.write_atomically(path, "half")
+    assert raised.value.filename == str(path), "not that of the temporary file"
     assert path.read_text(encoding="utf-8") == "éé"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

@@ -45,7 +45,7 @@ from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
 from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
-from tunesmith.host.shell import shell_command, shell_word
+from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
 from tunesmith.runtime.host import bound_product_caches, prepare_threads
@@ -116,7 +116,7 @@ LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
 # (measured). With less their C++ code aborts, and no message can be shown.
 LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
 
-_NOT_PERMITTED = ("not permitted", "ls -ld {where}; choose a writable folder")
+_NOT_PERMITTED = ("not permitted", "ls -ld {place}; choose a writable folder")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move the existing file")
 _PATH_FAULTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_PERMITTED),
@@ -452,7 +452,11 @@ def _machine_error(error: BaseException) -> MachineError | None:
     if not isinstance(error, OSError) or not where or error.errno not in _PATH_FAULTS:
         return None
     what, fix = _PATH_FAULTS[error.errno]
-    return MachineError(f"{what}: {error.strerror}", where=where, fix=fix.format(where=where))
+    path = Path(where)
+    # A file that could not be made is not there to be listed: its folder is.
+    place = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    fix = fix.format(place=shell_path(place))
+    return MachineError(f"{what}: {error.strerror}", where=where, fix=fix)
 
 
 def _internal_error(error: BaseException, trace: str) -> TunesmithError:

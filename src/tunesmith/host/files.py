@@ -46,7 +46,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one move: after a crash or on a full disk it is the old one or the new.
 
     Text is written as UTF-8, first to `.NAME.PID.partial`, so several processes may write at once.
-    An error leaves the old file and no temporary one; the next write removes those of kills.
+    An error leaves the old file and no temporary one, and names the file itself; the next write
+    removes those of kills.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     _remove_partial_writes(path)
@@ -56,8 +57,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:  # a stop signal's too
+    except BaseException as error:  # a stop signal's too
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+            error.filename2 = None
         raise
 
 

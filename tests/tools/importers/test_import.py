@@ -407,6 +407,16 @@ def test_the_world_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert str(load_recipe(recipe).train.global_batch) == "24 examples"
 
 
+def test_a_missing_folder_of_the_recipe_is_made_by_the_fix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "my recipes" / "r.yaml"
+    words = ["--world", "2", "--output", str(recipe)]
+    assert main(["import", str(FOLDER / "axolotl-chat-8b.yml"), *words]) == 2
+    fix = [f"mkdir -p '{recipe.parent}'"]
+    check_shown(capsys.readouterr().err, where="--output", names=[recipe.parent], fix=fix)
+
+
 def test_misspelt_keys_are_told_with_the_one_that_is_meant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
     if path.exists() and not args.force:
         fix = "choose another name with --output RECIPE, or use --force"
         raise UsageError("this file already exists", where=str(path), fix=fix)
+    if not path.parent.is_dir():
+        fix = f"mkdir -p {shell_path(path.parent)}"
+        raise UsageError(f"there is no folder {path.parent}", where="--output", fix=fix)
     tree = merge_layers(recipe.tree(), layer)
     # Only the whole recipe can be checked: what it extends, and what it changes.
     if extends:
