@@ -303,6 +303,22 @@ def test_held_out_rows_are_written_for_other_models(
     check_shown(capsys.readouterr().err, where="--write-held-out")
 
 
+def test_a_run_that_held_out_no_rows_is_not_told_to_hold_out_some_now(
+    recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "my run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump(load_recipe(recipe(alpaca(12)))))
+    assert main(["data", str(run_dir), "--write-held-out", "new.jsonl"]) == 2
+    shown = capsys.readouterr().err
+    check_shown(
+        shown,
+        where="--write-held-out",
+        fix=[f"tunesmith eval '{run_dir}' --data FILE"],
+    )
+    assert "data.hold_out" not in shown
+
+
 def test_other_held_out_rows_than_the_run_s_are_not_written(
     recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

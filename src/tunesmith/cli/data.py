@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         args.recipe = str(run_dir / RECIPE)
     recipe, _ = chosen_recipe(args)
     if args.write_held_out is not None:
-        _check_new_file(args.write_held_out, recipe)
+        _check_new_file(args.write_held_out, recipe, run_dir)
     from tunesmith.cli.run_data import show_data
 
     show_data(args, recipe, run_dir)
@@ -63,14 +63,18 @@ def _run_dir(recipe: str | None) -> Path | None:
     return Path(recipe)
 
 
-def _check_new_file(file: Path, recipe: Run) -> None:
-    """UsageError where the held-out rows of a recipe cannot be written to this file."""
+def _check_new_file(file: Path, recipe: Run, run_dir: Path | None) -> None:
+    """UsageError where the held-out rows of a recipe or run cannot be written to this file."""
     sources = recipe.data.validation or recipe.data.train
     layouts = {(source.format, *sorted(source.columns.items())) for source in sources}
     what = ""
     if not recipe.data.validation and recipe.data.hold_out is None:
         what = "the recipe holds out no rows"
         fix = "add data.hold_out='5 %'"
+        if run_dir is not None:
+            # Rows that are held out only now were trained on.
+            fix = f"use rows that it was not trained on: tunesmith eval {shell_path(run_dir)} "
+            fix += "--data FILE"
     elif len(layouts) > 1:
         what = "the held-out rows have several formats or columns, and a file has one"
         fix = "use a recipe with one of these sources"
