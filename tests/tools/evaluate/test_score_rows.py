@@ -105,6 +105,8 @@ def test_answers_are_those_of_generate_and_scores_those_of_the_answers(
         name: sum(not line["finished"] for line in of_model) for name, of_model in by_model.items()
     }
     assert dict(found.unfinished) == cut
+    for model, count in cut.items():
+        assert holds("\n".join(found.notes()), f"{model}: {count} of") == (count > 0)
     assert cut["tuned"] == sum(
         line["tokens"] == 3 for line in by_model["tuned"] if not line["finished"]
     )

@@ -193,8 +193,8 @@ class Evaluation(Tabular):
         for model, count in self.unfinished.items():
             if count:
                 answers = count_of(self.by_scorer[0].rows, "answer")
-                cut = f"{count} of {answers} of {model} were cut off at max_new_tokens"
-                yield f"{cut}: their scores may be too low"
+                cut = f"{model}: {count} of {answers} cut off at max_new_tokens"
+                yield f"{cut}, which may lower the score"
         if self.answers is not None:
             yield f"answers: {self.answers}"
 
