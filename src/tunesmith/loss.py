@@ -37,11 +37,13 @@ MAX_TRAINED_CHUNK_BYTES = 2 << 30  # with a trained head
 # Rows whose loss is computed together on a CPU: their fp32 logits stay in its cache, for half the
 # time of a whole chunk.
 CACHED_ROWS = 16
-# Rows of the head that are multiplied together on a CPU in fp32: 55 to 80 % of the time of the
-# whole for 16 to 168 positions, with heads [49152, 576] and [128256, 2048]. Also those of a trained
-# head's gradient that are added up together: 2 MiB where they have 576 columns. SmolLM2's trained
-# head and its backward take a fifth less time than without.
-VOCABULARY_ROWS = 1024
+# Rows of the head that a thread multiplies together on a CPU in fp32, with MKL: 55 to 80 % of the
+# time of the whole on two threads, for 16 to 168 positions and heads [49152, 576] and [128256,
+# 2048]. Four times as many gain nothing.
+HEAD_ROWS_A_THREAD = 512
+# Rows of a trained head's gradient that are added up together on a CPU: 2 MiB where they have 576
+# columns. SmolLM2's trained head and its backward take a fifth less time than without.
+GRADIENT_ROWS = 1024
 # Rows of a GPU matmul's tile: a partial tile takes as long as a whole one.
 TILE_ROWS = 128
 
@@ -281,12 +283,13 @@ def _module_losses(hidden: Tensor, head: nn.Linear, args: _LossArguments) -> Ten
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden W^T + b, [c, vocabulary]: a new tensor, which the loss may overwrite."""
-    if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or bias is not None:
+    is_fp32 = hidden.device.type == "cpu" and hidden.dtype == torch.float32
+    if not is_fp32 or bias is not None or not torch.backends.mkl.is_available():
         return F.linear(hidden, weight, bias)
     raw = hidden.new_empty(len(hidden), len(weight))
-    for columns, rows in zip(
-        raw.split(VOCABULARY_ROWS, 1), weight.split(VOCABULARY_ROWS), strict=True
-    ):
+    # All threads wait for the slowest at the end of each part.
+    size = HEAD_ROWS_A_THREAD * torch.get_num_threads()
+    for columns, rows in zip(raw.split(size, 1), weight.split(size), strict=True):
         torch.mm(hidden, rows.T, out=columns)
     return raw
 
@@ -317,7 +320,7 @@ class _HeadGradients:
             product = grad_logits.T @ hidden
             # Of two dtypes torch widens one on a CPU into a tensor of its own, which should stay in
             # the cache.
-            rows = VOCABULARY_ROWS if product.device.type == "cpu" else len(product)
+            rows = GRADIENT_ROWS if product.device.type == "cpu" else len(product)
             for total, part in zip(self.weight.split(rows), product.split(rows), strict=True):
                 total.add_(part)
         if self.bias is not None:
