@@ -544,11 +544,16 @@ def test_a_forked_worker_is_not_the_run() -> None:
     """A pool ends its workers with SIGTERM: that stops them, and the run says nothing."""
     with logged_lines() as said, StopRequest() as stop:
         stop.defer_signals()
+        reader, writer = os.pipe()
         if (pid := os.fork()) == 0:
+            os.write(writer, b"1")
             time.sleep(60)
             os._exit(0)
-        time.sleep(0.05)
+        # On a busy machine a child may take longer to begin than any pause.
+        os.read(reader, 1)
         os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+        os.close(reader)
+        os.close(writer)
     assert not said
     assert not stop.requested()
