@@ -16,7 +16,7 @@ from tunesmith.config.tree import read_value
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.logger import PACKAGE
-from tunesmith.host.shell import shell_word
+from tunesmith.host.shell import shell_path, shell_word
 from tunesmith.host.streams import is_terminal, show, visible
 from tunesmith.units import format_seconds
 
@@ -30,6 +30,13 @@ SECONDS_BETWEEN_LINES = 10.0
 # The time left is shown once this share of the work is done: of answers that are written in one
 # batch, the first one to end says nothing of the others.
 TELLING_SHARE = 0.1
+
+
+def require_folder(folder: Path, option: str) -> None:
+    """UsageError where the folder of a file that an option names is not there."""
+    if not folder.is_dir():
+        fix = f"mkdir -p {shell_path(folder)}"
+        raise UsageError(f"there is no folder {folder}", where=option, fix=fix)
 
 
 def notify(text: str) -> None:

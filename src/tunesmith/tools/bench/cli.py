@@ -22,12 +22,12 @@ import argparse
 import re
 from pathlib import Path
 
+from tunesmith.cli.options import require_folder
 from tunesmith.config.load import load_recipe
 from tunesmith.config.row_formats import FORMAT_COLUMNS
 from tunesmith.config.schema import Run
 from tunesmith.distributed.ranks import require_one_process
 from tunesmith.errors import UsageError
-from tunesmith.host.shell import shell_path
 from tunesmith.model.shapes import SHAPES, find_shape
 
 LOADS_TORCH = "here"
@@ -100,10 +100,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if number < least:
             what = f"--{option} {number} is out of range"
             raise UsageError(what, where=f"--{option}", fix=f"use at least {least}")
-    folder = Path(args.json or ".").parent
-    if not folder.is_dir():
-        fix = f"mkdir -p {shell_path(folder)}"
-        raise UsageError(f"there is no folder {folder}", where="--json", fix=fix)
+    require_folder(Path(args.json or ".").parent, "--json")
     traces = Path(args.profile or ".")
     if traces.is_file():
         fix = "use a folder for the traces"

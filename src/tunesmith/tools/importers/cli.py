@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunesmith.cli.options import notify, whole_number
+from tunesmith.cli.options import notify, require_folder, whole_number
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.shipped import schema_line, shipped
@@ -76,9 +76,7 @@ def run(args: argparse.Namespace) -> None:
     if path.exists() and not args.force:
         fix = "choose another name with --output RECIPE, or use --force"
         raise UsageError("this file already exists", where=str(path), fix=fix)
-    if not path.parent.is_dir():
-        fix = f"mkdir -p {shell_path(path.parent)}"
-        raise UsageError(f"there is no folder {path.parent}", where="--output", fix=fix)
+    require_folder(path.parent, "--output")
     tree = merge_layers(recipe.tree(), layer)
     # Only the whole recipe can be checked: what it extends, and what it changes.
     if extends:
