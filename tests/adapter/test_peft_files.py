@@ -150,6 +150,30 @@ def test_pefts_opens_here(adapter, tiny, tmp_path):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r".*\.layers\.1\..*(q|v)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 0},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
+    ],
+    ids=["regular expression", "all-linear", "one layer", "excluded"],
+)
+def test_the_layers_of_an_adapter_of_peft_are_those_of_its_weights(changes, tiny, tmp_path):
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", **changes)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(ours, peft_files.read_adapter(tmp_path), seed=3)
+    peft_files.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=TOLERANCE)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with refuses(ModelError, where="adapter_model.safetensors"):
+        peft_files.read_adapter(tmp_path)
+
+
 def test_what_is_written_is_read_back_bit_by_bit(tiny, tmp_path):
     adapter = CASES["embedding and head"]
     first, second = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))
@@ -187,17 +211,42 @@ def written(tiny, tmp_path):
         {"bias": "all"},
         {"peft_type": "LOHA"},
         {"init_lora_weights": "pissa"},
-        {"layers_to_transform": [0]},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "lora_ga"},
+        {"lora_ga_config": {"direction": "ArB2r"}},
+        {"velora_config": {"num_groups": 32}},
+        {"ensure_weight_tying": True},
+        {"a_key_of_a_later_version": 1},
         {"task_type": "SEQ_CLS"},
     ],
-    ids=lambda c: next(iter(c)),
+    ids=lambda c: "-".join(map(str, next(iter(c.items())))),
 )
 def test_what_is_not_computed_is_refused_by_name(written, change):
     _, folder = written
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    change_config(folder, change)
     with pytest.raises(ModelError, match=next(iter(change))):
         peft_files.read_adapter(folder)
+
+
+def change_config(folder, change):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "mica"},
+        {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}},
+        {"a_key_of_a_later_version": None},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_what_changes_no_result_is_read(written, change):
+    _, folder = written
+    change_config(folder, change)
+    assert peft_files.read_adapter(folder).rank == Adapter().rank
 
 
 def rename(tensors):

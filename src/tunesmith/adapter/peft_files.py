@@ -5,6 +5,7 @@ never ignored.
 """
 
 import json
+import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,40 +42,27 @@ PREFIX = "base_model.model."
 # A factor of a single expert, as vLLM reads those of most mixtures.
 SINGLE_EXPERT = re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight")
 
-# Options of PEFT's LoraConfig that change the result, and which of their values mean plain LoRA.
+# Values of PEFT's LoraConfig that mean plain LoRA. Any other key must be empty, unless HARMLESS has
+# it.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda v: v == "LORA",
     "task_type": lambda v: v in (None, "CAUSAL_LM"),
     "bias": lambda v: v in (None, "none"),
-    "fan_in_fan_out": lambda v: not v,
-    # These prepare the base weight; PEFT stores an adapter that was converted back under the plain
-    # name.
+    # Other initializations (pissa, olora, corda, loftq, lora_ga) change the base's weights. PEFT
+    # stores an adapter that was converted back with true.
     "init_lora_weights": lambda v: (
-        v in (None, True, False, "gaussian", "orthogonal", "eva", "olora")
+        v in (None, True, False, "gaussian", "orthogonal", "eva", "mica")
     ),
 }
-# Plain LoRA leaves these empty.
-NEUTRAL |= dict.fromkeys(
-    [
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_qalora",
-        "lora_bias",
-        "layers_to_transform",
-        "layers_pattern",
-        "exclude_modules",
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "layer_replication",
-        "megatron_config",
-        "corda_config",
-        "eva_config",
-        "arrow_config",
-        "use_bdlora",
-    ],
-    lambda v: not v,
+# Keys that `read_adapter` reads, and keys that do not change what an adapter computes.
+HARMLESS = frozenset(
+    "r lora_alpha lora_dropout use_rslora modules_to_save target_modules target_parameters"
+    " exclude_modules layers_to_transform layers_pattern base_model_name_or_path revision"
+    " auto_mapping peft_version inference_mode runtime_config megatron_core qalora_group_size"
+    " eva_config loftq_config".split()
 )
+# Keys that choose some of the layers that `target_modules` names.
+LAYER_CHOICES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 # What every plain LoRA's configuration says; PEFT's defaults for the rest mean the same. Written by
 # hand: `import peft` takes a second, in which the training thread hardly gets the interpreter.
@@ -290,10 +278,10 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"there is no {ADAPTER_CONFIG}"
         raise ModelError(what, where=str(folder), fix="name a PEFT adapter's folder")
     settings = read_json(file, again="copy the adapter again")
-    for name, is_neutral in NEUTRAL.items():
-        if name in settings and not is_neutral(settings[name]):
+    for name, value in settings.items():
+        if name not in HARMLESS and not NEUTRAL.get(name, operator.not_)(value):
             raise ModelError(
-                f"the adapter has {name} = {json.dumps(settings[name])}, which is not supported",
+                f"the adapter has {name} = {json.dumps(value)}, which is not supported",
                 where=str(file),
                 why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix="merge it into its base with PEFT, and start from the merged model",
@@ -302,9 +290,10 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         target = settings["target_modules"]
         experts = _experts_of(settings.get("target_parameters") or [], file)
-        if isinstance(target, str) and experts:
-            target = target if target == lora.ALL_LINEAR else [target]
-        if not isinstance(target, str):
+        is_pattern = isinstance(target, str) and target != lora.ALL_LINEAR
+        if is_pattern or any(settings.get(key) is not None for key in LAYER_CHOICES):
+            target = _adapted_modules(folder / ADAPTER_WEIGHTS)
+        elif not isinstance(target, str):
             target = sorted({*(target or ()), *experts})
         values = {
             "rank": settings["r"],
@@ -327,6 +316,19 @@ def read_adapter(folder: Path) -> Adapter:
             why=why,
             fix="name a PEFT adapter's folder, or copy it again",
         ) from error
+
+
+def _adapted_modules(file: Path) -> list[str]:
+    """Return the full names of the modules that an adapter's weights are for, experts included.
+
+    The weights are exact where the configuration has a regular expression or excludes layers.
+    """
+    names = set()
+    for entry in read_header(file):
+        if entry.name.endswith(".lora_A.weight"):
+            name = entry.name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            names.add(name.replace(".base_layer", ""))
+    return sorted(names)
 
 
 def _check_stacked(file: Path) -> None:
