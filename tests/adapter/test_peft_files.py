@@ -174,6 +174,31 @@ def test_the_layers_of_an_adapter_of_peft_are_those_of_its_weights(changes, tiny
         peft_files.read_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], None])
+def test_an_adapter_with_added_tokens(saved, tiny, tmp_path):
+    """PEFT stores a resized embedding, and three times if it is trained."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    base.resize_token_embeddings(base.config.vocab_size + 2)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+    theirs = get_peft_model(base, config)
+    theirs.base_model.name_or_path = str(tiny)
+    theirs.peft_config["default"].base_model_name_or_path = str(tiny)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    adapter = peft_files.read_adapter(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(tiny)
+    lora.attach_lora(ours, adapter, seed=3)
+    fix = ["resize_token_embeddings(274)", *["model.added_tokens"] * bool(saved)]
+    with refuses(ModelError, where="adapter_model.safetensors", names=[274, 272], fix=fix):
+        peft_files.load_adapter(ours, tmp_path)
+    if saved:
+        ours = AutoModelForCausalLM.from_pretrained(tiny)
+        ours.resize_token_embeddings(274)
+        lora.attach_lora(ours, adapter, seed=3)
+        peft_files.load_adapter(ours, tmp_path)
+        torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=TOLERANCE)
+
+
 def test_what_is_written_is_read_back_bit_by_bit(tiny, tmp_path):
     adapter = CASES["embedding and head"]
     first, second = (AutoModelForCausalLM.from_pretrained(tiny) for _ in range(2))

@@ -41,6 +41,8 @@ from tunesmith.model.weights import StoredTensor, stored_tensors
 PREFIX = "base_model.model."
 # A factor of a single expert, as vLLM reads those of most mixtures.
 SINGLE_EXPERT = re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight")
+# PEFT stores an embedding of another size twice more, under the names of its wrapper.
+WRAPPER = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 # Values of PEFT's LoraConfig that mean plain LoRA. Any other key must be empty, unless HARMLESS has
 # it.
@@ -414,8 +416,11 @@ def stored_adapter(
         why = f"{error.what}. {error.why}"
         raise ModelError(what, where=str(file), why=why, fix="copy the adapter again") from error
     with stored_tensors(file) as stored:
+        _check_rows(model, stored, file)
         names = set()
         for name, tensor in stored.items():
+            if WRAPPER.search(name) and WRAPPER.sub("", name) in stored:
+                continue
             # A copy of the base's values that PEFT added is skipped. One that differs stays here,
             # and reported as unknown below.
             base_name = None if name in parameters else _base_name(model, name, tensor)
@@ -435,6 +440,33 @@ def stored_adapter(
             parameter = parameters[name]
             in_model[own_names[id(parameter)]] = stored[name].with_shape(parameter.shape)
         yield in_model
+
+
+def _check_rows(model: nn.Module, stored: Mapping[str, StoredTensor], file: Path) -> None:
+    """ModelError if the adapter was trained with another number of rows in embedding or head."""
+    in_model = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in stored.items():
+        own_name = name_in_text(model, name.removeprefix(PREFIX))
+        own_shape = in_model[own_name].shape if own_name in in_model else tensor.shape
+        rows, own_rows = tensor.shape[0], own_shape[0]
+        if rows == own_rows or tensor.shape[1:] != own_shape[1:]:
+            continue
+        fix = (
+            f"load the base in Transformers, call resize_token_embeddings({rows}), merge the "
+            "adapter with PEFT, and start from the merged model"
+        )
+        if rows > own_rows and in_model[own_name].requires_grad:
+            fix = (
+                f"name the {rows - own_rows} new tokens in model.added_tokens, in the order of "
+                "their ids; without a recipe, copy the adapter's own tokenizer to its folder; or "
+                f"{fix}"
+            )
+        raise ModelError(
+            f"the adapter has {rows:,} rows in {own_name}, and the model {own_rows:,}",
+            where=str(file),
+            why="tokens were added or removed before the adapter was trained",
+            fix=fix,
+        )
 
 
 def _check_scaling(model: nn.Module, adapter: Adapter, file: Path) -> None:
