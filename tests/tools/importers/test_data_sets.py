@@ -267,3 +267,83 @@ def test_a_quantized_base_of_torchtune(tmp_path: Path) -> None:
     model = {**BASES["torchtune"]["model"], "quantize_base": True}
     text = json.dumps(BASES["torchtune"] | {"model": model})
     assert translated_text("torchtune", text, tmp_path).values["model.quantize"] == "nf4"
+
+
+ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "trl"])
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (
+            r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj",
+            ALL_LAYERS,
+        ),
+        (r"language_model.model.layers.[\d]+.(mlp|self_attn).(up|q)_proj", ["q_proj", "up_proj"]),
+        (r".*\.(q|v)_proj", ["q_proj", "v_proj"]),
+        (
+            r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|down_proj).*?)"
+            r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|down_proj)))",
+            ["k_proj", "down_proj"],
+        ),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        (r".*layers\.1\..*_proj", None),
+        (r"transformer\.h\.\d+\.attn", None),
+        ("(q_proj", None),
+    ],
+)
+def test_a_regular_expression_of_layers_becomes_their_names(
+    tool: str, pattern: str, names: list[str] | None, tmp_path: Path
+) -> None:
+    switch = {"axolotl": {"adapter": "lora", "lora_r": 8}, "trl": {"use_peft": True}}
+    values = BASES[tool] | switch[tool]
+    text = json.dumps(values | {"lora_target_modules": pattern})
+    if names is not None:
+        assert translated_text(tool, text, tmp_path).values["adapter.target"] == names
+        return
+    with refuses(UsageError, names=["lora_target_modules"], fix=["adapter.target="]) as error:
+        translated_text(tool, text, tmp_path)
+    assert "a regular expression" in error.value.why
+    given = {"adapter.target": "[q_proj]"}
+    assert translated_text(tool, text, tmp_path, **given).values["adapter.kind"] == "lora"
+
+
+def test_a_processor_of_axolotl_means_pictures(tmp_path: Path) -> None:
+    recipe = axolotl(tmp_path, CHAT, processor_type="AutoProcessor")
+    assert recipe.values["model.vision"] is True
+    assert "model.vision" not in axolotl(tmp_path, CHAT).values
+
+
+@pytest.mark.parametrize(
+    ("named", "source"),
+    [
+        ("org/books", {"source": "org/books"}),
+        (
+            [{"path": "org/books", "text_column": "body", "type": "pretrain"}],
+            {"columns": {"text": "body"}},
+        ),
+        ([{"path": "org/books", "name": "en", "text_column": "text"}], {"name": "en"}),
+    ],
+)
+def test_rows_of_pretraining_of_axolotl(named: Any, source: dict[str, Any], tmp_path: Path) -> None:
+    values = AXOLOTL | {"pretraining_dataset": named, "max_steps": 9}
+    recipe = translated_text("axolotl", json.dumps(values), tmp_path)
+    expected = {"source": "org/books", "split": "train", "format": "text"} | source
+    assert recipe.values["data.train"] == expected
+
+
+def test_rows_of_pretraining_of_llamafactory(tmp_path: Path) -> None:
+    entries = {
+        "a": {"file_name": "a.json", "columns": {"prompt": "body"}},
+        "b": {"hf_hub_url": "org/b", "columns": {"prompt": "text"}},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(entries))
+    values = BASES["llamafactory"] | {"stage": "pt", "dataset": "a, b", "cutoff_len": 512}
+    recipe = translated_text("llamafactory", json.dumps(values), tmp_path)
+    first, second = recipe.values["data.train"]
+    assert (first["format"], first["columns"]) == ("text", {"text": "body"})
+    assert (second["format"], "columns" in second) == ("text", False)
+    assert recipe.values["method"] == "sft"
+    assert recipe.values["data.pack"], "LLaMA-Factory packs documents unless packing is false"

@@ -374,6 +374,12 @@ BAD = {
     "kind": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nlearning_rate: fast\n", ["learning_rate: \"fast\"", "file.yaml:3"]),
     "shape": ("base_model: m\ndatasets: [{path: d, type: alpaca}]\nmicro_batch_size: many\nlearning_rate: 1e-4\n", ["micro_batch_size", "file.yaml:3"]),
     "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", ["dataset_text_field", "one column", "file.yaml:3"]),
+    "llamafactory v1": ("model: m\nmodel_class: llm\ntemplate: qwen3\npeft_config: {name: lora}\ntrain_dataset: d.yaml\ncutoff_len: 9\n"
+                        "micro_batch_size: 1\n", ["a file of LLaMA-Factory v1", "model_class"]),
+    "ms-swift": ("model: m\ntuner_type: lora\ndataset: [d.jsonl]\nlora_rank: 8\nmax_length: 2048\nlearning_rate: 1e-4\n", ["a file of ms-swift"]),
+    "nemo automodel": ("step_scheduler: {global_batch_size: 8}\nmodel: {_target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained}\n"
+                       "dataset: {dataset_name: d, split: train}\n", ["a file of NeMo AutoModel", "step_scheduler"]),
+    "nemo 2": ("_target_: nemo.collections.llm.api.finetune\n_partial_: true\ntrainer: {max_steps: 9}\n", ["a file of NeMo,", "--data"]),
     "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["contains no model", "--extends"]),
 }  # fmt: skip
 
@@ -393,6 +399,14 @@ def test_what_cannot_be_imported_is_refused(
     for words in said:
         assert words in error
     assert not recipe.exists()
+
+
+def test_a_recipe_of_nemo_in_python_is_refused_by_its_tool(tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(
+        "import nemo_run as run\nfrom nemo.collections import llm\n"
+    )
+    with refuses(UsageError, names=["NeMo"], fix=["tunesmith train"]):
+        read_config(tmp_path / "recipe.py", None)
 
 
 def test_the_world_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ adapter, intervals.
 import math
 import re
 from collections.abc import Collection
+from contextlib import suppress
+from itertools import product
 
 from pydantic import JsonValue
 
@@ -17,6 +19,14 @@ from tunesmith.tools.importers.translation import FALSE_WORDS, TRUE_WORDS, Trans
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
+# Usual names of layers in text models and vision-language models: a regular expression is matched
+# with each in some blocks.
+_LAYERS = (
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+    " mlp.gate_proj mlp.up_proj mlp.down_proj"
+).split()
+_PREFIXES = ("model", "model.language_model", "language_model.model", "model.text_model")
+_BLOCKS = (0, 1, 2, 9, 10, 31)
 NAME_ROWS = "set the rows: data.train.source=rows.jsonl data.train.format=messages"
 _LORA_KEYS = (
     "lora_rank",
@@ -124,13 +134,34 @@ def set_adapter(recipe: Translation, target: str | list[str], *names: str, lora:
             recipe.note_key(key, "no adapter is trained", differs=False)
 
 
+def target_modules(recipe: Translation, name: str) -> list[str]:
+    """Return the names of the adapted layers. A regular expression becomes the names of the layers
+    that it matches in each block; UsageError if it chooses blocks, or matches no usual name.
+    """
+    pattern = str(recipe.get(name))
+    is_list = isinstance(recipe.get(name), list) or re.fullmatch(r"[\w.,\s-]*", pattern)
+    if is_list or "adapter.target" in recipe.overrides:
+        return recipe.listed(name)
+    matched: list[list[str]] = []
+    with suppress(re.error):
+        for block, prefix in product(_BLOCKS, _PREFIXES):
+            names = [f"{prefix}.layers.{block}.{layer}" for layer in _LAYERS]
+            matched.append([n.rpartition(".")[2] for n in names if re.fullmatch(pattern, n)])
+    # One list for each prefix, the same in all blocks.
+    if not any(matched) or matched != matched[: len(_PREFIXES)] * len(_BLOCKS):
+        why = "a regular expression that does not name the same usual layers in every block"
+        raise recipe.error(name, why, "list the layers: adapter.target='[q_proj, v_proj]'")
+    return max(matched, key=len)
+
+
 def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -> None:
     """`data.train` or `data.validation` from their data set, or the list of them.
 
     Args:
         part: `train` or `validation`.
         prefix: their key of it; the entries of a list are `PREFIX.0` and so on.
-        method: what learns from the rows, which tells their format where it is not sft.
+        method: what learns from the rows, which tells their format where it is not sft; `pt`: rows
+            of plain text.
     """
     entries = entries_below(recipe, prefix)
     if not entries and recipe.is_set(prefix):
@@ -188,8 +219,9 @@ def _read_entry(
     types_of_formats = {
         "preference": rows_table.get("types_of_preference", {}),
         "feedback": rows_table.get("types_of_feedback", {}),
+        "pt": rows_table.get("types_of_text", {}),
     }
-    types = types_of_formats.get(METHOD_FORMATS.get(method, ""), rows_table["types"])
+    types = types_of_formats.get(METHOD_FORMATS.get(method, method), rows_table["types"])
     type_ = _entry_type(recipe, entry, types, method)
     # Values that the type of the data set implies, for keys that are not set.
     for key, value in types[type_].items():
@@ -211,11 +243,9 @@ def _read_entry(
     known_names = (*rows_table["roles"], *rows_table.get("usual_names", []))
     # A name that is not known here is listed with what differs.
     role_keys = [key for key in rows_table["role_keys"] if get(key) in known_names]
-    columns = {column: get(their_key) for their_key, column in their_columns.items()}
+    columns = {column: get(key) for key, column in their_columns.items() if get(key)}
     # A column with our name needs no mapping.
-    source["columns"] = {
-        column: name for column, name in columns.items() if name and name != column
-    }
+    source["columns"] = {column: name for column, name in columns.items() if name != column}
     source = {key: value for key, value in source.items() if value}
     names = [
         *rows_table["sources"],

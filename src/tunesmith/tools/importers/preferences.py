@@ -128,11 +128,13 @@ def set_axolotl_method(recipe: Translation) -> str:
 
 
 def set_llamafactory_method(recipe: Translation) -> str:
-    """The method of LLaMA-Factory's `stage` and `pref_loss`; its name."""
+    """The method of LLaMA-Factory's `stage` and `pref_loss`; its name. `pt` means sft on rows of
+    plain text.
+    """
     stage = str(recipe.get("stage"))
-    if stage == "sft":
+    if stage in ("sft", "pt"):
         recipe.set_key("method", "sft", "stage")
-        return "sft"
+        return stage
     recipe.defaults.update(recipe.table["preferences"]["defaults"][stage])
     name = "kto"
     if stage == "dpo":

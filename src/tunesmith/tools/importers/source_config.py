@@ -29,6 +29,7 @@ _TRUTH_1_1 = {
 }
 _INTERPOLATION = re.compile(r"\$\{([^}]*)\}")
 _MAX_INTERPOLATIONS = 10
+TABLES = Path(__file__).parent / "tables"
 
 
 class RowsTable(TypedDict, total=False):
@@ -49,6 +50,7 @@ class RowsTable(TypedDict, total=False):
     types: dict[str, dict[str, JsonValue]]
     types_of_preference: dict[str, dict[str, JsonValue]]
     types_of_feedback: dict[str, dict[str, JsonValue]]
+    types_of_text: dict[str, dict[str, JsonValue]]
 
 
 class PreferencesTable(TypedDict, total=False):
@@ -118,7 +120,7 @@ def nearby(base: Path, file: str | Path) -> Path | None:
 @cache
 def table(tool: str) -> ToolTable:
     """The table of a tool's keys; tables/torchtune.yaml describes the parts."""
-    content: ToolTable = read_file(Path(__file__).parent / "tables" / f"{tool}.yaml").plain()
+    content: ToolTable = read_file(TABLES / f"{tool}.yaml").plain()
     return content
 
 
@@ -149,11 +151,16 @@ def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> s
     UsageError where several do alike, and where all keys that are known are of another tool.
     """
     names = {name for key in keys for name in key.split(".")}
-    marks = {}
-    for tool in IMPORTED_TOOLS:
-        marks[tool] = [mark for mark in table(tool)["marks"] if mark in names]
+    for name, key in keys.items():
+        if name.endswith("_target_"):
+            names.add(str(key.value).partition(".")[0])
+    tables: dict[str, list[str]] = read_file(TABLES / "unsupported.yaml").plain()
+    tables |= {tool: table(tool)["marks"] for tool in IMPORTED_TOOLS}
+    marks = {tool: [mark for mark in known if mark in names] for tool, known in tables.items()}
     most = max(map(len, marks.values()))
     likely = [tool for tool, known in marks.items() if len(known) == most]
+    if most and likely[0] not in IMPORTED_TOOLS and not (named and marks[named]):
+        raise _unsupported(likely[0], path, f"it has {', '.join(marks[likely[0]][:3])}")
     if named:
         if most and not marks[named]:
             what = f"this file has no key of {named}, and looks like one of {likely[0]}"
@@ -165,14 +172,25 @@ def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> s
             "cannot detect which tool this file is for",
             where=str(path),
             why=f"its keys could be of {' or '.join(likely)}" if most else "it has no known keys",
-            fix=f"name the tool: --from {likely[0]}; known are {', '.join(IMPORTED_TOOLS)}",
+            fix=f"name the tool: --from {likely[-1]}; known are {', '.join(IMPORTED_TOOLS)}",
         )
     return likely[0]
+
+
+def _unsupported(tool: str, path: Path, why: str) -> UsageError:
+    what = f"this is a file of {tool}, which cannot be imported"
+    fix = (
+        "tunesmith train --model MODEL --data ROWS.jsonl writes a recipe; change the keys there "
+        "(docs/recipe.md)"
+    )
+    return UsageError(what, where=str(path), why=why, fix=fix)
 
 
 def _check_no_program(path: Path) -> None:
     """UsageError for a Python script, whose values are not in a configuration file."""
     if path.suffix == ".py":
+        if path.is_file() and re.search(r"(?m)^\s*(from|import) nemo", path.read_text("latin-1")):
+            raise _unsupported("NeMo", path, "it imports NeMo")
         raise UsageError(
             f"{path} is a Python script, and import does not read Python",
             where=str(path),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -17,9 +18,11 @@ from tunesmith.tools.importers.common import (
     NAME_ROWS,
     PEFT_TARGETS,
     apply_rules,
+    entries_below,
     note_deepspeed_file,
     set_adapter,
     set_rows,
+    target_modules,
     translate_training,
 )
 from tunesmith.tools.importers.preferences import (
@@ -118,19 +121,22 @@ def _torchtune_model(recipe: Translation) -> None:
 
 def _axolotl(recipe: Translation) -> None:
     require_value(recipe, "kind", (None, "lora", "qlora"))
-    target: str | list[str] = recipe.listed("lora_target_modules") or PEFT_TARGETS
+    target: str | list[str] = target_modules(recipe, "lora_target_modules") or PEFT_TARGETS
     if recipe.is_on("lora_target_linear"):
         target = "all-linear"
     names = ("lora_target_linear", "lora_target_modules")
     set_adapter(recipe, target, *names, lora=recipe.get("kind") is not None)
     method = set_axolotl_method(recipe)
     set_rows(recipe, "train", "datasets", method)
+    _set_pretraining_rows(recipe)
     set_rows(recipe, "validation", "test_datasets", method)
     if method != "sft":
         _note_templates_of_types(recipe)
     # By default rows that are too long are dropped there, and documents split.
     texts = [name for name, value in recipe.defaults.items() if value == "text"]
-    if any(re.fullmatch(r"datasets(\.[0-9]+)?\.format", name) for name in texts):
+    if any(
+        re.fullmatch(r"(pretraining_dataset|datasets)(\.[0-9]+)?\.format", name) for name in texts
+    ):
         recipe.note("excess_length_strategy", "documents are split there: see data.too_long")
     else:
         recipe.carry("excess_length_strategy")
@@ -146,6 +152,18 @@ def _axolotl(recipe: Translation) -> None:
     _set_template_args(recipe)
     if not recipe.is_set("warmup_steps") and not recipe.is_set("warmup_ratio"):
         recipe.note("warmup_ratio", "no more than 100 steps of it there")
+
+
+def _set_pretraining_rows(recipe: Translation) -> None:
+    """Axolotl's `pretraining_dataset`: a data set's name, or entries of the type `pretrain`."""
+    name = "pretraining_dataset"
+    key = recipe.source.keys.get(name)
+    if key is not None and isinstance(key.value, str):
+        path = f"{name}.path"
+        recipe.source.keys[path] = replace(recipe.source.keys.pop(name), key=path)
+    for entry in entries_below(recipe, name):
+        recipe.defaults[f"{entry}.type"] = "pretrain"
+    set_rows(recipe, "train", name)
 
 
 def _note_templates_of_types(recipe: Translation) -> None:
@@ -186,14 +204,16 @@ def _has_no_chat_template(recipe: Translation, *names: str) -> bool:
 
 
 def _llamafactory(recipe: Translation) -> None:
-    require_value(recipe, "stage", ("sft", "dpo", "kto"))
+    require_value(recipe, "stage", ("sft", "pt", "dpo", "kto"))
     require_value(recipe, "kind", ("lora", "full"))
     require_value(recipe, "quantization_bit", (None, 4, 8))
     # LLaMA-Factory's own default.
     recipe.defaults["lora_alpha"] = 2 * recipe.number("lora_rank")
     lora = recipe.get("kind") == "lora"
-    set_adapter(recipe, recipe.listed("lora_target"), "lora_target", lora=lora)
+    set_adapter(recipe, target_modules(recipe, "lora_target"), "lora_target", lora=lora)
     method = set_llamafactory_method(recipe)
+    if method == "pt":
+        recipe.defaults["packing"] = True
     for part, key in (("train", "dataset"), ("validation", "eval_dataset")):
         if not recipe.is_set(key):
             continue
@@ -273,7 +293,7 @@ _TRL_COLUMNS = ("text", "messages", "conversations", "completion")
 
 def _trl(recipe: Translation) -> None:
     lora = recipe.is_on("kind")
-    targets = recipe.listed("lora_target_modules")
+    targets = target_modules(recipe, "lora_target_modules")
     set_adapter(recipe, targets or PEFT_TARGETS, "lora_target_modules", lora=lora)
     if lora and not recipe.get("lora_target_modules"):
         why = "PEFT chooses by the architecture; q_proj, v_proj of most"
