@@ -528,8 +528,15 @@ def test_eval_compares_two_runs(
     shown = capsys.readouterr()
     assert shown.out.split("\n")[0].split() == ["run", "other"]
     assert holds(" ".join(shown.out.split()), by_loss["verdict"], by_f1["verdict"])
-    assert main(["eval", str(run), str(other), "--tasks", "gsm8k"]) == EXIT_USAGE
-    assert error_in(capsys.readouterr().err).where == "command line: --tasks"
+
+
+def test_benchmarks_are_run_by_their_own_command(capsys):
+    assert (
+        main(["eval", "run", "--limit", "9", "--tasks", "gsm8k", "--chat-template"]) == EXIT_USAGE
+    )
+    error = error_in(capsys.readouterr().err)
+    assert error.where == "command line: --tasks"
+    assert holds(error.fix, "lm-eval run", "peft=RUN/final", "docs/evaluate.md")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from tunesmith.data.compare.describe_findings import (
 from tunesmith.data.compare.row_checks import (
     RowFindings,
     check_across,
-    check_prompts,
     check_rows,
     find_faults,
 )
@@ -468,14 +467,6 @@ def test_a_row_that_is_left_out_is_no_row_that_is_trained_on(tiny: Path, tmp_pat
     assert prepared.train.parts[0].counts.taken == "data.leave_out: contradictions"
     assert prepared.validation is not None
     assert prepared.validation.parts[0].counts.taken == "max_examples: 2"
-
-
-def test_prompts_of_a_benchmark_are_found_whatever_their_answers(tmp_path: Path) -> None:
-    source = source_of(tmp_path / "train.jsonl", PLANTED)
-    sets = [["", "Is zinc a metal?"], ["Please: who built the stone bridge?", "Is tin a metal"]]
-    assert check_prompts(sets, [(source, read_rows(source))]) == [[2, 4], [3, 1]]
-    texts = source_of(tmp_path / "texts.jsonl", [{"text": PLANTED[4]["prompt"]}], "text")
-    assert check_prompts(sets, [(texts, read_rows(texts))]) == [[2, 0]]
 
 
 def test_rows_of_a_program() -> None:

@@ -192,18 +192,18 @@ def check_not_given(
     names: Iterable[str],
     what: str,
     *,
-    why: str = "",
     fix: str = "remove {option}",
 ) -> None:
-    """UsageError for the first of these options that is given: it `what`, such as "is for --tasks".
+    """UsageError for the first of these options that is given.
 
+    what: what is said of it, such as "is for a whole model".
     names: attributes of `args`.
     """
     for name in names:
         option = args.typed.get(name)
         if option:
             fix = fix.format(option=option)
-            raise UsageError(f"{option} {what}", where=f"command line: {option}", why=why, fix=fix)
+            raise UsageError(f"{option} {what}", where=f"command line: {option}", fix=fix)
 
 
 def add_decoding(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:

@@ -303,7 +303,6 @@ def difference_sentence(
     *,
     first: str = "base",
     second: str = "tuned",
-    higher_is_better: bool = True,
 ) -> str:
     """One sentence: whether the second model is better or worse than the first, or the rows do not
     say."""
@@ -312,9 +311,7 @@ def difference_sentence(
     figures = f"{points(difference.mean)} points, 95 % interval {low} to {high}"
     of_rows = count_of(rows, "row")
     if intervals.is_apart:
-        # A metric may be better where it is lower.
-        is_better = (difference.mean > 0) == higher_is_better
-        return _apart(name, is_better, first, second, of_rows, figures)
+        return _apart(name, difference.mean > 0, first, second, of_rows, figures)
     if not intervals.differing:
         figures += "; their scores are equal on every row"
     elif intervals.differing < MIN_DIFFERING:

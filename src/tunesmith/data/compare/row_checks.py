@@ -7,7 +7,6 @@ near-duplicates with them (`splits.py`).
 """
 
 import hashlib
-import json
 import logging
 import re
 import unicodedata
@@ -171,71 +170,26 @@ def check_across(validation: SourceRows, train: SourceRows) -> list[list[int]]:
     One for each row of `validation` that has any. Rows are indices over the sources of either.
     """
 
-    def pairs() -> Iterator[list[int]]:
+    def check() -> RowFindings:
         trained, held_out = sampled_rows(train), sampled_rows(validation)
         first = len(trained)
         _tell(first + len(held_out))
         counts = _counts_by_source(train, trained) + _counts_by_source(validation, held_out)
         texts = chain(read_texts(train, trained), read_texts(validation, held_out))
-        for i, other in _near_pairs(texts, counts, range(first, first + len(held_out))):
-            yield [held_out[i - first], trained[other]]
+        pairs = []
+        for group in find_near_duplicates(texts, counts):
+            in_train = [trained[i] for i in group if i < first]
+            if in_train:
+                pairs += [[held_out[i - first], in_train[0]] for i in group if i >= first]
+        return RowFindings(near_duplicates=sorted(pairs))
 
-    return _pairs_once([*_key("across", train), *_key("validation", validation)], pairs)
-
-
-def check_prompts(prompts: Sequence[Sequence[str]], train: SourceRows) -> list[list[int]]:
-    """Pairs [prompt, row of `train`] where the row's prompt is a near-duplicate of the prompt.
-
-    One for each prompt that has any; answers are not compared, since other data may word them
-    otherwise.
-
-    Args:
-        prompts: those of several sets, numbered one after another.
-    """
-
-    def pairs() -> Iterator[list[int]]:
-        indices = sampled_rows(train)
-        questions = (RowText(text, "", is_answered=True) for text in chain.from_iterable(prompts))
-        first = sum(map(len, prompts))
-        _tell(first + len(indices))
-        texts = chain(questions, map(_only_prompt, read_texts(train, indices)))
-        counts = [*map(len, prompts), *_counts_by_source(train, indices)]
-        for prompt, row in _near_pairs(texts, counts, range(first)):
-            yield [prompt, indices[row - first]]
-
-    return _pairs_once([*_key("prompts", train), _hash64(json.dumps(prompts))], pairs)
-
-
-def _near_pairs(
-    texts: Iterable[RowText | None], counts: Sequence[int], questions: range
-) -> Iterator[tuple[int, int]]:
-    """Each of some texts that is a near-duplicate of others, with the first of these."""
-    for group in find_near_duplicates(texts, counts):
-        others = [i for i in group if i not in questions]
-        if others:
-            yield from ((i, others[0]) for i in group if i in questions)
-
-
-def _pairs_once(key: list[Any], pairs: Callable[[], Iterable[list[int]]]) -> list[list[int]]:
-    """The pairs, sorted, or what was found before under this key."""
-
-    def check() -> RowFindings:
-        return RowFindings(near_duplicates=sorted(pairs()))
-
+    key = [*_key("across", train), *_key("validation", validation)]
     return measure_once("row-checks", key, check, RowFindings).near_duplicates
 
 
 def _tell(rows: int) -> None:
     if rows > TOLD_ROWS:
         log.info("comparing %s rows, once: the result is cached", f"{rows:,}")
-
-
-def _only_prompt(text: RowText | None) -> RowText:
-    if text is None:
-        return RowText("", "", is_answered=False)
-    # Plain text is question and answer in one.
-    prompt = text.answer if text.is_plain else text.prompt
-    return RowText(prompt, "", is_answered=False, pictures=text.pictures)
 
 
 def place(sources: SourceRows, index: int) -> str:

@@ -9,7 +9,6 @@ example:
   tunesmith eval runs/my-run --data held-out.jsonl --score my_scorer.py:function
   tunesmith eval runs/my-run --data held-out.csv \\
     --columns prompt=title,completion=summary
-  tunesmith eval runs/my-run --tasks gsm8k,ifeval --limit 200
   tunesmith eval runs/my-run --no-base --json
 
 Loss, perplexity and token accuracy are computed over the supervised tokens, as
@@ -32,14 +31,14 @@ Answers are saved in the run's evals/ (or --output), so an interrupted eval
 resumes. Under torchrun the ranks divide the rows; results are those of one
 process.
 
---tasks runs benchmarks of lm-evaluation-harness instead: task names, your own
-YAML files, or folders of them. Prompts use the run's chat template if it was
-trained with one. See docs/evaluate.md for how many rows you need.
+See docs/evaluate.md for how many rows you need, and for benchmarks with
+lm-evaluation-harness.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tunesmith.cli.options import (
     add_decoding,
@@ -53,37 +52,26 @@ from tunesmith.cli.options import (
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.distributed.ranks import reported_once_a_node
+from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import RunLocation, locate_run, require_held_out
 from tunesmith.tools.evaluate.scorers import check_scorer_names
 
 LOADS_TORCH = "here"
 
 MAX_NEW_TOKENS = 256
-FOR_TASKS = ("limit", "chat_template")
-FOR_ROWS = (
-    "data",
-    "split",
-    "max_examples",
-    "exact_match",
-    "scorers",
-    "output",
-    "fresh",
-    "max_new_tokens",
-    "format_name",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "columns",
-)
 
 
-def task_names(text: str) -> list[str]:
-    """`gsm8k,my_tasks/` as a list."""
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
-    return names
+class RemovedTasks(argparse.Action):
+    """The removed option `--tasks`: an error that names its replacement."""
+
+    def __call__(self, *args: Any) -> None:
+        raise UsageError(
+            "eval runs no benchmarks",
+            where="command line: --tasks",
+            why="lm-evaluation-harness opens adapters and models by itself",
+            fix="pip install lm-eval, then: lm-eval run --model hf --model_args "
+            "pretrained=BASE,peft=RUN/final --tasks NAME (docs/evaluate.md)",
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,15 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for --score: move earlier answers aside and answer again",
     )
-    tasks = "benchmarks of lm-evaluation-harness: names, .yaml files, folders/; may be repeated"
-    parser.add_argument(
-        "--tasks", type=task_names, action="extend", default=[], metavar="NAME,...", help=tasks
-    )
-    parser.add_argument(
-        "--limit", type=whole_number, metavar="N", help="for --tasks: the first N rows of each"
-    )
-    through = "for --tasks: use the run's chat template (default: as in training)"
-    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, help=through)
+    parser.add_argument("--tasks", action=RemovedTasks, help=argparse.SUPPRESS)
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
     add_rows(parser, batch_size="rows answered at once")
     add_json(parser)
@@ -147,37 +127,15 @@ def run(args: argparse.Namespace) -> None:
         locations = [locate_run(run_name) for run_name in args.runs]
         for location in locations:
             notify_weights(location)
-        if len(args.runs) > 1:
-            check_not_given(
-                args,
-                ("tasks",),
-                "is for one run",
-                why=f"{len(args.runs)} are named: {', '.join(args.runs)}",
-                fix="use one command for each run; `tunesmith report RUN RUN` shows them together",
-            )
-        if args.tasks:
-            check_not_given(
-                args,
-                FOR_ROWS,
-                "and --tasks cannot be combined",
-                why="a task defines its rows, decoding and metrics",
-                fix="remove {option}, or run two commands; the first rows of a task are --limit N",
-            )
-        else:
-            check_row_arguments(args, locations)
-    from tunesmith.tools.evaluate.run_eval import run_rows, run_tasks
+        check_row_arguments(args, locations)
+    from tunesmith.tools.evaluate.run_eval import run_rows
 
-    if args.tasks:
-        run_tasks(args)
-    else:
-        run_rows(args)
+    run_rows(args)
 
 
 def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocation]) -> None:
     """UsageError for options that contradict each other where rows are evaluated, or rows that are
     not there."""
-    fix = "add --tasks NAME; the first rows of --data are --max-examples N"
-    check_not_given(args, FOR_TASKS, "is for --tasks", fix=fix)
     if args.data is None:
         of_data = ("split", "columns", "format_name")
         check_not_given(args, of_data, "is for the rows of --data", fix="add --data FILE")

@@ -1,12 +1,11 @@
-"""The work of `eval`: rows of one run or of several, or the tasks of a benchmark; its tables and
-reports."""
+"""The work of `eval`: the rows of one run or of several; its tables and reports."""
 
 import argparse
 import json
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -24,16 +23,9 @@ from tunesmith.distributed.ranks import (
 )
 from tunesmith.host.streams import width_of
 from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence
-from tunesmith.metrics.result_table import ResultTable
 from tunesmith.tools.evaluate.decoding_options import decoding_of
 from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
-from tunesmith.tools.evaluate.harness import (
-    TaskEvaluation,
-    TaskMetric,
-    evaluate_tasks,
-    values_as_json,
-)
 from tunesmith.tools.evaluate.score_rows import RowScores
 
 
@@ -88,71 +80,6 @@ def print_result(args: argparse.Namespace, result: Evaluation | RunsEvaluation) 
     print(replace(table, title="", notes=result.verdicts()).text(width_of(sys.stdout)))
     for note in result.notes():
         notify(note)
-
-
-def run_tasks(args: argparse.Namespace) -> None:
-    """`eval --tasks`."""
-    # lm-eval and what a task brings print notes between, and stdout is for the result.
-    with redirect_stdout(sys.stderr):
-        result = evaluate_tasks(
-            args.runs[0],
-            args.tasks,
-            limit=args.limit,
-            base=args.base,
-            batch_size=args.batch_size,
-            chat_template=args.chat_template,
-            device=args.device,
-        )
-    if args.json:
-        print(json.dumps(tasks_as_report(args, result), indent=2))
-        return
-    print_task_metrics(result.metrics)
-    prompts = "without a chat template"
-    if result.chat_template:
-        prompts = "with the run's chat template"
-    notify(f"lm-eval {result.lm_eval}; prompts {prompts}")
-    for file in result.files:
-        notify(f"scores: {file}")
-
-
-def tasks_as_report(args: argparse.Namespace, result: TaskEvaluation) -> dict[str, object]:
-    """Return what --json prints of an evaluation on tasks."""
-    tasks: dict[str, dict[str, object]] = {}
-    for metric in result.metrics:
-        tasks.setdefault(metric.task, {})[metric.name] = values_as_json(metric)
-    return {
-        "run": args.runs[0],
-        "lm_eval": result.lm_eval,
-        "limit": args.limit,
-        "chat_template": result.chat_template,
-        "files": [str(file) for file in result.files],
-        "seen": {task: seen._asdict() for task, seen in result.seen.items()},
-        "tasks": tasks,
-    }
-
-
-def print_task_metrics(metrics: Sequence[TaskMetric]) -> None:
-    """A table with a row for each metric, and the sentences."""
-    models = list(metrics[0].values) if metrics else []
-    rows = []
-    notes = ["in brackets: 95 % intervals"]
-    for metric in metrics:
-        cells = [metric_text(metric, model) for model in models]
-        rows.append([metric.task, metric.name, str(metric.rows), *cells])
-        if metric.row_scores is not None and metric.row_scores.verdict:
-            notes.append(metric.row_scores.verdict)
-    print(ResultTable(rows, ["metric", "rows", *models], notes=notes).text(width_of(sys.stdout)))
-
-
-def metric_text(metric: TaskMetric, model: str) -> str:
-    """`62.0% (52.1 to 71.3)` of the mean of shares, `12.3 (11.9 to 12.7)` of anything else."""
-    value = metric.values[model].value
-    interval = metric.interval(model)
-    if interval is None:
-        return f"{value:.4g}"
-    if metric.row_scores is not None:
-        return f"{value:.1%} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-    return f"{value:.4g} ({interval.low:.4g} to {interval.high:.4g})"
 
 
 def as_report(run_name: str, result: Evaluation) -> dict[str, object]:

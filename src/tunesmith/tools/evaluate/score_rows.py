@@ -316,9 +316,7 @@ class Scoring:
         return summarize_rows(scorer.name, scores)
 
 
-def summarize_rows(
-    name: str, scores: dict[str, list[float]], *, higher_is_better: bool = True
-) -> RowScores:
+def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:
     """Means and intervals of each model's scores; of base and tuned with the sentence."""
     count = len(next(iter(scores.values())))
     if not {"base", "tuned"} <= scores.keys():
@@ -326,7 +324,7 @@ def summarize_rows(
         return RowScores(name, count, models, None, "", scores)
     paired = paired_intervals(scores["base"], scores["tuned"])
     models = {"base": paired.base, "tuned": paired.tuned}
-    verdict = difference_sentence(name, paired, count, higher_is_better=higher_is_better)
+    verdict = difference_sentence(name, paired, count)
     return RowScores(name, count, models, paired, verdict, scores)
 
 
