@@ -302,9 +302,8 @@ def test_a_regular_expression_of_layers_becomes_their_names(
     if names is not None:
         assert translated_text(tool, text, tmp_path).values["adapter.target"] == names
         return
-    with refuses(UsageError, names=["lora_target_modules"], fix=["adapter.target="]) as error:
+    with refuses(UsageError, names=["lora_target_modules"], fix=["adapter.target="]):
         translated_text(tool, text, tmp_path)
-    assert "a regular expression" in error.value.why
     given = {"adapter.target": "[q_proj]"}
     assert translated_text(tool, text, tmp_path, **given).values["adapter.kind"] == "lora"
 

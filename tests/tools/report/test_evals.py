@@ -131,10 +131,14 @@ def test_texts_of_an_eval_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_has_scores_and_no_line_of_losses(tmp_path: Path) -> None:
+    """Versions before the first release wrote scores of lm-evaluation-harness."""
     run = write_run(tmp_path / "run", falling(3.0))
-    values = eval_scores(data="gsm8k")
+    metric = {"rows": 100, "higher_is_better": True, "tuned": {"value": 0.6, "stderr": None}}
+    values = eval_scores(data="gsm8k", lm_eval="0.4.13", limit=None, metrics={"exact": metric})
     del values["losses"]
     write_eval(run.folder, values, "tasks-gsm8k")
+    write_eval(run.folder, values | {"data": "bleu", "scores": {}}, "tasks-bleu")
     run.refresh()
+    assert "gsm8k" in render_report([run])
     labels = [label for label, _ in eval_figures([run])]
     assert labels == ["eval: exact (gsm8k, 100 rows)"]
