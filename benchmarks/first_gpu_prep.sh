@@ -15,7 +15,7 @@ python=${PYTHON:-python3}
 version=${PYTHON_VERSION:-3.12}
 site=$folder/site-$version
 packages=${PACKAGES:-ruamel.yaml bitsandbytes pydantic pydantic-core annotated-types typing-inspection typing-extensions
-  datasketch py3langid pytest-xdist execnet}
+  datasketch pytest-xdist execnet}
 
 platforms=()
 for tag in manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014; do

@@ -163,6 +163,7 @@ _TYPES = [
     _line("quantization of others", "model.quantize=gptq", "model.quantize: expected", "model.quantize", "write one of auto, none, fp8, nf4, as-shipped: gptq and other"),
     _line("8 bits of bitsandbytes", "model.quantize=8bit", "model.quantize: expected", "model.quantize", "8bit is not supported; fp8 runs on"),
     _line("schedule of others", "train.schedule=cosine_with_restarts", "train.schedule: expected", "train.schedule", "write one of constant, linear, cosine: cosine_with_restarts and other"),
+    _line("removed row check", "data.leave_out=[near-duplicates, unfinished]", "data.leave_out.1: expected", "data.leave_out", "write one of near-duplicates, contradictions: unfinished was removed"),
     _line("method", "method=ppo", "method.name: expected `sft`,", "method", "write one of sft, dpo, orpo, kto, simpo: ppo and other methods"),
     _line("method of ipo", "method=ipo", "method.name: expected `sft`,", "method", "ipo is dpo with method.loss_type: ipo"),
     _line("resume mistyped", "checkpoint.resume=atuo", "checkpoint.resume: expected", "checkpoint.resume", "'checkpoint.resume=auto'"),

@@ -19,7 +19,7 @@ WORDS = (
 
 
 def row(prompt: str, answer: str = "") -> RowText:
-    return RowText(prompt, answer, is_answered=True, answer_length=len(answer))
+    return RowText(prompt, answer, is_answered=True)
 
 
 def text(content: str) -> RowText:

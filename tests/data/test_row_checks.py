@@ -49,7 +49,7 @@ SENTENCES = [
 
 
 def row(prompt: str, answer: str) -> RowText:
-    return RowText(prompt, answer, is_answered=True, answer_length=len(answer))
+    return RowText(prompt, answer, is_answered=True)
 
 
 def good_rows(count: int) -> list[RowText]:
@@ -144,111 +144,6 @@ def test_tools_of_a_row_set_it_apart() -> None:
     assert find_faults(texts).near_duplicates == [[0, 2]]
 
 
-# Unfinished answers
-
-
-@pytest.mark.parametrize(
-    "ending",
-    [
-        "and then the keeper of the",
-        "because the water in the pipes was",
-        "with a lamp, a rope,",
-        "它们在花园里找食物的时候",
-    ],
-)
-def test_an_answer_that_stops_within_a_sentence(ending: str) -> None:
-    rows = [
-        *good_rows(30),
-        row("How did the story of the keeper end?", f"{SENTENCES[0]} He came {ending}"),
-    ]
-    assert find_faults(rows).unfinished == [30]
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "Paris",
-        "an old lamp",
-        f"{SENTENCES[0]}\n\nBest wishes\nAnna",
-        f"{SENTENCES[0]}\n- a lamp and a rope\n- a copper button",
-        f"{SENTENCES[0]}\n2) a lamp and a rope that nobody has used since the summer",
-        f'{SENTENCES[0]} "Nobody remembers the bridge"',
-        f"{SENTENCES[0]} [the name of the keeper of the harbor]",
-        f"{SENTENCES[0]} We like it here #harbor",
-        f"{SENTENCES[0]} There were 19",
-        f"```\n{SENTENCES[0]}\nprint(x)\n``` and that is all that there is to it",
-        "😀",
-        "",
-    ],
-)
-def test_an_answer_that_ends_well_without_a_full_stop(answer: str) -> None:
-    rows = [*good_rows(30), row("What do we know of it by now?", answer)]
-    assert find_faults(rows).unfinished == []
-
-
-def test_a_style_without_punctuation_is_no_fault() -> None:
-    rows = [
-        row(f"Say {i} of it all.", f"{SENTENCES[i % 12][:-1]} as {i} said so") for i in range(30)
-    ]
-    assert find_faults(rows).unfinished == []
-
-
-def test_answers_of_one_form_that_happen_to_be_the_longest() -> None:
-    """None of these ends with a full stop: that is their style, not a cut."""
-    answers = [
-        f"name: Ann Castell | item: clocks | color: red | day: {'Monday'[: i % 7]}"
-        for i in range(99)
-    ]
-    rows = [row(f"Order number {i}.", f"{answer} {i:03}a") for i, answer in enumerate(answers)]
-    assert find_faults(rows).unfinished == []
-
-
-def test_answers_that_an_export_cut_at_one_length() -> None:
-    """Also where they are too many to be an exception."""
-    long = [
-        f"{a} {b} {c}" for a, b, c in zip(SENTENCES, SENTENCES[1:], SENTENCES[2:], strict=False)
-    ]
-    cut = [text[:100] for text in long if text[:100][-1].isalpha()]
-    assert len(cut) >= 4
-    rows = [row(f"Tell number {i} of it.", text) for i, text in enumerate([*cut, *SENTENCES[:6]])]
-    assert find_faults(rows).unfinished == list(range(len(cut)))
-    # A label that is given often has one length as well.
-    label = "neither of the two, as far as anybody here knows"
-    rows = [row(f"Which of them is number {i}?", label) for i in range(9)]
-    assert find_faults([*rows, *good_rows(2)]).unfinished == []
-
-
-# Languages
-
-
-def test_scripts_and_languages_of_few_rows() -> None:
-    rows = [
-        *good_rows(60),
-        row(
-            "Wer war zuerst am Hafen?",
-            "Die Tochter des Wärters war die Erste, die am Morgen zum Hafen kam.",
-        ),
-        row("Что такое кошка?", "Это животное."),
-        row("Give the sign.", "α"),
-    ]
-    assert find_faults(rows).languages == {"Cyrillic": [61], "de": [60]}
-    assert find_faults(rows).faulty_rows("rare-languages") == [60, 61]
-
-
-def test_texts_are_not_kept_once_a_language_can_be_rare() -> None:
-    languages = row_checks._Languages()
-    for i, text in enumerate(good_rows(60)):
-        languages.add(i, text)
-        kept = [value for value in vars(languages).values() if isinstance(value, list)]
-        assert sum(map(len, kept)) < row_checks.MIN_LANGUAGE_ROWS
-
-
-def test_few_rows_have_no_rare_language() -> None:
-    assert find_faults([*good_rows(10), row("Что такое кошка?", "Это животное.")]).languages == {}
-    many = [*good_rows(30), *(row(f"Что это такое {i}?", f"Это животное {i}.") for i in range(10))]
-    assert find_faults(many).languages == {}
-
-
 # Sources, cache and limits
 
 
@@ -341,7 +236,6 @@ def test_of_a_long_row_both_ends_are_compared() -> None:
     long = " ".join(f"word{i}" for i in range(5000))
     text = row_text({"text": long}, Source(source="x.jsonl", format="text"))
     assert len(text.answer) == row_texts.MAX_TEXT_CHARACTERS + 1
-    assert text.answer_length == len(long)
     assert text.answer.startswith("word0 ")
     assert text.answer.endswith(" word4999")
 

@@ -33,7 +33,7 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 StatedDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
 # What `data.leave_out` may name; data/compare/row_checks.py finds it.
-RowFault = Literal["near-duplicates", "contradictions", "unfinished", "rare-languages"]
+RowFault = Literal["near-duplicates", "contradictions"]
 MethodName = Literal["sft", "dpo", "orpo", "kto", "simpo"]
 
 # Methods whose examples are pairs of answers.
@@ -254,9 +254,7 @@ class Data:
     leave_out: tuple[RowFault, ...] = key(
         (),
         "rows of `train` to leave out, before any are held out; they are counted: near-duplicates"
-        " (the first stays), contradictions (all answers to one prompt), unfinished (answers that"
-        " end without punctuation where most have it), rare-languages (a language or script of few"
-        " rows)",
+        " (the first stays), contradictions (all answers to one prompt)",
     )
     template: str = key(
         "auto",

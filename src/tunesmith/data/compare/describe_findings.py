@@ -80,17 +80,6 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
             f"{prompts} {verb} contradicting answers, in {rows:,} of {total} rows: first {places}; "
             f"{_fix('contradictions')}"
         )
-    if findings.unfinished:
-        lines.append(
-            f"{len(findings.unfinished):,} of {total} rows have an answer that ends without "
-            "punctuation, which most have, or where others are cut off too: first "
-            f"{_first_places(sources, findings.unfinished)}; {_fix('unfinished')}"
-        )
-    for name, rows_of_name in findings.languages.items():
-        lines.append(
-            f"{len(rows_of_name):,} of {total} rows are in a language or script that few have "
-            f"({name}): first {_first_places(sources, rows_of_name)}; {_fix('rare-languages')}"
-        )
     return lines
 
 
@@ -157,6 +146,4 @@ def findings_as_json(splits: Splits, across: Sequence[Sequence[int]]) -> dict[st
         "near-duplicates": groups(findings.near_duplicates),
         "across": pairs[:LISTED_PLACES],
         "contradictions": groups(findings.contradictions),
-        "unfinished": places(findings.unfinished),
-        "rare-languages": {name: places(rows) for name, rows in findings.languages.items()},
     }

@@ -1,5 +1,4 @@
-"""Checks for rows that each read well but are repeated, contradicting, cut off, or in a language
-that few of them have.
+"""Checks for rows that each read well but repeat or contradict each other.
 
 Nothing here changes a row or decides what is trained on. What is found is counted and shown before
 the first step (`prepare.py`), `data.leave_out` leaves it out, and rows that are held out keep their
@@ -8,13 +7,10 @@ near-duplicates with them (`splits.py`).
 
 import hashlib
 import logging
-import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import chain
 from typing import Any, get_args
 
@@ -27,7 +23,7 @@ from tunesmith.host.files import measure_once
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would be judged otherwise.
-ROW_CHECKS_VERSION = 5
+ROW_CHECKS_VERSION = 6
 
 # Of more rows a line says that they are compared: it takes more than some seconds.
 TOLD_ROWS = 20_000
@@ -46,34 +42,6 @@ MAX_REPEATED_SHARE = 0.5
 SHORT_ANSWER_WORDS = 12
 MAX_FREE_SHARE = 0.1
 
-# Shorter answers (a name, a label) need no punctuation.
-MIN_SENTENCE_WORDS = 8
-MIN_SENTENCES = 10
-# Where more end without punctuation it is the style of the data.
-MAX_UNFINISHED_SHARE = 0.2
-# Answers of one length, the longest, that all end within a sentence.
-MIN_CUT_ANSWERS = 3
-# Of the answers that end so: where more have other lengths, it is the style of the data.
-MIN_CUT_SHARE = 0.5
-# A shorter last line is an entry of a list, a verse or a name.
-_LAST_LINE_CHARACTERS = 40
-_LIST_ENTRY = re.compile(r"\s*([-*•+|#>]|\d+[.)]|[A-Za-z][.)]\s)")
-
-# Languages and scripts of no more rows than this are rare, and of at most so many in any case.
-MAX_RARE_SHARE = 0.01
-MAX_RARE_ROWS = 3
-MIN_SCRIPT_ROWS = 20
-MIN_LANGUAGE_ROWS = 50
-# Of a text of fewer letters the language is a guess.
-MIN_LANGUAGE_LETTERS = 40
-MIN_SCRIPT_LETTERS = 4
-LANGUAGE_CHARACTERS = 200
-LANGUAGE_CONFIDENCE = 0.95
-# py3langid's name for a text in no language.
-_NO_LANGUAGE = "zxx"
-# Several scripts that are written together.
-_TOGETHER = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "BOPOMOFO": "CJK"}
-
 SourceRows = Sequence[tuple[Source, Rows]]
 
 
@@ -88,9 +56,6 @@ class RowFindings:
         shared: groups of rows with one prompt, or with one answer of several words.
         contradictions: groups of rows with one prompt and different answers, or with one prompt and
             the same answers of which they say that another is good.
-        unfinished: rows whose answer ends without punctuation where most have it, or is cut off at
-            the length at which others are.
-        languages: language (ISO 639) or script -> the few rows in it.
     """
 
     rows: int = 0
@@ -98,8 +63,6 @@ class RowFindings:
     near_duplicates: list[list[int]] = field(default_factory=list)
     shared: list[list[int]] = field(default_factory=list)
     contradictions: list[list[int]] = field(default_factory=list)
-    unfinished: list[int] = field(default_factory=list)
-    languages: dict[str, list[int]] = field(default_factory=dict)
 
     def faulty_rows(self, fault: RowFault) -> list[int]:
         """The rows that `data.leave_out` leaves out for one fault, in order.
@@ -109,12 +72,8 @@ class RowFindings:
         """
         if fault == "near-duplicates":
             rows = [row for group in self.near_duplicates for row in group[1:]]
-        elif fault == "contradictions":
-            rows = [row for group in self.contradictions for row in group]
-        elif fault == "unfinished":
-            rows = self.unfinished
         else:
-            rows = list(chain.from_iterable(self.languages.values()))
+            rows = [row for group in self.contradictions for row in group]
         return sorted(set(rows))
 
     def mapped(self, take: Callable[[list[int]], list[int]]) -> "RowFindings":
@@ -123,14 +82,11 @@ class RowFindings:
         def groups(of: list[list[int]]) -> list[list[int]]:
             return [group for group in map(take, of) if len(group) > 1]
 
-        languages = {name: take(rows) for name, rows in self.languages.items()}
         return replace(
             self,
             near_duplicates=groups(self.near_duplicates),
             shared=groups(self.shared),
             contradictions=groups(self.contradictions),
-            unfinished=take(self.unfinished),
-            languages={name: rows for name, rows in languages.items() if rows},
         )
 
     def without(self, left_out: Iterable[int]) -> "RowFindings":
@@ -220,8 +176,6 @@ def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = N
         parts: as for `find_near_duplicates`.
     """
     answers = _Answers()
-    endings = _Endings()
-    languages = _Languages()
     count = 0
 
     def observed() -> Iterator[RowText | None]:
@@ -230,8 +184,6 @@ def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = N
             count = row + 1
             if text is not None:
                 answers.add(row, text)
-                endings.add(row, text)
-                languages.add(row, text)
             yield text
 
     near_duplicates = find_near_duplicates(observed(), parts)
@@ -241,8 +193,6 @@ def find_faults(texts: Iterable[RowText | None], parts: Sequence[int] | None = N
         near_duplicates=near_duplicates,
         shared=answers.shared(),
         contradictions=answers.contradictions(),
-        unfinished=endings.unfinished(),
-        languages=languages.rare(),
     )
 
 
@@ -324,161 +274,3 @@ def _normal(text: str) -> str:
 def _hash64(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
-
-
-# Unfinished answers -----------------------------------------------------------------------------
-
-
-class _Endings:
-    """The endings of answers: open ones, and those cut at one length."""
-
-    def __init__(self) -> None:
-        self._sentences = 0
-        self._open: list[int] = []
-        # The answers of the greatest length that end within a sentence, and the rows of each.
-        self._longest = 0
-        self._cut: dict[str, list[int]] = {}
-
-    def add(self, row: int, text: RowText) -> None:
-        answer = text.answer.rstrip()
-        is_open = _ends_open(answer)
-        if text.answer_length > self._longest:
-            self._longest = text.answer_length
-            self._cut = {}
-        if not _is_sentence(answer):
-            return
-        if is_open and text.answer_length == self._longest:
-            self._cut.setdefault(answer, []).append(row)
-        if text.is_plain:
-            return
-        self._sentences += 1
-        if is_open and not _ends_in_list(answer):
-            self._open.append(row)
-
-    def unfinished(self) -> list[int]:
-        rows: set[int] = set()
-        few = MAX_UNFINISHED_SHARE * self._sentences
-        if self._sentences >= MIN_SENTENCES and len(self._open) <= few:
-            rows.update(self._open)
-        # One answer that is given often has one length too.
-        cut = set(chain.from_iterable(self._cut.values()))
-        is_at_one_length = len(cut) >= MIN_CUT_SHARE * len(cut.union(self._open))
-        if len(self._cut) >= MIN_CUT_ANSWERS and is_at_one_length:
-            rows.update(cut)
-        return sorted(rows)
-
-
-def _is_sentence(answer: str) -> bool:
-    """Tell whether an answer is long enough to end with punctuation, and is no code."""
-    return "```" not in answer and len(words_of(answer[-400:])) >= MIN_SENTENCE_WORDS
-
-
-def _ends_open(answer: str) -> bool:
-    """Tell whether an answer ends with a letter or a comma, behind which something is missing."""
-    last = answer[-1:]
-    if last in (",", "-", "–", "(", "，", "、"):
-        return True
-    # A tag or a name of a user ends a post.
-    is_tag = answer[answer.rfind(" ") + 1 :].startswith(("#", "@", "http"))
-    return unicodedata.category(last or ".")[0] in "LM" and not is_tag
-
-
-def _ends_in_list(answer: str) -> bool:
-    """Tell whether the last line is an entry of a list, a verse or a name below the text."""
-    _, line_break, last = answer.rpartition("\n")
-    if _LIST_ENTRY.match(last):
-        return True
-    return bool(line_break) and len(last) < _LAST_LINE_CHARACTERS
-
-
-# Languages --------------------------------------------------------------------------------------
-
-
-class _Languages:
-    """The script and the language of each row."""
-
-    def __init__(self) -> None:
-        self._scripts: dict[str, list[int]] = {}
-        self._languages: dict[str, list[int]] = {}
-        # Beginnings of rows, until their number says whether a language can be rare.
-        self._few: list[tuple[int, str]] = []
-
-    def add(self, row: int, text: RowText) -> None:
-        sample = text.answer[:LANGUAGE_CHARACTERS]
-        if sum(map(str.isalpha, sample)) < MIN_LANGUAGE_LETTERS:
-            sample = f"{text.prompt[-LANGUAGE_CHARACTERS:]}\n{sample}"
-        script = script_of(sample)
-        if script:
-            self._scripts.setdefault(script, []).append(row)
-        if sum(map(str.isalpha, sample)) >= MIN_LANGUAGE_LETTERS:
-            self._few.append((row, sample))
-        # The model of languages takes half a second to load: a few rows do not need it.
-        if len(self._few) >= MIN_LANGUAGE_ROWS:
-            self._identify()
-
-    def _identify(self) -> None:
-        for row, sample in self._few:
-            language = language_of(sample)
-            if language:
-                self._languages.setdefault(language, []).append(row)
-        self._few = []
-
-    def rare(self) -> dict[str, list[int]]:
-        """Language or script -> rows; a row in a rare script is listed by that."""
-        rare = _rare(self._scripts, MIN_SCRIPT_ROWS)
-        listed = set(chain.from_iterable(rare.values()))
-        if self._languages:
-            self._identify()
-        for name, rows in _rare(self._languages, MIN_LANGUAGE_ROWS).items():
-            others = [row for row in rows if row not in listed]
-            if others:
-                rare[name] = others
-        return rare
-
-
-def _rare(by_name: Mapping[str, list[int]], min_rows: int) -> dict[str, list[int]]:
-    total = sum(map(len, by_name.values()))
-    if total < min_rows:
-        return {}
-    most = max(MAX_RARE_ROWS, MAX_RARE_SHARE * total)
-    return {name: rows for name, rows in sorted(by_name.items()) if len(rows) <= most}
-
-
-def script_of(text: str) -> str:
-    """The script of most letters, as Unicode names it; empty where there are few letters, or no
-    script has more than half."""
-    if text.isascii():
-        letters = sum(map(str.isalpha, text))
-        return "Latin" if letters >= MIN_SCRIPT_LETTERS else ""
-    counts = Counter(_script_of_letter(letter) for letter in text if letter.isalpha())
-    total = counts.total()
-    if not total or total < MIN_SCRIPT_LETTERS:
-        return ""
-    script, most = counts.most_common(1)[0]
-    return script if 2 * most > total else ""
-
-
-@cache
-def _script_of_letter(letter: str) -> str:
-    # Letters of mathematics and of full width are those of the alphabet.
-    name = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "UNKNOWN").split()[0]
-    name = _TOGETHER.get(name, name)
-    return name if name == "CJK" else name.capitalize()
-
-
-def language_of(text: str) -> str:
-    """The language of a text (ISO 639); empty where that is not sure."""
-    language, confidence = _identifier().classify(text)
-    return language if confidence >= LANGUAGE_CONFIDENCE and language != _NO_LANGUAGE else ""
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    try:
-        from py3langid.langid import MODEL_DIR
-    except ImportError:
-        # py3langid 0.2, the last one that runs with the numpy 1 of some containers.
-        return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
-    return LanguageIdentifier.from_modelpath(MODEL_DIR / MODEL_FILE, norm_probs=True)

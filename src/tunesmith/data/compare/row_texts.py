@@ -45,7 +45,6 @@ class RowText(NamedTuple):
         tools: its tool schemas as JSON, since an answer depends on them too.
         pictures: the digests of its pictures, for the same reason.
         is_plain: the row is plain text.
-        answer_length: characters of the answer, which itself may be longer than what is compared.
         chosen: of a pair, the answer of both that is the better one.
         is_good: of feedback, whether the answer is good; None for any other row.
     """
@@ -55,7 +54,6 @@ class RowText(NamedTuple):
     is_answered: bool
     tools: str = ""
     is_plain: bool = False
-    answer_length: int = 0
     chosen: str = ""
     is_good: bool | None = None
     pictures: str = ""
@@ -139,7 +137,6 @@ def row_text(values: Row, source: Source, where: str = "") -> RowText:
         is_answered=row.is_answered,
         tools=tools,
         is_plain=isinstance(sample, Text),
-        answer_length=len(answer),
         chosen=_ends(chosen),
         is_good=row.is_good,
         pictures=" ".join(map(_identity, pictures_of(sample))),
