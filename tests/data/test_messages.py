@@ -159,7 +159,7 @@ def test_harmless_keys_of_a_turn_are_no_harmless_columns() -> None:
     marked = {**A, **dict.fromkeys(columns, "x")}
     assert unread({"messages": [U, marked]}) == {f"message.{name}" for name in columns}
     assert unread({"messages": [U, A], **dict.fromkeys(columns, "x"), "text": "x"}) == set()
-    keys = ["turn", "parent", "create_time", "cache_control"]
+    keys = ["turn", "parent", "cache_control"]
     assert unread({"messages": [U, A], **dict.fromkeys(keys, "x")}) == {*keys}
     assert unread({"messages": [U, {**A, **dict.fromkeys(keys, "x")}]}) == set()
 

@@ -13,7 +13,8 @@ import pytest
 from errors import holds, refuses
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import Detected, detect
-from tunesmith.data.rows.formats import convert_row, read_label
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.labels import read_label
 from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
@@ -148,7 +149,7 @@ def test_labels_of_a_csv_file(write: Callable[[str, str], str]) -> None:
 def test_an_answer_that_is_labeled_bad_is_no_answer_to_learn(row: Row) -> None:
     name: Any = "messages" if "messages" in row else "prompt-completion"
     source = Source(source="rows", format=name)
-    with refuses(DataError, where="r", fix=["method: kto"]):
+    with refuses(DataError, where="r", fix=["method=kto"]):
         convert_row(row, source, where="r")
     good = {**row, next(key for key in row if key in ("label", "kto_tag")): True}
     assert convert_row(good, source, where="r")

@@ -18,6 +18,7 @@ from tunesmith.data.compare.describe_findings import count_repeating, describe_r
 from tunesmith.data.compare.row_checks import check_across
 from tunesmith.data.compare.splits import Splits, read_checked_splits, read_splits
 from tunesmith.data.rows.formats import SPLIT_COLUMNS
+from tunesmith.data.rows.labels import low_grades, rates_answers
 from tunesmith.data.rows.pictures import scaled_size
 from tunesmith.data.rows.row_reader import plain
 from tunesmith.data.source.open_source import describe_layouts
@@ -331,10 +332,16 @@ class TrainingData:
         )
 
     def _tell_unread(self, part: SourceTokens) -> Iterator[str]:
-        """Columns, and keys of turns, that nothing reads and that may change what is meant."""
+        """Columns, and keys of turns, that nothing reads and that may change what is meant.
+
+        Columns that may rate the answers come first.
+        """
+        if part.source is not None:
+            yield from low_grades(part.counts.grades, part.rows, part.source)
         names = []
         columns = part.source.columns.values() if part.source else ()
-        for name, (count, first) in part.counts.unread.items():
+        unread = sorted(part.counts.unread.items(), key=lambda entry: not rates_answers(entry[0]))
+        for name, (count, first) in unread:
             if name == "rejected" and "chosen" in columns:
                 continue  # who names the chosen answers leaves out the others
             if plain(name) in SPLIT_COLUMNS:
@@ -347,7 +354,8 @@ class TrainingData:
                         " their own"
                     )
                 continue
-            names.append(f"{name} in {count_of(count, 'row')} (first {part.rows.where(first)})")
+            some = f" in {count_of(count, 'row')} (first {part.rows.where(first)})"
+            names.append(name + some * (count < part.counts.rows))
         if names:
             yield (
                 f"nothing reads {', '.join(names)}: if one changes what is to be learned, it is"

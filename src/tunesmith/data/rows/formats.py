@@ -7,12 +7,17 @@ beside an answer that is to be learned) is refused, by its place; what nothing k
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from tunesmith.config.row_formats import ROW_FORMATS, FormatName
+from tunesmith.config.row_formats import FormatName
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.labels import (
+    check_no_bad_label,
+    grades_of,
+    has_other_preference,
+    read_label,
+)
 from tunesmith.data.rows.marks import apply_list_of_marks, check_row_marks
 from tunesmith.data.rows.messages import (
     MESSAGE,
@@ -29,9 +34,9 @@ from tunesmith.data.rows.messages import (
 )
 from tunesmith.data.rows.picture_places import check_media, read_column_pictures, with_pictures
 from tunesmith.data.rows.row_reader import (
-    HARMLESS_COLUMNS,
     RowReader,
     is_absent,
+    is_harmless,
     plain,
     role_key_of,
 )
@@ -78,7 +83,11 @@ def convert_row(
     if is_trained:
         check_row_marks(reader)
         if row_samples.is_answered:
-            _check_no_bad_label(reader)
+            check_no_bad_label(reader)
+            row_samples = replace(row_samples, grades=grades_of(reader))
+        elif len(samples) == 2:
+            is_other = has_other_preference(reader)
+            row_samples = replace(row_samples, has_other_preference=is_other)
     if unread is not None:
         unread |= reader.unread
         texts = [
@@ -87,9 +96,9 @@ def convert_row(
         for column, value in reader.unread_columns().items():
             # Many chats have their first question in a column of its own, too.
             is_repeated = isinstance(value, str) and value.strip() in texts
-            is_harmless = plain(column) in HARMLESS_COLUMNS and not _is_held_out(column, value)
-            if not is_harmless and not is_repeated:
-                unread.add(column)
+            if is_repeated or (is_harmless(column) and not _is_held_out(column, value)):
+                continue
+            unread.add(column)
     completed = tuple(_complete(reader, sample, system) for sample in samples)
     return replace(row_samples, samples=completed)
 
@@ -360,48 +369,6 @@ def _feedback(row: RowReader) -> list[Sample]:
         return _answered(row, row.text(prompt, "prompt"), {"completion": text})
     answer = _answer_messages(row, completion, "completion")
     return _answered(row, _open_prompt(row, prompt), {"completion": answer})
-
-
-def read_label(value: object) -> bool | None:
-    """Tell whether a label calls its answer good; None where it says neither good nor bad.
-
-    A number other than 0 and 1 may be a rank, and a word such as positive what a text expresses.
-    """
-    if isinstance(value, bool | int | float):
-        return bool(value) if value in (0, 1) else None
-    if not isinstance(value, str):
-        return None
-    word = _SKIN_TONES.sub("", value).strip().lower().replace("_", " ").replace("-", " ")
-    if word in _GOOD_LABELS:
-        return True
-    return False if word in _BAD_LABELS else None
-
-
-_GOOD_LABELS = frozenset(
-    "true,yes,y,t,1,1.0,good,desirable,chosen,accepted,preferred,thumbs up,thumb up,thumbsup,up,"
-    "upvote,like,liked,👍".split(",")
-)
-_BAD_LABELS = frozenset(
-    "false,no,n,f,0,0.0,bad,undesirable,rejected,thumbs down,thumb down,thumbsdown,down,"
-    "downvote,dislike,disliked,👎".split(",")
-)
-# What may follow a thumb: a color of the skin, or the mark of a picture.
-_SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
-
-
-_LABELS = ROW_FORMATS["feedback"].names("label")
-
-
-def _check_no_bad_label(row: RowReader) -> None:
-    """DataError for a row whose answer is labeled as bad where each answer is learned."""
-    for column, value in row.unread_columns().items():
-        if plain(column) in _LABELS and read_label(value) is False:
-            raise row.error(
-                f"the answer is labeled bad: {column} is {json.dumps(value, default=str)}",
-                f"format {row.source.format} learns each answer as it is",
-                "method: kto with format: feedback learns from both; or delete the row; or rename"
-                " the column if it says something else",
-            )
 
 
 def _prompt_messages(row: RowReader, prompt: object) -> list[Message]:

@@ -97,7 +97,7 @@ def check_row_marks(row: RowReader) -> None:
     """DataError for a mark of a whole row that training would ignore."""
     for column, as_written in row.unread_columns().items():
         name = plain(column)
-        value = _from_csv(as_written)
+        value = value_of_cell(as_written)
         is_weight = name in ("weight", "loss_weight", "sample_weight")
         if not is_weight and not is_mark(column):
             continue
@@ -115,8 +115,8 @@ def check_row_marks(row: RowReader) -> None:
             raise row.error(what, why, fix)
 
 
-def _from_csv(value: object) -> object:
-    """A truth value, a number or a list that a csv file has as text."""
+def value_of_cell(value: object) -> object:
+    """Return the truth value, the number or the list that a cell of a csv file has as text."""
     if not isinstance(value, str):
         return value
     try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from tunesmith.data.rows.labels import is_bad_label
 from tunesmith.data.rows.marks import PARTIAL_MARKS, is_mark, is_trained_turn
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
 from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
@@ -176,6 +177,8 @@ def _read_turn(
         parts.calls += _calls_of_keys(row, others, at)
         thought = _thought(row, others, parts.thought, at)
         is_trained = is_trained_turn(row, role, others, at)
+        if role == "assistant" and is_trained:
+            row.bad_turns += [(at, k, v) for k, v in others.items() if is_bad_label(k, v)]
         _note_unread(row, others, form)
     if parts.results:
         return _with_results(row, role, parts, thought, at)

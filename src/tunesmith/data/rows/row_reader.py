@@ -46,6 +46,13 @@ HARMLESS_COLUMNS = frozenset(
 )
 
 
+def is_harmless(column: str) -> bool:
+    """Return whether a column has a harmless name, or one that ends with such a word."""
+    name = plain(column)
+    last_word = name.rpartition("_")[2]
+    return name in HARMLESS_COLUMNS or last_word in HARMLESS_COLUMNS - {"text"}
+
+
 # All rows have the same few names.
 @lru_cache(maxsize=4096)
 def plain(name: object) -> str:
@@ -154,6 +161,7 @@ class RowReader:
         folder: as of `Place`; a program's rows have paths from the working directory.
         column_pictures: those of the column `images`.
         pictures: those of parts of contents, in order; None takes the next one of the column.
+        bad_turns: place, key and value of each label that calls a turn to learn a bad answer.
     """
 
     def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
@@ -165,6 +173,7 @@ class RowReader:
         self.folder = where.folder if isinstance(where, Place) else Path()
         self.column_pictures: tuple[Picture, ...] = ()
         self.pictures: list[Picture | None] = []
+        self.bad_turns: list[tuple[str, str, object]] = []
         self._read: set[str] = set()
 
     def error(self, what: str, why: str = "", fix: str = "fix the row", at: str = "") -> DataError:

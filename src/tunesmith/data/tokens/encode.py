@@ -52,6 +52,7 @@ class EncodedRow(NamedTuple):
         warnings: names in ROW_WARNINGS that fit it.
         has_empty_answer: whether one of its answers is, of a pair also the rejected one.
         unread: names of its columns, and of keys of its turns, that nothing reads.
+        grades: as of `RowSamples`.
     """
 
     example: Example
@@ -59,6 +60,7 @@ class EncodedRow(NamedTuple):
     prompt: Prompt
     has_empty_answer: bool
     unread: tuple[str, ...] = ()
+    grades: tuple[str, ...] = ()
 
 
 class _ReadRow(NamedTuple):
@@ -147,9 +149,12 @@ class RowEncoder:
         if is_compared and self.train_on != "all":
             prompt = self._check_prompt(samples[0], example)
         warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
+        if row.row.has_other_preference:
+            warnings.append("other_preference")
         # Of a pair the rejected answer is no row to warn of.
         has_empty_answer = "empty" in warnings or any(map(has_empty_answers, samples[1:]))
-        return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread)
+        grades = row.row.grades
+        return EncodedRow(example, warnings, prompt, has_empty_answer, row.unread, grades)
 
     def _read(self, values: Row | TunesmithError, place: str) -> "_ReadRow | DataError":
         """A row as a sample, or why it is none."""

@@ -50,6 +50,7 @@ class TokenCounts:
         prompts_apart: rows where it renders otherwise.
         flaws: name in ROW_WARNINGS -> how many rows, and the first of them.
         unread: name of a column, or of a key of turns, that nothing reads -> the same.
+        grades: number in a column that may grade the answer, as `rating 3` -> the same.
         control_tokens: special token that a row's own text spells -> the same.
         bad: rows left out because they cannot be read or rendered (data.bad_rows: skip).
         bad_rows: the first of them, each with what is wrong.
@@ -78,6 +79,7 @@ class TokenCounts:
     prompts_apart: int = 0
     flaws: dict[str, list[int]] = field(default_factory=dict)
     unread: dict[str, list[int]] = field(default_factory=dict)
+    grades: dict[str, list[int]] = field(default_factory=dict)
     control_tokens: dict[str, list[int]] = field(default_factory=dict)
     bad: int = 0
     bad_rows: list[tuple[int, str]] = field(default_factory=list)

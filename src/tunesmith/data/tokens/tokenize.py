@@ -19,6 +19,7 @@ import numpy as np
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.bad_rows import BadRows, error_of_sources
 from tunesmith.data.rows.formats import convert_sample
+from tunesmith.data.rows.labels import low_grades
 from tunesmith.data.rows.samples import pictures_of
 from tunesmith.data.source.open_source import Rows, count_characters
 from tunesmith.data.source.table import Row
@@ -46,7 +47,7 @@ from tunesmith.host.streams import is_terminal, visible
 log = logging.getLogger(__name__)
 
 # Raise it when the same rows would give other tokens, or an entry of the cache has another form.
-TOKENS_VERSION = 14
+TOKENS_VERSION = 16
 # Rows handed to the tokenizer at once, and the characters after which no further row joins them:
 # tokenizing takes some 50 bytes of memory a character.
 _BATCH_ROWS = 256
@@ -210,6 +211,7 @@ def _tokenize_rows(
     # How many rows each name fits, and the first of them.
     warnings: dict[str, list[int]] = {}
     unread: dict[str, list[int]] = {}
+    grades: dict[str, list[int]] = {}
     control_tokens: dict[str, list[int]] = {}
     bad = BadRows(len(rows))
     lengths = array("q")
@@ -231,6 +233,7 @@ def _tokenize_rows(
                 empties.append(len(writer))
             _count_names(warnings, row.warnings, i)
             _count_names(unread, row.unread, i)
+            _count_names(grades, row.grades, i)
             _count_names(control_tokens, sorted(row.example.control_tokens), i)
             lengths.append(row.example.longest_sequence)
             seen += row.example.seen
@@ -243,6 +246,7 @@ def _tokenize_rows(
     # All at once: a file is mended in one pass. Where no row is left, the reason is theirs.
     if len(bad) and (data.bad_rows == "error" or len(bad) == len(rows)):
         raise _RefusedRowsError(bad)
+    low_grades(grades, rows, source)
     arrays = writer.arrays()
     if lengths:
         counts["longest"] = max(lengths)
@@ -255,6 +259,7 @@ def _tokenize_rows(
         "digest": arrays.sha256(),
         "flaws": warnings,
         "unread": unread,
+        "grades": grades,
         "control_tokens": control_tokens,
         "bad": len(bad),
         "bad_rows": bad.first,

@@ -1,0 +1,189 @@
+"""Columns that rate an answer: labels, grades, and the scores of a pair.
+
+A row that is trained on as it is must not have an answer that its own columns call bad. A label is
+judged row by row. A number may be a grade, whose meaning depends on the other rows: grades are
+counted, and judged when all rows are known.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from tunesmith.config.row_formats import ROW_FORMATS
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.marks import value_of_cell
+from tunesmith.data.rows.row_reader import RowReader, plain
+from tunesmith.data.source.open_source import Rows
+from tunesmith.errors import DataError
+from tunesmith.host.shell import shell_word
+from tunesmith.units import count_of
+
+_GOOD_LABELS = frozenset(
+    "true,yes,y,t,1,1.0,good,desirable,chosen,accepted,preferred,thumbs up,thumb up,thumbsup,up,"
+    "upvote,upvoted,like,liked,👍,correct,right,pass,passed,approved,helpful,success,successful,✅,✓,✔".split(
+        ","
+    )
+)
+_BAD_LABELS = frozenset(
+    "false,no,n,f,0,0.0,bad,undesirable,rejected,thumbs down,thumb down,thumbsdown,down,"
+    "downvote,downvoted,dislike,disliked,👎,incorrect,not correct,wrong,fail,failed,not approved,"
+    "unhelpful,not helpful,failure,unsuccessful,❌,✗,✘".split(",")
+)
+# Words that only a grade has.
+_LOW_GRADES = frozenset("low,very low,poor,very poor,terrible,awful".split(","))
+# What may follow a thumb: a color of the skin, or the mark of a picture.
+_SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
+
+# Names of columns: a word for the rating, with words around it for what is rated, and by whom. A
+# `correct_label` is the right answer.
+_RATING = (
+    r"(?:(?:is|was|answer|response|completion|output|solution|generation|assistant|model|human"
+    r"|user|annotator|expert|judge|llm|overall|final|binary)_)*+(?:%s)"
+    r"(?:_(?:score|flag|(?<!correct_)label))?"
+)
+_LABEL_WORDS = "|".join(ROW_FORMATS["feedback"].names("label")) + (
+    "|correct|accepted|approved|passed|pass|good|helpful|thumbs?_up|liked|upvoted|preferred|success"
+    "|successful|succeeded|solved|resolved"
+)
+# True means bad.
+_REVERSED_WORDS = "incorrect|wrong|bad|thumbs?_down|downvoted|disliked|hallucinated|hallucination"
+_SCORE_WORDS = "score|reward|rating|quality|stars|grade|correctness|helpfulness"
+# Words and truth values are labels here, and numbers are grades.
+_OPINION_WORDS = f"{_SCORE_WORDS}|feedback|verdict|thumbs?|votes?|judge?ment|outcome"
+_is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
+_is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
+_is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
+_has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
+# Another number shows that a column measures something.
+_GRADES = range(-10, 11)
+_NO_GRADE = 99
+# Grades up to this share of the highest one are low: 1 and 2 of 5, 0 and 1 of 4.
+_LOW_SHARE = 0.4
+
+
+def read_label(value: object) -> bool | None:
+    """Return whether a label calls its answer good. Return None if it says neither good nor bad.
+
+    A number other than 0 and 1 may be a rank, and a word such as positive what a text expresses.
+    """
+    if isinstance(value, bool | int | float):
+        return bool(value) if value in (0, 1) else None
+    if not isinstance(value, str):
+        return None
+    word = _word(value)
+    if word in _GOOD_LABELS:
+        return True
+    return False if word in _BAD_LABELS else None
+
+
+def _word(value: str) -> str:
+    return _SKIN_TONES.sub("", value).strip().lower().replace("_", " ").replace("-", " ")
+
+
+def rates_answers(column: str) -> bool:
+    """Return whether a column has a name that labels and grades of answers have."""
+    name = plain(column)
+    return bool(_is_label(name) or _is_reversed(name) or _is_opinion(name))
+
+
+def is_bad_label(column: str, value: object) -> bool:
+    """Return whether a value labels its answer as bad, whatever the values of other rows are."""
+    name = plain(column)
+    label = read_label(value)
+    if _is_label(name):
+        return label is False or value_of_cell(value) == -1
+    if _is_reversed(name):
+        return label is True
+    if not _is_opinion(name) or not isinstance(value_of_cell(value), str | bool):
+        return False
+    return label is False or (isinstance(value, str) and _word(value) in _LOW_GRADES)
+
+
+def check_no_bad_label(row: RowReader) -> None:
+    """DataError for a row whose answer is labeled as bad, because each answer is learned."""
+    labels = [("", *column) for column in row.unread_columns().items()]
+    for at, name, value in [*labels, *row.bad_turns]:
+        if is_bad_label(name, value):
+            shown = json.dumps(value, default=str, ensure_ascii=False)
+            fix = 'write "train": false into the turn' if at else _use_labels(row.source, name)
+            raise row.error(
+                f"the answer is labeled bad: {name} is {shown}",
+                f"format {row.source.format} learns each answer as it is",
+                f"{fix}; or delete the row; or rename {name} if it says something else",
+                at,
+            )
+
+
+def _use_labels(source: Source, column: str) -> str:
+    """The overrides that learn from good and bad answers by the labels of a column."""
+    own_names = ROW_FORMATS[source.format].layouts[0].needed
+    names = ("prompt", "completion") if len(own_names) == 2 else ("messages",)
+    columns = dict(zip(names, own_names, strict=True))
+    pairs = [f"{name}: {source.columns.get(own, own)}" for name, own in columns.items()]
+    word = shell_word(f"data.train.columns={{{', '.join(pairs)}, label: {column}}}")
+    swapped = (
+        f", after true and false are swapped in {column}" if _is_reversed(plain(column)) else ""
+    )
+    return f"learn from good and bad answers: method=kto data.train.format=feedback {word}{swapped}"
+
+
+def grades_of(row: RowReader) -> tuple[str, ...]:
+    """Return the grade in each column that has one, as `rating 3`."""
+    grades = []
+    for column, cell in row.unread_columns().items():
+        value = value_of_cell(cell)
+        if isinstance(value, int | float) and _is_opinion(plain(column)):
+            grades.append(f"{column} {int(value) if value in _GRADES else _NO_GRADE}")
+    return tuple(grades)
+
+
+def low_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source) -> list[str]:
+    """Describe the low grades of some rows, a line for each column.
+
+    Args:
+        grades: a grade, as `grades_of` writes it -> how many rows have it, and the first of them.
+
+    Raises:
+        DataError: the grades of a column are labels: 1 for good answers, and 0 or -1 for bad ones.
+    """
+    by_column: dict[str, dict[int, Sequence[int]]] = {}
+    for text, found in grades.items():
+        column, _, grade = text.rpartition(" ")
+        by_column.setdefault(column, {})[int(grade)] = found
+    lines = []
+    for column, rows_of in by_column.items():
+        highest = max(rows_of)
+        # Between -1 and 1, 0 is no opinion.
+        least = -1 if min(rows_of) < 0 else highest * _LOW_SHARE
+        low = sorted(grade for grade in rows_of if grade <= least)
+        if not low or not 0 < highest < _NO_GRADE:
+            continue
+        count = sum(rows_of[grade][0] for grade in low)
+        answers = count_of(sum(found[0] for found in rows_of.values()), "answer")
+        what = f"{count:,} of {answers} have a low {column}: {' or '.join(map(str, low))}"
+        what += f", and at best {highest}"
+        where = rows.where(min(rows_of[grade][1] for grade in low))
+        why = f"format {source.format} learns each answer as it is"
+        fix = f"delete these rows; or rename {column} if it says something else"
+        if highest == 1:
+            fix = f"{_use_labels(source, column)}; or {fix}"
+            raise DataError(what, where=where, why=why, fix=fix)
+        lines.append(f"{what}; first {where}: {why}; fix: {fix}")
+    return lines
+
+
+def has_other_preference(row: RowReader) -> bool:
+    """Return whether the scores of a pair contradict its preference, or are equal."""
+    columns = {plain(column): column for column in row.unread_columns()}
+    is_other = False
+    for name in filter(_has_score, columns):
+        other = name.replace("chosen", "rejected")
+        if other == name or other not in columns:
+            continue
+        pair = [columns[name], columns[other]]
+        chosen, rejected = (value_of_cell(row.row[column]) for column in pair)
+        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+            is_other = is_other or chosen <= rejected
+            for column in pair:
+                row.mark_read(column)
+    return is_other

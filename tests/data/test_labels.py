@@ -1,0 +1,199 @@
+"""Columns that rate an answer: labels and grades beside an answer that is learned, scores of pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import byte_tokenizer
+from errors import holds, refuses, warnings_with
+from recipes import make_run
+from tunesmith.config.row_formats import FormatName
+from tunesmith.config.schema import Source
+from tunesmith.data.prepare import TrainingData, prepare_data
+from tunesmith.data.rows.formats import convert_row
+from tunesmith.errors import DataError
+
+Row = dict[str, Any]
+PAIR = {"question": "2 + 2?", "answer": "4"}
+COLUMNS = {"prompt": "question", "completion": "answer"}
+
+
+def convert(row: Row, format_name: FormatName = "prompt-completion", **options: Any) -> Any:
+    columns = COLUMNS if "question" in row else {}
+    source = Source(source="rows.jsonl", format=format_name, columns=columns)
+    return convert_row(row, source, where="rows.jsonl:1", **options)
+
+
+def prepared(tiny: Path, tmp_path: Path, rows: list[Row], format_name: FormatName) -> TrainingData:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    columns = COLUMNS if "question" in rows[0] else {}
+    source = {"source": str(path), "format": format_name, "columns": columns}
+    method = "dpo" if format_name == "preference" else "sft"
+    run = make_run(tiny, tmp_path, held=False, method=method, data={"train": source})
+    tokenizer = byte_tokenizer()
+    return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=None, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("column", "good", "bad"),
+    [
+        ("is_correct", True, False),
+        ("isCorrect", "true", "False"),
+        ("correct", 1, 0),
+        ("Answer is correct", "yes", "no"),
+        ("accepted", 1, -1),
+        ("is_accepted", "accepted", "rejected"),
+        ("passed", "1", "0"),
+        ("approved", True, False),
+        ("success", True, False),
+        ("user_feedback", "👍", "👎🏽"),
+        ("feedback", "thumbs_up", "thumbs_down"),
+        ("thumbs_up", True, False),
+        ("thumbs_down", False, True),
+        ("incorrect", "no", "yes"),
+        ("verdict", "correct", "incorrect"),
+        ("judgment", "pass", "fail"),
+        ("reward", True, False),
+        ("rating", "good", "bad"),
+        ("quality", "high", "low"),
+        ("answer_quality", "good", "very poor"),
+        ("score", "helpful", "unhelpful"),
+    ],
+)
+def test_a_bad_label_under_any_name(column: str, good: Any, bad: Any) -> None:
+    assert convert({**PAIR, column: good})
+    columns = f"'data.train.columns={{prompt: question, completion: answer, label: {column}}}'"
+    fix = f"method=kto data.train.format=feedback {columns}"
+    with refuses(DataError, where="rows.jsonl:1", names=[column], fix=[fix]):
+        convert({**PAIR, column: bad})
+    assert convert({**PAIR, column: bad}, is_trained=False), "a row that is scored is not learned"
+
+
+@pytest.mark.parametrize(
+    ("format_name", "row", "columns"),
+    [
+        ("alpaca", {"instruction": "q", "output": "a"}, "prompt: instruction, completion: output"),
+        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "messages: messages"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "messages: conversations"),
+    ],
+)  # fmt: skip
+def test_the_way_on_names_the_columns_of_feedback(
+    format_name: FormatName, row: Row, columns: str
+) -> None:
+    fix = f"'data.train.columns={{{columns}, label: is_correct}}'"
+    with refuses(DataError, fix=[fix]):
+        convert({**row, "is_correct": False}, format_name)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"is_human": False},
+        {"toxic": False},
+        {"test": False},
+        {"correct_answer": "no"},
+        {"correct_label": 0},
+        {"input_quality": "poor"},
+        {"difficulty_score": 0},
+        {"rank": 0},
+        {"feedback": "The answer is too short."},
+        {"thumbs_down": False},
+        {"reward": 0},
+        {"reward": 0.0},
+        {"score": "0"},
+        {"quality": None},
+    ],
+    ids=str,
+)
+def test_a_value_that_calls_no_answer_bad(harmless: Row) -> None:
+    assert convert({**PAIR, **harmless})
+
+
+def test_a_bad_label_of_a_turn() -> None:
+    question = {"role": "user", "content": "2 + 2?", "feedback": "bad"}
+    turns = [question, {"role": "assistant", "content": "5", "feedback": "thumbs_down"}]
+    with refuses(DataError, where="rows.jsonl:1, message 2", fix=['"train": false']):
+        convert({"messages": turns}, "messages")
+    turns[1]["train"] = False
+    assert convert({"messages": [*turns, question, {**turns[1], "train": True, "feedback": "good"}]}, "messages")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "bad"),
+    [
+        ("reward", [1, 0, 1], 0),
+        ("reward", ["1", "0", "1"], 0),
+        ("score", [1.0, -1.0, 1.0], -1),
+        ("feedback", [0, -1, 1], -1),
+    ],
+)
+def test_numbers_that_are_labels(
+    tiny: Path, tmp_path: Path, column: str, values: list[Any], bad: int
+) -> None:
+    rows = [{**PAIR, column: value} for value in values]
+    with refuses(DataError, where="rows.jsonl:2", names=[column, bad, "1 of 3"], fix=[f"label: {column}"]):  # fmt: skip
+        prepared(tiny, tmp_path, rows, "prompt-completion")
+
+
+@pytest.mark.parametrize(
+    ("values", "low"),
+    [
+        ([5, 1, 2, 4], "1 or 2"),
+        ([4, 0, 1, 3], "0 or 1"),
+        ([5, -5, -3, 0], "-5 or -3"),
+        ([5, 4, 3, 5], None),
+        ([1, 1, 1, 1], None),
+        ([0, 0, 0, 0], None),
+        ([0, 0.5, 1, 1], None),
+        ([0, 120, 5, 3], None),
+        ([0, math.nan, 1, 1], None),
+    ],
+)
+def test_low_grades_are_counted(
+    tiny: Path, tmp_path: Path, values: list[Any], low: str | None
+) -> None:
+    rows = [{**PAIR, "rating": value} for value in values]
+    told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
+    found = warnings_with(told, "rating", "2 of 4", f"{tmp_path}/rows.jsonl:2")
+    assert [holds(line, low) for line in found] == [True] * (low is not None)
+
+
+def test_a_text_is_no_answer(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"text": "A long film.", "stars": stars, "verdict": "bad"} for stars in (0, 1)]
+    told = "\n".join(prepared(tiny, tmp_path, rows, "text").warnings())
+    (unread,) = warnings_with(told, "stars")
+    assert holds(unread, "verdict")
+    assert "rows.jsonl" not in unread, "no place of columns that all rows have"
+
+
+def test_columns_that_rate_answers_come_first(tiny: Path, tmp_path: Path) -> None:
+    others = {"answer_id": 3, "notes": "x", "scraped_at_date": "y", "page_url": "z"}
+    rows = [{**others, **PAIR, "rating": rating} for rating in (4.5, 3.5)]
+    told = "\n".join(prepared(tiny, tmp_path, rows, "prompt-completion").warnings())
+    (unread,) = warnings_with(told, "rating")
+    assert holds(unread, "rating, notes")
+    assert not any(holds(unread, name) for name in others if name != "notes")
+
+
+def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    scores = [
+        {"score_chosen": 9.0, "score_rejected": 2.0},
+        {"score_chosen": 2.0, "score_rejected": 9.0},
+        {"chosen-rating": 5, "rejected-rating": 5},
+        {"rewardChosen": "1", "rewardRejected": "3"},
+        {"chosen_mood": 2, "rejected_mood": 3},
+        {"chosen_score": None, "rejected_score": 3},
+    ]
+    told = "\n".join(
+        prepared(tiny, tmp_path, [{**pair, **row} for row in scores], "preference").warnings()
+    )
+    assert warnings_with(told, "preference", "3 of 6", f"{tmp_path}/rows.jsonl:2")
+    (unread,) = warnings_with(told, "chosen_mood")
+    assert not holds(unread, "score_chosen")
