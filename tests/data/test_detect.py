@@ -173,7 +173,14 @@ CLEAR: dict[str, tuple[Row, str]] = {
         "columns prompt, completion -> prompt-completion",
     ),
     "text": (texts("text"), "column text -> text"),
-    "text with a label": ({"text": "x", "label": 1}, "column text -> text; ignored: label"),
+    "text with its category, of a document": (
+        {"text": "x", "category": "web", "url": "y", "language": "en"},
+        "column text -> text; ignored: category, url, language",
+    ),
+    "text with a long label": (
+        {"text": "x", "label": "A label of a document. " * 9},
+        "column text -> text; ignored: label",
+    ),
     "content": (texts("content", "url"), "column content -> text (text = content); ignored: url"),
     "one column": (texts("body"), "column body -> text (text = body)"),
     "preference": (
@@ -229,6 +236,29 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         {"messages": TURNS, **texts("question", "answer")}, "can be read in 2 ways",
         "--columns messages=messages or --columns prompt=question,completion=answer",
     ),
+    "text and its class": (
+        {"text": "x y", "label": "pos"}, "label looks like the class",
+        "--columns prompt=text,completion=label; to learn the text alone: --columns text=text",
+    ),
+    "text and the number of its class": (
+        {"content": "x y", "label": 1, "split": "train"}, "label looks like the class",
+        "--columns prompt=content,completion=label, after the numbers in label are replaced by words;",
+    ),
+    "text and the number and name of its class": (
+        {"text": "x y", "label": 0, "label_text": "neg"}, "label_text looks like the class", "prompt=text,completion=label_text;",
+    ),
+    "a sentence and its class": (
+        {"idx": 3, "sentence": "x y", "label": 0}, "label looks like the class", "alone: --columns text=sentence",
+    ),
+    "two sentences and their class": (
+        {"premise": "x y", "hypothesis": "x", "label": "neutral"}, "label looks like the class",
+        "--columns instruction=premise,input=hypothesis,output=label; to learn the text alone: --columns text=premise",
+    ),
+    "text and its category": ({"text": "x y", "category": "news", "id": 1}, "category looks like the class", "prompt=text,completion=category;"),
+    "a message and its category": ({"Category": "ham", "Message": "x y"}, "Category looks like the class", "prompt=Message,completion=Category;"),
+    "a review and its sentiment": (texts("review", "sentiment"), "sentiment looks like the class", "prompt=review,completion=sentiment;"),
+    "a question and its intent": (texts("query", "intent"), "intent looks like the class", "prompt=query,completion=intent;"),
+    "several classes": ({"text": "x y", "labels": [1, 3], "id": "a"}, "labels looks like the class", "completion=labels, after"),
     "unknown names": (texts("x", "y"), "no column name indicates", "--columns prompt=x,completion=y"),
     "an answer with two more": (
         {"title": "x", "body": "a longer text", "reply": "y"}, "no column name indicates", "--columns prompt=body,completion=reply",
@@ -270,6 +300,14 @@ def test_each_way_that_is_offered_is_taken(name: str) -> None:
         layout = detect(from_list([row]), Source(source="faq", columns=columns))
         assert layout.columns == columns
         assert set(columns) <= set(FORMAT_COLUMNS[layout.format])
+
+
+@pytest.mark.parametrize(
+    "columns", [{"prompt": "text", "completion": "label"}, {"text": "text"}], ids=str
+)
+def test_both_ways_to_read_a_text_and_its_class_are_taken(columns: dict[str, str]) -> None:
+    rows = from_list([{"text": "x y", "label": "pos"}])
+    assert detect(rows, Source(source="faq", columns=columns)).columns == columns
 
 
 def test_columns_and_format_that_are_given_narrow_the_choice() -> None:

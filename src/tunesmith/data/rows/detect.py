@@ -66,6 +66,15 @@ _BETTER_AND_WORSE = (
     ("win", "lose"),
 )
 
+# Columns with the class of a text.
+_CLASS_NAMES = frozenset(
+    "label labels gold_label label_text label_name class class_label class_name sentiment polarity"
+    " emotion intent stance".split()
+)
+# The same, unless the text has columns of other kinds: documents have categories too.
+_TOPIC_NAMES = frozenset("category topic target tag genre rating stars".split())
+_MAX_CLASS_CHARACTERS = 50
+
 # The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
 _Chats = dict[str, list[str]]
 
@@ -138,6 +147,7 @@ def detect(
     layouts = _of_one_kind([*examined.layouts(examined.only_format, source.columns)])
     if is_free:
         examined.check_pair_is_read(layouts)
+        examined.check_class_is_read(layouts)
     # Each layout is tried on the sample, with the reader of training.
     trials = [examined.try_layout(layout) for layout in layouts]
     readable = _most_specific([trial for trial in trials if trial.read])
@@ -306,6 +316,33 @@ class _SampledRows:
                 f"name both as --columns chosen=...,rejected={name}; or train on the other columns"
                 f" alone: --format {' or '.join(formats)}",
             )
+
+    def check_class_is_read(self, layouts: list[Detected]) -> None:
+        """DataError where a column is the class of a text, which `layouts` do not read."""
+        kinds = {plain(column) for column in self.columns if not plain(column).endswith("id")}
+        names = _CLASS_NAMES | _TOPIC_NAMES if len(kinds) == 2 else _CLASS_NAMES
+        letters = {column: _letters(self._values(column)) for column in self.columns}
+        texts = [layout.columns["text"] for layout in layouts if layout.format == "text"]
+        if not layouts:
+            no_texts = names | _NO_TEXTS
+            texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
+        classes = []
+        for column in self.columns:
+            longest = max(len(str(value)) for value in self._values(column))
+            if plain(column) in names and longest <= _MAX_CLASS_CHARACTERS:
+                classes.append(column)
+        if not classes or not 1 <= len(texts) <= 2:
+            return
+        answer = max(classes, key=letters.__getitem__)
+        needed = ("prompt", "completion") if len(texts) == 1 else ("instruction", "input", "output")
+        as_answer = Detected("alpaca", dict(zip(needed, [*texts, answer], strict=True))).flags()
+        if not letters[answer]:
+            as_answer += f", after the numbers in {answer} are replaced by words"
+        alone = Detected("text", {"text": texts[0]}).flags()
+        raise self.error(
+            f"{answer} looks like the class of a text, and text is learned without it",
+            f"to learn it as the answer: {as_answer}; to learn the text alone: {alone}",
+        )
 
     def all_errors(self, trial: _Trial) -> DataError:
         """The error that lists all rows that a layout does not read; where it reads none, the
