@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def prepared(tiny: Path, tmp_path: Path, rows: list[Row], format_name: FormatNam
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     columns = COLUMNS if "question" in rows[0] else {}
     source = {"source": str(path), "format": format_name, "columns": columns}
-    method = "dpo" if format_name == "preference" else "sft"
-    run = make_run(tiny, tmp_path, held=False, method=method, data={"train": source})
+    method = {"preference": "dpo", "feedback": "kto"}.get(format_name, "sft")
+    train = {"global_batch": "64 examples", "duration": "0.5 epochs"}
+    run = make_run(tiny, tmp_path, held=False, method=method, data={"train": source}, train=train)
     tokenizer = byte_tokenizer()
     return prepare_data(run, tokenizer, {tokenizer.eos_token_id}, 272, cache=None, strict=False)
 
@@ -179,6 +181,17 @@ def test_columns_that_rate_answers_come_first(tiny: Path, tmp_path: Path) -> Non
     (unread,) = warnings_with(told, "rating")
     assert holds(unread, "rating, notes")
     assert not any(holds(unread, name) for name in others if name != "notes")
+
+
+@pytest.mark.parametrize(("count", "batches"), [(60, []), (600, [6])])
+def test_a_batch_of_kto_has_other_answers(
+    tiny: Path, tmp_path: Path, count: int, batches: list[int]
+) -> None:
+    """No smaller batch is proposed that leaves an answer no other one to compare with."""
+    rows = [{"prompt": f"Say {i}.", "completion": f"{i}", "label": i % 2} for i in range(count)]
+    told = "\n".join(prepared(tiny, tmp_path, rows, "feedback").warnings())
+    (warning,) = warnings_with(told, "train.duration=")
+    assert re.findall(r"train.global_batch=\"(\d+) examples\"", warning) == [*map(str, batches)]
 
 
 def test_scores_that_contradict_a_preference(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from tunesmith.config.schema import FEW_STEPS, Data, Run
+from tunesmith.config.schema import FEW_STEPS, MIN_KTO_BATCH, Data, Run
 from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.batches.schedule import BatchSchedule, describe_long_warmup
 from tunesmith.data.compare.describe_findings import count_repeating, describe_rows, row_warnings_of
@@ -307,9 +307,10 @@ class TrainingData:
         batch = self.run.train.global_batch
         # A step takes whole rows.
         unit = self.schedule.row_length if batch.unit == "tokens" else 1
+        least = MIN_KTO_BATCH if self.run.method.name == "kto" else 1
         smaller_batch = max(1, batch.amount * steps // FEW_STEPS // unit) * unit
         # So many steps stay as many, whatever their size.
-        if smaller_batch < batch.amount and self.run.train.duration.unit != "steps":
+        if least <= smaller_batch < batch.amount and self.run.train.duration.unit != "steps":
             fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
         only = f"only {count_of(steps, 'optimizer step')}"
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]

@@ -21,7 +21,7 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import checked
 from tunesmith.config.paths import resolve_paths
-from tunesmith.config.schema import Adapter, Run, Source
+from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run, Source
 from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.data.compare.splits import count_held_out
@@ -73,8 +73,6 @@ MOST_EPOCHS = 10
 MIN_SEEN_EXAMPLES = 500  # examples
 MAX_SEEN_EXAMPLES = 25_000  # examples
 WANTED_STEPS = 100  # a smaller batch where it takes that to make so many steps
-# KTO's reference point is a mean over the prompts of a batch, each with the answer of another one.
-MIN_KTO_BATCH = 4
 # Steps between validations: some five in a run, or ten of a few rows, which take no time. Five at
 # least: the noise of a curve takes as many, see `report`. Each has a checkpoint, which takes longer
 # than a step of a small model: the shortest intervals are for runs that have no five with longer.
