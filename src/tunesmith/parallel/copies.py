@@ -8,17 +8,18 @@ torch's DistributedDataParallel does not fit. Its buckets have the weights' dtyp
 gradients of micro batches would be added up and reduced: a reduction in 16 bits was off by 3.6e-2
 in the loss. Here fp32 gradients are reduced where they lie, without a bucket to copy them into, and
 16-bit ones in fp32 pieces. As in DistributedDataParallel (Li et al. 2020, arXiv:2006.15704), all
-ranks must complete their gradients in the same order, which the same graph does.
+ranks must complete their gradients in the same order, which the same graph does. The graph of a
+rank whose micro batch has pictures differs at the projector: its gradients are summed at the end.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.optim.adamw import HALF, ParameterState
@@ -50,6 +51,8 @@ class GradientSum:
     Args:
         parts: the optimizer's, of all trained parameters.
         beside_backward: begin with large gradients in the backward.
+        late: parameters whose gradients ranks complete at different times, if they have pictures or
+            not. They are summed after the backward.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class GradientSum:
         group: dist.ProcessGroup | None,
         *,
         beside_backward: bool,
+        late: Container[nn.Parameter] = frozenset(),
     ) -> None:
         self.group = group
         self.is_last_backward = False
@@ -67,7 +71,7 @@ class GradientSum:
         if group is None or not beside_backward:
             return
         for part in parts:
-            if part.weight.numel() >= MIN_OVERLAPPED_ELEMENTS:
+            if part.weight.numel() >= MIN_OVERLAPPED_ELEMENTS and part.param not in late:
                 part.param.register_post_accumulate_grad_hook(partial(self._begin, part))
 
     def start(self) -> None:

@@ -97,6 +97,7 @@ class Trainer(LoopPart):
             session.optimizer.parts.values(),
             None if is_summed_by_fsdp else session.mesh.data_group,
             beside_backward=not is_adapter,
+            late={p for module in session.model.projector for p in module.parameters()},
         )
 
     def fit(self) -> Result:
