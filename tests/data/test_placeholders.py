@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from errors import holds, refuses
@@ -31,9 +32,9 @@ from tunesmith.data.text.template import Template
 from tunesmith.data.tokens.contract import check_tokens
 from tunesmith.data.tokens.token_set import SourceTokens, find_repeats
 from tunesmith.data.workers import WorkerPool
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, MachineError, ModelError
 from tunesmith.units import Size
-from vision import FAMILIES, write_processor
+from vision import FAMILIES, takes_pictures, write_processor
 
 # What Transformers' LLaVA templates do: lists of parts alone, pictures before all text.
 LISTS_ONLY = (
@@ -217,6 +218,19 @@ def test_processors_that_do_not_work_are_refused_by_name(
     wrong = changed(qwen, "config.json", tmp_path / "wrong", image_token_id=65)
     with refuses(ModelError, where=str(wrong), names=["Qwen2_5_VLProcessor"]):
         load(wrong)
+
+
+def test_an_older_transformers_is_refused_with_the_command_that_updates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on the lowest version that is supported, where all other tests of pictures skip."""
+    if takes_pictures():
+        monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    nothing: Any = None
+    fix = ["pip install 'transformers>=5.18,<6'", "model.vision=false"]
+    with refuses(MachineError, where="model.vision", names=["Transformers 5.18"], fix=fix) as error:
+        PictureProcessor.load(tmp_path, nothing, nothing, None)
+    assert transformers.__version__ in error.value.why
 
 
 # --- masks

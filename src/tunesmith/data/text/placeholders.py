@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import (
     PROCESSOR_MAPPING,
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from tunesmith.data.text.example import Pixels
-from tunesmith.errors import ModelError, first_line
+from tunesmith.errors import MachineError, ModelError, first_line
 from tunesmith.host.files import check_regular_files
 
 # Width and height of a picture, in pixels.
@@ -37,6 +38,8 @@ _FIX = "train its text model alone: model.vision=false; or use another model"
 # What a processor returns of the text.
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 _REPLACED = "text_replacement_offsets"
+# The first release whose models take the features of pictures, as `mm_encoder_outputs`.
+_MIN_TRANSFORMERS = "5.18"
 # Rows of pictures of other sizes whose texts are kept; one may have 100 KB.
 _KEPT_TEXTS = 512
 # One that every processor cuts into as many parts as it does.
@@ -140,7 +143,17 @@ class PictureProcessor:
 
         Raises:
             ModelError: the folder has none, or Transformers cannot build it.
+            MachineError: Transformers is older than its support of pictures' features.
         """
+        if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
+            raise MachineError(
+                f"pictures need Transformers {_MIN_TRANSFORMERS}",
+                where="model.vision",
+                why=f"{transformers.__version__} is installed, whose models do not take the "
+                "features of pictures",
+                fix=f"pip install 'transformers>={_MIN_TRANSFORMERS},<6', or model.vision=false",
+                cause="version",
+            )
         check_regular_files(folder)
         what = "the model's processor of pictures"
         try:
