@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Both set variables that torch and its libraries read when they are loaded.
     host = import_module(f"{__name__}.runtime.host")
-    host.bound_product_caches()
+    host.bound_shape_caches()
     host.prepare_threads()
     return vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
 

@@ -46,7 +46,7 @@ from tunesmith.quant.replace import check_plain, convert_to_eight_bit, eight_bit
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.runtime import compilation
 from tunesmith.runtime.device import prepare_allocator
-from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
+from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
 from tunesmith.runtime.recompute import offload_inputs, recompute_layers
 from tunesmith.runtime.stream import SLOTS, LayerStream
 from tunesmith.units import ceil_div
@@ -138,7 +138,7 @@ def build_model(
     device = torch.device(plan.device)
     if device.type == "cpu":
         keep_freed_pages()
-        bound_product_caches()
+        bound_shape_caches()
     if device.type == "cuda" and files.whole is not None:
         skip_device_checks()
     prepare_allocator(device)  # inference names a device without `choose_device`

@@ -18,7 +18,7 @@ from tunesmith.runtime.host import (
     CACHED_SHAPES,
     WAIT_VARIABLES,
     Cores,
-    bound_product_caches,
+    bound_shape_caches,
     keep_threads,
     measure_cores,
     prepare_threads,
@@ -49,7 +49,7 @@ def test_two_hundred_mib_that_were_freed_are_kept():
     assert int(given) < 50 < 150 < int(kept)
 
 
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "TORCH_CUDNN_SDPA_DEPRIORITIZED")
 
 
 def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(
@@ -61,8 +61,8 @@ def test_caches_of_shapes_are_bounded_unless_the_user_said_otherwise(
     for name in CACHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(CACHES[1], "7")
-    bound_product_caches()
-    assert [os.environ[name] for name in CACHES] == [CACHED_SHAPES, "7"]
+    bound_shape_caches()
+    assert [os.environ[name] for name in CACHES] == [CACHED_SHAPES, "7", "1"]
     assert int(CACHED_SHAPES) < 1024, "what oneDNN keeps by itself"
 
 

@@ -48,7 +48,7 @@ from tunesmith.host.packages import pip_install
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
 from tunesmith.host.streams import fault_of, folded, lasting, visible, width_of
-from tunesmith.runtime.host import bound_product_caches, prepare_threads
+from tunesmith.runtime.host import bound_shape_caches, prepare_threads
 
 # 128 + SIGINT and 128 + SIGPIPE, as shells count.
 EXIT_INTERRUPTED = 130
@@ -235,7 +235,7 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_no_released_config)
     # One of the two is read when torch is loaded.
-    bound_product_caches()
+    bound_shape_caches()
     failure: BaseException | None = None
     try:
         code = command()

@@ -25,7 +25,7 @@ from tunesmith.model.measured_spec import read_configs
 from tunesmith.model.spec import ModelSpec, flops
 from tunesmith.planning.measured_layers import count_active_adapter
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.runtime.host import bound_product_caches, keep_freed_pages
+from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
 from tunesmith.runtime.recompute import recompute_layers
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def measure_cpu(
     arbitrary weights; and the GB/s of a copy in memory, which bounds the update.
     """
     keep_freed_pages()
-    bound_product_caches()
+    bound_shape_caches()
     model = _build_described(run, config)
     adapter = 0
     if run.adapter.kind == "lora":
