@@ -84,13 +84,28 @@ def test_where_it_is_chosen(
     monkeypatch.setattr(attention, "_FITS_VARLEN", {})
     monkeypatch.setattr(attention, "ATTENTION_KERNELS", {})
     attention.select_attention_backend.cache_clear()
-    backend, why = attention.select_attention_backend(device, torch.bfloat16, 128)
+    backend, why = attention.select_attention_backend(device, torch.bfloat16, 128, group=4)
     attention.select_attention_backend.cache_clear()
     assert backend == "varlen"
     assert why.startswith("our own kernel" if chosen else of_torch)
     assert fault in why
     assert [*attention._FITS_VARLEN.values()] == [bool(of_torch)]
     assert ({"cuda"} if chosen else set()) == packed_attention._CHOSEN
+
+
+def test_layers_that_were_not_measured_keep_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = torch.device("cuda")
+    for head_dim, group, taken in [(128, 4, True), (128, 8, True), (128, 3, False), (64, 4, False)]:
+        assert packed_attention.takes(device, torch.bfloat16, head_dim, group) == taken
+    edges = torch.tensor([0, 3], dtype=torch.int32)
+    documents = attention.Documents(edges, 3, spans=packed_attention.spans_of(edges, 3))
+    q, k = (torch.empty(3, heads, 128, dtype=torch.bfloat16) for heads in (8, 2))
+    monkeypatch.setattr(packed_attention, "takes", lambda *shape: shape[2:] == (128, 4))
+    for window, taken in [(None, True), (2, False)]:
+        rule = attention.Rule(documents, 1.0, window)
+        assert attention._takes_packed(q, k, k, rule, None) == taken
 
 
 def test_spans_are_made_where_the_kernel_takes_the_documents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -202,3 +203,6 @@ def test_grouped_products_are_one_kernel_on_hopper_and_large_blackwell(
     assert expert_rows.uses_grouped_mm(device, torch.bfloat16) == is_one_kernel
     assert not expert_rows.uses_grouped_mm(device, torch.float32)
     assert not expert_rows.uses_grouped_mm(torch.device("cpu"), torch.bfloat16)
+    # Rows are moved by kernels that were measured on Hopper alone.
+    rows: Any = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
+    assert expert_rows._has_kernels(rows) == (capability == (9, 0))

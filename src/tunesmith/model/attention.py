@@ -248,7 +248,7 @@ def _attend_each(
         backend, _ = select_attention_backend(q.device, q.dtype, q.shape[-1])
     if backend == "products" or softcap is not None:
         return _products(q, k, v, rule, sinks)
-    if _takes_packed(q, v, rule, sinks):
+    if _takes_packed(q, k, v, rule, sinks):
         return _packed(q, k, v, rule)
     # A run has one backend, and a layer may have heads that its kernel does not take: the full
     # attention of Gemma 4 has heads of 512, its sliding attention of 256.
@@ -330,11 +330,16 @@ ATTENTION_KERNELS = {
 
 @cache
 def select_attention_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    group: int = 1,
+    softcap: bool = False,
 ) -> tuple[str, str]:
     """The fastest backend that works here, by trying, and why.
 
-    `softcap`: the model caps its attention scores.
+    `group`: query heads per key head. `softcap`: the model caps its attention scores.
     """
     if softcap:
         return (
@@ -351,7 +356,7 @@ def select_attention_backend(
     kernel, faults = choose_kernel(lambda: find_varlen_fault(shape))
     # For `fits_varlen`, which the layers ask about the same shape.
     _FITS_VARLEN[shape.on_any_device()] = bool(kernel)
-    if kernel in packed_attention.SLOWER and packed_attention.takes(device, dtype, head_dim):
+    if kernel in packed_attention.SLOWER and packed_attention.takes(device, dtype, head_dim, group):
         fault = find_varlen_fault(shape, "packed")
         if fault:
             faults.append(f"{packed_attention.NAME}: {fault}")
@@ -454,11 +459,12 @@ def _output_and_gradients(
         return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-def _takes_packed(q: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> bool:
-    """Tell whether our own kernels were chosen, and take this layer."""
-    if rule.documents.spans is None or sinks is not None:
+def _takes_packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> bool:
+    """Return whether our own kernels were chosen, and take this layer."""
+    if rule.documents.spans is None or rule.window is not None or sinks is not None:
         return False
-    return packed_attention.takes(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    return v.shape == k.shape and packed_attention.takes(q.device, q.dtype, q.shape[-1], group)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:

@@ -10,7 +10,8 @@ from tunesmith.model.attention_kernels import TORCH_KERNEL
 NAME = "our own kernel"
 # Compute capabilities on which it was measured to be faster than torch's: H100 and H200.
 CAPABILITIES = ((9, 0),)
-HEAD_DIMS = (64, 128)
+HEAD_DIM = 128  # of the layers that were measured
+GROUPS = (4, 8)  # query heads per key head of these layers
 # The kernel of torch that takes longer there, and that none of them is right.
 SLOWER = (TORCH_KERNEL, "")
 # Of documents of 200 tokens to documents of 2,048 it gains less and less (2.4 and 1.4 times the
@@ -25,15 +26,16 @@ def choose_packed(device: torch.device) -> None:
     _CHOSEN.add(device.type)
 
 
-def takes(
-    device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int | None = None
-) -> bool:
-    """Tell whether layers of this shape may run on these kernels."""
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    """Return whether these kernels were measured on layers of this shape, without a window.
+
+    group: query heads per key head.
+    """
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    if dtype != torch.bfloat16 or head_dim not in HEAD_DIMS:
+    if dtype != torch.bfloat16 or head_dim != HEAD_DIM or group not in GROUPS:
         return False
-    return v_dim in (None, head_dim) and torch.cuda.get_device_capability(device) in CAPABILITIES
+    return torch.cuda.get_device_capability(device) in CAPABILITIES
 
 
 def spans_if_chosen(cu_seqlens: Tensor, tokens: int, longest: int) -> Tensor | None:

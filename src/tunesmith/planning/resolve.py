@@ -140,9 +140,14 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
         return "eager", "as model.attention says"
     if files.support.state == "padded":
         return "eager", files.support.why
-    softcap = files.spec.attention_softcap is not None
-    dtype = DTYPES[run.model.dtype]
-    return attention.select_attention_backend(device, dtype, files.spec.head_dim, softcap=softcap)
+    spec = files.spec
+    return attention.select_attention_backend(
+        device,
+        DTYPES[run.model.dtype],
+        spec.head_dim,
+        group=spec.heads // spec.kv_heads,
+        softcap=spec.attention_softcap is not None,
+    )
 
 
 def probe_machine(

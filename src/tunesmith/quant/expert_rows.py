@@ -10,6 +10,8 @@ from torch import Tensor
 # Compute capabilities whose `grouped_mm` is one kernel in torch 2.13: Hopper, and Blackwell of data
 # centers. For others, the GB10 of a DGX Spark among them, it is a loop (pytorch#184334).
 GROUPED_CAPABILITIES = (9, 10)
+# The compute capabilities on which `row_kernels` was measured: H100 and H200.
+ROW_CAPABILITIES = ((9, 0),)
 
 
 class RowIndex(NamedTuple):
@@ -105,9 +107,10 @@ def uses_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Tell whether rows of x are moved by `row_kernels`: where these were measured."""
-    is_traced = torch.compiler.is_compiling() or x.device.type != "cuda"
-    return not is_traced and uses_grouped_mm(x.device, x.dtype)
+    """Return whether `row_kernels` moves the rows of x: bf16, on a GPU where it was measured."""
+    if torch.compiler.is_compiling() or not x.is_cuda or x.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(x.device) in ROW_CAPABILITIES
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 COLUMNS = 1024  # of a row, a program
 TILE_ROWS, TILE_COLUMNS = 64, 128
 LEAST_RANK = 16  # of `tl.dot`
-MOST_RANK = 128  # with more a tile of factors does not fit into the memory of a multiprocessor
+# Larger ranks were not measured; above 128 a tile of factors does not fit into the memory of a
+# multiprocessor.
+MOST_RANK = 16
 
 
 def copy_rows(x: Tensor, rows: Tensor) -> Tensor:
