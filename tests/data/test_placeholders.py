@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 
@@ -520,6 +521,26 @@ def test_the_rows_of_a_step_are_read_in_the_order_of_their_file(
     begun.clear()
     [_] = Layout(0, packed=True).batches(data.train, 4096)
     assert begun == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("bound", "ranks", "gpu", "workers"),
+    [
+        pytest.param(12, 8, True, 3, id="srun binds each rank to cores of its own"),
+        pytest.param(96, 8, True, 3, id="torchrun"),
+        pytest.param(2, 1, True, 1, id="few cores with a GPU"),
+        pytest.param(2, 1, False, 0, id="few cores that compute"),
+        pytest.param(96, 1, True, 8, id="many cores"),
+    ],
+)
+def test_pictures_have_processes_by_the_cores_of_a_rank(
+    bound: int, ranks: int, gpu: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "available_cores", lambda: bound)
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert pixels.default_workers() == workers
 
 
 def test_held_out_rows_and_training_rows_share_processes(

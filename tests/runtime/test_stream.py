@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -300,3 +301,33 @@ def test_layers_are_spread_evenly():
     assert evenly(1, 5) == [0]
     gaps = [b - a for a, b in zip(evenly(48, 80), evenly(48, 80)[1:], strict=False)]
     assert set(gaps) == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_refused_page_lock_leaves_no_error_to_the_next_kernel(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's runtime keeps the driver's error, and raises it at the next kernel of the process."""
+    block = torch.empty(4096, dtype=torch.uint8, pin_memory=name == "cuda")
+    if name == "cuda":
+        # The memory is locked already: the driver refuses to lock it again.
+        assert stream_module.page_lock(block, torch.device("cuda"))
+        assert torch.ones(1000, device="cuda").sum().item() == 1000
+        return
+    errors = [2]
+    empty = torch.empty
+
+    class Runtime:
+        def cudaHostRegister(self, *_: int) -> int:
+            return errors[0]
+
+    def kernel(*sizes: int, device: Any) -> Tensor:
+        if errors:
+            raise RuntimeError(f"CUDA error {errors.pop()}")
+        return empty(*sizes)
+
+    device: Any = mock.Mock(type="cuda")
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "empty", kernel)
+    assert stream_module.page_lock(block, device) == 2
+    kernel(1, device=device)

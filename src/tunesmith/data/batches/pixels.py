@@ -62,23 +62,37 @@ class PixelMaker:
         return self.processor.pixels(images)
 
 
+def default_workers() -> int:
+    """Return how many processes prepare pictures for this rank, by its cores.
+
+    With a GPU there is at least one: the thread that prepares pictures would hold Python's lock
+    while the thread that launches kernels needs it.
+    """
+    import torch
+
+    cores = available_cores()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Under srun each rank is bound to cores of its own; under torchrun all ranks share the cores.
+    if cores * ranks > (os.cpu_count() or 1):
+        cores //= ranks
+    least = 1 if torch.cuda.is_available() else 0
+    return min(max(cores // CORES_EACH, least), MAX_PIXEL_WORKERS)
+
+
 class PixelReader:
     """Hands out the pictures of the rows of token sets.
 
     Its processes end with it.
 
     Args:
-        workers: processes; None: by the cores of this machine, which its ranks share. With none of
-            them a row's pictures are made in the thread that asks for them.
+        workers: processes; None: `default_workers`. With none of them a row's pictures are made in
+            the thread that asks for them.
     """
 
     def __init__(self, processor: PictureProcessor, *, workers: int | None = None) -> None:
         self._make = PixelMaker(processor)
         self.token_id = processor.token_id
-        if workers is None:
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(available_cores() // (CORES_EACH * ranks), MAX_PIXEL_WORKERS)
-        self.workers = workers
+        self.workers = default_workers() if workers is None else workers
         self._starting = Lock()
         self._pool: WorkerPool[PixelTask, Pixels] | None = None
 
