@@ -612,3 +612,32 @@ def test_a_recipe_is_made_for_pictures_of_the_size_that_is_asked_for(
         assert made.run.model.vision
     # One token in place of four, in two of three rows.
     assert lengths[0] - lengths[1] == 2
+
+
+def test_rows_without_pictures_compile_no_further_graph(
+    tmp_path: Path, eager_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that only such rows need would be compiled in mid-run, when the first comes."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    model = write_vision_model(tmp_path / "gemma3", "gemma3")
+    compiled = []
+    step = Trainer.train_step
+
+    def counted(self: Trainer, batch: Any) -> Any:
+        output = step(self, batch)
+        compiled.append((bool(batch.micro[0].pictures), graphs["unique_graphs"]))
+        return output
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    rows = write_mixed(tmp_path, 6, "PPTTPT")
+    steps = {"duration": "3 steps", "global_batch": "2 examples", "compile": "on"}
+    train(
+        picture_run(
+            model, rows, data={"shuffle": False}, train=steps, checkpoint={"every": None},
+            output_dir=str(tmp_path / "run"),
+        ),
+        quiet=True,
+    )  # fmt: skip
+    (first, graphs_of_first), (second, graphs_of_second), _ = compiled
+    assert (first, second) == (True, False)
+    assert graphs_of_second == graphs_of_first > 0

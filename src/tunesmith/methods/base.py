@@ -270,7 +270,8 @@ class TrainModel(nn.Module):
             self.attention_backend,
             repeated=repeated,
             spans=spans_if_chosen(batch.cu_seqlens, tokens, batch.max_seqlen),
-            both_ways=self.both_ways if batch.spans else "",
+            # Also without pictures: rows with and without them share one compiled graph.
+            both_ways=self.both_ways,
         )
         documents.set_pictures(batch.spans)
         if batch.edges:

@@ -229,6 +229,8 @@ def _let_pictures_see(
         )
         rows.append(row.squeeze(0).transpose(0, 1))
         indices.append(places[first:stop])
+    if not rows:
+        return out
     return out.index_copy(0, torch.cat(indices), torch.cat(rows))
 
 

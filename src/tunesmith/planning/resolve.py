@@ -141,11 +141,17 @@ def attention_backend(run: Run, files: ModelFiles, device: torch.device) -> tupl
     if files.support.state == "padded":
         return "eager", files.support.why
     spec = files.spec
+    # Our own kernels take no layers with a window.
+    groups = [
+        layer.heads // layer.kv_heads
+        for layer in spec.layers
+        if not layer.window and layer.kv_heads
+    ]
     return attention.select_attention_backend(
         device,
         DTYPES[run.model.dtype],
         spec.head_dim,
-        group=spec.heads // spec.kv_heads,
+        group=groups[0] if groups else 1,
         softcap=spec.attention_softcap is not None,
     )
 
