@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ranks import environment_of, forkserver, free_port, run_ranks
-from recipes import make_run
+from recipes import make_run, merge
 from tunesmith.checkpoint import contents
 from tunesmith.checkpoint.sharded import RanksWriter
 from tunesmith.distributed import heartbeat
@@ -30,6 +32,7 @@ STEPS = {"duration": "4 steps", "micro_batch": "128 tokens"}
 LIMIT = 2.0  # seconds without progress, in the phase that is struck alone: a busy machine must not disturb the others
 PLACES = {  # phase -> the function that it is struck in
     "first step": (Trainer, "train_step"),
+    "training": (Trainer, "train_step"),  # in the second step
     "validation": (validation, "validation_loss"),
     "sample answers": (answer_sampler, "sample_answers"),
     "saving": (RanksWriter, "_write"),
@@ -39,6 +42,16 @@ PLACES = {  # phase -> the function that it is struck in
 
 def stand_still(*_: object, **__: object) -> None:
     time.sleep(1000)
+
+
+def after_first(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which stands still when it is called again."""
+    calls = count()
+
+    def stand(*arguments: Any) -> Any:
+        return (stand_still if next(calls) else function)(*arguments)
+
+    return stand
 
 
 def stick(
@@ -55,12 +68,17 @@ def stick(
     heartbeat.HUNG_RANK_SECONDS = 0.5  # seconds that a rank has to end
     if env["RANK"] == "1":
         place, name = PLACES[phase]
-        setattr(place, name, stand_still)
+        function = getattr(place, name)
+        setattr(place, name, after_first(function) if phase == "training" else stand_still)
     sys.stderr = (folder / f"stderr-{env['RANK']}").open("w")
     log = {"samples": 1, "tensorboard": False}
     try:
         train(
-            make_run(model, folder, train=STEPS, validate={"every": "2 steps"}, log=log, **changes),
+            make_run(
+                model,
+                folder,
+                **merge({"train": STEPS, "validate": {"every": "2 steps"}, "log": log}, changes),
+            ),
             quiet=True,
         )
     except TunesmithError as error:
@@ -74,10 +92,23 @@ def stick(
     ids=["first step", "validation", "sample answers", "saving", "saving beside the steps", "final"],
 )  # fmt: skip
 def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, tmp_path):
-    context, port = forkserver(), free_port()
-    envs = [environment_of(rank, 2, port) for rank in range(2)]
+    assert_a_hang_is_named(phase, changes, tiny, tmp_path, [{}, {}])
+
+
+def assert_a_hang_is_named(
+    phase: str,
+    changes: dict[str, Any],
+    model: Path,
+    folder: Path,
+    environments: list[dict[str, str]],
+    *,
+    spawns: bool = False,
+) -> None:
+    """Two ranks, each with its further environment, end with a report that names rank 1."""
+    context, port = forkserver(spawns=spawns), free_port()
+    envs = [environment_of(rank, 2, port) | more for rank, more in enumerate(environments)]
     processes = [
-        context.Process(target=stick, args=(phase, env, tiny, tmp_path, changes)) for env in envs
+        context.Process(target=stick, args=(phase, env, model, folder, changes)) for env in envs
     ]
     for process in processes:
         process.start()
@@ -88,9 +119,9 @@ def test_a_rank_that_stands_still_is_named_with_its_phase(phase, changes, tiny, 
     finally:
         for process in processes:
             process.kill()
-    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    failure = json.loads((folder / "run" / "failure.json").read_text())
     assert (failure["cause"], failure["rank"], failure["phase"]) == ("hang", 1, phase)
-    printed = "".join(file.read_text() for file in tmp_path.glob("stderr-*"))
+    printed = "".join(file.read_text() for file in folder.glob("stderr-*"))
     assert printed.count("error: rank 1 on ") == 1
 
 

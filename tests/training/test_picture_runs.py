@@ -615,7 +615,7 @@ def test_a_recipe_is_made_for_pictures_of_the_size_that_is_asked_for(
 
 
 def test_rows_without_pictures_compile_no_further_graph(
-    tmp_path: Path, eager_compiler: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, eager_compiler: None, varlen_on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph that only such rows need would be compiled in mid-run, when the first comes."""
     graphs = torch._dynamo.utils.counters["stats"]
