@@ -8,7 +8,7 @@ same. On a GPU torch itself refuses whatever waits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from devices import cpu_and_gpu
 from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
+from tunesmith.config.schema import Run
 from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.host.signals import StopRequest
 from tunesmith.metrics.sink import Sinks
@@ -34,6 +35,8 @@ ASKING = {
     "aten::unique",
     "aten::item",
 }
+# Those that wait if an index is a mask: the host asks how many elements it chooses.
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 # What stands for the GPU's own kernel
 INSIDE = {
     "tunesmith_test::varlen",
@@ -50,7 +53,12 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
-        if name in ASKING:
+        by_mask = name in INDEXING and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        # Without its output size the host asks for the sum of the repeats.
+        sizes = name == "aten::repeat_interleave" and not (kwargs or {}).get("output_size")
+        if name in ASKING or by_mask or sizes:
             self.names.append(name)
         if name in INSIDE:
             with self._paused():
@@ -79,16 +87,49 @@ def nothing_waits(device: torch.device) -> Iterator[None]:
     assert asked.names == []
 
 
+def test_what_makes_the_host_wait_is_seen() -> None:
+    """The first operations wait for a GPU, and the last three do not."""
+    x, mask, repeats = (
+        torch.arange(4.0),
+        torch.tensor([True, False] * 2),
+        torch.tensor([1, 2, 3, 4]),
+    )
+    waits: list[Callable[[], object]] = [
+        x[0].item,
+        mask.nonzero,
+        lambda: x[mask],
+        lambda: x.index_put((mask,), torch.ones(2)),
+        lambda: x.repeat_interleave(repeats),
+        lambda: bool(x[0]),
+    ]
+    others: list[Callable[[], object]] = [
+        lambda: x.masked_fill(mask, 0.0),
+        lambda: x[repeats - 1],
+        lambda: x.repeat_interleave(repeats, output_size=10),
+    ]
+    for function in waits:
+        with pytest.raises(AssertionError), nothing_waits(torch.device("cpu")):
+            function()
+    for function in others:
+        with nothing_waits(torch.device("cpu")):
+            function()
+
+
 def trainer_of(tiny: Path, folder: Path, **changes) -> Trainer:
+    """A trainer of text rows, on a tiny Llama."""
     write_rows(folder / "train.jsonl", 24)
     write_rows(folder / "held.jsonl", 8)
     batches = {"global_batch": "8 examples", "micro_batch": "4 examples", "compile": "off"}
     base = {"train": batches, "checkpoint": {"every": None}}
-    run = make_run(tiny, folder, held=False, **merge(base, changes))
+    return trainer_of_run(make_run(tiny, folder, held=False, **merge(base, changes)))
+
+
+def trainer_of_run(run: Run) -> Trainer:
+    """A trainer that reads the metrics of a step during the next one, as on CUDA."""
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     session = build(run, Start())
     trainer = Trainer(session, Start(), Sinks([]), StopControl(StopRequest(), Path(run.output_dir)))
-    trainer.metrics.reads_late = True  # this and the next line: as on CUDA
+    trainer.metrics.reads_late = True
     trainer.session.optimizer.checks_on_host = False
     trainer.session.model.train()
     return trainer
