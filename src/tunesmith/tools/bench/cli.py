@@ -11,7 +11,7 @@ example:
   tunesmith bench qwen3.5-9b-vision-lora --picture 1024x768
 
 It runs the training steps of `train` on real rows and saves nothing. --picture
-takes rows with a drawn picture each instead, prepared as `train` does. --shape
+takes rows with a drawn picture of about the given size each instead. --shape
 uses the dimensions of a real model with random weights, so nothing is
 downloaded; any tokenizer that fits the vocabulary works. The recipe of a shape
 is LoRA of rank 8 on all linear layers, seq_len 2048, packed, 16,384 tokens per
@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--picture",
         metavar="WIDTHxHEIGHT",
-        help="with a recipe of model.vision: rows with a drawn picture of this size each, and a "
-        "short question and answer, in place of the recipe's rows",
+        help="with a recipe of model.vision: rows with a drawn picture of about this size, "
+        "a short question and an answer each, in place of the recipe's rows",
     )
     add("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
     add("--warmup", type=int, default=5, metavar="N", help="warmup steps before them (default: 5)")

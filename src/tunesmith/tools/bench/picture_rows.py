@@ -1,6 +1,7 @@
-"""Rows with a drawn picture each, all of one size, in place of a recipe's own rows."""
+"""Rows with a drawn picture each, of sizes around a given one, in place of a recipe's own rows."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.schema import Run, Source
-from tunesmith.data.rows.pictures import scaled_size
+from tunesmith.data.rows.pictures import MAX_PICTURE_PIXELS, scaled_size
 from tunesmith.errors import UsageError
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_picture_processor
@@ -17,13 +18,19 @@ from tunesmith.model.tokenizer import load_tokenizer
 # They are repeated where the steps take more. Their files stay in the host's memory: what a slow
 # disk costs is not measured.
 DRAWN_ROWS = 32
+# The sides of a picture are the given ones times a factor from 1 - SPREAD to 1 + SPREAD: photos of
+# a folder differ too, and a GPU may need time for each new size.
+SPREAD = 0.25
 CELL_PIXELS = 16  # side of a field of one color, before they are blended
 # Tokens that a row may have beside its picture: template, question, answer.
 TEXT_TOKENS = 128
 
 
 def use_drawn_pictures(run: Run, size: tuple[int, int], folder: Path) -> Run:
-    """The recipe on rows with a picture of a size each, which are written to an existing folder.
+    """The recipe on rows with a picture each, which are written to an existing folder.
+
+    Args:
+        size: width and height around which the sizes of the pictures are drawn.
 
     Raises:
         UsageError: the recipe does not train on pictures, or such a picture does not fit.
@@ -44,12 +51,22 @@ def use_drawn_pictures(run: Run, size: tuple[int, int], folder: Path) -> Run:
     source = Source(source=str(folder / "drawn.jsonl"), format="messages")
     data = replace(run.data, train=(source,), validation=(), hold_out=None, leave_out=())
     run = replace(run, data=data)
-    _check_length(run, size)
-    write_drawn_rows(folder, size)
+    sizes = draw_sizes(size)
+    _check_length(run, max(sizes), "{} x {}".format(*size))
+    write_drawn_rows(folder, sizes)
     return run
 
 
-def _check_length(run: Run, size: tuple[int, int]) -> None:
+def draw_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Draw DRAWN_ROWS sizes of the shape of `size`, as large as a picture may be at most."""
+    width, height = size
+    most = min(1 + SPREAD, (MAX_PICTURE_PIXELS / (width * height)) ** 0.5)
+    factors = np.random.default_rng(0).uniform(1 - SPREAD, most, DRAWN_ROWS)
+    return [(max(1, int(width * factor)), max(1, int(height * factor))) for factor in factors]
+
+
+def _check_length(run: Run, size: tuple[int, int], asked: str) -> None:
+    """UsageError if a picture of this size leaves no room for text; `asked`: of the option."""
     folder = fetch.fetch_for_tokens(run.model)
     tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
     processor = read_picture_processor(folder, tokenizer, run)
@@ -60,22 +77,21 @@ def _check_length(run: Run, size: tuple[int, int]) -> None:
             f"a picture of {size[0]} x {size[1]} has {tokens:,} tokens, and data.seq_len is "
             f"{run.data.seq_len:,}",
             where="--picture",
-            why="a picture is never cut: no row would be left",
+            why=f"the sizes are drawn around {asked}, and a picture is never cut",
             fix=f"data.seq_len={tokens + TEXT_TOKENS}, or a smaller picture",
         )
 
 
-def write_drawn_rows(folder: Path, size: tuple[int, int]) -> None:
+def write_drawn_rows(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
     """Write the pictures, as JPEG as most photos are, and the rows that ask for their colors."""
     from PIL import Image
 
     random = np.random.default_rng(0)
-    width, height = size
     rows = []
-    for number in range(DRAWN_ROWS):
+    for number, (width, height) in enumerate(sizes):
         cells = (height // CELL_PIXELS + 1, width // CELL_PIXELS + 1, 3)
         colors = random.integers(0, 256, cells, dtype=np.uint8)
-        picture = Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC)
+        picture = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
         picture.save(folder / f"{number}.jpg", quality=90)
         answer = f"Red {colors[0, 0, 0]}, green {colors[0, 0, 1]}, blue {colors[0, 0, 2]}."
         messages = [

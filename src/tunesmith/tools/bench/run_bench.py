@@ -83,5 +83,5 @@ def plain_recipe(args: argparse.Namespace, recipe: Run) -> dict[str, object]:
         }
         del values["output_dir"]
     if args.picture:
-        values["data"]["train"] = f"drawn pictures of {args.picture}"
+        values["data"]["train"] = f"drawn pictures of about {args.picture}"
     return values
