@@ -57,6 +57,7 @@ RECIPE = "config.yaml"
 IDENTITY = "env.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+NO_FINAL_ANSWERS = "no sample answers of the final weights: "  # in log.txt, before the reason
 HELD_OUT = "held-out.txt"  # the rows that data.hold_out drew: `file:line  how it begins`
 LOG = "log.txt"
 FAILURE = "failure.json"

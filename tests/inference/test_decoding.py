@@ -228,19 +228,26 @@ def test_sample_answers_take_one_forward_a_token_and_are_those_of_one_prompt_at_
     assert together == alone
 
 
-@pytest.mark.parametrize(("allowed", "late"), [(8.31, False), (8.29, True)])
-def test_the_clock_judges_all_tokens_by_the_first_two(allowed: float, late: bool) -> None:
+@pytest.mark.parametrize(
+    ("allowed", "tokens", "late"),
+    [(8.31, 64, False), (8.25, 63, False), (3.55, 16, False), (3.45, 2, True)],
+)
+def test_the_clock_cuts_answers_by_the_first_two_tokens(
+    allowed: float, tokens: int, late: bool
+) -> None:
     """The prompts take 2 s until the first token, and each token after it 0.1 s."""
-    times, generated = iter([10.0, 12.0, 12.1, 12.2]), []
-    clock = AnswerClock(allowed, generated=lambda: generated.append(1), now=lambda: next(times))
-    assert [clock.after_token() for _ in range(3)] == [False, late, late]
+    times = iter([10.0, *(12.0 + 0.1 * i for i in range(64))])
+    clock = AnswerClock(allowed, now=lambda: next(times))
+    ends = 1
+    while not clock.after_token():
+        ends += 1
+    assert (ends, clock.late) == (tokens, late)
     assert clock.predicted == pytest.approx(2.0 + 63 * 0.1)
-    assert len(generated) == 3
 
 
-@pytest.mark.parametrize(("allowed", "late"), [(128.1, False), (127.9, True)])
+@pytest.mark.parametrize(("allowed", "limit"), [(128.1, 64), (127.9, 63), (31.9, 15)])
 def test_ranks_that_answer_together_judge_by_the_first_token_alone(
-    allowed: float, late: bool
+    allowed: float, limit: int
 ) -> None:
     """A rank whose answers end with the first token would miss a later verdict, and leave the
     others waiting.
@@ -249,9 +256,10 @@ def test_ranks_that_answer_together_judge_by_the_first_token_alone(
     clock = AnswerClock(
         allowed, agree=lambda own: asked.append(own) or own, now=lambda: next(times)
     )
+    late = limit < 16
     assert [clock.after_token() for _ in range(2)] == [late, late]
     assert clock.predicted == pytest.approx(64 * 2.0)
-    assert asked == [late]
+    assert asked == [limit]
 
 
 def test_a_bf16_model_is_not_merged_meanwhile(tiny: Path, tmp_path: Path) -> None:

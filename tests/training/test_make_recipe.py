@@ -446,20 +446,24 @@ def test_a_slurm_job_trains_the_recipe_that_train_makes(
     assert "#SBATCH --gpus-per-node=8\n" in capsys.readouterr().out
 
 
-def test_a_longer_duration_is_for_the_recipe_that_was_made(home: Path) -> None:
-    """It changes the batch that would be chosen, too: only the recipe itself can go on."""
+def test_another_command_makes_a_numbered_run(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = make_recipe("small", "faq.csv")
-    made.path.parent.mkdir()
     made.write_file()
-    again = make_recipe("small", "faq.csv", ["train.duration=20 epochs"])
-    command = "tunesmith train runs/faq-small.yaml 'train.duration=20 epochs'"
-    with refuses(RecipeError, names=["runs/faq-small.yaml"], fix=[command]):
-        again.check_file()
-    assert load_recipe(made.path, ["train.duration=20 epochs"]).train.global_batch.amount == 2
-    # What a run may not change is no way on.
-    other = make_recipe("small", "faq.csv", ["train.duration=20 epochs", "adapter.rank=4"])
-    with refuses(RecipeError, fix=["tunesmith train runs/faq-small.yaml; or"]):
-        other.check_file()
+    caplog.set_level(logging.INFO)
+    other = make_recipe("small", "faq.csv", ["train.duration=20 epochs"])
+    assert (other.name, other.run.output_dir) == (
+        "runs/faq-small-2.yaml",
+        str(home / "runs/faq-small-2"),
+    )
+    assert "another command has made runs/faq-small.yaml" in caplog.text
+    other.write_file()
+    assert make_recipe("small", "faq.csv", ["train.seed=7"]).name == "runs/faq-small-3.yaml"
+    # The same command in other words resumes its run.
+    assert make_recipe("./small", str(home / "faq.csv")).name == "runs/faq-small.yaml"
+    make_recipe("small", "faq.csv", ["train.duration=20 epochs"]).check_file()
+    made.path.write_text(made.text.replace("rank: 16", "rank: 4"))
+    with refuses(RecipeError, fix=["tunesmith train runs/faq-small.yaml"]):
+        make_recipe("small", "faq.csv").check_file()
 
 
 BOTH, NEEDED = "cannot be combined", "a recipe is required, or --model and --data"

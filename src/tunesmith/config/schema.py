@@ -486,8 +486,8 @@ class Log:
     )
     sample_seconds: Positive = key(
         20.0,
-        "seconds that the sample answers of a run may take in all, those before the first step"
-        " included, or 1 % of its time where that is more",
+        "seconds for the sample answers before the first step, and again for those of the final"
+        " weights, or 1 % of the run's time if that is more; validations take what is left",
     )
 
 

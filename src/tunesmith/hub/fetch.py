@@ -31,7 +31,15 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, check_regular_files, near_path, require_disk_space
 from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
-from tunesmith.hub.hub_calls import DISK_FIX, TRIES, hub_calls, hub_error, repo_page, retry
+from tunesmith.hub.hub_calls import (
+    DISK_FIX,
+    TRIES,
+    hub_calls,
+    hub_error,
+    names_no_model,
+    repo_page,
+    retry,
+)
 from tunesmith.model.measured_spec import model_spec, read_configs
 from tunesmith.model.safetensors_files import (
     INDEX,
@@ -132,6 +140,10 @@ def local_model(model: Model) -> Path | None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise hub_error(error, name, model.revision) from error
+    if "/" not in name and not isinstance(
+        try_to_load_from_cache(name, "config.json", revision=model.revision), str
+    ):
+        raise names_no_model(name)
     return None
 
 

@@ -1,11 +1,13 @@
 """Calls of huggingface_hub: quiet, tried again while the network fails, with errors in a user's
 terms."""
 
+import difflib
 import errno
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, errors, get_token
@@ -19,6 +21,7 @@ from huggingface_hub.utils import (
 from tunesmith.errors import MachineError, ModelError, TunesmithError, disk_fault, mask
 from tunesmith.host import demo_model
 from tunesmith.host.shell import shell_word
+from tunesmith.model.shapes import SHAPES
 
 TRIES = 5  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubles
@@ -104,7 +107,7 @@ def hub_error(
             fix=f"HF_HUB_OFFLINE=0 tunesmith fetch {shell_word(repo)}",
         )
     elif isinstance(error, errors.HFValidationError):
-        return _names_no_model(repo)
+        return names_no_model(repo)
     else:
         refusal = ModelError(
             f"the Hub cannot be reached for {repo}",
@@ -115,13 +118,21 @@ def hub_error(
         )
     # A name without an owner counts as a mistyped path.
     if repo_type == "model" and "/" not in repo:
-        return _names_no_model(repo, refusal.why, refusal.cause)
+        return names_no_model(repo, refusal.why, refusal.cause)
     return refusal
 
 
-def _names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
+def names_no_model(name: str, why: str = "", cause: str = "") -> ModelError:
+    """Return the error for a name that is no folder and no Hub id; it proposes similar names."""
+    models = {repo.partition("/")[2]: repo for shape in SHAPES.values() for repo in shape.models}
+    folders = [path.parent.name for path in Path().glob("*/config.json")]
+    known = {word.lower(): word for word in (*folders, *map(str, Path().glob("*.gguf")))}
+    known |= {word.lower(): repo for word, repo in models.items()}
+    near = [known[word] for word in difflib.get_close_matches(name.lower(), known)]
     fix = "use an existing path, or owner/name as on the Hub"
-    if name == demo_model.DEMO_NAME:
+    if near:
+        fix = f"did you mean {' or '.join(near)}? Or {fix}"
+    if difflib.get_close_matches(name.lower(), [demo_model.DEMO_NAME]):
         fix = "tunesmith train --model demo --data FILE: it needs no download"
     return ModelError(
         f"{name!r} is neither a folder, a .gguf file, nor a Hub id",

@@ -38,6 +38,7 @@ from tunesmith.model.vision import mark_pictures
 from tunesmith.runtime.stream import streamed_modules
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
+MIN_SAMPLE_TOKENS = 16  # of one that is cut to save time
 # Models that were looked at by `_reads_padding`.
 _reading_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
@@ -387,17 +388,16 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 
 
 class AnswerClock:
-    """Ends sample answers that would take more than `allowed` seconds, by what their first tokens
-    took.
+    """Cuts or ends sample answers that would take more than `allowed` seconds.
 
-    Of one rank by two: the first comes after the prompts were read. Of ranks that answer together
-    by one: a rank whose answers have ended is called no more, so that only the first token finds
-    all of them, and what takes the time there is to gather the weights, for prompts and for a token
-    alike.
+    The time of a token is measured between the first two: the first one includes the prompts. Ranks
+    that answer together measure the first alone: a rank whose answers have ended is not called
+    again, and gathering the weights takes most of the time for prompts and tokens alike.
 
     Attributes:
-        predicted: seconds that all tokens would take; None before it is judged.
-        late: whether the answers were ended.
+        predicted: seconds that all tokens would take; None before it is known.
+        limit: tokens after which the answers end.
+        late: whether fewer than MIN_SAMPLE_TOKENS would fit, so that there are no answers.
     """
 
     def __init__(
@@ -405,16 +405,17 @@ class AnswerClock:
         allowed: float = math.inf,
         *,
         generated: Callable[[], object] = lambda: None,
-        agree: Callable[[bool], bool] | None = None,
+        agree: Callable[[int], int] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`generated` is called after each token; `agree` makes one decision of those of ranks that
-        answer together."""
+        """`generated` is called after each token; `agree` returns one rank's limit on all ranks
+        that answer together."""
         self.allowed = allowed
         self.generated = generated
         self.agree = agree
         self.now = now
         self.predicted: float | None = None
+        self.limit = SAMPLE_TOKENS
         self.late = False
         self.began = now()
         self.seconds = [0.0]  # until each token, from the beginning
@@ -425,19 +426,21 @@ class AnswerClock:
         return self.now() - self.began
 
     def after_token(self) -> bool:
-        """Tell whether the answers are to end here."""
+        """Return whether the answers end here."""
         self.generated()
         self.seconds.append(self.elapsed)
         tokens = len(self.seconds) - 1
         if tokens == (1 if self.agree else 2):
             *_, previous, last = self.seconds
-            # At the current pace: the last token's time for each that is left.
-            self.predicted = last + (SAMPLE_TOKENS - tokens) * (last - previous)
-            self.late = self.predicted > self.allowed
+            pace = last - previous
+            self.predicted = last + (SAMPLE_TOKENS - tokens) * pace
+            if self.predicted > self.allowed:
+                self.limit = max(tokens, tokens + int((self.allowed - last) / pace))
             # All ranks must stop at the same token.
             if self.agree:
-                self.late = self.agree(self.late)
-        return self.late
+                self.limit = self.agree(self.limit)
+            self.late = self.limit < min(MIN_SAMPLE_TOKENS, SAMPLE_TOKENS)
+        return self.late or tokens >= self.limit
 
 
 def sample_answers(

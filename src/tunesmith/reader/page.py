@@ -142,13 +142,16 @@ def _context(runs: Sequence[RunFiles]) -> Fields:
 
 
 def _samples_of(runs: Sequence[RunFiles]) -> list[tuple[list[Turn], list[tuple[str, Sample]]]]:
-    """For each prompt its turns, and of each run the first and the last sample."""
+    """Return for each prompt its turns, and each run's first sample and that of its final weights,
+    or the last one while the run has none."""
     samples: dict[str, list[tuple[str, Sample]]] = {}
     for run in runs:
         of_run: list[Sample] = run.texts()["samples"]
         for prompt in dict.fromkeys(sample["prompt"] for sample in of_run):
             of_prompt = [sample for sample in of_run if sample["prompt"] == prompt]
-            ends = of_prompt[:: max(1, len(of_prompt) - 1)]
+            final = [sample for sample in of_prompt if sample["step"] == run.final_step]
+            last = (final or of_prompt)[-1]
+            ends = [of_prompt[0]] if of_prompt[0] is last else [of_prompt[0], last]
             samples.setdefault(prompt, []).extend((run.label, sample) for sample in ends)
     conversations, _ = conversations_of([*samples][:MAX_SHOWN_PROMPTS])
     return [(turns, samples[prompt]) for prompt, turns in conversations.items()]

@@ -29,6 +29,7 @@ from tunesmith.run_dir import (
     LOG,
     MANIFEST,
     METRICS,
+    NO_FINAL_ANSWERS,
     PROFILES,
     RECIPE,
     SAMPLES,
@@ -175,6 +176,7 @@ class RunFiles:
         state: where it stands; steps: optimizer steps that were taken.
         revision: goes up when a file changes that is no table of records and no log.
         log_tail, warnings: the last lines of log.txt; the newest warnings of all of it, each once.
+        no_final_answers: the line of log.txt that says why the final weights have no answers.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -184,6 +186,7 @@ class RunFiles:
         self.label = self.name
         self.log_tail: list[str] = []
         self.warnings: list[str] = []
+        self.no_final_answers = ""
         self.revision = 0
         self._records = JsonlColumns(self.folder / METRICS)
         self._ranks: dict[int, JsonlColumns] = {}
@@ -292,9 +295,13 @@ class RunFiles:
         if anew:
             self.log_tail = []
             self.warnings = []
+            self.no_final_answers = ""
         self.log_tail = [*self.log_tail, *lines][-LOG_LINES:]
         warnings = [line.partition("warning: ")[2].strip() for line in lines if "warning: " in line]
         self.warnings = list(dict.fromkeys([*self.warnings, *warnings]))[-WARNINGS:]
+        for line in lines:
+            if NO_FINAL_ANSWERS in line:
+                self.no_final_answers = line[line.index(NO_FINAL_ANSWERS) :].strip()
 
     @property
     def final_step(self) -> int | None:
@@ -394,7 +401,19 @@ class RunFiles:
             answer = whole_characters(row["answer"])
             samples.append({**row, "answer": answer, "row": shown(place) if place else None})
         conversations, system = conversations_of(row["prompt"] for row in self.samples)
-        return {"samples": samples, "conversations": conversations, "system": system}
+        return {
+            "samples": samples,
+            "conversations": conversations,
+            "system": system,
+            "missing": self.missing_answers(),
+        }
+
+    def missing_answers(self) -> str:
+        """Return why there are no answers of the final weights; empty where there are some."""
+        if self.final_step is None or any(row["step"] == self.final_step for row in self.samples):
+            return ""
+        reason = "log.samples is 0" if self.key("log", "samples") == 0 else "see log.txt"
+        return self.no_final_answers or NO_FINAL_ANSWERS + reason
 
 
 def label_apart(runs: Sequence[RunFiles]) -> None:

@@ -6,11 +6,11 @@ from tunesmith.distributed.activity import STUCK_AFTER_S
 from tunesmith.errors import DataError
 from tunesmith.inference.decoding import AnswerClock, sample_answers
 from tunesmith.parallel.shard import sharded_modules
-from tunesmith.run_dir import Phase, read_samples
+from tunesmith.run_dir import NO_FINAL_ANSWERS, Phase, read_samples
 from tunesmith.training.loop_part import LoopPart, LoopShared
 
-# Sample answers may take `log.sample_seconds`, or this share of the time trained once it is more.
-# The last ones may take as much again.
+# The answers before training and those of the final weights may take `log.sample_seconds` each, or
+# this share of the time trained once it is more. Validations between them take what is left.
 ANSWER_SHARE = 0.01
 
 
@@ -51,7 +51,7 @@ class AnswerSampler(LoopPart):
 
     def sample_final(self, step: int) -> None:
         """Hand answers of the weights of final/ to the sinks, unless `step`, theirs, has some; as
-        above.
+        above. Without answers the log says why.
 
         Whoever was shown answers from before training is shown these, whatever they take.
         """
@@ -62,18 +62,24 @@ class AnswerSampler(LoopPart):
         if self.is_sharded:
             sampled = self.ranks.broadcast_object(sampled)
         if step not in sampled:
-            self._sample(step, math.inf if 0 in sampled else self.allowed_seconds(is_final=True))
+            allowed = math.inf if 0 in sampled else self.allowed_seconds(is_final=True)
+            reason = self._sample(step, allowed)
+            if reason and self.run.log.samples:
+                self.sinks.text("samples", f"{NO_FINAL_ANSWERS}{reason}")
 
-    def _sample(self, step: int, allowed: float) -> None:
+    def _sample(self, step: int, allowed: float) -> str:
+        """Hand answers to the sinks; return the reason if there are none."""
         session = self.session
         heartbeat = self.ranks.heartbeat
         heartbeat.phase(Phase.SAMPLES, STUCK_AFTER_S)
         count = self.run.log.samples
-        if not session.data.validation or count == 0 or session.mesh.shape.tensor > 1:
-            return
+        if not session.data.validation or count == 0:
+            return "no rows are held out" if count else "log.samples is 0"
+        if session.mesh.shape.tensor > 1:
+            return "a model that is cut over a tensor group does not generate"
         # A whole model answers on rank 0 alone; of a sharded one every rank gathers each layer.
         if not (self.ranks.is_main_process or self.is_sharded):
-            return
+            return ""
         clock = AnswerClock(
             allowed,
             generated=heartbeat.progress,
@@ -94,15 +100,16 @@ class AnswerSampler(LoopPart):
         self.seconds += clock.elapsed
         if not clock.late:
             self.sinks.samples(step, answers)
-        elif not self.has_warned:
+            return "" if answers else "the held-out rows have no prompt"
+        reason = f"they would take {clock.predicted:.0f} s, and log.sample_seconds allows "
+        reason += f"{clock.allowed:.0f} s"
+        if not self.has_warned:
             self.has_warned = True
             self.sinks.text(
                 "samples",
-                f"no sample answers at step {step}: "
-                f"they would take {clock.predicted:.0f} s, and {clock.allowed:.0f} s may be spent "
-                "on them in the whole run; a higher log.sample_seconds allows them, log.samples=0 "
-                "asks for none",
+                f"no sample answers at step {step}: {reason}; log.samples=0 asks for none",
             )
+        return reason
 
     def allowed_seconds(self, *, is_final: bool = False) -> float:
         """Seconds for the answers that are due, which must not cost more than they tell."""

@@ -7,7 +7,9 @@ told there.
 """
 
 import logging
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,11 +19,12 @@ from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.checkpoint.replicate import copies_in
 from tunesmith.checkpoint.resume import finished_step
 from tunesmith.checkpoint.start_adapter import find_local_adapter
-from tunesmith.config.dump import Change, differences
+from tunesmith.config.dump import differences
 from tunesmith.config.layers import merge_layers, override_layer
 from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
+from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.config.typed import build_run
 from tunesmith.data.rows.bad_rows import error_of_sources, find_bad_rows
@@ -105,7 +108,8 @@ class RowsLook:
     """The words of `--model X --data FILE`, and what the rows show.
 
     Attributes:
-        overrides: as for `load_recipe`; `layer` is made of them.
+        layer: the overrides.
+        head: the first lines of the recipe's file; see `recipe_head`.
         chosen: values of a recipe by their keys, below those of `layer`.
         draft: the recipe so far, whose rules are not checked.
         about_data: a line for the user.
@@ -113,8 +117,8 @@ class RowsLook:
 
     model: str
     data: str
-    overrides: Mapping[str, object] | Sequence[str]
     layer: Node
+    head: list[str]
     chosen: dict[str, object]
     draft: Run
     source: Source
@@ -125,15 +129,6 @@ class RowsLook:
     @property
     def override_keys(self) -> set[str]:
         return {key for key, _ in self.layer.places()}
-
-    @property
-    def command(self) -> str:
-        """The command line that makes this recipe."""
-        words = self.overrides
-        if isinstance(words, Mapping):
-            words = [f"{key}={value}" for key, value in words.items()]
-        command = ["tunesmith", "train", "--model", self.model, "--data", self.data]
-        return shell_command([*command, *words])
 
     @property
     def path(self) -> Path:
@@ -153,9 +148,12 @@ def look_at_rows(
         "data.train.source": data,
     }
     chosen["output_dir"] = f"runs/{short_name(data)}-{short_name(model)}"
+    override_keys = {key for key, _ in layer.places()}
+    head = recipe_head(model, data, overrides)
+    if "output_dir" not in override_keys:
+        chosen["output_dir"] = _free_output_dir(str(chosen["output_dir"]), head)
     # Its rules are checked once the recipe is whole.
     draft = build_run(resolve_paths(over(chosen, layer)))
-    override_keys = {key for key, _ in layer.places()}
     _check_no_duplicate(draft, override_keys, layer)
     source = _with_split(draft.data.train[0])
     rows = read_rows(source)
@@ -171,41 +169,63 @@ def look_at_rows(
         chosen["model.vision"] = True
         draft = replace(draft, model=replace(draft.model, vision=True))
     about_data = _describe_rows(data, rows, layout)
-    return RowsLook(model, data, overrides, layer, chosen, draft, source, rows, layout, about_data)
+    return RowsLook(model, data, layer, head, chosen, draft, source, rows, layout, about_data)
 
 
-def check_same(path: Path, run: Run, overrides: Mapping[str, object] | Sequence[str]) -> None:
-    """RecipeError if a recipe's file is there and says something else: it may have been edited.
+def recipe_head(
+    model: str, data: str, overrides: Mapping[str, object] | Sequence[str]
+) -> list[str]:
+    """Return the first lines of a recipe's file: its schema, and the command that makes it."""
+    words = overrides
+    if isinstance(words, Mapping):
+        words = [f"{key}={value}" for key, value in words.items()]
+    command = shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
+    return [schema_line(), *(f"# {line}" for line in command.splitlines())]
 
-    overrides: of the command that makes `run`.
-    """
+
+def _free_output_dir(output_dir: str, head: list[str]) -> str:
+    """Return `output_dir`, with a number where another command has made its recipe."""
+    free = output_dir
+    number = 1
+    while (path := Path(f"{free}.yaml")).exists() and not _is_made_by(path, head):
+        number += 1
+        free = f"{output_dir}-{number}"
+    if number > 1:
+        first = shell_path(from_here(Path(f"{output_dir}.yaml")))
+        log.info(
+            f"output_dir: {free}, because another command has made {first} "
+            f"(to change keys of that recipe: tunesmith train {first} KEY=VALUE)"
+        )
+    return free
+
+
+def _is_made_by(path: Path, head: list[str]) -> bool:
+    """Return whether a recipe's file begins with this head; the order of the words and the
+    spelling of paths may differ."""
+    with suppress(OSError, ValueError):
+        lines = path.read_text(encoding="utf-8").splitlines()[: len(head)]
+        return _words_of(lines) == _words_of(head)
+    return False
+
+
+def _words_of(head: list[str]) -> list[str]:
+    words = shlex.split("\n".join(line.removeprefix("# ") for line in head[1:]))
+    return sorted(os.path.abspath(word) for word in words)
+
+
+def check_same(path: Path, run: Run) -> None:
+    """RecipeError if a recipe's file is there and says something else: it may have been edited."""
     changes = differences(load_recipe(path), run) if path.exists() else []
     if not changes:
         return
     name = shell_path(from_here(path))
-    command = f"tunesmith train {name}"
-    words = _free_overrides(overrides, changes)
-    if words:
-        command += f" {shell_command(words)}"
     raise RecipeError(
         f"{name} already exists and differs from the recipe that this command writes",
         where="\n         ".join(map(str, changes)),
-        why="it was edited, or the command or the data has changed; it is not overwritten",
-        fix=f"train the existing recipe: {command}; or start another run: output_dir=runs/NAME",
+        why="it was edited, or the data has changed; it is not overwritten",
+        fix=f"train the existing recipe: tunesmith train {name}; "
+        "or start another run: output_dir=runs/NAME",
     )
-
-
-def _free_overrides(
-    overrides: Mapping[str, object] | Sequence[str], changes: Sequence[Change]
-) -> list[str]:
-    """The overrides that differ from the file, for a command that resumes its run with them; none
-    if a resumed run may not change one of them.
-    """
-    words = {word.partition("=")[0].strip(): word for word in overrides}
-    changed = [change for change in changes if change.key in words]
-    if not all(change.allowed for change in changed):
-        return []
-    return [words[change.key] for change in changed]
 
 
 def _detect(

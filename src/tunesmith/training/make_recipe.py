@@ -22,7 +22,6 @@ from tunesmith.config.dump import to_yaml
 from tunesmith.config.load import checked
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run, Source
-from tunesmith.config.shipped import schema_line
 from tunesmith.config.tree import Node
 from tunesmith.data.compare.splits import count_held_out
 from tunesmith.data.source.open_source import (
@@ -114,7 +113,6 @@ class NewRecipe:
     Attributes:
         text: of the file.
         about_data: a line for the user.
-        overrides: the words `key=value`, or keys alone from Python.
         mean_length: tokens of a row on average.
         is_estimated: it is from the characters of rows.
     """
@@ -123,7 +121,6 @@ class NewRecipe:
     path: Path
     text: str
     about_data: str
-    overrides: tuple[str, ...]
     mean_length: int
     is_estimated: bool
 
@@ -134,7 +131,7 @@ class NewRecipe:
 
     def check_file(self) -> None:
         """RecipeError if the file is there and says something else; see `check_same`."""
-        check_same(self.path, self.run, self.overrides)
+        check_same(self.path, self.run)
 
     def write_file(self) -> None:
         """Write the file, unless it is there; can be called after each step.
@@ -206,19 +203,15 @@ def make_recipe(
     return NewRecipe(
         run,
         look.path,
-        _recipe_text(tree, look.path, choices.why, command=look.command),
+        _recipe_text(tree, look.path, choices.why, look.head),
         look.about_data,
-        tuple(overrides),
         examined.mean_length,
         examined.is_estimated,
     )
 
 
-def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], *, command: str) -> str:
-    """The text of a recipe's file: the command that makes it, and the keys with their reasons."""
-    head = [schema_line()]
-    for line in command.splitlines():
-        head.append(f"# {line}")
+def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], head: list[str]) -> str:
+    """Return the text of a recipe's file: its head, and the keys with their reasons."""
     body = to_yaml(resolve_paths(tree, beside=path.parent).plain(), why)
     return "\n".join([*head, body])
 

@@ -15,6 +15,7 @@ from report.written import falling, write_run
 from tunesmith.cli.main import main
 from tunesmith.reader.page import PAGE_MARK, render_report, write_report
 from tunesmith.reader.run_files import RunFiles
+from tunesmith.run_dir import NO_FINAL_ANSWERS
 
 EVIL = "</script><img src=x onerror=alert(1)> & \"'` | {{ 7*7 }} \u2028"
 
@@ -54,6 +55,21 @@ def test_an_answer_names_its_row(two: list[RunFiles]) -> None:
     del two[0].samples[0]["row"]
     text = render_report(two, markdown=True)
     assert "### Prompt 1\n" in text
+
+
+def test_a_report_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
+    samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "of step 60")]
+    best = write_run(tmp_path / "best", falling(2.0), samples=samples)
+    text = render_report([best], markdown=True)
+    assert "best, step 40:" in text
+    assert "of step 60" not in text
+    assert best.missing_answers() == ""
+    none = write_run(tmp_path / "none", falling(2.0), samples=samples[:1])
+    reason = f"{NO_FINAL_ANSWERS}they would take 90 s, and log.sample_seconds allows 20 s"
+    (none.folder / "log.txt").write_text(f"12:00:00 {reason}\n")
+    none = RunFiles(none.folder)
+    assert "would take 90 s" in render_report([none], markdown=True)
+    assert data_of(render_report([none]))["texts"][0]["missing"] == reason
 
 
 def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:

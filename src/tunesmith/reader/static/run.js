@@ -226,9 +226,12 @@
 
   function showSamples() {
     const range = $("#when input"), newest = Number(range.value) >= sampleSteps.length - 1;
+    const shown = runs.map((run) => run.final_step).filter((step) => step != null);
     sampleSteps = [...new Set(all().map((row) => row.step))].sort((a, b) => a - b);
     range.max = Math.max(0, sampleSteps.length - 1);
-    if (newest) range.value = range.max;  // whoever looks at an older one stays there
+    // The answers of the final weights, or the newest; an older step that was chosen stays.
+    const final = sampleSteps.indexOf(Math.max(...shown));
+    if (newest) range.value = final >= 0 ? final : range.max;
     $("#when").hidden = sampleSteps.length < 2;
     showAnswers();
   }
@@ -236,8 +239,9 @@
   function showAnswers() {
     const step = sampleSteps[Number($("#when input").value)], place = $("#answers");
     place.replaceChildren();
+    texts.forEach((text, index) => text.missing && place.append(make("p", { class: "soft" }, `${runName(index)}: ${text.missing}.`)));
     if (step == null) {
-      place.append(make("p", { class: "soft" }, "No samples yet: log.samples=4 lets the model answer four prompts at each validation."));
+      if (!place.children.length) place.append(make("p", { class: "soft" }, "No samples yet: log.samples=4 lets the model answer four prompts at each validation."));
       return;
     }
     put($("#when output"), count(step));
