@@ -46,9 +46,7 @@ from tunesmith.training.validation import Validation
 log = logging.getLogger(__name__)
 
 SLOW_STEP_SECONDS = 5.0
-SLOW_FIRST_STEP = (
-    "the first step is being computed: it compiles kernels, or has layers that go token by token"
-)
+SLOW_FIRST_STEP = "the first step is being computed"
 
 
 class Trainer(LoopPart):
@@ -141,7 +139,7 @@ class Trainer(LoopPart):
                 return
             self.checkpoints.raise_failed_write()
             self.report_phase()
-            with self.told_if_slow():
+            with self.logged_if_first_step_is_slow():
                 output = self.train_step(batch)
             if output is None:
                 # Memory ran short: the next turn stops the run, by `stop.is_due`.
@@ -173,11 +171,17 @@ class Trainer(LoopPart):
                 self.sinks.text("patience", f"{text}: stopping the run")
                 return
 
-    def told_if_slow(self) -> AbstractContextManager[None]:
-        """Return a context that says what the first step may be at, where it is silent for long."""
+    def logged_if_first_step_is_slow(self) -> AbstractContextManager[None]:
+        """Return a context that logs what takes the time of a first step that is slow."""
         if self.progress.step > self.first_step or not self.ranks.is_main_process:
             return nullcontext()
-        return logged_if_slow(log, SLOW_FIRST_STEP, SLOW_STEP_SECONDS)
+        session = self.session
+        text = SLOW_FIRST_STEP
+        if session.plan.compiled:
+            text += "; it compiles kernels, which later steps use again"
+        elif session.files.support.recurrent:
+            text += f"; {', '.join(session.files.support.recurrent)} run on one row a document"
+        return logged_if_slow(log, text, SLOW_STEP_SECONDS)
 
     def train_step(self, batch: GlobalBatch) -> StepOutput | None:
         """Forward, backward and update on one global batch, whose loss is divided once.
