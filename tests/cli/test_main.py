@@ -205,6 +205,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "tunesmith launch slurm RECIPE",
         ),
         (["compare", "a", "b"], "there is no command 'compare'", "tunesmith report A B"),
+        (["serve", "runs/a"], "there is no command 'serve'", "tunesmith export RUN --to vllm"),
         (["--json"], "there is no command '--json'", "tunesmith --help"),
         (
             ["train", "r.yaml", "--lr", "1e-4"],

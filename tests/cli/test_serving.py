@@ -21,9 +21,11 @@ from pathlib import Path
 
 import pytest
 
-from errors import error_in, holds, lines_with
+from errors import check_shown, error_in, holds, lines_with
 from runs import ROWS, make_run, peft_model, write_rows
 from tunesmith.cli.main import main
+from tunesmith.data.rows.samples import Conversation
+from tunesmith.data.text.template import Template
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from warm import Warm, take_terminal
 
@@ -391,6 +393,30 @@ def test_a_question_that_does_not_fit_costs_no_turn(
     monkeypatch.setattr(Chat, "_typed_lines", typed_lines)
     assert chat(monkeypatch, "", str(run)) == EXIT_OK
     assert [question for question, _ in chats[0].turns["tuned"]] == ["hello"]
+
+
+def test_a_chat_shows_the_model_its_tools(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts: list[Conversation] = []
+    make_prompt = Template.prompt
+    monkeypatch.setattr(
+        Template, "prompt", lambda self, row: (prompts.append(row), make_prompt(self, row))[1]
+    )
+    file = tmp_path / "tools.json"
+    file.write_text('[{"name": "add", "parameters": {"type": "object"}}]')
+    assert chat(monkeypatch, "1 + 1?\n", str(run), "--tools", str(file)) == EXIT_OK
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    assert prompts[0].tools == [tool]
+    capsys.readouterr()
+    for text, name in (
+        ('[{"parameters": {}}]', file),
+        ("[", file),
+        ("", tmp_path / "missing.json"),
+    ):
+        file.write_text(text)
+        assert chat(monkeypatch, "1 + 1?\n", str(run), "--tools", str(name)) == EXIT_USAGE
+        check_shown(capsys.readouterr().err, where=str(name))
 
 
 def test_chat_forgets_the_oldest_turns_and_says_so(

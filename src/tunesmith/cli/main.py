@@ -90,6 +90,7 @@ def find_verbs() -> Verbs:
 VERB_GROUPS = find_verbs()
 # What somebody may type who has not found the command.
 OTHER_NAMES = {
+    "serve": "tunesmith chat RUN; or, for a server: tunesmith export RUN --to vllm --output FOLDER",
     "compare": "tunesmith report A B (curves and losses), or tunesmith eval A B (row by row)",
 }
 # Options, or one of their choices, that went -> what does the same.
@@ -314,9 +315,10 @@ def _command_for(words: list[str]) -> str:
     verb, *rest = words
     if rest and rest[0] in VERBS:
         return shell_command(["tunesmith", rest[0], verb, *rest[1:]])
+    if verb in OTHER_NAMES:
+        return OTHER_NAMES[verb]
     near = difflib.get_close_matches(verb, VERBS, n=1)
-    other = OTHER_NAMES.get(verb, "tunesmith --help")
-    return f"did you mean tunesmith {near[0]}?" if near else other
+    return f"did you mean tunesmith {near[0]}?" if near else "tunesmith --help"
 
 
 def _no_launch(word: str) -> UsageError:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -185,8 +186,8 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
 @pytest.mark.parametrize(
     ("settings", "fix"),
     [
-        ({"gpus_per_node": "4"}, "--cpus-per-task 32 --mem 0, or --exclusive --mem 0"),
-        ({"gpus_per_node": "h100:4", "mem": "0"}, "--cpus-per-task 32, or --exclusive"),
+        ({"gpus_per_node": "4"}, "--cpus-per-task 32 (or --exclusive) --mem 0"),
+        ({"gpus_per_node": "h100:4", "mem": "0"}, "--cpus-per-task 32 (or --exclusive)"),
         ({"gpus_per_node": "4", "cpus_per_task": "64"}, "--mem 0"),
         ({"gpus_per_node": "4", "exclusive": True}, "--mem 0"),
         ({"gpus_per_node": "4", "sbatch": ("--exclusive",)}, "--mem 0"),
@@ -194,12 +195,18 @@ def test_a_job_that_may_not_be_requeued_is_still_warned(run: Run) -> None:
         ({"gpus_per_node": "4", "sbatch": ("--cpus-per-gpu=8", "--mem-per-gpu=64G")}, ""),
         ({"gpus_per_node": "1"}, ""),
         ({"gpus_per_node": "0"}, ""),
+        (
+            {"gpus_per_node": "1", "time": None},
+            "--time HOURS:00:00 (tunesmith plan estimates them)",
+        ),
+        ({"gpus_per_node": "1", "time": None, "sbatch": ("-t 60",)}, ""),
     ],
 )
-def test_a_job_of_several_gpus_that_asks_for_no_cores_is_warned_of(
+def test_a_job_that_leaves_limits_to_the_cluster_is_warned_of(
     settings: dict[str, Any], fix: str
 ) -> None:
-    assert slurm.warn_of_default_resources(Request(**settings)).partition("fix: ")[2] == fix
+    request = Request(**({"time": "60"} | settings))
+    assert slurm.warn_of_default_resources(request).partition("fix: ")[2] == fix
 
 
 def test_a_path_has_no_repeated_entries(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +336,7 @@ def test_a_limit_too_short_for_a_checkpoint_has_a_fix_that_is_taken(
         assert slurm.warn_of_short_limit(again) == ""
 
 
-def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
+def test_rendered_it_is_a_script_with_its_recipe_and_nothing_is_submitted(
     tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -345,14 +352,18 @@ def test_rendered_it_is_a_script_beside_its_recipe_and_nothing_is_submitted(
     flags = ("--gpus-per-node", "4", "--partition", "other")
     assert main(["launch", "slurm", "recipe.yaml", *flags, "--render"]) == 0
     said = capfd.readouterr()
-    *resources, told, recipe_line = said.err.splitlines()
-    assert "--cpus-per-task 32 --mem 0" in " ".join(map(str.strip, resources))
+    *resources, told, submit = said.err.splitlines()
+    assert "--cpus-per-task 32 (or --exclusive) --mem 0" in " ".join(map(str.strip, resources))
     assert holds(told, "data.train.source", rows)
     assert "#SBATCH --partition=other\n" in said.out
     assert "#SBATCH --gpus-per-node=4\n" in said.out
     assert f"\nrun={out}\n" in said.out
-    assert recipe_line == f"recipe: {out}/launch/recipe.yaml"
-    assert [path.name for path in (out / "launch").iterdir()] == ["recipe.yaml"]
+    assert f"mkdir -p {out}/launch; sbatch FILE" in submit
+    assert not out.exists(), "a script that is only printed leaves no run directory"
+    head = "run=" + said.out.partition("\nrun=")[2].partition("\nranks=")[0]
+    subprocess.run(["/bin/bash", "-c", head], env={"PATH": "/usr/bin:/bin"}, check=True)
+    assert load_recipe(out / "launch/recipe.yaml").data.train[0].source == str(rows)
+    shutil.rmtree(out)
     rows.write_text(json.dumps({"prompt": "a", "completion": "b"}))
     assert main(["launch", "slurm", "recipe.yaml", *flags]) == 2
     check_shown(capfd.readouterr().err, where="PATH", names=["sbatch"])

@@ -58,17 +58,17 @@ def test_an_answer_names_its_row(two: list[RunFiles]) -> None:
 
 
 def test_a_report_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
-    samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "of step 60")]
+    samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
     best = write_run(tmp_path / "best", falling(2.0), samples=samples)
     text = render_report([best], markdown=True)
     assert "best, step 40:" in text
-    assert "of step 60" not in text
+    assert "sixty" not in text
     assert best.missing_answers() == ""
     none = write_run(tmp_path / "none", falling(2.0), samples=samples[:1])
     reason = f"{NO_FINAL_ANSWERS}they would take 90 s, and log.sample_seconds allows 20 s"
     (none.folder / "log.txt").write_text(f"12:00:00 {reason}\n")
     none = RunFiles(none.folder)
-    assert "would take 90 s" in render_report([none], markdown=True)
+    assert "90 s" in render_report([none], markdown=True)
     assert data_of(render_report([none]))["texts"][0]["missing"] == reason
 
 

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from tunesmith.adapter.lora import disabled
 from tunesmith.cli.options import notify, notify_weights, stdin_lines
-from tunesmith.data.rows.samples import PICTURE_MARK, Conversation, Message, Picture, with_system
+from tunesmith.config.schema import Source
+from tunesmith.data.rows.messages import read_tools
+from tunesmith.data.rows.row_reader import RowReader
+from tunesmith.data.rows.samples import (
+    PICTURE_MARK,
+    Conversation,
+    Message,
+    Picture,
+    ToolSchema,
+    with_system,
+)
 from tunesmith.data.text.example import Pixels
 from tunesmith.errors import TunesmithError, UsageError
 from tunesmith.host.signals import StopRequest
@@ -34,10 +44,11 @@ def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
     """Load the model of `location` and chat with it, by the options of `chat`."""
     # Wrong options end it before weights are read.
     decoding = decoding_of(args)
+    tools = read_tools_file(args.tools) if args.tools else None
     if args.image and location.run is None:
         location = replace(location, base=replace(location.base, vision=True))
     loaded = load_run(location, device=args.device)
-    chat = Chat(args, loaded, decoding)
+    chat = Chat(args, loaded, decoding, tools)
     if chat.on_terminal:
         about = decoding.describe()
         if loaded.template.raw:
@@ -48,6 +59,16 @@ def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
     chat.talk()
 
 
+def read_tools_file(name: str) -> list[ToolSchema] | None:
+    """Return the tools of a JSON file; UsageError where it is missing or has none."""
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "--tools FILE: a JSON list of tools in UTF-8"
+        raise UsageError("the tools cannot be read", where=name, why=str(error), fix=fix) from error
+    return read_tools(RowReader({"tools": text}, Source(source=name), name))
+
+
 class Chat:
     """Reads lines, and shows the answers of the loaded model, of its base, or of both."""
 
@@ -56,10 +77,12 @@ class Chat:
         args: argparse.Namespace,
         loaded: LoadedModel,
         decoding: Decoding,
+        tools: list[ToolSchema] | None = None,
     ) -> None:
         self.args = args
         self.loaded = loaded
         self.decoding = decoding
+        self.tools = tools
         self.system = loaded.system
         if args.system is not None:
             self.system = args.system or None
@@ -207,7 +230,9 @@ class Chat:
                 messages.append({"role": "user", "content": text})
                 messages.append({"role": "assistant", "content": reply})
             messages[0]["content"] = PICTURE_MARK * len(self.pictures) + messages[0]["content"]
-            conversation = Conversation(with_system(messages, self.system), pictures=self.pictures)
+            conversation = Conversation(
+                with_system(messages, self.system), self.tools, pictures=self.pictures
+            )
             prompt = list(loaded.template.prompt(conversation))
             if len(prompt) <= room:
                 del turns[:dropped]

@@ -4,6 +4,7 @@ example:
   tunesmith chat runs/my-run
   tunesmith chat runs/my-run --side-by-side
   tunesmith chat runs/my-vision-run --image photo.jpg
+  tunesmith chat runs/my-run --tools tools.json
   tunesmith chat demo  # the demo's model, as it is
   echo "What do you know?" | tunesmith chat runs/my-run
 
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sides.add_argument("--side-by-side", action="store_true", help=both)
     system = "system message (default: the recipe's)"
     parser.add_argument("--system", metavar="TEXT", help=system)
+    tools = "JSON list of the tools (functions) that the model may call"
+    parser.add_argument("--tools", metavar="FILE", help=tools)
     image = "picture that the first question shows; may be repeated"
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help=image)
     add_decoding(parser, max_new_tokens=512)

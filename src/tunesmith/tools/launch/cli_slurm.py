@@ -21,8 +21,8 @@ import dataclasses
 
 from tunesmith.cli.options import notify, whole_number
 from tunesmith.errors import UsageError
-from tunesmith.host.shell import shell_word
-from tunesmith.launch.jobs import check_free, write_recipe
+from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.launch.jobs import check_free, recipe_file
 from tunesmith.tools.launch import slurm
 from tunesmith.tools.launch.cli_local import add_launched, is_finished, launched_recipe
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--render",
         action="store_true",
-        help="print the script and write its recipe, without submitting",
+        help="print the script, which then holds its recipe, without submitting",
     )
 
 
@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> None:
     for warning in (slurm.warn_of_short_limit(request), slurm.warn_of_default_resources(request)):
         if warning:
             notify(warning)
-    script = slurm.render_script(recipe, request)
     words = [args.recipe, *args.overrides]
     if args.render:
         # It may be submitted on another machine, which has the files.
@@ -90,8 +89,9 @@ def run(args: argparse.Namespace) -> None:
             slurm.check_reach(recipe, request, words)
         except UsageError as error:
             notify(f"warning: {error.where}: {error.what}, on this machine")
-        notify(f"recipe: {write_recipe(recipe)}")
-        print(script, end="")
+        folder = shell_path(recipe_file(recipe.output_dir).parent)
+        notify(f"submit it where its files are: mkdir -p {folder}; sbatch FILE")
+        print(slurm.render_script(recipe, request, holds_recipe=True), end="")
         return
     slurm.check_reach(recipe, request, words)
     check_free(recipe.output_dir)

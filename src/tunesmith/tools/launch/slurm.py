@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
+from tunesmith.config.dump import dump
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import write_atomically
@@ -261,10 +262,12 @@ def _cancel(*words: str) -> None:
         raise MachineError("scancel failed", where=id_, why=errors, fix=fix)
 
 
-def render_script(run: Run, request: Request) -> str:
-    """The batch script.
+def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> str:
+    """Return the batch script.
 
     Every value from a recipe or flag stands in a quoted word of a directive or of an assignment.
+
+    holds_recipe: the script writes the recipe itself, in place of `write_recipe`.
     """
     version = installed_versions().get("tunesmith", "")
     lines = [
@@ -283,12 +286,23 @@ def render_script(run: Run, request: Request) -> str:
     lines += [
         f"python={shlex.quote(python)}",
         f"run={_shell_word(run.output_dir, 'output_dir')}",
+        *(_recipe_words(run) if holds_recipe else []),
         f"ranks={ranks_of(request)}",
         f"max_requeues={request.max_requeues}",
         f"debug=({debug})",
         f"container=({' '.join(_container_words(run, request))})",
     ]
     return "\n".join([*lines, BODY])
+
+
+def _recipe_words(run: Run) -> list[str]:
+    """Return the lines of a script that write the recipe; no line of YAML is the end mark alone."""
+    return [
+        f'mkdir -p "$run/{FOLDER}"',
+        f"cat > \"$run/{FOLDER}/recipe.yaml\" <<'END-OF-RECIPE'",
+        dump(run).rstrip(),
+        "END-OF-RECIPE",
+    ]
 
 
 def _directives(run: Run, request: Request) -> list[str]:
@@ -331,29 +345,28 @@ def _directives(run: Run, request: Request) -> list[str]:
 
 
 def warn_of_default_resources(request: Request) -> str:
-    """A line where a job of several ranks asks for no cores, or for no memory; else empty."""
-    if (request.gpus_per_node or "0") == "0" or ranks_of(request) < 2:
-        return ""
+    """Return a line that names the limits that a script leaves to the cluster's defaults: of time,
+    and for several ranks of cores and memory; empty if it sets them."""
     options = " ".join(request.sbatch)
-    # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
-    # asks for. `--exclusive=user` and the like do not give all cores.
-    is_exclusive = request.exclusive or re.search(r"(^|\s)--exclusive(\s|$)", options)
-    has_cores = (
-        is_exclusive or request.cpus_per_task or re.search(r"(^|\s)(--cpus-per-|-c)", options)
-    )
-    has_memory = request.mem or re.search(r"(^|\s)--mem", options)
-    cores = f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)}"
-    if has_cores and has_memory:
+    missing: dict[str, str] = {}
+    if request.time is None and not re.search(r"(^|\s)(--time|-t)", options):
+        missing["a time"] = "--time HOURS:00:00 (tunesmith plan estimates them)"
+    if (request.gpus_per_node or "0") != "0" and ranks_of(request) > 1:
+        # sbatch's manual: an exclusive job gets all cores of its nodes, but only the memory that it
+        # asks for. `--exclusive=user` and the like do not give all cores.
+        is_exclusive = request.exclusive or re.search(r"(^|\s)--exclusive(\s|$)", options)
+        has_cores = is_exclusive or request.cpus_per_task
+        if not (has_cores or re.search(r"(^|\s)(--cpus-per-|-c)", options)):
+            cores = f"--cpus-per-task {CORES_PER_RANK * ranks_of(request)}"
+            missing["cores"] = f"{cores} (or --exclusive)"
+        if not (request.mem or re.search(r"(^|\s)--mem", options)):
+            missing["memory"] = "--mem 0"
+    if not missing:
         return ""
-    if has_cores:
-        what, fix = "memory", "--mem 0"
-    elif has_memory:
-        what, fix = "cores", f"{cores}, or --exclusive"
-    else:
-        what, fix = "cores or memory", f"{cores} --mem 0, or --exclusive --mem 0"
+    what = " or ".join(filter(None, [", ".join([*missing][:-1]), [*missing][-1]]))
     return (
         f"warning: the script does not ask for {what}, and the default of many clusters is small; "
-        f"fix: {fix}"
+        f"fix: {' '.join(missing.values())}"
     )
 
 

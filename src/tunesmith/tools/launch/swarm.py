@@ -242,6 +242,14 @@ def _remove_containers(host: str, mark: str) -> None:
             try_on(host, "docker", "rm", "--force", *ids)
 
 
+def in_swarm() -> bool:
+    """Return whether this machine is a node of a swarm; False without docker."""
+    return (
+        try_on("", "docker", "info", "--format", "{{.Swarm.LocalNodeState}}").stdout.strip()
+        == "active"
+    )
+
+
 def find_nodes(hosts: Sequence[str], count: int | None) -> tuple[list[SwarmNode], list[str], str]:
     """The nodes to train on, this one first; the ids of the swarm's other nodes; the manager.
 
