@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -250,6 +252,12 @@ def test_a_picture_is_scaled_to_that_size() -> None:
     assert (
         open_picture(data, max_pixels=192).size == scaled_size(picture_size(data), 192) == (16, 12)
     )
+
+
+def test_preparing_data_imports_no_processor_before_a_model_sees() -> None:
+    script = "import sys, tunesmith.data.prepare; print({'transformers', 'torch'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert done.stdout.strip() == b"set()"
 
 
 # Rows ---------------------------------------------------------------------------------------------

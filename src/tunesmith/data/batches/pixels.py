@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from tunesmith.data.rows.pictures import open_picture, picture_digest, picture_place, read_picture
 from tunesmith.data.rows.samples import Picture
 from tunesmith.data.text.example import Pixels
-from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.data.tokens.token_set import SourceTokens
 from tunesmith.data.workers import WorkerPool
 from tunesmith.errors import DataError
 from tunesmith.host.cores import available_cores
+
+if TYPE_CHECKING:
+    from tunesmith.data.text.placeholders import PictureProcessor
 
 # One process for so many cores: the others compute, on a GPU machine for the other ranks.
 CORES_EACH = 4
@@ -43,7 +46,7 @@ class PixelTask:
 class PixelMaker:
     """Makes pixels of a row's pictures; sent to each process once."""
 
-    processor: PictureProcessor
+    processor: "PictureProcessor"
 
     def __call__(self, task: PixelTask) -> Pixels:
         """Read, check, open and process the pictures of one row, in one call of the processor."""
@@ -89,7 +92,7 @@ class PixelReader:
             the thread that asks for them.
     """
 
-    def __init__(self, processor: PictureProcessor, *, workers: int | None = None) -> None:
+    def __init__(self, processor: "PictureProcessor", *, workers: int | None = None) -> None:
         self._make = PixelMaker(processor)
         self.token_id = processor.token_id
         self.workers = default_workers() if workers is None else workers
