@@ -28,6 +28,7 @@ from tunesmith.data.compare.row_texts import row_text
 from tunesmith.data.compare.splits import read_checked_splits
 from tunesmith.data.rows.detect import detect
 from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.lost_pictures import find_lost_pictures
 from tunesmith.data.rows.pictures import (
     MAX_PICTURE_RATIO,
     open_picture,
@@ -507,6 +508,62 @@ def test_a_row_that_is_refused(name: str) -> None:
     check_error(refused.value, where=where or None, names=names)
     assert all(word in refused.value.fix for word in fix), refused.value.fix
     assert all(len(text) < 1000 for text in refused.value.text().splitlines())
+
+
+# Pictures that nothing reads ----------------------------------------------------------------------
+
+NAMED = "![A square](pictures/red.png)"
+# A row -> the warnings of a text model, and the errors of a model that sees.
+LOST: dict[str, tuple[Row, dict[str, str], dict[str, str]]] = {
+    name: (row, *([found[0], found[0]] if len(found) == 1 else found))
+    for name, row, *found in [
+        ("a mark", chat("<image>\nWhat is it?"), {"picture_mark": "<image>"}),
+        ("a mark behind the question", chat("What is it? <image>", images=None), {"picture_mark": "<image>"}),
+        ("a mark and no pictures", chat("Picture 1: <image>\nColor?", images=[]), {"picture_mark": "<image>"}),
+        ("a mark and null", chat("Hi", ANSWER, "<image>", images=[None]), {"picture_mark": "<image>"}),
+        ("a mark in a completion", {"prompt": "<image>Color?", "completion": "red"}, {"picture_mark": "<image>"}),
+        ("a mark in a text", {"text": "<image>\nA red square"}, {"picture_mark": "<image>"}),
+        ("a mark within a sentence", chat("Is <image> red?"), {}, {"picture_mark": "<image>"}),
+        ("a numbered mark", chat("<image 1> Color?"), {"picture_mark": "<image 1>"}),
+        ("Phi's mark", chat("<|image_1|>\nColor?"), {"picture_mark": "<|image_1|>"}),
+        ("InternLM's mark", chat("<ImageHere>Color?"), {"picture_mark": "<ImageHere>"}),
+        ("Qwen-VL's file", chat("Picture 1: <img>pictures/red.png</img>\nColor?"), {"picture_mark": "pictures/red.png"}),
+        ("Qwen-VL's file elsewhere", chat("<img>/absent/red.png</img>\nColor?"), {}, {"picture_mark": "/absent/red.png"}),
+        ("a picture of Markdown", chat(f"{NAMED} Color?"), {"picture_mark": "pictures/red.png"}),
+        ("a remote picture", chat("![A square](https://a.b/red.png) Color?"), {}, {"picture_mark": "https://a.b/red.png"}),
+        ("grounding", chat("Find <ref-object>", objects={"ref": ["sheep"]}), {"grounding": "<ref-object>"}),
+        ("grounding in an answer", pairs("Find it", "<bbox><bbox>"), {"grounding": "<bbox>"}),
+        ("a column of files", chat(Q, path="pictures/red.png"), {"picture_column": "path"}),
+        ("a list of files", chat(Q, photos=["pictures/red.png"]), {"picture_column": "photos"}),
+        ("a column of structs", chat(Q, jpg={"bytes": RED, "path": "a.png"}), {"picture_column": "jpg"}),
+        ("a column of bytes", chat(Q, jpg=encoded(noise(), "JPEG")), {"picture_column": "jpg"}),
+        ("an image folder", {"file_name": "pictures/blue.png", "text": "blue"}, {"picture_column": "file_name"}),
+        ("a URL of another picture", chat(Q, url="https://a.b/pictures/red.png"), {}),
+        ("a file that is not there", chat(Q, path="absent.png"), {}),
+        ("another file", chat(Q, path="pictures"), {}),
+        ("a long name", chat(Q, path="a" * 5000 + ".png"), {}),
+        ("sound", chat(Q, sound={"bytes": b"RIFF....WAVE", "path": "a.wav"}), {}),
+        ("a picture that is read", chat("<image>Color?", images=["pictures/red.png"], path="pictures/red.png"), {}),
+        ("HTML", chat('Why is <img src="pictures/red.png"> not shown? <img>'), {}),
+        ("a tag of SVG", chat("What does the <image> tag do?", ANSWER, "And `<image>`?"), {}),
+        ("XML", chat("<rss>\n<image>\n<url>https://a.b</url>\n</image>\n<bbox>1 2</bbox></rss>"), {}),
+        ("a program's usage", pairs("How do I start it?", "docker run <image>"), {}),
+        ("a generic type", chat("List<Image> list;\n<Image>"), {}),
+        ("a document", {"text": f"# A\n{NAMED}\ndocker run <image>"}, {}),
+    ]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_picture_that_nothing_reads(name: str, folder: Path) -> None:
+    row, *expected = LOST[name]
+    form = next(form for form in ("messages", "conversations", "prompt", "text") if form in row)
+    form = {"conversations": "sharegpt", "prompt": "prompt-completion"}.get(form, form)
+    source = Source(source="rows.jsonl", format=form)  # type: ignore[arg-type]
+    place = Place("rows.jsonl:3", folder)
+    [found] = convert_row(row, source, where=place).samples
+    for sees in (False, True):
+        assert dict(find_lost_pictures(row, found, folder, sees=sees)) == expected[sees]
 
 
 # Files of rows ------------------------------------------------------------------------------------

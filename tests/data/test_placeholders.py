@@ -625,6 +625,32 @@ def test_one_question_about_two_pictures_is_no_repeat(
     assert find_repeats(data.train, chosen=True).count == 1
 
 
+TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+
+
+def test_a_model_that_sees_refuses_rows_whose_pictures_nothing_reads(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    picture(tmp_path, (57, 43))
+    read = row(tmp_path, "57x43-0.png", "What?", "Blue.")
+    marked = json.loads(json.dumps(TALK).replace("Hi", "<image>What?"))
+    grounded = json.loads(json.dumps(read).replace("Blue.", "<bbox>"))
+    named = {**TALK, "img": "57x43-0.png"}
+    for bad, found in ((marked, "<image>"), (grounded, "<bbox>"), (named, "img")):
+        with refuses(DataError, where=f"{tmp_path}/pictures.jsonl:2", names=[found]):
+            prepared(folders["gemma3"], tmp_path, [read, bad])
+
+
+def test_a_model_that_sees_says_that_no_row_has_a_picture(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    picture(tmp_path, (57, 43))
+    read = row(tmp_path, "57x43-0.png", "What?", "Blue.")
+    for rows, is_told in (([TALK], True), ([TALK, read], False)):
+        lines = prepared(folders["gemma3"], tmp_path, rows).warnings()
+        assert any("no row has a picture" in line for line in lines) == is_told
+
+
 def test_no_picture_is_cut(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path, (112, 112))
     text_row = {

@@ -123,6 +123,17 @@ def test_prompts_glued_to_their_answers_are_told_where_no_template_was_asked_for
 SPELLED = "Write <|im_end|> here."
 
 
+def test_a_text_model_is_told_of_pictures_that_nothing_reads(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    rows = [{"prompt": f"Who {i}?", "completion": f"He {i}."} for i in range(60)]
+    rows[1]["path"] = "a.png"
+    rows[2]["prompt"] = "<image>\n<ref-object>?"
+    data = prepared(tiny, tmp_path, rows)
+    for about, row in (("a picture in a column", 2), ("such as <image>", 3), ("as <bbox>", 3)):
+        assert f"{tmp_path}/rows.jsonl:{row}" in warned(data, about)
+    assert "path in 1 row" in warned(data, "nothing reads path")
+
+
 def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"messages": [U, {**A, "content": f"b{i}"}]} for i in range(20)]
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "<|im_start|>"}}}

@@ -268,6 +268,11 @@ class TrainingData:
             warnings += [f"{contract.split}: {text}" for text in contract.warnings]
         for tell in (self._tell_bad_rows, self._tell_unread, self._tell_control_tokens):
             warnings += self._of_sources(tell)
+        if self.template.pictures is not None and not self.train.counts.pictures:
+            warnings.append(
+                "model.vision is true, and no row has a picture; fix: model.vision=false, or name"
+                " the column of the pictures, such as columns: {images: COLUMN}"
+            )
         skipped = {}
         for _, part in self.sources():
             if part.rows.skipped:

@@ -36,8 +36,8 @@ HARMLESS_COLUMNS = frozenset(
     """
     id _id ids uuid uid guid idx index row row_id rowid hash md5 sha256 __index_level_0__
     prompt_id conversation_id conversation_hash session_id user_id thread_id message_id
-    name title source dataset dataset_name data_source subset split url link file filename path
-    timestamp time date created created_at updated_at version
+    name title source dataset dataset_name data_source subset split url link
+    file filename file_name path timestamp time date created created_at updated_at version
     language lang category topic domain subject task task_type type difficulty level tags keywords
     model model_name generator author license
     tokens token_count num_tokens length num_turns turns_count

@@ -89,6 +89,23 @@ ROW_WARNINGS = {
         why="the template writes calls, and no list of tools, in training as in use",
         fix="describe the tools in the system message, in rows and in use",
     ),
+    "picture_column": RowWarning(
+        what="a picture in a column that nothing reads",
+        why="the model learns to answer about what it does not see",
+        fix="model.vision=true, and columns: {images: COLUMN}, in rows with a question and its"
+        " answer; or delete the column",
+    ),
+    "picture_mark": RowWarning(
+        what="a mark of a picture, such as <image>, without a picture",
+        why="the model learns to answer about what it does not see",
+        fix="name the picture in a column images, or in a part of the message (docs/pictures.md);"
+        " or delete these rows",
+    ),
+    "grounding": RowWarning(
+        what="a place such as <bbox> that nothing fills in",
+        why="the model learns to write it literally",
+        fix="write the names and the coordinates into the text",
+    ),
     # SmolLM2-135M gives 16 short answers 4.8 nats less behind "Answer: " than behind "Answer:".
     "blank": RowWarning(
         what="a blank before the answer that would be one token with its first word",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.bad_rows import is_of_row
 from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.lost_pictures import find_lost_pictures
 from tunesmith.data.rows.samples import (
     Completion,
     Conversation,
@@ -18,7 +20,7 @@ from tunesmith.data.rows.samples import (
 )
 from tunesmith.data.source.table import Row
 from tunesmith.data.text.example import Example
-from tunesmith.data.text.row_warnings import has_empty_answers, row_warnings
+from tunesmith.data.text.row_warnings import ROW_WARNINGS, has_empty_answers, row_warnings
 from tunesmith.data.text.template import Template, TrainOn, first_turns
 from tunesmith.errors import DataError, TunesmithError
 
@@ -64,11 +66,16 @@ class EncodedRow(NamedTuple):
 
 
 class _ReadRow(NamedTuple):
-    """A row as samples, with its place and what of it nothing has read."""
+    """A row as samples, with its place and what of it nothing has read.
+
+    Attributes:
+        lost: names in ROW_WARNINGS, of its pictures that nothing reads.
+    """
 
     row: RowSamples
     place: str
     unread: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 def _of_row(error: TunesmithError, place: str) -> DataError:
@@ -148,7 +155,7 @@ class RowEncoder:
         is_compared = i < _PROMPTS_ALL or i % _PROMPTS_EVERY == 0
         if is_compared and self.train_on != "all":
             prompt = self._check_prompt(samples[0], example)
-        warnings = [*row_warnings(samples[0], raw=self.template.raw), *example.flaws]
+        warnings = [*row_warnings(samples[0], raw=self.template.raw), *row.lost, *example.flaws]
         if row.row.has_other_preference:
             warnings.append("other_preference")
         # Of a pair the rejected answer is no row to warn of.
@@ -175,7 +182,17 @@ class RowEncoder:
                 why="raw rows are a prompt and a completion without a template",
                 fix="data.template=alpaca; or write it into the prompt, and remove data.system",
             )
-        return _ReadRow(row, place, tuple(sorted(unread)))
+        sees = self.template.pictures is not None
+        folder = getattr(place, "folder", None) or Path()
+        lost = dict(find_lost_pictures(values, row.samples[0], folder, sees=sees))
+        for name, found in lost.items() if sees else ():
+            warning = ROW_WARNINGS[name]
+            what = f"the row has {warning.what}: {found:.200}"
+            fix = warning.fix.replace("COLUMN", found)
+            return DataError(what, where=place, why=warning.why, fix=fix)
+        if "picture_column" in lost:
+            unread.add(lost["picture_column"])
+        return _ReadRow(row, place, tuple(sorted(unread)), tuple(lost))
 
     def _check_prompt(self, sample: Sample, example: Example) -> Prompt:
         """Compare the prompt, rendered alone, with the beginning of the example."""

@@ -1,0 +1,86 @@
+"""Pictures that a row means and nothing reads: marks in its texts, and files in its columns.
+
+Such a row is trained as a text, so the model learns to answer about what it does not see. A text
+about markup, a program's usage or a document is no such row.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from tunesmith.data.rows.picture_places import PICTURE_KEYS
+from tunesmith.data.rows.samples import Completion, Conversation, Sample, pictures_of
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff")  # of PNG and JPEG files
+# Quotes, a closing tag or the words behind it show that a text is about the mark itself.
+_MARK = re.compile(
+    r"""(?<![`"'])(?:
+    (?P<place><\|?(?P<name>(?:image|IMAGE)(?:[ _-]?\d+|_pad|_placeholder|_soft_token)?)\|?>
+        |<start_of_image>|<ImageHere>)(?!.{0,999}</(?P=name)>)
+    |(?P<object><(?P<kind>bbox|ref-object)>(?!.{0,999}</(?P=kind)>))
+    |<img>\s*(?P<tag>[^<>\n]+?)\s*</img>
+    |!\[[^\]\n]*\]\(<?(?P<link>[^)\s>]+)
+    )(?!\s*(?:tags?|elements?|nodes?)\b|[`"'])""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def find_lost_pictures(
+    row: Mapping[str, object], sample: Sample, folder: Path, *, sees: bool
+) -> Iterator[tuple[str, str]]:
+    """Find what of a row stands for a picture that nothing reads.
+
+    Args:
+        row: the row that `sample` was made of.
+        folder: to which paths in the row are relative.
+        sees: whether the model takes pictures: then each mark of one needs its picture.
+
+    Yields:
+        A name in ROW_WARNINGS, and the column or the mark.
+    """
+    has_pictures = bool(pictures_of(sample))
+    for column, value in row.items():
+        if not has_pictures and _is_picture(value, folder):
+            yield "picture_column", column
+    for role, text in _texts_of(sample):
+        for match in _MARK.finditer(text) if "<" in text or "![" in text else ():
+            found = match[match.lastgroup or 0]
+            if match.lastgroup == "object":
+                yield "grounding", found
+            elif has_pictures or role not in ("user", "text"):
+                continue
+            elif match.lastgroup != "place":
+                if role == "user" and (sees or _is_picture(found, folder)):
+                    yield "picture_mark", found
+            else:
+                # A picture is at the start of a line or behind a sentence; `docker run <image>` is
+                # a text.
+                before = text[max(0, match.start() - 9) : match.start()].rstrip(" \t")
+                if before[-1:] in "\n:?.!" or (sees and role == "user"):
+                    yield "picture_mark", found
+
+
+def _texts_of(sample: Sample) -> list[tuple[str, str]]:
+    """Return the texts of a sample with the role of who says them."""
+    if isinstance(sample, Conversation):
+        return [(turn["role"], turn["content"]) for turn in sample.messages]
+    if isinstance(sample, Completion):
+        return [("user", sample.prompt), ("assistant", sample.completion)]
+    return [("text", sample.text)]
+
+
+def _is_picture(value: object, folder: Path) -> bool:
+    """Return whether a value is a picture: its bytes, or the name of a file that exists."""
+    if isinstance(value, list):
+        return any(_is_picture(item, folder) for item in value[:1])
+    if isinstance(value, Mapping):
+        return any(_is_picture(value.get(key), folder) for key in PICTURE_KEYS)
+    if isinstance(value, bytes):
+        return value.startswith(_FIRST_BYTES)
+    # The name may be longer than the file system allows.
+    with suppress(OSError, ValueError):
+        is_name = isinstance(value, str) and value.lower().endswith(_SUFFIXES)
+        return is_name and (folder / str(value)).is_file()
+    return False
