@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -162,6 +163,13 @@ def bomb() -> bytes:
     return bytes(data)
 
 
+def damaged() -> bytes:
+    """A PNG that begins and ends as it should, with another byte in its pixels."""
+    data = bytearray(encoded(noise()))
+    data[len(data) // 2] ^= 1
+    return bytes(data)
+
+
 REFUSED: dict[str, tuple[bytes, tuple[object, ...]]] = {
     "text": (b"not a picture", ("PNG", "JPEG")),
     "a page": (b"<html><body>404</body></html>", ("PNG",)),
@@ -171,6 +179,7 @@ REFUSED: dict[str, tuple[bytes, tuple[object, ...]]] = {
     "a moving PNG": (frames("PNG"), ("PNG", "frame")),
     "a moving WEBP": (frames("WEBP"), ("WEBP", "frame")),
     "pages": (frames("TIFF"), ("TIFF", "frame")),
+    "broken inside": (damaged(), ("broken",)),
     "a line": (encoded(Image.new("L", (201, 1))), ("201 x 1", "200")),
     "floats": (encoded(Image.new("F", (3, 3)), "TIFF"), ("TIFF", "F")),
     "a header alone": (RED[:20], ()),
@@ -205,7 +214,10 @@ def test_damaged_bytes_never_raise_another_error() -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder").mkdir()
-    paths = ["absent.png", "empty.png", "folder", "a" * 300, "nul\0"]
+    os.mkfifo(tmp_path / "pipe")
+    # Reading some files of /proc waits for ever: their size is 0.
+    paths = ["absent.png", "empty.png", "folder", "pipe", "/proc/self/status", "/dev/zero"]
+    paths += ["a" * 300, "nul\0"]
     for path in paths:
         picture = Picture("picture 1", path=tmp_path / path)
         with refuses(

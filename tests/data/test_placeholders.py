@@ -715,6 +715,40 @@ def test_all_tokens_of_a_row_may_be_trained_but_those_of_its_pictures(
     assert np.array_equal(~example.trained[1:], np.isin(example.ids[1:], processor.ids))
 
 
+@pytest.mark.parametrize("name", ["nul\0.png", "half\ud800.png"])
+def test_a_name_that_no_file_can_have_is_refused(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with refuses(DataError, where=f"{tmp_path}/pictures.jsonl:1, picture 1"):
+        prepared(folders["gemma3"], tmp_path, [row(tmp_path, name, "What?", "Blue.")])
+
+
+def test_a_picture_that_is_broken_inside_is_left_out_before_training(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    file = picture(tmp_path, (57, 43)).path
+    assert file is not None
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "broken.png").write_bytes(data)
+    rows = [row(tmp_path, name, "What?", "Blue.") for name in ("57x43-0.png", "broken.png")]
+    with refuses(DataError, where=f"{tmp_path}/pictures.jsonl:2, picture 1", names=["broken"]):
+        prepared(folders["gemma3"], tmp_path, rows)
+    counts = prepared(folders["gemma3"], tmp_path, rows, bad_rows="skip").train.counts
+    assert (counts.kept, counts.bad) == (1, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_tells_what_the_smallest_picture_costs(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for size in ((1, 1), (1, 7)):
+        picture(tmp_path, size)
+        rows = [row(tmp_path, f"{size[0]}x{size[1]}-0.png", "What?", "Blue.")]
+        data = prepared(folders[family], tmp_path, rows, seq_len=1024)
+        assert data.describe_pictures(data.train.parts[0])
+
+
 def test_data_tells_what_pictures_cost(folders: dict[str, Path], tmp_path: Path) -> None:
     picture(tmp_path, (112, 112))
     picture(tmp_path, (57, 43))

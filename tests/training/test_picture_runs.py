@@ -396,10 +396,13 @@ def test_a_picture_that_changes_is_refused(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", changed)
-        with refuses(RunError, where=f"{rows}:4, picture 1"):
+        with refuses(RunError, where=f"{rows}:4, picture 1", fix=["checkpoint.resume=force"]):
             train(start, quiet=True)
     with refuses(DataError, where=f"data.train: {rows}", names=["pictures"]):
         train(start, quiet=True)
+    forced = Path(shutil.copytree(start.output_dir, tmp_path / "forced"))
+    checkpoint = replace(start.checkpoint, resume="force")
+    train(replace(start, output_dir=str(forced), checkpoint=checkpoint), quiet=True)
     # Another run takes it as it is now, and the first one goes on with the old one.
     few = {"duration": "1 steps"}
     train(picture_run(run.model, rows, train=few, output_dir=str(tmp_path / "new")), quiet=True)

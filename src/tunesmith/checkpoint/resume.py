@@ -310,15 +310,17 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         part, key, sources = parts[name]
         error: type[ModelError | DataError] = DataError
         changed = "rows, pictures, template or tokenizer"
+        meaning = ": it continues with the rows as they are now, some twice or never in this epoch"
         if name in ("model_hash", "reference_hash"):
             error = ModelError
             changed = "weights"
+            meaning = ""
         raise error(
             f"the {part} changed since this run started",
             where=f"{key}: {', '.join(sources)}",
             why=f"its hash is {digest[:12]}, the checkpoint's is {previous[:12]}: "
             f"{changed} were changed",
-            fix=f"undo the change, or {START_OVER}, {FORCE}",
+            fix=f"undo the change, or {START_OVER}, {FORCE}{meaning}",
         )
 
 

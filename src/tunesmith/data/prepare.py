@@ -229,7 +229,7 @@ class TrainingData:
         each = f"{least:,}" if least == most else f"{least:,} to {most:,} (median {middle:,})"
         lines = [f"tokens of a picture: {each}"]
         width, height = counts.largest_picture
-        limit = processor.max_pixels or width * height // 4
+        limit = processor.max_pixels or max(1, width * height // 4)
         size = scaled_size((width, height), limit)
         whole = processor.count_tokens((width, height))
         scaled = processor.count_tokens(size)

@@ -59,7 +59,8 @@ class PixelMaker:
                     "the picture is another one than when its row became tokens",
                     where=place,
                     why="its file was changed since the rows were read",
-                    fix="put the old file back; or touch it, and start anew in another output_dir",
+                    fix="put the old file back; or resume with checkpoint.resume=force, which"
+                    " continues with the new one",
                 )
             images.append(open_picture(data, place, self.processor.max_pixels))
         return self.processor.pixels(images)

@@ -39,7 +39,7 @@ class SeenPictures(NamedTuple):
 
 
 def see_pictures(sample: Sample, processor: "PictureProcessor | None", where: str) -> SeenPictures:
-    """Read the pictures of the row at `where`, of their pixels none.
+    """Read the pictures of the row at `where`; each is decoded once, and its pixels are not kept.
 
     Raises:
         DataError: one cannot be read, no processor takes them, or the row spells its tokens.

@@ -1,8 +1,7 @@
 """Pictures as a model takes them: placeholder tokens in the text, and arrays for its vision part.
 
 Both come from one processor of Transformers. The tokens of a picture follow from its width and
-height alone, so they are those of a blank picture of the same size: rows are tokenized without
-decoding a picture.
+height alone, so they are those of a blank picture of the same size.
 
 The processor's class is asked for neither torchvision nor a video processor: pictures need none.
 """

@@ -184,8 +184,8 @@ def _stamp_pictures(rows: Rows, source: Source) -> str:
                 for picture in pictures_of(convert_sample(rows[i], source, where=rows.where(i))):
                     if picture.path is None:
                         continue  # the row itself holds it
-                    stamps.update(f"{i} {picture.path}".encode(errors="surrogateescape"))
-                    with suppress(OSError):
+                    stamps.update(f"{i} {picture.path}".encode(errors="backslashreplace"))
+                    with suppress(OSError, ValueError):
                         about = picture.path.stat()
                         # One that comes with an older time, as from an archive, has a new status.
                         times = f"{about.st_mtime_ns} {about.st_ctime_ns}"
