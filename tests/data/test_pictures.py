@@ -575,7 +575,7 @@ def test_a_picture_that_nothing_reads(name: str, folder: Path) -> None:
     place = Place("rows.jsonl:3", folder)
     [found] = convert_row(row, source, where=place).samples
     for sees in (False, True):
-        assert dict(find_lost_pictures(row, found, folder, sees=sees)) == expected[sees]
+        assert dict(find_lost_pictures(row, found, place, sees=sees)) == expected[sees]
 
 
 # Files of rows ------------------------------------------------------------------------------------
@@ -614,6 +614,17 @@ def test_a_csv_beside_a_folder_of_pictures(
     # The folder that holds both.
     assert seen(folder) == [RED, BLUE]
     assert read_rows(Source(source=str(folder))).skipped == ""
+
+
+def test_a_column_of_pictures_is_proposed(folder: Path) -> None:
+    (folder / "a.csv").write_text("path,question,answer\n,Hi,Ho\npictures/red.png,Color?,red\n")
+    (folder / "b.csv").write_text("file_name,text\npictures/red.png,red\n")
+    for name, proposed in (("a.csv", "--columns images=path"), ("b.csv", "")):
+        source = Source(source=str(folder / name))
+        described = detect(read_rows(source), source).describe()
+        assert ("--columns" in described) == bool(proposed)
+        assert proposed in described
+    assert seen(folder / "a.csv", "prompt-completion", images="path") == [RED]
 
 
 def test_paths_are_relative_to_the_part_of_a_data_set_that_names_them(folder: Path) -> None:

@@ -24,6 +24,7 @@ from tunesmith.config.row_formats import (
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.bad_rows import find_bad_rows
 from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.lost_pictures import is_picture
 from tunesmith.data.rows.marks import is_mark
 from tunesmith.data.rows.row_reader import (
     HARMLESS_COLUMNS,
@@ -87,12 +88,14 @@ class Detected:
         columns: the format's name of a column -> the file's.
         ignored: the columns that are not read.
         has_pictures: whether a row that was looked at has any.
+        picture_column: an ignored column with pictures; empty where there is none.
     """
 
     format: FormatName
     columns: dict[str, str]
     ignored: tuple[str, ...] = ()
     has_pictures: bool = False
+    picture_column: str = ""
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -108,6 +111,8 @@ class Detected:
             text += f" ({', '.join(renamed)})"
         if self.ignored:
             text += f"; ignored: {', '.join(self.ignored)}"
+        if self.picture_column and "images" in ROW_FORMATS[self.format].columns:
+            text += f"; --columns images={shell_word(self.picture_column)} reads its pictures"
         return text
 
     def flags(self) -> str:
@@ -159,10 +164,18 @@ def detect(
         used = layout.columns.values()
         # Marks of untrained rows are read or refused, whatever the layout.
         others = (name for name in examined.columns if name not in used)
+        ignored = tuple(name for name in others if not is_mark(name))
+        with_pictures = (
+            name
+            for i, row in examined.sample.items()
+            for name in ignored
+            if is_picture(row.get(name), rows.where(i))
+        )
         return replace(
             layout,
-            ignored=tuple(name for name in others if not is_mark(name)),
+            ignored=ignored,
             has_pictures=readable[0].has_pictures,
+            picture_column=next(with_pictures, ""),
         )
     if readable:
         raise examined.ambiguous(readable)

@@ -28,13 +28,13 @@ _MARK = re.compile(
 
 
 def find_lost_pictures(
-    row: Mapping[str, object], sample: Sample, folder: Path, *, sees: bool
+    row: Mapping[str, object], sample: Sample, where: str, *, sees: bool
 ) -> Iterator[tuple[str, str]]:
     """Find what of a row stands for a picture that nothing reads.
 
     Args:
         row: the row that `sample` was made of.
-        folder: to which paths in the row are relative.
+        where: the row's place; paths in the row are relative to its folder.
         sees: whether the model takes pictures: then each mark of one needs its picture.
 
     Yields:
@@ -42,7 +42,7 @@ def find_lost_pictures(
     """
     has_pictures = bool(pictures_of(sample))
     for column, value in row.items():
-        if not has_pictures and _is_picture(value, folder):
+        if not has_pictures and is_picture(value, where):
             yield "picture_column", column
     for role, text in _texts_of(sample):
         for match in _MARK.finditer(text) if "<" in text or "![" in text else ():
@@ -52,7 +52,7 @@ def find_lost_pictures(
             elif has_pictures or role not in ("user", "text"):
                 continue
             elif match.lastgroup != "place":
-                if role == "user" and (sees or _is_picture(found, folder)):
+                if role == "user" and (sees or is_picture(found, where)):
                     yield "picture_mark", found
             else:
                 # A picture is at the start of a line or behind a sentence; `docker run <image>` is
@@ -71,16 +71,17 @@ def _texts_of(sample: Sample) -> list[tuple[str, str]]:
     return [("text", sample.text)]
 
 
-def _is_picture(value: object, folder: Path) -> bool:
+def is_picture(value: object, where: str) -> bool:
     """Return whether a value is a picture: its bytes, or the name of a file that exists."""
     if isinstance(value, list):
-        return any(_is_picture(item, folder) for item in value[:1])
+        return any(is_picture(item, where) for item in value[:1])
     if isinstance(value, Mapping):
-        return any(_is_picture(value.get(key), folder) for key in PICTURE_KEYS)
+        return any(is_picture(value.get(key), where) for key in PICTURE_KEYS)
     if isinstance(value, bytes):
         return value.startswith(_FIRST_BYTES)
     # The name may be longer than the file system allows.
     with suppress(OSError, ValueError):
         is_name = isinstance(value, str) and value.lower().endswith(_SUFFIXES)
+        folder = getattr(where, "folder", None) or Path()
         return is_name and (folder / str(value)).is_file()
     return False

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -183,8 +182,7 @@ class RowEncoder:
                 fix="data.template=alpaca; or write it into the prompt, and remove data.system",
             )
         sees = self.template.pictures is not None
-        folder = getattr(place, "folder", None) or Path()
-        lost = dict(find_lost_pictures(values, row.samples[0], folder, sees=sees))
+        lost = dict(find_lost_pictures(values, row.samples[0], place, sees=sees))
         for name, found in lost.items() if sees else ():
             warning = ROW_WARNINGS[name]
             what = f"the row has {warning.what}: {found:.200}"
