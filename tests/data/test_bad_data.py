@@ -322,7 +322,7 @@ def test_hub_dataset_that_is_not_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub. Visit it"), "no access", "hf auth login"),
         (lambda d: d.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), "no dataset a/b", "./a/b"),
         (lambda d: ConnectionError("Couldn't reach 'a/b' on the Hub (ConnectTimeout)"), "cannot be read", "check the network"),
-        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs a configuration", "name:"),
+        (lambda d: ValueError("Config name is missing. Please pick one among: ['x', 'y']"), "needs a configuration", "data.train.name=x"),
         (lambda d: RuntimeError("Dataset scripts are no longer supported"), "cannot be read", "local copy"),
     ],
 )  # fmt: skip

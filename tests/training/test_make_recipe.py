@@ -490,6 +490,8 @@ EXAMPLE = "--model demo --data faq.csv"
         (["tools.json"], "tools.json is a file of rows", "--data tools.json"),
         (["faq.csv", "train.seed=1"], "faq.csv is a file of rows", EXAMPLE),
         (["faq.csv", "--model", "small"], "a file of rows", "--model small --data faq.csv"),
+        # The shell has replaced a pattern.
+        ([*OWN, "chat.csv"], "chat.csv is a file of rows", "--model small --data './*.csv'"),
         (
             ["smollm2-135m-lora", "--data", "faq.csv"],
             BOTH,

@@ -75,11 +75,16 @@ def check_no_rows(recipe: str, args: argparse.Namespace) -> None:
     if not _names_rows(recipe):
         return
     kind = "folder" if Path(recipe).is_dir() else "file"
+    why = "a recipe is a .yaml file that names a model and rows"
+    rows = recipe
+    if args.data:
+        why = "--data takes one source, and the shell replaces a pattern that is not in quotes"
+        rows = f"{Path(recipe).parent}/*{Path(recipe).suffix}"
     raise UsageError(
         f"{recipe} is a {kind} of rows, not a recipe",
         where="command line",
-        why="a recipe is a .yaml file that names a model and rows",
-        fix=command_on_rows(args, recipe),
+        why=why,
+        fix=command_on_rows(args, rows),
     )
 
 
@@ -168,8 +173,9 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
-    # Before numpy is imported.
-    if is_local(args.data[0]):
+    # Before numpy is imported. Which configuration of a folder is meant is checked with its rows.
+    names_config = any(word.startswith("data.train.name=") for word in words)
+    if is_local(args.data[0]) and not names_config:
         check_local(Path(args.data[0]).expanduser().absolute())
     from tunesmith.training.early_checks import look_at_rows
 

@@ -5,6 +5,7 @@ together; on the command line it starts from the working directory, and so do `o
 `log.tensorboard_dir` always.
 """
 
+import glob
 import os
 import re
 from dataclasses import replace
@@ -35,6 +36,16 @@ _INPUTS = {
     "data.template": (),
 }
 _HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+
+
+def is_pattern(text: str) -> bool:
+    """Return whether a source is a pattern of files, such as `rows/*.jsonl`."""
+    return glob.has_magic(text) and not os.path.exists(text)
+
+
+def pattern_folder(pattern: Path) -> Path:
+    """Return the innermost folder that contains all files of a pattern."""
+    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def inputs_of(run: Run) -> dict[str, str]:
@@ -125,7 +136,7 @@ def _resolve(text: str, name: str, node: Node, key: str) -> str:
         return path
     # A Hub id may look like a relative path: it is a path if it has a data file's suffix, or is
     # there.
-    if text.lower().endswith(_INPUTS[name]) or os.path.exists(path):
+    if text.lower().endswith(_INPUTS[name]) or is_pattern(text) or os.path.exists(path):
         return path
     if name == "model.name" and text == demo_model.DEMO_NAME:
         return str(demo_model.demo_model())

@@ -216,11 +216,11 @@ class Source:
 
     source: str = key(
         ...,
-        "Hub id, or a file or folder of them: json, jsonl, csv, parquet, arrow, txt, md",
+        "Hub id, or a file, a folder or a pattern: json, jsonl, csv, parquet, arrow, txt, md",
         example="rows.jsonl",
         others=("path", "data_files"),
     )
-    name: str | None = key(None, "configuration of a Hub dataset")
+    name: str | None = key(None, "configuration of a Hub dataset, or of its clone")
     revision: str | None = key(None, "branch, tag or commit of a Hub dataset")
     split: str | None = key(None, "such as `train` or `train[:95%]`; null: all rows")
     format: FormatName = key(

@@ -82,9 +82,9 @@ def _check_rows(run: Run, sources: Sequence[Source], every_row: bool) -> None:
     is_first_bad = every_row
     for source in sources:
         path = Path(source.source).expanduser()
-        check_local(path)
+        check_local(path, source.name)
         # A row that `leave_out` leaves out is no fault.
-        if path.is_dir() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
+        if not path.is_file() or path.stat().st_size > MAX_EARLY_BYTES or run.data.leave_out:
             continue
         rows = read_rows(source)
         opened.append((source, rows))
@@ -279,8 +279,7 @@ def over(chosen: Mapping[str, object], layer: Node) -> Node:
 
 def _with_split(source: Source) -> Source:
     """The source with `train` as its split where it has several and none is named."""
-    is_file = is_local(source.source) and not Path(source.source).expanduser().is_dir()
-    if source.split is not None or is_file:
+    if source.split is not None or Path(source.source).expanduser().is_file():
         return source
     splits = open_splits(source)
     if len(splits) < 2:

@@ -168,7 +168,7 @@ def check_inputs(run: Run, start: Start) -> None:
         packages.require(name, **key_and_fix(run, name))
     for source in (*run.data.train, *run.data.validation):
         if is_local(source.source):
-            check_local(Path(source.source).expanduser())
+            check_local(Path(source.source).expanduser(), source.name)
     if run.model.tokenizer is not None and Path(run.model.tokenizer).is_absolute():
         fetch.fetch_without_weights(run.model.tokenizer)
     if run.adapter.from_ is not None and start.checkpoint is None:

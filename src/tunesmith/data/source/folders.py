@@ -1,31 +1,32 @@
-"""Local sources -> tables: a file of rows, a text, or a folder of either.
+"""Local sources -> tables: a file of rows, a text, or a folder or pattern of either.
 
 A folder has documents (text files), or the parts of one data set (files of rows), in the order of
 their names. Whatever else is in it is named.
 """
 
-import os
+import glob
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES
+from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
 from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
+from tunesmith.data.source.listings import SKIPPED_FOLDERS, list_files
 from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import NAMES_SHOWN, read_text_files
 from tunesmith.errors import DataError
 from tunesmith.host.files import from_here
+from tunesmith.host.shell import shell_word
 from tunesmith.units import count_of
 
 # Beside the rows that `datasets` saves.
 _ABOUT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # A text beside files of rows that is about them.
 _README_STEM = re.compile(r"(readme|license|licence|changelog|citation|notice)\b.*", re.IGNORECASE)
-_SKIPPED_FOLDERS = ("__pycache__",)
 # Rows name them: they are no rows themselves.
 _PICTURE_SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .ppm".split())
 # One kind of file under two names.
@@ -45,13 +46,16 @@ SPLIT_NAMES = {
 }
 
 
-def open_local(path: Path) -> dict[str, Table]:
-    """The splits of a file or folder by name, of most one, `train`; DataError as `open_table`."""
-    if not path.is_dir():
+def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
+    """Open the splits of a file, a folder or a pattern of files, by their names.
+
+    A file has one split, `train`. Arguments and errors are those of `list_files` and `open_table`.
+    """
+    if not _has_several(path):
         return {"train": open_table(path)}
-    content = _look_into(path)
+    content = _look_into(path, config)
     tables = {}
-    for split, files in content.splits().items():
+    for split, files in content.splits.items():
         try:
             if content.is_text:
                 table = read_text_files(files)
@@ -70,13 +74,19 @@ def open_local(path: Path) -> dict[str, Table]:
     return tables
 
 
-def check_local(path: Path) -> None:
-    """DataError for a file or folder of rows whose names or sizes alone tell that it cannot be
-    read."""
-    if path.is_dir():
-        _look_into(path)
+def check_local(path: Path, config: str | None = None) -> None:
+    """Raise DataError if the names or sizes of files show that a source cannot be read; arguments
+    are those of `open_local`.
+    """
+    if _has_several(path):
+        _look_into(path, config)
     else:
         check_data_file(path)
+
+
+def _has_several(path: Path) -> bool:
+    """Return whether a source is a folder or a pattern, and not a file."""
+    return path.is_dir() or is_pattern(str(path))
 
 
 def _join(tables: Sequence[Table]) -> Table:
@@ -91,48 +101,51 @@ class _Content(NamedTuple):
     """The files of a folder that are read.
 
     Attributes:
-        skipped: those that are not, in a clause.
+        splits: the files of each split; `train` comes first.
+        skipped: those that are not read, in a clause.
         layout: those that are about them or hidden, in a clause.
     """
 
-    folder: Path
-    files: list[Path]
+    splits: dict[str, list[Path]]
     is_text: bool
     skipped: str
     layout: str
 
-    def splits(self) -> dict[str, list[Path]]:
-        """The files of each split; `train` comes first."""
-        splits: dict[str, list[Path]] = {"train": []}
-        for file in self.files:
-            splits.setdefault(self._split(file) or "train", []).append(file)
-        # A document may be called after a test, and a folder `dev` may be about developing: texts
-        # are in splits if all are, in folders beside each other.
-        if self.is_text and not all(map(self._split, self.files)):
-            return {"train": self.files}
-        return {name: files for name, files in splits.items() if files}
 
-    def _split(self, file: Path) -> str:
-        """The split that a file's place names; empty for none."""
-        place = file.relative_to(self.folder)
-        words = [name.lower() for name in place.parts[:-1]]
-        if self.is_text:
-            words = words[:1]
-        else:
-            words += re.split(r"[^a-z]+", place.stem.lower())
-        return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[str, list[Path]]:
+    """Return the files of each split that their names tell; `train` comes first."""
+    names = [_split_of(file.relative_to(folder), is_text=is_text) for file in files]
+    # A document may be called after a test, and a folder `dev` may be about developing: texts are
+    # in splits only if all are, in folders next to each other.
+    if is_text and not all(names):
+        return {"train": files}
+    splits: dict[str, list[Path]] = {"train": []}
+    for file, name in zip(files, names, strict=True):
+        splits.setdefault(name or "train", []).append(file)
+    return splits
 
 
-def _look_into(folder: Path) -> _Content:
+def _split_of(place: Path, *, is_text: bool) -> str:
+    """Return the split that a file's place in its folder names; empty if it names none."""
+    words = [name.lower() for name in place.parts[:-1]]
+    if is_text:
+        words = words[:1]
+    else:
+        words += re.split(r"[^a-z]+", place.stem.lower())
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
+
+
+def _look_into(folder: Path, config: str | None) -> _Content:
     """Choose the files of a folder to read; DataError if there are none, or both rows and texts."""
-    hidden = 0
+    listing = list_files(folder, config)
+    left_out = listing.left_out
     about: list[str] = []
     rows: list[Path] = []
     texts: list[Path] = []
     others: list[Path] = []
-    for file in _walk(folder):
-        if file.name.startswith(".") or file.name in _SKIPPED_FOLDERS:
-            hidden += 1
+    for file in listing.files:
+        if file.name.startswith(".") or file.name in SKIPPED_FOLDERS:
+            left_out["hidden file"] += 1
         elif file.name in _ABOUT_ROWS:
             about.append(file.name)
         elif file.suffix.lower() in ROW_SUFFIXES:
@@ -145,48 +158,54 @@ def _look_into(folder: Path) -> _Content:
         others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
         about += [file.name for file in texts if _README_STEM.fullmatch(file.stem)]
         texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]
-    suffixes = Counter(_SUFFIX_ALIASES.get(s, s) for s in (file.suffix.lower() for file in rows))
-    kinds = [f"{count_of(count, f'{suffix} file')}" for suffix, count in suffixes.items()]
-    if texts:
-        kinds.append(count_of(len(texts), "text file"))
-    if len(kinds) > 1:
-        raise DataError(
-            "the folder has files of different kinds",
-            where=str(folder),
-            why=" and ".join(kinds),
-            fix=f"name one of them, such as source: {(rows or texts)[0]}; or a folder that has one"
-            " kind",
-        )
-    if not kinds:
+    _check_one_kind(folder, listing.folder, rows, texts)
+    if not rows and not texts:
         raise _nothing_to_read(folder, others)
     for file in rows or texts:
         check_is_file(file)
-    if hidden:
-        about.append(count_of(hidden, "hidden file"))
+    about += [count_of(count, noun) for noun, count in left_out.items() if count]
+    skipped = f"skipped: {', '.join(dict.fromkeys(about))}" if about else ""
+    splits = listing.splits
+    if splits is None:
+        splits = _splits_by_name(listing.folder, rows or texts, is_text=not rows)
+    read = set(rows or texts)
+    splits = {split: [file for file in files if file in read] for split, files in splits.items()}
     return _Content(
-        folder,
-        rows or texts,
+        {split: files for split, files in splits.items() if files},
         is_text=not rows,
         skipped=_name_others(others) if others else "",
-        layout=f"skipped: {', '.join(dict.fromkeys(about))}" if about else "",
+        layout="; ".join(filter(None, (listing.layout, skipped))),
     )
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, sorted by their path; a hidden folder counts as a file."""
-    files = []
-    seen = set()
-    for name, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(name)
-        if real in seen:
-            folders.clear()  # a folder that was seen: a link leads to it
-            continue
-        seen.add(real)
-        hidden = [f for f in folders if f.startswith(".") or f in _SKIPPED_FOLDERS]
-        # Of a folder and a link to it the first by name is walked, whatever the disk's order.
-        folders[:] = sorted(f for f in folders if f not in hidden)
-        files += [Path(name, n) for n in (*names, *hidden)]
-    return iter(sorted(files, key=lambda file: file.relative_to(folder).as_posix()))
+def _check_one_kind(source: Path, parent: Path, rows: list[Path], texts: list[Path]) -> None:
+    """Raise DataError if the files are of several kinds; its fix names a source for each kind."""
+    kinds: dict[str, list[Path]] = {}
+    for file in rows:
+        suffix = file.suffix.lower()
+        kinds.setdefault(f"{_SUFFIX_ALIASES.get(suffix, suffix)} file", []).append(file)
+    if texts:
+        kinds["text file"] = texts
+    if len(kinds) > 1:
+        counts = [count_of(len(files), kind) for kind, files in kinds.items()]
+        largest_first = sorted(kinds.values(), key=lambda files: -len(files))
+        ways = [f"source: {_source_of(parent, files)}" for files in largest_first]
+        raise DataError(
+            "the folder has files of different kinds",
+            where=str(source),
+            why=" and ".join(counts),
+            fix=f"choose one kind: {' or '.join(ways)}",
+        )
+
+
+def _source_of(folder: Path, files: Sequence[Path]) -> str:
+    """Return a source that has only these files of a folder: their pattern, or the single file."""
+    if len(files) == 1:
+        return shell_word(files[0])
+    below = "**/" if any(file.parent != folder for file in files) else ""
+    suffixes = sorted({file.suffix for file in files})
+    ending = suffixes[0] if len(suffixes) == 1 else f".[{''.join(s[1] for s in suffixes)}]*"
+    return shell_word(f"{glob.escape(str(folder))}/{below}*{ending}")
 
 
 def _name_others(files: Sequence[Path]) -> str:

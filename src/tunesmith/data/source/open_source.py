@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config.paths import DATA_SUFFIXES
+from tunesmith.config.paths import DATA_SUFFIXES, is_pattern
 from tunesmith.config.schema import Source
 from tunesmith.data.source.arrow_nulls import without_nulls
 from tunesmith.data.source.conversions import CONVERTED_SUFFIXES
 from tunesmith.data.source.folders import open_local
+from tunesmith.data.source.listings import config_error
 from tunesmith.data.source.table import Place, Row, Rows, Table
 from tunesmith.errors import DataError, first_line
 from tunesmith.host.files import from_here, near_path
@@ -53,7 +54,7 @@ def describe_layouts(sources: Iterable[Rows]) -> list[str]:
 def open_splits(source: Source) -> dict[str, Table]:
     """The splits of a source by name: of a file one, `train`; raises as `read_rows`."""
     if is_local(source.source):
-        return open_local(Path(source.source).expanduser())
+        return open_local(Path(source.source).expanduser(), source.name)
     return _read_hub(source)
 
 
@@ -92,14 +93,15 @@ def count_of_example(row: Mapping[str, object], source: Source) -> int:
 
 
 def is_local(name: str) -> bool:
-    """Tell whether a source names a local file.
+    """Return whether a source names a local file or several.
 
-    It exists, is written as a path, or ends as a file of rows or text does.
+    It exists, is written as a path, ends as a file of rows or text does, or is a pattern.
     """
     is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     is_path = is_path or name.endswith("/")
     suffixes = (*DATA_SUFFIXES, *CONVERTED_SUFFIXES)
-    return is_path or name.lower().endswith(suffixes) or Path(name).exists()
+    is_path = is_path or name.lower().endswith(suffixes) or is_pattern(name)
+    return is_path or Path(name).exists()
 
 
 def select_rows(tables: dict[str, Table], split: str | None, *, where: str) -> Rows:
@@ -218,8 +220,7 @@ def _hub_error(name: str, error: Exception) -> DataError:
         what = f"there is no dataset {name} on the Hub, or it is private"
         fix = f"fix the name; for a private one: hf auth login; for a file: ./{name}"
     elif isinstance(error, ValueError) and "onfig" in text:
-        what = f"the dataset {name} needs a configuration"
-        fix = "name: <one of these>"
+        return config_error(name, error)
     else:
         # A lost connection, a time-out, a full disk, or files of a form that nothing reads.
         what = f"the dataset {name} cannot be read"

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tunesmith.checkpoint.manifest import digest_of_file
-from tunesmith.config.paths import inputs_of
+from tunesmith.config.paths import inputs_of, is_pattern, pattern_folder
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import UsageError, is_secret_name, mask
 from tunesmith.host.files import cache_folder
@@ -37,6 +37,8 @@ def recipe_inputs(run: Run) -> list[Path]:
     """
     # A recipe's paths became absolute when it was loaded: any other word is an id of the Hub.
     files = {key: text for key, text in inputs_of(run).items() if os.path.isabs(text)}
+    patterns = {key: Path(text) for key, text in files.items() if is_pattern(text)}
+    files |= {key: str(pattern_folder(pattern)) for key, pattern in patterns.items()}
     for key, text in files.items():
         if not os.path.exists(text):
             raise UsageError(f"{text} does not exist", where=key, fix=f"correct it: {key}=PATH")
