@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from errors import holds, refuses
 from recipes import make_run
+from tunesmith.cli.options import fixes_as_options
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Source
 from tunesmith.data.source.open_source import open_splits, read_rows
@@ -154,3 +156,26 @@ def test_a_file_with_links_is_read_once(tmp_path: Path) -> None:
     (folder / "above").symlink_to(tmp_path)
     assert texts(folder) == {"train": ["b", "other", "c"]}
     assert holds(read_rows(Source(source=str(folder))).layout, "3 repeated links")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a b.txt", "b.txt", "meta.csv"),
+        ("a.txt", "sub/b.md", "sub/c.md", "meta.json"),
+        ("[x].txt", "b.TXT", "meta.jsonl"),
+        ("a.jsonl", "b.ndjson", "c.csv"),
+        ("data/a.csv", "data/b.csv", "notes.txt"),
+    ],
+)
+def test_each_source_that_is_proposed_for_a_mixed_folder_has_its_files(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "it's [1]"
+    contents = {".csv": "text\na", ".json": '[{"text": "a"}]', ".txt": "a", ".md": "a"}
+    make_files(folder, {n: contents.get(Path(n).suffix.lower(), '{"text": "a"}') for n in names})
+    with pytest.raises(DataError) as refused, fixes_as_options():
+        texts(folder)
+    words = shlex.split(refused.value.fix.partition(": ")[2])
+    assert [words[0], *words[2:4]] == ["--data", "or", "--data"]
+    assert [list(texts(words[k]).values()) for k in (1, 4)] == [[["a"] * (len(names) - 1)], [["a"]]]

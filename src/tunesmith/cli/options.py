@@ -183,6 +183,7 @@ def fixes_as_options() -> Iterator[None]:
         yield
     except DataError as error:
         error.fix = re.sub(_COLUMNS_PATTERN, lambda match: _columns_option(match[1]), error.fix)
+        error.fix = re.sub(r"\bsource: ", "--data ", error.fix)
         error.fix = re.sub(r"\b(format|split): ", r"--\1 ", error.fix)
         raise
 

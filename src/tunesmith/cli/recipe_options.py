@@ -176,7 +176,8 @@ def chosen_recipe(
     # Before numpy is imported. Which configuration of a folder is meant is checked with its rows.
     names_config = any(word.startswith("data.train.name=") for word in words)
     if is_local(args.data[0]) and not names_config:
-        check_local(Path(args.data[0]).expanduser().absolute())
+        with fixes_as_options():
+            check_local(Path(args.data[0]).expanduser().absolute())
     from tunesmith.training.early_checks import look_at_rows
 
     keys_of_rows = {"split": args.split, "format": args.format, "columns": dict(args.columns)}

@@ -46,6 +46,7 @@ from tunesmith.cli.options import (
     add_rows,
     add_run,
     check_not_given,
+    fixes_as_options,
     notify_weights,
     whole_number,
 )
@@ -142,7 +143,8 @@ def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocatio
         for run_name, location in zip(args.runs, locations, strict=True):
             require_held_out(location, run_name)
     elif is_local(args.data):
-        check_local(Path(args.data).expanduser())
+        with fixes_as_options():
+            check_local(Path(args.data).expanduser())
     if not args.scorers and not args.exact_match:
         of_answers = ("output", "fresh", "temperature", "seed")
         fix = "add --score exact, or another"
