@@ -327,6 +327,28 @@ def test_hermes_form_for_a_chatml_without_tools() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ("10", "10"),
+        ("<tool_response>\n10\n</tool_response>", "10"),
+        (" <tool_response>10</tool_response>\n", "10"),
+        # Two results in one turn keep the tags between them.
+        (
+            "<tool_response>1</tool_response>\n<tool_response>\n2\n</tool_response>",
+            "1</tool_response>\n<tool_response>\n2",
+        ),
+        ("See <tool_response>10</tool_response>", "See <tool_response>10</tool_response>"),
+    ],
+)
+def test_a_tool_result_is_wrapped_once(content: str, shown: str) -> None:
+    sample = Conversation([user("A?"), answer("<tool_call>a"), result(content), answer("10")])
+    sample.messages[2].pop("tool_call_id")
+    text, _ = learnt(select_template(data(), chat_tokenizer(), {2}), sample)
+    assert f"<tool_response>\n{shown}\n</tool_response><|im_end|>" in text
+    assert text.count("<tool_response>") == shown.count("<tool_response>") + 1
+
+
 def test_hermes_form_leaves_conversations_without_tools_alone() -> None:
     for jinja in (CHATML, "\n" + CHATML + "\n", CHATML + "  \n"):
         tokenizer = chat_tokenizer(jinja)

@@ -1,5 +1,7 @@
 """Find out once, on small conversations, what a chat template does with each kind of text."""
 
+import re
+
 from tunesmith.data.rows.samples import FunctionCall, Message, ToolSchema
 from tunesmith.data.text.rendering import ChatRenderer, Rendering
 from tunesmith.data.text.sentinels import Messages, Tools
@@ -32,6 +34,8 @@ _PROBE_CALL: list[Message] = [
     {"role": "tool", "name": "look", "tool_call_id": "call00001", "content": "five"},
     _PROBE_TURN[1],
 ]
+# The tags around the result of `_PROBE_CALL`.
+_RESULT_TAGS = re.compile(r"(<[^<>]+>|\[[^\[\]]+\])\s*five\s*(<[^<>]+>|\[[^\[\]]+\])")
 _PROBE_CALLS: list[Message] = [
     _PROBE_TURN[0],
     {"role": "assistant", "content": "", "tool_calls": [_CALL, {**_CALL, "id": "call00002"}]},
@@ -78,6 +82,12 @@ def _find_forms(chat: ChatRenderer) -> None:
         rendering = _try(chat, _PROBE_CALL, _PROBE_TOOLS)
         if rendering is not None and rendering.shows("tool_calls"):
             traits.calls = True
+            tags = _RESULT_TAGS.search(rendering.text)
+            if tags is not None:
+                opening, closing = map(re.escape, tags.groups())
+                traits.wrapped_result = re.compile(
+                    rf"\s*{opening}\s*(.*?)\s*{closing}\s*", re.DOTALL
+                )
             break
     else:
         traits.form = traits.form._replace(text_arguments=False)

@@ -121,6 +121,8 @@ class TemplateTraits:
         lists_tools: whether it writes the tools of a conversation.
         splits_thoughts: whether the thought of a text is given to it as a field.
         writes_thoughts: whether rows get a thought that its generation prompt opens.
+        wrapped_result: a tool result between the tags that it writes around results; None: it
+            writes no tags.
     """
 
     form: MessageForm = DEFAULT_FORM
@@ -129,6 +131,7 @@ class TemplateTraits:
     lists_tools: bool = False
     splits_thoughts: bool = False
     writes_thoughts: bool = False
+    wrapped_result: re.Pattern[str] | None = None
 
 
 class ChatRenderer:
@@ -239,15 +242,24 @@ class ChatRenderer:
         return DataError(f"{self.name} {what}", where=where, why=why, fix=fix)
 
     def in_form(self, messages: Messages) -> Messages:
-        """The messages with the thoughts of texts in `reasoning_content`, where the template would
-        not read them there.
+        """Return the messages without what the template would repeat or not read.
+
+        A thought of a text moves to `reasoning_content` if the template would not read it in the
+        text. A tool result loses the tags that the template writes again.
         """
-        if not self.traits.splits_thoughts:
-            return messages
-        in_form = []
+        splits = self.traits.splits_thoughts
+        wrapped = self.traits.wrapped_result
+        in_form: list[Message] = []
         for message in messages:
-            split = split_thought(message)
-            if split.get("reasoning_content") == "" and not self.traits.writes_thoughts:
+            split = split_thought(message) if splits else message
+            result = None
+            if wrapped is not None and message["role"] == "tool":
+                result = wrapped.fullmatch(message["content"])
+            if result is not None:
+                split = {**message, "content": result[1]}
+            elif (
+                splits and split.get("reasoning_content") == "" and not self.traits.writes_thoughts
+            ):
                 # An empty thought is a part of the text where the template knows its tags.
                 knows_tags = "</think>" in self.jinja
                 split = message if knows_tags else {**message, "content": split["content"]}

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.data.rows.messages import is_said
-from tunesmith.data.rows.samples import Completion, Conversation, Sample
+from tunesmith.data.rows.samples import Completion, Conversation, Message, Sample
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 
 
@@ -67,6 +67,16 @@ ROW_WARNINGS = {
         what="a thought that is opened and never closed",
         why="it was cut off, and the model learns to end within a thought",
         fix="delete these rows, or close the thought and write the answer behind it",
+    ),
+    "unmatched_call": RowWarning(
+        what="a tool call without its result, or a tool result of no call",
+        why="the conversation continues without the result, and the model learns to make it up",
+        fix="write each result behind its call, with its id in tool_call_id; or delete these rows",
+    ),
+    "unlisted_call": RowWarning(
+        what="a tool call that the row's tools do not allow",
+        why="the tools do not list its function, or they require an argument that it does not have",
+        fix="fix the call, add its function to the row's tools, or delete these rows",
     ),
     "lost_thought": RowWarning(
         what="a thought that is not in the tokens",
@@ -143,6 +153,10 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     if isinstance(sample, Conversation):
         texts = [message["content"] for message in sample.messages]
         questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
+        if _has_unmatched_call(sample.messages):
+            yield "unmatched_call"
+        if _has_unlisted_call(sample):
+            yield "unlisted_call"
     elif isinstance(sample, Completion):
         texts = [sample.prompt, sample.completion]
         questions = [] if raw else [sample.prompt]
@@ -165,6 +179,53 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
         yield "endless_thought"
     if any("{{" in text and _BRACED_NAME.search(text) for text in texts):
         yield "placeholder"
+
+
+def _has_unmatched_call(messages: list[Message]) -> bool:
+    """Return whether the next turn follows calls without results, or a result has no call.
+
+    A result without an id belongs to the next call, and so does a result of calls without ids.
+    """
+    waiting: list[str | None] = []
+    ids: set[str | None] = set()
+    for message in messages:
+        calls = [call.get("id") for call in message.get("tool_calls", ())]
+        waiting += calls
+        ids.update(calls)
+        if message["role"] == "tool":
+            result = message.get("tool_call_id")
+            if result in waiting:
+                waiting.remove(result)
+            elif waiting and None in (result, waiting[0]):
+                del waiting[0]
+            elif ids and result not in ids:
+                return True
+        elif waiting and not calls:
+            return True
+    return False
+
+
+def _has_unlisted_call(sample: Conversation) -> bool:
+    """Return whether a call has a function that the row's tools do not list, or lacks a required
+    argument.
+    """
+    functions: dict[object, Any] = {}
+    for tool in sample.tools or ():
+        function: Any = tool.get("function", tool)
+        functions[function.get("name")] = function
+    for message in sample.messages if functions else ():
+        for call in message.get("tool_calls", ()):
+            # gpt-oss writes functions.NAME.
+            name = call["function"]["name"]
+            function = functions.get(name) or functions.get(name.removeprefix("functions."))
+            if function is None:
+                return True
+            parameters = function.get("parameters")
+            required = parameters.get("required") if isinstance(parameters, dict) else ()
+            given = list(call["function"]["arguments"])
+            if isinstance(required, list) and not all(name in given for name in required):
+                return True
+    return False
 
 
 def has_empty_answers(sample: Sample) -> bool:
