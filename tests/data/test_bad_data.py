@@ -180,7 +180,6 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
     ([U], "no assistant turn", ":1", "columns:"),
     ([U, A, U], "does not end with an answer", ":1", "last messages"),
     ([A, U, A], "without a question", "message 1", "order"),
-    ([U, A, {"role": "system", "content": "S"}, U, A], "comes after others", "message 3", "order"),
     ([U, {"role": "tool", "content": "3"}, A], "behind no answer", "message 2", "order"),
     ([U, {"role": "assistant", "tool_calls": [{"function": {}}]}], "no name", "message 2", '"name"'),
     ([U, {"role": "assistant", "tool_calls": [{**CALL, "arguments": "{a: 1}"}]}], "arguments is not JSON", ":1", "fix the text"),

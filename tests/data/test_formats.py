@@ -212,7 +212,7 @@ def test_tools(tools: Any) -> None:
     assert form({"messages": [U, A], "tools": tools}, "messages").tools == wrapped
 
 
-@pytest.mark.parametrize("tools", [None, "", "[]", []])
+@pytest.mark.parametrize("tools", [None, "", "[]", [], "null", "None", " [] "])
 def test_no_tools(tools: Any) -> None:
     assert form(turns(("human", "hi"), ("gpt", "ho"), tools=tools), "sharegpt").tools is None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_table import TOOLS, answer, call, result, user
+from chat_table import TOOLS, answer, call, result, system, user
 from chat_tokenizers import train
 from hypothesis import given
 from hypothesis import strategies as st
@@ -232,6 +232,23 @@ def test_an_empty_thought_of_the_prompt_stands_before_the_last_answer() -> None:
     assert whole.endswith(f"{START}assistant\n<thought></thought>4{END}\n")
 
 
+def test_an_empty_thought_of_the_template_follows_the_prompt_that_opens_one() -> None:
+    """Nemotron 3: its rows without a thought have no line break between the tags."""
+    nemotron = jinja(
+        "{%- if m.role == 'assistant' and '</think>' not in m.content -%}{{- '<think>' ~"
+        " ('\\n' ~ m.reasoning_content ~ '\\n' if m.reasoning_content else '') ~ '</think>' -}}"
+        "{%- endif -%}{{- m.content -}}{%- for c in m.tool_calls or [] -%}"
+        "{{- '<call>' ~ c.function.name ~ c.function.arguments | tojson -}}{%- endfor -%}",
+        "<think>\\n",
+    )
+    question = user("2 + 2?")
+    assert trained(nemotron, [question, answer("4")]) == ([f"</think>4{END}"], ())
+    assert trained(nemotron, [question, answer("<think></think>4")]) == ([f"</think>4{END}"], ())
+    called = answer("", tool_calls=[call("add")])
+    assert trained(nemotron, [question, called]) == ([f"</think><call>add{{}}{END}"], ())
+    assert trained(nemotron, [question, field("two", "4")]) == ([f"two\n</think>4{END}"], ())
+
+
 def test_a_row_with_a_thought_is_not_put_behind_an_empty_one() -> None:
     with refuses(DataError, where="row 1"):
         trained(CLOSED, [user("2 + 2?"), field("two, two", "4")])
@@ -282,6 +299,46 @@ def test_all_with_an_empty_thought_and_an_answer_that_is_left_out() -> None:
     supervised = template.tokenizer.decode(example.ids[example.trained])
     assert "4" not in supervised
     assert supervised.endswith(f"<thought></thought>6{END}\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("{{- m.content if not m.tool_calls -}}CALL", "drops the text before the call"),
+        ("CALL{{- m.content -}}", "moves the text before the call"),
+    ],
+)
+def test_a_text_before_a_call_that_the_template_does_not_write_there(body: str, what: str) -> None:
+    """gpt-oss drops the text, and Gemma 4 writes it behind the call."""
+    written = "{%- for c in m.tool_calls or [] -%}{{- '<call>' ~ c.function -}}{%- endfor -%}"
+    template = jinja(body.replace("CALL", written))
+    row = [user("Rain?"), answer("I ask.", tool_calls=[call("weather")])]
+    names = [what, "message 2"]
+    with refuses(DataError, where="row 1", names=names, fix=["reasoning_content"]):
+        trained(template, row)
+    row[1]["content"] = ""
+    assert trained(template, row)[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("jinja", "what"),
+    [
+        (jinja("{{- m.content -}}"), ""),
+        (jinja("{{- m.content if m.role != 'system' -}}"), "drops message 3 (system)"),
+        (
+            "{%- for m in messages if m.role == 'system' -%}{{- m.content ~ '\n' -}}{%- endfor -%}"
+            + jinja("{{- m.content if m.role != 'system' -}}"),
+            "moves message 3 (system)",
+        ),
+    ],
+)
+def test_a_later_system_message_stands_where_the_row_has_it(jinja: str, what: str) -> None:
+    row = [user("Hi"), answer("Hello."), system("Be terse."), user("Bye"), answer("Bye.")]
+    if not what:
+        assert trained(jinja, row)[0] == [f"Hello.{END}", f"Bye.{END}"]
+        return
+    with refuses(DataError, where="row 1", names=[what], fix=["the next message of the user"]):
+        trained(jinja, row)
 
 
 # --- the last answer alone

@@ -61,10 +61,6 @@ PAIRS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "a question as answer": (CHAT | {"rejected": [BAD, U]}, ("rejected", "user")),
     "an unknown role": (CHAT | {"prompt": [{"role": "narrator", "content": "x"}]}, ("narrator",)),
-    "a late system message": (
-        CHAT | {"prompt": [U, {"role": "system", "content": "Be brief."}]},
-        ("system",),
-    ),
     "an answer to nothing": (CHAT | {"prompt": [{"role": "system", "content": "Hi."}]}, ()),
     "a message without a role": (CHAT | {"chosen": [{"content": "3"}]}, ("role",)),
     "a message without content": (CHAT | {"chosen": [{"role": "assistant"}]}, ("content",)),

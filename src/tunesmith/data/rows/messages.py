@@ -390,7 +390,8 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
     that was exported from Arrow has, where each object gets the keys of all others.
     """
     value = row.optional("tools")
-    if value is None or value in ("", []):
+    # A csv file has None as text.
+    if value is None or (isinstance(value, str) and value.strip() in ("", "null", "None")):
         return None
     tools: list[ToolSchema] = []
     for n, tool in enumerate(row.list(value, "tools"), 1):
@@ -435,8 +436,7 @@ def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:
 def check_order(row: RowReader, messages: list[Message]) -> None:
     """DataError for what no template can render.
 
-    That is a late system message, a result without a call, an answer to nothing, or no answer at
-    the end.
+    That is a result without a call, an answer to nothing, or no answer at the end.
     """
     roles = [message["role"] for message in messages]
     may_have_result = False
@@ -444,9 +444,7 @@ def check_order(row: RowReader, messages: list[Message]) -> None:
     for n, message in enumerate(messages):
         role = message["role"]
         fault = ""
-        if role == "system" and n > 0:
-            fault = "a system message comes after others; it must come first, once"
-        elif role == "tool" and not may_have_result:
+        if role == "tool" and not may_have_result:
             fault = "a tool result behind no answer"
         elif role == "assistant" and only_system_so_far:
             fault = "the first turn is the assistant's, without a question"

@@ -28,6 +28,10 @@ from tunesmith.data.text.thoughts import missing_parts, open_thought
 from tunesmith.errors import DataError
 
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*\Z")
+_FIX_DROPPED = (
+    "remove it from the rows, or use a template that renders it: data.template=FILE.jinja"
+)
+_FIX_TEXT_AND_CALL = f"move the text to the answer's reasoning_content, or {_FIX_DROPPED}"
 _FIX_TAGS = (
     "move the {% generation %} tags in the template: they must enclose each answer with its end"
     " token, and nothing else"
@@ -129,6 +133,14 @@ def _check_complete(
         texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
         if not is_marked and any(text.strip() not in rendering.text for text in texts):
             raise _dropped(chat, Field(i, "content", content), rendering, where)
+        # A template may write all system messages first: earlier answers would learn from them.
+        is_late = i > 0 and plain["role"] == "system"
+        earlier, own = (rendering.of_message(n)[:1] for n in (i - 1, i)) if is_late else ([], [])
+        if earlier and own and own < earlier:
+            what = f"moves message {i + 1} (system) in front of earlier messages"
+            why = "an earlier answer would be trained with it in its prompt"
+            fix = "write it into the next message of the user, or split the row before it"
+            raise chat.error(what, where, why, fix)
     # Two sentinels of a text tell its beginning and its end.
     sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
     for n, field in enumerate(rendering.inserted.fields):
@@ -148,11 +160,17 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering, where: str)
     """The error for a template that leaves out a text."""
     message = f"message {field.message + 1}"
     why = "the model would train on an incomplete conversation"
-    fix = "remove it from the rows, or use a template that renders it: data.template=FILE.jinja"
+    fix = _FIX_DROPPED
     if field.kind == "tools":
         dropped = "the tools"
     elif field.kind == "content":
-        dropped = f"{message} ({rendering.messages[field.message]['role']})"
+        role = rendering.messages[field.message]["role"]
+        dropped = f"{message} ({role})"
+        if rendering.messages[field.message].get("tool_calls"):
+            dropped = f"the text before the call of {message}"
+            fix = _FIX_TEXT_AND_CALL
+        elif role == "system":
+            fix = f"write it into the next message of the user, or {fix}"
     else:
         dropped = f"the {field.kind} of {message}"
     if field.kind == "reasoning_content":
@@ -191,6 +209,11 @@ def _answer(
         # Texts of another message between those of the answer: no span can hold the answer
         # alone.
         is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
+        kinds = [rendering.field(rendering.sentinels[n]).kind for n in indices]
+        if "content" in kinds and "tool_calls" in kinds[: kinds.index("content")]:
+            what = f"moves the text before the call of message {i + 1}, an answer"
+            why = "it writes the text behind the call, or behind the result of the call"
+            raise chat.error(what, where, why, _FIX_TEXT_AND_CALL)
         if start > rendering.place(indices[0]) or not is_contiguous:
             raise chat.error(f"mixes message {i + 1}, an answer, with other text", where)
         texts_end = max(start, rendering.place(last_sentinel))
@@ -220,7 +243,9 @@ def _with_prompt(
 
     Gemma 4's prompt has an empty thought where thinking is off, and its model answers after it.
     DeepSeek R1's opens a thought, and its template leaves thoughts out of rows: the row's is
-    written there. A row without a thought has nothing to close it with, and stays as it is.
+    written there. Nemotron 3's opens a thought with a line break, and its template writes the tags
+    of an empty thought in a row without one: the break is written between them. A row without any
+    thought has nothing to close it with, and stays as it is.
     """
     at = chat.thought_in_prompt(rendering, i, prompt_at, prompt)
     indices = rendering.of_message(i)
@@ -229,16 +254,23 @@ def _with_prompt(
     added = prompt[at:]
     has_thought = "reasoning_content" in rendering.messages[i]
     tags = open_thought(added)
-    if has_thought and chat.traits.writes_thoughts and tags is not None:
+    begin = end = prompt_at + at
+    empty = None
+    if tags is not None and not has_thought:
+        empty = re.compile(r"{}\s*(?={})".format(*map(re.escape, tags))).match(
+            rendering.text, begin
+        )
+    if empty is not None:
+        end = empty.end()
+    elif has_thought and chat.traits.writes_thoughts and tags is not None:
         added += f"{rendering.inserted.thought_of(i).strip()}\n{tags[1]}\n\n"
     elif has_thought or tags is not None:
         return rendering
     split = indices[0] if indices else len(rendering.sentinels)
     sentinels = rendering.sentinels[:split]
     for sentinel in rendering.sentinels[split:]:
-        sentinels.append(sentinel._replace(at=sentinel.at + len(added)))
-    begin = rendering.text[: prompt_at + at]
-    text = begin + added + rendering.text[len(begin) :]
+        sentinels.append(sentinel._replace(at=sentinel.at + len(added) - (end - begin)))
+    text = rendering.text[:begin] + added + rendering.text[end:]
     return rendering._replace(text=text, sentinels=sentinels)
 
 
