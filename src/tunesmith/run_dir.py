@@ -37,7 +37,7 @@ from annotated_types import Ge, Le, Len
 from typing_extensions import TypedDict  # that pydantic reads also before Python 3.12
 
 from tunesmith.config import schema
-from tunesmith.config.load import load_recipe
+from tunesmith.config.load import RUN_IDENTITY, RUN_RECIPE, load_recipe
 from tunesmith.config.names import keys, nearest
 from tunesmith.config.schema import Run
 from tunesmith.config.tree import read_file
@@ -53,8 +53,8 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Fields = dict[str, Any]  # of a JSON or YAML file whose values may be anything
 
-RECIPE = "config.yaml"
-IDENTITY = "env.json"
+RECIPE = RUN_RECIPE
+IDENTITY = RUN_IDENTITY
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 NO_FINAL_ANSWERS = "no sample answers of the final weights: "  # in log.txt, before the reason
@@ -496,7 +496,7 @@ def with_earlier_runs(run: Run) -> tuple[list[Run], str]:
                 fault = f"it continues {place}, which is in no run directory"
                 continue
             try:
-                runs.append(load_recipe(file))
+                runs.append(load_recipe(file, trusts_code=True))
             except TunesmithError as error:
                 fault = f"{error.what} ({file})"
     return runs, fault

@@ -75,6 +75,35 @@ def test_extends_merges_mappings_and_replaces_lists(recipe: Path) -> None:
     assert (run.train.betas, run.train.seed) == ((0.8, 0.9), 1)
 
 
+@pytest.mark.parametrize(
+    ("place", "counts"),
+    [("recipes/base.yaml", True), ("recipes/below/base.yaml", True), ("other/base.yaml", False),
+     ("recipes/run/config.yaml", False), ("recipes/link.yaml", False)],
+)  # fmt: skip
+def test_only_the_users_own_files_allow_code(place: str, counts: bool, tmp_path: Path) -> None:
+    base = tmp_path / place
+    base.parent.mkdir(parents=True, exist_ok=True)
+    file = base
+    if base.name == "link.yaml":
+        file = tmp_path / "far.yaml"
+        base.symlink_to(file)
+    file.write_text(BASE.replace("model: {", "model: {trust_remote_code: true, "))
+    (base.parent / "env.json").touch() if base.name == "config.yaml" else None
+    own = tmp_path / "recipes" / "own.yaml"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text(f"extends: {base}\n")
+    if counts:
+        assert load_recipe(own).model.trust_remote_code
+    else:
+        with refuses(RecipeError, where=f"{base}:1", names=["model.trust_remote_code"]):
+            load_recipe(own)
+    for overrides in (["model.trust_remote_code=true"], {"model.trust_remote_code": True}):
+        assert load_recipe(own, overrides).model.trust_remote_code
+    assert not load_recipe(own, ["model.trust_remote_code=false"]).model.trust_remote_code
+    own.write_text(f"extends: {base}\nmodel: {{trust_remote_code: true}}\n")
+    assert load_recipe(own).model.trust_remote_code
+
+
 def test_extends_a_shipped_recipe(recipe: Path) -> None:
     top = recipe.parent / "top.yaml"
     top.write_text("extends: llama3.1-8b-lora\noutput_dir: mine\n")

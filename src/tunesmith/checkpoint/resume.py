@@ -275,7 +275,7 @@ def _recipe_of(output_dir: Path) -> Run:
     """
     recipe = output_dir / RECIPE
     try:
-        return load_recipe(recipe)
+        return load_recipe(recipe, trusts_code=True)
     except TunesmithError as error:
         raise RecipeError(
             f"the recipe that this run started with cannot be read: {error.what}",

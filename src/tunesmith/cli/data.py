@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     run_dir = _run_dir(args.recipe)
     if run_dir is not None:
         args.recipe = str(run_dir / RECIPE)
-    recipe, _ = chosen_recipe(args)
+    recipe, _ = chosen_recipe(args, is_own=run_dir is None)
     if args.write_held_out is not None:
         _check_new_file(args.write_held_out, recipe, run_dir)
     from tunesmith.cli.run_data import show_data

@@ -106,7 +106,7 @@ def add_columns(options: argparse._ActionsContainer) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """RUN, or `several` of them as `runs`, and the device to load it to."""
+    """RUN, or `several` of them as `runs`, its device, and whether its base's code may run."""
     forms = "run directory, checkpoint, final/, adapter or model folder"
     if several:
         parser.add_argument("runs", nargs="+", metavar="RUN", help=forms)
@@ -115,6 +115,8 @@ def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)"
     )
+    trust = "run Python code that comes with the base model, which you have reviewed"
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
 def report_unreadable(errors: Sequence[UsageError], *, shown: int) -> None:

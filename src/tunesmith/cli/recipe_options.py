@@ -138,12 +138,14 @@ def chosen_recipe(
     on_paper: bool = False,
     row_count: int | None = None,
     ranks: int = 1,
+    is_own: bool = True,
     on_look: "Callable[[RowsLook], object]" = lambda look: None,
 ) -> "tuple[Run, NewRecipe | None]":
     """The recipe that the options of `add_recipe` name, with a line logged about what is chosen.
 
     Where they make one, also its file's form; the other arguments are for `make_recipe`.
 
+    is_own: the recipe is not that of a run directory, which others may have written.
     on_look: called with what the rows show, before torch is imported.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
@@ -163,7 +165,9 @@ def chosen_recipe(
                 rows = shell_word(f"data.train.source={args.data[0]}")
                 fix += f"; to train {words[0]} on these rows: {rows} data.hold_out='5 %'"
             raise UsageError(what, where="command line", why=why, fix=fix)
-        return load_recipe(words[0], words[1:], announce=True), None
+        return load_recipe(
+            words[0], words[1:], announce=True, trusts_code=None if is_own else False
+        ), None
     if not args.model or len(args.data or ()) != 1:
         what = "a recipe is required, or --model and --data to write one"
         if args.data and not args.model:

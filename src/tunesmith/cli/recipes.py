@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         example = f"tunesmith recipes {args.action} smollm2-135m-lora"
         raise UsageError(what, where="command line", fix=example)
     elif args.action == "show":
-        recipe = load_recipe(args.name, args.rest)
+        recipe = load_recipe(args.name, args.rest, trusts_code=True)
         text = dump(recipe)
         file = locate_recipe(args.name, base=Path(), where=args.name)
         if args.json:

@@ -11,7 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.config.check import METHOD_FORMATS, check_run
-from tunesmith.config.layers import merge_layers, override_layer, with_method_section
+from tunesmith.config.layers import (
+    COMMAND_LINE,
+    FROM_PYTHON,
+    merge_layers,
+    override_layer,
+    with_method_section,
+)
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import locate_recipe
@@ -21,6 +27,9 @@ from tunesmith.errors import RecipeError
 
 # Recipes one over the other.
 MAX_EXTENDS = 20
+# The files that make a folder a run directory; `run_dir.py` describes them.
+RUN_RECIPE = "config.yaml"
+RUN_IDENTITY = "env.json"
 
 
 def load_recipe(
@@ -28,6 +37,7 @@ def load_recipe(
     overrides: Mapping[str, object] | Sequence[str] = (),
     *,
     announce: bool = False,
+    trusts_code: bool | None = None,
 ) -> Run:
     """Read a recipe, apply overrides, check it; RecipeError or MachineError names what is wrong,
     its place and the fix.
@@ -38,9 +48,44 @@ def load_recipe(
             YAML 1.2; all of them are one layer.
         announce: log a line for each layer that names other rows, about the keys that it leaves
             behind.
+        trusts_code: whether `model.trust_remote_code: true` of a file counts. None: only in the
+            user's own files, see `_check_code_key`.
     """
-    tree = _read_layers(locate_recipe(recipe, base=Path(), where=str(recipe)), (), announce)
-    return checked(merge_layers(tree, override_layer(overrides), announce=announce))
+    file = locate_recipe(recipe, base=Path(), where=str(recipe))
+    tree = _read_layers(file, (), announce)
+    tree = merge_layers(tree, override_layer(overrides), announce=announce)
+    if not trusts_code:
+        _check_code_key(tree, None if trusts_code is False else file.resolve())
+    return checked(tree)
+
+
+def untrusted_code(model: object, where: str) -> RecipeError:
+    """The error for a file of someone else that enables the model's own code."""
+    return RecipeError(
+        "model.trust_remote_code: true does not count here",
+        where=where,
+        why=f"it runs Python code that comes with the model {model}, and only the user's own "
+        "recipe or command can allow that",
+        fix="review that code; to run it, add model.trust_remote_code=true to the command, or "
+        "--trust-remote-code to a command that takes a run; in Python trust_remote_code=True",
+    )
+
+
+def _check_code_key(tree: Node, recipe: Path | None) -> None:
+    """RecipeError if a file that is not the user's own enables `model.trust_remote_code`.
+
+    The user's own files are in the folder of `recipe`, the file that the user names, or below it. A
+    run directory's config.yaml is not one of them, because others may have written it.
+    """
+    model = dict(dict(tree.children()).get("model", tree).children())
+    key = model.get("trust_remote_code")
+    if key is None or key.value is not True or key.where.startswith((COMMAND_LINE, FROM_PYTHON)):
+        return
+    file = Path(key.where.rpartition(":")[0]).resolve()
+    is_of_run = file.name == RUN_RECIPE and file.with_name(RUN_IDENTITY).is_file()
+    if recipe is None or is_of_run or not file.is_relative_to(recipe.parent):
+        name = model["name"].value if "name" in model else ""
+        raise untrusted_code(name, key.where)
 
 
 def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run:

@@ -166,7 +166,11 @@ class Model:
         False,
         "with `vision`: also train, in full, what turns features of pictures into those of tokens",
     )
-    trust_remote_code: bool = key(False, "run Python code from the model's repository")
+    trust_remote_code: bool = key(
+        False,
+        "run Python code from the model's repository; counts in your own recipe and on the command"
+        " line, not in a run directory or in a recipe that `extends` takes from another folder",
+    )
     added_tokens: tuple[str, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from tunesmith.checkpoint import manifest
 from tunesmith.checkpoint.saved_model import find_saved_model
-from tunesmith.config.load import load_recipe
+from tunesmith.config.load import load_recipe, untrusted_code
 from tunesmith.config.names import nearest
 from tunesmith.config.schema import Adapter, Data, Dtype, Model, Run, Source
 from tunesmith.data.text import builtin_templates
@@ -206,12 +206,17 @@ def check_dtype(dtype: str | None) -> None:
         raise UsageError(f"there is no dtype {dtype}", where="--dtype", fix=fix)
 
 
-def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunLocation:
+def locate_run(
+    path: str | os.PathLike[str], *, base_only: bool = False, trust_remote_code: bool = False
+) -> RunLocation:
     """Find what `path`, one of the forms in the module's docstring, stands for; with `base_only`
     the base of it.
 
+    trust_remote_code: the base may run Python code that comes with it. A run directory that enables
+        this itself is refused, because others may have written it.
+
     Raises:
-        UsageError: there is no such path, or it is none of these.
+        UsageError: there is no such path, it is none of these, or its code is not trusted.
         CheckpointError: a run directory without a finished checkpoint, or a damaged one that was
             named.
     """
@@ -229,7 +234,7 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
         else:
             location = _in_folder(place)
     elif place.is_file() and place.suffix in (".yaml", ".yml"):
-        run = load_recipe(place)
+        run = load_recipe(place, trusts_code=trust_remote_code or None)
         note = f"the base of the recipe {path}: {run.model.name}"
         has_run = (Path(run.output_dir) / RECIPE).is_file()
         if has_run:
@@ -244,6 +249,11 @@ def locate_run(path: str | os.PathLike[str], *, base_only: bool = False) -> RunL
         raise _no_model(place, f"{path} is a {place.suffix or 'nameless'} file, not a model")
     else:
         raise _no_model(place, f"there is no {path}")
+    if trust_remote_code:
+        location = _with_base(location, replace(location.base, trust_remote_code=True))
+    elif location.folder and location.base.trust_remote_code:
+        recipe = str(location.folder.parent / RECIPE)
+        raise untrusted_code(location.base.name, recipe)
     if base_only and location.holds != "base":
         return replace(location, holds="base", note=f"the base of {path}: {location.base.name}")
     return location
@@ -304,7 +314,7 @@ def _in_folder(folder: Path, *, note: str = "") -> RunLocation:
     recipe = folder.parent / RECIPE
     run = None
     if _SAVED_FOLDER_NAME.match(folder.name) and recipe.is_file():
-        run = load_recipe(recipe)
+        run = load_recipe(recipe, trusts_code=True)
         damage = None if note else manifest.find_damage(folder, contents=False)
         if damage:
             raise CheckpointError(
@@ -377,6 +387,7 @@ def load_run(
     device: "str | torch.device | None" = None,
     base_only: bool = False,
     dtype: Dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load what `path` stands for.
 
@@ -388,6 +399,7 @@ def load_run(
         base_only: the base of it, with the tuned model's template, without what was trained.
         dtype: of weights and products: `bf16`, `fp16` or `fp32`. None: the run's, or the model's
             own; for a model of no run in bf16 what `model.dtype: auto` stands for on the device.
+        trust_remote_code: run Python code that comes with the base, which you have reviewed.
 
     Raises:
         UsageError, CheckpointError: as `locate_run`; the run deleted this checkpoint meanwhile.
@@ -397,7 +409,9 @@ def load_run(
     """
     check_dtype(dtype)
     # A wrong path is reported before torch is imported.
-    location = path if isinstance(path, RunLocation) else locate_run(path, base_only=base_only)
+    location = path
+    if not isinstance(location, RunLocation):
+        location = locate_run(location, base_only=base_only, trust_remote_code=trust_remote_code)
     import torch
 
     from tunesmith.build_model import build_model
@@ -407,7 +421,8 @@ def load_run(
     # Until the files are open nobody may delete the checkpoint.
     with undeleted(location):
         if location.base.dtype == "auto":
-            location = _with_dtype(location, dtype or resolve_dtype_here(location.base, place))
+            chosen = dtype or resolve_dtype_here(location.base, place)
+            location = _with_base(location, replace(location.base, dtype=chosen))
         read = read_run_files(location, dtype=dtype)
         _check_room(read.files, place)
         plan = inference_plan(read.recipe, read.files, place)
@@ -417,10 +432,9 @@ def load_run(
         return LoadedModel(location, read.recipe, read.files, read.template, train_model)
 
 
-def _with_dtype(location: RunLocation, dtype: Dtype) -> RunLocation:
-    """The location of a base whose dtype is `auto`, with this one in place of it."""
+def _with_base(location: RunLocation, base: Model) -> RunLocation:
+    """The location with other settings of its base, also in the recipe of its run."""
     run = location.run
-    base = replace(location.base, dtype=dtype)
     return replace(location, base=base, run=replace(run, model=base) if run else None)
 
 
@@ -433,7 +447,7 @@ def read_run_files(location: RunLocation, *, dtype: Dtype | None = None) -> Open
     from tunesmith.model.tokenizer import eos_ids
 
     if location.base.dtype == "auto":
-        location = _with_dtype(location, dtype or location.dtype)
+        location = _with_base(location, replace(location.base, dtype=dtype or location.dtype))
     folder = location.folder
     if folder and location.holds == "base" and folder != Path(location.base.name):
         manifest.check_sums(folder, reads=_is_read_beside_base)

@@ -75,7 +75,10 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
     except Exception as error:
         fix = "fix that key, or fetch it again: tunesmith fetch MODEL"
         if "auto_map" in stated and not model.trust_remote_code:
-            fix = "review its code, then set model.trust_remote_code: true"
+            fix = (
+                "review its code, then set model.trust_remote_code: true; for a command that "
+                "takes a run add --trust-remote-code"
+            )
         raise ModelError(
             "Transformers cannot read the config", where=str(file), why=one_line(error), fix=fix
         ) from error

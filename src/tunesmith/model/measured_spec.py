@@ -147,7 +147,10 @@ def cannot_measure(config: Mapping[str, object], where: str, error: Exception) -
     )
     if "auto_map" in config:
         why = f"its repository contains code, which runs only if trusted; {why}"
-        fix = "review that code, then set model.trust_remote_code: true"
+        fix = (
+            "review that code, then set model.trust_remote_code: true; for a command that "
+            "takes a run add --trust-remote-code"
+        )
     return ModelError(
         f"Transformers cannot build this {config['model_type']} from its config",
         where=where,

@@ -261,7 +261,7 @@ def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
         return []
     name = from_here(folder.parent)
     try:
-        earlier = load_recipe(folder.parent / RECIPE)
+        earlier = load_recipe(folder.parent / RECIPE, trusts_code=True)
     except TunesmithError as error:
         return [f"warning: could not check what {name} was trained on: {error.what}"]
     lines = []

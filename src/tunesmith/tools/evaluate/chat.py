@@ -186,7 +186,12 @@ class Chat:
             elif side == BASE_SIDE and loaded.location.holds == "full":
                 # A full fine-tune has its base in other files: they are read at its first use.
                 if self.base is None:
-                    self.base = load_run(self.args.run, device=self.args.device, base_only=True)
+                    self.base = load_run(
+                        self.args.run,
+                        device=self.args.device,
+                        base_only=True,
+                        trust_remote_code=self.args.trust_remote_code,
+                    )
                 loaded = self.base
             prompt, pixels = self._prompt(side, question, loaded)
             with adapter_off:

@@ -125,7 +125,9 @@ def run(args: argparse.Namespace) -> None:
         args.base = len(args.runs) == 1
     # What files and names alone can tell is told before torch is imported.
     with reported_once_a_node():
-        locations = [locate_run(run_name) for run_name in args.runs]
+        locations = [
+            locate_run(run_name, trust_remote_code=args.trust_remote_code) for run_name in args.runs
+        ]
         for location in locations:
             notify_weights(location)
         check_row_arguments(args, locations)

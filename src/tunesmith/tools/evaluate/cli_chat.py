@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    location = locate_run(args.run)
+    location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
     if location.holds == "base" and args.side_by_side:
         what = f"{args.run} is a base model, so there is nothing to compare"
         fix = "use a run, a checkpoint or an adapter, or remove --side-by-side"

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    location = locate_run(args.run, base_only=args.base)
+    location = locate_run(args.run, base_only=args.base, trust_remote_code=args.trust_remote_code)
     rows = _read_input(args.input)
     output = None if args.output == "-" else Path(args.output)
     check_output(output, args)

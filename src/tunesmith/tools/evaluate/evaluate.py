@@ -344,6 +344,7 @@ def evaluate(
     decoding: Decoding | None = None,
     output: str | Path | None = None,
     fresh: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress = lambda *_, **__: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> Evaluation:
@@ -366,6 +367,7 @@ def evaluate(
         output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
             there is gone on with.
         fresh: move existing answers aside.
+        trust_remote_code: as for `load_run`.
         ranks: those that evaluate together, with the whole model each and a part of the rows; rank
             0 writes the answers. All get the numbers of one process.
 
@@ -379,7 +381,7 @@ def evaluate(
         _require_file(data)
         # Wrong names end it before a model is loaded.
         scorers = check_scorer_names(scorers)
-        location = locate_run(path)
+        location = locate_run(path, trust_remote_code=trust_remote_code)
         if data is None:
             parts, name = _held_out_rows(location, path_of(path))
         else:
@@ -421,7 +423,9 @@ def evaluate(
         elif base and location.holds == "full":
             # One model at a time.
             del loaded
-            base_model = load_run(path, device=device, base_only=True)
+            base_model = load_run(
+                path, device=device, base_only=True, trust_remote_code=trust_remote_code
+            )
             scores = {"base": score_model(base_model, "base"), **scores}
         evaluation = replace(_evaluation(scores, tokens, shown), seen=seen, seen_fault=seen_fault)
         _keep_losses(evaluation, tokens, location, ranks, has_answers=bool(scorers))

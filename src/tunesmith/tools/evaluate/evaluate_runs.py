@@ -114,6 +114,7 @@ def evaluate_runs(
     *,
     base: bool = False,
     output: str | Path | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> RunsEvaluation:
     """Score several runs on the same rows, one after the other, and compare them row by row.
@@ -124,13 +125,14 @@ def evaluate_runs(
         base: score the base beside them, which must be the same of all.
         output: for scorers: the folder of the files of answers, one for each run; None takes evals/
             of each.
+        trust_remote_code: as for `load_run`.
         options: others of `evaluate`.
 
     Raises:
         UsageError: the runs have held out other rows, or have other bases; and what `evaluate`
             raises.
     """
-    locations = [locate_run(path) for path in paths]
+    locations = [locate_run(path, trust_remote_code=trust_remote_code) for path in paths]
     if data is None:
         _check_held_out(paths, locations)
     if base:
@@ -140,7 +142,14 @@ def evaluate_runs(
         # The base is the same of all, so that one run brings it.
         has_base = base and not evaluations
         file = output and Path(output) / f"{name.replace('/', '-')}.jsonl"
-        evaluations[name] = evaluate(path, data, base=has_base, output=file, **options)
+        evaluations[name] = evaluate(
+            path,
+            data,
+            base=has_base,
+            output=file,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     comparisons: list[RowComparison] = []
     obstacles = []
     has_same_tokens = len({evaluation.row_hash for evaluation in evaluations.values()}) == 1

@@ -56,6 +56,7 @@ def run_rows(args: argparse.Namespace) -> None:
                 decoding=decoding,
                 output=args.output,
                 fresh=args.fresh,
+                trust_remote_code=args.trust_remote_code,
                 progress=progress,
                 ranks=ranks,
             )

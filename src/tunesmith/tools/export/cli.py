@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_options(args)
     # The import below takes seconds, so wrong paths are reported before it.
-    location = locate_run(args.run)
+    location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
     if args.to in ("gguf", "ollama"):
         gguf_place(args.output, location, is_folder=args.to == "ollama", force=args.force)
     else:

@@ -41,12 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # Wrong paths are reported before torch is imported.
-    location = locate_run(args.run)
+    location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
     merge_place(args.run, args.output, location, force=args.force)
     notify_weights(location)
     from tunesmith.tools.export.merge import merge
 
-    merged = merge(args.run, args.output, dtype=args.dtype, force=args.force, device=args.device)
+    merged = merge(
+        args.run,
+        args.output,
+        dtype=args.dtype,
+        force=args.force,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+    )
     if args.json:
         print(json.dumps(asdict(merged), indent=2))
         return

@@ -111,6 +111,7 @@ def merge(
     dtype: Dtype | None = None,
     force: bool = False,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Merge the adapter at `path` into its base, write it to `output`, and check that it answers
     alike.
@@ -122,6 +123,7 @@ def merge(
         output: a folder that is new or empty; with `force` also one that an earlier merge wrote,
             and nothing else is in: it is replaced at the very end.
         dtype: of the written weights; None keeps the base's.
+        trust_remote_code: as for `load_run`.
 
     Raises:
         UsageError: there is no adapter, or the output cannot be used.
@@ -130,7 +132,7 @@ def merge(
     """
     check_dtype(dtype)
     path = path_of(path)
-    location = locate_run(path)
+    location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = merge_place(path, output, location, force=force)
     dtype = dtype or location.dtype
     had_bars = hf_logging.is_progress_bar_enabled()

@@ -106,7 +106,8 @@ def push(run: str, *, to: str | None, public: bool, revision: str | None) -> str
     if exported is not None:
         name = path.resolve().name.removesuffix(".gguf")
         return send(exported, to or name, message=f"Push {name}")
-    location = locate_run(run)
+    # No code of the model runs: its files are uploaded as they are.
+    location = locate_run(run, trust_remote_code=True)
     folder = location.folder
     if folder is None:
         fix = "use a run directory, or a folder with model files"

@@ -49,6 +49,7 @@ def export_for_gguf(args: argparse.Namespace) -> None:
             threads=args.threads,
             check=not args.no_check,
             device=args.device,
+            trust_remote_code=args.trust_remote_code,
             checking=lambda done, total: progress("parts checked in llama.cpp", done, total),
         )
     if args.json:
@@ -68,7 +69,7 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
     """Write a folder for vLLM, and print the command that serves it."""
     output = shell_path(Path(args.output))
     if args.adapter:
-        rank = export_peft(args.run, args.output)
+        rank = export_peft(args.run, args.output, trust_remote_code=args.trust_remote_code)
         base = location.base.name
         module = shell_word(f"{Path(args.output).name}={args.output}")
         serve = f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {rank}"
@@ -80,7 +81,13 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
         report: dict[str, object] = {"output": args.output, "max_lora_rank": rank}
         lines = [f"next: {serve} --lora-modules {module}{options}"]
     elif args.quant in (None, "bf16"):
-        merged = merge(args.run, args.output, dtype="bf16", device=args.device)
+        merged = merge(
+            args.run,
+            args.output,
+            dtype="bf16",
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+        )
         report = asdict(merged)
         difference = merged.merge_check.merged.mean_kl
         lines = [
@@ -95,6 +102,7 @@ def export_for_vllm(args: argparse.Namespace, location: RunLocation) -> None:
                 args.output,
                 device=args.device,
                 check=not args.no_check,
+                trust_remote_code=args.trust_remote_code,
                 checking=lambda done, total: progress("layers checked", done, total),
             )
         report = asdict(rounded)

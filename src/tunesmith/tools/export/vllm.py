@@ -93,12 +93,14 @@ def export_rounded(
     *,
     device: str | None = None,
     check: bool = True,
+    trust_remote_code: bool = False,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> RoundedFolder:
     """Write what a run has trained with its linear weights in fp8.
 
     Args:
         check: compare it with the tuned model, by passes over all weights in fp32.
+        trust_remote_code: as for `load_run`.
         checking: gets the layers that were computed for that, and all of them.
 
     Raises:
@@ -106,7 +108,7 @@ def export_rounded(
         ModelError: the model is stored in another form.
         MachineError: no room on the disk.
     """
-    location = locate_run(path)
+    location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = new_folder_place(output, location)
     place = torch.device(select_device(device))
     with undeleted(location):

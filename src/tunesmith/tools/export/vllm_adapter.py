@@ -104,14 +104,14 @@ class Factor(NamedTuple):
     part: tuple[slice | int, ...]
 
 
-def export_peft(path: str | Path, output: str | Path) -> int:
+def export_peft(path: str | Path, output: str | Path, *, trust_remote_code: bool = False) -> int:
     """Write a run's adapter to a folder of its own; returns vLLM's --max-lora-rank for it.
 
     Raises:
         UsageError: there is no adapter, or the output is not a new or empty folder.
         ModelError: vLLM refuses such an adapter, or would compute another one.
     """
-    location = locate_run(path)
+    location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = new_folder_place(output, location)
     folder = location.folder
     if location.holds != "adapter" or folder is None:

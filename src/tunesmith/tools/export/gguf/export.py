@@ -161,6 +161,7 @@ def export_gguf(
     threads: int | None = None,
     check: bool = True,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda written, size: None,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportedFile:
@@ -173,6 +174,7 @@ def export_gguf(
         output: a new file; for Ollama a new folder. `force` replaces a file of that name.
         quant: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m` or `q4_k_m`.
         check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
+        trust_remote_code: as for `load_run`.
         progress: gets the bytes written and those of the file.
         checking: gets the parts of the check that are done, and all of them.
 
@@ -182,7 +184,7 @@ def export_gguf(
         MachineError: no room on the disk, or a package is missing.
         CheckpointError: llama.cpp reads prompts otherwise; the file is kept as `.rejected`.
     """
-    location = locate_run(path)
+    location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
     unchecked = _why_unchecked(check)
@@ -219,6 +221,7 @@ def export_adapter(
     threads: int | None = None,
     check: bool = True,
     device: str | None = None,
+    trust_remote_code: bool = False,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportedFile:
     """Write the LoRA of a run alone as a GGUF file, to be served beside that of its base.
@@ -231,7 +234,7 @@ def export_adapter(
     Raises: as `export_gguf`; UsageError where the run has no adapter, or for Ollama no GGUF file as
         base; ModelError where the base is not the file that the run was trained on.
     """
-    location = locate_run(path)
+    location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     folder = location.folder
     if location.holds != "adapter" or folder is None:

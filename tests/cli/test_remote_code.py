@@ -1,0 +1,92 @@
+"""A model's own Python code runs only if the user's recipe or command allows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from errors import holds
+from runs import make_run, peft_model
+from tunesmith.cli.main import main
+from tunesmith.errors import EXIT_OK, EXIT_USAGE
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    pass
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture(scope="module")
+def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run whose base brings code, which writes the file `ran` here."""
+    folder = tmp_path_factory.mktemp("stranger")
+    base = folder / "base"
+    shutil.copytree(tiny, base)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "own_config.OwnConfig",
+        "AutoModelForCausalLM": "own_config.OwnModel",
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "own_config.py").write_text(CODE.format(marker=str(folder / "ran")))
+    make_run(folder / "run", base, peft_model(tiny), model={"trust_remote_code": True})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "RUN"],
+        ["data", "RUN/config.yaml"],
+        ["plan", "RUN/config.yaml"],
+        ["train", "RUN/config.yaml"],
+        ["chat", "RUN"],
+        ["chat", "RUN/final", "--base"],
+        ["chat", "RUN/config.yaml"],
+        ["eval", "RUN", "--data", "ROWS"],
+        ["eval", "RUN", "--tasks", "gsm8k"],
+        ["generate", "RUN", "--input", "ROWS", "--output", "-"],
+        ["merge", "RUN", "--output", "OUT"],
+        ["export", "RUN", "--output", "OUT"],
+        ["export", "RUN", "--to", "gguf", "--output", "OUT.gguf"],
+        ["export", "RUN", "--to", "vllm", "--output", "OUT"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_of_a_stranger_runs_no_code(
+    words: list[str], stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = stranger / "run"
+    (run / "env.json").write_text("{}")
+    places = {"RUN": run, "ROWS": stranger / "run-rows.jsonl", "OUT": tmp_path / "out"}
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    assert main(words) == EXIT_USAGE
+    told = capsys.readouterr().err
+    assert holds(told, "model.trust_remote_code", "--trust-remote-code", str(stranger / "base"))
+    assert f"{run / 'config.yaml'}" in told
+    assert not (stranger / "ran").exists()
+
+
+def test_it_runs_if_the_command_says_so(stranger: Path, tmp_path: Path) -> None:
+    run, ran = stranger / "run", stranger / "ran"
+    output = str(tmp_path / "merged")
+    allowed = (
+        ["data", str(run), "model.trust_remote_code=true"],
+        ["merge", str(run), "--output", output, "--trust-remote-code"],
+    )
+    for words in allowed:
+        # Transformers imports the module again, because its text is another one.
+        (stranger / "base" / "own_config.py").open("a").write(f"# {words[0]}\n")
+        ran.unlink(missing_ok=True)
+        assert main(words) == EXIT_OK
+        assert ran.exists()
+        ran.unlink()
