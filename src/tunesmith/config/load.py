@@ -49,17 +49,21 @@ def load_recipe(
         announce: log a line for each layer that names other rows, about the keys that it leaves
             behind.
         trusts_code: whether `model.trust_remote_code: true` of a file counts. None: only in the
-            user's own files, see `_check_code_key`.
+            user's own files, see `_is_users_own`.
     """
     file = locate_recipe(recipe, base=Path(), where=str(recipe))
     tree = _read_layers(file, (), announce)
     tree = merge_layers(tree, override_layer(overrides), announce=announce)
-    if not trusts_code:
-        _check_code_key(tree, None if trusts_code is False else file.resolve())
-    return checked(tree)
+    run = checked(tree)
+    if run.model.trust_remote_code and not trusts_code:
+        where = dict(tree.places())["model.trust_remote_code"]
+        is_given = where.startswith((COMMAND_LINE, FROM_PYTHON))
+        if not is_given and (trusts_code is False or not _is_users_own(where, file)):
+            raise untrusted_code(run.model.name, where)
+    return run
 
 
-def untrusted_code(model: object, where: str) -> RecipeError:
+def untrusted_code(model: str, where: str) -> RecipeError:
     """The error for a file of someone else that enables the model's own code."""
     return RecipeError(
         "model.trust_remote_code: true does not count here",
@@ -71,21 +75,15 @@ def untrusted_code(model: object, where: str) -> RecipeError:
     )
 
 
-def _check_code_key(tree: Node, recipe: Path | None) -> None:
-    """RecipeError if a file that is not the user's own enables `model.trust_remote_code`.
+def _is_users_own(where: str, recipe: Path) -> bool:
+    """Return whether a place is in a file of the user, who has named `recipe`.
 
-    The user's own files are in the folder of `recipe`, the file that the user names, or below it. A
-    run directory's config.yaml is not one of them, because others may have written it.
+    The user's files are in the folder of `recipe` or below it. A run directory's config.yaml is not
+    one of them, because others may have written it.
     """
-    model = dict(dict(tree.children()).get("model", tree).children())
-    key = model.get("trust_remote_code")
-    if key is None or key.value is not True or key.where.startswith((COMMAND_LINE, FROM_PYTHON)):
-        return
-    file = Path(key.where.rpartition(":")[0]).resolve()
+    file = Path(where.rpartition(":")[0]).resolve()
     is_of_run = file.name == RUN_RECIPE and file.with_name(RUN_IDENTITY).is_file()
-    if recipe is None or is_of_run or not file.is_relative_to(recipe.parent):
-        name = model["name"].value if "name" in model else ""
-        raise untrusted_code(name, key.where)
+    return not is_of_run and file.is_relative_to(recipe.resolve().parent)
 
 
 def from_mapping(values: Mapping[str, object], *, where: str, base: Path) -> Run:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -31,8 +32,8 @@ class WorkerPool(Generic[Task, Result]):
     """
 
     def __init__(self, function: Callable[[Task], Result], count: int, what: str) -> None:
-        self._workers = [_Worker(function, what) for _ in range(count)]
-        self._idle = SimpleQueue[_Worker[Task, Result]]()
+        self._workers = [Worker(function, what) for _ in range(count)]
+        self._idle = SimpleQueue[Worker[Task, Result]]()
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tunesmith-workers")
@@ -58,10 +59,10 @@ class WorkerPool(Generic[Task, Result]):
             worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
-            worker.process.communicate()
+            worker.close()
 
 
-class _Worker(Generic[Task, Result]):
+class Worker(Generic[Task, Result]):
     """One process that calls a function, which is pickled to it once.
 
     The thread of its first task sends it the function too: so all workers start at once.
@@ -87,8 +88,13 @@ class _Worker(Generic[Task, Result]):
         )
         self._unsent: list[object] = [function]
 
-    def __call__(self, task: Task, where: str) -> Result:
-        """Return what the function makes of a task at the place `where`, or raise its error."""
+    def __call__(self, task: Task, where: str, seconds: float | None = None) -> Result:
+        """Return what the function makes of a task at the place `where`, or raise its error.
+
+        Raises:
+            TimeoutError: it takes longer than `seconds`, and the worker is of no more use.
+            MachineError: the process ended.
+        """
         requests = self.process.stdin
         answers = self.process.stdout
         assert requests is not None
@@ -99,7 +105,8 @@ class _Worker(Generic[Task, Result]):
             while self._unsent:
                 pickle.dump(self._unsent.pop(0), requests)
             requests.flush()
-            answer: Result | Exception = pickle.load(answers)
+            is_late = seconds is not None and not wait([answers], seconds)
+            answer: Result | Exception = TimeoutError() if is_late else pickle.load(answers)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             exit_code = self.process.wait()
             raise MachineError(
@@ -111,6 +118,11 @@ class _Worker(Generic[Task, Result]):
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def close(self) -> None:
+        """End the process, and lose what it was doing."""
+        self.process.kill()
+        self.process.communicate()
 
 
 def serve() -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from errors import refuses
+from time_limit import time_limit
 from tunesmith.errors import DataError, MachineError, RunError, UsageError
-from tunesmith.tools.evaluate import json_fields, text
+from tunesmith.tools.evaluate import json_fields, scorers
 from tunesmith.tools.evaluate.scorers import (
     SCORERS,
     ScoredRow,
@@ -198,12 +199,63 @@ def test_what_an_answer_does_is_a_score_and_no_error() -> None:
                     assert 0 <= score_answer(scorer, answer, row("1")) <= 1
 
 
-def test_a_pattern_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "REGEX_SECONDS", 0.2)
-    (scorer,) = select_scorers(["regex"])
-    with refuses(RunError, names=["0.2 seconds"]) as stopped:
-        score_answer(scorer, "a" * 40 + "b", row(r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$"))
-    assert stopped.value.where == "held.jsonl:3"
+SLOW = r"^(a|aa)+$(?<!b)c|^(\w|\w\w)+\d$"
+ENDLESS = """
+import time
+def spins(answer, row):
+    while True: pass
+def sleeps(answer, row): time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "endless"),
+    [
+        ("regex", "a" * 60 + "b", row(SLOW)),
+        ("json", '"' + "a" * 60 + 'b"', row('"a"', row={"schema": {"pattern": "^(a+)+$"}})),
+        ("json", '{"' + "a" * 60 + 'b": 1}', row("{}", row={"schema": {"patternProperties": {"^(a+)+$": {}}}})),
+        ("json", None, row('"' + "a" * 60 + 'b"', row={"schema": {"pattern": "^(a+)+$"}})),
+        ("endless.py:spins", "a", row("a")),
+        ("endless.py:sleeps", "a", row("a")),
+    ],
+)  # fmt: skip
+def test_a_scorer_without_end_is_killed(
+    name: str,
+    answer: str | None,
+    endless: ScoredRow,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("endless.py").write_text(ENDLESS)
+    for limit in ("SCORER_SECONDS", "OWN_SCORER_SECONDS"):
+        monkeypatch.setattr(scorers, limit, 0.4)
+    kind = DataError if answer is None else RunError
+    with (
+        time_limit(30),
+        scorers.scorer_process([name], None) as run_scorer,
+        refuses(kind, where="held.jsonl:3", names=[name, "0.4 seconds"]),
+    ):
+        run_scorer(name, answer, endless)
+
+
+def test_a_scorer_in_its_process_scores_as_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = f"{tmp_path / 'mine.py'}:loud"
+    Path(tmp_path / "mine.py").write_text(
+        "def loud(answer, row):\n    print('loud')\n    return answer == row['reference']\n"
+    )
+    called = row(
+        "<tool_call>\n" + json.dumps({"name": "f", "arguments": {}}) + "\n</tool_call>", calls=1
+    )
+    names = ["exact", own, "tool-call"]
+    with scorers.scorer_process(names, reader("hermes")) as run_scorer:
+        for name in names:
+            run_scorer(name, None, called)
+        assert [run_scorer(name, called.reference, called) for name in names] == [1, 1, 1]
+        assert [run_scorer(name, "", called) for name in names] == [0, 0, 0]
+    assert capfd.readouterr() == ("", "loud\n" * 2), "stdout is for results"
 
 
 def test_a_schema_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tunesmith.data.text.sentinels import (
     Tools,
 )
 from tunesmith.data.text.thoughts import DEFAULT_FORM, MessageForm, split_thought, thought_at_end
+from tunesmith.data.text.try_template import try_template
 from tunesmith.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class ChatRenderer:
         name: str,
         eos_ids: Collection[int],
     ) -> None:
+        try_template(jinja, name)
         self.tokenizer = tokenizer
         self.jinja = jinja
         self.name = name

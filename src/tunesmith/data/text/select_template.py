@@ -11,6 +11,7 @@ from tunesmith.data.text import builtin_templates
 from tunesmith.data.text.rendering import RENDER_ERRORS, ChatRenderer
 from tunesmith.data.text.template import Template, prefix_ids, title_of
 from tunesmith.data.text.template_args import assign_arguments, split_arguments, with_arguments
+from tunesmith.data.text.try_template import try_template
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def _read_template(path: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
             why=str(why),
             fix="use a Jinja file, or one of auto, chat, alpaca, raw",
         ) from error
+    try_template(jinja, f"the template {str(path)!r}")
     message = {"role": "user", "content": "one"}
     try:
         tokenizer.apply_chat_template([message], chat_template=jinja, tokenize=False)

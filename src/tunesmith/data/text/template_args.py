@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tunesmith.config.names import nearest
 from tunesmith.data.text.builtin_templates import keep_newlines, with_fixed_date, writes_today
+from tunesmith.data.text.try_template import plain_jinja
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ OF_RENDERER = frozenset(
         _DATE_ARGUMENT,
     }
 )
-_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 def with_arguments(
@@ -118,10 +118,8 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
     import jinja2
     from jinja2 import meta
 
-    # Transformers' own tag means nothing here.
-    plain = _GENERATION_TAG.sub(_as_if, jinja)
     try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain_jinja(jinja))
     except jinja2.TemplateSyntaxError:
         # It is named with its line once it renders.
         return []
@@ -135,10 +133,6 @@ def names_of_arguments(jinja: str, special_tokens: Collection[str]) -> list[str]
     if writes_today(jinja):
         names.append(_DATE_ARGUMENT)
     return sorted(names)
-
-
-def _as_if(match: re.Match[str]) -> str:
-    return f"{match[1]}{'endif' if match[2] else 'if true'}{match[3]}"
 
 
 def _names_in_order(node: "Node") -> Iterator[tuple[str, str]]:

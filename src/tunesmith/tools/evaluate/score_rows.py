@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.run_dir import EVALS, FINAL
 from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, SavedAnswer
 from tunesmith.tools.evaluate.generate import Prompt, check_room, make_prompt
-from tunesmith.tools.evaluate.scorers import ScoredRow, Scorer, score_answer, select_scorers
+from tunesmith.tools.evaluate.scorers import TOOL_CALL, ScoredRow, scorer_process
 from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
 
 # Called with what is counted, their count so far, their total, and the tokens so far
@@ -147,8 +148,9 @@ class Scoring:
             UsageError: a scorer cannot be used, or no row has an answer.
         """
         # Before any answer is paid for: a template whose calls cannot be read is refused.
-        reader = read_call_form(loaded) if "tool-call" in scorers else None
-        self.scorers = select_scorers(scorers, reader)
+        reader = read_call_form(loaded) if TOOL_CALL in scorers else None
+        self.scorers = list(dict.fromkeys(scorers))
+        self.start_scorers = partial(scorer_process, self.scorers, reader)
         self.prompts: list[Prompt] = []
         self.scored: list[ScoredRow] = []
         self.unanswered = 0
@@ -167,9 +169,10 @@ class Scoring:
             raise no_scored_rows(name, "every answer is empty")
         check_room(self.prompts, loaded.context, decoding)
         # A row that no answer could satisfy is a fault of the data.
-        for row in self.scored:
-            for scorer in self.scorers:
-                scorer.check(row)
+        with self.start_scorers() as run_scorer:
+            for row in self.scored:
+                for scorer in self.scorers:
+                    run_scorer(scorer, None, row)
         references = [row.raw_reference for row in self.scored]
         self.reference_hash = hashlib.sha256(json.dumps(references).encode()).hexdigest()
         self.decoding = decoding
@@ -287,7 +290,10 @@ class Scoring:
         results: list[RowScores] = []
         with self.ranks.raise_on_all_ranks():
             if self.file is not None:
-                results = [self._scores(scorer, self.file) for scorer in self.scorers]
+                with self.start_scorers() as run_scorer:
+                    for scorer in self.scorers:
+                        score = partial(run_scorer, scorer)
+                        results.append(self._scores(scorer, score, self.file))
                 row_hash = hashlib.sha256(f"{self.header.prompts} {self.reference_hash}".encode())
                 about = {"decoding": self.decoding.describe(), **about}
                 save_scores(
@@ -300,7 +306,9 @@ class Scoring:
                 )
         return self.ranks.broadcast_object(results)
 
-    def _scores(self, scorer: Scorer, file: AnswersFile) -> RowScores:
+    def _scores(
+        self, name: str, score: Callable[[str, ScoredRow], float], file: AnswersFile
+    ) -> RowScores:
         """The scores of all answers by one scorer; RunError where it fails."""
         scores: dict[str, list[float]] = {}
         for model in ("base", "tuned", "model"):
@@ -310,10 +318,10 @@ class Scoring:
                 continue
             scores[model] = []
             for answer, row in zip(answers, self.scored, strict=True):
-                has_special = scorer.raw or row.is_special
+                has_special = name == TOOL_CALL or row.is_special
                 text = answer.raw_answer if has_special else answer.answer
-                scores[model].append(score_answer(scorer, text, row))
-        return summarize_rows(scorer.name, scores)
+                scores[model].append(score(text, row))
+        return summarize_rows(name, scores)
 
 
 def summarize_rows(name: str, scores: dict[str, list[float]]) -> RowScores:

@@ -3,6 +3,7 @@
 A scorer is a name, a check of each row before the first answer, and a function. They need no torch
 and no model: answers that were saved are scored again in a moment. What is wrong with a reference
 is the row's fault and raised before any answer; what is wrong with an answer is a score of 0.
+Scorers run in a process of their own (`scorer_process`), which is killed if a row takes too long.
 """
 
 import difflib
@@ -11,15 +12,17 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import regex
 
+from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, RunError, UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.tools.evaluate import text
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 SCHEMA = "schema"  # the column of a row's JSON schema
+# The time limits of a row. The user's scorers may call services, or run code.
+SCORER_SECONDS = 10
+OWN_SCORER_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,11 @@ class Scorer:
         name: as on the command line.
         score: of (answer, row), from 0 to 1.
         check: DataError for a row that cannot be scored, whatever the answer.
-        raw: whether it reads answers with their special tokens.
     """
 
     name: str
     score: Callable[[str, ScoredRow], float]
     check: Callable[[ScoredRow], None] = _accept
-    raw: bool = False
 
 
 def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) -> list[Scorer]:
@@ -91,7 +95,7 @@ def select_scorers(names: Sequence[str], call_reader: CallReader | None = None) 
     for name in dict.fromkeys(names):
         if name in _TEXT_SCORERS:
             scorers.append(_TEXT_SCORERS[name])
-        elif name == "tool-call":
+        elif name == TOOL_CALL:
             scorers.append(_tool_call_scorer(call_reader))
         else:
             scorers.append(load_own_scorer(name))
@@ -137,14 +141,6 @@ def score_answer(scorer: Scorer, answer: str, row: ScoredRow) -> float:
 
 
 def _scorer_failed(name: str, where: str, error: BaseException) -> RunError:
-    if isinstance(error, TimeoutError):
-        return RunError(
-            f"a search took longer than {text.REGEX_SECONDS:g} seconds",
-            where=where,
-            why="the pattern backtracks exponentially on this answer, as (a+)+$ does",
-            fix="write the row's pattern without nested repeats, then start the same command "
-            "again: the answers are kept",
-        )
     frame = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"{type(error).__name__}: {error}".rstrip(": ")
     return RunError(
@@ -153,6 +149,71 @@ def _scorer_failed(name: str, where: str, error: BaseException) -> RunError:
         why=f"{reason} ({Path(frame.filename).name}:{frame.lineno})",
         fix="fix it, then start the same command again: the answers are kept",
     )
+
+
+# The name of a scorer, an answer (None: check the row), and the row.
+_Call = tuple[str, str | None, ScoredRow]
+
+
+def _run_scorer(
+    names: tuple[str, ...], call_reader: CallReader | None, call: _Call | None
+) -> float:
+    """Return the score that a call asks for. Without a call, load the scorers only."""
+    scorers = _scorers_by_name(names, call_reader)
+    if call is None:
+        return 0.0
+    name, answer, row = call
+    if answer is None:
+        scorers[name].check(row)
+        return 0.0
+    return score_answer(scorers[name], answer, row)
+
+
+@cache
+def _scorers_by_name(names: tuple[str, ...], call_reader: CallReader | None) -> dict[str, Scorer]:
+    return {scorer.name: scorer for scorer in select_scorers(names, call_reader)}
+
+
+@contextmanager
+def scorer_process(
+    names: Sequence[str], call_reader: CallReader | None
+) -> Iterator[Callable[[str, str | None, ScoredRow], float]]:
+    """Start a process that scores, and is killed if a row takes too long.
+
+    Yields:
+        A function of (scorer's name, answer, row), which returns the score. Without an answer it
+        checks the row.
+
+    Raises:
+        UsageError: as `select_scorers`.
+    """
+    worker = Worker(partial(_run_scorer, tuple(names), call_reader), "the scorers' process")
+
+    def run(name: str, answer: str | None, row: ScoredRow) -> float:
+        is_own = name not in SCORERS
+        seconds = OWN_SCORER_SECONDS if is_own else SCORER_SECONDS
+        try:
+            return worker((name, answer, row), row.where, seconds)
+        except TimeoutError:
+            why = "a regular expression may backtrack exponentially on this text, as (a+)+$ does"
+            fix = "change the row's pattern or schema, for example its nested repeats"
+            if is_own:
+                why = "it may be in an endless loop, or wait for something"
+                fix = f"fix it: a row may take {seconds} seconds"
+            error = DataError if answer is None else RunError
+            raise error(
+                f"the scorer {name} takes longer than {seconds:g} seconds",
+                where=row.where,
+                why=why,
+                fix=f"{fix}, then start the same command again: existing answers are kept",
+            ) from None
+
+    try:
+        # The files of the user's scorers may import large packages: without a time limit.
+        worker(None, "--score")
+        yield run
+    finally:
+        worker.close()
 
 
 def _check_not_blank(row: ScoredRow) -> None:
@@ -271,7 +332,7 @@ def _tool_call_scorer(call_reader: CallReader | None) -> Scorer:
     def score(answer: str, row: ScoredRow) -> float:
         return call_score(read(answer), read(row.raw_reference))
 
-    return Scorer("tool-call", score, check, raw=True)
+    return Scorer(TOOL_CALL, score, check)
 
 
 _TEXT_SCORERS = {
@@ -287,7 +348,8 @@ _TEXT_SCORERS = {
         Scorer("rouge-l", lambda answer, row: text.rouge_l(answer, row.reference)),
     )
 }
-SCORERS = (*_TEXT_SCORERS, "tool-call")
+TOOL_CALL = "tool-call"
+SCORERS = (*_TEXT_SCORERS, TOOL_CALL)
 
 
 def _own_scorer_file(name: str) -> tuple[Path, str]:
