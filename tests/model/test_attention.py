@@ -361,6 +361,29 @@ PICTURES = ((0, 3), (9, 15), (26, 30))
 PICTURE_LENGTHS = [7, 16, 7]
 
 
+@pytest.fixture
+def fused_only(monkeypatch):
+    """torch's attention, where its fused kernels on CUDA take the arguments."""
+    plain = attention.F.scaled_dot_product_attention
+
+    def call(q, k, v, *, attn_mask, **options):
+        assert k.shape[1] == q.shape[1] or (attn_mask is None and q.shape[-1] == v.shape[-1] <= 192)
+        return plain(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", call)
+
+
+@pytest.mark.parametrize("width", [8, 512])
+@pytest.mark.parametrize("window", [None, 8])
+def test_fused_kernels_compute_each_document(width, window, fused_only):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(30, h, width, dtype=torch.float64) for h in (4, 2, 2))
+    rule = attention.Rule(documents([7, 16, 7]), 0.1, window)
+    expected = formula(q, k, v, [7, 16, 7], scale=0.1, window=window)
+    torch.testing.assert_close(attention._sdpa(q, k, v, rule), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("fused_only")
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("both_ways", ["", "all", "sliding"])
 def test_pictures_are_seen_both_ways_as_the_formula_says(window, both_ways):

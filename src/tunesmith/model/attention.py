@@ -51,6 +51,10 @@ VARLEN_KEYWORDS = frozenset(inspect.signature(varlen_attn).parameters)
 # document changes much more.
 VARLEN_TOLERANCE = 0.03
 
+# Only FlashAttention takes grouped heads: without a mask, and on some cards up to this width. For
+# others torch computes all scores in fp32, [heads, n, m], unless keys and values are repeated.
+MAX_GROUPED_WIDTH = 192
+
 # Keywords that Transformers passes to every attention function and that do not change the result
 # here.
 HARMLESS_KEYWORDS = frozenset(
@@ -207,7 +211,7 @@ def _let_pictures_see(
 
     The window, or the document, still bounds what they see before them.
     """
-    documents, scale, window, _ = rule
+    documents, _, window, _ = rule
     # On the device: a copy of what the host made would be waited for in each layer.
     places = torch.arange(len(q), device=q.device)
     rows = []
@@ -216,18 +220,12 @@ def _let_pictures_see(
         start = documents.edges[bisect_right(documents.edges, first) - 1]
         mask = None
         if window is not None:
-            # The query itself is counted.
-            mask = places[first:stop, None] - places[start:stop] < window
-        row = F.scaled_dot_product_attention(
-            q[first:stop].transpose(0, 1).unsqueeze(0),
-            k[start:stop].transpose(0, 1).unsqueeze(0),
-            v[start:stop].transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=True,
-        )
-        rows.append(row.squeeze(0).transpose(0, 1))
+            # The first query sees the furthest back: `window` tokens with itself.
+            start = max(start, first - window + 1)
+            if stop - start > window:
+                mask = places[first:stop, None] - places[start:stop] < window
+        seen = k[start:stop], v[start:stop]
+        rows.append(_attend_fused(q[first:stop], *seen, rule.scale, mask=mask, dropout=dropout))
         indices.append(places[first:stop])
     if not rows:
         return out
@@ -532,19 +530,44 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, dropout: float = 0.0) -> 
         if window is not None and length > window:
             ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
             mask = ones.tril().triu(1 - window)
-        out = F.scaled_dot_product_attention(
-            q[start:end].transpose(0, 1).unsqueeze(0),
-            k[start:end].transpose(0, 1).unsqueeze(0),
-            v[start:end].transpose(0, 1).unsqueeze(0),
-            attn_mask=mask,
-            # Without a mask torch may take a fused kernel.
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=True,
-        )
-        outputs.append(out.squeeze(0).transpose(0, 1))
+        document = q[start:end], k[start:end], v[start:end]
+        # Without a mask torch may take a fused kernel.
+        out = _attend_fused(*document, scale, mask=mask, is_causal=mask is None, dropout=dropout)
+        outputs.append(out)
     return torch.cat(outputs)
+
+
+def _attend_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute torch's attention of q [n, heads, d] on k and v [m, kv heads, d] by a fused kernel.
+
+    mask: bool [n, m], which keys each query sees.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    takes_groups = mask is None and q.shape[-1] == v.shape[-1] <= MAX_GROUPED_WIDTH
+    if repeats > 1 and not takes_groups:
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    # [n, heads, d] -> [1, heads, n, d]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.squeeze(0).transpose(0, 1)
 
 
 @torch.compiler.disable  # as above
