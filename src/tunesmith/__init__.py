@@ -16,15 +16,20 @@ merge       put an adapter into its base: a plain Transformers folder
 
 Then:
 
+plan        forecast memory and hours of a recipe on some machines
+            >>> tunesmith.plan("my.yaml", on="2x8xh100")["meshes"][0]["hours"]
+inspect_data  return the rows of a recipe as tokens, with counts and warnings
+            >>> tunesmith.inspect_data(model="demo", data="faq.csv")["warnings"]
+sweep       train adapters for several values of a key on one base
+            >>> tunesmith.sweep("my.yaml", {"train.learning_rate": [1e-4, 3e-4]})
 compare     say which of some runs is better
             >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
 export_gguf write a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
 What they return prints as a table, and renders in a notebook. What a user can fix is raised as a
-`TunesmithError`, whose text says what, where, why and the fix, in the words of the command line:
-`--fresh` is fresh=True here, and key=value is overrides={"key": value}. `tunesmith.errors` has all
-of them.
+`TunesmithError`, whose text says what, where, why and the fix. A fix key=value is
+overrides={"key": value} here. `tunesmith.errors` has all of them.
 """
 
 from importlib import import_module
@@ -44,6 +49,7 @@ from tunesmith.errors import (
 )
 
 if TYPE_CHECKING:
+    from tunesmith.cli.from_python import inspect_data, plan, sweep
     from tunesmith.inference.decoding import Decoding
     from tunesmith.inference.load_run import LoadedModel, load_run
     from tunesmith.metrics.record import StepRecord
@@ -79,8 +85,11 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "generate",
+    "inspect_data",
     "load_run",
     "merge",
+    "plan",
+    "sweep",
     "train",
 ]
 __version__ = "0.1.0"
@@ -95,6 +104,9 @@ _MODULES = {
     "merge": "tools.export.merge",
     "compare": "tools.report.comparison",
     "export_gguf": "tools.export.gguf.export",
+    "plan": "cli.from_python",
+    "inspect_data": "cli.from_python",
+    "sweep": "cli.from_python",
     "Decoding": "inference.decoding",
     "Result": "training.result",
     "StepRecord": "metrics.record",
@@ -114,7 +126,11 @@ def __getattr__(name: str) -> Any:
     host = import_module(f"{__name__}.runtime.host")
     host.bound_shape_caches()
     host.prepare_threads()
-    return vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
+    value = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
+    if not isinstance(value, type):
+        value = import_module(f"{__name__}.cli.from_python").speaks_of_arguments(value)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -20,12 +20,15 @@ import pytest
 import tunesmith
 from errors import refuses
 from ranks import run_ranks
-from tunesmith.errors import DataError, UsageError
+from recipes import recipe
+from tunesmith.cli.from_python import speaks_of_arguments
+from tunesmith.config.dump import to_yaml
+from tunesmith.errors import UsageError
 
 pytestmark = pytest.mark.slow
 
 FIRST = ["train", "load_run", "generate", "evaluate", "merge"]
-FUNCTIONS = sorted([*FIRST, "compare", "export_gguf"])
+FUNCTIONS = sorted([*FIRST, "compare", "export_gguf", "inspect_data", "plan", "sweep"])
 ROOT = Path(__file__).parents[2]
 
 
@@ -174,8 +177,57 @@ def test_what_another_function_takes_is_refused_with_the_call_to_make() -> None:
     run: Any = "runs/my-run"
     with refuses(UsageError, names=["str"], fix=["tunesmith.load_run"]):
         tunesmith.generate(run, rows)
-    with refuses(DataError, where="evaluate(run, data)", names=["list"]):
-        tunesmith.evaluate(run, rows)
+
+
+def test_public_functions_take_nothing_of_ours_and_have_plain_defaults() -> None:
+    """A signature is read in a notebook: no ranks, no callbacks of the command line, no lambdas."""
+    for name in FUNCTIONS:
+        signature = inspect.signature(getattr(tunesmith, name))
+        assert not {"ranks", "cancelled"} & set(signature.parameters), name
+        assert "<" not in str([p.default for p in signature.parameters.values()]).replace(
+            "<class 'inspect._empty'>", ""
+        ), name
+
+
+@pytest.mark.parametrize(
+    ("function", "text", "expected"),
+    [
+        ("generate", "--columns prompt=question,completion=answer", "columns={'prompt': 'question', 'completion': 'answer'}"),
+        ("train", "--columns prompt=q; or --format text.", "overrides={'data.train.columns': {'prompt': 'q'}}; or overrides={'data.train.format': 'text'}."),
+        ("evaluate", "give --format; or --score exact", "give format_name; or scorers='exact'"),
+        ("merge", "--force replaces it", "force=True replaces it"),
+        ("train", "tunesmith train x.yaml --fresh; or --fresh", "tunesmith train x.yaml --fresh; or fresh=True"),
+    ],
+)  # fmt: skip
+def test_errors_name_arguments_in_place_of_options(function: str, text: str, expected: str) -> None:
+    def fail() -> None:
+        raise UsageError("wrong", where="--format", fix=text)
+
+    fail.__name__ = function
+    with refuses(UsageError, where="format_name") as caught:
+        speaks_of_arguments(fail)()
+    assert caught.value.fix == expected
+
+
+def test_plan_data_and_sweep_return_what_json_prints(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = recipe(tiny, tmp_path)
+    Path("my.yaml").write_text(to_yaml(values))
+    plan = tunesmith.plan("my.yaml", {"train.micro_batch": "1 examples"}, on="h100")
+    assert plan["meshes"][0]["plan"]["memory"]
+    data = tunesmith.inspect_data("my.yaml", rows=1)
+    assert len(data["rows"]) == 1
+    assert data["rows"][0]["segments"]
+    rates = [1e-3, 2e-3]
+    found = tunesmith.sweep(
+        "my.yaml", {"train.learning_rate": rates}, {"train.duration": "4 steps"}
+    )
+    assert [one["values"] for one in found["candidates"]] == [
+        {"train.learning_rate": str(rate)} for rate in rates
+    ]
+    assert capsys.readouterr().out == ""
 
 
 def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -185,10 +237,10 @@ def test_what_names_no_run_dtype_or_scorer_is_refused(tiny: Path, tmp_path: Path
     with refuses(UsageError, where="--dtype", names=["float32"], fix=["fp32"]):
         tunesmith.load_run(tiny, dtype="float32")  # type: ignore[arg-type]
     with refuses(
-        UsageError, where="--score", names=["function"], fix=["my_scorers.py:my_function"]
+        UsageError, where="scorers", names=["function"], fix=["my_scorers.py:my_function"]
     ):
         tunesmith.evaluate(tiny, scorers=[lambda answer, row: 1.0])  # type: ignore[list-item]
-    with refuses(UsageError, where="--score", names=["exakt"], fix=["--score exact"]):
+    with refuses(UsageError, where="scorers", names=["exakt"], fix=["scorers='exact'"]):
         tunesmith.evaluate(tiny, scorers="exakt")
     (tmp_path / "my-run").mkdir()
     for function in (tunesmith.load_run, tunesmith.compare):

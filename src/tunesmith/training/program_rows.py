@@ -98,7 +98,7 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
         DataError: they are none of these, or a value is nothing that JSON has.
     """
     lines = []
-    for index, row in enumerate(_mappings(rows)):
+    for index, row in enumerate(mappings(rows, _ROWS_ARGUMENT)):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
@@ -124,8 +124,11 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
     return file
 
 
-def _mappings(rows: object) -> Iterable[object]:
-    """The rows of a frame or a data set, one mapping each; others as they are."""
+def mappings(rows: object, argument: str) -> Iterable[Any]:
+    """Return the rows of a frame or a data set, one mapping each; others as they are.
+
+    argument: what the error names.
+    """
     if isinstance(rows, _PolarsFrame):
         return rows.iter_rows(named=True)
     if isinstance(rows, _PandasFrame):
@@ -133,9 +136,9 @@ def _mappings(rows: object) -> Iterable[object]:
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
             f"rows are {type(rows).__name__}, not a list of rows",
-            where=_ROWS_ARGUMENT,
+            where=argument,
             fix="pass a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
-            "a file is named by data.train.source",
+            "a file is named by its path",
         )
     return rows
 

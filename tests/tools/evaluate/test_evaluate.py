@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from tunesmith.data.compare.splits import read_splits
 from tunesmith.data.text.example import Example
 from tunesmith.data.tokens.token_set import TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.inference.decoding import Decoding
 from tunesmith.inference.load_run import LoadedModel, load_run
 from tunesmith.metrics.record import read_records
@@ -189,6 +190,12 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
     found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
     assert [(score.rows, score.answered) for score in found.scores.values()] == [(2, 2), (2, 2)]
+    # So are rows of a program.
+    listed = [json.loads(line) for line in rows.read_text().splitlines()]
+    again = evaluate(tmp_path / "run", pandas.DataFrame(listed), device="cpu")
+    assert again.scores["tuned"].loss == found.scores["tuned"].loss
+    with refuses(DataError, where="evaluate(data=...)", names=["int"]):
+        evaluate(tmp_path / "run", 3, device="cpu")
 
 
 def test_what_separates_the_values_of_a_table_is_logged_once(

@@ -28,11 +28,17 @@ from tunesmith.data.batches.pixels import PixelReader
 from tunesmith.data.compare.splits import SourceRows, read_splits
 from tunesmith.data.prepare import find_trained_rows
 from tunesmith.data.rows.detect import sample_rows
-from tunesmith.data.source.open_source import Rows, describe_layouts, is_local, read_rows
+from tunesmith.data.source.open_source import (
+    Rows,
+    describe_layouts,
+    from_list,
+    is_local,
+    read_rows,
+)
 from tunesmith.data.tokens.token_set import Repeats, TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import DataError, MachineError, UsageError
+from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.load_run import (
@@ -60,6 +66,7 @@ from tunesmith.tools.evaluate.score_rows import (
     summarize_rows,
 )
 from tunesmith.tools.evaluate.scorers import check_scorer_names
+from tunesmith.training.program_rows import mappings
 from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
@@ -329,7 +336,72 @@ def _batch_sums(
 @lines_by_default()
 def evaluate(
     path: str | os.PathLike[str],
-    data: str | Path | None = None,
+    data: object = None,
+    *,
+    split: str | None = None,
+    format_name: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    max_examples: int | None = None,
+    base: bool = True,
+    exact_match: bool = False,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    device: str | None = None,
+    scorers: str | Sequence[str] = (),
+    decoding: Decoding | None = None,
+    output: str | Path | None = None,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
+
+    >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
+
+    Args:
+        path: as for `load_run`; `base` scores the base of it too.
+        data: rows with answers: a file, a Hub id, mappings, a `datasets.Dataset`, or a pandas or
+            polars data frame; `split` and `max_examples` take a part of them. None takes the rows
+            that the run itself validates on: `data.validation`, or what `data.hold_out` drew.
+        format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
+        exact_match: the scorer `exact`, in another word.
+        max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
+            once.
+        scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
+            row and score the answers, with intervals.
+        decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
+        output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
+            there is gone on with.
+        fresh: move existing answers aside.
+        trust_remote_code: as for `load_run`.
+
+    Raises:
+        UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
+        DataError: there is no such file, or a row is broken.
+        StoppedError: a signal came while rows were answered; the same call goes on.
+    """
+    return evaluate_on(
+        path,
+        data,
+        split=split,
+        format_name=format_name,
+        columns=columns,
+        max_examples=max_examples,
+        base=base,
+        exact_match=exact_match,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        device=device,
+        scorers=scorers,
+        decoding=decoding,
+        output=output,
+        fresh=fresh,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def evaluate_on(
+    path: str | os.PathLike[str],
+    data: object = None,
     *,
     split: str | None = None,
     format_name: str = "auto",
@@ -348,48 +420,22 @@ def evaluate(
     progress: Progress = lambda *_, **__: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> Evaluation:
-    """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
+    """Score a run as `evaluate` does.
 
-    >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
-
-    Args:
-        path: as for `load_run`; `base` scores the base of it too.
-        data: a file or a Hub id; rows with answers, of which `split` and `max_examples` take a
-            part. None takes the rows that the run itself validates on: `data.validation`, or what
-            `data.hold_out` drew.
-        format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
-        exact_match: the scorer `exact`, in another word.
-        max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
-            once.
-        scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
-            row and score the answers, with intervals.
-        decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
-        output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
-            there is gone on with.
-        fresh: move existing answers aside.
-        trust_remote_code: as for `load_run`.
-        ranks: those that evaluate together, with the whole model each and a part of the rows; rank
-            0 writes the answers. All get the numbers of one process.
-
-    Raises:
-        UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
-        DataError: there is no such file, or a row is broken.
-        StoppedError: a signal came while rows were answered; the same call goes on.
+    ranks: each has the whole model and a part of the rows; rank 0 writes the answers, and all
+        return the numbers of one process.
     """
     scoring = None
     with ranks.raise_on_all_ranks():
-        _require_file(data)
         # Wrong names end it before a model is loaded.
-        scorers = check_scorer_names(scorers)
+        scorers = [*check_scorer_names(scorers), *(["exact"] if exact_match else [])]
         location = locate_run(path, trust_remote_code=trust_remote_code)
         if data is None:
             parts, name = _held_out_rows(location, path_of(path))
         else:
-            name = str(data)
-            source = Source(source=name, split=split, max_examples=max_examples)
-            parts = [_read_source(source, location, format_name, columns, ranks)]
-        if exact_match:
-            scorers = [*scorers, "exact"]
+            source, rows = _rows_of(data, split, max_examples)
+            name = source.source
+            parts = [_read_source(source, rows, location, format_name, columns, ranks)]
         if scorers and all(source.format == "text" for source, _ in parts):
             raise no_scored_rows(name, "rows of the format text were read")
         for _, rows in parts:
@@ -453,14 +499,6 @@ def _with_scores(
         unfinished=scoring.unfinished(),
         reference_hash=scoring.reference_hash,
     )
-
-
-def _require_file(data: object) -> None:
-    """DataError for rows themselves, which `train` takes."""
-    if not isinstance(data, str | Path | None):
-        what = f"rows to evaluate are {type(data).__name__}, not a file"
-        fix = "write them to a JSON lines file, and pass its path"
-        raise DataError(what, where="evaluate(run, data)", fix=fix)
 
 
 def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:
@@ -545,15 +583,25 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Rep
     return ranks.broadcast_object(seen)
 
 
+def _rows_of(data: object, split: str | None, max_examples: int | None) -> SourceRows:
+    """Return the rows of a file or of the Hub, or those that a program passes."""
+    if isinstance(data, str | os.PathLike):
+        source = Source(source=os.fspath(data), split=split, max_examples=max_examples)
+        return source, read_rows(source)
+    listed = [dict(row) for row in mappings(data, "evaluate(data=...)")]
+    rows = from_list(listed[:max_examples])
+    return Source(source=rows.name), rows
+
+
 def _read_source(
     source: Source,
+    rows: Rows,
     location: RunLocation,
     format_name: str,
     columns: Mapping[str, str] | None,
     ranks: Ranks,
 ) -> tuple[Source, Rows]:
-    """Rows of one's own, with their format and columns."""
-    rows = read_rows(source)
+    """Return rows of one's own with their format and columns."""
     if ranks.is_main_process:
         for line in describe_layouts([rows]):
             log.info(line)

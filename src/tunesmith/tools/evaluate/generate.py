@@ -20,7 +20,6 @@ from tunesmith.data.rows.messages import CHAT_ROLES, is_said
 from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
 from tunesmith.data.rows.samples import Completion, Conversation, Picture, Sample
 from tunesmith.data.source.open_source import Rows, from_list
-from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import DataError, UsageError
 from tunesmith.host.files import from_here
 from tunesmith.host.logger import lines_by_default
@@ -50,8 +49,6 @@ def generate(
     columns: Mapping[str, str] | None = None,
     batch_size: int = 16,
     start: int = 0,
-    cancelled: Callable[[], bool] = lambda: False,
-    ranks: Ranks = ONE_PROCESS,
 ) -> Iterator[dict[str, Any]]:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
@@ -67,9 +64,6 @@ def generate(
             not all have the same.
         batch_size: rows answered at once; with sampling, it changes what is drawn.
         start: the first row to answer; the answers are those of a job that began at row 0.
-        cancelled: called after each token; once true, the iterator ends after the rows already
-            answered.
-        ranks: those that answer together, a part of the rows each; all get all answers.
 
     Returns:
         an iterator over the rows from `start` on, in their order, each with `output` added, and
@@ -79,6 +73,32 @@ def generate(
         UsageError: `loaded` is the name of a run.
         DataError: at the call, not in the iterator: a broken row, or a prompt that leaves no room
             for its answer.
+    """
+    return answer_rows(
+        loaded,
+        rows,
+        decoding,
+        format_name=format_name,
+        columns=columns,
+        batch_size=batch_size,
+        start=start,
+    )
+
+
+def answer_rows(
+    loaded: LoadedModel,
+    rows: Rows | Sequence[dict[str, Any]],
+    decoding: Decoding | None = None,
+    *,
+    format_name: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    start: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[dict[str, Any]]:
+    """Answer rows as `generate` does.
+
+    cancelled: called after each token; once true, the iterator ends after the rows that are done.
     """
     if not isinstance(loaded, LoadedModel):
         what = f"generate takes a loaded model, not {type(loaded).__name__}"
@@ -111,7 +131,6 @@ def generate(
         batch_size=batch_size,
         start=start,
         cancelled=cancelled,
-        ranks=ranks,
         pictures=lambda i: loaded.pixels(prompts[i].pictures, prompts[i].where),
     )
 

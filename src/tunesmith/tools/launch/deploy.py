@@ -86,7 +86,8 @@ def launch_on_swarm(
     if is_on_paper:
         gpu = (GPU_RESOURCES[0], 1)
         chosen = [SwarmNode(host, host, gpu) for host in ("", *hosts)]
-        excluded, manager = [], ""
+        excluded: list[str] = []
+        manager = ""
         log.info("this machine is in no swarm: a node is assumed to be like it, with one GPU")
     else:
         chosen, excluded, manager = find_nodes(hosts, nodes)

@@ -150,6 +150,10 @@ def _cut(text: str, at: int = 0) -> str:
     return text if len(text) <= ANSWER_CHARS else f"{text[: ANSWER_CHARS - 4]} ..."
 
 
+def _ignore(done: int, total: int) -> None:
+    """Show no progress."""
+
+
 @lines_by_default()
 def export_gguf(
     path: str | os.PathLike[str],
@@ -162,8 +166,8 @@ def export_gguf(
     check: bool = True,
     device: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] = lambda written, size: None,
-    checking: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
+    checking: Callable[[int, int], None] | None = None,
 ) -> ExportedFile:
     """Write what a run has trained as one GGUF file, or as a folder with it for Ollama.
 
@@ -202,8 +206,8 @@ def export_gguf(
             unchecked=unchecked,
             device=device,
             threads=threads,
-            progress=progress,
-            checking=checking,
+            progress=progress or _ignore,
+            checking=checking or _ignore,
             file_name=file_name,
             modelfile=modelfile_text(file_name, tuned) if for_ollama else None,
         )

@@ -1,0 +1,181 @@
+"""Functions for programs: `plan`, `inspect_data` and `sweep` return what the commands print with
+--json, and errors name arguments instead of options.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from tunesmith.errors import TunesmithError
+from tunesmith.host.logger import lines_by_default
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+FLAGS = ("fresh", "force", "trust-remote-code")
+# Option of the command line -> argument, where they differ.
+ARGUMENTS = {"format": "format_name", "score": "scorers"}
+# A command stays as it is: it is typed in a shell. Of options those that functions take.
+_OPTION = re.compile(
+    r"tunesmith [^;]*|(?<![\w-])--(?P<name>columns|format|split|score|device|max-new-tokens"
+    rf"|{'|'.join(FLAGS)})(?:[ =](?P<value>'[^']*'|[^\s;]*[^\s;,.?)]))?"
+)
+
+
+def plan(
+    recipe: str | Path | None = None,
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    *,
+    model: str | None = None,
+    data: str | Path | None = None,
+    on: str | None = None,
+) -> dict[str, Any]:
+    """Forecast memory, hours and the layout of a run without training.
+
+    >>> tunesmith.plan("my-recipe.yaml", on="2x8xh100")["meshes"][0]["hours"]
+
+    Args:
+        recipe, overrides: as for `train`.
+        model, data: for a new recipe, as `tunesmith train --model X --data FILE` makes it.
+        on: machines such as `2x8xh100` or `dgx-spark`; None is this machine.
+
+    Returns:
+        what `tunesmith plan --json` prints; the best mesh is the first.
+
+    Raises:
+        UsageError: something is wrong with the recipe, data or model.
+        MachineError: the run does not fit.
+    """
+    return _json_of("plan", recipe, overrides, model=model, data=data, on=on)
+
+
+def inspect_data(
+    recipe: str | Path | None = None,
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    *,
+    model: str | None = None,
+    data: str | Path | None = None,
+    rows: int = 3,
+) -> dict[str, Any]:
+    """Return the rows of a recipe as the tokens that are trained, with counts and findings.
+
+    >>> tunesmith.inspect_data(model="demo", data="faq.csv")["warnings"]
+
+    Args:
+        recipe, overrides, model, data: as for `plan`; `recipe` may be a run directory.
+        rows: how many rows are returned in full.
+
+    Returns:
+        what `tunesmith data --json` prints.
+
+    Raises:
+        UsageError: something is wrong with the recipe, data or model.
+    """
+    return _json_of("data", recipe, overrides, model=model, data=data, rows=rows)
+
+
+def sweep(
+    recipe: str | Path,
+    space: Mapping[str, Sequence[object]],
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    *,
+    to_the_end: bool = False,
+) -> dict[str, Any]:
+    """Train one adapter for each combination of values on one base, and find the best.
+
+    >>> tunesmith.sweep("my-recipe.yaml", {"train.learning_rate": [1e-4, 3e-4]})["candidates"]
+
+    Args:
+        recipe, overrides: as for `train`; the same call resumes.
+        space: key of the recipe -> its values.
+        to_the_end: train all candidates to the end; else the worse half stops early, twice.
+
+    Returns:
+        what `tunesmith sweep --json` prints.
+
+    Raises:
+        As `train`.
+    """
+    words = [f"{key}={','.join(map(_value_word, values))}" for key, values in space.items()]
+    fixed = _words_of(overrides)
+    return _json_of("sweep", recipe, [*fixed, *words], to_the_end=to_the_end)
+
+
+def _json_of(
+    verb: str,
+    recipe: str | Path | None,
+    overrides: Mapping[str, object] | Sequence[str],
+    **options: object,
+) -> dict[str, Any]:
+    """Run a command in this process and return what it prints with --json."""
+    from tunesmith.cli.main import dispatch
+
+    words = [verb] if recipe is None else [verb, os.fspath(recipe)]
+    words += _words_of(overrides)
+    for name, value in options.items():
+        if value is not None and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, str(value)]
+    printed = io.StringIO()
+    with lines_by_default(), contextlib.redirect_stdout(printed):
+        dispatch([*words, "--json"])
+    values: dict[str, Any] = json.loads(printed.getvalue())
+    return values
+
+
+def _words_of(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """Return overrides as `key=value`."""
+    if isinstance(overrides, str):
+        return [overrides]
+    if isinstance(overrides, Mapping):
+        return [f"{key}={_value_word(value)}" for key, value in overrides.items()]
+    return [*overrides]
+
+
+def _value_word(value: object) -> str:
+    """Return a value as a recipe writes it: JSON is YAML, but a text needs no quotes."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def speaks_of_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function with errors that name its arguments instead of command-line options."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except TunesmithError as error:
+            replace = functools.partial(_argument, function.__name__)
+            for name in ("what", "where", "why", "fix"):
+                vars(error)[name] = _OPTION.sub(replace, vars(error)[name])
+            raise
+
+    # Where pickle finds it.
+    call.__module__ = "tunesmith"
+    return call
+
+
+def _argument(function: str, match: re.Match[str]) -> str:
+    """Return an option of the command line as an argument of a function."""
+    name, value = match["name"], match["value"]
+    if name is None:
+        return match[0]
+    argument = ARGUMENTS.get(name, name.replace("-", "_"))
+    if name in FLAGS:
+        # What follows is no value of it.
+        return f"{argument}=True{match[0].removeprefix(f'--{name}')}"
+    if value is None:
+        return argument
+    written: object = value.strip("'")
+    if name == "columns":
+        written = dict(pair.partition("=")[::2] for pair in str(written).split(","))
+    if function == "train" and name in ("columns", "format", "split"):
+        # Of rows of a program they are keys of the recipe.
+        return f"overrides={ {f'data.train.{name}': written} }"
+    return f"{argument}={written!r}"
