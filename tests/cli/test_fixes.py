@@ -282,6 +282,18 @@ CASES: dict[str, tuple[Callable[[Path], Callable[[], object]], str, Callable[[Pa
         lambda f: reading(f, ".json", b'{"7": {"prompt": "a", "completion": "b"}, "x": {"prompt": "c", "completion": "d"}}'), "jq",
         lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
     ),
+    "jq of objects": (
+        lambda f: reading(f, ".json", b'{\n"prompt": "a", "completion": "b"\n}\n{"prompt": "c", "completion": "d"\n}\n'), "jq",
+        lambda f, out: [*map(json.loads, (f / "rows.jsonl").read_text().splitlines())] == TWO_ROWS,
+    ),
+    "jq of arrays": (
+        lambda f: reading(f, ".json", b'[{"prompt": "a", "completion": "b"}][{"prompt": "c", "completion": "d"}]'), "jq",
+        lambda f, out: [*map(json.loads, (f / "rows.jsonl").read_text().splitlines())] == TWO_ROWS,
+    ),
+    "sed of objects with commas": (
+        lambda f: reading(f, ".jsonl", b'{"prompt": "a", "completion": "b"},\n{"prompt": "c", "completion": "d"}, \n'), "sed",
+        lambda f, out: json.loads((f / "rows.json").read_text()) == TWO_ROWS,
+    ),
     "iconv of rows": (
         lambda f: reading(f, ".csv", "prompt,completion\ncafé,b\n".encode("latin-1")), "iconv",
         lambda f, out: "café" in (f / "fixed.csv").read_text(encoding="utf-8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -76,6 +77,14 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', {}, "one object, not an array", "a.json", "put the rows in"),
     ("a.json", f'[{GOOD},\n{GOOD},\n{{"text": "cut', {}, "ends in the middle", "a.json:3", "download or write"),
     ("a.json", f"[{GOOD},\n{{text: 1}},\n{GOOD}]", {}, "not JSON", "a.json:2", "at line 2 column 2"),
+    ("a.json", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "one after another", "a.json:4", "jq -c . "),
+    ("a.json", f"[{GOOD}]\n[{GOOD}]", {}, "one after another", "a.json:2", "jq -c '.[]' "),
+    ("a.json", f"{GOOD},\n{GOOD},\n", {}, "one after another", "a.json:1", "sed '1s/"),
+    ("a.json", f"{GOOD}\n{{text: 1}}\n{GOOD}", {}, "not JSON", "a.json:2", "sed -n 2p"),
+    ("a.jsonl", '{\n"text": "a"\n}\n{\n"text": "b"\n}', {}, "not JSON", "a.jsonl:1", "jq -c . "),
+    ("a.jsonl", f"{GOOD}\n{GOOD}{GOOD}\n", {}, "not JSON", "a.jsonl:2", "jq -c . "),
+    ("a.jsonl", f"{GOOD},\n{GOOD},\n", {}, "not JSON", "a.jsonl:1", "sed '1s/"),
+    ("a.jsonl", f"{GOOD}\n{GOOD} x\n", {}, "not JSON", "a.jsonl:2", "sed -n 2p"),
     ("a.json", f"[{GOOD}, 7]", {}, "a number, not an object", "a.json row 2", "delete it"),
     ("a.json", b"[{\"text\": \"a\n\xff\"}]", {}, "not UTF-8", "a.json:2", "iconv"),
     ("a.csv", "text\n", {}, "a header and no rows", "a.csv", "add rows"),
@@ -446,12 +455,37 @@ def test_columns_of_parquet_are_named_as_what_they_are(tmp_path: Path) -> None:
     )
 
 
-def test_a_windows_csv_is_mended_by_the_command_that_is_named(tmp_path: Path) -> None:
-    """Its quotes and the euro are bytes that are no signs in latin1."""
-    row = "\u201cquoted\u201d costs 5 \u20ac"
-    (tmp_path / "a.csv").write_bytes(f"text\n{row}\n".encode("cp1252"))
-    with pytest.raises(DataError) as refused:
-        read_rows(Source(source=str(tmp_path / "a.csv"), format="text"))
+# A text, and the encodings that have to be found out.
+ENCODED = {
+    "\u201cquoted\u201d costs 5 \u20ac": ["cp1252"],
+    "Où est l'hôtel ? À côté de l'église, près de la forêt.": ["cp1252", "utf-16-le", "utf-32-be"],
+    "Äpfel, Öl und Übermut größer als früher": ["latin-1"],
+    "Как изменить способ оплаты? Откройте настройки.": ["cp1251", "koi8-r", "utf-16"],
+    "支払い方法を変更するにはどうすればよいですか。設定を開いてください。": [
+        "cp932",
+        "euc-jp",
+        "utf-16",
+    ],
+    "テスト": ["cp932"],
+    "如何更改我的付款方式？打开设置，然后选择账单。": ["gbk", "gb18030", "utf-32"],
+    "如何更改我的付款方式？打開設定，然後選擇帳單。": ["big5"],
+    "결제 수단을 변경하려면 어떻게 해야 하나요? 설정을 여세요.": ["euc-kr"],
+}
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="there is no iconv")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".txt"])
+@pytest.mark.parametrize(("text", "encoding"), [(t, e) for t, es in ENCODED.items() for e in es])
+def test_a_file_in_another_encoding_is_converted_by_the_command_that_is_named(
+    tmp_path: Path, text: str, encoding: str, suffix: str
+) -> None:
+    row = json.dumps({"text": text}, ensure_ascii=False)
+    content = {".csv": f'text\n"{text}"\n', ".json": f"[{row}]", ".txt": text}.get(
+        suffix, f"{row}\n"
+    )
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content.encode(encoding))
+    with refuses(DataError, names=["UTF-8"]) as refused:
+        read_rows(Source(source=str(path), format="text"))[0]
     subprocess.run(["sh", "-c", refused.value.fix], check=True, cwd=tmp_path)
-    fixed = read_rows(Source(source=str(tmp_path / "fixed.csv"), format="text"))
-    assert fixed[0]["text"] == row
+    assert read_rows(Source(source=f"{tmp_path}/fixed{suffix}", format="text"))[0] == {"text": text}

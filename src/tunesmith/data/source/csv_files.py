@@ -17,6 +17,7 @@ from tunesmith.data.source.table import (
     MAX_ROW_BYTES,
     Table,
     changed_error,
+    check_not_wide,
     file_digest,
     new_name,
     not_utf8_error,
@@ -124,6 +125,7 @@ def _index_rows(path: Path) -> _CsvIndex:
     """Read a file once; DataError where a quote is broken."""
     with open_uncached(path) as file:
         first_bytes = file.read(HEAD_BYTES)
+        check_not_wide(path, first_bytes, f"{path}:1")
         if len(first_bytes) == HEAD_BYTES:
             # Up to the end of a line.
             first_bytes = first_bytes[: first_bytes.rfind(b"\n") + 1]
@@ -201,8 +203,8 @@ def _not_utf8(path: Path) -> DataError:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                at = position + error.start + 1
-                return not_utf8_error(path, error, f"{path}:{number}", at)
+                byte = f"byte 0x{line[error.start]:02x} at position {position + error.start + 1}"
+                return not_utf8_error(path, line, f"{path}:{number}", f"{byte}: {error.reason}")
             position += len(line)
     return changed_error(path)
 

@@ -195,21 +195,34 @@ def _read_json_lines(path: Path) -> Table:
             raise _long_number(where(i)) from None
         except RecursionError:
             why = "nested too deep"
-        number = lines.numbers[i]
-        fix = (
-            f"sed -n {number}p {shell_path(path)}"
-            "   # fix or delete this line: one JSON object a line"
-        )
-        if i == count - 1 and not line_break:
-            why += "; the file ends here without a line break, so it may be cut off"
-            fix = "download or write the file again, or delete its last line"
-        elif i == 0 and data.lstrip().startswith(b"["):
-            why += "; the file looks like one JSON array"
-            renamed = shell_path(path.with_suffix(".json"))
-            fix = f"mv {shell_path(path)} {renamed}   # and name that"
-        raise DataError("the line is not JSON", where=where(i), why=why, fix=fix)
+        if i == 0:
+            # The first object may go over several lines.
+            stop = min(start + READ_BYTES, lines.starts[-1])
+            text = read_span(path, version, start, stop).decode(errors="replace")
+        is_cut = i == count - 1 and not line_break
+        raise _broken_line(path, lines.numbers[i], text, why, is_cut=is_cut)
 
     return Table(count, row, where, fingerprint=lambda: file_digest(path))
+
+
+def _broken_line(path: Path, number: int, text: str, why: str, *, is_cut: bool) -> DataError:
+    """Return the error for a line that is not JSON.
+
+    Args:
+        text: the line; for the first one, the beginning of the file.
+        is_cut: whether the file ends in this line, without a line break.
+    """
+    fix = f"sed -n {number}p {shell_path(path)}   # fix or delete this line: one JSON object a line"
+    command = _conversion_of_values(path, text)
+    if command:
+        fix = command
+    elif is_cut:
+        why += "; the file ends here without a line break, so it may be cut off"
+        fix = "download or write the file again, or delete its last line"
+    elif "\n" in text and text.lstrip().startswith("["):
+        why += "; the file looks like one JSON array"
+        fix = f"mv {shell_path(path)} {shell_path(path.with_suffix('.json'))}   # and name that"
+    return DataError("the line is not JSON", where=f"{path}:{number}", why=why, fix=fix)
 
 
 def _read_json(path: Path) -> Table:
@@ -320,12 +333,34 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
     place = f"line {error.lineno} column {error.colno}"
     what = "the file is not JSON"
     fix = f"fix it at {place}"
+    command = _conversion_of_values(path, text)
+    if command:
+        what = "the file has JSON values one after another, not an array of rows"
+        return DataError(what, where=f"{path}:{error.lineno}", why=place, fix=command)
     is_at_end = error.pos >= len(text.rstrip()) - 1
     # The fault at the end of the text: the file was cut.
     if is_at_end or error.msg.startswith("Unterminated string"):
         what = "the file ends in the middle of its JSON"
         fix = "download or write the file again"
     return DataError(what, where=f"{path}:{error.lineno}", why=f"{error.msg}, {place}", fix=fix)
+
+
+def _conversion_of_values(path: Path, text: str) -> str:
+    """Return the command that makes rows of JSON values one after another, or empty if `text` is
+    none of them: the beginning of the file, or a line.
+    """
+    text = text.lstrip()
+    try:
+        rest = text[_DECODER.raw_decode(text)[1] :].lstrip()
+    except (ValueError, RecursionError):
+        return ""
+    marks = text[0] + (rest or text)[0]
+    if marks == "{,":
+        program = "1s/^/[/; $s/,*[[:space:]]*$/]/"
+        return f"sed '{program}' {shell_path(path)} > {new_name(path, 'rows.json')}"
+    program = {"{{": "jq -c .", "[[": "jq -c '.[]'"}.get(marks)
+    output = new_name(path, "rows.jsonl")
+    return f"{program} {shell_path(path)} > {output}" if program else ""
 
 
 def _repeated_key(error: _RepeatedKeyError, where: str) -> DataError:

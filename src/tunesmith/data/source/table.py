@@ -6,12 +6,16 @@ kills the process (SIGBUS).
 """
 
 import bisect
+import codecs
 import hashlib
 import itertools
+import json
 import os
+import re
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -24,6 +28,25 @@ from tunesmith.host.shell import shell_path, shell_word
 
 # A longer row is a file with its line breaks lost; tokenizing it would take minutes.
 MAX_ROW_BYTES = 32 << 20
+# Of a file, from which its encoding is guessed.
+HEAD_BYTES = 1 << 16
+# The largest share of the characters outside ASCII that may be unusual in an encoding.
+MAX_UNUSUAL = 0.25
+_CYRILLIC = r"[А-ЯЁ]?[а-яё]{2,}"
+_CHINESE = r"[一-鿿\u3000-\u303f\uff00-\uffef]+"
+# What most of a text consists of, by its encoding. If two fit equally, the first one is taken: any
+# Korean text is also one of Chinese characters. Windows calls cp1252 by the name of latin1.
+_USUAL_TEXT = {
+    "cp1252": r"(?<![^\0-\x7f])[À-ÖØ-öø-ÿŒœŠšŽž‘’“”–—…€£©®°«»¡¿\xa0·]{1,2}(?![^\0-\x7f])",
+    "cp1251": _CYRILLIC,
+    "koi8-r": _CYRILLIC,
+    "cp932": r"[ぁ-ヿ一-龠々\u3000-\u303f\uff00-\uff60]+",
+    "euc-jp": r"[一-龠々]{0,4}[ぁ-ヿ。、「」]+",
+    "euc-kr": r"[가-힣]+",
+    "gb18030": _CHINESE,
+    "big5": _CHINESE,
+}
+_ASCII = re.compile(r"[\0-\x7f]+")
 # In memory, for the files of a folder.
 DIGESTS_KEPT = 100_000
 
@@ -241,27 +264,49 @@ def _digest_of_version(path: Path, version: FileVersion | None) -> str:
 
 def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: str) -> str:
     """Bytes as text; `where` names the place of a byte."""
+    check_not_wide(path, data, where(0))
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise not_utf8_error(path, error, where(error.start), error.start + 1) from None
+        why = f"byte 0x{data[error.start]:02x} at position {error.start + 1}: {error.reason}"
+        raise not_utf8_error(path, data, where(error.start), why) from None
 
 
-def not_utf8_error(path: Path, error: UnicodeDecodeError, where: str, position: int) -> DataError:
-    """The error for bytes that are no UTF-8; `position` counts from 1."""
+def check_not_wide(path: Path, data: bytes, where: str) -> None:
+    """Raise DataError if `data` begins as UTF-16 or UTF-32."""
+    encoding = json.detect_encoding(data)
+    if not encoding.startswith("utf-8"):
+        raise not_utf8_error(path, data, where, f"its characters are those of {encoding}")
+
+
+def not_utf8_error(path: Path, data: bytes, where: str, why: str) -> DataError:
+    """Return the error for a file with `data` that is not UTF-8."""
     with path.open("rb") as file:
-        # Windows writes UTF-16 with a mark of two bytes.
-        has_utf16_mark = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    # Windows calls its own code page by the name of latin1, whose 0x80 to 0x9f are no signs.
-    likely_encoding = "utf-16" if has_utf16_mark else "cp1252"
+        head = file.read(HEAD_BYTES)
+    # The beginning of the file shows more than a single row does.
+    encoding = likely_encoding(data if head.isascii() and b"\0" not in head else head)
     output = new_name(path, f"fixed{path.suffix}")
-    byte = error.object[error.start]
     return DataError(
         "the file is not UTF-8 text",
         where=where,
-        why=f"byte 0x{byte:02x} at position {position}: {error.reason}",
-        fix=f"iconv -f {likely_encoding} -t utf-8 {shell_path(path)} > {output}",
+        why=why,
+        fix=f"iconv -f {shell_word(encoding)} -t utf-8 {shell_path(path)} > {output}",
     )
+
+
+def likely_encoding(data: bytes) -> str:
+    """Return the likely encoding of a text that is not UTF-8, by the name that iconv has for it."""
+    wide = json.detect_encoding(data)
+    if wide.startswith(("utf-16", "utf-32")):
+        return wide.replace("6-", "6").replace("2-", "2")
+    unusual_shares = {"": MAX_UNUSUAL}
+    for encoding, usual in _USUAL_TEXT.items():
+        with suppress(UnicodeDecodeError):
+            # The last character may be cut.
+            text = codecs.getincrementaldecoder(encoding)().decode(data)
+            unusual = _ASCII.sub("", re.sub(usual, "", text))
+            unusual_shares[encoding] = len(unusual) / max(1, len(_ASCII.sub("", text)))
+    return min(unusual_shares, key=unusual_shares.__getitem__) or "cp1252"
 
 
 def new_name(path: Path, name: str) -> str:

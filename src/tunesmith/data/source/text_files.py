@@ -14,6 +14,7 @@ from tunesmith.data.source.table import (
     FileVersion,
     Table,
     changed_error,
+    check_not_wide,
     decode_text,
     file_digest,
     read_span,
@@ -156,7 +157,8 @@ def _decode(path: Path, data: bytes, place: str, start: int, first_line: int) ->
         line_breaks = data.count(b"\n", 0, at)
         return f"{place}, line {first_line + line_breaks}"
 
-    if b"\0" in data and not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    check_not_wide(path, data, place)
+    if b"\0" in data:
         raise DataError(
             "the file has bytes that are no text",
             where=where(data.index(b"\0")),
