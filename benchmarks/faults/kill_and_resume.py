@@ -8,6 +8,8 @@ interrupted.
     python benchmarks/faults/kill_and_resume.py --family llama --method kto --adapter none --kills 10 [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family qwen3_5 parallel.shard=2 --ranks 4 --kills 6 [--json FILE]
     python benchmarks/faults/kill_and_resume.py --family llama --layers 6 --stream 5 --kills 30 [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --family qwen2_5_vl --rows pictures --kills 20 [--json FILE]
+    python benchmarks/faults/kill_and_resume.py --family llama --rows documents --kills 10 [--json FILE]
 
 Both runs are `tunesmith train` with deterministic algorithms, STEPS steps and a checkpoint every
 CHECKPOINT_EVERY of them. The kill comes once the run is a step past its first complete checkpoint.
@@ -16,7 +18,9 @@ compared bit for bit.
 Exit status 1: they differ. A shape is a model of that width with random weights and `--layers`
 layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
 whose text model is trained, llama, or qwen3_moe). With `--method` it learns from made pairs or
-labeled answers, and a full run's reference is kept in a cache that all starts share.
+labeled answers, and a full run's reference is kept in a cache that all starts share. With `--rows
+pictures` the family is one of `vision.FAMILIES`, and two of three rows have a picture; `--rows
+documents` are texts that are longer than a row of training.
 
 With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_CHECKPOINT_EVERY, and
 is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times
@@ -350,9 +354,19 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
     name the recipe.
     """
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
+    file = folder / "recipe.json"  # JSON is YAML
+    changes: dict[str, Any] = {"adapter": {"kind": options.adapter}}
+    if options.rows == "pictures":
+        from picture_runs import picture_recipe, write_mixed, write_vision_model
+
+        model = write_vision_model(folder / "model", options.family)
+        values = picture_recipe(model, write_mixed(folder, 24), **changes)
+        file.write_text(json.dumps(values), encoding="utf-8")
+        return [str(file)]
     import vision_models
     from conftest import write_mixture, write_tiny_llama
-    from recipes import recipe, write_feedback, write_pairs
+    from recipes import WORDS, recipe, write_feedback, write_pairs
 
     model = write_tiny_llama(folder / "tiny", num_hidden_layers=options.layers)
     if options.family == "qwen3_moe":
@@ -361,7 +375,13 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
         # The last of four layers of Llama 4 attends to the whole document.
         text = {"num_hidden_layers": 4, "floor_scale": 4} if options.family == "llama4" else {}
         model = vision_models.build(options.family, folder / "model", model, **text)
-    changes: dict[str, Any] = {"adapter": {"kind": options.adapter}}
+    if options.rows == "documents":
+        rows = folder / "documents.jsonl"
+        rng = random.Random(0)
+        texts = [" ".join(rng.choices(WORDS, k=rng.randrange(20, 400))) for _ in range(24)]
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        rows.write_text("".join(lines), encoding="utf-8")
+        changes["data"] = {"train": {"source": str(rows), "format": "text"}}
     if options.method:
         write, data_format = write_pairs, "preference"
         if options.method == "kto":
@@ -369,9 +389,7 @@ def recipe_of_family(options: argparse.Namespace, folder: Path) -> list[str]:
         rows = write(folder / "preferences.jsonl", 48)
         changes["method"] = options.method
         changes["data"] = {"train": {"source": str(rows), "format": data_format}}
-        os.environ["TUNESMITH_CACHE"] = str(folder / "cache")
     values = recipe(model, folder, held=False, **changes)
-    file = folder / "recipe.json"  # JSON is YAML
     file.write_text(json.dumps(values), encoding="utf-8")
     return [str(file)]
 
@@ -399,6 +417,7 @@ def main() -> None:
     parser.add_argument("--shape")
     parser.add_argument("--family")
     parser.add_argument("--method", choices=("dpo", "orpo", "simpo", "kto"))
+    parser.add_argument("--rows", choices=("pictures", "documents"), help="with --family")
     parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokenizer")
@@ -413,6 +432,8 @@ def main() -> None:
     recipes = len(options.words) - len(keys)
     if recipes + bool(options.shape) + bool(options.family) != 1:
         parser.error("give a recipe, or --shape with --tokenizer and --data, or --family")
+    if options.rows and (options.method or not options.family):
+        parser.error("--rows goes with --family, and not with --method")
     if (options.ranks > 1 or options.stream) and not options.kills:
         parser.error("--ranks and --stream go with --kills")
     with tempfile.TemporaryDirectory(prefix="tunesmith-resume-") as name:

@@ -14,14 +14,15 @@ from tunesmith.data.rows.samples import Completion, Conversation, Sample, pictur
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 _FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff")  # of PNG and JPEG files
-# Quotes, a closing tag or the words behind it show that a text is about the mark itself.
+# Quotes, a closing tag or the words behind it show that a text is about the mark itself. A pattern
+# that begins with its first characters is found six times as fast.
 _MARK = re.compile(
-    r"""(?<![`"'])(?:
-    (?P<place><\|?(?P<name>(?:image|IMAGE)(?:[ _-]?\d+|_pad|_placeholder|_soft_token)?)\|?>
-        |<start_of_image>|<ImageHere>)(?!.{0,999}</(?P=name)>)
-    |(?P<object><(?P<kind>bbox|ref-object)>(?!.{0,999}</(?P=kind)>))
-    |<img>\s*(?P<tag>[^<>\n]+?)\s*</img>
-    |!\[[^\]\n]*\]\(<?(?P<link>[^)\s>]+)
+    r"""[<!](?<![`"'].)(?:
+    (?P<place>\|?(?P<name>(?:image|IMAGE)(?:[ _-]?\d+|_pad|_placeholder|_soft_token)?)\|?>
+        |start_of_image>|ImageHere>)(?!.{0,500}</(?P=name)>)
+    |(?P<object>(?P<kind>bbox|ref-object)>(?!.{0,500}</(?P=kind)>))
+    |img>(?P<tag>[^<>\n]{1,500})</img>
+    |\[[^\]\n]{0,500}\]\(<?(?P<link>[^)\s>]+)
     )(?!\s*(?:tags?|elements?|nodes?)\b|[`"'])""",
     re.VERBOSE | re.DOTALL,
 )
@@ -45,21 +46,19 @@ def find_lost_pictures(
         if not has_pictures and is_picture(value, where):
             yield "picture_column", column
     for role, text in _texts_of(sample):
-        for match in _MARK.finditer(text) if "<" in text or "![" in text else ():
-            found = match[match.lastgroup or 0]
-            if match.lastgroup == "object":
-                yield "grounding", found
+        for match in _MARK.finditer(text):
+            named = match["tag"] or match["link"]
+            before = text[max(0, match.start() - 9) : match.start()].rstrip(" \t")
+            if match["object"]:
+                yield "grounding", match[0]
             elif has_pictures or role not in ("user", "text"):
                 continue
-            elif match.lastgroup != "place":
-                if role == "user" and (sees or is_picture(found, where)):
-                    yield "picture_mark", found
-            else:
-                # A picture is at the start of a line or behind a sentence; `docker run <image>` is
-                # a text.
-                before = text[max(0, match.start() - 9) : match.start()].rstrip(" \t")
-                if before[-1:] in "\n:?.!" or (sees and role == "user"):
-                    yield "picture_mark", found
+            elif named:
+                if role == "user" and (sees or is_picture(named.strip(), where)):
+                    yield "picture_mark", named
+            # `docker run <image>` is a text. A picture begins a line, or stands behind a sentence.
+            elif before[-1:] in "\n:?.!(：。？！" or (sees and role == "user"):
+                yield "picture_mark", match[0]
 
 
 def _texts_of(sample: Sample) -> list[tuple[str, str]]:
@@ -74,14 +73,15 @@ def _texts_of(sample: Sample) -> list[tuple[str, str]]:
 def is_picture(value: object, where: str) -> bool:
     """Return whether a value is a picture: its bytes, or the name of a file that exists."""
     if isinstance(value, list):
-        return any(is_picture(item, where) for item in value[:1])
-    if isinstance(value, Mapping):
-        return any(is_picture(value.get(key), where) for key in PICTURE_KEYS)
-    if isinstance(value, bytes):
-        return value.startswith(_FIRST_BYTES)
-    # The name may be longer than the file system allows.
-    with suppress(OSError, ValueError):
-        is_name = isinstance(value, str) and value.lower().endswith(_SUFFIXES)
-        folder = getattr(where, "folder", None) or Path()
-        return is_name and (folder / str(value)).is_file()
+        value = next(iter(value), None)
+    parts = [value.get(key) for key in PICTURE_KEYS] if isinstance(value, Mapping) else [value]
+    folder = getattr(where, "folder", None) or Path()
+    for part in parts:
+        if isinstance(part, bytes) and part.startswith(_FIRST_BYTES):
+            return True
+        # The name may be longer than the file system allows.
+        with suppress(OSError, ValueError):
+            is_name = isinstance(part, str) and part[-5:].lower().endswith(_SUFFIXES)
+            if is_name and (folder / str(part)).is_file():
+                return True
     return False
