@@ -171,7 +171,7 @@ def test_an_end_of_earlier_answers_stands_behind_them(simple: Simple) -> None:
 def test_a_cut_answer_need_not_end(simple: Simple) -> None:
     """It is counted by a rule of its own; an earlier answer of the same row must end."""
     one = given(simple, ([70, 71, 72], [0, 1, 1]), cut=True)
-    assert_broken(simple, one, "cut off", "data.seq_len (1 of 1 rows)")
+    assert_broken(simple, one, "cut off", "data.seq_len (1 of 1 row)")
     end = simple.tokenizer.eos_token_id
     two = given(simple, ([70, 71, 72, 73, end], [0, 1, 0, 0, 0]), cut=True)
     assert_broken(simple, two, "end token")

@@ -471,7 +471,7 @@ def test_pictures_are_stored_and_read_again(folders: dict[str, Path], tmp_path: 
     assert [one.path for one in part.row_pictures(2)] == [tmp_path / "87x43-1.png"]
     assert part.row_pictures(1) == ()
     assert part.counts.pictures == 2
-    assert "placeholders" in {check.of for check in data.contracts[0].checks if check.checked}
+    assert "placeholder" in {check.of for check in data.contracts[0].checks if check.checked}
     # A reader of pixels gets the rows that have some.
     asked = []
 
@@ -698,7 +698,7 @@ def test_the_contract_knows_the_placeholders_of_a_row(
         return [check.of for check in contract.broken if "placeholder" in check.name]
 
     assert broken() == []
-    assert broken(trained=part.arrays.trained | is_placeholder) == ["placeholders"]
+    assert broken(trained=part.arrays.trained | is_placeholder) == ["placeholder"]
     assert broken(ids=np.where(is_placeholder, 70, part.arrays.ids)) == ["rows"]
 
 

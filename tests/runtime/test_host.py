@@ -179,7 +179,7 @@ def stat(cpus: int, busy: int, at: int) -> str:
     ("busy", "threads", "why"),
     [
         (0, 8, "one a core"),
-        (3, 5, "3 of 8 cores are busy"),
+        (3, 5, "busy cores: 3 of 8"),
         (4, 8, "one a core"),
         (8, 8, "one a core"),
     ],

@@ -37,6 +37,7 @@ from tunesmith.model.safetensors_files import (
 )
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor, stored_tensors
+from tunesmith.units import count_of
 
 PREFIX = "base_model.model."
 # A factor of a single expert, as vLLM reads those of most mixtures.
@@ -431,10 +432,10 @@ def stored_adapter(
         for name in names - unknown:
             if stored[name].shape != _file_shape(name, parameters[name]):
                 reshaped.add(name)
-        _check_none(parameters.keys() - names, "are missing in the adapter", file)
-        what = "are in the adapter and not in the recipe's target or modules_to_save"
+        _check_none(parameters.keys() - names, "missing in the adapter", file)
+        what = "of the adapter, not in the recipe's target or modules_to_save"
         _check_none(unknown, what, file)
-        _check_none(reshaped, "have another shape", file)
+        _check_none(reshaped, "of another shape", file)
         in_model = {}
         for name in sorted(names):
             parameter = parameters[name]
@@ -491,7 +492,7 @@ def _check_none(names: Collection[str], problem: str, file: Path) -> None:
     if len(names) > 3:
         shown += ", ..."
     raise ModelError(
-        f"{len(names)} tensors {problem}: {shown}",
+        f"{count_of(len(names), 'tensor')} {problem}: {shown}",
         where=str(file),
         why="adapter and model do not match",
         fix="use the base model, target, rank and modules_to_save that the adapter was "

@@ -29,7 +29,7 @@ from tunesmith.errors import (
 from tunesmith.metrics.record import StepRecord
 from tunesmith.optim.lr_schedule import scheduled_rate
 from tunesmith.run_dir import BEST, FINAL, METRICS, RECIPE, SAMPLES
-from tunesmith.units import Size
+from tunesmith.units import Size, count_of
 
 log = logging.getLogger(__name__)
 
@@ -363,12 +363,12 @@ def _outlook(train: Train, schedule: BatchSchedule, progress: Progress) -> tuple
     if total:
         steps = total
         if train.duration.unit != "steps":
-            text += f" (= {steps:,} steps)"
+            text += f" (= {count_of(steps, 'step')})"
     else:
         seconds = train.duration.seconds or 0.0
         # By the clock: as many steps as the speed so far makes in the whole time.
         steps = round(seconds * progress.step / max(progress.seconds, 1e-9))
-        text += f" (about {steps:,} steps)"
+        text += f" (about {count_of(steps, 'step')})"
     rate = scheduled_rate(
         train,
         progress.step,

@@ -175,7 +175,7 @@ def _describe_broken(contracts: Iterable[Contract]) -> Iterator[str]:
     """The rules that the tokens of a split break: where, why and the fix."""
     for contract in contracts:
         for check in contract.broken:
-            broken = f"{check.broken:,} of {check.checked:,} {check.of}"
+            broken = f"{check.broken:,} of {count_of(check.checked, check.of)}"
             yield f"BROKEN, {contract.split}: {check.name}: {broken}, first in {check.where}"
             yield f"  {check.why}"
             yield f"  fix: {check.fix}"
@@ -233,7 +233,7 @@ def segments(
     last_stop = 0
     for start, stop in ranges:
         if start:
-            stretches.append((f"\n… {start - last_stop:,} tokens …\n", False, False))
+            stretches.append((f"\n… {count_of(start - last_stop, 'token')} …\n", False, False))
         last_stop = stop
         first = start
         prefix = decode(start)
@@ -252,7 +252,7 @@ def _print_rows(console: Console, tokens: TokenSet, tokenizer: Any, count: int) 
     for i in range(min(count, len(tokens))):
         example = tokens[i]
         supervised = f"{int(example.trained.sum()):,} supervised"
-        title = f"{tokens.where(i)}: {len(example.ids):,} tokens, {supervised}"
+        title = f"{tokens.where(i)}: {count_of(len(example.ids), 'token')}, {supervised}"
         console.print(Text(f"── {visible(title)}"))
         text = Text()
         is_inside = False

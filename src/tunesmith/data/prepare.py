@@ -137,7 +137,7 @@ class TrainingData:
             counts: dict[str, int] = {}
             for check in contract.checks:
                 counts[check.of] = max(check.checked, counts.get(check.of, 0))
-            things = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+            things = ", ".join(count_of(count, kind) for kind, count in counts.items())
             count = count_of(len(contract.checks), "check")
             if contract.broken:
                 count = f"{len(contract.checks) - len(contract.broken)} of {count}"
@@ -333,8 +333,8 @@ class TrainingData:
         if counts.bad > len(listed):
             listed.append(f"and {counts.bad - len(listed):,} more")
         yield (
-            f"{counts.bad:,} of {counts.rows:,} rows cannot be read and are left out"
-            f" (data.bad_rows: skip): {'; '.join(listed)}; fix: fix these rows"
+            f"left out by data.bad_rows=skip: {counts.bad:,} of {count_of(counts.rows, 'row')}:"
+            f" {'; '.join(listed)}; fix: fix these rows"
         )
 
     def _tell_unread(self, part: SourceTokens) -> Iterator[str]:
@@ -354,9 +354,9 @@ class TrainingData:
                 # A file that has nothing else was chosen for it.
                 if count < part.counts.rows:
                     yield (
-                        f"{count:,} of {part.counts.rows:,} rows are not of the split to"
-                        f" train on, by the column {name} (first {part.rows.where(first)}), and are"
-                        " used as the others are; fix: put the rows of each split into a file of"
+                        f"rows of another split, by the column {name}, are used as the others are:"
+                        f" {count:,} of {count_of(part.counts.rows, 'row')}, first"
+                        f" {part.rows.where(first)}; fix: put the rows of each split into a file of"
                         " their own"
                     )
                 continue
@@ -416,7 +416,7 @@ class TrainingData:
             # Without a template the texts are joined as the recipe asks.
             if name != "joined" or self.run.data.template == "auto":
                 warning = ROW_WARNINGS[name]
-                what = f"{count:,} of {part.counts.rows:,} rows with {warning.what}"
+                what = f"{count:,} of {count_of(part.counts.rows, 'row')} with {warning.what}"
                 yield f"{what}, first {part.rows.where(first)}: {warning.why}; fix: {warning.fix}"
 
 
@@ -556,7 +556,7 @@ def _check_labels(train: TokenSet) -> None:
     if labels in ({0}, {1}):
         kind = "good" if labels == {1} else "bad"
         raise DataError(
-            f"all {len(train):,} answers are labeled {kind}",
+            f"each answer is labeled {kind}: {count_of(len(train), 'answer')}",
             where=train.counts.source,
             why="kto needs both good and bad answers",
             fix="add answers with the other label; or train on good ones only with method: sft",
@@ -578,7 +578,7 @@ def _make_schedule(run: Run, train: TokenSet) -> BatchSchedule:
         raise DataError(
             "the weights of the sources leave no example in an epoch",
             where="data.train",
-            why=f"{len(train)} examples with weights {weights}",
+            why=f"{count_of(len(train), 'example')} with weights {weights}",
             fix="raise weight",
         )
     return schedule

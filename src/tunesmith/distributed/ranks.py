@@ -33,6 +33,7 @@ from tunesmith.errors import (
 )
 from tunesmith.host.signals import wait_for_signal
 from tunesmith.run_dir import Phase
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -304,7 +305,7 @@ def choose_gpu(local_rank: int, local_world: int) -> None:
         torch.cuda.set_device(0)
     else:
         raise MachineError(
-            f"{local_world} ranks on a node with {count} GPUs",
+            f"{count_of(local_world, 'rank')} on a node with {count_of(count, 'GPU')}",
             where=f"CUDA_VISIBLE_DEVICES={visible}",
             fix=f"use one rank per GPU: --nproc-per-node {count}",
         )

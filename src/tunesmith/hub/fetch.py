@@ -52,6 +52,7 @@ from tunesmith.model.safetensors_files import (
 from tunesmith.model.shapes import config_of_model
 from tunesmith.model.shipped_entries import read_entries
 from tunesmith.model.spec import ModelSpec, check_seq_len, check_supported
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -312,7 +313,8 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     missing = [name for name in weights if name not in listing.files]
     if missing:
         named = ", ".join(missing[:3])
-        what = f"{len(missing)} weight files listed in the index are missing: {named}"
+        files = count_of(len(missing), "weight file")
+        what = f"the index lists {files} not in the repository: {named}"
         raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
 from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.units import count_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -124,7 +125,7 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     first = integers[0]
     shown = f"{first.name} ({first.dtype})"
     raise ModelError(
-        f"{len(integers)} tensors contain integers, so the weights are quantized: {shown}",
+        f"the weights are quantized: {count_of(len(integers), 'tensor')} of integers: {shown}",
         where=str(first.file),
         why=why,
         fix="take the unquantized model; model.quantize: nf4 then quantizes it as it is loaded",
@@ -215,7 +216,7 @@ def read_headers(folder: Path) -> dict[Path, list[Entry]]:
         if missing:
             shown = ", ".join(missing[:3])
             raise ModelError(
-                f"{len(missing)} of {len(files)} weight files are missing: {shown}",
+                f"{len(missing)} of {count_of(len(files), 'weight file')} missing: {shown}",
                 where=str(folder),
                 why=f"{INDEX} names them",
                 fix="finish the download: tunesmith fetch MODEL",

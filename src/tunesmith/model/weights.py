@@ -28,6 +28,7 @@ from tunesmith.host.memory import drop_pages, open_uncached
 from tunesmith.model.names import Piece, Pieces, assign_names
 from tunesmith.model.safetensors_files import Entry, read_header, read_into
 from tunesmith.model.shipped_entries import CodedEntry, StoredEntry, read_entries
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none
@@ -386,7 +387,7 @@ def stored_tensors(file: Path) -> Iterator[dict[str, StoredTensor]]:
     entries = read_header(file)
     unreadable = [f"{entry.name} ({entry.dtype})" for entry in entries if entry.dtype not in STORED]
     if unreadable:
-        what = f"{len(unreadable)} tensors have an unsupported dtype: {unreadable[0]}"
+        what = f"{count_of(len(unreadable), 'tensor')} of an unsupported dtype: {unreadable[0]}"
         raise ModelError(what, where=str(file))
     with open_uncached(file) as opened:
         yield {entry.name: StoredTensor(entry, opened) for entry in entries}
@@ -602,8 +603,8 @@ def _check_complete(
         if name not in groups and id(target) not in covered:
             missing.append(name)
     missing += [name for name in hooks if "" not in groups.get(name, {})]
-    _check_no_names(sorted(missing), "tensors are missing", where)
-    _check_no_names(unexpected, "tensors do not belong to this model", where)
+    _check_no_names(sorted(missing), "missing", where)
+    _check_no_names(unexpected, "not part of this model", where)
 
     reshaped = []
     for name in sorted(groups.keys() & targets.keys()):
@@ -617,13 +618,13 @@ def _check_complete(
             reshaped.append(
                 f"{name}: {stored}, {list(shape)} in the model that config.json describes"
             )
-    _check_no_names(reshaped, "tensors have a different shape", where)
+    _check_no_names(reshaped, "with a different shape", where)
 
     unreadable = []
     for group in groups.values():
         for stored_entry in group.values():
             unreadable += [e.name for e in _entries_of(stored_entry) if e.dtype not in STORED]
-    _check_no_names(unreadable, "tensors have an unsupported dtype", where)
+    _check_no_names(unreadable, "of an unsupported dtype", where)
 
 
 def _check_no_names(names: Sequence[str], problem: str, where: str) -> None:
@@ -637,7 +638,7 @@ def _check_no_names(names: Sequence[str], problem: str, where: str) -> None:
     if any("bitsandbytes__" in name for name in names):
         fix = "set model.quantize: nf4"
     raise ModelError(
-        f"{len(names)} {problem}: {shown}",
+        f"{count_of(len(names), 'tensor')} {problem}: {shown}",
         where=where,
         why="the weights and config.json do not describe the same model",
         fix=fix,

@@ -8,7 +8,7 @@ from tunesmith.metrics.run_figures import Spread, finite
 from tunesmith.reader.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import EvalScores, RowLosses, Score
-from tunesmith.units import format_seconds
+from tunesmith.units import count_of, format_seconds
 
 # Of env.json: hashes of what the run read, how it was started, and what its checks reported.
 HASHES = ("data_hash", "validation_hash", "model_hash", "recipe_hash")
@@ -88,7 +88,7 @@ def eval_figures(runs: Sequence[RunFiles]) -> list[tuple[str, list[str | None]]]
         for result in run.evals:
             for name, row_hash, text in _eval_texts(result):
                 key = (name, row_hash)
-                label = f"eval: {name} ({result['data']}, {result['rows']} rows)"
+                label = f"eval: {name} ({result['data']}, {count_of(result['rows'], 'row')})"
                 # Rows of the same name may differ.
                 if key not in labels and label in labels.values():
                     label += f", {row_hash[:8]}"

@@ -88,7 +88,7 @@ class Cores(NamedTuple):
         if self.allowed < self.total:
             return self.allowed, f"this process's share of the time of {self.total} cores"
         if 0 < self.busy < self.total / 2:
-            busy = f"{self.busy} of {self.total} cores are busy"
+            busy = f"busy cores: {self.busy} of {self.total}"
             why = f"{busy}; OMP_NUM_THREADS={self.total} uses all of them"
             return self.total - self.busy, why
         return self.total, "one a core"

@@ -39,6 +39,7 @@ from tunesmith.model.safetensors_files import (
     read_headers,
     sampled_digest,
 )
+from tunesmith.units import count_of
 
 NEXT_LINE = "\n         "  # below `  where: `
 MAX_NAMES = 4  # of ranks or nodes that an error lists
@@ -198,13 +199,14 @@ def data_parts(data: TrainingData) -> dict[str, Compared]:
     parts = {
         "data.template": Compared(digest, f"{template.name} ({digest[:DIGEST_CHARACTERS]})"),
         "data.train": Compared(
-            counts.digest, f"{counts.kept:,} rows ({counts.digest[:DIGEST_CHARACTERS]})"
+            counts.digest, f"{count_of(counts.kept, 'row')} ({counts.digest[:DIGEST_CHARACTERS]})"
         ),
     }
     if data.validation is not None:
         digest = f"{data.validation_digest} {data.validation.counts.digest}"
         parts["data.validation"] = Compared(
-            digest, f"{data.validation.counts.kept:,} rows ({digest[:DIGEST_CHARACTERS]})"
+            digest,
+            f"{count_of(data.validation.counts.kept, 'row')} ({digest[:DIGEST_CHARACTERS]})",
         )
     return parts
 

@@ -73,6 +73,7 @@ from tunesmith.training.compare_eight_bit import (
 )
 from tunesmith.training.prepare import Prepared, plan_model, prepare
 from tunesmith.training.reference import BaseReference
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +300,7 @@ def compare_eight_bits(
         return plan, ""
     change = compare_with_bf16(root, batches, mesh, how.ranks)
     if change.is_tolerable:
-        reason = f"{plan.why['base']}; {change.layers} layers: {change.describe()}"
+        reason = f"{plan.why['base']}; {count_of(change.layers, 'layer')}: {change.describe()}"
         return replace(plan, why={**plan.why, "base": reason}), ""
     dropped = f"{plan.base} was tried and rejected: it changes the loss by more than"
     return plan, f"{dropped} {MAX_LOSS_CHANGE:.0%}: {change.describe()}"

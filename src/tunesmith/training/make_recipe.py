@@ -361,7 +361,7 @@ class _Choices:
         is_split = self.row_format == "text" and data.too_long == "auto"
         context = examined.spec.position_limit or examined.spec.context
         longest = int(lengths.max())
-        looked_at = f"the {len(lengths):,} rows examined"
+        looked_at = f"the {count_of(len(lengths), 'row')} examined"
         if longest <= SEQ_LEN:
             seq_len = longest
             reason = f"the longest of {looked_at} has {longest:,} tokens"
@@ -409,7 +409,10 @@ class _Choices:
         if not hold_out:
             if is_open:
                 self.why["data.train"] += "; too few to hold any out for validation"
-                log.info(f"{count_of(rows, 'row')} are too few to hold any out: no val_loss")
+                log.info(
+                    f"val_loss is not measured: {count_of(rows, 'row')}, and a validation split "
+                    f"needs {MIN_ROWS_TO_HOLD_OUT} or more"
+                )
             return 0
         count = count_held_out(hold_out, rows)
         reason = f"{count:,} of {count_of(rows, 'row')}, chosen by the seed, to compute val_loss"

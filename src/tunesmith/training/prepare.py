@@ -53,6 +53,7 @@ from tunesmith.quant.replace import eight_bit_shapes
 from tunesmith.quant.schemes import DENSE, scheme_of
 from tunesmith.run_dir import RECIPE, Phase
 from tunesmith.runtime.device import chip_of
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -285,8 +286,8 @@ def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
 
 def _warn_of_trained_rows(name: str, seen: Repeats, held_out: int) -> str:
     return (
-        f"warning: {name} was trained on {seen.count:,} of the {held_out:,} rows that are held out "
-        f"now, so val_loss is too optimistic; first {seen.where} ({seen.earlier}); fix: name a "
+        f"warning: {name} was trained on {seen.count:,} of {count_of(held_out, 'held-out row')}, "
+        f"so val_loss is too optimistic; first {seen.where} ({seen.earlier}); fix: name a "
         "file without the rows of that run, or train on all rows from the base, without "
         "adapter.from"
     )
@@ -338,7 +339,7 @@ def check_host_memory(run: Run, plan: RunPlan, ranks: Ranks) -> None:
     """MachineError where the host cannot hold what the ranks of a node offload."""
     # `memory.host` is a rank's share; the ranks of a node have one host.
     needed, there = plan.memory.host * ranks.local_world, available_memory()
-    why = f"{ranks.local_world} ranks are on it"
+    why = f"it has {count_of(ranks.local_world, 'rank')}"
     fix = "train.cpu_offload=[], or more nodes"
     if plan.streamed_layers:
         needed += int(needed * SPARE_HOST_SHARE)

@@ -135,7 +135,7 @@ def mappings(rows: object, argument: str) -> Iterable[Any]:
         return rows.to_dict("records")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
-            f"rows are {type(rows).__name__}, not a list of rows",
+            f"rows has the type {type(rows).__name__}, and is not a list of rows",
             where=argument,
             fix="pass a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
             "a file is named by its path",

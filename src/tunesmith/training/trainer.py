@@ -42,6 +42,7 @@ from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.training.result import Result, failure_of, write_stopped
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class Trainer(LoopPart):
                 self.metrics.restart_clock()
             yield progress.step
             if self.validation.is_out_of_patience():
-                text = f"no better validation loss {progress.worse} times in a row"
+                text = f"no better validation loss in {count_of(progress.worse, 'validation')}"
                 self.sinks.text("patience", f"{text}: stopping the run")
                 return
 

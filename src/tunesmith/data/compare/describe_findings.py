@@ -49,14 +49,14 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
     if findings is None:
         return []
     sources = splits.sources
-    total = f"{sum(len(rows) for _, rows in sources):,}"
+    total = count_of(sum(len(rows) for _, rows in sources), "row")
     lines = []
     near = count_repeating(splits)
     if near:
         places = _group_places(sources, findings.near_duplicates)
         lines.append(
-            f"{near:,} of {total} rows repeat an earlier row, or nearly (case, punctuation or a "
-            f"few words differ): first {places}; {_fix('near-duplicates')}"
+            f"repeated: {near:,} of {total}, equal to an earlier row but for case, punctuation or "
+            f"a few words: first {places}; {_fix('near-duplicates')}"
         )
     pairs = _pairs_across(splits, findings, across)
     if pairs:
@@ -68,16 +68,15 @@ def row_warnings_of(splits: Splits, across: Sequence[Sequence[int]]) -> list[str
             )
         shown = ", ".join(f"{a} ({b})" for a, b in pairs[:SHOWN_PLACES])
         lines.append(
-            f"{len(pairs):,} validation rows nearly repeat a row that is trained on, so val_loss "
-            f"is too optimistic: first {shown}; fix: {fix}"
+            f"{count_of(len(pairs), 'validation row')} nearly equal to a row that is trained on, "
+            f"so val_loss is too optimistic: first {shown}; fix: {fix}"
         )
     if findings.contradictions:
         rows = len(findings.faulty_rows("contradictions"))
         prompts = count_of(len(findings.contradictions), "prompt")
-        verb = "has" if len(findings.contradictions) == 1 else "have"
         places = _group_places(sources, findings.contradictions)
         lines.append(
-            f"{prompts} {verb} contradicting answers, in {rows:,} of {total} rows: first {places}; "
+            f"{prompts} with contradicting answers, in {rows:,} of {total}: first {places}; "
             f"{_fix('contradictions')}"
         )
     return lines

@@ -183,7 +183,7 @@ def _history(row: RowReader) -> list[Message]:
         pair = row.list(turn, f"history {n}")
         if len(pair) != 2:
             fix = "write pairs: [instruction, answer]"
-            raise row.error(f"history {n} has {len(pair)} entries", fix=fix)
+            raise row.error(f"history {n} is not a pair: its length is {len(pair)}", fix=fix)
         question = row.text(pair[0], f"history {n}")
         answer = row.text(pair[1], f"history {n}")
         messages.append({"role": "user", "content": question})

@@ -160,15 +160,15 @@ def low_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source) 
             continue
         count = sum(rows_of[grade][0] for grade in low)
         answers = count_of(sum(found[0] for found in rows_of.values()), "answer")
-        what = f"{count:,} of {answers} have a low {column}: {' or '.join(map(str, low))}"
-        what += f", and at best {highest}"
+        what = f"{column} is low, {' or '.join(map(str, low))}: {count:,} of {answers}"
+        what += f"; the highest is {highest}"
         where = rows.where(min(rows_of[grade][1] for grade in low))
         why = f"format {source.format} learns each answer as it is"
         fix = f"delete these rows; or rename {column} if it says something else"
         if highest == 1:
             fix = f"{_use_labels(source, column)}; or {fix}"
             raise DataError(what, where=where, why=why, fix=fix)
-        lines.append(f"{what}; first {where}: {why}; fix: {fix}")
+        lines.append(f"{what}, first {where}: {why}; fix: {fix}")
     return lines
 
 

@@ -181,8 +181,8 @@ def _mark_texts(row: RowReader, messages: list[Message]) -> None:
     if places != available:
         what = f"the row has {count_of(available, 'picture')} in its column, "
         what += f"and {count_of(places, 'place')} for them"
-        why = f"{marks} times {PICTURE_TEXT_MARK}, {row.pictures.count(None)} parts without a"
-        why += " picture of their own"
+        parts = count_of(row.pictures.count(None), "part")
+        why = f"{marks} x {PICTURE_TEXT_MARK}, {parts} without a picture"
         fix = f"write {PICTURE_TEXT_MARK} where each picture stands, or delete the row"
         raise row.error(what, why, fix)
 

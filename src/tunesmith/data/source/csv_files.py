@@ -27,6 +27,7 @@ from tunesmith.data.source.table import (
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def _wrong_count(where: str, values: list[str], header: list[str], separator: st
         mark = SEPARATORS[separator]
         fix = f"put values with {mark} or line breaks in double quotes{example}"
     return DataError(
-        f"a row of {len(values)} values under a header of {len(header)}",
+        f"a row of {count_of(len(values), 'value')} under a header of {len(header)}",
         where=where,
         why=f"the header is {', '.join(header)}",
         fix=fix,

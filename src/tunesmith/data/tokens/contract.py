@@ -74,7 +74,7 @@ class Contract:
 
     def raise_if_broken(self) -> None:
         for check in self.broken:
-            count = f"{check.broken:,} of {check.checked:,} {check.of}"
+            count = f"{check.broken:,} of {count_of(check.checked, check.of)}"
             raise DataError(
                 f"the token contract is broken: {check.name} ({count})",
                 where=f"{self.split}: {check.where}",
@@ -223,21 +223,21 @@ def _rules(
     rules = [
         _Rule(
             name="every row has a supervised token",
-            of="rows",
+            of="row",
             why="none of its tokens is supervised",
             fix="delete the row, or check data.train_on and data.template",
             find=_rows_without_target,
         ),
         _Rule(
             name="every answer has a supervised token besides its end",
-            of="answers",
+            of="answer",
             why="of an answer that is not empty the end token alone is supervised",
             fix="use another template (data.template); or delete the row, if it has no answer",
             find=lambda chunk: _answers_without_text(chunk, end_ids),
         ),
         _Rule(
             name="every supervised answer ends with an end token",
-            of="answers",
+            of="answer",
             why=f"the end tokens are {ends}, and a supervised span ends with another token",
             fix="use a template that ends each answer (data.template), or the tokenizer of the"
             " model",
@@ -246,7 +246,7 @@ def _rules(
         ),
         _Rule(
             name="no row begins with two BOS tokens",
-            of="rows",
+            of="row",
             why="the template writes a BOS and the tokenizer adds one",
             fix="remove the BOS from the template (data.template), or from the rows",
             find=lambda chunk: _rows_with_two_bos(chunk, bos),
@@ -254,7 +254,7 @@ def _rules(
         ),
         _Rule(
             name="no prompt token is supervised",
-            of="rows",
+            of="row",
             why="a token of the prompt is supervised",
             fix="use another template (data.template); this one cannot be masked correctly",
             find=_supervised_prompts,
@@ -262,7 +262,7 @@ def _rules(
         ),
         _Rule(
             name="every token is in the model's vocabulary",
-            of="tokens",
+            of="token",
             why=f"the model's embedding has {vocab_size:,} entries, and the tokenizer gives an id"
             " beyond them",
             fix="use the model's own tokenizer, or name new tokens in model.added_tokens",
@@ -275,7 +275,7 @@ def _rules(
         rules.append(
             _Rule(
                 name="the answers of a pair differ, and their prompts do not",
-                of="pairs",
+                of="pair",
                 why="the prompt's tokens differ between chosen and rejected, or both are the same"
                 " tokens; the rejected answer begins here",
                 fix="delete the row; or, where the template writes a prompt differently for each"
@@ -286,7 +286,7 @@ def _rules(
     rules.append(
         _Rule(
             name=_FEW_CUT,
-            of="rows",
+            of="row",
             why="the model learns these answers without their end, and may not learn to stop",
             fix=_fix_cut_answers(tokens, position_limit),
             find=lambda chunk: _answers_without_end(chunk, end_ids, followers)[1],
@@ -299,14 +299,14 @@ def _picture_rules(token_id: int) -> list[_Rule]:
     return [
         _Rule(
             name="no placeholder of a picture is supervised",
-            of="placeholders",
+            of="placeholder",
             why="a token that stands for a picture is supervised",
             fix="use the model's own template: data.template=chat",
             find=lambda chunk: _supervised_placeholders(chunk, token_id),
         ),
         _Rule(
             name="the placeholders of a row are those of its pictures",
-            of="rows",
+            of="row",
             why="the row has pictures and no placeholders, or placeholders and no pictures",
             fix="use the model's own template: data.template=chat",
             find=lambda chunk: _rows_without_placeholders(chunk, token_id),
@@ -321,14 +321,15 @@ def _judge_cut_answers(contract: Contract, cut_answers: CutAnswers) -> Contract:
     # Many cut answers break the contract, few are a warning.
     if not check.broken or (cut_answers == "refuse" and are_many):
         return contract
-    share = f"{check.broken:,} of {check.checked:,} rows ({check.broken / check.checked:.1%})"
+    rows = count_of(check.checked, check.of)
+    share = f"{check.broken:,} of {rows} ({check.broken / check.checked:.1%})"
     if cut_answers == "accept":
-        note = f"{share} have one, which data.allow_cut_answers accepts"
+        note = f"cut answers: {share}, which data.allow_cut_answers accepts"
         warnings = []
     else:
-        note = f"{check.broken:,} have one"
+        note = f"cut answers: {check.broken:,}"
         warnings = [
-            f"{share} have an answer cut off by data.seq_len, first {check.where}: {check.why};"
+            f"{share} with an answer cut off by data.seq_len, first {check.where}: {check.why};"
             f" fix: {check.fix}"
         ]
     holds = Check(_FEW_CUT, check.checked, check.of, note=note)

@@ -43,6 +43,7 @@ from tunesmith.data.tokens.workers import encode_batches
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.host.logger import logged_if_slow
 from tunesmith.host.streams import is_terminal, visible
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def _stamp_pictures(rows: Rows, source: Source) -> str:
     The same rows in another folder have other pictures, and a file may become another picture.
     """
     stamps = hashlib.sha256()
-    slow = f"{rows.name}: the pictures of {len(rows):,} rows are looked up"
+    slow = f"{rows.name}: pictures of {count_of(len(rows), 'row')} are looked up"
     with logged_if_slow(log, slow):
         for i in range(len(rows)):
             # What is broken is said where the rows are tokenized.
@@ -219,7 +220,7 @@ def _tokenize_rows(
     splitter = DocumentSplitter(writer, rows, data.seq_len, template)
     too_long = too_long_of(source, data)
     encode = RowEncoder(template, source, data.system, data.train_on)
-    slow = f"{title}: the template is rendered for each of {len(rows):,} rows"
+    slow = f"{title}: the template is rendered for {count_of(len(rows), 'row')}"
     with logged_if_slow(log, slow), closing(_encode_rows(rows, encode, title)) as encoded_rows:
         for i, where, row in encoded_rows:
             if isinstance(row, DataError):

@@ -20,6 +20,7 @@ from tunesmith.checkpoint.manifest import free_name
 from tunesmith.errors import DataError, UsageError
 from tunesmith.run_dir import parse_json
 from tunesmith.tools.evaluate.resumed_file import ResumedFile
+from tunesmith.units import count_of
 
 if TYPE_CHECKING:
     from tunesmith.inference.decoding import Decoding
@@ -175,7 +176,7 @@ class AnswersFile(ResumedFile):
 
     def append(self, answer: SavedAnswer) -> None:
         """Write one more answer; RunError where the disk takes no more."""
-        why = f"{answer.row} of {self.header.rows} answers of {answer.model} are in it"
+        why = f"it holds {answer.row} of {count_of(self.header.rows, 'answer')} of {answer.model}"
         self.write(asdict(answer), why=why)
         self.answers.setdefault(answer.model, []).append(answer)
 

@@ -190,13 +190,13 @@ class Evaluation(Tabular):
         rows = count_of(self.rows, "row")
         for count, what in ((self.dropped, "dropped"), (self.cut, "cut short")):
             if count:
-                yield f"{count} of {rows} were {what}: longer than the recipe's seq_len"
+                yield f"{what}: {count} of {rows}, longer than the recipe's seq_len"
         if self.seen is not None and not self.seen.count:
             yield f"of {rows} none was trained on (compared by tokens)"
         if self.seen_fault:
             yield f"could not check whether rows were trained on:  {self.seen_fault}"
         if self.unanswered:
-            yield f"{self.unanswered} of {rows} have an empty answer: not scored"
+            yield f"not scored: {self.unanswered} of {rows}, with an empty answer"
         for model, count in self.unfinished.items():
             if count:
                 answers = count_of(self.by_scorer[0].rows, "answer")

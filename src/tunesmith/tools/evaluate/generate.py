@@ -26,6 +26,7 @@ from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, answer_all, decode
 from tunesmith.inference.load_run import LoadedModel
 from tunesmith.tools.evaluate.scorers import ScoredRow
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -361,7 +362,7 @@ def check_room(prompts: Sequence[Prompt], context: int | None, decoding: Decodin
         return
     count = sum(length > room for length in lengths)
     raise DataError(
-        f"{count} of {len(prompts)} prompts are too long: the longest has {longest} tokens",
+        f"too long: {count} of {count_of(len(prompts), 'prompt')}, up to {longest} tokens",
         where=prompts[lengths.index(longest)].where,
         why=f"the model's context is {context} tokens; "
         f"{decoding.max_new_tokens} are kept for the answer",

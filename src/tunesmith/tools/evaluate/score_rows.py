@@ -36,6 +36,7 @@ from tunesmith.tools.evaluate.answers_file import AnswersFile, AnswersHeader, Sa
 from tunesmith.tools.evaluate.generate import Prompt, check_room, make_prompt
 from tunesmith.tools.evaluate.scorers import TOOL_CALL, ScoredRow, scorer_process
 from tunesmith.tools.evaluate.tool_calls import CALL_PROBE, PROBE_TOOL, CallReader, learn_call_form
+from tunesmith.units import count_of
 
 # Called with what is counted, their count so far, their total, and the tokens so far
 AnswerProgress = Callable[[str, int, int, int], None]
@@ -253,8 +254,8 @@ class Scoring:
         with self.ranks.raise_on_all_ranks():
             if answer_count < total:
                 raise StoppedError(
-                    f"stopped: {answer_count} of {total} answers of {model} are in {self.path}; "
-                    "to continue, run the same command again"
+                    f"stopped: {self.path} holds {answer_count} of {count_of(total, 'answer')} of "
+                    f"{model}; to continue, run the same command again"
                 )
 
     def _answered(self, model: str) -> int:

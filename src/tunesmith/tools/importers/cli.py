@@ -29,6 +29,7 @@ from tunesmith.host.streams import visible
 from tunesmith.tools.importers.source_config import IMPORTED_TOOLS, read_config
 from tunesmith.tools.importers.tools import translate
 from tunesmith.tools.importers.translation import Note
+from tunesmith.units import count_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     origin = json.dumps(shlex.join(mask_words(args.words)))
     head = f"{schema_line()}\n# from {source.tool}: {origin}"
     write_atomically(path, recipe.text(tree, head, path.resolve().parent))
-    print(f"{path}: {len(recipe.values)} values from {source.tool}")
+    print(f"{path}: {count_of(len(recipe.values), 'value')} from {source.tool}")
     print_notes("differs:", [note for note in recipe.notes if note.differs])
     print_notes("needs nothing in the recipe:", [n for n in recipe.notes if not n.differs])
     here = shell_path(from_here(path))

@@ -16,6 +16,7 @@ from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
 from tunesmith.tools.importers.source_config import table
 from tunesmith.tools.importers.translation import FALSE_WORDS, TRUE_WORDS, Translation
+from tunesmith.units import count_of
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
@@ -385,7 +386,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
     tensor = recipe.count("tensor")
     processes = _processes(recipe, world, tensor)
     if processes < 1 or processes % tensor:
-        why = f"a process takes {rows} rows a step"
+        why = f"a process takes {count_of(rows, 'row')} a step"
         fix = "--world N, the number of processes (GPUs) on all nodes that it ran on"
         if tensor > 1:
             why += f", {tensor} processes the same ones"
@@ -398,7 +399,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
     why = f"{processes} processes"
     size = f"{batch} examples"
     if _packs(recipe):
-        why += f", {batch} packed rows of data.seq_len"
+        why += f", {count_of(batch, 'packed row')} of data.seq_len"
         size = f"{batch * recipe.number('max_length')} tokens"
     recipe.set_key("train.global_batch", size, *names, "num_processes", why=why)
 

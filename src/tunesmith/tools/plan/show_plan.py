@@ -124,7 +124,7 @@ def _table(planner: Planner, forecasts: list[Forecast], shown: list[Forecast]) -
     if planner.cluster.world > 1:
         lines.append(MESH_TEXT)
     if len(forecasts) > len(shown):
-        lines.append(f"({len(forecasts) - len(shown)} more meshes: --all shows every one)")
+        lines.append(f"({len(shown)} of {len(forecasts)} meshes: --all shows every one)")
     best = forecasts[0].plan
     if scheme_of(planner.run.model).has_fp8_matmuls and best.base != "fp8":
         what = f"the base stays in {best.base}: {best.why['base']}"

@@ -22,6 +22,7 @@ from tunesmith.tools.export.gguf.plan import (
     require_gguf,
 )
 from tunesmith.tools.export.tuned_weights import RowSource
+from tunesmith.units import count_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def plan_adapter(
     require_gguf()
     family = read_family(config)
     if added_tokens:
-        raise _inexpressible(f"{added_tokens} tokens that the base does not have")
+        raise _inexpressible(f"{count_of(added_tokens, 'token')} that the base does not have")
     matrices = _by_base_name(weights)
     new_names = check_tensor_names({base_name for base_name, _ in matrices}, config, family)
     tensors = []

@@ -25,6 +25,7 @@ from tunesmith.tools.export.gguf.llama_cpp import CHECK_CONTEXT_TOKENS, LlamaCpp
 from tunesmith.tools.export.merge_check import Difference, compare_logits, probe_prompts
 from tunesmith.tools.export.streamed_model import decoder_layers, streamed_logits
 from tunesmith.tools.export.tuned_weights import TunedModel
+from tunesmith.units import count_of
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ def check_file(
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
     log.info(
-        f"check: llama.cpp answers {len(questions)} prompts, and {layers} layers are computed in "
-        "fp32 to compare with (--no-check skips this)"
+        f"check: llama.cpp answers {count_of(len(questions), 'prompt')}, and {layers} layers are "
+        "computed in fp32 to compare with (--no-check skips this)"
     )
     advance = _count_parts(layers + len(questions) + sum(map(len, places)), progress)
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
