@@ -1,5 +1,5 @@
 # make demo    a small model learns a task on two CPU cores; before and after in one table
-# make quick   the tests without the slow ones, under 90 seconds
+# make quick   the tests without the slow ones: some minutes on two cores
 # make engine  every test of the engine, without those of the tools around it
 # make test    every test, as CI runs them
 # make check   lint, format, types, import floors, house rules, generated pages

@@ -699,7 +699,7 @@ def test_the_contract_knows_the_placeholders_of_a_row(
 
     assert broken() == []
     assert broken(trained=part.arrays.trained | is_placeholder) == ["placeholder"]
-    assert broken(ids=np.where(is_placeholder, 70, part.arrays.ids)) == ["rows"]
+    assert broken(ids=np.where(is_placeholder, 70, part.arrays.ids)) == ["row"]
 
 
 def test_all_tokens_of_a_row_may_be_trained_but_those_of_its_pictures(
