@@ -290,7 +290,7 @@ def rename(tensors):
             lambda t: {**t, "base_model.model.other.lora_A.weight": torch.zeros(8, 4)},
             "not in the recipe's target",
         ),
-        (lambda t: {k: v[:4] if "lora_A" in k else v for k, v in t.items()}, "have another shape"),
+        (lambda t: {k: v[:4] if "lora_A" in k else v for k, v in t.items()}, "of another shape"),
     ],
 )
 def test_tensors_that_do_not_fit_are_listed(written, damage, says):

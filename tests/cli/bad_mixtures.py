@@ -130,7 +130,7 @@ MIXTURES = [
     Case("mxfp4", "a scale that is NaN", lambda w: w.of("mxfp4", tensor(SCALES, u8(4, 64, 3, value=255))), SCALES.removesuffix("_scales"), "not finite"),
     Case("mxfp4", "blocks that are no bytes", lambda w: w.of("mxfp4", tensor(BLOCKS, torch.ones(4, 64, 3, 16))), "safetensors", "F32"),
     Case("mxfp4", "a method that is none", lambda w: w.of("mxfp4", quantized(quant_method="mxfp6")), "model.safetensors", "mxfp6"),
-    Case("adapter", "of other experts", lambda w: w.adapter("other", lambda f: None), "adapter_model.safetensors", "have another shape"),
+    Case("adapter", "of other experts", lambda w: w.adapter("other", lambda f: None), "adapter_model.safetensors", "of another shape"),
     Case("adapter", "of another rank", lambda w: w.adapter("stacked", settings(r=3)), "adapter_config.json", "adapter.rank: 3"),
     Case("adapter", "one stack", lambda w: w.adapter("stacked", settings(target_parameters=["mlp.experts.down_proj"])), "adapter_config.json", "target_parameters"),
     Case("adapter", "a router", lambda w: w.adapter("stacked", settings(target_parameters=["mlp.gate.weight"])), "adapter_config.json", "mlp.gate.weight"),

@@ -212,7 +212,7 @@ def pairs(won: int, lost: int, same: int) -> PairedIntervals:
         (0, 0, 40, "no significant difference between tuned and base on 40 rows (+0.0 points, 95 % interval -8.8 to +8.8; their scores are equal on every row)"),
         (5, 0, 0, "no significant difference between tuned and base on 5 rows"),
         (6, 0, 0, "better"),
-        (5, 0, 5, "only 5 rows differ, which can be chance)"),
+        (5, 0, 5, "different rows: only 5, which can be chance)"),
         (1, 0, 0, "no significant difference between tuned and base on 1 row ("),
         (15, 6, 79, "+0.0 to +18.4; by chance alone this happens in 5.2% of evaluations)"),
     ],
@@ -272,7 +272,7 @@ def test_the_interval_of_losses_holds_where_long_rows_are_unlike_short_ones() ->
     ("losses", "said"),
     [
         ([1.0, 1.5], ["2 rows", "-0.7500", "6"]),
-        ([2.0] * 8, ["8 rows", "+0.0000", "0 differ"]),
+        ([2.0] * 8, ["8 rows", "+0.0000", "rows: 0"]),
         ([1.0, math.nan], ["finite"]),
         ([1.5, 2.6, 1.7, 2.4, 1.9, 2.1, 2.2, 1.8], ["8 rows", "+0.0250", "0.3088"]),
     ],

@@ -323,7 +323,7 @@ def copy_files(
         count = f"{count_of(len(transfers), 'file')}, {total:,} bytes"
         name = folder.name.strip(".").removesuffix(".partial")
         sources = {ranks.name(transfer.source) for transfer in transfers}
-        log.info(f"{name}: {count}, are copied to other nodes from {', '.join(sorted(sources))}")
+        log.info(f"{name}: copying {count}, to other nodes from {', '.join(sorted(sources))}")
     faults: list[OSError] = []
     for transfer in transfers:
         if ranks.rank == transfer.source:

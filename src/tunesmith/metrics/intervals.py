@@ -278,7 +278,7 @@ def loss_sentence(difference: LossDifference, *, first: str = "base", second: st
         return f"loss: {second} cannot be compared with {first}: a loss is not finite"
     if difference.interval is None:
         text = f"loss: {second} against {first}: {difference.mean:+.4f} nats per token on {rows}"
-        return f"{text}; {difference.differing} differ, of at least {MIN_DIFFERING} that are needed"
+        return f"{text}; different rows: {difference.differing} of at least {MIN_DIFFERING} needed"
     low, high = difference.interval.low, difference.interval.high
     figures = f"{difference.mean:+.4f} nats per token, 95 % interval {low:+.4f} to {high:+.4f}"
     if difference.is_apart:
@@ -315,8 +315,7 @@ def difference_sentence(
     if not intervals.differing:
         figures += "; their scores are equal on every row"
     elif intervals.differing < MIN_DIFFERING:
-        differing = count_of(intervals.differing, "row")
-        figures += f"; only {differing} differ, which can be chance"
+        figures += f"; different rows: only {intervals.differing}, which can be chance"
     elif intervals.chance is not None and not difference.low <= 0 <= difference.high:
         figures += f"; by chance alone this happens in {intervals.chance:.1%} of evaluations"
     return _not_apart(name, first, second, of_rows, figures)

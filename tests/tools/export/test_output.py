@@ -203,7 +203,7 @@ def _torn(adapter: Path) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(_other_rank, "have another shape"), (_lost_tensor, "are missing"), (_torn, "cannot be read")],
+    [(_other_rank, "of another shape"), (_lost_tensor, "missing"), (_torn, "cannot be read")],
 )
 def test_an_adapter_that_does_not_fit_its_base(
     name: str, change: Callable[[Path], None], words: str, adapter: Path

@@ -99,14 +99,14 @@ def run(args: argparse.Namespace) -> None:
     with sink, stop, options.ProgressCounter() as progress:
         progress("answers", answer_count, len(rows))
         for row in answers:
-            sink.write(row, why=f"{answer_count} of {count_of(len(rows), 'row')} are in it")
+            sink.write(row, why=f"it holds {answer_count} of {count_of(len(rows), 'row')}")
             answer_count += 1
             progress("answers", answer_count, len(rows))
     if answer_count < len(rows):
         again = _with_resume(output, args)
         go_on = f"; to continue, run the same command again{again}" if again else ""
         raise StoppedError(
-            f"stopped: {answer_count} of {count_of(len(rows), 'row')} are in {name}{go_on}"
+            f"stopped: {name} holds {answer_count} of {count_of(len(rows), 'row')}{go_on}"
         )
 
 

@@ -174,13 +174,13 @@ class Evaluation(Tabular):
         warnings = []
         if self.empty:
             warnings.append(
-                f"warning: {self.empty} of {count_of(self.rows, 'row')} have an empty answer: "
-                "their loss is that of its end; fix: leave these rows out"
+                f"warning: {self.empty} of {count_of(self.rows, 'row')} with an empty answer: its "
+                "loss is that of the end; fix: leave these rows out"
             )
         if self.seen is not None and self.seen.count:
             warnings.append(
-                f"warning: {self.seen.count} of {count_of(self.rows, 'row')} were trained on: "
-                "they do not show how good the model is on new rows; "
+                f"warning: trained on {self.seen.count} of {count_of(self.rows, 'row')}, so the "
+                "scores do not show how good the model is on new rows; "
                 f"first {self.seen.where} ({self.seen.earlier})"
             )
         return warnings
