@@ -185,7 +185,7 @@ MESSAGES: list[tuple[Any, str, str, str]] = [
     ([U, {"role": "narrator", "content": "x"}], "unknown role 'narrator'", "message 2", "rename"),
     ([U, {"role": "assistant"}], "has no content", "message 2", '"content"'),
     ([U, {"role": "assistant", "content": 3}], "content is a number", ":1", "quotes"),
-    ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, A], "part of type 'video'", "message 1", "remove the part"),
+    ([{"role": "user", "content": [{"type": "video", "video": "x"}]}, A], "part of type 'video'", "message 1", "delete the row"),
     ([U], "no assistant turn", ":1", "columns:"),
     ([U, A, U], "does not end with an answer", ":1", "last messages"),
     ([A, U, A], "without a question", "message 1", "order"),
@@ -216,7 +216,7 @@ def test_messages(write, messages: Any, what: str, where: str, fix: str) -> None
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role 'alien'", "rename"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "f()"}]}, "not JSON", "fix the text"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": "add"}, "tools is not JSON", "fix the text"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 is a text", "parameters"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "tools": ["add"]}, "tool 1 is 'add'", "parameters"),
         ({"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"}}, "no assistant turn", "columns:"),
     ],
 )  # fmt: skip

@@ -340,7 +340,7 @@ def test_columns_and_format_that_are_given_narrow_the_choice() -> None:
         ("good", "bad"),
         ("best", "worst"),
         ("correct", "incorrect"),
-        ("preferred_output", "non_preferred_output"),
+        ("preferred_answer", "non_preferred_answer"),
         ("preferred", "non-preferred"),
     ],
 )

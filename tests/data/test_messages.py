@@ -9,8 +9,10 @@ import pytest
 
 from errors import refuses
 from tunesmith.config.schema import Source
+from tunesmith.data.rows.detect import detect
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.samples import Completion, Conversation
+from tunesmith.data.source.open_source import from_list
 from tunesmith.errors import DataError
 
 Row = dict[str, Any]
@@ -155,7 +157,7 @@ def test_what_nothing_reads_is_named() -> None:
 
 
 def test_harmless_keys_of_a_turn_are_no_harmless_columns() -> None:
-    columns = ["file", "url", "subject", "title", "type", "tags"]
+    columns = ["file", "url", "subject", "title", "category", "tags"]
     marked = {**A, **dict.fromkeys(columns, "x")}
     assert unread({"messages": [U, marked]}) == {f"message.{name}" for name in columns}
     assert unread({"messages": [U, A], **dict.fromkeys(columns, "x"), "text": "x"}) == set()
@@ -275,6 +277,189 @@ def test_blocks_of_anthropic() -> None:
     ]
     with refuses(DataError, names=["redacted_thinking"]):
         read({"messages": [U, {**A, "content": [{"type": "redacted_thinking", "data": "x"}]}]})
+
+
+# --- other interfaces
+
+Q, ANSWER = {"role": "user", "content": "A?"}, {"role": "assistant", "content": "10"}
+CALLED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "id": "c1", "function": {"name": "get", "arguments": {"key": "A"}}}
+    ],
+}
+RESULT = {"role": "tool", "content": '{"v": 10}', "tool_call_id": "c1"}
+GET = {"name": "get", "args": {"key": "A"}, "id": "c1"}
+LANGCHAIN = [
+    ("human", {"content": "A?", "additional_kwargs": {}, "example": False}),
+    ("ai", {"content": "", "tool_calls": [{**GET, "type": "tool_call"}], "usage_metadata": {}}),
+    ("tool", {"content": '{"v": 10}', "tool_call_id": "c1", "status": "success"}),
+    ("ai", {"content": ["1", {"type": "text", "text": "0"}]}),
+]
+CLASSES = {"human": "HumanMessage", "ai": "AIMessage", "tool": "ToolMessage"}
+ID = ["langchain", "schema", "messages"]
+TEXT = {"text": "A?"}
+OTHER_FORMS: dict[str, Row] = {
+    "Bedrock": {
+        "schemaVersion": "bedrock-conversation-2024",
+        "messages": [
+            {"role": "user", "content": [TEXT]},
+            {"role": "assistant", "content": [{"toolUse": {"toolUseId": "c1", "name": "get", "input": {"key": "A"}}}]},
+            {"role": "user", "content": [{"toolResult": {"toolUseId": "c1", "content": [{"json": {"v": 10}}], "status": "success"}}]},
+            {"role": "assistant", "content": [{"text": "10", "toolUse": None}]},
+        ],
+    },
+    "Gemini": {
+        "contents": [
+            {"role": "user", "parts": [TEXT]},
+            {"role": "model", "parts": [{"functionCall": GET}]},
+            {"role": "function", "parts": [{"functionResponse": {"name": "get", "response": {"v": 10}}}]},
+            {"role": "model", "parts": {"text": "10"}},
+        ],
+    },
+    "LangChain": {"messages": [{"type": kind, **fields} for kind, fields in LANGCHAIN]},
+    "LangChain's dicts": {"messages": [{"type": kind, "data": {**fields, "type": kind}} for kind, fields in LANGCHAIN]},
+    "LangChain's dumps": {
+        "messages": [
+            {"lc": 1, "type": "constructor", "id": [*ID, CLASSES[kind]], "kwargs": fields}
+            for kind, fields in LANGCHAIN
+        ]
+    },
+    "LangChain's older calls": {
+        "messages": [
+            *({"type": kind, "data": fields} for kind, fields in LANGCHAIN[:1]),
+            {"type": "ai", "data": {"content": "", "additional_kwargs": {"tool_calls": CALLED["tool_calls"]}}},
+            *({"type": kind, "data": fields} for kind, fields in LANGCHAIN[2:]),
+        ]
+    },
+    "LangChain's calls of Anthropic": {
+        "messages": [
+            Q,
+            {"type": "ai", "content": [{"type": "tool_use", "id": "c1", "name": "get", "input": {"key": "A"}}], "tool_calls": [GET]},
+            RESULT,
+            ANSWER,
+        ]
+    },
+    "Responses": {
+        "messages": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "A?"}]},
+            {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "get", "arguments": '{"key": "A"}', "status": "completed"},
+            {"type": "function_call_output", "call_id": "c1", "output": '{"v": 10}'},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "10"}]},
+        ]
+    },
+    "Responses' input and output": {
+        "input": [Q, {**CALLED, "content": None}, RESULT],
+        "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "10"}]}],
+    },
+    "lists of Arrow": {
+        "messages": {
+            "role": ["user", "assistant", "tool", "assistant"],
+            "content": ["A?", "", '{"v": 10}', "10"],
+            "tool_calls": [[], CALLED["tool_calls"], [], None],
+            "tool_call_id": [None, None, "c1", None],
+        }
+    },
+}  # fmt: skip
+
+
+def detected(row: Row) -> tuple[Conversation, set[str]]:
+    """The first conversation of a row, and what of it nothing reads."""
+    source = Source(source="x", format="messages")
+    found = detect(from_list([row]), source)
+    source = Source(source="x", format=found.format, columns=found.columns)
+    names: set[str] = set()
+    sample = convert_row(row, source, where="x row 1", unread=names).samples[0]
+    assert isinstance(sample, Conversation)
+    return sample, names
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_messages_of_other_interfaces(name: str) -> None:
+    sample, names = detected(OTHER_FORMS[name])
+    result = RESULT
+    if name == "Gemini":
+        result = {"role": "tool", "content": '{"v": 10}', "name": "get"}
+    assert sample.messages == [Q, CALLED, result, ANSWER]
+    assert names == set()
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        {"system": [{"text": "S"}]},
+        {"systemInstruction": {"parts": [{"text": "S"}]}},
+        {"system_instruction": {"role": "system", "parts": {"text": "S"}}},
+        {"systemInstruction": "S"},
+        {"instructions": "S"},
+    ],
+)
+def test_system_messages_of_other_interfaces(system: Row) -> None:
+    assert detected({"messages": [U, A], **system})[0].messages == [S, U, A]
+    assert detected({"input": [U], "output": [A], "instructions": "S"})[0].messages == [S, U, A]
+
+
+def test_thoughts_of_other_interfaces() -> None:
+    thought = {"reasoningContent": {"reasoningText": {"text": "hm", "signature": "x"}}}
+    for part in (thought, {"text": "hm", "thought": True}):
+        row = {"messages": [U, {"role": "assistant", "content": [part, {"text": "3"}]}]}
+        assert read(row).messages == [U, {**A, "reasoning_content": "hm"}]
+
+
+def test_pairs_of_openai() -> None:
+    prompt = {
+        "messages": [U],
+        "tools": [{"type": "function", "function": CALL}],
+        "parallel_tool_calls": True,
+    }
+    row = {
+        "input": prompt,
+        "preferred_output": [A],
+        "non_preferred_output": [{**A, "content": "4"}],
+    }
+    found = detect(from_list([row]), Source(source="x", format="messages"))
+    source = Source(source="x", format=found.format, columns=found.columns)
+    names: set[str] = set()
+    chosen, rejected = convert_row(row, source, where="x row 1", unread=names).samples
+    assert isinstance(chosen, Conversation)
+    assert isinstance(rejected, Conversation)
+    assert (chosen.messages, rejected.messages[1]["content"]) == ([U, A], "4")
+    assert chosen.tools == rejected.tools == prompt["tools"]
+    assert names == set()
+
+
+@pytest.mark.parametrize(
+    ("messages", "name"),
+    [
+        ([U, {"type": "reasoning", "summary": []}, A], "reasoning"),
+        ([U, {"type": "web_search_call", "id": "x"}, A], "web_search_call"),
+        ([U, {"type": "mcp_call", "name": "f", "arguments": "{}"}, A], "mcp_call"),
+        ([{"role": "user", "content": [{"text": "A?", "image": {"url": "a.png"}}]}, A], "image"),
+        ([U, {**A, "content": [{"type": "refusal", "refusal": "No."}]}], "refusal"),
+        ([{"role": "user", "content": [{"document": {"name": "x"}}]}, A], "document"),
+        ([{"role": "user", "parts": [{"fileData": {"fileUri": "x"}}]}, A], "fileData"),
+        ([{"type": "human", "data": "x"}, A], "human"),
+        ([{"type": ["human"], "kwargs": 3}, A], "human"),
+        ([U, {**A, "content": [{"toolUse": 5}]}], "a tool call has no name"),
+        ([U, {**A, "content": [None, 5]}], "content is null"),
+    ],
+)
+def test_what_is_not_read_of_other_interfaces_is_named(messages: list[Row], name: str) -> None:
+    with refuses(DataError, names=[name]):
+        read({"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("column", "tools", "name"),
+    [
+        ("tools", [{"functionDeclarations": [CALL]}], "functionDeclarations"),
+        ("toolConfig", {"tools": [{"toolSpec": CALL}]}, "toolSpec"),
+    ],
+)
+def test_tools_of_other_interfaces_are_named(column: str, tools: Any, name: str) -> None:
+    with refuses(DataError, where="x row 1", names=[name], fix=["parameters"]):
+        read({"messages": [U, A], column: tools})
 
 
 # --- system

@@ -313,7 +313,6 @@ def test_calls_and_results_without_each_other_are_told(turns: list[Any], is_told
         (None, ONE, False),
         ({"required": ["key"]}, ONE, False),
         ({"required": {"type": "string"}}, ONE, False),  # a parameter of this name
-        ({}, ("1", "functions.get", {}), False),
         ({}, ("1", "fetch", {"key": "a"}), True),
         ({"required": ["key", "unit"]}, ONE, True),
         ({"required": [{}]}, ONE, True),

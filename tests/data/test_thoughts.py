@@ -337,7 +337,7 @@ def test_a_later_system_message_stands_where_the_row_has_it(jinja: str, what: st
     if not what:
         assert trained(jinja, row)[0] == [f"Hello.{END}", f"Bye.{END}"]
         return
-    with refuses(DataError, where="row 1", names=[what], fix=["the next message of the user"]):
+    with refuses(DataError, where="row 1", names=[what]):
         trained(jinja, row)
 
 

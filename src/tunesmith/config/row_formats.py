@@ -27,8 +27,8 @@ _ANSWER_NAMES = (
 )
 _SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 # Where the turns are a list, instructions are what OpenAI's and Anthropic's interfaces put first.
-_CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions")
-_TOOLS_NAMES = ("tools", "functions")
+_CHAT_SYSTEM_NAMES = (*_SYSTEM_NAMES, "instructions", "system_instruction", "systemInstruction")
+_TOOLS_NAMES = ("tools", "functions", "tool_config", "toolConfig")
 _INPUT_NAMES = ("input", "context")
 PICTURE_NAMES = ("images", "image", "image_path", "image_paths", "pictures", "picture")
 _LABEL_NAMES = ("label", "kto_tag", "is_desirable", "desirable", "thumbs", "thumbs_up")
@@ -148,7 +148,7 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
             ),
             ColumnSet(
                 {"prompt": _QUESTION_NAMES, "completion": _ANSWER_NAMES},
-                {"system": _SYSTEM_NAMES, "tools": _TOOLS_NAMES, "images": PICTURE_NAMES},
+                {"system": _CHAT_SYSTEM_NAMES, "tools": _TOOLS_NAMES, "images": PICTURE_NAMES},
             ),
         ),
         answer="completion",
@@ -165,7 +165,10 @@ ROW_FORMATS: dict[FormatName, RowFormat] = {
     "preference": RowFormat(
         (
             ColumnSet(
-                {"chosen": ("chosen",), "rejected": ("rejected",)},
+                {
+                    "chosen": ("chosen", "preferred_output"),
+                    "rejected": ("rejected", "non_preferred_output"),
+                },
                 {
                     "prompt": ("prompt", "question", "instruction", "query", "input"),
                     "input": _INPUT_NAMES,

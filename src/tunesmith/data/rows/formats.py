@@ -324,6 +324,10 @@ def _pair_prompt(row: RowReader) -> object:
             why = "each of them is what chosen and rejected answer"
             raise row.error("the row has both prompt and conversations", why, "delete one of them")
         prompt = row.json(conversations, "conversations")
+    if isinstance(prompt, Mapping) and "messages" in prompt:
+        # OpenAI's pairs have the tools beside the messages of the prompt.
+        row.row = {"tools": prompt.get("tools"), **row.row}
+        prompt = prompt["messages"]
     return _with_input(row, prompt)
 
 

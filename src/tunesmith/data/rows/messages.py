@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from tunesmith.data.rows.labels import is_bad_label
 from tunesmith.data.rows.marks import PARTIAL_MARKS, is_mark, is_trained_turn
+from tunesmith.data.rows.other_forms import openai_message, typed_part
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
-from tunesmith.data.rows.row_reader import RowReader, is_absent, plain
+from tunesmith.data.rows.row_reader import RowReader, from_lists, is_absent, plain
 from tunesmith.data.rows.samples import CalledFunction, FunctionCall, Message, ToolSchema
 from tunesmith.data.source.arrow_nulls import drop_nulls
 from tunesmith.data.source.table import json_type
@@ -38,9 +39,15 @@ CHAT_ROLES = {
     "observation": "tool",
     "tool": "tool",
     "function_response": "tool",
+    "function_call_output": "tool",
     "tool_response": "tool",
     "function": "tool",
     "ipython": "tool",
+    "humanmessage": "user",
+    "aimessage": "assistant",
+    "systemmessage": "system",
+    "toolmessage": "tool",
+    "functionmessage": "tool",
 }
 # What a thought is called: by servers, gpt-oss's and Ollama's examples, and data sets.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
@@ -51,6 +58,7 @@ _HARMLESS_KEYS = frozenset(
     timestamp time date created created_at updated_at create_time update_time
     source model model_name lang language author name
     tokens token_count num_tokens length cache_control
+    type status example additional_kwargs response_metadata usage_metadata
     """.split()
 )
 _MEDIA = ("images", "image", "videos", "video", "audio", "audios")
@@ -122,7 +130,7 @@ def _check_one_answer(row: RowReader, answer: Message, call: Message, at: str) -
 
 def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
     """One message or a list of them, in either form."""
-    value = row.json(value, column)
+    value = from_lists(row.json(value, column))
     items = [value] if isinstance(value, Mapping) else row.list(value, column)
     is_sharegpt = any(isinstance(item, Mapping) and "from" in item for item in items)
     return read_messages(row, items, column, TURN if is_sharegpt else MESSAGE)
@@ -130,9 +138,11 @@ def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
 
 def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, object]:
     """The turn; DataError for one without a role; of ShareGPT's also for one that says nothing."""
+    if form is MESSAGE and isinstance(turn, Mapping):
+        turn = openai_message(turn, CHAT_ROLES)
     has_role = isinstance(turn, Mapping) and form.role in turn
     if form is MESSAGE and not has_role:
-        raise row.error("a message has no role", fix=form.example, at=at)
+        raise row.error(f"a message has no role: {turn!r:.80}", fix=form.example, at=at)
     said = ("value", "tool_calls", "function_call")
     if not has_role or (form is TURN and not any(key in turn for key in said)):
         raise row.error("a turn has no `from` and `value`", fix=form.example, at=at)
@@ -174,7 +184,8 @@ def _read_turn(
     # Most turns have nothing else.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
     if others:
-        parts.calls += _calls_of_keys(row, others, at)
+        # LangChain has the calls of Anthropic's models in the content, too.
+        parts.calls += [c for c in _calls_of_keys(row, others, at) if c not in parts.calls]
         thought = _thought(row, others, parts.thought, at)
         is_trained = is_trained_turn(row, role, others, at)
         if role == "assistant" and is_trained:
@@ -207,7 +218,7 @@ def _with_results(
     row: RowReader, role: str, parts: _ContentParts, thought: str, at: str
 ) -> list[Message]:
     """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
-    if role != "user" or thought or parts.calls:
+    if role not in ("user", "tool") or thought or parts.calls:
         raise row.error(
             f"a tool result in a turn of the {role}", "only a user's may have one", at=at
         )
@@ -261,11 +272,12 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
     """
     if content is None:
         return _ContentParts()
-    if not isinstance(content, list):
+    if not isinstance(content, list | Mapping):
         return _ContentParts(text=row.text(content, f"{at} {form.content}"))
     parts = _ContentParts()
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+    for given in content if isinstance(content, list) else [content]:
+        part = typed_part(given)
+        kind = part.get("type")
         if kind in ("text", "input_text", "output_text"):
             if parts.calls:
                 why = "a template writes the text of an answer in front of its calls"
@@ -288,8 +300,12 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
                 raise row.error("a tool result behind a text", why, "put it first", at)
             parts.results.append(_result(row, part, at))
         else:
-            why = "parts are text, image, reasoning, tool_call, or Anthropic's"
-            raise row.error(f"a content part of type {kind!r}", why, "remove the part", at)
+            raise row.error(
+                f"a content part of type {kind or ', '.join(part)!r}",
+                "parts are text, image, reasoning, tool_call, or as in Anthropic, Bedrock, Gemini",
+                "delete the row, or write the part as text",
+                at,
+            )
     return parts
 
 
@@ -302,16 +318,20 @@ def _part_value(part: Mapping[str, object]) -> object:
 
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
-    """Anthropic's result of a tool as a message."""
-    text = _content(row, part.get("content"), MESSAGE, at, "tool").text
-    message: Message = {"role": "tool", "content": text}
+    """The result of a tool, as Anthropic, Bedrock or Gemini has it, as a message."""
+    content = part.get("content", [{"json": part.get("response")}])
+    message: Message = {"role": "tool", "content": _content(row, content, MESSAGE, at, "tool").text}
     if part.get("tool_use_id"):
         message["tool_call_id"] = row.text(part["tool_use_id"], f"{at} tool_use_id")
+    if part.get("name"):
+        message["name"] = row.text(part["name"], f"{at} name")
     return message
 
 
 # The arguments of a call: OpenAI's name, Llama 3's and Anthropic's.
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
+# The id of a call: the Responses API's and Bedrock's names, and OpenAI's.
+_IDS = ("call_id", "tool_use_id", "id")
 
 
 def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
@@ -343,14 +363,15 @@ def _calls(row: RowReader, value: object, at: str) -> list[FunctionCall]:
             what = f"the arguments of {name} are {json_type(arguments)}, not an object"
             raise row.error(what, fix='write {"a": 1}', at=at)
         for key, of_call in {**item, **function}.items():
-            is_read = key in ("name", "id", "type", "index", "function", *_ARGUMENTS)
+            is_read = key in ("name", "type", "index", "function", "status", *_IDS, *_ARGUMENTS)
             if not is_read and not is_absent(of_call):
                 row.unread.add(f"call.{key}")
         called: CalledFunction = {"name": name, "arguments": arguments}
         call: FunctionCall = {"type": "function", "function": called}
-        if isinstance(item.get("id"), str):
+        ids = [item[key] for key in _IDS if isinstance(item.get(key), str)]
+        if ids:
             # In this order: a template may write the call as JSON.
-            call = {"type": "function", "id": item["id"], "function": called}
+            call = {"type": "function", "id": ids[0], "function": called}
         calls.append(call)
     return calls
 
@@ -398,7 +419,7 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
         function = _function_of(tool)
         if function is None:
             fix = 'write {"name", "description", "parameters"}'
-            raise row.error(f"tool {n} is {json_type(tool)} without a name", fix=fix)
+            raise row.error(f"tool {n} is {tool!r:.80}, without a name", fix=fix)
         schema: dict[str, object] = drop_nulls(function)
         # Anthropic's name.
         if "input_schema" in schema and "parameters" not in schema:
@@ -412,6 +433,9 @@ def read_system(row: RowReader) -> str | None:
     system = row.optional("system")
     if is_absent(system):
         return None
+    if isinstance(system, Mapping):
+        # Gemini's
+        system = system.get("parts", system)
     parts = _content(row, system, MESSAGE, "system", "system")
     return row.text(parts.text, "system")
 

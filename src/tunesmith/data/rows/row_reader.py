@@ -41,7 +41,7 @@ HARMLESS_COLUMNS = frozenset(
     language lang category topic domain subject task task_type type difficulty level tags keywords
     model model_name generator author license
     tokens token_count num_tokens length num_turns turns_count
-    parallel_tool_calls text
+    parallel_tool_calls text schema_version
     """.split()
 )
 
@@ -76,6 +76,19 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+def from_lists(value: object) -> object:
+    """Return the turns of an object of lists, as Arrow stores them: {role: [...], content: [...]}.
+
+    Other values are unchanged.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) < len(value) or len(set(map(len, lists))) != 1:
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
+
+
 def role_key_of(value: object) -> str:
     """The key of the roles in a list of turns, or in a text that begins as one: `role` or `from`.
 
@@ -87,7 +100,8 @@ def role_key_of(value: object) -> str:
             return ""
         key = _ROLE_KEY.search(value, 0, _LOOKED_AT)
         return key[1] if key else ""
-    first = value[0] if isinstance(value, list) and value else None
+    turns = from_lists(value)
+    first = turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(first, Mapping):
         return ""
     return "role" if "role" in first else "from" if "from" in first else ""
@@ -313,7 +327,7 @@ class RowReader:
             raise self.error(f"{at} is not JSON", why, fix) from None
 
     def list(self, value: object, at: str) -> list[Any]:
-        items = self.json(value, at)
+        items = from_lists(self.json(value, at))
         if not isinstance(items, list):
             raise self.error(f"{at} is {json_type(items)}, not a list", fix="write a list: [...]")
         return items

@@ -135,12 +135,13 @@ def _check_complete(
             raise _dropped(chat, Field(i, "content", content), rendering, where)
         # A template may write all system messages first: earlier answers would learn from them.
         is_late = i > 0 and plain["role"] == "system"
-        earlier, own = (rendering.of_message(n)[:1] for n in (i - 1, i)) if is_late else ([], [])
-        if earlier and own and own < earlier:
-            what = f"moves message {i + 1} (system) in front of earlier messages"
-            why = "an earlier answer would be trained with it in its prompt"
-            fix = "write it into the next message of the user, or split the row before it"
-            raise chat.error(what, where, why, fix)
+        if is_late and rendering.of_message(i - 1) > rendering.of_message(i) > []:
+            raise chat.error(
+                f"moves message {i + 1} (system) in front of earlier messages",
+                where,
+                "an earlier answer would be trained with it in its prompt",
+                "write it into the next message of the user, or split the row before it",
+            )
     # Two sentinels of a text tell its beginning and its end.
     sentinels_of = Counter(sentinel.field for sentinel in rendering.sentinels)
     for n, field in enumerate(rendering.inserted.fields):
@@ -164,13 +165,11 @@ def _dropped(chat: ChatRenderer, field: Field, rendering: Rendering, where: str)
     if field.kind == "tools":
         dropped = "the tools"
     elif field.kind == "content":
-        role = rendering.messages[field.message]["role"]
-        dropped = f"{message} ({role})"
-        if rendering.messages[field.message].get("tool_calls"):
+        turn = rendering.messages[field.message]
+        dropped = f"{message} ({turn['role']})"
+        if turn.get("tool_calls"):
             dropped = f"the text before the call of {message}"
             fix = _FIX_TEXT_AND_CALL
-        elif role == "system":
-            fix = f"write it into the next message of the user, or {fix}"
     else:
         dropped = f"the {field.kind} of {message}"
     if field.kind == "reasoning_content":
@@ -209,11 +208,14 @@ def _answer(
         # Texts of another message between those of the answer: no span can hold the answer
         # alone.
         is_contiguous = last_sentinel - indices[0] + 1 == len(indices)
-        kinds = [rendering.field(rendering.sentinels[n]).kind for n in indices]
-        if "content" in kinds and "tool_calls" in kinds[: kinds.index("content")]:
-            what = f"moves the text before the call of message {i + 1}, an answer"
-            why = "it writes the text behind the call, or behind the result of the call"
-            raise chat.error(what, where, why, _FIX_TEXT_AND_CALL)
+        kinds = " ".join(rendering.field(rendering.sentinels[n]).kind for n in indices)
+        if "content" in kinds.partition("tool_calls")[2]:
+            raise chat.error(
+                f"moves the text before the call of message {i + 1}, an answer",
+                where,
+                "it writes the text behind the call, or behind the result of the call",
+                _FIX_TEXT_AND_CALL,
+            )
         if start > rendering.place(indices[0]) or not is_contiguous:
             raise chat.error(f"mixes message {i + 1}, an answer, with other text", where)
         texts_end = max(start, rendering.place(last_sentinel))

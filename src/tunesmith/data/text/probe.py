@@ -84,10 +84,8 @@ def _find_forms(chat: ChatRenderer) -> None:
             traits.calls = True
             tags = _RESULT_TAGS.search(rendering.text)
             if tags is not None:
-                opening, closing = map(re.escape, tags.groups())
-                traits.wrapped_result = re.compile(
-                    rf"\s*{opening}\s*(.*?)\s*{closing}\s*", re.DOTALL
-                )
+                wrapped = r"\A\s*{}\s*(.*?)\s*{}\s*\Z".format(*map(re.escape, tags.groups()))
+                traits.wrapped_result = re.compile(wrapped, re.DOTALL)
             break
     else:
         traits.form = traits.form._replace(text_arguments=False)

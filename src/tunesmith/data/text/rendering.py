@@ -249,19 +249,20 @@ class ChatRenderer:
         A thought of a text moves to `reasoning_content` if the template would not read it in the
         text. A tool result loses the tags that the template writes again.
         """
-        splits = self.traits.splits_thoughts
         wrapped = self.traits.wrapped_result
-        in_form: list[Message] = []
+        if wrapped is not None:
+            messages = [
+                {**turn, "content": wrapped.sub(r"\1", turn["content"])}
+                if turn["role"] == "tool"
+                else turn
+                for turn in messages
+            ]
+        if not self.traits.splits_thoughts:
+            return messages
+        in_form = []
         for message in messages:
-            split = split_thought(message) if splits else message
-            result = None
-            if wrapped is not None and message["role"] == "tool":
-                result = wrapped.fullmatch(message["content"])
-            if result is not None:
-                split = {**message, "content": result[1]}
-            elif (
-                splits and split.get("reasoning_content") == "" and not self.traits.writes_thoughts
-            ):
+            split = split_thought(message)
+            if split.get("reasoning_content") == "" and not self.traits.writes_thoughts:
                 # An empty thought is a part of the text where the template knows its tags.
                 knows_tags = "</think>" in self.jinja
                 split = message if knows_tags else {**message, "content": split["content"]}

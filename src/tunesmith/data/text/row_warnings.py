@@ -187,17 +187,17 @@ def _has_unmatched_call(messages: list[Message]) -> bool:
     A result without an id belongs to the next call, and so does a result of calls without ids.
     """
     waiting: list[str | None] = []
-    ids: set[str | None] = set()
+    ids: list[str | None] = []
     for message in messages:
         calls = [call.get("id") for call in message.get("tool_calls", ())]
         waiting += calls
-        ids.update(calls)
+        ids += calls
         if message["role"] == "tool":
             result = message.get("tool_call_id")
             if result in waiting:
                 waiting.remove(result)
-            elif waiting and None in (result, waiting[0]):
-                del waiting[0]
+            elif None in (result, *waiting[:1]):
+                del waiting[:1]
             elif ids and result not in ids:
                 return True
         elif waiting and not calls:
@@ -209,20 +209,16 @@ def _has_unlisted_call(sample: Conversation) -> bool:
     """Return whether a call has a function that the row's tools do not list, or lacks a required
     argument.
     """
-    functions: dict[object, Any] = {}
-    for tool in sample.tools or ():
-        function: Any = tool.get("function", tool)
-        functions[function.get("name")] = function
+    tools: Any = sample.tools or ()
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
     for message in sample.messages if functions else ():
         for call in message.get("tool_calls", ()):
-            # gpt-oss writes functions.NAME.
-            name = call["function"]["name"]
-            function = functions.get(name) or functions.get(name.removeprefix("functions."))
-            if function is None:
+            called: Any = call["function"]
+            if called["name"] not in functions:
                 return True
-            parameters = function.get("parameters")
-            required = parameters.get("required") if isinstance(parameters, dict) else ()
-            given = list(call["function"]["arguments"])
+            parameters = functions[called["name"]].get("parameters")
+            required = parameters.get("required") if isinstance(parameters, dict) else None
+            given = list(called["arguments"])
             if isinstance(required, list) and not all(name in given for name in required):
                 return True
     return False
