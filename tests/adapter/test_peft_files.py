@@ -274,6 +274,24 @@ def test_what_changes_no_result_is_read(written, change):
     assert peft_files.read_adapter(folder).rank == Adapter().rank
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["model.vision_tower.encoder.layers.0.self_attn.q_proj", "model.visual.blocks.0.attn.qkv"],
+)
+def test_an_adapter_of_the_vision_part_is_refused(module, written):
+    _, folder = written
+    file = folder / "adapter_model.safetensors"
+    name = f"base_model.model.{module}.lora_A.weight"
+    save_file(load_file(file) | {name: torch.zeros(2, 4)}, file)
+    with refuses(
+        ModelError,
+        where="adapter_model.safetensors",
+        names=[f"{module}.lora_A.weight"],
+        fix=["PEFT"],
+    ):
+        peft_files.read_adapter(folder)
+
+
 def rename(tensors):
     return {k.replace("q_proj", "query"): v for k, v in tensors.items()}
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,22 @@ from tunesmith.model.weights import StoredTensor, stored_tensors
 from tunesmith.units import count_of
 
 PREFIX = "base_model.model."
-# A factor of a single expert, as vLLM reads those of most mixtures.
-SINGLE_EXPERT = re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight")
+MERGE = "merge it into its base with PEFT, and start from the merged model"
+# Tensors that are not read, by their names in the file: what the adapter does, why, and the fix.
+NOT_READ = (
+    (
+        re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight"),
+        "stores its experts separately",
+        "this is the form for vLLM; PEFT's stacked form (target_parameters) is read",
+        f"name the run that it was exported from; an adapter of another tool: {MERGE}",
+    ),
+    (
+        re.compile(r".+\.(vision|visual)\w*\..+\.lora_[AB]\.weight"),
+        "changes the vision part of the model",
+        "the vision part is frozen, and takes no adapter",
+        MERGE,
+    ),
+)
 # PEFT stores an embedding of another size twice more, under the names of its wrapper.
 WRAPPER = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
@@ -287,9 +302,9 @@ def read_adapter(folder: Path) -> Adapter:
                 f"the adapter has {name} = {json.dumps(value)}, which is not supported",
                 where=str(file),
                 why="only plain LoRA and rsLoRA with a single rank are supported",
-                fix="merge it into its base with PEFT, and start from the merged model",
+                fix=MERGE,
             )
-    _check_stacked(folder / ADAPTER_WEIGHTS)
+    _check_names(folder / ADAPTER_WEIGHTS)
     try:
         target = settings["target_modules"]
         experts = _experts_of(settings.get("target_parameters") or [], file)
@@ -334,23 +349,16 @@ def _adapted_modules(file: Path) -> list[str]:
     return sorted(names)
 
 
-def _check_stacked(file: Path) -> None:
-    """ModelError where an adapter's weights have the experts of a mixture one by one."""
-    if not file.is_file():
-        return
+def _check_names(file: Path) -> None:
+    """ModelError if an adapter's weights have tensors of NOT_READ."""
     names: list[str] = []
-    # A file that cannot be read is reported where it is loaded.
+    # A file that is missing or damaged is reported where it is loaded.
     with suppress(ModelError):
         names = [entry.name for entry in read_header(file)]
-    for name in names:
-        if SINGLE_EXPERT.fullmatch(name):
-            raise ModelError(
-                f"the adapter stores its experts separately: {name.removeprefix(PREFIX)}",
-                where=str(file),
-                why="this is the form for vLLM; PEFT's stacked form (target_parameters) is read",
-                fix="name the run that it was exported from; an adapter of another tool: merge it "
-                "into its base with PEFT, and start from the merged model",
-            )
+    for name, (pattern, what, why, fix) in product(names, NOT_READ):
+        if pattern.fullmatch(name):
+            fault = f"the adapter {what}: {name.removeprefix(PREFIX)}"
+            raise ModelError(fault, where=str(file), why=why, fix=fix)
 
 
 def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
@@ -367,7 +375,7 @@ def _experts_of(parameters: Sequence[str], file: Path) -> list[str]:
                 where=str(file),
                 why="of experts both stacks are adapted here, gate_up_proj (or up_proj) and "
                 "down_proj, and no other parameters",
-                fix="merge it into its base with PEFT, and start from the merged model",
+                fix=MERGE,
             )
     return sorted(stacks)
 
