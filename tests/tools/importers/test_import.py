@@ -376,6 +376,7 @@ BAD = {
     "column": ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: [a, b]\n", ["dataset_text_field", "one column", "file.yaml:3"]),
     "llamafactory v1": ("model: m\nmodel_class: llm\ntemplate: qwen3\npeft_config: {name: lora}\ntrain_dataset: d.yaml\ncutoff_len: 9\n"
                         "micro_batch_size: 1\n", ["a file of LLaMA-Factory v1", "model_class"]),
+    "llamafactory v1, short": ("model: m\ntemplate: qwen3\ntrain_dataset: d.yaml\ncutoff_len: 9\n", ["a file of LLaMA-Factory v1"]),
     "ms-swift": ("model: m\ntuner_type: lora\ndataset: [d.jsonl]\nlora_rank: 8\nmax_length: 2048\nlearning_rate: 1e-4\n", ["a file of ms-swift"]),
     "nemo automodel": ("step_scheduler: {global_batch_size: 8}\nmodel: {_target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained}\n"
                        "dataset: {dataset_name: d, split: train}\n", ["a file of NeMo AutoModel", "step_scheduler"]),

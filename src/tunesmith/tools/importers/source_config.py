@@ -154,13 +154,14 @@ def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> s
     for name, key in keys.items():
         if name.endswith("_target_"):
             names.add(str(key.value).partition(".")[0])
-    tables: dict[str, list[str]] = read_file(TABLES / "unsupported.yaml").plain()
-    tables |= {tool: table(tool)["marks"] for tool in IMPORTED_TOOLS}
+    unsupported: dict[str, list[str]] = read_file(TABLES / "unsupported.yaml").plain()
+    tables = unsupported | {tool: table(tool)["marks"] for tool in IMPORTED_TOOLS}
     marks = {tool: [mark for mark in known if mark in names] for tool, known in tables.items()}
-    most = max(map(len, marks.values()))
-    likely = [tool for tool, known in marks.items() if len(known) == most]
-    if most and likely[0] not in IMPORTED_TOOLS and not (named and marks[named]):
-        raise _unsupported(likely[0], path, f"it has {', '.join(marks[likely[0]][:3])}")
+    most = max(len(marks[tool]) for tool in IMPORTED_TOOLS)
+    likely = [tool for tool in IMPORTED_TOOLS if len(marks[tool]) == most]
+    other = max(unsupported, key=lambda tool: len(marks[tool]))
+    if len(marks[other]) > most and not (named and marks[named]):
+        raise _unsupported(other, path, f"it has {', '.join(marks[other][:3])}")
     if named:
         if most and not marks[named]:
             what = f"this file has no key of {named}, and looks like one of {likely[0]}"
@@ -172,7 +173,7 @@ def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> s
             "cannot detect which tool this file is for",
             where=str(path),
             why=f"its keys could be of {' or '.join(likely)}" if most else "it has no known keys",
-            fix=f"name the tool: --from {likely[-1]}; known are {', '.join(IMPORTED_TOOLS)}",
+            fix=f"name the tool: --from {likely[0]}; known are {', '.join(IMPORTED_TOOLS)}",
         )
     return likely[0]
 
