@@ -30,6 +30,7 @@ from tunesmith import build_model
 from tunesmith.adapter import lora
 from tunesmith.cli.main import main as tunesmith
 from tunesmith.data.batches.batch import Batch
+from tunesmith.formats import nf4
 from tunesmith.methods import base
 from tunesmith.methods.sft import SupervisedFineTuning
 from tunesmith.model import attention, fused, packed_attention
@@ -120,6 +121,16 @@ def attention_of_torch() -> None:
     packed_attention.takes = lambda *_: False
 
 
+def attention_everywhere() -> None:
+    """Our kernels also where they were not measured: any number of query heads a key head."""
+    packed_attention.GROUPS = range(1, 128)
+
+
+def nf4_of_bitsandbytes() -> None:
+    """bitsandbytes' kernel makes nf4 codes dense."""
+    nf4._has_kernel = lambda _: False
+
+
 def experts_by_row() -> None:
     """The updates of experts are products of all rows, and torch's kernels move rows."""
     experts_at_once.DENSE_COLUMNS = 0
@@ -165,6 +176,10 @@ REPLACEMENTS = {
     "chunked loss": Replacement(whole_logits, "all logits at once, in fp32"),
     "freed pages": Replacement(default_malloc, "glibc's defaults", only="cpu"),
     "attention kernels": Replacement(attention_of_torch, "that of torch", only="cuda"),
+    "attention everywhere": Replacement(
+        attention_everywhere, "ours with any number of query heads a key head", only="cuda"
+    ),
+    "nf4 kernel": Replacement(nf4_of_bitsandbytes, "that of bitsandbytes", only="cuda"),
     "experts by token": Replacement(experts_by_row, "updates by row, torch's kernels", only="cuda"),
     "FlashAttention 3": Replacement(
         flash_attention("FA3"), "in place of ours", "cuda", "flash_attn_interface"
@@ -275,7 +290,8 @@ def main() -> None:
             changes[name] = name
             continue
         replacement = REPLACEMENTS[name]
-        if reason := replacement.missing(device):
+        # What is named runs on any device, so that a CPU shows that it does.
+        if reason := replacement.missing(replacement.only if options.only else device):
             left_out[name] = reason
             continue
         commands[name] = [sys.executable, __file__, "--one", name, *bench]

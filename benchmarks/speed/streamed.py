@@ -3,6 +3,7 @@ device.
 
     python benchmarks/speed/streamed.py --output out.json [--only link,8b,70b,planned,experts] [--steps 5] [--small]
 
+--only takes groups, or cases such as "8b staged".
 The rate of the link; Llama 3.1 8B with random weights, resident, streamed, half of it streamed, and
 streamed from memory of which the driver page-locks two blocks alone: their losses must be equal bit
 by bit; 48 layers of Llama 3.3 70B in bf16, which no card of 80 GB holds; Qwen3-30B-A3B in bf16,
@@ -284,7 +285,7 @@ def main() -> None:
         inputs = write_inputs(Path(folder), row_tokens)
         for case, (config, micro_batches, streamed, steps) in cases.items():
             name, *_ = case.split()
-            if name not in only:
+            if not {name, case} & {*only}:
                 continue
             # Else the backward of attention adds up in any order.
             keys = [*overrides, "train.deterministic=true"] if name == "8b" else overrides

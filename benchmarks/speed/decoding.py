@@ -1,0 +1,75 @@
+"""Time each token that a shape with random weights decodes.
+
+    python benchmarks/speed/decoding.py --shape llama3-8b --tokenizer DIR --data rows.json --json out.json [key=value ...]
+
+`seconds` has the time of each token but the first; a token that takes much longer than the median
+has built or compiled something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from tunesmith.build_model import build_model
+from tunesmith.hub.model_files import read_model_files
+from tunesmith.inference.decoding import Decoding, answer_batch
+from tunesmith.model.shapes import find_shape
+from tunesmith.planning.resolve import inference_plan
+from tunesmith.runtime.device import choose_device
+from tunesmith.runtime.host import bound_shape_caches
+from tunesmith.tools.bench.shape import shape_recipe, write_shape
+
+PROMPT = 500  # tokens
+
+
+def main() -> None:
+    """Decode one answer, and write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    bound_shape_caches()
+    with tempfile.TemporaryDirectory(prefix="tunesmith-decoding-") as name:
+        folder = Path(name) / "model"
+        folder.mkdir()
+        write_shape(folder, find_shape(args.shape).config, args.tokenizer)
+        run = shape_recipe(folder, data=args.data, rows="alpaca", overrides=args.overrides)
+        files = read_model_files(folder, run.model)
+        plan = inference_plan(run, files, choose_device())
+        root, _ = build_model(run, files, plan, weights="random")
+    root.eval()
+    root.use_inference_attention()
+    times: list[float] = []
+
+    def note() -> bool:
+        times.append(time.perf_counter())
+        return False
+
+    decoding = Decoding(max_new_tokens=args.tokens)
+    answer_batch(root.model, files.tokenizer, [[5] * PROMPT], decoding, stops=(), cancelled=note)
+    seconds = [after - before for before, after in pairwise(times)]
+    report = {
+        "seconds": seconds,
+        "median_ms": 1e3 * statistics.median(seconds),
+        "longest_ms_after_five": 1e3 * max(seconds[5:], default=0.0),
+    }
+    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"median {report['median_ms']:.1f} ms a token, longest {report['longest_ms_after_five']:.1f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Time steps of a vision-language model of true shape, with random weights, on drawn pictures.
+
+    python benchmarks/speed/picture_steps.py --family qwen2_5_vl --json out.json [--picture 1024x768] [--small]
+
+First all pictures have one size, then each has its own: the difference is what new sizes cost. A
+step of the first is profiled. `planned_gib` is the peak that the plan counted. `--small` takes the
+tiny model of the tests, so that a CPU shows that all of it runs. The folders are those of
+tests/vision.py, so it runs in a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.load import from_mapping
+from tunesmith.tools.bench import measure, picture_rows
+from tunesmith.tools.bench.cli import read_size
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+import vision
+
+# Qwen2.5-VL 7B and Gemma 3 4B, as their config.json says, and what their processors scale to.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "text": {
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064, "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "tower": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+            "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        "pixels": {
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14,
+            "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+        },
+    },
+    "gemma3": {
+        "text": {
+            "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "max_position_embeddings": 131072,
+            "sliding_window": 1024, "query_pre_attn_scalar": 256,
+        },
+        "tower": {
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "image_size": 896, "patch_size": 14,
+        },
+        "whole": {"mm_tokens_per_image": 256},
+        "processor": ("Gemma3Processor", {"image_seq_length": 256}),
+        "pixels": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 896, "width": 896}},
+    },
+}  # fmt: skip
+SIZES = 64  # pictures, each with its own size in the second measurement
+
+
+def write_model(folder: Path, family: str, *, small: bool) -> None:
+    """Write config, processor and a tokenizer of bytes into an existing folder."""
+    of = vision.FAMILIES[family]
+    vision.MORE_FAMILIES["measured"] = of.but(
+        model_type=family, **({} if small else SHAPES[family])
+    )
+    vision.write_processor(folder, "measured")
+
+
+def measure_pictures(
+    model: Path, size: tuple[int, int], folder: Path, *, small: bool
+) -> dict[str, Any]:
+    """Measure steps on drawn pictures of one size, and then on pictures of many sizes."""
+    planned = []
+    build = measure.build
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        session = build(*arguments, **options)
+        planned.append(session.plan.memory.total / 2**30)
+        return session
+
+    measure.build = noted
+    picture_rows.DRAWN_ROWS = SIZES
+    spread = picture_rows.SPREAD
+    report: dict[str, Any] = {}
+    for name, picture_rows.SPREAD in (("one size", 0.0), (f"{SIZES} sizes", spread)):
+        place = folder / name
+        (place / "rows").mkdir(parents=True)
+        (place / "run").mkdir()
+        picture_rows.write_drawn_rows(place / "rows", picture_rows.draw_sizes(size))
+        values = {
+            "model": {"name": str(model), "dtype": "fp32" if small else "bf16", "vision": True},
+            "adapter": {"kind": "lora", "rank": 8},
+            "data": {
+                "train": {"source": str(place / "rows/drawn.jsonl"), "format": "messages"},
+                "seq_len": 256 if small else 4096,
+            },
+            "train": {"global_batch": f"{512 if small else 16384} tokens"},
+            "profile": {"wait": 0, "warmup": 1, "active": 1},
+            "output_dir": str(place / "run"),
+        }
+        run = from_mapping(values, where=name, base=place)
+        traces = None if report else place / "traces"
+        steps = (1, 0) if small else (5, 3)
+        measured = measure.measure(measure.BenchPlan(run, *steps, "random", traces), place / "run")
+        report[name] = {"figures": vars(measured.figures), "planned_gib": planned[-1]}
+        for table in measured.tables:
+            report[name]["profile"] = table.read_text(encoding="utf-8").splitlines()
+    return report
+
+
+def main() -> None:
+    """Measure one family, and write the report after both measurements."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--family", choices=SHAPES, required=True)
+    parser.add_argument("--picture", default="1024x768")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    size = (112, 56) if args.small else read_size(args.picture)
+    with tempfile.TemporaryDirectory(prefix="tunesmith-pictures-") as name:
+        folder = Path(name)
+        (folder / "model").mkdir()
+        write_model(folder / "model", args.family, small=args.small)
+        report = measure_pictures(folder / "model", size, folder, small=args.small)
+    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for case, found in report.items():
+        figures = found["figures"]
+        print(
+            f"{case}: {figures['tokens_per_second']:,.0f} tokens/s, peak {figures['peak_memory_gib']:.1f} GiB, "
+            f"planned {found['planned_gib']:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
