@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tunesmith.build_model import build_model
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.model.shapes import find_shape
-from tunesmith.planning.resolve import inference_plan
+from tunesmith.planning.resolve import inference_plan, resolve_dtype_here
 from tunesmith.runtime.device import choose_device
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
@@ -46,8 +47,10 @@ def main() -> None:
         folder.mkdir()
         write_shape(folder, find_shape(args.shape).config, args.tokenizer)
         run = shape_recipe(folder, data=args.data, rows="alpaca", overrides=args.overrides)
+        device = choose_device()
+        run = replace(run, model=replace(run.model, dtype=resolve_dtype_here(run.model, device)))
         files = read_model_files(folder, run.model)
-        plan = inference_plan(run, files, choose_device())
+        plan = inference_plan(run, files, device)
         root, _ = build_model(run, files, plan, weights="random")
     root.eval()
     root.use_inference_attention()
