@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes what first_gpu.sh needs beside a checkout, for a GPU machine with Python and torch but without a network:
+# Makes what gpu_session.py needs beside a checkout, for a GPU machine with Python and torch but without a network:
 #   bash benchmarks/first_gpu_prep.sh ROWS TOKENIZER [FOLDER=.gpu]
 # ROWS: a JSON array of alpaca rows. TOKENIZER: a folder, a Hub id, or a .gguf file. Copy FOLDER (about 20 MB) along with the
 # checkout. PYTHON_VERSION, ARCH and CUDA (130 for 13.0) are those of the GPU machine; PACKAGES names what its Python lacks.
-# FlashAttention is compared where PACKAGES names it too: flash-attn-4, and what it needs.
+# Transformers comes as a wheel, which gpu_session.py unpacks: images of NVIDIA have 5.17, without pictures.
 set -euo pipefail
 
 rows=${1:?rows: a JSON array of alpaca rows}
@@ -29,6 +29,8 @@ for package in $packages; do
 done
 # bitsandbytes brings a library for each CUDA and ROCm release, 125 MB together.
 find "$site/bitsandbytes" -name 'libbitsandbytes_*' ! -name "libbitsandbytes_cuda$cuda*" ! -name '*_cpu*' -delete
+rm -f "$folder"/transformers-*.whl
+"$python" -m pip download -q --no-deps --only-binary=:all: --dest "$folder" 'transformers>=5.18,<6'
 git describe --always --abbrev=40 --exclude='*' --dirty=+ >"$folder/commit" || rm -f "$folder/commit"
 
 "$python" - "$rows" "$tokenizer" "$folder" <<'P'

@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
-from first_gpu_results import read_report
+from step_reports import read_report
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"1": 540, "2": 240}  # seconds of a call
 DRY_LIMIT = 900  # seconds of a step of a dry run: its machine may be slow
+MISSING_PACKAGES = 3  # exit status of device_facts.py
 # A step begins if this share of its seconds is left.
 FITS = 0.6
 # Read by each Python of a dry run before anything else: all shapes become tiny.
@@ -209,6 +210,7 @@ def run_call(options: argparse.Namespace) -> bool:
         write_tiny_inputs(folder)
     environment = make_environment(folder, work, dry=options.dry_run)
     steps = steps_of_call(options.call, folder, work, dry=options.dry_run)
+    log = output / f"log-{options.call}.txt"
     commit = folder / "commit"
     done: dict[str, dict[str, Any]] = {}
     for step in steps:
@@ -223,7 +225,7 @@ def run_call(options: argparse.Namespace) -> bool:
             started = time.monotonic()
             if options.dry_run:
                 print(f"$ {shlex.join(step.command)}", flush=True)
-            status = run_step(step, most, environment, output / f"log-{options.call}.txt")
+            status = run_step(step, most, environment, log)
             seconds = time.monotonic() - started
             done[step.name] = {"exit": status, "seconds": round(seconds), "limit": round(most)}
             found = read_report(work, step.name)
@@ -231,6 +233,9 @@ def run_call(options: argparse.Namespace) -> bool:
                 done[step.name]["report"] = found
             ended = f"ended with {status} after {seconds:.0f} s ({step.shows})"
             print(f"{step.name}: {ended}", flush=True)
+            if step.name == "device" and status == MISSING_PACKAGES:
+                print(log.read_text(encoding="utf-8").splitlines()[-1])
+                return False
         results = {
             "stage": options.call,
             "dry_run": options.dry_run,

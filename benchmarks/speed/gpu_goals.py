@@ -11,7 +11,7 @@ from types import MappingProxyType
 class Goal:
     """One run with its goal on each device: sequence length 2048, packed; LoRA of rank 8, or full.
 
-    step: the step of first_gpu.sh that measures it.
+    step: its name in docs/measurements/gpu.
     shape: the model, as `tunesmith bench --shape` names it.
     base: bf16, or the value of `model.quantize`.
     tokens_per_second: the goal by device key, in non-padding tokens.
@@ -49,8 +49,7 @@ GOALS = (
 )
 
 ATTENTION_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj")
-# As in their recipes, 64 rows of 2,048 tokens a step. Only forecast: stage D of first_gpu.sh measures
-# a few layers of them.
+# As in their recipes, 64 rows of 2,048 tokens a step. Only forecast.
 MIXTURES = (
     Goal("30b-a3b", "Qwen3-30B-A3B LoRA, bf16", "qwen3-30b-a3b", "bf16", False, {"gb10": 3_000},
          global_batch=131_072),

@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
             "image_size": 896, "patch_size": 14,
         },
-        "whole": {"mm_tokens_per_image": 256},
+        "whole": {"mm_tokens_per_image": 256, "tie_word_embeddings": True},
         "processor": ("Gemma3Processor", {"image_seq_length": 256}),
         "pixels": {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 896, "width": 896}},
     },

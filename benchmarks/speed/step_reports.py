@@ -1,0 +1,83 @@
+"""What the steps of a GPU session report: their JSON files, the GPU tests, and profiles."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from kernel_terms import terms_of
+
+
+def read_report(work: Path, name: str) -> dict[str, Any] | None:
+    """What a step has written about itself; None where it wrote nothing, or was killed while it
+    wrote.
+    """
+    if name == "tests":
+        return read_tests(work / "tests.xml")
+    file = work / f"{name}.json"
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if "profile" in report:
+        report |= read_profile(report)
+    return report
+
+
+def read_tests(file: Path) -> dict[str, Any] | None:
+    """Counts of the GPU tests, names of those that failed, and why others were skipped."""
+    try:
+        cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return None
+    failures: list[dict[str, str]] = []
+    skip_reasons = Counter[str]()
+    for case in cases:
+        failure = case.find("failure")
+        if failure is None:
+            failure = case.find("error")
+        skip = case.find("skipped")
+        if failure is not None:
+            test = f"{case.get('classname')}::{case.get('name')}"
+            failures.append({"test": test, "message": (failure.get("message") or "")[:400]})
+        elif skip is not None:
+            skip_reasons[skip.get("message") or ""] += 1
+    skipped = skip_reasons.total()
+    return {
+        "passed": len(cases) - len(failures) - skipped,
+        "failed": len(failures),
+        "skipped": skipped,
+        "failures": failures,
+        "skip_reasons": dict(skip_reasons),
+    }
+
+
+def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a profiled step by kind of kernel, as forecast.py counts them, how many kernels
+    it launches, and the most expensive operations.
+    """
+    terms = Counter[str]()
+    kernels = 0
+    for trace in report["profile"]["traces"]:
+        with gzip.open(trace, "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        terms.update(terms_of(events))
+        kernels += sum(event.get("cat") == "kernel" for event in events)
+    profile = report["recipe"]["profile"]
+    profiled_steps = profile["active"] * profile["cycles"]
+    tables = [
+        Path(table).read_text(encoding="utf-8").splitlines()
+        for table in report["profile"]["tables"]
+    ]
+    return {
+        "terms_ms_a_step": {
+            name: milliseconds / profiled_steps for name, milliseconds in terms.items()
+        },
+        "kernels_a_step": kernels / profiled_steps,
+        "most_expensive_operations": tables,
+    }

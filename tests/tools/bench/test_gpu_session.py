@@ -1,0 +1,227 @@
+"""The two calls of a GPU session: their commands, their limits, and what is left of a call that ends
+early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ablation
+import device_facts
+import gpu_session
+import picture_steps
+import pytest
+
+from errors import lines_with
+from tunesmith.cli.main import Parser
+from tunesmith.config.schema import Run
+from tunesmith.tools.bench.cli import add_arguments, check_arguments, stated_recipe
+from tunesmith.tools.bench.shape import shape_recipe
+from warm import run_warm
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+# In the place of Python: it sleeps, writes a report, and fails for the word in FAILS.
+STAND_IN = """#!{python} -IS
+import json, os, pathlib, sys, time
+words = sys.argv[1:]
+time.sleep(float(os.environ["SLEEPS"]))
+for option in ("--json", "--output"):
+    if option in words:
+        report = {{"name": "NVIDIA H200", "figures": {{"tokens_per_second": 20000.0}}}}
+        pathlib.Path(words[words.index(option) + 1]).write_text(json.dumps(report))
+sys.exit(any(os.environ["FAILS"] in word for word in words))
+"""
+
+
+def run_call(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    *,
+    sleeps: float = 0,
+    fails: str = "no such word",
+    limit: float | None = None,
+) -> dict[str, Any]:
+    """The results of a call whose steps are the stand-in."""
+    python = folder / "python"
+    python.write_text(STAND_IN.format(python=sys.executable))
+    python.chmod(0o755)
+    monkeypatch.setenv("SLEEPS", str(sleeps))
+    monkeypatch.setenv("FAILS", fails)
+    monkeypatch.setattr(sys, "executable", str(python))
+    options = argparse.Namespace(
+        call=call, output=folder / "out", folder=folder, limit=limit, only=None, dry_run=False
+    )
+    gpu_session.run_call(options)
+    results: dict[str, Any] = json.loads((folder / f"out/results-{call}.json").read_text())
+    return results
+
+
+def recipe_of_shape(args: argparse.Namespace, folder: Path) -> Run:
+    """The checked recipe of a shape, as `bench` makes it; its model is not written."""
+    return shape_recipe(
+        folder,
+        data=args.data,
+        rows="alpaca",
+        overrides=[word for word in args.words if "=" in word],
+    )
+
+
+def bench_words(command: list[str]) -> list[list[str]]:
+    """What follows `tunesmith bench` in a command, for each variant of an ablation."""
+    if command[:3] == ["-m", "tunesmith", "bench"]:
+        return [command[3:]]
+    if command[0] != "benchmarks/speed/ablation.py":
+        return []
+    options, bench = ablation.parse(command[1:])
+    return [[*bench, *([name] if "=" in name else [])] for name in options.only]
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["true shapes", "dry run"])
+@pytest.mark.parametrize("call", gpu_session.LIMITS)
+def test_each_command_is_one_that_bench_takes_and_their_limits_fit_the_call(
+    call: str, dry: bool, tmp_path: Path
+) -> None:
+    steps = gpu_session.steps_of_call(call, tmp_path, tmp_path, dry=dry)
+    checked = 0
+    for step in steps:
+        for words in bench_words(step.command[1:]):
+            parser = Parser()
+            add_arguments(parser)
+            args = parser.parse_intermixed_args(words)
+            args.typed = parser.typed_options(args)
+            check_arguments(args)
+            assert stated_recipe(args) or recipe_of_shape(args, tmp_path / "model")
+            checked += 1
+    assert checked == (3 if call == "1" else 0)
+    assert sum(step.seconds for step in steps) <= gpu_session.LIMITS[call]
+
+
+@pytest.mark.parametrize("name", ["packing", "r.yaml"])
+def test_an_ablation_of_an_unknown_name_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ablation.parse(["--only", "data.pack=false", name])
+    assert ended.value.code == 2
+    assert lines_with(capsys.readouterr().err, name)
+
+
+def test_a_variant_that_fails_costs_only_itself_and_the_recipe_itself_must_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Commands of other programs stand in for bench."""
+    figures = {"figures": {"tokens_per_second": 10.0, "peak_memory_gib": 1.0, "last_loss": 2.0}}
+    write = f"import sys; open(sys.argv[2], 'w').write({json.dumps(figures)!r})"
+    good = [sys.executable, "-ISc", write]
+    bad = [sys.executable, "-ISc", "import sys; sys.exit('error: no memory')"]
+    found = ablation.run_in_turns({ablation.BASELINE: good, "other": bad}, rounds=2)
+    shown = capsys.readouterr()
+    assert list(ablation.table_of(found)) == [ablation.BASELINE]
+    assert (len(found[ablation.BASELINE]), len(found["other"])) == (2, 0)
+    assert "error: no memory" in shown.out
+    with pytest.raises(SystemExit):
+        ablation.table_of({ablation.BASELINE: [], "other": found[ablation.BASELINE]})
+
+
+def test_a_step_is_killed_at_its_limit_and_what_does_not_fit_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step has what is left of the call, and leaves nothing to the others."""
+    found = run_call(tmp_path, monkeypatch, "2", sleeps=60, limit=20)["steps"]
+    assert {step["exit"] for step in found.values()} == {None}
+    (tmp_path / "next").mkdir()
+    monkeypatch.setattr(gpu_session, "FITS", 0.01)
+    found = run_call(tmp_path / "next", monkeypatch, "2", sleeps=60, limit=1)["steps"]
+    first, *others = found.values()
+    assert (first["exit"], first["limit"]) == (124, 1)
+    assert {step["exit"] for step in others} == {None}
+    assert lines_with(capsys.readouterr().out, "planned: skipped", "70 s")
+
+
+def test_a_failure_ends_nothing_and_results_are_written_after_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    replace = Path.replace
+
+    def noted(self: Path, target: Path) -> Path:
+        written.append(json.loads(self.read_text())["steps"])
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    results = run_call(tmp_path, monkeypatch, "1", fails="gemma3")
+    steps = results["steps"]
+    assert [len(of_step) for of_step in written] == [*range(1, len(steps) + 1)]
+    assert [name for name, step in steps.items() if step["exit"]] == ["gemma3"]
+    assert results["device"]["name"] == "NVIDIA H200"
+    assert steps["30b-experts"]["report"]["figures"] == {"tokens_per_second": 20000.0}
+    log = (tmp_path / "out/log-1.txt").read_text()
+    assert all(f"== {name}: " in log for name in steps)
+
+
+@pytest.mark.slow
+def test_a_dry_run_decodes_on_a_cpu(tmp_path: Path) -> None:
+    """The other steps of a dry run take minutes: `gpu_session.py 1 --dry-run` shows them."""
+    words = ["2", "--output", str(tmp_path / "out"), "--dry-run", "--only", "decoding-70b-nf4"]
+    command = [sys.executable, str(BENCHMARKS / "gpu_session.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + (tmp_path / "out/log-2.txt").read_text()[-2000:]
+    results = json.loads((tmp_path / "out/results-2.json").read_text())
+    assert len(results["steps"]["decoding-70b-nf4"]["report"]["seconds"]) == 63
+
+
+@pytest.mark.parametrize(("family", "parameters"), [("qwen2_5_vl", 8.29e9), ("gemma3", 4.30e9)])
+def test_shapes_with_pictures_have_the_published_parameters(
+    family: str, parameters: float, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    picture_steps.write_model(tmp_path, family, small=False)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == pytest.approx(parameters, rel=0.01)
+
+
+def test_bash_reads_the_script() -> None:
+    subprocess.run(["bash", "-n", BENCHMARKS / "first_gpu_prep.sh"], check=True)
+
+
+@pytest.mark.slow
+def test_the_micro_timings_run_and_tell_what_failed(tmp_path: Path) -> None:
+    """A CPU lacks the fp32 output of a bf16 product, and our kernels in Triton."""
+    out = tmp_path / "micro.json"
+    words = [out, "--tokens", "64", "--divide", "16", "--repeat", "1"]
+    done = run_warm(words, program=BENCHMARKS / "speed" / "micro.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["milliseconds"]
+    failed = {name for name, value in found.items() if isinstance(value, str)}
+    kernels = {
+        name
+        for name in found
+        if "in one pass" in name or ("fused" in name and "quantize" not in name)
+    }
+    assert failed == {name for name in found if "in fp32" in name} | kernels
+    assert len(found) > 50
+
+
+def test_missing_packages_are_named_as_pip_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ruamel", None)
+    monkeypatch.delitem(sys.modules, "ruamel.yaml", raising=False)
+    monkeypatch.setattr(sys, "argv", ["device_facts.py"])
+    with pytest.raises(SystemExit) as ended:
+        device_facts.main()
+    assert ended.value.code == device_facts.MISSING_PACKAGES
+    printed = capsys.readouterr().out
+    assert [name for name in device_facts.NEEDED if name in printed.split()] == []
+    assert lines_with(printed.replace(";", ""), "ruamel.yaml", "PACKAGES")
