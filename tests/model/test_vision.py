@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,30 @@ def test_another_picture_changes_its_own_document_alone(folder: Path, tmp_path: 
     first = batch.edges[1]
     assert not torch.equal(changed[:first], logits[:first])
     assert torch.equal(changed[first:], logits[first:])
+
+
+# What Transformers asks the device for in these: the tiles of Idefics 3 that are not blank, by their
+# pixels, and a count of placeholders in Gemma 4. Once a micro batch, not in each layer.
+ASKING = {"idefics3": "get_image_features", "gemma4": "forward"}
+
+
+def test_a_model_that_sees_asks_nothing_of_the_device(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is on meta, whose tensors have no values: an operator that asks for them raises."""
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # as `build_model` on CUDA
+    run = seeing(folder, tmp_path)
+    meta = torch.device("meta")
+    model = built_model(run, folder).to(meta).train()
+    batch = make_batch(folder, run).to(meta)
+    assert {tensor.device.type for tensor in batch.pictures.values()} == {"cpu"}
+    asking = ASKING.get(model.model.config.model_type)
+    refused = pytest.raises(NotImplementedError, match="nonzero") if asking else nullcontext()
+    with model.step_context(batch), refused as error:
+        model(batch).loss.backward()
+    if error is not None:
+        names = [entry.name for entry in error.traceback if "/models/" in str(entry.path)]
+        assert names[-1] == asking
 
 
 def test_an_adapter_is_on_the_text_alone_and_the_tower_frozen(folder: Path, tmp_path: Path) -> None:

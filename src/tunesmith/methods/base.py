@@ -42,7 +42,12 @@ from tunesmith.model.model_types import BothWays
 from tunesmith.model.packed_attention import spans_if_chosen
 from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.recurrent_kernels import Trial
-from tunesmith.model.vision import see, set_text_attention, with_unused
+from tunesmith.model.vision import (
+    add_features_by_place,
+    see,
+    set_text_attention,
+    with_unused,
+)
 from tunesmith.quant.linear_layers import parameter_count
 
 Value = TypeVar("Value")
@@ -191,6 +196,7 @@ class TrainModel(nn.Module):
         if attention_backend != "eager":
             self.chunk_size = prepare_chunked_attention(model)
             run_by_document(model, recurrent)
+        add_features_by_place(model)
         self.use_training_attention()
 
     def use_training_attention(self) -> None:

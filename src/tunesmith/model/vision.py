@@ -6,11 +6,14 @@ puts them in the place of the placeholders.
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.model.decoder import find_decoder, is_whole
@@ -56,14 +59,63 @@ def see(model: PreTrainedModel, pictures: Mapping[str, Tensor], *, trains: bool 
     trains: with the graph of a projector that is trained. Of a frozen one activations would stay in
     memory.
     """
-    inputs = {}
-    # Of a batch on a GPU they are on the host, pinned.
+    # The vision part asks for the values of sizes and grids: these stay on the host.
+    inputs = dict(pictures)
     for name, tensor in pictures.items():
-        dtype = model.dtype if tensor.is_floating_point() else tensor.dtype
-        inputs[name] = tensor.to(model.device, non_blocking=True).to(dtype)
+        if tensor.is_floating_point():
+            inputs[name] = _to_device(tensor, model.device).to(model.dtype)
     whole: Any = find_decoder(model)
-    with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(trains and torch.is_grad_enabled()), _SizesOnHost():
         return whole.get_image_features(**inputs, return_dict=True)
+
+
+class _SizesOnHost(TorchFunctionMode):
+    """Compute windows, positions and lengths on the host, where the sizes of pictures are.
+
+    A vision part asks for their values again and again. If they were on the device, the host would
+    wait for the device each time. An operator that also takes a tensor of the device runs there.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        arguments = (args, kwargs or {})
+        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+        others = [x.device for x in tensors if not x.is_cpu]
+        if 0 < len(others) < len(tensors):
+            to_device = partial(_to_device, device=others[0])
+            arguments = tree_map_only(Tensor, to_device, arguments)
+        elif not others and func in (Tensor.to, torch.as_tensor):
+            # Copied later, if an operator needs it on the device.
+            arguments = tree_map_only(torch.device, lambda _: torch.device("cpu"), arguments)
+        return func(*arguments[0], **arguments[1])
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host without waiting. Operators take scalars of the host as they are."""
+    if not tensor.is_cpu or not tensor.ndim:
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def add_features_by_place(model: nn.Module) -> None:
+    """Let the layers of a text model that take features of pictures (DeepStack) add them by place.
+
+    Transformers adds them by a mask, and waits for the device to count what is in it.
+    """
+    for module in model.modules():
+        if hasattr(module, "_deepstack_process"):
+            module._deepstack_process = _add_features
+
+
+def _add_features(hidden: Tensor, is_picture: Tensor, features: Tensor) -> Tensor:
+    """Add features [m, width] to the m tokens of pictures in hidden states [rows, n, width]."""
+    # A stable sort puts the places of pictures first, in their order.
+    places = (~is_picture).flatten().argsort(stable=True)[: len(features)]
+    added = hidden.flatten(0, 1).index_add(0, places, features.to(hidden.dtype))
+    return added.view_as(hidden)
 
 
 def with_unused(projector: Iterable[nn.Module], hidden: Tensor) -> Tensor:

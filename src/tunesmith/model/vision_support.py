@@ -27,7 +27,12 @@ from tunesmith.model.support import (
     packed_documents,
     ready_twin,
 )
-from tunesmith.model.vision import mark_pictures, see, set_text_attention
+from tunesmith.model.vision import (
+    add_features_by_place,
+    mark_pictures,
+    see,
+    set_text_attention,
+)
 
 
 class PictureRow(NamedTuple):
@@ -69,6 +74,7 @@ def _measure_row(twin: PreTrainedModel, row: PictureRow, support: Support) -> Su
         set_text_attention(twin, "eager")
         expected = _run_documents(twin, row)
         set_text_attention(twin, attention.register())
+        add_features_by_place(twin)
         for both_ways in get_args(BothWays):
             packed = _run_row(twin, row, row.pictures, both_ways)
             errors = packed.errors(expected)

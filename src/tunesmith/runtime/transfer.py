@@ -8,7 +8,6 @@ there are no events.
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -106,19 +105,15 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device, but for its pictures.
-
-        Of all micro batches of a step these may take gigabytes: they stay on the host, pinned, and
-        the model copies those of one when it needs them.
+        """The batch on the device, and its pictures in pinned memory of the host.
 
         The copy is waited for here, where nothing waits for this thread.
         """
         # A new thread's current device is 0, whatever the main thread has chosen.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            pinned = batch.map_tensors(Tensor.pin_memory)
-            placed = replace(pinned, pictures={}).to(self._device)
+            placed = batch.map_tensors(Tensor.pin_memory).to(self._device)
             self._stream.synchronize()
-        return replace(placed, pictures=pinned.pictures)
+        return placed
 
     def record_stream(self, batch: Batch) -> None:
         """Tell the allocator that the current stream reads the batch.

@@ -116,8 +116,14 @@ class Batch:
         return is_token.flatten()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`: not copied if there already, without blocking if pinned."""
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on `device`: not copied if there already, without blocking if pinned.
+
+        Pictures stay on the host, as they may take gigabytes: the model copies those of a micro
+        batch when it needs them.
+        """
+        texts = replace(self, pictures={})
+        placed = texts.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(placed, pictures=self.pictures)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         import torch
