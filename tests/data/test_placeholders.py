@@ -648,7 +648,7 @@ def test_a_model_that_sees_says_that_no_row_has_a_picture(
     read = row(tmp_path, "57x43-0.png", "What?", "Blue.")
     for rows, is_told in (([TALK], True), ([TALK, read], False)):
         lines = prepared(folders["gemma3"], tmp_path, rows).warnings()
-        assert any("no row has a picture" in line for line in lines) == is_told
+        assert any("model.vision=false" in line for line in lines) == is_told
 
 
 def test_no_picture_is_cut(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_text_model_is_told_of_pictures_that_nothing_reads(tiny: Path, tmp_pat
     data = prepared(tiny, tmp_path, rows)
     for about, row in (("a picture in a column", 2), ("such as <image>", 3), ("as <bbox>", 3)):
         assert f"{tmp_path}/rows.jsonl:{row}" in warned(data, about)
-    assert "path in 1 row" in warned(data, "nothing reads path")
+    assert warned(data, "nothing reads path")
 
 
 def test_special_tokens_in_the_text_of_rows_are_told_by_name(tiny: Path, tmp_path: Path) -> None:

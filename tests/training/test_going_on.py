@@ -208,7 +208,7 @@ def test_a_base_or_rows_changed_under_their_name_are_refused(
     assert raised.value.what.startswith(what)
     assert raised.value.where.startswith(where)
     assert "checkpoint.resume=force" in raised.value.fix
-    assert ("rows as they are now" in raised.value.fix) == (error is DataError)
+    assert ("epoch" in raised.value.fix) == (error is DataError)
     assert go(own, tmp_path, shown, **again, checkpoint={"resume": "force"}).steps == 5
     again["train"]["duration"] = "6 steps"
     assert go(own, tmp_path, shown, **again).steps == 6, "from here on these are its own"
