@@ -211,6 +211,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in text for words in _OUT_OF_MEMORY)
 
 
+def is_fault(error: BaseException) -> bool:
+    """Return whether an error is an exception of Python or a panic of a library in Rust, which is
+    not an `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, without secrets; its type if it says nothing."""
     lines = str(error).strip().splitlines()

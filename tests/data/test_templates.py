@@ -153,7 +153,6 @@ def test_a_template_without_the_question_or_the_answer_is_refused(jinja: Any, dr
     [
         "{{ 1 / 0 }}",
         "{{ nothing() }}",
-        "{{ 'a' * 10**15 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )

@@ -23,6 +23,7 @@ from recipes import recipe
 from tunesmith.config.schema import Data, Source
 from tunesmith.data import workers as pool
 from tunesmith.data.compare.splits import read_splits
+from tunesmith.data.text import select_template as select_template_module
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
 from tunesmith.data.tokens import workers
@@ -70,6 +71,7 @@ def watch_starts(monkeypatch: pytest.MonkeyPatch, start: Callable[..., Any]) -> 
         return processes[-1]
 
     monkeypatch.setattr(pool.subprocess, "Popen", started)
+    monkeypatch.setattr(select_template_module, "try_template", lambda *_: None)
     monkeypatch.setattr(workers, "ROWS_EACH", 100)
     monkeypatch.setattr(workers, "available_cores", lambda: 3)
     return processes

@@ -333,7 +333,7 @@ BAD = {
     "a fifo as tokenizer": (special("tokenizer.json"), "tokenizer.json is a named pipe"),
     "a fifo as generation config": (special("generation_config.json"), "generation_config.json is a named pipe"),
     "a device as weights": (device, "model.safetensors is a device"),
-    "more layers than anybody can build": (lambda f: config(f, num_hidden_layers=10**6), "parameters"),
+    "more layers than anybody can build": (lambda f: config(f, num_hidden_layers=10**6), "num_hidden_layers"),
     "a number of 5,000 digits": (lambda f: (f / "config.json").write_text(f'{{"a": {"1" * 5000}}}'), "cannot be read"),
     "config in brackets": (lambda f: (f / "config.json").write_text("[" * 20000), "config.json cannot be read"),
     "text for a number": (lambda f: config(f, attention_dropout="much"), "attention_dropout"),

@@ -39,6 +39,7 @@ from tunesmith.errors import (
     UsageError,
     disk_fault,
     first_line,
+    is_fault,
     is_out_of_memory,
 )
 from tunesmith.host.ending import run_and_exit
@@ -249,7 +250,9 @@ def framed(command: Callable[[], int], *, process: bool) -> int:
     except KeyboardInterrupt as error:
         code = EXIT_INTERRUPTED
         failure = error
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         failure = error
         reported = error if isinstance(error, TunesmithError) else _machine_error(error)
         code = reported.exit_code if reported else EXIT_FAILED

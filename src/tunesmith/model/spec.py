@@ -6,6 +6,7 @@ train is measured, in `support`. Of some vision-language models the text model i
 (`composite.py`).
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -64,6 +65,15 @@ EXPERTS_PER_TOKEN = (
     "moe_k",
     "top_k_experts",
 )
+
+
+# Keys of sizes and the largest value that is no mistake, far above those of any model.
+SIZE_KEYS = {
+    "num_(hidden_|encoder_|decoder_)?layers|(en|de)coder_layers|n_layers?|depth": 1_000,
+    "num_(attention_|key_value_|kv_)?heads|n_heads?|head_dim|n(um)?_(local_|routed_)?experts": 1
+    << 16,
+    "([a-z_]+_)?(hidden|intermediate|vocab)_size|n_embd|n_inner|d_model|d_ff|ffn_dim": 1 << 24,
+}
 
 
 @dataclass(frozen=True)
@@ -321,7 +331,28 @@ def check_decoder(config: Mapping[str, object], where: str) -> None:
             why=f"of a {model_type} the text model is trained, which it describes",
             fix=FETCH_CONFIG,
         )
+    _check_sizes(config, where)
     _check_shares(config, where)
+
+
+def _check_sizes(config: Mapping[str, Any], where: str, section: str = "") -> None:
+    """ModelError for a size that is not a whole number from 0 to the largest of SIZE_KEYS, also in
+    a section such as `text_config`: to build the model would take for ever.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            _check_sizes(value, where, f"{section}{key}.")
+        for pattern, largest in SIZE_KEYS.items():
+            if not re.fullmatch(pattern, key):
+                continue
+            for size in value if isinstance(value, list) else [value]:
+                if size is not None and not (isinstance(size, int) and 0 <= size <= largest):
+                    raise ModelError(
+                        f"{section}{key} is {size!r:.100}: it must be a whole number from 0 to "
+                        f"{largest:,}",
+                        where=where,
+                        fix=FETCH_CONFIG,
+                    )
 
 
 def _check_shares(config: Mapping[str, Any], where: str) -> None:

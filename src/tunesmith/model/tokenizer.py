@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AddedToken, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.config.schema import Model
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, is_fault
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.load import one_line
 from tunesmith.model.safetensors_files import read_json
@@ -24,7 +24,9 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         tokenizer("a")  # a setting of a wrong type shows in use only
     # Transformers and tokenizers raise many kinds for a missing or broken file.
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise ModelError(
             "the tokenizer cannot be read",
             where=str(folder),

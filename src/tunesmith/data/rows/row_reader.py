@@ -53,8 +53,8 @@ def is_harmless(column: str) -> bool:
     return name in HARMLESS_COLUMNS or last_word in HARMLESS_COLUMNS - {"text"}
 
 
-# All rows have the same few names.
-@lru_cache(maxsize=4096)
+# All rows have the same names, tens of thousands in a wide table.
+@lru_cache(maxsize=1 << 17)
 def plain(name: object) -> str:
     """A column's name in small letters, without accents, its words joined by underscores."""
     # Accents are characters of their own in this form.
@@ -161,7 +161,8 @@ def guess_columns(
             if key:
                 guessed[name] = free.pop(key)
     missing = [name for name in needed if name not in guessed]
-    others = [column for column in texts if column in free.values()]
+    remaining = set(free.values())
+    others = [column for column in texts if column in remaining]
     picked = sorted(others[: len(missing)], key=columns.index)
     return {**guessed, **dict(zip(missing, picked, strict=False))}
 

@@ -11,6 +11,7 @@ The tokenizer's own offsets tell the place of each token.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import DataError, ModelError, first_line, is_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,24 @@ class _Tokens(NamedTuple):
     ends: np.ndarray
 
 
+@contextmanager
+def _tokenizer_errors(where: str = "") -> Iterator[None]:
+    """DataError if the tokenizer fails on a text, for example because a pattern of it takes too
+    many steps.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise DataError(
+            "the tokenizer fails on a text",
+            where=where,
+            why=first_line(error),
+            fix="remove or shorten the row, or use the tokenizer of the base: model.tokenizer=NAME",
+        ) from error
+
+
 class Aligner:
     """Tokenizes texts and maps spans of their characters to tokens.
 
@@ -113,13 +132,14 @@ class Aligner:
             encoded.append(aligned)
         return encoded
 
-    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def ids(self, texts: Sequence[str], where: str = "") -> list[np.ndarray]:
         """int32 [n] for each text: its tokens, no special token added."""
         if not texts:
             return []
-        encoding = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
+        with _tokenizer_errors(where):
+            encoding = self.tokenizer(
+                list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
         return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
 
     def _tokenize(self, texts: Sequence[str]) -> list[_Tokens]:
@@ -127,7 +147,9 @@ class Aligner:
         tokenized = []
         # Many in one call: the tokenizer works on a batch with several threads.
         for batch in _in_batches(texts):
-            for encoding in self._core.encode_batch(batch, add_special_tokens=False):
+            with _tokenizer_errors():
+                encodings = self._core.encode_batch(batch, add_special_tokens=False)
+            for encoding in encodings:
                 offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
                 ids = np.array(encoding.ids, np.int32)
                 tokenized.append(_Tokens(ids, offsets[:, 0], offsets[:, 1]))

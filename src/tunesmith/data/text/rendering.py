@@ -27,7 +27,6 @@ from tunesmith.data.text.sentinels import (
     Tools,
 )
 from tunesmith.data.text.thoughts import DEFAULT_FORM, MessageForm, split_thought, thought_at_end
-from tunesmith.data.text.try_template import try_template
 from tunesmith.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -158,7 +157,6 @@ class ChatRenderer:
         name: str,
         eos_ids: Collection[int],
     ) -> None:
-        try_template(jinja, name)
         self.tokenizer = tokenizer
         self.jinja = jinja
         self.name = name

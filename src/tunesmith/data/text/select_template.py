@@ -39,6 +39,7 @@ def select_template(
     may_have_tools = any("tools" in form.columns for form in formats)
     chat_template = _chat_template_of(tokenizer, pictures, tools=may_have_tools)
     if chat_template is not None and data.template in ("auto", "chat"):
+        try_template(chat_template, title_of("chat"))
         chat_template = _with_arguments(chat_template, data, tokenizer, "chat")
     are_plain = bool(formats) and all(form.is_plain for form in formats)
     needs_none = chat_template is None and are_plain
@@ -154,7 +155,7 @@ def _read_template(path: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
             why=str(why),
             fix="use a Jinja file, or one of auto, chat, alpaca, raw",
         ) from error
-    try_template(jinja, f"the template {str(path)!r}")
+    try_template(jinja, title_of(path.name))
     message = {"role": "user", "content": "one"}
     try:
         tokenizer.apply_chat_template([message], chat_template=jinja, tokenize=False)

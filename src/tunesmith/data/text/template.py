@@ -211,12 +211,20 @@ class Template:
             except DataError as error:
                 located.append(error)
         renderings = [answers for answers in located if not isinstance(answers, DataError)]
-        # The tokenizer works on the texts with several threads.
-        aligned = self._aligner.encode(
-            [answers.text for answers in renderings],
-            [answers.spans for answers in renderings],
-            self.end_ids,
-        )
+        try:
+            # The tokenizer works on the texts with several threads.
+            aligned = self._aligner.encode(
+                [answers.text for answers in renderings],
+                [answers.spans for answers in renderings],
+                self.end_ids,
+            )
+        except DataError as error:
+            if len(samples) == 1:
+                error.where = where[0]
+                return [error]
+            # One by one, to find the row.
+            rows = zip(samples, where, strict=True)
+            return [self.encode_many([sample], train_on, where=[at])[0] for sample, at in rows]
         next_aligned = iter(aligned)
         examples: list[Example | DataError] = []
         for sample, answers, place in zip(samples, located, where, strict=True):
@@ -226,7 +234,7 @@ class Template:
                 examples.append(self._example(sample, answers, next(next_aligned), place))
         return examples
 
-    def prompt(self, sample: Sample) -> list[int]:
+    def prompt(self, sample: Sample, *, where: str = "") -> list[int]:
         """Token ids of the model's input: all before the last answer, which may be missing.
 
         Raises:
@@ -237,18 +245,18 @@ class Template:
             messages = self._messages(sample)
             if messages and messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
-            seen = see_pictures(sample, self.pictures, "")
+            seen = see_pictures(sample, self.pictures, where)
             if self.chat is not None:
                 chat = self._chat_of(sample)
-                text = chat.render(messages, sample.tools or None, generate=True)
-                text = self._expanded(RenderedAnswers(text, []), seen, "").text
-                return self._aligner.ids([text])[0].tolist()
+                text = chat.render(messages, sample.tools or None, generate=True, where=where)
+                text = self._expanded(RenderedAnswers(text, []), seen, where).text
+                return self._aligner.ids([text], where)[0].tolist()
             text = self._as_they_stand(messages)
         elif isinstance(sample, Completion):
             text = sample.prompt
         else:
             text = sample.text
-        ids = self._aligner.ids([text])[0].tolist()
+        ids = self._aligner.ids([text], where)[0].tolist()
         return [*self._missing_bos(ids), *ids]
 
     def answer(self, sample: Sample, *, where: str = "") -> str:

@@ -375,7 +375,7 @@ def make_prompt(row: dict[str, object], where: str, loaded: LoadedModel, source:
     broken row."""
     complete_row, is_answered = _with_answer(row, source, where)
     sample = convert_sample(complete_row, source, where=where, system=loaded.system)
-    prompt_ids = list(loaded.template.prompt(sample))
+    prompt_ids = list(loaded.template.prompt(sample, where=where))
     pictures = sample.pictures if isinstance(sample, Conversation) else ()
     if not is_answered or _is_empty(sample):
         return Prompt(prompt_ids, where, pictures=pictures)
