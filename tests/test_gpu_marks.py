@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parent
 OPTIONAL = (  # some in Transformers' reach, some only in that of our tests
-    "bitsandbytes datasets gguf hypothesis jsonschema nbclient nbformat peft pyte tensorboard trl wandb xdist".split()
+    "bitsandbytes datasets gguf hypothesis jsonschema nbclient nbformat peft tensorboard trl wandb xdist".split()
 )
 COLLECT = """import sys; sys.modules |= dict.fromkeys(sys.argv[1].split())
 import pytest; sys.exit(pytest.main(sys.argv[2:]))"""

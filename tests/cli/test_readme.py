@@ -8,6 +8,7 @@ A command that is neither run nor named in NOT_OURS fails the test.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -278,7 +280,7 @@ def test_the_model_that_needs_no_hub(
     `test_make_recipe.py` reads the package's model.
     """
     first = next(block for block in blocks(README) if "--model demo" in "".join(block))
-    _, install, train, chat, *_ = map(typed, first)
+    _, _, install, train, chat, *_ = map(typed, first)
     package = re.search(r"--no-deps (\S+)==(\S+)", install)
     assert package is not None
     assert version(package[1]) == package[2]
@@ -289,3 +291,40 @@ def test_the_model_that_needs_no_hub(
     made = make_recipe(model, data)
     assert made.run.output_dir == str(tmp_path / shlex.split(chat)[2])
     assert made.run.data.hold_out is not None
+
+
+def skeleton(line: str) -> str:
+    """Return the words of a line that are the same for every model and machine."""
+    if line.startswith(("prompt ", "  before ", "  after ")):
+        return line.split()[0]
+    if line.startswith("val_loss "):
+        line = line.partition(",")[0]
+    line = re.sub(r"^model: .*?(?=: LoRA)", "model: NAME", line)
+    # The end of a long line is cut.
+    return re.sub(r"[\d,.]*\d", "#", line)[:72]
+
+
+def test_the_picture_shows_what_the_program_prints(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines are those of a run on the same rows, but for figures; its answers are right."""
+    picture = run_path(str(ROOT / "demo/picture.py"))
+    svg = picture["PICTURE"].read_text(encoding="utf-8")
+    drawn: dict[int, str] = {}
+    for number, text in re.findall(r"-line-(\d+)\)\">(.*?)</text>", svg):
+        text = html.unescape(text).replace("\xa0", " ")
+        drawn[int(number)] = (drawn.get(int(number), "") + text).rstrip()
+    command, *lines = [drawn[number] for number in sorted(drawn)]
+    assert len(lines) < picture["MAX_LINES"]
+    assert max(map(len, lines)) <= picture["COLUMNS"]
+    picture["check_answers"](lines)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.setattr(demo_model, "demo_model", lambda: tiny)
+    capfd.readouterr()
+    assert main([*shlex.split(command)[2:], "train.duration=2 steps"]) == 0
+    out, err = capfd.readouterr()
+    expected = picture["shown_lines"](err + out)
+    assert [skeleton(line) for line in lines] == [skeleton(line) for line in expected]

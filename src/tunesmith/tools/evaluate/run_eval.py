@@ -24,7 +24,7 @@ from tunesmith.distributed.ranks import (
 from tunesmith.host.streams import width_of
 from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence
 from tunesmith.tools.evaluate.decoding_options import decoding_of
-from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
+from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate_on
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
 from tunesmith.tools.evaluate.score_rows import RowScores
 
@@ -37,7 +37,7 @@ def run_rows(args: argparse.Namespace) -> None:
         require_one_process("eval")
     leave_lines_to_rank_0()
     is_one = len(args.runs) == 1
-    measure = partial(evaluate, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
+    measure = partial(evaluate_on, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
     with join_ranks() as ranks, fixes_as_options():
         counter = ProgressCounter() if ranks.is_main_process else nullcontext(lambda *_: None)
         with counter as progress:
