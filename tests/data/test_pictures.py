@@ -627,6 +627,9 @@ def test_a_column_of_pictures_is_proposed(folder: Path) -> None:
         assert ("--columns" in described) == bool(proposed)
         assert proposed in described
     assert seen(folder / "a.csv", "prompt-completion", images="path") == [RED]
+    with pytest.raises(DataError) as refused:
+        seen(folder / "b.csv", images="file_name")
+    assert "=file_name" not in refused.value.fix
 
 
 def test_paths_are_relative_to_the_part_of_a_data_set_that_names_them(folder: Path) -> None:

@@ -434,6 +434,8 @@ class _SampledRows:
         by_name = guess_columns(layout.needed, self.columns, {}, texts=[])
         letters = {}
         for column in self.columns:
+            if column == self.source.columns.get("images"):
+                continue
             # Nobody means to learn the worse answers.
             is_worse = "rejected" not in layout.needed and _is_named_rejected(column)
             # Beside a column that its name tells, one that is seldom a text may be the other.
