@@ -118,7 +118,7 @@ MODELS = [
     Case("model", "a shard is missing", lambda w: w.spoilt(half_the_shards), "model", "1 of 1"),
     Case("model", "unread weight type", lambda w: w.spoilt(stored_as("float8_e4m3fn")), "model", "20 tensors"),
     Case("model", "only pickles", lambda w: w.spoilt(pickled), "model", "pickle", "AutoModelForCausalLM"),
-    Case("model", "experts that are not stored", lambda w: w.spoilt(lambda f: config(f, model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8)), "model", "tensors are missing", "mlp.experts"),
+    Case("model", "experts that are not stored", lambda w: w.spoilt(lambda f: config(f, model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8)), "model", "tensors missing", "mlp.experts"),
     Case("model", "tensors of another shape", lambda w: w.spoilt(lambda f: config(f, intermediate_size=96)), "model", "config.json", "96"),
     Case("model", "broken GGUF", lambda w: w.train(tiny=w.write("m.gguf", b"GGUF" + bytes(50))), "m.gguf"),
     Case("model", "empty GGUF", lambda w: w.train(tiny=w.write("m.gguf", b"")), "m.gguf"),

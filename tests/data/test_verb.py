@@ -95,6 +95,14 @@ def test_the_fix_of_few_steps_fixes(recipe, capsys: pytest.CaptureFixture[str]) 
             assert "warning" not in capsys.readouterr().out, fix
 
 
+def test_one_thing_is_counted_in_the_singular(recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe('{"instruction": "say", "output": "", "grade": 1}')
+    assert main(["data", path]) == 0
+    told = capsys.readouterr().out
+    assert lines_with(told, "1 row", "1 answer")
+    assert not re.findall(r'(?<!")\b1 (?:[a-z-]+ )?(?:[a-z]+s|are|have|were)\b', told)
+
+
 def test_colours_show_supervised_tokens_on_a_terminal(
     recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -248,7 +248,7 @@ COMPRESSED: dict[str, tuple[Fault, str, str, str]] = {
         part_of("weight_scale", ones(128, 1) * torch.nan), "is not finite",
         f"{LAYER}.weight_scale", "fetch"),
     "columns in another order": (
-        part_of("weight_g_idx", ones(64)), "do not belong to this model", "base", "config.json"),
+        part_of("weight_g_idx", ones(64)), "not part of this model", "base", "config.json"),
     "plain where it should be in codes": (
         all_faults(part_of("weight", ones(128, 64)), part_of("weight_scale", None)),
         "stored without scales", UP, "quantization_config.ignore"),
@@ -339,7 +339,7 @@ NVFP4: dict[str, tuple[Fault, str, str, str]] = {
     "plain and in codes": (
         part_of("weight", ones(128, 64)), "is stored both unquantized and in codes", "safetensors", "fetch"),
     "a zero point": (
-        part_of("weight_zero_point", ones(128, 4)), "do not belong to this model", "base", "config.json"),
+        part_of("weight_zero_point", ones(128, 4)), "not part of this model", "base", "config.json"),
     "plain where it should be in codes": (
         all_faults(
             part_of("weight", ones(128, 64)), part_of("weight_packed", None),

@@ -303,11 +303,11 @@ def no_tokenizer(folder: Path) -> None:
 
 # what is done to a good folder -> words that the error must have
 BAD = {
-    "tensor missing": (drop, "1 tensors are missing: model.layers.1.mlp.up_proj.weight"),
+    "tensor missing": (drop, "1 tensor missing: model.layers.1.mlp.up_proj.weight"),
     "tensor too many": (lambda f: rewrite(f, lambda t: {**t, "model.vision": torch.ones(1)}), "model.vision"),
     "other shape": (lambda f: config(f, intermediate_size=96), "[128, 64] in model.safetensors, [96, 64] in the model"),
-    "fewer layers": (lambda f: config(f, num_hidden_layers=1), "do not belong to this model: model.layers.1"),
-    "more layers": (lambda f: config(f, num_hidden_layers=3), "tensors are missing: model.layers.2"),
+    "fewer layers": (lambda f: config(f, num_hidden_layers=1), "not part of this model: model.layers.1"),
+    "more layers": (lambda f: config(f, num_hidden_layers=3), "tensors missing: model.layers.2"),
     "tied against the file": (untied, "tie_word_embeddings: false"),
     "untied without a head": (lambda f: config(f, tie_word_embeddings=False), "missing: lm_head.weight"),
     "cut off": (cut_off, "incomplete metadata"),

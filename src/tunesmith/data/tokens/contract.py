@@ -148,7 +148,7 @@ def check_tokens(
         position_limit: the longest seq_len that a fix may name; None: any.
     """
     counts = tokens.counts
-    not_empty = Check("the split is not empty", counts.rows, "rows")
+    not_empty = Check("the split is not empty", counts.rows, "row")
     if not len(tokens):
         # At least one, so that a split without rows counts as broken.
         not_empty.broken = max(1, counts.rows)
@@ -185,7 +185,7 @@ def check_tokens(
 def _answers_are_whole(tokens: TokenSet) -> Check:
     """The rows whose answers the template renders in part; few are a warning of these rows."""
     rows = tokens.counts.rows
-    check = Check("the supervised tokens hold the answers of the row", rows, "rows")
+    check = Check("the supervised tokens hold the answers of the row", rows, "row")
     lost = []
     for part in tokens.parts:
         for name in LOST:
