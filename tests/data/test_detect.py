@@ -177,10 +177,6 @@ CLEAR: dict[str, tuple[Row, str]] = {
         {"text": "x", "category": "web", "url": "y", "language": "en"},
         "column text -> text; ignored: category, url, language",
     ),
-    "text with a long label": (
-        {"text": "x", "label": "A label of a document. " * 9},
-        "column text -> text; ignored: label",
-    ),
     "content": (texts("content", "url"), "column content -> text (text = content); ignored: url"),
     "one column": (texts("body"), "column body -> text (text = body)"),
     "preference": (
@@ -258,6 +254,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     "a message and its category": ({"Category": "ham", "Message": "x y"}, "Category looks like the class", "prompt=Message,completion=Category;"),
     "a review and its sentiment": (texts("review", "sentiment"), "sentiment looks like the class", "prompt=review,completion=sentiment;"),
     "a question and its intent": (texts("query", "intent"), "intent looks like the class", "prompt=query,completion=intent;"),
+    "text and what is written of it": ({"text": "x y", "target": "z " * 99}, "target looks like the class", "prompt=text,completion=target;"),
     "several classes": ({"text": "x y", "labels": [1, 3], "id": "a"}, "labels looks like the class", "completion=labels, after"),
     "unknown names": (texts("x", "y"), "no column name indicates", "--columns prompt=x,completion=y"),
     "an answer with two more": (

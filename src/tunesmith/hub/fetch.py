@@ -313,8 +313,8 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     missing = [name for name in weights if name not in listing.files]
     if missing:
         named = ", ".join(missing[:3])
-        files = count_of(len(missing), "weight file")
-        what = f"the index lists {files} not in the repository: {named}"
+        count = count_of(len(missing), "weight file")
+        what = f"the index lists {count} not in the repository: {named}"
         raise ModelError(what, where=page, fix="use another revision, or tell the model's owner")
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:

@@ -74,7 +74,6 @@ _CLASS_NAMES = frozenset(
 )
 # The same, unless the text has columns of other kinds: documents have categories too.
 _TOPIC_NAMES = frozenset("category topic target tag genre rating stars".split())
-_MAX_CLASS_CHARACTERS = 50
 
 # The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
 _Chats = dict[str, list[str]]
@@ -339,11 +338,7 @@ class _SampledRows:
         if not layouts:
             no_texts = names | _NO_TEXTS
             texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
-        classes = []
-        for column in self.columns:
-            longest = max(len(str(value)) for value in self._values(column))
-            if plain(column) in names and longest <= _MAX_CLASS_CHARACTERS:
-                classes.append(column)
+        classes = [column for column in self.columns if plain(column) in names]
         if not classes or not 1 <= len(texts) <= 2:
             return
         answer = max(classes, key=letters.__getitem__)
