@@ -178,6 +178,10 @@ CLEAR: dict[str, tuple[Row, str]] = {
         "column text -> text; ignored: category, url, language",
     ),
     "content": (texts("content", "url"), "column content -> text (text = content); ignored: url"),
+    "one column with the name of a class": (
+        texts("label"),
+        "column label -> text (text = label)",
+    ),
     "one column": (texts("body"), "column body -> text (text = body)"),
     "preference": (
         {"prompt": "q", "chosen": "good", "rejected": "bad", "score": 2},

@@ -338,7 +338,7 @@ class _SampledRows:
         if not layouts:
             no_texts = names | _NO_TEXTS
             texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
-        classes = [column for column in self.columns if plain(column) in names]
+        classes = [name for name in letters if plain(name) in names and name not in texts]
         if not classes or not 1 <= len(texts) <= 2:
             return
         answer = max(classes, key=letters.__getitem__)
