@@ -18,13 +18,13 @@ from tunesmith.host.logger import lines_by_default
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FLAGS = ("fresh", "force", "trust-remote-code")
+FLAG_ARGUMENTS = ("fresh", "force", "trust-remote-code")
 # Option of the command line -> argument, where they differ.
-ARGUMENTS = {"format": "format_name", "score": "scorers"}
+ARGUMENT_NAMES = {"format": "format_name", "score": "scorers"}
 # A command stays as it is: it is typed in a shell. Of options those that functions take.
 _OPTION = re.compile(
     r"tunesmith [^;]*|(?<![\w-])--(?P<name>columns|format|split|score|device|max-new-tokens"
-    rf"|{'|'.join(FLAGS)})(?:[ =](?P<value>'[^']*'|[^\s;]*[^\s;,.?)]))?"
+    rf"|{'|'.join(FLAG_ARGUMENTS)})(?:[ =](?P<value>'[^']*'|[^\s;]*[^\s;,.?)]))?"
 )
 
 
@@ -166,8 +166,8 @@ def _argument(function: str, match: re.Match[str]) -> str:
     name, value = match["name"], match["value"]
     if name is None:
         return match[0]
-    argument = ARGUMENTS.get(name, name.replace("-", "_"))
-    if name in FLAGS:
+    argument = ARGUMENT_NAMES.get(name, name.replace("-", "_"))
+    if name in FLAG_ARGUMENTS:
         # What follows is no value of it.
         return f"{argument}=True{match[0].removeprefix(f'--{name}')}"
     if value is None:

@@ -583,9 +583,7 @@ def _seen_rows(tokens: TokenSet, loaded: LoadedModel, ranks: Ranks) -> tuple[Rep
     return ranks.broadcast_object(seen)
 
 
-def _rows_of(
-    data: object, split: str | None, max_examples: int | None
-) -> tuple[Source, Rows]:
+def _rows_of(data: object, split: str | None, max_examples: int | None) -> tuple[Source, Rows]:
     """Return the rows of a file or of the Hub, or those that a program passes."""
     if isinstance(data, str | os.PathLike):
         source = Source(source=os.fspath(data), split=split, max_examples=max_examples)

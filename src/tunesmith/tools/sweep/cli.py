@@ -76,11 +76,11 @@ def run(args: argparse.Namespace) -> int | None:
             locate_recipe(args.recipe, base=Path(), where=str(args.recipe))
         new_file = make_base(args, space)
     if new_file is None:
-        return sweep(args, space, search)
+        return train_candidates(args, space, search)
     is_new = not new_file.path.exists()
     new_file.write_file()
     try:
-        return sweep(args, space, search)
+        return train_candidates(args, space, search)
     finally:
         # A start that is refused leaves none.
         if is_new and not Path(new_file.run.output_dir, SWEEP).exists():
@@ -107,7 +107,7 @@ def make_base(args: argparse.Namespace, space: Space) -> "NewRecipe | None":
     return new_file
 
 
-def sweep(args: argparse.Namespace, space: Space, search: Search) -> int | None:
+def train_candidates(args: argparse.Namespace, space: Space, search: Search) -> int | None:
     """Train the candidates, on the requested ranks, and print the result."""
     if args.ranks is not None and started_as() is None:
         return sweep_on_ranks(args, space)
