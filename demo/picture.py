@@ -23,7 +23,16 @@ PICTURE = ROOT / "docs/run.svg"
 ROWS = "demo/faq.csv"
 WORDS = ["tunesmith", "train", "--model", "demo", "--data", ROWS]
 # The beginnings of the lines that are shown, in the order of the output; the rest is for log.txt.
-SHOWN = ("faq.csv: ", "recipe: ", "train: ", "model: ", "val_loss ", "prompt ", "  before ", "  after ")
+SHOWN = (
+    "faq.csv: ",
+    "recipe: ",
+    "train: ",
+    "model: ",
+    "val_loss ",
+    "prompt ",
+    "  before ",
+    "  after ",
+)
 
 
 def shown_lines(output: str) -> list[str]:
@@ -66,7 +75,13 @@ def main() -> None:
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     text = Text(f"$ {' '.join(WORDS)}\n", style="bold")
     for line in lines:
-        style = "green" if line.startswith("  after ") else "dim" if line.startswith("  before ") else ""
+        style = (
+            "green"
+            if line.startswith("  after ")
+            else "dim"
+            if line.startswith("  before ")
+            else ""
+        )
         text.append(f"{line}\n", style=style)
     console.print(text, end="")
     console.save_svg(str(PICTURE), title="tunesmith")

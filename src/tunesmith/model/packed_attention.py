@@ -10,8 +10,8 @@ from tunesmith.model.attention_kernels import TORCH_KERNEL
 NAME = "our own kernel"
 # Compute capabilities on which it was measured to be faster than torch's: H100 and H200.
 CAPABILITIES = ((9, 0),)
-HEAD_DIM = 128  # of the layers that were measured
-GROUPS = (4, 8)  # query heads per key head of these layers
+MEASURED_HEAD_DIM = 128  # of the layers that were measured
+MEASURED_GROUPS = (4, 8)  # query heads per key head of these layers
 # The kernel of torch that takes longer there, and that none of them is right.
 SLOWER = (TORCH_KERNEL, "")
 # Of documents of 200 tokens to documents of 2,048 it gains less and less (2.4 and 1.4 times the
@@ -33,7 +33,7 @@ def takes(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    if dtype != torch.bfloat16 or head_dim != HEAD_DIM or group not in GROUPS:
+    if dtype != torch.bfloat16 or head_dim != MEASURED_HEAD_DIM or group not in MEASURED_GROUPS:
         return False
     return torch.cuda.get_device_capability(device) in CAPABILITIES
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NAMED_SEPARATOR = re.compile(r"""["']?sep=([,;\t|])["']?\r?\n""", re.IGNORECASE)
 FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
-HEAD_BYTES = 1 << 19  # of a file, where these first rows are looked for
+CSV_HEAD_BYTES = 1 << 19  # of a file, where these first rows are looked for
 
 
 def read_csv(path: Path) -> Table:
@@ -125,9 +125,9 @@ class _CsvLines(Iterator[str]):
 def _index_rows(path: Path) -> _CsvIndex:
     """Read a file once; DataError where a quote is broken."""
     with open_uncached(path) as file:
-        first_bytes = file.read(HEAD_BYTES)
+        first_bytes = file.read(CSV_HEAD_BYTES)
         check_not_wide(path, first_bytes, f"{path}:1")
-        if len(first_bytes) == HEAD_BYTES:
+        if len(first_bytes) == CSV_HEAD_BYTES:
             # Up to the end of a line.
             first_bytes = first_bytes[: first_bytes.rfind(b"\n") + 1]
         head = first_bytes.decode("utf-8-sig", errors="replace")

@@ -13,8 +13,8 @@ from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, MachineError
 
 MAX_SECONDS = 5  # of the processor
-MAX_BYTES = 512 << 20
-MAX_CHARACTERS = 10_000_000
+TRIAL_BYTES = 512 << 20
+TRIAL_CHARACTERS = 10_000_000
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"a": "b"}}}
 _TOOL = {
@@ -73,7 +73,7 @@ def _render(jinja: str) -> str:
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, hard))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, hard))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -84,9 +84,9 @@ def _render(jinja: str) -> str:
                 template = environment.from_string(plain_jinja(jinja))
                 text = template.render(messages=messages, tools=tools, add_generation_prompt=True)
             except MemoryError:
-                return f"it needs more than {MAX_BYTES >> 20} MiB of memory"
+                return f"it needs more than {TRIAL_BYTES >> 20} MiB of memory"
             except Exception:
                 continue
-            if len(text) > MAX_CHARACTERS:
+            if len(text) > TRIAL_CHARACTERS:
                 return f"it writes {len(text):,} characters for a short conversation"
     return ""

@@ -18,9 +18,9 @@ from tunesmith.model.tokenizer import load_tokenizer
 # They are repeated where the steps take more. Their files stay in the host's memory: what a slow
 # disk costs is not measured.
 DRAWN_ROWS = 32
-# The sides of a picture are the given ones times a factor from 1 - SPREAD to 1 + SPREAD: photos of
+# The sides of a picture are the given ones times a factor from 1 - SIZE_SPREAD to 1 + SIZE_SPREAD: photos of
 # a folder differ too, and a GPU may need time for each new size.
-SPREAD = 0.25
+SIZE_SPREAD = 0.25
 CELL_PIXELS = 16  # side of a field of one color, before they are blended
 # Tokens that a row may have beside its picture: template, question, answer.
 TEXT_TOKENS = 128
@@ -60,8 +60,8 @@ def use_drawn_pictures(run: Run, size: tuple[int, int], folder: Path) -> Run:
 def draw_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     """Draw DRAWN_ROWS sizes of the shape of `size`, as large as a picture may be at most."""
     width, height = size
-    most = min(1 + SPREAD, (MAX_PICTURE_PIXELS / (width * height)) ** 0.5)
-    factors = np.random.default_rng(0).uniform(1 - SPREAD, most, DRAWN_ROWS)
+    most = min(1 + SIZE_SPREAD, (MAX_PICTURE_PIXELS / (width * height)) ** 0.5)
+    factors = np.random.default_rng(0).uniform(1 - SIZE_SPREAD, most, DRAWN_ROWS)
     return [(max(1, int(width * factor)), max(1, int(height * factor))) for factor in factors]
 
 
