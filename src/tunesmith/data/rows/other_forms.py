@@ -12,14 +12,14 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# Keys of a message or a part -> those of OpenAI or Anthropic.
+# Keys of a message or a part -> the keys of OpenAI or Anthropic.
 _RENAMED_KEYS = {
     "parts": "content",
     "output": "content",
     "call_id": "tool_call_id",
     "toolUseId": "tool_use_id",
 }
-# Keys of a part without a type -> its type; None: the value has such a key.
+# Keys of a part without a type -> its type. None: the value holds another part.
 _PART_TYPES = {
     "toolUse": "tool_use",
     "functionCall": "tool_use",
@@ -35,29 +35,32 @@ _PART_TYPES = {
 
 
 def openai_message(turn: Mapping[str, Any], roles: Collection[str]) -> Mapping[str, Any]:
-    """Return the message with a role and a content.
+    """Return a message in OpenAI's form. A message with a role and a content is unchanged.
 
-    Its role may be in its `type`, or at the end of LangChain's id of a class: one of `roles`.
+    Other interfaces have the role in `type`, or in the name of a class at the end of `id`.
+
+    Args:
+        roles: the known roles, in lower case.
     """
     if "role" in turn and "content" in turn:
         return turn
     fields = turn.get("data") or turn.get("kwargs") or turn
     if not isinstance(fields, Mapping):
         return turn
-    # Older messages of LangChain have their calls as the provider wrote them.
+    # Older LangChain versions store the calls here, in the provider's form.
     calls = fields.get("additional_kwargs")
     message = _renamed({**calls, **fields} if isinstance(calls, Mapping) else fields)
     for name in (fields.get("type"), turn.get("type"), *str(turn.get("id")).split("'")):
         if str(name).lower() in roles:
             message.setdefault("role", name)
     if "arguments" in fields:
-        # A call of the Responses API is an item.
+        # A call of the Responses API is an item without a message.
         return {"role": message.get("role", message.get("type")), "content": fields}
     return message
 
 
 def typed_part(part: object) -> Mapping[str, Any]:
-    """Return the part of a content with its type; unchanged if it has one, or none is known."""
+    """Return a content part with a type. A part that has one, or several values, is unchanged."""
     if not isinstance(part, Mapping):
         return {"type": "text", "text": part}
     known = [key for key in _PART_TYPES if part.get(key) is not None]
@@ -76,5 +79,5 @@ def typed_part(part: object) -> Mapping[str, Any]:
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields under the names that OpenAI and Anthropic have for them."""
+    """Return the fields with the key names of OpenAI and Anthropic."""
     return {_RENAMED_KEYS.get(key, key): value for key, value in fields.items()}

@@ -69,7 +69,7 @@ ROW_WARNINGS = {
         fix="delete these rows, or close the thought and write the answer behind it",
     ),
     "unmatched_call": RowWarning(
-        what="a tool call without its result, or a tool result of no call",
+        what="a tool call without its result, or a tool result without its call",
         why="the conversation continues without the result, and the model learns to make it up",
         fix="write each result behind its call, with its id in tool_call_id; or delete these rows",
     ),
@@ -182,7 +182,7 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
 
 
 def _has_unmatched_call(messages: list[Message]) -> bool:
-    """Return whether the next turn follows calls without results, or a result has no call.
+    """Return whether a turn follows calls without results, or a result has no call.
 
     A result without an id belongs to the next call, and so does a result of calls without ids.
     """
