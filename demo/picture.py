@@ -66,6 +66,7 @@ def main() -> None:
             env=os.environ | {"COLUMNS": "1000"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            check=False,
             text=True,
         )
     if done.returncode:

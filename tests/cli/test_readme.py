@@ -296,7 +296,7 @@ def test_the_model_that_needs_no_hub(
 def skeleton(line: str) -> str:
     """Return the words of a line that are the same for every model and machine."""
     if line.startswith(("prompt ", "  before ", "  after ")):
-        return line.split()[0]
+        return line.split(maxsplit=1)[0]
     if line.startswith("val_loss "):
         line = line.partition(",")[0]
     line = re.sub(r"^model: .*?(?=: LoRA)", "model: NAME", line)
@@ -311,8 +311,8 @@ def test_the_picture_shows_what_the_program_prints(
     picture = run_path(str(ROOT / "demo/picture.py"))
     svg = picture["PICTURE"].read_text(encoding="utf-8")
     drawn: dict[int, str] = {}
-    for number, text in re.findall(r"-line-(\d+)\)\">(.*?)</text>", svg):
-        text = html.unescape(text).replace("\xa0", " ")
+    for number, part in re.findall(r"-line-(\d+)\)\">(.*?)</text>", svg):
+        text = html.unescape(part).replace("\xa0", " ")
         drawn[int(number)] = (drawn.get(int(number), "") + text).rstrip()
     command, *lines = [drawn[number] for number in sorted(drawn)]
     assert len(lines) < picture["MAX_LINES"]

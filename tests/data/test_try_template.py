@@ -35,8 +35,8 @@ BOMBS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_without_end_is_refused(name: str) -> None:
-    with time_limit(120, name), refuses(DataError, where="data.template", names=["my template"]):
-        try_template.try_template(_TURNS + BOMBS[name], "my template")
+    with time_limit(120, name), refuses(DataError, where="data.template", names=["my_template"]):
+        try_template.try_template(_TURNS + BOMBS[name], "my_template")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_template_without_end_is_refused(name: str) -> None:
 )
 def test_other_templates_pass(jinja: str) -> None:
     """Also those that are refused later, with the row or the line."""
-    try_template.try_template(jinja, "my template")
+    try_template.try_template(jinja, "my_template")
 
 
 def test_templates_of_the_field_pass() -> None:

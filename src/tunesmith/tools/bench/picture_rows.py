@@ -18,8 +18,8 @@ from tunesmith.model.tokenizer import load_tokenizer
 # They are repeated where the steps take more. Their files stay in the host's memory: what a slow
 # disk costs is not measured.
 DRAWN_ROWS = 32
-# The sides of a picture are the given ones times a factor from 1 - SIZE_SPREAD to 1 + SIZE_SPREAD: photos of
-# a folder differ too, and a GPU may need time for each new size.
+# The sides of a picture are the given ones times a factor from 1 - SIZE_SPREAD to 1 + SIZE_SPREAD:
+# photos of a folder differ too, and a GPU may need time for each new size.
 SIZE_SPREAD = 0.25
 CELL_PIXELS = 16  # side of a field of one color, before they are blended
 # Tokens that a row may have beside its picture: template, question, answer.
