@@ -301,7 +301,7 @@ def skeleton(line: str) -> str:
         line = line.partition(",")[0]
     line = re.sub(r"^model: .*?(?=: LoRA)", "model: NAME", line)
     # The end of a long line is cut.
-    return re.sub(r"[\d,.]*\d", "#", line)[:72]
+    return re.sub(r"[\d,.]*\d", "#", line)[:55]
 
 
 def test_the_picture_shows_what_the_program_prints(

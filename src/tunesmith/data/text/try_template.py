@@ -16,16 +16,20 @@ MAX_SECONDS = 5  # of the processor
 TRIAL_BYTES = 512 << 20
 TRIAL_CHARACTERS = 10_000_000
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-_CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"a": "b"}}}
+_TRIAL_CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "f", "arguments": {"a": "b"}},
+}
 _TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
 }
-_TURNS: list[dict[str, Any]] = [
+_TRIAL_TURNS: list[dict[str, Any]] = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
     {"role": "user", "content": "three"},
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "assistant", "content": "", "tool_calls": [_TRIAL_CALL]},
     {"role": "tool", "name": "f", "content": "four"},
     {"role": "assistant", "content": "five", "reasoning_content": "six"},
 ]
@@ -78,7 +82,7 @@ def _render(jinja: str) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda _: "2026-05-01"}
-    for messages in (_TURNS[:1], _TURNS[:3], _TURNS, [_SYSTEM, *_TURNS]):
+    for messages in (_TRIAL_TURNS[:1], _TRIAL_TURNS[:3], _TRIAL_TURNS, [_SYSTEM, *_TRIAL_TURNS]):
         for tools in (None, [_TOOL]):
             try:
                 template = environment.from_string(plain_jinja(jinja))
