@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from tunesmith.config.check import FORMAT_COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import SAMPLE, detect
 from tunesmith.data.rows.formats import convert_row
-from tunesmith.data.source.open_source import from_list
+from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
 Row = dict[str, Any]
@@ -429,3 +432,73 @@ def test_a_missing_column_is_told_with_a_mapping_that_can_be_pasted() -> None:
     words = shlex.split(refused.value.fix.partition(", or ")[0])
     assert words[0] == "--columns"
     assert column_names(words[1]) == [("prompt", "it's, a: name"), ("completion", "...")]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"id": "T-1001", "created": "2026-01-02", "category": "billing", "customer_message": "How do I pay?", "agent_reply": "By card."},
+            ["customer_message", "agent_reply"],
+        ),
+        ({"uuid": "abcdefabcdef-abcdef-abcdef", "x": "A text", "stars": 5, "y": "Another text"}, ["x", "y"]),
+        ({"question": "Why?", "note": "abc", "explanation": "Because it is so."}, ["question", "explanation"]),
+        ({"answer": "Because.", "rejected": "A text that is longer", "subject_line": "Why is it so?"}, ["subject_line", "answer"]),
+    ],
+)  # fmt: skip
+def test_columns_are_proposed_alike_with_a_recipe_and_without(row: Row, columns: list[str]) -> None:
+    """By a recipe of any format; rows without a chat are questions and answers."""
+    if "rejected" not in row:
+        with refuses(DataError, fix=[f"--columns prompt={columns[0]},completion={columns[1]}"]):
+            found(row)
+    for format_name in ("prompt-completion", "alpaca", "messages", "sharegpt"):
+        with pytest.raises(DataError) as refused, fixes_as_options():
+            convert_row(row, Source(source="r.jsonl", format=format_name), where="r.jsonl:1")
+        words = shlex.split(refused.value.fix.replace(", with", ""))
+        named = dict(column_names(words[1]))
+        assert [*named.values()] == [name for name in columns if name not in named]
+        assert words[2:] in ([], ["--format", "prompt-completion"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "header"),
+    [
+        (["How do I pay?,By card.", "Why?,So."], "prompt,completion"),
+        (["1;Hello there;Hi", "2;Bye now;See you"], "column1;prompt;completion"),
+        (["\ufeffHello you\tHi\t0.5", "Bye you\tHm\t1"], "prompt\tcompletion\tcolumn3"),
+        (["This is the first sentence of a corpus.", "This is another."], "text"),
+        (["Ist das so?,Ja", "Und jetzt?,Nein"], "prompt,completion"),
+    ],
+)
+def test_a_csv_without_a_header_is_given_one_by_the_command_that_is_named(
+    tmp_path: Path, lines: list[str], header: str
+) -> None:
+    source = Source(source=str(tmp_path / "a b.csv"))
+    (tmp_path / "a b.csv").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError) as refused:
+        detect(read_rows(source), source)
+    command = refused.value.fix.partition(": ")[2].partition("; else ")[0]
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path)
+    fixed = replace(source, source=str(tmp_path / "with-header.csv"))
+    text = (tmp_path / "with-header.csv").read_text(encoding="utf-8")
+    assert text.splitlines() == [header, lines[0].removeprefix("\ufeff"), *lines[1:]]
+    rows = read_rows(fixed)
+    assert len(rows) == len(lines)
+    assert detect(rows, fixed).format in ("prompt-completion", "text")
+    if header != "text":
+        # A recipe asks the same.
+        row = read_rows(source)
+        with refuses(DataError, fix=["with-header.csv"]):
+            convert_row(row[0], replace(source, format="prompt-completion"), where=row.where(0))
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["title,body", "Frage 1,Antwort 1", "col_0,col_1", "customer message text,agent reply"],
+)
+def test_unknown_names_are_not_taken_for_a_row(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\nHow do I pay?,By card.\n")
+    source = Source(source=str(tmp_path / "a.csv"))
+    with pytest.raises(DataError) as refused:
+        detect(read_rows(source), source)
+    assert refused.value.fix.startswith("name the columns")

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from tunesmith.config.names import nearest
 from tunesmith.config.row_formats import (
-    READ_BY_ANY_NAME,
     ROW_FORMATS,
     ChatColumn,
     ColumnSet,
@@ -27,14 +26,17 @@ from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.lost_pictures import is_picture
 from tunesmith.data.rows.marks import is_mark
 from tunesmith.data.rows.row_reader import (
-    HARMLESS_COLUMNS,
     MIN_NAME_SIMILARITY,
+    NO_TEXTS,
+    count_letters,
     guess_columns,
+    is_named_rejected,
     looks_like_list,
     plain,
     role_key_of,
 )
 from tunesmith.data.rows.samples import pictures_of
+from tunesmith.data.source.csv_files import propose_header
 from tunesmith.data.source.open_source import Rows
 from tunesmith.data.source.table import Row
 from tunesmith.errors import DataError
@@ -48,10 +50,6 @@ SAMPLE = 200
 _CHAT_NAMES = frozenset(
     "messages conversations conversation chat chats dialog dialogue turns history_messages".split()
 )
-# Columns with texts that are no question and no answer.
-_NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
-    name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
-}
 # Words in the names of two columns that hold the better and the worse answer.
 _BETTER_AND_WORSE = (
     ("chosen", "rejected"),
@@ -229,6 +227,7 @@ class _SampledRows:
         self.source = source
         self.sample = sample
         self.only_format = only_format
+        self.where = rows.where(min(sample))
         self.columns = list(dict.fromkeys(str(name) for row in sample.values() for name in row))
         self.chats: _Chats = {"role": [], "from": []}
         for column in self.columns:
@@ -293,7 +292,8 @@ class _SampledRows:
         if ROW_FORMATS[format_name].has_turns:
             return named
         # A single column needs no usual name to be the text; a chat is none.
-        texts = self.columns if len(self.columns) == 1 else named
+        is_text = len(self.columns) == 1 and not propose_header(self.where, self.columns, {})
+        texts = self.columns if is_text else named
         return [name for name in texts if name not in (*self.chats["role"], *self.chats["from"])]
 
     def try_layout(self, layout: Detected) -> _Trial:
@@ -319,7 +319,7 @@ class _SampledRows:
                 what = f"{chosen} and {rejected} look like the two answers of a pair"
                 why = "; pairs are read by columns named chosen and rejected"
                 raise self.error(what, Detected("preference", mapping).flags(), why)
-        rejected_alone = [column for column in self.columns if _is_named_rejected(column)]
+        rejected_alone = [column for column in self.columns if is_named_rejected(column)]
         formats = dict.fromkeys(layout.format for layout in layouts)
         if rejected_alone and formats:
             name = rejected_alone[0]
@@ -333,10 +333,10 @@ class _SampledRows:
         """DataError where a column is the class of a text, which `layouts` do not read."""
         kinds = {plain(column) for column in self.columns if not plain(column).endswith("id")}
         names = _CLASS_NAMES | _TOPIC_NAMES if len(kinds) == 2 else _CLASS_NAMES
-        letters = {column: _letters(self._values(column)) for column in self.columns}
+        letters = {column: count_letters(self._values(column)) for column in self.columns}
         texts = [layout.columns["text"] for layout in layouts if layout.format == "text"]
         if not layouts:
-            no_texts = names | _NO_TEXTS
+            no_texts = names | NO_TEXTS
             texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
         classes = [name for name in letters if plain(name) in names and name not in texts]
         if not classes or not 1 <= len(texts) <= 2:
@@ -415,32 +415,18 @@ class _SampledRows:
         if self.only_format is not None:
             formats = (self.only_format,)
         for format_name in formats:
-            guess = Detected(format_name, self._guess(ROW_FORMATS[format_name].layouts[0]))
+            needed = ROW_FORMATS[format_name].layouts[0].needed
+            texts = [name for name in self.columns if name != self.source.columns.get("images")]
+            names = guess_columns(needed, texts, {}, list(self.sample.values()))
+            guess = Detected(format_name, names)
             if self.try_layout(guess).read == self.sample.keys():
-                return f"name the columns, such as {guess.flags()}"
+                header = propose_header(self.where, self.columns, names)
+                return f"{header}name the columns, such as {guess.flags()}"
         names = ROW_FORMATS[formats[0]].layouts[0].needed
         pairs = ",".join(f"{name}=..." for name in names)
         needs_chat = any(isinstance(usual_names, ChatColumn) for usual_names in names.values())
         kind = "lists of messages, or JSON text of them" if needs_chat else "texts"
         return f"name the columns with {kind}: --columns {pairs}"
-
-    def _guess(self, layout: ColumnSet) -> dict[str, str]:
-        """Columns of text for the names that a layout needs, the likeliest."""
-        by_name = guess_columns(layout.needed, self.columns, {}, texts=[])
-        letters = {}
-        for column in self.columns:
-            if column == self.source.columns.get("images"):
-                continue
-            # Nobody means to learn the worse answers.
-            is_worse = "rejected" not in layout.needed and _is_named_rejected(column)
-            # Beside a column that its name tells, one that is seldom a text may be the other.
-            is_likely = bool(by_name) or plain(column) not in _NO_TEXTS
-            count = _letters(self._values(column))
-            if count and is_likely and not is_worse:
-                letters[column] = count
-        texts = sorted(letters, key=lambda column: (plain(column) in _NO_TEXTS, -letters[column]))
-        guessed = guess_columns(layout.needed, self.columns, {}, texts=texts)
-        return {name: guessed[name] for name in layout.needed if name in guessed}
 
 
 def _of_one_kind(layouts: list[Detected]) -> list[Detected]:
@@ -471,13 +457,6 @@ def _named_as_pairs(columns: list[str]) -> Iterator[tuple[str, str]]:
                 yield names[counterpart], column
 
 
-def _is_named_rejected(column: str) -> bool:
-    name = plain(column)
-    return "rejected" in name.split("_") or bool(
-        nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
-    )
-
-
 def _with_layout(source: Source, layout: Detected) -> Source:
     return replace(source, format=layout.format, columns=layout.columns)
 
@@ -494,13 +473,3 @@ def _most_specific(trials: list[_Trial]) -> list[_Trial]:
         if not is_repeated and not any(columns < other for other in others):
             specific.append(trial)
     return specific
-
-
-def _letters(values: list[object]) -> int:
-    """Count the letters of values; 0 where one is no text, so that nobody could learn it."""
-    count = 0
-    for value in values:
-        if value is not None and not isinstance(value, str):
-            return 0
-        count += sum(map(str.isalpha, value or ""))
-    return count

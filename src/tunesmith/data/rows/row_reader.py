@@ -6,15 +6,16 @@ What nothing reads is remembered, so that the user is told of it.
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config.names import nearest
-from tunesmith.config.row_formats import READ_BY_ANY_NAME, ROW_FORMATS, FormatName
+from tunesmith.config.row_formats import READ_BY_ANY_NAME, ROW_FORMATS, ChatColumn, FormatName
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.samples import Picture
+from tunesmith.data.source.csv_files import propose_header
 from tunesmith.data.source.table import MAX_ROW_BYTES, Place, json_type
 from tunesmith.errors import DataError
 
@@ -51,6 +52,12 @@ def is_harmless(column: str) -> bool:
     name = plain(column)
     last_word = name.rpartition("_")[2]
     return name in HARMLESS_COLUMNS or last_word in HARMLESS_COLUMNS - {"text"}
+
+
+# Columns with texts that are no question and no answer.
+NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
+    name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
+}
 
 
 # All rows have the same names, tens of thousands in a wide table.
@@ -132,17 +139,17 @@ def guess_columns(
     needed: Mapping[str, Sequence[str]],
     columns: Sequence[str],
     meant: Mapping[str, str],
-    texts: Sequence[str],
+    rows: Sequence[Mapping[str, object]],
 ) -> dict[str, str]:
     """Find the likeliest column for each name that is needed; some may have none.
 
     A column whose name is near to the one that the recipe has comes first, then one of a usual
-    name, then one that is mistyped, then the others in the order that they have in the file.
+    name, then one that is mistyped, then those with the most text, in the order of the file.
 
     Args:
         needed: names of a format -> their usual names in files.
         meant: names of a format -> the columns that the recipe names, of which there is none.
-        texts: the columns that may be taken by their place alone, the likeliest first.
+        rows: some rows, whose texts are counted.
     """
     free = {plain(column): column for column in columns}
     guessed: dict[str, str] = {}
@@ -160,11 +167,40 @@ def guess_columns(
             key = None if name in guessed else find(name)
             if key:
                 guessed[name] = free.pop(key)
-    missing = [name for name in needed if name not in guessed]
-    remaining = set(free.values())
-    others = [column for column in texts if column in remaining]
-    picked = sorted(others[: len(missing)], key=columns.index)
-    return {**guessed, **dict(zip(missing, picked, strict=False))}
+    letters = {}
+    for name, column in free.items():
+        # Nobody means to learn the worse answers.
+        is_worse = "rejected" not in needed and is_named_rejected(column)
+        # Beside a column that its name tells, one that is seldom a text may be the other.
+        is_likely = bool(guessed) or name not in NO_TEXTS
+        count = count_letters(row.get(column) for row in rows)
+        if count and is_likely and not is_worse:
+            letters[column] = (name not in NO_TEXTS, count)
+    missing = [
+        name for name in needed if name not in guessed and not isinstance(needed[name], ChatColumn)
+    ]
+    likeliest = sorted(letters, key=letters.__getitem__, reverse=True)[: len(missing)]
+    picked = sorted(likeliest, key=columns.index)
+    guessed |= zip(missing, picked, strict=False)
+    return {name: guessed[name] for name in needed if name in guessed}
+
+
+def is_named_rejected(column: str) -> bool:
+    """Return whether a column's name is that of the worse answers of pairs."""
+    name = plain(column)
+    return "rejected" in name.split("_") or bool(
+        nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
+    )
+
+
+def count_letters(values: Iterable[object]) -> int:
+    """Count the letters of values; 0 where one is no text, so that nobody could learn it."""
+    count = 0
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            return 0
+        count += sum(map(str.isalpha, value or ""))
+    return count
 
 
 class RowReader:
@@ -259,7 +295,7 @@ class RowReader:
         mapped = self.source.columns
         needed = ROW_FORMATS[self.source.format].layouts[0].needed
         missing = [name for name in needed if mapped.get(name, name) not in self.row]
-        fix = self._propose_columns(missing) or "add it to the row, or delete the row"
+        fix = self._propose_columns(missing)
         fitting = []
         for format_name, form in ROW_FORMATS.items():
             if self.row.keys() >= form.layouts[0].needed.keys():
@@ -277,21 +313,28 @@ class RowReader:
         return self.error(what, why, fix)
 
     def _propose_columns(self, missing: Sequence[str]) -> str:
-        """The `columns:` line with columns that nothing reads yet; empty where there are none."""
+        """Propose a `columns:` line with columns that nothing reads yet.
+
+        Rows that have no chat are proposed as questions and answers.
+        """
         mapped = self.source.columns
         form = ROW_FORMATS[self.source.format]
         read = {mapped.get(name, name) for name in form.columns}
         # A number is no text to learn.
         texts = [name for name, value in self.row.items() if not isinstance(value, int | float)]
         free = [name for name in texts if name not in read]
-        if not free:
-            return ""
-        guessed = guess_columns({name: form.names(name) for name in missing}, free, mapped, free)
-        pairs = []
-        for name, column in {**mapped, **dict.fromkeys(missing, "..."), **guessed}.items():
-            if column != name:
-                pairs.append(f"{name}: {_yaml_text(column)}")
-        return f"columns: {{{', '.join(pairs)}}}"
+        guessed = guess_columns({n: form.names(n) for n in missing}, free, mapped, [self.row])
+        names = {**mapped, **dict.fromkeys(missing, "..."), **guessed}
+        ending = ""
+        if not guessed:
+            needed = ROW_FORMATS["prompt-completion"].layouts[0].needed
+            names = guess_columns(needed, texts, {}, [self.row])
+            ending = ", with format: prompt-completion"
+            if len(names) < len(needed) or all(n == column for n, column in names.items()):
+                return "add it to the row, or delete the row"
+        header = propose_header(self.where, list(self.row), names)
+        pairs = [f"{n}: {_yaml_text(column)}" for n, column in names.items() if column != n]
+        return f"{header}columns: {{{', '.join(pairs)}}}{ending}"
 
     def text(self, value: object, at: str) -> str:
         """A value that must be text; numbers of a CSV or JSON column are not text."""

@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # What may stand between the values of a csv file, in words; the comma is looked for first.
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NAMED_SEPARATOR = re.compile(r"""["']?sep=([,;\t|])["']?\r?\n""", re.IGNORECASE)
+# A value of a row, and hardly the name of a column: a number, a sentence, or a long text.
+_VALUE = re.compile(r"^[\d\s.,:/-]+$|[.?!。？！]\s*$|(?:\S+\s+){5}|^.{60}")
 FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
 CSV_HEAD_BYTES = 1 << 19  # of a file, where these first rows are looked for
 
@@ -58,7 +60,7 @@ def read_csv(path: Path) -> Table:
         what = "the header has an unnamed column"
         if repeated:
             what = f"the header names {', '.join(repeated)} twice"
-        fix = "give each column a unique name in the first line"
+        fix = "give each column a unique name in the first line, or write a header above it"
         raise DataError(what, where=f"{path}:1", fix=fix)
     if not index.lines:
         fix = "add rows below the header"
@@ -88,6 +90,27 @@ def read_csv(path: Path) -> Table:
         fingerprint=lambda: file_digest(path),
         layout="" if separator == "," else f"values separated by {SEPARATORS[separator]}",
     )
+
+
+def propose_header(where: str, columns: Sequence[str], names: Mapping[str, str]) -> str:
+    """Propose the command that puts a header above the rows of a CSV file; empty unless the first
+    line looks like a row.
+
+    Args:
+        where: the place of a row.
+        columns: the values of the first line.
+        names: the format's name of a column -> the value.
+    """
+    path = Path(where.rpartition(":")[0])
+    if path.suffix.lower() != ".csv" or not any(map(_VALUE.search, columns)):
+        return ""
+    own_names = {column: name for name, column in names.items()}
+    header = [own_names.get(column, f"column{n}") for n, column in enumerate(columns, 1)]
+    line = _index_rows(path).separator.replace("\t", "\\t").join(header)
+    program = f'NR == 1 {{ sub(/^\\357\\273\\277/, ""); print "{line}" }} 1'
+    output = new_name(path, "with-header.csv")
+    command = f"awk {shell_word(program)} {shell_path(path)} > {output}"
+    return f"if line 1 is a row, write a header above it: {command}; else "
 
 
 class _CsvIndex(NamedTuple):
