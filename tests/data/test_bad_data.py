@@ -99,6 +99,8 @@ FILES: list[tuple[str, str | bytes, dict[str, Any], str, str, str]] = [
     ("a.arrow", b"ARROW1 torn", {}, "not arrow", "a.arrow", "download or write"),
     ("a.bin", "hello", {}, "not a supported data file", "a.bin", "JSON lines"),
     ("a.pdf", "hello", {}, "not a supported data file", "a.pdf", "pdftotext"),
+    ("a.xlsx", "PK", {}, "not a supported data file", "a.xlsx", "soffice --headless --convert-to csv"),
+    ("a.xls", "hello", {}, "not a supported data file", "a.xls", "soffice --headless --convert-to csv"),
     ("a b.docx", "hello", {}, "not a supported data file", "a b.docx", "a b.txt'"),
     ("a.txt", " \n", {}, "only blank lines", "a.txt", "add text"),
     ("a.md", b"one\ntw\xff\n", {}, "not UTF-8", "a.md, line 2", "iconv"),

@@ -1,5 +1,6 @@
 """The end of a run: a Result, or the error that ended it in words that help."""
 
+import glob
 import json
 import logging
 import math
@@ -347,7 +348,8 @@ def warn_of_changed_rows(run: Run) -> None:
     changed = []
     for source in (*run.data.train, *run.data.validation):
         place = Path(source.source)
-        files = [place, *place.iterdir()] if place.is_dir() else [place]
+        below = place.iterdir() if place.is_dir() else map(Path, glob.glob(source.source))
+        files = [place, *below]
         if any(file.stat().st_mtime > began for file in files if file.exists()):
             changed.append(from_here(place))
     if changed:

@@ -17,7 +17,7 @@ _CONVERSION_COMMANDS = {
     **dict.fromkeys((".mobi", ".azw3"), "ebook-convert {file} {stem}.txt"),
     ".doc": _OFFICE.replace("{kind}", "txt:Text"),
     **dict.fromkeys((".pptx", ".ppt", ".odp"), f"{_OFFICE.replace('{kind}', 'pdf')} && {_PDF}"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), _OFFICE.replace("{kind}", "csv")),
+    **dict.fromkeys((".xlsx", ".xlsm", ".xlsb", ".xls", ".ods"), _OFFICE.replace("{kind}", "csv")),
     ".tsv": "cp {file} {stem}.csv",
     ".gz": "gunzip -k {file}",
     ".bz2": "bunzip2 -k {file}",

@@ -358,9 +358,9 @@ def _conversion_of_values(path: Path, text: str) -> str:
     if marks == "{,":
         program = "1s/^/[/; $s/,*[[:space:]]*$/]/"
         return f"sed '{program}' {shell_path(path)} > {new_name(path, 'rows.json')}"
-    program = {"{{": "jq -c .", "[[": "jq -c '.[]'"}.get(marks)
+    command = {"{{": "jq -c .", "[[": "jq -c '.[]'"}.get(marks)
     output = new_name(path, "rows.jsonl")
-    return f"{program} {shell_path(path)} > {output}" if program else ""
+    return f"{command} {shell_path(path)} > {output}" if command else ""
 
 
 def _repeated_key(error: _RepeatedKeyError, where: str) -> DataError:

@@ -222,7 +222,11 @@ def _name_others(files: Sequence[Path]) -> str:
 
 
 def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
+    what = "the folder has no data file"
     why = "it is empty"
+    if is_pattern(str(folder)):
+        what = "no data file matches the pattern"
+        why = ""
     fix = f"put files in it that end in {', '.join((*ROW_SUFFIXES, *TEXT_SUFFIXES))}"
     if others:
         why = f"it has {_name_others(others)}"
@@ -231,4 +235,4 @@ def _nothing_to_read(folder: Path, others: Sequence[Path]) -> DataError:
             fix = conversion(first)
         elif any(file.suffix.lower() in _PICTURE_SUFFIXES for file in others):
             fix = "put a file rows.csv beside them, with a header image,question,answer"
-    return DataError("the folder has no data file", where=str(folder), why=why, fix=fix)
+    return DataError(what, where=str(folder), why=why, fix=fix)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.config.paths import pattern_folder
 from tunesmith.errors import DataError
-from tunesmith.host.shell import shell_path, shell_word
+from tunesmith.host.shell import shell_word
 
 SKIPPED_FOLDERS = ("__pycache__",)
 # The results of `map` and `filter`, which `datasets` keeps next to the rows of a data set.
@@ -55,23 +55,20 @@ def list_files(path: Path, config: str | None) -> Listing:
     if not path.is_dir():
         matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
         walks = [_walk(match, left_out) if match.is_dir() else [match] for match in matches]
-        folder = pattern_folder(path)
-        if not walks:
-            fix = f"ls {shell_path(folder)}   # and fix the pattern"
-            raise DataError("no file matches the pattern", where=str(path), fix=fix)
-        return Listing(folder, list(dict.fromkeys(itertools.chain(*walks))), None, left_out)
+        files = list(dict.fromkeys(itertools.chain(*walks)))
+        return Listing(pattern_folder(path), files, None, left_out)
     layout = ""
     readme = path / "README.md"
     saved_splits = _read_list(path / "dataset_dict.json", "splits")
     splits = {name: _walk(path / name, left_out) for name in saved_splits}
     if readme.is_file() and _CONFIGS.match(readme.read_bytes()):
         splits, layout = _files_of_config(path, config)
+    for name, files in splits.items():
+        if not files:
+            what = f"the data set has no file of the split {name}"
+            raise DataError(what, where=str(path), fix="copy or download the entire folder again")
     if not splits:
         return Listing(path, _walk(path, left_out), None, left_out)
-    if not all(splits.values()):
-        missing = ", ".join(name for name, files in splits.items() if not files)
-        what = f"the data set has no file of the split {missing}"
-        raise DataError(what, where=str(path), fix="copy or download the entire folder again")
     return Listing(path, list(itertools.chain(*splits.values())), splits, left_out, layout)
 
 
