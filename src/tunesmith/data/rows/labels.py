@@ -39,7 +39,7 @@ _SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 _RATING = (
     r"(?:(?:is|was|answer|response|completion|output|solution|generation|assistant|model|human"
     r"|user|annotator|expert|judge|llm|overall|final|binary)_)*+(?:%s)"
-    r"(?:_(?:score|flag|(?<!correct_)label))?"
+    r"(?:_(?:score|flag|feedback|rating|(?<!correct_)label))?"
 )
 _LABEL_WORDS = "|".join(ROW_FORMATS["feedback"].names("label")) + (
     "|correct|accepted|approved|passed|pass|good|helpful|thumbs?_up|liked|upvoted|preferred|success"
@@ -50,6 +50,10 @@ _REVERSED_WORDS = "incorrect|wrong|bad|thumbs?_down|downvoted|disliked|hallucina
 _SCORE_WORDS = "score|reward|rating|quality|stars|grade|correctness|helpfulness"
 # Words and truth values are labels here, and numbers are grades.
 _OPINION_WORDS = f"{_SCORE_WORDS}|feedback|verdict|thumbs?|votes?|judge?ment|outcome"
+# Columns that may say other things too: only clear words are labels here.
+_REMARK_WORDS = "status|result|evaluation|annotation|assessment|preference|reaction|emoji"
+_VAGUE_LABELS = frozenset("false,no,n,f,0,0.0,down".split(","))
+_is_remark = re.compile(_RATING % _REMARK_WORDS).fullmatch
 _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
@@ -94,6 +98,8 @@ def is_bad_label(column: str, value: object) -> bool:
         return label is False or value_of_cell(value) == -1
     if _is_reversed(name):
         return label is True
+    if _is_remark(name) and isinstance(value, str):
+        return label is False and _word(value) not in _VAGUE_LABELS
     if not _is_opinion(name) or not isinstance(value_of_cell(value), str | bool):
         return False
     return label is False or (isinstance(value, str) and _word(value) in _LOW_GRADES)
