@@ -32,6 +32,7 @@ from tunesmith.hub.model_files import read_model_files
 from tunesmith.hub.picture_support import ReadyPixels, add_vision, make_picture_row
 from tunesmith.methods.base import TrainModel
 from tunesmith.model import load
+from tunesmith.model import vision as vision_model
 from tunesmith.model.decoder import (
     find_decoder,
     find_projector,
@@ -290,6 +291,34 @@ def test_a_model_that_sees_asks_nothing_of_the_device(
     if error is not None:
         names = [entry.name for entry in error.traceback if "/models/" in str(entry.path)]
         assert names[-1] == asking
+
+
+def test_windows_of_a_length_share_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    attend = vision_model.F.scaled_dot_product_attention
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        sizes.append((q.shape[0], q.shape[2]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(vision_model.F, "scaled_dot_product_attention", counted)
+    lengths = [4, 4, 2, 4, 2, 1]
+    query, key, value = torch.randn(3, 1, 2, sum(lengths), 8, dtype=torch.float64)
+    edges = torch.tensor([0, *lengths]).cumsum(0).int()
+    out, _ = vision_model.attend_windows(
+        nn.Identity(), query, key, value, None, scaling=0.3, cu_seq_lens_q=edges
+    )
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    expected = torch.cat([((q @ k.mT) * 0.3).softmax(-1) @ v for q, k, v in parts], 2)
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=0, atol=1e-12)
+    assert sizes == [(1, 1), (2, 2), (3, 4)]
+    # Pictures of 24, 12 and 16 patches: a layer of windows of up to 16, and one of whole pictures.
+    folder = write_model(tmp_path / "model", "qwen2_5_vl")
+    run = seeing(folder, tmp_path)
+    model, batch = built_model(run, folder), make_batch(folder, run)
+    sizes.clear()
+    vision_model.see(model.model, batch.pictures)
+    assert sizes == [(1, 4), (2, 8), (2, 16), (1, 12), (1, 16), (1, 24)]
 
 
 def test_an_adapter_is_on_the_text_alone_and_the_tower_frozen(folder: Path, tmp_path: Path) -> None:

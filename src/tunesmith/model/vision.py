@@ -11,20 +11,66 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from tunesmith.model.decoder import find_decoder, is_whole
 
+# A vision part hands all its windows to an attention of such a name at once, with their edges.
+VISION_ATTENTION = "tunesmith_flash_windows"
+
 
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
-    """Set the attention of the text model; a vision part keeps its own."""
-    if is_whole(model):
-        model.set_attn_implementation({text_key(model.config): name})
-    else:
+    """Set the attention of the text model.
+
+    A vision part keeps its own, or has `attend_windows` if it takes pictures as patches in one row.
+    """
+    if not is_whole(model):
         model.set_attn_implementation(name)
+        return
+    names = {text_key(model.config): name}
+    if "image_grid_thw" in inspect.signature(type(model).forward).parameters:
+        AttentionInterface.register(VISION_ATTENTION, attend_windows)
+        names["vision_config"] = VISION_ATTENTION
+    model.set_attn_implementation(names)
+
+
+def attend_windows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """Compute attention within windows, or pictures, with one call for all of a length.
+
+    Args:
+        query, key, value: [1, heads, n, d].
+        cu_seq_lens_q: [windows + 1], their edges.
+
+    Returns:
+        [1, n, heads, d], and None for the weights.
+    """
+    out = torch.empty_like(query)
+    edges = cu_seq_lens_q.cpu().long()
+    lengths = edges.diff()
+    for length in lengths.unique().tolist():
+        # [windows of this length, length]
+        places = edges[:-1][lengths == length, None] + torch.arange(length)
+        index = _to_device(places.flatten(), query.device)
+        windows = [x[0].index_select(1, index) for x in (query, key, value)]
+        # [heads, windows * length, d] -> [windows, heads, length, d]
+        windows = [x.unflatten(1, places.shape).transpose(0, 1) for x in windows]
+        result = F.scaled_dot_product_attention(*windows, scale=scaling)
+        out.index_copy_(2, index, result.transpose(0, 1).flatten(1, 2).unsqueeze(0))
+    return out.transpose(1, 2), None
 
 
 def text_key(whole: PretrainedConfig) -> str:
@@ -80,7 +126,12 @@ class _SizesOnHost(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
     ) -> Any:
         arguments = (args, kwargs or {})
-        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+        # Every operator comes here: `tree_leaves` would take ten times as long.
+        values = [*args, *arguments[1].values()]
+        for value in values:
+            if isinstance(value, list | tuple):
+                values += value
+        tensors = [x for x in values if isinstance(x, Tensor)]
         others = [x.device for x in tensors if not x.is_cpu]
         if 0 < len(others) < len(tensors):
             to_device = partial(_to_device, device=others[0])
