@@ -501,4 +501,4 @@ def test_unknown_names_are_not_taken_for_a_row(tmp_path: Path, header: str) -> N
     source = Source(source=str(tmp_path / "a.csv"))
     with pytest.raises(DataError) as refused:
         detect(read_rows(source), source)
-    assert refused.value.fix.startswith("name the columns")
+    assert "awk" not in refused.value.fix
