@@ -417,10 +417,11 @@ class _SampledRows:
         for format_name in formats:
             needed = ROW_FORMATS[format_name].layouts[0].needed
             texts = [name for name in self.columns if name != self.source.columns.get("images")]
-            names = guess_columns(needed, texts, {}, list(self.sample.values()))
-            guess = Detected(format_name, names)
+            guess = Detected(
+                format_name, guess_columns(needed, texts, {}, list(self.sample.values()))
+            )
             if self.try_layout(guess).read == self.sample.keys():
-                header = propose_header(self.where, self.columns, names)
+                header = propose_header(self.where, self.columns, guess.columns)
                 return f"{header}name the columns, such as {guess.flags()}"
         names = ROW_FORMATS[formats[0]].layouts[0].needed
         pairs = ",".join(f"{name}=..." for name in names)

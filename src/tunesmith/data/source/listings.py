@@ -84,7 +84,8 @@ def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[P
         # `datasets` raises errors of many classes for a broken head.
         raise config_error(str(folder), error) from error
     splits = {str(name): [*map(Path, files)] for name, files in builder.config.data_files.items()}
-    return splits, f"configuration {builder.config.name} of {', '.join(builder.builder_configs)}"
+    others = ", ".join(name for name in builder.builder_configs if name != builder.config.name)
+    return splits, f"configuration {builder.config.name}, not read: {others or 'none'}"
 
 
 def config_error(name: str, error: Exception) -> DataError:
