@@ -82,13 +82,13 @@ def measure_pictures(
 
     measure.build = noted
     picture_rows.DRAWN_ROWS = SIZES
-    spread = picture_rows.SPREAD
+    cases = {"one size": [size] * SIZES, f"{SIZES} sizes": picture_rows.draw_sizes(size)}
     report: dict[str, Any] = {}
-    for name, picture_rows.SPREAD in (("one size", 0.0), (f"{SIZES} sizes", spread)):
+    for name, sizes in cases.items():
         place = folder / name
         (place / "rows").mkdir(parents=True)
         (place / "run").mkdir()
-        picture_rows.write_drawn_rows(place / "rows", picture_rows.draw_sizes(size))
+        picture_rows.write_drawn_rows(place / "rows", sizes)
         values = {
             "model": {"name": str(model), "dtype": "fp32" if small else "bf16", "vision": True},
             "adapter": {"kind": "lora", "rank": 8},

@@ -10,16 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ablation
 import device_facts
 import gpu_session
 import picture_steps
 import pytest
+import torch
 
 from errors import lines_with
 from tunesmith.cli.main import Parser
 from tunesmith.config.schema import Run
+from tunesmith.formats import nf4
+from tunesmith.model import packed_attention
 from tunesmith.tools.bench.cli import add_arguments, check_arguments, stated_recipe
 from tunesmith.tools.bench.shape import shape_recipe
 from warm import run_warm
@@ -133,7 +137,7 @@ def test_a_step_is_killed_at_its_limit_and_what_does_not_fit_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first step has what is left of the call, and leaves nothing to the others."""
-    found = run_call(tmp_path, monkeypatch, "2", sleeps=60, limit=20)["steps"]
+    found = run_call(tmp_path, monkeypatch, "2", sleeps=60, limit=10)["steps"]
     assert {step["exit"] for step in found.values()} == {None}
     (tmp_path / "next").mkdir()
     monkeypatch.setattr(gpu_session, "FITS", 0.01)
@@ -141,7 +145,7 @@ def test_a_step_is_killed_at_its_limit_and_what_does_not_fit_is_skipped(
     first, *others = found.values()
     assert (first["exit"], first["limit"]) == (124, 1)
     assert {step["exit"] for step in others} == {None}
-    assert lines_with(capsys.readouterr().out, "planned: skipped", "70 s")
+    assert lines_with(capsys.readouterr().out, "planned: skipped", "60 s")
 
 
 def test_a_failure_ends_nothing_and_results_are_written_after_each_step(
@@ -166,21 +170,44 @@ def test_a_failure_ends_nothing_and_results_are_written_after_each_step(
 
 
 @pytest.mark.slow
-def test_a_dry_run_decodes_on_a_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "step", "reported"),
+    [("1", "qwen2_5_vl", "64 sizes"), ("2", "decoding-70b-nf4", "seconds")],
+)
+def test_steps_of_a_dry_run_run_on_a_cpu(
+    call: str, step: str, reported: str, tmp_path: Path
+) -> None:
     """The other steps of a dry run take minutes: `gpu_session.py 1 --dry-run` shows them."""
-    words = ["2", "--output", str(tmp_path / "out"), "--dry-run", "--only", "decoding-70b-nf4"]
+    if step == "decoding-70b-nf4":
+        pytest.importorskip("bitsandbytes")
+    words = [call, "--output", str(tmp_path / "out"), "--dry-run", "--only", step]
     command = [sys.executable, str(BENCHMARKS / "gpu_session.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + (tmp_path / "out/log-2.txt").read_text()[-2000:]
-    results = json.loads((tmp_path / "out/results-2.json").read_text())
-    assert len(results["steps"]["decoding-70b-nf4"]["report"]["seconds"]) == 63
+    log = tmp_path / f"out/log-{call}.txt"
+    assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-2000:]
+    results = json.loads((tmp_path / f"out/results-{call}.json").read_text())
+    assert results["steps"][step]["report"][reported]
+
+
+def test_variants_of_kernels_replace_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(packed_attention, "MEASURED_GROUPS", packed_attention.MEASURED_GROUPS)
+    monkeypatch.setattr(nf4, "_has_kernel", nf4._has_kernel)
+    codes: Any = mock.Mock(is_cuda=True)
+    for replaced, takes in [(False, [False, True]), (True, [True, False])]:
+        if replaced:
+            ablation.REPLACEMENTS["attention everywhere"].replace()
+            ablation.REPLACEMENTS["nf4 kernel"].replace()
+        attends = packed_attention.takes(device, torch.bfloat16, 128, 3)
+        assert [attends, nf4._has_kernel(codes)] == takes
 
 
 @pytest.mark.parametrize(("family", "parameters"), [("qwen2_5_vl", 8.29e9), ("gemma3", 4.30e9)])
 def test_shapes_with_pictures_have_the_published_parameters(
     family: str, parameters: float, tmp_path: Path
 ) -> None:
-    import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     picture_steps.write_model(tmp_path, family, small=False)
