@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from errors import holds, refuses
+from time_limit import time_limit
 from tunesmith.cli.options import column_names, fixes_as_options
 from tunesmith.config.check import FORMAT_COLUMNS
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.detect import SAMPLE, detect
 from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.row_reader import plain
 from tunesmith.data.source.open_source import from_list, read_rows
 from tunesmith.errors import DataError
 
@@ -33,6 +35,18 @@ CALL = [
     {"from": "gpt", "value": "ho"},
 ]
 TOOLS = json.dumps([{"name": "f", "description": "", "parameters": {}}])
+
+
+def test_a_wide_table_is_read_in_one_pass_over_its_names() -> None:
+    """A cache of 4,096 names was of no use for more columns: each use of a name was computed."""
+    columns = {f"column {i}": "a" for i in range(20_000)}
+    rows = [{"prompt": "hi", "completion": "ho", **columns} for _ in range(3)]
+    before = plain.cache_info().misses
+    with time_limit(60):
+        assert found(*rows) == "prompt-completion: prompt=prompt, completion=completion"
+        with refuses(DataError, fix=["--columns"]):
+            found(*[columns] * 3)
+    assert plain.cache_info().misses - before < 25_000
 
 
 def texts(*names: str) -> Row:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import byte_tokenizer
+from errors import refuses
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.formats import convert_row
 from tunesmith.data.rows.samples import Conversation
@@ -268,6 +269,25 @@ def test_many_are_as_one_by_one(smollm2_tokenizer: Any) -> None:
         alone = template.encode(samples[n], "response", where=where[n])
         assert example.ids.tolist() == alone.ids.tolist()
         assert example.trained.tolist() == alone.trained.tolist()
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_named_with_its_row() -> None:
+    """A pattern that takes too many steps is a panic in Rust, which is no Exception."""
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = byte_tokenizer()
+    core = tokenizer.backend_tokenizer
+    steps = [pre_tokenizers.Split(Regex("(a|aa)+$"), "isolated"), core.pre_tokenizer]
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    template = Template(tokenizer, {2}, jinja=tokenizer.chat_template, name="chat")
+    endless = "a" * 100 + "b"
+    samples = [Conversation([user("x"), answer(text)]) for text in ("a", endless, "b")]
+    examples = template.encode_many(samples, "response", where=["r:1", "r:2", "r:3"])
+    assert isinstance(examples[1], DataError)
+    assert (examples[1].where, "retry-limit" in examples[1].why) == ("r:2", True)
+    assert [isinstance(example, Example) for example in examples] == [True, False, True]
+    with refuses(DataError, where="r:4"):
+        template.prompt(Conversation([user(endless)]), where="r:4")
 
 
 def test_an_answer_that_begins_within_a_token_is_supervised_whole() -> None:

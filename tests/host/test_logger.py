@@ -134,3 +134,19 @@ def test_a_block_says_what_it_does_only_if_it_is_slow(caplog: pytest.LogCaptureF
             while not caplog.messages:
                 time.sleep(0.01)
     assert caplog.messages == ["slow"]
+
+
+def test_what_a_package_logs_cannot_control_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package = logging.getLogger("transformers_of_a_test")
+    handler = logging.StreamHandler(sys.stderr)
+    package.addHandler(handler)
+    try:
+        with lines_on_stderr():
+            package.warning("key %s\nand %d", "\x1b[31m\x07", 1)
+            logging.getLogger("transformers_of_a_test.below").warning("\x9b")
+        package.warning("\x1b")
+    finally:
+        package.removeHandler(handler)
+    assert capsys.readouterr().err == "key \\x1b[31m\\x07\nand 1\n\\x9b\n\x1b\n"

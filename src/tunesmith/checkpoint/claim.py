@@ -1,10 +1,9 @@
 """The run directory as a place: whose files lie in it, and which run holds it.
 
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
-that a run began to write. Anywhere else a file with a name that a run writes is somebody else's,
-and a directory that holds nothing but folders is a place where somebody keeps folders: the start is
-refused and nothing is touched. Files of other names are never touched. An earlier run is moved
-aside, never deleted.
+that a run began to write. Any other directory with files is somebody else's, and so are the working
+directory and the home directory: the start is refused and nothing is touched. Files that are put
+into a run's directory later are never touched. An earlier run is moved aside, never deleted.
 """
 
 import contextlib
@@ -129,9 +128,15 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
     """
     folder = output_dir.resolve()
     fix = "use a new folder: output_dir=runs/my-run"
-    if folder == folder.parent:
-        why = "the run's files would be mixed with the system's"
-        raise UsageError("output_dir is the root folder", where=str(output_dir), why=why, fix=fix)
+    is_of_run = is_run(output_dir)
+    for name, place in (("working", Path.cwd()), ("home", Path("~").expanduser())):
+        if place.resolve().is_relative_to(folder) and not is_of_run:
+            raise UsageError(
+                f"output_dir is the {name} directory, or a folder that contains it",
+                where=str(output_dir),
+                why="the run's files would be mixed with other files",
+                fix=fix,
+            )
     for path in map(Path, inputs):
         if path.is_dir() and path.resolve() == folder:
             raise UsageError(
@@ -141,18 +146,18 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
                 fix=fix,
             )
     names = [path.name for path in run_files(output_dir)]
-    if names and not is_run(output_dir):
+    if names and not is_of_run:
         raise UsageError(
             f"output_dir contains files that are not from a tunesmith run: {_first_names(names)}",
             where=str(output_dir),
             why=f"a run writes files with these names, and the folder has no {IDENTITY} of a run",
             fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
         )
-    folders = _other_folders(output_dir)
-    if folders:
+    others = [] if is_of_run else _other_entries(output_dir)
+    if others:
         raise UsageError(
-            "output_dir contains folders that are not from a tunesmith run: "
-            f"{_first_names(folders)}",
+            "output_dir contains files or folders that are not from a tunesmith run: "
+            f"{_first_names(others)}",
             where=str(output_dir),
             why="the run's files and checkpoints would be mixed with them",
             fix=f"use a new folder: {shell_word(f'output_dir={output_dir}/my-run')}",
@@ -165,31 +170,31 @@ def _first_names(names: list[str]) -> str:
     return f"{text}, ..." if len(names) > NAMED_FILES else text
 
 
-def _other_folders(output_dir: Path) -> list[str]:
-    """The folders that no run wrote, of a directory that holds nothing but folders; else none."""
+def _other_entries(output_dir: Path) -> list[str]:
+    """The files and folders that neither a run nor a scheduler, such as Slurm, wrote."""
     try:
         entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError:
         return []  # `_lock` says why
-    folders = []
+    others = []
     for path in entries:
-        if not path.is_dir():
-            return []
         # What is hidden, and `lost+found` of a disk, is nobody's work.
         is_system = path.name.startswith(".") or path.name == "lost+found"
-        is_of_run = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name))
-        if is_system or is_of_run or _is_rows_of_program(path):
+        is_log = path.suffix in (".log", ".out", ".err")
+        is_of_run = path.name in (LAUNCH, STOP_FILE) or bool(_WRITTEN.fullmatch(path.name))
+        if is_system or is_log or is_of_run or _is_rows_of_program(path):
             continue
-        # The runs of a sweep lie below its own folder.
+        # The runs of a sweep are below its own folder.
         if not is_run(path):
-            folders.append(path.name)
-    return folders
+            others.append(path.name)
+    return others
 
 
 def _is_rows_of_program(folder: Path) -> bool:
     """Tell whether it is the folder of a program's rows, with nothing else in it."""
-    names = {path.name for path in folder.iterdir()}
-    return folder.name == ROWS_FOLDER and all(map(_PROGRAM_ROWS.fullmatch, names))
+    if folder.name != ROWS_FOLDER or not folder.is_dir():
+        return False
+    return all(_PROGRAM_ROWS.fullmatch(path.name) for path in folder.iterdir())
 
 
 @contextlib.contextmanager

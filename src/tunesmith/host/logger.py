@@ -9,9 +9,10 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
-from tunesmith.host.streams import show
+from tunesmith.host.streams import show, visible
 
 PACKAGE = logging.getLogger("tunesmith")
 
@@ -51,13 +52,26 @@ def logged_if_slow(log: logging.Logger, text: str, seconds: float = 5.0) -> Iter
         timer.cancel()
 
 
+def _visible_record(*args: Any, **options: Any) -> logging.LogRecord:
+    """Make a record whose message is `visible`. If its arguments do not fit, its handler says so."""
+    record = logging.LogRecord(*args, **options)
+    with suppress(TypeError, ValueError, KeyError):
+        record.msg = visible(record.getMessage())
+        record.args = ()
+    return record
+
+
 @contextmanager
 def lines_on_stderr(formatter: logging.Formatter | None = None) -> Iterator[None]:
     """Show the package's lines on stderr in the block, which is a whole command.
 
+    What other packages log, such as a name in a file of the model, cannot control the terminal.
+
     formatter: makes a line of a record, in place of that of a surrounding block.
     """
     with ExitStack() as stack:
+        stack.callback(logging.setLogRecordFactory, logging.getLogRecordFactory())
+        logging.setLogRecordFactory(_visible_record)
         stack.enter_context(stderr_only_from())
         _attach(StderrHandler(formatter), stack)
         if not PACKAGE.isEnabledFor(logging.INFO):

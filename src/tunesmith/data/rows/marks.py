@@ -97,10 +97,10 @@ def check_row_marks(row: RowReader) -> None:
     """DataError for a mark of a whole row that training would ignore."""
     for column, as_written in row.unread_columns().items():
         name = plain(column)
-        value = value_of_cell(as_written)
         is_weight = name in ("weight", "loss_weight", "sample_weight")
         if not is_weight and not is_mark(column):
             continue
+        value = value_of_cell(as_written)
         is_plain_mark = isinstance(value, bool | int | float) and value in (0, 1)
         if is_plain_mark and bool(value) == _MARKS.get(name, True):
             row.mark_read(column)
