@@ -105,7 +105,7 @@ class Worker(Generic[Task, Result]):
             while self._unsent:
                 pickle.dump(self._unsent.pop(0), requests)
             requests.flush()
-            is_late = seconds is not None and not wait([answers], seconds)
+            is_late = seconds is not None and not wait([answers.fileno()], seconds)
             answer: Result | Exception = TimeoutError() if is_late else pickle.load(answers)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             exit_code = self.process.wait()

@@ -53,7 +53,7 @@ def logged_if_slow(log: logging.Logger, text: str, seconds: float = 5.0) -> Iter
 
 
 def _visible_record(*args: Any, **options: Any) -> logging.LogRecord:
-    """Make a record whose message is `visible`. If its arguments do not fit, its handler says so."""
+    """Make a record whose message is `visible`; arguments that do not fit are left to handlers."""
     record = logging.LogRecord(*args, **options)
     with suppress(TypeError, ValueError, KeyError):
         record.msg = visible(record.getMessage())

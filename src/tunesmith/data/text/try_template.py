@@ -4,10 +4,11 @@ A template of a stranger may loop without end, or write more text than the memor
 sandbox does not prevent this: it limits a single range(), not loops in loops, and no text.
 """
 
+import json
 import re
 import resource
+from contextlib import suppress
 from functools import cache
-from typing import Any
 
 from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, MachineError
@@ -16,24 +17,19 @@ MAX_SECONDS = 5  # of the processor
 TRIAL_BYTES = 512 << 20
 TRIAL_CHARACTERS = 10_000_000
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
-_TRIAL_CALL = {
-    "type": "function",
-    "id": "call00001",
-    "function": {"name": "f", "arguments": {"a": "b"}},
-}
-_TOOL = {
-    "type": "function",
-    "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
-}
-_TRIAL_TURNS: list[dict[str, Any]] = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-    {"role": "user", "content": "three"},
-    {"role": "assistant", "content": "", "tool_calls": [_TRIAL_CALL]},
-    {"role": "tool", "name": "f", "content": "four"},
-    {"role": "assistant", "content": "five", "reasoning_content": "six"},
-]
-_SYSTEM = {"role": "system", "content": "zero"}
+# [messages, tools] of each conversation.
+_CONVERSATIONS = """[
+  [[{"role": "user", "content": "a"}], null],
+  [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"}], null],
+  [[{"role": "system", "content": "a"}, {"role": "user", "content": "b"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "call00001",
+      "function": {"name": "f", "arguments": {"a": "b"}}}]},
+    {"role": "tool", "name": "f", "content": "c"},
+    {"role": "assistant", "content": "d", "reasoning_content": "e"}],
+   [{"type": "function", "function": {"name": "f", "description": "g",
+     "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}]]
+]"""
 
 
 def plain_jinja(jinja: str) -> str:
@@ -74,23 +70,22 @@ def _render(jinja: str) -> str:
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, hard))
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (TRIAL_BYTES, hard))
+    limits = {resource.RLIMIT_CPU: MAX_SECONDS, resource.RLIMIT_AS: TRIAL_BYTES}
+    for limit, value in limits.items():
+        with suppress(ValueError):  # a limit of this process is lower
+            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda _: "2026-05-01"}
-    for messages in (_TRIAL_TURNS[:1], _TRIAL_TURNS[:3], _TRIAL_TURNS, [_SYSTEM, *_TRIAL_TURNS]):
-        for tools in (None, [_TOOL]):
-            try:
-                template = environment.from_string(plain_jinja(jinja))
-                text = template.render(messages=messages, tools=tools, add_generation_prompt=True)
-            except MemoryError:
-                return f"it needs more than {TRIAL_BYTES >> 20} MiB of memory"
-            except Exception:
-                continue
-            if len(text) > TRIAL_CHARACTERS:
-                return f"it writes {len(text):,} characters for a short conversation"
+    for messages, tools in json.loads(_CONVERSATIONS):
+        try:
+            template = environment.from_string(plain_jinja(jinja))
+            text = template.render(messages=messages, tools=tools, add_generation_prompt=True)
+        except MemoryError:
+            return f"it needs more than {TRIAL_BYTES >> 20} MiB of memory"
+        except Exception:  # the template refuses this conversation
+            continue
+        if len(text) > TRIAL_CHARACTERS:
+            return f"it writes {len(text):,} characters for a short conversation"
     return ""
