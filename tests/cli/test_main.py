@@ -497,7 +497,8 @@ def test_another_broken_pipe_is_told(
 def test_ctrl_c_ends_the_look_at_rows_at_once(tiny: Path, tmp_path: Path) -> None:
     """A template may take minutes of a row: a signal is not kept until it has ended."""
     loops = "".join(f"{{%- for {name} in range(9000) -%}}" for name in "abc")
-    (tmp_path / "slow.jinja").write_text(loops + "{%- endfor -%}" * 3 + "{{ messages }}")
+    loops = f"{{%- if messages[0].content == 'c' -%}}{loops}{'{%- endfor -%}' * 3}{{%- endif -%}}"
+    (tmp_path / "slow.jinja").write_text(f"{loops}{{{{ messages }}}}")
     (tmp_path / "rows.csv").write_text("question,answer\na,b\nc,d\n")
     words = ["--model", str(tiny), "--data", "rows.csv", "data.template=slow.jinja"]
     process = Warm(["train", *words], cwd=tmp_path)
