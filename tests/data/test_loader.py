@@ -381,6 +381,28 @@ def test_a_batch_that_is_there_is_not_copied(make) -> None:
     assert all(there.tensors()[name] is tensor for name, tensor in micro.tensors().items())
 
 
+def test_the_largest_micro_batch_has_the_most_pictures(make) -> None:
+    """The most tokens with padding, then the most tokens of pictures; it alone is prepared."""
+    tokens = make(alpaca(40), seq_len=256)
+    c = schedule("24 examples", lengths=tokens.lengths)
+    loader = Loader(tokens, c, pad_id=0, micro_batch=Size(2, "examples"), row_length=512)
+    expected = loader.batch(0).micro
+    ids = np.concatenate([batch.input_ids.flatten().numpy() for batch in expected])
+    tokens.picture_id = int(np.bincount(ids)[1:].argmax()) + 1
+
+    def pictures(batch: Batch) -> int:
+        return int((batch.input_ids == tokens.picture_id).sum())
+
+    found = [*loader.largest_first(0)]
+    assert sorted(map(pictures, expected), reverse=True) == [*map(pictures, found)]
+    assert pictures(found[0]) > pictures(expected[0])
+    # Without a fixed length the tokens come first.
+    loader = Loader(tokens, c, pad_id=0, micro_batch=Size(2, "examples"))
+    sizes = [batch.input_ids.numel() for batch in loader.largest_first(0)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
 def test_rows_are_named_for_the_report(make) -> None:
     tokens = make(alpaca(12), seq_len=256)
     c = schedule("4 examples", lengths=tokens.lengths, shuffle=False)

@@ -293,6 +293,14 @@ def test_a_model_that_sees_asks_nothing_of_the_device(
         assert names[-1] == asking
 
 
+def test_hidden_states_of_the_vision_part_are_not_kept(folder: Path, tmp_path: Path) -> None:
+    run = seeing(folder, tmp_path)
+    batch = make_batch(folder, run)
+    features = vision_model.see(built_model(run, folder).model, batch.pictures)
+    assert set(features) <= {"pooler_output", "deepstack_features"}
+    assert features.pooler_output is not None
+
+
 def test_windows_of_a_length_share_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     attend = vision_model.F.scaled_dot_product_attention

@@ -22,6 +22,9 @@ from tunesmith.model.decoder import find_decoder, is_whole
 # A vision part hands all its windows to an attention of such a name at once, with their edges.
 VISION_ATTENTION = "tunesmith_flash_windows"
 
+# Outputs of a vision part that a model with a `pooler_output` does not take.
+HIDDEN_STATES = ("last_hidden_state", "hidden_states", "attentions")
+
 
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention of the text model.
@@ -112,7 +115,12 @@ def see(model: PreTrainedModel, pictures: Mapping[str, Tensor], *, trains: bool 
             inputs[name] = _to_device(tensor, model.device).to(model.dtype)
     whole: Any = find_decoder(model)
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()), _SizesOnHost():
-        return whole.get_image_features(**inputs, return_dict=True)
+        output = whole.get_image_features(**inputs, return_dict=True)
+    if "pooler_output" not in output:
+        return output
+    # Hidden states of the vision part would stay in memory until the decoder ends.
+    kept = {name: value for name, value in output.items() if name not in HIDDEN_STATES}
+    return type(output)(**kept)
 
 
 class _SizesOnHost(TorchFunctionMode):

@@ -409,15 +409,14 @@ def make_loader(
 
 
 def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Batch]:
-    """Micro batches on the device until they hold so many tokens: from the first step on, the
-    largest of a step first.
+    """Micro batches on the device until they hold so many tokens: from the first step on, in the
+    order of `Loader.largest_first`.
 
     Epochs repeat.
     """
     batches: list[Batch] = []
     for step in itertools.count():
-        micro_batches = loader.batch(step).micro
-        for batch in sorted(micro_batches, key=lambda batch: -batch.input_ids.numel()):
+        for batch in loader.largest_first(step):
             batches.append(batch.to(device))
             if sum(batch.tokens for batch in batches) >= tokens:
                 return batches

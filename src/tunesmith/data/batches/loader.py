@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
+
 from tunesmith.data.batches.batch import Batch
 from tunesmith.data.batches.layout import Layout, take_examples
 from tunesmith.data.batches.micro_batches import MicroBatches
@@ -202,6 +204,23 @@ class Loader(AbstractContextManager["Loader"]):
             mismatched=mismatched,
             source=self.tokens,
         )
+
+    def largest_first(self, step: int) -> Iterator[Batch]:
+        """Yield this rank's micro batches of a step, in host memory.
+
+        Those with the most tokens come first, of several with as many the one with the most tokens
+        of pictures. The pictures of each are prepared when it is asked for.
+        """
+
+        def size(group: list[int]) -> tuple[int, int]:
+            rows, length = self._micro_batches.shape(group)
+            is_picture = [self.tokens[i].ids == self.tokens.picture_id for i in group]
+            return rows * length, sum(int(np.sum(places)) for places in is_picture)
+
+        groups = [of_ranks[self.rank] for of_ranks in self._micro_batches.micro_steps(step)]
+        for group in sorted(groups, key=size, reverse=True):
+            rows, _ = self._micro_batches.shape(group)
+            yield self.layout.batch(take_examples(self.tokens, group), rows)
 
     def mismatched(self, step: int) -> Iterator[tuple[list[int], Batch]]:
         """The prompts of a step with answers of its other examples, this data rank's share of them.
