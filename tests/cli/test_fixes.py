@@ -49,6 +49,7 @@ PLAIN = (
     "HEARTBEAT_VARIABLE",
     "likely_encoding",
     "requirement",
+    "_MIN_TRANSFORMERS",
     "SECONDS",
     "name",
     "near[0]",
@@ -63,7 +64,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 THEIR_FLAGS = {
     "--advertise-addr", "--flag", "--force", "--lora", "--force-reinstall", "--local-dir", "--login", "--max-restarts", "--no-deps", "--nproc-per-node",
     "--now", "--only-upgrade", "--runtime", "--sort", "--stream", "--upgrade", "--version", "--endpoint", "--ranks", "--nodes", "--ntasks-per-node",
-    "--set-as-default",
+    "--set-as-default", "--model_args",
 }  # fmt: skip
 # Read in the worker that asks: each collects these tests, and one runs them.
 fixes = cache(collect)

@@ -52,7 +52,6 @@ def stranger(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["chat", "RUN/final", "--base"],
         ["chat", "RUN/config.yaml"],
         ["eval", "RUN", "--data", "ROWS"],
-        ["eval", "RUN", "--tasks", "gsm8k"],
         ["generate", "RUN", "--input", "ROWS", "--output", "-"],
         ["merge", "RUN", "--output", "OUT"],
         ["export", "RUN", "--output", "OUT"],

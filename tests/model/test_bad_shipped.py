@@ -93,7 +93,7 @@ FP8: dict[str, tuple[Fault, str, str, str]] = {
     "one scale where there are blocks": (
         tensors_of(scale=torch.tensor(1.0)), "weight_scale_inv is []", "safetensors", "fetch"),
     "scales that are integers": (
-        tensors_of(scale=ones(4, 4, dtype=torch.int32)), "contain integers", "safetensors",
+        tensors_of(scale=ones(4, 4, dtype=torch.int32)), "integers", "safetensors",
         "unquantized"),
     "scales in e5m2": (
         tensors_of(scale=ones(4, 4, dtype=torch.float8_e5m2)), "stored as F8_E5M2",
@@ -234,7 +234,7 @@ COMPRESSED: dict[str, tuple[Fault, str, str, str]] = {
         part_of("weight", ones(128, 64, dtype=torch.float8_e5m2)), "stored as F8_E5M2",
         "safetensors", "fetch"),
     "codes in int8": (
-        part_of("weight", ones(128, 64, dtype=torch.int8)), "contain integers", "safetensors",
+        part_of("weight", ones(128, 64, dtype=torch.int8)), "integers", "safetensors",
         "unquantized"),
     "a plain weight beside scales": (
         part_of("weight", ones(128, 64)), "is stored as F32", "safetensors", "fetch"),

@@ -227,7 +227,7 @@ def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("config", "words"),
     [
         ({"model_type": "no_such_type"}, "cannot build this no_such_type"),
-        ({"model_type": "olmo3", "hidden_size": "wide"}, "cannot build this olmo3"),
+        ({"model_type": "olmo3", "hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"model_type": "olmo3", "num_attention_heads": 0}, "cannot build this olmo3"),
         ({"model_type": "bert"}, "an encoder"),
         ({}, "names no model_type"),

@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_kept_leave_nothing(rows: Any, names: list[str], hom
     ("rows", "where", "fix"),
     [
         ([*ROWS, {"prompt": "a", "completion": None}], "rows[24]", "data.bad_rows=skip"),
-        ([{"foo": "a", "bar": "b"}] * 3, "rows", "prompt=foo,completion=bar"),
+        ([{"foo": "a", "bar": "b"}] * 3, "rows", "{'prompt': 'foo', 'completion': 'bar'}"),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_by_its_place_in_the_list_and_leaves_nothing(
