@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 import vision
+from devices import gpu
 from errors import refuses
 from figures import write_figures
 from recipes import built_model, make_run
@@ -31,7 +32,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.hub.picture_support import ReadyPixels, add_vision, make_picture_row
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import load
+from tunesmith.model import attention, load
 from tunesmith.model import vision as vision_model
 from tunesmith.model.decoder import (
     find_decoder,
@@ -166,7 +167,13 @@ def seeing(folder: Path, tmp_path: Path, **changes: Any) -> Any:
 
 
 def make_batch(folder: Path, run: Any, *, turned: bool = False) -> Batch:
-    """A row of documents with two pictures, none and one, with ids of the model's own.
+    """A row of `make_examples`."""
+    examples = make_examples(folder, run, turned=turned)
+    return collate([examples], length=sum(len(each.ids) for each in examples), pad_id=0)
+
+
+def make_examples(folder: Path, run: Any, *, turned: bool = False) -> list[Example]:
+    """Documents with two pictures, none and one, with ids of the model's own.
 
     turned: the pictures of the first document have their values in another order.
     """
@@ -186,7 +193,7 @@ def make_batch(folder: Path, run: Any, *, turned: bool = False) -> Batch:
                     if values.dtype == np.float32:
                         pixels.inputs[name] = values[..., ::-1].copy()
         examples.append(Example(own.astype(np.int32), own != token_id, pictures=handle))
-    return collate([examples], length=len(row.ids), pad_id=0)
+    return examples
 
 
 def pixels_of(inputs: Any, processor: PictureProcessor) -> Any:
@@ -291,6 +298,40 @@ def test_a_model_that_sees_asks_nothing_of_the_device(
     if error is not None:
         names = [entry.name for entry in error.traceback if "/models/" in str(entry.path)]
         assert names[-1] == asking
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    # bf16 has 8 bits; kernels add up a document alone in another order than in a row.
+    [("cpu", "fp32", 1e-5), pytest.param("cuda", "bf16", 0.05, marks=gpu)],
+)
+def test_a_packed_row_trains_as_each_document_alone(
+    device: str, dtype: str, tolerance: float, folder: Path, tmp_path: Path
+) -> None:
+    run = seeing(folder, tmp_path, model={"dtype": dtype})
+    model = built_model(run, folder).to(device).train()
+    first = next(model.parameters())
+    model.attention_backend, _ = attention.select_attention_backend(first.device, first.dtype, 16)
+
+    def results(rows: list[list[Example]]) -> list[Tensor]:
+        """The sum of the losses, and its gradients."""
+        model.zero_grad()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for row in rows:
+            length = sum(len(example.ids) for example in row)
+            batch = collate([row], length=length, pad_id=0).to(torch.device(device))
+            with model.step_context(batch):
+                loss = model(batch).loss
+                loss.backward()
+            total += loss.detach()
+        return [total, *(p.grad.double() for p in model.parameters() if p.requires_grad)]
+
+    examples = make_examples(folder, run)
+    packed = results([examples])
+    alone = results([[example] for example in examples])
+    assert torch.stack([gradient.norm() for gradient in alone[1:]]).max() > 1e-3
+    for ours, expected in zip(packed, alone, strict=True):
+        assert (ours - expected).norm() <= tolerance * max(expected.norm(), 1e-3)
 
 
 def test_hidden_states_of_the_vision_part_are_not_kept(folder: Path, tmp_path: Path) -> None:

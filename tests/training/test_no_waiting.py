@@ -8,6 +8,7 @@ same. On a GPU torch itself refuses whatever waits.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from devices import cpu_and_gpu
+from picture_runs import picture_run, write_mixed, write_vision_model
 from recipes import make_run, merge, write_rows
 from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Run
@@ -193,3 +195,16 @@ def test_no_step_waits_for_the_device(device, tiny, tmp_path, changes):
 def test_no_compiled_step_waits_for_the_device(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, model=BF16, train={"compile": "on"})
     assert_no_step_waits(trainer, torch.device("cuda"))
+
+
+@cpu_and_gpu
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_no_step_on_pictures_waits(device, family, tmp_path, monkeypatch):
+    if device.type == "cpu":
+        # Sizes of pictures are asked for on the host, which `test_vision.py` tells apart.
+        monkeypatch.setattr(sys.modules[__name__], "nothing_waits", contextlib.nullcontext)
+    model = write_vision_model(tmp_path / "model", family)
+    batches = {"global_batch": "8 examples", "micro_batch": "4 examples", "compile": "off"}
+    changes = {"model": BF16, "train": batches, "checkpoint": {"every": None}}
+    trainer = trainer_of_run(picture_run(model, write_mixed(tmp_path, 24, "P"), **changes))
+    assert_no_step_waits(trainer, device)
