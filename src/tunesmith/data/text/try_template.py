@@ -18,7 +18,7 @@ TRIAL_BYTES = 512 << 20
 TRIAL_CHARACTERS = 10_000_000
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 # [messages, tools] of each conversation.
-_CONVERSATIONS = """[
+_TRIAL_CONVERSATIONS = """[
   [[{"role": "user", "content": "a"}], null],
   [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
     {"role": "user", "content": "c"}], null],
@@ -78,7 +78,7 @@ def _render(jinja: str) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda _: "2026-05-01"}
-    for messages, tools in json.loads(_CONVERSATIONS):
+    for messages, tools in json.loads(_TRIAL_CONVERSATIONS):
         try:
             template = environment.from_string(plain_jinja(jinja))
             text = template.render(messages=messages, tools=tools, add_generation_prompt=True)
