@@ -206,7 +206,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"duration": "8 steps"},
         "parallel": {"shard": 2},
     },
-    # 4 candidates over one base, of which the worse stop early
+    # 4 candidates over one base
     "sweep": {
         "model": {"dtype": "bf16"},
         "adapter": {"dropout": 0.1},
@@ -233,7 +233,7 @@ RANKS = {
     "shards-of-groups": 4,
     "shards-resumed": 2,
 }
-CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8", "--rungs", "2"]}
+CANDIDATES = {"sweep": ["train.learning_rate=1e-3,1e-2", "adapter.rank=2,8"]}
 # Recipes that resume -> the first half of the run
 BEGUN = {
     "resumed": "begun",

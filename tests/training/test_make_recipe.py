@@ -410,7 +410,7 @@ def test_a_sweep_varies_the_recipe_that_train_makes(
     sweep_module = pytest.importorskip("tunesmith.tools.sweep.run")
     swept: list[tuple[Run, list[dict[str, str]]]] = []
 
-    def note(recipe: str, space: Space, search: object, *, argv: object) -> dict[str, Any]:
+    def note(recipe: str, space: Space, *, argv: object) -> dict[str, Any]:
         swept.append((load_recipe(recipe, space.fixed), space.grid()))
         Path("runs/faq-small").mkdir()
         (Path("runs/faq-small") / SWEEP).write_text("{}")

@@ -84,8 +84,6 @@ def sweep(
     recipe: str | Path,
     space: Mapping[str, Sequence[object]],
     overrides: Mapping[str, object] | Sequence[str] = (),
-    *,
-    to_the_end: bool = False,
 ) -> dict[str, Any]:
     """Train one adapter for each combination of values on one base, and find the best.
 
@@ -94,7 +92,6 @@ def sweep(
     Args:
         recipe, overrides: as for `train`; the same call resumes.
         space: key of the recipe -> its values.
-        to_the_end: train all candidates to the end; else the worse half stops early, twice.
 
     Returns:
         what `tunesmith sweep --json` prints.
@@ -104,7 +101,7 @@ def sweep(
     """
     words = [f"{key}={','.join(map(_value_word, values))}" for key, values in space.items()]
     fixed = _words_of(overrides)
-    return _json_of("sweep", recipe, [*fixed, *words], to_the_end=to_the_end)
+    return _json_of("sweep", recipe, [*fixed, *words])
 
 
 def _json_of(
@@ -119,9 +116,8 @@ def _json_of(
     words = [verb] if recipe is None else [verb, os.fspath(recipe)]
     words += _words_of(overrides)
     for name, value in options.items():
-        if value is not None and value is not False:
-            option = f"--{name.replace('_', '-')}"
-            words += [option] if value is True else [option, str(value)]
+        if value is not None:
+            words += [f"--{name}", str(value)]
     printed = io.StringIO()
     with lines_by_default(), contextlib.redirect_stdout(printed):
         dispatch([*words, "--json"])

@@ -267,7 +267,7 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
     of_second = f"against {second} of {second.name}"
     against = f"{measure.best_word} {first} {of_second}"
     # A run that goes on, or is resumed, may still change places.
-    if any(map(_may_improve, (*first.runs, *second.runs))):
+    if any(run.state is not RunState.FINISHED for run in (*first.runs, *second.runs)):
         return "none", f"So far {first.name} leads: {against}"
     if noise.threshold is None:
         chance = "how much runs vary by chance is unknown"
@@ -277,13 +277,6 @@ def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tu
         return "equal", f"No significant difference: {best} {of_second}"
     verb = "is" if len(first.runs) == 1 else "are"
     return "better", f"{first.name} {verb} better on these rows: {against}"
-
-
-def _may_improve(run: RunFiles) -> bool:
-    """Tell whether the run was to train further; a candidate that a sweep has left was not."""
-    stopped = run.stopped or {}
-    is_left = run.state is RunState.STOPPED and stopped.get("reason") == "sweep"
-    return run.state is not RunState.FINISHED and not is_left
 
 
 def _alone(run: RunFiles, measure: Measure) -> Verdict:
@@ -343,7 +336,7 @@ def _rank(measured: Sequence[RunFiles], measure: Measure) -> list[RunGroup]:
     groups = []
     for of_recipe in by_recipe.values():
         # A shorter run of a recipe says nothing of its seeds.
-        runs = [run for run in of_recipe if not _may_improve(run)]
+        runs = [run for run in of_recipe if run.state is RunState.FINISHED]
         if not runs:
             furthest = max(run.steps for run in of_recipe)
             runs = [run for run in of_recipe if run.steps == furthest]

@@ -253,7 +253,6 @@ def start_run(
     argv: list[str] | None = None,
     quiet: bool = False,
     build: Callable[..., Session] = build,
-    pause_after: int | None = None,
 ) -> Result:
     """One start within `joined`, on each rank; the arguments are those of `train`.
 
@@ -263,7 +262,6 @@ def start_run(
     Args:
         quiet: show no progress; who calls decides what becomes of the lines that are logged.
         build: makes the Session, as the function of that name does.
-        pause_after: leave the run, saved, after this step.
     """
     check_same_recipe(run, ranks)
     out = Path(run.output_dir)
@@ -295,7 +293,7 @@ def start_run(
             stack.callback(close_after_all, sinks)
             write_first_files(session, start, sinks, argv)
         # Train; the writer ends with the stack, whatever ends the loop.
-        trainer = Trainer(session, start, sinks, stop, pause_after=pause_after)
+        trainer = Trainer(session, start, sinks, stop)
         stack.callback(trainer.checkpoints.writer.close)
         return fit(trainer, sinks, callback)
 

@@ -20,7 +20,6 @@ from tunesmith.data.batches.loader import GlobalBatch
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
 from tunesmith.errors import TunesmithError
 from tunesmith.host.logger import logged_if_slow
-from tunesmith.host.shell import shell_path
 from tunesmith.methods.base import StepTotals
 from tunesmith.metrics.profile import Profiler
 from tunesmith.metrics.sink import Sinks
@@ -30,16 +29,15 @@ from tunesmith.parallel.copies import GradientSum
 from tunesmith.parallel.mesh import all_reduce_together
 from tunesmith.parallel.shard import set_gradient_sync, sharded_modules
 from tunesmith.parallel.tensor import reduce_gradients
-from tunesmith.run_dir import RECIPE, Phase
+from tunesmith.run_dir import Phase
 from tunesmith.runtime.host import return_freed_memory
 from tunesmith.runtime.transfer import Mark
 from tunesmith.training.answer_sampler import AnswerSampler
 from tunesmith.training.async_metrics import AsyncMetrics, StepOutput
 from tunesmith.training.build import Session, check_one_micro_batch
 from tunesmith.training.checkpoint_saver import CheckpointSaver
-from tunesmith.training.duration import Duration
 from tunesmith.training.loop_part import LoopPart, LoopShared
-from tunesmith.training.result import Result, failure_of, write_stopped
+from tunesmith.training.result import Result, failure_of
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.validation import Validation
 from tunesmith.units import count_of
@@ -51,11 +49,7 @@ SLOW_FIRST_STEP = "the first step is being computed"
 
 
 class Trainer(LoopPart):
-    """One start of a run, from its first step to its end, stop or failure.
-
-    Args:
-        pause_after: leave the run, saved, after this step; None: train to the end.
-    """
+    """One start of a run, from its first step to its end, stop or failure."""
 
     def __init__(
         self,
@@ -63,8 +57,6 @@ class Trainer(LoopPart):
         start: Start,
         sinks: Sinks,
         stop: StopControl,
-        *,
-        pause_after: int | None = None,
     ) -> None:
         run = session.run
         progress = progress_of(session, start)
@@ -73,8 +65,6 @@ class Trainer(LoopPart):
         # The guard of the host's memory leaves room for a save.
         stop.request.saving = session.plan.memory.copies
         self.first_step = progress.step
-        seconds = run.train.duration.seconds or 0.0
-        self.duration = Duration(session.total_steps, seconds, pause_after)
         saved_step = self.first_step if start.progress else None
         ended = start.progress.ended if start.progress else None
         # Patience has ended a shorter run: this one goes on.
@@ -121,7 +111,7 @@ class Trainer(LoopPart):
             for _ in self.steps(batches):
                 profiler.step()
         self.metrics.flush()
-        if self.stop.is_due() and not self.duration.is_over(self.progress):
+        if self.stop.is_due() and not self.is_over:
             self.save_and_stop()
         return self.end()
 
@@ -132,7 +122,7 @@ class Trainer(LoopPart):
         if self.validation.is_out_of_patience() and not self.is_longer:
             return
         for batch in batches:
-            if self.stop.is_due() or self.duration.is_over(progress):
+            if self.stop.is_due() or self.is_over:
                 return
             if self.stop.ends():
                 text = f"on_record has ended the run after step {progress.step}"
@@ -149,7 +139,7 @@ class Trainer(LoopPart):
             progress.step = output.step
             self.stop.request.nothing_to_save = False
 
-            is_last = self.duration.is_over(progress)
+            is_last = self.is_over
             validates = self.validation.is_due(is_last=is_last)
             saves = self.checkpoints.is_due()
             # The record of a step is usually read during the next one; at once where it goes into a
@@ -258,13 +248,15 @@ class Trainer(LoopPart):
 
         The weights of final/ answer at the end.
         """
-        if self.validation.measure() and not self.is_complete:
+        if self.validation.measure() and not (self.is_over or self.validation.is_out_of_patience()):
             self.answers.sample()
 
     @property
-    def is_complete(self) -> bool:
-        """Tell whether the whole run is over: by its duration, or by patience."""
-        return self.duration.is_complete(self.progress) or self.validation.is_out_of_patience()
+    def is_over(self) -> bool:
+        """Whether the run has trained for its whole duration."""
+        if self.session.total_steps is not None:
+            return self.progress.step >= self.session.total_steps
+        return self.progress.seconds >= (self.run.train.duration.seconds or 0.0)
 
     def save_and_stop(self) -> None:
         """Save the last step, if there is one, and leave."""
@@ -276,18 +268,12 @@ class Trainer(LoopPart):
         raise self.stop.error(self.run, self.progress, self.ranks)
 
     def end(self) -> Result:
-        """The last checkpoint and final/; a stop that cut off the last validation, or a pause,
-        leaves them to the next start."""
+        """Write the last checkpoint and final/. After a stop that cut off the last validation the
+        next start writes them.
+        """
         progress = self.progress
         if not progress.validated:
             self.save_and_stop()
-        if self.duration.is_over(progress) and not self.is_complete:
-            self.checkpoints.save()
-            if self.ranks.is_main_process:
-                # A sweep leaves a candidate here, to go on with it or not.
-                resume = f"tunesmith train {shell_path(self.out / RECIPE)} resumes it"
-                write_stopped(self.out, progress.step, reason="sweep", next_command=resume)
-            return self.result()
         self.stop.request.doing = "final/ is written"
         progress.ended = str(self.run.train.duration)
         self.checkpoints.save()
@@ -295,21 +281,17 @@ class Trainer(LoopPart):
         self.answers.sample_final(final_step)
         self.checkpoints.write_final(final_step)
         self.ranks.heartbeat.phase(Phase.END)
-        return self.result(final_step)
-
-    def result(self, final_step: int | None = None) -> Result:
-        """Sum up what this start came to."""
         records = self.metrics.records
         return Result(
             self.out,
-            self.progress.step,
+            progress.step,
             self.first_step,
-            self.progress.seconds,
+            progress.seconds,
             tokens=sum(record.tokens for record in records),
             examples=sum(record.examples for record in records),
             records=records,
-            best_step=self.progress.best_step,
-            best_loss=self.progress.best_loss,
+            best_step=progress.best_step,
+            best_loss=progress.best_loss,
             final_step=final_step,
         )
 

@@ -43,7 +43,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(subprocess, "run", forked)
         # Two candidates show as much as four.
-        few = {"sweep": ["train.learning_rate=1e-3,1e-2", "--rungs", "2"]}
+        few = {"sweep": ["train.learning_rate=1e-3,1e-2"]}
         monkeypatch.setattr(same_bits, "CANDIDATES", few)
         words = ["record", "--source", ROOT, "--output", folder, "--only", "shards", "sweep"]
         assert same_bits_command(monkeypatch, *words) == 0

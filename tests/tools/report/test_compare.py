@@ -206,16 +206,12 @@ def test_an_unfinished_run_tells_nothing_of_the_seeds(tmp_path: Path) -> None:
     assert (found.kind, found.best) == ("better", (1, 2))
 
 
-def test_an_unfinished_run_leads_or_is_led_so_far_unless_a_sweep_left_it(tmp_path: Path) -> None:
+def test_an_unfinished_run_leads_or_is_led_so_far(tmp_path: Path) -> None:
     whole = write_run(tmp_path / "whole", falling(2.0), recipe=rate(1e-3))
     cut = write_run(
         tmp_path / "cut", falling(3.0, steps=20), steps=20, recipe=rate(1e-4), finished=False
     )
     assert verdict(whole, cut).kind == "none"
-    (cut.folder / "stopped.json").write_text(json.dumps({"reason": "sweep", "step": 20}))
-    cut.refresh()
-    found = verdict(whole, cut)
-    assert (found.kind, found.best) == ("better", (0,))
 
 
 def test_the_loss_that_eval_measured_has_its_interval(tmp_path: Path) -> None:

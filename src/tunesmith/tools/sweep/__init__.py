@@ -1,4 +1,4 @@
-"""Many adapters over one loaded base: search space, halving, closing table."""
+"""Many adapters over one loaded base: a grid of values, closing table."""
 
 COMMANDS = {
     "train": {

@@ -7,6 +7,7 @@ on a base in use learns, to the last bit, what it would learn in a process of it
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,13 +30,19 @@ log = logging.getLogger(__name__)
 class SharedBase:
     """A base that is loaded, quantized and prepared for training once.
 
-    That is planned for the `widest` run: no other needs more memory. The other runs differ in
-    `space.VARIED` alone.
+    The plan is that of the `widest` run: no other run needs more memory. The other runs differ only
+    in `space.VARIED`.
     """
 
     def __init__(self, widest: Run, ranks: Ranks) -> None:
-        self.first = build(widest, Start(), ranks=ranks)
+        self.widest = widest
+        self.ranks = ranks
         self.compiled: dict[tuple[int, float, float], Callable[..., object]] = {}
+
+    @cached_property
+    def first(self) -> Session:
+        """The Session of the widest run. Its base is loaded at the first use."""
+        return build(self.widest, Start(), ranks=self.ranks)
 
     def build(
         self,

@@ -1,25 +1,21 @@
-"""sweep.json: what a sweep was asked for, what it fixed at its start, and what came out."""
-
-from pathlib import Path
+"""sweep.json: the request, the values that are fixed at the start, and the results."""
 
 from typing_extensions import TypedDict  # that pydantic reads also before Python 3.12
 
 from tunesmith.config import schema
-from tunesmith.run_dir import Count, read_object
+from tunesmith.run_dir import Count
 
 
 class FixedValues(TypedDict):
     """The values that all candidates of a sweep share."""
 
     steps: Count
-    rungs: list[Count]
     micro_batch: str
-    validate_every: str | None
     dtype: schema.StatedDtype
 
 
 class CandidateResult(TypedDict):
-    """One candidate; `losses` by step, null where it diverged."""
+    """One candidate; `state`: finished, diverged or waiting; `loss`: null unless finished."""
 
     name: str
     run_dir: str
@@ -27,11 +23,10 @@ class CandidateResult(TypedDict):
     state: str
     step: Count
     loss: float | None
-    losses: dict[str, float | None]
 
 
 class SweepResult(TypedDict):
-    """The content of sweep.json; `asked`: recipe, keys and search."""
+    """The content of sweep.json; `asked`: recipe and keys."""
 
     asked: dict[str, object]
     fixed: FixedValues
@@ -39,8 +34,3 @@ class SweepResult(TypedDict):
     stopped: str
     best: str | None
     candidates: list[CandidateResult]
-
-
-def read_sweep(path: Path) -> SweepResult:
-    """sweep.json; OSError where it cannot be read, ValueError where it is torn or no sweep's."""
-    return read_object(path, SweepResult)
