@@ -68,10 +68,12 @@ def attend_windows(
         # [windows of this length, length]
         places = edges[:-1][lengths == length, None] + torch.arange(length)
         index = _to_device(places.flatten(), query.device)
-        windows = [x[0].index_select(1, index) for x in (query, key, value)]
         # [heads, windows * length, d] -> [windows, heads, length, d]
-        windows = [x.unflatten(1, places.shape).transpose(0, 1) for x in windows]
-        result = F.scaled_dot_product_attention(*windows, scale=scaling)
+        q, k, v = (
+            x[0].index_select(1, index).unflatten(1, places.shape).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        result = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         out.index_copy_(2, index, result.transpose(0, 1).flatten(1, 2).unsqueeze(0))
     return out.transpose(1, 2), None
 
@@ -166,7 +168,8 @@ def add_features_by_place(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "_deepstack_process"):
-            module._deepstack_process = _add_features
+            # An attribute of the instance hides the method of the class.
+            vars(module)["_deepstack_process"] = _add_features
 
 
 def _add_features(hidden: Tensor, is_picture: Tensor, features: Tensor) -> Tensor:

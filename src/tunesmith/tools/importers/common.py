@@ -395,7 +395,7 @@ def _batch(recipe: Translation, world: int | None) -> None:
         what = "the global batch is unknown"
         raise UsageError(what, where=recipe.source.name, why=why, fix=fix)
     # Ranks of a tensor group see the same rows.
-    batch = rows * processes // tensor
+    batch = int(rows * processes // tensor)
     why = f"{processes} processes"
     size = f"{batch} examples"
     if _packs(recipe):
