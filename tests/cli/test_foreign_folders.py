@@ -160,7 +160,10 @@ def test_the_working_and_the_home_directory_are_not_for_a_run(
     code, parts, err = started([*world.train(), f"output_dir={output_dir}"], capsys)
     assert code == EXIT_USAGE, err
     # In YAML ~ is null.
-    assert ("output_dir: expected text" if place == "~" else "output_dir is the") in err
+    where = "command line: output_dir"
+    if place != "~":
+        where = os.path.abspath(os.path.expanduser(output_dir))
+    assert parts["where"] == where
     assert "output_dir=" in parts["fix"]
     assert every_file(world.folder) == before
 
