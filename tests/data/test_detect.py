@@ -43,7 +43,7 @@ def test_a_wide_table_is_read_in_one_pass_over_its_names() -> None:
     rows = [{"prompt": "hi", "completion": "ho", **columns} for _ in range(3)]
     before = plain.cache_info().misses
     with time_limit(60):
-        assert found(*rows).startswith("columns prompt, completion -> prompt-completion; ignored")
+        assert "prompt-completion" in found(*rows)
         with refuses(DataError, fix=["--columns"]):
             found(*[columns] * 3)
     assert plain.cache_info().misses - before < 25_000
