@@ -112,10 +112,10 @@ OTHER_OPTIONS = {
     "tunesmith bench --plain": "nothing: the table is plain text",
     "tunesmith sweep --candidates": "list the values: train.learning_rate=1e-5,1e-4,1e-3",
     "tunesmith sweep --rungs": (
-        "nothing: every candidate trains to its end. To stop candidates early: Optuna, whose "
+        "remove it: every candidate trains to its end. To stop candidates early, use Optuna: its "
         "TrialPruned may be raised in on_record of tunesmith.train (docs/python.md)"
     ),
-    "tunesmith sweep --to-the-end": "nothing: every candidate trains to its end",
+    "tunesmith sweep --to-the-end": "remove it: every candidate trains to its end",
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]

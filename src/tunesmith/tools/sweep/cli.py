@@ -95,7 +95,6 @@ def train_candidates(args: argparse.Namespace, space: Space) -> int | None:
         return None
     # The sweep has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
-    page = sweep_page(result)
-    lines = [*sweep_lines(result), f"report: {from_here(page)}"]
+    lines = [*sweep_lines(result), f"report: {from_here(sweep_page(result))}"]
     print(json.dumps(result) if args.json else "\n".join(lines))
     return None
