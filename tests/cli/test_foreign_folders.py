@@ -16,7 +16,6 @@ import pytest
 
 from cli.bad_world import Capture, World, started
 from errors import holds
-from tunesmith.checkpoint.claim import check_run_dir
 from tunesmith.errors import EXIT_OK, EXIT_USAGE
 
 pytestmark = pytest.mark.slow
@@ -58,9 +57,6 @@ def own_recipe(world: World) -> None:
 # what lies in output_dir: files and their content, or a function; "NAME/FILE" makes a folder
 FOREIGN: dict[str, dict[str, str | bytes] | Callable[[World], object]] = {
     "a recipe": own_recipe,
-    "notes": {"notes.txt": "mine"},
-    "rows": {"rows.jsonl": STEP},
-    "a folder and a file": {"data/a.csv": "a,b\n", "README.md": "mine"},
     "config.yaml of another program": {"config.yaml": "colour: red\n"},
     "empty config.yaml": {"config.yaml": ""},
     "env.json of another program": {"env.json": '{"PATH": "/bin"}'},
@@ -168,38 +164,25 @@ def test_the_working_and_the_home_directory_are_not_for_a_run(
     assert every_file(world.folder) == before
 
 
-def test_logs_of_a_scheduler_may_be_there_first(tmp_path: Path) -> None:
-    for name in ("slurm-7.out", "slurm-7.err", "train.log", ".nfs1", "stop"):
-        (tmp_path / name).touch()
-    for name in ("launch", "lost+found"):
-        (tmp_path / name).mkdir()
-    check_run_dir(tmp_path)
-
-
 @pytest.mark.parametrize("place", ["a folder", "a link"])
 def test_unrelated_files_stay_through_train_and_fresh(
     place: str, world: World, capsys: Capture
 ) -> None:
-    """Files that are put into a run's directory, and the rows that it is trained on among them."""
-    rows = (world.folder / "train.jsonl").read_bytes()
-    code, _, err = started(world.train("train.duration=2 steps"), capsys)
-    assert code == EXIT_OK, err
-    lay(world, UNRELATED | {"train.jsonl": rows})
-    laid = {*UNRELATED, "train.jsonl"}
-    before = {name: file for name, file in every_file(world.out).items() if name in laid}
-    real = world.out
+    """Also the rows that are trained on may lie there."""
+    lay(world, UNRELATED | {"train.jsonl": (world.folder / "train.jsonl").read_bytes()})
+    before, real = every_file(world.out), world.out
     if place == "a link":
         real = world.out.rename(world.folder / "real")
         world.out.symlink_to(real)
     command = world.train(
         "train.duration=3 steps", data={"train": {"source": str(world.out / "train.jsonl")}}
     )
-    for words in (["--fresh"], ["--fresh"]):
+    for words in ([], ["--fresh"]):
         code, _, err = started([*command, *words], capsys)
         assert code == EXIT_OK, err
         assert {name: every_file(real).get(name) for name in before} == before
         assert (real / "final" / "manifest.json").is_file()
-    aside = {path.name for path in real.with_name(f"{real.name}.previous-2").iterdir()}
+    aside = {path.name for path in real.with_name(f"{real.name}.previous-1").iterdir()}
     assert {"final", "env.json", "config.yaml", "metrics.jsonl", "log.txt", "checkpoint-3"} <= aside
     assert not aside & {Path(name).parts[0] for name in before}
 

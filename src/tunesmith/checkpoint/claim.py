@@ -1,9 +1,10 @@
 """The run directory as a place: whose files lie in it, and which run holds it.
 
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
-that a run began to write. Any other directory with files is somebody else's, and so are the working
-directory and the home directory: the start is refused and nothing is touched. Files that are put
-into a run's directory later are never touched. An earlier run is moved aside, never deleted.
+that a run began to write. Anywhere else a file with a name that a run writes is somebody else's,
+and a directory that holds nothing but folders is a place where somebody keeps folders; so are the
+working directory and the home directory. There the start is refused and nothing is touched. Files
+of other names are never touched. An earlier run is moved aside, never deleted.
 """
 
 import contextlib
@@ -153,11 +154,11 @@ def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
             why=f"a run writes files with these names, and the folder has no {IDENTITY} of a run",
             fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
         )
-    others = [] if is_of_run else _other_entries(output_dir)
-    if others:
+    folders = _other_folders(output_dir)
+    if folders:
         raise UsageError(
-            "output_dir contains files or folders that are not from a tunesmith run: "
-            f"{_first_names(others)}",
+            "output_dir contains folders that are not from a tunesmith run: "
+            f"{_first_names(folders)}",
             where=str(output_dir),
             why="the run's files and checkpoints would be mixed with them",
             fix=f"use a new folder: {shell_word(f'output_dir={output_dir}/my-run')}",
@@ -170,31 +171,31 @@ def _first_names(names: list[str]) -> str:
     return f"{text}, ..." if len(names) > NAMED_FILES else text
 
 
-def _other_entries(output_dir: Path) -> list[str]:
-    """The files and folders that neither a run nor a scheduler, such as Slurm, wrote."""
+def _other_folders(output_dir: Path) -> list[str]:
+    """The folders that no run wrote, of a directory that holds nothing but folders; else none."""
     try:
         entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError:
         return []  # `_lock` says why
-    others = []
+    folders = []
     for path in entries:
+        if not path.is_dir():
+            return []
         # What is hidden, and `lost+found` of a disk, is nobody's work.
         is_system = path.name.startswith(".") or path.name == "lost+found"
-        is_log = path.suffix in (".log", ".out", ".err")
-        is_of_run = path.name in (LAUNCH, STOP_FILE) or bool(_WRITTEN.fullmatch(path.name))
-        if is_system or is_log or is_of_run or _is_rows_of_program(path):
+        is_of_run = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name))
+        if is_system or is_of_run or _is_rows_of_program(path):
             continue
-        # The runs of a sweep are below its own folder.
+        # The runs of a sweep lie below its own folder.
         if not is_run(path):
-            others.append(path.name)
-    return others
+            folders.append(path.name)
+    return folders
 
 
 def _is_rows_of_program(folder: Path) -> bool:
     """Tell whether it is the folder of a program's rows, with nothing else in it."""
-    if folder.name != ROWS_FOLDER or not folder.is_dir():
-        return False
-    return all(_PROGRAM_ROWS.fullmatch(path.name) for path in folder.iterdir())
+    names = {path.name for path in folder.iterdir()}
+    return folder.name == ROWS_FOLDER and all(map(_PROGRAM_ROWS.fullmatch, names))
 
 
 @contextlib.contextmanager

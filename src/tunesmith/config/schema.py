@@ -543,7 +543,7 @@ class Run:
     profile: Profile = key(Profile(), "traces and a memory snapshot", free=True)
     output_dir: str = key(
         ...,
-        "the run directory: new, empty, or of this run; not the working or the home directory",
+        "the run directory; not the working or the home directory",
         example="runs/mine",
         others=("output", "out_dir"),
         free=True,
