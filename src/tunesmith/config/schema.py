@@ -32,8 +32,8 @@ TrackerName = Literal["mlflow", "trackio", "comet_ml", "swanlab", "wandb"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 StatedDtype = Literal["auto", "bf16", "fp16", "fp32"]
 Quantize = Literal["auto", "none", "fp8", "nf4", "as-shipped"]
-# Proposed batches of kto have at least so many examples: its reference point is a mean over the
-# prompts of a batch, each with the answer of another one.
+# Minimum size of a batch that is proposed for kto, in examples. Its reference point is a mean over
+# the prompts of a batch, each with the answer to another prompt.
 MIN_KTO_BATCH = 4
 # What `data.leave_out` may name; data/compare/row_checks.py finds it.
 RowFault = Literal["near-duplicates", "contradictions"]

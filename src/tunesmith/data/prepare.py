@@ -312,10 +312,10 @@ class TrainingData:
         batch = self.run.train.global_batch
         # A step takes whole rows.
         unit = self.schedule.row_length if batch.unit == "tokens" else 1
-        least = MIN_KTO_BATCH if self.run.method.name == "kto" else 1
+        min_batch = MIN_KTO_BATCH if self.run.method.name == "kto" else 1
         smaller_batch = max(1, batch.amount * steps // FEW_STEPS // unit) * unit
         # So many steps stay as many, whatever their size.
-        if least <= smaller_batch < batch.amount and self.run.train.duration.unit != "steps":
+        if min_batch <= smaller_batch < batch.amount and self.run.train.duration.unit != "steps":
             fix += f' or train.global_batch="{smaller_batch} {batch.unit}"'
         only = f"only {count_of(steps, 'optimizer step')}"
         return [f"{only}: a model hardly changes in fewer than {FEW_STEPS}; fix: {fix}"]
@@ -338,7 +338,7 @@ class TrainingData:
         )
 
     def _tell_unread(self, part: SourceTokens) -> Iterator[str]:
-        """Columns, and keys of turns, that nothing reads and that may change what is meant.
+        """Yield warnings about columns, and keys of turns, that nothing reads and that may matter.
 
         Columns that may rate the answers come first.
         """

@@ -89,10 +89,14 @@ class Worker(Generic[Task, Result]):
         self._unsent: list[object] = [function]
 
     def __call__(self, task: Task, where: str, seconds: float | None = None) -> Result:
-        """Return what the function makes of a task at the place `where`, or raise its error.
+        """Apply the function to a task and return its result, or raise its error.
+
+        Args:
+            where: the place of the task, for errors.
+            seconds: the time limit. After a TimeoutError the worker can only be closed.
 
         Raises:
-            TimeoutError: it takes longer than `seconds`, and the worker is of no more use.
+            TimeoutError: the task takes longer than `seconds`.
             MachineError: the process ended.
         """
         requests = self.process.stdin
@@ -120,7 +124,7 @@ class Worker(Generic[Task, Result]):
         return answer
 
     def close(self) -> None:
-        """End the process, and lose what it was doing."""
+        """Kill the process, also in the middle of a task."""
         self.process.kill()
         self.process.communicate()
 

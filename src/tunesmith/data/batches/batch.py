@@ -116,10 +116,10 @@ class Batch:
         return is_token.flatten()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`: not copied if there already, without blocking if pinned.
+        """Return the batch on `device`. Tensors in pinned memory are copied without blocking.
 
-        Pictures stay on the host, as they may take gigabytes: the model copies those of a micro
-        batch when it needs them.
+        Pictures stay on the host, because they may take gigabytes: the model copies those of a
+        micro batch when it needs them.
         """
         texts = replace(self, pictures={})
         placed = texts.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))

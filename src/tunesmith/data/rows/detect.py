@@ -65,12 +65,12 @@ _BETTER_AND_WORSE = (
     ("win", "lose"),
 )
 
-# Columns with the class of a text.
+# Names of columns that hold the class of a text.
 _CLASS_NAMES = frozenset(
     "label labels gold_label label_text label_name class class_label class_name sentiment polarity"
     " emotion intent stance".split()
 )
-# The same, unless the text has columns of other kinds: documents have categories too.
+# Further names, only for rows of two columns: documents have categories, too.
 _TOPIC_NAMES = frozenset("category topic target tag genre rating stars".split())
 
 # The key of the roles in a chat, `role` or `from` -> the columns that hold such chats.
@@ -85,7 +85,7 @@ class Detected:
         columns: the format's name of a column -> the file's.
         ignored: the columns that are not read.
         has_pictures: whether a row that was looked at has any.
-        picture_column: an ignored column with pictures; empty where there is none.
+        picture_column: an ignored column with pictures; empty if there is none.
     """
 
     format: FormatName
@@ -330,7 +330,7 @@ class _SampledRows:
             )
 
     def check_class_is_read(self, layouts: list[Detected]) -> None:
-        """DataError where a column is the class of a text, which `layouts` do not read."""
+        """Raise DataError if a column holds the class of a text and `layouts` do not read it."""
         kinds = {plain(column) for column in self.columns if not plain(column).endswith("id")}
         names = _CLASS_NAMES | _TOPIC_NAMES if len(kinds) == 2 else _CLASS_NAMES
         letters = {column: count_letters(self._values(column)) for column in self.columns}
@@ -348,7 +348,7 @@ class _SampledRows:
             as_answer += f", after the numbers in {answer} are replaced by words"
         alone = Detected("text", {"text": texts[0]}).flags()
         raise self.error(
-            f"{answer} looks like the class of a text, and text is learned without it",
+            f"{answer} looks like the class of a text, and nothing reads it",
             f"to learn it as the answer: {as_answer}; to learn the text alone: {alone}",
         )
 

@@ -325,7 +325,7 @@ def _pair_prompt(row: RowReader) -> object:
             raise row.error("the row has both prompt and conversations", why, "delete one of them")
         prompt = row.json(conversations, "conversations")
     if isinstance(prompt, Mapping) and "messages" in prompt:
-        # OpenAI's pairs have the tools beside the messages of the prompt.
+        # In OpenAI's pairs the prompt is an object with the messages and the tools.
         row.row = {"tools": prompt.get("tools"), **row.row}
         prompt = prompt["messages"]
     return _with_input(row, prompt)

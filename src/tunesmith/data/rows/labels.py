@@ -29,13 +29,13 @@ _BAD_LABELS = frozenset(
     "downvote,downvoted,dislike,disliked,👎,incorrect,not correct,wrong,fail,failed,not approved,"
     "unhelpful,not helpful,failure,unsuccessful,❌,✗,✘".split(",")
 )
-# Words that only a grade has.
+# Words that are low grades, but no labels.
 _LOW_GRADES = frozenset("low,very low,poor,very poor,terrible,awful".split(","))
-# What may follow a thumb: a color of the skin, or the mark of a picture.
+# What may follow a thumb: a skin tone, or the character that makes it an emoji.
 _SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 
-# Names of columns: a word for the rating, with words around it for what is rated, and by whom. A
-# `correct_label` is the right answer.
+# Names of columns: a word for the rating (%s), with words around it for what is rated and by whom.
+# A column `correct_label` holds the right answer, not a rating.
 _RATING = (
     r"(?:(?:is|was|answer|response|completion|output|solution|generation|assistant|model|human"
     r"|user|annotator|expert|judge|llm|overall|final|binary)_)*+(?:%s)"
@@ -45,12 +45,12 @@ _LABEL_WORDS = "|".join(ROW_FORMATS["feedback"].names("label")) + (
     "|correct|accepted|approved|passed|pass|good|helpful|thumbs?_up|liked|upvoted|preferred|success"
     "|successful|succeeded|solved|resolved"
 )
-# True means bad.
+# Columns in which true means a bad answer.
 _REVERSED_WORDS = "incorrect|wrong|bad|thumbs?_down|downvoted|disliked|hallucinated|hallucination"
 _SCORE_WORDS = "score|reward|rating|quality|stars|grade|correctness|helpfulness"
-# Words and truth values are labels here, and numbers are grades.
+# Columns in which words and truth values are labels, and numbers are grades.
 _OPINION_WORDS = f"{_SCORE_WORDS}|feedback|verdict|thumbs?|votes?|judge?ment|outcome"
-# Columns that may say other things too: only clear words are labels here.
+# Columns that may hold other things, too: only unambiguous words are labels there.
 _REMARK_WORDS = "status|result|evaluation|annotation|assessment|preference|reaction|emoji"
 _VAGUE_LABELS = frozenset("false,no,n,f,0,0.0,down".split(","))
 _is_remark = re.compile(_RATING % _REMARK_WORDS).fullmatch
@@ -58,7 +58,7 @@ _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
 _is_reversed = re.compile(_RATING % _REVERSED_WORDS).fullmatch
 _is_opinion = re.compile(_RATING % _OPINION_WORDS).fullmatch
 _has_score = re.compile(rf"(?:.*_)?(?:{_SCORE_WORDS})s?(?:_.*)?").fullmatch
-# Another number shows that a column measures something.
+# Numbers that may be grades. Any other number becomes _NO_GRADE: its column measures something.
 _GRADES = range(-10, 11)
 _NO_GRADE = 99
 # Grades up to this share of the highest one are low: 1 and 2 of 5, 0 and 1 of 4.
@@ -68,7 +68,7 @@ _LOW_SHARE = 0.4
 def read_label(value: object) -> bool | None:
     """Return whether a label calls its answer good. Return None if it says neither good nor bad.
 
-    A number other than 0 and 1 may be a rank, and a word such as positive what a text expresses.
+    A number other than 0 and 1 may be a rank, and a word such as positive may describe a text.
     """
     if isinstance(value, bool | int | float):
         return bool(value) if value in (0, 1) else None
@@ -121,7 +121,7 @@ def check_no_bad_label(row: RowReader) -> None:
 
 
 def _use_labels(source: Source, column: str) -> str:
-    """The overrides that learn from good and bad answers by the labels of a column."""
+    """Return the overrides that train on good and bad answers, by the labels in a column."""
     own_names = ROW_FORMATS[source.format].layouts[0].needed
     names = ("prompt", "completion") if len(own_names) == 2 else ("messages",)
     columns = dict(zip(names, own_names, strict=True))
@@ -159,9 +159,9 @@ def low_grades(grades: Mapping[str, Sequence[int]], rows: Rows, source: Source) 
     lines = []
     for column, rows_of in by_column.items():
         highest = max(rows_of)
-        # Between -1 and 1, 0 is no opinion.
-        least = -1 if min(rows_of) < 0 else highest * _LOW_SHARE
-        low = sorted(grade for grade in rows_of if grade <= least)
+        # If some grades are negative, 0 means no opinion.
+        limit = -1 if min(rows_of) < 0 else highest * _LOW_SHARE
+        low = sorted(grade for grade in rows_of if grade <= limit)
         if not low or not 0 < highest < _NO_GRADE:
             continue
         count = sum(rows_of[grade][0] for grade in low)

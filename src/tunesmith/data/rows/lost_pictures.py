@@ -1,7 +1,7 @@
-"""Pictures that a row means and nothing reads: marks in its texts, and files in its columns.
+"""Pictures that a row refers to and nothing reads: marks in its texts, and files in its columns.
 
-Such a row is trained as a text, so the model learns to answer about what it does not see. A text
-about markup, a program's usage or a document is no such row.
+Such a row is trained as a text, so the model learns to answer about a picture that it does not see.
+Texts about markup or about the usage of a program have such marks, too, and are not reported.
 """
 
 import re
@@ -14,8 +14,8 @@ from tunesmith.data.rows.samples import Completion, Conversation, Sample, pictur
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 _FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff")  # of PNG and JPEG files
-# Quotes, a closing tag or the words behind it show that a text is about the mark itself. A pattern
-# that begins with its first characters is found six times as fast.
+# Quotes, a closing tag, or a word such as "tag" after it show that a text is about the mark itself.
+# The pattern begins with the first characters of all marks, which makes it six times as fast.
 _MARK = re.compile(
     r"""[<!](?<![`"'].)(?:
     (?P<place>\|?(?P<name>(?:image|IMAGE)(?:[ _-]?\d+|_pad|_placeholder|_soft_token)?)\|?>
@@ -31,12 +31,12 @@ _MARK = re.compile(
 def find_lost_pictures(
     row: Mapping[str, object], sample: Sample, where: str, *, sees: bool
 ) -> Iterator[tuple[str, str]]:
-    """Find what of a row stands for a picture that nothing reads.
+    """Find the parts of a row that refer to a picture that nothing reads.
 
     Args:
-        row: the row that `sample` was made of.
+        row: the row from which `sample` was made.
         where: the row's place; paths in the row are relative to its folder.
-        sees: whether the model takes pictures: then each mark of one needs its picture.
+        sees: whether the model takes pictures. If so, each mark needs its picture.
 
     Yields:
         A name in ROW_WARNINGS, and the column or the mark.
@@ -56,13 +56,14 @@ def find_lost_pictures(
             elif named:
                 if role == "user" and (sees or is_picture(named.strip(), where)):
                     yield "picture_mark", named
-            # `docker run <image>` is a text. A picture begins a line, or stands behind a sentence.
+            # In `docker run <image>` the mark is text. That of a picture begins a line or follows
+            # a sentence.
             elif before[-1:] in "\n:?.!(：。？！" or (sees and role == "user"):
                 yield "picture_mark", match[0]
 
 
 def _texts_of(sample: Sample) -> list[tuple[str, str]]:
-    """Return the texts of a sample with the role of who says them."""
+    """Return the texts of a sample, each with the role of its speaker."""
     if isinstance(sample, Conversation):
         return [(turn["role"], turn["content"]) for turn in sample.messages]
     if isinstance(sample, Completion):

@@ -116,7 +116,7 @@ def check_row_marks(row: RowReader) -> None:
 
 
 def value_of_cell(value: object) -> object:
-    """Return the truth value, the number or the list that a cell of a csv file has as text."""
+    """Return the truth value, number or list that a cell of a CSV file holds as text."""
     if not isinstance(value, str):
         return value
     try:

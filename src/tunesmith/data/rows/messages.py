@@ -184,7 +184,7 @@ def _read_turn(
     # Most turns have nothing else.
     others = {key: turn[key] for key in turn if key not in (form.role, form.content)}
     if others:
-        # LangChain has the calls of Anthropic's models in the content, too.
+        # LangChain stores the calls of Anthropic's models twice: also in the content.
         parts.calls += [c for c in _calls_of_keys(row, others, at) if c not in parts.calls]
         thought = _thought(row, others, parts.thought, at)
         is_trained = is_trained_turn(row, role, others, at)
@@ -220,7 +220,7 @@ def _with_results(
     """The messages of a user's turn that holds tool results, and perhaps a text behind them."""
     if role not in ("user", "tool") or thought or parts.calls:
         raise row.error(
-            f"a tool result in a turn of the {role}", "only a user's may have one", at=at
+            f"a tool result in a turn of the {role}", "it belongs to the user or the tool", at=at
         )
     if not parts.text:
         return parts.results
@@ -302,7 +302,7 @@ def _content(row: RowReader, content: object, form: Form, at: str, role: str) ->
         else:
             raise row.error(
                 f"a content part of type {kind or ', '.join(part)!r}",
-                "parts are text, image, reasoning, tool_call, or as in Anthropic, Bedrock, Gemini",
+                "supported: text, image, reasoning, tool_call; parts of Anthropic, Bedrock, Gemini",
                 "delete the row, or write the part as text",
                 at,
             )
@@ -318,7 +318,7 @@ def _part_value(part: Mapping[str, object]) -> object:
 
 
 def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
-    """The result of a tool, as Anthropic, Bedrock or Gemini has it, as a message."""
+    """Return a tool result in the form of Anthropic, Bedrock or Gemini as a message."""
     content = part.get("content", [{"json": part.get("response")}])
     message: Message = {"role": "tool", "content": _content(row, content, MESSAGE, at, "tool").text}
     if part.get("tool_use_id"):
@@ -330,7 +330,7 @@ def _result(row: RowReader, part: Mapping[str, object], at: str) -> Message:
 
 # The arguments of a call: OpenAI's name, Llama 3's and Anthropic's.
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
-# The id of a call: the Responses API's and Bedrock's names, and OpenAI's.
+# The key of a call's id: in the Responses API, in Bedrock, and in OpenAI's messages.
 _IDS = ("call_id", "tool_use_id", "id")
 
 
@@ -411,7 +411,7 @@ def read_tools(row: RowReader) -> list[ToolSchema] | None:
     that was exported from Arrow has, where each object gets the keys of all others.
     """
     value = row.optional("tools")
-    # A csv file has None as text.
+    # A CSV file may hold None as text.
     if value is None or (isinstance(value, str) and value.strip() in ("", "null", "None")):
         return None
     tools: list[ToolSchema] = []
@@ -434,7 +434,7 @@ def read_system(row: RowReader) -> str | None:
     if is_absent(system):
         return None
     if isinstance(system, Mapping):
-        # Gemini's
+        # Gemini has `parts` in place of a content.
         system = system.get("parts", system)
     parts = _content(row, system, MESSAGE, "system", "system")
     return row.text(parts.text, "system")
@@ -458,9 +458,9 @@ def with_row_system(row: RowReader, messages: list[Message]) -> list[Message]:
 
 
 def check_order(row: RowReader, messages: list[Message]) -> None:
-    """DataError for what no template can render.
+    """Raise DataError for messages that no template can render.
 
-    That is a result without a call, an answer to nothing, or no answer at the end.
+    They have a result without a call, an answer to nothing, or no answer at the end.
     """
     roles = [message["role"] for message in messages]
     may_have_result = False

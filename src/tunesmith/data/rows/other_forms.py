@@ -60,7 +60,7 @@ def openai_message(turn: Mapping[str, Any], roles: Collection[str]) -> Mapping[s
 
 
 def typed_part(part: object) -> Mapping[str, Any]:
-    """Return a content part with a type. A part that has one, or several values, is unchanged."""
+    """Return a content part with a type. A part with a type or several values is unchanged."""
     if not isinstance(part, Mapping):
         return {"type": "text", "text": part}
     known = [key for key in _PART_TYPES if part.get(key) is not None]

@@ -1,8 +1,8 @@
-"""A picture's bytes -> its size, its digest, and its pixels, turned as EXIF says.
+"""A picture's bytes -> its size, its digest, and its pixels, rotated as EXIF says.
 
-What cannot be trained on is refused by the row and the picture while tokens are made: each picture
-is decoded once for that, so that none stops a run in its middle. Nothing is fetched from the
-network.
+Each picture is decoded once while rows become tokens. A picture that cannot be trained on is an
+error there, which names its row, so that it does not stop the run later. Nothing is fetched from
+the network.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _read_file(picture: Picture, place: str) -> bytes:
         if path.is_file():
             size = path.stat().st_size
             if size <= MAX_PICTURE_BYTES:
-                # Files of /proc have no size, and reading one may wait for ever.
+                # Files of /proc have the size 0, and reading one may never end.
                 return path.read_bytes() if size else b""
             what = f"{path} has more than {MAX_PICTURE_BYTES >> 20} MiB"
             why = "a picture has less"

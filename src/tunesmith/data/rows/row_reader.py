@@ -48,19 +48,19 @@ HARMLESS_COLUMNS = frozenset(
 
 
 def is_harmless(column: str) -> bool:
-    """Return whether a column has a harmless name, or one that ends with such a word."""
+    """Return whether a column's name, or the last word of it, is one of HARMLESS_COLUMNS."""
     name = plain(column)
     last_word = name.rpartition("_")[2]
     return name in HARMLESS_COLUMNS or last_word in HARMLESS_COLUMNS - {"text"}
 
 
-# Columns with texts that are no question and no answer.
+# Columns whose texts are neither questions nor answers.
 NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
     name for column in READ_BY_ANY_NAME for name in ROW_FORMATS["messages"].names(column)
 }
 
 
-# All rows have the same names, tens of thousands in a wide table.
+# Cached, because all rows have the same names: tens of thousands in a wide table.
 @lru_cache(maxsize=1 << 17)
 def plain(name: object) -> str:
     """A column's name in small letters, without accents, its words joined by underscores."""
@@ -149,7 +149,7 @@ def guess_columns(
     Args:
         needed: names of a format -> their usual names in files.
         meant: names of a format -> the columns that the recipe names, of which there is none.
-        rows: some rows, whose texts are counted.
+        rows: some rows, to find the columns with the most text.
     """
     free = {plain(column): column for column in columns}
     guessed: dict[str, str] = {}
@@ -169,9 +169,9 @@ def guess_columns(
                 guessed[name] = free.pop(key)
     letters = {}
     for name, column in free.items():
-        # Nobody means to learn the worse answers.
+        # The worse answers are not to be learned.
         is_worse = "rejected" not in needed and is_named_rejected(column)
-        # Beside a column that its name tells, one that is seldom a text may be the other.
+        # A column of NO_TEXTS is proposed only if another name was found by its column's name.
         is_likely = bool(guessed) or name not in NO_TEXTS
         count = count_letters(row.get(column) for row in rows)
         if count and is_likely and not is_worse:
@@ -186,7 +186,7 @@ def guess_columns(
 
 
 def is_named_rejected(column: str) -> bool:
-    """Return whether a column's name is that of the worse answers of pairs."""
+    """Return whether a column's name says that it holds the worse answers of pairs."""
     name = plain(column)
     return "rejected" in name.split("_") or bool(
         nearest("rejected", [name], cutoff=MIN_NAME_SIMILARITY)
@@ -194,7 +194,7 @@ def is_named_rejected(column: str) -> bool:
 
 
 def count_letters(values: Iterable[object]) -> int:
-    """Count the letters of values; 0 where one is no text, so that nobody could learn it."""
+    """Count the letters of values. Return 0 if one is not text: its column cannot be learned."""
     count = 0
     for value in values:
         if value is not None and not isinstance(value, str):
@@ -212,7 +212,7 @@ class RowReader:
         folder: as of `Place`; a program's rows have paths from the working directory.
         column_pictures: those of the column `images`.
         pictures: those of parts of contents, in order; None takes the next one of the column.
-        bad_turns: place, key and value of each label that calls a turn to learn a bad answer.
+        bad_turns: place, key and value of each label that calls a trained turn bad.
     """
 
     def __init__(self, row: Mapping[str, object], source: Source, where: str) -> None:
@@ -315,7 +315,7 @@ class RowReader:
     def _propose_columns(self, missing: Sequence[str]) -> str:
         """Propose a `columns:` line with columns that nothing reads yet.
 
-        Rows that have no chat are proposed as questions and answers.
+        If none of them fits the format, propose columns of questions and answers.
         """
         mapped = self.source.columns
         form = ROW_FORMATS[self.source.format]

@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 # What may stand between the values of a csv file, in words; the comma is looked for first.
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _NAMED_SEPARATOR = re.compile(r"""["']?sep=([,;\t|])["']?\r?\n""", re.IGNORECASE)
-# A value of a row, and hardly the name of a column: a number, a sentence, or a long text.
+# A text that is probably a value and not a column's name: a number, a sentence, or a long text.
 _VALUE = re.compile(r"^[\d\s.,:/-]+$|[.?!。？！]\s*$|(?:\S+\s+){5}|^.{60}")
 FIRST_ROWS = 20  # that have to agree with the header on another separator than a comma
-CSV_HEAD_BYTES = 1 << 19  # of a file, where these first rows are looked for
+CSV_HEAD_BYTES = 1 << 19  # of a file, in which these first rows are searched
 
 
 def read_csv(path: Path) -> Table:
@@ -93,8 +93,8 @@ def read_csv(path: Path) -> Table:
 
 
 def propose_header(where: str, columns: Sequence[str], names: Mapping[str, str]) -> str:
-    """Propose the command that puts a header above the rows of a CSV file; empty unless the first
-    line looks like a row.
+    """Propose the command that writes a header above the rows of a CSV file. Return an empty text
+    unless the first line looks like a row.
 
     Args:
         where: the place of a row.

@@ -196,7 +196,7 @@ def _read_json_lines(path: Path) -> Table:
         except RecursionError:
             why = "nested too deep"
         if i == 0:
-            # The first object may go over several lines.
+            # The first object may span several lines.
             stop = min(start + READ_BYTES, lines.starts[-1])
             text = read_span(path, version, start, stop).decode(errors="replace")
         is_cut = i == count - 1 and not line_break
@@ -346,8 +346,9 @@ def _broken_json(path: Path, text: str, error: Exception) -> DataError:
 
 
 def _conversion_of_values(path: Path, text: str) -> str:
-    """Return the command that makes rows of JSON values one after another, or empty if `text` is
-    none of them: the beginning of the file, or a line.
+    """Return the command that converts a file of JSON values one after another to rows.
+
+    Return an empty text if `text`, the beginning of the file or a line, does not begin as one.
     """
     text = text.lstrip()
     try:

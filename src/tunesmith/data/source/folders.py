@@ -102,8 +102,8 @@ class _Content(NamedTuple):
 
     Attributes:
         splits: the files of each split; `train` comes first.
-        skipped: those that are not read, in a clause.
-        layout: those that are about them or hidden, in a clause.
+        skipped: a clause that names the files that are not read.
+        layout: a clause about the configuration, and files that are hidden or describe others.
     """
 
     splits: dict[str, list[Path]]
@@ -113,10 +113,10 @@ class _Content(NamedTuple):
 
 
 def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[str, list[Path]]:
-    """Return the files of each split that their names tell; `train` comes first."""
+    """Return the files of each split, by the names of the files; `train` comes first."""
     names = [_split_of(file.relative_to(folder), is_text=is_text) for file in files]
-    # A document may be called after a test, and a folder `dev` may be about developing: texts are
-    # in splits only if all are, in folders next to each other.
+    # A document may be named after a test, and a folder `dev` may be about development. So texts
+    # have splits only if all of them are in folders that are named after splits.
     if is_text and not all(names):
         return {"train": files}
     splits: dict[str, list[Path]] = {"train": []}
@@ -126,7 +126,7 @@ def _splits_by_name(folder: Path, files: list[Path], *, is_text: bool) -> dict[s
 
 
 def _split_of(place: Path, *, is_text: bool) -> str:
-    """Return the split that a file's place in its folder names; empty if it names none."""
+    """Return the split that a file's path names, for texts only by the first folder; or empty."""
     words = [name.lower() for name in place.parts[:-1]]
     if is_text:
         words = words[:1]

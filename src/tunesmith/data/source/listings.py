@@ -1,7 +1,7 @@
-"""The files below a folder or of a pattern that are one data set.
+"""Find the files of one data set, in a folder or by a pattern.
 
-A folder that `datasets` saved, and a clone of a data set of the Hub, list their files. Of any other
-folder all files are taken.
+A folder that `datasets` saved, and a clone of a data set of the Hub, list their files. In any other
+folder, all files are taken.
 """
 
 import glob
@@ -31,7 +31,7 @@ class Listing(NamedTuple):
     Attributes:
         folder: the folder that contains all of them.
         splits: the files of each split; None if only their names tell the splits.
-        left_out: how many files are not listed, by a noun for them.
+        left_out: how many files are not listed, by their kind, such as `cache file`.
         layout: the configuration that is read, for the user.
     """
 
@@ -73,8 +73,8 @@ def list_files(path: Path, config: str | None) -> Listing:
 
 
 def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[Path]], str]:
-    """Return the files of each split of a configuration, and a line about it; without a name, of
-    the default one.
+    """Return the files of each split of a configuration, and a line about it. Without a name, the
+    default configuration is taken.
     """
     import datasets
 
@@ -89,8 +89,10 @@ def _files_of_config(folder: Path, config: str | None) -> tuple[dict[str, list[P
 
 
 def config_error(name: str, error: Exception) -> DataError:
-    """Return the error for a data set that needs the name of a configuration; that of `datasets`
-    lists the names."""
+    """Return the error for a data set that needs the name of a configuration.
+
+    error: the error of `datasets`, which lists the names.
+    """
     names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
     return DataError(
         f"the dataset {name} needs a configuration",
@@ -115,7 +117,7 @@ def _walk(folder: Path, left_out: Counter[str]) -> list[Path]:
             continue
         seen.add(real)
         hidden = [f for f in folders if f.startswith(".") or f in SKIPPED_FOLDERS]
-        # Of a folder and a link to it the first by name is walked, whatever the disk's order.
+        # Sorted: of a folder and a link to it, always the first by name is walked.
         folders[:] = sorted(f for f in folders if f not in hidden)
         own = _without_caches(Path(name), names)
         left_out["cache file"] += len(set(names).difference(own))

@@ -28,14 +28,14 @@ from tunesmith.host.shell import shell_path, shell_word
 
 # A longer row is a file with its line breaks lost; tokenizing it would take minutes.
 MAX_ROW_BYTES = 32 << 20
-# Of a file, from which its encoding is guessed.
+# Bytes at the beginning of a file from which its encoding is guessed.
 HEAD_BYTES = 1 << 16
-# The largest share of the characters outside ASCII that may be unusual in an encoding.
+# Maximum share of the non-ASCII characters that may be unusual in an encoding.
 MAX_UNUSUAL = 0.25
 _CYRILLIC = r"[А-ЯЁ]?[а-яё]{2,}"
 _CHINESE = r"[一-鿿\u3000-\u303f\uff00-\uffef]+"
-# What most of a text consists of, by its encoding. If two fit equally, the first one is taken: any
-# Korean text is also one of Chinese characters. Windows calls cp1252 by the name of latin1.
+# Encoding -> pattern of its usual non-ASCII text. If two encodings fit equally, the first one is
+# taken: the bytes of a Korean text are also Chinese characters. cp1252 includes latin1's letters.
 _USUAL_TEXT = {
     "cp1252": r"(?<![^\0-\x7f])[À-ÖØ-öø-ÿŒœŠšŽž‘’“”–—…€£©®°«»¡¿\xa0·]{1,2}(?![^\0-\x7f])",
     "cp1251": _CYRILLIC,
@@ -276,11 +276,11 @@ def check_not_wide(path: Path, data: bytes, where: str) -> None:
     """Raise DataError if `data` begins as UTF-16 or UTF-32."""
     encoding = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
-        raise not_utf8_error(path, data, where, f"its characters are those of {encoding}")
+        raise not_utf8_error(path, data, where, f"it begins as {encoding} text does")
 
 
 def not_utf8_error(path: Path, data: bytes, where: str, why: str) -> DataError:
-    """Return the error for a file with `data` that is not UTF-8."""
+    """Return the error for a file in which `data` is not UTF-8."""
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     # The beginning of the file shows more than a single row does.

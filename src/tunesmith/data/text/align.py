@@ -78,8 +78,8 @@ class _Tokens(NamedTuple):
 
 @contextmanager
 def _tokenizer_errors(where: str = "") -> Iterator[None]:
-    """DataError if the tokenizer fails on a text, for example because a pattern of it takes too
-    many steps.
+    """Raise DataError if the tokenizer fails on a text, for example because one of its patterns
+    takes too many steps.
     """
     try:
         yield

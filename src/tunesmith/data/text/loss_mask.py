@@ -133,7 +133,8 @@ def _check_complete(
         texts = content.split(PICTURE_MARK) if chat.with_pictures else [content]
         if not is_marked and any(text.strip() not in rendering.text for text in texts):
             raise _dropped(chat, Field(i, "content", content), rendering, where)
-        # A template may write all system messages first: earlier answers would learn from them.
+        # A template may write all system messages first. Earlier answers would have later ones in
+        # their prompts.
         is_late = i > 0 and plain["role"] == "system"
         if is_late and rendering.of_message(i - 1) > rendering.of_message(i) > []:
             raise chat.error(
@@ -213,7 +214,7 @@ def _answer(
             raise chat.error(
                 f"moves the text before the call of message {i + 1}, an answer",
                 where,
-                "it writes the text behind the call, or behind the result of the call",
+                "it writes the text after the call, or after the result of the call",
                 _FIX_TEXT_AND_CALL,
             )
         if start > rendering.place(indices[0]) or not is_contiguous:

@@ -1,7 +1,7 @@
 """Pictures as a model takes them: placeholder tokens in the text, and arrays for its vision part.
 
-Both come from one processor of Transformers. The tokens of a picture follow from its width and
-height alone, so they are those of a blank picture of the same size.
+Both come from one processor of Transformers. The tokens of a picture depend only on its width and
+height, so they are those of a blank picture of the same size.
 
 The processor's class is asked for neither torchvision nor a video processor: pictures need none.
 """
@@ -142,7 +142,7 @@ class PictureProcessor:
 
         Raises:
             ModelError: the folder has none, or Transformers cannot build it.
-            MachineError: Transformers is older than its support of pictures' features.
+            MachineError: Transformers is too old for models that take features of pictures.
         """
         if Version(transformers.__version__) < Version(_MIN_TRANSFORMERS):
             raise MachineError(

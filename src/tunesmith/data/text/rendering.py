@@ -121,8 +121,8 @@ class TemplateTraits:
         lists_tools: whether it writes the tools of a conversation.
         splits_thoughts: whether the thought of a text is given to it as a field.
         writes_thoughts: whether rows get a thought that its generation prompt opens.
-        wrapped_result: a tool result between the tags that it writes around results; None: it
-            writes no tags.
+        wrapped_result: a pattern of a result between the tags that it writes around tool results;
+            None: it writes no tags.
     """
 
     form: MessageForm = DEFAULT_FORM
@@ -244,7 +244,7 @@ class ChatRenderer:
     def in_form(self, messages: Messages) -> Messages:
         """Return the messages without what the template would repeat or not read.
 
-        A thought of a text moves to `reasoning_content` if the template would not read it in the
+        A thought in a text moves to `reasoning_content` if the template would not read it in the
         text. A tool result loses the tags that the template writes again.
         """
         wrapped = self.traits.wrapped_result

@@ -112,7 +112,7 @@ ROW_WARNINGS = {
         " or delete these rows",
     ),
     "grounding": RowWarning(
-        what="a place such as <bbox> that nothing fills in",
+        what="a placeholder such as <bbox> that nothing fills in",
         why="the model learns to write it literally",
         fix="write the names and the coordinates into the text",
     ),

@@ -1,7 +1,8 @@
-"""A trial of a chat template, which is a program, in a process with limits.
+"""A trial of a chat template in a process with limits on time and memory.
 
-A template of a stranger may loop without end, or write more text than the memory holds. Jinja's
-sandbox does not prevent this: it limits a single range(), not loops in loops, and no text.
+A chat template is a program. One that a stranger wrote may loop without end, or write more text
+than fits into memory. Jinja's sandbox does not prevent this: it limits a single range(), but not
+nested loops or the length of a text.
 """
 
 import json
@@ -13,7 +14,7 @@ from functools import cache
 from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, MachineError
 
-MAX_SECONDS = 5  # of the processor
+MAX_SECONDS = 5  # of processor time
 TRIAL_BYTES = 512 << 20
 TRIAL_CHARACTERS = 10_000_000
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -33,7 +34,7 @@ _TRIAL_CONVERSATIONS = """[
 
 
 def plain_jinja(jinja: str) -> str:
-    """A template without Transformers' own tag {% generation %}, which Jinja does not know."""
+    """Return a template without Transformers' tag {% generation %}, which Jinja does not know."""
     return _GENERATION_TAG.sub(
         lambda match: f"{match[1]}{'endif' if match[2] else 'if true'}{match[3]}", jinja
     )
@@ -41,13 +42,14 @@ def plain_jinja(jinja: str) -> str:
 
 @cache
 def try_template(jinja: str, name: str) -> None:
-    """DataError for a template that renders a short conversation without end, or too long a text.
+    """Raise DataError if a template exceeds a limit on a short conversation.
 
-    name: what errors call the template.
+    name: the name of the template in errors.
     """
     worker = Worker(_render, "the trial of the chat template")
     try:
-        # The limit of processor time ends the trial, unless other programs take the processor.
+        # Usually the limit on processor time ends the trial. This longer limit is for a process
+        # that waits.
         why = worker(jinja, name, 12 * MAX_SECONDS)
     except (MachineError, TimeoutError):
         why = f"it takes more than {MAX_SECONDS} s to render a short conversation"
@@ -58,13 +60,13 @@ def try_template(jinja: str, name: str) -> None:
             f"{name} cannot be used",
             where="data.template",
             why=why,
-            fix="remove loops in loops and large texts from the template, or use another one: "
+            fix="remove nested loops and large texts from the template, or use another one: "
             "data.template=FILE.jinja",
         )
 
 
 def _render(jinja: str) -> str:
-    """Render some conversations within the limits; returns why that is not possible."""
+    """Render some conversations; return which limit the template exceeds, or an empty text."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:

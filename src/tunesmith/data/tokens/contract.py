@@ -231,7 +231,7 @@ def _rules(
         _Rule(
             name="every answer has a supervised token besides its end",
             of="answer",
-            why="of an answer that is not empty the end token alone is supervised",
+            why="the answer is not empty, and only its end token is supervised",
             fix="use another template (data.template); or delete the row, if it has no answer",
             find=lambda chunk: _answers_without_text(chunk, end_ids),
         ),

@@ -53,7 +53,7 @@ class EncodedRow(NamedTuple):
         warnings: names in ROW_WARNINGS that fit it.
         has_empty_answer: whether one of its answers is, of a pair also the rejected one.
         unread: names of its columns, and of keys of its turns, that nothing reads.
-        grades: as of `RowSamples`.
+        grades: as in `RowSamples`.
     """
 
     example: Example
@@ -65,10 +65,10 @@ class EncodedRow(NamedTuple):
 
 
 class _ReadRow(NamedTuple):
-    """A row as samples, with its place and what of it nothing has read.
+    """A row as samples, with its place and the names of its parts that nothing has read.
 
     Attributes:
-        lost: names in ROW_WARNINGS, of its pictures that nothing reads.
+        lost: names in ROW_WARNINGS for pictures of the row that nothing reads.
     """
 
     row: RowSamples
