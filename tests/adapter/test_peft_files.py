@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -256,6 +256,28 @@ def test_what_is_not_computed_is_refused_by_name(written, change):
 def change_config(folder, change):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+def test_another_method_is_refused_by_its_name(tiny, tmp_path):
+    config = LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(tmp_path)
+    with refuses(ModelError, names=["peft_type", "LOHA"]):
+        peft_files.read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("target", [["embed_tokens"], r".*(q_proj|embed_tokens)"])
+def test_an_update_of_the_embedding_is_refused(target, tiny, tmp_path):
+    config = LoraConfig(target_modules=target, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).save_pretrained(tmp_path)
+    with refuses(ModelError, names=["model.embed_tokens.lora_embedding_A"], fix=["PEFT"]):
+        peft_files.read_adapter(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(written):
+    _, folder = written
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with refuses(ModelError, where="adapter_model.bin", fix=["save_pretrained"]):
+        peft_files.read_adapter(folder)
 
 
 @pytest.mark.parametrize(

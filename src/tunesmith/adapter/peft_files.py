@@ -56,6 +56,12 @@ NOT_READ = (
         "the vision part is frozen, and takes no adapter",
         MERGE,
     ),
+    (
+        re.compile(r".+\.lora_embedding_[AB]"),
+        "has a low-rank update of an embedding",
+        "only linear layers and experts take an adapter",
+        MERGE,
+    ),
 )
 # PEFT stores an embedding of another size twice more, under the names of its wrapper.
 WRAPPER = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
@@ -296,7 +302,8 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"there is no {ADAPTER_CONFIG}"
         raise ModelError(what, where=str(folder), fix="name a PEFT adapter's folder")
     settings = read_json(file, again="copy the adapter again")
-    for name, value in settings.items():
+    # Another method has other keys, but its name says more than the first of them.
+    for name, value in sorted(settings.items(), key=lambda setting: setting[0] != "peft_type"):
         if name not in HARMLESS and not NEUTRAL.get(name, operator.not_)(value):
             raise ModelError(
                 f"the adapter has {name} = {json.dumps(value)}, which is not supported",
@@ -304,6 +311,14 @@ def read_adapter(folder: Path) -> Adapter:
                 why="only plain LoRA and rsLoRA with a single rank are supported",
                 fix=MERGE,
             )
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists() and not (folder / ADAPTER_WEIGHTS).exists():
+        raise ModelError(
+            "the adapter's weights are pickled",
+            where=str(pickled),
+            why="only safetensors files are read, because a pickle can run code",
+            fix="load the adapter with PEFT, and save it again with save_pretrained(FOLDER)",
+        )
     _check_names(folder / ADAPTER_WEIGHTS)
     try:
         target = settings["target_modules"]
