@@ -253,7 +253,7 @@ class Trainer(LoopPart):
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has trained for its whole duration."""
+        """Return whether the run has trained for its whole duration."""
         if self.session.total_steps is not None:
             return self.progress.step >= self.session.total_steps
         return self.progress.seconds >= (self.run.train.duration.seconds or 0.0)

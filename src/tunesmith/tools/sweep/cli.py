@@ -64,20 +64,20 @@ def run(args: argparse.Namespace) -> int | None:
         if new_file is not None:
             new_file.check_file()
     if new_file is None:
-        return train_candidates(args, space)
+        return sweep_or_launch(args, space)
     log.info(f"recipe: {new_file.name}")
     args.recipe = str(new_file.path)
     is_new = not new_file.path.exists()
     new_file.write_file()
     try:
-        return train_candidates(args, space)
+        return sweep_or_launch(args, space)
     finally:
         # A start that is refused leaves no recipe.
         if is_new and not Path(new_file.run.output_dir, SWEEP).exists():
             new_file.path.unlink(missing_ok=True)
 
 
-def train_candidates(args: argparse.Namespace, space: Space) -> int | None:
+def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
     """Train the candidates, on the requested ranks, and print the result."""
     if args.ranks is not None and started_as() is None:
         words = ["--ranks", str(args.ranks), "--", "sweep", args.recipe, *args.words]
