@@ -129,7 +129,7 @@ def test_options_of_earlier_versions_name_what_replaces_them(
 def test_a_sweep_of_very_many_candidates_is_refused_with_its_number():
     listed = ",".join(map(str, range(MAX_CANDIDATES)))
     assert len(read_space([f"train.seed={listed}"]).grid()) == MAX_CANDIDATES
-    with refuses(RecipeError, names=["2,000", "1,000"], fix=["fewer values"]):
+    with refuses(RecipeError, names=["2,000", "1,000"]):
         read_space([f"train.seed={listed}", "adapter.rank=1,2"])
 
 
