@@ -33,9 +33,7 @@ def lines_of(*candidates: dict[str, Any], compared_by: str = "val_loss") -> list
     return list(best_lines(outcome))
 
 
-@pytest.mark.parametrize(
-    ("gap", "verdict"), [(0.5, "01-a "), (0.001, "No significant difference")]
-)
+@pytest.mark.parametrize(("gap", "verdict"), [(0.5, "01-a "), (0.001, "No significant difference")])
 def test_how_far_the_best_is_ahead_and_whether_that_is_noise(
     tmp_path: Path, gap: float, verdict: str
 ) -> None:
