@@ -70,6 +70,18 @@ def prepared(tiny: Path, tmp_path: Path, rows: list[Row], format_name: FormatNam
         ("quality", "high", "low"),
         ("answer_quality", "good", "very poor"),
         ("score", "helpful", "unhelpful"),
+        ("is_ok", True, False),
+        ("is_valid", "Yes", "No"),
+        ("is_chosen", 1, 0),
+        ("Correct?", "TRUE", "FALSE"),
+        ("was_this_helpful", "yes", "no"),
+        ("tests_passed", True, False),
+        ("contains_hallucination", "no", "yes"),
+        ("review_status", "approved", "rejected"),
+        ("decision", "accept", "reject"),
+        ("verdict", "Accepted", "WRONG_ANSWER"),
+        ("stars", "5 stars", "1 star"),
+        ("feedback", "positive", "negative"),
     ],
 )
 def test_a_bad_label_under_any_name(column: str, good: Any, bad: Any) -> None:
@@ -116,11 +128,27 @@ def test_the_way_on_names_the_columns_of_feedback(
         {"reward": 0.0},
         {"score": "0"},
         {"quality": None},
+        {"problem_is_valid": "No"},
+        {"selected": False},
+        {"meta": {"label": 0, "rating": 1, "topic": "bad"}},
+        {"openai_moderation": {"flagged": True}},
     ],
     ids=str,
 )
 def test_a_value_that_calls_no_answer_bad(harmless: Row) -> None:
     assert convert({**PAIR, **harmless})
+
+
+def test_a_bad_label_in_an_object() -> None:
+    label = {"metadata": {"id": 7, "is_correct": False}}
+    fix = ["copy it into a column", "rename metadata.is_correct"]
+    with refuses(DataError, where="rows.jsonl:1", names=["metadata.is_correct"], fix=fix):
+        convert({**PAIR, **label})
+    with refuses(DataError, fix=["label: metadata.is_correct"]):
+        convert({**PAIR, "metadata.is_correct": "false"})
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **label}]
+    with refuses(DataError, where="rows.jsonl:1, message 2", fix=['"train": false']):
+        convert({"messages": turns}, "messages")
 
 
 def test_a_bad_label_of_a_turn() -> None:
@@ -139,6 +167,7 @@ def test_a_bad_label_of_a_turn() -> None:
         ("reward", ["1", "0", "1"], 0),
         ("score", [1.0, -1.0, 1.0], -1),
         ("feedback", [0, -1, 1], -1),
+        ("vote", ["+1", "-1", "+1"], -1),
     ],
 )
 def test_numbers_that_are_labels(

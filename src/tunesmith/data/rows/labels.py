@@ -20,17 +20,22 @@ from tunesmith.units import count_of
 
 _GOOD_LABELS = frozenset(
     "true,yes,y,t,1,1.0,good,desirable,chosen,accepted,preferred,thumbs up,thumb up,thumbsup,up,"
-    "upvote,upvoted,like,liked,👍,correct,right,pass,passed,approved,helpful,success,successful,✅,✓,✔".split(
-        ","
-    )
+    "upvote,upvoted,like,liked,👍,correct,right,pass,passed,approved,helpful,success,successful,✅,✓,✔,"
+    "accept,approve,ok,okay,valid,keep,faithful,solved,resolved,satisfied".split(",")
 )
 _BAD_LABELS = frozenset(
     "false,no,n,f,0,0.0,bad,undesirable,rejected,thumbs down,thumb down,thumbsdown,down,"
     "downvote,downvoted,dislike,disliked,👎,incorrect,not correct,wrong,fail,failed,not approved,"
-    "unhelpful,not helpful,failure,unsuccessful,❌,✗,✘".split(",")
+    "unhelpful,not helpful,failure,unsuccessful,❌,✗,✘,reject,not accepted,not ok,invalid,"
+    "not valid,discard,unfaithful,hallucinated,unsolved,unresolved,unsatisfied,dissatisfied,"
+    "wrong answer,time limit exceeded,memory limit exceeded,runtime error,compile error,"
+    "compilation error".split(",")
 )
 # Words that are low grades, but no labels.
-_LOW_GRADES = frozenset("low,very low,poor,very poor,terrible,awful".split(","))
+_LOW_GRADES = frozenset(
+    "low,very low,poor,very poor,very bad,terrible,awful,negative,1 star,one star,2 stars"
+    ",two stars".split(",")
+)
 # What may follow a thumb: a skin tone, or the character that makes it an emoji.
 _SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 
@@ -38,20 +43,25 @@ _SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff\ufe0f]")
 # A column `correct_label` holds the right answer, not a rating.
 _RATING = (
     r"(?:(?:is|was|answer|response|completion|output|solution|generation|assistant|model|human"
-    r"|user|annotator|expert|judge|llm|overall|final|binary)_)*+(?:%s)"
+    r"|user|annotator|expert|judge|llm|overall|final|binary|this|has|contains|tests?|unit|all|qa"
+    r"|review|reviewer|moderator|moderation|approval|verifier|task|code)_)*+(?:%s)"
     r"(?:_(?:score|flag|feedback|rating|(?<!correct_)label))?"
 )
 _LABEL_WORDS = "|".join(ROW_FORMATS["feedback"].names("label")) + (
     "|correct|accepted|approved|passed|pass|good|helpful|thumbs?_up|liked|upvoted|preferred|success"
-    "|successful|succeeded|solved|resolved"
+    "|successful|succeeded|solved|resolved|ok|okay|acceptable|usable|accurate|faithful|satisfied"
+    "|satisfactory|(?<=_)(?:valid|chosen|selected)"
 )
 # Columns in which true means a bad answer.
-_REVERSED_WORDS = "incorrect|wrong|bad|thumbs?_down|downvoted|disliked|hallucinated|hallucination"
+_REVERSED_WORDS = (
+    "incorrect|wrong|bad|thumbs?_down|downvoted|disliked|hallucinated|hallucinations?|unhelpful"
+    "|inaccurate|unfaithful|low_quality|discarded|(?<=_)(?:rejected|invalid)"
+)
 _SCORE_WORDS = "score|reward|rating|quality|stars|grade|correctness|helpfulness"
 # Columns in which words and truth values are labels, and numbers are grades.
 _OPINION_WORDS = f"{_SCORE_WORDS}|feedback|verdict|thumbs?|votes?|judge?ment|outcome"
 # Columns that may hold other things, too: only unambiguous words are labels there.
-_REMARK_WORDS = "status|result|evaluation|annotation|assessment|preference|reaction|emoji"
+_REMARK_WORDS = "status|result|evaluation|annotation|assessment|preference|reaction|emoji|decision"
 _VAGUE_LABELS = frozenset("false,no,n,f,0,0.0,down".split(","))
 _is_remark = re.compile(_RATING % _REMARK_WORDS).fullmatch
 _is_label = re.compile(_RATING % _LABEL_WORDS).fullmatch
@@ -90,9 +100,24 @@ def rates_answers(column: str) -> bool:
     return bool(_is_label(name) or _is_reversed(name) or _is_opinion(name))
 
 
-def is_bad_label(column: str, value: object) -> bool:
+def bad_labels(fields: Mapping[str, object]) -> list[tuple[str, object]]:
+    """Return the names and values of columns, or of keys of a turn, that label an answer as bad.
+
+    A label in an object is named by its path: `feedback.rating`.
+    """
+    labels = dict(fields)
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            labels |= {f"{name}.{key}": part for key, part in value.items()}
+    return [label for label in labels.items() if _is_bad_label(*label)]
+
+
+def _is_bad_label(column: str, value: object) -> bool:
     """Return whether a value labels its answer as bad, whatever the values of other rows are."""
-    name = plain(column)
+    parent, _, name = plain(column).rpartition(".")
+    # A number in an object is seldom a label.
+    if parent and not isinstance(value, str | bool):
+        return False
     label = read_label(value)
     if _is_label(name):
         return label is False or value_of_cell(value) == -1
@@ -107,17 +132,18 @@ def is_bad_label(column: str, value: object) -> bool:
 
 def check_no_bad_label(row: RowReader) -> None:
     """DataError for a row whose answer is labeled as bad, because each answer is learned."""
-    labels = [("", *column) for column in row.unread_columns().items()]
+    labels = [("", *label) for label in bad_labels(row.unread_columns())]
     for at, name, value in [*labels, *row.bad_turns]:
-        if is_bad_label(name, value):
-            shown = json.dumps(value, default=str, ensure_ascii=False)
-            fix = 'write "train": false into the turn' if at else _use_labels(row.source, name)
-            raise row.error(
-                f"the answer is labeled bad: {name} is {shown}",
-                f"format {row.source.format} learns each answer as it is",
-                f"{fix}; or delete the row; or rename {name} if it says something else",
-                at,
-            )
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+        fix = 'write "train": false into the turn' if at else "copy it into a column of its own"
+        if name in row.row and not at:
+            fix = _use_labels(row.source, name)
+        raise row.error(
+            f"the answer is labeled bad: {name} is {shown}",
+            f"format {row.source.format} learns each answer as it is",
+            f"{fix}; or delete the row; or rename {name} if it says something else",
+            at,
+        )
 
 
 def _use_labels(source: Source, column: str) -> str:

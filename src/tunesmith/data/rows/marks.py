@@ -120,6 +120,6 @@ def value_of_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value.strip().lower())
+        return json.loads(value.strip().lower().removeprefix("+"))
     except (ValueError, RecursionError):
         return value

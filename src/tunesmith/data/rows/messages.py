@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tunesmith.data.rows.labels import is_bad_label
+from tunesmith.data.rows.labels import bad_labels
 from tunesmith.data.rows.marks import PARTIAL_MARKS, is_mark, is_trained_turn
 from tunesmith.data.rows.other_forms import openai_message, typed_part
 from tunesmith.data.rows.picture_places import PICTURE_PARTS, read_picture_part
@@ -189,7 +189,7 @@ def _read_turn(
         thought = _thought(row, others, parts.thought, at)
         is_trained = is_trained_turn(row, role, others, at)
         if role == "assistant" and is_trained:
-            row.bad_turns += [(at, k, v) for k, v in others.items() if is_bad_label(k, v)]
+            row.bad_turns += [(at, *label) for label in bad_labels(others)]
         _note_unread(row, others, form)
     if parts.results:
         return _with_results(row, role, parts, thought, at)

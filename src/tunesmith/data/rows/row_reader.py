@@ -63,9 +63,9 @@ NO_TEXTS = (HARMLESS_COLUMNS - {"text"}) | {
 # Cached, because all rows have the same names: tens of thousands in a wide table.
 @lru_cache(maxsize=1 << 17)
 def plain(name: object) -> str:
-    """A column's name in small letters, without accents, its words joined by underscores."""
+    """A column's name in small letters, without accents or a ? at its end, words joined by _."""
     # Accents are characters of their own in this form.
-    decomposed = unicodedata.normalize("NFKD", str(name).strip())
+    decomposed = unicodedata.normalize("NFKD", str(name).strip(" \t\r\n?:"))
     text = "".join(char for char in decomposed if not unicodedata.combining(char))
     text = unicodedata.normalize("NFKC", text)
     text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text)
