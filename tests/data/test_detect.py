@@ -82,6 +82,10 @@ CLEAR: dict[str, tuple[Row, str]] = {
         {"messages": TURNS, "text": "x"},
         "column messages -> messages; ignored: text",
     ),
+    "messages with a name like rejected": (
+        {"conversation": TURNS, "redacted": True, "selected": "yes"},
+        "column conversation -> messages (messages = conversation); ignored: redacted, selected",
+    ),
     "messages with its prompt": (
         {"prompt": "hi", "prompt_id": "1", "messages": TURNS},
         "column messages -> messages; ignored: prompt, prompt_id",
@@ -259,7 +263,7 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     ),
     "text and the number of its class": (
         {"content": "x y", "label": 1, "split": "train"}, "label looks like the class",
-        "--columns prompt=content,completion=label, after the numbers in label are replaced by words;",
+        "--columns prompt=content,completion=label, after the values of label are replaced by words;",
     ),
     "text and the number and name of its class": (
         {"text": "x y", "label": 0, "label_text": "neg"}, "label_text looks like the class", "prompt=text,completion=label_text;",
@@ -276,6 +280,9 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
     "a review and its sentiment": (texts("review", "sentiment"), "sentiment looks like the class", "prompt=review,completion=sentiment;"),
     "a question and its intent": (texts("query", "intent"), "intent looks like the class", "prompt=query,completion=intent;"),
     "text and what is written of it": ({"text": "x y", "target": "z " * 99}, "target looks like the class", "prompt=text,completion=target;"),
+    "a question and its kind": ({"text": "x y", "coarse_label": 1, "fine_label": 3}, "coarse_label looks like the class", "prompt=text,completion=coarse_label, after"),
+    "a text and its feeling": (texts("tweet", "airline_sentiment"), "airline_sentiment looks like the class", "prompt=tweet,completion=airline_sentiment;"),
+    "a text and its feelings": ({"text": "x y", "emotions": [3, 5], "url": "u"}, "emotions looks like the class", "after the values of emotions are"),
     "several classes": ({"text": "x y", "labels": [1, 3], "id": "a"}, "labels looks like the class", "completion=labels, after"),
     "unknown names": (texts("x", "y"), "no column name indicates", "--columns prompt=x,completion=y"),
     "an answer with two more": (
@@ -292,11 +299,20 @@ UNCLEAR: dict[str, tuple[Row, str, str]] = {  # name: row, part of the error, pa
         {"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'", "rename the role",
     ),
     "a chat of another form": (
-        {"dialog": [{"speaker": "a", "text": "x"}]}, "a message has no role", '{"role": "user"',
+        {"dialog": [{"speaker": "a", "output": "x"}]}, "a message has no role: {'speaker': 'a', 'output'", '{"role": "user"',
     ),
     "empty chats": ({"messages": []}, "messages is empty", "delete the row"),
     "an empty answer": ({"question": "x", "answer": None}, "column answer is null", "fill it"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [[1, 0], [True, False], ["yes", "no"]], ids=str)
+def test_a_yes_or_no_beside_a_text_alone_is_its_class(values: list[Any]) -> None:
+    rows: list[Row] = [{"text": "x y", "id": "a", "is_spam": value} for value in values]
+    with refuses(DataError, names=["is_spam looks like the class"]):
+        found(*rows)
+    assert found(*rows[:1]).startswith("column text -> text")
+    assert found(*[{**row, "url": "u"} for row in rows]).startswith("column text -> text")
 
 
 @pytest.mark.parametrize("name", UNCLEAR)

@@ -23,6 +23,7 @@ from tunesmith.config.row_formats import (
 from tunesmith.config.schema import Source
 from tunesmith.data.rows.bad_rows import find_bad_rows
 from tunesmith.data.rows.formats import convert_row
+from tunesmith.data.rows.labels import read_label
 from tunesmith.data.rows.lost_pictures import is_picture
 from tunesmith.data.rows.marks import is_mark
 from tunesmith.data.rows.row_reader import (
@@ -67,8 +68,8 @@ _BETTER_AND_WORSE = (
 
 # Names of columns that hold the class of a text.
 _CLASS_NAMES = frozenset(
-    "label labels gold_label label_text label_name class class_label class_name sentiment polarity"
-    " emotion intent stance".split()
+    "label labels label_text label_name class classes class_name sentiment sentiments polarity"
+    " emotion emotions intent intents intent_name stance".split()
 )
 # Further names, only for rows of two columns: documents have categories, too.
 _TOPIC_NAMES = frozenset("category topic target tag genre rating stars".split())
@@ -332,25 +333,34 @@ class _SampledRows:
     def check_class_is_read(self, layouts: list[Detected]) -> None:
         """Raise DataError if a column holds the class of a text and `layouts` do not read it."""
         kinds = {plain(column) for column in self.columns if not plain(column).endswith("id")}
-        names = _CLASS_NAMES | _TOPIC_NAMES if len(kinds) == 2 else _CLASS_NAMES
         letters = {column: count_letters(self._values(column)) for column in self.columns}
+        classes = [name for name in letters if self._is_class(name, is_alone=len(kinds) == 2)]
         texts = [layout.columns["text"] for layout in layouts if layout.format == "text"]
         if not layouts:
-            no_texts = names | NO_TEXTS
-            texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
-        classes = [name for name in letters if plain(name) in names and name not in texts]
+            texts = [name for name in letters if letters[name] and plain(name) not in NO_TEXTS]
+            texts = [name for name in texts if name not in classes]
+        classes = [name for name in classes if name not in texts]
         if not classes or not 1 <= len(texts) <= 2:
             return
         answer = max(classes, key=letters.__getitem__)
         needed = ("prompt", "completion") if len(texts) == 1 else ("instruction", "input", "output")
         as_answer = Detected("alpaca", dict(zip(needed, [*texts, answer], strict=True))).flags()
         if not letters[answer]:
-            as_answer += f", after the numbers in {answer} are replaced by words"
+            as_answer += f", after the values of {answer} are replaced by words"
         alone = Detected("text", {"text": texts[0]}).flags()
         raise self.error(
             f"{answer} looks like the class of a text, and nothing reads it",
             f"to learn it as the answer: {as_answer}; to learn the text alone: {alone}",
         )
+
+    def _is_class(self, column: str, *, is_alone: bool) -> bool:
+        """Return whether a column is the class of a text; `is_alone`: the text has no others."""
+        name = plain(column)
+        # As coarse_label.
+        if {name, name.rpartition("_")[2]} & _CLASS_NAMES:
+            return True
+        is_binary = set(map(read_label, self._values(column))) == {True, False}
+        return is_alone and (is_binary or name in _TOPIC_NAMES)
 
     def all_errors(self, trial: _Trial) -> DataError:
         """The error that lists all rows that a layout does not read; where it reads none, the

@@ -138,11 +138,12 @@ def any_messages(row: RowReader, value: object, column: str) -> list[Message]:
 
 def _as_turn(row: RowReader, turn: Any, form: Form, at: str) -> Mapping[str, object]:
     """The turn; DataError for one without a role; of ShareGPT's also for one that says nothing."""
+    given = turn
     if form is MESSAGE and isinstance(turn, Mapping):
         turn = openai_message(turn, CHAT_ROLES)
     has_role = isinstance(turn, Mapping) and form.role in turn
     if form is MESSAGE and not has_role:
-        raise row.error(f"a message has no role: {turn!r:.80}", fix=form.example, at=at)
+        raise row.error(f"a message has no role: {given!r:.80}", fix=form.example, at=at)
     said = ("value", "tool_calls", "function_call")
     if not has_role or (form is TURN and not any(key in turn for key in said)):
         raise row.error("a turn has no `from` and `value`", fix=form.example, at=at)
