@@ -94,11 +94,15 @@ def config_error(name: str, error: Exception) -> DataError:
     error: the error of `datasets`, which lists the names.
     """
     names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
+    if not names:
+        what = f"the configurations of the dataset {name} cannot be read"
+        fix = "fix the YAML at the top of its README.md, or name its files: FOLDER/*.parquet"
+        return DataError(what, where=name, why=" ".join(str(error).split()), fix=fix)
     return DataError(
         f"the dataset {name} needs a configuration",
         where=name,
-        why=f"it has {', '.join(names)}" if names else str(error),
-        fix=f"choose one: data.train.name={shell_word(names[0] if names else 'NAME')}",
+        why=f"it has {', '.join(names)}",
+        fix=f"choose one: data.train.name={shell_word(names[0])}",
     )
 
 
