@@ -194,6 +194,7 @@ def test_public_functions_take_nothing_of_ours_and_have_plain_defaults() -> None
     [
         ("generate", "--columns prompt=question,completion=answer", "columns={'prompt': 'question', 'completion': 'answer'}"),
         ("train", "--columns prompt=q; or --format text.", "overrides={'data.train.columns': {'prompt': 'q'}}; or overrides={'data.train.format': 'text'}."),
+        ("inspect_data", "--columns prompt=...,completion=...", "overrides={'data.train.columns': {'prompt': '...', 'completion': '...'}}"),
         ("evaluate", "give --format; or --score exact", "give format_name; or scorers='exact'"),
         ("merge", "--force replaces it", "force=True replaces it"),
         ("train", "tunesmith train x.yaml --fresh; or --fresh", "tunesmith train x.yaml --fresh; or fresh=True"),

@@ -299,6 +299,7 @@ NO_ID = (None, "get", {"key": "a"})
         ([calling(ONE), U, A], True),
         ([calling(ONE), result("9"), A], True),
         ([calling(ONE), result("1"), result("9"), A], True),
+        ([calling(ONE), result("1"), result("1"), A], True),
     ],
 )
 def test_calls_and_results_without_each_other_are_told(turns: list[Any], is_told: bool) -> None:

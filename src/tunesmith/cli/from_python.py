@@ -24,7 +24,7 @@ ARGUMENT_NAMES = {"format": "format_name", "score": "scorers"}
 # A command stays as it is: it is typed in a shell. Of options those that functions take.
 _OPTION = re.compile(
     r"tunesmith [^;]*|(?<![\w-])--(?P<name>columns|format|split|score|device|max-new-tokens"
-    rf"|{'|'.join(FLAG_ARGUMENTS)})(?:[ =](?P<value>'[^']*'|[^\s;]*[^\s;,.?)]))?"
+    rf"|{'|'.join(FLAG_ARGUMENTS)})(?:[ =](?P<value>'[^']*'|[^\s;]*(?:=\.\.\.|[^\s;,.?)])))?"
 )
 
 
@@ -171,7 +171,7 @@ def _argument(function: str, match: re.Match[str]) -> str:
     written: object = value.strip("'")
     if name == "columns":
         written = dict(pair.partition("=")[::2] for pair in str(written).split(","))
-    if function == "train" and name in ("columns", "format", "split"):
+    if function in ("train", "plan", "inspect_data") and name in ("columns", "format", "split"):
         # Of rows of a program they are keys of the recipe.
         return f"overrides={ {f'data.train.{name}': written} }"
     return f"{argument}={written!r}"

@@ -187,18 +187,18 @@ def _has_unmatched_call(messages: list[Message]) -> bool:
     A result without an id belongs to the next call, and so does a result of calls without ids.
     """
     waiting: list[str | None] = []
-    ids: list[str | None] = []
+    has_calls = False
     for message in messages:
         calls = [call.get("id") for call in message.get("tool_calls", ())]
         waiting += calls
-        ids += calls
+        has_calls = has_calls or bool(calls)
         if message["role"] == "tool":
             result = message.get("tool_call_id")
             if result in waiting:
                 waiting.remove(result)
             elif None in (result, *waiting[:1]):
                 del waiting[:1]
-            elif ids and result not in ids:
+            elif has_calls:
                 return True
         elif waiting and not calls:
             return True
