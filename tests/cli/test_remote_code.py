@@ -75,6 +75,23 @@ def test_a_run_of_a_stranger_runs_no_code(
     assert not (stranger / "ran").exists()
 
 
+@pytest.mark.parametrize("words", [["data", "config.yaml"], ["data", "mine.yaml"]], ids=" ".join)
+def test_a_run_without_its_identity_runs_no_code(
+    words: list[str],
+    stranger: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its checkpoint is enough: the recipe may be its own, or one that extends it."""
+    run = stranger / "run"
+    (run / "env.json").unlink(missing_ok=True)
+    (run / "mine.yaml").write_text("extends: config.yaml\n")
+    monkeypatch.chdir(run)
+    assert main(words) == EXIT_USAGE
+    assert holds(capsys.readouterr().err, "model.trust_remote_code", "--trust-remote-code")
+    assert not (stranger / "ran").exists()
+
+
 def test_it_runs_if_the_command_says_so(stranger: Path, tmp_path: Path) -> None:
     run, ran = stranger / "run", stranger / "ran"
     output = str(tmp_path / "merged")

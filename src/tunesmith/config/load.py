@@ -79,10 +79,12 @@ def _is_users_own(where: str, recipe: Path) -> bool:
     """Return whether a place is in a file of the user, who has named `recipe`.
 
     The user's files are in the folder of `recipe` or below it. A run directory's config.yaml is not
-    one of them, because others may have written it.
+    one of them, because others may have written it: with env.json or with a checkpoint next to it.
     """
     file = Path(where.rpartition(":")[0]).resolve()
-    is_of_run = file.name == RUN_RECIPE and file.with_name(RUN_IDENTITY).is_file()
+    saved = (RUN_IDENTITY, "final/manifest.json", "checkpoint-*/manifest.json")
+    has_run = any(any(file.parent.glob(pattern)) for pattern in saved)
+    is_of_run = file.name == RUN_RECIPE and has_run
     return not is_of_run and file.is_relative_to(recipe.resolve().parent)
 
 
