@@ -12,12 +12,13 @@ from chat_table import TOOLS, answer, call, result, system, user
 from chat_tokenizers import train
 
 from errors import holds, refuses
+from time_limit import time_limit
 from tunesmith.config.schema import Data, Source
 from tunesmith.data.rows.samples import Completion, Conversation, Sample, Text
-from tunesmith.data.text import builtin_templates
+from tunesmith.data.text import builtin_templates, rendering
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.text.template import Template
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ModelError
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = (TEMPLATES / "chatml.jinja").read_text(encoding="utf-8")
@@ -162,6 +163,19 @@ def test_a_template_that_fails_is_named_with_the_row(jinja: str) -> None:
         template.encode(Conversation([user("a"), answer("b")]), "response", where="rows.jsonl:1")
     assert caught.value.where == "rows.jsonl:1"
     assert caught.value.why
+
+
+def test_a_template_that_loops_without_end_on_some_rows_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trial of a template does not have such rows."""
+    monkeypatch.setattr(rendering, "MAX_RENDER_SECONDS", 0.2)
+    many = "{% for i in range(99999) %}"
+    bomb = "{% if messages|length == 3 %}" + many * 3 + "{% endfor %}" * 3 + "{% endif %}"
+    template = select_template(data(), chat_tokenizer(CHATML + bomb), {2})
+    sample = Conversation([system("a"), user("b"), answer("c")])
+    with time_limit(60), refuses(ModelError, where="rows.jsonl:1", names=["0.2 s"]):
+        template.encode(sample, "response", where="rows.jsonl:1")
 
 
 def test_a_tokenizer_with_templates_by_name() -> None:

@@ -23,6 +23,7 @@ BOMBS = {
     "loops in loops": in_loops("", 2),
     "loops in loops of the second turn": "{% if messages|length > 1 %}" + in_loops("", 3) + "{% endif %}",
     "loops in loops with tools": "{% if tools %}" + in_loops("", 3) + "{% endif %}",
+    "loops in loops of training": "{% if not add_generation_prompt %}" + in_loops("", 3) + "{% endif %}",
     "a number": "{{ (9 ** 99999999) % 7 }}",
     "a text times a number": "{{ 'a' * 10**10 }}",
     "a text times a number, not large enough to fail": "{{ 'a' * 10**8 }}",

@@ -9,6 +9,8 @@ be equal; then they mark where each text is, and all outside a pair of them is t
 
 import copy
 import re
+import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from tunesmith.data.text.sentinels import (
     Tools,
 )
 from tunesmith.data.text.thoughts import DEFAULT_FORM, MessageForm, split_thought, thought_at_end
-from tunesmith.errors import DataError, first_line
+from tunesmith.errors import DataError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +46,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
+MAX_RENDER_SECONDS = 10  # of the processor, for one conversation
 _GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIX_WITH_TAGS = (
     "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
@@ -132,6 +135,29 @@ class TemplateTraits:
     splits_thoughts: bool = False
     writes_thoughts: bool = False
     wrapped_result: re.Pattern[str] | None = None
+
+
+@contextmanager
+def _limit_seconds(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block if it takes more processor time.
+
+    The trial of a template (`try_template.py`) has few conversations, and a template may loop
+    without end on others. Signals reach the main thread only: other threads have no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 class ChatRenderer:
@@ -232,7 +258,16 @@ class ChatRenderer:
     @contextmanager
     def _render_errors(self, where: str) -> Iterator[None]:
         try:
-            yield
+            with _limit_seconds(MAX_RENDER_SECONDS):
+                yield
+        except TimeoutError as error:
+            # Of no single row: a trial of the template must not take it for an answer.
+            raise ModelError(
+                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render this conversation",
+                where=where or "data.template",
+                why="it may have loops in loops",
+                fix="use another template: data.template=FILE.jinja",
+            ) from error
         except RENDER_ERRORS as error:
             why = first_line(error) or type(error).__name__
             fix = "fix the row, or use a template that supports it: data.template=FILE.jinja"

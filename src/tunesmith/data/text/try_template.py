@@ -10,6 +10,7 @@ import re
 import resource
 from contextlib import suppress
 from functools import cache
+from itertools import product
 
 from tunesmith.data.workers import Worker
 from tunesmith.errors import DataError, MachineError
@@ -80,10 +81,11 @@ def _render(jinja: str) -> str:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda _: "2026-05-01"}
-    for messages, tools in json.loads(_TRIAL_CONVERSATIONS):
+    trials = product(json.loads(_TRIAL_CONVERSATIONS), (True, False))
+    for (messages, tools), generate in trials:
         try:
             template = environment.from_string(plain_jinja(jinja))
-            text = template.render(messages=messages, tools=tools, add_generation_prompt=True)
+            text = template.render(messages=messages, tools=tools, add_generation_prompt=generate)
         except MemoryError:
             return f"it needs more than {TRIAL_BYTES >> 20} MiB of memory"
         except Exception:  # the template refuses this conversation
