@@ -171,9 +171,9 @@ def test_a_template_that_loops_without_end_on_some_rows_is_refused(
     """The trial of a template does not have such rows."""
     monkeypatch.setattr(rendering, "MAX_RENDER_SECONDS", 0.2)
     many = "{% for i in range(99999) %}"
-    bomb = "{% if messages|length == 3 %}" + many * 3 + "{% endfor %}" * 3 + "{% endif %}"
+    bomb = "{% if 'once' in messages[0].content %}" + many * 3 + "{% endfor %}" * 3 + "{% endif %}"
     template = select_template(data(), chat_tokenizer(CHATML + bomb), {2})
-    sample = Conversation([system("a"), user("b"), answer("c")])
+    sample = Conversation([user("once"), answer("a")])
     with time_limit(60), refuses(ModelError, where="rows.jsonl:1", names=["0.2 s"]):
         template.encode(sample, "response", where="rows.jsonl:1")
 
