@@ -330,6 +330,10 @@ def rename(tensors):
             lambda t: {**t, "base_model.model.other.lora_A.weight": torch.zeros(8, 4)},
             "not in the recipe's target",
         ),
+        (
+            lambda t: {**t, "base_model.model.model.norm.weight": torch.tensor(1.0)},
+            "not in the recipe's target",
+        ),
         (lambda t: {k: v[:4] if "lora_A" in k else v for k, v in t.items()}, "of another shape"),
     ],
 )

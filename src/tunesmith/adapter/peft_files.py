@@ -42,7 +42,7 @@ from tunesmith.units import count_of
 
 PREFIX = "base_model.model."
 MERGE = "merge it into its base with PEFT, and start from the merged model"
-# Tensors that are not read, by their names in the file: what the adapter does, why, and the fix.
+# Names of tensors that are refused -> for the error: what the adapter does, why, and the fix.
 NOT_READ = (
     (
         re.compile(r".+\.experts\.\d+\.\w+\.lora_[AB]\.weight"),
@@ -63,17 +63,17 @@ NOT_READ = (
         MERGE,
     ),
 )
-# PEFT stores an embedding of another size twice more, under the names of its wrapper.
+# PEFT stores a resized embedding two more times, under the names of its wrapper.
 WRAPPER = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
-# Values of PEFT's LoraConfig that mean plain LoRA. Any other key must be empty, unless HARMLESS has
-# it.
+# Keys of PEFT's LoraConfig -> whether a value means plain LoRA. Keys that are neither here nor in
+# HARMLESS must be empty.
 NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda v: v == "LORA",
     "task_type": lambda v: v in (None, "CAUSAL_LM"),
     "bias": lambda v: v in (None, "none"),
-    # Other initializations (pissa, olora, corda, loftq, lora_ga) change the base's weights. PEFT
-    # stores an adapter that was converted back with true.
+    # Other initializations (pissa, olora, corda, loftq, lora_ga) change the base's weights. The
+    # value is true in adapters that PEFT converted back.
     "init_lora_weights": lambda v: (
         v in (None, True, False, "gaussian", "orthogonal", "eva", "mica")
     ),
@@ -352,9 +352,9 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _adapted_modules(file: Path) -> list[str]:
-    """Return the full names of the modules that an adapter's weights are for, experts included.
+    """Return the full names of the modules, experts included, for which an adapter has weights.
 
-    The weights are exact where the configuration has a regular expression or excludes layers.
+    The configuration does not name them if it has a regular expression or excludes layers.
     """
     names = set()
     for entry in read_header(file):
@@ -365,7 +365,7 @@ def _adapted_modules(file: Path) -> list[str]:
 
 
 def _check_names(file: Path) -> None:
-    """ModelError if an adapter's weights have tensors of NOT_READ."""
+    """Raise ModelError if an adapter has a tensor that NOT_READ names."""
     names: list[str] = []
     # A file that is missing or damaged is reported where it is loaded.
     with suppress(ModelError):
@@ -467,14 +467,15 @@ def stored_adapter(
 
 
 def _check_rows(model: nn.Module, stored: Mapping[str, StoredTensor], file: Path) -> None:
-    """ModelError if the adapter was trained with another number of rows in embedding or head."""
+    """Raise ModelError if the adapter has another number of rows in the embedding or the head."""
     in_model = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in stored.items():
         own_name = name_in_text(model, name.removeprefix(PREFIX))
         own_shape = in_model[own_name].shape if own_name in in_model else tensor.shape
-        rows, own_rows = tensor.shape[0], own_shape[0]
-        if rows == own_rows or tensor.shape[1:] != own_shape[1:]:
+        # A tensor of one number has no rows.
+        if tensor.shape == own_shape or not tensor.shape or tensor.shape[1:] != own_shape[1:]:
             continue
+        rows, own_rows = tensor.shape[0], own_shape[0]
         fix = (
             f"load the base in Transformers, call resize_token_embeddings({rows}), merge the "
             "adapter with PEFT, and start from the merged model"
