@@ -99,12 +99,6 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
     """
     lines = []
     for index, row in enumerate(mappings(rows, _ROWS_ARGUMENT)):
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
-                where=_ROWS_ARGUMENT,
-                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
-            )
         try:
             lines.append(json.dumps(_kept(row), ensure_ascii=False, allow_nan=False) + "\n")
         # A picture that cannot be decoded: OSError.
@@ -124,23 +118,30 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
     return file
 
 
-def mappings(rows: object, argument: str) -> Iterable[Any]:
-    """Return the rows of a frame or a data set, one mapping each; others as they are.
+def mappings(rows: object, argument: str) -> Iterator[Mapping[Any, Any]]:
+    """Yield the rows of a list, a data frame or a data set as mappings.
 
-    argument: what the error names.
+    argument: the argument that errors name.
     """
     if isinstance(rows, _PolarsFrame):
-        return rows.iter_rows(named=True)
-    if isinstance(rows, _PandasFrame):
-        return rows.to_dict("records")
+        rows = rows.iter_rows(named=True)
+    elif isinstance(rows, _PandasFrame):
+        rows = rows.to_dict("records")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
-            f"rows has the type {type(rows).__name__}, and is not a list of rows",
+            f"a value of the type {type(rows).__name__} is not a list of rows",
             where=argument,
             fix="pass a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
             "a file is named by its path",
         )
-    return rows
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
+                where=argument,
+                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
+            )
+        yield row
 
 
 def _kept(row: Mapping[str, object]) -> object:

@@ -194,8 +194,14 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     listed = [json.loads(line) for line in rows.read_text().splitlines()]
     again = evaluate(tmp_path / "run", pandas.DataFrame(listed), device="cpu")
     assert again.scores["tuned"].loss == found.scores["tuned"].loss
-    with refuses(DataError, where="evaluate(data=...)", names=["int"]):
-        evaluate(tmp_path / "run", 3, device="cpu")
+    for data, options, name in (
+        (3, {}, "int"),
+        (["Hello"], {}, "rows[0] is str"),
+        ([], {}, "no rows"),
+        (listed, {"split": "train[:50%]"}, "split"),
+    ):
+        with refuses(DataError, where="evaluate(data=...)", names=[name]):
+            evaluate(tmp_path / "run", data, device="cpu", **options)
 
 
 def test_what_separates_the_values_of_a_table_is_logged_once(

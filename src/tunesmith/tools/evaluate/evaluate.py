@@ -38,7 +38,7 @@ from tunesmith.data.source.open_source import (
 from tunesmith.data.tokens.token_set import Repeats, TokenSet
 from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
-from tunesmith.errors import MachineError, UsageError
+from tunesmith.errors import DataError, MachineError, UsageError
 from tunesmith.host.logger import lines_by_default
 from tunesmith.inference.decoding import Decoding, evaluating
 from tunesmith.inference.load_run import (
@@ -369,15 +369,15 @@ def evaluate(
         scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
             row and score the answers, with intervals.
         decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
-        output: for scorers: the file of the answers; None takes one in evals/ of the run. What is
-            there is gone on with.
+        output: for scorers: the file of the answers; None takes one in evals/ of the run. Answers
+            that exist are kept, and the missing ones are added.
         fresh: move existing answers aside.
         trust_remote_code: as for `load_run`.
 
     Raises:
         UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
         DataError: there is no such file, or a row is broken.
-        StoppedError: a signal came while rows were answered; the same call goes on.
+        StoppedError: a signal came while rows were answered; the same call resumes.
     """
     return evaluate_on(
         path,
@@ -422,8 +422,8 @@ def evaluate_on(
 ) -> Evaluation:
     """Score a run as `evaluate` does.
 
-    ranks: each has the whole model and a part of the rows; rank 0 writes the answers, and all
-        return the numbers of one process.
+    ranks: each has the whole model and a part of the rows. Rank 0 writes the answers. All return
+        the same numbers as a single process.
     """
     scoring = None
     with ranks.raise_on_all_ranks():
@@ -588,8 +588,12 @@ def _rows_of(data: object, split: str | None, max_examples: int | None) -> tuple
     if isinstance(data, str | os.PathLike):
         source = Source(source=os.fspath(data), split=split, max_examples=max_examples)
         return source, read_rows(source)
-    listed = [dict(row) for row in mappings(data, "evaluate(data=...)")]
-    rows = from_list(listed[:max_examples])
+    argument = "evaluate(data=...)"
+    listed = [dict(row) for row in mappings(data, argument)][:max_examples]
+    if not listed or split is not None:
+        what = "there are no rows" if split is None else "rows of a program have no split"
+        raise DataError(what, where=argument, fix="pass the rows to score, without split")
+    rows = from_list(listed)
     return Source(source=rows.name), rows
 
 
@@ -601,7 +605,7 @@ def _read_source(
     columns: Mapping[str, str] | None,
     ranks: Ranks,
 ) -> tuple[Source, Rows]:
-    """Return rows of one's own with their format and columns."""
+    """Return the rows, and their source with the format and columns that fit them."""
     if ranks.is_main_process:
         for line in describe_layouts([rows]):
             log.info(line)
