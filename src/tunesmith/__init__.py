@@ -27,9 +27,9 @@ compare     say which of some runs is better
 export_gguf write a run as one file for llama.cpp
             >>> tunesmith.export_gguf("runs/my-run", "my-model.gguf")
 
-What they return prints as a table, and renders in a notebook. What a user can fix is raised as a
-`TunesmithError`, whose text says what, where, why and the fix. A fix key=value is
-overrides={"key": value} here. `tunesmith.errors` has all of them.
+Results print as tables, and render in a notebook. Errors that a user can fix are `TunesmithError`s,
+which `tunesmith.errors` lists: they say what happened, where, why, and the fix. If a fix is
+key=value, pass overrides={"key": value}.
 """
 
 from importlib import import_module
@@ -128,7 +128,7 @@ def __getattr__(name: str) -> Any:
     host.prepare_threads()
     value = vars(import_module(f"{__name__}.{_MODULES[name]}"))[name]
     if not isinstance(value, type):
-        value = import_module(f"{__name__}.cli.from_python").speaks_of_arguments(value)
+        value = import_module(f"{__name__}.cli.from_python").name_arguments_in_errors(value)
     globals()[name] = value
     return value
 

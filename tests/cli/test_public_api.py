@@ -21,7 +21,7 @@ import tunesmith
 from errors import refuses
 from ranks import run_ranks
 from recipes import recipe
-from tunesmith.cli.from_python import speaks_of_arguments
+from tunesmith.cli.from_python import name_arguments_in_errors
 from tunesmith.config.dump import to_yaml
 from tunesmith.errors import UsageError
 
@@ -206,7 +206,7 @@ def test_errors_name_arguments_in_place_of_options(function: str, text: str, exp
 
     fail.__name__ = function
     with refuses(UsageError, where="format_name") as caught:
-        speaks_of_arguments(fail)()
+        name_arguments_in_errors(fail)()
     assert caught.value.fix == expected
 
 
@@ -218,9 +218,11 @@ def test_plan_data_and_sweep_return_what_json_prints(
     Path("my.yaml").write_text(to_yaml(values))
     plan = tunesmith.plan("my.yaml", {"train.micro_batch": "1 examples"}, on="h100")
     assert plan["meshes"][0]["plan"]["memory"]
-    data = tunesmith.inspect_data("my.yaml", rows=1)
+    # A text is not read as YAML.
+    system = "Answer: # briefly"
+    data = tunesmith.inspect_data("my.yaml", {"data.system": system}, rows=1)
     assert len(data["rows"]) == 1
-    assert data["rows"][0]["segments"]
+    assert system in str(data["rows"][0]["segments"])
     rates = [1e-3, 2e-3]
     found = tunesmith.sweep(
         "my.yaml", {"train.learning_rate": rates}, {"train.duration": "4 steps"}

@@ -21,7 +21,7 @@ T = TypeVar("T")
 FLAG_ARGUMENTS = ("fresh", "force", "trust-remote-code")
 # Option of the command line -> argument, where they differ.
 ARGUMENT_NAMES = {"format": "format_name", "score": "scorers"}
-# A command stays as it is: it is typed in a shell. Of options those that functions take.
+# A command stays unchanged, because it is typed in a shell. Only options that functions take match.
 _OPTION = re.compile(
     r"tunesmith [^;]*|(?<![\w-])--(?P<name>columns|format|split|score|device|max-new-tokens"
     rf"|{'|'.join(FLAG_ARGUMENTS)})(?:[ =](?P<value>'[^']*'|[^\s;]*(?:=\.\.\.|[^\s;,.?)])))?"
@@ -130,7 +130,8 @@ def _words_of(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:
     if isinstance(overrides, str):
         return [overrides]
     if isinstance(overrides, Mapping):
-        return [f"{key}={_value_word(value)}" for key, value in overrides.items()]
+        # JSON is YAML. In quotes, no text is read as anything else.
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     return [*overrides]
 
 
@@ -139,7 +140,7 @@ def _value_word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def speaks_of_arguments(function: Callable[P, T]) -> Callable[P, T]:
+def name_arguments_in_errors(function: Callable[P, T]) -> Callable[P, T]:
     """Return the function with errors that name its arguments instead of command-line options."""
 
     @functools.wraps(function)
@@ -152,7 +153,7 @@ def speaks_of_arguments(function: Callable[P, T]) -> Callable[P, T]:
                 vars(error)[name] = _OPTION.sub(replace, vars(error)[name])
             raise
 
-    # Where pickle finds it.
+    # pickle finds the function there.
     call.__module__ = "tunesmith"
     return call
 
@@ -164,7 +165,7 @@ def _argument(function: str, match: re.Match[str]) -> str:
         return match[0]
     argument = ARGUMENT_NAMES.get(name, name.replace("-", "_"))
     if name in FLAG_ARGUMENTS:
-        # What follows is no value of it.
+        # A flag has no value: the text after it stays.
         return f"{argument}=True{match[0].removeprefix(f'--{name}')}"
     if value is None:
         return argument
@@ -172,6 +173,6 @@ def _argument(function: str, match: re.Match[str]) -> str:
     if name == "columns":
         written = dict(pair.partition("=")[::2] for pair in str(written).split(","))
     if function in ("train", "plan", "inspect_data") and name in ("columns", "format", "split"):
-        # Of rows of a program they are keys of the recipe.
+        # These functions have no such arguments: they are keys of the recipe.
         return f"overrides={ {f'data.train.{name}': written} }"
     return f"{argument}={written!r}"
