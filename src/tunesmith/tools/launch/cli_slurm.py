@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--render",
         action="store_true",
-        help="print the script, which then holds its recipe, without submitting",
+        help="print the script, with the recipe inside, and do not submit it",
     )
 
 

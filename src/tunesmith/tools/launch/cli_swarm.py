@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--render",
         action="store_true",
-        help="print the stack file without starting it; of nodes of no swarm: with --hosts",
+        help="print the stack file and start nothing; without a swarm, --hosts names the nodes",
     )
 
 
