@@ -310,7 +310,7 @@ def check_unchanged(start: Start, run: Run, hashes: Mapping[str, str | None]) ->
         part, key, sources = parts[name]
         error: type[ModelError | DataError] = DataError
         changed = "rows, pictures, template or tokenizer"
-        meaning = ": it continues with the rows as they are now, some twice or never in this epoch"
+        meaning = " to continue on the changed rows, some twice or never in this epoch"
         if name in ("model_hash", "reference_hash"):
             error = ModelError
             changed = "weights"

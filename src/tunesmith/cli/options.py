@@ -106,7 +106,7 @@ def add_columns(options: argparse._ActionsContainer) -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """RUN, or `several` of them as `runs`, its device, and whether its base's code may run."""
+    """Add RUN, or `several` of them as `runs`, and the options of how a run is loaded."""
     forms = "run directory, checkpoint, final/, adapter or model folder"
     if several:
         parser.add_argument("runs", nargs="+", metavar="RUN", help=forms)
@@ -199,7 +199,7 @@ def check_not_given(
 ) -> None:
     """UsageError for the first of these options that is given.
 
-    what: what is said of it, such as "is for a whole model".
+    what: the predicate of the error's sentence, such as "is for a whole model".
     names: attributes of `args`.
     """
     for name in names:

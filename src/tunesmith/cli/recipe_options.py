@@ -145,7 +145,7 @@ def chosen_recipe(
 
     Where they make one, also its file's form; the other arguments are for `make_recipe`.
 
-    is_own: the recipe is not that of a run directory, which others may have written.
+    is_own: whether the recipe is the user's own. That of a run directory may be from others.
     on_look: called with what the rows show, before torch is imported.
     """
     words = [word for word in (args.recipe, *args.overrides) if word is not None]
@@ -177,7 +177,8 @@ def chosen_recipe(
         file = args.data[0] if args.data else "faq.csv"
         fix = f"tunesmith recipes lists recipes; or {command_on_rows(args, file)}"
         raise UsageError(what, where="command line", fix=fix)
-    # Before numpy is imported. Which configuration of a folder is meant is checked with its rows.
+    # This check comes before numpy is imported. A folder whose configuration is named is checked
+    # later, with its rows.
     names_config = any(word.startswith("data.train.name=") for word in words)
     if is_local(args.data[0]) and not names_config:
         with fixes_as_options():

@@ -48,8 +48,8 @@ def load_recipe(
             YAML 1.2; all of them are one layer.
         announce: log a line for each layer that names other rows, about the keys that it leaves
             behind.
-        trusts_code: whether `model.trust_remote_code: true` of a file counts. None: only in the
-            user's own files, see `_is_users_own`.
+        trusts_code: whether `model.trust_remote_code: true` in a file is accepted. None: only in
+            the user's own files, see `_is_users_own`.
     """
     file = locate_recipe(recipe, base=Path(), where=str(recipe))
     tree = _read_layers(file, (), announce)
@@ -64,9 +64,9 @@ def load_recipe(
 
 
 def untrusted_code(model: str, where: str) -> RecipeError:
-    """The error for a file of someone else that enables the model's own code."""
+    """Return the error for another person's file that enables the model's own code."""
     return RecipeError(
-        "model.trust_remote_code: true does not count here",
+        "model.trust_remote_code: true is not accepted from this file",
         where=where,
         why=f"it runs Python code that comes with the model {model}, and only the user's own "
         "recipe or command can allow that",

@@ -38,7 +38,7 @@ from tunesmith.model.vision import mark_pictures
 from tunesmith.runtime.stream import streamed_modules
 
 SAMPLE_TOKENS = 64  # of a sample answer while training
-MIN_SAMPLE_TOKENS = 16  # of one that is cut to save time
+MIN_SAMPLE_TOKENS = 16  # of a sample answer that is cut to save time
 # Models that were looked at by `_reads_padding`.
 _reading_padding: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 WINDOW_BATCHES = 4  # a larger window sorts better; a resumed job computes one window again
@@ -388,11 +388,12 @@ def merged_meanwhile(model: PreTrainedModel) -> Iterator[None]:
 
 
 class AnswerClock:
-    """Cuts or ends sample answers that would take more than `allowed` seconds.
+    """A time limit: sample answers that would take more than `allowed` seconds are cut or skipped.
 
-    The time of a token is measured between the first two: the first one includes the prompts. Ranks
-    that answer together measure the first alone: a rank whose answers have ended is not called
-    again, and gathering the weights takes most of the time for prompts and tokens alike.
+    The time of a token is that between the first and the second, because the first includes the
+    prompts. Ranks that answer together measure the first token only: a rank whose answers have
+    ended is not called again, and both prompts and tokens spend most of their time gathering
+    weights.
 
     Attributes:
         predicted: seconds that all tokens would take; None before it is known.
@@ -408,8 +409,8 @@ class AnswerClock:
         agree: Callable[[int], int] | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`generated` is called after each token; `agree` returns one rank's limit on all ranks
-        that answer together."""
+        """`generated` is called after each token. If ranks answer together, `agree` returns the
+        same limit on all of them."""
         self.allowed = allowed
         self.generated = generated
         self.agree = agree

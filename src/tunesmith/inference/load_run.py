@@ -433,7 +433,7 @@ def load_run(
 
 
 def _with_base(location: RunLocation, base: Model) -> RunLocation:
-    """The location with other settings of its base, also in the recipe of its run."""
+    """Return the location with other settings of its base, also in the recipe of its run."""
     run = location.run
     return replace(location, base=base, run=replace(run, model=base) if run else None)
 

@@ -51,8 +51,9 @@ VARLEN_KEYWORDS = frozenset(inspect.signature(varlen_attn).parameters)
 # document changes much more.
 VARLEN_TOLERANCE = 0.03
 
-# Only FlashAttention takes grouped heads: without a mask, and on some cards up to this width. For
-# others torch computes all scores in fp32, [heads, n, m], unless keys and values are repeated.
+# torch's FlashAttention takes grouped heads, but no mask, and on some cards only heads of at most
+# this width. Otherwise torch computes all scores in fp32, [heads, n, m], unless keys and values are
+# repeated.
 MAX_GROUPED_WIDTH = 192
 
 # Keywords that Transformers passes to every attention function and that do not change the result
@@ -220,7 +221,7 @@ def _let_pictures_see(
         start = documents.edges[bisect_right(documents.edges, first) - 1]
         mask = None
         if window is not None:
-            # The first query sees the furthest back: `window` tokens with itself.
+            # The first query sees furthest back: `window` tokens, itself included.
             start = max(start, first - window + 1)
             if stop - start > window:
                 mask = places[first:stop, None] - places[start:stop] < window
@@ -460,7 +461,7 @@ def _output_and_gradients(
 
 
 def _takes_packed(q: Tensor, k: Tensor, v: Tensor, rule: Rule, sinks: Tensor | None) -> bool:
-    """Return whether our own kernels were chosen, and take this layer."""
+    """Return whether our own kernels were chosen and support this layer."""
     if rule.documents.spans is None or rule.window is not None or sinks is not None:
         return False
     group = q.shape[1] // k.shape[1]
@@ -547,7 +548,7 @@ def _attend_fused(
     is_causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute torch's attention of q [n, heads, d] on k and v [m, kv heads, d] by a fused kernel.
+    """Compute the attention of q [n, heads, d] to k and v [m, kv heads, d] by torch's fused kernel.
 
     mask: bool [n, m], which keys each query sees.
     """

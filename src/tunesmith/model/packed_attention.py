@@ -12,7 +12,7 @@ NAME = "our own kernel"
 CAPABILITIES = ((9, 0),)
 MEASURED_HEAD_DIM = 128  # of the layers that were measured
 MEASURED_GROUPS = (4, 8)  # query heads per key head of these layers
-# The kernel of torch that takes longer there, and that none of them is right.
+# Results of `choose_kernel` that are slower there: torch's own kernel, and no kernel at all.
 SLOWER = (TORCH_KERNEL, "")
 # Of documents of 200 tokens to documents of 2,048 it gains less and less (2.4 and 1.4 times the
 # speed), and longer ones were not measured.

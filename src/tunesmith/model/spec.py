@@ -67,7 +67,7 @@ EXPERTS_PER_TOKEN = (
 )
 
 
-# Keys of sizes and the largest value that is no mistake, far above those of any model.
+# Pattern of keys of sizes -> their maximum, which is far above the values of any model.
 SIZE_KEYS = {
     "num_(hidden_|encoder_|decoder_)?layers|(en|de)coder_layers|n_layers?|depth": 1_000,
     "num_(attention_|key_value_|kv_)?heads|n_heads?|head_dim|n(um)?_(local_|routed_)?experts": 1
@@ -336,8 +336,8 @@ def check_decoder(config: Mapping[str, object], where: str) -> None:
 
 
 def _check_sizes(config: Mapping[str, Any], where: str, section: str = "") -> None:
-    """ModelError for a size that is not a whole number from 0 to the largest of SIZE_KEYS, also in
-    a section such as `text_config`: to build the model would take for ever.
+    """Raise ModelError for a size that is not a whole number from 0 to its maximum in SIZE_KEYS,
+    also in a section such as `text_config`: building such a model would never end.
     """
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config"):

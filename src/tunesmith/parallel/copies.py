@@ -8,8 +8,8 @@ torch's DistributedDataParallel does not fit. Its buckets have the weights' dtyp
 gradients of micro batches would be added up and reduced: a reduction in 16 bits was off by 3.6e-2
 in the loss. Here fp32 gradients are reduced where they lie, without a bucket to copy them into, and
 16-bit ones in fp32 pieces. As in DistributedDataParallel (Li et al. 2020, arXiv:2006.15704), all
-ranks must complete their gradients in the same order, which the same graph does. The graph of a
-rank whose micro batch has pictures differs at the projector: its gradients are summed at the end.
+ranks must complete their gradients in the same order. They do, because they have the same graph,
+except at the projector: only micro batches with pictures use it. Its gradients are summed last.
 """
 
 from collections import deque
@@ -51,8 +51,8 @@ class GradientSum:
     Args:
         parts: the optimizer's, of all trained parameters.
         beside_backward: begin with large gradients in the backward.
-        late: parameters whose gradients ranks complete at different times, if they have pictures or
-            not. They are summed after the backward.
+        late: parameters whose gradients are summed after the backward, because only ranks with
+            pictures compute them in the backward.
     """
 
     def __init__(

@@ -141,7 +141,7 @@ def add_low(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) -> None:
     if _has_kernels(y):
         from tunesmith.quant import row_kernels
 
-        if low.shape[1] <= row_kernels.MOST_RANK:
+        if low.shape[1] <= row_kernels.MAX_RANK:
             row_kernels.add_low_product(y, low.contiguous(), factors.contiguous(), offsets)
             return
     y += F.grouped_mm(low, factors, offs=offsets)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 COLUMNS = 1024  # of a row, a program
 TILE_ROWS, TILE_COLUMNS = 64, 128
-LEAST_RANK = 16  # of `tl.dot`
+MIN_RANK = 16  # of `tl.dot`
 # Larger ranks were not measured; above 128 a tile of factors does not fit into the memory of a
 # multiprocessor.
-MOST_RANK = 16
+MAX_RANK = 16
 
 
 def copy_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def add_low_product(y: Tensor, low: Tensor, factors: Tensor, offsets: Tensor) ->
         experts,
         rank,
         EXPERTS=triton.next_power_of_2(experts),
-        RANK=max(LEAST_RANK, triton.next_power_of_2(rank)),
+        RANK=max(MIN_RANK, triton.next_power_of_2(rank)),
         ROWS=TILE_ROWS,
         COLUMNS=TILE_COLUMNS,
     )

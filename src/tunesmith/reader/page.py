@@ -142,8 +142,8 @@ def _context(runs: Sequence[RunFiles]) -> Fields:
 
 
 def _samples_of(runs: Sequence[RunFiles]) -> list[tuple[list[Turn], list[tuple[str, Sample]]]]:
-    """Return for each prompt its turns, and each run's first sample and that of its final weights,
-    or the last one while the run has none."""
+    """Return the turns of each prompt, and two samples of each run: the first one, and that of the
+    final weights, or the last one if there are no final weights yet."""
     samples: dict[str, list[tuple[str, Sample]]] = {}
     for run in runs:
         of_run: list[Sample] = run.texts()["samples"]

@@ -409,7 +409,7 @@ class RunFiles:
         }
 
     def missing_answers(self) -> str:
-        """Return why there are no answers of the final weights; empty where there are some."""
+        """Return why there are no answers of the final weights; empty if there are some."""
         if self.final_step is None or any(row["step"] == self.final_step for row in self.samples):
             return ""
         reason = "log.samples is 0" if self.key("log", "samples") == 0 else "see log.txt"

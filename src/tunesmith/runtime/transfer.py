@@ -105,9 +105,9 @@ class DevicePrefetcher:
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device, and its pictures in pinned memory of the host.
+        """Return the batch on the device, with its pictures in pinned memory of the host.
 
-        The copy is waited for here, where nothing waits for this thread.
+        This thread waits for the copy. No other thread waits for this one.
         """
         # A new thread's current device is 0, whatever the main thread has chosen.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):

@@ -76,7 +76,7 @@ class AnswerSampler(LoopPart):
         if not session.data.validation or count == 0:
             return "no rows are held out" if count else "log.samples is 0"
         if session.mesh.shape.tensor > 1:
-            return "a model that is cut over a tensor group does not generate"
+            return "tensor parallelism does not support them"
         # A whole model answers on rank 0 alone; of a sharded one every rank gathers each layer.
         if not (self.ranks.is_main_process or self.is_sharded):
             return ""

@@ -184,7 +184,7 @@ def recipe_head(
 
 
 def _free_output_dir(output_dir: str, head: list[str]) -> str:
-    """Return `output_dir`, with a number where another command has made its recipe."""
+    """Return `output_dir`, with a number added if another command wrote the recipe beside it."""
     free = output_dir
     number = 1
     while (path := Path(f"{free}.yaml")).exists() and not _is_made_by(path, head):
@@ -193,7 +193,7 @@ def _free_output_dir(output_dir: str, head: list[str]) -> str:
     if number > 1:
         first = shell_path(from_here(Path(f"{output_dir}.yaml")))
         log.info(
-            f"output_dir: {free}, because another command has made {first} "
+            f"output_dir: {free}, because another command wrote {first} "
             f"(to change keys of that recipe: tunesmith train {first} KEY=VALUE)"
         )
     return free
@@ -214,7 +214,7 @@ def _words_of(head: list[str]) -> list[str]:
 
 
 def check_same(path: Path, run: Run) -> None:
-    """RecipeError if a recipe's file is there and says something else: it may have been edited."""
+    """Raise RecipeError if the file of a recipe exists and differs: it may have been edited."""
     changes = differences(load_recipe(path), run) if path.exists() else []
     if not changes:
         return

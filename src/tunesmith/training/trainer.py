@@ -163,7 +163,7 @@ class Trainer(LoopPart):
                 return
 
     def logged_if_first_step_is_slow(self) -> AbstractContextManager[None]:
-        """Return a context that logs what takes the time of a first step that is slow."""
+        """Return a context that logs why the first step takes long, if it does."""
         if self.progress.step > self.first_step or not self.ranks.is_main_process:
             return nullcontext()
         session = self.session

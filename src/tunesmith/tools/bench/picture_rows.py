@@ -58,15 +58,18 @@ def use_drawn_pictures(run: Run, size: tuple[int, int], folder: Path) -> Run:
 
 
 def draw_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Draw DRAWN_ROWS sizes of the shape of `size`, as large as a picture may be at most."""
+    """Draw DRAWN_ROWS sizes with the aspect ratio of `size`, up to MAX_PICTURE_PIXELS."""
     width, height = size
-    most = min(1 + SIZE_SPREAD, (MAX_PICTURE_PIXELS / (width * height)) ** 0.5)
-    factors = np.random.default_rng(0).uniform(1 - SIZE_SPREAD, most, DRAWN_ROWS)
+    largest = min(1 + SIZE_SPREAD, (MAX_PICTURE_PIXELS / (width * height)) ** 0.5)
+    factors = np.random.default_rng(0).uniform(1 - SIZE_SPREAD, largest, DRAWN_ROWS)
     return [(max(1, int(width * factor)), max(1, int(height * factor))) for factor in factors]
 
 
 def _check_length(run: Run, size: tuple[int, int], asked: str) -> None:
-    """UsageError if a picture of this size leaves no room for text; `asked`: of the option."""
+    """Raise UsageError if a picture of this size leaves no room for text.
+
+    asked: the size that the option names.
+    """
     folder = fetch.fetch_for_tokens(run.model)
     tokenizer = load_tokenizer(fetch.tokenizer_folder(run.model, folder), run.model)
     processor = read_picture_processor(folder, tokenizer, run)

@@ -60,7 +60,7 @@ def start_chat(args: argparse.Namespace, location: RunLocation) -> None:
 
 
 def read_tools_file(name: str) -> list[ToolSchema] | None:
-    """Return the tools of a JSON file; UsageError where it is missing or has none."""
+    """Return the tools of a JSON file. Raise UsageError if the file cannot be read."""
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

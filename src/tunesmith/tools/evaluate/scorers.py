@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
 SCHEMA = "schema"  # the column of a row's JSON schema
-# The time limits of a row. The user's scorers may call services, or run code.
+# Time limits for a row, in seconds. The user's scorers may call services, or run code.
 SCORER_SECONDS = 10
 OWN_SCORER_SECONDS = 60
 
@@ -209,7 +209,7 @@ def scorer_process(
             ) from None
 
     try:
-        # The files of the user's scorers may import large packages: without a time limit.
+        # No time limit: the files of the user's scorers may import large packages.
         worker(None, "--score")
         yield run
     finally:

@@ -29,7 +29,7 @@ def contains(answer: str, reference: str) -> float:
 def matches(answer: str, pattern: str) -> float:
     """1 if the pattern matches somewhere in the answer (`^` and `$` tie it to its ends).
 
-    It is one of `regex`, which reads those of `re` too.
+    The syntax is that of the package `regex`, which includes that of `re`.
     """
     found = regex.search(pattern.strip(), answer.strip())
     return float(found is not None)

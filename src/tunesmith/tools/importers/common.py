@@ -20,8 +20,8 @@ from tunesmith.units import count_of
 
 # What PEFT takes of a Llama, Qwen, Mistral or Gemma where nothing is named.
 PEFT_TARGETS = ["q_proj", "v_proj"]
-# Usual names of layers in text models and vision-language models: a regular expression is matched
-# with each in some blocks.
+# Usual names of layers, and their prefixes in text models and vision-language models. A regular
+# expression is matched with each name in some blocks.
 _LAYERS = (
     "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
     " mlp.gate_proj mlp.up_proj mlp.down_proj"
@@ -161,7 +161,7 @@ def set_rows(recipe: Translation, part: str, prefix: str, method: str = "sft") -
     Args:
         part: `train` or `validation`.
         prefix: their key of it; the entries of a list are `PREFIX.0` and so on.
-        method: what learns from the rows, which tells their format where it is not sft; `pt`: rows
+        method: the training method. Unless it is sft, it decides the format of the rows; `pt`: rows
             of plain text.
     """
     entries = entries_below(recipe, prefix)

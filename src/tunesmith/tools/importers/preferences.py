@@ -128,8 +128,8 @@ def set_axolotl_method(recipe: Translation) -> str:
 
 
 def set_llamafactory_method(recipe: Translation) -> str:
-    """The method of LLaMA-Factory's `stage` and `pref_loss`; its name. `pt` means sft on rows of
-    plain text.
+    """Set the method that LLaMA-Factory's `stage` and `pref_loss` mean, and return its name, or
+    `pt` for sft on rows of plain text.
     """
     stage = str(recipe.get("stage"))
     if stage in ("sft", "pt"):

@@ -155,7 +155,7 @@ def _axolotl(recipe: Translation) -> None:
 
 
 def _set_pretraining_rows(recipe: Translation) -> None:
-    """Axolotl's `pretraining_dataset`: a data set's name, or entries of the type `pretrain`."""
+    """Set the rows of Axolotl's `pretraining_dataset`: a data set's name, or a list of entries."""
     name = "pretraining_dataset"
     key = recipe.source.keys.get(name)
     if key is not None and isinstance(key.value, str):

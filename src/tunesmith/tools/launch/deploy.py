@@ -71,8 +71,8 @@ def launch_on_swarm(
     Args:
         nodes, hosts: as of `find_nodes`.
         extra: a file of the user's that is laid over the stack file.
-        render: print the stack file instead, without secrets, and write nothing. Where this machine
-            is in no swarm the nodes are `hosts`, each with one GPU.
+        render: print the stack file instead, without secrets, and write nothing. If this machine is
+            not in a swarm, the nodes are this one and `hosts`, each with one GPU.
 
     Raises:
         What `find_nodes`, `fetch` and `send_files` do.
@@ -88,7 +88,7 @@ def launch_on_swarm(
         chosen = [SwarmNode(host, host, gpu) for host in ("", *hosts)]
         excluded: list[str] = []
         manager = ""
-        log.info("this machine is in no swarm: a node is assumed to be like it, with one GPU")
+        log.info("this machine is not in a swarm: nodes are assumed to be like it, one GPU each")
     else:
         chosen, excluded, manager = find_nodes(hosts, nodes)
     # Before large files are read, fetched and sent.
@@ -188,9 +188,10 @@ def plan_stack(
 ) -> Stack:
     """Return the stack of a run directory on these nodes, without image, mounts and secrets.
 
-    MachineError where the nodes differ in a way that the run would meet.
+    is_on_paper: query no other node, and assume that all are like this one.
 
-    is_on_paper: the other nodes are not asked; they are like this one.
+    Raises:
+        MachineError: the nodes differ in a way that affects the run.
     """
     looks = [look_at("" if is_on_paper else node.host) for node in nodes]
     devices = set[str]()

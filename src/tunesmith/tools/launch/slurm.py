@@ -267,7 +267,7 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
 
     Every value from a recipe or flag stands in a quoted word of a directive or of an assignment.
 
-    holds_recipe: the script writes the recipe itself, in place of `write_recipe`.
+    holds_recipe: the script contains and writes the recipe, in place of `write_recipe`.
     """
     version = installed_versions().get("tunesmith", "")
     lines = [
@@ -296,7 +296,7 @@ def render_script(run: Run, request: Request, *, holds_recipe: bool = False) -> 
 
 
 def _recipe_words(run: Run) -> list[str]:
-    """Return the lines of a script that write the recipe; no line of YAML is the end mark alone."""
+    """Return the lines of a script that write the recipe. No line of YAML equals the end mark."""
     return [
         f'mkdir -p "$run/{FOLDER}"',
         f"cat > \"$run/{FOLDER}/recipe.yaml\" <<'END-OF-RECIPE'",
@@ -345,8 +345,8 @@ def _directives(run: Run, request: Request) -> list[str]:
 
 
 def warn_of_default_resources(request: Request) -> str:
-    """Return a line that names the limits that a script leaves to the cluster's defaults: of time,
-    and for several ranks of cores and memory; empty if it sets them."""
+    """Return a warning that names what a script leaves to the cluster's defaults: the time, and for
+    several ranks also cores and memory. Return an empty text if it sets all of them."""
     options = " ".join(request.sbatch)
     missing: dict[str, str] = {}
     if request.time is None and not re.search(r"(^|\s)(--time|-t)", options):
