@@ -9,8 +9,8 @@ Each step is a command with a limit. After each step OUTPUT/results-CALL.json is
 call that is killed keeps what ran before; OUTPUT/log-CALL.txt has what the steps printed. A step
 that does not fit into the rest of the call is skipped, and a step that fails ends nothing.
 
---dry-run runs the same commands on this machine, with tiny models in place of the true shapes: an
-error in a step shows before a GPU is there. Kernels for GPUs are left out, and their tests skip.
+--dry-run runs the same commands on this machine, with tiny models in place of the true shapes, so
+that errors are found without a GPU. Kernels for GPUs are left out, and their tests are skipped.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Step(NamedTuple):
 
 
 def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Step]:
-    """List the steps of a call in the order of their worth."""
+    """Return the steps of a call, the most important first."""
 
     def script(name: str, *words: str) -> list[str]:
         return [sys.executable, f"benchmarks/{name}.py", *words]
@@ -136,7 +136,7 @@ def steps_of_call(call: str, folder: Path, work: Path, *, dry: bool) -> list[Ste
 
 
 def run_step(step: Step, limit: float, environment: dict[str, str], log: Path) -> int:
-    """Run a step; returns its exit status, or 124 if it was killed at its limit."""
+    """Run a step. Return its exit status, or 124 if it was killed at its limit."""
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n== {step.name}: {shlex.join(step.command)}\n")
         file.flush()
@@ -159,7 +159,7 @@ def run_step(step: Step, limit: float, environment: dict[str, str], log: Path) -
 
 
 def make_environment(folder: Path, work: Path, *, dry: bool) -> dict[str, str]:
-    """Return the environment of the steps; unpacks the packages of `folder` that are wheels."""
+    """Unpack the wheels of `folder`, and return the environment of the steps."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     site = work / "site"
     site.mkdir()
@@ -199,7 +199,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def run_call(options: argparse.Namespace) -> bool:
-    """Run the steps of a call; returns whether each ended with 0."""
+    """Run the steps of a call. Return whether all of them ended with 0."""
     began = time.monotonic()
     limit = options.limit or (float("inf") if options.dry_run else LIMITS[options.call])
     output = options.output.resolve()
@@ -245,7 +245,7 @@ def run_call(options: argparse.Namespace) -> bool:
             "device": read_json(work / "device.json"),
             "steps": done,
         }
-        # In one move: the call may be killed at any moment.
+        # The file is replaced at once, because the call may be killed at any moment.
         partial = output / "partial.json"
         partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         partial.replace(output / f"results-{options.call}.json")

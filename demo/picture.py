@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/run.svg"
 ROWS = "demo/faq.csv"
 WORDS = ["tunesmith", "train", "--model", "demo", "--data", ROWS]
-# The beginnings of the lines that are shown, in the order of the output; the rest is for log.txt.
+# The beginnings of the lines that are shown, in the order of the output.
 SHOWN = (
     "faq.csv: ",
     "recipe: ",
@@ -42,7 +42,7 @@ def shown_lines(output: str) -> list[str]:
 
 
 def check_answers(lines: list[str]) -> None:
-    """ValueError where the picture would show no answers, or one that is not in the rows."""
+    """Raise ValueError if the picture would show no answers, or one that is not in the rows."""
     with (ROOT / ROWS).open(encoding="utf-8") as file:
         expected = [row["answer"] for row in csv.DictReader(file)]
     after = [line.removeprefix("  after ").strip() for line in lines if line.startswith("  after ")]

@@ -19,8 +19,8 @@ Exit status 1: they differ. A shape is a model of that width with random weights
 layers, written to disk first; a family is a tiny random one of the tests (`vision_models.FAMILIES`,
 whose text model is trained, llama, or qwen3_moe). With `--method` it learns from made pairs or
 labeled answers, and a full run's reference is kept in a cache that all starts share. With `--rows
-pictures` the family is one of `vision.FAMILIES`, and two of three rows have a picture; `--rows
-documents` are texts that are longer than a row of training.
+pictures` the family is one of `vision.FAMILIES`, and two of three rows have a picture; with `--rows
+documents` the rows are texts that are longer than a packed row.
 
 With `--kills N` the run is LONG_STEPS steps long with a checkpoint every LONG_CHECKPOINT_EVERY, and
 is killed N times at random moments, between its first step and its end: up to KILLS_A_RUN times

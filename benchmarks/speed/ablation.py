@@ -122,12 +122,12 @@ def attention_of_torch() -> None:
 
 
 def attention_everywhere() -> None:
-    """Our kernels also where they were not measured: any number of query heads a key head."""
+    """Use our kernels for any number of query heads per key head, also where not measured."""
     packed_attention.MEASURED_GROUPS = range(1, 128)
 
 
 def nf4_of_bitsandbytes() -> None:
-    """bitsandbytes' kernel makes nf4 codes dense."""
+    """Dequantize nf4 with the kernel of bitsandbytes."""
     nf4._has_kernel = lambda _: False
 
 
@@ -290,7 +290,7 @@ def main() -> None:
             changes[name] = name
             continue
         replacement = REPLACEMENTS[name]
-        # What is named runs on any device, so that a CPU shows that it does.
+        # A variant that --only names runs on any device, so that it can be tested on a CPU.
         if reason := replacement.missing(replacement.only if options.only else device):
             left_out[name] = reason
             continue

@@ -2,8 +2,8 @@
 
     python benchmarks/speed/decoding.py --shape llama3-8b --tokenizer DIR --data rows.json --json out.json [key=value ...]
 
-`seconds` has the time of each token but the first; a token that takes much longer than the median
-has built or compiled something.
+`seconds` has the time of each token but the first. If a token takes much longer than the median,
+a kernel or a plan was built for it.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ GOALS = (
 )
 
 ATTENTION_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj")
-# As in their recipes, 64 rows of 2,048 tokens a step. Only forecast.
+# As in their recipes, 64 rows of 2,048 tokens a step. These runs are only forecast.
 MIXTURES = (
     Goal("30b-a3b", "Qwen3-30B-A3B LoRA, bf16", "qwen3-30b-a3b", "bf16", False, {"gb10": 3_000},
          global_batch=131_072),

@@ -3,9 +3,9 @@
     python benchmarks/speed/picture_steps.py --family qwen2_5_vl --json out.json [--picture 1024x768] [--small]
 
 First all pictures have one size, then each has its own: the difference is what new sizes cost. A
-step of the first is profiled. `planned_gib` is the peak that the plan counted. `--small` takes the
-tiny model of the tests, so that a CPU shows that all of it runs. The folders are those of
-tests/vision.py, so it runs in a checkout.
+step of the first measurement is profiled. `planned_gib` is the peak memory that the plan predicted.
+`--small` takes the tiny model of the tests, to test the script on a CPU. A checkout is required,
+because tests/vision.py writes the models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the steps of a GPU session report: their JSON files, the GPU tests, and profiles."""
+"""The reports of the steps of a GPU session: JSON files, results of the GPU tests, and profiles."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from kernel_terms import terms_of
 
 
 def read_report(work: Path, name: str) -> dict[str, Any] | None:
-    """What a step has written about itself; None where it wrote nothing, or was killed while it
-    wrote.
-    """
+    """Return the report that a step wrote, or None if it wrote none or was killed while writing."""
     if name == "tests":
         return read_tests(work / "tests.xml")
     file = work / f"{name}.json"
@@ -30,7 +28,7 @@ def read_report(work: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_tests(file: Path) -> dict[str, Any] | None:
-    """Counts of the GPU tests, names of those that failed, and why others were skipped."""
+    """Return counts of the GPU tests, the failures, and why tests were skipped."""
     try:
         cases = list(ElementTree.parse(file).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -58,8 +56,8 @@ def read_tests(file: Path) -> dict[str, Any] | None:
 
 
 def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a profiled step by kind of kernel, as forecast.py counts them, how many kernels
-    it launches, and the most expensive operations.
+    """Return the milliseconds of a profiled step by kind of kernel, as forecast.py counts them, the
+    number of kernels that it launches, and the most expensive operations.
     """
     terms = Counter[str]()
     kernels = 0

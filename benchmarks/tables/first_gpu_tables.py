@@ -1,4 +1,4 @@
-"""The tables of what the first stages on a GPU measured, for README.md and docs/measurements/README.md.
+"""Tables of the measurements of the first GPU stages, for README.md and docs/measurements/README.md.
 
     python benchmarks/tables/first_gpu_tables.py --write docs/measurements/README.md
     python benchmarks/tables/first_gpu_tables.py --check README.md       # exit status 1 if the page differs from the results
@@ -133,7 +133,7 @@ def details_table(stages: Stages) -> str:
 
 
 def how_lines(device: str, stages: Stages) -> Iterator[str]:
-    """How the runs of other programs were started, and those that were not started like the rest."""
+    """Yield how runs of other programs were started, and runs that were started differently."""
     others = [
         (other["name"], other["how"])
         for known in read_beside(device).values()
