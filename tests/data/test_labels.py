@@ -109,6 +109,12 @@ def test_the_way_on_names_the_columns_of_feedback(
         convert({**row, "is_correct": False}, format_name)
 
 
+@pytest.mark.parametrize(("column", "bad"), [("stars", "1 star"), ("accepted", -1)])
+def test_a_label_that_feedback_does_not_read_is_to_be_written_anew(column: str, bad: Any) -> None:
+    with refuses(DataError, fix=[f"label: {column}}}'", "after true"]):
+        convert({**PAIR, column: bad})
+
+
 @pytest.mark.parametrize(
     "harmless",
     [

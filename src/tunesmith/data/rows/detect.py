@@ -337,8 +337,8 @@ class _SampledRows:
         classes = [name for name in letters if self._is_class(name, is_alone=len(kinds) == 2)]
         texts = [layout.columns["text"] for layout in layouts if layout.format == "text"]
         if not layouts:
-            texts = [name for name in letters if letters[name] and plain(name) not in NO_TEXTS]
-            texts = [name for name in texts if name not in classes]
+            no_texts = NO_TEXTS.union(map(plain, classes))
+            texts = [name for name in letters if letters[name] and plain(name) not in no_texts]
         classes = [name for name in classes if name not in texts]
         if not classes or not 1 <= len(texts) <= 2:
             return

@@ -138,6 +138,8 @@ def check_no_bad_label(row: RowReader) -> None:
         fix = 'write "train": false into the turn' if at else "copy it into a column of its own"
         if name in row.row and not at:
             fix = _use_labels(row.source, name)
+            if read_label(value) is None:
+                fix += ", after true or false is written for each of its values"
         raise row.error(
             f"the answer is labeled bad: {name} is {shown}",
             f"format {row.source.format} learns each answer as it is",
