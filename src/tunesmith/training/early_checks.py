@@ -19,9 +19,7 @@ from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.checkpoint.replicate import copies_in
 from tunesmith.checkpoint.resume import finished_step
 from tunesmith.checkpoint.start_adapter import find_local_adapter
-from tunesmith.config.dump import differences
 from tunesmith.config.layers import merge_layers, override_layer
-from tunesmith.config.load import load_recipe
 from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import schema_line
@@ -211,21 +209,6 @@ def _is_made_by(path: Path, head: list[str]) -> bool:
 def _words_of(head: list[str]) -> list[str]:
     words = shlex.split("\n".join(line.removeprefix("# ") for line in head[1:]))
     return sorted(os.path.abspath(word) for word in words)
-
-
-def check_same(path: Path, run: Run) -> None:
-    """Raise RecipeError if the file of a recipe exists and differs: it may have been edited."""
-    changes = differences(load_recipe(path), run) if path.exists() else []
-    if not changes:
-        return
-    name = shell_path(from_here(path))
-    raise RecipeError(
-        f"{name} already exists and differs from the recipe that this command writes",
-        where="\n         ".join(map(str, changes)),
-        why="it was edited, or the data has changed; it is not overwritten",
-        fix=f"train the existing recipe: tunesmith train {name}; "
-        "or start another run: output_dir=runs/NAME",
-    )
 
 
 def _detect(

@@ -18,8 +18,8 @@ import numpy as np
 
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.start_adapter import find_adapter
-from tunesmith.config.dump import to_yaml
-from tunesmith.config.load import checked
+from tunesmith.config.dump import differences, to_yaml
+from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.paths import resolve_paths
 from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run, Source
 from tunesmith.config.tree import Node
@@ -33,7 +33,7 @@ from tunesmith.data.source.open_source import (
 from tunesmith.data.text.select_template import select_template
 from tunesmith.data.tokens.contract import MOST_CUT
 from tunesmith.data.tokens.tokenize import tokenize
-from tunesmith.errors import DataError, MachineError
+from tunesmith.errors import DataError, MachineError, RecipeError
 from tunesmith.host import demo_model
 from tunesmith.host.files import from_here, write_atomically
 from tunesmith.host.shell import shell_path
@@ -45,7 +45,7 @@ from tunesmith.model.model_types import read_model_types
 from tunesmith.model.spec import ModelSpec
 from tunesmith.model.tokenizer import eos_ids
 from tunesmith.run_dir import read_recipe
-from tunesmith.training.early_checks import RowsLook, check_same, look_at_rows, over
+from tunesmith.training.early_checks import RowsLook, look_at_rows, over
 from tunesmith.units import Length, Share, Size, ceil_div, count_of
 
 log = logging.getLogger(__name__)
@@ -130,8 +130,16 @@ class NewRecipe:
         return shell_path(from_here(self.path))
 
     def check_file(self) -> None:
-        """RecipeError if the file is there and says something else; see `check_same`."""
-        check_same(self.path, self.run)
+        """Raise RecipeError if the file exists and differs: it may have been edited."""
+        changes = differences(load_recipe(self.path), self.run) if self.path.exists() else []
+        if changes:
+            raise RecipeError(
+                f"{self.name} already exists and differs from the recipe that this command writes",
+                where="\n         ".join(map(str, changes)),
+                why="it was edited, or the data has changed; it is not overwritten",
+                fix=f"train the existing recipe: tunesmith train {self.name}; "
+                "or start another run: output_dir=runs/NAME",
+            )
 
     def write_file(self) -> None:
         """Write the file, unless it is there; can be called after each step.

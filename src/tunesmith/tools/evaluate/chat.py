@@ -64,8 +64,12 @@ def read_tools_file(name: str) -> list[ToolSchema] | None:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fix = "--tools FILE: a JSON list of tools in UTF-8"
-        raise UsageError("the tools cannot be read", where=name, why=str(error), fix=fix) from error
+        raise UsageError(
+            "the tools cannot be read",
+            where=name,
+            why=str(error),
+            fix="--tools FILE: a JSON list of tools in UTF-8",
+        ) from error
     return read_tools(RowReader({"tools": text}, Source(source=name), name))
 
 

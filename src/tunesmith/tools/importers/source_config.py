@@ -179,12 +179,13 @@ def _choose_tool(keys: dict[str, SourceKey], path: Path, named: str | None) -> s
 
 
 def _unsupported(tool: str, path: Path, why: str) -> UsageError:
-    what = f"this is a file of {tool}, which cannot be imported"
-    fix = (
-        "tunesmith train --model MODEL --data ROWS.jsonl writes a recipe; change the keys there "
-        "(docs/recipe.md)"
+    return UsageError(
+        f"this is a file of {tool}, which cannot be imported",
+        where=str(path),
+        why=why,
+        fix="tunesmith train --model MODEL --data ROWS.jsonl writes a recipe; change the keys there "
+        "(docs/recipe.md)",
     )
-    return UsageError(what, where=str(path), why=why, fix=fix)
 
 
 def _check_no_program(path: Path) -> None:

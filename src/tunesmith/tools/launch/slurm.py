@@ -363,10 +363,9 @@ def warn_of_default_resources(request: Request) -> str:
             missing["memory"] = "--mem 0"
     if not missing:
         return ""
-    what = " or ".join(filter(None, [", ".join([*missing][:-1]), [*missing][-1]]))
     return (
-        f"warning: the script does not ask for {what}, and the default of many clusters is small; "
-        f"fix: {' '.join(missing.values())}"
+        f"warning: the script does not ask for {' or '.join(missing)}, and the default of many "
+        f"clusters is small; fix: {' '.join(missing.values())}"
     )
 
 
