@@ -95,9 +95,12 @@ def config_error(name: str, error: Exception) -> DataError:
     """
     names = re.findall(r"'([^']+)'", str(error).partition("[")[2].partition("]")[0])
     if not names:
-        what = f"the configurations of the dataset {name} cannot be read"
-        fix = "fix the YAML at the top of its README.md, or name its files: FOLDER/*.parquet"
-        return DataError(what, where=name, why=" ".join(str(error).split()), fix=fix)
+        return DataError(
+            f"the configurations of the dataset {name} cannot be read",
+            where=name,
+            why=" ".join(str(error).split()),
+            fix="fix the YAML at the top of its README.md, or name its files: FOLDER/*.parquet",
+        )
     return DataError(
         f"the dataset {name} needs a configuration",
         where=name,
