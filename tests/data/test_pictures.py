@@ -525,6 +525,12 @@ def test_a_row_that_is_refused(name: str) -> None:
 # Pictures that nothing reads ----------------------------------------------------------------------
 
 NAMED = "![A square](pictures/red.png)"
+CALL = {"id": "1", "type": "function", "function": {"name": "shoot", "arguments": {}}}
+SHOT = (
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "<image>"},
+    ANSWER,
+)
 # A row -> the warnings of a text model, and the errors of a model that sees.
 LOST: dict[str, tuple[Row, dict[str, str], dict[str, str]]] = {
     name: (row, *([found[0], found[0]] if len(found) == 1 else found))
@@ -544,6 +550,27 @@ LOST: dict[str, tuple[Row, dict[str, str], dict[str, str]]] = {
         ("Qwen-VL's file elsewhere", chat("<img>/absent/red.png</img>\nColor?"), {}, {"picture_mark": "/absent/red.png"}),
         ("a picture of Markdown", chat(f"{NAMED} Color?"), {"picture_mark": "pictures/red.png"}),
         ("a remote picture", chat("![A square](https://a.b/red.png) Color?"), {}, {"picture_mark": "https://a.b/red.png"}),
+        ("a picture in HTML", chat('<img width=9 src="pictures/red.png">\nColor?'), {"picture_mark": "pictures/red.png"}),
+        ("bytes in HTML", chat(f"<img src='{URI}'/>\nColor?"), {"picture_mark": URI}),
+        ("MiniCPM's file", chat("<image>pictures/red.png</image>\nColor?"), {"picture_mark": "pictures/red.png"}),
+        ("a picture elsewhere in XML", chat("<image>absent.png</image>\nColor?"), {}),
+        ("InternVL's mark", chat("<img><IMG_CONTEXT></img>\nColor?"), {}, {"picture_mark": "<IMG_CONTEXT>"}),
+        ("Qwen2-VL's mark", chat("<|vision_start|><|image_pad|><|vision_end|>Color?"), {"picture_mark": "<|image_pad|>"}),
+        ("a mark of the system", chat({"role": "system", "content": "Look: <image>"}, Q), {"picture_mark": "<image>"}),
+        ("a screenshot of a tool", chat(Q, *SHOT), {"picture_mark": "<image>"}),
+        ("a mark that the system explains", chat({"role": "system", "content": "A picture is written <image> here"}, Q), {}),
+        ("a mark of an answer", chat("Draw it", {"role": "assistant", "content": "<image>"}), {}),
+        ("a mark beside a part", chat(user(image(path="pictures/red.png"), "<image>\nColor?")), {"picture_mark": "<image>"}),
+        ("a file beside a picture", chat(f"<image> or {NAMED}?", images=["pictures/red.png"]), {"picture_mark": "pictures/red.png"}),
+        ("a mark that is explained beside a picture", chat(user(image(path="pictures/red.png"), "Is <image> a tag?")), {}),
+        ("a column of URIs", chat(Q, photo=URI), {"picture_column": "photo"}),
+        ("a column of base64", chat(Q, photo=RED64), {"picture_column": "photo"}),
+        ("a second file", chat(Q, photos=["", "file:pictures/red.png", "pictures/red.png"]), {"picture_column": "photos"}),
+        ("a file's URI", chat(Q, photo="file://pictures/red.png"), {"picture_column": "photo"}),
+        *(
+            (f"{form} bytes", chat(Q, photo={"bytes": encoded(noise(), form), "path": None}), {"picture_column": "photo"})
+            for form in ("WEBP", "GIF", "TIFF")
+        ),
         ("grounding", chat("Find <ref-object>", objects={"ref": ["sheep"]}), {"grounding": "<ref-object>"}),
         ("grounding in an answer", pairs("Find it", "<bbox><bbox>"), {"grounding": "<bbox>"}),
         ("a column of files", chat(Q, path="pictures/red.png"), {"picture_column": "path"}),

@@ -708,7 +708,7 @@ def test_all_tokens_of_a_row_may_be_trained_but_those_of_its_pictures(
     """What stands before a picture is supervised then, and is no answer that lacks its end."""
     draw((56, 56)).save(tmp_path / "a.png")
     folder = folders["gemma3"]
-    rows = [row(tmp_path, "a.png", "<image>What is it?", "Noise.")]
+    rows = [row(tmp_path, "a.png", "What is it?", "Noise.")]
     data = prepared(folder, tmp_path, rows, train_on="all")
     [example] = data.train
     processor = load(folder)

@@ -10,18 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from tunesmith.data.rows.picture_places import PICTURE_KEYS
-from tunesmith.data.rows.samples import Completion, Conversation, Sample, pictures_of
+from tunesmith.data.rows.samples import PICTURE_MARK, Completion, Conversation, Sample, pictures_of
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
-_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff")  # of PNG and JPEG files
+_SUFFIXES = tuple(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .avif .jp2 .jfif .ppm".split())
+# First bytes of PNG, JPEG, GIF and TIFF files.
+_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+# First characters of a data URI, and of PNG and JPEG files in base64.
+_FIRST_CHARACTERS = ("data:image/", "iVBORw0KGgo", "/9j/4AAQ")
 # Quotes, a closing tag, or a word such as "tag" after it show that a text is about the mark itself.
 # The pattern begins with the first characters of all marks, which makes it six times as fast.
 _MARK = re.compile(
     r"""[<!](?<![`"'].)(?:
     (?P<place>\|?(?P<name>(?:image|IMAGE)(?:[ _-]?\d+|_pad|_placeholder|_soft_token)?)\|?>
-        |start_of_image>|ImageHere>)(?!.{0,500}</(?P=name)>)
+        |start_of_image>|IMG_CONTEXT>|ImageHere>)(?!.{0,500}</(?P=name)>)
     |(?P<object>(?P<kind>bbox|ref-object)>(?!.{0,500}</(?P=kind)>))
-    |img>(?P<tag>[^<>\n]{1,500})</img>
+    |(?P<kind_of_tag>img|image)>(?P<tag>[^<>\n]{1,500})</(?P=kind_of_tag)>
+    |img\s[^<>\n]{0,500}?src=["'](?P<source>[^<>"'\n]+)["'][^<>\n]{0,500}>
     |\[[^\]\n]{0,500}\]\(<?(?P<link>[^)\s>]+)
     )(?!\s*(?:tags?|elements?|nodes?)\b|[`"'])""",
     re.VERBOSE | re.DOTALL,
@@ -47,18 +51,23 @@ def find_lost_pictures(
             yield "picture_column", column
     for role, text in _texts_of(sample):
         for match in _MARK.finditer(text):
-            named = match["tag"] or match["link"]
+            named = match["tag"] or match["link"] or match["source"]
             before = text[max(0, match.start() - 9) : match.start()].rstrip(" \t")
+            # In `docker run <image>` the mark is text. That of a picture begins a line or follows
+            # a sentence, another picture or a token such as <|vision_start|>.
+            is_apart = before[-1:] in f"\n:?.!(：。？！{PICTURE_MARK}" or before.endswith("|>")
+            # Other marks of a row with pictures, and those of HTML and XML, may be text.
+            needs_picture = sees and not has_pictures and role == "user"
             if match["object"]:
                 yield "grounding", match[0]
-            elif has_pictures or role not in ("user", "text"):
-                continue
             elif named:
-                if role == "user" and (sees or is_picture(named.strip(), where)):
+                is_html = match["source"] or match["kind_of_tag"] == "image"
+                if role == "user" and (
+                    (needs_picture and not is_html)
+                    or ((is_apart or not is_html) and is_picture(named.strip(), where))
+                ):
                     yield "picture_mark", named
-            # In `docker run <image>` the mark is text. That of a picture begins a line or follows
-            # a sentence.
-            elif before[-1:] in "\n:?.!(：。？！" or (sees and role == "user"):
+            elif role != "assistant" and (is_apart or needs_picture):
                 yield "picture_mark", match[0]
 
 
@@ -72,17 +81,22 @@ def _texts_of(sample: Sample) -> list[tuple[str, str]]:
 
 
 def is_picture(value: object, where: str) -> bool:
-    """Return whether a value is a picture: its bytes, or the name of a file that exists."""
-    if isinstance(value, list):
-        value = next(iter(value), None)
-    parts = [value.get(key) for key in PICTURE_KEYS] if isinstance(value, Mapping) else [value]
+    """Return whether a value is a picture: its bytes, its text in base64, or an existing file."""
+    # The first values of a long list are enough.
+    values = value[:8] if isinstance(value, list) else [value]
     folder = getattr(where, "folder", None) or Path()
-    for part in parts:
-        if isinstance(part, bytes) and part.startswith(_FIRST_BYTES):
-            return True
-        # The name may be longer than the file system allows.
-        with suppress(OSError, ValueError):
-            is_name = isinstance(part, str) and part[-5:].lower().endswith(_SUFFIXES)
-            if is_name and (folder / str(part)).is_file():
+    for item in values:
+        parts = [item.get(key) for key in PICTURE_KEYS] if isinstance(item, Mapping) else [item]
+        for part in parts:
+            if isinstance(part, bytes) and (part.startswith(_FIRST_BYTES) or part[8:12] == b"WEBP"):
                 return True
+            if not isinstance(part, str):
+                continue
+            if part.startswith(_FIRST_CHARACTERS):
+                return True
+            # The name may be longer than the file system allows.
+            with suppress(OSError, ValueError):
+                is_name = part[-5:].lower().endswith(_SUFFIXES)
+                if is_name and (folder / part.removeprefix("file://")).is_file():
+                    return True
     return False
