@@ -46,7 +46,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
-MAX_RENDER_SECONDS = 10  # of the processor, for one conversation
+MAX_RENDER_SECONDS = 5  # of the processor, for one conversation
 _GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIX_WITH_TAGS = (
     "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
@@ -261,11 +261,11 @@ class ChatRenderer:
             with _limit_seconds(MAX_RENDER_SECONDS):
                 yield
         except TimeoutError as error:
-            # Of no single row: a trial of the template must not take it for an answer.
+            # DataError would be about a single row, and a probe of the template continues after it.
             raise ModelError(
-                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render this conversation",
+                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render a conversation",
                 where=where or "data.template",
-                why="it may have loops in loops",
+                why="it may have nested loops",
                 fix="use another template: data.template=FILE.jinja",
             ) from error
         except RENDER_ERRORS as error:
