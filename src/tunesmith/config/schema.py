@@ -168,8 +168,8 @@ class Model:
     )
     trust_remote_code: bool = key(
         False,
-        "run Python code from the model's repository; counts in your own recipe and on the command"
-        " line, not in a run directory or in a recipe that `extends` takes from another folder",
+        "run Python code from the model's repository; accepted in your own recipe and on the"
+        " command line, not in a run directory or in a recipe of another folder that you extend",
     )
     added_tokens: tuple[str, ...] = key(
         (), "special tokens to add; with LoRA, `modules_to_save` must name `embed_tokens`"

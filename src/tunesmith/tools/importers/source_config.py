@@ -183,8 +183,8 @@ def _unsupported(tool: str, path: Path, why: str) -> UsageError:
         f"this is a file of {tool}, which cannot be imported",
         where=str(path),
         why=why,
-        fix="tunesmith train --model MODEL --data ROWS.jsonl writes a recipe; change the keys there "
-        "(docs/recipe.md)",
+        fix="tunesmith train --model MODEL --data ROWS.jsonl writes a recipe; change the keys "
+        "there (docs/recipe.md)",
     )
 
 
