@@ -359,8 +359,8 @@ class _SampledRows:
         # As coarse_label.
         if {name, name.rpartition("_")[2]} & _CLASS_NAMES:
             return True
-        is_binary = set(map(read_label, self._values(column))) == {True, False}
-        return is_alone and (is_binary or name in _TOPIC_NAMES)
+        labels = set(map(read_label, self._values(column)))
+        return is_alone and (labels == {True, False} or name in _TOPIC_NAMES)
 
     def all_errors(self, trial: _Trial) -> DataError:
         """The error that lists all rows that a layout does not read; where it reads none, the

@@ -27,9 +27,9 @@ _BAD_LABELS = frozenset(
     "false,no,n,f,0,0.0,bad,undesirable,rejected,thumbs down,thumb down,thumbsdown,down,"
     "downvote,downvoted,dislike,disliked,👎,incorrect,not correct,wrong,fail,failed,not approved,"
     "unhelpful,not helpful,failure,unsuccessful,❌,✗,✘,reject,not accepted,not ok,invalid,"
-    "not valid,discard,unfaithful,hallucinated,unsolved,unresolved,unsatisfied,dissatisfied,"
-    "wrong answer,time limit exceeded,memory limit exceeded,runtime error,compile error,"
-    "compilation error".split(",")
+    "not valid,discard,discarded,unfaithful,hallucinated,unsolved,unresolved,unsatisfied,"
+    "dissatisfied,wrong answer,time limit exceeded,memory limit exceeded,runtime error,"
+    "compile error,compilation error".split(",")
 )
 # Words that are low grades, but no labels.
 _LOW_GRADES = frozenset(
@@ -115,8 +115,8 @@ def bad_labels(fields: Mapping[str, object]) -> list[tuple[str, object]]:
 def _is_bad_label(column: str, value: object) -> bool:
     """Return whether a value labels its answer as bad, whatever the values of other rows are."""
     parent, _, name = plain(column).rpartition(".")
-    # A number in an object is seldom a label.
-    if parent and not isinstance(value, str | bool):
+    # An object of metadata may have numbers of other meanings, and the class of a text as `label`.
+    if parent and (name == "label" or not isinstance(value, str | bool)):
         return False
     label = read_label(value)
     if _is_label(name):
