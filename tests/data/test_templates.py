@@ -352,12 +352,17 @@ def test_hermes_form_for_a_chatml_without_tools() -> None:
             "1</tool_response>\n<tool_response>\n2",
         ),
         ("See <tool_response>10</tool_response>", "See <tool_response>10</tool_response>"),
+        # The time grows with the length, and not with its square.
+        (f"<tool_response>1{' ' * 120_000}0", f"<tool_response>1{' ' * 120_000}0"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_a_tool_result_is_wrapped_once(content: str, shown: str) -> None:
     sample = Conversation([user("A?"), answer("<tool_call>a"), result(content), answer("10")])
     sample.messages[2].pop("tool_call_id")
-    text, _ = learnt(select_template(data(), chat_tokenizer(), {2}), sample)
+    template = select_template(data(), chat_tokenizer(), {2})
+    with time_limit(10):
+        text, _ = learnt(template, sample)
     assert f"<tool_response>\n{shown}\n</tool_response><|im_end|>" in text
     assert text.count("<tool_response>") == shown.count("<tool_response>") + 1
 

@@ -302,7 +302,7 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"there is no {ADAPTER_CONFIG}"
         raise ModelError(what, where=str(folder), fix="name a PEFT adapter's folder")
     settings = read_json(file, again="copy the adapter again")
-    # Another method has other keys, but its name says more than the first of them.
+    # peft_type comes first: the name of another method says more than its keys.
     for name, value in sorted(settings.items(), key=lambda setting: setting[0] != "peft_type"):
         if name not in HARMLESS and not NEUTRAL.get(name, operator.not_)(value):
             raise ModelError(

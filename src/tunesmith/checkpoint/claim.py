@@ -1,10 +1,9 @@
 """The run directory as a place: whose files lie in it, and which run holds it.
 
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
-that a run began to write. Anywhere else a file with a name that a run writes is somebody else's,
-and a directory that holds nothing but folders is a place where somebody keeps folders; so are the
-working directory and the home directory. There the start is refused and nothing is touched. Files
-of other names are never touched. An earlier run is moved aside, never deleted.
+that a run began to write. In other directories the start is refused and nothing is touched if there
+is a file with a name that a run writes, or nothing but folders, or if it is the working or the home
+directory. Files of other names are never touched. An earlier run is moved aside, never deleted.
 """
 
 import contextlib
@@ -172,7 +171,7 @@ def _first_names(names: list[str]) -> str:
 
 
 def _other_folders(output_dir: Path) -> list[str]:
-    """The folders that no run wrote, of a directory that holds nothing but folders; else none."""
+    """Return the folders that no run wrote, if the directory holds only folders; else none."""
     try:
         entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     except OSError:

@@ -78,8 +78,8 @@ def untrusted_code(model: str, where: str) -> RecipeError:
 def _is_users_own(where: str, recipe: Path) -> bool:
     """Return whether a place is in a file of the user, who has named `recipe`.
 
-    The user's files are in the folder of `recipe` or below it. A run directory's config.yaml is not
-    one of them, because others may have written it: with env.json or with a checkpoint next to it.
+    The user's files are in the folder of `recipe` or below it, except the config.yaml of a run
+    directory, because others may have written it. A run directory has env.json or a checkpoint.
     """
     file = Path(where.rpartition(":")[0]).resolve()
     saved = (RUN_IDENTITY, "final/manifest.json", "checkpoint-*/manifest.json")

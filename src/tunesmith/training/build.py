@@ -409,10 +409,9 @@ def make_loader(
 
 
 def first_batches(loader: Loader, device: torch.device, tokens: int) -> list[Batch]:
-    """Micro batches on the device until they hold so many tokens: from the first step on, in the
-    order of `Loader.largest_first`.
+    """Return micro batches on the device, from the first step on, with at least `tokens` tokens.
 
-    Epochs repeat.
+    Within a step they have the order of `Loader.largest_first`. Epochs repeat.
     """
     batches: list[Batch] = []
     for step in itertools.count():

@@ -208,8 +208,8 @@ class Loader(AbstractContextManager["Loader"]):
     def largest_first(self, step: int) -> Iterator[Batch]:
         """Yield this rank's micro batches of a step, in host memory.
 
-        Those with the most tokens come first, of several with as many the one with the most tokens
-        of pictures. The pictures of each are prepared when it is asked for.
+        Those with the most tokens come first; if they are equal, those with the most tokens of
+        pictures. The pictures of a micro batch are prepared when it is yielded.
         """
 
         def size(group: list[int]) -> tuple[int, int]:

@@ -356,7 +356,7 @@ class _SampledRows:
     def _is_class(self, column: str, *, is_alone: bool) -> bool:
         """Return whether a column is the class of a text; `is_alone`: the text has no others."""
         name = plain(column)
-        # As coarse_label.
+        # Or it ends in such a name, as coarse_label does.
         if {name, name.rpartition("_")[2]} & _CLASS_NAMES:
             return True
         labels = set(map(read_label, self._values(column)))

@@ -30,8 +30,8 @@ _ROLE_KEY = re.compile(r"""["'](role|from)\\?["']\s*:""")
 _TURN_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
 # Characters of such a text in which the key of its first role is looked for.
 _LOOKED_AT = 100_000
-# The least similarity of a mistyped name to that of a column, as `nearest` measures it: that of
-# redacted or selected to rejected is less.
+# Minimum similarity of a mistyped name to that of a column, as `nearest` measures it. It is above
+# the similarity of redacted or selected to rejected.
 MIN_NAME_SIMILARITY = 0.76
 # Columns that tell rows apart, or say where they are from: no example is another for them.
 HARMLESS_COLUMNS = frozenset(

@@ -84,7 +84,7 @@ def _find_forms(chat: ChatRenderer) -> None:
             traits.calls = True
             tags = _RESULT_TAGS.search(rendering.text)
             if tags is not None:
-                wrapped = r"\A\s*{}\s*(.*?)\s*{}\s*\Z".format(*map(re.escape, tags.groups()))
+                wrapped = r"\A\s*{}(.*){}\s*\Z".format(*map(re.escape, tags.groups()))
                 traits.wrapped_result = re.compile(wrapped, re.DOTALL)
             break
     else:

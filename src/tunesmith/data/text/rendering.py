@@ -46,7 +46,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
-MAX_RENDER_SECONDS = 5  # of the processor, for one conversation
+MAX_RENDER_SECONDS = 10  # of processor time, for one conversation
 _GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIX_WITH_TAGS = (
     "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
@@ -261,9 +261,9 @@ class ChatRenderer:
             with _limit_seconds(MAX_RENDER_SECONDS):
                 yield
         except TimeoutError as error:
-            # DataError would be about a single row, and a probe of the template continues after it.
+            # Not a DataError: `probe.py` takes those as a refusal by the template, and continues.
             raise ModelError(
-                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render a conversation",
+                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render this conversation",
                 where=where or "data.template",
                 why="it may have nested loops",
                 fix="use another template: data.template=FILE.jinja",
@@ -285,7 +285,7 @@ class ChatRenderer:
         wrapped = self.traits.wrapped_result
         if wrapped is not None:
             messages = [
-                {**turn, "content": wrapped.sub(r"\1", turn["content"])}
+                {**turn, "content": wrapped.sub(lambda found: found[1].strip(), turn["content"])}
                 if turn["role"] == "tool"
                 else turn
                 for turn in messages
