@@ -19,7 +19,8 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from tunesmith.model.decoder import find_decoder, is_whole
 
-# A vision part hands all its windows to an attention of such a name at once, with their edges.
+# Transformers hands all windows of a vision part at once, with their edges, to an attention whose
+# name has "flash" in it.
 VISION_ATTENTION = "tunesmith_flash_windows"
 
 # Outputs of a vision part that a model with a `pooler_output` does not take.
@@ -52,7 +53,7 @@ def attend_windows(
     cu_seq_lens_q: Tensor,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Compute attention within windows, or pictures, with one call for all of a length.
+    """Compute attention within windows or pictures; those of one length share a call.
 
     Args:
         query, key, value: [1, heads, n, d].

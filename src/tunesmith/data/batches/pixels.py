@@ -56,7 +56,7 @@ class PixelMaker:
             place = picture_place(picture, task.where)
             if task.digests and picture_digest(data) != task.digests[n]:
                 raise DataError(
-                    "the picture is another one than when its row became tokens",
+                    "the picture has changed since its row became tokens",
                     where=place,
                     why="its file was changed since the rows were read",
                     fix="put the old file back; or resume with checkpoint.resume=force, which"
@@ -79,8 +79,8 @@ def default_workers() -> int:
     # Under srun each rank is bound to cores of its own; under torchrun all ranks share the cores.
     if cores * ranks > (os.cpu_count() or 1):
         cores //= ranks
-    least = 1 if torch.cuda.is_available() else 0
-    return min(max(cores // CORES_EACH, least), MAX_PIXEL_WORKERS)
+    min_workers = 1 if torch.cuda.is_available() else 0
+    return min(max(cores // CORES_EACH, min_workers), MAX_PIXEL_WORKERS)
 
 
 class PixelReader:
