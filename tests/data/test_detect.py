@@ -49,6 +49,13 @@ def test_a_wide_table_is_read_in_one_pass_over_its_names() -> None:
     assert plain.cache_info().misses - before < 25_000
 
 
+def test_the_names_of_a_wide_file_are_compared_in_one_pass(tmp_path: Path) -> None:
+    names = ",".join(f"c{i}" for i in range(50_000))
+    (tmp_path / "wide.csv").write_text(f"{names}\n{names}\n")
+    with time_limit(15):
+        assert len(read_rows(Source(source=str(tmp_path / "wide.csv")))[0]) == 50_000
+
+
 def texts(*names: str) -> Row:
     return dict.fromkeys(names, "some text")
 

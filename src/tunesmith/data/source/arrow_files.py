@@ -8,6 +8,7 @@ import bisect
 import itertools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -130,7 +131,7 @@ _Groups = tuple[list[int], _ReadGroup]
 def _open_parquet(path: Path) -> _Groups:
     file = pq.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
     names = file.schema_arrow.names
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         what = f"the file has several columns named {', '.join(repeated)}"
         fix = "write it again with unique column names"

@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedReader
@@ -55,7 +56,7 @@ def read_csv(path: Path) -> Table:
             path.name,
         )
     header = index.header[index.has_row_numbers :]
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(header).items() if count > 1)
     if repeated or "" in header:
         what = "the header has an unnamed column"
         if repeated:
