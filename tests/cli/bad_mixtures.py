@@ -100,7 +100,7 @@ MIXTURES = [
     Case("experts", "a scheme that is none", lambda w: w.train("model.quantize=mxfp4"), "model.quantize", "mxfp4", "nf4"),
     Case("experts", "codes that train in full", lambda w: w.train("model.quantize=nf4", adapter={"kind": "none"}), "model.quantize", "nf4"),
     Case("config", "zero experts", lambda w: w.of("tiny", said(num_local_experts=0)), "model", "config.json", "mlp.gate_proj"),
-    Case("config", "experts in words", lambda w: w.of("tiny", said(num_local_experts="8")), "config.json", "'str'"),
+    Case("config", "experts in words", lambda w: w.of("tiny", said(num_local_experts="8")), "config.json", "'8'"),
     Case("config", "a width that is another", lambda w: w.of("tiny", said(moe_intermediate_size=24)), "model", "24", "experts"),
     Case("config", "more experts than are stored", lambda w: w.of("tiny", said(num_local_experts=16)), "model", "experts"),
     Case("config", "fewer experts than are stored", lambda w: w.of("tiny", said(num_local_experts=4)), "model", "experts"),

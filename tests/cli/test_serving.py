@@ -178,8 +178,8 @@ def test_a_full_disk_names_the_file_and_how_to_go_on(
             ["--force"],
             "; to continue, run the same command again with --resume instead of --force\n",
         ),
-        ("-", [], "rows are in standard output\n"),
-        ("/dev/null", [], "rows are in /dev/null\n"),
+        ("-", [], "standard output holds 0 of 12 rows\n"),
+        ("/dev/null", [], "/dev/null holds 0 of 12 rows\n"),
     ],
 )
 def test_a_stopped_job_names_a_command_that_works(

@@ -193,6 +193,7 @@ class _Broken:
     """A template with a fault of ours in it."""
 
     raw = False
+    pictures = None
     tokenizer = byte_tokenizer()
 
     def encode_many(self, *_: Any, **__: Any) -> Any:

@@ -155,7 +155,7 @@ def test_memory_of_its_own_is_not_touched_by_skipped_names(folder: Path) -> None
     load.materialize(model, torch.device("cpu"))
     load_weights(model, folder, skip=lambda n: n.endswith("extra"))
     assert model.model.layers[0].mlp.extra.tolist() == [5.0, 5.0]
-    with refuses(ModelError, names=["1 tensors", "model.layers.0.mlp.extra"]):
+    with refuses(ModelError, names=["1 tensor", "model.layers.0.mlp.extra"]):
         load_weights(model, folder)
 
 

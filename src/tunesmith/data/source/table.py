@@ -274,9 +274,17 @@ def decode_text(path: Path, data: bytes, where: Callable[[int], str], encoding: 
 
 def check_not_wide(path: Path, data: bytes, where: str) -> None:
     """Raise DataError if `data` begins as UTF-16 or UTF-32."""
-    encoding = json.detect_encoding(data)
-    if not encoding.startswith("utf-8"):
+    if encoding := wide_encoding(data):
         raise not_utf8_error(path, data, where, f"it begins as {encoding} text does")
+
+
+def wide_encoding(data: bytes) -> str:
+    """Return the encoding of a text in UTF-16 or UTF-32; empty for other texts and for no text."""
+    encoding = json.detect_encoding(data)
+    # The last character may be cut.
+    head = data[:HEAD_BYTES].decode(encoding, "replace")[:-1]
+    is_text = re.search("[\x00-\x08\ufffd]", head) is None
+    return encoding if is_text and not encoding.startswith("utf-8") else ""
 
 
 def not_utf8_error(path: Path, data: bytes, where: str, why: str) -> DataError:
@@ -296,8 +304,7 @@ def not_utf8_error(path: Path, data: bytes, where: str, why: str) -> DataError:
 
 def likely_encoding(data: bytes) -> str:
     """Return the likely encoding of a text that is not UTF-8, by the name that iconv has for it."""
-    wide = json.detect_encoding(data)
-    if wide.startswith(("utf-16", "utf-32")):
+    if wide := wide_encoding(data):
         return wide.replace("6-", "6").replace("2-", "2")
     unusual_shares = {"": MAX_UNUSUAL}
     for encoding, usual in _USUAL_TEXT.items():
