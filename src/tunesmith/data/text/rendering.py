@@ -46,7 +46,7 @@ RENDER_ERRORS = (
     RecursionError,
     MemoryError,
 )
-MAX_RENDER_SECONDS = 10  # of processor time, for one conversation
+MAX_RENDER_SECONDS = 5  # of processor time, for one conversation
 _GENERATION_START = re.compile(r"\{%-?\s*generation\s*-?%\}")
 FIX_WITH_TAGS = (
     "add {% generation %} tags around the answers in the template: data.template=FILE.jinja"
@@ -142,7 +142,8 @@ def _limit_seconds(seconds: int) -> Iterator[None]:
     """Raise TimeoutError in the block if it takes more processor time.
 
     The trial of a template (`try_template.py`) has few conversations, and a template may loop
-    without end on others. Signals reach the main thread only: other threads have no limit.
+    without end on others. Signals reach the main thread only: other threads have no limit. The time
+    of all threads counts. A block within such a block ends the limit of the outer one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -263,7 +264,7 @@ class ChatRenderer:
         except TimeoutError as error:
             # Not a DataError: `probe.py` takes those as a refusal by the template, and continues.
             raise ModelError(
-                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render this conversation",
+                f"{self.name} takes more than {MAX_RENDER_SECONDS} s to render a conversation",
                 where=where or "data.template",
                 why="it may have nested loops",
                 fix="use another template: data.template=FILE.jinja",
