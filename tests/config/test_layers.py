@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from errors import holds, refuses
 from logged import logged_lines
+from tunesmith.config.layers import override_layer, override_words
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run, Source
 from tunesmith.errors import EXIT_USAGE, RecipeError
@@ -285,3 +287,19 @@ def test_other_rows_have_the_format_that_the_method_learns_from(
     assert formats == {expected}
     with refuses(RecipeError, fix=[f"data.train.format: {expected}"]):
         load_recipe(parent, ["data.train.source=rows.jsonl", "data.train.format=messages"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"data.system": "Answer: # briefly", "validate.patience": None, "data.pack": False},
+        {
+            "data.train": {"source": "a.jsonl", "columns": {"prompt": "1"}},
+            "train.betas": [0.9, 0.99],
+        },
+        "train.seed=7",
+        ["train.seed=7", "train.duration=2 epochs"],
+    ],
+)
+def test_overrides_as_words_say_the_same(overrides: Any) -> None:
+    assert override_layer(override_words(overrides)).plain() == override_layer(overrides).plain()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from tunesmith.config.layers import override_words
 from tunesmith.errors import TunesmithError
 from tunesmith.host.logger import lines_by_default
 
@@ -100,8 +101,7 @@ def sweep(
         As `train`.
     """
     words = [f"{key}={','.join(map(_value_word, values))}" for key, values in space.items()]
-    fixed = _words_of(overrides)
-    return _json_of("sweep", recipe, [*fixed, *words])
+    return _json_of("sweep", recipe, [*override_words(overrides), *words])
 
 
 def _json_of(
@@ -114,7 +114,7 @@ def _json_of(
     from tunesmith.cli.main import dispatch
 
     words = [verb] if recipe is None else [verb, os.fspath(recipe)]
-    words += _words_of(overrides)
+    words += override_words(overrides)
     for name, value in options.items():
         if value is not None:
             words += [f"--{name}", str(value)]
@@ -123,16 +123,6 @@ def _json_of(
         dispatch([*words, "--json"])
     values: dict[str, Any] = json.loads(printed.getvalue())
     return values
-
-
-def _words_of(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """Return overrides as `key=value`."""
-    if isinstance(overrides, str):
-        return [overrides]
-    if isinstance(overrides, Mapping):
-        # JSON is YAML. In quotes, no text is read as anything else.
-        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-    return [*overrides]
 
 
 def _value_word(value: object) -> str:

@@ -6,6 +6,7 @@ nothing from the layers below, because the split, the columns and the held-out r
 mean nothing in another. Every value keeps the place it came from.
 """
 
+import json
 import logging
 import re
 import reprlib
@@ -52,6 +53,16 @@ def merge_layers(lower: Node, upper: Node, *, announce: bool = False) -> Node:
             text += "; nothing is left to validate on: data.hold_out='5 %' holds out rows of yours"
         log.info(text)
     return merged
+
+
+def override_words(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """Return overrides as texts `key.sub=value`, as the command line takes them."""
+    if isinstance(overrides, str):
+        return [overrides]
+    if isinstance(overrides, Mapping):
+        # JSON is YAML. In quotes, no text is read as anything else.
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    return [*overrides]
 
 
 def override_layer(overrides: Mapping[str, object] | Sequence[str]) -> Node:

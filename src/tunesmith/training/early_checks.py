@@ -19,7 +19,7 @@ from tunesmith.checkpoint.claim import claim_run_dir
 from tunesmith.checkpoint.replicate import copies_in
 from tunesmith.checkpoint.resume import finished_step
 from tunesmith.checkpoint.start_adapter import find_local_adapter
-from tunesmith.config.layers import merge_layers, override_layer
+from tunesmith.config.layers import merge_layers, override_layer, override_words
 from tunesmith.config.paths import DATA_SUFFIXES, inputs_of, resolve_paths
 from tunesmith.config.schema import Run, Source
 from tunesmith.config.shipped import schema_line
@@ -174,15 +174,15 @@ def recipe_head(
     model: str, data: str, overrides: Mapping[str, object] | Sequence[str]
 ) -> list[str]:
     """Return the first lines of a recipe's file: its schema, and the command that makes it."""
-    words = overrides
-    if isinstance(words, Mapping):
-        words = [f"{key}={value}" for key, value in words.items()]
-    command = shell_command(["tunesmith", "train", "--model", model, "--data", data, *words])
+    words = ["tunesmith", "train", "--model", model, "--data", data, *override_words(overrides)]
+    command = shell_command(words)
     return [schema_line(), *(f"# {line}" for line in command.splitlines())]
 
 
 def _free_output_dir(output_dir: str, head: list[str]) -> str:
-    """Return `output_dir`, with a number added if another command wrote the recipe beside it."""
+    """Return a name for the run's folder. It is `output_dir`, or `output_dir-2` and so on if the
+    recipe file of that name is from another command.
+    """
     free = output_dir
     number = 1
     while (path := Path(f"{free}.yaml")).exists() and not _is_made_by(path, head):
