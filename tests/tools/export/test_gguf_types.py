@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from tunesmith.tools.export.gguf.types import (
+    plain_tensors,
     tensor_bytes,
-    tensor_type,
+    tensor_types,
 )
 
 PARTS = {
@@ -17,20 +18,27 @@ PARTS = {
 }  # fmt: skip
 
 
-def counts(layers: int, quant: str, **config: object) -> Counter:
-    config = {"model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": 64,
-              "num_key_value_heads": 8, **config}  # fmt: skip
+def header_of(arch: str, layers: int, **more: int) -> dict[str, object]:
+    """The keys that types depend on."""
+    header = {"general.architecture": arch, f"{arch}.block_count": layers}
+    return header | {f"{arch}.{key.replace('__', '.')}": value for key, value in more.items()}
+
+
+def types_of(shapes: dict, quant: str, header: dict) -> dict[str, str]:
+    return tensor_types(plain_tensors(shapes, quant), quant, header)
+
+
+def counts(layers: int, quant: str, arch: str = "llama", heads: int = 64, kv: int = 8) -> Counter:
     shapes = {"token_embd.weight": (32000, 4096), "output.weight": (32000, 4096)}
     shapes |= {"output_norm.weight": (4096,)}
-    for layer in range(layers):
+    # In the wrong order: llama.cpp sorts them.
+    for layer in reversed(range(layers)):
         for part, columns in PARTS.items():
             shapes[f"blk.{layer}.{part}.weight"] = (64, columns)
         shapes[f"blk.{layer}.attn_norm.weight"] = (4096,)
         shapes[f"blk.{layer}.ffn_norm.weight"] = (4096,)
-    kinds = []
-    for name, shape in shapes.items():
-        kinds.append(tensor_type(name, shape, quant, config, tied=False))
-    return Counter(kinds)
+    header = header_of(arch, layers, attention__head_count=heads, attention__head_count_kv=kv)
+    return Counter(types_of(shapes, quant, header).values())
 
 
 def test_a_7b_file_has_the_published_counts() -> None:
@@ -41,8 +49,9 @@ def test_a_7b_file_has_the_published_counts() -> None:
 
 def test_a_70b_file_has_the_published_counts() -> None:
     assert counts(80, "q4_k_m") == {"F32": 161, "Q4_K": 441, "Q5_K": 40, "Q6_K": 81}
-    without_gqa = counts(80, "q4_k_m", num_key_value_heads=64)
-    assert without_gqa["Q5_K"] == 0, "65B has values as large as queries"
+    assert counts(80, "q4_k_m", kv=64)["Q5_K"] == 0, "65B has values as large as queries"
+    assert counts(80, "q4_k_m", "qwen2", kv=64)["Q5_K"] == 40, "Qwen 1.5 72B counts as 70B"
+    assert counts(80, "q4_k_m", "qwen3")["Q5_K"] == 0
 
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0", "q6_k"])
@@ -65,24 +74,13 @@ def test_others_have_one_type(quant: str) -> None:
     ],
 )
 def test_rows_that_are_not_whole_blocks(quant: str, columns: int, body: str, head: str) -> None:
-    config = {"model_type": "llama", "num_hidden_layers": 16, "num_attention_heads": 8}
-
-    def kind(name: str, tied: bool = False) -> str:
-        return tensor_type(name, (64, columns), quant, config, tied=tied)
-
-    assert kind("blk.4.attn_q.weight") == body
-    assert kind("output.weight") == head
-    assert kind("token_embd.weight", tied=True) == head
-    assert kind("token_embd.weight") == body
-
-
-def test_a_joined_projection_counts_as_values() -> None:
-    config = {"model_type": "phi3", "num_hidden_layers": 32, "num_attention_heads": 32}
-    kinds = []
-    for part in ("attn_v", "attn_qkv", "attn_output"):
-        name = f"blk.0.{part}.weight"
-        kinds.append(tensor_type(name, (64, 512), "q4_k_m", config, tied=False))
-    assert kinds == ["Q6_K", "Q6_K", "Q4_K"]
+    parts = ("blk.4.attn_q.weight", "token_embd.weight")
+    shapes = dict.fromkeys(parts, (64, columns))
+    header = header_of("llama", 16)
+    tied = types_of(shapes, quant, header)
+    untied = types_of({**shapes, "output.weight": (64, columns)}, quant, header)
+    assert tied == {parts[0]: body, parts[1]: head}
+    assert untied == {parts[0]: body, parts[1]: body, "output.weight": head}
 
 
 def test_sizes_are_those_of_whole_blocks() -> None:

@@ -24,7 +24,7 @@ from tunesmith.tools.export.gguf import quantize, write
 from tunesmith.tools.export.gguf.families import pair_neighbors
 from tunesmith.tools.export.gguf.plan import GgufPlan, GgufTensor
 from tunesmith.tools.export.gguf.quantize import quantize_rows
-from tunesmith.tools.export.gguf.write import write_gguf
+from tunesmith.tools.export.gguf.write import BandThreads, tensor_jobs, write_gguf
 
 # Those of the extra gguf; a machine without its wheel has the others.
 BLOCKED = ["Q8_0", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
@@ -168,6 +168,20 @@ def test_bands_in_memory_are_few(tmp_path: Path, monkeypatch) -> None:
     write_gguf(plan, tmp_path / "x.gguf", threads=4, progress=lambda size, _: written.append(size))
     assert len(ahead) == 500
     assert max(ahead) <= 4 + 2 + 1  # threads, two more, and one whose progress is not noted yet
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "BF16"])
+def test_a_stack_of_experts_in_bands(monkeypatch, kind: str) -> None:
+    """A transposed bf16 stack [3, 20, 256] in bands of at most 8 rows has the bytes of the whole."""
+    monkeypatch.setattr(write, "BAND_VALUES", 256 * 8)
+    stack = torch.randn(3, 256, 20, dtype=torch.bfloat16).transpose(1, 2)
+    whole = bytes(quantize_rows(stack.float().contiguous(), kind, "x"))
+    jobs = list(tensor_jobs(stack, kind, "x"))
+    assert len(jobs) == 3 * 3
+    with BandThreads(2) as workers:
+        assert b"".join(workers.run(jobs)) == whole
+        vector = torch.randn(7)
+        assert b"".join(workers.run(tensor_jobs(vector, "F32", "x"))) == vector.numpy().tobytes()
 
 
 def test_an_error_is_raised_and_threads_are_as_before(tmp_path: Path) -> None:

@@ -25,7 +25,12 @@ from tunesmith.tools.export.gguf.tokenizer import (
     model_name,
     read_gguf_tokenizer,
 )
-from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES, tensor_bytes, tensor_type
+from tunesmith.tools.export.gguf.types import (
+    GGUF_QUANT_TYPES,
+    plain_tensors,
+    tensor_bytes,
+    tensor_types,
+)
 from tunesmith.tools.export.tuned_weights import LastRead, RowSource, WholeRows
 from tunesmith.units import ceil_div
 
@@ -120,32 +125,35 @@ def plan_gguf(
     new_names = check_tensor_names(weights, config, family)
     rows = weights["model.embed_tokens.weight"].shape[0]
     read_tokenizer = read_gguf_tokenizer(tokenizer, rows, config, turn_end)
-    tensors = []
-    for new_name, factors in rope_tensors(config).items():
-        source = WholeRows(factors.shape, factors.clone, LastRead())
-        tensors.append(GgufTensor(new_name, tuple(factors.shape), "F32", source))
-    # llama.cpp uses the embedding as head where the file has none.
-    tied = "output.weight" not in new_names.values()
-    # Transformers multiplies with 1 + weight of a norm of Gemma, llama.cpp with the weight.
-    is_gemma = family.arch.startswith("gemma")
-    for old_name, weight in weights.items():
-        new_name = new_names[old_name]
-        shape = tuple(weight.shape)
-        ggml_type = tensor_type(new_name, shape, quant, config, tied=tied)
-        heads = heads_to_permute(new_name, config, family)
-        offset = 1.0 if is_gemma and new_name.endswith("_norm.weight") else 0.0
-        tensors.append(GgufTensor(new_name, shape, ggml_type, weight, heads, offset))
-    # A missing package shows now, not after the first gigabytes.
-    if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
-        ggml()
+    factors = rope_tensors(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in factors.items()}
+    shapes |= {new_names[name]: tuple(weight.shape) for name, weight in weights.items()}
     writer = new_writer(family.arch)
     writer.add_type("model")
     writer.add_name(model_name(name, read_tokenizer.strips_space))
-    parameters = sum(prod(tensor.shape) for tensor in tensors)
+    parameters = sum(prod(shape) for shape in shapes.values())
     writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
     _add_sampling(writer, generation)
     # The embedding may have more rows than the config says, for tokens that were added.
     add_config(writer, {**config, "vocab_size": rows}, family)
+    header = {key: value.value for key, value in writer.kv_data[0].items()}
+    types = tensor_types(plain_tensors(shapes, quant), quant, header)
+    tensors = []
+    for new_name, tensor in factors.items():
+        source = WholeRows(tensor.shape, tensor.clone, LastRead())
+        tensors.append(GgufTensor(new_name, shapes[new_name], types[new_name], source))
+    # Transformers multiplies with 1 + weight of a norm of Gemma, llama.cpp with the weight.
+    is_gemma = family.arch.startswith("gemma")
+    for old_name, weight in weights.items():
+        new_name = new_names[old_name]
+        heads = heads_to_permute(new_name, config, family)
+        offset = 1.0 if is_gemma and new_name.endswith("_norm.weight") else 0.0
+        tensors.append(
+            GgufTensor(new_name, shapes[new_name], types[new_name], weight, heads, offset)
+        )
+    # A missing package shows now, not after the first gigabytes.
+    if any(needs_ggml(tensor.ggml_type) for tensor in tensors):
+        ggml()
     kind = "ALL" if quant == "f32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{kind}_{quant.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
