@@ -82,8 +82,11 @@ ranks and one, in the losses of 5 steps and the gradients, in full and with an a
 [Mixtures of experts](experts.md): adapters, memory, speed and recipes. LoRA does not support the experts of `dbrx` and
 `longcat_flash`.
 
-| type | state | logits | gradients | cut | |
-|---|---|---|---|---|---|
+*GGUF*: `own` if `tunesmith export` writes the model itself; `converter` if it uses
+[llama.cpp's converter](export.md), whose files were compared with the models; `untried` if none was: the check of `export` decides.
+
+| type | state | logits | gradients | cut | GGUF | |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -172,7 +175,9 @@ def as_page(entries: list[ModelType], versions: dict[str, str]) -> str:
             note = f"text model: `{entry.text}`" + (f"; {note}" if note else "")
         if entry.since:
             note = f"Transformers {entry.since}" + (f"; {note}" if note else "")
-        cells = [f"`{entry.model_type}`", support.state, *figures, note.replace("|", "/")]
+        state = support.state
+        gguf = entry.gguf or "-"
+        cells = [f"`{entry.model_type}`", state, *figures, gguf, note.replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
     cut = sum(entry.tensor is not None for entry in entries)
     release = versions["transformers"]

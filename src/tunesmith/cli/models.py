@@ -10,6 +10,9 @@ tuned: packed rows, with tunesmith's optimized forwards.
 packed: packed rows, with Transformers' forwards.
 padded: one document per row, which is slower.
 refused: not supported, with the reason.
+
+GGUF: own if `export` writes the model, converter if it uses llama.cpp's
+converter, untried if no file of that converter was compared with the model.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from typing import Any
 from tunesmith.cli.options import add_json, print_columns
 from tunesmith.host import demo_model
 from tunesmith.host.streams import show, visible
+from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.model_types import (
     ModelType,
     Support,
@@ -82,6 +86,7 @@ def missing_here(entry: ModelType) -> str:
 def as_row(entry: ModelType) -> dict[str, Any]:
     """A type as JSON has it."""
     row = entry.row()
+    row["gguf"] = entry.gguf
     row["missing"] = missing_here(entry)
     return row
 
@@ -90,7 +95,10 @@ def print_table(types: Iterable[ModelType]) -> None:
     """All types, those that train best first."""
     order = ("tuned", "packed", "padded", "refused")
     rows = sorted(types, key=lambda entry: (order.index(entry.support.state), entry.model_type))
-    print_columns([(row.model_type, row.support.state, row.support.why) for row in rows])
+    columns = [
+        (row.model_type, row.support.state, row.gguf or "-", row.support.why) for row in rows
+    ]
+    print_columns([("type", "state", "GGUF", ""), *columns])
     counts: Counter[str] = Counter(entry.support.state for entry in rows)
     counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
@@ -104,12 +112,14 @@ def _packs_eager_too(support: Support) -> bool:
 def print_one(entry: ModelType) -> None:
     """Print what was measured of one type."""
     support = entry.support
+    can_train = support.state != "refused"
     lines = {
         "state": support.state,
         "why": support.why,
         "text model": entry.text,
         "Transformers": f"{entry.since} or newer" if entry.since else "",
         "run one row a document": ", ".join(support.recurrent),
+        "GGUF": describe_gguf_export(entry.model_type, entry.text) if can_train else "",
         "no adapter on": ", ".join(support.dead_targets),
         "not with packed rows": "" if _packs_eager_too(support) else "model.attention: eager",
         "missing here": missing_here(entry),

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
+from tunesmith.model.gguf_writers import GgufWriter, gguf_writer
 
 FILE = Path(__file__).with_suffix(".json")
 # Differences of logits and gradients in fp32, relative to the largest value. Sums in another order
@@ -97,6 +98,13 @@ class ModelType:
     tensor: float | None = None
     uncut: str = ""
     since: str = ""
+
+    @property
+    def gguf(self) -> GgufWriter:
+        """What writes the type as GGUF; empty if it cannot be trained or exported."""
+        if self.support.state == "refused":
+            return ""
+        return gguf_writer(self.model_type, self.text)
 
     def row(self) -> dict[str, object]:
         """Return the row that the table and `tunesmith models --json` have of it, in one level."""
