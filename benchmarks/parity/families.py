@@ -49,16 +49,50 @@ from tunesmith.model.twin import shrink
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/models.md"
 # What a type's default config leaves out, and every published model of it has.
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_BY_LAYER = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+_QWEN_MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [16, 24, 24]}}}
+_GLM_MROPE = {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [8, 12, 12]}}}
 COMPLETE: dict[str, dict[str, Any]] = {
+    "cohere_compass": {"text_config": {"rope_parameters": _BY_LAYER}},
+    "cohere_compass_text": {"rope_parameters": _BY_LAYER},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}},
+    "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGBZ": 4}},
+    "deepseek_ocr2": {
+        "text_config": {
+            "num_hidden_layers": 12,
+            "mlp_layer_types": ["dense", *["sparse"] * 11],
+            "num_experts_per_tok": 6,
+        }
+    },
     "deepseek_v2": {"n_group": 8, "topk_group": 3, "num_experts_per_tok": 6},
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+    },
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "emu3": {"vocabulary_map": {"<image>": 151851, "<|extra_200|>": 151846}},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": {**_ROPE, "mrope_section": [22, 22, 20]}}
+    },
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"), _GLM_MROPE),
+    "granite4_vision": {"deepstack_layer_map": [[-2, 1]], "downsample_rate": "1/2"},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {**_ROPE, "mrope_section": [16, 16, 16, 16]},
+        }
+    },
+    "janus": {"text_config": {"hidden_size": 2048, "num_attention_heads": 16}},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), _QWEN_MROPE
+    ),
+    "step3p7": {"text_config": {"sliding_window": 512}},
 }
 # What a verdict rests on; its figures differ from machine to machine.
 VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text")

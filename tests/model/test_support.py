@@ -126,6 +126,40 @@ def test_a_twin_sends_tokens_to_fewer_experts_than_it_has():
     assert support.measure_support(config).state == "packed"
 
 
+# A class of Transformers that has parts beside its text model: what its twin has to keep together.
+@pytest.mark.parametrize(
+    ("model_type", "values"),
+    [
+        ("muse_glimmer", {}),  # a tower with a list by layer; logits that are scaled and capped
+        ("voxtral", {}),  # a tower that hears
+        ("fun_asr_nano", {}),  # an adaptor whose widths are the text model's
+        ("mistral4", {}),  # in no list of text models; one part of a head is rotated
+        (
+            "ernie4_5_vl_moe",  # two of the three axes of positions must be alike
+            {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                 "mrope_section": [22, 22, 20]}}},
+        ),
+    ],
+)  # fmt: skip
+def test_a_twin_is_built_of_a_model_with_other_parts(model_type: str, values: dict[str, object]):
+    measured = support.measure_support(config_of(model_type, **values))
+    assert measured.state in ("packed", "padded"), measured.why
+
+
+def test_a_model_that_takes_no_text_alone_is_named_with_what_it_needs():
+    measured = support.measure_support(config_of("blip-2"))
+    assert measured.state == "refused"
+    assert holds(measured.why, "no text alone", "pixel_values")
+
+
+def test_masked_logits_are_refused():
+    """Chameleon gives no text the tokens of pictures: a loss over all of them would be another."""
+    vocabulary = {"<image>": 8711, "IMGIMGBZ": 4}
+    measured = support.measure_support(config_of("chameleon", vocabulary_map=vocabulary))
+    assert measured.state == "refused"
+    assert holds(measured.why, "its logits are not those of its last linear layer")
+
+
 def test_a_twin_that_takes_for_ever_is_given_up():
     with pytest.raises(ModelError) as caught:
         support.measure_support(config_of("mixtral"), seconds=0.0)

@@ -27,7 +27,7 @@ from tunesmith.model.vision_support import PictureRow, measure_pictures
 
 log = logging.getLogger(__name__)
 
-PICTURE_SUPPORT_VERSION = 3  # of the cached files; what is measured, and how, counts
+PICTURE_SUPPORT_VERSION = 4  # of the cached files; what is measured, and how, counts
 # Width and height of each document's pictures: small, and no two alike.
 DOCUMENT_PICTURES = (((72, 48), (40, 88)), (), ((56, 64),))
 TYPICAL_SIZE = (640, 480)

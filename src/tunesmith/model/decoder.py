@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Keys of the config that cap the logits, c * tanh(logits / c), and that scale them before the cap.
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
-MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 # Families that multiply by what others divide by.
 MULTIPLIES_BY_SCALING = ("hyperclovax",)

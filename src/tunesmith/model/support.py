@@ -6,7 +6,9 @@ next are named by it, and run on one row a document. Where that does not hold, p
 tried; where that fails too, the model is refused with the figures.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -33,13 +35,22 @@ from tunesmith.model.recurrent import run_by_document
 from tunesmith.model.twin import VOCAB, build_twin
 from tunesmith.model.vision import set_text_attention
 
-SUPPORT_CACHE_VERSION = 6  # of the cached files; what is measured, and how, counts
+SUPPORT_CACHE_VERSION = 7  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 DOCUMENT_LENGTHS = (13, 22)
 # Of a module's output: what reaches it from the other document.
 LEAK_TOLERANCE = 1e-5
 # Of one core; a twin takes one or two.
 MAX_SUPPORT_SECONDS = 60.0
+# Inputs of a forward that every text has.
+TEXT_INPUTS = {
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "kwargs",
+}
 # Ids below have a meaning in some configs: padding, begin, end.
 FIRST_ID = 3
 
@@ -171,9 +182,12 @@ def measure_twin(twin: PreTrainedModel) -> Support:
         with LinearCalls(twin) as linears:
             # What all other ways are compared with.
             alone = _run_alone(twin, ids)
+        has_head = twin.get_output_embeddings() is not None and head_fits(twin, find_head(twin))
     except Exception as error:
+        if missing := _named_inputs(twin, error):
+            return Support("refused", f"it takes no text alone: its forward asks for {missing}")
         return Support("refused", f"its twin does not run: {one_line(error)}")
-    if twin.get_output_embeddings() is None or not head_fits(twin, find_head(twin)):
+    if not has_head:
         return Support("refused", "its logits are not those of its last linear layer")
     if looks_ahead(twin, ids):
         return Support("refused", "a token's logits depend on later tokens: not causal")
@@ -223,12 +237,20 @@ def measure_twin(twin: PreTrainedModel) -> Support:
     )
 
 
+def _named_inputs(twin: PreTrainedModel, error: Exception) -> str:
+    """Name the inputs of a model's forward that an error asks for beside a text, as pictures."""
+    known = inspect.signature(twin.forward).parameters.keys() - TEXT_INPUTS
+    return ", ".join(sorted(name for name in known if re.search(rf"\b{name}\b", str(error))))
+
+
 def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
     """Each document by itself, as Transformers computes it."""
     outputs = []
     for document in ids.split(DOCUMENT_LENGTHS):
         positions = torch.arange(len(document))[None]
         output = twin(input_ids=document[None], position_ids=positions, use_cache=False)
+        if len(output.logits[0]) != len(document):
+            raise ModelError(f"of {len(document)} tokens it gives {len(output.logits[0])} logits")
         outputs.append(output.logits[0])
     return differentiate(twin, torch.cat(outputs), ids)
 

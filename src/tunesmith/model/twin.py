@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -24,6 +26,7 @@ from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
 from tunesmith.model.load import one_line
 from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
+from tunesmith.model.vision import text_key
 
 VOCAB = 64
 HIDDEN = 64
@@ -64,6 +67,7 @@ _KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
             "embedding_dim",
             "embedding_size",
             "word_embed_proj_dim",
+            "embed_dim",
             "dim_model",
             "lru_width",
             "input_embedding_size",
@@ -208,6 +212,7 @@ _KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
             "attn_layer_period",
             "expert_layer_period",
             "index_topk_blocks",
+            "index_kpool",
             "num_blocks",
             "num_layers_per_stack",
             "block_multiple_of",
@@ -229,7 +234,7 @@ _KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
 )
 SIZE_OF_KEY = {key: size for size, keys in _KEYS_BY_SIZE for key in keys}
 # Keys that count layers.
-DEPTHS = (*DECODER_DEPTHS, "encoder_layers", "num_encoder_layers")
+DEPTHS = (*DECODER_DEPTHS, "encoder_layers", "num_encoder_layers", "layers")
 # As many as heads, one, or fewer.
 KV_HEADS_OF = {
     "num_key_value_heads": "num_attention_heads",
@@ -290,17 +295,56 @@ NOT_COPIED = (
 PICTURE_ID = VOCAB - 1
 FIRST_SPECIAL_ID = VOCAB - 16
 TEXT_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-VISION_SIZES = dict.fromkeys(("hidden_size", "embed_dim", "d_model"), 32)
-VISION_SIZES |= dict.fromkeys(("intermediate_size", "projector_hidden_size"), 48)
-VISION_SIZES |= dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 2)
-VISION_SIZES |= dict.fromkeys(("depth", "num_hidden_layers"), FEWEST_LAYERS)
-VISION_SIZES |= dict.fromkeys(("head_dim", "global_head_dim"), HEAD_DIM)
+# Of the parts that see and hear: keys by what they become.
+PART_DEPTHS = (*DEPTHS, "depth")
+_PART_KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (
+        32,
+        (
+            "hidden_size",
+            "embed_dim",
+            "d_model",
+            "hidden_dim",
+            "audio_hidden_size",
+            "adapter_in_dim",
+            "adapter_input_size",
+        ),
+    ),
+    (
+        48,
+        (
+            "intermediate_size",
+            "projection_intermediate_size",
+            "projector_hidden_size",
+            "encoder_ffn_dim",
+            "ffn_dim",
+        ),
+    ),
+    (HIDDEN, ("out_hidden_size", "text_hidden_size")),
+    (2, ("num_heads", "num_attention_heads", "num_key_value_heads", "encoder_attention_heads")),
+    (HEAD_DIM, ("head_dim", "global_head_dim", "dim_head")),
+)
+PART_SIZES = {key: size for size, keys in _PART_KEYS_BY_SIZE for key in keys}
 
-# What the names of the keys do not tell.
+# What the names of the keys do not tell, of a model or of a part of one, by its type.
 HINTS: dict[str, dict[str, object]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "dots3_note_text": {"head_dim": 24},  # the sliding layers' parts together
+    # Ids of pictures and sound are behind those of texts.
+    "apertus1p5": {"image_token_offset": 32, "audio_token_offset": 40},
+    "apertus1p5_vision_tokenizer": {"codebook_size": 8, "base_channels": 32},
+    "wavtokenizer_encoder": {"codebook_size": 8, "codebook_dim": 32},
+    "chameleon": {"vocabulary_map": {"<image>": PICTURE_ID, "IMGIMGBZ": FIRST_SPECIAL_ID}},
+    "emu3": {"vocabulary_map": {"<image>": PICTURE_ID, "<|extra_200|>": FIRST_SPECIAL_ID}},
+    "chameleon_vqgan": {"base_channels": 32},
+    "emu3_vqgan": {"base_channels": 32},
+    "fun_asr_nano": {"adaptor_config": {"hidden_size": HIDDEN, "intermediate_size": HIDDEN // 4}},
+    "granite4_vision": {"vision_config": {"hidden_size": 64}},  # heads of 64
+    "janus_vqgan": {"base_channels": 32, "num_embeddings": 64},
+    "mimi": {"upsample_groups": HIDDEN},
+    "muse_spark_audio": {"hidden_sizes": [8, 8, 16, 16]},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 1, "depths": [1] * 7},
 }
 
 
@@ -314,14 +358,18 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
     """
 
     is_whole_model = config.get_text_config() is not config
-    factory = AutoModelForImageTextToText if is_whole_model else AutoModelForCausalLM
+    factory = AutoModelForCausalLM
+    # A text model may be among those alone that take other inputs too (Mistral 4).
+    is_listed = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_whole_model or (type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not is_listed):
+        factory = AutoModelForMultimodalLM
 
     def build() -> PreTrainedModel:
         with _without_warnings():
             model: PreTrainedModel = factory.from_config(
                 shrink_whole(config) if is_whole_model else shrink(config),
                 dtype=torch.float32,
-                attn_implementation={"text_config": "eager"} if is_whole_model else "eager",
+                attn_implementation={text_key(config): "eager"} if is_whole_model else "eager",
                 trust_remote_code=trust_remote_code,
             )
         return model
@@ -390,8 +438,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     each = 2 if model_type in SHARING else 1
     layers = choose_layers(values, config.num_hidden_layers, each=each)
     small = _shrink_values(values, layers, config.num_hidden_layers)
-    small |= HINTS.get(model_type, {})
-    twin: PretrainedConfig = type(config)(**small)
+    twin: PretrainedConfig = type(config)(**_with_hints(small, model_type))
     # Of a repository's own code, which is looked up by them.
     twin.name_or_path = config.name_or_path
     if "auto_map" in vars(config):
@@ -400,40 +447,61 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def shrink_whole(whole: PretrainedConfig) -> PretrainedConfig:
-    """The config of the twin of a vision-language model, which takes the same pictures.
+    """The config of the twin of a vision-language or audio model, which takes the same inputs.
 
     Its text part is that of `shrink`; of the rest widths and depths alone shrink, as all others
     decide the shapes of what the model's own processor makes.
     """
     text = whole.get_text_config()
     values = whole.to_dict()
-    del values["model_type"]
+    model_type = values.pop("model_type")
+    small_text = shrink(text)
+    small_text.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
     small: dict[str, Any] = {}
     ids: dict[int, int] = {}
     for key, value in values.items():
-        if key == "text_config":
-            small[key] = shrink(text).to_dict()
-        elif key.startswith("audio") and isinstance(value, dict):
-            small[key] = None
-        elif key in ("image_token_id", "image_token_index"):
+        if key in ("image_token_id", "image_token_index"):
             small[key] = PICTURE_ID
         elif key.endswith(TOKEN_IDS) and isinstance(value, int) and key not in TEXT_IDS:
             small[key] = ids.setdefault(value, PICTURE_ID - 1 - len(ids))
+        elif key.endswith("_config") and isinstance(value, dict):
+            small[key] = _shrink_part(value, text.hidden_size)
+        elif value == text.hidden_size and "size" in key:
+            small[key] = HIDDEN
         elif key not in NOT_COPIED:
-            small[key] = _shrink_part(key, value, {"width": text.hidden_size})
-    small["text_config"].update(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return type(whole)(**small)
+            small[key] = _shrink_part_value(key, value, values, text.hidden_size)
+    small[text_key(whole)] = small_text
+    return type(whole)(**_with_hints(small, model_type))
 
 
-def _shrink_part(key: str, value: object, outer: Mapping[str, Any]) -> object:
-    """The value of a key of a vision-language model, or of its vision part.
+def _with_hints(small: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The values with those that HINTS has for their type, which may be of a section."""
+    for key, hint in HINTS.get(model_type, {}).items():
+        small[key] = {**small[key], **hint} if isinstance(hint, dict) else hint
+    return small
 
-    outer: values beside it; "width" is that of the text model.
-    """
-    if isinstance(value, dict) and key.endswith("_config"):
-        inner = {**value, "width": outer["width"]}
-        left_out = NOT_COPIED
-        return {k: _shrink_part(k, v, inner) for k, v in value.items() if k not in left_out}
+
+def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The values of a part that sees or hears, beside a text model of that width."""
+    depth = next((values[key] for key in PART_DEPTHS if isinstance(values.get(key), int)), 0)
+    layers = choose_layers(values, depth)
+    small: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key == "per_layer_config":
+            small[key] = _cut_by_layer(value, layers)
+        elif isinstance(value, dict) and key.endswith("_config"):
+            small[key] = _shrink_part(value, width)
+        elif isinstance(value, list) and len(value) == depth:
+            small[key] = [value[index] for index in layers]
+        elif key in PART_DEPTHS and value:
+            small[key] = len(layers)
+        elif key not in NOT_COPIED:
+            small[key] = _shrink_part_value(key, value, values, width)
+    return _with_hints(small, values.get("model_type", ""))
+
+
+def _shrink_part_value(key: str, value: object, values: Mapping[str, object], width: int) -> object:
+    """The value of a key of such a part, or of the whole model; `values` are those beside it."""
     if _is_dropout(key) and isinstance(value, float):
         return 0.0
     if isinstance(value, list) and key.endswith(("indexes", "indices", "feature_layer")):
@@ -441,11 +509,13 @@ def _shrink_part(key: str, value: object, outer: Mapping[str, Any]) -> object:
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     # Qwen2-VL's `hidden_size` is what comes out, beside its own width.
-    is_output = key == "hidden_size" and "embed_dim" in outer
-    if key in VISION_SIZES and not is_output:
-        return VISION_SIZES[key] if value > 0 else value
-    if value == outer["width"] and ("hidden" in key or "dim" in key or "size" in key):
+    is_output = key == "hidden_size" and "embed_dim" in values
+    if key in PART_SIZES and not is_output:
+        return PART_SIZES[key] if value > 0 else value
+    if value == width and ("hidden" in key or "dim" in key or "size" in key):
         return HIDDEN
+    if key.endswith(TOKEN_IDS):
+        return min(value, VOCAB - 1)
     return SIZE_OF_KEY[key] if key == "vocab_size" else value
 
 
@@ -486,11 +556,9 @@ def _of_layer(by_layer: Mapping[str, Any], index: int) -> Any:
     return None
 
 
-def _shrink_values(
-    values: Mapping[str, object], layers: list[int], depth: int
-) -> dict[str, object]:
+def _shrink_values(values: Mapping[str, object], layers: list[int], depth: int) -> dict[str, Any]:
     """A config's values, with its `depth` layers cut to those of the indices `layers`."""
-    small = {}
+    small: dict[str, Any] = {}
     for key, value in values.items():
         small[key] = _shrink_entry(key, value, values, layers, depth)
     return small
@@ -551,7 +619,8 @@ def _shrink_value(key: str, value: object, values: Mapping[str, object]) -> obje
         left_out = ("model_type", *NOT_COPIED)
         inner = {name: part for name, part in value.items() if name not in left_out}
         # A nested config (a vision tower, a sub-model) is shrunk by the same rules.
-        return _shrink_values(inner, list(range(FEWEST_LAYERS)), 0)
+        shrunk = _shrink_values(inner, list(range(FEWEST_LAYERS)), 0)
+        return _with_hints(shrunk, value.get("model_type", ""))
     if key.endswith(TOKEN_IDS) and value is not None:
         # Ids that the small vocabulary has: padding 0, begin 1, end 2.
         return {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
@@ -616,10 +685,19 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
             # One factor a frequency.
             small[key] = value[:frequencies]
         elif key == "mrope_section":
-            # The sections of a multi-axis embedding add up to the frequencies: the rest goes to the
-            # first.
-            side = frequencies // len(value)
-            small[key] = [frequencies - side * (len(value) - 1), *[side] * (len(value) - 1)]
+            # The sections of a multi-axis embedding add up to the frequencies. Where one alone
+            # differs from the others, it takes what is left: ERNIE's two others must be alike.
+            odd = [place for place, size in enumerate(value) if value.count(size) == 1]
+            rest = odd[0] if odd else 0
+            sections = [frequencies // len(value)] * len(value)
+            sections[rest] += frequencies % len(value)
+            small[key] = sections
+        elif key == "partial_rotary_factor" and values.get("qk_nope_head_dim"):
+            # Latent attention rotates one of a head's two parts.
+            whole = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+            small_whole = SIZE_OF_KEY["qk_nope_head_dim"] + head_dim
+            is_part = value == values["qk_rope_head_dim"] / whole
+            small[key] = head_dim / small_whole if is_part else value
         elif key == "original_max_position_embeddings":
             small[key] = MAX_TWIN_POSITIONS
         else:

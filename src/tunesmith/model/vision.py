@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_decoder, is_whole
 
 # Transformers hands all windows of a vision part at once, with their edges, to an attention whose
@@ -82,8 +83,14 @@ def attend_windows(
 def text_key(whole: PretrainedConfig) -> str:
     """Return the key under which a vision-language model's config has that of its text part."""
     text = whole.get_text_config()
-    keys = [key for key in whole.sub_configs if vars(whole).get(key) is text]
-    return keys[0]
+    for key in whole.sub_configs:
+        if vars(whole).get(key) is text:
+            return key
+    raise ModelError(
+        f"the text part of this {whole.model_type} is inside another part",
+        why="only its parts are trained, each under a model type of its own",
+        fix="take a model whose config.json has the text part at the top: tunesmith models",
+    )
 
 
 def mark_pictures(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
