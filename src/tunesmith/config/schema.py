@@ -319,6 +319,12 @@ class Data:
         " `seq_len`",
         free=True,
     )
+    allow_secrets: bool = key(
+        False,
+        "train on sessions of agents with secrets: access tokens, private keys, passwords in"
+        " addresses",
+        free=True,
+    )
     shuffle: bool = key(True, "reshuffle each epoch, by the seed; false: file order")
 
 

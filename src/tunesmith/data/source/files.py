@@ -15,6 +15,7 @@ import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from tunesmith.config.paths import DATA_SUFFIXES as SUFFIXES
@@ -22,8 +23,11 @@ from tunesmith.config.paths import TEXT_SUFFIXES
 from tunesmith.data.source.arrow_nulls import without_arrow_nulls
 from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.csv_files import read_csv
+from tunesmith.data.source.sessions import read_sessions, session_form
 from tunesmith.data.source.table import (
+    DIGESTS_KEPT,
     MAX_ROW_BYTES,
+    FileVersion,
     Place,
     Table,
     changed_error,
@@ -54,9 +58,12 @@ def open_table(path: Path) -> Table:
     check_data_file(path)
     try:
         version = version_of(path)
-        table = _FILE_READERS[path.suffix.lower()](path)
-        if path.suffix.lower() in JSON_SUFFIXES:
-            table = without_arrow_nulls(table)
+        if form := session_form(path):
+            table = _read_sessions(path, version, form)
+        else:
+            table = _FILE_READERS[path.suffix.lower()](path)
+            if path.suffix.lower() in JSON_SUFFIXES:
+                table = without_arrow_nulls(table)
     except OSError as error:
         raise unreadable_error(path, error) from error
 
@@ -69,6 +76,12 @@ def open_table(path: Path) -> Table:
         where=lambda i: Place(table.where(i), path.parent),
         check_unchanged=check_unchanged,
     )
+
+
+# A start opens a file several times, and all lines are read to find the conversations.
+@lru_cache(maxsize=DIGESTS_KEPT)
+def _read_sessions(path: Path, version: FileVersion | None, form: str) -> Table:
+    return read_sessions(path, _read_json_lines(path), form)
 
 
 def check_data_file(path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
 from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
+from tunesmith.data.source.sessions import session_form
 from tunesmith.data.source.listings import SKIPPED_FOLDERS, list_files
 from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import NAMES_SHOWN, read_text_files
@@ -93,7 +94,13 @@ def _join(tables: Sequence[Table]) -> Table:
     """The rows of some tables, one after another."""
     rows = Rows("", tables)
     return Table(
-        len(rows), rows.__getitem__, rows.where, rows.digest, rows.check_unchanged, rows.layout
+        len(rows),
+        rows.__getitem__,
+        rows.where,
+        rows.digest,
+        rows.check_unchanged,
+        rows.layout,
+        secrets=rows.secrets,
     )
 
 
@@ -154,7 +161,11 @@ def _look_into(folder: Path, config: str | None) -> _Content:
             texts.append(file)
         else:
             others.append(file)
-    if rows:
+    if sessions := [file for file in rows if session_form(file)]:
+        # Agents keep other files beside their sessions.
+        others += [file for file in rows + texts if file not in sessions]
+        rows, texts = sessions, []
+    elif rows:
         others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
         about += [file.name for file in texts if _README_STEM.fullmatch(file.stem)]
         texts = [file for file in texts if not _README_STEM.fullmatch(file.stem)]

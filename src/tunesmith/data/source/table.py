@@ -14,9 +14,10 @@ import os
 import re
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -85,6 +86,8 @@ class Table:
             blocks.
         are_documents: whether the rows are texts of files.
         skipped: what of a folder is not read, for a warning; empty for nothing.
+        notes: what was made of the lines of sessions, by its name.
+        secrets: of rows of sessions, the place of each secret and what it is.
     """
 
     size: int
@@ -96,6 +99,8 @@ class Table:
     continues: Callable[[int], bool] = lambda i: False
     are_documents: bool = False
     skipped: str = ""
+    notes: Counter[str] = field(default_factory=Counter)
+    secrets: Mapping[int, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.size
@@ -150,7 +155,20 @@ class Rows:
     @property
     def layout(self) -> str:
         """Describe the layout of the files, such as `separated by semicolons`."""
-        return ", ".join(dict.fromkeys(table.layout for table in self._tables if table.layout))
+        layouts = dict.fromkeys(table.layout for table in self._tables if table.layout)
+        notes = sum((table.notes for table in self._tables), Counter[str]())
+        lines = [", ".join(layouts), *(f"{what}: {count:,}" for what, count in notes.items())]
+        return "; ".join(filter(None, lines))
+
+    @property
+    def secrets(self) -> dict[int, list[str]]:
+        """The places of secrets in rows of sessions, by the index of the row."""
+        found = {}
+        for i in range(len(self)):
+            table, at = self._find(i)
+            if places := table.secrets.get(at):
+                found[i] = places
+        return found
 
     @property
     def are_documents(self) -> bool:

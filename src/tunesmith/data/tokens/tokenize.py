@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.config.schema import Data, Source
-from tunesmith.data.rows.bad_rows import BadRows, error_of_sources
+from tunesmith.data.rows.bad_rows import LISTED, BadRows, error_of_sources
 from tunesmith.data.rows.formats import convert_sample
 from tunesmith.data.rows.labels import low_grades
 from tunesmith.data.rows.samples import pictures_of
@@ -99,6 +99,8 @@ def tokenize_sides(
     """
     token_sets = {}
     refused = []
+    if not data.allow_secrets:
+        _check_no_secrets([rows for sources in sides.values() for _, rows in sources])
     for what, sources in sides.items():
         parts = []
         for source, rows in sources:
@@ -138,6 +140,19 @@ def tokenize_sides(
     if refused:
         raise error_of_sources(refused)
     return token_sets
+
+
+def _check_no_secrets(sources: Sequence[Rows]) -> None:
+    """Raise DataError if rows of sessions have secrets; it names their places, and no secret."""
+    places = [place for rows in sources for found in rows.secrets.values() for place in found]
+    if places:
+        listed = "; ".join(places[1:LISTED])
+        raise DataError(
+            f"sessions with {count_of(len(places), 'secret')}: {places[0]}",
+            where=sources[0].name,
+            why=f"the model learns to write them{'; also ' if listed else ''}{listed}",
+            fix="replace them in the files and revoke them, or data.allow_secrets=true",
+        )
 
 
 def _keys_that_select(source: Source, data: Data, what: str) -> str:

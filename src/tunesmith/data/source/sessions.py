@@ -1,0 +1,288 @@
+"""Sessions of coding agents -> rows of messages, a row for each conversation.
+
+| written by | a line of the file |
+|---|---|
+| Claude Code | a part of a message, with the line that it follows (`parentUuid`) |
+| Codex | an item of the Responses API in a `payload`, or an event about it |
+| Hermes | a whole session; or a message, behind a line about the session |
+| OpenAI Agents | an item of the Responses API, perhaps as `message_data` of a `session_id` |
+
+A subagent is a row of its own. Where a harness compacts the history, a row ends, and the next one
+begins with what the model sees from there on. Whatever is not in a row is counted by its name.
+"""
+
+import json
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.source.secrets import find_secrets
+from tunesmith.data.source.session_turns import CALLS, join_turns, turns_of
+from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest
+from tunesmith.errors import DataError
+from tunesmith.host.memory import open_uncached
+
+# Lines of a file in which its form is looked for: some begin with lines about the session.
+_HEAD_LINES = 50
+_CODEX_LINES = ("session_meta", "response_item", "event_msg", "turn_context", "compacted")
+# A line about a session of Claude Code has one of these keys.
+_CLAUDE_KEYS = frozenset(("sessionId", "session_id", "uuid", "leafUuid", "snapshot"))
+_HERMES_KEYS = frozenset(("id", "source", "model", "system_prompt", "messages"))
+# The keys of a message that is a line. Rows of a table have others.
+_MESSAGE_KEYS = frozenset(
+    "id type role content status phase name tool_calls tool_call_id tool_name timestamp"
+    " finish_reason reasoning reasoning_content reasoning_details".split()
+)
+_COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
+# What no session of a form records.
+_NOT_RECORDED = {
+    "Claude Code": " (no system prompt and no tools are recorded)",
+    "Codex": " (no tools are recorded)",
+    "OpenAI Agents": " (no system prompt and no tools are recorded)",
+}
+_BRANCHES = "lines of other branches, left out"
+
+# The line at which a conversation begins, and the numbers of its lines.
+_Conversation = tuple[int, list[int]]
+_Lines = Iterable[tuple[int, dict[str, Any]]]
+
+
+def session_form(path: Path) -> str:
+    """Return who wrote a file of sessions; empty for a file of other lines."""
+    form: str | None = ""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        with open_uncached(path) as file:
+            for _ in range(_HEAD_LINES):
+                try:
+                    form = _form_of_line(json.loads(file.readline(MAX_ROW_BYTES)))
+                except (ValueError, RecursionError):
+                    break
+                if form is not None:
+                    break
+    return form or ""
+
+
+def _form_of_line(line: object) -> str | None:
+    """Return who writes such a line; None if it is about a session, and empty for another."""
+    if not isinstance(line, dict):
+        return ""
+    kind = line.get("type")
+    if isinstance(line.get("payload"), dict) and kind in _CODEX_LINES:
+        return "Codex"
+    if isinstance(line.get("message"), dict) and kind in ("user", "assistant"):
+        return "Claude Code"
+    if line.get("role") == "session_meta" or line.keys() >= _HERMES_KEYS:
+        return "Hermes"
+    is_message = {"role", "content"} <= line.keys() <= _MESSAGE_KEYS
+    is_item = str(kind).removesuffix("_output") in (*CALLS, *_COMPACTIONS, "reasoning")
+    if is_message or is_item or "message_data" in line:
+        return "OpenAI Agents"
+    return None if isinstance(kind, str) and line.keys() & _CLAUDE_KEYS else ""
+
+
+def read_sessions(path: Path, lines: Table, form: str) -> Table:
+    """Make a table of the conversations of a file.
+
+    Args:
+        lines: the lines of the file.
+        form: as of `session_form`.
+
+    Raises:
+        DataError: a line is no JSON. The last line may be cut off, because the session was killed.
+    """
+    notes: Counter[str] = Counter()
+    secrets: dict[int, list[str]] = {}
+    starts: list[int] = []
+    rows: list[array[int]] = []
+    numbered = ((i, _read_line(lines, i, notes)) for i in range(len(lines)))
+    for start, numbers in _CONVERSATIONS[form](numbered, notes):
+        row, found = _read_row(lines, numbers, notes)
+        if row["messages"]:
+            secrets[len(rows)] = found
+            starts.append(start)
+            rows.append(array("q", numbers))
+        else:
+            notes["conversations without an answer, left out"] += 1
+    return Table(
+        len(rows),
+        lambda i: _read_row(lines, rows[i], Counter())[0],
+        where=lambda i: lines.where(starts[i]),
+        fingerprint=lambda: file_digest(path),
+        notes=Counter({f"rows of {form} sessions{_NOT_RECORDED.get(form, '')}": len(rows)}) + notes,
+        secrets=secrets,
+    )
+
+
+def _read_row(lines: Table, numbers: Iterable[int], notes: Counter[str]) -> tuple[Row, list[str]]:
+    """Read a conversation as a row, with the place of each secret that the model would read."""
+    turns = []
+    secrets = []
+    tools: list[object] = []
+    for i in numbers:
+        line = _read_line(lines, i, notes)
+        tools = tools or [tool for tool in line.get("tools") or () if isinstance(tool, dict)]
+        for turn in turns_of(line, notes):
+            turns.append(turn)
+            values = [part.value for part in turn.parts]
+            secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(values)]
+    return {"messages": join_turns(turns, notes), "tools": tools or None}, secrets
+
+
+def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
+    """Read a line as an object, which is empty if the line is cut off at the end of the file."""
+    try:
+        line = lines.row(i)
+    except DataError:
+        if i < len(lines) - 1:
+            raise
+        notes["lines cut off at the end of a file"] = 1
+        line = {}
+    if not isinstance(line, dict):
+        raise DataError("the line is no object", where=lines.where(i), fix="delete the line")
+    if "message_data" in line:
+        line = {"session": line.get("session_id"), **json.loads(line["message_data"])}
+    return line
+
+
+def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
+    """Find the conversations of Claude Code: paths from a last line to its first ancestor.
+
+    An answer is several lines, which follow each other. Each result of parallel calls follows its
+    own call, so that a path has one of them: all lines of an answer, and the results of its calls,
+    belong to it.
+    """
+    numbers: dict[str, int] = {}
+    parents: dict[int | None, int | None] = {}
+    # The first line of a history after a compaction -> the last line before it.
+    compactions: dict[int, int | None] = {}
+    agents: dict[int | None, str] = {}
+    latest: dict[str, int] = {}
+    turns: dict[str, list[int]] = defaultdict(list)
+    # A line, or the id of an answer or a call -> the first line of the answer.
+    answers: dict[object, int] = {}
+    members: dict[int, list[int]] = defaultdict(list)
+    results: set[int] = set()
+    for i, line in lines:
+        kind = line.get("type")
+        message = line.get("message") if kind in ("user", "assistant") else None
+        if message is None and "uuid" not in line:
+            notes[f"lines of type {kind}, left out"] += 1
+            continue
+        uuid = str(line.get("uuid", i))
+        parent = numbers.get(line.get("parentUuid") or "")
+        agent = line.get("agentId") or line.get("parent_tool_use_id") or ""
+        if line.get("isSidechain") and not agent:
+            agent = agents.get(parent) or uuid
+        if "parentUuid" not in line:
+            parent = latest.get(agent)
+        if line.get("subtype") == "compact_boundary":
+            logical = line.get("logicalParentUuid") or ""
+            compactions[i] = numbers.get(logical, latest.get(agent))
+            parent = None
+        numbers[uuid] = latest[agent] = i
+        parents[i] = parent
+        agents[i] = agent
+        if message is None:
+            continue
+        turns[agent].append(i)
+        content = message.get("content")
+        parts = [part for part in content or () if isinstance(part, dict)]
+        first = i
+        if kind == "assistant":
+            first = answers.setdefault(message.get("id", uuid), i)
+            answers.update((part["id"], first) for part in parts if "id" in part)
+        else:
+            calls = (answers.get(part.get("tool_use_id")) for part in parts)
+            first = next((call for call in calls if call is not None), i)
+            results.add(i)
+        answers[i] = first
+        members[first].append(i)
+    for agent, of_agent in turns.items():
+        left = set(of_agent)
+        parts_of_agent: list[_Conversation] = []
+        at: int | None = of_agent[-1]
+        while at is not None:
+            path: set[int] = set()
+            start = at
+            while at is not None:
+                start = at
+                path |= {at, *members.get(answers.get(at, at), ())}
+                at = parents[at]
+            left -= path
+            # The results of an answer may be between its lines.
+            order = sorted(path, key=lambda i: (answers.get(i, i), i in results, i))
+            parts_of_agent.append((start, order))
+            at = compactions.get(start)
+        notes["subagents"] += bool(agent)
+        notes["compactions"] += len(parts_of_agent) - 1
+        notes[_BRANCHES] += len(left)
+        yield from reversed(parts_of_agent)
+
+
+def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
+    """Find the conversations of Codex: the history between compactions, without what was undone."""
+    about: list[int] = []
+    history: list[int] = []
+    inputs: set[int] = set()
+    questions: list[int] = []
+    start = 0
+    for i, line in lines:
+        payload = line.get("payload") or {}
+        match line.get("type"), payload.get("type"):
+            case "session_meta", _ if not about:
+                about = [i]
+                notes["subagents"] += "subagent" in (payload.get("source") or ())
+            case "response_item", _:
+                history.append(i)
+                if payload.get("role") not in (None, "assistant"):
+                    inputs.add(i)
+            case "compacted", _:
+                yield start, about + history
+                notes["compactions"] += 1
+                # Without a history that replaces it, what the user said stays.
+                is_replaced = payload.get("replacement_history") is not None
+                history = [] if is_replaced else [n for n in history if n in inputs]
+                history.append(i)
+                start = i
+            case "event_msg", "user_message" if history:
+                # The event follows the item with the question.
+                questions.append(history[-1])
+            case "event_msg", "thread_rolled_back" if questions:
+                first = questions[-payload["num_turns"] :][0]
+                questions = [n for n in questions if n < first]
+                notes[_BRANCHES] += sum(n >= first for n in history)
+                history = [n for n in history if n < first]
+            case kind, _:
+                notes[f"lines of type {kind}, left out"] += 1
+    yield start, about + history
+
+
+def _item_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
+    """Find the conversations of files with an item, a message or a session a line."""
+    sessions: dict[object, list[int]] = defaultdict(list)
+    about: list[int] = []
+    for i, line in lines:
+        history = sessions[line.get("session")]
+        if line.get("role") == "session_meta":
+            about = [i]
+        elif "messages" in line:
+            yield i, [i]
+        else:
+            if line.get("type") in _COMPACTIONS and history:
+                notes["compactions"] += 1
+                yield history[0], about + history
+                history.clear()
+            history.append(i)
+    for history in sessions.values():
+        if history:
+            yield history[0], about + history
+
+
+_CONVERSATIONS: dict[str, Callable[[_Lines, Counter[str]], Iterator[_Conversation]]] = {
+    "Claude Code": _claude_conversations,
+    "Codex": _codex_conversations,
+    "Hermes": _item_conversations,
+    "OpenAI Agents": _item_conversations,
+}

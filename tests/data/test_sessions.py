@@ -1,0 +1,473 @@
+"""Sessions of coding agents as rows: 30 files of four forms, and what a model learns from each."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.config.schema import Source
+from tunesmith.data.source.open_source import read_rows
+
+Line = dict[str, Any]
+
+
+class Claude:
+    """Writes lines as Claude Code does: each follows the one before it, unless `after` names it."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+
+    def add(self, kind: str, content: object = None, after: int | None = -1, **keys: Any) -> int:
+        i = len(self.lines)
+        before = i - 1 if after == -1 else after
+        line: Line = {"type": kind, "uuid": f"u{i}", "sessionId": "s", "isSidechain": False}
+        line["parentUuid"] = None if before is None or before < 0 else f"u{before}"
+        if content is not None:
+            line["message"] = {"role": kind, "content": content}
+            if "answer" in keys:
+                line["message"] |= {"id": keys.pop("answer"), "stop_reason": keys.pop("stop", None)}
+        self.lines.append(line | keys)
+        return i
+
+
+def call(name: str, **arguments: object) -> Line:
+    return {"type": "tool_use", "id": name, "name": "Read", "input": arguments}
+
+
+def result(name: str, content: object = "ok") -> Line:
+    return {"type": "tool_result", "tool_use_id": name, "content": content}
+
+
+def text(words: str) -> Line:
+    return {"type": "text", "text": words}
+
+
+def show(row: Line) -> str:
+    """A row in one line: u user, s system, a answer, (a) untrained answer, t result, > calls."""
+    shown = []
+    for message in row["messages"]:
+        content = message["content"].replace("\n", "/")
+        letter = message["role"][0]
+        if message.get("train") is False:
+            letter = "(a)"
+        for called in message.get("tool_calls", ()):
+            content += f" >{called['id']}"
+        if letter == "t":
+            content = f"{message['tool_call_id']}={content}"
+        shown.append(f"{letter}:{content.strip()}")
+    return " | ".join(shown)
+
+
+def claude_plain() -> list[Line]:
+    c = Claude()
+    c.add("user", "Hi")
+    c.add("assistant", [text("Hello.")], answer="m1")
+    return c.lines
+
+
+def claude_parallel() -> list[Line]:
+    c = Claude()
+    c.add("user", "Read both")
+    c.add("assistant", [{"type": "thinking", "thinking": "Two files.", "signature": "x"}], answer="m")
+    c.add("assistant", [text("I read.")], answer="m")
+    a = c.add("assistant", [call("a")], answer="m")
+    b = c.add("assistant", [call("b")], answer="m")
+    c.add("user", [result("a")], after=a)
+    c.add("user", [result("b", [text("1"), text("2")])], after=b)
+    c.add("assistant", [text("Done.")], answer="m2")
+    return c.lines
+
+
+def claude_parallel_mixed() -> list[Line]:
+    """The result of the first call is written before the second call, and the session goes on from
+    the first result."""
+    c = Claude()
+    c.add("user", "Read both")
+    a = c.add("assistant", [call("a")], answer="m")
+    done = c.add("user", [result("a")], after=a)
+    b = c.add("assistant", [call("b")], after=a, answer="m")
+    c.add("user", [result("b")], after=b)
+    c.add("assistant", [text("Done.")], after=done, answer="m2")
+    return c.lines
+
+
+def claude_compacted() -> list[Line]:
+    c = Claude()
+    c.add("user", "Start")
+    last = c.add("assistant", [text("Started.")], answer="m1")
+    c.add("system", after=None, subtype="compact_boundary", logicalParentUuid=f"u{last}")
+    c.add("user", "Summary: started.", isCompactSummary=True)
+    c.add("user", "Go on")
+    c.add("assistant", [text("Went on.")], answer="m2")
+    return c.lines
+
+
+def claude_sidechain() -> list[Line]:
+    c = Claude()
+    c.add("user", "Delegate")
+    task = c.add("assistant", [call("task")], answer="m1")
+    c.add("user", "Count files", after=None, isSidechain=True)
+    c.add("assistant", [text("3 files.")], answer="m2", isSidechain=True)
+    c.add("user", [result("task", "3 files.")], after=task)
+    c.add("assistant", [text("There are 3.")], answer="m3")
+    return c.lines
+
+
+def claude_agent_file() -> list[Line]:
+    return [{**line, "isSidechain": True, "agentId": "a1"} for line in claude_plain()]
+
+
+def claude_branch() -> list[Line]:
+    c = Claude()
+    first = c.add("user", "Name one")
+    c.add("assistant", [text("Bad.")], answer="m1")
+    c.add("user", "No")
+    c.add("assistant", [text("Worse.")], answer="m2")
+    c.add("assistant", [text("Good.")], after=first, answer="m3")
+    return c.lines
+
+
+def claude_first_edited() -> list[Line]:
+    c = Claude()
+    c.add("user", "Typo")
+    c.add("assistant", [text("What?")], answer="m1")
+    c.add("user", "No typo", after=None)
+    c.add("assistant", [text("Yes.")], answer="m2")
+    return c.lines
+
+
+def claude_api_error() -> list[Line]:
+    c = Claude()
+    c.add("user", "Hi")
+    c.add("assistant", [text("API Error: 529")], isApiErrorMessage=True)
+    c.add("user", "Again")
+    c.add("assistant", [text("Hello.")], answer="m1")
+    return c.lines
+
+
+def claude_interrupted() -> list[Line]:
+    c = Claude()
+    c.add("user", "Hi")
+    c.add("assistant", [text("Hello."), call("a")], answer="m1")
+    c.add("user", [text("[Request interrupted by user]")])
+    return c.lines
+
+
+def claude_meta() -> list[Line]:
+    c = Claude()
+    c.lines.append({"type": "summary", "summary": "A chat", "leafUuid": "u9"})
+    c.add("user", "<local-command-stdout>ok", after=None, isMeta=True)
+    c.add("attachment", attachment={"type": "queued_command", "prompt": "Hi"})
+    c.add("progress", data={})
+    c.add("assistant", [text("Hello.")], answer="m1")
+    return c.lines
+
+
+def claude_cut() -> list[Line]:
+    c = Claude()
+    c.add("user", "Hi")
+    c.add("assistant", [text("Hel")], answer="m1", stop="max_tokens")
+    c.add("user", "Go on")
+    c.add("assistant", [text("Hello.")], answer="m2", stop="end_turn")
+    return c.lines
+
+
+def claude_pictures() -> list[Line]:
+    c = Claude()
+    c.add("user", [text("See"), {"type": "image", "source": {"type": "base64", "data": "AAAA"}}])
+    c.add("assistant", [{"type": "redacted_thinking", "data": "x"}, text("I see.")], answer="m1")
+    return c.lines
+
+
+def claude_stream() -> list[Line]:
+    """As `claude -p --output-format stream-json` prints it."""
+    lines: list[Line] = [{"type": "system", "subtype": "init", "tools": ["Read"], "uuid": "x"}]
+    for line in claude_plain():
+        lines.append({key: line[key] for key in ("type", "uuid", "message")} | {"session_id": "s"})
+    return [*lines, {"type": "result", "result": "Hello.", "session_id": "s"}]
+
+
+def codex(*items: Line, **about: object) -> list[Line]:
+    meta = {"id": "c", "base_instructions": {"text": "Be brief."}, "source": "cli", **about}
+    lines = [{"type": "session_meta", "payload": meta}, {"type": "turn_context", "payload": {}}]
+    for item in items:
+        if item["type"] in ("compacted", "event_msg"):
+            lines.append(item)
+        else:
+            lines.append({"type": "response_item", "payload": item})
+        if item.get("role") == "user":
+            lines.append({"type": "event_msg", "payload": {"type": "user_message"}})
+    return lines
+
+
+def say(role: str, words: str) -> Line:
+    kind = "output_text" if role == "assistant" else "input_text"
+    return {"type": "message", "role": role, "content": [{"type": kind, "text": words}]}
+
+
+def item(name: str, **arguments: object) -> Line:
+    arguments_text = json.dumps(arguments)
+    return {"type": "function_call", "name": "shell", "call_id": name, "arguments": arguments_text}
+
+
+def output(name: str, value: object = "ok") -> Line:
+    return {"type": "function_call_output", "call_id": name, "output": value}
+
+
+def event(kind: str, **keys: object) -> Line:
+    return {"type": "event_msg", "payload": {"type": kind, **keys}}
+
+
+def thought(summary: str = "", encrypted: str = "x") -> Line:
+    parts = [{"type": "summary_text", "text": summary}] if summary else []
+    return {"type": "reasoning", "summary": parts, "encrypted_content": encrypted}
+
+
+def compacted(message: str, history: list[Line] | None = None) -> Line:
+    return {"type": "compacted", "payload": {"message": message, "replacement_history": history}}
+
+
+PARALLEL_ITEMS = (
+    say("user", "Look"),
+    thought("Look twice."),
+    say("assistant", "I look."),
+    item("a", cmd="ls"),
+    item("b"),
+    output("b", [{"type": "input_text", "text": "x"}]),
+    output("a"),
+    say("assistant", "Done."),
+)
+CUSTOM = (
+    say("user", "Patch"),
+    {"type": "custom_tool_call", "name": "apply_patch", "call_id": "p", "input": "*** Begin"},
+    {"type": "custom_tool_call_output", "call_id": "p", "output": "ok"},
+    {"type": "web_search_call", "action": {"query": "x"}},
+    say("assistant", "Done."),
+)
+TWICE = (say("user", "A"), say("assistant", "1."), say("user", "B"), say("assistant", "2."))
+
+
+def chat(role: str, content: object, **keys: object) -> Line:
+    return {"role": role, "content": content, **keys}
+
+
+def chat_call(name: str) -> Line:
+    return {"id": name, "type": "function", "function": {"name": "ls", "arguments": '{"a": 1}'}}
+
+
+def hermes(*messages: Line, **keys: object) -> Line:
+    about = {"id": "h", "source": "cli", "model": "m", "system_prompt": "Be brief.", **keys}
+    return {**about, "messages": list(messages)}
+
+
+HERMES_CHAT = (
+    chat("user", "Look"),
+    chat("assistant", "", tool_calls=[chat_call("a"), chat_call("b")], reasoning="Twice."),
+    chat("tool", "ok", tool_call_id="a", tool_name="ls"),
+    chat("tool", "no", tool_call_id="b", tool_name="ls"),
+    chat("assistant", "Done."),
+)
+HERMES_SHOWN = "u:Look | a:<think>/Twice./</think> >a >b | t:a=ok | t:b=no | a:Done."
+TOOLS = [{"type": "function", "function": {"name": "ls", "parameters": {"type": "object"}}}]
+
+
+def stored(session: str, item_: Line) -> Line:
+    return {"session_id": session, "message_data": json.dumps(item_)}
+
+
+READ_BOTH = "u:Read both | a:>a >b | t:a=ok | t:b=ok | a:Done."
+ENCRYPTED = "thoughts that are encrypted or not recorded, left out"
+UNANSWERED = "turns behind the last trained answer, left out"
+BRANCHES = "lines of other branches, left out"
+
+# Name -> the lines of a file, its rows, and what of it is counted.
+FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
+    "claude plain": (claude_plain(), ["u:Hi | a:Hello."], {}),
+    "claude parallel": (
+        claude_parallel(),
+        [
+            "u:Read both | a:<think>/Two files./</think>//I read. >a >b | t:a=ok | t:b=1//2"
+            " | a:Done."
+        ],
+        {},
+    ),
+    "claude parallel, mixed": (claude_parallel_mixed(), [READ_BOTH], {}),
+    "claude compacted": (
+        claude_compacted(),
+        ["u:Start | a:Started.", "u:Summary: started.//Go on | a:Went on."],
+        {"compactions": 1, "lines of type system, left out": 1},
+    ),
+    "claude sidechain": (
+        claude_sidechain(),
+        ["u:Delegate | a:>task | t:task=3 files. | a:There are 3.", "u:Count files | a:3 files."],
+        {"subagents": 1},
+    ),
+    "claude agent file": (claude_agent_file(), ["u:Hi | a:Hello."], {"subagents": 1}),
+    "claude branch": (claude_branch(), ["u:Name one | a:Good."], {BRANCHES: 3}),
+    "claude first edited": (claude_first_edited(), ["u:No typo | a:Yes."], {BRANCHES: 2}),
+    "claude API error": (
+        claude_api_error(),
+        ["u:Hi//Again | a:Hello."],
+        {"API errors and other texts in place of an answer, left out": 1},
+    ),
+    "claude interrupted": (
+        claude_interrupted(),
+        ["u:Hi | a:Hello. >a"],
+        {UNANSWERED: 1, "tool calls without a result": 1},
+    ),
+    "claude meta": (
+        claude_meta(),
+        ["u:<local-command-stdout>ok//Hi | a:Hello."],
+        {
+            "lines of type summary, left out": 1,
+            "meta lines, kept as the model saw them": 1,
+            "lines of type progress, left out": 1,
+        },
+    ),
+    "claude cut": (
+        claude_cut(),
+        ["u:Hi | (a):Hel | u:Go on | a:Hello."],
+        {"parts of answers that were cut off, not trained": 1},
+    ),
+    "claude pictures": (
+        claude_pictures(),
+        ["u:See//[image] | a:I see."],
+        {
+            "pictures and files, written as [image] or [document]": 1,
+            "parts of type redacted_thinking, left out": 1,
+        },
+    ),
+    "claude stream": (
+        claude_stream(),
+        ["u:Hi | a:Hello."],
+        {"lines of type system, left out": 1, "lines of type result, left out": 1},
+    ),
+    "codex plain": (
+        codex(say("user", "Hi"), say("assistant", "Hello.")),
+        ["s:Be brief. | u:Hi | a:Hello."],
+        {"lines of type turn_context, left out": 1},
+    ),
+    "codex parallel": (
+        codex(*PARALLEL_ITEMS),
+        [
+            "s:Be brief. | u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok"
+            " | a:Done."
+        ],
+        {},
+    ),
+    "codex custom tool": (
+        codex(*CUSTOM),
+        ["s:Be brief. | u:Patch | a:>p | t:p=ok | a:Done."],
+        {"lines of type web_search_call, left out": 1},
+    ),
+    "codex encrypted": (
+        codex(say("user", "Hi"), thought(), say("assistant", "Hello.")),
+        ["s:Be brief. | u:Hi | a:Hello."],
+        {ENCRYPTED: 1},
+    ),
+    "codex late thought": (
+        codex(say("user", "Hi"), say("assistant", "Hello."), thought("Call."), item("a")),
+        ["s:Be brief. | u:Hi | a:<think>/Call./</think>//Hello. >a"],
+        {
+            "answers whose thoughts or calls were between texts": 1,
+            "tool calls without a result": 1,
+        },
+    ),
+    "codex compacted": (
+        codex(*TWICE, compacted("Summary."), say("user", "C"), say("assistant", "3.")),
+        [
+            "s:Be brief. | u:A | a:1. | u:B | a:2.",
+            "s:Be brief. | u:A//B//Summary.//C | a:3.",
+        ],
+        {"compactions": 1},
+    ),
+    "codex history replaced": (
+        codex(
+            *TWICE,
+            compacted("", [say("user", "B"), say("assistant", "2."), {"type": "compaction"}]),
+            say("user", "C"),
+            say("assistant", "3."),
+        ),
+        [
+            "s:Be brief. | u:A | a:1. | u:B | a:2.",
+            "s:Be brief. | u:B | (a):2. | u:C | a:3.",
+        ],
+        {"compactions": 1, "lines of type compaction, left out": 1},
+    ),
+    "codex rolled back": (
+        codex(*TWICE, event("thread_rolled_back", num_turns=1), say("user", "C"), say("assistant", "3")),
+        ["s:Be brief. | u:A | a:1. | u:C | a:3"],
+        {BRANCHES: 2},
+    ),
+    "codex subagent": (
+        codex(say("user", "Hi"), say("assistant", "Hello."), source={"subagent": {}}),
+        ["s:Be brief. | u:Hi | a:Hello."],
+        {"subagents": 1},
+    ),
+    "codex aborted": (
+        codex(*TWICE, say("user", "C"), item("a"), event("turn_aborted"), say("user", "D")),
+        ["s:Be brief. | u:A | a:1. | u:B | a:2. | u:C | a:>a"],
+        {UNANSWERED: 1, "tool calls without a result": 1},
+    ),
+    "hermes sessions": (
+        [hermes(*HERMES_CHAT), hermes(chat("user", "Hi"), chat("assistant", "Hello."))],
+        [f"s:Be brief. | {HERMES_SHOWN}", "s:Be brief. | u:Hi | a:Hello."],
+        {},
+    ),
+    "hermes transcript": (
+        [{"role": "session_meta", "tools": TOOLS, "model": "m"}, *HERMES_CHAT],
+        [HERMES_SHOWN],
+        {},
+    ),
+    "hermes cut": (
+        [
+            hermes(chat("user", "Hi"), chat("assistant", "Hel", finish_reason="length")),
+            hermes(chat("user", "Hi"), chat("assistant", "Hello.")),
+        ],
+        ["s:Be brief. | u:Hi | a:Hello."],
+        {
+            "parts of answers that were cut off, not trained": 1,
+            "conversations without an answer, left out": 1,
+        },
+    ),
+    "agents items": (
+        [chat("user", "Look"), *PARALLEL_ITEMS[1:]],
+        [
+            "u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."
+        ],
+        {},
+    ),
+    "agents stored": (
+        [stored("1", say("user", "A")), stored("2", say("user", "B"))]
+        + [stored("2", say("assistant", "2.")), stored("1", say("assistant", "1."))],
+        ["u:A | a:1.", "u:B | a:2."],
+        {},
+    ),
+    "agents compacted": (
+        [*TWICE, {"type": "compaction", "encrypted_content": "x"}, *TWICE],
+        ["u:A | a:1. | u:B | a:2.", "u:A | a:1. | u:B | a:2."],
+        {"compactions": 1, "lines of type compaction, left out": 1},
+    ),
+    "agents result without a call": (
+        [output("z"), *TWICE[:2]],
+        ["u:A | a:1."],
+        {"tool results without their call, left out": 1},
+    ),
+}
+
+
+def write(path: Path, lines: list[Line]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sessions_become_rows(name: str, tmp_path: Path) -> None:
+    lines, shown, counted = FILES[name]
+    rows = read_rows(Source(source=str(write(tmp_path / "s.jsonl", lines)), format="messages"))
+    assert [show(rows[i]) for i in range(len(rows))] == shown
+    notes = dict(note.rsplit(": ", 1) for note in rows.layout.split("; "))
+    for what, count in counted.items():
+        assert notes[what] == str(count)
