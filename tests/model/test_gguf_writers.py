@@ -32,11 +32,11 @@ TYPES_OF_WRITERS = {
 
 
 @pytest.mark.parametrize(("types", "writer"), TYPES_OF_WRITERS.items())
-def test_a_type_has_the_writer_that_knows_it(types: tuple[str, str], writer: str):
+def test_a_type_has_the_writer_that_knows_it(types: tuple[str, str], writer: str) -> None:
     assert gguf_writer(*types) == writer
 
 
-def test_the_table_is_the_registry_of_the_pinned_converter(converter: Converter):
+def test_the_table_is_the_registry_of_the_pinned_converter(converter: Converter) -> None:
     """In both directions: for all types of this Transformers that generate text."""
     source = (converter.folder / "conversion" / "__init__.py").read_text("utf-8")
     registry: dict[str, str] = {}
@@ -55,7 +55,7 @@ def test_the_table_is_the_registry_of_the_pinned_converter(converter: Converter)
     assert registered - ours == (_COMPARED | _UNTRIED) & classes.keys()
 
 
-def test_what_is_needed_is_said_in_one_line():
+def test_what_is_needed_is_said_in_one_line() -> None:
     assert describe_gguf_export("llama") == "tunesmith export --to gguf"
     for name, words in {
         "qwen3_moe": ("llama.cpp's converter: pip download", f"--converter {CONVERTER_SDIST}"),
@@ -67,7 +67,7 @@ def test_what_is_needed_is_said_in_one_line():
         assert all(part in line for part in words)
 
 
-def test_a_type_that_does_not_train_has_no_writer():
+def test_a_type_that_does_not_train_has_no_writer() -> None:
     refused = [name for name, row in read_model_types().items() if row.support.state == "refused"]
     assert "axk2" in refused
     assert {find_model_type(name).gguf for name in refused} == {""}

@@ -58,7 +58,7 @@ def gguf_writer(model_type: str, text_type: str = "") -> GgufWriter:
 
 
 def describe_gguf_export(model_type: str, text_type: str = "") -> str:
-    """Say to the user whether a trained model can be exported as GGUF, and what that needs."""
+    """Return a line for the user: whether GGUF export is possible, and what it needs."""
     writer = gguf_writer(model_type, text_type)
     if writer == "own":
         return "tunesmith export --to gguf"

@@ -101,7 +101,7 @@ class ModelType:
 
     @property
     def gguf(self) -> GgufWriter:
-        """What writes the type as GGUF; empty if it cannot be trained or exported."""
+        """The writer of the type as GGUF; empty if it cannot be trained or exported."""
         if self.support.state == "refused":
             return ""
         return gguf_writer(self.model_type, self.text)
