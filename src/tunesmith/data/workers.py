@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.host.child_output import exit_text
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -114,9 +115,9 @@ class Worker(Generic[Task, Result]):
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             exit_code = self.process.wait()
             raise MachineError(
-                f"{self.what} exited with code {exit_code}",
+                f"{self.what} ended before its answer",
                 where=where,
-                why="the kernel may have killed it for lack of memory (check dmesg)",
+                why=exit_text(exit_code),
                 fix="close other programs and start again",
             ) from error
         if isinstance(answer, Exception):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.child_output import last_line
 from tunesmith.host.shell import shell_command, shell_word
 
 SSH = [
@@ -34,6 +35,8 @@ SSH = [
 SSH_FAILED = 255
 NO_COMMAND = 127
 IMAGE_ID = ("docker", "image", "inspect", "--format", "{{.Id}}")
+# Printed before the output of a command: the start-up files of a shell may print text of their own.
+_OUTPUT_BEGINS = "tunesmith: output begins"
 _HOST = re.compile(r"(?!-)[\w.@:%\[\]-]+", re.ASCII)
 
 
@@ -58,6 +61,8 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
     MachineError where the host is not reached.
     """
     command = remote_words(host, words)
+    if host:
+        command[-1] = f"echo '{_OUTPUT_BEGINS}'; {command[-1]}"
     try:
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, errors="replace", check=False
@@ -70,6 +75,8 @@ def try_on(host: str, *words: str, text: str = "") -> "subprocess.CompletedProce
         return subprocess.CompletedProcess(command, NO_COMMAND, "", text)
     if host and done.returncode == SSH_FAILED:
         raise _unreached(host, done.stderr)
+    if host:
+        done.stdout = done.stdout.partition(f"{_OUTPUT_BEGINS}\n")[2]
     return done
 
 
@@ -80,7 +87,7 @@ def run_on(host: str, *words: str, text: str = "") -> str:
         raise MachineError(
             f"{words[0]} failed on {host or 'this node'}",
             where=" ".join(words[:3]),
-            why=_last_line(done.stderr) or f"exit code {done.returncode}",
+            why=last_line(done.stderr) or f"exit code {done.returncode}",
             fix="tunesmith doctor",
         )
     return done.stdout
@@ -158,11 +165,7 @@ def _unreached(host: str, errors: str) -> MachineError:
     return MachineError(
         f"{host} cannot be reached by ssh",
         where=host,
-        why=_last_line(errors) or "it closed the connection",
+        why=last_line(errors) or "it closed the connection",
         fix=f"ssh {shell_word(host)} true; "
         f"if it asks for a password: ssh-copy-id {shell_word(host)}",
     )
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2][:300]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,3 +157,17 @@ def test_ssh_takes_the_cipher_that_is_preferred():
     assert names[0] == "aes128-gcm@openssh.com"
     # A server without it gets another one.
     assert "chacha20-poly1305@openssh.com" in names
+
+
+def test_what_a_shell_prints_when_it_starts_is_no_output(monkeypatch: pytest.MonkeyPatch):
+    """Such as an `echo` in .bashrc, which ssh's commands run too."""
+    real = subprocess.run
+
+    def greeted(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        done = real(words, **options)
+        done.stdout = f"Welcome to spark-b\n[1] {done.stdout}"
+        return done
+
+    monkeypatch.setattr(module.subprocess, "run", greeted)
+    assert run_on("spark-b", "echo", "17") == "17\n"
+    assert try_on("spark-b", "true").stdout == ""

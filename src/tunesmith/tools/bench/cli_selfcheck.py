@@ -15,7 +15,6 @@ otherwise 0.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 from tunesmith.cli.options import add_json, whole_number
 from tunesmith.distributed.ranks import started_as
 from tunesmith.errors import EXIT_FAILED, EXIT_OK, RunError, UsageError
+from tunesmith.host.child_output import reason_in
 from tunesmith.host.cores import available_cores
 from tunesmith.host.shell import shell_command
 from tunesmith.parallel.mesh_shape import MeshShape
@@ -94,13 +94,10 @@ def check_on_ranks(world: int, *, quiet: bool) -> "Report":
         if file.is_file():
             report: Report = json.loads(file.read_text(encoding="utf-8"))
             return report
-    # Around a rank's own error stands what torchrun writes.
-    match = re.search(r"^error: .*(?:\n  .*)*", process.stderr, re.M)
-    why = process.stderr.strip().rpartition("\n")[2]
-    if match:
-        why = match[0].removeprefix("error: ")
     fix = f"{shell_command(['python', '-m', *words])} shows all their output"
-    raise RunError("the ranks exited before the checks were done", why=why, fix=fix)
+    raise RunError(
+        "the ranks exited before the checks were done", why=reason_in(process.stderr), fix=fix
+    )
 
 
 def print_row(row: "CheckRow") -> None:

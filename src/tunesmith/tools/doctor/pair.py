@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from tunesmith.host.child_output import last_line
 from tunesmith.launch.ssh import check_host, remote_words, run_on
 from tunesmith.tools.doctor.checks import TORCH_SECONDS, examine
 from tunesmith.tools.doctor.system import TEXTS, Finding, NodeProperties, System, finding
@@ -62,10 +63,11 @@ def check_pair(host: str, folders: tuple[str, ...]) -> list[Finding]:
         peer = pool.submit(ask_peer, host)
         findings, here = examine(System(folders=folders), pair=True)
         out, errors = peer.result()
-    # A shell of the other node may print text of its own, and ssh prints nothing where it fails.
-    if not out.startswith("["):
+    # A shell of the other node may print text of its own before the answer.
+    try:
+        rows, there = json.loads(out.strip().rpartition("\n")[2])
+    except ValueError:
         return [*findings, _why_ssh_failed(host, errors)]
-    rows, there = json.loads(out)
     both = [finding("ssh/ok", host)]
     both += _compare(here, there, host)
     both.append(_compare_clocks(host))
@@ -77,8 +79,7 @@ def _why_ssh_failed(host: str, errors: str) -> Finding:
     """The first `ssh/WORDS` whose words are in what ssh said; the last of them has no words."""
     cases = [key.removeprefix("ssh/") for key in TEXTS if key.startswith("ssh/")]
     case = next(words for words in cases if words != "ok" and words in errors)
-    message = errors.strip().rpartition("\n")[2]
-    return replace(finding(f"ssh/{case}", host, message=message), host=host)
+    return replace(finding(f"ssh/{case}", host, message=last_line(errors)), host=host)
 
 
 def _compare(here: NodeProperties, there: NodeProperties, host: str) -> list[Finding]:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tunesmith.host.child_output import last_line
 from tunesmith.tools.doctor.system import Finding, System, finding
 from tunesmith.units import count_of
 
@@ -42,7 +43,7 @@ def check_slurm(folder: Path) -> list[Finding]:
     if code == 127:
         return [finding("controller/absent")]
     if code:
-        return [finding("controller/down", message=errors.rpartition("\n")[2])]
+        return [finding("controller/down", message=last_line(errors))]
     partitions = []
     usable_nodes = 0
     has_gpus = False

@@ -212,7 +212,8 @@ class System:
         versions = {"tunesmith": "", "torch": ""}
         code, out, _ = self.run(self.python, "-c", VERSIONS_PROGRAM)
         if code == 0:
-            versions = json.loads(out)
+            # Other lines are of a module that prints when Python starts.
+            versions = json.loads(out.rpartition("\n")[2])
         versions["python"] = self.run(self.python, "--version")[1].removeprefix("Python ")
         versions["driver"] = self.gpus[0].driver if self.gpus else ""
         versions["kernel"] = os.uname().release

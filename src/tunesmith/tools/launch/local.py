@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tunesmith.config.schema import Run
 from tunesmith.errors import RunError
+from tunesmith.host.child_output import reason_in
 from tunesmith.host.shell import shell_path
 from tunesmith.launch.jobs import FOLDER, Job, JobState, save_job
 from tunesmith.run_dir import RunState
@@ -80,7 +81,7 @@ def detach(run: Run, words: Sequence[str]) -> LocalJob:
             raise RunError(
                 f"it exited at once with code {code}",
                 where=str(log),
-                why=text.rpartition("\n")[2],
+                why=reason_in(text),
                 fix=f"cat {shell_path(log)}",
             )
     return job

@@ -20,6 +20,7 @@ from tunesmith.checkpoint.manifest import list_checkpoints, seconds_to_write
 from tunesmith.config.dump import dump
 from tunesmith.config.schema import Parallel, Run
 from tunesmith.errors import MachineError, UsageError
+from tunesmith.host.child_output import last_line
 from tunesmith.host.files import write_atomically
 from tunesmith.host.packages import installed_versions
 from tunesmith.host.shell import shell_command, shell_word
@@ -573,7 +574,7 @@ def _slurm(*command: str) -> tuple[int, str, str]:
     if done.returncode == NO_COMMAND:
         fix = "run it on a login node of the cluster"
         raise MachineError(f"this machine has no {command[0]}", where="PATH", fix=fix)
-    return done.returncode, done.stdout, done.stderr.strip().rpartition("\n")[2]
+    return done.returncode, done.stdout, last_line(done.stderr)
 
 
 def _directive_word(value: str, where: str) -> str:

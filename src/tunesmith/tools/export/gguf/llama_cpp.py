@@ -1,26 +1,36 @@
 """llama.cpp's server in a process beside this one, and what it says of a GGUF file."""
 
 import json
+import os
+import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self, TypedDict
+from urllib.error import HTTPError
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import CheckpointError
+from tunesmith.host.child_output import exit_text, last_line
 
 CHECK_CONTEXT_TOKENS = 256  # the prompts of the check are shorter
 SERVER_TIMEOUT_SECONDS = 600  # to open a file, and of an answer: a large model on a busy machine
+ENDING_SECONDS = 5  # for the process to end after its pipe or connection is closed
 # Of a token that the server did not report: less likely than all that it did.
 UNREPORTED = -50.0
+# The causes in llama.cpp's messages: a file that it refuses, a failed assertion, a C++ exception.
+# The messages that follow only say what could not be done therefore.
+_CAUSE = re.compile(r"error loading model: (.+)|(GGML_ASSERT.+)|what\(\): *(.+)")
 
 
 def has_llama_cpp() -> bool:
@@ -72,6 +82,8 @@ class LlamaCpp:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._messages,
+            # Without a debugger, which an abort would start to print a backtrace.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         try:
             self._address = self._wait_for_address()
@@ -80,26 +92,46 @@ class LlamaCpp:
             raise
 
     def _wait_for_address(self) -> str:
+        """Return the address, which the process prints when the file is open.
+
+        Other lines of its output are no address, such as those of a debugger after an abort.
+        """
         assert self._process.stdout is not None
-        # The process prints its address only when the file is open; a plain `readline` has no
-        # limit.
-        readable, _, _ = select.select([self._process.stdout], [], [], SERVER_TIMEOUT_SECONDS)
-        address = self._process.stdout.readline().decode().strip() if readable else ""
-        if address:
-            return address
-        late = f"it is not ready after {SERVER_TIMEOUT_SECONDS} seconds"
-        why = self._last_message() or "its process exited"
+        stdout = self._process.stdout.fileno()
+        deadline = time.monotonic() + SERVER_TIMEOUT_SECONDS
+        why = f"it is not ready after {SERVER_TIMEOUT_SECONDS} seconds"
+        output = b""
+        while select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            part = os.read(stdout, 4096)
+            if not part:
+                why = self._why_ended()
+                break
+            output += part
+            if address := re.search(rb"^(http\S+)\n", output, re.MULTILINE):
+                return address[1].decode()
         raise CheckpointError(
             "llama.cpp cannot open the file",
             where=str(self._file),
-            why=why if readable else late,
+            why=why,
             fix="serve the Transformers folder: tunesmith merge RUN",
         )
 
-    def _last_message(self) -> str:
+    def _why_ended(self) -> str:
+        """Return the cause in llama.cpp's messages, or the last of them, or how the process ended.
+
+        Return "" if the process is still alive.
+        """
+        try:
+            code = self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return ""
+        if code == -signal.SIGKILL:
+            return exit_text(code)  # no message is about it
         self._messages.seek(0)
-        text = self._messages.read().decode(errors="replace").strip()
-        return text.split("\n")[-1]
+        text = self._messages.read().decode(errors="replace")
+        if cause := _CAUSE.search(text):
+            return next(filter(None, cause.groups()))
+        return last_line(text) or exit_text(code)
 
     def close(self) -> None:
         """End the process. It is killed: see `serve.py` for what its own end may do."""
@@ -126,10 +158,13 @@ class LlamaCpp:
                 reply: Reply = json.load(answer)
                 return reply
         except (OSError, HTTPException) as error:
+            why = ""
+            if isinstance(error, HTTPError):  # the server refuses the request, and lives
+                why = last_line(error.read().decode(errors="replace"))
             raise CheckpointError(
                 f"llama.cpp gives no answer to {path}",
                 where=str(self._file),
-                why=self._last_message() or str(error),
+                why=why or self._why_ended() or str(error),
                 fix="free memory and try again, or serve the Transformers folder: "
                 "tunesmith merge RUN",
             ) from error

@@ -15,9 +15,12 @@ import xllamacpp
 def serve_file() -> None:
     """Serve until standard input ends, as it does where the parent is killed.
 
-    The arguments are the parameters of `LlamaCpp`, "" for no adapter. The address is the one line
-    of standard output; why the file does not open is the last one of standard error.
+    The arguments are the parameters of `LlamaCpp`, "" for no adapter. The address is printed on
+    standard output, and messages of llama.cpp on standard error.
     """
+    answers = os.fdopen(os.dup(1), "w")
+    # A message of llama.cpp must not fill the pipe, which nobody reads after the address.
+    os.dup2(2, 1)
     _, file, adapter, threads, context = sys.argv
     params = xllamacpp.CommonParams()
     params.model.path = file
@@ -27,7 +30,7 @@ def serve_file() -> None:
     params.warmup = False
     params.cpuparams.n_threads = int(threads)
     params.port = 0  # any that is free
-    params.verbosity = 0
+    params.verbosity = 1  # errors, which have the cause
     if adapter:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
     try:
@@ -35,7 +38,7 @@ def serve_file() -> None:
     except RuntimeError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
-    print(server.listening_address, flush=True)
+    print(server.listening_address, file=answers, flush=True)
     # The parent's end closes the pipe, also where it was killed.
     sys.stdin.read()
     # Past the server's destructor, which is what may wait for ever
