@@ -139,7 +139,7 @@ def build_model(
     if device.type == "cpu":
         keep_freed_pages()
         bound_shape_caches()
-    if device.type == "cuda" and files.whole is not None:
+    if device.type == "cuda" and run.model.vision:
         skip_device_checks()
     prepare_allocator(device)  # inference names a device without `choose_device`
     model = model or define_model(run, files)

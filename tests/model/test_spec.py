@@ -16,10 +16,6 @@ from tunesmith.model import spec
 from . import families
 
 REFUSED = {
-    "multimodal model": {"model_type": "gemma3n", "vision_config": {}, "text_config": {}},
-    "multimodal": {"model_type": "qwen2_5_vl", "vision_config": {}},
-    "a multimodal": {"model_type": "llava"},
-    "multimodal model (text with": {"model_type": "mllama"},
     "an encoder": {"model_type": "bert"},
     "encoder": {"model_type": "xlm-roberta"},
     "encoder or": {"model_type": "modernbert"},
@@ -37,7 +33,6 @@ REFUSED = {
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     },
     "gemma3 are quantized with gptq": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "quantization_config": {"quant_method": "gptq"}},
-    "this mistral3 is a mamba2": {"model_type": "mistral3", "text_config": {"model_type": "mamba2"}},
     "hidden_size is '64'": {"model_type": "llama", "hidden_size": "64"},
     "num_hidden_layers is 0": {"model_type": "llama", "num_hidden_layers": 0},
     "vocab_size is None": {"model_type": "llama", "vocab_size": None},

@@ -9,7 +9,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
-from tunesmith.model.measured_spec import has_own_class, model_spec
+from tunesmith.model.measured_spec import model_spec
+from tunesmith.model.names import has_own_class
 from tunesmith.model.safetensors_files import has_weights, read_json
 from tunesmith.model.shipped import ShippedForm, form_of_folder, resolve_quantize
 from tunesmith.model.shipped_entries import read_entries
@@ -32,7 +33,7 @@ class ModelFiles:
     support: Support  # how its layers train, by measurement where the table has no row for them
     tokenizer: PreTrainedTokenizerBase
     form: ShippedForm | None = None  # of weights that ship in codes
-    # With `model.vision`: of the vision-language model that `config` is the text part of.
+    # The config of the entire model that `config` is the text part of.
     whole: PretrainedConfig | None = None
     pictures: "PictureProcessor | None" = None  # with `model.vision`
 
@@ -98,7 +99,7 @@ def read_picture_processor(
     `model.vision`.
     """
     _, whole = load.load_configs(folder, run.model)
-    if whole is None:
+    if whole is None or not run.model.vision:
         return None
     # It loads torch.
     from tunesmith.data.text.placeholders import PictureProcessor
@@ -129,9 +130,9 @@ def read_model_files(
     spec = replace(spec, position_limit=limit)
     model = resolve_quantize(model, spec)
     tokenizer = load_tokenizer(tokenizer_folder(model, folder), model)
-    if whole is None:
-        support = find_support(config, model, where=str(file))
-        return ModelFiles(folder, model, config, spec, support, tokenizer, form)
+    if whole is None or not model.vision:
+        support = find_support(config, model, where=str(file), whole=whole)
+        return ModelFiles(folder, model, config, spec, support, tokenizer, form, whole)
     # With them come libraries for pictures.
     from tunesmith.data.text.placeholders import PictureProcessor
     from tunesmith.hub.picture_support import add_vision, find_picture_support

@@ -7,7 +7,7 @@ a vision-language model in whole the decoder is what holds its text model and it
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,13 @@ def find_decoder(causal_lm: "PreTrainedModel") -> "PreTrainedModel":
     """The model without its head, which returns the last hidden states.
 
     It is not always Transformers' `base_model`: where the `base_model_prefix` of the class is not
-    the name of the decoder (llama4_text), that is the causal LM itself. ModelError where there is
-    none.
+    the name of the decoder (llama4_text), that is the causal LM itself. Of an entire model without
+    its other parts it is the text model. ModelError where there is none.
     """
     from transformers import PreTrainedModel
 
+    if is_whole(causal_lm) and not any(vision_parameters(causal_lm)):
+        return cast("PreTrainedModel", find_text_part(causal_lm)[1])
     embedding = causal_lm.get_input_embeddings()
     # Outermost first: a decoder may hold another model (OPT).
     for module in causal_lm.modules():
@@ -70,7 +72,9 @@ def find_decoder(causal_lm: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Tell whether a model is a vision-language model with all its parts."""
+    """Tell whether a model has the class of a vision-language model, with or without its other
+    parts.
+    """
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config
@@ -81,20 +85,52 @@ def find_text_part(model: nn.Module) -> tuple[str, nn.Module]:
 
     Of any other model it is the model itself, under "".
     """
+    if not is_whole(model):
+        return "", model
+    return find_innermost(cast("PreTrainedModel", model))
+
+
+def find_innermost(model: "PreTrainedModel") -> tuple[str, nn.Module]:
+    """Return name and module of the innermost model that holds the embedding."""
     from transformers import PreTrainedModel
 
-    name = ""
-    module = model
-    if is_whole(model):
-        assert isinstance(model, PreTrainedModel)
-        embedding = model.get_input_embeddings()
-        # The innermost that holds the embedding: those that come later are inside.
-        for inner, part in model.named_modules():
-            if not isinstance(part, PreTrainedModel):
-                continue
-            if any(below is embedding for below in part.modules()):
-                name, module = inner, part
-    return name, module
+    embedding = model.get_input_embeddings()
+    found: tuple[str, nn.Module] = "", model
+    # Those that come later are inside.
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and embedding in list(part.modules()):
+            found = name, part
+    return found
+
+
+def name_of_head(model: "PreTrainedModel") -> str:
+    """Return the name of the output layer, which may be that of a causal LM inside the model; ""
+    if there is none.
+    """
+    from transformers import PreTrainedModel
+
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None:
+            head = part.get_output_embeddings()
+            inner = next(inner for inner, module in part.named_modules() if module is head)
+            return f"{name}.{inner}".removeprefix(".")
+    return ""
+
+
+def drop_other_parts(model: "PreTrainedModel") -> None:
+    """Remove from an entire model what is not of its text model: towers and projectors."""
+    _keep_modules(model, [find_innermost(model)[0], name_of_head(model)])
+
+
+def _keep_modules(module: nn.Module, kept: list[str]) -> None:
+    for name, _ in list(module.named_parameters(recurse=False)):
+        setattr(module, name, None)
+    for name, child in list(module.named_children()):
+        inside = [inner.removeprefix(f"{name}.") for inner in kept if inner.startswith(f"{name}.")]
+        if inside:
+            _keep_modules(child, inside)
+        elif name not in kept:
+            setattr(module, name, None)
 
 
 def is_in_text(model: nn.Module) -> Callable[[str], bool]:
@@ -102,19 +138,12 @@ def is_in_text(model: nn.Module) -> Callable[[str], bool]:
 
     Everything is where the model is no vision-language model in whole.
     """
-    from transformers import PreTrainedModel
-
     prefix, _ = find_text_part(model)
-    heads: set[str] = set()
-    if isinstance(model, PreTrainedModel) and prefix:
-        head = model.get_output_embeddings()
-        heads = {name for name, module in model.named_modules() if module is head}
-
-    def is_text(name: str) -> bool:
-        module, _, _ = name.rpartition(".")
-        return f"{name}.".startswith(f"{prefix}.") or name in heads or module in heads
-
-    return is_text if prefix else lambda name: True
+    if not prefix:
+        return lambda name: True
+    head = name_of_head(cast("PreTrainedModel", model))
+    inside = (f"{prefix}.", f"{head}.")
+    return lambda name: f"{name}.".startswith(inside)
 
 
 def vision_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -135,7 +164,7 @@ def find_projector(model: nn.Module) -> tuple[str, ...]:
     """
     from transformers import PreTrainedModel
 
-    if not is_whole(model):
+    if not any(vision_parameters(model)):
         return ()
     assert isinstance(model, PreTrainedModel)
     decoder = find_decoder(model)

@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -31,11 +32,10 @@ from transformers import (
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.composite import stored_text_name
-from tunesmith.model.decoder import find_projector, vision_parameters
+from tunesmith.model.decoder import drop_other_parts, find_projector, vision_parameters
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
-from tunesmith.model.names import text_part
+from tunesmith.model.names import ENTIRE_NAMES, EntireNames, has_own_class, text_part
 from tunesmith.model.safetensors_files import (
     ENDS_AND_MIDDLE,
     read_headers,
@@ -57,7 +57,10 @@ def load_config(folder: Path, model: Model) -> PretrainedConfig:
 
 
 def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, PretrainedConfig | None]:
-    """`load_config`, and with `model.vision` the whole model's configuration, which holds it."""
+    """`load_config`, and the configuration of the entire model that the text model is part of.
+
+    It is None if the text model is all of it.
+    """
     file = folder / "config.json"
     stated = read_model_config(folder)
     check_supported(stated, str(file), vision=model.vision)
@@ -82,11 +85,12 @@ def load_configs(folder: Path, model: Model) -> tuple[PretrainedConfig, Pretrain
         raise ModelError(
             "Transformers cannot read the config", where=str(file), why=one_line(error), fix=fix
         ) from error
+    if text is config and not model.vision:
+        return text, None
     if text is not config and text.tie_word_embeddings:
         text.tie_word_embeddings = not _stores_other_head(folder)
-    if not model.vision:
-        return text, None
-    if text is config or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    is_of_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if model.vision and (text is config or not is_of_pictures):
         raise ModelError(
             "model.vision is true, and this model has no vision part",
             where=str(file),
@@ -107,10 +111,10 @@ def _stores_other_head(folder: Path) -> bool:
     ends = {}
     with suppress(ModelError):  # the files of the tokenizer alone
         for entry in chain.from_iterable(read_headers(folder).values()):
-            name = stored_text_name(entry.name)
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            last = ".".join(entry.name.split(".")[-2:])
+            if last in ("embed_tokens.weight", "lm_head.weight"):
                 # Without their names: equal contents then have equal digests.
-                ends[name] = sampled_digest([replace(entry, name="")], ENDS_AND_MIDDLE)
+                ends[last] = sampled_digest([replace(entry, name="")], ENDS_AND_MIDDLE)
     return len(set(ends.values())) == 2
 
 
@@ -166,11 +170,14 @@ def build_on_meta(
     `rows` are those of embedding and head (`tokenizer.vocab_rows`); None: the config's. ModelError
     where Transformers refuses the config.
 
-    whole: of the vision-language model that `config` is the text part of; it is then built with all
-    its parts, and all but the text part, and the projector that the recipe trains, is frozen.
+    whole: of the entire model that `config` is the text part of. With `model.vision` it is built
+    with all its parts, and all but the text part, and the projector that the recipe trains, is
+    frozen. Without, a text model of its own class in Transformers is built, else the class of the
+    entire model without its other parts.
     """
+    is_entire = whole is not None and (model.vision or not has_own_class(config))
     # The caller's config stays as it is.
-    outer = copy.deepcopy(whole or config)
+    outer = copy.deepcopy(whole if whole is not None and is_entire else config)
     config = outer.get_text_config()
     if rows is not None:
         config.vocab_size = rows
@@ -178,13 +185,14 @@ def build_on_meta(
         if "quantization_config" in vars(part):
             # Our own layers hold such weights, not Transformers' quantizer.
             del part.quantization_config
-    factory = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    factory = auto_class_of(outer)
+    is_eager = model.attention == "eager" and not model.vision
     try:
         with _MatricesOnMeta():
             causal_lm: PreTrainedModel = factory.from_config(
                 outer,
                 dtype=DTYPES[model.dtype],
-                attn_implementation="eager" if model.attention == "eager" and not whole else None,
+                attn_implementation="eager" if is_eager else None,
                 trust_remote_code=model.trust_remote_code,
             )
     # Code of 190 model types, on a config that may be absurd.
@@ -197,12 +205,32 @@ def build_on_meta(
         ) from error
     # What constructors initialize otherwise (ones, random values) is still real.
     replace_parameters(causal_lm, lambda parameter: parameter.to("meta"))
+    if is_entire and not model.vision:
+        drop_other_parts(causal_lm)
+    elif whole is not None and not is_entire:
+        vars(causal_lm)[ENTIRE_NAMES] = EntireNames.find(causal_lm, _shell(whole, config))
     for _, parameter in vision_parameters(causal_lm):
         parameter.requires_grad_(False)
     if model.train_projector:
         _train_projector(causal_lm)
     keep_kernels_to_gpus(causal_lm)
     return causal_lm
+
+
+def _shell(whole: PretrainedConfig, text: PretrainedConfig) -> PreTrainedModel:
+    """Build the class of an entire model without memory, to see its names."""
+    outer = copy.deepcopy(whole)
+    outer.get_text_config().vocab_size = text.vocab_size
+    with torch.device("meta"):
+        shell: PreTrainedModel = auto_class_of(outer).from_config(outer)
+    return shell
+
+
+def auto_class_of(config: PretrainedConfig) -> Any:
+    """Return the class of Transformers that chooses the class of a model, entire ones included."""
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def _train_projector(model: PreTrainedModel) -> None:

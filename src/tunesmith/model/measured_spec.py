@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import ModelError
 from tunesmith.host.files import measure_once
 from tunesmith.model.architectures import ARCHITECTURES
-from tunesmith.model.names import text_part
+from tunesmith.model.names import has_own_class, text_part
 from tunesmith.model.shipped import stored_quantization
 from tunesmith.model.spec import (
     EXPERTS_PER_TOKEN,
@@ -115,13 +115,6 @@ def read_configs(
     if config is whole or has_own_class(config):
         return config, None
     return config, whole
-
-
-def has_own_class(text: "PretrainedConfig") -> bool:
-    """Tell whether Transformers has a causal LM of a text model, apart from the whole model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _decode_floats(value: Any) -> Any:

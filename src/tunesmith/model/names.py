@@ -14,19 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
-from tunesmith.model.composite import (
-    COMPOSITES,
-    STORED_PREFIXES,
-    Composite,
-    is_stored_text_name,
-    stored_text_name,
-)
+from tunesmith.model.shipped import FETCH_CONFIG
 from tunesmith.model.shipped_entries import StoredEntry
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, WeightTransform
 
 Region = tuple[slice, ...]
 
@@ -87,53 +81,133 @@ class StoredNames:
 
 
 def text_part(config: "PretrainedConfig") -> "PretrainedConfig":
-    """The config of the text model: of a composite's own, else the config itself.
-
-    Its `composite` is then the model type of the whole, and its name the folder of the whole.
-    """
+    """Return the config of the text model, which is the config itself if it has no other parts."""
     text: PretrainedConfig = config.get_text_config()
     if text is config:
         return config
     # The checkpoint is tied as the outer config says: Mistral 3's inner one says otherwise.
-    text.tie_word_embeddings = config.tie_word_embeddings
+    inner = vars(text).get("tie_word_embeddings", False)
+    text.tie_word_embeddings = vars(config).get("tie_word_embeddings", inner)
     text.name_or_path = config.name_or_path
-    text.composite = config.model_type
     stored = vars(config).get("quantization_config")
     if stored is not None:
         text.quantization_config = stored
     return text
 
 
-def composite_of(config: "PretrainedConfig") -> Composite | None:
-    """The family of the vision-language model that a text model is part of; None: of none."""
-    return COMPOSITES.get(vars(config).get("composite", ""))
+def has_own_class(text: "PretrainedConfig") -> bool:
+    """Return whether Transformers has a causal LM of a text model, apart from the entire model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+@dataclass(frozen=True)
+class EntireNames:
+    """The names that a text model of its own class has in the class of the entire model.
+
+    Attributes:
+        decoder, head: names in the text model, then in the entire model.
+        rules: Transformers' rules for the checkpoints of the entire model.
+    """
+
+    decoder: tuple[str, str]
+    head: tuple[str, str]
+    rules: "list[WeightTransform]"
+
+    @classmethod
+    def find(cls, text: "PreTrainedModel", entire: "PreTrainedModel") -> "EntireNames":
+        """Find the names by the embedding and the head of both models, which may be on meta."""
+        from tunesmith.model.decoder import find_innermost, name_of_head
+
+        decoder = (find_innermost(text)[0], find_innermost(entire)[0])
+        head = (name_of_head(text), name_of_head(entire))
+        names = cls(decoder, head, _conversions(entire))
+        theirs = dict(entire.named_parameters(remove_duplicate=False))
+        for name, parameter in text.named_parameters():
+            its_name = names.in_entire(name)
+            if its_name not in theirs or theirs[its_name].shape != parameter.shape:
+                raise ModelError(
+                    f"{type(entire).__name__} has no parameter like {name} of "
+                    f"{type(text).__name__}",
+                    why="checkpoints and adapters have the names of the entire model",
+                    fix=FETCH_CONFIG,
+                )
+        return names
+
+    def in_entire(self, name: str) -> str:
+        return _replace_prefix(name, (self.decoder, self.head))
+
+    def in_text(self, name: str) -> str:
+        return _replace_prefix(name, (self.decoder[::-1], self.head[::-1]))
+
+
+# Attribute of a text model of its own class: its `EntireNames`.
+ENTIRE_NAMES = "entire_names"
+
+
+def _entire_names(model: "nn.Module") -> EntireNames | None:
+    names: EntireNames | None = vars(model).get(ENTIRE_NAMES)
+    return names
+
+
+def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    """Replace the first of these modules that the name is in, or is."""
+    for module, replacement in prefixes:
+        if name == module:
+            return replacement
+        if name.startswith(f"{module}."):
+            return replacement + name.removeprefix(module)
+    return name
+
+
+def _conversions(model: "PreTrainedModel") -> "list[WeightTransform]":
+    """Return the rules by which Transformers reads the checkpoints of a model, or of the entire
+    model that it is part of.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if names := _entire_names(model):
+        return names.rules
+    # Old names of norms, which every model has a rule for, are not written.
+    return get_model_conversion_mapping(model, add_legacy=False)
 
 
 def name_in_whole(model: "nn.Module", name: str) -> str:
     """The name that a module or parameter has in the vision-language model that a text model is
     part of; its own for every other model.
     """
-    composite = _composite_of_model(model)
-    return composite.name_in_whole(name) if composite else name
+    names = _entire_names(model)
+    return names.in_entire(name) if names else name
 
 
 def name_in_text(model: "nn.Module", name: str) -> str:
     """The opposite of `name_in_whole`; a name of the text model's own stays as it is."""
-    composite = _composite_of_model(model)
-    return composite.name_in_text(name) if composite else name
+    names = _entire_names(model)
+    return names.in_text(name) if names else name
 
 
-def names_on_disk(model: "nn.Module", name: str) -> list[str]:
+def name_in_checkpoint(model: "PreTrainedModel", name: str) -> str:
+    """The name that Transformers writes for a parameter or module of the entire model."""
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+
+    renamings = []
+    for rule in reversed(_conversions(model)):
+        # As Transformers does: whether a checkpoint has such a prefix is not known.
+        if isinstance(rule, WeightRenaming) and not isinstance(rule, PrefixChange):
+            renamings.append(rule.reverse_transform())
+    renamed: str = rename_source_key(name_in_whole(model, name), renamings, [])[0]
+    return renamed
+
+
+def names_on_disk(model: "PreTrainedModel", name: str) -> list[str]:
     """The names that a config.json may have for a module of a text model: its own, and those in the
     vision-language model that it is part of.
     """
     names = [name]
-    if _composite_of_model(model):
-        names.append(name_in_whole(model, name))
-        for stored_prefix, prefix in STORED_PREFIXES:
-            if name.startswith(prefix):
-                names.append(stored_prefix + name.removeprefix(prefix))
-    return names
+    if is_in_whole(model):
+        names += [name_in_whole(model, name), name_in_checkpoint(model, name)]
+    return list(dict.fromkeys(names))
 
 
 def is_in_whole(model: "nn.Module") -> bool:
@@ -142,12 +216,21 @@ def is_in_whole(model: "nn.Module") -> bool:
     """
     from tunesmith.model.decoder import is_whole
 
-    return _composite_of_model(model) is not None or is_whole(model)
+    return _entire_names(model) is not None or is_whole(model)
 
 
-def _composite_of_model(model: "nn.Module") -> Composite | None:
-    config = getattr(model, "config", None)
-    return composite_of(config) if config is not None else None
+def _text_of_parts_aside(model: "PreTrainedModel") -> str | None:
+    """Return the name in the entire model of a text model that is built without the other parts.
+
+    None: the model has all parts of its checkpoints.
+    """
+    from tunesmith.model.decoder import find_text_part, is_whole, vision_parameters
+
+    if names := _entire_names(model):
+        return names.decoder[1]
+    if is_whole(model) and not any(vision_parameters(model)):
+        return find_text_part(model)[0]
+    return None
 
 
 def assign_names(
@@ -164,23 +247,23 @@ def assign_names(
 
     ModelError where several tensors are one parameter in a way that is not read here.
     """
-    is_composite = composite_of(model.config) is not None
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     names = StoredNames()
     rest: list[StoredEntry] = []
     for entry in (entry for entries in headers.values() for entry in entries):
-        stored = stored_text_name(entry.name) if is_composite else entry.name
+        stored = name_in_text(model, entry.name)
         name, suffix = _target_name(stored, parameter_names, companions)
         if name:
             names.groups.setdefault(name, {})[suffix] = entry
         # Old Llama checkpoints hold the frequencies.
         elif not entry.name.endswith("rotary_emb.inv_freq"):
             rest.append(entry)
-    if rest:
-        rest = _assign_converted(model, rest, parameter_names, names)
-    for entry in rest:
+    if not rest:
+        return names
+    text_name = _text_of_parts_aside(model)
+    for entry, renamed in _assign_converted(model, rest, parameter_names, companions, names):
         is_ignored = any(re.search(pattern, entry.name) for pattern in ignored)
-        if is_ignored or (is_composite and not is_stored_text_name(entry.name)):
+        if is_ignored or (text_name and not renamed.startswith(f"{text_name}.")):
             names.aside.append(entry)
         else:
             names.unexpected.append(entry.name)
@@ -211,31 +294,33 @@ def _assign_converted(
     model: "PreTrainedModel",
     entries: Iterable[StoredEntry],
     parameter_names: Collection[str],
+    companions: Collection[str],
     names: StoredNames,
-) -> list[StoredEntry]:
-    """Assign what Transformers renames or joins as it loads; returns the entries that it does not
-    know.
+) -> list[tuple[StoredEntry, str]]:
+    """Assign what Transformers renames or joins as it loads.
+
+    Returns:
+        The entries that it does not know, and their names in the class that it loads.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    conversions = get_model_conversion_mapping(model)
-    renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in conversions if isinstance(rule, WeightConverter)]
+    rules = [*_conversions(model), *get_checkpoint_conversion_mapping("legacy")]
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    is_composite = composite_of(model.config) is not None
     # Parameter -> pattern of the rule -> the stored tensors that match it.
     parts: dict[str, dict[str, list[StoredEntry]]] = {}
     rest = []
     for entry in entries:
-        stored = stored_text_name(entry.name) if is_composite else entry.name
-        renamed, pattern = rename_source_key(stored, renamings, converters)
-        name, _ = _target_name(renamed, parameter_names, ())
+        renamed, pattern = rename_source_key(entry.name, renamings, converters)
+        stored = name_in_text(model, renamed)
+        name, suffix = _target_name(stored, parameter_names, () if pattern else companions)
         if not name:
-            rest.append(entry)
+            rest.append((entry, renamed))
         # Renamed only; what has a pattern is one of several that are joined below.
         elif pattern is None:
-            names.groups.setdefault(name, {})[""] = entry
+            names.groups.setdefault(name, {})[suffix] = entry
         else:
             parts.setdefault(name, {}).setdefault(pattern, []).append(entry)
     for name, sources in parts.items():

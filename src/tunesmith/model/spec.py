@@ -1,9 +1,8 @@
 """A model as its config.json alone describes it: shape, parameters, the work of one step.
 
-Nothing heavy is imported. A config that names an encoder, images or sound, or another quantization
-is refused here, by name, before a byte of weights is read; whether the layers of any other model
-train is measured, in `support`. Of some vision-language models the text model is trained
-(`composite.py`).
+Nothing heavy is imported. A config that names an encoder, or another quantization, is refused here,
+by name, before a byte of weights is read; whether the layers of any other model train is measured,
+in `support`.
 """
 
 import re
@@ -16,7 +15,6 @@ from typing import Any, Literal
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
-from tunesmith.model.composite import COMPOSITES
 from tunesmith.model.shipped import (
     FETCH_CONFIG,
     shipped_form,
@@ -25,8 +23,6 @@ from tunesmith.model.shipped import (
 )
 from tunesmith.units import ceil_div
 
-_MODALITIES = ("vision_config", "audio_config", "vision_tower", "image_token_id")
-_MULTIMODAL = ("llava", "mllama", "paligemma", "idefics3", "gemma3", "gemma3n", "llama4")
 # Types that take pictures otherwise than as tokens of the text.
 _OTHER_PICTURES = {
     "mllama": "its text model attends to pictures in layers of their own (cross-attention)",
@@ -321,18 +317,19 @@ def check_decoder(config: Mapping[str, object], where: str) -> None:
             where=where,
             fix=f"use a text decoder, such as {families_text()}",
         )
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
-        stated_quantization(text, where)
-    if model_type in COMPOSITES and not (text and isinstance(text, Mapping)):
+    text = config.get("text_config", {})
+    if not isinstance(text, Mapping) or (not text and "text_config" in config):
         raise ModelError(
             "the config has no text_config" if text is None else f"text_config is {text!r:.100}",
             where=where,
-            why=f"of a {model_type} the text model is trained, which it describes",
+            why="it describes the text model, which is trained",
             fix=FETCH_CONFIG,
         )
     _check_sizes(config, where)
     _check_shares(config, where)
+    if text:
+        stated_quantization(text, where)
+        check_decoder({"model_type": model_type, **text}, where)
 
 
 def _check_sizes(config: Mapping[str, Any], where: str, section: str = "") -> None:
@@ -382,7 +379,8 @@ def _is_encoder(name: str, config: Mapping[str, object]) -> bool:
 
 
 def check_supported(config: Mapping[str, object], where: str, *, vision: bool = False) -> None:
-    """Raise ModelError, naming what the model is, for an encoder and for images or sound.
+    """Raise ModelError, naming what the model is, for an encoder and for a quantization that is not
+    read.
 
     vision: pictures are welcome, where the model takes them in a way that is trained here.
     """
@@ -395,42 +393,9 @@ def check_supported(config: Mapping[str, object], where: str, *, vision: bool = 
             why=_OTHER_PICTURES[model_type],
             fix="model.vision=false, or another vision-language model",
         )
-    if model_type in COMPOSITES:
-        _check_composite(config, where)
-        return
-    if vision:
-        return
-    name = model_type.lower().replace("-", "_")
-    if any(key in config for key in _MODALITIES) or name.endswith("_vl") or name in _MULTIMODAL:
-        fix = f"use a text decoder, such as {families_text()}"
-        if "vision_config" in config and model_type not in _OTHER_PICTURES:
-            fix = f"train it in whole: model.vision=true; or {fix}"
-        raise ModelError(
-            f"{model_type} is a multimodal model (text with images or sound), "
-            "which tunesmith does not train",
-            where=where,
-            fix=fix,
-        )
-
-
-def _check_composite(config: Mapping[str, Any], where: str) -> None:
-    """ModelError unless the text model of a vision-language model of a known family can be
-    trained.
-    """
-    model_type = str(config["model_type"])
-    text = config["text_config"]
-    types = COMPOSITES[model_type].text_types
-    text_type = text.get("model_type", types[0])
-    if text_type not in types:
-        raise ModelError(
-            f"the text model of this {model_type} is a {text_type}, which tunesmith does not train",
-            where=where,
-            fix=f"use a {model_type} with {' or '.join(types)}",
-        )
-    check_decoder({"model_type": text_type, **text}, where)
     stored = stated_quantization(config, where)
     form = shipped_form(config, where)
-    if stored and (form is None or form.method == "mxfp4"):
+    if "text_config" in config and stored and (form is None or form.method == "mxfp4"):
         method = stored.get("quant_method", "an unnamed method")
         raise ModelError(
             f"the weights of this {model_type} are quantized with {method}",

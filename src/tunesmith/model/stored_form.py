@@ -6,6 +6,7 @@ the base then reads what was trained.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,9 +17,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from tunesmith.errors import ModelError
-from tunesmith.model.composite import COMPOSITES, STORED_PREFIXES, is_stored_text_name
 from tunesmith.model.decoder import vision_parameters
-from tunesmith.model.names import Pieces, assign_names, composite_of, is_in_whole
+from tunesmith.model.names import (
+    Pieces,
+    assign_names,
+    is_in_whole,
+    name_in_checkpoint,
+    name_in_whole,
+)
 from tunesmith.model.safetensors_files import Entry, has_weights, read_headers, read_json
 from tunesmith.model.save_tensors import Source, TensorPart
 from tunesmith.model.shipped_entries import read_entries
@@ -53,10 +59,9 @@ def in_stored_form(
     """
     if not is_stored_otherwise(model):
         return dict(tensors)
-    composite = composite_of(model.config)
     folder = folder or Path(model.config.name_or_path)
     if not has_weights(folder):
-        if composite is None:
+        if not is_in_whole(model):
             return dict(tensors)  # Transformers reads these names too
         raise ModelError(
             "the base model's files no longer exist",
@@ -68,7 +73,7 @@ def in_stored_form(
     names = assign_names(model, headers, tensors.keys())
     frozen = {name for name, p in vision_parameters(model) if not p.requires_grad}
     written: dict[str, Source] = {}
-    stored_names = []
+    as_transformers = False
     for name, entry in names.stored():
         if name in frozen and isinstance(entry, Entry):
             written[entry.name] = entry
@@ -79,11 +84,12 @@ def in_stored_form(
                 written[piece.entry.name] = part
         else:
             written[entry.name] = tensors[name]
-            stored_names.append(entry.name)
+            if is_in_whole(model) and entry.name != name_in_whole(model, name):
+                as_transformers |= entry.name == name_in_checkpoint(model, name)
     for name in tensors.keys() - names.groups.keys():
         # A head that is not tied any more; an embedding that was stored as the head.
-        stored = _stored_like(name, stored_names) if composite else name
-        written[stored] = tensors[name]
+        stored = name_in_checkpoint if as_transformers else name_in_whole
+        written[stored(model, name)] = tensors[name]
     # What the model does not have: copied from the base's files, as what is never trained.
     for aside in names.aside:
         if not isinstance(aside, Entry):
@@ -98,34 +104,19 @@ def in_stored_form(
     return dict(sorted(written.items()))
 
 
-def bytes_aside(folder: Path) -> int:
-    """Bytes of what a checkpoint has beside its text model, which a written model has too.
-
-    0 where it is no vision-language model, or its weights are not at hand.
+def bytes_aside(folder: Path, parameters: int) -> int:
+    """Return the bytes of what a checkpoint has beside the `parameters` of its text model, which a
+    written model has too. They are 0 if its weights are not at hand.
     """
-    if read_json(folder / MODEL_CONFIG).get("model_type") not in COMPOSITES:
-        return 0
-    aside = 0
+    size = 0
+    elements = 0
     # A plan takes no more than config.json, and the index of weights that are not there.
     with suppress(ModelError):
         for entry in chain.from_iterable(read_headers(folder).values()):
-            # An output layer without a prefix is the text model's too.
-            is_head = entry.name.startswith("lm_head.")
-            if not is_head and not is_stored_text_name(entry.name):
-                aside += entry.size
-    return aside
-
-
-def _stored_like(name: str, stored_names: list[str]) -> str:
-    """The name on the disk of a tensor of the text model, beside others that are there."""
-    for stored_prefix, prefix in STORED_PREFIXES:
-        if not any(other.startswith(stored_prefix) for other in stored_names):
-            continue
-        if name.startswith(prefix):
-            return stored_prefix + name.removeprefix(prefix)
-        if stored_prefix.startswith("language_model."):
-            return f"language_model.{name}"
-    return name
+            size += entry.size
+            elements += math.prod(entry.shape)
+    beside = max(0, elements - parameters)
+    return size * beside // elements if beside else 0
 
 
 def write_model_config(model: "PreTrainedModel", folder: Path) -> None:

@@ -26,13 +26,21 @@ from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES, families_text
 from tunesmith.model.chunked import prepare_chunked_attention
 from tunesmith.model.deadline import deadline
-from tunesmith.model.decoder import find_decoder, find_head, find_layers, head_fits
+from tunesmith.model.decoder import (
+    drop_other_parts,
+    find_decoder,
+    find_head,
+    find_layers,
+    head_fits,
+    is_whole,
+)
 from tunesmith.model.documents import Documents, use_documents
-from tunesmith.model.load import one_line
+from tunesmith.model.load import build_on_meta, one_line
 from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Errors, Support
+from tunesmith.model.names import has_own_class, name_in_whole, text_part
 from tunesmith.model.recurrent import run_by_document
-from tunesmith.model.twin import VOCAB, build_twin
+from tunesmith.model.twin import FIRST_SPECIAL_ID, VOCAB, build_twin
 from tunesmith.model.vision import set_text_attention
 
 SUPPORT_CACHE_VERSION = 7  # of the cached files; what is measured, and how, counts
@@ -94,34 +102,49 @@ def find_support(
 ) -> Support:
     """Find how a model trains, from its config, which errors call `where`.
 
-    whole: of a text model that Transformers has in a vision-language model alone.
+    whole: of the entire model that `config` is the text part of.
 
     What was measured before is read from the disk; the code of a repository, which may change, is
     measured each time. ModelError for a model that is refused, with the figures.
     """
     text_config = config.get_text_config()
-    if text_config.model_type in ARCHITECTURES:
-        return TUNED_SUPPORT
     runs_own_code = model.trust_remote_code and "auto_map" in vars(config)
+    measured = text_config
     with errors_at(where):
+        if whole is not None and has_own_class(text_config):
+            support = _measure_cached("own class", whole, measure_own_class)
+            _check_not_refused(support, whole, where)
+        elif whole is not None:
+            measured = whole
+        if text_config.model_type in ARCHITECTURES:
+            return TUNED_SUPPORT
         if runs_own_code:
             support = measure_support(text_config, trust_remote_code=True)
         else:
-            measured = whole or text_config
-            sizes = measured.to_dict()
-            # What does not change the layers: configs that differ in it alone share a measurement.
-            for name in NO_SIZES:
-                sizes.pop(name, None)
-            key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), sizes]
-            support = measure_once("support", key, lambda: measure_support(measured), Support)
+            support = _measure_cached("support", measured, measure_support)
+    _check_not_refused(support, measured, where)
+    return support
+
+
+def _measure_cached(
+    name: str, config: PretrainedConfig, measure: Callable[[PretrainedConfig], Support]
+) -> Support:
+    sizes = config.to_dict()
+    # What does not change the layers: configs that differ in it alone share a measurement.
+    for name in NO_SIZES:
+        sizes.pop(name, None)
+    key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), name, sizes]
+    return measure_once("support", key, lambda: measure(config), Support)
+
+
+def _check_not_refused(support: Support, config: PretrainedConfig, where: str) -> None:
     if support.state == "refused":
         raise ModelError(
-            f"{text_config.model_type} is not supported",
+            f"{config.model_type} is not supported",
             where=where,
             why=support.why,
             fix=f"tunesmith models lists the supported types, such as {families_text()}",
         )
-    return support
 
 
 @contextmanager
@@ -146,7 +169,36 @@ def measure_support(
     `ready_twin`.
     """
     with ready_twin(config, trust_remote_code=trust_remote_code, seconds=seconds) as twin:
-        return measure_twin(twin)
+        return measure_twin(twin, texts_only=True)
+
+
+def measure_own_class(whole: PretrainedConfig) -> Support:
+    """Measure whether the text model's own class in Transformers computes what the class of the
+    entire model does of texts: only the text model is then built.
+
+    ModelError as `ready_twin`.
+    """
+    with ready_twin(whole) as twin:
+        ids = _random_ids(twin)
+        config = text_part(twin.config)
+        text = build_on_meta(config, Model(name=config.model_type, dtype="fp32"), whole=twin.config)
+        weights = dict(twin.named_parameters(remove_duplicate=False))
+        own_names = dict(text.named_parameters(remove_duplicate=False))
+        state = {name: weights[name_in_whole(text, name)] for name in own_names}
+        # Not strict: the buffers of a model on meta are real.
+        text.load_state_dict(state, strict=False, assign=True)
+        try:
+            with torch.no_grad():
+                expected = twin(input_ids=ids[None], use_cache=False).logits
+                logits = text.eval()(input_ids=ids[None], use_cache=False).logits
+        # Code of 110 model types.
+        except Exception as error:
+            return Support("refused", f"its twin does not run: {one_line(error)}")
+        errors = Errors(_difference(logits, expected) / float(expected.abs().max()), 0.0)
+        if errors.are_rounding():
+            return Support("packed", errors=errors)
+        why = f"{type(twin).__name__} computes other logits than {type(text).__name__}"
+        return Support("refused", f"{why}, by {errors.logits:.1e} of the largest", errors=errors)
 
 
 @contextmanager
@@ -173,11 +225,12 @@ def ready_twin(
         torch.set_num_threads(threads)
 
 
-def measure_twin(twin: PreTrainedModel) -> Support:
-    """Measure how a twin trains on texts."""
-    ids = torch.randint(
-        FIRST_ID, VOCAB, (sum(DOCUMENT_LENGTHS),), generator=torch.Generator().manual_seed(0)
-    )
+def measure_twin(twin: PreTrainedModel, *, texts_only: bool = False) -> Support:
+    """Measure how a twin trains on texts.
+
+    texts_only: train an entire model without its other parts. Those of the twin are removed.
+    """
+    ids = _random_ids(twin)
     try:
         with LinearCalls(twin) as linears:
             # What all other ways are compared with.
@@ -195,6 +248,8 @@ def measure_twin(twin: PreTrainedModel) -> Support:
     if unused:
         return Support("refused", f"text tokens never reach {unused}: it attends to an encoder")
     dead_targets = linears.dead_targets()
+    if texts_only and is_whole(twin):
+        drop_other_parts(twin)
     try:
         # Rows of documents that are padded on the right: the fallback when packing fails.
         padded = _run_padded(twin, ids).errors(alone)
@@ -241,6 +296,13 @@ def _named_inputs(twin: PreTrainedModel, error: Exception) -> str:
     """Name the inputs of a model's forward that an error asks for beside a text, as pictures."""
     known = inspect.signature(twin.forward).parameters.keys() - TEXT_INPUTS
     return ", ".join(sorted(name for name in known if re.search(rf"\b{name}\b", str(error))))
+
+
+def _random_ids(twin: PreTrainedModel) -> Tensor:
+    # An entire model has placeholders of pictures among its ids.
+    end = FIRST_SPECIAL_ID if is_whole(twin) else VOCAB
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(FIRST_ID, end, (sum(DOCUMENT_LENGTHS),), generator=generator)
 
 
 def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:
@@ -340,6 +402,8 @@ def differentiate(twin: PreTrainedModel, logits: Tensor, ids: Tensor) -> TwinOut
     F.cross_entropy(logits, targets, reduction="sum").backward()
     gradients = {}
     for name, parameter in twin.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is not None:
             gradients[name] = parameter.grad.clone()
         else:

@@ -12,19 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import vision_parameters
 from tunesmith.model.gpu_kernels import keep_kernels_to_gpus
-from tunesmith.model.load import one_line
+from tunesmith.model.load import auto_class_of, one_line
 from tunesmith.model.spec import DECODER_DEPTHS, EXPERTS_PER_TOKEN
 from tunesmith.model.vision import text_key
 
@@ -358,11 +351,7 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
     """
 
     is_whole_model = config.get_text_config() is not config
-    factory = AutoModelForCausalLM
-    # A text model may be among those alone that take other inputs too (Mistral 4).
-    is_listed = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if is_whole_model or (type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not is_listed):
-        factory = AutoModelForMultimodalLM
+    factory = auto_class_of(config)
 
     def build() -> PreTrainedModel:
         with _without_warnings():

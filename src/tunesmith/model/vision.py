@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.model.decoder import find_decoder, is_whole
+from tunesmith.model.decoder import find_decoder, is_whole, vision_parameters
 
 # Transformers hands all windows of a vision part at once, with their edges, to an attention whose
 # name has "flash" in it.
@@ -37,7 +37,8 @@ def set_text_attention(model: PreTrainedModel, name: str) -> None:
         model.set_attn_implementation(name)
         return
     names = {text_key(model.config): name}
-    if "image_grid_thw" in inspect.signature(type(model).forward).parameters:
+    has_vision = any(vision_parameters(model))
+    if has_vision and "image_grid_thw" in inspect.signature(type(model).forward).parameters:
         AttentionInterface.register(VISION_ATTENTION, attend_windows)
         names["vision_config"] = VISION_ATTENTION
     model.set_attn_implementation(names)

@@ -312,5 +312,5 @@ def checkpoint_bytes(run: Run, trained: int, base: Path | None) -> tuple[int, in
     width = 4 if run.adapter.kind == "lora" else DTYPES[run.model.dtype].itemsize
     size = int(trained * (width + checkpoint_bytes_per_parameter(run.train, width)))
     if run.adapter.kind == "none" and base is not None:
-        size += bytes_aside(base)
+        size += bytes_aside(base, trained)
     return size, run.checkpoint.keep + 3  # the one being written, the best one, and final/

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from tunesmith.config.paths import ROW_SUFFIXES, TEXT_SUFFIXES, is_pattern
 from tunesmith.data.source.conversions import conversion
 from tunesmith.data.source.files import check_data_file, check_is_file, open_table
-from tunesmith.data.source.sessions import session_form
 from tunesmith.data.source.listings import SKIPPED_FOLDERS, list_files
+from tunesmith.data.source.sessions import session_form
 from tunesmith.data.source.table import Rows, Table, unreadable_error
 from tunesmith.data.source.text_files import NAMES_SHOWN, read_text_files
 from tunesmith.errors import DataError

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.utils import logging as hf_logging
 
 from tunesmith.checkpoint.contents import weights_of
@@ -39,7 +39,7 @@ from tunesmith.inference.load_run import (
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.dtypes import DTYPES
-from tunesmith.model.names import is_in_whole
+from tunesmith.model.load import auto_class_of
 from tunesmith.model.older_readers import write_for_older_readers
 from tunesmith.model.save_tensors import save_sharded, written_bytes
 from tunesmith.model.shipped import form_of_folder
@@ -176,7 +176,7 @@ def _merge_and_check(
     read = read_run_files(location)
     tuned = open_tuned_model(read)
     write_merged(tuned, folder, dtype)
-    _check_readable(folder, is_whole=is_in_whole(tuned.model))
+    _check_readable(folder)
     place_of_merged = locate_run(folder)
     # With the parts that the run has built: a folder without a recipe does not say it.
     model = replace(place_of_merged.base, vision=location.base.vision)
@@ -224,12 +224,9 @@ def _merge_and_check(
     )
 
 
-def _check_readable(folder: Path, *, is_whole: bool) -> None:
-    """CheckpointError unless Transformers finds every weight in the files, and all of them.
-
-    is_whole: they are those of a vision-language model.
-    """
-    auto_class = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
+def _check_readable(folder: Path) -> None:
+    """CheckpointError unless Transformers finds every weight in the files, and all of them."""
+    auto_class = auto_class_of(AutoConfig.from_pretrained(folder))
     _, info = auto_class.from_pretrained(
         folder, dtype="auto", device_map="meta", output_loading_info=True
     )

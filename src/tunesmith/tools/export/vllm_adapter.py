@@ -23,7 +23,7 @@ from tunesmith.errors import ModelError, UsageError
 from tunesmith.host.files import follow_umask, require_disk_space
 from tunesmith.inference.load_run import locate_run, read_run_files, undeleted
 from tunesmith.model.experts import Experts, find_experts
-from tunesmith.model.names import composite_of, name_in_whole
+from tunesmith.model.names import is_in_whole, name_in_whole
 from tunesmith.model.safetensors_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from tunesmith.model.save_tensors import save_tensors
 from tunesmith.model.weights import StoredTensor
@@ -160,7 +160,7 @@ def _reads_single(tuned: TunedModel) -> bool:
 
     ModelError for an adapter that vLLM does not serve, or would take for another.
     """
-    model_type = tuned.model.config.model_type
+    model_type = tuned.model.config.get_text_config().model_type
     if model_type in WITHOUT_LORA:
         raise _refusal(
             f"vLLM does not support LoRA for {model_type}", "its class lacks SupportsLoRA"
@@ -170,8 +170,8 @@ def _reads_single(tuned: TunedModel) -> bool:
         _check_llama4(adapted)
     if not any(isinstance(weight.update, ExpertsUpdate) for weight in tuned.weights.values()):
         return False
-    is_whole = composite_of(tuned.model.config) is not None
-    if model_type in READ_STACKED or (model_type in STACKED_IN_WHOLE and is_whole):
+    is_stacked = model_type in STACKED_IN_WHOLE and is_in_whole(tuned.model)
+    if model_type in READ_STACKED or is_stacked:
         return False
     if model_type not in READ_SINGLE:
         raise _refusal(
@@ -213,7 +213,7 @@ def _factors_of_stack(
     model: PreTrainedModel, name: str, update: ExpertsUpdate
 ) -> Iterator[tuple[str, Factor]]:
     """The factors of each expert of the stack of this name."""
-    single_names = READ_SINGLE[model.config.model_type]
+    single_names = READ_SINGLE[model.config.get_text_config().model_type]
     module, _, stack = name.rpartition(".")
     prefix = PREFIX + _stored_module(model, module)
     parts = _parts_of_stack(find_experts(model)[module], stack)
@@ -230,7 +230,7 @@ def _factors_of_stack(
 def _stored_module(model: PreTrainedModel, name: str) -> str:
     """The name that the experts' module of this name has in a file of the one-by-one form."""
     whole = name_in_whole(model, name)
-    block = STORED_PARENTS.get(model.config.model_type)
+    block = STORED_PARENTS.get(model.config.get_text_config().model_type)
     if block is None:
         return whole
     parent = whole.removesuffix(".mlp.experts")

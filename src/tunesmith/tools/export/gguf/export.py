@@ -33,7 +33,7 @@ from tunesmith.inference.load_run import (
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.decoder import find_text_part, is_in_text
-from tunesmith.model.names import composite_of, is_in_whole
+from tunesmith.model.names import is_in_whole
 from tunesmith.model.safetensors_files import (
     ADAPTER_WEIGHTS,
     read_json,
@@ -469,7 +469,7 @@ def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:
 
 def _check_text_model(read: OpenedRun) -> None:
     """ModelError for the adapter of a vision-language model, whose layers have other names."""
-    if read.files.whole is not None or composite_of(read.files.config) is not None:
+    if read.files.whole is not None:
         raise ModelError(
             "the adapter of a vision-language model is not exported to GGUF",
             where="--adapter",
