@@ -1,7 +1,6 @@
 """Sessions of coding agents as rows: 30 files of four forms, and what a model learns from each."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,8 @@ import pytest
 
 from tunesmith.config.schema import Source
 from tunesmith.data.source.open_source import read_rows
+from tunesmith.data.source.secrets import find_secrets
+from tunesmith.errors import DataError
 
 Line = dict[str, Any]
 
@@ -471,3 +472,103 @@ def test_sessions_become_rows(name: str, tmp_path: Path) -> None:
     notes = dict(note.rsplit(": ", 1) for note in rows.layout.split("; "))
     for what, count in counted.items():
         assert notes[what] == str(count)
+
+
+# Made up: none of them opens anything. They are joined here, so that no scanner finds them.
+SECRETS = {
+    "an OpenAI or Anthropic key": "sk-" + "proj-a1B2c3D4e5F6g7H8i9J0k1L2",
+    "a GitHub token": "ghp" + "_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8",
+    "a Hugging Face token": "hf" + "_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "an AWS key": "AKIA" + "ABCDEFGHIJKLMNOP",
+    "a Slack token": "xoxb" + "-123456789012-abcdefghij",
+    "a private key": "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
+    "a JSON web token": "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0In0.abcdefghijkl_mn",
+    "a password in an address": "postgres://joe" + ":hunter22@db.example.com/x",
+}
+NO_SECRETS = (
+    "a task-force-with-a-long-name-2025 and risk-1234567890123456789012",
+    "sk-no-digits-in-this-long-class-name",
+    "postgres://user:password@host/db and https://$USER:$PASSWORD@host",
+    "http://localhost:8080/a@b and git@github.com:a/b.git",
+    "hf_hub_download(repo_id, filename) and ghp_short",
+)
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+def test_a_secret_is_found(kind: str) -> None:
+    assert list(find_secrets({"a": ["", f"x = '{SECRETS[kind]}'\n"]})) == [kind]
+
+
+@pytest.mark.parametrize("words", NO_SECRETS)
+def test_no_secret_is_found(words: str) -> None:
+    assert list(find_secrets(words)) == []
+
+
+def session_with_secrets(path: Path) -> Path:
+    c = Claude()
+    c.add("user", "Show the environment")
+    c.add("assistant", [call("a", token=SECRETS["a GitHub token"])], answer="m1")
+    c.add("user", [result("a", SECRETS["an AWS key"])])
+    c.add("assistant", [text("Done.")], answer="m2")
+    return write(path, c.lines)
+
+
+def test_secrets_of_sessions_are_refused_by_their_lines(tmp_path: Path) -> None:
+    path = session_with_secrets(tmp_path / "s.jsonl")
+    rows = read_rows(Source(source=str(path), format="messages"))
+    assert rows.secrets == {0: [f"{path}:2: a GitHub token", f"{path}:3: an AWS key"]}
+    # Only of rows that are selected.
+    assert rows.take([]).secrets == {}
+
+
+def test_a_line_is_cut_off(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", claude_plain())
+    path.write_text(path.read_text() + '{"type": "user", "mess')
+    rows = read_rows(Source(source=str(path), format="messages"))
+    assert show(rows[0]) == "u:Hi | a:Hello."
+    assert "lines cut off at the end of a file: 1" in rows.layout
+
+
+def test_a_broken_line_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", claude_plain())
+    path.write_text(path.read_text() + "{\n{}\n")
+    with pytest.raises(DataError, match="not JSON") as refused:
+        read_rows(Source(source=str(path), format="messages"))
+    assert refused.value.where == f"{path}:3"
+
+
+def test_a_folder_of_sessions(tmp_path: Path) -> None:
+    """Other files next to sessions are named, and counts of all sessions are added up."""
+    write(tmp_path / "a.jsonl", claude_branch())
+    (tmp_path / "a" / "subagents").mkdir(parents=True)
+    write(tmp_path / "a" / "subagents" / "agent-1.jsonl", claude_agent_file())
+    write(tmp_path / "b.jsonl", claude_first_edited())
+    (tmp_path / "a" / "subagents" / "agent-1.meta.json").write_text("{}")
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
+    rows = read_rows(Source(source=str(tmp_path), format="messages"))
+    shown = ["u:Name one | a:Good.", "u:Hi | a:Hello.", "u:No typo | a:Yes."]
+    assert sorted(show(rows[i]) for i in range(len(rows))) == sorted(shown)
+    assert f"{BRANCHES}: 5" in rows.layout
+    for ending in (".json", ".md", ".jsonl"):
+        assert f"1 {ending}" in rows.skipped
+
+
+def test_sessions_without_an_answer_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", claude_plain()[:1])
+    with pytest.raises(DataError, match="no session has an answer"):
+        read_rows(Source(source=str(path), format="messages"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "a", "completion": "b"},
+        {"type": "user", "text": "a"},
+        {"id": 1, "conversation_id": 2, "role": "user", "content": "a"},
+        {"id": "1", "messages": [], "source": "web", "model": "m"},
+    ],
+)
+def test_other_rows_are_no_sessions(line: Line, tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", [line])
+    assert read_rows(Source(source=str(path), format="messages"))[0] == line

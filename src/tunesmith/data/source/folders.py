@@ -53,7 +53,10 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
     A file has one split, `train`. Arguments and errors are those of `list_files` and `open_table`.
     """
     if not _has_several(path):
-        return {"train": open_table(path)}
+        table = open_table(path)
+        if not len(table):
+            raise _unanswered(path)
+        return {"train": table}
     content = _look_into(path, config)
     tables = {}
     for split, files in content.splits.items():
@@ -66,6 +69,8 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
             raise unreadable_error(path, error) from error
         if len(table):
             tables[split] = table
+    if not tables and not content.is_text:
+        raise _unanswered(path)
     if not tables:
         raise DataError("no file of the folder has any text", where=str(path), fix="add text")
     for split, table in tables.items():
@@ -73,6 +78,12 @@ def open_local(path: Path, config: str | None = None) -> dict[str, Table]:
         skipped = ", ".join(filter(None, (table.skipped, content.skipped)))
         tables[split] = replace(table, layout=layout, skipped=skipped)
     return tables
+
+
+def _unanswered(path: Path) -> DataError:
+    """Return the error for sessions of agents without any answer."""
+    what = "no session has an answer to train on"
+    return DataError(what, where=str(path), fix="add sessions in which the agent answered")
 
 
 def check_local(path: Path, config: str | None = None) -> None:

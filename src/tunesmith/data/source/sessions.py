@@ -96,7 +96,7 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
     secrets: dict[int, list[str]] = {}
     starts: list[int] = []
     rows: list[array[int]] = []
-    numbered = ((i, _read_line(lines, i, notes)) for i in range(len(lines)))
+    numbered = ((i, line) for i in range(len(lines)) if (line := _read_line(lines, i, notes)))
     for start, numbers in _CONVERSATIONS[form](numbered, notes):
         row, found = _read_row(lines, numbers, notes)
         if row["messages"]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.data.rows.messages import is_said
 from tunesmith.data.rows.samples import Completion, Conversation, Message, Sample
+from tunesmith.data.source.secrets import find_secrets
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 
 
@@ -28,6 +29,11 @@ ROW_WARNINGS = {
         what="a placeholder such as {{name}}",
         why="the model learns to write it literally",
         fix="fill it in, or delete these rows",
+    ),
+    "secret": RowWarning(
+        what="a secret, such as an access token or a private key",
+        why="the model learns to write it",
+        fix="replace it in these rows, and revoke it",
     ),
     "repeated_prompt": RowWarning(
         what="an answer that begins with the whole prompt",
@@ -171,6 +177,9 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
             yield "joined"
     else:
         texts = [sample.text]
+    # All that a message says or calls.
+    if any(find_secrets(sample.messages if isinstance(sample, Conversation) else texts)):
+        yield "secret"
     if any(_OPENS_ANSWER.search(text[-_HEADER_CHARACTERS:]) for text in questions):
         yield "written_turns"
     if has_empty_answers(sample):
