@@ -71,7 +71,9 @@ def claude_plain() -> list[Line]:
 def claude_parallel() -> list[Line]:
     c = Claude()
     c.add("user", "Read both")
-    c.add("assistant", [{"type": "thinking", "thinking": "Two files.", "signature": "x"}], answer="m")
+    c.add(
+        "assistant", [{"type": "thinking", "thinking": "Two files.", "signature": "x"}], answer="m"
+    )
     c.add("assistant", [text("I read.")], answer="m")
     a = c.add("assistant", [call("a")], answer="m")
     b = c.add("assistant", [call("b")], answer="m")
@@ -398,7 +400,12 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         {"compactions": 1, "lines of type compaction, left out": 1},
     ),
     "codex rolled back": (
-        codex(*TWICE, event("thread_rolled_back", num_turns=1), say("user", "C"), say("assistant", "3")),
+        codex(
+            *TWICE,
+            event("thread_rolled_back", num_turns=1),
+            say("user", "C"),
+            say("assistant", "3"),
+        ),
         ["s:Be brief. | u:A | a:1. | u:C | a:3"],
         {BRANCHES: 2},
     ),
@@ -435,9 +442,7 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
     ),
     "agents items": (
         [chat("user", "Look"), *PARALLEL_ITEMS[1:]],
-        [
-            "u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."
-        ],
+        ["u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."],
         {},
     ),
     "agents stored": (

@@ -13,6 +13,7 @@ from shipped_bases import change_config, fp8_config, write_fp8, write_qwen3_moe
 from tunesmith.errors import ModelError
 from tunesmith.formats.linear import has_codes
 from tunesmith.hub.model_files import read_model_files
+from tunesmith.model.gguf_writers import describe_gguf_export
 
 BLOCK = (16, 24)
 
@@ -37,7 +38,9 @@ def test_they_are_kept_as_they_ship_by_default(tiny: Path, tmp_path: Path) -> No
     plain = write_qwen3_moe(tmp_path / "plain", tiny)
     base = write_fp8(plain, tmp_path / "fp8", BLOCK, keep=("mlp.gate",))
     run = make_run(base, tmp_path, held=False)
-    assert read_model_files(base, run.model).model.quantize == "as-shipped"
+    files = read_model_files(base, run.model)
+    assert files.model.quantize == "as-shipped"
+    assert f"GGUF: {describe_gguf_export('qwen3_moe')}" in files.describe()
     model = built_model(run, base).model
     assert has_codes(model.get_submodule("model.layers.0.mlp.experts.down_proj"))
 

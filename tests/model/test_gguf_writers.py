@@ -15,6 +15,7 @@ from tunesmith.model.gguf_writers import (
     gguf_writer,
 )
 from tunesmith.model.model_types import find_model_type, read_model_types
+from tunesmith.model.shapes import SHAPES
 from tunesmith.tools.export.gguf.converter import Converter
 
 TYPES_OF_WRITERS = {
@@ -53,6 +54,14 @@ def test_the_table_is_the_registry_of_the_pinned_converter(converter: Converter)
     registered = {name for name, values in classes.items() if values & registry.keys()}
     ours = {name for name in registered if gguf_writer(name) == "own"}
     assert registered - ours == (_COMPARED | _UNTRIED) & classes.keys()
+
+
+def test_a_model_of_a_recipe_that_ships_can_be_exported() -> None:
+    types = set()
+    for shape in SHAPES.values():
+        types.update(str({**shape.config, **more}["model_type"]) for more in shape.models.values())
+    assert len(types) >= 12
+    assert {gguf_writer(name) for name in types} == {"own", "converter"}
 
 
 def test_what_is_needed_is_said_in_one_line() -> None:

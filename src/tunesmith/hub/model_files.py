@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tunesmith.config.schema import Model, Run
 from tunesmith.hub.fetch import tokenizer_folder
 from tunesmith.model import load
+from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.measured_spec import model_spec
 from tunesmith.model.names import has_own_class
 from tunesmith.model.safetensors_files import has_weights, read_json
@@ -48,10 +49,12 @@ class ModelFiles:
         return vocab_rows(self.config, self.tokenizer, self.model)
 
     def describe(self) -> list[str]:
-        """Lines for the user: how the base ships, where that is in codes, and where tokenizer and
-        embedding differ in size.
+        """Lines for the user: how the base ships, where that is in codes, where tokenizer and
+        embedding differ in size, and whether the model can be exported as GGUF.
         """
-        return [*self._describe_form(), *self._describe_rows()]
+        whole = vars(self.config).get("composite") or self.config.model_type
+        gguf = describe_gguf_export(whole, self.config.model_type)
+        return [*self._describe_form(), *self._describe_rows(), f"GGUF: {gguf}"]
 
     def _describe_form(self) -> list[str]:
         if self.form is None:

@@ -23,7 +23,7 @@ _COMPARED = frozenset(
     """
     deepseek_v3 exaone4 falcon_h1 gemma4 gemma4_text glm4 glm4_moe gpt_oss granitemoe
     hunyuan_v1_dense jamba lfm2 lfm2_moe llama4 llama4_text ministral3 mistral3 mixtral nemotron_h
-    olmo3 qwen3_5 qwen3_5_moe qwen3_5_text qwen3_moe qwen3_next seed_oss
+    olmo3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss
     """.split()
 )
 _UNTRIED = frozenset(
@@ -36,7 +36,7 @@ _UNTRIED = frozenset(
     granite_swa granitemoe_swa granitemoehybrid granitemoeshared hrm_text hunyuan_v1_moe
     hunyuan_vl hy_v3 hy_v4 internlm3 iquestcoder jais2 janus kimi_linear laguna llava mamba mamba2
     mellum mimo_v2_flash minicpm3 minicpmv4_6 minimax_m2 minimax_m3_vl muse_glimmer nemotron olmo
-    olmoe paddleocr_vl phi qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3_5_moe_text qwen3_asr
+    olmoe paddleocr_vl phi qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3_asr
     qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp qwen4_exp_text sarvam_mla sarvam_moe
     shieldgemma2 solar_open stablelm starcoder2 step3p7 voxtral youtu
     """.split()

@@ -173,9 +173,7 @@ def _messages(turn: Turn, notes: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield the results of a turn, and the message with its other parts in the usual order."""
     parts = sorted(turn.parts, key=lambda part: _ORDER.index(part.kind))
     is_answer = turn.role == "assistant"
-    notes["answers whose thoughts or calls were between texts"] += (
-        is_answer and parts != turn.parts
-    )
+    notes["answers whose thoughts or calls were between texts"] += is_answer and parts != turn.parts
     thoughts = [part.value for part in parts if part.kind == "thought"]
     texts = [part.value for part in parts if part.kind == "text"]
     calls = []

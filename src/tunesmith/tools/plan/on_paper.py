@@ -65,9 +65,16 @@ class PaperModel(NamedTuple):
     where: str
     folder: Path | None
 
+    @property
+    def types(self) -> tuple[str, str]:
+        """The model type, and that of the text model, which is the same if it has no other part."""
+        model_type = str(self.config["model_type"])
+        text_type = (self.config.get("text_config") or {}).get("model_type")
+        return model_type, str(text_type or model_type)
 
-def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Planner, Path | None]:
-    """The planner of a recipe on machines that need not be here, and the model's folder, if any.
+
+def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Planner, PaperModel]:
+    """The planner of a recipe on machines that need not be here, and its model.
 
     The shapes of models of recipes that ship are in the package: they take no network, no token and
     no license.
@@ -89,7 +96,7 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     planner = plan_on_paper(run, spec, cluster, work)
     if cluster.chip.source == UNMEASURED:
         planner = planner.measured_here(model.config)
-    return planner, model.folder
+    return planner, model
 
 
 def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:

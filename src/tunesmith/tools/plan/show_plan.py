@@ -13,13 +13,14 @@ from rich.filesize import decimal as size_text
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import describe_long_warmup
 from tunesmith.host.streams import show
+from tunesmith.model.gguf_writers import describe_gguf_export, gguf_writer
 from tunesmith.planning.forecast import Forecast, Planner
 from tunesmith.planning.machines import MEASURED_HERE, TRIAL_RANGE, Cluster
 from tunesmith.planning.resolve import checkpoint_bytes
 from tunesmith.planning.savings import check_memory_fits, memory_needs
 from tunesmith.quant.schemes import scheme_of
 from tunesmith.tools.plan.cli import SHOWN_MESHES
-from tunesmith.tools.plan.on_paper import StatedRows, prepare_on_paper
+from tunesmith.tools.plan.on_paper import PaperModel, StatedRows, prepare_on_paper
 from tunesmith.units import count_of, format_seconds
 
 if TYPE_CHECKING:
@@ -66,34 +67,39 @@ def show_plan(
     if new_recipe is not None:
         is_estimated = new_recipe.is_estimated
         rows = replace(rows, looked_at=new_recipe.mean_length, is_estimated=is_estimated)
-    planner, folder = prepare_on_paper(recipe, cluster, rows)
+    planner, model = prepare_on_paper(recipe, cluster, rows)
     forecasts = planner.ranked()
     best = forecasts[0]
     if args.json:
-        print(json.dumps(_report(planner, forecasts, args.price, folder), indent=1, default=vars))
+        print(json.dumps(_report(planner, forecasts, args.price, model), indent=1, default=vars))
     else:
         fitting = [forecast for forecast in forecasts if forecast.fits][:SHOWN_MESHES]
         lines = _table(planner, forecasts, forecasts if args.all else fitting or [best])
         if best.fits:
-            lines += _details(planner, best, args.price, folder)
+            lines += _details(planner, best, args.price, model.folder)
+            lines.append(f"GGUF: {describe_gguf_export(*model.types)}")
         show("\n".join(lines), sys.stdout)
     check_memory_fits(best.plan, planner.machine, where=cluster.describe())
 
 
 def _report(
-    planner: Planner, forecasts: Sequence[Forecast], price: float | None, base: Path | None
+    planner: Planner, forecasts: Sequence[Forecast], price: float | None, model: PaperModel
 ) -> dict[str, object]:
-    """Return what --json prints; `base` is the folder of the model."""
+    """Return what --json prints."""
     meshes = []
     for forecast in forecasts:
         mesh = forecast.plan.mesh._asdict()
         plan = vars(forecast.plan) | {"mesh": mesh, "savings": None}
         meshes.append(vars(forecast) | {"plan": plan})
-    size, _ = checkpoint_bytes(planner.run, planner.trained, base)
+    size, _ = checkpoint_bytes(planner.run, planner.trained, model.folder)
     report = {
         "machines": vars(planner.cluster),
         "work": planner.work._asdict(),
         "checkpoint_bytes": size,
+        "gguf": {
+            "writer": gguf_writer(*model.types),
+            "needs": describe_gguf_export(*model.types),
+        },
     }
     hours = forecasts[0].hours
     if price:
