@@ -97,6 +97,34 @@ def write_fp8(
     return change_config(folder, quantization_config=stated)
 
 
+def write_fp8_stacks(plain: Path, folder: Path, block: tuple[int, int] | None) -> Path:
+    """A copy of a checkpoint in FP8 whose experts are stacks, with Mistral Small 4's names: the
+    scales of a stack, and those of its inputs, follow its own name.
+    """
+    write_fp8(plain, folder, block, keep=("mlp.gate.", "experts"))
+    tensors: Tensors = {}
+    experts: dict[str, list[torch.Tensor]] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        before, found, after = name.partition(".experts.")
+        if not found:
+            tensors[name] = weight
+            continue
+        key = "down_proj" if "down" in after else "gate_up_proj"
+        experts.setdefault(f"{before}.experts.{key}", []).append(weight.float())
+    for name, weights in experts.items():
+        # By their names, an expert's gate comes before its up projection.
+        parts = 2 if name.endswith("gate_up_proj") else 1
+        joined = [torch.cat(weights[i : i + parts]) for i in range(0, len(weights), parts)]
+        codes, scales = zip(*(rounded(weight, block) for weight in joined), strict=True)
+        tensors[name] = torch.stack(codes)
+        scale = torch.stack(scales)
+        tensors[f"{name}_scale_inv"] = scale if block else scale.view(-1, 1, 1)
+        tensors[f"{name}_activation_scale"] = torch.full((len(joined),), 0.5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stated = fp8_config(block, modules_to_not_convert=["lm_head", "mlp.gate"])
+    return change_config(folder, quantization_config=stated)
+
+
 def compressed_config(*ignore: str, **more: Any) -> dict[str, Any]:
     """As llm-compressor writes it, with activations in 4 bits too."""
     of_all = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}

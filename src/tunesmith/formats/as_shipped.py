@@ -1,8 +1,8 @@
 """The base of formats that keep the codes and scales which a checkpoint ships.
 
 In memory is what is on the disk. A weight is dequantized for one product at a time, in the forward
-and again in the backward, and computes what the dense weight computes. Experts are stored one by
-one, and an expert in one part or two (gate and up), but for those of MXFP4.
+and again in the backward, and computes what the dense weight computes. Experts are stored as one
+stack, or one by one, and then an expert in one part or two (gate and up).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.formats.base import Format, TensorForm
@@ -100,6 +101,9 @@ class AsShipped(Format):
         if isinstance(weight, Tensor):
             self.draw([local_part(tensor) for tensor in stack.stored_tensors()])
             return
+        if self._is_of(weight):
+            self._load_whole_stack(stack, weight, first)
+            return
         pieces = list(weight.pieces(slice(first, first + stack.stored_shape[0])))
         if not pieces:
             raise self._without_scales(weight.name, "these experts are")
@@ -117,6 +121,21 @@ class AsShipped(Format):
                 codes.into(place)
             if local:
                 stored.check_rows(local)
+
+    def _load_whole_stack(self, stack: ExpertStack, weight: StoredTensor, first: int) -> None:
+        """Take the experts of a stack that is stored as one weight, in a run of the file each."""
+        targets = stack.stored_tensors()
+        expert = first + local_slices(targets[0])[0].start
+        shared = [local_part(target) for target in targets[: len(weight.codes)]]
+        for target, codes in zip(shared, weight.codes, strict=True):
+            codes.into(target, expert * codes.shape[1:].numel())
+        for place, of_expert in enumerate(zip(*shared, strict=True)):
+            weight.check_rows(of_expert, f": that of expert {expert + place}")
+        if weight.scale is not None:
+            scales = weight.scale[first : first + len(targets[-1])]
+            # A single scale of an expert is that of each of its parts.
+            parts = min(stack.parts, scales.shape[1])
+            targets[-1].copy_(scales.unflatten(1, (parts, -1)))
 
     def _is_of(self, weight: StoredTensor) -> bool:
         return weight.format is not None and weight.format.name == self.name

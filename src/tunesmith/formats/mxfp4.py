@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tunesmith.distributed.torch_private import local_slices
-from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.formats.as_shipped import AsShipped
 from tunesmith.formats.base import (
     MAX_DECODED_WEIGHTS,
@@ -25,10 +22,6 @@ from tunesmith.formats.base import (
 )
 from tunesmith.formats.e2m1 import unpack_fp4
 from tunesmith.formats.form import MXFP4_GROUP, ShippedForm
-
-if TYPE_CHECKING:
-    from tunesmith.formats.stack import ExpertStack
-    from tunesmith.model.weights import StoredTensor
 
 EXPONENT_BIAS = 127
 NAN_EXPONENT = 255  # as it is stored
@@ -52,19 +45,6 @@ class Mxfp4(AsShipped):
             # Shared too: it is a sixteenth of the blocks.
             "weight_scales": TensorForm(groups, torch.uint8, is_shared=True),
         }
-
-    @torch.no_grad()
-    def load_stack(self, stack: ExpertStack, weight: StoredTensor | Tensor, first: int) -> None:
-        if isinstance(weight, Tensor) or not self._is_of(weight):
-            super().load_stack(stack, weight, first)
-            return
-        targets = stack.stored_tensors()
-        expert = first + local_slices(targets[0])[0].start
-        # One run of the file each, straight into its place.
-        for target, codes in zip(targets, weight.codes, strict=True):
-            codes.into(local_part(target), expert * codes.shape[1:].numel())
-        for place, exponents in enumerate(local_part(targets[1])):
-            weight.check_rows([exponents], f": that of expert {expert + place}")
 
     def decode(self, weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
         blocks, exponents = weight.tensors

@@ -2,14 +2,15 @@
 
 - fp8: e4m3 codes [out, in], and `weight_scale_inv` beside them (compressed-tensors, ModelOpt and
   AutoFP8: `weight_scale`): a scale for each block of weights (DeepSeek, Qwen: 128 x 128), for each
-  row, or one of all (Ministral 3). weight = codes * scale.
+  row, or one of all (Ministral 3). weight = codes * scale. A stack of experts (Mistral Small 4) is
+  [experts, rows, columns], and `_scale_inv` has the scales of each.
 - nvfp4: two 4-bit codes a byte [out, in / 2], an e4m3 scale for each 16 of a row, and one of all in
   fp32; their names are those of the tool that wrote them (`Nvfp4Names`).
 - mxfp4 (gpt-oss): of a stack of experts `_blocks`, two 4-bit codes a byte, and `_scales`, an
   exponent for each 32 of them.
 
-The values of an entry are dense, and so is its shape (see `formats/`). Experts are stored one
-by one, but for those of mxfp4. No torch is imported here.
+The values of an entry are dense, and so is its shape (see `formats/`). Experts in nvfp4 are stored
+one by one, those in mxfp4 as stacks, those in fp8 either way. No torch is imported here.
 """
 
 import math
@@ -30,6 +31,7 @@ GROUP_BYTES = MXFP4_GROUP // 2
 # Of inputs, outputs, keys and values: what is trained here is not rounded.
 ACTIVATION_SCALES = (
     ".activation_scale",
+    "_activation_scale",
     ".input_scale",
     ".input_global_scale",
     ".output_scale",
@@ -43,9 +45,9 @@ class CodedEntry:
 
     Attributes:
         name, shape: those that it has where it is dense.
-        codes: the tensors that have something of each row, the codes first; of fp8 [out, in], of
-            nvfp4 [out, in / 2] and [out, in / 16], of a stack in mxfp4 [experts, out, groups, 16]
-            and [experts, out, groups].
+        codes: the tensors that have something of each row, the codes first; of fp8 [out, in] or,
+            of a stack, its own shape, of nvfp4 [out, in / 2] and [out, in / 16], of a stack in
+            mxfp4 [experts, out, groups, 16] and [experts, out, groups].
         scale: of the whole weight, but for mxfp4.
         form: of the checkpoint.
         dtype: of the values that are read.
@@ -101,9 +103,14 @@ class _Layout:
     scales: dict[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, form: ShippedForm) -> "_Layout":
+    def of(cls, form: ShippedForm, name: str) -> "_Layout":
+        """Return the layout of the weight that a tensor of this name is, or is a part of."""
         if form.method == "fp8":
-            return cls(CODES, "F8_E4M3", {form.scale_suffix: SCALE_TYPES})
+            codes, scales = CODES, form.scale_suffix
+            if not name.endswith((codes, scales)):
+                # A stack of experts is a parameter by its own name, not a module's `weight`.
+                codes, scales = "", scales.removeprefix(CODES)
+            return cls(codes, "F8_E4M3", {scales: SCALE_TYPES})
         if form.names is not None:
             names = form.names
             return cls(names.codes, "U8", {names.scales: ("F8_E4M3",), names.scale: ("F32",)})
@@ -115,7 +122,7 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
     of another, or not used.
     """
     name = entry.name
-    layout = _Layout.of(form)
+    layout = _Layout.of(form, name)
     if name.endswith(ACTIVATION_SCALES):
         return None
     for suffix in layout.scales:
@@ -130,7 +137,7 @@ def _join(entry: Entry, by_name: Mapping[str, Entry], form: ShippedForm) -> Stor
         raise _torn(entry, f"{name} is stored as {entry.dtype}", why)
     stem = name.removesuffix(layout.codes)
     scales = [_scale_of(entry, by_name, layout, suffix) for suffix in layout.scales]
-    dense = stem if form.method == "mxfp4" else f"{stem}{CODES}"
+    dense = f"{stem}{CODES}" if layout.codes.startswith(CODES) else stem
     if dense != name and dense in by_name:
         raise _torn(by_name[dense], f"{dense} is stored both unquantized and in codes")
     shape, *scale_shapes = _shapes(entry, form)
@@ -176,13 +183,17 @@ def _shapes(codes: Entry, form: ShippedForm) -> list[tuple[int, ...]]:
         experts, rows, groups, _ = shape
         # The model has it the other way around.
         return [(experts, groups * MXFP4_GROUP, rows), shape[:-1]]
-    if form.method == "fp8" and len(shape) == 2:
-        return [shape, form.scale_shape(*shape)]
+    dimensions = 2 if codes.name.endswith(CODES) else 3
+    if form.method == "fp8" and len(shape) == dimensions:
+        rows, columns = shape[-2:]
+        # Half of an expert's rows may be another projection's.
+        if dimensions == 2 or form.block is None or rows % (2 * form.block[0]) == 0:
+            return [shape, (*shape[:-2], *form.scale_shape(rows, columns))]
     if form.method == "nvfp4" and len(shape) == 2 and 2 * shape[1] % NVFP4_GROUP == 0:
         rows, width = shape[0], 2 * shape[1]
         return [(rows, width), (rows, width // NVFP4_GROUP), (1,)]
     why = {
-        "fp8": "of fp8 checkpoints matrices are read",
+        "fp8": "matrices are read, and stacks whose blocks divide half of an expert's rows",
         "nvfp4": f"matrices are read, of whose rows {NVFP4_GROUP} weights share a scale",
         "mxfp4": f"blocks are [experts, rows, groups, {GROUP_BYTES}]",
     }

@@ -328,10 +328,12 @@ class DecodedTensor(TensorOfParts):
         if len(slices) == 2:
             self._fill_matrix(local, *slices)
             return
-        # Of experts in one tensor the codes are [out, in].
-        experts, inputs, outputs = slices
+        experts, rows, columns = slices
+        if self.shipped.is_output_major:
+            # The codes of an expert are [out, in], and its dense weight is [in, out].
+            local, rows, columns = local.mT, columns, rows
         for expert in range(experts.start, min(experts.stop, self.shape[0])):
-            self._fill_matrix(local[expert - experts.start].T, outputs, inputs, expert)
+            self._fill_matrix(local[expert - experts.start], rows, columns, expert)
 
     def _fill_matrix(
         self, local: torch.Tensor, rows: slice, columns: slice, expert: int | None = None
@@ -340,11 +342,14 @@ class DecodedTensor(TensorOfParts):
         more = "" if expert is None else f": that of expert {expert}"
         last = min(rows.stop, self.codes[0].shape[0 if expert is None else 1])
         step = max(1, MAX_READ_WEIGHTS // self.shape[1])
+        scale = self.scale
+        if scale is not None and expert is not None:
+            scale = scale[expert]
         for first in range(rows.start, last, step):
             end = min(first + step, last)
             codes = [_rows_of(stored, slice(first, end), expert) for stored in self.codes]
             self.check_rows(codes, more)
-            values = self.shipped.decode_rows(codes, self.scale, first)
+            values = self.shipped.decode_rows(codes, scale, first)
             local[first - rows.start : end - rows.start].copy_(values[:, columns])
 
 
