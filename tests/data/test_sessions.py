@@ -282,7 +282,7 @@ def stored(session: str, item_: Line) -> Line:
 
 READ_BOTH = "u:Read both | a:>a >b | t:a=ok | t:b=ok | a:Done."
 ENCRYPTED = "thoughts that are encrypted or not recorded, left out"
-UNANSWERED = "turns behind the last trained answer, left out"
+UNANSWERED = "messages behind the last trained answer, left out"
 BRANCHES = "lines of other branches, left out"
 
 # Name -> the lines of a file, its rows, and what of it is counted.
@@ -338,7 +338,7 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         claude_pictures(),
         ["u:See//[image] | a:I see."],
         {
-            "pictures and files, written as [image] or [document]": 1,
+            "parts without a text, written as [image]": 1,
             "parts of type redacted_thinking, left out": 1,
         },
     ),
@@ -374,7 +374,7 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         codex(say("user", "Hi"), say("assistant", "Hello."), thought("Call."), item("a")),
         ["s:Be brief. | u:Hi | a:<think>/Call./</think>//Hello. >a"],
         {
-            "answers whose thoughts or calls were between texts": 1,
+            "parts of answers moved in front of a text or a call": 1,
             "tool calls without a result": 1,
         },
     ),
@@ -446,8 +446,12 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         {},
     ),
     "agents stored": (
-        [stored("1", say("user", "A")), stored("2", say("user", "B"))]
-        + [stored("2", say("assistant", "2.")), stored("1", say("assistant", "1."))],
+        [
+            stored("1", say("user", "A")),
+            stored("2", say("user", "B")),
+            stored("2", say("assistant", "2.")),
+            stored("1", say("assistant", "1.")),
+        ],
         ["u:A | a:1.", "u:B | a:2."],
         {},
     ),

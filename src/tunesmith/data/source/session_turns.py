@@ -1,7 +1,7 @@
 """Lines of agent sessions -> messages of a row, in OpenAI's form.
 
-A line has items of OpenAI's Responses API, or messages of its chat API or Anthropic's. What a row
-cannot have is counted by its name.
+A line has items of OpenAI's Responses API, or messages of its chat API or of Anthropic's. What a
+row cannot have is counted by its name.
 """
 
 from collections import Counter
@@ -9,33 +9,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
-_TEXTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-_MEDIA = ("image", "input_image", "image_url", "document", "input_file", "input_audio")
 # Items that are calls. The result of each is another item.
 CALLS = ("function_call", "custom_tool_call", "local_shell_call")
-# The order in which templates write the parts of a turn.
-_ORDER = ("thought", "result", "text", "call")
+# Anthropic's names of parts. Others are texts, or written as such.
+_KINDS = {"thinking": "thought", "tool_use": "call", "tool_result": "result"}
+# Why an answer ends that was cut off: in the Responses API, in Anthropic's API, and in chats.
+_CUT = {"incomplete", "max_tokens", "length"}
 
 
 class Part(NamedTuple):
-    """A part of a turn: its kind in `_ORDER`, and the id that a call shares with its result."""
+    """A part of a message: a `thought`, a `text`, a `call` or a `result`.
 
-    kind: str
-    value: Any
-    call_id: object = None
-    name: object = None
-
-
-class Turn(NamedTuple):
-    """What one line says in one role."""
+    Attributes:
+        value: the text, or the arguments of a call.
+        call_id: of a call and of its result.
+    """
 
     role: str
-    parts: list[Part]
+    kind: str
+    value: Any
+    call_id: object
+    name: object
     is_trained: bool
 
 
-def turns_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[Turn]:
-    """Yield the turns of a line; `notes` counts what is left out or changed."""
+def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[Part]:
+    """Yield the parts of a line; `notes` counts what is left out or changed."""
     is_trained = True
     items: list[Any] = [line]
     match line:
@@ -60,136 +59,133 @@ def turns_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[Turn]:
         case {"messages": [*items]}:
             items = [{"role": "system", "content": line.get("system_prompt")}, *items]
     for item in items:
-        turn = _turn(item, notes)
-        yield turn._replace(is_trained=is_trained and turn.is_trained)
+        yield from _parts_of_item(item, is_trained, notes)
 
 
-def _turn(item: Mapping[str, Any], notes: Counter[str]) -> Turn:
-    """Read an item of the Responses API, or a message of a chat."""
-    kind = str(item.get("type", "message"))
-    role = "user"
-    parts: list[Part] = []
-    call_id = item.get("call_id", item.get("tool_call_id"))
+def _parts_of_item(
+    item: Mapping[str, Any], is_trained: bool, notes: Counter[str]
+) -> Iterator[Part]:
+    """Yield the parts of an item of the Responses API, or of a message of a chat."""
+    if not _CUT.isdisjoint(map(item.get, ("status", "stop_reason", "finish_reason"))):
+        is_trained = False
+        notes["parts of answers that were cut off, not trained"] += 1
+    role = _ROLES.get(str(item.get("role")), "assistant")
+    for part in _given_parts(item, notes):
+        kind = part.get("type")
+        value: object = part.get("input")
+        call_id = part.get("id")
+        if kind == "tool_result":
+            value = _text(part.get("content"), notes)
+            call_id = part.get("tool_use_id")
+        elif kind == "thinking":
+            value = _text(part.get("thinking"), notes)
+            notes["thoughts that are encrypted or not recorded, left out"] += not value
+        elif kind != "tool_use":
+            if role == "assistant" and "text" not in part:
+                notes[f"parts of type {kind}, left out"] += 1
+                continue
+            value = _text([part], notes)
+        if value or kind in ("tool_use", "tool_result"):
+            name = _KINDS.get(str(kind), "text")
+            yield Part(role, name, value, call_id, part.get("name"), is_trained)
+
+
+def _given_parts(item: Mapping[str, Any], notes: Counter[str]) -> list[Mapping[str, Any]]:
+    """Return the parts of an item in the form of Anthropic's API."""
+    kind = item.get("type", "message")
+    content = item.get("content")
     if "output" in item or item.get("role") == "tool":
-        parts = [_result(item.get("output", item.get("content")), call_id, notes)]
-    elif kind in CALLS:
-        role = "assistant"
+        call_id = item.get("call_id", item.get("tool_call_id"))
+        output = item.get("output", content)
+        return [{"type": "tool_result", "tool_use_id": call_id, "content": output}]
+    if kind in CALLS:
         arguments = item.get("arguments", item.get("action", {"input": item.get("input")}))
-        parts = [Part("call", arguments, call_id, item.get("name", "local_shell"))]
-    elif kind == "reasoning":
-        role = "assistant"
-        parts = _thought(item.get("content") or item.get("summary"), notes)
-    elif item.get("role") in _ROLES:
-        role = _ROLES[item["role"]]
-        if thought := item.get("reasoning_content") or item.get("reasoning"):
-            parts = _thought(thought, notes)
-        parts += _parts(item.get("content"), notes)
-        for call in item.get("tool_calls") or ():
-            function = call["function"]
-            parts.append(Part("call", function.get("arguments"), call.get("id"), function["name"]))
-    else:
+        name = item.get("name", "local_shell")
+        return [{"type": "tool_use", "id": item.get("call_id"), "name": name, "input": arguments}]
+    if kind == "reasoning":
+        return [{"type": "thinking", "thinking": content or item.get("summary")}]
+    if item.get("role") not in _ROLES:
         notes[f"lines of type {item.get('type', item.get('role'))}, left out"] += 1
-    ends = (item.get("status"), item.get("stop_reason"), item.get("finish_reason"))
-    is_cut = not {"incomplete", "max_tokens", "length"}.isdisjoint(ends)
-    notes["parts of answers that were cut off, not trained"] += is_cut
-    return Turn(role, parts, not is_cut)
+        return []
+    given = list(content) if isinstance(content, list) else [{"type": "text", "text": content}]
+    if thought := item.get("reasoning_content") or item.get("reasoning"):
+        given.insert(0, {"type": "thinking", "thinking": thought})
+    for call in item.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function.get("arguments")
+        given.append({**function, "type": "tool_use", "id": call.get("id"), "input": arguments})
+    return given
 
 
 def _text(content: object, notes: Counter[str]) -> str:
-    return "\n\n".join(part.value for part in _parts(content, notes) if part.kind == "text")
+    """Join the texts of a content. Another part is written as its type, and counted."""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if text is None and isinstance(part, dict):
+            text = f"[{part.get('type')}]"
+            notes[f"parts without a text, written as {text}"] += 1
+        texts.append(str(text or ""))
+    return "\n\n".join(text for text in texts if text.strip())
 
 
-def _result(content: object, call_id: object, notes: Counter[str]) -> Part:
-    if isinstance(content, dict):
-        content = content.get("content", content)
-    return Part("result", _text(content, notes), call_id)
+def join_parts(parts: Iterable[Part], notes: Counter[str]) -> list[dict[str, Any]]:
+    """Join parts to messages, from the first question to the last trained answer.
 
-
-def _thought(content: object, notes: Counter[str]) -> list[Part]:
-    text = _text(content, notes)
-    notes["thoughts that are encrypted or not recorded, left out"] += not text
-    return [Part("thought", text)] if text else []
-
-
-def _parts(content: object, notes: Counter[str]) -> list[Part]:
-    """Return the parts of a content that are read, and count the others by their types."""
-    parts: list[Part] = []
-    for given in content if isinstance(content, list) else [content]:
-        part = given if isinstance(given, dict) else {"type": "text", "text": given or ""}
-        kind = part.get("type")
-        if kind in _TEXTS:
-            if part["text"].strip():
-                parts.append(Part("text", part["text"]))
-        elif kind == "thinking":
-            parts += _thought(part.get("thinking"), notes)
-        elif kind == "tool_use":
-            parts.append(Part("call", part.get("input"), part.get("id"), part.get("name")))
-        elif kind == "tool_result":
-            parts.append(_result(part.get("content"), part.get("tool_use_id"), notes))
-        elif kind in _MEDIA:
-            notes["pictures and files, written as [image] or [document]"] += 1
-            parts.append(Part("text", "[image]" if "image" in kind else "[document]"))
-        else:
-            notes[f"parts of type {kind}, left out"] += 1
-    return parts
-
-
-def join_turns(turns: Iterable[Turn], notes: Counter[str]) -> list[dict[str, Any]]:
-    """Join turns to messages, from the first question to the last answer. Lines of one role after
-    each other are one message, as the API has it.
+    Parts of one role after each other are one message, as the API has it: its thoughts come first,
+    then its texts, then its calls. Results of calls follow these.
     """
-    joined: list[Turn] = []
-    calls: set[object] = set()
+    messages: list[dict[str, Any]] = []
     waiting: set[object] = set()
-    for turn in turns:
-        parts = []
-        for part in turn.parts:
-            if part.kind == "result" and part.call_id not in waiting:
+    last: dict[str, Any]
+    is_asked = False
+    for part in parts:
+        last = messages[-1] if messages else {"role": ""}
+        if part.kind == "result":
+            if part.call_id not in waiting:
                 notes["tool results without their call, left out"] += 1
                 continue
-            if part.kind == "call" and part.call_id in calls:
-                continue  # the same line twice
-            if part.kind == "call":
-                calls.add(part.call_id)
-                waiting.add(part.call_id)
-            waiting -= {part.call_id} if part.kind == "result" else set()
-            parts.append(part)
-        is_first = turn.role == "assistant" and all(other.role == "system" for other in joined)
-        if not parts or is_first:
-            notes["answers in front of any question, left out"] += bool(parts)
-        elif joined and joined[-1].role == turn.role:
-            is_trained = joined[-1].is_trained and turn.is_trained
-            joined[-1] = Turn(turn.role, joined[-1].parts + parts, is_trained)
-        else:
-            joined.append(turn._replace(parts=parts))
-    while joined and not (joined[-1].role == "assistant" and joined[-1].is_trained):
-        joined.pop()
-        notes["turns behind the last trained answer, left out"] += 1
-    notes["tool calls without a result"] += len(waiting)
-    return [message for turn in joined for message in _messages(turn, notes)]
-
-
-def _messages(turn: Turn, notes: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Yield the results of a turn, and the message with its other parts in the usual order."""
-    parts = sorted(turn.parts, key=lambda part: _ORDER.index(part.kind))
-    is_answer = turn.role == "assistant"
-    notes["answers whose thoughts or calls were between texts"] += is_answer and parts != turn.parts
-    thoughts = [part.value for part in parts if part.kind == "thought"]
-    texts = [part.value for part in parts if part.kind == "text"]
-    calls = []
-    for part in parts:
-        if part.kind == "result":
-            yield {"role": "tool", "tool_call_id": part.call_id, "content": part.value}
+            waiting.remove(part.call_id)
+            message = {"role": "tool", "tool_call_id": part.call_id, "content": part.value}
+            # A text that was said before the result follows it.
+            messages.insert(len(messages) - (last["role"] == "user"), message)
+            continue
+        if part.role == "assistant" and not is_asked:
+            notes["parts of answers in front of any question, left out"] += 1
+            continue
+        is_asked = is_asked or part.role == "user"
+        if last["role"] != part.role:
+            last = {"role": part.role, "thought": [], "text": [], "call": [], "train": True}
+            messages.append(last)
+        is_late = (part.kind == "thought" and last["text"]) or (
+            part.kind != "call" and last["call"]
+        )
+        notes["parts of answers moved in front of a text or a call"] += bool(is_late)
+        value = part.value
         if part.kind == "call":
-            function = {"name": part.name, "arguments": part.value}
-            calls.append({"id": part.call_id, "type": "function", "function": function})
-    if thoughts:
+            waiting.add(part.call_id)
+            function = {"name": part.name, "arguments": value}
+            value = {"id": part.call_id, "type": "function", "function": function}
+        last[part.kind].append(value)
+        last["train"] &= part.is_trained
+    while messages and not (messages[-1]["role"] == "assistant" and messages[-1]["train"]):
+        messages.pop()
+        notes["messages behind the last trained answer, left out"] += 1
+    notes["tool calls without a result"] += len(waiting)
+    return [_finished(message) for message in messages]
+
+
+def _finished(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its texts joined."""
+    if message["role"] == "tool":
+        return message
+    texts = message["text"]
+    if message["thought"]:
         # With tags, because templates without thoughts write these too.
-        texts = ["<think>\n" + "\n\n".join(thoughts) + "\n</think>", *texts]
-    message: dict[str, Any] = {"role": turn.role, "content": "\n\n".join(texts)}
-    if calls:
-        message["tool_calls"] = calls
-    if is_answer and not turn.is_trained:
-        message["train"] = False
-    if texts or calls:
-        yield message
+        texts = ["<think>\n" + "\n\n".join(message["thought"]) + "\n</think>", *texts]
+    finished = {"role": message["role"], "content": "\n\n".join(texts)}
+    if message["call"]:
+        finished["tool_calls"] = message["call"]
+    if message["role"] == "assistant" and not message["train"]:
+        finished["train"] = False
+    return finished

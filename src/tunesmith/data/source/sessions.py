@@ -11,15 +11,16 @@ A subagent is a row of its own. Where a harness compacts the history, a row ends
 begins with what the model sees from there on. Whatever is not in a row is counted by its name.
 """
 
+import itertools
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.source.secrets import find_secrets
-from tunesmith.data.source.session_turns import CALLS, join_turns, turns_of
+from tunesmith.data.source.session_turns import CALLS, join_parts, parts_of
 from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
@@ -117,17 +118,17 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
 
 def _read_row(lines: Table, numbers: Iterable[int], notes: Counter[str]) -> tuple[Row, list[str]]:
     """Read a conversation as a row, with the place of each secret that the model would read."""
-    turns = []
+    parts = []
     secrets = []
-    tools: list[object] = []
+    tools = None
     for i in numbers:
         line = _read_line(lines, i, notes)
-        tools = tools or [tool for tool in line.get("tools") or () if isinstance(tool, dict)]
-        for turn in turns_of(line, notes):
-            turns.append(turn)
-            values = [part.value for part in turn.parts]
-            secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(values)]
-    return {"messages": join_turns(turns, notes), "tools": tools or None}, secrets
+        if line.get("type") != "system":  # there the names alone
+            tools = tools or line.get("tools")
+        for part in parts_of(line, notes):
+            parts.append(part)
+            secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(part.value)]
+    return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 
 
 def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
@@ -147,78 +148,100 @@ def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
 
 
 def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
-    """Find the conversations of Claude Code: paths from a last line to its first ancestor.
-
-    An answer is several lines, which follow each other. Each result of parallel calls follows its
-    own call, so that a path has one of them: all lines of an answer, and the results of its calls,
-    belong to it.
-    """
-    numbers: dict[str, int] = {}
-    parents: dict[int | None, int | None] = {}
-    # The first line of a history after a compaction -> the last line before it.
-    compactions: dict[int, int | None] = {}
-    agents: dict[int | None, str] = {}
-    latest: dict[str, int] = {}
-    turns: dict[str, list[int]] = defaultdict(list)
-    # A line, or the id of an answer or a call -> the first line of the answer.
-    answers: dict[object, int] = {}
-    members: dict[int, list[int]] = defaultdict(list)
-    results: set[int] = set()
+    """Find the conversations of Claude Code, those of each subagent apart."""
+    transcript = _Transcript()
     for i, line in lines:
         kind = line.get("type")
         message = line.get("message") if kind in ("user", "assistant") else None
         if message is None and "uuid" not in line:
             notes[f"lines of type {kind}, left out"] += 1
             continue
-        uuid = str(line.get("uuid", i))
-        parent = numbers.get(line.get("parentUuid") or "")
+        agent = transcript.place(i, line)
+        if message is not None:
+            transcript.turns[agent].append(i)
+            transcript.note_answer(i, message, is_answer=kind == "assistant")
+    for agent, turns in transcript.turns.items():
+        conversations = transcript.paths(turns[-1])
+        used = set(itertools.chain(*(numbers for _, numbers in conversations)))
+        notes["subagents"] += bool(agent)
+        notes["compactions"] += len(conversations) - 1
+        notes[_BRANCHES] += len(set(turns) - used)
+        yield from conversations
+
+
+class _Transcript:
+    """The lines of a file of Claude Code, which form trees.
+
+    An answer is several lines, which follow each other. Each result of parallel calls follows its
+    own call, so that the path to a line has one of them: all lines of an answer, and the results
+    of its calls, belong to the path.
+
+    Attributes:
+        turns: the lines of each subagent with messages; those of the session are under "".
+    """
+
+    def __init__(self) -> None:
+        self.turns: dict[str, list[int]] = defaultdict(list)
+        self._numbers: dict[object, int] = {}
+        self._parents: dict[int, int | None] = {}
+        # The first line after a compaction -> the last line before it.
+        self._compactions: dict[int, int | None] = {}
+        self._agents: dict[int | None, str] = {}
+        self._latest: dict[str, int] = {}
+        # A line, or the id of an answer or a call -> the first line of the answer.
+        self._answers: dict[object, int] = {}
+        self._members: dict[int, list[int]] = defaultdict(list)
+        self._results: set[int] = set()
+
+    def place(self, i: int, line: Mapping[str, Any]) -> str:
+        """Place a line behind the one that it follows; return its subagent."""
+        uuid = line.get("uuid", i)
+        parent = self._numbers.get(line.get("parentUuid"))
         agent = line.get("agentId") or line.get("parent_tool_use_id") or ""
         if line.get("isSidechain") and not agent:
-            agent = agents.get(parent) or uuid
+            agent = self._agents.get(parent) or str(uuid)
+        before = self._latest.get(agent)
         if "parentUuid" not in line:
-            parent = latest.get(agent)
+            parent = before
         if line.get("subtype") == "compact_boundary":
-            logical = line.get("logicalParentUuid") or ""
-            compactions[i] = numbers.get(logical, latest.get(agent))
+            self._compactions[i] = self._numbers.get(line.get("logicalParentUuid"), before)
             parent = None
-        numbers[uuid] = latest[agent] = i
-        parents[i] = parent
-        agents[i] = agent
-        if message is None:
-            continue
-        turns[agent].append(i)
+        self._numbers[uuid] = self._latest[agent] = i
+        self._parents[i] = parent
+        self._agents[i] = agent
+        return agent
+
+    def note_answer(self, i: int, message: Mapping[str, Any], *, is_answer: bool) -> None:
+        """Note the answer that a line belongs to, as a part of it or as a result of its calls."""
         content = message.get("content")
-        parts = [part for part in content or () if isinstance(part, dict)]
+        parts = content if isinstance(content, list) else []
         first = i
-        if kind == "assistant":
-            first = answers.setdefault(message.get("id", uuid), i)
-            answers.update((part["id"], first) for part in parts if "id" in part)
+        if is_answer:
+            first = self._answers.setdefault(message.get("id", i), i)
+            self._answers.update((part["id"], first) for part in parts if "id" in part)
         else:
-            calls = (answers.get(part.get("tool_use_id")) for part in parts)
-            first = next((call for call in calls if call is not None), i)
-            results.add(i)
-        answers[i] = first
-        members[first].append(i)
-    for agent, of_agent in turns.items():
-        left = set(of_agent)
-        parts_of_agent: list[_Conversation] = []
-        at: int | None = of_agent[-1]
+            self._results.add(i)
+            for part in parts:
+                first = self._answers.get(part.get("tool_use_id"), first)
+        self._answers[i] = first
+        self._members[first].append(i)
+
+    def paths(self, last: int) -> list[_Conversation]:
+        """Return the path to a line, and before a compaction the path to the last line."""
+        conversations: list[_Conversation] = []
+        at: int | None = last
         while at is not None:
             path: set[int] = set()
             start = at
             while at is not None:
                 start = at
-                path |= {at, *members.get(answers.get(at, at), ())}
-                at = parents[at]
-            left -= path
+                path.update((at, *self._members.get(self._answers.get(at, at), ())))
+                at = self._parents[at]
             # The results of an answer may be between its lines.
-            order = sorted(path, key=lambda i: (answers.get(i, i), i in results, i))
-            parts_of_agent.append((start, order))
-            at = compactions.get(start)
-        notes["subagents"] += bool(agent)
-        notes["compactions"] += len(parts_of_agent) - 1
-        notes[_BRANCHES] += len(left)
-        yield from reversed(parts_of_agent)
+            order = sorted(path, key=lambda i: (self._answers.get(i, i), i in self._results, i))
+            conversations.insert(0, (start, order))
+            at = self._compactions.get(start)
+        return conversations
 
 
 def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:

@@ -146,11 +146,10 @@ def _check_no_secrets(sources: Sequence[Rows]) -> None:
     """Raise DataError if rows of sessions have secrets; it names their places, and no secret."""
     places = [place for rows in sources for found in rows.secrets.values() for place in found]
     if places:
-        listed = "; ".join(places[1:LISTED])
         raise DataError(
-            f"sessions with {count_of(len(places), 'secret')}: {places[0]}",
-            where=sources[0].name,
-            why=f"the model learns to write them{'; also ' if listed else ''}{listed}",
+            f"sessions of agents have {count_of(len(places), 'secret')}",
+            where="; ".join(places[:LISTED]),
+            why="the model learns to write them",
             fix="replace them in the files and revoke them, or data.allow_secrets=true",
         )
 
