@@ -1,14 +1,19 @@
 """Sessions of coding agents as rows: 30 files of four forms, and what a model learns from each."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_templates import encode, encoder_of, supervised_texts
 
-from tunesmith.config.schema import Source
+from rows import Simple
+from tunesmith.config.schema import Data, Source
+from tunesmith.data.source import sessions
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.data.source.secrets import find_secrets
+from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError
 
 Line = dict[str, Any]
@@ -538,6 +543,17 @@ def test_a_line_is_cut_off(tmp_path: Path) -> None:
     assert "lines cut off at the end of a file: 1" in rows.layout
 
 
+def test_a_huge_conversation_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "MAX_ROW_BYTES", 1 << 20)
+    c = Claude()
+    for n in range(4):
+        c.add("user", "x" * 600_000)
+        c.add("assistant", [text("Done.")], answer=f"m{n}")
+    rows = read_rows(Source(source=str(write(tmp_path / "s.jsonl", c.lines)), format="messages"))
+    assert len(rows[0]["messages"]) == 2
+    assert "conversations cut off after 1 MiB: 1" in rows.layout
+
+
 def test_a_broken_line_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", claude_plain())
     path.write_text(path.read_text() + "{\n{}\n")
@@ -581,3 +597,41 @@ def test_sessions_without_an_answer_are_refused(tmp_path: Path) -> None:
 def test_other_rows_are_no_sessions(line: Line, tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", [line])
     assert read_rows(Source(source=str(path), format="messages"))[0] == line
+
+
+def test_answers_of_sessions_are_supervised(tmp_path: Path) -> None:
+    """All that a trained answer says and calls is supervised, and nothing else."""
+    encoder = encoder_of("trl/qwen3")
+    checked = 0
+    for name, (lines, _, _) in FILES.items():
+        rows = read_rows(
+            Source(source=str(write(tmp_path / f"{name}.jsonl", lines)), format="messages")
+        )
+        for row in (rows[i] for i in range(len(rows))):
+            supervised = supervised_texts(encoder.template, encode(encoder, row))
+            answers = [m for m in row["messages"] if m["role"] == "assistant"]
+            trained = [answer for answer in answers if answer.get("train", True)]
+            assert len(supervised) == len(trained), name
+            for answer, learned in zip(trained, supervised, strict=True):
+                words = answer["content"].replace("<think>", "").replace("</think>", "").split()
+                calls = [called["function"] for called in answer.get("tool_calls", ())]
+                words += [str(function["name"]) for function in calls]
+                assert all(word in learned for word in words), name
+                assert learned.count('"arguments"') == len(calls), name
+                assert learned.endswith("<|im_end|>"), name
+                checked += 1
+    assert checked == sum(shown.count("| a:") for _, rows_, _ in FILES.values() for shown in rows_)
+
+
+def test_secrets_are_refused_unless_they_are_allowed(tmp_path: Path, simple: Simple) -> None:
+    path = session_with_secrets(tmp_path / "s.jsonl")
+    source = Source(source=str(path), format="messages")
+    sources = [(source, read_rows(source))]
+    data = Data(train=(source,))
+    with pytest.raises(DataError, match="2 secrets") as refused:
+        tokenize(sources, data, simple, cache=None, what="train")
+    assert refused.value.where == f"{path}:2: a GitHub token; {path}:3: an AWS key"
+    assert "allow_secrets" in refused.value.fix
+    assert not any(secret in str(refused.value) for secret in SECRETS.values())
+    allowed = tokenize(sources, replace(data, allow_secrets=True), simple, cache=None, what="train")
+    assert allowed.parts[0].counts.flaws["secret"] == [1, 0]

@@ -121,12 +121,17 @@ def _read_row(lines: Table, numbers: Iterable[int], notes: Counter[str]) -> tupl
     parts = []
     secrets = []
     tools = None
+    size = 0
     for i in numbers:
+        if size > MAX_ROW_BYTES:
+            notes[f"conversations cut off after {MAX_ROW_BYTES >> 20} MiB"] += 1
+            break
         line = _read_line(lines, i, notes)
         if line.get("type") != "system":  # there the names alone
             tools = tools or line.get("tools")
         for part in parts_of(line, notes):
             parts.append(part)
+            size += len(part.value or "")
             secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(part.value)]
     return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 
