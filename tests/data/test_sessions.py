@@ -562,6 +562,22 @@ def test_a_broken_line_is_an_error(tmp_path: Path) -> None:
     assert refused.value.where == f"{path}:3"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"type": "user", "uuid": "u0", "message": {"role": "user", "content": [1]}},
+        {"type": "user", "uuid": "u0", "message": {"role": "user", "tool_calls": [1]}},
+        {"session_id": "s", "message_data": "{"},
+        [1],
+    ],
+)
+def test_a_line_of_another_form_is_an_error(line: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", [claude_plain()[0], line, claude_plain()[1]])
+    with pytest.raises(DataError, match="not as agents write it") as refused:
+        read_rows(Source(source=str(path), format="messages"))
+    assert refused.value.where == f"{path}:2"
+
+
 def test_a_folder_of_sessions(tmp_path: Path) -> None:
     """Other files next to sessions are named, and counts of all sessions are added up."""
     write(tmp_path / "a.jsonl", claude_branch())

@@ -172,10 +172,10 @@ def _look_into(folder: Path, config: str | None) -> _Content:
             texts.append(file)
         else:
             others.append(file)
-    if sessions := [file for file in rows if session_form(file)]:
-        # Agents keep other files beside their sessions.
+    if sessions := {file: None for file in rows if session_form(file)}:
+        # Agents keep other files next to their sessions.
         others += [file for file in rows + texts if file not in sessions]
-        rows, texts = sessions, []
+        rows, texts = list(sessions), []
     elif rows:
         others = [file for file in others if file.suffix.lower() not in _PICTURE_SUFFIXES]
         about += [file.name for file in texts if _README_STEM.fullmatch(file.stem)]

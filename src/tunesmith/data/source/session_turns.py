@@ -17,7 +17,7 @@ _KINDS = {"thinking": "thought", "tool_use": "call", "tool_result": "result"}
 _CUT = {"incomplete", "max_tokens", "length"}
 
 
-class Part(NamedTuple):
+class SessionPart(NamedTuple):
     """A part of a message: a `thought`, a `text`, a `call` or a `result`.
 
     Attributes:
@@ -33,7 +33,7 @@ class Part(NamedTuple):
     is_trained: bool
 
 
-def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[Part]:
+def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[SessionPart]:
     """Yield the parts of a line; `notes` counts what is left out or changed."""
     is_trained = True
     items: list[Any] = [line]
@@ -64,7 +64,7 @@ def parts_of(line: Mapping[str, Any], notes: Counter[str]) -> Iterator[Part]:
 
 def _parts_of_item(
     item: Mapping[str, Any], is_trained: bool, notes: Counter[str]
-) -> Iterator[Part]:
+) -> Iterator[SessionPart]:
     """Yield the parts of an item of the Responses API, or of a message of a chat."""
     if not _CUT.isdisjoint(map(item.get, ("status", "stop_reason", "finish_reason"))):
         is_trained = False
@@ -87,7 +87,7 @@ def _parts_of_item(
             value = _text([part], notes)
         if value or kind in ("tool_use", "tool_result"):
             name = _KINDS.get(str(kind), "text")
-            yield Part(role, name, value, call_id, part.get("name"), is_trained)
+            yield SessionPart(role, name, value, call_id, part.get("name"), is_trained)
 
 
 def _given_parts(item: Mapping[str, Any], notes: Counter[str]) -> list[Mapping[str, Any]]:
@@ -129,7 +129,7 @@ def _text(content: object, notes: Counter[str]) -> str:
     return "\n\n".join(text for text in texts if text.strip())
 
 
-def join_parts(parts: Iterable[Part], notes: Counter[str]) -> list[dict[str, Any]]:
+def join_parts(parts: Iterable[SessionPart], notes: Counter[str]) -> list[dict[str, Any]]:
     """Join parts to messages, from the first question to the last trained answer.
 
     Parts of one role after each other are one message, as the API has it: its thoughts come first,

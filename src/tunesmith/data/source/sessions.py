@@ -127,29 +127,41 @@ def _read_row(lines: Table, numbers: Iterable[int], notes: Counter[str]) -> tupl
             notes[f"conversations cut off after {MAX_ROW_BYTES >> 20} MiB"] += 1
             break
         line = _read_line(lines, i, notes)
-        if line.get("type") != "system":  # there the names alone
-            tools = tools or line.get("tools")
-        for part in parts_of(line, notes):
-            parts.append(part)
+        if "messages" in line or line.get("role") == "session_meta":
+            tools = line.get("tools")
+        try:
+            of_line = list(parts_of(line, notes))
+        except (AttributeError, LookupError, TypeError) as error:
+            raise _unknown_line(lines.where(i), error) from None
+        for part in of_line:
             size += len(part.value or "")
             secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(part.value)]
+        parts += of_line
     return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 
 
 def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
     """Read a line as an object, which is empty if the line is cut off at the end of the file."""
     try:
-        line = lines.row(i)
+        line: Any = lines.row(i)
+        data = {"session": line.get("session_id"), "message_data": "{}", **line}
+        return {**data, **json.loads(data["message_data"])}
     except DataError:
         if i < len(lines) - 1:
             raise
         notes["lines cut off at the end of a file"] = 1
-        line = {}
-    if not isinstance(line, dict):
-        raise DataError("the line is no object", where=lines.where(i), fix="delete the line")
-    if "message_data" in line:
-        line = {"session": line.get("session_id"), **json.loads(line["message_data"])}
-    return line
+        return {}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _unknown_line(lines.where(i), error) from None
+
+
+def _unknown_line(where: str, error: Exception) -> DataError:
+    return DataError(
+        "the line is not as agents write it",
+        where=where,
+        why=f"{type(error).__name__}: {error}",
+        fix="fix or delete the line",
+    )
 
 
 def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
@@ -158,11 +170,11 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
     for i, line in lines:
         kind = line.get("type")
         message = line.get("message") if kind in ("user", "assistant") else None
-        if message is None and "uuid" not in line:
+        if not message and "uuid" not in line:
             notes[f"lines of type {kind}, left out"] += 1
             continue
         agent = transcript.place(i, line)
-        if message is not None:
+        if isinstance(message, dict):
             transcript.turns[agent].append(i)
             transcript.note_answer(i, message, is_answer=kind == "assistant")
     for agent, turns in transcript.turns.items():
@@ -187,7 +199,7 @@ class _Transcript:
 
     def __init__(self) -> None:
         self.turns: dict[str, list[int]] = defaultdict(list)
-        self._numbers: dict[object, int] = {}
+        self._numbers: dict[str, int] = {}
         self._parents: dict[int, int | None] = {}
         # The first line after a compaction -> the last line before it.
         self._compactions: dict[int, int | None] = {}
@@ -200,16 +212,16 @@ class _Transcript:
 
     def place(self, i: int, line: Mapping[str, Any]) -> str:
         """Place a line behind the one that it follows; return its subagent."""
-        uuid = line.get("uuid", i)
-        parent = self._numbers.get(line.get("parentUuid"))
-        agent = line.get("agentId") or line.get("parent_tool_use_id") or ""
+        uuid = str(line.get("uuid", i))
+        parent = self._numbers.get(str(line.get("parentUuid")))
+        agent = str(line.get("agentId") or line.get("parent_tool_use_id") or "")
         if line.get("isSidechain") and not agent:
-            agent = self._agents.get(parent) or str(uuid)
+            agent = self._agents.get(parent) or uuid
         before = self._latest.get(agent)
         if "parentUuid" not in line:
             parent = before
         if line.get("subtype") == "compact_boundary":
-            self._compactions[i] = self._numbers.get(line.get("logicalParentUuid"), before)
+            self._compactions[i] = self._numbers.get(str(line.get("logicalParentUuid")), before)
             parent = None
         self._numbers[uuid] = self._latest[agent] = i
         self._parents[i] = parent
@@ -220,14 +232,15 @@ class _Transcript:
         """Note the answer that a line belongs to, as a part of it or as a result of its calls."""
         content = message.get("content")
         parts = content if isinstance(content, list) else []
+        ids = [part.get("tool_use_id", part.get("id")) for part in parts if isinstance(part, dict)]
         first = i
         if is_answer:
-            first = self._answers.setdefault(message.get("id", i), i)
-            self._answers.update((part["id"], first) for part in parts if "id" in part)
+            first = self._answers.setdefault(str(message.get("id", i)), i)
+            self._answers.update((str(name), first) for name in ids if name)
         else:
             self._results.add(i)
-            for part in parts:
-                first = self._answers.get(part.get("tool_use_id"), first)
+            for name in ids:
+                first = self._answers.get(str(name), first)
         self._answers[i] = first
         self._members[first].append(i)
 
@@ -257,11 +270,13 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
     questions: list[int] = []
     start = 0
     for i, line in lines:
-        payload = line.get("payload") or {}
+        payload = line.get("payload")
+        if not isinstance(payload, dict):
+            payload = {}
         match line.get("type"), payload.get("type"):
             case "session_meta", _ if not about:
                 about = [i]
-                notes["subagents"] += "subagent" in (payload.get("source") or ())
+                notes["subagents"] += "subagent" in str(payload.get("source"))
             case "response_item", _:
                 history.append(i)
                 if payload.get("role") not in (None, "assistant"):
@@ -275,10 +290,10 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
                 history.append(i)
                 start = i
             case "event_msg", "user_message" if history:
-                # The event follows the item with the question.
-                questions.append(history[-1])
+                # The event follows the item with the question, or comes before it.
+                questions.append(history[-1] if history[-1] in inputs else i)
             case "event_msg", "thread_rolled_back" if questions:
-                first = questions[-payload["num_turns"] :][0]
+                first = questions[-int(payload.get("num_turns", 1)) :][0]
                 questions = [n for n in questions if n < first]
                 notes[_BRANCHES] += sum(n >= first for n in history)
                 history = [n for n in history if n < first]
