@@ -52,8 +52,8 @@ class ModelFiles:
         """Lines for the user: how the base ships, where that is in codes, where tokenizer and
         embedding differ in size, and whether the model can be exported as GGUF.
         """
-        whole = vars(self.config).get("composite") or self.config.model_type
-        gguf = describe_gguf_export(whole, self.config.model_type)
+        entire = self.config if self.whole is None else self.whole
+        gguf = describe_gguf_export(entire.model_type, self.config.model_type)
         return [*self._describe_form(), *self._describe_rows(), f"GGUF: {gguf}"]
 
     def _describe_form(self) -> list[str]:
