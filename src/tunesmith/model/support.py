@@ -127,13 +127,13 @@ def find_support(
 
 
 def _measure_cached(
-    name: str, config: PretrainedConfig, measure: Callable[[PretrainedConfig], Support]
+    question: str, config: PretrainedConfig, measure: Callable[[PretrainedConfig], Support]
 ) -> Support:
     sizes = config.to_dict()
     # What does not change the layers: configs that differ in it alone share a measurement.
-    for name in NO_SIZES:
-        sizes.pop(name, None)
-    key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), name, sizes]
+    for key_without_effect in NO_SIZES:
+        sizes.pop(key_without_effect, None)
+    key = [SUPPORT_CACHE_VERSION, version("transformers"), version("torch"), question, sizes]
     return measure_once("support", key, lambda: measure(config), Support)
 
 
