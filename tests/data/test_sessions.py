@@ -112,6 +112,21 @@ def claude_compacted() -> list[Line]:
     return c.lines
 
 
+def claude_kept(**kept: object) -> list[Line]:
+    """The last question and answer stay as they are behind the summary."""
+    c = Claude()
+    c.add("user", "Start")
+    c.add("assistant", [text("Started.")], answer="m1")
+    c.add("user", "Keep")
+    last = c.add("assistant", [text("Kept.")], answer="m2")
+    about = {"compactMetadata": kept, "logicalParentUuid": f"u{last}"}
+    c.add("system", after=None, subtype="compact_boundary", **about)
+    c.add("user", "Summary: started.", isCompactSummary=True)
+    c.add("user", "Go on", after=last)
+    c.add("assistant", [text("Went on.")], answer="m3")
+    return c.lines
+
+
 def claude_sidechain() -> list[Line]:
     c = Claude()
     c.add("user", "Delegate")
@@ -286,6 +301,10 @@ def stored(session: str, item_: Line) -> Line:
 
 
 READ_BOTH = "u:Read both | a:>a >b | t:a=ok | t:b=ok | a:Done."
+KEPT = [
+    "u:Start | a:Started. | u:Keep | a:Kept.",
+    "u:Summary: started.//Keep | (a):Kept. | u:Go on | a:Went on.",
+]
 ENCRYPTED = "thoughts that are encrypted or not recorded, left out"
 UNANSWERED = "messages behind the last trained answer, left out"
 BRANCHES = "lines of other branches, left out"
@@ -306,6 +325,16 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         claude_compacted(),
         ["u:Start | a:Started.", "u:Summary: started.//Go on | a:Went on."],
         {"compactions": 1, "lines of type system, left out": 1},
+    ),
+    "claude messages kept": (
+        claude_kept(preservedMessages={"anchorUuid": "u5", "uuids": ["u2", "u3"]}),
+        KEPT,
+        {"compactions": 1},
+    ),
+    "claude segment kept": (
+        claude_kept(preservedSegment={"headUuid": "u2", "anchorUuid": "u5", "tailUuid": "u3"}),
+        KEPT,
+        {"compactions": 1},
     ),
     "claude sidechain": (
         claude_sidechain(),

@@ -99,7 +99,7 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
     rows: list[array[int]] = []
     numbered = ((i, line) for i in range(len(lines)) if (line := _read_line(lines, i, notes)))
     for start, numbers in _CONVERSATIONS[form](numbered, notes):
-        row, found = _read_row(lines, numbers, notes)
+        row, found = _read_row(lines, start, numbers, notes)
         if row["messages"]:
             secrets[len(rows)] = found
             starts.append(start)
@@ -108,7 +108,7 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
             notes["conversations without an answer, left out"] += 1
     return Table(
         len(rows),
-        lambda i: _read_row(lines, rows[i], Counter())[0],
+        lambda i: _read_row(lines, starts[i], rows[i], Counter())[0],
         where=lambda i: lines.where(starts[i]),
         fingerprint=lambda: file_digest(path),
         notes=Counter({f"rows of {form} sessions{_NOT_RECORDED.get(form, '')}": len(rows)}) + notes,
@@ -116,8 +116,13 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
     )
 
 
-def _read_row(lines: Table, numbers: Iterable[int], notes: Counter[str]) -> tuple[Row, list[str]]:
-    """Read a conversation as a row, with the place of each secret that the model would read."""
+def _read_row(
+    lines: Table, start: int, numbers: Iterable[int], notes: Counter[str]
+) -> tuple[Row, list[str]]:
+    """Read a conversation as a row, with the place of each secret that the model would read.
+
+    Answers in front of its start are of an earlier row, and only context.
+    """
     parts = []
     secrets = []
     tools = None
@@ -136,7 +141,7 @@ def _read_row(lines: Table, numbers: Iterable[int], notes: Counter[str]) -> tupl
         for part in of_line:
             size += len(part.value or "")
             secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(part.value)]
-        parts += of_line
+            parts.append(part._replace(is_trained=part.is_trained and i >= start))
     return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 
 
@@ -203,6 +208,8 @@ class _Transcript:
         self._parents: dict[int, int | None] = {}
         # The first line after a compaction -> the last line before it.
         self._compactions: dict[int, int | None] = {}
+        # The first line that a compaction keeps -> the compaction, and the uuid of its new parent.
+        self._kept: dict[int, tuple[int, str]] = {}
         self._agents: dict[int | None, str] = {}
         self._latest: dict[str, int] = {}
         # A line, or the id of an answer or a call -> the first line of the answer.
@@ -223,6 +230,11 @@ class _Transcript:
         if line.get("subtype") == "compact_boundary":
             self._compactions[i] = self._numbers.get(str(line.get("logicalParentUuid")), before)
             parent = None
+            about = line.get("compactMetadata") or {}
+            kept = about.get("preservedMessages") or about.get("preservedSegment") or {}
+            first = str(kept.get("headUuid", (kept.get("uuids") or [""])[0]))
+            if first in self._numbers:
+                self._kept[self._numbers[first]] = (i, str(kept.get("anchorUuid")))
         self._numbers[uuid] = self._latest[agent] = i
         self._parents[i] = parent
         self._agents[i] = agent
@@ -247,19 +259,32 @@ class _Transcript:
     def paths(self, last: int) -> list[_Conversation]:
         """Return the path to a line, and before a compaction the path to the last line."""
         conversations: list[_Conversation] = []
-        at: int | None = last
-        while at is not None:
-            path: set[int] = set()
-            start = at
-            while at is not None:
-                start = at
-                path.update((at, *self._members.get(self._answers.get(at, at), ())))
-                at = self._parents[at]
-            # The results of an answer may be between its lines.
-            order = sorted(path, key=lambda i: (self._answers.get(i, i), i in self._results, i))
-            conversations.insert(0, (start, order))
-            at = self._compactions.get(start)
+        end: int | None = last
+        while end is not None:
+            path = self._path(end)
+            # The place of each answer on the path. Its results may be between its lines.
+            places: dict[int, int] = {}
+            lines = set(path)
+            for place, i in enumerate(reversed(path)):
+                answer = self._answers.get(i, i)
+                places.setdefault(answer, place)
+                lines.update(self._members.get(answer, ()))
+            order = [(places[self._answers.get(i, i)], i in self._results, i) for i in lines]
+            conversations.insert(0, (path[-1], [i for _, _, i in sorted(order)]))
+            end = self._compactions.get(path[-1])
         return conversations
+
+    def _path(self, end: int) -> list[int]:
+        """Return the lines from one to its first ancestor. What a compaction kept follows it."""
+        path: dict[int, None] = {}
+        at: int | None = end
+        while at is not None and at not in path:
+            path[at] = None
+            boundary, anchor = self._kept.get(at, (end, ""))
+            at = self._parents[at]
+            if boundary < end:
+                at = max(boundary, self._numbers.get(anchor, 0))
+        return list(path)
 
 
 def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
