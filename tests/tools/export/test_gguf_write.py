@@ -46,7 +46,7 @@ def hard_rows() -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("kind", BLOCKED)
+@pytest.mark.parametrize("kind", [*BLOCKED, "MXFP4"])
 def test_rows_in_bands_are_the_rows_of_the_whole(kind: str) -> None:
     rows = hard_rows()
     whole = bytes(quantize_rows(rows, kind, "x"))
@@ -54,7 +54,7 @@ def test_rows_in_bands_are_the_rows_of_the_whole(kind: str) -> None:
     assert bands == whole
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "MXFP4"])
 def test_bytes_are_those_of_gguf(kind: str) -> None:
     """The package's own numpy code, which llama.cpp's converter uses."""
     import gguf
@@ -86,6 +86,18 @@ def test_a_value_that_is_not_finite_is_refused(kind: str, value: float) -> None:
     rows[1, 3] = value
     with refuses(ModelError, names=["blk.0", kind], fix=["--quant bf16"]):
         quantize_rows(rows, kind, "blk.0")
+
+
+def test_values_of_mxfp4_stay_exact() -> None:
+    """Decoded experts of gpt-oss get back into the file without a loss."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    codes = np.random.default_rng(0).integers(0, 256, (64, 9, 17), dtype=np.uint8)
+    codes[..., 0] = codes[..., 0] % 40 + 100  # exponents of scales
+    values = dequantize(codes.reshape(64, -1), GGMLQuantizationType.MXFP4)
+    data = quantize_rows(torch.from_numpy(values.copy()), "MXFP4", "x")
+    again = dequantize(np.frombuffer(data, np.uint8).reshape(64, -1), GGMLQuantizationType.MXFP4)
+    assert np.array_equal(again, values)
 
 
 def test_a_missing_library_is_told_before_a_file(monkeypatch, tokenizer) -> None:

@@ -18,7 +18,15 @@ from tunesmith.host.packages import pip_install
 from tunesmith.tools.export.gguf.types import tensor_bytes
 
 # The numbers of `ggml_type`.
-_GGML_TYPES = {"Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+_GGML_TYPES = {
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "MXFP4": 39,
+}
 _TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PYTHON_ENVIRONMENT = "the Python environment"
 
