@@ -39,6 +39,7 @@ OTHER_SIZES: dict[str, dict[str, Any]] = {
     },
     "qwen3.5-9b": DELTA,
     "qwen3.5-4b": DELTA,
+    "qwen3.8-27b": DELTA,
     "qwen3-30b-a3b": EXPERTS,
     "qwen3.6-35b-a3b": DELTA | EXPERTS | {"shared_expert_intermediate_size": 32},
     "gpt-oss-20b": {"num_local_experts": 4, "num_experts_per_tok": 2},
