@@ -85,6 +85,28 @@ def test_each_step_is_reported_under_the_names_of_tensorboard(
     assert (tmp_path / "tensorboard-id.txt").read_text() == "id\n"
 
 
+@pytest.mark.parametrize(
+    ("in_recipe", "in_environment", "project"),
+    [("chats", "other", "chats"), (None, "other", "other"), (None, None, "tunesmith")],
+)
+def test_the_project_is_that_of_the_recipe_else_of_the_environment(
+    in_recipe: str | None,
+    in_environment: str | None,
+    project: str,
+    tmp_path: Path,
+    tensorboard: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(TRACKERS, tensorboard, TRACKERS[tensorboard]._replace(project="A_PROJECT"))
+    if in_environment:
+        monkeypatch.setenv("A_PROJECT", in_environment)
+    sink = TrackerSink(tensorboard, tmp_path, print)
+    sink.open(replace(RUN, log=replace(RUN.log, project=in_recipe)), 0)
+    sink.close()
+    # accelerate's TensorBoard tracker writes to a folder of this name.
+    assert [folder.name for folder in (tmp_path / "events").iterdir()] == [project]
+
+
 def test_a_step_that_is_repeated_is_reported_once(tmp_path: Path, tensorboard: str) -> None:
     """Killed after step 5, resumed from checkpoint-3: steps 4 and 5 come out the same, and are
     known.

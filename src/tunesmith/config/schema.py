@@ -489,6 +489,12 @@ class Log:
         (),
         "others, each configured by its own variables: mlflow, trackio, comet_ml, swanlab, wandb",
     )
+    project: str | None = key(
+        None,
+        "project of the trackers; null: their own variables (WANDB_PROJECT), else `tunesmith`",
+        example="my-project",
+        others=("wandb_project", "swanlab_project"),
+    )
     samples: CountOrZero = key(
         2,
         "sample answers to held-out prompts, before the first step (not on shards) and at each"

@@ -33,7 +33,7 @@ class Tracker(NamedTuple):
             to the tracker.
         run_id: of the tracker's own run object.
         setup: how to set it up, for an error.
-        project: the variable that names the project, where accelerate's class does not read it.
+        project: the variable that names the project if `log.project` does not.
     """
 
     options: Callable[[Path, str | None], dict[str, object]]
@@ -165,7 +165,7 @@ class TrackerSink(Sink):
         if self.name == "mlflow":
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         settings = TRACKERS[self.name]
-        project = os.environ.get(settings.project, PROJECT)
+        project = run.log.project or os.environ.get(settings.project, PROJECT)
         options = settings.options(self.folder, run_id)
         tracker = LOGGER_TYPE_TO_CLASS[self.name](project, **options)
         tracker.start()

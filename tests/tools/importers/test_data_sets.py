@@ -22,28 +22,13 @@ def axolotl(folder: Path, dataset: dict[str, Any], **more: Any) -> Any:
     return translated_text("axolotl", json.dumps(values), folder)
 
 
-def test_a_prompt_of_its_own_is_refused_by_its_key(tmp_path: Path) -> None:
-    own = {"field_instruction": "question", "field_output": "answer", "format": "Q: {instruction}"}
-    fix = ["data.train.format=alpaca", "instruction: question", "output: answer"]
-    name = "datasets.0.type.field_instruction"
-    with refuses(UsageError, names=[name], fix=fix):
-        axolotl(tmp_path, {"path": "d/d", "type": own})
-
-
-def test_a_prompt_of_pairs_is_refused_by_its_key(tmp_path: Path) -> None:
-    own = {"field_prompt": "q", "field_chosen": "good", "field_rejected": "bad"}
-    fix = ["data.train.format=preference", "prompt: q", "chosen: good", "rejected: bad"]
-    with refuses(UsageError, names=["datasets.0.type.field_prompt"], fix=fix):
-        axolotl(tmp_path, {"path": "d/d", "type": own}, rl="dpo")
-
-
-def test_the_fix_of_a_prompt_of_its_own_names_columns_of_the_format_alone(tmp_path: Path) -> None:
-    own = {"field_instruction": "question", "field_input": "", "field_output": "output"}
-    own |= {"field_system": None, "field_thinking": "thought"}
-    with refuses(UsageError, fix=["data.train.columns={instruction: question}"]) as error:
-        axolotl(tmp_path, {"path": "d/d", "type": own})
-    for name in ("input", "output", "system", "thinking"):
-        assert f"{name}: " not in error.value.fix
+@pytest.mark.parametrize(("rl", "field"), [(None, "field_instruction"), ("dpo", "field_prompt")])
+def test_a_prompt_of_its_own_is_refused_by_its_key(
+    rl: str | None, field: str, tmp_path: Path
+) -> None:
+    fix = ["data.train.format=alpaca", "data.train.format=preference", "data.template"]
+    with refuses(UsageError, names=[f"datasets.0.type.{field}"], fix=fix):
+        axolotl(tmp_path, {"path": "d/d", "type": {field: "question"}}, rl=rl)
 
 
 def test_the_fix_of_a_prompt_of_its_own_imports(tmp_path: Path) -> None:
@@ -97,7 +82,7 @@ def test_what_is_trained_of_a_turn(key: str, usual: Any, other: Any, tmp_path: P
 def test_keys_that_leave_out_or_rename_parts_of_the_rows_differ(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    notes = axolotl(tmp_path, {**CHAT, key: value}).notes
+    notes = axolotl(tmp_path, {**CHAT, key: value}).notes.values()
     assert [note for note in notes if note.key.startswith(f"datasets.0.{key}") and note.differs]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from errors import refuses
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import python_scalar, yaml_1_1_scalar
+from tunesmith.tools.importers.source_config import yaml_1_1_scalar
 
 from .translations import BASES, ROWS, notes_by_key, translated, translated_text
 
@@ -51,11 +51,6 @@ def test_any_plain_scalar_is_a_value(text: str) -> None:
         return
     if isinstance(expected, int | float) and expected == expected:
         assert value == expected
-
-
-@pytest.mark.parametrize(("text", "value"), [("16_384", 16384), ("010", 10), ("a_1_2", "a_1_2")])
-def test_a_flag_is_read_as_python_does(text: str, value: Any) -> None:
-    assert python_scalar(text) == value
 
 
 @pytest.mark.parametrize(
@@ -117,7 +112,9 @@ def test_the_least_rate_of_a_schedule(arguments: str, tmp_path: Path) -> None:
     recipe = translated_text("trl", text, tmp_path)
     assert recipe.values["train.min_learning_rate"] == 1e-6
     assert recipe.values["train.schedule"] == "cosine"
-    assert not [note for note in recipe.notes if note.key.startswith("lr_scheduler_kwargs")]
+    assert not [
+        note for note in recipe.notes.values() if note.key.startswith("lr_scheduler_kwargs")
+    ]
 
 
 def test_other_arguments_of_a_schedule_in_json_are_named_one_by_one(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tunesmith.tools.importers.source_config import read_config
-from tunesmith.tools.importers.tools import translate
+from tunesmith.tools.importers.source_config import read_config, table
+from tunesmith.tools.importers.translate import translate
 from tunesmith.tools.importers.translation import Note, Translation
 
 BASES: dict[str, dict[str, Any]] = {
@@ -39,8 +40,19 @@ def translated_text(tool: str, text: str, folder: Path, **overrides: Any) -> Tra
     path = folder / "file.yaml"
     path.write_text(text)
     overrides = {"train.global_batch": "1 examples", **overrides}
-    return translate(read_config(path, tool), overrides, None, None)
+    return translate(read_config(path, tool), overrides, None)
 
 
 def notes_by_key(recipe: Translation) -> dict[str, Note]:
-    return {note.key: note for note in recipe.notes}
+    return recipe.notes
+
+
+def knows(tool: str, name: str) -> bool:
+    """Return whether the table of a tool has a key."""
+    content = table(tool)
+    known = {*content["keys"], *content["defaults"]}
+    for section in (content, *content["when"]):
+        known |= {rule[0] for rule in section.get("rules", [])}
+        known |= {*section.get("refused", {}), *section.get("implied", {})}
+    patterns = [p for part in ("nothing", "differs") for ps in content[part].values() for p in ps]
+    return name in known or any(fnmatchcase(name, pattern) for pattern in patterns)

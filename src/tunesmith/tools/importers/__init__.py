@@ -1,5 +1,6 @@
-"""Recipes of other tools as recipes of ours: read (`source_config.py`), their keys translated
-(`tools.py`), and written with what is not carried over, and why (`translation.py`).
+"""Import of other tools' configurations: one table for each tool (`tables/`), which one translator
+(`translate.py`) applies to a file (`source_config.py`). `translation.py` holds the recipe and the
+notes on keys that it does not contain.
 """
 
 COMMANDS = {
