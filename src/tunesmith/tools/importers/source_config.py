@@ -109,12 +109,11 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
     if best in unsupported:
         what = f"this is a file of {best}, which is not supported by import"
         raise UsageError(what, where=str(path), why=why, fix=unsupported[best]["fix"])
-    fix = f"name the tool: --from {best}; known are {', '.join(IMPORTED_TOOLS)}"
-    if named:
-        what = f"this file has no key of {named}, and looks like one of {best}"
-        raise UsageError(what, where=str(path), why=why, fix=fix)
-    if len(found[best]) == len(found[second]) and second in IMPORTED_TOOLS:
+    if named or (len(found[best]) == len(found[second]) and second in IMPORTED_TOOLS):
         what = "cannot detect which tool this file is for"
+        if named:
+            what = f"this file has no key of {named}, and looks like one of {best}"
+        fix = f"name the tool: --from {best}; known are {', '.join(IMPORTED_TOOLS)}"
         raise UsageError(what, where=str(path), why=why, fix=fix)
     return best
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,15 @@ def _set_target(recipe: Translation) -> None:
     target = recipe.values.get(name, recipe.listed(name) or ["q_proj", "v_proj"])
     is_list = isinstance(recipe.get(name), list) or re.fullmatch(r"[\w.,\s-]*", pattern)
     if not is_list and not {name} & {*recipe.values, *recipe.overrides}:
-        matched: list[list[str]] = []
+        blocks_of: dict[str, set[int]] = {}
         with suppress(re.error):
-            for block in _BLOCKS:
-                paths = [
-                    f"{prefix}.layers.{block}.{layer}" for layer in _LAYERS for prefix in _PREFIXES
-                ]
-                names = [p.rpartition(".")[2] for p in paths if re.fullmatch(pattern, p)]
-                matched.append([*dict.fromkeys(names)])
-        if not any(matched) or any(names != matched[0] for names in matched):
+            for block, prefix, layer in product(_BLOCKS, _PREFIXES, _LAYERS):
+                if re.fullmatch(pattern, f"{prefix}.layers.{block}.{layer}"):
+                    blocks_of.setdefault(layer.partition(".")[2], set()).add(block)
+        if not blocks_of or any(len(blocks) < len(_BLOCKS) for blocks in blocks_of.values()):
             why = "a regular expression that does not name the same usual layers in every block"
             raise recipe.error(name, why, "list the layers: adapter.target='[q_proj, v_proj]'")
-        target = [*matched[0]]
+        target = [*blocks_of]
     if target in (["all"], ["all-linear"]):
         target = "all-linear"
     recipe.set_key(name, target, name)
@@ -345,7 +343,7 @@ def _set_template(recipe: Translation) -> None:
 
 def _set_lengths(recipe: Translation) -> None:
     """Set packing, clipping, the fraction of held-out rows and the duration."""
-    packs = recipe.is_on("packing") or recipe.is_on("neat_packing")
+    packs = any(map(recipe.is_on, ("packing", "neat_packing")))
     if packs and recipe.get("data.seq_len") is None:
         raise recipe.error("data.seq_len", "packed rows need a length", "set the length there")
     why = ""
@@ -432,7 +430,7 @@ def _set_batch(recipe: Translation, world: int | None) -> None:
     batch = int(rows * processes // tensor)
     why = f"{processes:g} processes"
     size = f"{batch} examples"
-    if recipe.is_on("packing") or recipe.is_on("neat_packing"):
+    if any(map(recipe.is_on, ("packing", "neat_packing"))):
         why += f", {count_of(batch, 'packed row')} of data.seq_len"
         size = f"{batch * recipe.number('data.seq_len')} tokens"
     recipe.set_key("train.global_batch", size, *names, "processes", why=why)
