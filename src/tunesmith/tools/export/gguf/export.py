@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -19,10 +20,18 @@ from jinja2 import TemplateError
 
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.manifest import digest_of_file
-from tunesmith.errors import CheckpointError, ModelError, TunesmithError, UsageError
+from tunesmith.errors import (
+    CheckpointError,
+    MachineError,
+    ModelError,
+    TunesmithError,
+    UsageError,
+)
 from tunesmith.host.cores import available_cores
 from tunesmith.host.files import require_disk_space
 from tunesmith.host.logger import lines_by_default
+from tunesmith.host.packages import pip_install
+from tunesmith.host.shell import shell_command
 from tunesmith.hub.fetch import local_model
 from tunesmith.inference.load_run import (
     OpenedRun,
@@ -33,6 +42,7 @@ from tunesmith.inference.load_run import (
 )
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.decoder import find_text_part, is_in_text
+from tunesmith.model.gguf_writers import gguf_writer
 from tunesmith.model.names import is_in_whole
 from tunesmith.model.safetensors_files import (
     ADAPTER_WEIGHTS,
@@ -42,7 +52,9 @@ from tunesmith.model.safetensors_files import (
 from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
 from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
-from tunesmith.tools.export.gguf.check import FileCheck, check_file
+from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
+from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, WrittenFile, convert
+from tunesmith.tools.export.gguf.converter import Converter, find_converter, missing_converter
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
 from tunesmith.tools.export.gguf.ollama import MODELFILE, guard_template, modelfile_text
 from tunesmith.tools.export.gguf.plan import GgufPlan, plan_gguf
@@ -77,6 +89,7 @@ TRAINED_PROJECTOR_NOTE = (
     "file of the merged model (tunesmith merge, then convert_hf_to_gguf.py --mmproj), not of the "
     "base"
 )
+NO_CHECK = "--no-check"  # why a file is not compared, in the words of the command line
 CHAT_TEMPLATE = "chat_template.jinja"
 ANSWER_CHARS = 67  # of an answer that is shown
 CHARS_BEFORE = 20  # of them in front of a difference
@@ -166,6 +179,7 @@ def export_gguf(
     check: bool = True,
     device: str | None = None,
     trust_remote_code: bool = False,
+    converter: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
     checking: Callable[[int, int], None] | None = None,
 ) -> ExportedFile:
@@ -179,6 +193,8 @@ def export_gguf(
         quant: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m` or `q4_k_m`.
         check: compare it with the tuned model in llama.cpp, where xllamacpp is installed.
         trust_remote_code: as for `load_run`.
+        converter: llama.cpp's own converter, as `find_converter` finds it. Model types that
+            tunesmith does not write itself need it, others use it only if it is given.
         progress: gets the bytes written and those of the file.
         checking: gets the parts of the check that are done, and all of them.
 
@@ -186,33 +202,52 @@ def export_gguf(
         UsageError: the output cannot be used.
         ModelError: llama.cpp cannot compute this model.
         MachineError: no room on the disk, or a package is missing.
-        CheckpointError: llama.cpp reads prompts otherwise; the file is kept as `.rejected`.
+        CheckpointError: llama.cpp reads prompts otherwise, or computes another model than the
+            one that its converter read; the file is kept as `.rejected`.
     """
     location = locate_run(path, trust_remote_code=trust_remote_code)
     goal = gguf_place(output, location, is_folder=for_ollama, force=force)
     file_name = f"{goal.name}-{quant}.gguf" if for_ollama else goal.name
     unchecked = _why_unchecked(check)
+    threads = threads or available_cores()
+    progress = progress or _ignore
     with undeleted(location):
         tuned = open_tuned_model(read_run_files(location))
+        found = None if converter is None else find_converter(converter)
+        model_type = tuned.model.config.get_text_config().model_type
+        if not found and gguf_writer(model_type) != "own":
+            found = find_converter()
+            if found is None:
+                target = "ollama" if for_ollama else "gguf"
+                words = ["tunesmith", "export", path, "--to", target, "--quant", quant]
+                raise missing_converter(model_type, shell_command([*words, "--output", output]))
         if for_ollama:
             # Before the plan: the header holds the template.
             guard_template(tuned.files.tokenizer)
-        plan = _plan_model(tuned, quant, goal.stem)
-        result = _write_checked(
-            plan,
+        if found:
+            _require_check(unchecked, model_type)
+            job = Conversion(location, quant, goal.stem, threads, for_ollama)
+            write = partial(convert, job, found, progress)
+        else:
+            plan = _plan_model(tuned, quant, goal.stem)
+            write = partial(_write_plan, plan, threads, progress)
+        written, result = _write_checked(
+            write,
             goal,
             tuned,
             f"GGUF, {quant}",
             unchecked=unchecked,
             device=device,
             threads=threads,
-            progress=progress or _ignore,
             checking=checking or _ignore,
             file_name=file_name,
             modelfile=modelfile_text(file_name, tuned) if for_ollama else None,
+            converter=found,
+            quant=quant,
         )
-    shown = Path(output) / file_name if for_ollama else output
-    return ExportedFile(str(output), str(shown), quant, plan.size, plan.notes, result, unchecked)
+    shown = str(Path(output) / file_name if for_ollama else output)
+    notes = (*written.notes, *_notes_on_pictures(tuned))
+    return ExportedFile(str(output), shown, quant, written.size, notes, result, unchecked)
 
 
 @lines_by_default()
@@ -273,15 +308,15 @@ def export_adapter(
         modelfile = None
         if for_ollama and base is not None:
             modelfile = modelfile_text(str(base.file), read, file_name)
-        result = _write_checked(
-            plan,
+        threads = threads or available_cores()
+        written, result = _write_checked(
+            partial(_write_plan, plan, threads, _ignore),
             goal,
             tuned,
             ADAPTER_KIND,
             unchecked=unchecked,
             device=device,
             threads=threads,
-            progress=lambda written, size: None,
             checking=checking,
             file_name=file_name,
             modelfile=modelfile,
@@ -291,8 +326,8 @@ def export_adapter(
         str(output),
         str(Path(output) / file_name if for_ollama else output),
         "f16",
-        plan.size,
-        (*plan.notes, *([OLLAMA_NOTE] if for_ollama else [])),
+        written.size,
+        (*written.notes, *([OLLAMA_NOTE] if for_ollama else [])),
         result,
         unchecked,
         base=str(base.file) if base else None,
@@ -303,65 +338,92 @@ def export_adapter(
 def _why_unchecked(check: bool) -> str:
     """Why a file is not compared with the tuned model; empty where it is."""
     if not check:
-        return "--no-check"
+        return NO_CHECK
     return "" if has_llama_cpp() else "pip install xllamacpp, then export again"
 
 
+def _require_check(unchecked: str, model_type: str) -> None:
+    """MachineError if a file of llama.cpp's converter could not be compared with the tuned model.
+
+    The converter writes models that llama.cpp then computes otherwise, without an error.
+    """
+    if unchecked and unchecked != NO_CHECK:
+        raise MachineError(
+            f"{model_type} is only exported with a check in llama.cpp",
+            where="the Python environment",
+            why="xllamacpp is not installed",
+            fix=f"{pip_install('xllamacpp')}, or --no-check",
+        )
+
+
+def _write_plan(
+    plan: GgufPlan, threads: int, progress: Callable[[int, int], None], file: Path
+) -> WrittenFile:
+    require_disk_space(file, plan.size, what=file.name, fix=OTHER_DISK)
+    write_gguf(plan, file, threads=threads, progress=progress)
+    return WrittenFile(plan.size, plan.notes)
+
+
 def _write_checked(
-    plan: GgufPlan,
+    write: Callable[[Path], WrittenFile],
     goal: Path,
     tuned: TunedModel,
     kind: str,
     *,
     unchecked: str,
     device: str | None,
-    threads: int | None,
-    progress: Callable[[int, int], None],
+    threads: int,
     checking: Callable[[int, int], None],
     file_name: str,
     modelfile: str | None,
     base: GgufBase | None = None,
-) -> FileCheck | None:
+    converter: Converter | None = None,
+    quant: str = "f16",
+) -> tuple[WrittenFile, FileCheck | None]:
     """Write a file beside its place, compare it with the tuned model, and give it its name.
 
     What the check refuses is kept as `.rejected`: the user may want to know what differs. With a
     `modelfile` the goal is a folder with both.
     """
-    threads = threads or available_cores()
     place = torch.device(select_device(device))
-    require_disk_space(goal, plan.size, what=file_name, fix=OTHER_DISK)
     with part_folder(goal) as part:
         file = part / file_name
-        written = file
-        write_gguf(plan, file, threads=threads, progress=progress)
+        moved = file
+        written = write(file)
         if modelfile is not None:
-            written = part
+            moved = part
             (part / MODELFILE).write_text(modelfile, encoding="utf-8")
             copy_notices(tuned.files.folder, part)
         result = None
         if not unchecked:
+            rejected = goal.with_name(f"{goal.name}.rejected")
             try:
                 result = check_file(
                     file,
                     tuned,
                     _find_base(tuned),
                     base_file=base.file if base else None,
+                    beyond_window=converter is not None,
                     device=place,
                     threads=threads,
                     progress=checking,
                 )
+                if converter is not None:
+                    require_same_model(result, quant, rejected)
             except CheckpointError:
-                move_into_place(written, goal.with_name(f"{goal.name}.rejected"))
+                move_into_place(moved, rejected)
                 raise
-        record = record_of(tuned.location, kind, plan.size, unchecked, result, base=base)
+        record = record_of(
+            tuned.location, kind, written.size, unchecked, result, base=base, converter=converter
+        )
         write_record(file, record)
         if modelfile is None:
             # A record is never of a file that is not there, nor of an earlier one.
             record_path(goal).unlink(missing_ok=True)
-        move_into_place(written, goal)
+        move_into_place(moved, goal)
         if modelfile is None:
             move_into_place(record_path(file), record_path(goal))
-    return result
+    return written, result
 
 
 def _find_gguf_base(read: OpenedRun) -> GgufBase | None:
@@ -437,7 +499,7 @@ def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
     settings = tuned.files.folder / "generation_config.json"
     # Any of them ends an answer; a GGUF file has room for one beside eos.
     ends = tuned.template.end_ids - {tuned.files.tokenizer.eos_token_id}
-    plan = plan_gguf(
+    return plan_gguf(
         tuned.model.config.get_text_config().to_dict(),
         _text_weights(tuned),
         tuned.files.tokenizer,
@@ -446,12 +508,13 @@ def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
         generation=read_json(settings) if settings.is_file() else {},
         turn_end=min(ends, default=None),
     )
+
+
+def _notes_on_pictures(tuned: TunedModel) -> tuple[str, ...]:
+    """Return what the user has to know of a file that has the text model alone."""
     if not is_in_whole(tuned.model):
-        return plan
-    note = PICTURES_NOTE
-    if tuned.recipe.model.train_projector:
-        note = TRAINED_PROJECTOR_NOTE
-    return replace(plan, notes=(*plan.notes, note))
+        return ()
+    return (TRAINED_PROJECTOR_NOTE if tuned.recipe.model.train_projector else PICTURES_NOTE,)
 
 
 def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:

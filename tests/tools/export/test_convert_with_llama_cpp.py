@@ -1,0 +1,155 @@
+"""GGUF files that llama.cpp's own converter makes of a run, in llama.cpp and beside other files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from transformers import PreTrainedModel
+
+from errors import refuses
+from export.converter_models import MODELS, trained_run, write_base
+from export.test_in_llama_cpp import NOISE, largest_difference
+from export.tiny_gguf import VARIANTS, chat_tokenizer, random_model, write_model
+from tunesmith.errors import CheckpointError, ModelError
+from tunesmith.tools.export.gguf.converter import Converter
+from tunesmith.tools.export.gguf.export import export_gguf
+from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
+
+pytestmark = pytest.mark.slow
+
+CONVERT_ALL = Path(__file__).parent / "convert_all.py"
+# The bounds of YaRN's ramp are not rounded in gpt-oss (`truncate`), and llama.cpp rounds them.
+NOISE_OF = {"gpt_oss": 0.1}
+
+
+def convert_all(folder: Path, converter: Converter, *quants: str) -> None:
+    """Convert every model in `folder` in one process."""
+    command = [sys.executable, "-P", str(CONVERT_ALL), str(folder), str(converter.folder), *quants]
+    environment = {**os.environ, "PYTHONPATH": converter.python_path}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    for error in folder.glob("*.txt"):
+        raise AssertionError(error.read_text())
+
+
+@pytest.fixture(scope="module")
+def models(
+    converter: Converter, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, PreTrainedModel]]:
+    """All of MODELS as f16 files, and in memory."""
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path_factory.mktemp("models")
+    in_memory = {name: write_base(name, folder / name) for name in MODELS}
+    convert_all(folder, converter, "f16")
+    return folder, in_memory
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name: str, models: Any) -> None:
+    folder, in_memory = models
+    with LlamaCpp(folder / f"{name}-f16.gguf") as server:
+        # Prompts longer than the windows of 16 tokens
+        assert largest_difference(server, in_memory[name], 20) < NOISE_OF.get(name, NOISE)
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """Keys and values, without what a file says of itself."""
+    reader = GGUFReader(file)
+    fields = reader.fields.items()
+    return {key: field.contents() for key, field in fields if not key.startswith("GGUF.")}
+
+
+# The converter guesses these from the folder's name, or leaves the default to llama.cpp, and we
+# write them; or the other way around.
+OTHER_KEYS = re.compile(
+    r"general\.(basename|finetune|version|size_label)|gemma2?\.rope\.freq_base"
+    r"|\w+\.(vocab_size|attention\.(key|value)_length|rope\.dimension_count)"
+)
+
+
+def test_own_files_are_those_of_the_converter(converter: Converter, tmp_path: Path) -> None:
+    """Compare the files of every form in VARIANTS, byte by byte."""
+    tokenizer = chat_tokenizer()
+    for variant in VARIANTS:
+        sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 7}
+        if variant != "phi3-long":  # its factors are for another width
+            sizes["hidden_size"] = 256
+        model = random_model(variant, **sizes)
+        model.save_pretrained(tmp_path / "models" / variant)
+        tokenizer.save_pretrained(tmp_path / "models" / variant)
+        write_model(tmp_path / f"{variant}.gguf", model, tokenizer, "q4_k_m")
+    convert_all(tmp_path / "models", converter, "q4_k_m")
+    for variant in VARIANTS:
+        files = tmp_path / f"{variant}.gguf", tmp_path / "models" / f"{variant}-q4_k_m.gguf"
+        ours, theirs = map(GGUFReader, files)
+        of_theirs = {tensor.name: tensor for tensor in theirs.tensors}
+        assert {tensor.name for tensor in ours.tensors} == of_theirs.keys(), variant
+        for tensor in ours.tensors:
+            other = of_theirs[tensor.name]
+            assert tensor.tensor_type == other.tensor_type, (variant, tensor.name)
+            assert tensor.data.tobytes() == other.data.tobytes(), (variant, tensor.name)
+        keys = map(header_of, files)
+        ours_only, theirs_only = (
+            {key: value for key, value in side.items() if not OTHER_KEYS.fullmatch(key)}
+            for side in keys
+        )
+        assert ours_only == theirs_only, variant
+
+
+def test_a_run_with_adapted_experts(converter: Converter, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    write_base("qwen3_moe", tmp_path / "base")
+    experts = ".*(q_proj|v_proj|experts)$"
+    run = trained_run(tmp_path / "base", tmp_path / "work", adapter={"targets": experts})
+    seen: list[tuple[int, int]] = []
+    exported = export_gguf(
+        run.output_dir,
+        tmp_path / "out.gguf",
+        quant="f16",
+        device="cpu",
+        converter=converter.folder,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    size = (tmp_path / "out.gguf").stat().st_size
+    assert exported.bytes == size
+    assert seen[-1] == (size, size)
+    assert len(seen) > 10
+    assert exported.check is not None
+    assert exported.check.base is not None
+    # f16 weights, and llama.cpp's keys and values in fp16
+    assert exported.check.tuned.mean_kl < 1e-4 < exported.check.base.mean_kl
+    record = json.loads((tmp_path / "out.gguf.json").read_text())
+    assert record["converter"] == {"folder": str(converter.folder), "sha256": converter.sha256}
+
+
+def test_a_model_that_llama_cpp_computes_otherwise_is_rejected(
+    converter: Converter, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    # llama.cpp always divides by the sum of the chosen experts' weights.
+    write_base("qwen3_moe", tmp_path / "base", norm_topk_prob=False)
+    place = tmp_path / "out.gguf"
+    with refuses(CheckpointError, where="out.gguf.rejected", fix=["tunesmith merge RUN"]):
+        export_gguf(tmp_path / "base", place, quant="f16", device="cpu", converter=converter.folder)
+    assert [path.name for path in tmp_path.glob("*out.gguf*")] == ["out.gguf.rejected"]
+
+
+def test_another_version_of_the_converter_is_refused(converter: Converter, tmp_path: Path) -> None:
+    other = shutil.copytree(converter.folder, tmp_path / "llama.cpp")
+    source = (other / "conversion" / "base.py").read_text()
+    source = source.replace("index_tensors(", "list_tensors(")
+    (other / "conversion" / "base.py").write_text(source)
+    write_base("olmo3", tmp_path / "base")
+    with refuses(
+        ModelError, where="llama.cpp", names=["olmo3"], fix=["tunesmith merge RUN --output FOLDER"]
+    ):
+        export_gguf(tmp_path / "base", tmp_path / "out.gguf", check=False, converter=other)
+    assert not [*tmp_path.glob("*out.gguf*"), *tmp_path.glob(".*part")]
