@@ -9,11 +9,12 @@ own (`get_model_conversion_mapping`).
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import ModelError
+from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.shipped import FETCH_CONFIG
 from tunesmith.model.shipped_entries import StoredEntry
 
@@ -67,11 +68,13 @@ class StoredNames:
             their suffixes.
         aside: tensors of other parts of the checkpoint, which the model does not have.
         unexpected: names that have no place.
+        split: parameters whose entry is some rows of a stored tensor.
     """
 
     groups: dict[str, dict[str, StoredEntry | Pieces]] = field(default_factory=dict)
     aside: list[StoredEntry] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    split: set[str] = field(default_factory=set)
 
     def stored(self) -> Iterator[tuple[str, StoredEntry | Pieces]]:
         """Each parameter that is stored, by its name, without companions."""
@@ -318,6 +321,8 @@ def _assign_converted(
         name, suffix = _target_name(stored, parameter_names, () if pattern else companions)
         if not name:
             rest.append((entry, renamed))
+        elif pattern and len(by_pattern[pattern].target_patterns) > 1:
+            _split(model, entry, renamed, by_pattern[pattern], names)
         # Renamed only; what has a pattern is one of several that are joined below.
         elif pattern is None:
             names.groups.setdefault(name, {})[suffix] = entry
@@ -327,6 +332,41 @@ def _assign_converted(
         rule = by_pattern[next(iter(sources))]
         names.groups.setdefault(name, {})[""] = _join(name, rule, sources)
     return rest
+
+
+def _split(
+    model: "PreTrainedModel",
+    entry: StoredEntry,
+    renamed: str,
+    rule: "WeightConverter",
+    names: StoredNames,
+) -> None:
+    """Assign the rows of a stored tensor to the parameters that a rule splits it into.
+
+    renamed: the first parameter's name in the class that the rule is of.
+    """
+    first, *_ = rule.target_patterns
+    parameters = [
+        name_in_text(model, renamed.replace(first, target)) for target in rule.target_patterns
+    ]
+    operations = [type(operation).__name__ for operation in rule.operations]
+    is_read = isinstance(entry, Entry) and operations in (["Chunk"], ["Split"])
+    if not is_read or rule.operations[0].dim != 0:
+        raise _cannot_join(parameters[0], {"": [entry]}, ", ".join(operations))
+    assert isinstance(entry, Entry)
+    rows = entry.shape[0] // len(parameters)
+    start = entry.start
+    for name in parameters:
+        if operations == ["Split"]:
+            # A layer in codes has its width still.
+            rows = model.get_submodule(name.rpartition(".")[0]).out_features
+        shape = (rows, *entry.shape[1:])
+        size = entry.size * rows // entry.shape[0]
+        names.groups.setdefault(name, {})[""] = replace(entry, shape=shape, start=start, size=size)
+        names.split.add(name)
+        start += size
+    if start != entry.start + entry.size:
+        raise _cannot_join(parameters[0], {"": [entry]}, "they do not fill one tensor")
 
 
 def _join(

@@ -107,9 +107,9 @@ def _check_no_integers(entries: list[Entry], folder: Path) -> None:
     """ModelError where weights are stored as integers, unless they are bitsandbytes' nf4, or bytes
     of mxfp4 or nvfp4.
 
-    Scales belong to those.
+    Scales belong to those. Int64 is the type of counters and indices, not of weights.
     """
-    integers = [entry for entry in entries if entry.dtype in ("I8", "I16", "I32", "I64", "U8")]
+    integers = [entry for entry in entries if entry.dtype in ("I8", "I16", "I32", "U8")]
     if not integers or any("bitsandbytes__" in entry.name for entry in entries):
         return
     others = [entry for entry in integers if entry.dtype != "U8"]

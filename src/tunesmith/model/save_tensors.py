@@ -52,8 +52,19 @@ class TensorPart:
         return sizes[1:] if self.stacked else sizes
 
 
+@dataclass(frozen=True)
+class JoinedRows:
+    """Tensors of one dtype whose rows are written as one tensor, one after the other."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(len(tensor) for tensor in self.tensors), *self.tensors[0].shape[1:])
+
+
 # What is written as a tensor; an `Entry` is copied from its file, byte for byte.
-Source = Tensor | TensorPart | Entry
+Source = Tensor | TensorPart | JoinedRows | Entry
 
 
 def save_tensors(
@@ -139,8 +150,14 @@ def _written_form(source: Source, dtype: torch.dtype | None) -> _Form:
     )
 
 
-def _parts(source: Tensor | TensorPart, dtype: torch.dtype, read: Read | None) -> Iterator[Tensor]:
+def _parts(
+    source: Tensor | TensorPart | JoinedRows, dtype: torch.dtype, read: Read | None
+) -> Iterator[Tensor]:
     """Yield what is written of a tensor; where it is gathered or read, some rows at a time."""
+    if isinstance(source, JoinedRows):
+        for rows_of_it in source.tensors:
+            yield from _parts(rows_of_it, dtype, read)
+        return
     tensor = source.tensor if isinstance(source, TensorPart) else source
     region = source.region if isinstance(source, TensorPart) else ()
     # A 0-d tensor is one row here.
@@ -228,7 +245,11 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def _written_dtype(source: Tensor | TensorPart, dtype: torch.dtype | None) -> torch.dtype:
+def _written_dtype(
+    source: Tensor | TensorPart | JoinedRows, dtype: torch.dtype | None
+) -> torch.dtype:
+    if isinstance(source, JoinedRows):
+        source = source.tensors[0]
     tensor = source.tensor if isinstance(source, TensorPart) else source
     if dtype and isinstance(tensor, DTensor):
         return dtype

@@ -8,7 +8,7 @@ the base then reads what was trained.
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -26,8 +26,8 @@ from tunesmith.model.names import (
     name_in_whole,
 )
 from tunesmith.model.safetensors_files import Entry, has_weights, read_headers, read_json
-from tunesmith.model.save_tensors import Source, TensorPart
-from tunesmith.model.shipped_entries import read_entries
+from tunesmith.model.save_tensors import JoinedRows, Source, TensorPart
+from tunesmith.model.shipped_entries import StoredEntry, read_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # slow, and a plan needs none
@@ -73,35 +73,51 @@ def in_stored_form(
     names = assign_names(model, headers, tensors.keys())
     frozen = {name for name, p in vision_parameters(model) if not p.requires_grad}
     written: dict[str, Source] = {}
-    as_transformers = False
+    # Stored name -> where each of its rows' parameters begins, and that parameter.
+    split: dict[str, dict[int, Tensor]] = {}
     for name, entry in names.stored():
-        if name in frozen and isinstance(entry, Entry):
-            written[entry.name] = entry
-        elif isinstance(entry, Pieces):
+        if isinstance(entry, Pieces):
             for piece in entry.pieces:
                 # Only named here: it is cut when it is written.
                 part = TensorPart(tensors[name], piece.region, piece.stacked)
                 written[piece.entry.name] = part
+        elif name in names.split:
+            split.setdefault(entry.name, {})[entry.start] = tensors[name]
         else:
-            written[entry.name] = tensors[name]
-            if is_in_whole(model) and entry.name != name_in_whole(model, name):
-                as_transformers |= entry.name == name_in_checkpoint(model, name)
+            written[entry.name] = _check_plain(entry) if name in frozen else tensors[name]
+    for stored, parts in split.items():
+        written[stored] = JoinedRows(tuple(parts[start] for start in sorted(parts)))
+    # A head that is not tied any more; an embedding that was stored as the head.
     for name in tensors.keys() - names.groups.keys():
-        # A head that is not tied any more; an embedding that was stored as the head.
-        stored = name_in_checkpoint if as_transformers else name_in_whole
-        written[stored(model, name)] = tensors[name]
+        written[_name_like_others(model, name, names.groups, written)] = tensors[name]
     # What the model does not have: copied from the base's files, as what is never trained.
-    for aside in names.aside:
-        if not isinstance(aside, Entry):
-            raise ModelError(
-                f"{aside.name}, which is not part of the text model, is quantized",
-                where=str(aside.file),
-                why="the other parts of a trained text model are saved unquantized",
-                fix="use the adapter, which loads on the original base",
-            )
-        written[aside.name] = aside
+    written |= {aside.name: _check_plain(aside) for aside in names.aside}
     # On every rank in one order: writing is a collective call.
     return dict(sorted(written.items()))
+
+
+def _name_like_others(
+    model: "PreTrainedModel", name: str, others: Iterable[str], stored: Container[str]
+) -> str:
+    """Return the name that Transformers writes, if others are stored under such names, or the name
+    in the entire model.
+    """
+    for other in others:
+        renamed = name_in_checkpoint(model, other)
+        if renamed != name_in_whole(model, other) and renamed in stored:
+            return name_in_checkpoint(model, name)
+    return name_in_whole(model, name)
+
+
+def _check_plain(aside: StoredEntry) -> Entry:
+    if isinstance(aside, Entry):
+        return aside
+    raise ModelError(
+        f"{aside.name}, which is not part of the text model, is quantized",
+        where=str(aside.file),
+        why="the other parts of a trained text model are saved unquantized",
+        fix="use the adapter, which loads on the original base",
+    )
 
 
 def bytes_aside(folder: Path, parameters: int) -> int:
