@@ -49,7 +49,7 @@ def test_they_are_those_of_a_real_forward(family: str, tmp_path: Path) -> None:
         inputs = inputs_of(load(other, AutoConfig.from_pretrained(other)))
     else:
         inputs = inputs_of(load(tmp_path, config))
-    stated = Model(name=family, dtype="fp32")
+    stated = Model(name=family, dtype="fp32", vision=True)
     on_meta = build_on_meta(config.get_text_config(), stated, whole=config)
     model = AutoModelForImageTextToText.from_config(
         config, dtype=torch.float32, attn_implementation="eager"

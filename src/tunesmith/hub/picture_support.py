@@ -103,7 +103,7 @@ def add_vision(spec: ModelSpec, whole: PretrainedConfig, processor: PictureProce
     pixels = processor.pixels([Image.new("RGB", TYPICAL_SIZE)])
 
     def measure() -> VisionSize:
-        stated = Model(name=whole.model_type, dtype="fp32")
+        stated = Model(name=whole.model_type, dtype="fp32", vision=True)
         model = build_on_meta(whole.get_text_config(), stated, whole=whole)
         parameters = sum(parameter.numel() for _, parameter in vision_parameters(model))
         projector = 0
