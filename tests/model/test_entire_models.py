@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import default_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from families import default_config
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.checkpoint.contents import write_model_files
