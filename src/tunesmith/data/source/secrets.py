@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 # What a secret is -> a text that each of its kind has, which is found much faster than the
 # pattern, and the pattern.
-_FORMS = {
+_SECRET_KINDS = {
     "an OpenAI or Anthropic key": ("sk-", r"(?<![\w-])sk-(?=[\w-]*\d)[\w-]{20,}"),
     "a GitHub token": ("gh", r"(?<!\w)gh[pousr]_[A-Za-z0-9]{36,}"),
     "a GitHub access token": ("github_pat_", r"(?<!\w)github_pat_\w{50,}"),
@@ -25,10 +25,10 @@ _FORMS = {
         r"[^\s:/@\"'<>{}$*]{4,}@\w",
     ),
 }
-_PATTERNS = [(kind, text, re.compile(pattern)) for kind, (text, pattern) in _FORMS.items()]
+_PATTERNS = [(kind, text, re.compile(pattern)) for kind, (text, pattern) in _SECRET_KINDS.items()]
 
 
-def find_secrets(value: object) -> Iterator[str]:
+def secrets_in(value: object) -> Iterator[str]:
     """Yield what each secret in the texts of a JSON value is, without the secret itself."""
     if isinstance(value, str):
         for kind, text, pattern in _PATTERNS:
@@ -36,4 +36,4 @@ def find_secrets(value: object) -> Iterator[str]:
                 yield from (kind for _ in pattern.finditer(value))
     elif isinstance(value, list | dict):
         for item in value if isinstance(value, list) else value.values():
-            yield from find_secrets(item)
+            yield from secrets_in(item)

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
-# Items that are calls. The result of each is another item.
-CALLS = ("function_call", "custom_tool_call", "local_shell_call")
 # Anthropic's names of parts. Others are texts, or written as such.
 _KINDS = {"thinking": "thought", "tool_use": "call", "tool_result": "result"}
 # Why an answer ends that was cut off: in the Responses API, in Anthropic's API, and in chats.
@@ -92,16 +90,18 @@ def _parts_of_item(
 
 def _given_parts(item: Mapping[str, Any], notes: Counter[str]) -> list[Mapping[str, Any]]:
     """Return the parts of an item in the form of Anthropic's API."""
-    kind = item.get("type", "message")
+    kind = str(item.get("type", "message"))
     content = item.get("content")
-    if "output" in item or item.get("role") == "tool":
-        call_id = item.get("call_id", item.get("tool_call_id"))
+    call_id = item.get("call_id", item.get("tool_call_id"))
+    if kind.endswith("_output") or item.get("role") == "tool":
         output = item.get("output", content)
         return [{"type": "tool_result", "tool_use_id": call_id, "content": output}]
-    if kind in CALLS:
-        arguments = item.get("arguments", item.get("action", {"input": item.get("input")}))
-        name = item.get("name", "local_shell")
-        return [{"type": "tool_use", "id": item.get("call_id"), "name": name, "input": arguments}]
+    # A call without an id is one whose result the model got in another way.
+    if kind.endswith("_call") and call_id:
+        name = item.get("name", kind.removesuffix("_call"))
+        keys = [key for key in ("arguments", "action", "operation") if key in item]
+        arguments = item[keys[0]] if keys else {"input": item.get("input")}
+        return [{"type": "tool_use", "id": call_id, "name": name, "input": arguments}]
     if kind == "reasoning":
         return [{"type": "thinking", "thinking": content or item.get("summary")}]
     if item.get("role") not in _ROLES:

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.source.secrets import find_secrets
-from tunesmith.data.source.session_turns import CALLS, join_parts, parts_of
+from tunesmith.data.source.secrets import secrets_in
+from tunesmith.data.source.session_turns import join_parts, parts_of
 from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
@@ -53,7 +53,7 @@ _Lines = Iterable[tuple[int, dict[str, Any]]]
 def session_form(path: Path) -> str:
     """Return who wrote a file of sessions; empty for a file of other lines."""
     form: str | None = ""
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file():
         with open_uncached(path) as file:
             for _ in range(_HEAD_LINES):
                 try:
@@ -77,7 +77,8 @@ def _form_of_line(line: object) -> str | None:
     if line.get("role") == "session_meta" or line.keys() >= _HERMES_KEYS:
         return "Hermes"
     is_message = {"role", "content"} <= line.keys() <= _MESSAGE_KEYS
-    is_item = str(kind).removesuffix("_output") in (*CALLS, *_COMPACTIONS, "reasoning")
+    is_item = "call_id" in line and str(kind).endswith(("_call", "_output"))
+    is_item = is_item or kind in (*_COMPACTIONS, "reasoning")
     if is_message or is_item or "message_data" in line:
         return "OpenAI Agents"
     return None if isinstance(kind, str) and line.keys() & _CLAUDE_KEYS else ""
@@ -140,7 +141,7 @@ def _read_row(
             raise _unknown_line(lines.where(i), error) from None
         for part in of_line:
             size += len(part.value or "")
-            secrets += [f"{lines.where(i)}: {kind}" for kind in find_secrets(part.value)]
+            secrets += [f"{lines.where(i)}: {kind}" for kind in secrets_in(part.value)]
             parts.append(part._replace(is_trained=part.is_trained and i >= start))
     return {"messages": join_parts(parts, notes), "tools": tools}, secrets
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.data.rows.messages import is_said
 from tunesmith.data.rows.samples import Completion, Conversation, Message, Sample
-from tunesmith.data.source.secrets import find_secrets
+from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.text.thoughts import THOUGHT_TAGS
 
 
@@ -178,7 +178,7 @@ def row_warnings(sample: Sample, *, raw: bool) -> Iterator[str]:
     else:
         texts = [sample.text]
     # All that a message says or calls.
-    if any(find_secrets(sample.messages if isinstance(sample, Conversation) else texts)):
+    if any(secrets_in(sample.messages if isinstance(sample, Conversation) else texts)):
         yield "secret"
     if any(_OPENS_ANSWER.search(text[-_HEADER_CHARACTERS:]) for text in questions):
         yield "written_turns"
