@@ -189,6 +189,10 @@ def claude_meta() -> list[Line]:
     return c.lines
 
 
+def claude_repeated() -> list[Line]:
+    return [*claude_parallel(), *claude_parallel()[2:5]]
+
+
 def claude_cut() -> list[Line]:
     c = Claude()
     c.add("user", "Hi")
@@ -290,7 +294,7 @@ def hermes(*messages: Line, **keys: object) -> Line:
 
 HERMES_CHAT = (
     chat("user", "Look"),
-    chat("assistant", "", tool_calls=[chat_call("a"), chat_call("b")], reasoning="Twice."),
+    chat("assistant", None, tool_calls=[chat_call("a"), chat_call("b")], reasoning="Twice."),
     chat("tool", "ok", tool_call_id="a", tool_name="ls"),
     chat("tool", "no", tool_call_id="b", tool_name="ls"),
     chat("assistant", "Done."),
@@ -303,6 +307,9 @@ def stored(session: str, item_: Line) -> Line:
     return {"session_id": session, "message_data": json.dumps(item_)}
 
 
+PARALLEL = (
+    "u:Read both | a:<think>/Two files./</think>//I read. >a >b | t:a=ok | t:b=1//2 | a:Done."
+)
 READ_BOTH = "u:Read both | a:>a >b | t:a=ok | t:b=ok | a:Done."
 KEPT = [
     "u:Start | a:Started. | u:Keep | a:Kept.",
@@ -317,14 +324,8 @@ BRANCHES = "lines of other branches, left out"
 # Name -> the lines of a file, its rows, and what of it is counted.
 FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
     "claude plain": (claude_plain(), ["u:Hi | a:Hello."], {}),
-    "claude parallel": (
-        claude_parallel(),
-        [
-            "u:Read both | a:<think>/Two files./</think>//I read. >a >b | t:a=ok | t:b=1//2"
-            " | a:Done."
-        ],
-        {},
-    ),
+    "claude parallel": (claude_parallel(), [PARALLEL], {}),
+    "claude repeated": (claude_repeated(), [PARALLEL], {"repeated lines, left out": 3}),
     "claude parallel, mixed": (claude_parallel_mixed(), [READ_BOTH], {}),
     "claude compacted": (
         claude_compacted(),
@@ -601,14 +602,16 @@ def test_a_broken_line_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        {"type": "user", "uuid": "u0", "message": {"role": "user", "content": [1]}},
-        {"type": "user", "uuid": "u0", "message": {"role": "user", "tool_calls": [1]}},
+        {"type": "user", "uuid": "u5", "message": {"role": "user", "content": [1]}},
+        {"type": "user", "uuid": "u5", "message": {"role": "user", "tool_calls": [1]}},
         {"session_id": "s", "message_data": "{"},
         [1],
     ],
 )
 def test_a_line_of_another_form_is_an_error(line: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / "s.jsonl", [claude_plain()[0], line, claude_plain()[1]])
+    path = write(
+        tmp_path / "s.jsonl", [claude_plain()[0], line, {**claude_plain()[1], "parentUuid": "u5"}]
+    )
     with refuses(DataError, where=f"{path}:2"):
         read_rows(Source(source=str(path), format="messages"))
 

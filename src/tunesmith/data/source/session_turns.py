@@ -121,10 +121,12 @@ def _text(content: object, notes: Counter[str]) -> str:
     """Join the texts of a content. Another part is written as its type, and counted."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
-        text = part.get("text") if isinstance(part, dict) else part
-        if text is None and isinstance(part, dict):
-            text = f"[{part.get('type')}]"
-            notes[f"parts without a text, written as {text}"] += 1
+        text = part
+        if isinstance(part, dict):
+            kind = part.get("type")
+            text = part.get("text", f"[{kind}]")
+            if "text" not in part:
+                notes[f"parts without a text, written as [{kind}]"] += 1
         texts.append(str(text or ""))
     return "\n\n".join(text for text in texts if text.strip())
 

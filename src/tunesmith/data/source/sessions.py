@@ -179,6 +179,9 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
         if not message and "uuid" not in line:
             notes[f"lines of type {kind}, left out"] += 1
             continue
+        if str(line.get("uuid")) in transcript.numbers:
+            notes["repeated lines, left out"] += 1
+            continue
         agent = transcript.place(i, line)
         if isinstance(message, dict):
             transcript.turns[agent].append(i)
@@ -200,12 +203,13 @@ class _Transcript:
     of its calls, belong to the path.
 
     Attributes:
+        numbers: the line of each uuid.
         turns: the lines of each subagent with messages; those of the session are under "".
     """
 
     def __init__(self) -> None:
         self.turns: dict[str, list[int]] = defaultdict(list)
-        self._numbers: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
         self._parents: dict[int, int | None] = {}
         # The first line after a compaction -> the last line before it.
         self._compactions: dict[int, int | None] = {}
@@ -221,7 +225,7 @@ class _Transcript:
     def place(self, i: int, line: Mapping[str, Any]) -> str:
         """Place a line behind the one that it follows; return its subagent."""
         uuid = str(line.get("uuid", i))
-        parent = self._numbers.get(str(line.get("parentUuid")))
+        parent = self.numbers.get(str(line.get("parentUuid")))
         agent = str(line.get("agentId") or line.get("parent_tool_use_id") or "")
         if line.get("isSidechain") and not agent:
             agent = self._agents.get(parent) or uuid
@@ -229,14 +233,14 @@ class _Transcript:
         if "parentUuid" not in line:
             parent = before
         if line.get("subtype") == "compact_boundary":
-            self._compactions[i] = self._numbers.get(str(line.get("logicalParentUuid")), before)
+            self._compactions[i] = self.numbers.get(str(line.get("logicalParentUuid")), before)
             parent = None
             about = line.get("compactMetadata") or {}
             kept = about.get("preservedMessages") or about.get("preservedSegment") or {}
             first = str(kept.get("headUuid", (kept.get("uuids") or [""])[0]))
-            if first in self._numbers:
-                self._kept[self._numbers[first]] = (i, str(kept.get("anchorUuid")))
-        self._numbers[uuid] = self._latest[agent] = i
+            if first in self.numbers:
+                self._kept[self.numbers[first]] = (i, str(kept.get("anchorUuid")))
+        self.numbers[uuid] = self._latest[agent] = i
         self._parents[i] = parent
         self._agents[i] = agent
         return agent
@@ -284,7 +288,7 @@ class _Transcript:
             boundary, anchor = self._kept.get(at, (end, ""))
             at = self._parents[at]
             if boundary < end:
-                at = max(boundary, self._numbers.get(anchor, 0))
+                at = max(boundary, self.numbers.get(anchor, 0))
         return list(path)
 
 
