@@ -34,7 +34,7 @@ from tunesmith.errors import CheckpointError, ModelError, TunesmithError
 from tunesmith.host.files import require_disk_space
 from tunesmith.inference.load_run import RunLocation, read_run_files
 from tunesmith.model.safetensors_files import Entry, read_json
-from tunesmith.model.save_tensors import TensorPart
+from tunesmith.model.save_tensors import JoinedRows, TensorPart
 from tunesmith.model.stored_form import MODEL_CONFIG, in_stored_form, updated_config
 from tunesmith.tools.export.gguf.converter import Converter
 from tunesmith.tools.export.gguf.ollama import guard_template
@@ -309,19 +309,32 @@ def _lazy_tensors(tuned: TunedModel) -> dict[str, Callable[[], Any]]:
         # Copied from the base's files: parts that are not in the text model.
         if isinstance(source, Entry):
             continue
-        tensor = source if isinstance(source, torch.Tensor) else source.tensor
+        sources = source.tensors if isinstance(source, JoinedRows) else (source,)
+        pieces = []
+        for piece in sources:
+            tensor = piece.tensor if isinstance(piece, TensorPart) else piece
+            pieces.append((weights[id(tensor)], piece))
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         makers[name] = partial(
             import_module("conversion.base").LazyTorchTensor,
             meta=torch.empty(source.shape, dtype=dtype, device="meta"),
-            args=(weights[id(tensor)], source, dtype),
+            args=(pieces, dtype),
             func=_read_stored,
         )
     return makers
 
 
-def _read_stored(weight: TunedWeight, source: Tensor | TensorPart, dtype: torch.dtype) -> Tensor:
-    """Read a tensor, or the part of it that the base stores as one tensor."""
+def _read_stored(
+    pieces: list[tuple[TunedWeight, Tensor | TensorPart]], dtype: torch.dtype
+) -> Tensor:
+    """Read what the base stores as one tensor: the rows of one or more pieces."""
+    if len(pieces) == 1:
+        return _read_piece(*pieces[0], dtype)
+    return torch.cat([_read_piece(weight, piece, dtype) for weight, piece in pieces])
+
+
+def _read_piece(weight: TunedWeight, source: Tensor | TensorPart, dtype: torch.dtype) -> Tensor:
+    """Read a tensor, or a part of it."""
     if not weight.shape:
         return weight.rows(0, 1)
     region = tuple(slice(0, size) for size in weight.shape)
