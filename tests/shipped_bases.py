@@ -101,19 +101,22 @@ def write_fp8_stacks(plain: Path, folder: Path, block: tuple[int, int] | None) -
     """A copy of a checkpoint in FP8 whose experts are stacks, with Mistral Small 4's names: the
     scales of a stack, and those of its inputs, follow its own name.
     """
-    write_fp8(plain, folder, block, keep=("mlp.gate.", "experts"))
+    write_fp8(plain, folder, block, keep=("mlp.gate.", ".experts."))
     tensors: Tensors = {}
     experts: dict[str, list[torch.Tensor]] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         before, found, after = name.partition(".experts.")
         if not found:
             tensors[name] = weight
-            continue
-        key = "down_proj" if "down" in after else "gate_up_proj"
-        experts.setdefault(f"{before}.experts.{key}", []).append(weight.float())
+        elif weight.ndim == 3:
+            experts[name] = list(weight.float())
+        else:
+            key = "down_proj" if "down" in after else "gate_up_proj"
+            experts.setdefault(f"{before}.experts.{key}", []).append(weight.float())
+    count = min(len(weights) for weights in experts.values())
     for name, weights in experts.items():
         # By their names, an expert's gate comes before its up projection.
-        parts = 2 if name.endswith("gate_up_proj") else 1
+        parts = len(weights) // count
         joined = [torch.cat(weights[i : i + parts]) for i in range(0, len(weights), parts)]
         codes, scales = zip(*(rounded(weight, block) for weight in joined), strict=True)
         tensors[name] = torch.stack(codes)

@@ -92,7 +92,9 @@ def test_learning_rates_are_those_of_choosing_or_the_recipe_says_why_not() -> No
         run = load_recipe(name)
         config = config_of_model(run.model.name)
         assert config is not None, name
-        rate = default_learning_rate(run.adapter.kind, config["model_type"], config["hidden_size"])
+        text = config.get("text_config", config)
+        assert isinstance(text, dict)
+        rate = default_learning_rate(run.adapter.kind, text["model_type"], text["hidden_size"])
         if run.method.name != "sft":
             rate = float(f"{rate * PREFERENCE_RATE:.1e}")
         text = path.read_text(encoding="utf-8")

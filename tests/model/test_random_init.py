@@ -109,12 +109,13 @@ def test_a_shape_has_the_parameters_of_its_model(
         ("qwen3.5-9b", 8.95), ("qwen3.5-4b", 4.2), ("qwen3.8-27b", 26.9), ("gemma-4-31b", 30.7), ("ministral-3-8b", 8.49),
         ("glm-4-9b", 9.4), ("olmo-3-7b", 7.3), ("nemotron-3-nano", 31.6),
         ("qwen3-30b-a3b", 30.5), ("qwen3.6-35b-a3b", 34.7), ("gpt-oss-20b", 20.9),
-        ("gpt-oss-120b", 116.8), ("gemma-4-26b-a4b", 25.2), ("llama-4-scout", 107.8),
+        ("gpt-oss-120b", 116.8), ("gemma-4-26b-a4b", 25.2), ("llama-4-scout", 107.8), ("gemma-4-12b", 11.91), ("muse-glimmer-30b", 27.9),
+        ("mistral-small-4", 119.0),
     ],
 )  # fmt: skip
 def test_a_measured_shape_has_the_size_of_its_model(name: str, billions: float) -> None:
-    config = measured_spec.text_config(SHAPES[name].config, where=name)
-    model = build_to_measure(config)
+    config, whole = measured_spec.read_configs(SHAPES[name].config, where=name)
+    model = build_to_measure(config, whole=whole)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     digits = len(str(billions).partition(".")[2])
     assert round(parameters / 1e9, digits) == billions

@@ -2,7 +2,8 @@
 arithmetic.
 
 Token ids are left out: they depend on the tokenizer. `mistral-7b` is version 0.3, which has no
-sliding window. Of a checkpoint with images it is the text model's part. Where no copy of the file
+sliding window. If Transformers has a class of the text model, a checkpoint with images is the text
+model's part here. Where no copy of the file
 itself was at hand, the values are those that libraries give for the model; the recipes name them,
 and the parameters they make are the published ones. The models of all recipes that ship are among
 them, so that a run of one is planned without the Hub.

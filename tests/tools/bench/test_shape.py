@@ -32,6 +32,11 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # Of shapes that have other sizes too.
 OTHER_SIZES: dict[str, dict[str, Any]] = {
     "gemma-4-31b": {"global_head_dim": 32, "num_global_key_value_heads": 2},
+    "gemma-4-12b": {"global_head_dim": 32, "num_global_key_value_heads": 1},
+    "mistral-small-4": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 8,
+        "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    },
     "nemotron-3-nano": {
         "hybrid_override_pattern": "ME*E", "num_hidden_layers": 4, "mamba_num_heads": 4, "mamba_head_dim": 32,
         "n_groups": 2, "ssm_state_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -63,7 +68,13 @@ def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path
     folder.mkdir()
     out.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
-    write_shape(folder, {**SHAPES[name].config, **SIZES, **OTHER_SIZES.get(name, {})}, str(tiny))
+    config = dict(SHAPES[name].config)
+    sizes = SIZES | OTHER_SIZES.get(name, {})
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | sizes
+    else:
+        config |= sizes
+    write_shape(folder, config, str(tiny))
     assert not list(folder.glob("*.safetensors"))
     keys = ["data.seq_len=128", "train.global_batch=256 tokens", "train.micro_batch=256 tokens"]
     run = shape_recipe(

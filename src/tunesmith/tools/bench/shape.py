@@ -1,5 +1,6 @@
 """A shape as a recipe: a model folder with config and tokenizer but no weights, and its recipe."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,18 +25,16 @@ def write_shape(folder: Path, config: Mapping[str, Any], tokenizer: str) -> str:
     """
     model_spec(config, where="--shape")
     loaded = load_tokenizer(fetch_without_weights(tokenizer), Model(name=str(folder)))
+    values = copy.deepcopy(dict(config))
+    text = values.get("text_config", values)
     # The ids of the shape's own tokenizer mean nothing with another one.
-    values = {
-        **config,
-        "bos_token_id": loaded.bos_token_id,
-        "eos_token_id": loaded.eos_token_id,
-        "pad_token_id": loaded.pad_token_id,
-    }
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        text[token] = getattr(loaded, token)
     change = ""
     size = len(loaded)
-    rows = config["vocab_size"]
+    rows = text["vocab_size"]
     if size > rows:
-        values["vocab_size"] = size
+        text["vocab_size"] = size
         change = f"vocabulary of {size:,} instead of {rows:,}: the tokenizer's ids must fit"
     (folder / "config.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     loaded.save_pretrained(folder)
