@@ -12,7 +12,7 @@ from errors import refuses
 from export.tiny_gguf import header_of, random_model, tensor_rows
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError
-from tunesmith.tools.export.gguf.adapter import plan_adapter
+from tunesmith.tools.export.gguf.adapter import AdapterTarget, plan_adapter
 from tunesmith.tools.export.gguf.families import pair_neighbors
 from tunesmith.tools.export.gguf.plan import GgufPlan
 from tunesmith.tools.export.gguf.write import write_gguf
@@ -37,7 +37,7 @@ def plan_of_adapter(config: dict, settings: dict, tensors: dict, **more: int) ->
     adapter = Adapter(
         rank=settings["r"], alpha=settings["lora_alpha"], rslora=settings["use_rslora"]
     )
-    return plan_adapter(config, adapter, rows, name="tiny", **more)
+    return plan_adapter(config, rows, AdapterTarget("tiny", adapter, **more))
 
 
 def test_rows_of_b_change_places_and_a_stays(tmp_path: Path) -> None:

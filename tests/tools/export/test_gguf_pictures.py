@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import conftest
@@ -13,7 +14,10 @@ from errors import holds, refuses
 from export.tiny_gguf import chat_tokenizer
 from picture_runs import picture_run, write_mixed, write_vision_model
 from tunesmith.errors import ModelError
+from tunesmith.inference.load_run import locate_run, read_run_files
+from tunesmith.tools.export.gguf.check import check_file
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
+from tunesmith.tools.export.tuned_weights import open_tuned_model
 from tunesmith.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -61,7 +65,16 @@ def test_the_text_model_answers_as_the_tuned_one(
     assert exported.check.base is not None
     # f16 weights, and llama.cpp's keys and values in fp16
     assert exported.check.tuned.mean_kl < 1e-4 < exported.check.base.mean_kl
-    with refuses(
-        ModelError, where="--adapter", names=["vision-language"], fix=["without --adapter"]
-    ):
-        export_adapter(run.output_dir, tmp_path / "lora.gguf")
+    if projector:
+        with refuses(ModelError, where="--adapter", fix=["without --adapter"]):
+            export_adapter(run.output_dir, tmp_path / "lora.gguf")
+        return
+    export_adapter(run.output_dir, tmp_path / "lora.gguf")
+    export_gguf(model, tmp_path / "base.gguf", quant="f16", check=False)
+    tuned = open_tuned_model(read_run_files(locate_run(run.output_dir)))
+    files = tmp_path / "lora.gguf", tmp_path / "base.gguf"
+    check = check_file(
+        files[0], tuned, tuned, base_file=files[1], device=torch.device("cpu"), threads=1
+    )
+    assert check.base is not None
+    assert check.tuned.mean_kl < 1e-4 < check.base.mean_kl

@@ -33,7 +33,7 @@ from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.gguf_tokenizer import PRE_TOKENIZER_TABLE, read_file_tokenizer
 from tunesmith.model.tokenizer import load_tokenizer
 from tunesmith.tools.export.gguf import tokenizer as header_room
-from tunesmith.tools.export.gguf.adapter import plan_adapter
+from tunesmith.tools.export.gguf.adapter import AdapterTarget, plan_adapter
 from tunesmith.tools.export.gguf.llama_cpp import UNREPORTED, LlamaCpp
 from tunesmith.tools.export.gguf.tokenizer import read_gguf_tokenizer
 from tunesmith.tools.export.gguf.write import write_gguf
@@ -217,12 +217,8 @@ def test_an_adapter_gives_the_logits_of_peft(variant, rslora, tokenizer, tmp_pat
     rows = {
         name: tensor_rows(t.contiguous()) for name, t in get_peft_model_state_dict(tuned).items()
     }
-    plan = plan_adapter(
-        model.config.to_dict(),
-        Adapter(rank=config.r, alpha=config.lora_alpha, rslora=rslora),
-        rows,
-        name="tiny",
-    )
+    adapter = Adapter(rank=config.r, alpha=config.lora_alpha, rslora=rslora)
+    plan = plan_adapter(model.config.to_dict(), rows, AdapterTarget("tiny", adapter))
     write_gguf(plan, tmp_path / "adapter.gguf")
     with LlamaCpp(base, tmp_path / "adapter.gguf") as server:
         assert largest_difference(server, tuned) < NOISE

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 
-from tunesmith.adapter.peft_files import read_adapter
+from tunesmith.adapter.peft_files import PREFIX, read_adapter
 from tunesmith.checkpoint.manifest import digest_of_file
 from tunesmith.errors import (
     CheckpointError,
@@ -43,17 +43,19 @@ from tunesmith.inference.load_run import (
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.model.decoder import find_text_part, is_in_text
 from tunesmith.model.gguf_writers import gguf_writer
-from tunesmith.model.names import is_in_whole
+from tunesmith.model.names import is_in_whole, name_in_text
 from tunesmith.model.safetensors_files import (
     ADAPTER_WEIGHTS,
     read_json,
     weights_digest,
 )
+from tunesmith.model.stored_form import MODEL_CONFIG
 from tunesmith.model.weights import stored_tensors
 from tunesmith.run_dir import read_env
-from tunesmith.tools.export.gguf.adapter import GgufBase, plan_adapter
+from tunesmith.tools.export.gguf.adapter import AdapterTarget, GgufBase, plan_adapter
 from tunesmith.tools.export.gguf.check import FileCheck, check_file, require_same_model
 from tunesmith.tools.export.gguf.convert_with_llama_cpp import Conversion, WrittenFile, convert
+from tunesmith.tools.export.gguf.converted_adapter import plan_converted_adapter
 from tunesmith.tools.export.gguf.converter import Converter, find_converter, missing_converter
 from tunesmith.tools.export.gguf.llama_cpp import has_llama_cpp
 from tunesmith.tools.export.gguf.ollama import MODELFILE, guard_template, modelfile_text
@@ -261,6 +263,7 @@ def export_adapter(
     check: bool = True,
     device: str | None = None,
     trust_remote_code: bool = False,
+    converter: str | os.PathLike[str] | None = None,
     checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExportedFile:
     """Write the LoRA of a run alone as a GGUF file, to be served beside that of its base.
@@ -268,7 +271,8 @@ def export_adapter(
     Where the run's base is a GGUF file, the adapter is for that very file and no other, and the two
     together are compared with the tuned model.
 
-    Args: as of `export_gguf`; for Ollama a folder whose Modelfile names both files.
+    Args: as of `export_gguf`; `converter` as for `find_converter`; for Ollama a folder whose
+        Modelfile names both files.
 
     Raises: as `export_gguf`; UsageError where the run has no adapter, or for Ollama no GGUF file as
         base; ModelError where the base is not the file that the run was trained on.
@@ -283,24 +287,13 @@ def export_adapter(
     file_name = f"{goal.name}-lora.gguf" if for_ollama else goal.name
     with undeleted(location):
         read = read_run_files(location)
-        _check_text_model(read)
         base = _find_gguf_base(read)
         chat_template = _other_template(read) if base else None
         if for_ollama:
             _check_for_ollama(read, base)
         tuned = open_tuned_model(read)  # checks that base and adapter fit
-        with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
-            weights = {}
-            for name, tensor in stored.items():
-                weights[name] = StoredRows(tensor, torch.float32, tensor.shape)
-        plan = plan_adapter(
-            read.files.config.to_dict(),
-            read_adapter(folder),
-            weights,
-            name=goal.stem,
-            added_tokens=len(read.recipe.model.added_tokens),
-            base=base,
-        )
+        command = ["tunesmith", "export", path, "--to", "gguf", "--adapter", "--output", output]
+        plan = _plan_adapter(tuned, folder, goal.stem, base, converter, shell_command(command))
         unchecked = _why_unchecked(check)
         if base is None:
             unchecked = "the GGUF file of its base is not known"
@@ -530,15 +523,40 @@ def _text_weights(tuned: TunedModel) -> Mapping[str, TunedWeight]:
     return weights
 
 
-def _check_text_model(read: OpenedRun) -> None:
-    """ModelError for the adapter of a vision-language model, whose layers have other names."""
-    if read.files.whole is not None:
-        raise ModelError(
-            "the adapter of a vision-language model is not exported to GGUF",
-            where="--adapter",
-            why="its layers have other names than those of llama.cpp's text models",
-            fix="export the model: without --adapter",
-        )
+def _plan_adapter(
+    tuned: TunedModel,
+    folder: Path,
+    name: str,
+    base: GgufBase | None,
+    converter: str | os.PathLike[str] | None,
+    command: str,
+) -> GgufPlan:
+    """Return the file of the adapter in `folder`; `command` is the user's, for an error."""
+    with stored_tensors(folder / ADAPTER_WEIGHTS) as stored:
+        weights = {}
+        for stored_name, tensor in stored.items():
+            in_text = _adapter_name_in_text(tuned, stored_name)
+            weights[in_text] = StoredRows(tensor, torch.float32, tensor.shape)
+    target = AdapterTarget(name, read_adapter(folder), len(tuned.recipe.model.added_tokens), base)
+    config = tuned.model.config.get_text_config()
+    if gguf_writer(config.model_type) == "own":
+        return plan_adapter(config.to_dict(), weights, target)
+    found = find_converter(converter)
+    if found is None:
+        raise missing_converter(config.model_type, command)
+    stated = read_json(tuned.files.folder / MODEL_CONFIG)
+    return plan_converted_adapter(stated, config, weights, target, found)
+
+
+def _adapter_name_in_text(tuned: TunedModel, name: str) -> str:
+    """Return the name that a tensor of the adapter's file would have if the model were the text
+    model alone.
+    """
+    prefix, _ = find_text_part(tuned.model)
+    name = name_in_text(tuned.model, name.removeprefix(PREFIX))
+    if prefix:
+        name = re.sub(f"^{re.escape(prefix)}[.]", "model.", name)
+    return PREFIX + name
 
 
 def _find_base(tuned: TunedModel) -> TunedModel | None:
