@@ -42,7 +42,7 @@ SCRIPT = "convert_lora_to_gguf.py"
 # multiplies by some weights without the adapter, and says nothing.
 ADAPTED_TYPES = frozenset(
     """
-    gemma4_text glm4 gpt_oss llama4_text ministral3 nemotron_h olmo3 qwen3_5_moe_text qwen3_5_text
+    gpt_oss olmo3 qwen3_5_moe_text qwen3_5_text
     qwen3_moe
     """.split()
 )
