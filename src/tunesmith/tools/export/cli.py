@@ -131,7 +131,7 @@ def check_options(args: argparse.Namespace) -> None:
             fix=f"one of {', '.join(QUANTS_OF_TARGET[args.to])}",
         )
     if args.adapter:
-        check_not_given(args, ("quant", "converter"), "is for a whole model")
+        check_not_given(args, ("quant",), "is for a whole model")
     if args.to == "transformers":
         options = ("quant", "adapter", "converter", "force", "threads", "no_check", "device")
         check_not_given(args, options, "is for --to gguf, ollama or vllm")

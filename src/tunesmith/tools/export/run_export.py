@@ -39,13 +39,13 @@ def export_for_gguf(args: argparse.Namespace) -> None:
             export = partial(
                 export_gguf,
                 quant=args.quant or DEFAULT_QUANT,
-                converter=args.converter,
                 progress=lambda size, total: progress("MB written", size // 10**6, total // 10**6),
             )
         exported = export(
             args.run,
             args.output,
             for_ollama=args.to == "ollama",
+            converter=args.converter,
             force=args.force,
             threads=args.threads,
             check=not args.no_check,
