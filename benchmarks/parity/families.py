@@ -1,4 +1,4 @@
-"""Measure how every causal model type of Transformers trains: packed, padded or not at all.
+"""Measure how every causal and multimodal model type of Transformers trains: packed, padded or not at all.
 
     python benchmarks/parity/families.py              # print each type, and compare with the table that ships
     python benchmarks/parity/families.py llama4_text  # some types
@@ -6,7 +6,9 @@
 
 Each type's own config is shrunk to a twin (`model/twin.py`), and two documents in one row are
 compared with each of them alone under Transformers' own attention, in logits and every gradient
-(`model/support.py`). What its memory is planned by must be measurable on meta
+(`model/support.py`). Of a multimodal model the text model is trained: in its own class, whose logits
+must be those of the entire model, or else in the class of the entire model. With pictures the
+families are measured whose processor `tests/vision.py` has. What its memory is planned by must be measurable on meta
 (`model/measured_spec.py`). It ends with 1, and names the types, where one trains otherwise than the
 table says: a release of Transformers has changed it.
 """
@@ -17,6 +19,7 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -28,25 +31,36 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
+from tunesmith.data.text.placeholders import PictureProcessor
 from tunesmith.errors import ModelError
+from tunesmith.hub.picture_support import make_picture_row
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.measured_spec import measure_spec
 from tunesmith.model.model_types import (
     FILE,
     Errors,
     ModelType,
+    Pictures,
     Support,
     measured_with,
     read_model_types,
 )
+from tunesmith.model.names import has_own_class
 from tunesmith.model.spec import check_supported
-from tunesmith.model.support import TUNED_SUPPORT, measure_support
-from tunesmith.model.twin import shrink
+from tunesmith.model.support import TUNED_SUPPORT, measure_own_class, measure_support
+from tunesmith.model.twin import shrink, shrink_whole
+from tunesmith.model.vision_support import measure_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
+# For `vision`, of the tests.
+sys.path.insert(0, str(ROOT / "tests"))
 PAGE = ROOT / "docs/models.md"
 # What a type's default config leaves out, and every published model of it has.
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -95,11 +109,13 @@ COMPLETE: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 512}},
 }
 # What a verdict rests on; its figures differ from machine to machine.
-VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text")
+VERDICT = ("state", "recurrent", "dead_targets", "packs_eager", "text", "entire", "pictures")
 HEADER = """# Models
 
-Support for every causal language model type in Transformers {release}.
+Support for every causal and multimodal language model type in Transformers {release}.
 `tunesmith models` prints the same table, and `tunesmith models FOLDER` measures the model in a folder.
+
+*Text* is how the type trains on texts:
 
 - **tuned**: packed rows, with tunesmith's optimized forwards.
 - **packed**: packed rows, with Transformers' forwards. Layers named in the last column are recurrent: they run with one
@@ -110,8 +126,15 @@ Support for every causal language model type in Transformers {release}.
 {counts}. Measured on a tiny model of each type, in fp32: the largest difference between two packed (or padded) documents
 and each document alone, in logits and gradients, relative to the largest value. `make families` repeats the measurement.
 
+If a type also sees or hears, its text model is trained: in its own class, if Transformers has one that computes the same logits,
+or else in the class of the entire model, which the last column calls *entire*.
+
+*Pictures*: `packed` if packed rows with [pictures](pictures.md) were compared with each document alone; `untried` if
+no processor of the type was at hand: a run with `model.vision: true` measures it on the model's own files before it starts.
+
 The {cut} types with a figure under *cut* support `parallel.tensor`: the largest difference between two
 ranks and one, in the losses of 5 steps and the gradients, in full and with an adapter (`benchmarks/parity/tensor_cuts.py`).
+It is that of the text model.
 
 [Mixtures of experts](experts.md): adapters, memory, speed and recipes. LoRA does not support the experts of `dbrx` and
 `longcat_flash`.
@@ -119,8 +142,8 @@ ranks and one, in the losses of 5 steps and the gradients, in full and with an a
 *GGUF*: `own` if `tunesmith export` writes the model itself; `converter` if it uses
 [llama.cpp's converter](export.md), whose files were compared with the models; `untried` if none was: the check of `export` decides.
 
-| type | state | logits | gradients | cut | GGUF | |
-|---|---|---|---|---|---|---|
+| type | text | pictures | logits | gradients | cut | GGUF | |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -136,36 +159,77 @@ def measure_type(model_type: str) -> tuple[ModelType, float]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     start = time.monotonic()
+    entry = ModelType(model_type, Support("refused"))
     try:
-        entry = _measure(model_type)
+        config = default_config(model_type)
+        text = config.get_text_config()
+        if text.model_type != model_type:
+            is_entire = text is not config and not has_own_class(text)
+            entry = replace(entry, text=text.model_type, entire=is_entire)
+        support = _measure(config, entire=entry.entire)
+        entry = replace(entry, support=support, pictures=_measure_pictures(config, support))
     except ModelError as error:
         reasons = [reason for reason in (error.what, error.why) if reason]
-        entry = ModelType(model_type, Support("refused", _one_line(": ".join(reasons))))
+        entry = replace(entry, support=Support("refused", _one_line(": ".join(reasons))))
     # A config class may raise anything on its own defaults.
     except Exception as error:
-        entry = ModelType(model_type, Support("refused", _one_line(f"its default config: {error}")))
+        why = _one_line(f"its default config: {error}")
+        entry = replace(entry, support=Support("refused", why))
     return entry, time.monotonic() - start
 
 
-def _measure(model_type: str) -> ModelType:
-    config = default_config(model_type)
-    check_supported(config.to_dict(), model_type)
-    text = config.get_text_config()
-    if text.model_type in ARCHITECTURES:
-        support = replace(measure_support(text), state="tuned", why=TUNED_SUPPORT.why)
-    else:
-        support = measure_support(text)
+def _measure(config: PretrainedConfig, *, entire: bool) -> Support:
+    """How a model trains on texts."""
+    check_supported(config.to_dict(), config.model_type)
+    support = _measure_text(config, entire=entire)
     if support.state != "refused":
+        small = shrink_whole(config) if entire else shrink(config.get_text_config())
         # What its memory is planned by; ModelError where it does not run on meta.
-        measure_spec(shrink(text).to_dict(), where=model_type)
+        measure_spec(small.to_dict(), where=config.model_type)
     errors = support.errors
     if errors is not None:
         errors = Errors(float(f"{errors.logits:.1e}"), float(f"{errors.gradients:.1e}"))
-    support = replace(support, why=_one_line(support.why), errors=errors)
-    entry = ModelType(model_type, support)
-    if text.model_type != model_type:
-        entry = replace(entry, text=text.model_type)
-    return entry
+    return replace(support, why=_one_line(support.why), errors=errors)
+
+
+def _measure_text(config: PretrainedConfig, *, entire: bool) -> Support:
+    """Measure the text model in the class that it is trained in."""
+    if entire:
+        return measure_support(config)
+    text = config.get_text_config()
+    if text is not config:
+        support = measure_own_class(config)
+        if support.state == "refused":
+            return support
+    support = measure_support(text)
+    if text.model_type in ARCHITECTURES:
+        return replace(support, state="tuned", why=TUNED_SUPPORT.why)
+    return support
+
+
+def _measure_pictures(config: PretrainedConfig, support: Support) -> Pictures:
+    """How a model that trains on texts trains with pictures."""
+    import vision
+
+    model_type = config.model_type
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or support.state == "refused":
+        return ""
+    try:
+        check_supported(config.to_dict(), model_type, vision=True)
+    except ModelError:
+        return "refused"
+    if model_type not in vision.FAMILIES | vision.MORE_FAMILIES:
+        return "untried"
+    with tempfile.TemporaryDirectory() as name:
+        folder = vision.write_processor(Path(name), model_type)
+        whole = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            processor = PictureProcessor.load(folder, tokenizer, whole, None)
+        except ModelError:  # a package is not installed
+            return "untried"
+        state = measure_pictures(whole, make_picture_row(processor, tokenizer)).state
+    return "packed" if state == "packed" else "refused"
 
 
 def _one_line(text: str) -> str:
@@ -194,24 +258,19 @@ def as_page(entries: list[ModelType], versions: dict[str, str]) -> str:
     """docs/models.md."""
     lines = []
     for entry in entries:
-        figures = ["", "", ""]
         support = entry.support
+        figures = ["", ""]
         if support.errors is not None:
-            figures[:2] = [f"{support.errors.logits:.0e}", f"{support.errors.gradients:.0e}"]
-        if entry.tensor is not None:
-            figures[2] = f"{entry.tensor:.0e}"
-        note = ""
-        if support.state in ("padded", "refused"):
-            note = support.why
-        elif support.recurrent:
-            note = f"by document: {', '.join(support.recurrent)}"
-        if entry.text:
-            note = f"text model: `{entry.text}`" + (f"; {note}" if note else "")
-        if entry.since:
-            note = f"Transformers {entry.since}" + (f"; {note}" if note else "")
-        state = support.state
-        gguf = entry.gguf or "-"
-        cells = [f"`{entry.model_type}`", state, *figures, gguf, note.replace("|", "/")]
+            figures = [f"{support.errors.logits:.0e}", f"{support.errors.gradients:.0e}"]
+        cells = [
+            f"`{entry.model_type}`",
+            support.state,
+            entry.pictures,
+            *figures,
+            "" if entry.tensor is None else f"{entry.tensor:.0e}",
+            entry.gguf or "-",
+            "; ".join(_notes(entry)).replace("|", "/"),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     cut = sum(entry.tensor is not None for entry in entries)
     release = versions["transformers"]
@@ -221,8 +280,31 @@ def as_page(entries: list[ModelType], versions: dict[str, str]) -> str:
     return header + "\n".join(lines) + "\n"
 
 
+def _notes(entry: ModelType) -> list[str]:
+    """What the page says of a type beside its figures."""
+    support = entry.support
+    notes = []
+    if entry.since:
+        notes.append(f"Transformers {entry.since}")
+    if entry.text:
+        notes.append(f"text model: `{entry.text}`" + (", entire" if entry.entire else ""))
+    if support.state in ("padded", "refused"):
+        notes.append(support.why)
+    elif support.recurrent:
+        notes.append(f"by document: {', '.join(support.recurrent)}")
+    return notes
+
+
 def write(entries: list[ModelType], versions: dict[str, str]) -> None:
-    """Write the table that ships, and docs/models.md."""
+    """Write the table that ships, and docs/models.md.
+
+    The layers of a composite whose text model has a class of its own are cut as that.
+    """
+    by_type = {entry.model_type: entry for entry in entries}
+    for place, entry in enumerate(entries):
+        if entry.text in by_type and not entry.entire and entry.support.state != "refused":
+            text = by_type[entry.text]
+            entries[place] = replace(entry, tensor=text.tensor, uncut=text.uncut)
     FILE.write_text(as_json(entries, versions), encoding="utf-8")
     PAGE.write_text(as_page(entries, versions), encoding="utf-8")
 
@@ -259,7 +341,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table and docs/models.md")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    names = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    every = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    names = options.types or sorted(every)
     installed = {name: version(name) for name in ("transformers", "torch")}
     start = time.monotonic()
     entries = []

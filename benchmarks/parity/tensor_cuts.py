@@ -33,6 +33,7 @@ from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, TunesmithError
 from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
+from tunesmith.model.decoder import drop_other_parts
 from tunesmith.model.fused import fuse_modules
 from tunesmith.model.model_types import ModelType, measured_with, read_model_types
 from tunesmith.model.twin import VOCAB, build_twin
@@ -73,9 +74,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 def build(entry: ModelType, adapter: Adapter | None) -> TrainModel:
     """The twin of a type, with its rules and an adapter or trained in full: the same each time."""
-    config = families.default_config(entry.model_type).get_text_config()
+    config = families.default_config(entry.model_type)
+    if not entry.entire:
+        config = config.get_text_config()
     config.update(PUBLISHED.get(entry.model_type, {}))
     twin = build_twin(config)
+    if entry.entire:
+        drop_other_parts(twin)
     twin.requires_grad_(True)
     set_bypassed(twin, entry.support.dead_targets)
     if adapter is not None:
@@ -188,8 +193,10 @@ def main() -> None:
     changes = []
     for name in options.types or sorted(table):
         entry = table[name]
-        # A composite is cut as its text model; padded rows go through Transformers' own attention.
-        if entry.support.state not in ("tuned", "packed") or entry.text:
+        # A composite is cut as its text model, where that has a class of its own; padded rows go
+        # through Transformers' own attention.
+        is_of_text = bool(entry.text) and not entry.entire
+        if entry.support.state not in ("tuned", "packed") or is_of_text:
             continue
         if name not in CONFIG_MAPPING:  # of a newer Transformers
             continue

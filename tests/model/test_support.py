@@ -18,6 +18,7 @@ from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model import measure_on_meta, measured_spec, support, twin
 from tunesmith.model.architectures import ARCHITECTURES
+from tunesmith.model.decoder import find_layers
 from tunesmith.model.model_types import read_model_types
 from tunesmith.planning.measured_layers import measure_activations
 from tunesmith.quant.linear_layers import linear_names, set_bypassed
@@ -35,6 +36,7 @@ CLASSES = {
     "mamba": "a state alone",
     "falcon": "attention of its own",
     "axk2": "an indexer that pads differently",
+    "muse_glimmer": "a text model that is trained in the class of the entire model",
     "trocr": "attention to an encoder",
     "dbrx": "experts that loop",
     "xlm": "tokens that see those after them, as its default config has them",
@@ -144,6 +146,18 @@ def test_a_twin_sends_tokens_to_fewer_experts_than_it_has():
 def test_a_twin_is_built_of_a_model_with_other_parts(model_type: str, values: dict[str, object]):
     measured = support.measure_support(config_of(model_type, **values))
     assert measured.state in ("packed", "padded"), measured.why
+
+
+def test_layers_are_those_of_the_text_model():
+    """Phi-4's towers may have as many layers, which are larger in its twin."""
+    small = twin.build_twin(config_of("phi4_multimodal"))
+    assert find_layers(small) == "model.layers"
+
+
+def test_a_text_model_inside_another_part_is_refused():
+    with pytest.raises(ModelError) as caught:
+        twin.build_twin(config_of("qwen2_5_omni"))
+    assert holds(caught.value.what, "qwen2_5_omni", "inside another part")
 
 
 def test_a_model_that_takes_no_text_alone_is_named_with_what_it_needs():
@@ -293,6 +307,12 @@ def test_models_lists_types_and_measures_a_folder(
     rows = {row["model_type"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["llama"]["state"] == "tuned"
     assert rows["falcon"]["state"] == "padded"
+    assert rows["llava"]["text"] == "llama"
+    assert not rows["llava"]["entire"]
+    assert rows["qwen3_vl"]["entire"]
+    assert rows["qwen3_vl"]["pictures"] == "packed"
+    assert rows["llama4"]["pictures"] == "refused"
+    assert "pixel_values" in rows["blip-2"]["why"]
     folder = tmp_path / "model"
     twin.shrink(config_of("mamba")).save_pretrained(folder)
     assert main(["models", str(folder)]) == 0

@@ -11,6 +11,8 @@ packed: packed rows, with Transformers' forwards.
 padded: one document per row, which is slower.
 refused: not supported, with the reason.
 
+pictures: packed if rows with pictures were measured; untried if a run
+with model.vision measures them on the model's own files.
 GGUF: own if `export` writes the model, converter if it uses llama.cpp's
 converter, untried if no file of that converter was compared with the model.
 """
@@ -30,12 +32,19 @@ from tunesmith.host.streams import show, visible
 from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.model_types import (
     ModelType,
+    Pictures,
     Support,
     find_model_type,
     measured_with,
     read_model_types,
 )
 
+PICTURES: dict[Pictures, str] = {
+    "": "",
+    "packed": "packed rows, with model.vision: true",
+    "refused": "not supported",
+    "untried": "a run with model.vision: true measures it before it starts",
+}
 # Kernels of recurrent layers; without them they are computed by plain PyTorch.
 KERNEL_PACKAGE = "flash-linear-attention"
 
@@ -96,9 +105,10 @@ def print_table(types: Iterable[ModelType]) -> None:
     order = ("tuned", "packed", "padded", "refused")
     rows = sorted(types, key=lambda entry: (order.index(entry.support.state), entry.model_type))
     columns = [
-        (row.model_type, row.support.state, row.gguf or "-", row.support.why) for row in rows
+        (row.model_type, row.support.state, row.pictures or "-", row.gguf or "-", row.support.why)
+        for row in rows
     ]
-    print_columns([("type", "state", "GGUF", ""), *columns])
+    print_columns([("type", "text", "pictures", "GGUF", ""), *columns])
     counts: Counter[str] = Counter(entry.support.state for entry in rows)
     counted = ", ".join(f"{counts[state]} {state}" for state in order)
     versions = ", ".join(f"{name} {version}" for name, version in measured_with().items())
@@ -116,7 +126,8 @@ def print_one(entry: ModelType) -> None:
     lines = {
         "state": support.state,
         "why": support.why,
-        "text model": entry.text,
+        "text model": entry.text + (", in the class of the entire model" if entry.entire else ""),
+        "pictures": PICTURES[entry.pictures],
         "Transformers": f"{entry.since} or newer" if entry.since else "",
         "run one row a document": ", ".join(support.recurrent),
         "GGUF": describe_gguf_export(entry.model_type, entry.text) if can_train else "",

@@ -195,14 +195,21 @@ def find_layers(causal_lm: "PreTrainedModel") -> str:
 
     ModelError where none has as many entries as the config has layers.
     """
+    from transformers import PreTrainedModel
+
     config = find_decoder(causal_lm).config.get_text_config()
     # Where a config has both, the other counts the sublayers (LongCat's two attentions of a layer).
     count = config.to_dict().get("num_layers", config.num_hidden_layers)
     largest = 0
     layers = ""
+    # Models without the embedding, which see or hear.
+    others: tuple[str, ...] = ()
+    embedding = causal_lm.get_input_embeddings()
     prefix, text = find_text_part(causal_lm)
     for name, module in text.named_modules(prefix=prefix):
-        if not isinstance(module, nn.ModuleList) or len(module) != count:
+        if isinstance(module, PreTrainedModel) and embedding not in list(module.modules()):
+            others += (f"{name}.",)
+        if not isinstance(module, nn.ModuleList) or len(module) != count or name.startswith(others):
             continue
         # Other lists may be as long by chance; the layers are what is largest.
         size = sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,6 @@
-"""The table of how every causal model type of Transformers trains here, in model_types.json.
+"""The table of how every causal and multimodal model type of Transformers trains here.
+
+It is in model_types.json.
 
 `benchmarks/parity/families.py --write` measures them all, and `tensor_cuts.py` whether ranks can
 share their layers; tests measure one of each kind again.
@@ -6,7 +8,7 @@ Of a model with a config.json at hand `support.find_support` says it for that ve
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +23,7 @@ FILE = Path(__file__).with_suffix(".json")
 ROUNDING_TOLERANCE = 1e-4
 
 State = Literal["tuned", "packed", "padded", "refused"]
+Pictures = Literal["packed", "refused", "untried", ""]
 # Layers in which a picture's tokens see those behind them, up to its end: none, all, those with a
 # window.
 BothWays = Literal["", "all", "sliding"]
@@ -85,6 +88,10 @@ class ModelType:
 
     Attributes:
         text: the type of its text model, where it is a composite; else empty.
+        entire: whether its text model has no class of its own in Transformers, so that the class of
+            the entire model is trained.
+        pictures: how it trains with pictures; "untried" if that is measured on a model's own folder
+            alone, and empty if it takes none.
         tensor: the largest difference, in losses and gradients, of two ranks that compute each
             layer together from one; None where its layers are not cut.
         uncut: why they are not, of a type that was tried; else empty.
@@ -95,6 +102,8 @@ class ModelType:
     model_type: str
     support: Support
     text: str = ""
+    entire: bool = False
+    pictures: Pictures = ""
     tensor: float | None = None
     uncut: str = ""
     since: str = ""
@@ -115,10 +124,16 @@ class ModelType:
             **values,
             **errors,
             "text": self.text,
+            "entire": self.entire,
+            "pictures": self.pictures,
             "tensor": self.tensor,
             "uncut": self.uncut,
             "since": self.since,
         }
+
+
+# Keys of the table that are not of `Support`.
+OF_TYPE = {field.name for field in fields(ModelType)}
 
 
 def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
@@ -130,9 +145,8 @@ def read_model_types(file: Path = FILE) -> dict[str, ModelType]:
         errors = None
         if "logits" in values:
             errors = Errors(values.pop("logits"), values.pop("gradients"))
-        tensor = values.pop("tensor", None)
-        rest = {key: values.pop(key, "") for key in ("text", "uncut", "since")}
-        types[name] = ModelType(name, Support(**values, errors=errors), tensor=tensor, **rest)
+        rest = {key: values.pop(key) for key in OF_TYPE & values.keys()}
+        types[name] = ModelType(name, Support(**values, errors=errors), **rest)
     return types
 
 
@@ -143,7 +157,7 @@ def find_model_type(name: str) -> ModelType:
         return types[name]
     near = nearest(name, types)
     raise UsageError(
-        f"Transformers has no causal model type {name!r} that is known",
+        f"Transformers has no language model type {name!r} that is known",
         where="command line",
         fix=f"did you mean {near}?" if near else "tunesmith models",
     )

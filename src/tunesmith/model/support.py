@@ -193,7 +193,7 @@ def measure_own_class(whole: PretrainedConfig) -> Support:
                 logits = text.eval()(input_ids=ids[None], use_cache=False).logits
         # Code of 110 model types.
         except Exception as error:
-            return Support("refused", f"its twin does not run: {one_line(error)}")
+            return _does_not_run(twin, error)
         errors = Errors(_difference(logits, expected) / float(expected.abs().max()), 0.0)
         if errors.are_rounding():
             return Support("packed", errors=errors)
@@ -237,9 +237,7 @@ def measure_twin(twin: PreTrainedModel, *, texts_only: bool = False) -> Support:
             alone = _run_alone(twin, ids)
         has_head = twin.get_output_embeddings() is not None and head_fits(twin, find_head(twin))
     except Exception as error:
-        if missing := _named_inputs(twin, error):
-            return Support("refused", f"it takes no text alone: its forward asks for {missing}")
-        return Support("refused", f"its twin does not run: {one_line(error)}")
+        return _does_not_run(twin, error)
     if not has_head:
         return Support("refused", "its logits are not those of its last linear layer")
     if looks_ahead(twin, ids):
@@ -292,17 +290,22 @@ def measure_twin(twin: PreTrainedModel, *, texts_only: bool = False) -> Support:
     )
 
 
-def _named_inputs(twin: PreTrainedModel, error: Exception) -> str:
-    """Name the inputs of a model's forward that an error asks for beside a text, as pictures."""
-    known = inspect.signature(twin.forward).parameters.keys() - TEXT_INPUTS
-    return ", ".join(sorted(name for name in known if re.search(rf"\b{name}\b", str(error))))
-
-
 def _random_ids(twin: PreTrainedModel) -> Tensor:
     # An entire model has placeholders of pictures among its ids.
     end = FIRST_SPECIAL_ID if is_whole(twin) else VOCAB
     generator = torch.Generator().manual_seed(0)
     return torch.randint(FIRST_ID, end, (sum(DOCUMENT_LENGTHS),), generator=generator)
+
+
+def _does_not_run(twin: PreTrainedModel, error: Exception) -> Support:
+    """Refuse a model whose forward fails on texts; name the inputs that the error asks for."""
+    known = inspect.signature(twin.forward).parameters.keys() - TEXT_INPUTS
+    missing = sorted(name for name in known if re.search(rf"\b{name}\b", str(error)))
+    if missing:
+        why = f"it takes no text alone: its forward asks for {', '.join(missing)}"
+        return Support("refused", why)
+    why = error.what if isinstance(error, ModelError) else one_line(error)
+    return Support("refused", f"its twin does not run: {why}")
 
 
 def _run_alone(twin: PreTrainedModel, ids: Tensor) -> TwinOutput:

@@ -352,13 +352,16 @@ def build_twin(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 
     is_whole_model = config.get_text_config() is not config
     factory = auto_class_of(config)
+    attention: str | dict[str, str] = "eager"
+    if is_whole_model:
+        attention = {text_key(config): "eager"}
 
     def build() -> PreTrainedModel:
         with _without_warnings():
             model: PreTrainedModel = factory.from_config(
                 shrink_whole(config) if is_whole_model else shrink(config),
                 dtype=torch.float32,
-                attn_implementation={text_key(config): "eager"} if is_whole_model else "eager",
+                attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
             )
         return model

@@ -89,8 +89,8 @@ def text_key(whole: PretrainedConfig) -> str:
             return key
     raise ModelError(
         f"the text part of this {whole.model_type} is inside another part",
-        why="only its parts are trained, each under a model type of its own",
-        fix="take a model whose config.json has the text part at the top: tunesmith models",
+        why="its parts are models of their own, and no class returns the logits of all of it",
+        fix="save the part that has text_config as a model of its own type",
     )
 
 
