@@ -125,8 +125,8 @@ def _run_script(
     script: Path, folder: Path, file: Path, converter: Converter, text_type: str
 ) -> None:
     # -P: a folder `gguf` in the working directory is not the converter's.
-    command = [sys.executable, "-P", "-c", _RUN_SCRIPT, script, "--outtype", "f32"]
-    command += ["--base", folder, "--outfile", file, folder]
+    command = [sys.executable, "-P", "-c", _RUN_SCRIPT, str(script), "--outtype", "f32"]
+    command += ["--base", str(folder), "--outfile", str(file), str(folder)]
     paths = [converter.python_path, os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
