@@ -71,7 +71,7 @@ def read_config(path: Path, tool: str | None) -> SourceConfig:
     """Read a file. Raise UsageError if it cannot be read or its tool cannot be identified."""
     if path.suffix == ".py":
         raise _refuse_program(path)
-    raw_keys = {key.key: key for key in leaves(path)}
+    raw_keys = {key.key: key for key in source_keys(path)}
     keys = {}
     referenced: set[str] = set()
     for name, key in raw_keys.items():
@@ -133,7 +133,7 @@ def _refuse_program(path: Path) -> UsageError:
     return UsageError(what, where=str(path), why=why, fix=fix)
 
 
-def leaves(path: Path) -> Iterator[SourceKey]:
+def source_keys(path: Path) -> Iterator[SourceKey]:
     """Yield every scalar, list of scalars and empty mapping of a YAML file by its dotted key."""
     try:
         yield from _leaves_below(read_file(path, yaml_1_1_scalar), "", path.name)

@@ -17,7 +17,7 @@ from tunesmith.config.check import METHOD_FORMATS
 from tunesmith.config.names import nearest, without_indices
 from tunesmith.data.text.template_args import OF_RENDERER
 from tunesmith.errors import UsageError
-from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, leaves
+from tunesmith.tools.importers.source_config import SourceConfig, ToolTable, source_keys
 from tunesmith.tools.importers.translation import Translation, length
 from tunesmith.units import count_of
 
@@ -292,7 +292,7 @@ def _read_dataset_info(recipe: Translation, prefix: str) -> None:
     if path is None:
         fix = f"put it in {paths[0].parent}, or {_NAME_ROWS}"
         raise recipe.error(prefix, f"{file}, which lists it, is not here", fix)
-    listed = {key.key: key for key in leaves(path)}
+    listed = {key.key: key for key in source_keys(path)}
     for number, name in enumerate(recipe.listed(prefix)):
         known = {key.partition(".")[0] for key in listed if "." in key}
         if name not in known:
