@@ -68,9 +68,9 @@ def header_of(file: Path) -> dict[str, Any]:
 
 
 # The converter guesses these from the folder's name, or leaves the default to llama.cpp, and we
-# write them; or the other way around.
+# write them; or the other way around. `write_model` is not told what ends a turn.
 OTHER_KEYS = re.compile(
-    r"general\.(basename|finetune|version|size_label)|gemma2?\.rope\.freq_base"
+    r"tokenizer\.ggml\.eot_token_id|general\.(basename|finetune|version|size_label)|gemma2?\.rope\.freq_base"
     r"|\w+\.(vocab_size|attention\.(key|value)_length|rope\.dimension_count)"
 )
 
