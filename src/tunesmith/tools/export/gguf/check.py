@@ -36,9 +36,9 @@ KL_SHARE = 0.1  # of what the training changed
 FILE_KL_FLOOR_NATS = 1e-3  # more than f16 and bf16 files differ by from the model in fp32
 # The same most likely token, of the positions: with less, greedy answers soon part.
 LEAST_AGREEMENT = 0.75
-# The mean KL of a file that computes the tuned model is at most 5e-5 in f16, 1.3e-4 in bf16 and 5e-3
-# in q8_0. Another computation, such as a router without its norm, gives 1e-3 or more. It cannot be
-# told from the rounding to fewer bits.
+# The mean KL of a file that computes the tuned model is at most 5e-5 in f16, 1.3e-4 in bf16 and
+# 5e-3 in q8_0. Another computation, such as a router without its norm, gives 1e-3 or more.
+# It cannot be told from the rounding to fewer bits.
 SAME_MODEL_KL_NATS = {"f32": 5e-4, "f16": 5e-4, "bf16": 1e-3, "q8_0": 2e-2}
 # Prompts are joined to pass a window of attention up to this: a longer one takes minutes on a CPU.
 MAX_WINDOW_TOKENS = 1024
