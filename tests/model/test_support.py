@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Llama4ForConditionalGeneration,
+    PretrainedConfig,
+)
 
 from errors import check_shown, holds, refuses
 from time_limit import time_limit
@@ -152,6 +157,18 @@ def test_layers_are_those_of_the_text_model():
     """Phi-4's towers may have as many layers, which are larger in its twin."""
     small = twin.build_twin(config_of("phi4_multimodal"))
     assert find_layers(small) == "model.layers"
+
+
+def test_a_fault_of_the_entire_class_keeps_no_text_model_from_training(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Llama 4 of Transformers 5.24 fails on texts without pictures behind its text model."""
+
+    def forward(*arguments: object, **options: object) -> None:
+        raise AttributeError("image_outputs")
+
+    monkeypatch.setattr(Llama4ForConditionalGeneration, "forward", forward)
+    assert support.measure_own_class(config_of("llama4")).state == "packed"
 
 
 def test_a_text_model_inside_another_part_is_refused():

@@ -193,6 +193,10 @@ def measure_own_class(whole: PretrainedConfig) -> Support:
                 logits = text.eval()(input_ids=ids[None], use_cache=False).logits
         # Code of 110 model types.
         except Exception as error:
+            # Llama 4 of Transformers 5.24 fails on texts without pictures, after its text model,
+            # which is of the same class, has computed the logits.
+            if any(type(part) is type(text) for part in twin.modules()):
+                return Support("packed")
             return _does_not_run(twin, error)
         errors = Errors(_difference(logits, expected) / float(expected.abs().max()), 0.0)
         if errors.are_rounding():
