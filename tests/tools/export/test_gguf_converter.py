@@ -15,6 +15,8 @@ import pytest
 
 from errors import refuses
 from export.converter_models import write_base
+from export.tiny_gguf import chat_tokenizer, random_model
+from tunesmith.cli.main import main
 from tunesmith.errors import CheckpointError, MachineError, ModelError, UsageError
 from tunesmith.model.gguf_writers import CONVERTER_SDIST
 from tunesmith.tools.export.gguf import converter as module
@@ -114,6 +116,31 @@ def test_incomplete_folder_is_refused(removed: str, missing: str, tmp_path: Path
         UsageError, where="part", names=[f"{missing}.py"], fix=["llama-cpp-python==0.3.36"]
     ):
         find_converter(tmp_path / "part")
+
+
+def test_path_that_does_not_exist_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / CONVERTER_SDIST
+    with refuses(UsageError, where="--converter", names=[file], fix=["llama-cpp-python==0.3.36"]):
+        find_converter(file)
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(file))
+    with refuses(UsageError, where="$LLAMA_CPP_DIR", names=[file], fix=["unset LLAMA_CPP_DIR"]):
+        find_converter()
+
+
+def test_families_of_our_own_do_not_need_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """$LLAMA_CPP_DIR may be a folder of programs, for another tool."""
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    base = tmp_path / "base"
+    random_model("llama", vocab_size=len(chat_tokenizer())).save_pretrained(base)
+    chat_tokenizer().save_pretrained(base)
+    file = tmp_path / "out.gguf"
+    command = ["export", str(base), "--to", "gguf", "--quant", "f16", "--no-check"]
+    assert main([*command, "--output", str(file)]) == 0
+    assert file.is_file()
 
 
 def test_older_gguf_is_refused_by_the_names_that_it_lacks(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--converter",
         metavar="PATH",
-        help="llama.cpp's own converter, for model types that tunesmith does not write itself: a "
-        "llama.cpp checkout, or the sdist of llama-cpp-python 0.3.36, which is unpacked once "
-        "(default: $LLAMA_CPP_DIR)",
+        help="llama.cpp's own converter, for model types that tunesmith does not write itself, and "
+        "their adapters: a llama.cpp checkout, or the sdist of llama-cpp-python 0.3.36, which is "
+        "unpacked once (default: $LLAMA_CPP_DIR, then what was unpacked)",
     )
     parser.add_argument(
         "--force",
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> None:
     location = locate_run(args.run, trust_remote_code=args.trust_remote_code)
     if args.to in ("gguf", "ollama"):
         gguf_place(args.output, location, is_folder=args.to == "ollama", force=args.force)
-        find_converter(args.converter)
+        if args.converter is not None:
+            find_converter(args.converter)
     else:
         new_folder_place(args.output, location)
     if args.to != "transformers":

@@ -171,6 +171,11 @@ def _read_folder(place: Path, where: str) -> Converter:
 
     UsageError where one is missing, or `gguf` lacks a name that `conversion` uses.
     """
+    fix = f"use a whole, recent llama.cpp checkout, or the sdist: {CONVERTER_DOWNLOAD}"
+    if where.startswith("$"):
+        fix = f"unset {FOLDER_VARIABLE} if it is for something else; or {fix}"
+    if not place.exists():
+        raise UsageError(f"{place} does not exist", where=where, fix=fix)
     folder = place
     if (place / _TREE_IN_SDIST).is_dir():
         folder = place / _TREE_IN_SDIST  # an unpacked sdist
@@ -181,7 +186,7 @@ def _read_folder(place: Path, where: str) -> Converter:
                 f"{place} has no complete llama.cpp converter",
                 where=f"{where} {shell_path(place)}",
                 why=f"there is no {module}",
-                fix=f"use a whole llama.cpp checkout, or the sdist: {CONVERTER_DOWNLOAD}",
+                fix=fix,
             )
     defined = _DEFINED_NAME.findall((gguf_folder / "gguf" / "constants.py").read_text("utf-8"))
     digest = hashlib.sha256()
