@@ -174,7 +174,8 @@ def test_qwen3_5_is_read_stacked_beside_its_vision_tower_alone(
     if is_whole:
         base = vision_models.build("qwen3_5_moe", tmp_path / "base", tiny)
         spec = Model(name=str(base), dtype="fp32")
-        model = load.build_on_meta(load.load_config(base, spec), spec)
+        config, whole = load.load_configs(base, spec)
+        model = load.build_on_meta(config, spec, whole=whole)
         load.materialize(model, torch.device("cpu"))
         lora.attach_lora(model, ADAPTER, seed=0)
         (tmp_path / "adapter").mkdir()
