@@ -346,6 +346,8 @@ def write_processor(folder: Path, family: str, **config: Any) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     text = {**_TEXT, "vocab_size": max(320, len(tokenizer)), **special, **of.text}
+    if "vocab_size_per_layer_input" in text:
+        text["vocab_size_per_layer_input"] = text["vocab_size"]
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in of.ids.items()}
     whole = {**ids, "tie_word_embeddings": False, **of.whole, **config}
     # Configs write into the mappings that they are given.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
+from picture_runs import write_vision_model
 from runs import make_run, peft_model
 from tunesmith.inference.load_run import load_run, locate_run, read_run_files
 from tunesmith.model.twin import build_twin
@@ -78,6 +84,21 @@ def test_every_kind_of_module_reads_its_weights(
         tuned, PROMPTS, values="merged", dtype=torch.float32, device=CPU, places=places
     )
     assert_equal(some, [logits[0][places[0]], logits[1][places[1]]])
+
+
+@pytest.mark.slow
+def test_gemma_4_with_pictures_reads_the_row_of_padding(tmp_path: Path) -> None:
+    """It replaces the embeddings of placeholders by that row; these prompts have no pixels."""
+    folder = write_vision_model(tmp_path, "gemma4")
+    expected = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = [7, 3, expected.config.image_token_id, 12, 9]
+    location = locate_run(folder)
+    base = replace(location.base, vision=True)
+    tuned = open_tuned_model(read_run_files(replace(location, base=base)))
+    (logits,) = streamed_logits(tuned, [prompt], values="merged", dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        plain = expected(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+    assert_equal([logits], [plain])
 
 
 @pytest.mark.slow

@@ -213,9 +213,11 @@ def _read_buffers(
 
 def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightReader) -> None:
     """Let an embedding read the rows of the tokens that it is called with, and no others."""
-    # Of no rows, but on the device: Llama 4 sends the tokens to where it is.
-    width = weight.shape[1:]
-    empty = nn.Parameter(torch.empty(0, *width, dtype=reader.dtype, device=reader.device))
+    # One row for all tokens, on the device: Llama 4 sends the tokens to where it is, and Gemma 4
+    # reads the padding token's row.
+    padding = getattr(module, "padding_idx", None) or 0
+    row = reader.rows(weight, padding, padding + 1)
+    unread = nn.Parameter(row.expand(weight.shape), requires_grad=False)
 
     def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         ids, *others = args
@@ -225,7 +227,7 @@ def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightRea
         return (places, *others)
 
     def drop(*_: object) -> None:
-        module.weight = empty
+        module.weight = unread
 
     drop()
     # It says where no gradient goes, by a token's number among all.

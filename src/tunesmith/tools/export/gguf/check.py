@@ -51,7 +51,7 @@ class FileCheck:
 
     Attributes:
         prompts: texts that llama.cpp gave the tokenizer's ids for.
-        tuned: the file against the tuned model in fp32.
+        tuned: the file against the tuned model in fp32, in log probabilities.
         base: the base against the tuned model; None of a model that was not trained, or where the
             base is not at hand.
         positions: where next tokens were compared.
@@ -200,7 +200,7 @@ def _served_logits(
     expected: Sequence[torch.Tensor],
     advance: Callable[[], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The expected logits and the server's, without the positions that it leaves out."""
+    """The expected log probabilities and the server's, without the positions that it leaves out."""
     compared = []
     served = []
     for prompt, where, reference in zip(prompts, places, expected, strict=True):
@@ -210,7 +210,7 @@ def _served_logits(
             advance()
             if values is not None:
                 served.append(values.unsqueeze(0))
-                compared.append(row.unsqueeze(0))
+                compared.append(row.log_softmax(-1).unsqueeze(0))
     return compared, served
 
 
