@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import os
 import re
 import subprocess
 import sys
@@ -135,8 +134,7 @@ def main() -> None:
         converter = find_converter(arguments.converter)
         assert converter is not None, "missing: --converter"
         command = [sys.executable, __file__, "--convert", scratch]
-        environment = {**os.environ, "PYTHONPATH": converter.python_path}
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env=converter.environment)
         for name, folder in folders.items():
             quantized = {quant: folder / f"{quant}.gguf" for quant in QUANTS}
             for quant, file in quantized.items():

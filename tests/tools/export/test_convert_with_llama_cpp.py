@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -34,8 +33,7 @@ NOISE_OF = {"gpt_oss": 0.1}
 def convert_all(folder: Path, converter: Converter, *quants: str) -> None:
     """Convert every model in `folder` in one process."""
     command = [sys.executable, "-P", str(CONVERT_ALL), str(folder), str(converter.folder), *quants]
-    environment = {**os.environ, "PYTHONPATH": converter.python_path}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    subprocess.run(command, check=True, env=converter.environment, capture_output=True)
     for error in folder.glob("*.txt"):
         raise AssertionError(error.read_text())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -70,10 +69,9 @@ def test_the_families_of_our_own_are_equal_to_the_script(
     code = (
         f"import sys\nfor call in {calls!r}:\n    sys.argv = call\n    exec({module._RUN_SCRIPT!r})"
     )
-    environment = {**os.environ, "PYTHONPATH": converter.python_path}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
-        env=environment,
+        env=converter.environment,
         capture_output=True,
         text=True,
         check=False,

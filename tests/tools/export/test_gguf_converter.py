@@ -92,7 +92,7 @@ def test_option_comes_before_the_variable_and_the_cache(
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "variable"))
     found = find_converter()
     assert found is not None
-    assert found.python_path == str(tmp_path / "variable")
+    assert found.folder == found.gguf_folder == tmp_path / "variable"
     found = find_converter(tmp_path / "option")
     assert found is not None
     assert found.folder == tmp_path / "option"
@@ -183,7 +183,10 @@ def test_check_is_required(mixture: Path, tmp_path: Path, monkeypatch: pytest.Mo
         export_gguf(mixture, tmp_path / "out.gguf", converter=checkout)
 
 
-@pytest.mark.parametrize("program", ["echo ENOANSWER >&2; exit 3", "kill -9 $$"])
+@pytest.mark.parametrize(
+    "program",
+    ["echo ENOANSWER >&2; exit 3", "echo token=hf_abcdefghijklmnopqrstuvwxyz >&2; kill -9 $$"],
+)
 def test_child_process_that_ends_is_an_error(
     program: str, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,9 +195,10 @@ def test_child_process_that_ends_is_an_error(
     python.write_text(f"#!/bin/sh\n{program}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    names = [3, "ENOANSWER"] if "exit" in program else [-9]
-    with refuses(CheckpointError, where="checkout", names=names):
+    names = [3, "ENOANSWER"] if "exit" in program else ["SIGKILL"]
+    with refuses(CheckpointError, where="checkout", names=names) as caught:
         export_gguf(mixture, tmp_path / "out.gguf", check=False, converter=checkout)
+    assert "hf_abc" not in caught.value.why
     assert not [*tmp_path.glob("*out.gguf*")]
 
 

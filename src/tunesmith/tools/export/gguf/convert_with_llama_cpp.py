@@ -31,6 +31,7 @@ from torch import Tensor
 
 from tunesmith.checkpoint.contents import weights_of
 from tunesmith.errors import CheckpointError, ModelError, TunesmithError
+from tunesmith.host.child_output import exit_text, last_line
 from tunesmith.host.files import require_disk_space
 from tunesmith.inference.load_run import RunLocation, read_run_files
 from tunesmith.model.safetensors_files import Entry, read_json
@@ -100,8 +101,6 @@ def convert(
     """
     # -P: a folder `gguf` in the working directory is not the converter's.
     command = [sys.executable, "-P", "-c", f"from {__name__} import run_child; run_child()"]
-    paths = [converter.python_path, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     # A file rather than a pipe: the child would wait at a full pipe that nobody reads.
     with (
         tempfile.TemporaryFile() as messages,
@@ -110,7 +109,7 @@ def convert(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=messages,
-            env=environment,
+            env=converter.environment,
         ) as process,
     ):
         assert process.stdin is not None
@@ -128,12 +127,11 @@ def convert(
         except (EOFError, BrokenPipeError) as error:
             process.wait()
             messages.seek(0)
-            lines = messages.read().decode(errors="replace").split("\n")
-            last = [line.strip() for line in lines if line.strip()][-1:]
+            last = last_line(messages.read().decode(errors="replace"))
             raise CheckpointError(
                 "llama.cpp's converter ended without an answer",
                 where=str(converter.folder),
-                why=" ".join([f"exit code {process.returncode}", *last]),
+                why=f"{exit_text(process.returncode)}: {last}".removesuffix(": "),
                 fix="free memory, and run the same command again",
             ) from error
         finally:

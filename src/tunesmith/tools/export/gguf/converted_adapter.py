@@ -6,7 +6,6 @@ root. Its file is in memory only until the export has read it.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from transformers import PretrainedConfig
 
 from tunesmith.adapter.peft_files import ADAPTER_CONFIG, PREFIX
 from tunesmith.errors import ModelError
-from tunesmith.host.child_output import last_line
+from tunesmith.host.child_output import exit_text, last_line
 from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.tools.export.gguf.adapter import (
     WHOLE_MODEL_FIX,
@@ -127,16 +126,19 @@ def _run_script(
     # -P: a folder `gguf` in the working directory is not the converter's.
     command = [sys.executable, "-P", "-c", _RUN_SCRIPT, str(script), "--outtype", "f32"]
     command += ["--base", str(folder), "--outfile", str(file), str(folder)]
-    paths = [converter.python_path, os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        command,
+        env=converter.environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if done.returncode or not file.is_file():
         raise ModelError(
             f"llama.cpp's converter does not convert the adapter of this {text_type} model",
             where=str(script),
-            why=last_line(done.stderr) or f"exit code {done.returncode}",
+            why=last_line(done.stderr) or exit_text(done.returncode),
             fix=WHOLE_MODEL_FIX,
         )
 

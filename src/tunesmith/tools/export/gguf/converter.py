@@ -59,9 +59,10 @@ class Converter:
         return self.sha256 == PINNED_SHA256
 
     @property
-    def python_path(self) -> str:
-        """The folders that a process of the converter needs first on PYTHONPATH."""
-        return os.pathsep.join(map(str, dict.fromkeys((self.folder, self.gguf_folder))))
+    def environment(self) -> dict[str, str]:
+        """The environment of a process that imports the converter's packages before others."""
+        paths = [str(self.folder), str(self.gguf_folder), os.environ.get("PYTHONPATH", "")]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def find_converter(path: str | os.PathLike[str] | None = None) -> Converter | None:
