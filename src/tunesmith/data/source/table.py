@@ -299,10 +299,11 @@ def check_not_wide(path: Path, data: bytes, where: str) -> None:
 def wide_encoding(data: bytes) -> str:
     """Return the encoding of a text in UTF-16 or UTF-32; empty for other texts and for no text."""
     encoding = json.detect_encoding(data)
+    if encoding.startswith("utf-8"):
+        return ""
     # The last character may be cut.
     head = data[:HEAD_BYTES].decode(encoding, "replace")[:-1]
-    is_text = re.search("[\x00-\x08\ufffd]", head) is None
-    return encoding if is_text and not encoding.startswith("utf-8") else ""
+    return "" if re.search("[\x00-\x08\ufffd]", head) else encoding
 
 
 def not_utf8_error(path: Path, data: bytes, where: str, why: str) -> DataError:
