@@ -305,18 +305,25 @@ def write_mxfp4_gpt_oss(folder: Path, tokenizer: Path, layers: int = 2) -> Path:
     )
     torch.manual_seed(5)
     model = GptOssForCausalLM(config).to(torch.bfloat16)
-    tensors = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for name in list(tensors):
-        if name.endswith(("gate_up_proj", "down_proj")):
-            experts, inputs, outputs = tensors.pop(name).shape
-            shape = (experts, outputs, inputs // 32)
-            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
-            tensors[f"{name}_scales"] = torch.randint(118, 126, shape, dtype=torch.uint8)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: weight.clone() for name, weight in model.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = ["GptOssForCausalLM"]
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     for file in tokenizer.glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
+    return draw_mxfp4_experts(folder)
+
+
+def draw_mxfp4_experts(folder: Path) -> Path:
+    """Replace the experts of a gpt-oss checkpoint with random ones in MXFP4."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensors.pop(name).shape
+            shape = (experts, outputs, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(118, 126, shape, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return change_config(folder, quantization_config=MXFP4)

@@ -1,0 +1,263 @@
+"""What every shipped recipe's run becomes: trained, merged, and written for vLLM and llama.cpp.
+
+    python benchmarks/parity/recipe_exports.py                         # all recipes, into the record
+    python benchmarks/parity/recipe_exports.py qwen3-8b-lora           # some: their rows of the record
+    python benchmarks/parity/recipe_exports.py --write docs/export.md  # the table, from the record
+
+A recipe is trained by its own file for two steps on a tiny random model of its family, whose
+config.json has the keys of the Hub's file (the makers are those of the tests), with rows of the
+recipe's own format. Keys that a tiny model on a CPU cannot have are overridden, and the row names
+those that a CPU cannot compute. `merge` and `export` check their own results; their figures are
+recorded. Needs xllamacpp, TRL, Axolotl and the converter's sdist, as `make dev` installs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tables"))
+from generated import table, write_or_check
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
+RECORD = ROOT / "docs/measurements/recipe-exports.json"
+COMMAND = "benchmarks/parity/recipe_exports.py"
+# Model types of `converter_models.MODELS` by the type that shapes.json states.
+CONVERTED = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe", "llama4_text": "llama4",
+             "gemma4_text": "gemma4", "ministral3": "mistral3"}  # fmt: skip
+# Sizes of a tiny model of a family that tunesmith writes itself.
+TINY: dict[str, Any] = {
+    "vocab_size": 600, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16384,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+DENSE_GEMMA = {"enable_moe_block": False, "num_experts": None, "top_k_experts": None,
+               "moe_intermediate_size": None}  # fmt: skip
+OVERRIDES = [
+    "data.validation=null", "validate.every=null", "train.duration=2 steps",
+    "train.global_batch=4 examples", "train.warmup=0 steps", "checkpoint.every=null",
+    "log.samples=0", "log.tensorboard=false",
+]  # fmt: skip
+# Values of `train` that need a GPU, and what a CPU gets.
+GPU_VALUES = {
+    "compile": ("on", "train.compile=off"),
+    "cpu_offload": (("parameters",), "train.cpu_offload=[]"),
+}
+
+
+def write_base(recipe: str, run: Any, folder: Path) -> Path:
+    """Write a tiny random model of a recipe's family, in the form that the Hub has; its folder."""
+    import pytest
+    from transformers import AutoConfig
+
+    from export import converter_models
+    from export.test_gguf_pictures import write_model
+    from model import families
+    from quant import test_nf4
+    from shipped_bases import change_config, draw_mxfp4_experts
+    from training import test_recipes_of_families as newer
+    from tunesmith.model.shapes import config_of_model
+
+    stated = config_of_model(run.model.name)
+    assert stated is not None
+    model_type = CONVERTED.get(stated["model_type"], stated["model_type"])
+    if run.model.vision:
+        return write_model(folder, model_type)
+    if recipe in newer.MODELS:
+        # Templates with tokenizers that llama.cpp does not know
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(newer, "tokenizer_of", lambda _: converter_models.chat_tokenizer())
+            return newer.write_base(recipe, folder)
+    if model_type in converter_models.MODELS:
+        is_dense_gemma = model_type == "gemma4" and not stated["enable_moe_block"]
+        converter_models.write_base(model_type, folder, **(DENSE_GEMMA if is_dense_gemma else {}))
+        return draw_mxfp4_experts(folder) if model_type == "gpt_oss" else folder
+    config = {**stated, **TINY}
+    config.pop("head_dim", None)
+    quantized = config.pop("quantization_config", None)
+    families.random_model(AutoConfig.for_model(**config)).save_pretrained(folder)
+    change_config(folder, rope_parameters=None, **config)
+    if quantized:
+        model = test_nf4.theirs(folder)
+        folder = folder.with_name("nf4")
+        model.save_pretrained(folder)
+    converter_models.chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_rows(run: Any, folder: Path) -> Path:
+    """Write a few rows in the format of a recipe."""
+    import recipes
+    from figures import write_figures
+
+    file = folder / "rows.jsonl"
+    source = run.data.train[0]
+    if run.model.vision:
+        return write_figures(folder, 8)
+    if source.format == "preference":
+        return recipes.write_pairs(file, 12)
+    if source.format == "feedback":
+        return recipes.write_feedback(file, 12)
+    rows = []
+    for row in recipes.rows(12):
+        if source.format == "alpaca":
+            rows.append({"instruction": row["prompt"], "input": "", "output": row["completion"]})
+        else:
+            turns = [("human", row["prompt"]), ("gpt", row["completion"])]
+            rows.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def measure(recipe: str, folder: Path, converter: Path) -> dict[str, Any]:
+    """Train a recipe on a tiny model, and write what it has trained in each form."""
+    from tunesmith.config.load import load_recipe
+    from tunesmith.model.gguf_writers import gguf_writer
+    from tunesmith.model.safetensors_files import read_json
+    from tunesmith.tools.export.gguf.export import export_gguf
+    from tunesmith.tools.export.merge import merge
+    from tunesmith.tools.export.vllm_adapter import export_peft
+    from tunesmith.training.run import train
+
+    run = load_recipe(recipe)
+    base, rows, out = (
+        write_base(recipe, run, folder / "base"),
+        write_rows(run, folder),
+        folder / "run",
+    )
+    config = read_json(base / "config.json")
+    text_type = config.get("text_config", config)["model_type"]
+    is_full = run.adapter is None or run.adapter.kind == "none"
+    own = [
+        override
+        for key, (value, override) in GPU_VALUES.items()
+        if getattr(run.train, key) == value
+    ]
+    words = [
+        f"model.name={base}",
+        f"data.train={{source: {rows}, format: {run.data.train[0].format}}}",
+        f"data.seq_len={1024 if run.model.vision else 256}",
+        f"train.learning_rate={1e-3 if is_full else 0.02}",
+        f"output_dir={out}",
+        *OVERRIDES,
+        *own,
+    ]
+    result: dict[str, Any] = {"recipe": recipe, "model_type": config["model_type"]}
+    result |= {"text_type": text_type, "instead": own}
+    trained = attempt(lambda: train(load_recipe(recipe, words), quiet=True))
+    result["trains"] = "" if not isinstance(trained, str) else trained
+    if result["trains"]:
+        return result
+    if not is_full:
+        merged = attempt(partial(merge, out, folder / "merged", dtype="bf16"))
+        exact = None if isinstance(merged, str) else merged.merge_check.exact
+        result["merge"] = rounded(exact.difference.max_logit) if exact else merged
+        peft = attempt(partial(export_peft, out, folder / "peft"))
+        result["vllm_adapter"] = peft if isinstance(peft, str) else ""
+    is_own = gguf_writer(text_type) == "own"
+    result["writer"] = "own" if is_own else "converter"
+    options = {} if is_own else {"converter": converter}
+    exported = attempt(partial(export_gguf, out, folder / "out.gguf", quant="f16", **options))
+    if isinstance(exported, str):
+        result["gguf"] = exported
+        return result
+    check = exported.check
+    result["gguf"] = ""
+    result["log_probability"] = rounded(check.tuned.max_logit)
+    result["mean_kl"] = rounded(check.tuned.mean_kl)
+    result["kl_of_training"] = rounded(check.base.mean_kl)
+    return result
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """Call a function, and return its result or what is wrong."""
+    from tunesmith.errors import TunesmithError
+
+    try:
+        return function()
+    except TunesmithError as error:
+        return f"{error.what}: {error.why}"
+    # A fault: the other recipes are measured all the same.
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+
+
+def read_record() -> dict[str, dict[str, Any]]:
+    if not RECORD.is_file():
+        return {}
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    return {row["recipe"]: row for row in record["recipes"]}
+
+
+def as_table() -> str:
+    """The record for a page."""
+    head = ("recipe", "model type", "trains", "merge = run", "vLLM", "GGUF",
+            "log probability", "mean KL", "KL of training")  # fmt: skip
+    rows = []
+    for row in read_record().values():
+        types = f"`{row['text_type']}`"
+        trains = " ".join(["yes", *(f"`{word}`" for word in row["instead"])])
+        merged, vllm = "", "its `final/`"
+        if "merge" in row:
+            is_merged = isinstance(row["merge"], float)
+            merged = f"{row['merge']:.0e}" if is_merged else f"no: {row['merge']}"
+            forms = ["folder"] if is_merged else []
+            forms += [] if row["vllm_adapter"] else ["adapter"]
+            vllm = ", ".join(forms) or f"no: {row['vllm_adapter']}"
+        if row["trains"]:
+            rows.append([row["recipe"], types, f"no: {row['trains']}", *[""] * 6])
+            continue
+        gguf = f"no: {row['gguf']}" if row["gguf"] else row["writer"]
+        figures = ("log_probability", "mean_kl", "kl_of_training")
+        cells = [f"{row[key]:.1g}" if key in row else "" for key in figures]
+        rows.append([row["recipe"], types, trains, merged, vllm, gguf, *cells])
+    return table(head, rows)
+
+
+def main() -> None:
+    if sys.argv[1:2] in (["--write"], ["--check"]):
+        sys.exit(write_or_check(__doc__, COMMAND, as_table))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="all if left out")
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from tunesmith.config.shipped import shipped
+    from tunesmith.model.gguf_writers import CONVERTER_SDIST
+
+    names = options.recipes or list(shipped())
+    if unknown := set(names) - set(shipped()):
+        parser.error(f"{', '.join(sorted(unknown))}: no such recipe")
+    with tempfile.TemporaryDirectory() as place:
+        os.environ.setdefault("TUNESMITH_CACHE", f"{place}/cache")
+        for name in names:
+            folder = Path(place) / name
+            folder.mkdir()
+            began = time.process_time()
+            row = measure(name, folder, Path(sys.prefix) / CONVERTER_SDIST)
+            print(json.dumps(row), f"{time.process_time() - began:.0f} s", flush=True)
+            record = {**read_record(), name: row}
+            rows = ",\n".join(json.dumps(record[key]) for key in sorted(record) if key in shipped())
+            text = f'{{"command": "python {COMMAND}",\n"recipes": [\n{rows}\n]}}\n'
+            RECORD.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
