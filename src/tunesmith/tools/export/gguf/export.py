@@ -76,6 +76,7 @@ from tunesmith.tools.export.tuned_weights import (
     TunedWeight,
     open_tuned_model,
 )
+from tunesmith.units import count_of
 
 DEFAULT_QUANT = "q4_k_m"
 OLLAMA_NOTE = (
@@ -144,7 +145,7 @@ class ExportedFile(Tabular):
         for answer in check.answers:
             # The end of what both have in common stays in sight.
             shared = sum(takewhile(bool, map(eq, answer.file, answer.tuned)))
-            tuned = f"the same {answer.tokens} tokens"
+            tuned = f"the same {count_of(answer.tokens, 'token')}"
             if answer.differs_at is not None:
                 place = f"differs from token {answer.differs_at} of {answer.tokens}"
                 part = _cut(f"{answer.tuned} ...", shared)
