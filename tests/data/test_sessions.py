@@ -485,6 +485,26 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ["u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."],
         {},
     ),
+    "half of a character": (
+        [chat("user", "Look"), item("a"), output("a", "cut \ud83d"), say("assistant", "Done.")],
+        ["u:Look | a:>a | t:a=cut ? | a:Done."],
+        {"texts with half of a character, written as ?": 1},
+    ),
+    "result with an object": (
+        [
+            chat("user", "Look"),
+            item("a"),
+            output("a", {"content": "x", "success": True}),
+            say("assistant", "Done."),
+        ],
+        ["u:Look | a:>a | t:a=x | a:Done."],
+        {},
+    ),
+    "codex without payloads": (
+        [{"id": "c", "timestamp": "t", "instructions": None}, *PARALLEL_ITEMS],
+        ["u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."],
+        {"lines of type None, left out": 1},
+    ),
     "agents stored": (
         [
             stored("1", say("user", "A")),
@@ -537,6 +557,13 @@ SECRETS = {
     "a JSON web token": "eyJ" + "hbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiIxMjM0In0.abcdefghijkl_mn",
     "a password in an address": "postgres://joe" + ":hunter22@db.example.com/x",
 }
+SECRETS_BETWEEN = {
+    # The arguments of a call are a JSON text.
+    "export X=1\\n" + SECRETS["a GitHub token"]: "a GitHub token",
+    "。" + SECRETS["an AWS key"]: "an AWS key",
+    "redis://" + ":hunter22@cache:6379": "a password in an address",
+    "postgres://joe" + ":hunt$r22@db/x": "a password in an address",
+}
 NO_SECRETS = (
     "a task-force-with-a-long-name-2025 and risk-1234567890123456789012",
     "sk-no-digits-in-this-long-class-name",
@@ -549,6 +576,12 @@ NO_SECRETS = (
 @pytest.mark.parametrize("kind", SECRETS)
 def test_a_secret_is_found(kind: str) -> None:
     assert list(secrets_in({"a": ["", f"x = '{SECRETS[kind]}'\n"]})) == [kind]
+
+
+@pytest.mark.parametrize("words", SECRETS_BETWEEN)
+def test_a_secret_is_found_between_other_texts(words: str) -> None:
+    kind = SECRETS_BETWEEN[words]
+    assert list(secrets_in(words)) == list(secrets_in([{"a": words}])) == [kind]
 
 
 @pytest.mark.parametrize("words", NO_SECRETS)
@@ -644,6 +677,8 @@ def test_sessions_without_an_answer_are_refused(tmp_path: Path) -> None:
     [
         {"prompt": "a", "completion": "b"},
         {"type": "user", "text": "a"},
+        {"type": "reasoning", "prompt": "a", "completion": "b"},
+        {"type": "inbound_call", "call_id": 7, "prompt": "a", "completion": "b"},
         {"id": 1, "conversation_id": 2, "role": "user", "content": "a"},
         {"id": "1", "messages": [], "source": "web", "model": "m"},
     ],

@@ -124,11 +124,16 @@ def _text(content: object, notes: Counter[str]) -> str:
         text = part
         if isinstance(part, dict):
             kind = part.get("type")
-            text = part.get("text", f"[{kind}]")
-            if "text" not in part:
-                notes[f"parts without a text, written as [{kind}]"] += 1
+            # Codex writes some results as an object with their content.
+            text = part.get("text", part.get("content", f"[{kind}]"))
+            if text == f"[{kind}]":
+                notes[f"parts without a text, written as {text}"] += 1
         texts.append(str(text or ""))
-    return "\n\n".join(text for text in texts if text.strip())
+    text = "\n\n".join(text for text in texts if text.strip())
+    # Agents cut off long outputs, perhaps in the middle of a surrogate pair.
+    whole = text.encode(errors="replace").decode()
+    notes["texts with half of a character, written as ?"] += whole != text
+    return whole
 
 
 def join_parts(parts: Iterable[SessionPart], notes: Counter[str]) -> list[dict[str, Any]]:

@@ -36,6 +36,13 @@ _MESSAGE_KEYS = frozenset(
     "id type role content status phase name tool_calls tool_call_id tool_name timestamp"
     " finish_reason reasoning reasoning_content reasoning_details".split()
 )
+# Types of items of the Responses API, each with a key that rows of a table do not have.
+_ITEM_KEYS = {
+    "function_call": "call_id",
+    "function_call_output": "call_id",
+    "reasoning": "summary",
+    "compaction": "encrypted_content",
+}
 _COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 # What no session of a form records.
 _NOT_RECORDED = {
@@ -77,11 +84,11 @@ def _form_of_line(line: object) -> str | None:
     if line.get("role") == "session_meta" or line.keys() >= _HERMES_KEYS:
         return "Hermes"
     is_message = {"role", "content"} <= line.keys() <= _MESSAGE_KEYS
-    is_item = "call_id" in line and str(kind).endswith(("_call", "_output"))
-    is_item = is_item or kind in (*_COMPACTIONS, "reasoning")
-    if is_message or is_item or "message_data" in line:
+    if is_message or _ITEM_KEYS.get(str(kind)) in line or "message_data" in line:
         return "OpenAI Agents"
-    return None if isinstance(kind, str) and line.keys() & _CLAUDE_KEYS else ""
+    is_about = isinstance(kind, str) and line.keys() & _CLAUDE_KEYS
+    # Codex wrote items without a payload until 2025, behind such a line.
+    return None if is_about or {"timestamp", "instructions"} <= line.keys() else ""
 
 
 def read_sessions(path: Path, lines: Table, form: str) -> Table:
