@@ -303,10 +303,6 @@ HERMES_SHOWN = "u:Look | a:<think>/Twice./</think> >a >b | t:a=ok | t:b=no | a:D
 TOOLS = [{"type": "function", "function": {"name": "ls", "parameters": {"type": "object"}}}]
 
 
-def stored(session: str, item_: Line) -> Line:
-    return {"session_id": session, "message_data": json.dumps(item_)}
-
-
 PARALLEL = (
     "u:Read both | a:<think>/Two files./</think>//I read. >a >b | t:a=ok | t:b=1//2 | a:Done."
 )
@@ -505,16 +501,6 @@ FILES: dict[str, tuple[list[Line], list[str], dict[str, int]]] = {
         ["u:Look | a:<think>/Look twice./</think>//I look. >a >b | t:b=x | t:a=ok | a:Done."],
         {"lines of type None, left out": 1},
     ),
-    "agents stored": (
-        [
-            stored("1", say("user", "A")),
-            stored("2", say("user", "B")),
-            stored("2", say("assistant", "2.")),
-            stored("1", say("assistant", "1.")),
-        ],
-        ["u:A | a:1.", "u:B | a:2."],
-        {},
-    ),
     "agents compacted": (
         [*TWICE, {"type": "compaction", "encrypted_content": "x"}, *TWICE],
         ["u:A | a:1. | u:B | a:2.", "u:A | a:1. | u:B | a:2."],
@@ -637,7 +623,6 @@ def test_a_broken_line_is_an_error(tmp_path: Path) -> None:
     [
         {"type": "user", "uuid": "u5", "message": {"role": "user", "content": [1]}},
         {"type": "user", "uuid": "u5", "message": {"role": "user", "tool_calls": [1]}},
-        {"session_id": "s", "message_data": "{"},
         [1],
     ],
 )

@@ -5,23 +5,23 @@
 | Claude Code | a part of a message, with the line that it follows (`parentUuid`) |
 | Codex | an item of the Responses API in a `payload`, or an event about it |
 | Hermes | a whole session; or a message, behind a line about the session |
-| OpenAI Agents | an item of the Responses API, perhaps as `message_data` of a `session_id` |
+| OpenAI Agents | an item of the Responses API |
 
 A subagent is a row of its own. Where a harness compacts the history, a row ends, and the next one
 begins with what the model sees from there on. Whatever is not in a row is counted by its name.
 """
 
-import itertools
 import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.source.secrets import secrets_in
 from tunesmith.data.source.session_turns import join_parts, parts_of
-from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest
+from tunesmith.data.source.table import MAX_ROW_BYTES, Row, Table, file_digest, json_type
 from tunesmith.errors import DataError
 from tunesmith.host.memory import open_uncached
 
@@ -84,7 +84,7 @@ def _form_of_line(line: object) -> str | None:
     if line.get("role") == "session_meta" or line.keys() >= _HERMES_KEYS:
         return "Hermes"
     is_message = {"role", "content"} <= line.keys() <= _MESSAGE_KEYS
-    if is_message or _ITEM_KEYS.get(str(kind)) in line or "message_data" in line:
+    if is_message or _ITEM_KEYS.get(str(kind)) in line:
         return "OpenAI Agents"
     is_about = isinstance(kind, str) and line.keys() & _CLAUDE_KEYS
     # Codex wrote items without a payload until 2025, behind such a line.
@@ -103,21 +103,19 @@ def read_sessions(path: Path, lines: Table, form: str) -> Table:
     """
     notes: Counter[str] = Counter()
     secrets: dict[int, list[str]] = {}
-    starts: list[int] = []
-    rows: list[array[int]] = []
+    rows: list[tuple[int, array[int]]] = []
     numbered = ((i, line) for i in range(len(lines)) if (line := _read_line(lines, i, notes)))
     for start, numbers in _CONVERSATIONS[form](numbered, notes):
         row, found = _read_row(lines, start, numbers, notes)
         if row["messages"]:
             secrets[len(rows)] = found
-            starts.append(start)
-            rows.append(array("q", numbers))
+            rows.append((start, array("q", numbers)))
         else:
             notes["conversations without an answer, left out"] += 1
     return Table(
         len(rows),
-        lambda i: _read_row(lines, starts[i], rows[i], Counter())[0],
-        where=lambda i: lines.where(starts[i]),
+        lambda i: _read_row(lines, *rows[i], Counter())[0],
+        where=lambda i: lines.where(rows[i][0]),
         fingerprint=lambda: file_digest(path),
         notes=Counter({f"rows of {form} sessions{_NOT_RECORDED.get(form, '')}": len(rows)}) + notes,
         secrets=secrets,
@@ -145,7 +143,7 @@ def _read_row(
         try:
             of_line = list(parts_of(line, notes))
         except (AttributeError, LookupError, TypeError) as error:
-            raise _unknown_line(lines.where(i), error) from None
+            raise _unknown_line(lines.where(i), f"{type(error).__name__}: {error}") from None
         for part in of_line:
             size += len(part.value or "")
             secrets += [f"{lines.where(i)}: {kind}" for kind in secrets_in(part.value)]
@@ -156,25 +154,20 @@ def _read_row(
 def _read_line(lines: Table, i: int, notes: Counter[str]) -> dict[str, Any]:
     """Read a line as an object, which is empty if the line is cut off at the end of the file."""
     try:
-        line: Any = lines.row(i)
-        data = {"session": line.get("session_id"), "message_data": "{}", **line}
-        return {**data, **json.loads(data["message_data"])}
+        line = lines.row(i)
     except DataError:
         if i < len(lines) - 1:
             raise
         notes["lines cut off at the end of a file"] = 1
-        return {}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _unknown_line(lines.where(i), error) from None
+        line = {}
+    if not isinstance(line, dict):
+        raise _unknown_line(lines.where(i), f"it is {json_type(line)}, not an object")
+    return line
 
 
-def _unknown_line(where: str, error: Exception) -> DataError:
-    return DataError(
-        "the line is not as agents write it",
-        where=where,
-        why=f"{type(error).__name__}: {error}",
-        fix="fix or delete the line",
-    )
+def _unknown_line(where: str, why: object) -> DataError:
+    what = "the line is not as agents write it"
+    return DataError(what, where=where, why=str(why), fix="fix or delete the line")
 
 
 def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
@@ -195,7 +188,7 @@ def _claude_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conve
             transcript.note_answer(i, message, is_answer=kind == "assistant")
     for agent, turns in transcript.turns.items():
         conversations = transcript.paths(turns[-1])
-        used = set(itertools.chain(*(numbers for _, numbers in conversations)))
+        used = set(chain(*(numbers for _, numbers in conversations)))
         notes["subagents"] += bool(agent)
         notes["compactions"] += len(conversations) - 1
         notes[_BRANCHES] += len(set(turns) - used)
@@ -226,8 +219,8 @@ class _Transcript:
         self._latest: dict[str, int] = {}
         # A line, or the id of an answer or a call -> the first line of the answer.
         self._answers: dict[object, int] = {}
-        self._members: dict[int, list[int]] = defaultdict(list)
-        self._results: set[int] = set()
+        # The first line of an answer -> its lines, and the lines with results of its calls.
+        self._members: dict[int, tuple[list[int], list[int]]] = {}
 
     def place(self, i: int, line: Mapping[str, Any]) -> str:
         """Place a line behind the one that it follows; return its subagent."""
@@ -257,16 +250,14 @@ class _Transcript:
         content = message.get("content")
         parts = content if isinstance(content, list) else []
         ids = [part.get("tool_use_id", part.get("id")) for part in parts if isinstance(part, dict)]
-        first = i
+        calls = [str(name) for name in ids if name]
         if is_answer:
             first = self._answers.setdefault(str(message.get("id", i)), i)
-            self._answers.update((str(name), first) for name in ids if name)
+            self._answers.update(dict.fromkeys(calls, first))
         else:
-            self._results.add(i)
-            for name in ids:
-                first = self._answers.get(str(name), first)
+            first = next((self._answers[name] for name in calls if name in self._answers), i)
         self._answers[i] = first
-        self._members[first].append(i)
+        self._members.setdefault(first, ([], []))[not is_answer].append(i)
 
     def paths(self, last: int) -> list[_Conversation]:
         """Return the path to a line, and before a compaction the path to the last line."""
@@ -274,15 +265,10 @@ class _Transcript:
         end: int | None = last
         while end is not None:
             path = self._path(end)
-            # The place of each answer on the path. Its results may be between its lines.
-            places: dict[int, int] = {}
-            lines = set(path)
-            for place, i in enumerate(reversed(path)):
-                answer = self._answers.get(i, i)
-                places.setdefault(answer, place)
-                lines.update(self._members.get(answer, ()))
-            order = [(places[self._answers.get(i, i)], i in self._results, i) for i in lines]
-            conversations.insert(0, (path[-1], [i for _, _, i in sorted(order)]))
+            # Results may be between the lines of their answer.
+            answers = dict.fromkeys(self._answers.get(i, i) for i in reversed(path))
+            lines = [self._members.get(first, ([first],)) for first in answers]
+            conversations.insert(0, (path[-1], [*chain(*chain(*lines))]))
             end = self._compactions.get(path[-1])
         return conversations
 
@@ -302,8 +288,8 @@ class _Transcript:
 def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
     """Find the conversations of Codex: the history between compactions, without what was undone."""
     about: list[int] = []
-    history: list[int] = []
-    inputs: set[int] = set()
+    # Each line, and whether it is something other than an answer, a call or a result.
+    history: dict[int, bool] = {}
     questions: list[int] = []
     start = 0
     for i, line in lines:
@@ -315,36 +301,34 @@ def _codex_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conver
                 about = [i]
                 notes["subagents"] += "subagent" in str(payload.get("source"))
             case "response_item", _:
-                history.append(i)
-                if payload.get("role") not in (None, "assistant"):
-                    inputs.add(i)
+                history[i] = payload.get("role") not in (None, "assistant")
             case "compacted", _:
-                yield start, about + history
+                yield start, [*about, *history]
                 notes["compactions"] += 1
                 # Without a history that replaces it, what the user said stays.
                 is_replaced = payload.get("replacement_history") is not None
-                history = [] if is_replaced else [n for n in history if n in inputs]
-                history.append(i)
+                history = {n: True for n, stays in history.items() if stays and not is_replaced}
+                history[i] = False
                 start = i
             case "event_msg", "user_message" if history:
                 # The event follows the item with the question, or comes before it.
-                questions.append(history[-1] if history[-1] in inputs else i)
+                last = next(reversed(history))
+                questions.append(last if history[last] else i)
             case "event_msg", "thread_rolled_back" if questions:
                 first = questions[-int(payload.get("num_turns", 1)) :][0]
                 questions = [n for n in questions if n < first]
                 notes[_BRANCHES] += sum(n >= first for n in history)
-                history = [n for n in history if n < first]
+                history = {n: stays for n, stays in history.items() if n < first}
             case kind, _:
                 notes[f"lines of type {kind}, left out"] += 1
-    yield start, about + history
+    yield start, [*about, *history]
 
 
 def _item_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Conversation]:
     """Find the conversations of files with an item, a message or a session a line."""
-    sessions: dict[object, list[int]] = defaultdict(list)
     about: list[int] = []
+    history: list[int] = []
     for i, line in lines:
-        history = sessions[line.get("session")]
         if line.get("role") == "session_meta":
             about = [i]
         elif "messages" in line:
@@ -353,11 +337,10 @@ def _item_conversations(lines: _Lines, notes: Counter[str]) -> Iterator[_Convers
             if line.get("type") in _COMPACTIONS and history:
                 notes["compactions"] += 1
                 yield history[0], about + history
-                history.clear()
+                history = []
             history.append(i)
-    for history in sessions.values():
-        if history:
-            yield history[0], about + history
+    if history:
+        yield history[0], about + history
 
 
 _CONVERSATIONS: dict[str, Callable[[_Lines, Counter[str]], Iterator[_Conversation]]] = {
