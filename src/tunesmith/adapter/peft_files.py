@@ -27,7 +27,7 @@ from tunesmith.distributed.torch_private import local_slices
 from tunesmith.distributed.vocab_parallel import local_part
 from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
-from tunesmith.model.decoder import find_projector, trained_projector
+from tunesmith.model.decoder import find_projector, is_whole, trained_projector
 from tunesmith.model.experts import find_experts
 from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import (
@@ -192,19 +192,22 @@ def _peft_stacks(model: nn.Module) -> list[str]:
 
 
 def describe_misread(model: PreTrainedModel) -> str:
-    """A warning where PEFT reads the adapter otherwise than it is trained; "" where it does not.
+    """Return a warning if PEFT reads the adapter otherwise than it is trained, or an empty string.
 
-    Of many models with experts PEFT 0.21 takes gate_proj, up_proj and down_proj for the experts' of
+    PEFT 0.21 takes gate_proj, up_proj and down_proj of many models with experts for the experts' of
     older files, and drops the adapters of linear layers of these names (shared experts, dense first
-    layers).
+    layers). It also renames the adapter's tensors as Transformers renames those of checkpoints.
     """
-    # Only stacks of experts are concerned, and importing PEFT takes a second.
-    if not any(parameter.ndim == 3 for parameter in model.parameters()):
+    # Other models have no such rules, and importing PEFT takes a second.
+    if not is_whole(model) and not any(parameter.ndim == 3 for parameter in model.parameters()):
         return ""
     from peft import LoraConfig
 
     try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers,
+            convert_peft_config_for_transformers,
+        )
     except ImportError:  # an older PEFT, which converts nothing
         return ""
     adapted = {last_part(name) for name, _ in lora.loras(model)}
@@ -214,8 +217,19 @@ def describe_misread(model: PreTrainedModel) -> str:
     except ValueError as error:
         return f"warning: PEFT does not open this adapter: {error}"
     read = set(config.target_modules)
+    model_type = model.config.model_type
     if adapted <= read:
-        return ""
+        tensors = {}
+        for name, parameter in _peft_tensors(model).items():
+            tensors[name] = torch.empty(parameter.shape, device="meta")
+        renamed = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
+        lost = len(tensors.keys() - renamed.keys())
+        if not lost:
+            return ""
+        return (
+            f"warning: PEFT loads {count_of(lost, 'tensor')} of this adapter nowhere, because it "
+            f"renames them by Transformers' rules for a {model_type}; merge it (tunesmith merge)"
+        )
     fix = "merge it (tunesmith merge)"
     if read:
         targets = sorted(read)
@@ -227,7 +241,7 @@ def describe_misread(model: PreTrainedModel) -> str:
         # It gives the experts twice the rank.
         result = "refuses the file"
     return (
-        f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {model.config.model_type} "
+        f"warning: PEFT takes {', '.join(sorted(adapted - read))} of a {model_type} "
         f"for its experts and {result}; {fix}"
     )
 
