@@ -174,10 +174,12 @@ def _prompts_and_places(
     config = tuned.model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     window = window or getattr(config, "attention_chunk_size", None) or 0
-    if beyond_window and max(map(len, prompts)) <= window <= MAX_WINDOW_TOKENS:
+    # llama.cpp refuses prompts that are longer than the model's context.
+    length = min(window + TOKENS_BEYOND_WINDOW, tuned.files.spec.context - 1)
+    if beyond_window and max(map(len, prompts)) <= window <= min(MAX_WINDOW_TOKENS, length - 1):
         rows, _ = probe_prompts(tuned, rows=MAX_PROMPTS, tokens=CHECK_CONTEXT_TOKENS)
         ids = itertools.chain.from_iterable(itertools.cycle(rows))
-        prompts.append(list(itertools.islice(ids, window + TOKENS_BEYOND_WINDOW)))
+        prompts.append(list(itertools.islice(ids, length)))
         places.append([len(prompts[-1]) - 1])
     return prompts, places
 
