@@ -151,7 +151,7 @@ def test_notes_are_for_stderr(
     exported = ExportedFile("a.gguf", "a.gguf", "q8_0", 1, ("a window",), None, "--no-check")
     monkeypatch.setattr(run_export, "export_gguf", lambda *_, **__: exported)
     options = {"force": False, "threads": 1, "no_check": True, "device": None, "json": False}
-    options["trust_remote_code"] = False
+    options |= {"trust_remote_code": False, "converter": None}
     run_export.export_for_gguf(
         argparse.Namespace(
             run="run", output="a.gguf", to="gguf", adapter=False, quant="q8_0", **options
