@@ -410,6 +410,7 @@ def test_internal_error_without_a_place_to_write(
     ("words", "fix"),
     [
         ("doctor --fix", "each fault"),
+        ("doctor smollm2-135m-lora", "fetch RECIPE --dry-run"),
         ("launch slurm r.yaml --site alps", "--setup"),
         ("launch slurm r.yaml --site=alps", "--setup"),
         ("fetch org/model --hosts spark-b", "ssh HOST"),

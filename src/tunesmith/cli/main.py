@@ -97,6 +97,7 @@ OTHER_NAMES = {
 # Options, or one of their choices, that went -> what does the same.
 OTHER_OPTIONS = {
     "tunesmith doctor --fix": "tunesmith doctor: each fault has its command",
+    "tunesmith doctor RECIPE": "tunesmith fetch RECIPE --dry-run",
     "tunesmith launch slurm --site": "the flags: --partition, --account, --setup, --sbatch-arg",
     "tunesmith fetch --hosts": "ssh HOST tunesmith fetch --remove NAME",
     "tunesmith export --quant nvfp4": "--quant fp8",
@@ -188,7 +189,8 @@ class Parser(argparse.ArgumentParser):
         if not unknown:
             return None
         word = unknown[1]
-        other = OTHER_OPTIONS.get(f"{self.prog} {word.partition('=')[0]}")
+        option = word.partition("=")[0] if word.startswith("-") else "RECIPE"
+        other = OTHER_OPTIONS.get(f"{self.prog} {option}")
         if other:
             return other
         # A hidden option is for processes that a command starts.

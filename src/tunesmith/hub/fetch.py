@@ -33,7 +33,6 @@ from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_fil
 from tunesmith.hub.gguf import convert_gguf
 from tunesmith.hub.hub_calls import (
     DISK_FIX,
-    TRIES,
     hub_calls,
     hub_error,
     names_no_model,
@@ -212,21 +211,13 @@ class RepoListing:
     files: dict[str, RemoteFile]
 
 
-def list_repo(
-    repo: str,
-    revision: str | None,
-    repo_type: str,
-    *,
-    timeout: float | None = None,
-    tries: int = TRIES,
-) -> RepoListing:
+def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
     """Ask the Hub about a repository (model or dataset); see `hub_calls`."""
     with hub_calls(repo, revision, repo_type):
         info: Any = retry(
             lambda: HfApi().repo_info(
-                repo, revision=revision, timeout=timeout, repo_type=repo_type, files_metadata=True
-            ),
-            tries=tries,
+                repo, revision=revision, repo_type=repo_type, files_metadata=True
+            )
         )
     files = {}
     for file in info.siblings or ():

@@ -44,9 +44,7 @@ def repo_page(repo: str, repo_type: str = "model") -> str:
     return f"{constants.ENDPOINT}/{folder}{repo}"
 
 
-def retry(
-    call: Callable[[], T], progress: Callable[[], int] = lambda: 0, *, tries: int = TRIES
-) -> T:
+def retry(call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
     """Call until it succeeds, with a longer pause after each busy server and broken connection.
 
     When a failed call got further, by the number that `progress` gives, the tries count anew.
@@ -62,7 +60,7 @@ def retry(
             previous = reached
             reached = progress()
             failures = 1 if reached > previous else failures + 1
-            if failures >= tries:
+            if failures >= TRIES:
                 raise
         time.sleep(PAUSE * 2 ** (failures - 1))
 

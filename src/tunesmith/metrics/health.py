@@ -256,7 +256,7 @@ class ChipCheck:
     def _cause(self) -> str:
         """Why a chip may be slow, from what can be seen, with what to do."""
         if self.device.type != "cpu":
-            return f"{clock_reason(self.device)}; tunesmith doctor shows more"
+            return f"{clock_reason(self.device)}; nvidia-smi -q -d PERFORMANCE shows more"
         load = os.getloadavg()[0]
         cores = available_cores()
         if load > 1.5 * cores:

@@ -1,4 +1,4 @@
-"""`tunesmith doctor`: its words, a recipe's model, what its commands do.
+"""`tunesmith doctor`: its words, the checks of one machine, and what its commands do.
 
 No root is needed.
 """
@@ -8,24 +8,31 @@ from __future__ import annotations
 import ast
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from errors import holds
-from hub.standin import Repo, StandIn
 from launch.spark_pair import TORCH
 from tunesmith.host.chips import peak_of
-from tunesmith.tools.doctor import checks
+from tunesmith.tools.doctor import checks as checks_module
 from tunesmith.tools.doctor.checks import examine
-from tunesmith.tools.doctor.system import FAULT, OK, TEXTS, VERSIONS_PROGRAM, System, finding
+from tunesmith.tools.doctor.pair import _compare, check_pair
+from tunesmith.tools.doctor.system import (
+    FAULT,
+    OK,
+    TEXTS,
+    VERSIONS_PROGRAM,
+    Finding,
+    System,
+    finding,
+)
 
-ROOM = Path(checks.__file__).parent
+ROOM = Path(checks_module.__file__).parent
 DOCS = Path(__file__).parents[3] / "docs"
 
 
@@ -73,7 +80,8 @@ def test_torch_is_found_beside_a_source_tree_that_is_not_installed(tmp_path: Pat
         os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
-    assert json.loads(done.stdout) == {"tunesmith": "", "torch": "2.11.0"}
+    versions = json.loads(done.stdout)
+    assert versions == {"python": platform.python_version(), "torch": "2.11.0"}
 
 
 def doctor(*words: str, **env: str) -> dict:
@@ -95,160 +103,105 @@ def doctor(*words: str, **env: str) -> dict:
     return report
 
 
-def named(report: dict, check: str) -> tuple[str, str, str]:
-    return next(
-        (f["level"], f["what"], f["fix"]) for f in report["findings"] if f["check"] == check
-    )
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    file.write_text(
-        "model: {name: someone/model}\ndata: {train: {source: rows.jsonl, format: text}}\noutput_dir: out\n"
-    )
-    (file.parent / "rows.jsonl").write_text('{"text": "a"}\n')
-    return file
+def put_command(folder: Path, name: str, output: str) -> None:
+    """Write a program that prints `output`."""
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'X'\n{output}\nX\n")
+    (folder / name).chmod(0o755)
 
 
 @pytest.fixture
-def hub() -> Iterator[StandIn]:
-    files = {"config.json": b"{}", "model.safetensors": b"x" * 1000}
-    with StandIn({"someone/model": Repo(files)}) as served:
-        yield served
-
-
-SMI = """#!/bin/sh
-case "$*" in
-  *clocks.sm*) echo '[N/A], 3003, [Not Supported], P0' ;;
-  *) printf 'NVIDIA GB10, GPU-a, {driver}, {capability}, {memory}\\n\\n' ;;
-esac
-"""
-
-
-@pytest.mark.parametrize("missing", ["[N/A]", "[Not Supported]", "[Insufficient Permissions]"])
-def test_figures_that_nvidia_smi_does_not_give(
-    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither driver, compute capability, memory nor clock is a reason to fail; torch stands in for
-    one with CUDA.
-    """
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(SMI.format(driver=missing, capability=missing, memory=missing))
-    smi.chmod(0o755)
-    state = {"cuda": "13.0", "archs": ["sm_120"], "tflops": 91, "fails": ""}
-    (tmp_path / "torch.json").write_text(json.dumps(state))
+def spark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins for a Spark's programs and its torch, which reads torch.json."""
+    put_command(tmp_path, "nvidia-smi", "NVIDIA GB10, GPU-a, 580.95.05\n")
     (tmp_path / "packages" / "torch").mkdir(parents=True)
     (tmp_path / "packages" / "torch" / "__init__.py").write_text(TORCH)
     (tmp_path / "packages" / "torch-2.13.0.dist-info").mkdir()
     (tmp_path / "packages" / "torch-2.13.0.dist-info" / "METADATA").write_text(
         "Name: torch\nVersion: 2.13.0\n"
     )
+    put_torch(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("SPARK_STATE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    findings, _ = examine(System(), pair=False)
-    report = {"findings": [asdict(result) for result in findings]}
-    level, what = named(report, "driver")[:2]
-    assert (level, what.count(missing)) == (OK, 2)
-    assert holds(what, "1 x NVIDIA GB10")
-    level, what = named(report, "torch")[:2]
-    assert level == OK
-    assert holds(what, "torch 2.13.0", "CUDA 13.0")
-    assert what.endswith("sm_?")
-    assert named(report, "clock")[0] == OK
-    assert named(report, "memory")[0] in ("ok", "warning", FAULT)
+    return tmp_path
 
 
-@pytest.mark.slow
-def test_a_model_that_is_open(recipe: Path, hub: StandIn, tmp_path: Path) -> None:
-    report = doctor(
-        str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url, HF_TOKEN="hf_abcdefghijklmn"
-    )
-    level, what, fix = named(report, "licence")
-    assert (level, fix) == ("ok", "")
-    assert holds(what, "someone/model", "apache-2.0")
-    assert named(report, "room")[0] == "ok"
-
-
-@pytest.mark.slow
-def test_a_gated_model_without_a_token(recipe: Path, hub: StandIn, tmp_path: Path) -> None:
-    hub.repos["someone/model"].gated = True
-    report = doctor(str(recipe), HF_HOME=str(tmp_path), HF_ENDPOINT=hub.url)
-    assert named(report, "token")[0] == "warning"
-    assert "hf auth login" in named(report, "token")[2]
-    level, what, fix = named(report, "licence")
-    assert level == "fault"
-    assert holds(what, "someone/model", "gated")
-    assert f"{hub.url}/someone/model" in fix
-    assert not report["passed"]
-
-
-def test_a_model_that_is_larger_than_the_disk(
-    recipe: Path, hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def put_torch(
+    folder: Path, *, cuda: str | None = "13.0", tflops: float = 91, fails: str = ""
 ) -> None:
-    from huggingface_hub import constants
-
-    from tunesmith.config.schema import Model
-    from tunesmith.hub.download import RemoteFile
-    from tunesmith.hub.fetch import RepoListing
-    from tunesmith.tools.doctor import access
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmn")
-
-    large = RemoteFile("model.safetensors", "", 1 << 50, "")
-    listing = RepoListing("main", "", False, {large.name: large})
-    monkeypatch.setattr("tunesmith.hub.fetch.list_repo", lambda *_, **__: listing)
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
-    found = {f.check: f for f in access.check_model(Model(name="someone/model"))}
-    assert found["room"].level == FAULT
-    assert "takes 1048576.0 GiB" in found["room"].what
+    state = {"cuda": cuda, "tflops": tflops, "fails": fails}
+    (folder / "torch.json").write_text(json.dumps(state))
 
 
-def test_a_hub_that_never_answers_is_asked_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def results(*, pair: bool = False) -> dict[str, Finding]:
+    return {result.check: result for result in examine(System(), pair=pair)}
+
+
+@pytest.mark.parametrize("missing", ["[N/A]", "[Insufficient Permissions]"])
+def test_a_driver_version_that_nvidia_smi_does_not_print(missing: str, spark: Path) -> None:
+    put_command(spark, "nvidia-smi", f"NVIDIA GB10, GPU-a, {missing}\n")
+    found = results()
+    assert found["driver"].level == OK
+    assert holds(found["driver"].what, "1 x NVIDIA GB10", missing)
+    assert found["torch"].level == OK
+    assert holds(found["torch"].what, "torch 2.13.0", "CUDA 13.0", "NVIDIA GB10")
+    assert found["clock"].level == OK
+
+
+@pytest.mark.parametrize(
+    ("cuda", "fails", "case", "shown"),
+    [
+        (None, "Torch not compiled with CUDA enabled", "without-cuda", "CPUs only"),
+        ("12.4", "CUDA error: no kernel image is available for execution on the device\nadvice", "chip", "no code for NVIDIA GB10"),
+        ("13.0", "CUDA error 100: no device\nadvice on debugging", "gpu", "RuntimeError: CUDA error 100: no device"),
+    ],
+)  # fmt: skip
+def test_why_torch_does_not_run(
+    cuda: str | None, fails: str, case: str, shown: str, spark: Path
 ) -> None:
-    from huggingface_hub import constants
-
-    from tunesmith.config.schema import Model
-    from tunesmith.hub.hub_calls import TRANSPORT
-    from tunesmith.tools.doctor import access
-
-    asked = []
-
-    def never_answers(*_: object, timeout: float | None, **__: object) -> None:
-        asked.append(timeout)
-        raise TRANSPORT("timed out")
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", never_answers)
-    found = {f.check: f for f in access.check_model(Model(name="someone/model"))}
-    assert found["hub"].level == FAULT
-    assert asked == [access.HUB_TIMEOUT_SECONDS]
+    """CUDA's errors end with lines of advice; the line with the cause is shown."""
+    put_torch(spark, cuda=cuda, fails=fails)
+    torch = results()["torch"]
+    assert (torch.case, torch.level) == (case, FAULT)
+    assert shown in torch.what
 
 
-@pytest.mark.slow
-def test_a_hub_that_cannot_be_reached(recipe: Path, tmp_path: Path) -> None:
-    report = doctor(
-        str(recipe),
-        HF_HOME=str(tmp_path),
-        HF_ENDPOINT="http://127.0.0.1:9",
-        HF_TOKEN="hf_abcdefghijklmn",
-    )
-    level, what, fix = named(report, "hub")
-    assert level == "fault"
-    assert holds(what, "Hub", "someone/model")
-    assert "HTTPS_PROXY" in fix
-    assert "hf_abcdefghijklmn" not in json.dumps(report)
+@pytest.mark.parametrize(("tflops", "level"), [(50, FAULT), (62, OK)])
+def test_a_low_power_state_shows_in_the_speed(tflops: float, level: str, spark: Path) -> None:
+    """55 TFLOP/s is the limit; the stand-in is at most 10 % off."""
+    put_torch(spark, tflops=tflops)
+    assert results()["clock"].level == level
+
+
+@pytest.mark.parametrize(
+    ("runtime", "uuids", "case"),
+    [
+        ("nvidia", ["GPU-a"], "ok"),
+        ("runc", ["GPU-a"], "runtime"),
+        ("nvidia", ["GPU-of-another-machine"], "resource"),
+        ("nvidia", [], "resource"),
+    ],
+)
+def test_the_daemon_is_asked_for_the_gpus_that_it_offers(
+    runtime: str, uuids: list[str], case: str, spark: Path
+) -> None:
+    """`GenericResources` as in the Engine API's SystemInfo: null without any."""
+    offered = [{"NamedResourceSpec": {"Kind": "NVIDIA_GPU", "Value": uuid}} for uuid in uuids]
+    info = {
+        "ServerVersion": "29.2.1",
+        "DefaultRuntime": runtime,
+        "GenericResources": offered or None,
+        "Swarm": {"LocalNodeState": "active", "NodeAddr": "192.168.177.1"},
+    }
+    put_command(spark, "docker", json.dumps(info))
+    put_torch(spark, fails="not needed here")
+    assert results(pair=True)["daemon.json"].case == case
 
 
 @pytest.mark.slow
 def test_a_machine_without_gpu_and_docker(tmp_path: Path) -> None:
     report = doctor(HF_HOME=str(tmp_path))
-    assert {f["check"] for f in report["findings"]} == {"driver", "torch", "memory", "disk"}
+    assert {f["check"] for f in report["findings"]} == {"driver", "torch", "memory"}
     assert report["passed"]
 
 
@@ -266,4 +219,108 @@ def test_the_command_for_the_resource_of_swarm_keeps_what_else_is_set(tmp_path: 
 
 def test_the_speed_of_a_spark_is_that_of_the_table() -> None:
     """checks.py has it a second time, as it runs where the rest of tunesmith may be missing."""
-    assert peak_of("NVIDIA GB10").tflops == checks.GB10_TFLOPS
+    assert peak_of("NVIDIA GB10").tflops == checks_module.GB10_TFLOPS
+
+
+def put_ssh(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a stand-in for ssh; `$last` is the command for the other node."""
+    (folder / "ssh").write_text(f"#!/bin/sh\nfor last; do :; done\n{script}\n")
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_the_other_node_examines_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other node is this machine: every check runs twice, and nothing differs."""
+    put_ssh(tmp_path, 'echo a banner; exec sh -c "$last"', monkeypatch)
+    found = check_pair("spark-b")
+    here = [(result.check, result.case) for result in found if not result.host]
+    there = [(result.check, result.case) for result in found if result.host == "spark-b"]
+    both = [(result.check, result.case) for result in found if result.host == "the pair"]
+    assert here == there
+    assert ("driver", "none") in here
+    assert both[:2] == [("ssh", "ok"), ("versions", "ok")]
+
+
+@pytest.mark.parametrize(
+    ("message", "fix"),
+    [
+        ("root@spark-b: Permission denied (publickey).", "ssh-copy-id spark-b"),
+        ("Host key verification failed.", "ssh-keygen -R spark-b"),
+        ("ssh: connect to host spark-b port 22: Connection refused", "openssh-server"),
+        ("ssh: Could not resolve hostname spark-b: Name or service not known", "/etc/hosts"),
+        ("ssh: connect to host spark-b port 22: Connection timed out", "ping spark-b"),
+    ],
+)
+def test_why_ssh_does_not_reach_the_other_node(
+    message: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_ssh(tmp_path, f"echo '{message}' >&2; exit 255", monkeypatch)
+    monkeypatch.setattr("tunesmith.tools.doctor.pair.examine", lambda *_, **__: [])
+    (found,) = check_pair("spark-b")
+    assert (found.host, found.check, found.level) == ("spark-b", "ssh", FAULT)
+    assert fix in found.fix
+
+
+def test_versions_that_differ_are_named() -> None:
+    here = {"versions": {"torch": "2.13.0", "driver": "580.95.05"}, "managers": [], "cable": []}
+    there = {**here, "versions": {"torch": "2.11.0"}}
+    (found,) = _compare(here, there, "spark-b")
+    assert found.what == "torch is 2.13.0 here and 2.11.0 on spark-b"
+
+
+def function_of_cable(address: str, **changed: object) -> dict[str, object]:
+    """A function in the form of `ip -j addr`, with the values that `System.cable` adds."""
+    entries = [{"family": "inet", "local": address, "prefixlen": 24}]
+    function = {"ifname": "enp1s0f1np1", "operstate": "UP", "mtu": 9000, "addr_info": entries}
+    return {**function, "device": "rocep1s0f1", "gids": ["1", "3"], **changed}
+
+
+def test_ends_of_the_cable_in_two_subnets() -> None:
+    nodes = [
+        {"versions": {}, "managers": [], "cable": [function_of_cable(address)]}
+        for address in ("192.168.177.1", "192.168.177.2", "192.168.178.2")
+    ]
+    assert [result.case for result in _compare(nodes[0], nodes[1], "spark-b")] == ["ok"]
+    assert [result.case for result in _compare(nodes[0], nodes[2], "spark-b")] == ["ok", "apart"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "forced", "checks"),
+    [
+        ({}, "-1", ["cable"]),
+        ({}, "3", ["cable"]),
+        ({"operstate": "DOWN", "mtu": 1500}, "-1", ["cable", "mtu"]),
+        ({"gids": []}, "-1", ["gid"]),
+        ({}, "0", ["gid"]),
+    ],
+)
+def test_the_cable(
+    changed: dict[str, object], forced: str, checks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-1 is NCCL's default for NCCL_IB_GID_INDEX; 3 is an index of RoCE v2, and 0 is not."""
+    system = System()
+    monkeypatch.setitem(system.__dict__, "cable", [function_of_cable("192.168.177.1", **changed)])
+    monkeypatch.setenv("NCCL_IB_GID_INDEX", forced)
+    found = list(checks_module._cable(system))
+    assert [result.check for result in found] == checks
+    assert all(result.level == FAULT for result in found) == (found[0].case != "ok")
+
+
+def test_the_port_with_the_cable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Spark's two ports have two functions each; the cable is in the second port."""
+    states = {
+        "lo": "UNKNOWN",
+        "enp1s0f0np0": "DOWN",
+        "enp1s0f1np1": "UP",
+        "enP2p1s0f0np0": "DOWN",
+        "enP2p1s0f1np1": "DOWN",
+        "enP7s7": "UP",
+    }
+    rows = [
+        {"ifname": name, "operstate": state, "mtu": 1500, "addr_info": []}
+        for name, state in states.items()
+    ]
+    put_command(tmp_path, "ip", json.dumps(rows))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    names = [function["ifname"] for function in System().cable]
+    assert names == ["enp1s0f1np1", "enP2p1s0f1np1"]

@@ -31,8 +31,8 @@ def wrong(report: dict) -> list[str]:
 
 
 def wrong_of_the_pair(report: dict) -> list[str]:
-    """Of `wrong`, what the two nodes decide; memory and disk are those of the test's machine."""
-    return [line for line in wrong(report) if line.split(": ")[1] not in ("memory", "disk")]
+    """Return the lines of `wrong` except memory, which is the test machine's."""
+    return [line for line in wrong(report) if line.split(": ")[1] != "memory"]
 
 
 @pytest.mark.slow
@@ -97,14 +97,21 @@ def on_slurm(
 def test_what_a_partition_lacks_is_named_in_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    lines = "main|up|infinite|1|idle|(null)\nbig|up|2-00:00:00|2|mixed|gpu:8"
+    lines = "main|up|1|idle|(null)\nbig|up|2|mixed|gpu:8"
     monkeypatch.setattr(
         System, "run", lambda _, *command, **__: (0, lines if command[0] == "sinfo" else "", "")
     )
     shown = check_slurm(tmp_path)[0].what
     assert "null" not in shown
-    assert "infinite" not in shown
-    assert holds(shown, "main: 1", "big: 2", "gpu:8", "2-00:00:00")
+    assert holds(shown, "main: 1", "big: 2", "gpu:8")
+
+
+def test_a_cluster_without_gpus_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(System, "run", lambda *_, **__: (0, "main|up|1|idle|(null)", ""))
+    partitions = check_slurm(tmp_path)[0]
+    assert (partitions.check, partitions.level) == ("partitions", "warning")
 
 
 @pytest.mark.slow
@@ -116,7 +123,7 @@ def test_what_a_partition_lacks_is_named_in_words(
 def test_a_real_cluster(slurm: dict[str, str], tmp_path: Path) -> None:
     report = on_slurm(slurm, cwd=tmp_path)
     assert wrong(report) == []
-    assert {f["check"] for f in report["findings"]} == {"partitions", "nodes"}
+    assert {f["check"] for f in report["findings"]} == {"partitions", "srun"}
     assert holds(report["findings"][0]["what"], "main: 2", "gpu:2")
 
     hidden = (

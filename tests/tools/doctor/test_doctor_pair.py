@@ -46,11 +46,10 @@ class Case(NamedTuple):
     fix: str
 
 
-OTHER = '{"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "default-runtime": "nvidia", "node-generic-resources": ["NVIDIA_GPU=%s"]}'
 INFO = "sed -i 's/%s/%s/' $S/docker-info"
 KEEP = "[ ! -e {0} ] || cp -a {0} {0}.kept; "
 BACK = "rm -rf {0}; [ ! -e {0}.kept ] || mv {0}.kept {0}"
-TOML, DAEMON = "/etc/nvidia-container-runtime/config.toml", "/etc/docker/daemon.json"
+TOML = "/etc/nvidia-container-runtime/config.toml"
 
 
 def kept(path: str, do: str) -> tuple[str, str]:
@@ -62,57 +61,51 @@ def said(name: str, text: str) -> tuple[str, str]:
     return kept(f"$S/{name}", f"cat >$S/{name} <<'X'\n{text}\nX")
 
 
-GB10 = "NVIDIA GB10, {}, {}, 12.1, [N/A]"
+GB10 = "NVIDIA GB10, {}, {}"
 MEM = "MemTotal: 125500000 kB\nMemFree: {} kB\nMemAvailable: {} kB\nCached: {} kB"
-TORCH = '{{"cuda": "{}", "archs": ["{}"], "tflops": 91, "fails": "{}"}}'
-SITE = "import time\n_time = time.time\ntime.time = lambda: _time() + 40"
+TORCH = '{{"cuda": "{}", "tflops": {}, "fails": "{}"}}'
+NO_CODE = r"CUDA error: no kernel image is available for execution on the device\nFor debugging consider CUDA_LAUNCH_BLOCKING=1"
 CASES = {
-    # one turn: Docker, memory, disk, versions
-    "nvidia is not the default runtime": Case("docker", "a", *kept(DAEMON, f"echo '{{}}' >{DAEMON}"), "spark-a: daemon.json: fault", "not the default runtime", "--set-as-default"),
-    "the GPU of another machine in daemon.json": Case("docker", "b", *kept(DAEMON, f"echo '{OTHER % UUIDS['a']}' >{DAEMON}"), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", UUIDS["b"]),
+    # one turn: Docker, memory, versions
+    "nvidia is not the default runtime": Case("docker", "a", *kept("$S/docker-info", INFO % ('"DefaultRuntime": "nvidia"', '"DefaultRuntime": "runc"')), "spark-a: daemon.json: fault", "not docker's default runtime", "--set-as-default"),
+    "the GPU of another machine in daemon.json": Case("docker", "b", INFO % (UUIDS["b"], UUIDS["a"]), INFO % (UUIDS["a"], UUIDS["b"]), "spark-b: daemon.json: fault", f"{UUIDS['a']} as NVIDIA_GPU, and this machine's GPU is {UUIDS['b']}", UUIDS["b"]),
     "toolkit without Swarm": Case("docker", "a", *said("toolkit", "NVIDIA Container Toolkit CLI version 1.18.1"), "spark-a: toolkit: fault", "1.18.1 has no support for Docker Swarm", "--only-upgrade nvidia-container-toolkit"),
     "no toolkit": Case("docker", "b", *said("toolkit", ""), "spark-b: toolkit: fault", "not installed", "apt-get install nvidia-container-toolkit"),
-    "the line of the toolkit is commented out": Case("docker", "a", *kept(TOML, f"sed -i 's/^swarm-res/#swarm-res/' {TOML}"), "spark-a: swarm-resource: fault", "no line swarm-resource", "sed -i"),
-    "the toolkit's line names another resource": Case("docker", "b", *kept(TOML, f"sed -i s/NVIDIA_GPU/GPU/ {TOML}"), "spark-b: swarm-resource: fault", "docker sets DOCKER_RESOURCE_NVIDIA_GPU", "sed -i"),
+    "the line of the toolkit is commented out": Case("docker", "a", *kept(TOML, f"sed -i 's/^swarm-res/#swarm-res/' {TOML}"), "spark-a: swarm-resource: fault", "does not name DOCKER_RESOURCE_NVIDIA_GPU", "sed -i"),
+    "the toolkit's line names another resource": Case("docker", "b", *kept(TOML, f"sed -i s/NVIDIA_GPU/GPU/ {TOML}"), "spark-b: swarm-resource: fault", "does not name DOCKER_RESOURCE_NVIDIA_GPU", "sed -i"),
     "no swarm": Case("docker", "b", *kept("$S/docker-info", INFO % ('"active"', '"inactive"') + "; " + INFO % (r'"RemoteManagers": \[[^]]*\]', '"RemoteManagers": null')), "spark-b: swarm: fault", "in no swarm: inactive", "docker swarm init"),
-    "files fill the memory": Case("docker", "a", *said("meminfo.new", MEM.format(900_000, 118_000_000, 110_000_000)), "spark-a: memory: warning", "MemFree 0.9, Cached 104.9", "drop_caches"),
-    "no room": Case("docker", "a", "mount -o remount,size=1g $S/../disk/cache", "mount -o remount,size=64g $S/../disk/cache", "spark-a: disk: fault", "1.0 GiB free", "tunesmith fetch --list"),
+    "files fill the memory": Case("docker", "a", *said("meminfo.new", MEM.format(900_000, 118_000_000, 110_000_000)), "spark-a: memory: warning", "0.9 GiB free, and 104.9 GiB of files", "drop_caches"),
     "another torch": Case("docker", "b", *kept("$P/torch-2.13.0.dist-info", "sed -i s/2.13.0/2.11.0/ $P/torch-2.13.0.dist-info/METADATA"), "the pair: versions: fault", "torch is 2.13.0 here and 2.11.0 on spark-b", "-m pip install"),
     "another tunesmith": Case("docker", "b", *kept("$P/tunesmith-0.1.0.dist-info", "sed -i s/0.1.0/0.0.9/ $P/tunesmith-0.1.0.dist-info/METADATA"), "the pair: versions: fault", "tunesmith is 0.1.0 here and 0.0.9 on spark-b", "the same version"),
     "another driver, too old": Case("docker", "b", *said("gpus", GB10.format(UUIDS["b"], "570.86.10")), "spark-b: driver: fault", "570.86.10 is too old", "nvidia-driver-580-open"),
-    "a package of one node only": Case("docker", "b", "printf '#!/bin/sh\\necho \"ii  nvidia-fs 2.25\"\\n' >/usr/local/bin/dpkg-query; chmod 755 /usr/local/bin/dpkg-query", "rm /usr/local/bin/dpkg-query", "the pair: packages: fault", "nvidia-fs 2.25", "apt-get install nvidia-fs"),
     # the network
     "one function of the cable is down": Case("network", "b", "ip link set enP2p1s0f1np1 down", "ip link set enP2p1s0f1np1 up", "spark-b: cable: fault", "enP2p1s0f1np1 is down", "sudo ip link set dev enP2p1s0f1np1 up"),
     "MTU 1500 on one side": Case("network", "b", "ip link set enp1s0f1np1 mtu 1500", "ip link set enp1s0f1np1 mtu 9000", "spark-b: mtu: fault", "enp1s0f1np1 has MTU 1500", "sudo ip link set dev enp1s0f1np1 mtu 9000"),
-    "an address that a reboot takes": Case("network", "b", *kept("/run/systemd/network", "rm /run/systemd/network/*"), "spark-b: address: warning", "will have none after a reboot", "sudo netplan set ethernets.enp1s0f1np1="),
     "no GID": Case("network", "b", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/gids $D/off", "D=/sys/class/infiniband/rocep1s0f1/ports/1; mv $D/off $D/gids", "spark-b: gid: fault", "rocep1s0f1 has no RoCE v2 address", "sudo netplan set ethernets.enp1s0f1np1="),
-    "a GID index that is not RoCE v2": Case("network", "a", "", "", "spark-a: gid: fault", "NCCL_IB_GID_INDEX is 0, and RoCE v2 is at 3 on rocep1s0f1", "unset NCCL_IB_GID_INDEX"),
-    "the clock is off": Case("network", "b", f"cat >$P/sitecustomize.py <<'X'\n{SITE}\nX", "rm $P/sitecustomize.py", "the pair: time: fault", "s ahead of this one", "timedatectl set-ntp true"),
+    "a GID index that is not RoCE v2": Case("network", "a", "", "", "spark-a: gid: fault", "NCCL_IB_GID_INDEX is 0, and RoCE v2 is at 1 and 3 on rocep1s0f1", "unset NCCL_IB_GID_INDEX"),
     "two swarms": Case("network", "b", *kept("$S/docker-info", INFO % ("192.168.177.1:2377", "10.0.0.9:2377")), "the pair: swarm: fault", "in two swarms", "swarm leave"),
     # the GPU, Docker off
     "nvidia-smi fails": Case("gpu", "a", *said("smi-fails", "Failed to initialize NVML: Driver/library version mismatch"), "spark-a: driver: fault", "version mismatch", "sudo reboot"),
-    "nvidia-smi is not on the PATH of ssh": Case("gpu", "b", "mkdir -p /usr/local/cuda/bin; mv /usr/local/bin/nvidia-smi /usr/local/cuda/bin", "mv /usr/local/cuda/bin/nvidia-smi /usr/local/bin", "spark-b: tools: fault", "nvidia-smi is not on the PATH", "/usr/bin/nvidia-smi"),
+    "nvidia-smi is not on the PATH of ssh": Case("gpu", "b", "mkdir -p /usr/local/cuda/bin; mv /usr/local/bin/nvidia-smi /usr/local/cuda/bin", "mv /usr/local/cuda/bin/nvidia-smi /usr/local/bin", "spark-b: driver: fault", "nvidia-smi is not found", "/usr/bin/nvidia-smi"),
     "no docker daemon": Case("gpu", "b", *said("docker-refuses", "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"), "spark-b: docker: fault", "does not answer", "systemctl enable --now docker"),
     "no memory": Case("gpu", "a", *said("meminfo.new", MEM.format(900_000, 1_000_000, 500_000)), "spark-a: memory: fault", "1.0 of 119.7 GiB available", "ps -eo rss"),
     "no address": Case("gpu", "b", "ip addr flush dev enP2p1s0f1np1; ip addr replace 10.9.0.7/24 dev enp1s0f1np1; ip addr del 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.177.2/32 dev lo; ip route add 192.168.177.1 dev enp1s0f1np1", "ip addr flush dev enp1s0f1np1; ip addr del 192.168.177.2/32 dev lo; ip addr add 192.168.177.2/24 dev enp1s0f1np1; ip addr add 192.168.178.2/24 dev enP2p1s0f1np1", "the pair: address: fault", "no addresses in one subnet", "sudo netplan set ethernets.enp1s0f1np1="),
     # ssh, one by one, with one thing of this machine each
     "no ssh server": Case("refused", "b", "", "", "spark-b: ssh: fault", "runs no ssh server", "openssh-server"),
-    "a low-power state": Case("refused", "a", *said("load", "851, 3003, 14.20, P0"), "spark-a: clock: fault", "851 of 3003 MHz", "pull the power plug"),
+    "a low-power state": Case("refused", "a", *said("torch.json", TORCH.format("13.0", 26, "")), "spark-a: clock: fault", "TFLOP/s in bf16; a GB10 reaches 92", "pull the power plug"),
     "no key": Case("key", "b", *kept("/root/.ssh/authorized_keys", "echo >/root/.ssh/authorized_keys"), "spark-b: ssh: fault", "takes no key of this user", "ssh-copy-id spark-b"),
-    "no code for the chip": Case("key", "a", *said("torch.json", TORCH.format("13.0", "sm_90", "")), "spark-a: torch: fault", "no code for this chip, sm_121", "--force-reinstall torch"),
-    "an unknown host key": Case("unknown", "a", *kept("/root/.ssh/known_hosts", "echo >/root/.ssh/known_hosts"), "spark-b: ssh: fault", "is not known yet", "compare the fingerprint"),
-    "torch for CPUs": Case("unknown", "a", *said("torch.json", '{"cuda": null, "archs": [], "tflops": 1, "fails": ""}'), "spark-a: torch: fault", "built for CPUs alone", "a build for CUDA 13"),
+    "no code for the chip": Case("key", "a", *said("torch.json", TORCH.format("13.0", 91, NO_CODE)), "spark-a: torch: fault", "has no code for NVIDIA GB10", "--force-reinstall torch"),
+    "an unknown host key": Case("unknown", "a", *kept("/root/.ssh/known_hosts", "echo >/root/.ssh/known_hosts"), "spark-b: ssh: fault", "is unknown, or another", "compare the fingerprint"),
+    "torch for CPUs": Case("unknown", "a", *said("torch.json", '{"cuda": null, "tflops": 1, "fails": "Torch not compiled with CUDA enabled"}'), "spark-a: torch: fault", "built for CPUs only", "a build for CUDA 13"),
     "no python3 there": Case("python", "b", *kept("/root/.bashrc", "echo PATH=/nothing >/root/.bashrc"), "spark-b: ssh: fault", "python3 of spark-b", "apt-get install python3"),
-    "the GPU is lost": Case("python", "a", *said("torch.json", TORCH.format("13.0", "sm_120", "CUDA error 100: no device")), "spark-a: torch: fault", "does not run on the GPU: RuntimeError: CUDA error 100", "sudo reboot"),
+    "the GPU is lost": Case("python", "a", *said("torch.json", TORCH.format("13.0", 91, "CUDA error 100: no device")), "spark-a: torch: fault", "does not run on the GPU: RuntimeError: CUDA error 100", "sudo reboot"),
     "no such host": Case("name", "a", "", "", "spark-c: ssh: fault", "nobody knows the name spark-c", "/etc/hosts"),
-    "daemon.json is not JSON": Case("name", "a", *kept(DAEMON, f"echo '{{' >{DAEMON}"), "spark-a: daemon.json: fault", "no JSON object", "sudoedit"),
 }  # fmt: skip
 # What follows from a case on the side: the other end of a cable, what could not be looked at any
 # more.
 CONSEQUENCES = {
     "network": {"spark-a: cable: fault"},
     "docker": {"the pair: versions: fault"},
-    "gpu": {"spark-b: driver: fault", "spark-b: address: warning"},
 }
 
 
@@ -205,7 +198,7 @@ def test_a_pair_is_green_when_it_is_healthy_again(sparks: SparkPair, reports: An
         reports(turn)
     report = sparks.doctor()
     assert not_ok(report) == set()
-    assert len(report["findings"]) >= 32
+    assert len(report["findings"]) >= 22
     assert report["exit"] == 0
     assert report["passed"]
     print(f"{len(report['findings'])} checks in {report['seconds']} s")

@@ -27,10 +27,8 @@ UUIDS = {
 }
 
 SMI = """#!/bin/sh
-case "$*" in
-  *clocks.sm*) cat {state}/load ;;
-  *) if [ -e {state}/smi-fails ]; then cat {state}/smi-fails; exit 9; fi; cat {state}/gpus ;;
-esac
+if [ -e {state}/smi-fails ]; then cat {state}/smi-fails; exit 9; fi
+cat {state}/gpus
 """
 DOCKER = """#!/bin/sh
 if [ -e {state}/docker-refuses ]; then cat {state}/docker-refuses >&2; exit 1; fi
@@ -51,7 +49,7 @@ def randn(*size, device, dtype):
     if STATE["fails"]:
         raise RuntimeError(STATE["fails"])
     return Matrix()
-cuda = types.SimpleNamespace(get_arch_list=lambda: STATE["archs"], is_available=lambda: True, synchronize=lambda: time.sleep(max(0, BUSY[0] - time.monotonic())))
+cuda = types.SimpleNamespace(synchronize=lambda: time.sleep(max(0, BUSY[0] - time.monotonic())))
 '''
 MEMINFO = "MemTotal: 125500000 kB\nMemFree: {free} kB\nMemAvailable: {available} kB\nCached: {cached} kB\nShmem: 9000 kB\nMlocked: 0 kB\n"
 
@@ -107,7 +105,7 @@ mkdir -p {b}/net; mount --bind /sys/class/net {b}/net
 mount -t tmpfs tmpfs /sys/class; mkdir /sys/class/net /sys/class/infiniband; mount --bind {b}/net /sys/class/net
 mount -t tmpfs tmpfs /proc/driver; mkdir /proc/driver/nvidia; echo NVRM version: 580.95.05 >/proc/driver/nvidia/version
 mount --bind {b}/state/meminfo /proc/meminfo
-mount -t tmpfs tmpfs /run; mkdir -p /run/sshd /run/systemd/network
+mount -t tmpfs tmpfs /run; mkdir -p /run/sshd
 ip link set lo up
 touch {b}/ready; exec sleep infinity"""
         (self.state / "meminfo").write_text(
@@ -145,17 +143,20 @@ touch {b}/ready; exec sleep infinity"""
                  "ControlAvailable": self.letter == "a"}  # fmt: skip
         self.tell(
             "docker-info",
-            json.dumps({"ServerVersion": "29.2.1", "DefaultRuntime": "nvidia", "Swarm": swarm}),
+            json.dumps(
+                {
+                    "ServerVersion": "29.2.1",
+                    "DefaultRuntime": "nvidia",
+                    "GenericResources": [
+                        {"NamedResourceSpec": {"Kind": "NVIDIA_GPU", "Value": UUIDS[self.letter]}}
+                    ],
+                    "Swarm": swarm,
+                }
+            ),
         )
         self.tell("toolkit", "NVIDIA Container Toolkit CLI version 1.19.0\ncommit: 1.19.0\n")
-        self.tell("gpus", f"NVIDIA GB10, {UUIDS[self.letter]}, 580.95.05, 12.1, [N/A]\n")
-        self.tell("load", "2411, 3003, 61.20, P0\n")
-        torch = {
-            "cuda": "13.0",
-            "archs": ["sm_90", "sm_100", "sm_120", "compute_120"],
-            "tflops": 91,
-            "fails": "",
-        }
+        self.tell("gpus", f"NVIDIA GB10, {UUIDS[self.letter]}, 580.95.05\n")
+        torch = {"cuda": "13.0", "tflops": 91, "fails": ""}
         self.tell("torch.json", json.dumps(torch))
         packages = self.base.parent / f"packages-{self.letter}"
         (packages / "torch").mkdir(parents=True)
@@ -165,13 +166,8 @@ touch {b}/ready; exec sleep infinity"""
             (packages / f"{name}-{version}.dist-info" / "METADATA").write_text(
                 f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
             )
-        daemon = {"runtimes": {"nvidia": {"path": "nvidia-container-runtime", "runtimeArgs": []}}, "default-runtime": "nvidia",
-                  "node-generic-resources": [f"NVIDIA_GPU={UUIDS[self.letter]}"]}  # fmt: skip
         self.sh(f"""
-mkdir -p /etc/docker /etc/nvidia-container-runtime /root/.ssh; chmod 700 /root/.ssh
-cat >/etc/docker/daemon.json <<'X'
-{json.dumps(daemon)}
-X
+mkdir -p /etc/nvidia-container-runtime /root/.ssh; chmod 700 /root/.ssh
 cat >/etc/nvidia-container-runtime/config.toml <<'X'
 swarm-resource = "DOCKER_RESOURCE_NVIDIA_GPU"
 
@@ -186,7 +182,6 @@ ssh-keygen -q -t ed25519 -N '' -f {self.base}/host_key
             last = self.address[-1]
             self.sh(f"""
 ip link set dev {name} mtu 9000 up; ip addr add 192.168.{177 + index}.{last}/24 dev {name}
-touch /run/systemd/network/10-netplan-{name}.network
 d=/sys/class/infiniband/{device}; mkdir -p $d/device/net/{name} $d/ports/1/gids $d/ports/1/gid_attrs/types
 i=0; for gid in fe80:0000:0000:0000:4ebb:47ff:fe00:000{last} fe80:0000:0000:0000:4ebb:47ff:fe00:000{last} \\
   0000:0000:0000:0000:0000:ffff:c0a8:b10{last} 0000:0000:0000:0000:0000:ffff:c0a8:b10{last} 0000:0000:0000:0000:0000:0000:0000:0000; do

@@ -1,11 +1,10 @@
 """Check this machine, a pair of nodes or a cluster, and print fixes.
 
 example:
-  tunesmith doctor smollm2-135m-lora
+  tunesmith doctor
   tunesmith doctor --pair spark-b
 
-With a recipe it also checks access to its model: token, license, disk. Nothing
-is changed. The exit code is 1 if there is a fault, otherwise 0.
+Nothing is changed. The exit code is 1 if there is a fault, otherwise 0.
 """
 
 import argparse
@@ -18,14 +17,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from tunesmith.cli.options import add_json
-from tunesmith.config.load import load_recipe
 from tunesmith.errors import EXIT_FAILED, EXIT_OK
 from tunesmith.host.streams import show, visible
-from tunesmith.tools.doctor.access import check_model
 from tunesmith.tools.doctor.checks import examine
 from tunesmith.tools.doctor.pair import check_pair
 from tunesmith.tools.doctor.slurm import check_slurm
-from tunesmith.tools.doctor.system import FAULT, OK, Finding, System
+from tunesmith.tools.doctor.system import FAULT, WARNING, Finding, System
 from tunesmith.units import count_of
 
 
@@ -36,27 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--slurm", action="store_true", help="the Slurm cluster of this machine")
     add_json(parser)
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="also check its model and disk")
 
 
 def run(args: argparse.Namespace) -> int:
     begin = time.monotonic()
-    recipe = load_recipe(args.recipe, []) if args.recipe else None
-    # The runs' disk: that of the recipe's output, else of this folder.
-    folders = (recipe.output_dir if recipe else ".",)
     if args.slurm:
         findings = check_slurm(Path.cwd())
     elif args.pair:
-        findings = check_pair(args.pair, folders)
+        findings = check_pair(args.pair)
     else:
-        findings, _ = examine(System(folders=folders), pair=False)
-    if recipe:
-        findings += check_model(recipe.model)
+        findings = examine(System(), pair=False)
+    # A finding without a host is about this machine.
     here = os.uname().nodename
-    # What no node was named for is of this one.
     findings = [replace(finding, host=finding.host or here) for finding in findings]
     seconds = round(time.monotonic() - begin, 1)
-    faults = sum(finding.level == FAULT for finding in findings)
+    levels = [finding.level for finding in findings]
+    faults = levels.count(FAULT)
     if args.json:
         values = {
             "passed": not faults,
@@ -66,18 +58,17 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(values, indent=1))
     else:
         print_findings(findings)
-        warnings = sum(finding.level not in (FAULT, OK) for finding in findings)
-        counts = f"{count_of(faults, 'fault')}, {count_of(warnings, 'warning')}"
+        counts = f"{count_of(faults, 'fault')}, {count_of(levels.count(WARNING), 'warning')}"
         print(f"{count_of(len(findings), 'check')} in {seconds} s: {counts}")
     return EXIT_FAILED if faults else EXIT_OK
 
 
-# Columns before what a finding says.
+# Columns before the text of a finding.
 FINDING = 27
 
 
 def print_findings(findings: "Sequence[Finding]") -> None:
-    """The findings, below the name of each host."""
+    """Print the findings, below the name of each host."""
     host = ""
     for finding in findings:
         if finding.host != host:

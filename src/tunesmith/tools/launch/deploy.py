@@ -19,6 +19,7 @@ from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.schema import Run
 from tunesmith.data.source.open_source import read_rows
 from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.host.shell import shell_word
 from tunesmith.launch.jobs import check_free, name_of_run, save_job, state_folder, write_recipe
 from tunesmith.launch.node import MERGE_NICS
 from tunesmith.launch.rendezvous import Endpoint, family_of, route_to
@@ -240,7 +241,7 @@ def _check_alike(node: SwarmNode, look: NodeLook, here: SwarmNode, look_here: No
             f"{look.host} offers the swarm {node.gpus or 'no GPU'}",
             where="docker node inspect",
             why=f"this node {here.gpus or 'none'}",
-            fix="tunesmith doctor, on each node",
+            fix=f"tunesmith doctor --pair {shell_word(look.host)}",
         )
 
 
