@@ -51,6 +51,20 @@ def test_what_is_not_trained_is_refused_by_name(words: str) -> None:
     assert error.fix
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "glm4v", "muse_glimmer"])
+def test_a_config_without_its_text_model_is_refused(model_type: str) -> None:
+    stated = {"model_type": model_type, "vision_config": {"hidden_size": 64}}
+    with refuses(
+        ModelError, where="config.json", names=["no text_config"], fix=["tunesmith fetch"]
+    ):
+        spec.check_supported(stated, "config.json")
+    # Qwen2-VL's files on the Hub have the sizes at the top, DeepSeek-OCR 2's in another section.
+    spec.check_supported({"model_type": "qwen2_vl", "vocab_size": 64, "vision_config": {}}, "x")
+    spec.check_supported(
+        {"model_type": "deepseek_ocr2", "language_config": {"vocab_size": 64}}, "x"
+    )
+
+
 @pytest.fixture(scope="module", params=sorted(families.VARIANTS))
 def built(request):
     import torch

@@ -141,16 +141,21 @@ def test_a_twin_sends_tokens_to_fewer_experts_than_it_has():
         ("voxtral", {}),  # a tower that hears
         ("fun_asr_nano", {}),  # an adaptor whose widths are the text model's
         ("mistral4", {}),  # in no list of text models; one part of a head is rotated
-        (
-            "ernie4_5_vl_moe",  # two of the three axes of positions must be alike
-            {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                 "mrope_section": [22, 22, 20]}}},
-        ),
     ],
-)  # fmt: skip
+)
 def test_a_twin_is_built_of_a_model_with_other_parts(model_type: str, values: dict[str, object]):
     measured = support.measure_support(config_of(model_type, **values))
     assert measured.state in ("packed", "padded"), measured.why
+
+
+def test_a_model_whose_checkpoints_cannot_be_read_is_refused():
+    """One stored stack holds ERNIE's experts of texts and those of pictures."""
+    # Two of the three axes of positions must be alike, in its twin too.
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [22, 22, 20]}
+    config = config_of("ernie4_5_vl_moe", text_config={"rope_parameters": rotary})
+    measured = support.measure_support(config)
+    assert measured.state == "refused"
+    assert holds(measured.why, "ErnieFuseAndSplitTextVisionExperts")
 
 
 def test_layers_are_those_of_the_text_model():

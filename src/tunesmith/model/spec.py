@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tunesmith.config.schema import Adapter
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.architectures import ARCHITECTURES, Architecture, families_text
+from tunesmith.model.model_types import read_model_types
 from tunesmith.model.shipped import (
     FETCH_CONFIG,
     shipped_form,
@@ -393,6 +394,7 @@ def check_supported(config: Mapping[str, object], where: str, *, vision: bool = 
             why=_OTHER_PICTURES[model_type],
             fix="model.vision=false, or another vision-language model",
         )
+    _check_describes_text(config, where)
     stored = stated_quantization(config, where)
     form = shipped_form(config, where)
     if "text_config" in config and stored and (form is None or form.method == "mxfp4"):
@@ -404,6 +406,25 @@ def check_supported(config: Mapping[str, object], where: str, *, vision: bool = 
             fix="take the unquantized model; model.quantize: nf4 then quantizes its text model as "
             "it is loaded",
         )
+
+
+def _check_describes_text(config: Mapping[str, object], where: str) -> None:
+    """Raise ModelError if a config with other parts has no sizes of the text model: Transformers
+    fills in the sizes of another model.
+    """
+    known = read_model_types().get(str(config["model_type"]))
+    if known is None or not known.text:
+        return
+    # The text model may be in a section of another name, or at the top.
+    sections = [value for value in config.values() if isinstance(value, Mapping)]
+    if any("vocab_size" in part or "text_config" in part for part in (config, *sections)):
+        return
+    raise ModelError(
+        "the config has no text_config",
+        where=where,
+        why="it describes the text model, which is trained",
+        fix=FETCH_CONFIG,
+    )
 
 
 def _size(config: Mapping[str, object], name: str, where: str, default: int | None = None) -> int:

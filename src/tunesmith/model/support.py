@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
@@ -38,12 +40,13 @@ from tunesmith.model.documents import Documents, use_documents
 from tunesmith.model.load import build_on_meta, one_line
 from tunesmith.model.measured_spec import NO_SIZES
 from tunesmith.model.model_types import Errors, Support
-from tunesmith.model.names import has_own_class, name_in_whole, text_part
+from tunesmith.model.names import assign_names, has_own_class, name_in_whole, text_part
 from tunesmith.model.recurrent import run_by_document
+from tunesmith.model.safetensors_files import Entry
 from tunesmith.model.twin import FIRST_SPECIAL_ID, VOCAB, build_twin
 from tunesmith.model.vision import set_text_attention
 
-SUPPORT_CACHE_VERSION = 7  # of the cached files; what is measured, and how, counts
+SUPPORT_CACHE_VERSION = 8  # of the cached files; what is measured, and how, counts
 # Tokens of the documents: longer than the twin's windows and chunks, and no width of the twin.
 DOCUMENT_LENGTHS = (13, 22)
 # Of a module's output: what reaches it from the other document.
@@ -182,6 +185,9 @@ def measure_own_class(whole: PretrainedConfig) -> Support:
         ids = _random_ids(twin)
         config = text_part(twin.config)
         text = build_on_meta(config, Model(name=config.model_type, dtype="fp32"), whole=twin.config)
+        unread = _describe_unread(twin, text)
+        if unread:
+            return Support("refused", unread)
         weights = dict(twin.named_parameters(remove_duplicate=False))
         own_names = dict(text.named_parameters(remove_duplicate=False))
         state = {name: weights[name_in_whole(text, name)] for name in own_names}
@@ -252,6 +258,9 @@ def measure_twin(twin: PreTrainedModel, *, texts_only: bool = False) -> Support:
     dead_targets = linears.dead_targets()
     if texts_only and is_whole(twin):
         drop_other_parts(twin)
+        unread = _describe_unread(twin, twin)
+        if unread:
+            return Support("refused", unread)
     try:
         # Rows of documents that are padded on the right: the fallback when packing fails.
         padded = _run_padded(twin, ids).errors(alone)
@@ -292,6 +301,21 @@ def measure_twin(twin: PreTrainedModel, *, texts_only: bool = False) -> Support:
         f"{fault or padded.describe()}",
         errors=None if fault else padded,
     )
+
+
+def _describe_unread(entire: PreTrainedModel, text: PreTrainedModel) -> str:
+    """Return why the text model cannot be read from a checkpoint of the entire model, in the form
+    in which Transformers writes it; an empty string if it can.
+    """
+    file = Path("model.safetensors")
+    entries = []
+    for name, tensor in revert_weight_conversion(entire, entire.state_dict()).items():
+        entries.append(Entry(name, "F32", tuple(tensor.shape), file, 0, 4 * tensor.numel()))
+    try:
+        assign_names(text, {file: entries}, dict(text.named_parameters()).keys())
+    except ModelError as error:
+        return f"its checkpoints are stored in a form that is not read: {error.why}"
+    return ""
 
 
 def _random_ids(twin: PreTrainedModel) -> Tensor:
