@@ -372,7 +372,9 @@ def main() -> None:
                 rows[entry.model_type] = replace(entry, since=since)
                 continue
             # What tensor_cuts.py measured.
-            row = replace(entry, tensor=known.tensor, uncut=known.uncut)
+            row = entry
+            if entry.support.state != "refused":
+                row = replace(entry, tensor=known.tensor, uncut=known.uncut)
             rows[entry.model_type] = replace(row, since=known.since if options.types else "")
         write([rows[name] for name in sorted(rows)], versions)
         return
