@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from errors import holds
 from recipes import built_model, make_run
 from tunesmith.adapter import lora
 from tunesmith.adapter.peft_files import describe_misread
@@ -138,7 +139,6 @@ def test_an_adapter_that_peft_renames_is_named(tmp_path: Path) -> None:
     write_model_files(tmp_path / "adapter", run, model, {})
     count = sum(parameter.requires_grad for parameter in model.parameters())
     warning = describe_misread(model.model)
-    assert f"PEFT loads {count} tensors of this adapter nowhere" in warning
-    assert "tunesmith merge" in warning
+    assert holds(warning, "PEFT", count, "deepseek_ocr2", "tunesmith merge")
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(entire(base), tmp_path / "adapter")
