@@ -136,12 +136,12 @@ class System:
 
     @property
     def is_spark(self) -> bool:
-        """Whether the GPU is a DGX Spark's, which shares the host's memory."""
+        """Return whether the GPU is a DGX Spark's, which shares the host's memory."""
         return any("GB10" in gpu.name for gpu in self.gpus)
 
     @property
     def has_nvidia(self) -> bool:
-        """Whether there is an NVIDIA device or its kernel module, whatever nvidia-smi prints."""
+        """Return whether there is an NVIDIA device or its kernel module, whatever nvidia-smi prints."""
         files = ["/proc/driver/nvidia/version", *glob("/sys/bus/pci/devices/*/vendor")]
         # 0x10de is NVIDIA's PCI vendor id.
         return any(self.read(file).startswith(("NVRM", "0x10de")) for file in files)
