@@ -40,7 +40,8 @@ LEAST_AGREEMENT = 0.75
 # 5e-3 in q8_0. Another computation, such as a router without its norm, gives 1e-3 or more.
 # It cannot be told from the rounding to fewer bits.
 SAME_MODEL_KL_NATS = {"f32": 5e-4, "f16": 5e-4, "bf16": 1e-3, "q8_0": 2e-2}
-# Prompts are joined to pass a window of attention up to this: a longer one takes minutes on a CPU.
+# Prompts are joined to exceed a window of attention up to this size. A longer prompt takes minutes
+# on a CPU.
 MAX_WINDOW_TOKENS = 1024
 TOKENS_BEYOND_WINDOW = 64
 
