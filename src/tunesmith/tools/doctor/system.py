@@ -141,7 +141,7 @@ class System:
 
     @property
     def has_nvidia(self) -> bool:
-        """Return whether there is an NVIDIA device or its kernel module, whatever nvidia-smi prints."""
+        """Return whether there is an NVIDIA device or its kernel module, without nvidia-smi."""
         files = ["/proc/driver/nvidia/version", *glob("/sys/bus/pci/devices/*/vendor")]
         # 0x10de is NVIDIA's PCI vendor id.
         return any(self.read(file).startswith(("NVRM", "0x10de")) for file in files)
