@@ -260,7 +260,9 @@ def test_every_shipped_recipe_takes_a_step(
         f"model.name={tiny}",
         *own_rows(name),
         "data.template_args={}",  # of a template that the tiny model does not have
-        *(["adapter.target=all-linear"] if name.startswith("nemotron") else []),  # nor these layers
+        *(
+            ["adapter.target=all-linear"] if name.startswith(("nemotron", "mistral-small")) else []
+        ),  # nor these layers
         *(["model.vision=false"] if "-vision-" in name else []),  # nor a part that sees
         "train.duration=1 steps",
         "validate.every=null",

@@ -65,7 +65,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
                            "out_hidden_size": 64, "num_position_embeddings": 16}},
     ),
-    "nemotron-3.5-lightning-lora": ("trl/nemotron_3_5_lightning", "nemotron_h", MAMBA, {}),
+    "nemotron-3.5-30b-lora": ("trl/nemotron_3_5_lightning", "nemotron_h", MAMBA, {}),
     "gemma-4-12b-lora": (
         "axolotl/gemma4_unified", "gemma4_unified", GEMMA,
         {"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 32,

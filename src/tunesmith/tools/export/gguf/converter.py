@@ -174,7 +174,7 @@ def _read_folder(place: Path, where: str) -> Converter:
     """
     fix = f"use a whole, recent llama.cpp checkout, or the sdist: {CONVERTER_DOWNLOAD}"
     if where.startswith("$"):
-        fix = f"unset {FOLDER_VARIABLE} if it is for something else; or {fix}"
+        fix = f"unset LLAMA_CPP_DIR if it is for something else; or {fix}"
     if not place.exists():
         raise UsageError(f"{place} does not exist", where=where, fix=fix)
     folder = place
