@@ -290,7 +290,7 @@ def test_other_processes_make_the_same_pixels(trained: Callable[[str], Trained])
     assert len(workers) == 2
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
-    with refuses(MachineError, where=tasks[0].where, names=[-9]):
+    with refuses(MachineError, where=tasks[0].where, names=["SIGKILL"]):
         reader.submit(tasks[0])()
     del reader, waits
     assert children() == before
