@@ -178,6 +178,7 @@ FAMILIES: dict[str, _Family] = {
             "global_head_dim": 32,
             "vocab_size_per_layer_input": 320,
             "hidden_size_per_layer_input": 8,
+            "final_logit_softcapping": 30.0,
         },
         {**_TOWER, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 3},
         ("Gemma4Processor", {"image_seq_length": 70}),

@@ -112,6 +112,11 @@ def streamed_logits(
         on_layer: is called after each decoder layer.
     """
     model = copy.deepcopy(tuned.model).eval()
+    # Without pixels a placeholder is a token as any other, as in llama.cpp's file of the text
+    # model: Gemma 4 would replace its embedding.
+    for name in ("image_token_id", "video_token_id", "audio_token_id"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, -1)
     for layer in decoder_layers(model):
         layer.register_forward_hook(lambda *_: on_layer())
     if attention is not None:
@@ -214,9 +219,8 @@ def _read_buffers(
 def _read_tokens_rows(module: nn.Module, weight: TunedWeight, reader: _WeightReader) -> None:
     """Let an embedding read the rows of the tokens that it is called with, and no others."""
     # One row for all tokens, on the device: Llama 4 sends the tokens to where it is, and Gemma 4
-    # reads the padding token's row.
-    padding = getattr(module, "padding_idx", None) or 0
-    row = reader.rows(weight, padding, padding + 1)
+    # takes the padding token's row, for placeholders.
+    row = torch.zeros(1, *weight.shape[1:], dtype=reader.dtype, device=reader.device)
     unread = nn.Parameter(row.expand(weight.shape), requires_grad=False)
 
     def read(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
