@@ -21,24 +21,23 @@ CONVERTER_DOWNLOAD = "pip download --no-deps --no-binary llama-cpp-python llama-
 # llama.cpp differ from those of Transformers by 0.02 at most (gpt_oss: 0.09).
 _COMPARED = frozenset(
     """
-    deepseek_v3 exaone4 falcon_h1 gemma4 gemma4_text glm4 glm4_moe gpt_oss granitemoe
-    hunyuan_v1_dense jamba lfm2 lfm2_moe llama4 llama4_text ministral3 mistral3 mixtral nemotron_h
-    olmo3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss
+    deepseek_v3 exaone4 falcon_h1 gemma4 gemma4_text gemma4_unified glm4 glm4_moe gpt_oss granitemoe
+    hunyuan_v1_dense jamba lfm2 lfm2_moe llama4 llama4_text ministral3 mistral3 mixtral muse_glimmer
+    nemotron_h olmo3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss
     """.split()
 )
 _UNTRIED = frozenset(
     """
     afmoe apertus arcee bamba bitnet bloom chameleon cohere cohere2 cohere2_moe dbrx deepseek_v2
-    deepseek_v32 deepseek_v4 dots1 dots3_note dots3_note_text ernie4_5 ernie4_5_moe exaone
-    exaone4_5 exaone_moe falcon falcon_mamba gemma3 gemma3n gemma3n_text gemma4_assistant
-    gemma4_unified gemma4_unified_assistant glm glm4_moe_lite glm4v glm4v_moe glm5_next
-    glm_moe_dsa glm_ocr gpt-sw3 gpt2 gpt_bigcode gpt_neox granite_speech granite_speech_plus
-    granite_swa granitemoe_swa granitemoehybrid granitemoeshared hrm_text hunyuan_v1_moe
-    hunyuan_vl hy_v3 hy_v4 internlm3 iquestcoder jais2 janus kimi_linear laguna llava mamba mamba2
-    mellum mimo_v2_flash minicpm3 minicpmv4_6 minimax_m2 minimax_m3_vl muse_glimmer nemotron olmo
-    olmoe paddleocr_vl phi qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3_asr
-    qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp qwen4_exp_text sarvam_mla sarvam_moe
-    shieldgemma2 solar_open stablelm starcoder2 step3p7 voxtral youtu
+    deepseek_v32 deepseek_v4 dots1 dots3_note dots3_note_text ernie4_5 ernie4_5_moe exaone exaone4_5
+    exaone_moe falcon falcon_mamba gemma3 gemma3n gemma3n_text gemma4_assistant
+    gemma4_unified_assistant glm glm4_moe_lite glm4v glm4v_moe glm5_next glm_moe_dsa glm_ocr gpt-sw3
+    gpt2 gpt_bigcode gpt_neox granite_speech granite_speech_plus granite_swa granitemoe_swa
+    granitemoehybrid granitemoeshared hrm_text hunyuan_v1_moe hunyuan_vl hy_v3 hy_v4 internlm3
+    iquestcoder jais2 janus kimi_linear laguna llava mamba mamba2 mellum mimo_v2_flash minicpm3
+    minicpmv4_6 minimax_m2 minimax_m3_vl nemotron olmo olmoe paddleocr_vl phi qwen2_5_vl qwen2_audio
+    qwen2_moe qwen2_vl qwen3_asr qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp qwen4_exp_text
+    sarvam_mla sarvam_moe shieldgemma2 solar_open stablelm starcoder2 step3p7 voxtral youtu
     """.split()
 )
 
@@ -52,6 +51,8 @@ def gguf_writer(model_type: str, text_type: str = "") -> GgufWriter:
     types = {model_type, text_type or model_type}
     if any(name in ARCHITECTURES and ARCHITECTURES[name].gguf for name in types):
         return "own"
+    # The converter knows the text model of a composite by the composite's type.
+    types.add(model_type.removesuffix("_text"))
     if types & _COMPARED:
         return "converter"
     return "untried" if types & _UNTRIED else ""

@@ -53,7 +53,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
         "original_max_position_embeddings": 128}  # fmt: skip
 
 # Settings of the text model; and what of config.json is otherwise on the Hub, None for a key that
-# is not there. A text model inside another has the rest of the other's config under "whole".
+# is not there. A text model inside another has the rest of the other's config under "whole", and
+# under "type" the other's type, unless it is the name.
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "config": {**EXPERTS, "norm_topk_prob": True},
@@ -96,6 +97,28 @@ MODELS: dict[str, dict[str, Any]] = {
                    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
                    "tie_word_embeddings": True},
     },
+    "gemma4_unified": {
+        "config": {**WINDOWS, "model_type": "gemma4_unified_text", "vocab_size": TOKENS,
+                   "global_head_dim": 32, "num_global_key_value_heads": 2,
+                   "attention_k_eq_v": True, "rope_parameters": GEMMA_ROPE,
+                   "final_logit_softcapping": 30.0, "tie_word_embeddings": True},
+        "whole": {"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64,
+                                    "mm_posemb_size": 32, "patch_size": 4},
+                  "audio_config": {"audio_embed_dim": 32}},
+    },
+    "muse_glimmer": {
+        "config": {"model_type": "muse_glimmer_text", "sliding_window": 16},
+        "whole": {"vision_config": {**VISION, "pos_emb_height": 4, "pos_emb_width": 4},
+                  "out_hidden_size": 128, "projector_hidden_size": 32},
+    },
+    "mistral4": {
+        "type": "mistral3",
+        "config": {"model_type": "mistral4", "head_dim": None, "num_key_value_heads": 8,
+                   "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                   "kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8,
+                   "qk_nope_head_dim": 8, "v_head_dim": 16},
+        "whole": {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16}},
+    },
     "mistral3": {
         "config": {"model_type": "ministral3", "rope_parameters": {
             **YARN, "type": "yarn", "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -136,11 +159,13 @@ def write_base(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     """
     spec = MODELS[name]
     settings = {**SMALL, **spec["config"], **changes}
+    settings = {key: value for key, value in settings.items() if value is not None}
     whole = spec.get("whole")
     if whole is None:
         model = families.random_model(AutoConfig.for_model(name, **settings))
     else:
-        config = AutoConfig.for_model(name, text_config=settings, **whole)
+        model_type = spec.get("type", name)
+        config = AutoConfig.for_model(model_type, text_config=settings, **whole)
         config.tie_word_embeddings = settings["tie_word_embeddings"]
         torch.manual_seed(7)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

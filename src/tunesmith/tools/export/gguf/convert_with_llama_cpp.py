@@ -231,6 +231,9 @@ def _plan_with_converter(
     config = updated_config(read_json(tuned.files.folder / MODEL_CONFIG), tuned.model)
     if config.get("model_type") == "granitemoehybrid":
         config["layer_types"] = [_GRANITE_LAYERS.get(kind, kind) for kind in config["layer_types"]]
+    if config.get("model_type") == "gemma4_unified":
+        # Its class asks for the width of experts, which this model does not have.
+        config["text_config"].setdefault("moe_intermediate_size", None)
     # The converter reads the small files of a model's folder: those that a merge would write.
     folder = scratch / conversion.name
     tuned.files.tokenizer.save_pretrained(folder)
