@@ -31,11 +31,23 @@ from generated import table, write_or_check
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
+sys.path.insert(0, str(ROOT / "tests" / "data"))
 RECORD = ROOT / "docs/measurements/recipe-exports.json"
 COMMAND = "benchmarks/parity/recipe_exports.py"
-# Model types of `converter_models.MODELS` by the type that shapes.json states.
-CONVERTED = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe", "llama4_text": "llama4",
-             "gemma4_text": "gemma4", "ministral3": "mistral3"}  # fmt: skip
+# Names in `converter_models.MODELS` of the text models that have another name in shapes.json.
+CONVERTED = {
+    "gemma4_text": "gemma4",
+    "gemma4_unified_text": "gemma4_unified",
+    "llama4_text": "llama4",
+    "ministral3": "mistral3",
+    "muse_glimmer_text": "muse_glimmer",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+}
+# Templates that take the recipe's `data.template_args`, which ChatML does not.
+TEMPLATES = {"nemotron_h": "trl/nemotron_3_nano", "qwen3_5": "trl/qwen3_8"}
+# The form in tests/vision.py that attends to pictures as the published model does.
+PICTURES = {"gemma4": "gemma4_both_ways"}
 # Sizes of a tiny model of a family that tunesmith writes itself.
 TINY: dict[str, Any] = {
     "vocab_size": 600, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -56,33 +68,32 @@ GPU_VALUES = {
 }
 
 
-def write_base(recipe: str, run: Any, folder: Path) -> Path:
+def write_base(run: Any, folder: Path) -> Path:
     """Write a tiny random model of a recipe's family, in the form that the Hub has; its folder."""
-    import pytest
+    from stored_templates import tokenizer_of
     from transformers import AutoConfig
 
     from export import converter_models
     from export.test_gguf_pictures import write_model
     from model import families
     from quant import test_nf4
-    from shipped_bases import change_config, draw_mxfp4_experts
-    from training import test_recipes_of_families as newer
+    from shipped_bases import change_config, draw_mxfp4_experts, write_fp8_stacks
     from tunesmith.model.shapes import config_of_model
 
-    stated = config_of_model(run.model.name)
-    assert stated is not None
-    model_type = CONVERTED.get(stated["model_type"], stated["model_type"])
+    stated: Any = config_of_model(run.model.name)
+    text_type = stated.get("text_config", stated)["model_type"]
+    name = CONVERTED.get(text_type, text_type)
     if run.model.vision:
-        return write_model(folder, model_type)
-    if recipe in newer.MODELS:
-        # Templates with tokenizers that llama.cpp does not know
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(newer, "tokenizer_of", lambda _: converter_models.chat_tokenizer())
-            return newer.write_base(recipe, folder)
-    if model_type in converter_models.MODELS:
-        is_dense_gemma = model_type == "gemma4" and not stated["enable_moe_block"]
-        converter_models.write_base(model_type, folder, **(DENSE_GEMMA if is_dense_gemma else {}))
-        return draw_mxfp4_experts(folder) if model_type == "gpt_oss" else folder
+        return write_model(folder, PICTURES.get(name, name))
+    if name in converter_models.MODELS:
+        is_dense_gemma = name == "gemma4" and not stated["enable_moe_block"]
+        converter_models.write_base(name, folder, **(DENSE_GEMMA if is_dense_gemma else {}))
+        if run.data.template_args:
+            template = tokenizer_of(TEMPLATES[name]).chat_template
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if name == "mistral4":
+            return write_fp8_stacks(folder, folder.with_name("fp8"), None)
+        return draw_mxfp4_experts(folder) if name == "gpt_oss" else folder
     config = {**stated, **TINY}
     config.pop("head_dim", None)
     quantized = config.pop("quantization_config", None)
@@ -131,19 +142,15 @@ def measure(recipe: str, folder: Path, converter: Path) -> dict[str, Any]:
     from tunesmith.training.run import train
 
     run = load_recipe(recipe)
-    base, rows, out = (
-        write_base(recipe, run, folder / "base"),
-        write_rows(run, folder),
-        folder / "run",
-    )
+    base = write_base(run, folder / "base")
+    rows, out = write_rows(run, folder), folder / "run"
     config = read_json(base / "config.json")
     text_type = config.get("text_config", config)["model_type"]
     is_full = run.adapter is None or run.adapter.kind == "none"
-    own = [
-        override
-        for key, (value, override) in GPU_VALUES.items()
-        if getattr(run.train, key) == value
-    ]
+    instead = []
+    for key, (value, override) in GPU_VALUES.items():
+        if getattr(run.train, key) == value:
+            instead.append(override)
     words = [
         f"model.name={base}",
         f"data.train={{source: {rows}, format: {run.data.train[0].format}}}",
@@ -151,12 +158,12 @@ def measure(recipe: str, folder: Path, converter: Path) -> dict[str, Any]:
         f"train.learning_rate={1e-3 if is_full else 0.02}",
         f"output_dir={out}",
         *OVERRIDES,
-        *own,
+        *instead,
     ]
     result: dict[str, Any] = {"recipe": recipe, "model_type": config["model_type"]}
-    result |= {"text_type": text_type, "instead": own}
+    result |= {"text_type": text_type, "instead": instead}
     trained = attempt(lambda: train(load_recipe(recipe, words), quiet=True))
-    result["trains"] = "" if not isinstance(trained, str) else trained
+    result["trains"] = trained if isinstance(trained, str) else ""
     if result["trains"]:
         return result
     if not is_full:

@@ -4,6 +4,7 @@ tools, memory.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conftest import byte_tokenizer
 from tunesmith.cli.run_data import segments
 from tunesmith.config.load import from_mapping
 from tunesmith.config.names import keys, other_tools
+from tunesmith.config.shipped import shipped
 from tunesmith.data.prepare import prepare_data
 from warm import run_warm
 
@@ -82,16 +84,26 @@ def test_the_words_of_other_tools_are_those_that_an_error_suggests() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "page"),
-    [("memory", "memory"), ("versions", "measurements/README")],
+    ("script", "page"),
+    [
+        ("tables/memory", "memory"),
+        ("tables/versions", "measurements/README"),
+        ("parity/recipe_exports", "export"),
+    ],
 )
-def test_the_table_is_what_its_benchmark_says(name: str, page: str) -> None:
+def test_the_table_is_what_its_benchmark_says(script: str, page: str) -> None:
     done = run_warm(
         ["--check", f"docs/{page}.md"],
-        program=ROOT / "benchmarks" / "tables" / f"{name}.py",
+        program=ROOT / "benchmarks" / f"{script}.py",
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_recipe_was_exported() -> None:
+    """A new recipe is measured: `python benchmarks/parity/recipe_exports.py RECIPE`."""
+    record = json.loads((ROOT / "docs/measurements/recipe-exports.json").read_text())
+    assert {row["recipe"] for row in record["recipes"]} == {*shipped()}
 
 
 # `make versions`, which makes the record, runs the tests that are not slow.
