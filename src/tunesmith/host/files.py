@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -190,6 +191,36 @@ def remove_abandoned(cache: Path) -> None:
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > ABANDONED:
                 shutil.rmtree(folder)
+
+
+@contextmanager
+def cached_once(target: Path, *, what: str) -> Iterator[Path]:
+    """Yield a new folder that becomes `target`, in a cache, at the end of the block.
+
+    If another process has made `target` first, its folder is kept.
+
+    MachineError if the cache cannot be written.
+    """
+    cache = target.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(cache)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as scratch:
+            folder = Path(scratch) / "folder"
+            folder.mkdir()
+            yield folder
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+    except OSError as error:
+        raise MachineError(
+            f"{what} cannot be written",
+            where=str(cache),
+            why=str(error),
+            fix="free disk space, or set TUNESMITH_CACHE to another folder",
+        ) from error
 
 
 def existing_folder(path: Path) -> Path:

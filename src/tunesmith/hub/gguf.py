@@ -10,13 +10,12 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import get_args
 
 from tunesmith.config.schema import Dtype
-from tunesmith.errors import MachineError, ModelError
-from tunesmith.host.files import cache_folder, follow_umask, remove_abandoned
+from tunesmith.errors import ModelError
+from tunesmith.host.files import cache_folder, cached_once, follow_umask
 from tunesmith.host.memory import open_uncached
 from tunesmith.host.packages import require
 from tunesmith.model.safetensors_files import SINGLE, unreadable_file
@@ -83,32 +82,13 @@ def _write_once(file: Path, target: Path, dtype: str | None) -> None:
 
     what = f"to {dtype} safetensors" if dtype else "without its weights"
     log.info(f"converting {file.name} {what}, once, in {target}")
-    cache = target.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(cache)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".converting-") as scratch:
-            folder = Path(scratch) / "model"
-            folder.mkdir()
-            if dtype is None:
-                write_without_weights(file, folder)
-            else:
-                write_with_weights(file, dtype, folder)
-            follow_umask(folder)
-            for read_file in (file, *folder.glob(SINGLE)):
-                with open_uncached(read_file) as stream:
-                    # What is not on the disk yet would stay in the page cache.
-                    os.fsync(stream.fileno())
-            try:
-                folder.rename(target)
-            except OSError:
-                # Else another process finished the same conversion first.
-                if not target.is_dir():
-                    raise
-    except OSError as error:
-        raise MachineError(
-            "the converted model cannot be written",
-            where=str(cache),
-            why=str(error),
-            fix="free disk space, or set TUNESMITH_CACHE to another folder",
-        ) from error
+    with cached_once(target, what="the converted model") as folder:
+        if dtype is None:
+            write_without_weights(file, folder)
+        else:
+            write_with_weights(file, dtype, folder)
+        follow_umask(folder)
+        for read_file in (file, *folder.glob(SINGLE)):
+            with open_uncached(read_file) as stream:
+                # What is not on the disk yet would stay in the page cache.
+                os.fsync(stream.fileno())

@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tunesmith.errors import MachineError, ModelError, UsageError
-from tunesmith.host.files import cache_folder, remove_abandoned
+from tunesmith.errors import ModelError, UsageError
+from tunesmith.host.files import cache_folder, cached_once
 from tunesmith.host.shell import shell_path
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.gguf_writers import CONVERTER_DOWNLOAD, CONVERTER_SDIST, gguf_writer
@@ -126,27 +125,11 @@ def unpack_sdist(sdist: Path, target: Path, *, where: str) -> None:
         )
     if target.is_dir():
         return
-    cache = target.parent
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(cache)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".unpacking-") as scratch:
-            folder = Path(scratch) / "llama.cpp"
-            with tarfile.open(sdist) as archive:
-                _extract(archive, folder)
-            try:
-                folder.rename(target)
-            except OSError:
-                # Another process may have unpacked the same file first.
-                if not target.is_dir():
-                    raise
-    except OSError as error:
-        raise MachineError(
-            "llama.cpp's converter cannot be unpacked",
-            where=str(cache),
-            why=str(error),
-            fix="free disk space, or set TUNESMITH_CACHE to another folder",
-        ) from error
+    with (
+        cached_once(target, what="llama.cpp's converter") as folder,
+        tarfile.open(sdist) as archive,
+    ):
+        _extract(archive, folder)
 
 
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
