@@ -23,7 +23,7 @@ def reason_in(text: str) -> str:
 
 
 def exit_text(code: int) -> str:
-    """Say how a process ended, by its return code in Python."""
+    """Return a sentence about the end of a process with this return code."""
     if code >= 0:
         return f"its process exited with code {code}"
     text = f"its process was ended by {signal.Signals(-code).name}"

@@ -72,8 +72,9 @@ def find_decoder(causal_lm: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Tell whether a model has the class of a vision-language model, with or without its other
-    parts.
+    """Return whether a model has the class of a vision-language model.
+
+    Its other parts may have been dropped.
     """
     from transformers import PreTrainedModel
 
@@ -96,7 +97,7 @@ def find_innermost(model: "PreTrainedModel") -> tuple[str, nn.Module]:
 
     embedding = model.get_input_embeddings()
     found: tuple[str, nn.Module] = "", model
-    # Those that come later are inside.
+    # A module comes after the module that it is in.
     for name, part in model.named_modules():
         if isinstance(part, PreTrainedModel) and embedding in list(part.modules()):
             found = name, part
@@ -118,7 +119,7 @@ def name_of_head(model: "PreTrainedModel") -> str:
 
 
 def drop_other_parts(model: "PreTrainedModel") -> None:
-    """Remove from an entire model what is not of its text model: towers and projectors."""
+    """Remove the towers and projectors from an entire model, so that its text model is left."""
     _keep_modules(model, [find_innermost(model)[0], name_of_head(model)])
 
 

@@ -121,8 +121,9 @@ def _check_plain(aside: StoredEntry) -> Entry:
 
 
 def bytes_aside(folder: Path, parameters: int) -> int:
-    """Return the bytes of what a checkpoint has beside the `parameters` of its text model, which a
-    written model has too. They are 0 if its weights are not at hand.
+    """Return the bytes of a checkpoint that are not of its text model, which has `parameters`.
+
+    A written model has these bytes, too. They are 0 if the weights are not at hand.
     """
     size = 0
     elements = 0

@@ -288,7 +288,7 @@ NOT_COPIED = (
 PICTURE_ID = VOCAB - 1
 FIRST_SPECIAL_ID = VOCAB - 16
 TEXT_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# Of the parts that see and hear: keys by what they become.
+# Keys of the parts that see and hear, by the size that they get.
 PART_DEPTHS = (*DEPTHS, "depth")
 _PART_KEYS_BY_SIZE: tuple[tuple[int, tuple[str, ...]], ...] = (
     (
@@ -474,7 +474,7 @@ def _with_hints(small: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The values of a part that sees or hears, beside a text model of that width."""
+    """Return the small values of a part that sees or hears; `width` is the text model's."""
     depth = next((values[key] for key in PART_DEPTHS if isinstance(values.get(key), int)), 0)
     layers = choose_layers(values, depth)
     small: dict[str, Any] = {}
@@ -493,7 +493,7 @@ def _shrink_part(values: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 
 def _shrink_part_value(key: str, value: object, values: Mapping[str, object], width: int) -> object:
-    """The value of a key of such a part, or of the whole model; `values` are those beside it."""
+    """Return the small value of a key; `values` are all values of its part."""
     if _is_dropout(key) and isinstance(value, float):
         return 0.0
     if isinstance(value, list) and key.endswith(("indexes", "indices", "feature_layer")):
@@ -677,8 +677,8 @@ def _shrink_rotary(rotary: Mapping[str, Any], values: Mapping[str, Any]) -> dict
             # One factor a frequency.
             small[key] = value[:frequencies]
         elif key == "mrope_section":
-            # The sections of a multi-axis embedding add up to the frequencies. Where one alone
-            # differs from the others, it takes what is left: ERNIE's two others must be alike.
+            # The sections of a multi-axis embedding add up to the frequencies. If only one section
+            # differs from the others, it gets the rest, because ERNIE's other two must be equal.
             odd = [place for place, size in enumerate(value) if value.count(size) == 1]
             rest = odd[0] if odd else 0
             sections = [frequencies // len(value)] * len(value)

@@ -505,7 +505,7 @@ def _plan_model(tuned: TunedModel, quant: str, name: str) -> GgufPlan:
 
 
 def _notes_on_pictures(tuned: TunedModel) -> tuple[str, ...]:
-    """Return what the user has to know of a file that has the text model alone."""
+    """Return the notes for a file that contains only the text model."""
     if not is_in_whole(tuned.model):
         return ()
     return (TRAINED_PROJECTOR_NOTE if tuned.recipe.model.train_projector else PICTURES_NOTE,)
@@ -550,9 +550,7 @@ def _plan_adapter(
 
 
 def _adapter_name_in_text(tuned: TunedModel, name: str) -> str:
-    """Return the name that a tensor of the adapter's file would have if the model were the text
-    model alone.
-    """
+    """Return the name that a stored tensor has in the adapter of a text model."""
     prefix, _ = find_text_part(tuned.model)
     name = name_in_text(tuned.model, name.removeprefix(PREFIX))
     if prefix:
