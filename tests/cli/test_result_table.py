@@ -44,8 +44,8 @@ def loaded_model(folder: str) -> LoadedModel:
 
 
 def merged(name: str) -> Merged:
-    near = Difference(0.01, 1e-6, 1.0)
-    far = Difference(4.0, 0.25, 0.5)
+    near = Difference(0.01, 1e-6, 1.0, 1e-6)
+    far = Difference(4.0, 0.25, 0.5, 0.25)
     check = MergeCheck("bf16", near, far, near, 9.0, 48, name, None, (("near enough", True),))
     return Merged(name, "org/base", name, "bf16", 3 << 20, name, check)
 

@@ -172,6 +172,11 @@ def write_base(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+    with torch.no_grad():
+        for buffer_name, buffer in model.named_buffers():
+            # It changes which experts are chosen, and it is zero in a new model.
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     scales = {}
     if spec.get("fp8"):
         for layer, weight in model.named_parameters():

@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -19,9 +22,12 @@ from export.converter_models import MODELS, trained_run, write_base
 from export.test_in_llama_cpp import NOISE, largest_difference
 from export.tiny_gguf import VARIANTS, chat_tokenizer, random_model, write_model
 from tunesmith.errors import CheckpointError, ModelError
+from tunesmith.inference.load_run import locate_run, read_run_files
+from tunesmith.tools.export.gguf.check import check_file, require_same_model
 from tunesmith.tools.export.gguf.converter import Converter
 from tunesmith.tools.export.gguf.export import export_gguf
 from tunesmith.tools.export.gguf.llama_cpp import LlamaCpp
+from tunesmith.tools.export.tuned_weights import open_tuned_model
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +62,61 @@ def test_logits_are_those_of_transformers(name: str, models: Any) -> None:
     with LlamaCpp(folder / f"{name}-f16.gguf") as server:
         # Prompts longer than the windows of 16 tokens
         assert largest_difference(server, in_memory[name], 20) < NOISE_OF.get(name, NOISE)
+
+
+def unpaired(rows: np.ndarray) -> np.ndarray:
+    """Return the rows of heads of 16 in the order of Transformers."""
+    return rows.reshape(-1, 8, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+# A mistake a family: other settings of the model that the file is compared with; or the end of a
+# key's or a tensor's name in the file, and what becomes of its values.
+MISTAKES: dict[str, dict[str, Any] | tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "qwen3_moe": {"norm_topk_prob": False},
+    "qwen3_5": ("attn_norm.weight", lambda weight: weight - 1),
+    "qwen3_5_moe": ("ffn_gate_inp_shexp.weight", np.zeros_like),
+    "gpt_oss": ("ffn_down_exps.bias", np.zeros_like),
+    "gemma4": {"final_logit_softcapping": 1.0},
+    "mistral3": ("attn_q.weight", unpaired),
+    "nemotron_h": ("exp_probs_b.bias", np.zeros_like),
+    "olmo3": ("attention.sliding_window", lambda window: window * 32),
+    "glm4": ("attn_v.bias", np.zeros_like),
+    "llama4": {"no_rope_layers": [1, 1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_check_finds_a_mistake_and_nothing_else(name: str, models: Any, tmp_path: Path) -> None:
+    folder, in_memory = models
+    file = Path(shutil.copy(folder / f"{name}-f16.gguf", tmp_path))
+    check_and_require(file, folder / name)
+    mistake = MISTAKES.get(name)
+    if mistake is None:
+        return
+    base, model = folder / name, in_memory[name]
+    if isinstance(mistake, dict):
+        base = tmp_path / "base"
+        model = write_base(name, base, **mistake)
+    else:
+        ending, change = mistake
+        reader = GGUFReader(file, "r+")
+        values = {tensor.name: tensor.data for tensor in reader.tensors}
+        values |= {key: field.parts[-1] for key, field in reader.fields.items()}
+        changed = [array for key, array in values.items() if key.endswith(ending)]
+        assert changed
+        for array in changed:
+            array[...] = change(array)
+        reader.data.flush()
+    with LlamaCpp(file) as server:
+        assert largest_difference(server, model, 20) > 0.05
+    with refuses(CheckpointError, where=file.name):
+        check_and_require(file, base)
+
+
+def check_and_require(file: Path, base: Path) -> None:
+    tuned = open_tuned_model(read_run_files(locate_run(base)))
+    check = check_file(file, tuned, None, beyond_window=True, device=torch.device("cpu"), threads=1)
+    require_same_model(check, "f16", file, is_routed=True)
 
 
 def header_of(file: Path) -> dict[str, Any]:

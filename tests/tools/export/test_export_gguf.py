@@ -120,7 +120,7 @@ def test_three_answers_stand_side_by_side(
 def test_answers_are_shown_side_by_side() -> None:
     same = SideBySide("Where?\nNow", "Out", "In", "In", 40, None)
     other = SideBySide("Who?", "Ada", "Ada Byron", "Ada Bob", 60, 51)
-    near = Difference(1.0, 0.1, 0.9)
+    near = Difference(1.0, 0.1, 0.9, 0.1)
     check = FileCheck(20, near, None, 24, (same, other))
     notes = ExportedFile("a.gguf", "a.gguf", "q8_0", 1, (), check).table().notes
     names = ["asked", "reference", "file", "tuned"] * 2
@@ -134,7 +134,7 @@ def test_long_answers_are_cut_with_their_difference_in_sight(
 ) -> None:
     same = SideBySide("x" * 90, "z" * 90, "y" * 90, "y" * 90, 40, None)
     other = SideBySide("Who?", "Ada", "a" * 150 + " Ada Byron", "a" * 150 + " Bob", 60, 51)
-    check = FileCheck(20, Difference(1.0, 0.1, 0.9), None, 24, (same, other))
+    check = FileCheck(20, Difference(1.0, 0.1, 0.9, 0.1), None, 24, (same, other))
     exported = ExportedFile("a.gguf", "a.gguf", "q4_k_m", 1, (), check)
     notes = exported.table().notes
     assert max(map(len, notes[:-1])) <= 80
@@ -537,17 +537,17 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_answers_otherwise_is_not_near(kl: float, agreement: float, near: bool) -> None:
-    base = Difference(9.0, 2.0, 0.46)
-    assert FileCheck(20, Difference(1.0, kl, agreement), base, 24, ()).is_near == near
+    base = Difference(9.0, 2.0, 0.46, 2.0)
+    assert FileCheck(20, Difference(1.0, kl, agreement, kl), base, 24, ()).is_near == near
 
 
 @pytest.mark.parametrize(
     ("rounding", "base", "same", "values"),
     [
-        (Difference(1.0, 0.052, 1.0), Difference(9.0, 2.0, 0.2), 24, (0.052, 2)),
-        (Difference(1.0, 0.6, 0.7), Difference(9.0, 2.0, 0.2), 17, (0.6, 2)),
-        (Difference(1.0, 3.0, 0.5), Difference(9.0, 0.3, 0.2), 12, (3, 0.3)),
-        (Difference(1.0, 0.002, 0.96), None, 23, (0.002,)),
+        (Difference(1.0, 0.052, 1.0, 0.052), Difference(9.0, 2.0, 0.2, 2.0), 24, (0.052, 2)),
+        (Difference(1.0, 0.6, 0.7, 0.6), Difference(9.0, 2.0, 0.2, 2.0), 17, (0.6, 2)),
+        (Difference(1.0, 3.0, 0.5, 3.0), Difference(9.0, 0.3, 0.2, 0.3), 12, (3, 0.3)),
+        (Difference(1.0, 0.002, 0.96, 0.002), None, 23, (0.002,)),
     ],
 )
 def test_what_a_check_found_is_told_within_80_columns(

@@ -203,28 +203,33 @@ def test_child_process_that_ends_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("quant", "kl", "agreement", "is_refused"),
+    ("quant", "mean", "median", "agreement", "routed", "is_refused"),
     [
-        ("f16", 1e-4, 1.0, False),
-        ("f16", 6e-3, 1.0, True),
-        ("q8_0", 6e-3, 1.0, False),
-        ("q8_0", 3e-2, 1.0, True),
-        ("q4_k_m", 3e-2, 1.0, False),
-        ("q4_k_m", 3e-2, 0.7, True),
+        ("f16", 1e-4, 1e-5, 1.0, False, False),
+        ("f16", 3e-4, 3e-4, 1.0, False, True),
+        ("f16", 3e-3, 1e-5, 1.0, False, True),
+        ("f16", 3e-3, 1e-5, 1.0, True, False),
+        ("f16", 1e-3, 9e-4, 1.0, True, True),
+        ("f16", 2e-2, 1e-5, 1.0, True, True),
+        ("q8_0", 6e-3, 1e-3, 1.0, False, False),
+        ("q8_0", 6e-3, 6e-3, 1.0, False, True),
+        ("q8_0", 3e-2, 1e-3, 1.0, False, True),
+        ("q4_k_m", 3e-2, 3e-2, 1.0, False, False),
+        ("q4_k_m", 3e-2, 3e-2, 0.7, False, True),
     ],
 )
 def test_limit_on_the_difference_follows_the_type(
-    quant: str, kl: float, agreement: float, is_refused: bool
+    quant: str, mean: float, median: float, agreement: float, routed: bool, is_refused: bool
 ) -> None:
-    base = Difference(9.0, 1.0, 0.1)
-    check = FileCheck(20, Difference(0.5, kl, agreement), base, 24, ())
+    base = Difference(9.0, 1.0, 0.1, 1.0)
+    check = FileCheck(20, Difference(0.5, mean, agreement, median), base, 24, ())
     expected: Any = nullcontext()
     if is_refused:
         # Only the rounding to few bits can be told apart by another type.
         fix = ["tunesmith merge RUN", *(["--quant f16"] if quant == "q4_k_m" else [])]
-        expected = refuses(CheckpointError, names=[f"{kl:.2g}"], fix=fix)
+        expected = refuses(CheckpointError, names=[f"{mean:.2g}", f"{median:.2g}"], fix=fix)
     with expected:
-        require_same_model(check, quant, Path("out.gguf.rejected"))
+        require_same_model(check, quant, Path("out.gguf.rejected"), is_routed=routed)
 
 
 def test_pinned_sdist_is_a_usable_converter(converter: Converter) -> None:

@@ -462,22 +462,22 @@ def test_no_room_on_the_disk_is_found_before_writing(
     assert caught.value.exit_code == EXIT_USAGE
 
 
-SMALL, LARGE = Difference(0.01, 1e-6, 1.0), Difference(5.0, 0.5, 0.3)
+SMALL, LARGE = Difference(0.01, 1e-6, 1.0, 1e-6), Difference(5.0, 0.5, 0.3, 0.5)
 GOOD, BAD = (
-    ExactCheck(Difference(5e-5, 0.0, 1.0), 10.0, 3, 100, 0),
-    ExactCheck(Difference(5e-5, 0.0, 1.0), 10.0, 3, 100, 1),
+    ExactCheck(Difference(5e-5, 0.0, 1.0, 0.0), 10.0, 3, 100, 0),
+    ExactCheck(Difference(5e-5, 0.0, 1.0, 0.0), 10.0, 3, 100, 1),
 )
 
 
 @pytest.mark.parametrize(
     ("dtype", "merged", "base", "noise", "largest", "exact", "passed"),
     [
-        ("fp32", Difference(9e-5, 0.0, 1.0), LARGE, SMALL, 5.0, None, True),
-        ("fp32", Difference(1.1e-4, 0.0, 1.0), LARGE, SMALL, 5.0, None, False),
+        ("fp32", Difference(9e-5, 0.0, 1.0, 0.0), LARGE, SMALL, 5.0, None, True),
+        ("fp32", Difference(1.1e-4, 0.0, 1.0, 0.0), LARGE, SMALL, 5.0, None, False),
         # Logits twice as large
         (
             "fp32",
-            Difference(1.9e-4, 0.0, 1.0),
+            Difference(1.9e-4, 0.0, 1.0, 0.0),
             LARGE,
             SMALL,
             20.0,
@@ -487,25 +487,33 @@ GOOD, BAD = (
         # Below a tenth of what was taught
         (
             "bf16",
-            Difference(2.0, 0.04, 0.9),
+            Difference(2.0, 0.04, 0.9, 0.04),
             LARGE,
             SMALL,
             20.0,
             GOOD,
             True,
         ),
-        ("bf16", Difference(2.0, 0.06, 0.9), LARGE, SMALL, 20.0, GOOD, False),
+        ("bf16", Difference(2.0, 0.06, 0.9, 0.06), LARGE, SMALL, 20.0, GOOD, False),
         # One weight is not what it should be
         (
             "bf16",
-            Difference(2.0, 0.04, 0.9),
+            Difference(2.0, 0.04, 0.9, 0.04),
             LARGE,
             SMALL,
             20.0,
             BAD,
             False,
         ),
-        ("bf16", Difference(0.1, 9e-5, 1.0), SMALL, SMALL, 20.0, GOOD, True),  # below the floor
+        (
+            "bf16",
+            Difference(0.1, 9e-5, 1.0, 9e-5),
+            SMALL,
+            SMALL,
+            20.0,
+            GOOD,
+            True,
+        ),  # below the floor
         ("bf16", LARGE, LARGE, SMALL, 20.0, GOOD, False),  # the base's answers
     ],
 )

@@ -49,11 +49,13 @@ class Difference:
         mean_kl: Kullback-Leibler divergence of the second from the first, in nats, mean over
             positions.
         agreement: share of positions where both have the same most likely token.
+        median_kl: the same divergence, median over positions.
     """
 
     max_logit: float
     mean_kl: float
     agreement: float
+    median_kl: float
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,8 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
     """Compare logits, prompt by prompt: fp32 [tokens, vocabulary] each, on the CPU; CheckpointError
     if not finite."""
     largest = 0.0
-    kl = 0.0
     agreeing = 0
-    positions = 0
+    divergences = []
     for p, q in zip(reference, other, strict=True):
         for logits, whose in ((p, "the tuned model"), (q, "the model compared with it")):
             if torch.isfinite(logits).all():
@@ -124,11 +125,11 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
         log_p = p.double().log_softmax(-1)
         log_q = q.double().log_softmax(-1)
         largest = max(largest, (p - q).abs().max().item())
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
         agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-        positions += len(p)
     # Rounding may leave the divergence of equal models a little below 0.
-    return Difference(largest, max(kl / positions, 0.0), agreeing / positions)
+    kl = torch.cat(divergences).clamp_min(0.0)
+    return Difference(largest, kl.mean().item(), agreeing / len(kl), kl.median().item())
 
 
 def merge_rules(

@@ -403,7 +403,8 @@ def _write_checked(
                     progress=checking,
                 )
                 if converter is not None:
-                    require_same_model(result, quant, rejected)
+                    is_routed = any(layer.experts for layer in tuned.files.spec.layers)
+                    require_same_model(result, quant, rejected, is_routed=is_routed)
             except CheckpointError:
                 move_into_place(moved, rejected)
                 raise
