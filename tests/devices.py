@@ -66,20 +66,6 @@ def take_small_peak() -> None:
     hardware.MATMUL_SIZE["cpu"], hardware.ROUND_SECONDS = 256, 0.02
 
 
-def take_small_check() -> None:
-    """The check of the chip at a run's start takes a product of a sixtieth of the work: it took
-    up to a tenth of the CPU time of a short run.
-    """
-    from tunesmith.metrics import health
-
-    health.SIZE["cpu"] = 96
-
-
-@pytest.fixture(scope="session", autouse=True)
-def small_check() -> None:
-    take_small_check()
-
-
 @pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of 8 tokens at most: a random model ends none of them by itself."""

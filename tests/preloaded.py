@@ -9,7 +9,6 @@ import torch
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from devices import take_small_check
 from recipes import CHATML
 from tunesmith.config.typed import run_type
 from tunesmith.data.text.builtin_templates import with_tools
@@ -49,7 +48,6 @@ if not torch.cuda.is_available():
 run_type()
 source_digest()
 installed_versions()
-take_small_check()
 get_checkpoint_conversion_mapping("llama")
 for template in (CHATML, with_tools(CHATML)):
     render_jinja_template([[{"role": "user", "content": ""}]], chat_template=template)

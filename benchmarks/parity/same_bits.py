@@ -62,8 +62,7 @@ HALF = 5  # steps of the begun half, which is cut back to the checkpoint before
 # Of a step's record: what the clock and the machine say.
 MEASURED = frozenset(
     "step_seconds data_seconds tokens_per_second mfu mfu_peak_tflops memory_gib gpu_utilization gpu_power_watts"
-    " gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second"
-    " product_tflops".split()
+    " gpu_clock_mhz gpu_temperature_celsius host_memory_percent network_bytes_per_second nvlink_bytes_per_second".split()
 )
 MEASURED_LINES = ("time ", "speed ", "peak memory ")  # the same of a model card
 FIXED = {

@@ -37,7 +37,6 @@ CLOCKS = (
     "tokens_per_second",
     "memory_gib",
     "host_memory_percent",
-    "product_tflops",
 )
 
 

@@ -38,7 +38,6 @@ TIMES = (
     "tokens_per_second",
     "memory_gib",
     "host_memory_percent",
-    "product_tflops",
 )
 
 

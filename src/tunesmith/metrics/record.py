@@ -54,7 +54,6 @@ class StepRecord:
         host_memory_percent: of this rank's host: 100 less the available share.
         network_bytes_per_second: several ranks: sent and received by this rank's host.
         nvlink_bytes_per_second: several ranks: sent and received by this rank's GPU.
-        product_tflops: of a short product on this rank's chip, where it was timed after this step.
         idle_share: several data ranks: share of their time without work, by micro batches' cost.
         val_loss: loss on the held-out rows, where it was measured after this step.
         extra: further metrics of the method, by names that no field has. On disk they follow the
@@ -83,7 +82,6 @@ class StepRecord:
     host_memory_percent: float | None = None
     network_bytes_per_second: float | None = None
     nvlink_bytes_per_second: float | None = None
-    product_tflops: float | None = None
     idle_share: float | None = None
     val_loss: float | None = None
     extra: Mapping[str, float] = field(default_factory=dict)

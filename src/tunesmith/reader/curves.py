@@ -45,7 +45,6 @@ PANELS = (
     Panel("Wait for data", "ms", ("data_seconds",), 1e3),
     Panel("Imbalance of ranks", "%", ("idle_share",), 100),
     Panel("Step time", "s", ("step_seconds",)),
-    Panel("Speed of a short matmul", "TFLOP/s", ("product_tflops",)),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("Gradient norm", "", ("grad_norm",)),
 )
@@ -59,7 +58,6 @@ _OF_RANKS = {
     "gpu_clock_mhz",
     "network_bytes_per_second",
     "nvlink_bytes_per_second",
-    "product_tflops",
     "data_seconds",
 }
 # Fields that move much from step to step: they are drawn smoothed too.

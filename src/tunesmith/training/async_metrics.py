@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tunesmith.checkpoint.writer import Writer
 from tunesmith.data.batches.loader import GlobalBatch
-from tunesmith.metrics.health import Health
+from tunesmith.metrics.gauges import Gauges
 from tunesmith.metrics.record import StepRecord
 from tunesmith.runtime.transfer import Mark
 from tunesmith.training.loop_part import LoopPart, LoopShared
@@ -46,9 +46,8 @@ class AsyncMetrics(LoopPart):
     def __init__(self, shared: LoopShared, writer: Writer) -> None:
         super().__init__(shared)
         self.writer = writer
-        session = self.session
-        self.health = Health(session.device, session.dtype, session.peak, self.ranks, self.sinks)
-        self.reads_late = session.device.type == "cuda"
+        self.gauges = Gauges(self.session.device, links=self.ranks.world > 1)
+        self.reads_late = self.session.device.type == "cuda"
         self.pending: StepOutput | None = None
         self.records: list[StepRecord] = []
         self.restart_clock()
@@ -152,7 +151,7 @@ class AsyncMetrics(LoopPart):
             mfu=mfu,
             mfu_peak_tflops=peak,
             memory_gib=session.memory_gib(),
-            **self.health.read(),
+            **self.gauges.read(),
             idle_share=idle_share,
             extra=session.model.method.finish(numbers.metrics),
         )

@@ -92,7 +92,6 @@ class Trainer(LoopPart):
     def fit(self) -> Result:
         """Train to the end of the duration; StoppedError, with all saved, where a stop comes."""
         self.session.model.train()
-        self.metrics.health.start()
         self.stop.agree()
         if self.stop.is_due():  # it came while the model was loaded
             self.save_and_stop()

@@ -1,4 +1,4 @@
-"""Gauges by the names of their fields; a chip that is slow is named once, with what holds it back."""
+"""Gauges have the names of their record fields."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import holds
 from ranks import run_ranks
 from recipes import make_run
-from tunesmith.host.chips import Peak
-from tunesmith.metrics.health import (
-    ChipCheck,
-    Gauges,
-    network_bytes,
-)
+from tunesmith.metrics.gauges import Gauges, network_bytes
 from tunesmith.metrics.record import read_records
 from tunesmith.training.run import train
 
@@ -97,73 +91,6 @@ def test_rdma_ports_count_words_of_four_bytes_and_come_before_an_interface(
         (counters / "port_rcv_data").write_text("100\n")
         (counters / "port_xmit_wait").write_text("7\n")
     assert network_bytes(tmp_path) == 880
-
-
-def test_a_chip_that_slows_down_is_named_once_and_again_after_it_was_well() -> None:
-    check = ChipCheck(CPU, torch.float32, Peak())
-    check.best = 2.0
-    readings = [2.0, 1.3, 1.3, 1.3, 1.3, 1.9, 1.0, 1.0, 1.0]
-    faults = [check.fault(tflops) for tflops in readings]
-    assert [bool(fault) for fault in faults] == [
-        False,
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-        False,
-        True,
-    ]
-    assert "65%" in faults[3]
-    assert "fix: " in faults[3]
-
-
-def test_a_chip_far_below_its_published_peak_is_named_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """GB10's low-power state: slow from the start, and NVML shows no reason."""
-    check = ChipCheck(CPU, torch.float32, Peak(92.0, "a sheet"))
-    check.device, check.best = torch.device("cuda"), 14.0
-    fault = check.fault(14.0)
-    assert holds(fault, "14 TFLOP/s", 92, "nvidia-smi", "30 s")
-    check.best = 60.0
-    assert check.fault(60.0) == ""
-
-
-def test_a_check_is_due_once_in_its_interval_and_its_speed_is_the_products() -> None:
-    check = ChipCheck(CPU, torch.bfloat16, Peak(), every=60.0)
-    assert 1e-4 < check.first() < 100
-    assert check.read() is None
-    check.every = 0.0
-    tflops = check.read()
-    assert tflops is not None
-    assert check.best >= tflops > 1e-4
-
-
-def test_on_a_gpu_a_check_is_read_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[bool] = []
-
-    class Event:
-        def __init__(self, *, enable_timing: bool) -> None: ...
-
-        def record(self) -> None: ...
-
-        def query(self) -> bool:
-            return bool(done)
-
-        def elapsed_time(self, other: object) -> float:
-            return 2.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(True))
-    check = ChipCheck(CPU, torch.float32, Peak(), every=0.0)
-    check.device = torch.device("cuda")
-    assert check.first() == pytest.approx(check.work / 0.002 / 1e12)
-    done.clear()
-    assert [check.read(), check.read()] == [None, None]
-    done.append(True)
-    assert check.read() is not None
 
 
 def train_for(steps: int, model: Path, folder: Path) -> None:
