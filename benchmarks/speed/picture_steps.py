@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from step_reports import read_profile
+
 from tunesmith.config.load import from_mapping
 from tunesmith.tools.bench import measure, picture_rows
 from tunesmith.tools.bench.cli import read_size
@@ -97,7 +99,7 @@ def measure_pictures(
                 "seq_len": 256 if small else 4096,
             },
             "train": {"global_batch": f"{512 if small else 16384} tokens"},
-            "profile": {"wait": 0, "warmup": 1, "active": 1},
+            "profile": {"wait": 0, "warmup": 1, "active": 1, "cycles": 1},
             "output_dir": str(place / "run"),
         }
         run = from_mapping(values, where=name, base=place)
@@ -105,8 +107,8 @@ def measure_pictures(
         steps = (1, 0) if small else (5, 3)
         measured = measure.measure(measure.BenchPlan(run, *steps, "random", traces), place / "run")
         report[name] = {"figures": vars(measured.figures), "planned_gib": planned[-1]}
-        for table in measured.tables:
-            report[name]["profile"] = table.read_text(encoding="utf-8").splitlines()
+        if traces:
+            report[name] |= read_profile({"profile": {"traces": measured.traces}, "recipe": values})
     return report
 
 

@@ -56,8 +56,8 @@ def read_tests(file: Path) -> dict[str, Any] | None:
 
 
 def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the milliseconds of a profiled step by kind of kernel, as forecast.py counts them, the
-    number of kernels that it launches, and the most expensive operations.
+    """Return the milliseconds of a profiled step by kind of kernel, as forecast.py counts them, and
+    the number of kernels that it launches.
     """
     terms = Counter[str]()
     kernels = 0
@@ -68,14 +68,9 @@ def read_profile(report: Mapping[str, Any]) -> dict[str, Any]:
         kernels += sum(event.get("cat") == "kernel" for event in events)
     profile = report["recipe"]["profile"]
     profiled_steps = profile["active"] * profile["cycles"]
-    tables = [
-        Path(table).read_text(encoding="utf-8").splitlines()
-        for table in report["profile"]["tables"]
-    ]
     return {
         "terms_ms_a_step": {
             name: milliseconds / profiled_steps for name, milliseconds in terms.items()
         },
         "kernels_a_step": kernels / profiled_steps,
-        "most_expensive_operations": tables,
     }

@@ -202,11 +202,10 @@ class BenchReport:
 
 
 class Measured(NamedTuple):
-    """The figures of a run, and the profiler's files: a trace and a table per cycle."""
+    """The figures of a run, and the profiler's traces, one per cycle."""
 
     figures: BenchReport
     traces: list[Path]
-    tables: list[Path]
 
 
 @dataclass
@@ -264,7 +263,7 @@ def measure(plan: BenchPlan, folder: Path) -> Measured:
         # Steps of the warmup come before, those of the profiler after.
         timed = records[plan.warmup : plan.warmup + plan.steps]
         figures = _report(session, timed, records[0].step_seconds, seen)
-        return Measured(figures, profiler.traces, profiler.tables)
+        return Measured(figures, profiler.traces)
 
 
 def _run_steps(plan: BenchPlan, trainer: Trainer, profiler: Profiler, seen: Observed) -> None:

@@ -45,15 +45,10 @@ def run_bench(args: argparse.Namespace, recipe: Run | None) -> None:
     base = f"base {figures.quantize}, micro batch {figures.micro_batch}"
     print(f"{figures.device}, {figures.dtype}, {base}, attention {figures.attention}")
     print(ResultTable([*figures.rows()]).text())
-    for table in measured.tables:
-        print(table.read_text(encoding="utf-8").rstrip())
     for trace in measured.traces:
         print(f"trace: {trace}")
     if args.profile:
-        report["profile"] = {
-            "traces": [*map(str, measured.traces)],
-            "tables": [*map(str, measured.tables)],
-        }
+        report["profile"] = {"traces": [*map(str, measured.traces)]}
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
