@@ -30,9 +30,6 @@ class Repo:
     failing: int = 0  # so many answers 503 come first
     # The next downloads of a large file break off after so many bytes
     cut: list[int] = field(default_factory=list)
-    stall: int = 0  # so many downloads of a large file send half of it and then nothing
-    bad_byte: bool = False  # one byte of a large file is changed on the way
-    ignores_range: bool = False
 
 
 @dataclass
@@ -40,7 +37,6 @@ class Seen:
     method: str
     path: str
     token: str | None
-    range: str | None
 
 
 class StandIn:
@@ -48,7 +44,6 @@ class StandIn:
 
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos, self.seen = repos, []
-        self.closing = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -77,7 +72,6 @@ class StandIn:
         return self
 
     def __exit__(self, *args: object) -> None:
-        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -87,7 +81,7 @@ class StandIn:
     def answer(self, http: BaseHTTPRequestHandler, *, body: bool) -> None:
         path = unquote(urlsplit(http.path).path)
         token = (http.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.seen.append(Seen(http.command, path, token, http.headers.get("Range")))
+        self.seen.append(Seen(http.command, path, token))
         api = re.fullmatch(
             r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
         )
@@ -172,28 +166,14 @@ class StandIn:
         return self.end(http, data, body=body)
 
     def send_large(self, http: BaseHTTPRequestHandler, repo: Repo, data: bytes) -> None:
-        begin = re.fullmatch(r"bytes=(\d+)-", http.headers.get("Range") or "")
-        start = int(begin[1]) if begin and not repo.ignores_range else 0
-        http.send_response(206 if start else 200)
-        if start:
-            http.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        if repo.bad_byte:
-            data = data[:100] + bytes([data[100] ^ 1]) + data[101:]
-        http.send_header("Content-Length", str(len(data) - start))
+        http.send_response(200)
+        http.send_header("Content-Length", str(len(data)))
         http.end_headers()
-        if repo.stall:
-            repo.stall -= 1
-            http.wfile.write(data[start : len(data) // 2])
-            http.wfile.flush()
-            self.closing.wait(20)
-            http.close_connection = True
-            return
         if repo.cut:
-            http.wfile.write(data[start : start + repo.cut.pop(0)])
-            http.wfile.flush()
+            data = data[: repo.cut.pop(0)]
             http.close_connection = True
-            return
-        http.wfile.write(data[start:])
+        http.wfile.write(data)
+        http.wfile.flush()
 
 
 def git_hash(data: bytes) -> str:

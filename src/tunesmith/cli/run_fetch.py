@@ -17,7 +17,6 @@ from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.shell import shell_path
 from tunesmith.host.streams import visible
 from tunesmith.hub import fetch
-from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.fetch import cached_items, remove_cached
 from tunesmith.inference.load_run import select_device
 from tunesmith.units import count_of
@@ -27,13 +26,12 @@ def fetch_all(
     model: Model, sources: Sequence[Source], *, dry: bool, update: bool, as_json: bool
 ) -> None:
     """Fetch a model and data sets, or with `dry` only look; print a row for each."""
-    progress = FetchProgress()
-    rows = [_model(model, progress, dry=dry, update=update)]
+    rows = [_model(model, dry=dry, update=update)]
     rows += [_dataset(source, dry=dry) for source in sources]
     print(json.dumps(rows, indent=2) if as_json else "\n".join(map(_line, rows)))
 
 
-def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) -> dict[str, Any]:
+def _model(model: Model, *, dry: bool, update: bool) -> dict[str, Any]:
     """Fetch a model, or with `dry` only look; a row of the output, with sizes in bytes."""
     row: dict[str, Any] = {
         "name": model.name,
@@ -48,21 +46,21 @@ def _model(model: Model, progress: FetchProgress, *, dry: bool, update: bool) ->
     # Neither a folder nor in the cache: what the Hub lists is fetched.
     if folder is None:
         plan = fetch.plan_download(model)
-        row["licence"] = plan.listing.license
-        row["gated"] = plan.listing.gated
-        row["revision"] = plan.listing.commit
+        row["licence"] = fetch.stated_license(plan.info)
+        row["gated"] = bool(plan.info.gated)
+        row["revision"] = plan.info.sha
         row["bytes"] = plan.total
         row["missing_bytes"] = plan.missing
         row["left_out"] = list(plan.left_out)
         fetch.check_cache_room(model.name, plan.missing)
         if not dry:
-            folder = fetch.download_model(plan, progress)
+            folder = fetch.download_model(plan)
     # A GGUF file is read into a folder of its own.
     elif folder.is_file() and not dry:
         from tunesmith.planning.resolve import resolve_dtype_here  # loads torch
 
         dtype = resolve_dtype_here(model, select_device(None))
-        folder = fetch.fetch(dataclasses.replace(model, dtype=dtype), progress=progress)
+        folder = fetch.fetch(dataclasses.replace(model, dtype=dtype))
     # The folder is checked also where nothing was fetched.
     if folder is not None and folder.is_dir():
         spec = fetch.check_folder(folder, model)
@@ -80,12 +78,11 @@ def _dataset(source: Source, *, dry: bool) -> dict[str, Any]:
     """Fetch one of the Hub's data sets, or with `dry` only look."""
     row: dict[str, Any] = {"name": source.source, "kind": "dataset", "licence": None, "bytes": None}
     if not constants.HF_HUB_OFFLINE:
-        listing = fetch.list_repo(source.source, source.revision, "dataset")
-        fetch.log_license(listing, source.source, "dataset")
-        size = sum(file.size for file in listing.files.values())
-        row["licence"] = listing.license
-        row["gated"] = listing.gated
-        row["revision"] = listing.commit
+        info = fetch.describe_repo(source.source, source.revision, "dataset")
+        size = sum(file.size or 0 for file in info.siblings or ())
+        row["licence"] = fetch.stated_license(info)
+        row["gated"] = bool(info.gated)
+        row["revision"] = info.sha
         row["bytes"] = size
         if not fetch.repo_cache(source.source, "dataset").exists():
             # As it is on the Hub, and as an Arrow table.

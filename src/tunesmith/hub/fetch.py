@@ -13,32 +13,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
+    DatasetInfo,
+    DryRunFileInfo,
     HfApi,
+    ModelInfo,
     constants,
     hf_hub_download,
-    hf_hub_url,
     snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Model
 from tunesmith.errors import ModelError
 from tunesmith.host.files import cache_folder, check_regular_files, near_path, require_disk_space
-from tunesmith.hub.download import FetchProgress, RemoteFile, download_large_files
 from tunesmith.hub.gguf import convert_gguf
-from tunesmith.hub.hub_calls import (
-    DISK_FIX,
-    hub_calls,
-    hub_error,
-    names_no_model,
-    repo_page,
-    retry,
-)
+from tunesmith.hub.hub_calls import DISK_FIX, hub_calls, hub_error, names_no_model, repo_page
 from tunesmith.model.measured_spec import model_spec, read_configs
 from tunesmith.model.safetensors_files import (
     INDEX,
@@ -86,28 +80,22 @@ MOST_PER_NUMBER = 8  # parameters for each stored number, at most; nf4 has two
 MARGIN = 64 << 20  # bytes to leave free
 
 
-def fetch(
-    model: Model,
-    *,
-    progress: FetchProgress | None = None,
-    seq_len: int | None = None,
-) -> Path:
+def fetch(model: Model, *, seq_len: int | None = None, bars: bool = True) -> Path:
     """A folder with config.json, safetensors and, unless `model.tokenizer` names another, a
     tokenizer.
 
     Args:
         model: the recipe's block; `name` is a folder, a Hub id, or a .gguf file, which is converted
             to `dtype` (not `auto`).
-        progress: shows the bytes that arrive; None: a bar if stderr is a terminal.
         seq_len: nothing large is downloaded of a model with fewer positions (RecipeError).
+        bars: whether huggingface_hub draws progress bars if stderr is a terminal.
 
     ModelError where the model cannot be had or read, MachineError where the disk or a package is
     missing.
     """
-    progress = progress or FetchProgress()
     path = local_model(model)
     if path is None:
-        return cached_model(model) or download_model(plan_download(model, seq_len), progress)
+        return cached_model(model) or download_model(plan_download(model, seq_len), bars=bars)
     if path.suffix == ".gguf" and path.is_file():
         return convert_gguf(path, model.dtype)
     check_folder(path, model)
@@ -200,46 +188,19 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER)
 
 
-@dataclass(frozen=True)
-class RepoListing:
-    """A repository as the Hub describes it: its commit, license, whether it is gated, and its files
-    by name."""
-
-    commit: str
-    license: str
-    gated: bool
-    files: dict[str, RemoteFile]
-
-
-def list_repo(repo: str, revision: str | None, repo_type: str) -> RepoListing:
-    """Ask the Hub about a repository (model or dataset); see `hub_calls`."""
+def describe_repo(repo: str, revision: str | None, repo_type: str) -> ModelInfo | DatasetInfo:
+    """Ask the Hub about a repository, with the sizes of its files, and log its license."""
+    ask = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
     with hub_calls(repo, revision, repo_type):
-        info: Any = retry(
-            lambda: HfApi().repo_info(
-                repo, revision=revision, repo_type=repo_type, files_metadata=True
-            )
-        )
-    files = {}
-    for file in info.siblings or ():
-        name = file.rfilename
-        # Large files are hashed by SHA-256, small ones by git.
-        etag = file.lfs.sha256 if file.lfs else file.blob_id or ""
-        url = hf_hub_url(repo, name, repo_type=repo_type, revision=info.sha)
-        files[name] = RemoteFile(name, url, file.size or 0, etag)
-    return RepoListing(info.sha, _stated_license(info), bool(info.gated), files)
+        info = ask(repo, revision=revision, files_metadata=True)
+    suffix = ", gated" if info.gated else ""
+    log.info(f"{repo}: license {stated_license(info)}{suffix} ({repo_page(repo, repo_type)})")
+    return info
 
 
-def log_license(listing: RepoListing, repo: str, repo_type: str) -> None:
-    """Show the license of a repository that is to be fetched."""
-    suffix = ", gated" if listing.gated else ""
-    log.info(f"{repo}: license {listing.license}{suffix} ({repo_page(repo, repo_type)})")
-
-
-def _stated_license(info: Any) -> str:
-    """Read the license off a repository's card."""
-    card = {}
-    if info.card_data is not None:
-        card = info.card_data.to_dict()
+def stated_license(info: ModelInfo | DatasetInfo) -> str:
+    """Return the license that a repository's card names, or "not stated"."""
+    card = info.card_data.to_dict() if info.card_data is not None else {}
     stated = card.get("license_name") or card.get("license") or "not stated"
     return ", ".join(stated) if isinstance(stated, list) else str(stated)
 
@@ -249,29 +210,28 @@ class DownloadPlan:
     """The files that a model needs from the Hub, and those of its repository it does not need."""
 
     model: Model
-    listing: RepoListing
-    files: tuple[RemoteFile, ...]
+    info: ModelInfo | DatasetInfo
+    files: tuple[DryRunFileInfo, ...]
     left_out: tuple[str, ...]
-    storage: Path
 
     @property
     def total(self) -> int:
         """Bytes of all files."""
-        return sum(file.size for file in self.files)
+        return sum(file.file_size or 0 for file in self.files)
 
     @property
     def missing(self) -> int:
-        """Bytes that are not in the cache."""
-        return sum(file.size - file.arrived(self.storage) for file in self.files)
+        """Bytes of the files that are not in the cache."""
+        return sum(file.file_size or 0 for file in self.files if file.will_download)
 
 
 def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     """Ask the Hub what the model is, and check it (license, format, config, shards) before a large
     download."""
-    listing = list_repo(model.name, model.revision, "model")
-    log_license(listing, model.name, "model")
+    info = describe_repo(model.name, model.revision, "model")
     page = repo_page(model.name)
-    names = {name for name in listing.files if "/" not in name}
+    all_names = {file.rfilename for file in info.siblings or ()}
+    names = {name for name in all_names if "/" not in name}
     if not {INDEX, SINGLE} & names:
         raise no_safetensors(sorted(names), name=model.name, where=page, repo=True)
     if "config.json" not in names:
@@ -284,9 +244,9 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
 
     def small_file(name: str) -> Path:
         with hub_calls(model.name, model.revision):
-            return Path(retry(lambda: hf_hub_download(model.name, name, revision=listing.commit)))
+            return Path(hf_hub_download(model.name, name, revision=info.sha))
 
-    where = f"{page}/blob/{listing.commit}/config.json"
+    where = f"{page}/blob/{info.sha}/config.json"
     config = read_json(small_file("config.json"))
     # All checks by config.json come before gigabytes are fetched.
     check_supported(config, where, vision=model.vision)
@@ -301,7 +261,7 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     weights = [SINGLE]
     if INDEX in names:
         weights = indexed_files(small_file(INDEX))
-    missing = [name for name in weights if name not in listing.files]
+    missing = [name for name in weights if name not in all_names]
     if missing:
         named = ", ".join(missing[:3])
         count = count_of(len(missing), "weight file")
@@ -310,19 +270,19 @@ def plan_download(model: Model, seq_len: int | None = None) -> DownloadPlan:
     patterns = [*SUPPORT, INDEX]
     if model.trust_remote_code:
         patterns.append("*.py")
-    support = sorted(n for n in names if any(fnmatch(n, pattern) for pattern in patterns))
-    targets = support + weights
+    targets = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    targets += weights
     # For the user to know what is not fetched.
     left_out = tuple(
-        n for n in listing.files if n not in targets and not n.endswith((".md", ".gitattributes"))
+        name
+        for name in sorted(all_names.difference(targets))
+        if not name.endswith((".md", ".gitattributes"))
     )
-    files = tuple(listing.files[name] for name in targets)
-    # A mirror may leave the hash out; then no file could be checked.
-    for file in files:
-        if not file.etag:
-            what = f"the server gives no hash for {file.name}"
-            raise ModelError(what, where=page, fix="check HF_ENDPOINT")
-    return DownloadPlan(model, listing, files, left_out, repo_cache(model.name))
+    with hub_calls(model.name, model.revision):
+        files = snapshot_download(
+            model.name, revision=info.sha, allow_patterns=targets, dry_run=True
+        )
+    return DownloadPlan(model, info, tuple(files), left_out)
 
 
 def repo_cache(repo: str, repo_type: str = "model") -> Path:
@@ -336,35 +296,27 @@ def check_cache_room(name: str, missing: int) -> None:
         require_disk_space(Path(constants.HF_HUB_CACHE), missing + MARGIN, what=name, fix=DISK_FIX)
 
 
-def download_model(plan: DownloadPlan, progress: FetchProgress) -> Path:
+def download_model(plan: DownloadPlan, *, bars: bool = True) -> Path:
     """Download what is missing of a plan, and return the snapshot's folder, checked; raises as
     `fetch`."""
     model = plan.model
     check_cache_room(model.name, plan.missing)
     if plan.missing:
-        arrived = plan.total - plan.missing
-        # The bar begins outside `hub_calls`, which silences those of huggingface_hub.
-        with (
-            progress.transfer(model.name, plan.total, arrived) as advance,
-            hub_calls(model.name, model.revision),
-        ):
-            download_large_files(plan.files, plan.storage, advance)
-            # The small ones, which follow at once.
-            advance(plan.missing)
-    folder = _download_snapshot(
-        model.name, model.revision, patterns=[file.name for file in plan.files]
-    )
+        sizes = f"{size_text(plan.missing)} of {size_text(plan.total)}"
+        log.info(f"fetching {model.name}: {sizes}")
+    names = [file.filename for file in plan.files]
+    folder = _download_snapshot(model.name, model.revision, names, bars=bars)
     check_folder(folder, model)
     return folder
 
 
-def _download_snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The snapshot's folder with the files of these patterns: those in the cache are linked, the
-    others downloaded."""
-    with hub_calls(repo, revision):
-        return Path(
-            retry(lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-        )
+def _download_snapshot(
+    repo: str, revision: str | None, patterns: Sequence[str], *, bars: bool = False
+) -> Path:
+    """Return the snapshot's folder with the files of these patterns; missing ones are
+    downloaded."""
+    with hub_calls(repo, revision, bars=bars):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
 
 
 def tokenizer_folder(model: Model, folder: Path) -> Path:

@@ -37,7 +37,6 @@ from tunesmith.host.files import from_here
 from tunesmith.host.memory import available_memory
 from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
-from tunesmith.hub.download import FetchProgress
 from tunesmith.hub.model_files import ModelFiles, read_model_files, spec_of_folder
 from tunesmith.methods import METHODS
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
@@ -197,7 +196,7 @@ def read_base(
         return read_model_files(folder, model, image_max_pixels=most), {"model_hash": None}
     # A resumed run's rows were cut to this length when it began.
     seq_len = None if start.checkpoint else run.data.seq_len
-    folder = fetch.fetch(model, progress=FetchProgress(draws_bar=False), seq_len=seq_len)
+    folder = fetch.fetch(model, seq_len=seq_len, bars=ranks.local_rank == 0)
     if ranks.local_rank == 0:
         check_sums(folder)  # the base may be a model that an earlier run wrote
     files = read_model_files(folder, model, image_max_pixels=most)

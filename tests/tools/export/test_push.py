@@ -19,7 +19,6 @@ from recipes import make_run as write_run
 from runs import make_run, peft_model
 from tunesmith.checkpoint.manifest import flush_files, prune, write_manifest
 from tunesmith.config.load import load_recipe
-from tunesmith.hub import hub_calls
 from tunesmith.tools.export.gguf.export import export_adapter, export_gguf
 from tunesmith.tools.export.merge import merge
 from tunesmith.tools.export.push import _push_error
@@ -65,12 +64,6 @@ def on_the_hub(run: Path, place: Path) -> Path:
     return copy
 
 
-# A call that fails is tried five times; the pauses between them are short here.
-def prepare() -> None:
-    read_hub_settings()
-    hub_calls.PAUSE = 0.01
-
-
 def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN, **env: str):
     base = {
         k: v
@@ -80,7 +73,7 @@ def push(*words: object, hub: UploadHub | None = None, token: str | None = TOKEN
     base |= {"HF_HOME": "/nonexistent", "HF_HUB_DISABLE_XET": "1", "NO_COLOR": "1"}
     base |= {"HF_ENDPOINT": hub.url} if hub else {}
     base |= {"HF_TOKEN": token} if token else {}
-    done = run_warm(["push", *words], env=base | env, prepare=prepare)
+    done = run_warm(["push", *words], env=base | env, prepare=read_hub_settings)
     assert "Traceback" not in done.stderr, done.stderr
     assert token is None or token not in done.stderr + done.stdout
     return done.returncode, done.stdout, done.stderr
@@ -346,7 +339,7 @@ def run_job(*words: object, hub: UploadHub, token: str, folder: Path):
     env |= {"HF_HOME": "/nonexistent", "HF_HUB_DISABLE_XET": "1", "NO_COLOR": "1"}
     env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "TUNESMITH_CACHE": str(folder / "cache")}
     program = Path(__file__).parents[3] / "scripts" / "hf_job.py"
-    return run_warm(words, program=program, env=env, cwd=folder, prepare=prepare)
+    return run_warm(words, program=program, env=env, cwd=folder, prepare=read_hub_settings)
 
 
 def test_a_job_trains_and_pushes(tiny: Path, tmp_path: Path) -> None:

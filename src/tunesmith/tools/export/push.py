@@ -14,7 +14,7 @@ from tunesmith.checkpoint.manifest import CARD, MANIFEST, check_sums
 from tunesmith.checkpoint.model_card import is_hub_id
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path
-from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page, retry
+from tunesmith.hub.hub_calls import LOGIN, TRANSPORT, clean, http_status, repo_page
 from tunesmith.inference.load_run import locate_run, undeleted
 from tunesmith.tools.export.record import card_of, gguf_to_push
 from tunesmith.units import count_of
@@ -44,8 +44,8 @@ def push_files(
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     try:
         # A name without an owner is the user's own.
-        repo = to if "/" in to else f"{retry(api.whoami)['name']}/{to}"
-        retry(lambda: api.create_repo(repo, private=not public, exist_ok=True))
+        repo = to if "/" in to else f"{api.whoami()['name']}/{to}"
+        api.create_repo(repo, private=not public, exist_ok=True)
         # A repository that is there already keeps its visibility.
         private = api.repo_info(repo).private
         if not private and not public:
