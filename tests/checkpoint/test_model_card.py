@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, constants
 from errors import holds
 from recipes import make_run
 from tunesmith.checkpoint import manifest
-from tunesmith.checkpoint.model_card import loss_curve, model_card
+from tunesmith.checkpoint.model_card import model_card
 from tunesmith.config.load import from_mapping
 from tunesmith.config.schema import Model, Run, Source
 from tunesmith.config.tree import read_value
@@ -65,8 +65,6 @@ def test_the_card_of_a_run(trained: Run) -> None:
         read_value(recipe, where="card", base=final).plain(), where="card", base=final
     )
     assert again.train == trained.train
-    records = [json.loads(line) for line in (final.parent / "metrics.jsonl").open()]
-    assert f"{max(r['loss'] for r in records):.4f} |" in text, "the top of the curve"
 
 
 def test_the_manifest_covers_it_and_it_may_be_edited(trained: Run) -> None:
@@ -144,14 +142,3 @@ def test_an_environment_of_another_version_leaves_out_the_figures_alone(
     for content in ("{}", "[]"):
         (tmp_path / "env.json").write_text(content)
         assert "# my-base, fine-tuned" in model_card(trained.model, trained, tmp_path)
-
-
-def test_the_curve() -> None:
-    rows = loss_curve([4.0, 3.0, 2.0, 1.0])
-    assert rows[0] == "   4.0000 |█"
-    assert rows[7] == "   1.0000 |███▁"
-    assert rows[-1] == "           steps 1 to 4"
-    many = loss_curve([5.0] * 600 + [1.0] * 600)
-    assert many[0] == "   5.0000 |" + "█" * 30
-    assert len(many[8]) == 11 + 60
-    assert loss_curve([2.0])[7] == "   2.0000 |▁", "one step"

@@ -8,9 +8,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -24,10 +22,42 @@ from tunesmith.metrics.record import read_records
 from tunesmith.metrics.summary import run_figures
 from tunesmith.run_dir import METRICS, Fields, describe_weights, read_env
 
-# Of the loss curve, in characters.
-CHART_WIDTH = 60
-CHART_HEIGHT = 8
-_BLOCK_CHARACTERS = " ▁▂▃▄▅▆▇█"
+# The Jinja template of a card, by `ModelCard.from_template`.
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}{{ ", fine-tuned" if is_trained }}
+
+`{{ name }}`,
+{%- if not is_trained %} as released, in another format.
+{%- elif is_full %} trained in full.
+{%- else %} with a LoRA adapter{{ " merged into its weights (%s)" | format(merged) if merged }}.
+{%- endif %}
+{%- if recipe %}
+
+Trained on {% for row in rows %}`{{ row }}`{{ ", " if not loop.last }}{% endfor %} with tunesmith.
+{%- if figures %}
+
+```text
+{{ figures }}
+```
+{%- endif %}
+
+<details><summary>The recipe</summary>
+
+```yaml
+{{ recipe }}```
+
+</details>
+{%- endif %}
+
+{% if license_name or license -%}
+`{{ license_name or license }}`, the license of the base model,
+{%- else %}The license of the base model{% endif %} applies to this model too.
+
+"""
 _FOLDERS = re.compile(
     r"^( *(?:- )?(?:name|tokenizer|from|source|template|\w+_dir): \"?)/(?:.*/)?", re.MULTILINE
 )
@@ -76,42 +106,26 @@ def model_card(
     training_tags = ["full" if is_full else "lora", *([run.method.name] if run else [])]
     # In their order, without repetitions.
     sources = list(dict.fromkeys(source.source for source in run.data.train)) if run else []
-    license_keys = _license(base)
     data = ModelCardData(
         base_model=base.name if is_hub_id(base.name) else None,
         datasets=[name for name in sources if is_hub_id(name)] or None,
         library_name=library or ("transformers" if is_full or merged else "peft"),
         pipeline_tag="text-generation",
         tags=["tunesmith", *(training_tags if is_trained else [])],
-        **license_keys,
+        **_license(base),
     )
-    how = "with a LoRA adapter"
-    if is_full:
-        how = "trained in full"
-    elif merged:
-        how += f" merged into its weights ({merged})"
-    if not is_trained:
-        how = "as released, in another format"
-    title = f"# {_shown(base.name)}"
-    paragraphs = [
-        f"---\n{data.to_yaml()}\n---",
-        f"{title}, fine-tuned" if is_trained else title,
-        f"`{_shown(base.name)}`, {how}.",
-    ]
-    if run:
-        names = ", ".join(f"`{_shown(name)}`" for name in sources)
-        recipe = _FOLDERS.sub(r"\1", dump(run))
-        paragraphs.append(f"Trained on {names} with tunesmith.")
-        paragraphs += _training(run_dir, step)
-        paragraphs.append(
-            f"<details><summary>The recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>"
-        )
-    license_name = license_keys.get("license_name") or license_keys.get("license")
-    whose = "The license of the base model"
-    if license_name:
-        whose = f"`{license_name}`, the license of the base model,"
-    paragraphs.append(f"{whose} applies to this model too.\n")
-    return str(ModelCard("\n\n".join(paragraphs)))
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=_shown(base.name),
+        is_trained=is_trained,
+        is_full=is_full,
+        merged=merged,
+        rows=[_shown(name) for name in sources],
+        figures=_figures(run_dir, step) if run else "",
+        recipe=_FOLDERS.sub(r"\1", dump(run)) if run else "",
+    )
+    return str(card)
 
 
 def with_files(card: str, files: Sequence[CardFile]) -> str:
@@ -144,9 +158,9 @@ def weights_file(
     return CardFile(name, kind, size, mean_kl, agreement)
 
 
-def _training(run_dir: Path, step: int | None) -> list[str]:
-    """The step of the weights, figures, machine and loss curve, from what the run wrote; nothing
-    if it is unreadable.
+def _figures(run_dir: Path, step: int | None) -> str:
+    """Return the lines on weights, training and machine from what the run wrote. Return "" if a
+    file is unreadable.
     """
     with suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError, RunError):
         records = read_records(run_dir / METRICS)
@@ -159,40 +173,8 @@ def _training(run_dir: Path, step: int | None) -> list[str]:
             f"{'hardware':<12}{machine}",
             f"{'versions':<12}{versions}",
         ]
-        curve = loss_curve([record.loss for record in records])
-        return ["```text\n{}\n```".format("\n".join(lines)) for lines in (figures, curve)]
-    return []
-
-
-def loss_curve(losses: Sequence[float]) -> list[str]:
-    """The lines of a picture in characters.
-
-    A column is the mean loss of a stretch of steps; there are up to 60.
-    """
-    width = min(CHART_WIDTH, len(losses))
-    edges = [len(losses) * column // width for column in range(width + 1)]
-    means = [fmean(losses[start:end]) for start, end in pairwise(edges)]
-    low = min(means)
-    high = max(means)
-    span = (high - low) or 1.0
-    # In eighths of a character; the lowest column keeps one, so that it is seen.
-    highest = 8 * CHART_HEIGHT - 1
-    heights = [1 + round((mean - low) / span * highest) for mean in means]
-    labels = [""] * CHART_HEIGHT
-    labels[0] = f"{low:.4f}"
-    labels[CHART_HEIGHT // 2] = "loss"
-    labels[CHART_HEIGHT - 1] = f"{high:.4f}"
-    lines = []
-    for row in reversed(range(CHART_HEIGHT)):
-        line = f"{labels[row]:>9} |"
-        for height in heights:
-            # How much of this row, in eighths, the column fills.
-            eighths = min(8, max(0, height - 8 * row))
-            line += _BLOCK_CHARACTERS[eighths]
-        lines.append(line.rstrip())
-    lines.append(f"{'':9} +{'-' * width}")
-    lines.append(f"{'':11}steps 1 to {len(losses)}")
-    return lines
+        return "\n".join(figures)
+    return ""
 
 
 def is_hub_id(name: str) -> bool:
