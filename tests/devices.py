@@ -49,24 +49,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture
-def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`bench` measures the peak on a small product: the usual one takes half a minute in bf16 on a
-    CPU that has no bf16.
-    """
-    from tunesmith.metrics import hardware
-
-    monkeypatch.setitem(hardware.MATMUL_SIZE, "cpu", 256)
-    monkeypatch.setattr(hardware, "ROUND_SECONDS", 0.02)
-
-
-def take_small_peak() -> None:
-    """The same in a process that ends with its command."""
-    from tunesmith.metrics import hardware
-
-    hardware.MATMUL_SIZE["cpu"], hardware.ROUND_SECONDS = 256, 0.02
-
-
-@pytest.fixture
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of 8 tokens at most: a random model ends none of them by itself."""
     from tunesmith.inference.decoding import Decoding

@@ -115,7 +115,10 @@ def details_table(stages: Stages) -> str:
         speed = figures.get("tokens_per_second")
         goal = GOAL_OF_STEP[step].tokens_per_second[key] if key and step in GOAL_OF_STEP else None
         of_fp8 = figures.get("mfu_of_fp8_peak")
+        # Reports of later versions have the data sheet's peak only.
         share = number(of_fp8 or figures.get("mfu_of_measured_peak"), ".1%")
+        if figures.get("mfu") is not None:
+            share = f"{figures['mfu']:.1%} (data sheet)"
         rows.append(
             (
                 title,

@@ -102,7 +102,6 @@ def typed(line: str) -> str:
 def place(
     tiny: Path,
     tmp_path: Path,
-    small_peak: None,
     short_answers: None,
     eager_compiler: None,
     monkeypatch: pytest.MonkeyPatch,

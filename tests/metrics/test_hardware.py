@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from tunesmith.host.chips import Peak, peak_of
-from tunesmith.metrics.hardware import _source_commit, describe_machine, find_peak, memory_gib
+from tunesmith.metrics.hardware import (
+    _source_commit,
+    describe_machine,
+    find_peak,
+    matmul_tflops,
+    memory_gib,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,11 @@ def test_an_integrated_chip_without_a_published_peak_is_measured_and_says_so(
     monkeypatch.setattr("tunesmith.metrics.hardware.matmul_tflops", lambda device, dtype: 7.0)
     found = find_peak(torch.device("cuda"), torch.bfloat16)
     assert (found, found.published) == (peak, False)
+
+
+def test_the_measured_peak_is_a_speed_of_products() -> None:
+    """Sanity by what a CPU core can do at all: between a megaflop and 100 TFLOP/s."""
+    assert 1e-6 < matmul_tflops(torch.device("cpu"), torch.float32, size=128) < 100
 
 
 def test_memory_is_the_peak_of_this_process() -> None:

