@@ -98,9 +98,6 @@ def test_a_failed_check_says_where_what_and_what_to_do(capsys):
     assert holds(first, "1 of 2", "2 ranks", "9 s")
     passed = "replicate 2 x shard 1 x tensor 1"
     assert holds(fix, "parallel", passed, "tunesmith selfcheck --json")
-    rows.append(a_row("torch of rank 1 on b", None, False))
-    # The mesh that works is no help where packages differ.
-    assert passed not in verdict(report | {"checks": rows})
 
 
 def test_the_page_trains_on_two_ranks(tiny, tmp_path):

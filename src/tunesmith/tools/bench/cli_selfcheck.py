@@ -124,9 +124,6 @@ def verdict(report: "Report") -> str:
         if row["mesh"] and row["mesh"] not in failed:
             sound[MeshShape(*row["mesh"]).describe()] = None
     fix = f"set `parallel` in the recipe to {', or '.join(sound) or 'no other mesh'}"
-    # A check without a mesh compares software: that comes before any mesh.
-    if None in failed:
-        fix = "install the same packages on every node, then check again"
     what = f"{len(failures)} of {len(judged)} checks failed: {where}"
     report_it = "report the output of `tunesmith selfcheck --json`"
     return f"{what}; a run here would give wrong results\n  fix: {fix}; {report_it}"

@@ -48,7 +48,7 @@ from tunesmith.model.safetensors_files import ADAPTER_WEIGHTS
 from tunesmith.parallel.mesh import ONE, Mesh, MeshShape
 from tunesmith.quant.schemes import NF4, scheme_of
 from tunesmith.run_dir import Phase
-from tunesmith.training.agree import find_differences, software_versions
+from tunesmith.training.agree import check_same_recipe
 from tunesmith.training.build import build, write_identity
 from tunesmith.training.stop_control import StopControl
 from tunesmith.training.trainer import Trainer
@@ -99,7 +99,6 @@ LOSS_CHECK = "loss"
 NORM_CHECK = "gradient norm"
 RESUME_CHECK = "resumed loss and norm"
 CHANGED_CHECK = "changed parameters"
-INPUTS_CHECK = "ranks with equal inputs"
 COPIES_CHECK = "equal copies on ranks"
 # Of a check that failed.
 MEANING = {
@@ -111,7 +110,6 @@ MEANING = {
     "or is loaded into the wrong places",
     CHANGED_CHECK: "the backward does not reach a trained parameter, "
     "or the optimizer or final/ omits it",
-    INPUTS_CHECK: "a rank reads different rows or a different base than one process",
     COPIES_CHECK: "ranks have different values of the same weight or moment: replicas diverge",
 }
 MakeMesh = Callable[[MeshShape, str], Mesh]
@@ -151,8 +149,6 @@ class Report(TypedDict):
     checks: list[CheckRow]
 
 
-# Hashes of base and data, and the examples of the first step.
-FirstInputs = tuple[dict[str, str], list[int]]
 # The name of a tensor, and where the rank's part of it begins and ends.
 PartOfTensor = tuple[str, tuple[tuple[int, int], ...]]
 
@@ -247,9 +243,8 @@ class SelfCheck:
         # Once for all runs on it: its process groups take sockets and NCCL's memory.
         self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
-        # Of one process with one micro batch a step, and of its first step.
+        # Of one process with one micro batch a step.
         self.reference_records: dict[Kind, list[StepRecord]] = {}
-        self.reference_inputs: dict[Kind, FirstInputs] = {}
         # What the next rows are of.
         self.part = ""
         self.mesh: MeshShape | None = None
@@ -383,7 +378,6 @@ class SelfCheck:
         """Train on one process with one micro batch a step."""
         trainer = take_steps(self.recipe(kind, ONE, count=1), ONE_PROCESS)
         self.reference_records[kind] = trainer.metrics.records
-        self.reference_inputs[kind] = first_inputs(trainer)
 
     def check_mesh(self, kind: Kind, shape: MeshShape, ranks: Ranks) -> None:
         """Train on a mesh with two micro batches a step, and compare with `reference`.
@@ -394,7 +388,6 @@ class SelfCheck:
         first, others = TOLERANCES[kind.dtype, self.device.type]
         trainer = take_steps(run, ranks, self.make_mesh)
         digests = ranks.all_gather_object(digests_of(trainer))
-        inputs = ranks.all_gather_object(first_inputs(trainer))
         records = trainer.metrics.records
         if ranks.is_main_process:
             reference = self.reference_records[kind]
@@ -403,7 +396,6 @@ class SelfCheck:
             self.compare(LOSS_CHECK, ["loss"], reference, records, limits)
             self.compare(NORM_CHECK, ["grad_norm"], reference, records, limits)
             self.equal(CHANGED_CHECK, *self.count_changed(run))
-            self.equal(INPUTS_CHECK, ranks.world, inputs.count(self.reference_inputs[kind]))
             self.compare_copies(digests)
         # At a resume its base is built as at the start, and its adapter as LoRA's.
         if scheme_of(run.model) is not NF4:
@@ -449,21 +441,6 @@ class SelfCheck:
             if name in final and not torch.equal(tensor.to(final[name].dtype), final[name]):
                 changed += 1
         return len(start), changed
-
-    def compare_builds(self, ranks: Ranks) -> None:
-        """All ranks must run the same code; a collective call."""
-        versions = ranks.all_gather_object(software_versions())
-        if ranks.is_main_process:
-            for name, text in find_differences(ranks, versions).items():
-                self.add(f"{name}: {text}", "equal", "different", False)
-            same = versions.count(versions[0])
-            self.equal("ranks with the software of rank 0", ranks.world, same)
-
-
-def first_inputs(trainer: Trainer) -> FirstInputs:
-    """Read what must be alike on all ranks."""
-    session = trainer.session
-    return dict(session.hashes), list(session.loader(0).batch(0).indices)
 
 
 def digests_of(trainer: Trainer) -> dict[PartOfTensor, str]:
@@ -558,7 +535,8 @@ def run_checks(on_row: Callable[[CheckRow], None]) -> Report:
 
 def check_meshes(check: SelfCheck, ranks: Ranks) -> None:
     """The checks of several ranks; a collective call."""
-    check.compare_builds(ranks)
+    # Ranks with different software end here, as those of a run do.
+    check_same_recipe(check.recipe(check.kinds[0], ONE, count=1), ranks)
     # The largest tensor group must fit on the smallest node.
     node = math.gcd(*ranks.all_gather_object(ranks.local_world))
     for shape in meshes_of(ranks.world, node):
