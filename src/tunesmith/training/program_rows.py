@@ -23,19 +23,7 @@ _ROWS_ARGUMENT = "train(rows=...)"
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
-# By what they can do: none of these packages is imported for the sake of a check.
-@runtime_checkable
-class _PolarsFrame(Protocol):
-    def iter_rows(self, *, named: bool) -> Iterable[Any]: ...
-
-
-@runtime_checkable
-class _PandasFrame(Protocol):
-    columns: Any
-
-    def to_dict(self, orient: str) -> Iterable[Any]: ...
-
-
+# By what they can do: neither package is imported for the sake of a check.
 @runtime_checkable
 class _NumpyValue(Protocol):
     """An array, or one number."""
@@ -92,7 +80,7 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
     The file is named after its content: the same rows resume a run, and others are refused by it,
     with the rows of before still there.
 
-    rows: mappings, a `datasets.Dataset`, or a pandas or polars data frame.
+    rows: mappings, or a `datasets.Dataset`.
 
     Raises:
         DataError: they are none of these, or a value is nothing that JSON has.
@@ -119,27 +107,23 @@ def keep_rows(rows: object, output_dir: Path) -> Path:
 
 
 def mappings(rows: object, argument: str) -> Iterator[Mapping[Any, Any]]:
-    """Yield the rows of a list, a data frame or a data set as mappings.
+    """Yield the rows of a list or a data set as mappings.
 
     argument: the argument that errors name.
     """
-    if isinstance(rows, _PolarsFrame):
-        rows = rows.iter_rows(named=True)
-    elif isinstance(rows, _PandasFrame):
-        rows = rows.to_dict("records")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise DataError(
             f"a value of the type {type(rows).__name__} is not a list of rows",
             where=argument,
-            fix="pass a list of mappings, a datasets.Dataset, or a pandas or polars frame; "
-            "a file is named by its path",
+            fix="pass a list of mappings or a datasets.Dataset; a file is named by its path",
         )
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise DataError(
                 f"rows[{index}] is {type(row).__name__}, not a mapping of columns",
                 where=argument,
-                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]',
+                fix='use rows such as [{"prompt": "Hello", "completion": "Hi"}]; of a data frame, '
+                "pandas' frame.to_dict('records') or polars' frame.to_dicts()",
             )
         yield row
 
@@ -166,8 +150,8 @@ def _from_here(value: object) -> object:
 
 
 def _plain(value: object) -> object:
-    """A value as JSON has it: numbers of numpy as Python's, what a frame lacks as null, and
-    pictures as data URIs.
+    """Return a value as JSON has it: numbers of numpy as Python's, NaN as null, as data frames have
+    it for a missing value, and pictures as data URIs.
     """
     # Most values, before the slower checks.
     if isinstance(value, float):

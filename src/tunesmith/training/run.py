@@ -126,8 +126,8 @@ def train(
         overrides: of a file or name: `{"key.sub": value}`, or a text `key.sub=value` or several,
             whose values are read as YAML.
         model: Hub id, folder, .gguf file, or `demo`.
-        rows: mappings, a `datasets.Dataset`, or a pandas or polars data frame; they are kept in the
-            run directory, so that the same call resumes.
+        rows: mappings, or a `datasets.Dataset`; they are kept in the run directory, so that the
+            same call resumes.
         on_record: called after each step. StopIteration from it ends the run as its last step does,
             after this step or, on a GPU or several, the next; `signal.raise_signal(signal.SIGINT)`
             saves and stops. What else it raises is named in failure.json and raised unchanged.

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
-import pandas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,7 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     assert [(score.rows, score.answered) for score in found.scores.values()] == [(2, 2), (2, 2)]
     # So are rows of a program.
     listed = [json.loads(line) for line in rows.read_text().splitlines()]
-    again = evaluate(tmp_path / "run", pandas.DataFrame(listed), device="cpu")
+    again = evaluate(tmp_path / "run", datasets.Dataset.from_list(listed), device="cpu")
     assert again.scores["tuned"].loss == found.scores["tuned"].loss
     for data, options, name in (
         (3, {}, "int"),

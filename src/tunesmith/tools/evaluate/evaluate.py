@@ -359,9 +359,9 @@ def evaluate(
 
     Args:
         path: as for `load_run`; `base` scores the base of it too.
-        data: rows with answers: a file, a Hub id, mappings, a `datasets.Dataset`, or a pandas or
-            polars data frame; `split` and `max_examples` take a part of them. None takes the rows
-            that the run itself validates on: `data.validation`, or what `data.hold_out` drew.
+        data: rows with answers: a file, a Hub id, mappings, or a `datasets.Dataset`; `split` and
+            `max_examples` take a part of them. None takes the rows that the run itself validates
+            on: `data.validation`, or what `data.hold_out` drew.
         format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
         exact_match: the scorer `exact`, in another word.
         max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
