@@ -6,6 +6,7 @@ import mmap
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tunesmith.host import memory
@@ -22,37 +23,36 @@ MemFree:        1048576 kB
 MemAvailable:   4194304 kB
 Buffers:          10240 kB
 Cached:         3145728 kB
-Unevictable:       2048 kB
 Shmem:           524288 kB
-HugePages_Total:       0
-"""
-# Orders 0 to 10 of 4 KiB; order 9 is 2 MiB.
-BUDDYINFO = """Node 0, zone      DMA      1      0      0      0      0      0      0      0      1      1      3
-Node 0, zone   Normal   8877   6018  25993  13941   7298   3970   1624    423    136      1     57
+Active:              0 kB
+Inactive:            0 kB
+Slab:                0 kB
 """
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **files}.items():
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a machine with 8 GiB, 4 of which are available."""
+    write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n"})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
+    limits = memory.group_limits
+    monkeypatch.setattr(memory, "group_limits", lambda: limits(tmp_path))
+    return tmp_path
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
-    return root
 
 
-def test_the_figures_of_a_machine(tmp_path: Path) -> None:
-    found = read_memory(write(tmp_path, {"proc/buddyinfo": BUDDYINFO}))
-    assert found is not None
+def test_the_figures_of_a_machine(root: Path) -> None:
+    found = read_memory()
     assert (found.total, found.available, found.free) == (8192 * MIB, 4096 * MIB, 1024 * MIB)
-    assert (found.cached, found.shared, found.locked) == (
-        (3072 + 10 - 512) * MIB,
-        512 * MIB,
-        2 * MIB,
-    )
-    if memory.PAGE == 4096:
-        assert found.large_blocks == (2 * 2 + 60 * 4) * MIB
+    assert (found.cached, found.shared) == ((3072 + 10 - 512) * MIB, 512 * MIB)
     assert (found.limit, found.used, found.room) == (None, None, 4096 * MIB)
     assert "MemAvailable 4.00 of 8.00, MemFree 1.00" in found.describe()
-    assert (available_memory(tmp_path), unavailable_percent(tmp_path)) == (4096 * MIB, 50.0)
+    assert (available_memory(), unavailable_percent()) == (4096 * MIB, 50.0)
 
 
 def stat(prefix: str, active: int, inactive: int) -> str:
@@ -102,77 +102,41 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_room_of_a_control_group_is_its_limit_less_what_cannot_be_dropped(
-    case: str, tmp_path: Path
+    case: str, root: Path
 ) -> None:
     groups, files, folder, room = CASES[case]
     write(
-        tmp_path,
+        root,
         {"proc/self/cgroup": groups} | {f"{folder}/{name}": text for name, text in files.items()},
     )
-    assert available_memory(tmp_path) == room * MIB
+    assert available_memory() == room * MIB
 
 
-def test_ranks_share_the_machine_and_the_groups_that_hold_them(tmp_path: Path) -> None:
-    """Rank 0, this process, and rank 1 are in groups of their own within one of 1,000 MiB; a third
-    is elsewhere.
-    """
-    page = memory.PAGE
+def test_ranks_share_the_machine_and_the_groups(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks 7 and 8 and this process are in a group of 900 MiB within one of 1,000 MiB."""
     outer = {"memory.max": f"{1000 * MIB}", "memory.high": "max", "memory.current": f"{400 * MIB}"}
     inner = {"memory.max": f"{900 * MIB}", "memory.high": "max", "memory.current": f"{100 * MIB}"}
-    files = {
-        "proc/self/cgroup": "0::/job/a\n",
-        "proc/7/cgroup": "0::/job/b\n",
-        "proc/8/cgroup": "0::/else\n",
-    }
-    files |= {
-        f"proc/{pid}/statm": f"9 {mib * MIB // page} 0 0 0 0 0"
-        for pid, mib in ((os.getpid(), 50), (7, 70))
-    }
+    files = {"proc/self/cgroup": "0::/job/a\n"}
     for folder, group in (("job", outer), ("job/a", inner)):
         files |= {f"sys/fs/cgroup/{folder}/{name}": text for name, text in group.items()}
         files[f"sys/fs/cgroup/{folder}/memory.stat"] = stat("", 0, 0)
-    limits = memory.memory_limits((7, 8), write(tmp_path, files))
-    figures = {
-        limit.name.rpartition("/")[2]: (limit.size, limit.used, limit.used_by_run, limit.ranks)
-        for limit in limits
-    }
-    assert figures["a"] == (900 * MIB, 100 * MIB, 50 * MIB, 1)
-    assert figures["job"] == (1000 * MIB, 400 * MIB, 120 * MIB, 2)
-    assert figures[""] == (8192 * MIB, 4096 * MIB, 120 * MIB, 3)
-    assert "1100 MiB" in limits[1].fix(200 * MIB)
-    assert "1400 MiB" in limits[2].fix(200 * MIB)
-
-
-def test_a_system_without_such_files_is_not_known(tmp_path: Path) -> None:
-    assert read_memory(tmp_path) is None
-    assert available_memory(tmp_path) > 1 << 20  # psutil's figure of this machine
-
-
-def test_the_largest_processes_are_named_by_their_share(tmp_path: Path) -> None:
-    page = memory.PAGE
-    for pid, name, pages in (
-        (10, "small", 5),
-        (20, "large", 900),
-        (30, "shares", 1000),
-        (40, "tiny", 1),
-    ):
-        write(
-            tmp_path, {f"proc/{pid}/statm": f"9 {pages} 0 0 0 0 0", f"proc/{pid}/comm": f"{name}\n"}
-        )
-    write(tmp_path, {"proc/30/smaps_rollup": "00 ---p\nRss: 4000 kB\nPss: 100 kB\n"})
-    ours, others = largest_processes((40, 50), 2, tmp_path)
-    assert [(h.pid, h.name, h.bytes) for h in others] == [
-        (20, "large", 900 * page),
-        (30, "shares", 100 * 1024),
-    ]
-    assert [(h.pid, h.name, h.bytes) for h in ours] == [(40, "tiny", page)]  # 50 has ended
-    assert memory.own_memory((20, 30, 50), tmp_path) == 1900 * page
+    write(root, files)
+    monkeypatch.setattr(memory, "own_memory", lambda pids: 40 * MIB * len(pids))
+    machine, a, job = memory.memory_limits((7, 8))
+    sizes = [(limit.size, limit.used) for limit in (machine, a, job)]
+    assert sizes == [(8192 * MIB, 4096 * MIB), (900 * MIB, 100 * MIB), (1000 * MIB, 400 * MIB)]
+    for limit in (machine, a, job):
+        assert (limit.used_by_run, limit.ranks) == (120 * MIB, 3)
+    assert a.name == f"control group {root}/sys/fs/cgroup/job/a"
+    assert "1500 MiB" in a.fix(200 * MIB)
+    assert machine.fix(200 * MIB) == ""
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="this system has no /proc")
 def test_this_machine_and_this_process() -> None:
     found = read_memory()
-    assert found is not None
     assert 0 < found.free <= found.total
     before = memory.own_memory([os.getpid()])
     with mmap.mmap(

@@ -73,9 +73,7 @@ class Pretended:
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = MemoryFigures(
-        119 * GIB, available=100 * GIB, free=0, cached=0, shared=0, locked=0, large_blocks=0
-    )
+    figures = MemoryFigures(119 * GIB, available=100 * GIB, free=0, cached=0, shared=0)
     monkeypatch.setattr(device, "read_memory", lambda: figures)
     machine = MemoryLimit("", 119 * GIB, used=19 * GIB, used_by_run=3 * GIB)
     monkeypatch.setattr(device, "memory_limits", lambda ranks: [machine])
@@ -89,16 +87,13 @@ def prepared(cuda: Pretended, place: torch.device = GPU) -> list[object]:
 
 
 def test_a_rank_s_share_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the limit with the least for each rank, less the floor; the limits of a process have none."""
+    """By the limit with the least for each rank, less the floor."""
     machine = MemoryLimit("", 119 * GIB, used=19 * GIB, used_by_run=3 * GIB)
     group = MemoryLimit("control group /job", 50 * GIB, used=30 * GIB, used_by_run=9 * GIB, ranks=4)
-    process = MemoryLimit("ulimit -v", 30 * GIB, used=2 * GIB, used_by_run=2 * GIB, of_process=True)
-    limits = [machine, group, process]
+    limits = [machine, group]
     monkeypatch.setattr(device, "memory_limits", lambda ranks: limits)
     assert host_budget() == (19 * GIB // 4, 40 * GIB // 4, group)
     limits.remove(group)
-    assert host_budget() == (28 * GIB, 28 * GIB, process)
-    limits.remove(process)
     assert host_budget() == (99 * GIB, 115 * GIB, machine)
 
 

@@ -25,12 +25,8 @@ from tunesmith.runtime.memory_guard import (
 )
 
 GIB, MIB = 2**30, 2**20
-LAPTOP = MemoryFigures(
-    16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0
-)
-SPARK = MemoryFigures(
-    int(121.7 * GIB), 60 * GIB, free=50 * GIB, cached=9 * GIB, shared=0, locked=0, large_blocks=0
-)
+LAPTOP = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0)
+SPARK = MemoryFigures(int(121.7 * GIB), 60 * GIB, free=50 * GIB, cached=9 * GIB, shared=0)
 PHASE = "loading the model"
 Course = Callable[[float], MemoryFigures]  # the figures after so many seconds
 

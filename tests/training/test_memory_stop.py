@@ -27,9 +27,7 @@ from tunesmith.training.run import train
 from warm import run_warm
 
 GIB = 2**30
-ROOM = MemoryFigures(
-    16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0, locked=0, large_blocks=0
-)
+ROOM = MemoryFigures(16 * GIB, 9 * GIB, free=GIB, cached=6 * GIB, shared=0)
 NONE = replace(ROOM, available=GIB // 10)
 SAME = ("step", "loss", "grad_norm", "val_loss", "epoch", "tokens")
 

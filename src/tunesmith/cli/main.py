@@ -44,7 +44,6 @@ from tunesmith.errors import (
 )
 from tunesmith.host.ending import run_and_exit
 from tunesmith.host.logger import lines_on_stderr
-from tunesmith.host.memory import MemoryLimit, process_limits, suspected_limit
 from tunesmith.host.packages import pip_install
 from tunesmith.host.shell import shell_command, shell_path, shell_word
 from tunesmith.host.signals import StopRequest, ignore_stop_signals
@@ -120,10 +119,6 @@ OTHER_OPTIONS = {
 }
 VERBS = {name: verb for group in VERB_GROUPS.values() for name, verb in group.items()}
 LAUNCHES = [name for name in VERBS if name.startswith("launch ")]
-
-# A process that has loaded torch and Transformers takes 0.97 GiB of address space and 0.31 of data
-# (measured). With less their C++ code aborts, and no message can be shown.
-LEAST_LIMITS = {"ulimit -v": 1 << 30, "ulimit -d": 384 << 20}
 
 _NOT_PERMITTED = ("not permitted", "ls -ld {place}; choose a writable folder")
 _UNUSABLE = ("this path cannot be used", "correct the path, or move the existing file")
@@ -312,11 +307,8 @@ def dispatch(words: list[str]) -> int:
     parser.words = rest
     args = parser.parse_intermixed_args(rest)
     args.typed = parser.typed_options(args)
-    loads_torch = vars(module).get("LOADS_TORCH")
-    if loads_torch:
-        _check_process_limits()
     # Before torch is loaded: libgomp reads its variables once.
-    if loads_torch == "here":
+    if vars(module).get("LOADS_TORCH") == "here":
         prepare_threads()
     return module.run(args) or EXIT_OK
 
@@ -347,21 +339,6 @@ def _no_launch(word: str) -> UsageError:
         where="command line: tunesmith launch",
         fix=fix,
     )
-
-
-def _check_process_limits() -> None:
-    """MachineError for a limit of this process under which torch cannot be loaded."""
-    for limit in process_limits():
-        least = LEAST_LIMITS[limit.name]
-        if limit.size < least:
-            needed = f"{least >> 20} MiB are needed to load torch and Transformers"
-            raise _limit_error(limit, why=f"{needed}, and a model's on top")
-
-
-def _limit_error(limit: MemoryLimit, *, why: str) -> MachineError:
-    """The error of a process whose limit is too small."""
-    what = f"the limit {limit.name} is too small: {limit.size >> 20} MiB"
-    return MachineError(what, where=f"this process: {limit.name}", why=why, fix=limit.fix(0))
 
 
 def _overview() -> str:
@@ -445,12 +422,8 @@ def _machine_error(error: BaseException) -> MachineError | None:
             return MachineError(what, fix=pip_install(package))
     if is_out_of_memory(error):
         why = first_line(error)[:300]
-        # A limit of the process fails like a full memory, and has another fix.
-        limit = suspected_limit()
-        if limit is not None:
-            return _limit_error(limit, why=why)
-        fix = "a smaller batch (--batch-size), a smaller model"
-        fix += ", or a machine with more memory"
+        fix = "a smaller batch (--batch-size), a smaller model, or a machine with more memory"
+        fix += "; ulimit -v unlimited, if `ulimit -v` shows a limit"
         return MachineError("out of memory", where="this machine", why=why, fix=fix)
     where = ""
     if isinstance(error, OSError):

@@ -194,5 +194,4 @@ def _gpu_gib(memory: str) -> float:
 
 def _shared_gib() -> float:
     """Read what a run can have of memory that the GPU shares with the host."""
-    figures = read_memory()
-    return (unified_budget(figures) if figures else available_memory()) / 2**30
+    return unified_budget(read_memory()) / 2**30

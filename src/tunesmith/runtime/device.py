@@ -13,10 +13,8 @@ from tunesmith.host.chips import Chip
 from tunesmith.host.cores import multiplies_bf16
 from tunesmith.host.memory import (
     MemoryLimit,
-    available_memory,
     memory_floor,
     memory_limits,
-    physical_memory,
     read_memory,
     unified_budget,
 )
@@ -45,13 +43,10 @@ def host_budget(ranks: Collection[int] = ()) -> HostBudget:
     comes below it is stopped (memory_guard).
     """
     limits = memory_limits(ranks)
-    if not limits:  # macOS
-        machine = MemoryLimit("", physical_memory(), 0, 0)
-        return HostBudget(available_memory(), machine.size, machine)
     free = []
     ceilings = []
     for limit in limits:
-        floor = 0 if limit.of_process else memory_floor(limit.size, unified=False)
+        floor = memory_floor(limit.size, unified=False)
         free.append((limit.size - floor - limit.used) // limit.ranks)
         ceilings.append((limit.size - floor - limit.used_by_run) // limit.ranks)
     ceiling = min(ceilings)
@@ -95,11 +90,10 @@ def free_memory(device: torch.device, cuda: ModuleType = torch.cuda) -> int:
         return host_budget().free
     # In the allocator's hands since an earlier run.
     idle = int(cuda.memory_reserved(device) - cuda.memory_allocated(device))
-    figures = read_memory()
     # A driver of unified memory reports what is unused, not what can be had.
-    if figures is None or not is_integrated(device, cuda):
-        return int(cuda.mem_get_info(device)[0]) + idle
-    return unified_budget(figures) + idle
+    if is_integrated(device, cuda):
+        return unified_budget(read_memory()) + idle
+    return int(cuda.mem_get_info(device)[0]) + idle
 
 
 def prepare_allocator(

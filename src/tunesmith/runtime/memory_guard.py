@@ -8,6 +8,7 @@ while there is room and up to 8 times as often near the floor. A look takes abou
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -106,7 +107,7 @@ class MemoryGuard:
         ranks: Ranks,
         files: Sequence[Path] = (),
         *,
-        read: Callable[[], MemoryFigures | None] = read_memory,
+        read: Callable[[], MemoryFigures] = read_memory,
         make_room: Callable[[Sequence[Path]], object] = drop_page_cache,
         clock: Callable[[], float] = time.monotonic,
         unified: bool | None = None,
@@ -126,7 +127,7 @@ class MemoryGuard:
         self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
 
     def __enter__(self) -> "MemoryGuard":
-        if self.read() is not None:
+        if sys.platform == "linux":  # macOS compresses memory, and kills nothing
             self._thread.start()
         return self
 
@@ -147,8 +148,6 @@ class MemoryGuard:
             Seconds until the next look is due.
         """
         figures = self.read()
-        if figures is None:
-            return MAX_LOOK_SECONDS
         allocator = self._allocator_bytes()
         this_run = own_memory(self.ranks.heartbeat.peers.local_processes()) + allocator
         floor = memory_floor(figures.limit or figures.total, unified=bool(self.unified))
@@ -222,7 +221,7 @@ class MemoryGuard:
             return f"{free}, and dropping page cache leaves it below {gib(least)} GiB"
         self.dropped_at = self.clock()
         self.make_room(self.files)
-        after = self.read() or figures
+        after = self.read()
         self.still_short = critical and after.free < least
         if after.free - figures.free >= MIN_CACHED_BYTES / 2:
             self.pause = PAUSE_SECONDS

@@ -27,7 +27,6 @@ from tunesmith.errors import (
     is_out_of_memory,
 )
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.memory import suspected_limit
 from tunesmith.host.signals import FREE_MEMORY_FIX, REQUEUE, SHORT, LowMemory
 from tunesmith.metrics.record import StepRecord, read_records
 from tunesmith.metrics.result_table import ResultTable, Tabular
@@ -188,10 +187,6 @@ def failure_of(
     if is_out_of_memory(error):
         why = f"a micro batch of {plan.layout.micro_batch} did not fit"
         fix = plan.less_memory(resumed=saved_step is not None)
-        limit = suspected_limit()
-        if limit is not None:
-            why = f"{why} into {limit.describe()}"
-            fix = f"{limit.fix(0)}, or {fix}"
         if not fix.endswith("--fresh"):
             fix = f"{fix}; {resume}"
         return RunError("out of memory", where=where, why=why, fix=fix, cause="out-of-memory")

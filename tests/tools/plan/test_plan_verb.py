@@ -214,9 +214,7 @@ def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
     smi.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(smi.parent), prepend=os.pathsep)
-    figures = MemoryFigures(
-        int(121.7 * GIB), 116 * GIB, free=110 * GIB, cached=GIB, shared=0, locked=0, large_blocks=0
-    )
+    figures = MemoryFigures(int(121.7 * GIB), 116 * GIB, free=110 * GIB, cached=GIB, shared=0)
     monkeypatch.setattr(machines, "read_memory", lambda: figures)
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
