@@ -55,14 +55,11 @@ def available_cores(root: Path = Path("/")) -> int:
     return cores
 
 
-def control_groups(controller: str, root: Path = Path("/"), process: str = "self") -> list[Path]:
-    """The folders of a process's control groups that may limit it, the innermost first.
-
-    Of version 1 or 2.
-    """
+def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
+    """Return the folders of this process's control groups (version 1 or 2), the innermost first."""
     groups: list[Path] = []
     with suppress(OSError, ValueError):  # no control groups here
-        for line in (root / "proc" / process / "cgroup").read_text(encoding="utf-8").splitlines():
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             # `4:cpu,cpuacct:/user` of version 1, `0::/user` of version 2
             _, controllers, path = line.split(":", 2)
             if controllers and controller not in controllers.split(","):

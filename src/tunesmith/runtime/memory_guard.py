@@ -3,7 +3,7 @@
 Below a floor all ranks save and end, and the user reads who holds the memory. A kernel without
 memory kills the largest process, which is the one that trains; on unified memory (GB10) the driver
 fails first and the machine freezes, without a kill. A thread looks at the figures, once a second
-while there is room and up to 8 times as often near the floor. A look takes about 0.1 ms.
+while there is room and up to 8 times as often near the floor. A look takes about 1 ms.
 """
 
 import os
@@ -43,7 +43,7 @@ UNIFIED_MIN_FREE_BYTES = 3 << 30
 # Seconds that a save and the end take, on a busy machine; before it comes `stop.takes`.
 SAVE_SECONDS = 3.0
 MAX_WORK_SECONDS = 30.0  # seconds of `stop.takes` that count
-# Seconds between two looks, at most and at least: at most a thousandth of a core.
+# Seconds between two looks: the maximum takes a thousandth of a core, the minimum a hundredth.
 MAX_LOOK_SECONDS = 1.0
 MIN_LOOK_SECONDS = 0.12
 # Bytes a second that memory is filled with: page faults of one process.
@@ -235,26 +235,25 @@ class MemoryGuard:
         host = socket.gethostname()
         reserved = f"; the GPU's allocator {gib(allocator)} GiB" if allocator else ""
         text = f"{phase}, on {host}: {reason}. {figures.describe()}{reserved}"
-        record: dict[str, object] = {
+        record = {
             "phase": phase,
             "host": host,
             "floor_bytes": floor,
             "allocator_bytes": allocator,
             **figures.as_record(),
         }
-        # At once: to see who holds it takes a tenth of a second.
+        # At once, because listing the processes takes a tenth of a second.
         self.stop.low_memory = LowMemory(text, record)
         ranks = self.ranks.heartbeat.peers.local_processes()
         ours, others = largest_processes(ranks)
         if self.ranks.world > 1:
             ours = [process._replace(name=f"rank {ranks[process.pid]}") for process in ours]
-        # In one step: the main thread may write the record at any moment.
-        record |= {
+        text += f"; this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
+        processes = {
             "processes": [process._asdict() for process in ours],
             "other_processes": [process._asdict() for process in others],
         }
-        text += f"; this run has: {_names(ours)} GiB; others have most: {_names(others)} GiB"
-        self.stop.ask(LowMemory(text, record))
+        self.stop.ask(LowMemory(text, record | processes))
 
 
 def _names(processes: Sequence[Holder]) -> str:
