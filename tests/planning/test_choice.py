@@ -98,7 +98,7 @@ def test_train_takes_what_plan_puts_first(name: str, monkeypatch: pytest.MonkeyP
     shape, on, recipe, mesh = RUNS[name]
     run, spec, tokens = make(shape, recipe)
     planner = plan_on_paper(run, spec, read_cluster(on), measure_work(run, spec, tokens))  # type: ignore[arg-type]
-    best = planner.ranked()[0]
+    best = planner.best()
     taken = planned_in_training(monkeypatch, planner, tokens)
     assert best.fits
     assert (taken.mesh, taken.layout, taken.memory) == (
@@ -136,7 +136,7 @@ def test_a_gpu_of_the_table_without_its_link_has_no_speed() -> None:
 def test_a_resumed_run_keeps_its_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     run, spec, tokens = make("llama3-70b", FULL | AUTO | MANY)
     planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
-    size = planner.ranked()[0].plan.layout.micro_batch
+    size = planner.best().plan.layout.micro_batch
     other = size.amount // 2
     kept = planned_in_training(monkeypatch, planner, tokens, before=f"{other} tokens")
     assert kept.layout.micro_batch == Size(other, "tokens")
@@ -150,7 +150,7 @@ def test_a_host_that_cannot_hold_what_its_ranks_offload_is_refused(
     train = {"train": {"global_batch": "32 examples", "cpu_offload": ["parameters"]}}
     run, spec, tokens = make("llama3-8b", FULL | train | {"parallel": {"shard": 16}})
     planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
-    host = 8 * planner.ranked()[0].plan.memory.host
+    host = 8 * planner.best().plan.memory.host
     assert host == pytest.approx(8 * spec.parameters, rel=1e-6)
     monkeypatch.setattr(prepare, "available_memory", lambda: host)
     assert planned_in_training(monkeypatch, planner, tokens).cpu_offload == ("parameters",)
@@ -190,7 +190,7 @@ def test_train_refuses_what_fits_no_mesh_and_names_tensor_ranks(
 ) -> None:
     run, spec, tokens = make("llama3-70b", FULL | MANY)
     planner = plan_on_paper(run, spec, read_cluster("2x8xh100"), measure_work(run, spec, tokens))  # type: ignore[arg-type]
-    if planner.ranked()[0].fits:
+    if planner.best().fits:
         pytest.fail("the case is too small to be refused")
     with refuses(MachineError, names=["GiB", "weights", "recompute"]) as refused:
         planned_in_training(monkeypatch, planner, tokens)

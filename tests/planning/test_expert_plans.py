@@ -55,4 +55,6 @@ def test_a_tensor_group_divides_attention_and_keeps_experts_whole() -> None:
     # and of the gradients of the experts' adapter, in fp32.
     sums = 2 * LAYERS + cut.plan.recomputed_layers + 2
     rows = 2 * sums * plans.work.step.mean / 2 * HIDDEN * 2
-    assert cut.sent["link"] == pytest.approx(rows + 4 * 2 * LAYERS * FACTORS / 2)
+    link = 360e9
+    assert cut.seconds["tensor parallel"] == pytest.approx(rows / link)
+    assert cut.seconds["gradients"] == pytest.approx(4 * 2 * LAYERS * FACTORS / 2 / link)

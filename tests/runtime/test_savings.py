@@ -50,7 +50,7 @@ def plan_on(
 ) -> RunPlan:
     work = measure_work(run, spec, None)._replace(step=STEP, longest=2000)
     cluster = Cluster(Chip("other", machine.card_bytes / GIB))
-    return Planner(run, spec, cluster, work, machine, trained, before).ranked()[0].plan
+    return Planner(run, spec, cluster, work, machine, trained, before).best().plan
 
 
 def plan_of(

@@ -110,6 +110,15 @@ OTHER_OPTIONS = {
         "compiled"
     ),
     "tunesmith bench --plain": "nothing: the table is plain text",
+    "tunesmith plan --price": "multiply: hours x GPUs x price; `hours` is in plan --json",
+    "tunesmith plan --assume": (
+        "--on with the GPU that is nearest to yours, or plan on the machine itself; without an "
+        "option a bandwidth that is not known leaves the times out"
+    ),
+    "tunesmith plan --all": (
+        "remove it: plan shows the mesh that train takes; parallel.shard=N parallel.tensor=N plans "
+        "another one"
+    ),
     "tunesmith sweep --candidates": "list the values: train.learning_rate=1e-5,1e-4,1e-3",
     "tunesmith sweep --rungs": (
         "remove it: every candidate trains to its end. To stop candidates early, use Optuna: its "

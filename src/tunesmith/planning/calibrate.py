@@ -1,42 +1,18 @@
-"""Trials: on the GPU, to correct the planned number of recomputed layers; of a CPU's speed."""
+"""The trial on a GPU that corrects the planned number of recomputed layers."""
 
 import math
-import time
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from tunesmith.adapter import lora
-from tunesmith.config.schema import MethodConfig, Run
-from tunesmith.data.batches.batch import Batch, collate
-from tunesmith.data.text.example import Example
+from tunesmith.data.batches.batch import Batch
 from tunesmith.distributed.ranks import ONE_PROCESS, Ranks
 from tunesmith.errors import MachineError
-from tunesmith.methods import make_method
 from tunesmith.methods.base import TrainModel
-from tunesmith.model import fused, load
-from tunesmith.model.measured_spec import read_configs
-from tunesmith.model.spec import ModelSpec, flops
-from tunesmith.planning.measured_layers import count_active_adapter
 from tunesmith.planning.run_plan import RunPlan
-from tunesmith.runtime.host import bound_shape_caches, keep_freed_pages
 from tunesmith.runtime.recompute import recompute_layers
-
-if TYPE_CHECKING:
-    from tunesmith.planning.workload import Workload
-
-# Of a CPU's trial: layers that stay, of which the others are as fast as the second and third;
-# tokens of its micro batch; seconds for each number of layers, after one pass.
-TRIAL_LAYERS = 3
-TRIAL_TOKENS = 512
-TRIAL_SECONDS = 0.4
-COPY_BYTES = 1 << 26
 
 
 class MemoryMeter:
@@ -188,74 +164,3 @@ def revise_recomputed(
         return count
     # Rounded down: one layer too many recomputes rather than one too few.
     return min(layers, max(0, count - math.floor(room / saving)))
-
-
-def measure_cpu(
-    run: Run, spec: ModelSpec, config: Mapping[str, object], plan: RunPlan, work: "Workload"
-) -> tuple[float, float]:
-    """Measure what this CPU reaches now, with the threads of this process.
-
-    TFLOP/s of forwards and backwards of the model that `config` describes, by its first layers with
-    arbitrary weights; and the GB/s of a copy in memory, which bounds the update.
-    """
-    keep_freed_pages()
-    bound_shape_caches()
-    model = _build_described(run, config)
-    adapter = 0
-    if run.adapter.kind == "lora":
-        lora.attach_lora(model, run.adapter, seed=run.train.seed)
-        adapter = count_active_adapter(spec, run.adapter)
-    fused.fuse_modules(model, project=lora.project)
-    root = TrainModel(model, make_method(MethodConfig()), attention_backend=plan.attention)
-    layers = model.get_submodule(root.layers_name)
-    del layers[TRIAL_LAYERS:]
-    kept = len(layers)
-    load.materialize(model, torch.device("cpu"))
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, 0.01)
-
-    document = min(round(work.document), TRIAL_TOKENS)
-    trained = np.zeros(document, np.bool_)
-    trained[-max(1, round(document * work.supervised)) :] = True
-    example = Example(np.zeros(document, np.int32), trained)
-    rows = max(1, round(min(TRIAL_TOKENS, plan.memory.tokens) / document))
-    batch = collate([[example]] * rows, length=document, pad_id=0)
-
-    def step() -> None:
-        with root.step_context(batch):
-            root(batch).loss.backward()
-        root.zero_grad(set_to_none=True)
-
-    several = _least_seconds(step)
-    del layers[1:]
-    one = _least_seconds(step)
-    seconds = max(several, one + (spec.depth - 1) * (several - one) / max(1, kept - 1))
-    operations = flops(
-        spec,
-        [document] * rows,
-        batch.supervised,
-        trained="lora" if adapter else "full",
-        adapter_parameters=adapter,
-    )
-    block = torch.zeros(COPY_BYTES, dtype=torch.uint8)
-    copy = torch.empty_like(block)
-    # Each byte is read and written.
-    bandwidth = 2 * COPY_BYTES / _least_seconds(lambda: copy.copy_(block))
-    return operations / seconds / 1e12, bandwidth / 1e9
-
-
-def _build_described(run: Run, config: Mapping[str, object]) -> PreTrainedModel:
-    text, whole = read_configs(config, where=run.model.name)
-    return load.build_on_meta(text, run.model, whole=whole)
-
-
-def _least_seconds(work: Callable[[], object]) -> float:
-    """Seconds of the quickest of several calls, after a first one."""
-    work()
-    least = math.inf
-    end = time.perf_counter() + TRIAL_SECONDS
-    while least == math.inf or time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        least = min(least, time.perf_counter() - start)
-    return least

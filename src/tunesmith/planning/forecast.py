@@ -4,9 +4,7 @@ Memory, micro batch and recompute are what `train` plans by, in `planning/resolv
 of `planning/step_time.py`.
 """
 
-import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -14,29 +12,23 @@ from rich.filesize import decimal as size_text
 
 from tunesmith.config.schema import Run
 from tunesmith.data.batches.schedule import StepSize
-from tunesmith.errors import first_line
 from tunesmith.model.dtypes import DTYPES
 from tunesmith.model.spec import ModelSpec
 from tunesmith.parallel.mesh import meshes_for
 from tunesmith.parallel.mesh_shape import MeshShape
 from tunesmith.planning import resolve, savings
-from tunesmith.planning.machines import MEASURED_HERE, Cluster
+from tunesmith.planning.machines import Cluster
 from tunesmith.planning.measured_layers import count_adapter
 from tunesmith.planning.memory import USABLE_SHARE, MemoryEstimator, usable_share
 from tunesmith.planning.run_plan import Machine, RunPlan, Saving
 from tunesmith.planning.step_time import Step, StepTime
-from tunesmith.planning.workload import Workload, rank_step, step_units
+from tunesmith.planning.workload import Workload, rank_step
 from tunesmith.quant.schemes import DENSE, scheme_of
-from tunesmith.units import Size, ceil_div
-
-log = logging.getLogger(__name__)
+from tunesmith.units import Size
 
 # The share of the time that a mesh must save over one with fewer shards or tensor ranks or within
 # the nodes. Forecasts differ from measurements by as much.
 MIN_GAIN_SHARE = 0.05
-# A model whose first layers and head have more parameters is not tried on a CPU, which would take
-# many seconds.
-MAX_TRIED_PARAMETERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -47,15 +39,8 @@ class Forecast:
         tight: it fits with less to spare than the estimate may err.
         room: bytes that a rank can have.
         phases: bytes that a rank needs, by phase.
-        idle_share: of the data ranks, as a step has too few examples.
-        sent: bytes a step that a rank sends over its link in the node and over its network.
-        seconds: of an optimizer step by part; `shard copies` are FSDP2's copies of gathered weights
-            and of gradients.
-        hidden_seconds: of the communication that they hide.
-        hides_from: tokens of a micro batch that wholly hides the gathers of shards.
-        uncounted_seconds: what the vision part would add to a step whose tokens are all of
-            pictures; 0 where it is known how many are.
-        keys: of the recipe, which make a run of it.
+        seconds: of an optimizer step, by part.
+        hides_from: tokens of a micro batch that hides the communication of its passes.
     """
 
     plan: RunPlan
@@ -63,16 +48,11 @@ class Forecast:
     tight: bool
     room: int
     phases: dict[str, int]
-    idle_share: float
-    sent: dict[str, float]
     seconds: dict[str, float]
-    hidden_seconds: float
     hides_from: int
-    uncounted_seconds: float
     step_seconds: float | None
     tokens_per_second: float | None
     hours: float | None
-    keys: str
 
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
@@ -111,6 +91,15 @@ def _count_trained(run: Run, spec: ModelSpec) -> int:
     return trained
 
 
+def _order(forecast: Forecast) -> tuple[bool, bool, float]:
+    """Return a key whose least value has the fastest forecast with memory to spare; then come
+    those that fit, then the nearest to it.
+    """
+    if forecast.fits:
+        return False, forecast.tight, forecast.step_seconds or 0.0
+    return True, forecast.tight, forecast.phases["step"]
+
+
 @dataclass(frozen=True)
 class Planner:
     """Forecasts of a recipe for every mesh of a cluster's ranks, and the choice between them.
@@ -138,33 +127,9 @@ class Planner:
     def meshes(self) -> list[MeshShape]:
         return meshes_for(self.run, self.spec, self.cluster.world, self.cluster.per_node)
 
-    def measured_here(self, config: Mapping[str, object]) -> "Planner":
-        """The same with the speed of this CPU, by a trial of a second or two of the model that
-        `config` describes; as it is where the trial would take long or is of another kind.
-        """
-        from tunesmith.planning.calibrate import TRIAL_LAYERS, measure_cpu
-
-        run = self.run
-        spec = self.spec
-        best = self.ranked()[0]
-        size = 2 * spec.head_matmul
-        size += sum(layer.matmul + layer.experts for layer in spec.layers[:TRIAL_LAYERS])
-        is_recurrent = any(layer.mixing == "recurrent" for layer in spec.layers)
-        is_dense = scheme_of(run.model, spec.quantized) is DENSE
-        if not best.fits or size > MAX_TRIED_PARAMETERS or is_recurrent or not is_dense:
-            return self
-        try:
-            tflops, bandwidth = measure_cpu(run, spec, config, best.plan, self.work)
-        # Code of 190 model types, for a figure that a plan can do without.
-        except Exception as error:
-            log.warning(f"the speed of this CPU is not measured: {first_line(error)}")
-            return self
-        chip = replace(self.cluster.chip, tflops=tflops, bandwidth=bandwidth, source=MEASURED_HERE)
-        return replace(self, cluster=replace(self.cluster, chip=chip))
-
     def choose(self) -> RunPlan:
-        """Choose what each rank does, by the first mesh of `ranked`; MachineError if none fits."""
-        best = self.ranked()[0]
+        """Return what each rank does, on the best mesh; MachineError if the run does not fit."""
+        best = self.best()
         resumed = self.previous_micro_batch is not None
         savings.check_memory_fits(best.plan, self.machine, resumed=resumed)
         plan = savings.warn_of_overrun(best.plan, self.machine, resumed=resumed)
@@ -216,41 +181,27 @@ class Planner:
             f"{plan.memory.tokens:,}, and {forecast.hides_from:,} would hide that; fix: {fix}"
         )
 
-    def ranked(self) -> list[Forecast]:
-        """Every mesh, the best first: those that fit, by the seconds of a step; then the others, by
-        the memory that they lack.
+    def best(self) -> Forecast:
+        """Return the forecast of the mesh that `train` takes.
 
-        A mesh with more shards or tensor ranks than another, or with groups over several nodes,
-        comes first only if its step is shorter by MIN_GAIN_SHARE of the other's at least. Where no
-        speed is known, those that fit keep the order of `meshes_for`, and groups over nodes come
-        last.
+        The fastest one that fits with memory to spare; if none fits, the one that lacks the least
+        memory. Simpler meshes are preferred: one with more shards or tensor ranks than another, or
+        with groups over several nodes, is taken only if its step is shorter by MIN_GAIN_SHARE. If
+        the speed is unknown, the first mesh that fits is taken, within the nodes if possible.
         """
         forecasts = [self.forecast(mesh) for mesh in self.meshes()]
-        *best_class, least_cost = min(map(self.order, forecasts))
+        *best_class, least_cost = min(map(_order, forecasts))
         contenders = []
         for forecast in forecasts:
-            *forecast_class, cost = self.order(forecast)
+            *forecast_class, cost = _order(forecast)
             if forecast_class == best_class and (1 - MIN_GAIN_SHARE) * cost <= least_cost:
                 contenders.append(forecast)
         # `meshes_for` has those with the fewest tensor ranks and shards first, and `min` takes the
         # first of equal ones.
-        first = min(contenders, key=self._crosses_nodes)
-        return sorted(forecasts, key=lambda each: (each is not first, self.order(each)))
-
-    def _crosses_nodes(self, forecast: Forecast) -> bool:
-        mesh = forecast.plan.mesh
-        return mesh.shard * mesh.tensor > self.cluster.per_node
-
-    def order(self, forecast: Forecast) -> tuple[bool, bool, bool, float]:
-        """The least is the fastest with memory to spare; then what fits; then the nearest to it.
-
-        At an unknown speed groups over nodes come last of those that fit.
-        """
-        if not forecast.fits:
-            return True, forecast.tight, False, forecast.phases["step"]
-        seconds = forecast.step_seconds
-        crosses = not seconds and self._crosses_nodes(forecast)
-        return False, forecast.tight, crosses, seconds or 0.0
+        per_node = self.cluster.per_node
+        return min(
+            contenders, key=lambda each: each.plan.mesh.shard * each.plan.mesh.tensor > per_node
+        )
 
     def forecast(self, mesh: MeshShape) -> Forecast:
         """Memory and time of a mesh, with the micro batch that `train` takes."""
@@ -268,9 +219,8 @@ class Planner:
 
         is_padded = plan.layout.row_length is not None
         step = Step(estimator, self.cluster, work, plan.memory, is_padded)
-        time = step.time() if self.cluster.chip.tflops else StepTime({}, hidden=0.0, hides_from=0)
+        time = step.time() if self.cluster.chip.tflops else StepTime({}, hides_from=0)
         step_seconds = sum(time.parts.values()) or None
-        is_uncounted = work.pictures is None and step_seconds
         tokens_per_second = step_seconds and work.step.mean * work.whole / step_seconds
         if plan.streamed_layers:
             cost = f"{size_text(plan.memory.host)} of the host's memory"
@@ -286,7 +236,6 @@ class Planner:
             hours = run.train.duration.seconds / 3600
         elif work.steps and step_seconds:
             hours = work.steps * step_seconds / 3600
-        units = step_units(run)
         return Forecast(
             plan,
             fits=needed <= room,
@@ -294,24 +243,18 @@ class Planner:
             tight=needed > room * USABLE_SHARE / savings.ALLOCATABLE_SHARE,
             room=room,
             phases=self._phase_bytes(plan),
-            # Ranks without a unit in the last round wait for those with one.
-            idle_share=1 - units / (mesh.data * ceil_div(units, mesh.data)),
-            sent=step.sent(),
             seconds=time.parts,
-            hidden_seconds=time.hidden,
             hides_from=time.hides_from,
-            uncounted_seconds=step.picture_seconds if is_uncounted else 0.0,
             step_seconds=step_seconds,
             tokens_per_second=tokens_per_second,
             hours=hours,
-            keys=" ".join(f"parallel.{name}={ranks}" for name, ranks in mesh._asdict().items()),
         )
 
     def _savings(self, plan: RunPlan) -> tuple[Saving, ...]:
         """Find the keys with which this run needs less memory than `plan`."""
 
         def plan_of(changed: Run) -> RunPlan:
-            return self._changed(changed).ranked()[0].plan
+            return self._changed(changed).best().plan
 
         usable = int(plan.memory.free * usable_share(plan.device))
         return savings.find_savings(

@@ -4,25 +4,16 @@ Importable without torch. host/chips.json has the figures, each with its source.
 """
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tunesmith.config.names import nearest
 from tunesmith.errors import UsageError
-from tunesmith.host.chips import CHIPS, MEASURED, Chip, list_gpus
+from tunesmith.host.chips import CHIPS, Chip, list_gpus
 from tunesmith.host.cores import multiplies_bf16
 from tunesmith.host.memory import available_memory, read_memory, unified_budget
 
 # What nvidia-smi writes for the memory of a GPU that shares the host's, as GB10 does.
 NO_MEMORY_OF_ITS_OWN = ("[N/A]", "N/A", "[Not Supported]")
-# The source of this CPU's speed: before a trial, and after it.
-UNMEASURED = "not measured here"
-MEASURED_HERE = f"{MEASURED} here and now, on the model's first layers"
-# Times of a run over what the trial forecasts: the quickest of several passes, on a machine that
-# other programs may slow.
-TRIAL_RANGE = (0.7, 2.1)
-ASSUMED = ("gib", "bandwidth", "tflops", "link", "network")  # figures that --assume may give
 
 
 @dataclass(frozen=True)
@@ -65,48 +56,21 @@ class Cluster:
         return 1e9 * across
 
 
-def read_cluster(text: str, assume: Sequence[str] = ()) -> Cluster:
-    """The machines that `--on` names, with the figures of `--assume NAME=NUMBER`.
+def read_cluster(text: str) -> Cluster:
+    """Return the machines that `--on` names: `here`, or `2x8xh100` by the table of chips.
 
-    UsageError if a figure is missing or a name unknown.
-    """
-    figures = _assumed_figures(assume)
-    cluster = _parse_cluster(text, figures)
-    chip = replace(cluster.chip, **figures)
-    if not chip.gib:
-        raise UsageError(
-            f"nvidia-smi does not say how much memory {chip.name} has",
-            where="--on here",
-            fix="--assume gib=24",
-        )
-    missing = ""
-    if cluster.per_node > 1 and chip.link is None:
-        missing = "link"
-    elif cluster.nodes > 1 and chip.network is None:
-        missing = "network"
-    if missing:
-        raise UsageError(
-            f"the {missing} of {chip.name} is unknown",
-            where="--on",
-            fix=f"--assume {missing}=GB/s, measured, one direction of one GPU",
-        )
-    return replace(cluster, chip=chip)
+    Case and spaces are ignored.
 
-
-def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
-    """`here`, or `2x8xh100` by the table of chips; in upper or lower case, and with spaces.
-
-    A GPU that is not in the table may have any name, if its memory is among the `assumed` figures.
+    Raises:
+        UsageError: for an unknown name, and for a GPU here whose memory nvidia-smi does not tell.
     """
     words = re.sub(r"[\s_-]+", "-", re.sub("[*×]", "x", text.strip().lower()))
     # Nodes, GPUs of a node, chip; what one number alone means is decided below.
     match = re.fullmatch(r"(?:(\d+)-?x-?)?(?:(\d+)-?x-?)?([a-z0-9][a-z0-9-]*)", words)
     name = match[3] if match else text
     if name == "here":
-        return this_machine()
+        return _this_machine()
     chip = next((chip for key, chip in CHIPS.items() if _is_called(name, key, chip)), None)
-    if chip is None and "gib" in assumed:
-        chip = Chip(name, assumed["gib"])
     if match is None or chip is None or "0" in match.groups():
         # `a100` begins the names of two cards.
         near = [key for key in CHIPS if key.startswith(f"{name}-")]
@@ -116,17 +80,13 @@ def _parse_cluster(text: str, assumed: Mapping[str, Any]) -> Cluster:
         fix = f"one of {', '.join(CHIPS)}, as in 8xh100 or 2x8xh100; or here"
         if near:
             fix = f"did you mean {' or '.join(f'--on {counts_of_text}{key}' for key in near)}?"
-        fix += "; or another: --assume gib=24 --assume tflops=70 --assume bandwidth=600"
         raise UsageError(f"there is no machine {text!r} in the table", where="--on", fix=fix)
     counts = [int(count) for count in match.groups()[:2] if count]
-    if len(counts) == 2:
-        nodes, per_node = counts
-        return Cluster(chip, nodes, per_node)
-    count = counts[0] if counts else 1
+    nodes, per_node = [1, 1, *counts][-2:]
     # A Spark has one GPU: two of them are two nodes.
-    if chip.integrated:
-        return Cluster(chip, nodes=count)
-    return Cluster(chip, per_node=count)
+    if chip.integrated and len(counts) == 1:
+        nodes, per_node = per_node, nodes
+    return _make_cluster(chip, nodes, per_node)
 
 
 def _is_called(name: str, key: str, chip: Chip) -> bool:
@@ -138,46 +98,40 @@ def _is_called(name: str, key: str, chip: Chip) -> bool:
     return name.replace("-", "") in (each.replace("-", "") for each in names)
 
 
-def _assumed_figures(assume: Sequence[str]) -> dict[str, Any]:
-    """Fields of a `Chip`, of the words `NAME=NUMBER`."""
-    figures: dict[str, Any] = {}
-    for word in assume:
-        name, _, number = word.partition("=")
-        is_number = re.fullmatch(r"\d+(\.\d+)?", number) and float(number) > 0
-        if name not in ASSUMED or not is_number:
-            raise UsageError(
-                f"{word} is not a property of a machine",
-                where="--assume",
-                fix=f"{', '.join(ASSUMED)}=NUMBER",
-            )
-        figures[name] = float(number)
-        if name == "tflops":
-            figures["source"] = "as --assume says"
-    return figures
-
-
 def cluster_of(name: str, nodes: int = 1, per_node: int = 1, gib: float = 0.0) -> Cluster:
-    """GPUs that are there, by their name.
+    """Return a cluster of GPUs that are there, by their name.
 
-    Without a speed where the table lacks the GPU, or the link that they need.
+    Its speed is unknown if the table does not have the GPU.
     """
     chip = next((chip for chip in CHIPS.values() if chip.name == name), Chip(name, gib))
+    return _make_cluster(chip, nodes, per_node)
+
+
+def _make_cluster(chip: Chip, nodes: int, per_node: int) -> Cluster:
+    """Return the cluster, without a speed if the bandwidth of a link that it needs is unknown."""
     if (per_node > 1 and chip.link is None) or (nodes > 1 and chip.network is None):
         chip = replace(chip, tflops=None)
     return Cluster(chip, nodes, per_node)
 
 
-def this_machine() -> Cluster:
-    """This machine, as nvidia-smi describes it, which touches no GPU; without a GPU its CPU."""
+def _this_machine() -> Cluster:
+    """Return this machine, as nvidia-smi describes it, which touches no GPU; without a GPU its
+    CPU.
+    """
     gpus = list_gpus()
     if not gpus:
-        gib = available_memory() / 2**30
-        return Cluster(Chip("cpu", gib, bf16=multiplies_bf16(), source=UNMEASURED))
+        return Cluster(Chip("cpu", available_memory() / 2**30, bf16=multiplies_bf16()))
     _, name, memory = gpus[0]
     cluster = cluster_of(name, 1, len(gpus), _gpu_gib(memory))
     in_table = any(chip.name == name for chip in CHIPS.values())
     if cluster.chip.integrated or (memory in NO_MEMORY_OF_ITS_OWN and not in_table):
         return replace(cluster, chip=replace(cluster.chip, gib=_shared_gib(), integrated=True))
+    if not cluster.chip.gib:
+        raise UsageError(
+            f"nvidia-smi does not say how much memory {name} has",
+            where="--on here",
+            fix=f"--on with a GPU of as much memory, one of {', '.join(CHIPS)}",
+        )
     return cluster
 
 

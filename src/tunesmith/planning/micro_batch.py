@@ -101,9 +101,6 @@ def fastest_micro_batch(
     fixed: every micro batch is padded to one size, so that a step should be a whole number of them.
     """
     run = estimator.run
-    if estimator.machine.device == "cpu":
-        # Without the figures of a trial, which are others each time.
-        cluster = replace(cluster, chip=replace(cluster.chip, tflops=None))
     estimators = [estimator]
     if estimator.streams and run.train.recompute == "auto":
         # More layers then stay on the device, and fewer are copied.

@@ -4,11 +4,10 @@ Time is a sum over an optimizer step of the busiest rank: products and attention
 reach on the chip, layers that recompute, the fixed cost of a pass, the update at the memory's
 bandwidth, FSDP2's copies, and communication.
 
-Gathers of shards and reductions into them hide behind the compute of their pass as far as they are
-shorter, except that of the first layer, and those of an embedding that is trained: the forward
-begins and the backward ends with it. A head that shares its weight with the embedding goes with
-that. Nothing hides tensor parallelism's gathers and scatters, nor the sum of an adapter's
-gradients. Experts are assumed to be evenly loaded.
+Gathers of shards, reductions into them and layers from the host hide behind the compute of their
+pass as far as they are shorter, except those of an embedding that is trained. Nothing hides tensor
+parallelism's gathers and scatters, nor the sum of an adapter's gradients. Experts are assumed to be
+evenly loaded.
 
 The rate of whole steps was measured on dense models and has their norms and activations in it. The
 products of experts are counted at the rate of products alone, with the empty part of each expert's
@@ -17,8 +16,7 @@ of a token are more to move than a dense layer has. A pass reads all experts, an
 ones dense.
 
 FSDP2 copies what it gathers out of one flat buffer into the weights, and gradients into the buffer
-of their reduction, in the stream that computes. Shards are copied into the gather's buffer in the
-stream of the gather, and count as a part of it.
+of their reduction, in the stream that computes.
 
 A frozen vision part is counted by the tokens of pictures that the rows have. Its operations for one
 are those of a picture of 640 x 480: on a larger one its attention takes more for each token, where
@@ -38,7 +36,6 @@ from tunesmith.planning.memory import MemoryEstimator
 from tunesmith.planning.run_plan import MemoryEstimate
 from tunesmith.planning.workload import Workload, rank_step
 from tunesmith.runtime.stream import SLOTS
-from tunesmith.units import ceil_div
 
 # Of whole steps, beside bf16: 794 and 551 TFLOP/s, LoRA of an 8B on an H200.
 EIGHT_BIT_SPEED = 1.44
@@ -68,44 +65,13 @@ GROUPED_ROWS = (20, 35)
 FORWARD_SHARE = 1 / 3
 
 
-class Collective(NamedTuple):
-    """A gather or reduction of `size` bytes in a ring of `ranks`, `stride` apart.
-
-    It comes so many `times` a step.
-    """
-
-    times: int
-    size: float
-    ranks: int
-    stride: int
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each rank passes on: all parts but one."""
-        return self.size * (self.ranks - 1) / self.ranks
-
-
-class Collectives(NamedTuple):
-    """The collectives in which the groups of a rank gather and reduce in a step."""
-
-    tensor_parallel: Collective
-    gather: Collective
-    gather_head: Collective
-    gather_first: Collective
-    reduce: Collective
-    reduce_last: Collective
-    gradients: Collective
-    expert_gradients: Collective
-
-
 class StepTime(NamedTuple):
-    """Seconds of an optimizer step by part, and the communication that they hide.
+    """Seconds of an optimizer step by part.
 
-    The gathers of shards hide wholly in micro batches of `hides_from` tokens or more.
+    Micro batches of `hides_from` tokens or more hide the communication of their passes.
     """
 
     parts: dict[str, float]
-    hidden: float
     hides_from: int
 
 
@@ -147,52 +113,6 @@ class Step:
             return self.micro_batches * max(self.memory.tokens, self.work.longest)
         return rank_step(self.run, self.work.step, self.estimator.mesh).mean
 
-    @cached_property
-    def collectives(self) -> Collectives:
-        """Collect what the rank's groups gather and reduce."""
-        spec = self.spec
-        estimator = self.estimator
-        replicate, shard, tensor = self.estimator.mesh
-        itemsize = estimator.itemsize
-        layers, ends = estimator.weights(itemsize)
-        # In fp32; of a model trained in full, of this rank's shards.
-        # An all-reduce is a reduction and a gather: 2 times 4 bytes a parameter.
-        gradients = 2 * 4 * estimator.trained_here
-        head = 0
-        embedding = 0
-        in_fp32 = 0.0
-        if estimator.trains_adapter:
-            # Neither embedding nor head is sharded, and a frozen base has no gradients.
-            # Every data rank has a whole adapter.
-            sum_of_gradients = Collective(1, gradients, replicate * shard, tensor)
-        else:
-            if not spec.tied:
-                head = itemsize * ceil_div(spec.head_matmul, tensor)
-            embedding = ends - head
-            in_fp32 = 4 / itemsize
-            # FSDP2's reductions have summed over the shards: the copies of each shard are left.
-            sum_of_gradients = Collective(1, gradients, replicate, tensor * shard)
-
-        def of_shards(times: int, size: float) -> Collective:
-            return Collective(times, size, shard, tensor)
-
-        # 2: each sum is a scatter and a gather.
-        summed = 2 * self._tensor_sums() * self.tokens * spec.hidden * itemsize
-        micro_batches = self.micro_batches
-        return Collectives(
-            tensor_parallel=Collective(1, summed, tensor, 1),
-            # In each pass: of all layers but one, as the last stays for the backward, and nothing
-            # hides the first one's.
-            gather=of_shards(2 * micro_batches, layers * (1 - 1 / spec.depth)),
-            gather_head=of_shards(micro_batches, head),
-            gather_first=of_shards(micro_batches, embedding + layers / spec.depth),
-            reduce=of_shards(micro_batches, (layers + head) * in_fp32),
-            reduce_last=of_shards(micro_batches, embedding * in_fp32),
-            gradients=sum_of_gradients,
-            # Beside the sum over the data ranks.
-            expert_gradients=Collective(1, 2 * 4 * estimator.summed_of_experts, tensor, 1),
-        )
-
     def _tensor_sums(self) -> int:
         """Sums over a tensor group in a step, each a scatter and a gather of all tokens.
 
@@ -215,39 +135,94 @@ class Step:
         return 1 + (layer.matmul > attention + router)
 
     def time(self) -> StepTime:
-        """The seconds of the step, by part; in proportion where the chip's speed is unknown."""
-        collectives = self.collectives
+        """Estimate the seconds of the step; in proportion where the chip's speed is unknown."""
         micro_batches = self.micro_batches
-        gather = self._gather_seconds(collectives.gather)
-        copies = self._streamed_bytes / (1e9 * self.host_link)
-        beside_forward = copies + gather + self._gather_seconds(collectives.gather_head)
-        beside_backward = copies + gather + self._transfer_seconds(collectives.reduce)
-        # Nothing hides these.
-        exposed = self._gather_seconds(collectives.gather_first)
-        exposed += self._transfer_seconds(collectives.reduce_last)
-        of_micro_batch = exposed + beside_forward + beside_backward
-        gradients = self._transfer_seconds(collectives.gradients)
-
-        seconds = self.tokens * sum(self.token_seconds.values()) / micro_batches
-        forward = FORWARD_SHARE * seconds
-        backward = (1 + self._recompute_share) * seconds - forward
+        shard, tensor = self.estimator.mesh[1:]
+        streamed = self._streamed_bytes / (1e9 * self.host_link)
+        gather = self._ring_seconds(self._gathered_bytes, shard, tensor)
+        reduce = self._ring_seconds(self._reduced_bytes, shard, tensor)
+        # The forward begins and the backward ends with the embedding, beside no compute.
+        hideable = 1 - self._embedding_share
+        beside_forward = streamed + hideable * gather
+        beside_backward = beside_forward + hideable * reduce
+        # Compute hides it as far as it is shorter.
+        compute = self.tokens * sum(self.token_seconds.values()) / micro_batches
+        forward = FORWARD_SHARE * compute
+        backward = (1 + self._recompute_share) * compute - forward
+        exposed = self._embedding_share * (gather + reduce)
         exposed += max(0.0, beside_forward - forward) + max(0.0, beside_backward - backward)
-        # Gradients of copies are summed beside the last backward, those of an adapter after it.
-        exposed_sum = gradients
-        if not self.estimator.trains_adapter:
-            exposed_sum = max(0.0, gradients - backward)
-        communication = {
-            "tensor parallel": self._transfer_seconds(collectives.tensor_parallel),
-            "host copies" if copies else "shards": micro_batches * exposed,
-            "gradients": exposed_sum + self._transfer_seconds(collectives.expert_gradients),
+        # Each sum of a tensor group is a scatter and a gather.
+        tensor_bytes = 2 * self._tensor_sums() * self.tokens * self.spec.hidden
+        parts = self._compute_seconds() | {
+            "shard copies": self._copied_bytes() / self._memory_bandwidth,
+            "tensor parallel": self._ring_seconds(
+                tensor_bytes * self.estimator.itemsize, tensor, 1
+            ),
+            "host copies" if streamed else "shards": micro_batches * exposed,
+            "gradients": self._gradient_seconds(backward),
         }
-        # So many times longer the passes must be, and so the micro batch.
-        hiding_passes = max(beside_forward / forward, beside_backward / backward)
-        return StepTime(
-            self._compute_seconds() | communication,
-            hidden=micro_batches * (of_micro_batch - exposed) + gradients - exposed_sum,
-            hides_from=math.ceil(hiding_passes * self.tokens / micro_batches),
-        )
+        # The passes, and so the micro batch, must be so many times longer.
+        longer = max(beside_forward / forward, beside_backward / backward)
+        return StepTime(parts, hides_from=math.ceil(longer * self.tokens / micro_batches))
+
+    @property
+    def _gathered_bytes(self) -> float:
+        """Bytes of weights that a pass gathers: of a frozen base only the layers are sharded."""
+        layers, ends = self.estimator.weights(self.estimator.itemsize)
+        return layers if self.estimator.trains_adapter else layers + ends
+
+    @property
+    def _embedding_share(self) -> float:
+        """The share of the embedding in the weights that are gathered; a frozen one is whole."""
+        if self.estimator.trains_adapter:
+            return 0.0
+        embedding = self.spec.head_matmul * self.estimator.itemsize / self.estimator.mesh.tensor
+        return embedding / self._gathered_bytes
+
+    @property
+    def _reduced_bytes(self) -> float:
+        """Bytes of gradients, in fp32, that a backward reduces into shards."""
+        if self.estimator.trains_adapter:
+            return 0.0
+        return 4 / self.estimator.itemsize * self._gathered_bytes
+
+    def _copied_bytes(self) -> float:
+        """Bytes that a step moves to copy weights out of FSDP2's buffers, and gradients into them.
+
+        Each is read and written.
+        """
+        if self.estimator.mesh.shard == 1:
+            return 0.0
+        # Gradients are read in the weights' dtype and written in fp32.
+        of_gradients = (1 + self.estimator.itemsize / 4) * self._reduced_bytes
+        return self.micro_batches * (2 * 2 * self._gathered_bytes + of_gradients)
+
+    def _gradient_seconds(self, backward: float) -> float:
+        """Estimate the seconds that the sum of gradients over the data ranks adds to a step.
+
+        An all-reduce is a reduction and a gather, each of 4 bytes a parameter.
+
+        Args:
+            backward: seconds of a micro batch's backward.
+        """
+        estimator = self.estimator
+        replicate, shard, tensor = estimator.mesh
+        size = 2 * 4 * estimator.trained_here
+        of_experts = self._ring_seconds(2 * 4 * estimator.summed_of_experts, tensor, 1)
+        if estimator.trains_adapter:
+            # Every data rank has a whole adapter.
+            return of_experts + self._ring_seconds(size, replicate * shard, tensor)
+        # FSDP2's reductions have summed over the shards. Copies sum beside the last backward.
+        of_copies = self._ring_seconds(size, replicate, tensor * shard)
+        return of_experts + max(0.0, of_copies - backward)
+
+    def _ring_seconds(self, size: float, ranks: int, stride: int) -> float:
+        """Estimate the seconds of a gather or reduction of `size` bytes in a ring of `ranks`,
+        `stride` apart; none over an unknown link.
+        """
+        bandwidth = self.cluster.bandwidth(ranks, stride)
+        # Each rank passes on all parts but one.
+        return size * (ranks - 1) / ranks / bandwidth if bandwidth else 0.0
 
     @property
     def host_link(self) -> float:
@@ -331,31 +306,24 @@ class Step:
         return FORWARD_SHARE * self.memory.recomputed_layers / self.spec.depth
 
     def _compute_seconds(self) -> dict[str, float]:
-        """The parts of the step that are no communication."""
-        token_seconds = sum(self.token_seconds.values())
+        """Estimate the parts of the step that are no communication."""
+        parts = {name: self.tokens * seconds for name, seconds in self.token_seconds.items()}
+        recompute = self._recompute_share * sum(parts.values())
         # A layer that recomputes reads its weights a third time.
         reads = 1 + self.memory.recomputed_layers / self.spec.depth / 2
-        passes = reads * self.pass_bytes / self._memory_bandwidth
-        if self.estimator.machine.device == "cpu" and self.cluster.chip.tflops:
-            passes = 0.0  # its measured rate is that of such passes
-        parts = {name: self.tokens * seconds for name, seconds in self.token_seconds.items()}
+        passes = self.micro_batches * reads * self.pass_bytes
+        updated = UPDATE_BYTES * self.estimator.trained_here
         if self.work.pictures:
-            parts["vision part"] = self.work.pictures * self.picture_seconds
+            # The vision part runs forward alone, never in 8 bits, and sees each picture once;
+            # padding has none.
+            tokens = rank_step(self.run, self.work.step, self.estimator.mesh).mean
+            operations = self.work.pictures * tokens * self.spec.picture_flops
+            parts["vision part"] = operations / (1e12 * self._tflops)
         return parts | {
-            "recompute": self.tokens * token_seconds * self._recompute_share,
-            "fixed cost of passes": self.micro_batches * passes,
-            "update": UPDATE_BYTES * self.estimator.trained_here / self._memory_bandwidth,
-            "shard copies": self._copied_bytes() / self._memory_bandwidth,
+            "recompute": recompute,
+            "fixed cost of passes": passes / self._memory_bandwidth,
+            "update": updated / self._memory_bandwidth,
         }
-
-    @property
-    def picture_seconds(self) -> float:
-        """Estimate the time of the vision part in a step whose tokens are all of pictures.
-
-        It runs forward alone, never in 8 bits, and sees each picture once; padding has none.
-        """
-        tokens = rank_step(self.run, self.work.step, self.estimator.mesh).mean
-        return tokens * self.spec.picture_flops / (1e12 * self._tflops)
 
     @property
     def _tflops(self) -> float:
@@ -368,50 +336,3 @@ class Step:
         if chip.tflops and chip.bandwidth:
             return 1e9 * chip.bandwidth
         return 1e12 * self._tflops / USUAL_OPERATIONS_PER_BYTE
-
-    def _transfer_seconds(self, collective: Collective) -> float:
-        """Estimate the seconds of all that one collective sends; none over an unknown link."""
-        bandwidth = self.cluster.bandwidth(collective.ranks, collective.stride)
-        return collective.sent / bandwidth if bandwidth else 0.0
-
-    def _gather_seconds(self, gather: Collective) -> float:
-        """Estimate the seconds of a gather, with the copy of this rank's shards to its buffer."""
-        copy_seconds = self._shard_copy_bytes(gather) / self._memory_bandwidth
-        return self._transfer_seconds(gather) + copy_seconds
-
-    def _copied_bytes(self) -> float:
-        """Bytes that a step moves to copy weights out of FSDP2's buffers, and gradients into them.
-
-        Each is read and written.
-        """
-        collectives = self.collectives
-        if collectives.gather.ranks == 1:
-            return 0.0
-        copied = 0.0
-        for gather in (collectives.gather, collectives.gather_head, collectives.gather_first):
-            copied += 2 * gather.times * gather.size
-        # Read in the weights' dtype, written in fp32.
-        for reduce in (collectives.reduce, collectives.reduce_last):
-            copied += (1 + self.estimator.itemsize / 4) * reduce.times * reduce.size
-        return copied
-
-    def _shard_copy_bytes(self, gather: Collective) -> float:
-        """Bytes that one gather reads and writes to copy this rank's shards into its buffer."""
-        if gather.ranks == 1:
-            return 0.0
-        read = 1.0
-        if not self.estimator.trains_adapter and self.run.train.master_weights == "fp32":
-            read = 4 / self.estimator.itemsize
-        return (read + 1) * gather.size / gather.ranks
-
-    def sent(self) -> dict[str, float]:
-        """Bytes that the rank sends over its `link` in the node and over its `network`."""
-        sent = {"link": 0.0, "network": 0.0}
-        for collective in self.collectives:
-            inside = self.cluster.inside(collective.ranks, collective.stride)
-            if inside > 1:
-                sent["link"] += collective.times * collective.sent
-            if inside < collective.ranks:
-                # All members of a node share what the ring sends to the next node.
-                sent["network"] += collective.times * collective.sent / inside
-        return sent

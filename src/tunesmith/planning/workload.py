@@ -27,8 +27,6 @@ class Workload(NamedTuple):
         probabilities: that a head keeps of a token on a CPU, on average.
         whole: tokens of sequences for each that is computed: more than 1 where the sequences of a
             pair share some.
-        document: tokens of a sequence, on average.
-        supervised: the share of tokens that enter the loss.
         source: what the lengths of examples are from.
         pictures: the share of tokens that stand for pictures; None where unknown.
     """
@@ -41,8 +39,6 @@ class Workload(NamedTuple):
     experts: float
     probabilities: float
     whole: float
-    document: float
-    supervised: float
     source: str
     pictures: float | None = 0.0
 
@@ -147,8 +143,6 @@ def measure_work(
         experts=experts / everything,
         probabilities=float(count_saved_probabilities(documents).sum()) / total,
         whole=float(lengths.sum()) / total,
-        document=float(documents.mean()),
-        supervised=supervised / float(lengths.sum()),
         source=source,
         pictures=picture_share if run.model.vision else 0.0,
     )

@@ -1,11 +1,10 @@
-"""`tunesmith plan`: the table, JSON, exit codes, and where lengths are from."""
+"""`tunesmith plan`: the sentence, JSON, exit codes, and where lengths are from."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import NoReturn
 import pytest
 from huggingface_hub import constants
 
-from errors import check_shown, error_in, holds, is_internal, lines_with, refuses, warnings_with
+from errors import check_shown, holds, is_internal, lines_with, refuses, warnings_with
 from recipes import recipe
 from tunesmith.cli.main import main
 from tunesmith.config.dump import to_yaml
@@ -27,16 +26,15 @@ from tunesmith.host.memory import MemoryFigures
 from tunesmith.model.gguf_writers import describe_gguf_export
 from tunesmith.model.shapes import SHAPES, config_of_model
 from tunesmith.model.spec import read_spec
-from tunesmith.planning import calibrate, machines
+from tunesmith.planning import machines
 from tunesmith.planning.forecast import Planner
 from tunesmith.planning.machines import Cluster, read_cluster
 from tunesmith.planning.run_plan import RunPlan, Saving
-from tunesmith.tools.plan import cli as cli_plan
+from tunesmith.units import format_seconds
 from warm import run_warm
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30
-ASSUMED = "as --assume says"
 NAMES = {
     "2x8xh100": (2, 8, "h100"), "8xh100": (1, 8, "h100"), "1x-h200": (1, 1, "h200"), "H200": (1, 1, "h200"),
     "4xa100-80gb": (1, 4, "a100-80gb"), "2x-dgx-spark": (2, 1, "dgx-spark"), "dgx-spark": (1, 1, "dgx-spark"),
@@ -53,8 +51,7 @@ REFUSED = {
     "rtx-6000": ("there is no machine 'rtx-6000'", "did you mean --on rtx-a6000?"),
     "0xh100": ("there is no machine '0xh100'", ""),
     "large": ("there is no machine 'large'", "as in 8xh100 or 2x8xh100; or here"),
-    "2x4xl40s": ("the network of NVIDIA L40S is unknown", "--assume network=GB/s"),
-    "2x2x-dgx-spark": ("the link of NVIDIA GB10 is unknown", "--assume link=GB/s"),
+    "mine": ("there is no machine 'mine'", "as in 8xh100 or 2x8xh100; or here"),
 }
 
 
@@ -134,7 +131,6 @@ def test_every_figure_has_a_source() -> None:
         assert all(
             figure in chip.sources for figure in ("link", "network") if getattr(chip, figure)
         )
-        assert machines.ASSUMED == ("gib", "bandwidth", "tflops", "link", "network")
 
 
 def test_the_h100_follows_from_the_h200() -> None:
@@ -144,12 +140,25 @@ def test_the_h100_follows_from_the_h200() -> None:
     assert h100.tflops == round(h200.tflops / slower)
 
 
-def test_given_figures_win() -> None:
-    found = read_cluster("2x4xl40s", ["network=5", "tflops=150"]).chip
-    assert (found.network, found.tflops, found.source) == (5.0, 150.0, ASSUMED)
-    for word in ("network", "speed=3", "tflops=fast", "tflops=0"):
-        with refuses(UsageError, where="--assume", names=[word]):
-            read_cluster("h100", [word])
+@pytest.mark.parametrize("text", ["2x4xl40s", "2x2x-dgx-spark"])
+def test_a_link_that_is_not_known_leaves_the_speed_out(text: str) -> None:
+    assert read_cluster(text).chip.tflops is None
+    assert read_cluster(text).chip.gib > 0
+
+
+REMOVED = {
+    ("--price", "2.5"): "hours",
+    ("--assume", "gib=24"): "--on",
+    ("--all",): "parallel.tensor",
+}
+
+
+@pytest.mark.parametrize("words", REMOVED)
+def test_an_option_that_went_names_its_replacement(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "qwen3-8b-lora", "--on", "h100", *words]) == 2
+    check_shown(capsys.readouterr().err, fix=[REMOVED[words]])
 
 
 def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +175,7 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = "0, NVIDIA T4, [Insufficient Permissions]\n"
     with refuses(UsageError, where="--on here", names=["NVIDIA T4"]) as refused:
         read_cluster("here")
-    assert refused.value.fix == "--assume gib=24"
-    assert read_cluster("here", ["gib=24"]).chip.gib == 24.0
+    assert "h100" in refused.value.fix
 
     def missing(*_: object, **__: object) -> str:
         raise FileNotFoundError("nvidia-smi")
@@ -179,24 +187,33 @@ def test_here_is_what_nvidia_smi_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Cluster(CHIPS["h200"], 11, 8).describe() == "11 x 8 x NVIDIA H200"
 
 
-# What nvidia-smi prints, and the GPUs with GiB of one that a plan begins with. 116 GiB are
+# What nvidia-smi prints, and the GPUs with GiB of one that a plan names. 116 GiB are
 # available, of 121.7.
 SMI_OUTPUTS = {
-    "a Spark": ("0, NVIDIA GB10, [N/A]\n", "NVIDIA GB10: 106 GiB, 55 TFLOP/s"),
-    "a Spark of another driver": ("0, NVIDIA GB10, [Not Supported]\n", "NVIDIA GB10: 106 GiB, "),
+    "a Spark": ("0, NVIDIA GB10, [N/A]\n", "machines: NVIDIA GB10, 106 GiB, 55 TFLOP/s"),
+    "a Spark of another driver": (
+        "0, NVIDIA GB10, [Not Supported]\n",
+        "machines: NVIDIA GB10, 106 GiB, ",
+    ),
     "a Spark that tells nobody": (
         "0, NVIDIA GB10, [Insufficient Permissions]\n",
-        "NVIDIA GB10: 106 GiB, ",
+        "machines: NVIDIA GB10, 106 GiB, ",
     ),
-    "no memory of its own": ("0, NVIDIA Jetson Thor, [N/A]\n", "NVIDIA Jetson Thor: 106 GiB, "),
+    "no memory of its own": (
+        "0, NVIDIA Jetson Thor, [N/A]\n",
+        "machines: NVIDIA Jetson Thor, 106 GiB",
+    ),
     "an H100 in slices": (
         "0, NVIDIA H100 80GB HBM3, [Insufficient Permissions]\n",
-        "NVIDIA H100 80GB HBM3: 79 GiB, ",
+        "machines: NVIDIA H100 80GB HBM3, 79 GiB, ",
     ),
-    "empty lines": ("\n0, NVIDIA H200, 143771\n\n", "NVIDIA H200: 139 GiB, "),
-    "several": ("0, NVIDIA H200, 143771\n1, NVIDIA H200, [N/A]\n", "2 x NVIDIA H200: 139 GiB, "),
-    "no device": ("No devices were found\n", "cpu: "),
-    "nothing": ("", "cpu: "),
+    "empty lines": ("\n0, NVIDIA H200, 143771\n\n", "machines: NVIDIA H200, 139 GiB, "),
+    "several": (
+        "0, NVIDIA H200, 143771\n1, NVIDIA H200, [N/A]\n",
+        "machines: 2 x NVIDIA H200, 139 GiB, ",
+    ),
+    "no device": ("No devices were found\n", "machines: cpu, "),
+    "nothing": ("", "machines: cpu, "),
 }
 
 
@@ -208,7 +225,7 @@ def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output, first = SMI_OUTPUTS[case]
+    output, named = SMI_OUTPUTS[case]
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\n")
@@ -220,38 +237,34 @@ def test_a_plan_for_this_machine_whatever_nvidia_smi_prints(
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     assert main(["plan", str(file)]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith(first)
+    assert shown.out.splitlines()[1].startswith(named)
     assert not is_internal(shown.err)
 
 
-def test_the_table_and_what_the_first_takes(
+def test_one_sentence_comes_first_and_then_the_details(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(llama), "--on", "2x8xh100", "--price", "2.5"]) == 0
+    assert main(["plan", str(llama), "--on", "2x8xh100", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["meshes"][0]
+    assert main(["plan", str(llama), "--on", "2x8xh100"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2 x 8 x NVIDIA H100 80GB HBM3: 79 GiB, 520 TFLOP/s")
-    assert "(assumed: the H200's 551" in lines[1]
-    assert holds(lines[2], "2,048 tokens", "131,072 tokens", "100 steps")
-    first = lines[4].split()
-    assert lines[4].count(" x ") == 2
-    assert float(first[-2].replace(",", "")) > 10_000
+    needed, room = (round(size / GIB) for size in (best["phases"]["step"], best["room"]))
+    duration = format_seconds(3600 * best["hours"])
+    speed = f"{best['tokens_per_second']:,.0f} tokens/s"
+    assert lines[0] == f"fits: {needed} of {room} GiB, about {duration} at {speed}"
+    assert lines[1].startswith("machines: 2 x 8 x NVIDIA H100 80GB HBM3, 79 GiB, 520 TFLOP/s")
     said = "\n".join(lines)
+    assert "(assumed: the H200's" in said
+    assert lines_with(said, "examples:", "2,048 tokens")
+    mesh = best["plan"]["mesh"]
     for part in (
-        "memory of a GPU: ",
-        ": weights ",
-        "seconds of a step: matrix products ",
+        f"mesh: replicate {mesh['replicate']} x shard {mesh['shard']} x tensor {mesh['tensor']}; ",
+        "memory of a GPU: weights ",
+        " seconds: products ",
         "disk: ",
-        " USD",
-        "a GPU sends per step: ",
-        " to other nodes",
-        "fixes it with ",
         f"GGUF: {describe_gguf_export('llama')}",
     ):
         assert part in said
-    assert (
-        f"parallel.replicate={first[0]} parallel.shard={first[2]} parallel.tensor={first[4]}"
-        in said
-    )
 
 
 def test_a_second_machine_is_refused(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +276,6 @@ def test_a_second_machine_is_refused(llama: Path, capsys: pytest.CaptureFixture[
 def test_a_plan_starts_no_gpu(llama: Path) -> None:
     """Where there is one; without any, a look at it would raise."""
     code = f"""import sys, torch
-from tunesmith.tools.plan import cli as cli_plan
 from tunesmith.cli.main import main
 assert main(["plan", {str(llama)!r}, "--on", "2x8xh100"]) == 0
 print(torch.cuda.is_initialized())"""
@@ -274,21 +286,7 @@ def test_without_tokens_the_hours_of_an_epoch_are_not_known(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", str(llama), "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
-    assert lines_with(capsys.readouterr().out, "--rows N", "train.duration='500 steps'")
-
-
-def test_the_best_three_meshes_that_fit_are_shown_and_all_on_request(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shown = []
-    for option in ([], ["--all"]):
-        assert main(["plan", str(llama), "--on", "2x8xh100", *option]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        shown.append([line for line in lines if re.match(r"\d+ x \d+ x \d+ ", line)])
-    assert shown[0] == shown[1][:3]
-    fitting = [line for line in shown[1] if not line.endswith("does not fit")]
-    assert shown[1][: len(fitting)] == fitting, "those that fit come first"
-    assert len(shown[1]) > len(fitting) >= 3
+    assert holds(capsys.readouterr().out, "--rows N", "train.duration='500 steps'")
 
 
 def test_rows_that_are_here_are_counted(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,11 +322,14 @@ def test_rows_that_a_split_names_are_counted(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_the_table_and_the_error_name_the_same_gib(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sentence_and_the_error_name_the_same_gib(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gemma-4-31b-lora", "--on", "rtx-4090"]) == 2
     shown = capsys.readouterr()
-    (in_table,) = re.findall(r" ([\d.]+) +does not fit$", shown.out, re.MULTILINE)
-    check_shown(shown.err, names=[f"{in_table} GiB"])
+    sentence = re.match(r"does not fit: (\d+) of (\d+) GiB$", shown.out, re.MULTILINE)
+    assert sentence is not None
+    figures = re.search(r"needs about ([\d.]+) GiB, and ([\d.]+) GiB can be used", shown.err)
+    assert figures is not None
+    assert [round(float(each)) for each in figures.groups()] == [int(n) for n in sentence.groups()]
 
 
 def test_each_choice_of_a_long_fix_has_its_line(
@@ -343,11 +344,7 @@ def test_each_choice_of_a_long_fix_has_its_line(
 def test_a_checkpoint_without_room_is_said_to_wait(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-30b-a3b-qlora", "--on", "rtx-4090"]) == 0
     shown = capsys.readouterr().out
-    needed = re.search(
-        r"^memory of a GPU: ([\d.]+) of ([\d.]+) usable GiB in a step: ", shown, re.M
-    )
-    assert needed is not None
-    assert float(needed[1]) <= float(needed[2])
+    assert shown.startswith("fits: ")
     assert lines_with(shown, "checkpoint", "waits")
 
 
@@ -368,29 +365,26 @@ def test_lengths_from_characters_count_the_prompt_of_a_pair_twice(
 
 def test_the_parts_of_a_short_step_are_its_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smollm2-135m-lora", "--on", "2x8xh100"]) == 0
-    shown = capsys.readouterr().out
-    seconds = re.search(r"^16 x 1 x 1 .* ([\d.]+) +[\d,]+ +0%$", shown, re.MULTILINE)
-    assert seconds is not None
-    assert 0 < float(seconds[1]) < 0.1
-    (line,) = lines_with(shown, "matrix products")
-    parts = [float(value) for value in re.findall(r"[\d.]+", line)]
-    assert sum(parts) == pytest.approx(float(seconds[1]), abs=5e-4)
+    (line,) = lines_with(capsys.readouterr().out, "products")
+    step, *parts = [float(value) for value in re.findall(r"[\d.]+", line)]
+    assert 0 < step < 0.1
+    assert sum(parts) == pytest.approx(step, abs=5e-4)
 
 
 def test_a_file_that_is_missing_is_named_and_its_rows_can_be_given(
     llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["plan", str(llama), "--on", "2x8xh100", "train.duration=2 epochs", "--price", "2"]
+    words = ["plan", str(llama), "--on", "2x8xh100", "train.duration=2 epochs"]
     assert main(words) == 0
     shown = capsys.readouterr()
     assert warnings_with(shown.err, "data.train", llama.parent / "rows.jsonl", "--rows N")
-    assert lines_with(shown.out, "million", "--rows N")
+    assert holds(shown.out, "--rows N")
     words += ["train.global_batch=50 examples", "--rows", "1000"]
     assert main([*words, "--length", "500"]) == 0
     shown = capsys.readouterr()
     assert not warnings_with(shown.err)
     assert lines_with(shown.out, "examples:", "1,000 rows (--rows)", "500 tokens", "40 steps")
-    assert re.search(r"steps: .*, [\d.,]+ USD", shown.out)
+    assert re.match(r"fits: .* GiB, about .* at [\d,]+ tokens/s$", shown.out, re.MULTILINE)
     assert main([*words, "--length", "500", "data.hold_out=10 %"]) == 0
     assert lines_with(capsys.readouterr().out, "1,000 rows (--rows)", 100)
     assert main([*words, "data.hold_out=10 %", "--json"]) == 0
@@ -419,11 +413,10 @@ def test_a_model_and_rows_are_planned_without_the_hub(
     (tmp_path / "faq.jsonl").write_text((json.dumps(row) + "\n") * 1000)
     name = "meta-llama/Llama-3.1-70B-Instruct"
     words = ["plan", "--model", name, "--data", "faq.jsonl", "--on", "2x8xh100"]
-    assert main([*words, "--price", "2.5"]) == 0
+    assert main(words) == 0
     shown = capsys.readouterr()
     assert lines_with(shown.err, "adapter.rank=16", "data.seq_len=256", "'3 epochs'")
     assert lines_with(shown.out, "examples:", "950 rows", "100 tokens")
-    assert re.search(r"run's steps: .*, [\d.,]+ USD", shown.out)
     assert [path.name for path in tmp_path.iterdir()] == ["faq.jsonl"]
     # What is chosen is chosen for the rows that there will be.
     assert main([*words, "--rows", "12000"]) == 0
@@ -432,15 +425,6 @@ def test_a_model_and_rows_are_planned_without_the_hub(
     assert lines_with(shown.out, "examples:", "12,000 rows (--rows)", 500, "100 tokens")
     assert main(["plan", "--on", "h100", "--model", name]) == 2
     check_shown(capsys.readouterr().err, where="command line", names=["--data"])
-
-
-def test_a_card_that_is_not_in_the_table_is_assumed(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cluster = read_cluster("2xmine", ["gib=24", "tflops=70", "link=20"])
-    assert cluster == Cluster(Chip("mine", 24.0, tflops=70.0, link=20.0, source=ASSUMED), 1, 2)
-    with refuses(UsageError, where="--on", names=["mine"], fix=["--assume gib=24"]):
-        read_cluster("mine", ["tflops=70"])
 
 
 def test_a_card_without_bf16_is_refused_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -463,55 +447,12 @@ def test_a_plan_takes_the_dtype_of_the_machine_that_it_is_for(
         assert lines_with(shown.err, "model.dtype", dtype)
 
 
-def examples_with_a_price() -> list[str]:
-    lines = [
-        # A command that goes on in the next line is one.
-        *re.sub(r"\\\n +", "", cli_plan.__doc__ or "").splitlines(),
-        *(ROOT / "docs" / "plan.md").read_text().splitlines(),
-    ]
-    return [
-        line.partition("#")[0].strip()
-        for line in lines
-        if line.strip().startswith("tunesmith plan ") and "--price" in line
-    ]
-
-
-@pytest.mark.parametrize("example", examples_with_a_price())
-def test_an_example_with_a_price_prints_it(
-    example: str, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As it is typed, on a machine without the recipe's model and data: the model's config.json
-    alone is brought.
-    """
-    monkeypatch.setenv("TUNESMITH_CACHE", str(llama.parent / "cache"))
-    words = shlex.split(example)[1:]
-    assert main([*words, f"model.name={llama.parent / 'model'}"]) == 0
-    assert re.search(r"steps: [\d:]+ (h|min), [\d.,]+ USD", capsys.readouterr().out)
-
-
-def test_both_places_have_an_example_with_a_price() -> None:
-    assert len(examples_with_a_price()) == 2
-
-
-def test_a_price_that_is_not_known_is_said(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", str(llama), "--price", "2.5"]
-    assert main([*words, "--on", "2x8xh100", "train.duration=1 epochs"]) == 0
-    assert lines_with(capsys.readouterr().out, "million", "USD", "train.duration=")
-    assert main([*words, "--on", "2x8xh100", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["cost_usd"] > 0
-    for price in ("0", "-1", "nan", "inf", "much", ",", "2,", "2,5"):
-        assert main([*words[:3], price, "--on", "2x8xh100"]) == 2
-        shown = error_in(capsys.readouterr().err)
-        assert "--price" in shown.what
-        assert shown.fix == "tunesmith plan --help"
-
-
 def test_json_has_everything(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(llama), "--on", "2x-dgx-spark", "--json", "--length", "300"]) == 0
     found = json.loads(capsys.readouterr().out)
     best = found["meshes"][0]
     assert best["plan"]["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
-    assert (best["fits"], found["meshes"][1]["fits"]) == (True, False)
+    assert (best["fits"], len(found["meshes"])) == (True, 1)
     assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
     assert best["phases"]["step"] <= best["room"]
     assert found["work"]["longest"] == 300
@@ -532,7 +473,7 @@ def test_a_base_in_fp8_on_a_gpu_without_fp8_is_planned_in_bf16(
     assert len(warnings) == 1
     assert "A100" in warnings[0]
     assert "model.quantize=nf4" in warnings[0]
-    assert [line for line in shown[1] if line not in warnings] == shown[0]
+    assert shown[1][:2] == shown[0][:2]
 
 
 def test_experts_that_fp8_leaves_dense_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -592,58 +533,17 @@ def test_a_4_bit_repository_is_planned_as_one() -> None:
     assert config_of_model("someone/model") is None
 
 
-def test_the_time_on_this_cpu_is_a_range_around_a_trial_of_it(
+def test_on_a_cpu_memory_alone_is_told(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machines, "list_gpus", lambda: [])
-    file = tmp_path / "recipe.yaml"
-    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    for keys in ([], ["adapter.kind=none"], ["data.pack=false", "model.attention=eager"]):
-        assert main(["plan", str(file), "--json", *keys]) == 0
-        report = json.loads(capsys.readouterr().out)
-        assert report["machines"]["chip"]["tflops"] > 0
-        hours = report["meshes"][0]["hours"]
-        assert 0 < report["hours_range"][0] < hours < report["hours_range"][1]
-
-    monkeypatch.setattr(calibrate, "measure_cpu", lambda *_, **__: (1e-6, 10.0))
-    assert main(["plan", str(file)]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"^1 x 1 x 1 .* ~[\d.]+ +~[\d,]+ +0%$", shown, re.MULTILINE)
-    assert re.search(r": about (\S+ )+to (\S+ )*\S+, ", shown)
-
-
-def test_a_trial_that_fails_leaves_a_plan_of_memory(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise AttributeError("rotary_emb")
-
-    monkeypatch.setattr(machines, "list_gpus", lambda: [])
-    monkeypatch.setattr(calibrate, "measure_cpu", fail)
+    monkeypatch.setattr(machines, "list_gpus", list)
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
     assert main(["plan", str(file)]) == 0
-    shown = capsys.readouterr()
-    assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown.out, re.MULTILINE)
-    assert holds(shown.err, "rotary_emb")
-
-
-def test_on_another_cpu_memory_alone_is_told(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delattr(calibrate, "measure_cpu")
-    file = tmp_path / "recipe.yaml"
-    file.write_text(to_yaml(recipe(tiny, tmp_path, held=False)))
-    words = ["plan", str(file), "--on", "cpu", "--assume", "gib=8"]
-    assert main(words) == 0
-    shown = capsys.readouterr().out
-    assert "cpu: " in shown
-    assert "--assume tflops=NUMBER" in shown
-    assert re.search(r"^1 x 1 x 1 .* - +- +0%$", shown, re.MULTILINE)
-    assert main([*words, "--assume", "tflops=0.012"]) == 0
-    shown = capsys.readouterr().out
-    assert "0.012 TFLOP/s" in shown
-    assert "steps: under 1 s" in shown
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("fits: ")
+    assert first.endswith("the speed of this machine is unknown")
+    assert not lines_with("\n".join(others), "seconds")
 
 
 def test_lengths_come_from_the_token_cache_if_it_has_them(

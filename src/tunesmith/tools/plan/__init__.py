@@ -1,7 +1,7 @@
-"""Memory, time and cost of a recipe on any hardware."""
+"""Memory and time of a recipe on any hardware."""
 
 COMMANDS = {
     "machines": {
-        "plan": ("tunesmith.tools.plan.cli", "estimate memory, time and cost on any hardware"),
+        "plan": ("tunesmith.tools.plan.cli", "estimate memory and time on any hardware"),
     },
 }

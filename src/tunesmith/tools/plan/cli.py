@@ -1,10 +1,10 @@
-"""Estimate memory, time and cost of a recipe on any hardware.
+"""Estimate memory and time of a recipe on any hardware.
 
 example:
   tunesmith plan my-recipe.yaml  # on this machine
   # your rows, if they are elsewhere: how many, and tokens in each
   tunesmith plan llama3.3-70b-lora --rows 50000 --length 400 \\
-    --on 2x8xh100 --price 2.5  # USD per GPU-hour
+    --on 2x8xh100
   # what `train` with the same options would take; nothing is written
   tunesmith plan --model Qwen/Qwen3-8B --data faq.csv --on h100
   tunesmith plan my-recipe.yaml parallel.tensor=8 --on 8xh100 --json
@@ -16,15 +16,13 @@ exit code is 2 if it does not fit.
 
 import argparse
 import logging
-import math
-from contextlib import suppress
 
 from tunesmith.cli.options import add_json, whole_number
 from tunesmith.cli.recipe_options import add_recipe, chosen_recipe
 from tunesmith.config.dump import flatten
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_word
-from tunesmith.planning.machines import Cluster, read_cluster
+from tunesmith.planning.machines import read_cluster
 
 LOADS_TORCH = "here"
 
@@ -39,19 +37,12 @@ CHOSEN_KEYS = (
     "train.global_batch",
     "train.learning_rate",
 )
-# Meshes that are shown without --all.
-SHOWN_MESHES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     machines = "2x8xh100, 4xa100-80gb, h200, 2x-dgx-spark, ... (default: this machine)"
     parser.add_argument("--on", action="append", metavar="MACHINES", help=machines)
-    names = "gib, tflops (of whole steps in bf16), bandwidth, link, network (GB/s)"
-    figures = f"a property of the GPUs: {names}"
-    parser.add_argument(
-        "--assume", action="append", default=[], metavar="NAME=NUMBER", help=figures
-    )
     parser.add_argument(
         "--length",
         type=whole_number,
@@ -64,17 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows of data.train, if they are not on this machine",
     )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help=f"show every mesh (default: the best {SHOWN_MESHES} that fit)",
-    )
-    parser.add_argument("--price", type=_price, metavar="USD", help="USD per GPU-hour")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    cluster = _cluster(args)
+    machines = args.on or ["here"]
+    if len(machines) > 1:
+        raise UsageError(
+            f"--on was given {len(machines)} times",
+            where="command line: --on",
+            why="a plan is for one machine",
+            fix="tunesmith plan once for each machine; --json has the figures to compare",
+        )
+    cluster = read_cluster(machines[0])
     recipe, new_recipe = chosen_recipe(
         args, on_paper=True, row_count=args.rows, ranks=cluster.world
     )
@@ -86,24 +79,3 @@ def run(args: argparse.Namespace) -> None:
     from tunesmith.tools.plan.show_plan import show_plan
 
     show_plan(args, cluster, recipe, new_recipe)
-
-
-def _cluster(args: argparse.Namespace) -> Cluster:
-    """The machines of --on, with the figures of --assume."""
-    machines = args.on or ["here"]
-    if len(machines) > 1:
-        raise UsageError(
-            f"--on was given {len(machines)} times",
-            where="command line: --on",
-            why="a plan is for one machine",
-            fix="tunesmith plan once for each machine; --json has the figures to compare",
-        )
-    return read_cluster(machines[0], args.assume)
-
-
-def _price(text: str) -> float:
-    """A finite number above 0."""
-    with suppress(ValueError):
-        if 0 < (price := float(text)) < math.inf:
-            return price
-    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")

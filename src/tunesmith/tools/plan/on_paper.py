@@ -29,7 +29,7 @@ from tunesmith.model.shapes import vision_of_model
 from tunesmith.model.shipped import check_quantize, resolve_quantize, shipped_form
 from tunesmith.model.spec import ModelSpec
 from tunesmith.planning.forecast import Planner, plan_on_paper
-from tunesmith.planning.machines import UNMEASURED, Cluster
+from tunesmith.planning.machines import Cluster
 from tunesmith.planning.run_plan import fit_to_model, shares_prompts
 from tunesmith.planning.workload import Workload, measure_work
 from tunesmith.quant.schemes import scheme_of
@@ -93,10 +93,7 @@ def prepare_on_paper(run: Run, cluster: Cluster, rows: StatedRows) -> tuple[Plan
     work = _work_of(run, spec, model.folder, rows, shares=shares_prompts(run, support.recurrent))
     if cluster.chip.fp8:
         _check_base_of_fp8(run.model, model)
-    planner = plan_on_paper(run, spec, cluster, work)
-    if cluster.chip.source == UNMEASURED:
-        planner = planner.measured_here(model.config)
-    return planner, model
+    return plan_on_paper(run, spec, cluster, work), model
 
 
 def _with_vision(run: Run, spec: ModelSpec, model: PaperModel) -> ModelSpec:
