@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from records import record
@@ -97,6 +96,9 @@ def watching(*words: str | Path, **env: str) -> Iterator[tuple[str, subprocess.P
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
+        # The line before names runs that were left out.
+        while said.startswith("left out") or said.startswith(" "):
+            said = process.stdout.readline()
         found = re.search(r"http://\S+", said)
         assert found, said + process.communicate(timeout=MAX_WAIT_S)[0]
         yield found[0], process
@@ -131,9 +133,3 @@ def ask(
         )
     finally:
         connection.close()
-
-
-def get(address: str, path: str) -> Any:
-    status, body, _ = ask(address, path)
-    assert status == 200, (status, body)
-    return json.loads(body)

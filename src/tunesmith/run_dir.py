@@ -617,12 +617,13 @@ class RowLosses(TypedDict):
 
 
 class Score(TypedDict):
-    """The numbers that a scorer measured of each model, and their difference."""
+    """The numbers that a scorer measured of each model, their difference, and each row's score."""
 
     verdict: str
     tuned: Interval
     base: NotRequired[Interval | None]
     difference: NotRequired[Interval | None]
+    by_row: NotRequired[dict[str, list[float]]]
 
 
 class _ScoresFields(TypedDict):
@@ -633,7 +634,7 @@ class _ScoresFields(TypedDict):
 
 
 class EvalScores(_ScoresFields):
-    """The numbers of an `eval`, but not the scores of rows.
+    """The numbers of an `eval`.
 
     `losses`, by model, and `row_losses` are None of a task; `seen` counts rows that were trained
     on.

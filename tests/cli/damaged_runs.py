@@ -1,8 +1,8 @@
 """Damage a copy of a run directory at random, and run every command that reads one: no internal error,
 no hang, nothing in the directory changed.
 
-Each seed does one thing to one file, and runs `report` (both forms), `watch --json`, the page's own
-answers of a watcher that was open before, `status`, `eval` and `merge`, all in this process. What
+Each seed does one thing to one file, and runs `report` (both forms), the page of a watcher
+that was open before, `status`, `eval` and `merge`, all in this process. What
 `eval` adds to evals/ is no change.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import shutil
@@ -52,8 +51,7 @@ DEEP = 100_000
 # The commands that load no model
 READERS = (
     "report",
-    "report --markdown",
-    "watch --json",
+    "report --json",
     "live page",
     "status",
 )
@@ -235,14 +233,11 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def look_at_page(watched: Any) -> None:
-    """Ask for all that the live page asks for."""
-    from tunesmith.reader.curves import curves
-    from tunesmith.reader.run_files import to_json
+    """Render the page again, as `watch` does."""
+    from tunesmith.reader.page import render_page
 
     watched.refresh()
-    json.loads(to_json([watched.status(), watched.texts()]).encode())
-    for axis in ("step", "tokens", "seconds"):
-        json.loads(to_json(curves([watched], axis, -math.inf, math.inf, 500)).encode())
+    render_page([watched], live=True).encode()
 
 
 def try_seed(
@@ -263,10 +258,7 @@ def try_seed(
     page = folder / "report"
     commands: dict[str, Callable[[], int | None]] = {
         "report": lambda: main(["report", str(run), str(whole), "--output", f"{page}.html"]),
-        "report --markdown": lambda: main(
-            ["report", str(run), "--markdown", "--output", f"{page}.md"]
-        ),
-        "watch --json": lambda: main(["watch", str(run), str(whole), "--json"]),
+        "report --json": lambda: main(["report", str(run), str(whole), "--json"]),
         "live page": lambda: look_at_page(watched),
         "status": lambda: main(["status", str(run)]),
         "eval": lambda: main(["eval", str(run), "--no-base", "--max-examples", "2", "--json"]),

@@ -119,6 +119,8 @@ OTHER_OPTIONS = {
         "remove it: plan shows the mesh that train takes; parallel.shard=N parallel.tensor=N plans "
         "another one"
     ),
+    "tunesmith report --markdown": "the page, or --json for a script",
+    "tunesmith watch --json": "tunesmith report --json, or tunesmith status --json",
     "tunesmith sweep --candidates": "list the values: train.learning_rate=1e-5,1e-4,1e-3",
     "tunesmith sweep --rungs": (
         "remove it: every candidate trains to its end. To stop candidates early, use Optuna: its "

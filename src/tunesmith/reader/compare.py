@@ -1,68 +1,44 @@
-"""The comparison of runs side by side: numbers with their spread, differing keys, and which is
-better where that can be said.
+"""The comparison of runs side by side: the keys that differ, and which run is better.
 
-val_loss decides, and only on the same held-out rows; a training loss never does. Of methods that
-compare answers it is the share of held-out pairs in order: as `eval` measured it, or as training
-did. A difference counts above the noise: what seeds alone would exceed once in 20, where several
-runs share a recipe; else the interval of what `eval` measured row by row, what so many pairs tell
-apart, or how far val_loss moves around its own trend.
+Only `eval` says which is better: it measures each row, so that rows that are hard for all runs do
+not blur the difference, and the difference has a 95 % interval. A training loss or val_loss of
+single runs has no such interval, so it gives no verdict.
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from statistics import fmean
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tunesmith.config.dump import is_free, leaves
 from tunesmith.config.schema import FEW_STEPS
 from tunesmith.host.shell import shell_path
-from tunesmith.metrics.intervals import loss_sentence, paired_losses, students_t
-from tunesmith.metrics.run_figures import Spread
-from tunesmith.metrics.summary import has_risen
+from tunesmith.metrics.intervals import (
+    difference_sentence,
+    loss_sentence,
+    paired_intervals,
+    paired_losses,
+)
 from tunesmith.reader.figures import environment_rows
-from tunesmith.reader.measure import VAL_LOSS, Measure, measure_of
 from tunesmith.reader.run_files import RunFiles
-from tunesmith.run_dir import RECIPE, RunState, shown
-from tunesmith.units import count_of
+from tunesmith.run_dir import PAIRS, EvalScores, RunState, shown
 
-# Standard errors above which a difference counts: about 95 % of a normal distribution.
-STANDARD_ERRORS = 2.0
-TOKEN_GAP = 0.02  # relative difference of the tokens learned from that is worth a sentence
-FEWEST_VALIDATIONS = 5  # whose moves tell the noise
+TOKEN_GAP = 0.02  # relative difference of the trained tokens from which a sentence mentions it
 HASHES_OF_INPUTS = {"data_hash": "the training rows", "model_hash": "the base's weights"}
-# Of the keys that may change when a run resumes: they end it sooner, or choose its weights.
+# Keys that may change when a run resumes, but end it sooner or choose its weights.
 _CHOOSES_WEIGHTS = re.compile(r"validate\..+|checkpoint\.final")
 _TRAINING_FILE = re.compile(r"data\.train(\.\d+)?\.source")
 
 
-def validation_noise(val_losses: Sequence[float]) -> float | None:
-    """The standard deviation of a curve's second half around its trend; None from fewer than
-    FEWEST_VALIDATIONS.
-
-    Of independent noise a third difference has 20 times the variance; a parabola has none, so that
-    the bend of a curve that still falls does not count as noise.
-    """
-    count = max(FEWEST_VALIDATIONS, len(val_losses) // 2)
-    differences = list(val_losses[-count:])
-    if len(differences) < FEWEST_VALIDATIONS:
-        return None
-    for _ in range(3):
-        differences = [b - a for a, b in pairwise(differences)]
-    return math.sqrt(fmean(value * value for value in differences) / 20)
-
-
 def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
-    """Tell whether runs that differ in a key of their recipes learn something else.
+    """Return whether runs that differ in a key of their recipes learn something else.
 
-    The same training rows may be in files of two names, as those of a Python program, which are
-    kept in each run directory.
+    The same training rows may be in files of two names: a Python program's rows are kept in each
+    run directory.
     """
     if _CHOOSES_WEIGHTS.fullmatch(key):
         return True
-    # The best of a model trained in full is one of the steps that have a checkpoint.
+    # The best weights of full fine-tuning are at a step that has a checkpoint.
     if key == "checkpoint.every":
         return any(run.key("adapter", "kind") == "none" for run in runs)
     if is_free(key):
@@ -70,17 +46,6 @@ def changes_learning(key: str, runs: Sequence[RunFiles]) -> bool:
     data_hashes = {run.env.get("data_hash") for run in runs}
     has_same_rows = len(data_hashes) == 1 and None not in data_hashes
     return not (has_same_rows and _TRAINING_FILE.fullmatch(key))
-
-
-def _learned_from(run: RunFiles) -> str:
-    """Return what changes what is learned: recipe keys except the seed, rows and weights."""
-    values = {}
-    for key, value in leaves(run.recipe).items():
-        if key != "train.seed" and changes_learning(key, [run]):
-            values[key] = value
-    # A file may have been edited between two runs of one recipe.
-    hashes = {name: run.env.get(name) for name in HASHES_OF_INPUTS}
-    return json.dumps(values | hashes, sort_keys=True)
 
 
 class KeyDifference(NamedTuple):
@@ -92,13 +57,15 @@ class KeyDifference(NamedTuple):
 
 
 def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
-    """The keys of the recipes that differ, those that change what is learned first; the output
-    folder is left out."""
+    """Return the keys of the recipes that differ, those that change what is learned first.
+
+    The output folder is left out.
+    """
     recipes = [leaves(run.recipe | {"method": run.method_keys}) for run in runs]
     names = dict.fromkeys(key for recipe in recipes for key in recipe if key != "output_dir")
     differing = []
     for key in names:
-        # An empty section is told by the keys that another run has there.
+        # The keys that another run has in an empty section show the difference.
         if any(name.startswith(f"{key}.") for name in names):
             continue
         values = [recipe.get(key) for recipe in recipes]
@@ -108,8 +75,14 @@ def differing_keys(runs: Sequence[RunFiles]) -> list[KeyDifference]:
 
 
 class RunDifference(NamedTuple):
-    """The distance of the second of two runs behind the first, in the unit of `measure` (of
-    accuracies a share); it counts above `threshold`, None where the noise is not known.
+    """The difference of two runs that `eval` measured on the same rows.
+
+    Attributes:
+        measure: "loss by eval", or "accuracy on pairs, by eval".
+        first, second: the labels of the better run and of the other one.
+        gap: how much worse the second run is; for accuracies a share.
+        threshold: the distance from the gap to the end of its 95 % interval; the gap counts above
+            it. None if too few rows differ for an interval.
     """
 
     measure: str
@@ -120,8 +93,14 @@ class RunDifference(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Which run is better, in words. `kind`: better | equal | none | alone; `best`: its runs, by
-    index; `difference`: of the two recipes in the headline."""
+    """Which run is better, in words.
+
+    Attributes:
+        kind: better | equal | none (it cannot be said) | alone (one run).
+        headline, reasons: sentences.
+        best: the indices of the better runs.
+        difference: of the two runs in the headline.
+    """
 
     kind: str
     headline: str
@@ -130,338 +109,165 @@ class Verdict(NamedTuple):
     difference: RunDifference | None = None
 
 
-class Noise(NamedTuple):
-    """The difference between two runs above which it counts.
-
-    Attributes:
-        threshold: None where it is not known.
-        text: where it is from, and how to learn more.
-    """
-
-    threshold: float | None
-    text: str
-
-
-class RunGroup(NamedTuple):
-    """Runs of one recipe, which differ in the seed at most, and their best values."""
-
-    runs: list[RunFiles]
-    measure: Measure
-    best: Spread
-
-    @property
-    def name(self) -> str:
-        return " and ".join(run.label for run in self.runs)
-
-    def __str__(self) -> str:
-        text = self.measure.text(self.best.mean)
-        if len(self.runs) == 1:
-            return text
-        return f"{text} ± {self.measure.gap_text(self.best.deviation)}"
-
-
 def judge(runs: Sequence[RunFiles]) -> Verdict:
-    """Which run is better, and why, or why that cannot be said; and of those that took few steps,
-    that they did.
-    """
-    verdict = _judge(runs)
-    few = [
-        f"{run.label} ({run.steps})"
-        for run in runs
-        if run.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
-    ]
-    if few:
-        verdict.reasons.append(
-            f"Few steps: {', '.join(few)}; a model hardly changes in fewer than {FEW_STEPS}: "
-            "a longer train.duration continues a run."
-        )
+    """Return which run is better and why, or why that cannot be said."""
+    verdict = _alone(runs[0]) if len(runs) == 1 else _compare(runs)
+    verdict.reasons.extend(_cautions(runs))
     return verdict
 
 
-def _judge(runs: Sequence[RunFiles]) -> Verdict:
-    """Which run is better, and why, or why that cannot be said.
-
-    It cannot where fewer than two runs were measured on held-out rows, where these are other rows
-    or not known, while one still trains, and where the noise of the measure is not known.
-    """
-    measure = measure_of(runs)
-    if len(runs) == 1:
-        return _alone(runs[0], measure)
-    measured = [run for run in runs if measure.best(run)]
-    absent = [
-        f"{run.label} has no {measure.name} ({run.state})." for run in runs if run not in measured
-    ]
-    # A comparison needs two runs that were validated.
-    if len(measured) < 2:
-        why = (
-            "A training loss is measured on the training rows: "
-            "it does not show which model is better."
-        )
-        fix = "Use the same held-out rows in the recipes: data.validation, or data.hold_out: 5 %."
-        return Verdict("none", "It is unclear which is better", [*absent, why, fix])
-    obstacle = _obstacle(measured, measure)
-    if obstacle is not None:
-        return obstacle
-
-    ranking = _rank(measured, measure)
-    cautions = [*absent, *_cautions(measured, measure)]
-    # One group: all runs learned from the same recipe.
-    if len(ranking) == 1:
-        return _one_recipe(ranking[0], measured, cautions)
-    verdict = _compare_groups(ranking, cautions)
-    if verdict.kind != "better":
-        return verdict
-    # The winner's runs, by their place in the report.
-    best = tuple(i for i, run in enumerate(runs) if run in ranking[0].runs)
-    return verdict._replace(best=best)
-
-
-def _one_recipe(group: RunGroup, measured: Sequence[RunFiles], cautions: Sequence[str]) -> Verdict:
-    """The verdict on runs of one recipe, of which `group` has those that are comparable."""
-    name = group.measure.name
-    if len(group.runs) > 1:
-        seeds = count_of(len({run.seed for run in group.runs}), "seed")
-        headline = "One recipe: the difference is the seed's or the machine's"
-        why = f"These are {len(group.runs)} runs of one recipe with {seeds}: {name} {group}."
-        return Verdict("equal", headline, [why, *cautions])
-    (first,) = group.runs
-    headline = f"One recipe: only {first.label} is trained as far as step {first.steps}"
-    if first.state is RunState.FINISHED:
-        headline = f"One recipe: only {first.label} has finished"
-    why = f"Its {group.measure.best_word} is {group}."
-    for run in measured:
-        if run is not first:
-            why += _at_common_step(first, run, group.measure)
-    return Verdict("none", headline, [why, *cautions])
-
-
-def _compare_groups(ranking: Sequence[RunGroup], cautions: Sequence[str]) -> Verdict:
-    """The verdict on the first of several recipes and the second, or one further off that cannot be
-    told from the first: its rows may vary more."""
-    first = ranking[0]
-    measure = first.measure
-    rivals = []
-    for group in ranking[1:]:
-        gap = measure.worse_by(group.best.mean, than=first.best.mean)
-        rivals.append((group, gap, _noise(ranking, group)))
-    equal = (
-        (group, gap, noise)
-        for group, gap, noise in rivals
-        if noise.threshold is not None and gap <= noise.threshold
-    )
-    second, gap, noise = next(equal, rivals[0])
-    reasons = [
-        _difference(first.runs[0], second.runs[0], measure),
-        f"{measure.gap_text(gap)} apart. {noise.text}",
-        *cautions,
-    ]
-    kind, headline = _headline(first, second, gap, noise)
-    name = measure.name.strip(",")
-    difference = RunDifference(name, first.name, second.name, gap, noise.threshold)
-    return Verdict(kind, headline, reasons, difference=difference)
-
-
-def _headline(first: RunGroup, second: RunGroup, gap: float, noise: Noise) -> tuple[str, str]:
-    """Kind and headline of a verdict on the better and the worse one of two recipes."""
-    measure = first.measure
-    of_second = f"against {second} of {second.name}"
-    against = f"{measure.best_word} {first} {of_second}"
-    # A run that goes on, or is resumed, may still change places.
-    if any(run.state is not RunState.FINISHED for run in (*first.runs, *second.runs)):
-        return "none", f"So far {first.name} leads: {against}"
-    if noise.threshold is None:
-        chance = "how much runs vary by chance is unknown"
-        return "none", f"{first.name} has the {measure.best_word}, but {chance}: {against}"
-    if gap <= noise.threshold:
-        best = f"{measure.best_word} {first} of {first.name}"
-        return "equal", f"No significant difference: {best} {of_second}"
-    verb = "is" if len(first.runs) == 1 else "are"
-    return "better", f"{first.name} {verb} better on these rows: {against}"
-
-
-def _alone(run: RunFiles, measure: Measure) -> Verdict:
+def _alone(run: RunFiles) -> Verdict:
     headline = f"{run.label}: {run.described_state}"
-    best = measure.best_text(run)
-    if best is None:
-        fix = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
-        if run.validation_hash:
-            fix = "It has not been validated yet."
-        return Verdict("alone", f"{headline}, without {measure.name}", [fix])
-    return Verdict("alone", f"{headline}, {measure.best_word} {best}", _cautions([run], measure))
+    best = run.best_val_loss_text
+    if best is not None:
+        return Verdict("alone", f"{headline}, lowest val_loss {best}", [])
+    reason = "Without held-out rows the quality of the model is unknown: data.hold_out: 5 %."
+    if run.validation_hash:
+        reason = "It has not been validated yet."
+    return Verdict("alone", f"{headline}, without val_loss", [reason])
 
 
-def _obstacle(measured: Sequence[RunFiles], measure: Measure) -> Verdict | None:
-    """The verdict on runs that were measured by other losses or on other rows; None if not."""
+class MeasuredRows(NamedTuple):
+    """What an `eval` measured of each row.
 
-    def of_each(value: Callable[[RunFiles], object]) -> str:
-        return ", ".join(f"{run.label}: {value(run)}" for run in measured)
+    Attributes:
+        data: the name of the file of rows.
+        row_hash: equal for the same rows.
+        mean: the loss in nats per token, or the accuracy on pairs.
+        values: by row, the loss summed over its tokens, or 1 for a pair in order and 0 otherwise.
+        tokens: by row; None for pairs.
+    """
 
-    command = _eval_command(measured)
-    hashes = {run.validation_hash for run in measured}
-    if len(hashes) > 1 or None in hashes:
-        command += " --data held-out.jsonl"
-    if not measure.is_share and len({run.method for run in measured}) > 1:
-        why = f"The methods differ: {of_each(lambda run: run.method)}."
-        fix = (
-            f"Evaluate all on the same pairs, which none was trained on: `{command}`, and create "
-            "the report again; or compare their answers, with --score."
-        )
-        return Verdict("none", "Not comparable: val_loss is a different loss in each", [why, fix])
-    rows = {measure.rows(run) for run in measured}
-    if len(rows) == 1 and None not in rows:
-        return None
-    headline = f"Not comparable: it is unknown what {measure.name} was measured on"
-    if None not in hashes:
-        headline = f"Not comparable: {measure.name} was measured on different rows"
-    why = (
-        f"Hash of the held-out rows: {of_each(lambda run: str(run.validation_hash)[:12])}; "
-        f"taken of them: {of_each(lambda run: run.max_examples or 'all')}."
+    data: str
+    row_hash: str
+    mean: float
+    values: list[float]
+    tokens: list[int] | None
+
+    @property
+    def badness(self) -> float:
+        """A number that is lower for the better run."""
+        return -self.mean if self.tokens is None else self.mean
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} %" if self.tokens is None else f"{self.mean:.4f}"
+
+
+def _compare(runs: Sequence[RunFiles]) -> Verdict:
+    """Compare the best of the runs that `eval` measured on the same rows with each other one."""
+    evals = _common_evals(runs)
+    if len(evals) < 2:
+        fix = f"To compare them: {_eval_command(runs)}"
+        reason = f"`eval` has not measured them on the same rows. {fix}"
+        return Verdict("none", "No verdict: these runs were not evaluated side by side", [reason])
+
+    best, *others = sorted(evals, key=lambda index: evals[index].badness)
+    compared = []
+    for other in others:
+        names = runs[best].label, runs[other].label
+        compared.append(_compare_rows(evals[best], evals[other], *names))
+    # A run further off may vary so much from row to row that it cannot be told apart.
+    apart = [is_apart for _, _, is_apart in compared]
+    nearest = apart.index(False) if False in apart else 0
+    difference, sentence, is_apart = compared[nearest]
+    first, second = runs[best], runs[others[nearest]]
+    reasons = [f"{evals[best].data}, row by row: {sentence}.", _differences(first, second)]
+    absent = [run.label for index, run in enumerate(runs) if index not in evals]
+    if absent:
+        reasons.append(f"Not evaluated on these rows: {', '.join(absent)}. {_eval_command(runs)}")
+
+    against = (
+        f"{difference.measure} {evals[best]} against {evals[others[nearest]]} of {second.label}"
     )
-    reasons = [why, f"Compare them on the same rows: `{command}`."]
-    drawn_by = {run.hold_out_seed for run in measured}
-    if None not in drawn_by and len(drawn_by) > 1:
-        seeds = of_each(lambda run: run.hold_out_seed)
-        reasons.append(
-            f"data.hold_out was drawn by several seeds ({seeds}): set data.hold_out_seed."
-        )
-    return Verdict("none", headline, reasons)
-
-
-def _rank(measured: Sequence[RunFiles], measure: Measure) -> list[RunGroup]:
-    """The runs by recipe, the best first; of a recipe those that finished, or came furthest."""
-    by_recipe: dict[str, list[RunFiles]] = {}
-    for run in measured:
-        # Runs with the same keys that change what is learned differ by seed alone.
-        by_recipe.setdefault(_learned_from(run), []).append(run)
-    groups = []
-    for of_recipe in by_recipe.values():
-        # A shorter run of a recipe says nothing of its seeds.
-        runs = [run for run in of_recipe if run.state is RunState.FINISHED]
-        if not runs:
-            furthest = max(run.steps for run in of_recipe)
-            runs = [run for run in of_recipe if run.steps == furthest]
-        bests = [best for best in map(measure.best, runs) if best is not None]
-        spread = Spread.from_values([value for value, _ in bests])
-        if spread:
-            groups.append(RunGroup(runs, measure, spread))
-    return sorted(groups, key=lambda group: measure.worse_by(group.best.mean, than=0.0))
-
-
-def _seed_advice(run: RunFiles, measure: Measure) -> str:
-    """Say how to see what another seed changes, and what that is for."""
-    seed = (run.seed if run.seed is not None else 42) + 1
-    recipe = shell_path(shown(run.folder / RECIPE))
-    output = shell_path(shown(f"{run.folder}-seed-{seed}"))
-    keys = f"train.seed={seed}"
-    if run.hold_out_seed is not None:
-        # Its validation would be of other rows, so not comparable.
-        keys += f" data.hold_out_seed={run.hold_out_seed}"
-    command = f"tunesmith train {recipe} {keys} output_dir={output}"
-    return (
-        f"Each has a single seed, and another seed would change {measure.name} too. To see by how "
-        f"much, train one again and report it beside these: `{command}`"
-    )
+    if {first.state, second.state} != {RunState.FINISHED}:
+        headline = f"So far {first.label} leads: {against}"
+        return Verdict("none", headline, reasons, difference=difference)
+    if is_apart:
+        headline = f"{first.label} is better on these rows: {against}"
+        return Verdict("better", headline, reasons, (best,), difference)
+    if difference.threshold is None:
+        headline = f"No verdict, because too few rows differ: {first.label} has {against}"
+        return Verdict("none", headline, reasons, difference=difference)
+    headline = f"No significant difference: {first.label} has {against}"
+    return Verdict("equal", headline, reasons, difference=difference)
 
 
 def _eval_command(runs: Sequence[RunFiles]) -> str:
-    """The command that compares runs row by row."""
-    folders = [shell_path(shown(run.folder)) for run in runs]
-    return f"tunesmith eval {' '.join(folders)}"
+    """Return the command that compares runs row by row."""
+    folders = " ".join(shell_path(shown(run.folder)) for run in runs)
+    hashes = {run.validation_hash for run in runs}
+    # Without --data, each run is evaluated on its own held-out rows.
+    has_same_rows = len(hashes) == 1 and None not in hashes
+    data = "" if has_same_rows else " --data held-out.jsonl"
+    return f"`tunesmith eval {folders}{data}`"
 
 
-def _noise(ranking: Sequence[RunGroup], second: RunGroup) -> Noise:
-    """The noise of the difference between the first and the `second`, one of the others."""
-    first = ranking[0]
-    measure = first.measure
-    # Several seeds of a recipe tell its noise better than one run can.
-    repeated = [group.best for group in ranking if group.best.count > 1]
-    if repeated:
-        return _noise_of_seeds(repeated, first.best, second.best, measure)
-    advice = _seed_advice(first.runs[0], measure)
-    noise = _noise_of_rows(first, second)
-    if noise is None:
-        noise = _noise_of_shares(first, second) or _noise_of_course(first, second)
-        if measure is VAL_LOSS and first.runs[0].method == "sft":
-            command = _eval_command([first.runs[0], second.runs[0]])
-            advice = f"Whether other rows would say the same: `{command}`. {advice}"
-    return noise._replace(text=f"{noise.text}. {advice}")
+def _common_evals(runs: Sequence[RunFiles]) -> dict[int, MeasuredRows]:
+    """Return what `eval` measured on the rows that most runs share, by the run's index.
 
-
-def _noise_of_rows(first: RunGroup, second: RunGroup) -> Noise | None:
-    """The same from the losses of each row; None where a run lacks them, or they show the
-    second run ahead."""
-    runs = [first.runs[0], second.runs[0]]
-    # Of many runs, as those of a sweep, the first two alone may have been evaluated.
-    measure = measure_of(runs)
-    better, worse = map(measure.best_row_losses, runs)
-    if better is None or worse is None:
-        return None
-    data, rows = better
-    difference = paired_losses(worse[1]["tuned"], rows["tuned"], rows["tokens"])
-    if difference.mean > 0:
-        return None
-    sentence = loss_sentence(difference, first=runs[1].label, second=runs[0].label)
-    interval = difference.interval
-    threshold = None if interval is None else interval.high - difference.mean
-    return Noise(threshold, f"Row by row ({data}): {sentence}")
-
-
-def _noise_of_shares(first: RunGroup, second: RunGroup) -> Noise | None:
-    """The same from the intervals of two shares; None where unknown."""
-    higher, lower = (first.measure.best_span(group.runs[0]) for group in (first, second))
-    if higher is None or lower is None:
-        return None
-    # Newcombe's interval of a difference (1998, method 10). Of two models on the same rows it is
-    # too wide rather than too narrow.
-    threshold = math.hypot(first.best.mean - higher[0], lower[1] - second.best.mean)
-    ends = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in (higher, lower)]
-    text = f"Noise: the 95 % intervals for these numbers of pairs are {' and '.join(ends)}"
-    return Noise(threshold, f"{text}{_counts_above(threshold, first.measure)}")
-
-
-def _noise_of_course(first: RunGroup, second: RunGroup) -> Noise:
-    """The same from the course of the measure in two runs."""
-    measure = first.measure
-    noises = []
-    for group in (first, second):
-        noise = validation_noise(list(measure.values(group.runs[0]).values()))
-        if noise is not None:
-            noises.append(noise)
-    if not noises:
-        needed = f"It takes {FEWEST_VALIDATIONS} validations to estimate the noise"
-        return Noise(None, f"{needed} of {measure.name} (validate.every)")
-    # The difference of two values of the same noise.
-    threshold = STANDARD_ERRORS * math.sqrt(2) * max(noises)
-    moves = f"moves by {measure.gap_text(max(noises))} around its trend"
-    text = f"Noise: from one validation to the next {measure.name} {moves}"
-    return Noise(threshold, f"{text}{_counts_above(threshold, measure)}")
-
-
-def _counts_above(threshold: float, measure: Measure) -> str:
-    return f"; a difference counts above {measure.gap_text(threshold)}"
-
-
-def _noise_of_seeds(
-    repeated: Sequence[Spread], first: Spread, second: Spread, measure: Measure
-) -> Noise:
-    """The same from the recipes that ran with several seeds."""
-    # The pooled variance: each recipe around its own mean.
-    freedom = sum(best.count - 1 for best in repeated)
-    squares = sum(best.deviation**2 * (best.count - 1) for best in repeated)
-    deviation = math.sqrt(squares / freedom)
-    threshold = students_t(freedom + 1) * deviation * math.sqrt(1 / first.count + 1 / second.count)
-    text = (
-        f"Noise: from seed to seed {measure.name} differs by {measure.gap_text(deviation)} "
-        "(standard deviation over a recipe's seeds); "
-        f"once in 20 times seeds alone make a difference above {measure.gap_text(threshold)}."
-    )
-    return Noise(threshold, text)
-
-
-def _difference(first: RunFiles, second: RunFiles, measure: Measure) -> str:
-    """Describe what two runs differ in, and what follows; and their values after the same steps, if
-    they took unequal ones.
+    If several sets of rows have equally many runs, the largest set is used.
     """
+    is_sft = {run.method for run in runs} == {"sft"}
+    by_rows: dict[tuple[int, str], dict[int, MeasuredRows]] = {}
+    for index, run in enumerate(runs):
+        # The newest eval of a run comes last, and one of the final weights counts most.
+        for result in sorted(run.evals, key=lambda result: result["step"] == run.final_step):
+            measured = _row_losses(run, result) if is_sft else _row_orders(result)
+            if measured is not None:
+                rows = (len(measured.values), measured.row_hash)
+                by_rows.setdefault(rows, {})[index] = measured
+    if not by_rows:
+        return {}
+    return by_rows[max(by_rows, key=lambda rows: (len(by_rows[rows]), rows))]
+
+
+def _row_losses(run: RunFiles, result: EvalScores) -> MeasuredRows | None:
+    """Return the losses that an `eval` measured.
+
+    Return None for rows that the run was trained on, except for its own held-out rows.
+    """
+    rows = result["row_losses"]
+    mean = (result["losses"] or {}).get("tuned")
+    if rows is None or mean is None:
+        return None
+    if result["seen"] and rows["row_hash"] != run.validation_hash:
+        return None
+    return MeasuredRows(result["data"], rows["row_hash"], mean, rows["tuned"], rows["tokens"])
+
+
+def _row_orders(result: EvalScores) -> MeasuredRows | None:
+    """Return which pairs an `eval` found in order; it measures runs of all methods alike."""
+    score = result["scores"].get(PAIRS)
+    values = score and score.get("by_row", {}).get("tuned")
+    if not score or not values:
+        return None
+    return MeasuredRows(result["data"], result["row_hash"], score["tuned"][0], values, None)
+
+
+def _compare_rows(
+    better: MeasuredRows, worse: MeasuredRows, name: str, other_name: str
+) -> tuple[RunDifference, str, bool]:
+    """Compare two runs row by row.
+
+    Return the difference, a sentence with its 95 % interval, and whether it is more than chance.
+    """
+    names = {"first": other_name, "second": name}
+    if better.tokens is None:
+        paired = paired_intervals(worse.values, better.values)
+        sentence = difference_sentence(PAIRS, paired, len(better.values), **names)
+        mean, low, _ = paired.difference
+        measure = "accuracy on pairs, by eval"
+        difference = RunDifference(measure, name, other_name, mean, mean - low)
+        return difference, sentence, paired.is_apart
+    loss = paired_losses(worse.values, better.values, better.tokens)
+    sentence = loss_sentence(loss, **names)
+    threshold = loss.interval and loss.interval.high - loss.mean
+    difference = RunDifference("loss by eval", name, other_name, -loss.mean, threshold)
+    return difference, sentence, loss.is_apart
+
+
+def _differences(first: RunFiles, second: RunFiles) -> str:
+    """Describe what two runs differ in, if it affects training."""
     differences = []
     for difference in differing_keys([first, second]):
         if difference.learns:
@@ -470,62 +276,41 @@ def _difference(first: RunFiles, second: RunFiles, measure: Measure) -> str:
     for key, name in HASHES_OF_INPUTS.items():
         if first.env.get(key) != second.env.get(key):
             differences.append(name)
-    text = "Their recipes do not differ in anything that affects training."
     if differences:
-        text = f"They differ in {', '.join(differences)}."
-    return text + _at_common_step(first, second, measure)
+        return f"They differ in {', '.join(differences)}."
+    return "Their recipes do not differ in anything that affects training."
 
 
-def _at_common_step(first: RunFiles, second: RunFiles, measure: Measure) -> str:
-    """A sentence on the values of runs of unequal length after the same steps; empty without."""
-    first_values = measure.values(first)
-    second_values = measure.values(second)
-    # Unequal runs are compared at a step that both have reached.
-    common_steps = first_values.keys() & second_values.keys()
-    if first.steps == second.steps or not common_steps:
-        return ""
-    step = max(common_steps)
-    return (
-        f" After step {step}, the last that both were measured at: "
-        f"{measure.text(first_values[step])} against {measure.text(second_values[step])}."
-    )
-
-
-def _cautions(runs: Sequence[RunFiles], measure: Measure) -> list[str]:
-    """List what a reader should know before believing the verdict."""
+def _cautions(runs: Sequence[RunFiles]) -> list[str]:
+    """List what a reader should know before comparing the figures."""
     cautions = []
-    for run in runs:
-        best = measure.best(run)
-        if best is None:
-            continue
-        best_value, step = best
-        values = list(measure.values(run).values())
-        noise = validation_noise(values) or 0.0
-        worse_by = measure.worse_by(values[-1], than=best_value)
-        # Worse than its best by more than noise, or by as much as the end of a run mentions.
-        is_rise = not measure.is_share and has_risen(values[-1], best_value)
-        if worse_by > 0 and (is_rise or worse_by > STANDARD_ERRORS * noise):
-            side = "below" if measure.is_share else "above"
-            text = f"{run.label} ends at {measure.name} {measure.text(values[-1])}, "
-            cautions.append(f"{text}{side} that of step {step}.")
-    unfinished = [
-        f"{run.label} ({run.state} at step {run.steps})"
+    if len(runs) > 1:
+        unfinished = [
+            f"{run.label} ({run.state} at step {run.steps})"
+            for run in runs
+            if run.state is not RunState.FINISHED
+        ]
+        if unfinished:
+            cautions.append(f"Not finished: {', '.join(unfinished)}.")
+        tokens = [run.figures.tokens for run in runs]
+        # More tokens are more training, whatever the recipe.
+        if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
+            amounts = ", ".join(f"{run.label} {run.figures.tokens:,.0f}" for run in runs)
+            cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
+        names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
+        if names:
+            cautions.append(
+                f"Ranks, machines or software differ: {', '.join(names)}. "
+                "Speed and memory are not comparable."
+            )
+    few = [
+        f"{run.label} ({run.steps})"
         for run in runs
-        if run.state is not RunState.FINISHED
+        if run.state is RunState.FINISHED and 0 < run.steps < FEW_STEPS
     ]
-    if unfinished:
+    if few:
         cautions.append(
-            f"Not finished: {', '.join(unfinished)}. Their {measure.name} may still improve."
-        )
-    tokens = [run.figures.tokens for run in runs]
-    # More tokens are more training, whatever the recipe.
-    if max(tokens) > (1 + TOKEN_GAP) * min(tokens):
-        amounts = ", ".join(f"{run.label} {run.figures.tokens:,.0f}" for run in runs)
-        cautions.append(f"They were trained on different numbers of tokens: {amounts}.")
-    names = [f"`{name}`" for name, _, differs in environment_rows(runs) if differs]
-    if names:
-        cautions.append(
-            f"Ranks, machines or software differ: {', '.join(names)}. "
-            "Speed and memory are not comparable."
+            f"Few steps: {', '.join(few)}; a model hardly changes in fewer than {FEW_STEPS}: "
+            "a longer train.duration continues a run."
         )
     return cautions

@@ -1,16 +1,20 @@
-"""The curves of runs as a page draws them: which there are, how they are smoothed and thinned."""
+"""The curves of runs as the page draws them.
+
+Every chart has one panel of record fields. A long curve is thinned, and a curve that fluctuates
+from step to step is smoothed too.
+"""
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import NamedTuple
 
-from tunesmith.metrics.run_figures import finite
+from tunesmith.metrics.run_figures import Columns, finite
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import Fields
 
-# Of the records: counts and positions, no curves.
+# Counts and positions, which have no curve.
 NO_CHART = ("step", "epoch", "tokens", "supervised_tokens", "examples", "mfu_peak_tflops")
 
 
@@ -26,7 +30,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Training loss", "", ("loss",)),
     Panel("Validation loss", "", ("val_loss",)),
-    # Of methods that learn from preferences.
+    # Methods that learn from preferences record these.
     Panel("Reward accuracy", "%", ("reward_accuracy", "val_reward_accuracy"), 100),
     Panel("Reward margin", "", ("reward_margin", "val_reward_margin")),
     Panel("Reward of chosen answers", "", ("rewards_chosen", "val_rewards_chosen")),
@@ -48,7 +52,7 @@ PANELS = (
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("Gradient norm", "", ("grad_norm",)),
 )
-# What each rank has of its own; the rest of its records is that of all.
+# Fields that each rank measures itself; the others have the same value on all ranks.
 _OF_RANKS = {
     "memory_gib",
     "host_memory_percent",
@@ -60,7 +64,7 @@ _OF_RANKS = {
     "nvlink_bytes_per_second",
     "data_seconds",
 }
-# Fields that move much from step to step: they are drawn smoothed too.
+# Fields that fluctuate from step to step, so that they are smoothed too.
 _SMOOTHED = {
     "loss",
     "reward_accuracy",
@@ -73,38 +77,44 @@ _SMOOTHED = {
     "step_seconds",
 }
 _IN_PANELS = {column for panel in PANELS for column in panel.columns}
+POINTS = 600  # of a curve: two for each pixel of a wide chart
+COLORS = 8  # of the page
+MAX_RANKS = 7  # in one chart
+# Smoothing: a value counts over this fraction of a run's steps, but over 5 at least.
+SMOOTH_FRACTION, MIN_SMOOTH_SPAN = 0.02, 5
+SMOOTH_FROM = 15  # steps; with fewer, the raw values are easy to read
+FROM_ZERO = {"%", "tokens/s", "GiB", "W", "ms"}  # units whose charts start at zero
 
 
-def curves(
-    runs: Sequence[RunFiles],
-    axis: str,
-    low: float,
-    high: float,
-    points: int,
-) -> list[Fields]:
-    """The charts for a window of the x axis.
+class Line(NamedTuple):
+    """One line of a chart; `look` is raw, smooth, or dots for a curve of few points."""
 
-    Each series has about `points` points, spikes among them.
-    """
+    label: str
+    color: int
+    look: str
+    x: list[float]
+    y: list[float]
+
+
+def curves(runs: Sequence[RunFiles]) -> tuple[list[Fields], list[tuple[str, str]]]:
+    """Return the charts of the runs, and the names and values of fields that never change."""
     charts: list[Fields] = []
+    constants = []
     for panel in (*PANELS, *_panels_of_other_columns(runs)):
-        series = []
-        for index, run in enumerate(runs):
-            for line in _lines_of(run, panel, axis):
-                # One point more on both sides: the curve goes on to the edge of the window.
-                first = max(0, bisect_left(line["x"], low) - 1)
-                end = bisect_right(line["x"], high) + 1
-                x, y = downsample(line["x"][first:end], line["y"][first:end], points)
-                if x:
-                    scaled = [float(f"{value * panel.scale:.6g}") for value in y]
-                    series.append({**line, "run": index, "x": x, "y": scaled})
-        if series:
-            charts.append({"title": panel.title, "unit": panel.unit, "series": series})
-    return charts
+        title = f"{panel.title} ({panel.unit})" if panel.unit else panel.title
+        lines = [line for line in _lines_of(runs, panel) if line.x]
+        values = {value for line in lines for value in line.y}
+        if len(values) == 1:
+            constants.append((title, f"{values.pop():.4g}"))
+        elif lines:
+            series = [line._asdict() for line in lines]
+            from_zero = panel.unit in FROM_ZERO
+            charts.append({"title": title, "from_zero": from_zero, "series": series})
+    return charts, constants
 
 
 def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
-    """A panel for each record field that has none, such as a method's own metric."""
+    """Return a panel for each record field that has none, such as a method's own metric."""
     names = set[str]()
     for run in runs:
         names.update(run.figures.columns, *run.ranks.values())
@@ -112,34 +122,75 @@ def _panels_of_other_columns(runs: Sequence[RunFiles]) -> list[Panel]:
     return [Panel(name, "", (name,)) for name in sorted(names)]
 
 
-def _lines_of(run: RunFiles, panel: Panel, axis: str) -> Iterator[Fields]:
-    """The lines of a panel of one run, whole: each a record field of one rank (None for rank 0's
-    own record); `smoothed` is the choice of the page, "" for raw values."""
-    x = run.figures.axes.get(axis, run.figures.axes["step"])
-    # Other ranks record their steps alone: rank 0 says how many tokens or seconds these are.
-    x_by_step = dict(zip(run.figures.axes["step"], x, strict=True))
-    for field in panel.columns:
-        y = run.figures.columns.get(field, [])
-        smooth_lines = smoothings(y) if field in _SMOOTHED else {}
-        for smoothed, values in {"": y, **smooth_lines}.items():
-            yield {"field": field, "rank": None, "smoothed": smoothed, "x": x, "y": values}
-        for rank, columns in sorted(run.ranks.items()):
-            if field in _OF_RANKS and field in columns:
-                steps = [step or 0.0 for step in columns["step"]]
-                if axis != "step":
-                    steps = [x_by_step.get(step, 0.0) for step in steps]
-                line = {"field": field, "rank": rank, "smoothed": ""}
-                yield {**line, "x": steps, "y": columns[field]}
+def _lines_of(runs: Sequence[RunFiles], panel: Panel) -> Iterator[Line]:
+    """Yield the lines of a panel.
+
+    Several runs have a color each, and only their rank 0 is drawn. A single run has a color for
+    each rank and field.
+    """
+    if len(runs) == 1 and len(panel.columns) == 1 and panel.columns[0] in _OF_RANKS:
+        by_rank = _by_rank(runs[0], panel.columns[0])
+        if by_rank.keys() - {0}:
+            for rank, columns in by_rank.items():
+                yield from _lines(columns, panel.columns[0], f"rank {rank}", rank, panel.scale)
+            return
+    for index, run in enumerate(runs):
+        for number, field in enumerate(panel.columns):
+            label = field
+            if len(runs) > 1:
+                label = run.label if len(panel.columns) == 1 else f"{run.label} {field}"
+            color = index if len(runs) > 1 else number
+            yield from _lines(run.figures.columns, field, label, color, panel.scale)
+
+
+def _lines(columns: Columns, field: str, label: str, color: int, scale: float) -> Iterator[Line]:
+    """Yield the smoothed line of a field if it has one, and its raw line or dots."""
+    x, y = columns.get("step", []), columns.get(field, [])
+    look = "dots" if field.startswith("val_") else "smooth"
+    if field in _SMOOTHED and len(finite(y)) >= SMOOTH_FROM:
+        yield _line(x, y, f"{label}, raw", color, "raw", scale)
+        y = smooth(y, max(MIN_SMOOTH_SPAN, int(SMOOTH_FRACTION * len(y))))
+    yield _line(x, y, label, color, look, scale)
+
+
+def _line(
+    x: Sequence[float | None],
+    y: Sequence[float | None],
+    label: str,
+    color: int,
+    look: str,
+    scale: float,
+) -> Line:
+    steps, values = downsample(x, y, POINTS)
+    scaled = [float(f"{value * scale:.6g}") for value in values]
+    return Line(label, color % COLORS, look, steps, scaled)
+
+
+def _by_rank(run: RunFiles, field: str) -> dict[int, Columns]:
+    """Return the columns of the ranks that have a field.
+
+    Of many ranks only some are returned: rank 0 and those with the lowest and the highest mean.
+    """
+    columns = {0: run.figures.columns} | run.ranks
+    found = {
+        rank: columns[rank] for rank in sorted(columns) if finite(columns[rank].get(field, []))
+    }
+    others = sorted(
+        (rank for rank in found if rank), key=lambda rank: fmean(finite(found[rank][field]))
+    )
+    if len(others) > MAX_RANKS - 1:
+        outermost = {0, *others[:3], *others[-3:]}
+        found = {rank: columns for rank, columns in found.items() if rank in outermost}
+    return found
 
 
 def downsample(
     x: Sequence[float | None], y: Sequence[float | None], points: int
 ) -> tuple[list[float], list[float]]:
-    """At most `points` + 2 points of a curve, with the lowest and the highest of each stretch, the
-    first and the last.
+    """Thin a curve to at most `points` + 2 points: the first, the last, and the lowest and the
+    highest value of each stretch.
 
-    A spike survives, which a mean would hide. Where either is None, NaN or infinite there is no
-    point.
+    A spike survives, which a mean would hide. Values that are None, NaN or infinite have no point.
     """
     points_of = [
         (a, b)
@@ -153,7 +204,7 @@ def downsample(
 
 
 def _extremes(values: Sequence[float], stretches: int) -> set[int]:
-    """The indices of the first, the last, and of each stretch the lowest and the highest value."""
+    """Return the indices of the first and the last value, and of the extremes of each stretch."""
     chosen = {0, len(values) - 1}
     for start, end in pairwise(len(values) * i // stretches for i in range(stretches + 1)):
         stretch = values[start:end]
@@ -162,25 +213,13 @@ def _extremes(values: Sequence[float], stretches: int) -> set[int]:
     return chosen
 
 
-# The choices of the pages: what share of a run's steps a value counts over, and how many at least.
-SMOOTHINGS = {"some": (0.02, 5), "strong": (0.1, 15)}
-SMOOTH_FROM = 15  # steps; with fewer, the raw values read well
-
-
-def smoothings(y: Sequence[float | None]) -> dict[str, list[float | None]]:
-    """The values of a whole run by each choice of smoothing; none of few steps."""
-    if len(finite(y)) < SMOOTH_FROM:
-        return {}
-    spans = {name: max(least, int(share * len(y))) for name, (share, least) in SMOOTHINGS.items()}
-    return {name: smooth(y, span) for name, span in spans.items()}
-
-
 def smooth(y: Sequence[float | None], span: int) -> list[float | None]:
-    """The exponential moving average, with the weight of its start removed, as TensorBoard draws
-    it.
+    """Compute the exponential moving average, with the bias of its start corrected, as TensorBoard
+    does.
 
-    `span`: steps over which a value counts; its weight falls to 1/e in about half of that. Values
-    that are missing or not finite are left out.
+    Args:
+        y: the values; those that are missing or not finite are left out.
+        span: steps over which a value counts; its weight falls to 1/e in about half of them.
     """
     decay = 1.0 - 2.0 / (max(1, span) + 1)
     mean = 0.0

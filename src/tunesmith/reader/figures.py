@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from tunesmith.config.dump import leaves
-from tunesmith.metrics.intervals import paired_losses
+from tunesmith.metrics.intervals import paired_losses, share_interval
 from tunesmith.metrics.run_figures import Spread, finite
-from tunesmith.reader.measure import HELD_OUT_ACCURACY, VAL_LOSS, measure_of
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import EvalScores, RowLosses, Score
 from tunesmith.units import count_of, format_seconds
@@ -24,11 +23,26 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
 
 
-# Rows of the table of figures, below the state and what decides.
+def _best_accuracy_text(run: RunFiles) -> str | None:
+    """Return the highest accuracy on held-out pairs with its 95 % interval and step."""
+    accuracies = run.figures.accuracies
+    if not accuracies:
+        return None
+    step = max(accuracies, key=accuracies.__getitem__)
+    text = f"{100 * accuracies[step]:.1f} %"
+    held_out = run.env.get("validation_examples")
+    if held_out:
+        _, low, high = share_interval(round(accuracies[step] * held_out), held_out)
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{text} at step {step}"
+
+
+# Rows of the table of figures.
 FIGURES: dict[str, Callable[[RunFiles], Figure]] = {
-    VAL_LOSS.best_word: VAL_LOSS.best_text,
+    "state": lambda run: run.described_state,
+    "lowest val_loss": lambda run: run.best_val_loss_text,
     "val_loss, last": lambda run: next(reversed(run.figures.validations.values()), None),
-    HELD_OUT_ACCURACY.best_word: HELD_OUT_ACCURACY.best_text,
+    "highest accuracy on held-out pairs": _best_accuracy_text,
     "training loss, mean of the last steps": lambda run: run.figures.loss,
     "tokens/s, without the first step": lambda run: run.figures.speed,
     "MFU": lambda run: _percent(run.figures.mfu),
@@ -44,17 +58,11 @@ FIGURES: dict[str, Callable[[RunFiles], Figure]] = {
 
 def figure_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """The table of figures: a name, and a text for each run, `–` for what was not measured."""
-    measure = measure_of(runs)
-    figures = {
-        "state": lambda run: run.described_state,
-        measure.best_word: measure.best_text,
-        **FIGURES,
-    }
     rows = []
-    for name, figure in figures.items():
+    for name, figure in FIGURES.items():
         cells = [figure(run) for run in runs]
-        # What no run has is left out, but for what decides.
-        if any(cells) or name == measure.best_word:
+        # A figure that no run has is left out.
+        if any(cells):
             rows.append((name, [figure_text(cell) for cell in cells]))
     return rows + [(name, [cell or "–" for cell in cells]) for name, cells in eval_figures(runs)]
 

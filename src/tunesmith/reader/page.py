@@ -1,15 +1,13 @@
-"""The page of runs, written once as a report that needs nothing from outside, or served live; and
-the same as Markdown."""
+"""The page of runs: `report` writes it as one file that needs nothing else, `watch` serves it."""
 
 import base64
 import hashlib
 import json
-import math
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,38 +15,29 @@ from markupsafe import Markup
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.packages import COMPUTE
 from tunesmith.host.shell import shell_command, shell_path, shell_word
-from tunesmith.metrics.conversations import Turn, conversations_of
+from tunesmith.metrics.conversations import Turn, conversations_of, whole_characters
 from tunesmith.reader.compare import differing_keys, judge
-from tunesmith.reader.curves import curves
+from tunesmith.reader.curves import COLORS, curves
 from tunesmith.reader.figures import HASHES, environment_rows, figure_rows
-from tunesmith.reader.measure import measure_of
 from tunesmith.reader.run_files import RunFiles, how_it_ended, to_json
 from tunesmith.run_dir import RECIPE, Fields, Sample, read_bytes, shown
 from tunesmith.units import format_seconds
 
 PAGE_MARK = "tunesmith report"  # in the first line of each page that it writes
-POINTS = 600  # of a curve: two for each pixel of a wide chart
-MAX_SHOWN_PROMPTS = 6  # whose answers are shown in Markdown
-KEYS_IN_BOARD = 3
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>|#&~])")  # of Markdown
-STATIC = (
-    "uPlot.min.css",
-    "plots.css",
-    "page.css",
-    "uPlot.iife.min.js",
-    "plots.js",
-    "page.js",
-)
+STYLES = ("uPlot.min.css", "page.css")
+SCRIPTS = ("uPlot.iife.min.js", "curves.js")
+LIVE_SCRIPTS = (*SCRIPTS, "live.js")
 
 
-def write_report(
-    runs: Sequence[RunFiles], output: Path, *, markdown: bool = False, note: str = ""
-) -> None:
-    """Write the report of runs to a file, in place of an earlier report.
+def write_report(runs: Sequence[RunFiles], output: Path, *, note: str = "") -> None:
+    """Write the page of runs to a file, replacing an earlier report.
 
-    UsageError if that is there and no report; MachineError if it cannot be written.
+    Args:
+        note: a paragraph below the verdict, such as what the runs were chosen from.
 
-    `note`: a paragraph below the verdict, such as what the runs were chosen from.
+    Raises:
+        UsageError: the file exists and is not a report.
+        MachineError: the file cannot be written.
     """
     try:
         if output.exists() and PAGE_MARK not in output.read_text("utf-8", errors="replace")[:200]:
@@ -57,7 +46,7 @@ def write_report(
                 where=str(output),
                 fix="--output another-name.html",
             )
-        output.write_text(render_report(runs, markdown=markdown, note=note), encoding="utf-8")
+        output.write_text(render_page(runs, note=note), encoding="utf-8")
     except OSError as error:
         raise MachineError(
             "the report cannot be written",
@@ -67,98 +56,121 @@ def write_report(
         ) from error
 
 
-def render_report(
-    runs: Sequence[RunFiles], *, markdown: bool = False, live: bool = False, note: str = ""
-) -> str:
-    """The page as text.
-
-    A live page asks for its curves, samples and files, which a report holds.
-    """
+def render_page(runs: Sequence[RunFiles], *, note: str = "", live: bool = False) -> str:
+    """Return the page as HTML. A live page asks its server whether it has changed."""
     loader = PackageLoader("tunesmith.reader", "templates")
-    env = Environment(loader=loader, autoescape=not markdown, undefined=StrictUndefined)
+    env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     env.trim_blocks = True
     env.lstrip_blocks = True
-    env.filters |= {"value": _value, "cell": _cell, "reason": _reason, "fenced": _fenced}
-    context = _context(runs) | {"note": note, "mark": PAGE_MARK}
-    if markdown:
-        ends = [(run, how_it_ended(run)) for run in runs]
-        template = env.get_template("report.md.j2")
-        return template.render(context, samples=_samples_of(runs), ends=ends)
-    page = env.get_template("page.html.j2")
-    if live:
-        return page.render(context, live=True, static=(*STATIC, "live.js", "run.js"))
-    folder = resources.files("tunesmith.reader") / "static"
-    static = {name: (folder / name).read_text(encoding="utf-8") for name in (*STATIC, "run.js")}
-    script = "\n".join(text for name, text in static.items() if name.endswith(".js"))
-    # Only these scripts run: text of a run that looks like one does not.
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Nor does "</script>" in a text end the data.
-    data = to_json(page_data(runs)).replace("<", "\\u003c")
-    return page.render(
-        context,
-        live=False,
-        allowed=allowed,
+    env.filters |= {"value": _value, "duration": format_seconds, "typed": _typed}
+    script = _static(LIVE_SCRIPTS if live else SCRIPTS)
+    charts, constants = curves(runs)
+    return env.get_template("page.html.j2").render(
+        mark=PAGE_MARK,
+        runs=runs,
+        note=note,
+        live=live,
+        colors=COLORS,
+        verdict=judge(runs),
+        ends={run: how_it_ended(run) for run in runs},
+        keys=differing_keys(runs),
+        figures=figure_rows(runs),
+        environment=environment_rows(runs),
+        samples=prompts_of(runs),
+        system=_common_system_prompt(runs),
+        constants=constants,
+        profiles=[(run, *profile) for run in runs for profile in run.profiles.items()],
+        reproduce=[_reproduce(run) for run in runs],
+        # Only this script runs: text of a run that looks like a script does not.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         script=Markup(script),
-        styles=Markup("\n".join(text for name, text in static.items() if name.endswith(".css"))),
-        data=Markup(data),
+        styles=Markup(_static(STYLES)),
+        # "</script>" in a text must not end the data.
+        charts=Markup(to_json(charts).replace("<", "\\u003c")),
     )
 
 
-def page_data(runs: Sequence[RunFiles]) -> Fields:
-    """Collect what a report holds of that which a live page asks for."""
-    return {
-        "runs": [run.status() for run in runs],
-        "curves": curves(runs, "step", -math.inf, math.inf, POINTS),
-        "texts": [run.texts() for run in runs],
-    }
+def _static(names: Sequence[str]) -> str:
+    folder = resources.files("tunesmith.reader") / "static"
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
-def _context(runs: Sequence[RunFiles]) -> Fields:
-    verdict = judge(runs)
-    keys = differing_keys(runs)
-    board = list(range(len(runs)))
-    measure = measure_of(runs)
+class Answer(NamedTuple):
+    """The answer of a run at a step; `is_final`: of the final weights."""
 
-    def rank(index: int) -> float:
-        best = measure.best(runs[index])
-        return math.inf if best is None else measure.worse_by(best[0], than=0.0)
-
-    # The best first, where they can be compared.
-    if verdict.kind != "none":
-        board.sort(key=rank)
-    return {
-        "runs": runs,
-        "verdict": verdict,
-        "keys": keys,
-        "board": board,
-        "measure": measure,
-        "board_keys": [difference for difference in keys if difference.learns][:KEYS_IN_BOARD],
-        "figures": figure_rows(runs),
-        "environment": environment_rows(runs),
-        "time_text": format_seconds,
-        "profiles": [(run, *profile) for run in runs for profile in run.profiles.items()],
-        "reproduce": [_reproduce(run) for run in runs],
-    }
+    label: str
+    step: int
+    text: str
+    is_final: bool
 
 
-def _samples_of(runs: Sequence[RunFiles]) -> list[tuple[list[Turn], list[tuple[str, Sample]]]]:
-    """Return the turns of each prompt, and two samples of each run: the first one, and that of the
-    final weights, or the last one if there are no final weights yet."""
-    samples: dict[str, list[tuple[str, Sample]]] = {}
-    for run in runs:
-        of_run: list[Sample] = run.texts()["samples"]
-        for prompt in dict.fromkeys(sample["prompt"] for sample in of_run):
-            of_prompt = [sample for sample in of_run if sample["prompt"] == prompt]
-            final = [sample for sample in of_prompt if sample["step"] == run.final_step]
-            last = (final or of_prompt)[-1]
-            ends = [of_prompt[0]] if of_prompt[0] is last else [of_prompt[0], last]
-            samples.setdefault(prompt, []).extend((run.label, sample) for sample in ends)
-    conversations, _ = conversations_of([*samples][:MAX_SHOWN_PROMPTS])
-    return [(turns, samples[prompt]) for prompt, turns in conversations.items()]
+class Prompt(NamedTuple):
+    """A prompt of samples.jsonl and its answers.
+
+    Attributes:
+        row: where its row is, such as `faq.csv:12`; empty if unknown.
+        turns: the turns of the prompt, without a system prompt that all share.
+        expected: the row's own answer; empty if it has none.
+        answers: of each run before training, and of its final or newest weights.
+        others: the answers of other steps.
+    """
+
+    row: str
+    turns: list[Turn]
+    expected: str
+    answers: list[Answer]
+    others: list[Answer]
+
+
+def prompts_of(runs: Sequence[RunFiles]) -> list[Prompt]:
+    """Return the sample prompts of the runs with their answers."""
+    samples = [sample for run in runs for sample in run.samples]
+    conversations, _ = conversations_of(sample["prompt"] for sample in samples)
+    prompts = []
+    for text, turns in conversations.items():
+        rows = [sample for sample in samples if sample["prompt"] == text]
+        answers: list[Answer] = []
+        others: list[Answer] = []
+        for run in runs:
+            of_run = [sample for sample in run.samples if sample["prompt"] == text]
+            final = [sample for sample in of_run if sample["step"] == run.final_step]
+            newest = final[-1:] or of_run[-1:]
+            for sample in of_run:
+                is_shown = sample in newest or sample["step"] == 0
+                (answers if is_shown else others).append(_answer(run, sample))
+        prompts.append(
+            Prompt(
+                shown(next((row["row"] for row in rows if row.get("row")), None) or ""),
+                turns,
+                next((row["expected"] for row in rows if row.get("expected")), None) or "",
+                _without_repeats(answers),
+                others,
+            )
+        )
+    return prompts
+
+
+def _answer(run: RunFiles, sample: Sample) -> Answer:
+    text = whole_characters(sample["answer"])
+    return Answer(run.label, sample["step"], text, sample["step"] == run.final_step)
+
+
+def _without_repeats(answers: Sequence[Answer]) -> list[Answer]:
+    """Merge the answers before training if they are equal, as those of one base model are."""
+    before = [answer for answer in answers if answer.step == 0]
+    if len(before) < 2 or len({answer.text for answer in before}) > 1:
+        return [*answers]
+    merged = before[0]._replace(label=", ".join(answer.label for answer in before))
+    return [merged, *(answer for answer in answers if answer.step)]
+
+
+def _common_system_prompt(runs: Sequence[RunFiles]) -> str:
+    _, system = conversations_of(sample["prompt"] for run in runs for sample in run.samples)
+    return system
 
 
 def _reproduce(run: RunFiles) -> Fields:
-    """List what it takes to make a run again; each part is None where env.json does not have it."""
+    """List what it takes to make a run again; each part is None if env.json does not have it."""
     env = run.env
     recipe = run.folder / RECIPE
     text = None
@@ -168,15 +180,15 @@ def _reproduce(run: RunFiles) -> Fields:
     if env.get("command"):
         program, *words = map(str, env["command"])
         program = Path(program).name
-        # As of `python -m tunesmith`.
+        # The command was `python -m tunesmith`.
         if program == "__main__.py":
             program = "tunesmith"
         command = shell_command([program, *words])
     versions = []
     for name in COMPUTE:
         if isinstance(env.get(name), str):
-            # Without the build, such as +cu128, which the package index does not have; tunesmith
-            # itself is installed from a clone.
+            # The package index does not have builds such as +cu128. tunesmith itself is installed
+            # from a clone.
             version = f"{name}=={env[name].partition('+')[0]}"
             versions.append("./tunesmith" if name == "tunesmith" else version)
     commit = env.get("commit")
@@ -194,27 +206,13 @@ def _reproduce(run: RunFiles) -> Fields:
 
 
 def _value(value: object) -> str:
-    """A value of a recipe or of env.json as text; a long list in JSON."""
+    """Return a value of a recipe or of env.json as text, a list as JSON."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table, where nothing of it is markup."""
-    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
-
-
-def _reason(text: str) -> str:
-    """A sentence of the verdict in Markdown: what is in backticks is code, and nothing else is
-    markup."""
-    parts = " ".join(text.split()).split("`")
-    return "".join(
-        f"`{part}`" if i % 2 else _MARKUP.sub(r"\\\1", part) for i, part in enumerate(parts)
-    )
-
-
-def _fenced(text: str) -> str:
-    """Text as a block of Markdown, behind a fence that it does not hold."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
+def _typed(fix: str) -> tuple[str, str]:
+    """Split a fix into the command and the comment after it: not every shell takes comments."""
+    command, _, comment = fix.partition("   # ")
+    return command, comment

@@ -24,11 +24,6 @@ class Visit:
         page.on("console", lambda message: self.said.append(message.text))
         page.on("pageerror", lambda error: self.said.append(str(error)))
 
-    def asked_for(self, part: str) -> list[str]:
-        """The requests so far with that part in their address."""
-        self.page.wait_for_timeout(20)  # playwright hears of them while it waits
-        return [url for url in self.asked if part in url]
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -49,8 +44,12 @@ def visit(browser: Any) -> Any:
     """
 
     @contextmanager
-    def opening(address: str, *, width: int = 1280, scheme: str = "light") -> Iterator[Visit]:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    def opening(
+        address: str, *, width: int = 1280, scheme: str = "light", offline: bool = False
+    ) -> Iterator[Visit]:
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=offline
+        )
         context.set_default_timeout(120_000)
         seen = Visit(context.new_page())
         try:

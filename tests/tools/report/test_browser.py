@@ -1,11 +1,8 @@
-"""The report in a real Chromium that is offline: it draws, zooms, is read by keys, and is usable
-for all.
-"""
+"""The page in a real Chromium: offline, on a phone, and while `tunesmith watch` serves it."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +10,18 @@ import pytest
 
 from report.written import falling, write_run
 from tunesmith.reader.page import write_report
+from watching import add_steps, watching
+from watching import write_run as write_watched
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="Chromium is not installed: make cluster-tools"
-)
+pytestmark = pytest.mark.slow
 EVIL = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 )
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of 300 steps with all that a page can hold."""
+    """The page of two runs of 300 steps, one of which failed and was not validated at the end."""
     folder = tmp_path_factory.mktemp("browser")
     samples = [
         (0, "What is 2 + 2?", "I am a model."),
@@ -49,99 +35,110 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = write_run(
         folder / "good", falling(8.0, steps=300), steps=300, samples=samples, loss=loss
     )
-    recipe = {"train": {"learning_rate": 1e-3}}
     bad = write_run(
         folder / "bad",
-        falling(9.0, steps=300),
+        falling(9.0, steps=200),
         steps=300,
         samples=samples,
         loss=loss,
-        recipe=recipe,
+        recipe={"train": {"learning_rate": 1e-3}},
         finished=False,
     )
     (bad.folder / "failure.json").write_text(
         '{"what": "out of memory", "why": "a batch did not fit", "next": "start again"}'
     )
-    (good.folder / "metrics-rank1.jsonl").write_text('{"step": 1, "memory_gib": 2.5}\n')
     bad.refresh()
-    good.refresh()
     write_report([good, bad], folder / "report.html")
     return folder / "report.html"
 
 
-def opened(
-    browser: Any, report: Path, *, width: int = 1280, height: int = 800, scheme: str = "light"
-) -> Any:
-    """The page, in a context that is offline; `page.said` is what went wrong, `page.asked` what it
-    asked for.
-    """
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
-    )
-    page = context.new_page()
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(report.as_uri())
-    page.wait_for_selector("#charts .u-over")
-    return page
+def legend(page: Any, title: str) -> list[str]:
+    """The rows of a chart's legend, without the hidden one of the steps."""
+    chart = page.locator(".chart", has=page.locator(f"figcaption:text-is('{title}')"))
+    rows = chart.locator(".u-legend tr").all()[1:]
+    return [re.sub(r"\s+", " ", row.text_content()) for row in rows]
 
 
-@pytest.mark.slow
-def test_it_draws_offline_and_asks_for_nothing(browser: Any, report: Path) -> None:
-    page = opened(browser, report)
-    assert page.locator("#charts figure").count() == 2
-    assert page.asked == [report.as_uri()]
-    assert page.locator("#constants dt").count() > 3
-    answers = page.locator("#answers .answer .role").all_text_contents()
-    assert [by.partition(", ")[0] for by in answers[1:]] == ["good", "bad"]
-    assert page.locator("#answers mark").all_text_contents() == ["4", "4"]
-    assert page.locator(".note.bad dd").count() == 3
-    assert (page.said, page.title()) == ([], "good · bad: report")
-    page.context.close()
-
-
-def test_curves_are_read_by_keys_and_zoom_together(browser: Any, report: Path) -> None:
-    page = opened(browser, report)
-    plots, said = page.locator("#charts .plot"), page.locator("#charts output")
-    plots.nth(0).focus()
-    page.keyboard.press("ArrowRight")
-    assert said.nth(0).text_content() == "step 1: good 3.1, bad 3.1"
-    over = plots.nth(1).locator(".u-over")
-    box = over.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 50)
+def drag(page: Any, start: float, end: float) -> None:
+    """Zoom by a drag over the first chart between two fractions of its width."""
+    box = page.locator(".chart .u-over").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * start, box["y"] + 50)
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 50, steps=3)
+    page.mouse.move(box["x"] + box["width"] * end, box["y"] + 50, steps=3)
     page.mouse.up()
-    plots.nth(0).focus()
-    page.keyboard.press("Home")
-    assert 145 <= int(said.nth(0).text_content().split()[1].rstrip(":")) <= 155, (
-        "a zoom of one curve is that of all"
-    )
-    page.keyboard.press("Escape")
-    page.keyboard.press("Home")
-    assert said.nth(0).text_content().startswith("step 1:")
-    page.keyboard.press("End")
-    assert said.nth(0).text_content().startswith("step 300:")
-    assert page.said == []
-    page.context.close()
 
 
-@pytest.mark.slow
+def pointed_steps(page: Any) -> list[int]:
+    """The steps in the legends of the first two charts, under the pointer at the left edge."""
+    over = page.locator(".chart .u-over").first
+    over.scroll_into_view_if_needed()
+    box = over.bounding_box()
+    page.mouse.move(box["x"] + 1, box["y"] + 50)
+    rows = [legend(page, title)[-1] for title in ("Training loss", "Validation loss")]
+    return [int(row.rpartition("at step ")[2]) for row in rows]
+
+
+def test_it_draws_offline_and_each_value_has_its_step(report: Path, visit: Any) -> None:
+    with visit(report.as_uri(), offline=True) as seen:
+        page = seen.page
+        assert legend(page, "Training loss") == [
+            "good, raw1.007 at step 300",
+            "good1.094 at step 300",
+            "bad, raw1.007 at step 300",
+            "bad1.094 at step 300",
+        ]
+        # The failed run was validated for the last time at step 200.
+        assert legend(page, "Validation loss") == ["good0.49 at step 300", "bad4.01 at step 200"]
+        answers = page.locator("#samples .answers").first.text_content()
+        assert "good, step 300, final weights4" in answers
+        assert "bad: there are no final weights" in page.text_content("#samples")
+        assert page.locator(".note.bad dd").all_text_contents()[0] == "out of memory"
+        assert seen.asked == [report.as_uri()]
+        assert page.title() == "good · bad: report"
+
+
+def test_a_zoom_is_that_of_all_charts(report: Path, visit: Any) -> None:
+    with visit(report.as_uri(), offline=True) as seen:
+        drag(seen.page, 0.5, 0.75)
+        for step in pointed_steps(seen.page):
+            assert 140 <= step <= 160
+        seen.page.locator(".chart .u-over").first.dblclick()
+        assert pointed_steps(seen.page)[0] < 10
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_every_screen_and_reader(
-    browser: Any, report: Path, width: int, height: int, scheme: str
-) -> None:
-    from axe_playwright_python.sync_playwright import Axe
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_screen_and_reader(report: Path, visit: Any, width: int, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    with visit(report.as_uri(), width=width, scheme=scheme, offline=True) as seen:
+        page = seen.page
+        assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        found = axe.run(page).response
+        assert len(found["passes"]) > 20  # it has looked
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
 
-    page = opened(browser, report, width=width, height=height, scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width, "nothing sticks out"
-    for text in ("So far good leads", "train.learning_rate"):
-        box = page.get_by_text(text).first.bounding_box()
-        assert box["y"] + box["height"] <= height, f"{text}: below the first screen"
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    found = Axe().run(page).response["violations"]
-    assert [(one["id"], one["nodes"][0]["html"]) for one in found] == []
-    page.context.close()
+
+def test_a_served_page_follows_its_run(tmp_path: Path, visit: Any) -> None:
+    """What a reader has opened stays open, a zoom stays, and the end of the command is shown."""
+    folder = write_watched(tmp_path / "run", 40, of=100)
+    with watching(folder) as (address, process), visit(address) as seen:
+        page = seen.page
+        # The first answer has the sections as the server sent them, to compare later ones with.
+        page.wait_for_event("response")
+        drag(page, 0.5, 0.75)
+        page.click("#samples details summary")
+        add_steps(folder, 41, 60)
+        page.wait_for_selector("text=step 60 of 100")
+        assert page.locator("#samples details").get_attribute("open") is not None
+        assert 18 <= pointed_steps(page)[0] <= 22
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": "x"}\n')
+        page.wait_for_selector("text=metrics.jsonl: 1 line skipped")
+        assert page.text_content("#link") == "live"
+        process.terminate()
+        page.wait_for_selector("#link.lost")
+        assert "ended" in page.text_content("#link")
+        assert page.locator(".chart canvas").count() > 1  # the curves stay
+        # The browser reports the requests that the ended server does not answer.
+        seen.said = [line for line in seen.said if "ERR_CONNECTION_REFUSED" not in line]

@@ -41,17 +41,13 @@ def damaged(folder: Path) -> list[tuple[str, int | None]]:
      '{"step": 11, "x\\ud800": 1}', "[" * DEEP, "7", "", '{"step": 11, "lo'],
 )  # fmt: skip
 def test_a_line_that_is_no_record_is_skipped_and_counted(folder: Path, line: str) -> None:
-    """Between good ones, alone in a look and among others."""
-    run = RunFiles(folder)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    run.refresh()
     add_steps(folder, 12, 13)
-    run.refresh()
-    for read in (run, RunFiles(folder)):
-        assert read.figures.columns["step"] == [*range(1, 11), 12, 13]
-        assert [(file.file, file.lines) for file in read.damaged] == [("metrics.jsonl", 1)]
-        assert "line 11" in read.damaged[0].why
+    run = RunFiles(folder)
+    assert run.figures.columns["step"] == [*range(1, 11), 12, 13]
+    assert [(file.file, file.lines) for file in run.damaged] == [("metrics.jsonl", 1)]
+    assert "line 11" in run.damaged[0].why
     assert newest_record(folder)["step"] == 13
 
 
@@ -122,18 +118,16 @@ def test_a_damaged_file_is_told_and_the_rest_is_shown(
     page = tmp_path / "report"
     with time_limit(60):
         assert main(["report", str(folder), str(whole), "--output", f"{page}.html"]) == 0
-        assert main(["report", str(folder), "--markdown", "--output", f"{page}.md"]) == 0
         assert name in capsys.readouterr().err
         # Which says whose directory it is
         assert main(["status", str(folder)]) == (2 if name == "env.json" else 0)
-        assert main(["watch", str(folder), str(whole), "--json"]) == 0
+        assert main(["report", str(folder), str(whole), "--json"]) == 0
     out, err = capsys.readouterr()
     assert not is_internal(err)
-    first, second = json.loads(out[out.index('{"runs"') :])["runs"]
-    assert name.startswith("profile") or [file["file"] for file in first["damaged"]] == [name]
+    first, second = json.loads(out[out.index("{\n") :])["runs"]
+    assert [file.partition(":")[0] for file in first["damaged"]] == [name]
     assert second["damaged"] == []
-    for text in (page.with_suffix(".html").read_text(), page.with_suffix(".md").read_text()):
-        assert name in text.replace("\\", "")
+    assert name in page.with_suffix(".html").read_text()
 
 
 def test_a_lock_that_is_a_fifo_does_not_hang(
@@ -151,8 +145,8 @@ def test_a_name_that_is_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["report", str(folder), "--output", str(page)]) == 0
     assert "run-\N{REPLACEMENT CHARACTER}" in page.read_text()
     capsys.readouterr()
-    assert main(["watch", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["runs"][0]["name"] == "run-\N{REPLACEMENT CHARACTER}"
+    assert main(["report", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["run"] == "run-\N{REPLACEMENT CHARACTER}"
 
 
 def test_a_folder_that_is_no_run_is_left_out_of_a_report(

@@ -13,7 +13,7 @@ import pytest
 from errors import check_shown, holds, lines_with
 from report.written import falling, write_run
 from tunesmith.cli.main import main
-from tunesmith.reader.page import PAGE_MARK, render_report, write_report
+from tunesmith.reader.page import PAGE_MARK, render_page, write_report
 from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import NO_FINAL_ANSWERS
 
@@ -49,38 +49,42 @@ def data_of(page: str) -> Any:
 
 def test_an_answer_names_its_row(two: list[RunFiles]) -> None:
     two[0].samples[0]["row"] = "faq.csv:12"
-    assert data_of(render_report(two))["texts"][0]["samples"][0]["row"] == "faq.csv:12"
-    assert "### Prompt 1: faq.csv:12\n" in render_report(two, markdown=True)
+    assert "faq.csv:12" in visible(render_page(two))
     # An earlier version did not write it.
     del two[0].samples[0]["row"]
-    text = render_report(two, markdown=True)
-    assert "### Prompt 1\n" in text
+    assert "Prompt 1" in visible(render_page(two))
 
 
-def test_a_report_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
+def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None:
     samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
     best = write_run(tmp_path / "best", falling(2.0), samples=samples)
-    text = render_report([best], markdown=True)
-    assert "best, step 40:" in text
-    assert "sixty" not in text
+    text = visible(render_page([best]))
+    assert "step 40, final weights 4 Answers at other steps (1) step 60 sixty" in text
     assert best.missing_answers() == ""
     none = write_run(tmp_path / "none", falling(2.0), samples=samples[:1])
     reason = f"{NO_FINAL_ANSWERS}they would take 90 s, and log.sample_seconds allows 20 s"
     (none.folder / "log.txt").write_text(f"12:00:00 {reason}\n")
-    none = RunFiles(none.folder)
-    assert "90 s" in render_report([none], markdown=True)
-    assert data_of(render_report([none]))["texts"][0]["missing"] == reason
+    none.refresh()
+    assert f"none: {reason}." in visible(render_page([best, none]))
+    unfinished = write_run(tmp_path / "unfinished", samples=samples[:2], finished=False)
+    text = visible(render_page([unfinished]))
+    assert holds(text, "unfinished: there are no final weights", "step 40 4")
 
 
-def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> None:
-    text = visible(render_report(two))
-    text = text[text.index("good is better") :]
-    places = [
-        text.index(word)
-        for word in ("good is better", "train.learning_rate", "Side by side", "Drag over")
-    ]
+def test_equal_answers_before_training_are_shown_once(two: list[RunFiles]) -> None:
+    text = visible(render_page(two))
+    assert text.count("I am a model.") == 1
+    assert "good, bad, before training I am a model." in text
+    two[1].samples[0]["answer"] = "Another base."
+    text = visible(render_page(two))
+    assert holds(text, "good, before training I am", "bad, before training Another")
+
+
+def test_the_verdict_comes_first_and_the_commands_to_reproduce(two: list[RunFiles]) -> None:
+    text = visible(render_page(two))
+    places = [text.index(word) for word in ("No verdict", "Drag over", "learning_rate")]
     assert places == sorted(places)
-    assert holds(text[: places[2]], "train.learning_rate", "0.001", "0.0001")
+    assert holds(text[places[2] :], "0.001", "0.0001")
     for words in (
         "tunesmith train 'my recipe.yaml'",
         "git -C tunesmith checkout 0123abcd && pip install ./tunesmith torch==2.13.0",
@@ -89,14 +93,10 @@ def test_the_verdict_and_the_differing_keys_come_first(two: list[RunFiles]) -> N
         "seed 42",
     ):
         assert words in text
-    texts = data_of(render_report(two))["texts"]
-    assert [row["answer"] for row in texts[1]["samples"]] == ["I am a model.", "22"]
-    plain = render_report(two, markdown=True)
-    assert all(lines_with(plain, run, "step 40") for run in ("good", "bad"))
 
 
 def test_nothing_comes_from_outside(two: list[RunFiles]) -> None:
-    page = render_report(two)
+    page = render_page(two)
     assert "default-src 'none'" in page
     without_data = re.sub(
         r"<script type=\"application/json\".*?</script>", "", page, flags=re.DOTALL
@@ -128,19 +128,18 @@ def test_nothing_of_a_run_is_markup(tmp_path: Path) -> None:
     )
     (run.folder / "log.txt").write_text(f"2026-01-31 10:00:00  warning: {EVIL}\n")
     run.refresh()
-    page = render_report([run, write_run(tmp_path / "b", falling(3.0))])
+    page = render_page([run, write_run(tmp_path / "b", falling(3.0))])
     assert "<img" not in page
     assert len(re.findall(r"<script\b", page)) == len(re.findall(r"</script>", page)) == 2
-    assert data_of(page)["runs"][0]["name"] == name
+    assert html.escape(name, quote=False).replace("'", "&#39;").replace('"', "&#34;") in page
+    assert data_of(page)[0]["series"][0]["label"].startswith(name)
     assert "{{ 7*7 }}" in page, "no template runs in what a run says"
-    text = render_report([run], markdown=True)
-    assert not re.search(r"(?<!\\)<img", re.sub(r"(`{3,})text\n.*?\n\1", "", text, flags=re.DOTALL))
 
 
 @pytest.mark.slow
 def test_how_a_run_failed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", finished=False, steps=7)
-    assert holds(render_report([run], markdown=True), "killed", "tunesmith train")
+    assert holds(visible(render_page([run])), "killed", "tunesmith train")
     note = {
         "process": 7,
         "host": "spark-b",
@@ -149,9 +148,9 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
         "began": "2026-01-31 10:00:00",
     }
     (run.folder / "running.json").write_text(json.dumps(note))
-    text = render_report([run], markdown=True)
-    assert "| where | process 7 on spark-b" in text
-    assert "| cause | killed |" in text
+    text = visible(render_page([run]))
+    assert "where process 7 on spark-b" in text
+    assert "cause killed" in text
     failure = {
         "what": "a link broke",
         "where": "step 8",
@@ -166,11 +165,10 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     }
     (run.folder / "failure.json").write_text(json.dumps(failure))
     run.refresh()
-    text = render_report([run], markdown=True).replace("\\", "")
+    text = visible(render_page([run]))
     for field, value in failure.items():
         words = str(value).partition("   #")[0]
-        assert not value or f"| {field.replace('_', ' ')} | {words}" in text
-    assert data_of(render_report([run]))["runs"][0]["end"]["cause"] == "link"
+        assert not value or f"{field.replace('_', ' ')} {words}" in text
 
 
 def test_a_profile(tmp_path: Path) -> None:
@@ -185,11 +183,10 @@ def test_a_profile(tmp_path: Path) -> None:
     (run.folder / "profile" / "summary-rank1-1.json").write_text("{cut")
     run.refresh()
     assert [file.file for file in run.damaged] == ["profile/summary-rank1-1.json"]
-    text = visible(render_report([run]))
+    text = visible(render_page([run]))
     assert "87.5 %" in text
     assert "Peak on GPU 0: 1.50 GiB." in text
     assert "aten::mm 34.6 75.0 % 12" in text
-    assert "| aten::mm | 34.6 | 75.0 % | 12 |" in render_report([run], markdown=True)
 
 
 def test_ranks(tmp_path: Path) -> None:
@@ -199,16 +196,14 @@ def test_ranks(tmp_path: Path) -> None:
     )
     run.refresh()
     clocks = next(
-        chart for chart in data_of(render_report([run]))["curves"] if chart["title"] == "GPU clock"
+        chart for chart in data_of(render_page([run])) if chart["title"] == "GPU clock (MHz)"
     )
-    assert [(row["rank"], row["y"]) for row in clocks["series"]] == [(1, [1000.0, 2000.0])]
+    assert [row["y"] for row in clocks["series"]] == [[1000.0, 2000.0]]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("2026-01-31 10:00:00  loading\n")
-    for markdown in (False, True):
-        page = render_report([RunFiles(tmp_path)], markdown=markdown)
-        assert lines_with(page.replace("\\", ""), "without", "val_loss")
+    assert lines_with(render_page([RunFiles(tmp_path)]), "without", "val_loss")
 
 
 @pytest.mark.slow
@@ -222,12 +217,10 @@ def test_many_runs_of_many_steps_stay_small(tmp_path: Path) -> None:
         )
         for i in range(1, 6)
     ]
-    page = render_report(runs)
+    page = render_page(runs)
     assert len(page) < 1_500_000
     text = visible(page)
     assert "5 runs" in text
-    board = text[text.index("Side by side") :]
-    assert board.index("run-5") < board.index("run-1"), "the lowest val_loss first"
 
 
 @pytest.mark.slow
@@ -240,12 +233,12 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # a report is written over
         assert main(["report", "good", "bad"]) == 0
-        assert lines_with(capsys.readouterr().out, "good", "bad", "val_loss")
+        assert lines_with(capsys.readouterr().out, "tunesmith eval good bad")
     assert main(["report", "good"]) == 0
     assert lines_with(capsys.readouterr().out, "report.html")
     assert PAGE_MARK in Path("report.html").read_text()[:100]
-    assert main(["report", "good", "bad", "--markdown"]) == 0
-    assert "**good " in Path("report.md").read_text()
+    assert main(["report", "good", "--markdown"]) == 2
+    check_shown(capsys.readouterr().err, fix=["--json"])
     Path("notes.html").write_text("mine")
     assert main(["report", "good", "--output", "notes.html"]) == 2
     assert Path("notes.html").read_text() == "mine"
@@ -254,11 +247,6 @@ def test_the_command(
     check_shown(capsys.readouterr().err, where="no/such/folder.html", fix=["--output"])
 
 
-def test_markdown_tables_are_whole(two: list[RunFiles], tmp_path: Path) -> None:
-    lines = render_report(two, markdown=True).splitlines()
-    tables = [line for line in lines if line.startswith("|")]
-    assert len(tables) > 20
-    for line in tables:
-        assert line.count("|") - line.count("\\|") == 4, line
-    write_report(two, tmp_path / "r.md", markdown=True, note="Chosen from 8 candidates.")
-    assert "Chosen from 8 candidates." in (tmp_path / "r.md").read_text()
+def test_a_note_is_below_the_verdict(two: list[RunFiles], tmp_path: Path) -> None:
+    write_report(two, tmp_path / "r.html", note="Chosen from 8 candidates.")
+    assert "Chosen from 8 candidates." in (tmp_path / "r.html").read_text()

@@ -25,7 +25,7 @@ from tunesmith.launch.jobs import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
 from tunesmith.reader.curves import downsample, smooth
-from tunesmith.reader.run_files import JsonlColumns, RunFiles
+from tunesmith.reader.run_files import RunFiles, read_records
 from tunesmith.run_dir import Phase, RunState
 
 
@@ -165,28 +165,19 @@ def test_a_directory_that_just_began(tmp_path: Path) -> None:
     assert (run.recipe["train"]["learning_rate"], run.figures.columns["loss"]) == (3e-4, [2.0])
 
 
-def test_a_file_that_grows_and_is_cut_back(tmp_path: Path) -> None:
+def test_half_a_line_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    table = JsonlColumns(path)
-    table.read()
+    assert read_records(path).value.columns == {}
     path.write_text("".join(record(step).to_json() + "\n" for step in (1, 2)) + '{"step": 3, "lo')
-    table.read()
-    table.read()
-    assert table.figures.columns["step"] == [1, 2], "half a line is not there yet"
+    assert read_records(path).value.columns["step"] == [1, 2]
     with path.open("a") as file:
         file.write('ss": 1.5, "val_loss": 0.5}\n')
-    table.read()
-    assert (table.figures.columns["step"], table.figures.columns["val_loss"]) == (
-        [1, 2, 3],
-        [None, None, 0.5],
-    )
-    assert table.figures.columns["tokens"] == [100, 100, None]
+    figures = read_records(path).value
+    assert (figures.columns["step"], figures.columns["val_loss"]) == ([1, 2, 3], [None, None, 0.5])
+    assert figures.columns["tokens"] == [100, 100, None]
     cut_back(path, 1)
-    table.read()
-    assert (table.figures.columns["step"], "val_loss" in table.figures.columns) == ([1], False)
-    path.unlink()
-    table.read()
-    assert table.figures.columns == {}
+    figures = read_records(path).value
+    assert (figures.columns["step"], "val_loss" in figures.columns) == ([1], False)
 
 
 def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
@@ -198,13 +189,12 @@ def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
         '{"step": 2, "loss": 1.5}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    table = JsonlColumns(tmp_path / "metrics.jsonl")
-    table.read()
-    assert table.figures.columns["step"] == [1, 2]
-    nan, loss = table.figures.columns["loss"]
+    figures = read_records(tmp_path / "metrics.jsonl").value
+    assert figures.columns["step"] == [1, 2]
+    nan, loss = figures.columns["loss"]
     assert nan is not None
     assert math.isnan(nan)
-    assert (loss, table.figures.columns["who"], table.figures.columns["on"]) == (
+    assert (loss, figures.columns["who"], figures.columns["on"]) == (
         1.5,
         [None, None],
         [None, None],
@@ -218,9 +208,8 @@ def test_many_lines_are_those_of_json(tmp_path: Path) -> None:
         for n in range(1, 3001)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = JsonlColumns(tmp_path / "metrics.jsonl")
-    table.read()
-    assert table.figures.columns == {
+    figures = read_records(tmp_path / "metrics.jsonl").value
+    assert figures.columns == {
         name: [row.get(name) for row in rows] for name in ("step", "loss", "val_loss")
     }
 

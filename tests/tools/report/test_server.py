@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,17 +10,16 @@ import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
-from errors import check_shown, lines_with
+from errors import check_shown
 from tunesmith.cli.main import main
 from waiting import wait_for
 from warm import MAX_WAIT_S
-from watching import add_steps, ask, get, port_of, watching, write_run
+from watching import add_steps, ask, port_of, watching, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +40,8 @@ def test_a_wrong_or_missing_token_gets_nothing(served: tuple[str, subprocess.Pop
     token = urlsplit(address).path.strip("/")
     base = address.removesuffix(f"{token}/")
     assert len(token) >= 32
-    wrong = ["", "state", "curves", f"{token[:-1]}/", f"{token}x/", f"x{token}/", f"{token.swapcase()}/", f"x/{token}/",
-             f"?token={token}", f"..%2f{token}/", "run.js", "%00", "%ff", "%c3%a9"]  # fmt: skip
+    wrong = ["", "state", f"{token[:-1]}/", f"{token}x/", f"x{token}/", f"{token.swapcase()}/", f"x/{token}/",
+             f"?token={token}", f"..%2f{token}/", "page.css", "%00", "%ff", "%c3%a9"]  # fmt: skip
     for path in wrong:
         status, body, headers = ask(base, path)
         assert (status, body) == (404, b""), path
@@ -64,8 +62,11 @@ def test_this_machine_gets_the_page_through_any_port(
 ) -> None:
     for host in ("localhost:9000", "127.0.0.1:1234", "127.0.0.1"):  # as through ssh -L
         assert b"tunesmith" in ask(served[0], host=host)[1]
-    for method in ("POST", "PUT", "OPTIONS", "HEAD"):
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
         assert ask(served[0], method=method)[:2] == (404, b"")
+    status, body, headers = ask(served[0], method="HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["content-length"]) > 10_000
     base = served[0].rpartition("/")[0].rpartition("/")[0]
     upgrade = {
         "upgrade": "websocket",
@@ -73,41 +74,36 @@ def test_this_machine_gets_the_page_through_any_port(
         "sec-websocket-key": "x" * 22 + "==",
         "sec-websocket-version": "13",
     }
-    assert ask(f"{base}/wrong/state", **upgrade)[:2] == (404, b"")
+    assert ask(f"{base}/wrong/", **upgrade)[:2] == (404, b"")
 
 
-def test_the_page_may_load_from_here_alone(served: tuple[str, subprocess.Popen[str]]) -> None:
-    for path in (
-        "",
-        "run.js",
-        "plots.js",
-        "uPlot.iife.min.js",
-        "uPlot.min.css",
-        "icon.svg",
-        "curves",
-        "missing",
-    ):
-        status, _, headers = ask(served[0], path)
-        assert status == (404 if path == "missing" else 200), path
+def test_the_page_loads_nothing_and_asks_only_here(
+    served: tuple[str, subprocess.Popen[str]],
+) -> None:
+    for path, expected in (("", 200), ("missing", 404)):
+        status, body, headers = ask(served[0], path)
+        assert status == expected
         rules = dict(
             rule.strip().split(" ", 1) for rule in headers["content-security-policy"].split(";")
         )
-        assert {*rules.values()} == {"'none'", "'self'"}
-        assert rules["default-src"] == "'none'"
+        assert rules["default-src"] == rules["frame-ancestors"] == rules["base-uri"] == "'none'"
+        assert rules["connect-src"] == "'self'"
         assert headers["referrer-policy"] == "no-referrer"
         assert headers["cache-control"] == "no-store"
         assert "server" not in headers
+        # Only the page's own script runs.
+        assert (b"script-src 'sha256-" in body) == (expected == 200)
 
 
-def test_no_file_beside_the_static_ones_is_served(
-    served: tuple[str, subprocess.Popen[str]],
-) -> None:
+def test_no_file_is_served(served: tuple[str, subprocess.Popen[str]]) -> None:
     for path in (
         "../server.py",
         "%2e%2e/server.py",
         "..%2fserver.py",
         "%2fetc/passwd",
-        "static/list.html",
+        "page.css",
+        "metrics.jsonl",
+        "static/curves.js",
     ):
         assert ask(served[0], path)[0] == 404, path
 
@@ -122,49 +118,43 @@ def test_it_listens_on_loopback_alone(served: tuple[str, subprocess.Popen[str]])
     assert [(place.ip, place.port) for place in listening] == [("127.0.0.1", port_of(address))]
 
 
-def test_what_was_added_is_told(folder: Path, served: tuple[str, subprocess.Popen[str]]) -> None:
-    assert get(served[0], "state")["runs"][0]["step"] == 40
+def test_the_page_is_rendered_again_when_files_change(
+    folder: Path, served: tuple[str, subprocess.Popen[str]]
+) -> None:
+    _, body, headers = ask(served[0])
+    assert b"step 40 of 100" in body
+    tag = headers["etag"]
+    status, body, headers = ask(served[0], **{"if-none-match": tag})
+    assert (status, body, headers["etag"]) == (304, b"", tag)
     add_steps(folder, 41, 45)
-    assert get(served[0], "state")["runs"][0]["step"] == 45
-    assert get(served[0], "curves?points=10")[0]["series"][0]["x"][-1] == 45
-    assert [row["step"] for row in get(served[0], "texts")[0]["samples"]] == [0, 20, 40]
-    assert b"100 steps" in ask(served[0])[1]
-    for path in ("curves?from=x", "curves?points=", "curves?points=1e9"):
-        assert ask(served[0], path)[0] == 400
+    status, body, headers = ask(served[0], **{"if-none-match": tag})
+    assert status == 200
+    assert b"step 45 of 100" in body
+    assert headers["etag"] != tag
 
 
 def test_a_damaged_line_does_not_freeze_the_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 10, of=100)
     other = write_run(tmp_path / "other", 10, of=100)
     with watching(folder, other) as (address, _):
-        assert get(address, "state")["runs"][0]["step"] == 10
+        assert ask(address)[1].count(b"step 10 of 100") == 2
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"step": "x", "loss": 1.0}\n{"step": 11, "loss": {"a": []}}\n')
         add_steps(folder, 12, 15)
-        first = get(address, "state")["runs"][0]
-        assert first["step"] == 15
-        assert [(file["file"], file["lines"]) for file in first["damaged"]] == [
-            ("metrics.jsonl", 2)
-        ]
+        page = ask(address)[1]
+        assert b"step 15 of 100" in page
+        assert b"metrics.jsonl: 2 lines skipped" in page
         (other / "metrics.jsonl").unlink()
         os.mkfifo(other / "metrics.jsonl")
         add_steps(folder, 16, 20)
-        second = get(address, "state")["runs"]
-        assert second[0]["step"] == 20
-        damage = second[1]["damaged"][0]
-        assert (damage["file"], damage["lines"]) == ("metrics.jsonl", None)
-        assert damage["why"]
-        assert get(address, "curves?points=10")[0]["series"][0]["x"][-1] == 20
+        page = ask(address)[1]
+        assert b"step 20 of 100" in page
+        assert b"metrics.jsonl: it is not a regular file" in page
 
 
-def test_one_bad_run_does_not_end_the_others(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["watch", str(folder / "missing"), str(folder), "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert [run["name"] for run in json.loads(out)["runs"]] == ["run"]
-    assert lines_with(err, folder / "missing")
-    assert "missing" in err
+def test_one_bad_run_does_not_end_the_others(folder: Path) -> None:
+    with watching(folder.parent / "missing", folder) as (address, _):
+        assert b"step 4" in ask(address)[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -173,7 +163,7 @@ def test_it_ends_at_once_and_leaves_nothing(
 ) -> None:
     with watching(folder, TMPDIR=str(tmp_path)) as (address, process):
         page = HTTPConnection("127.0.0.1", port_of(address), timeout=MAX_WAIT_S)
-        page.request("GET", f"{urlsplit(address).path}state")
+        page.request("GET", urlsplit(address).path)
         page.getresponse().read()  # the connection stays open
         children = psutil.Process(process.pid).children(recursive=True)
         began = time.monotonic()
@@ -187,13 +177,12 @@ def test_it_ends_at_once_and_leaves_nothing(
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_status_for_a_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["watch", str(folder), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [(run["name"], run["state"], run["steps"]) for run in told["runs"]] == [
-        ("run", "killed", 100)
-    ]
-    assert main(["watch", str(folder / "missing"), "--json"]) == 2
+def test_the_removed_option_names_its_replacement(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", str(folder), "--json"]) == 2
+    check_shown(capsys.readouterr().err, fix=["tunesmith report --json"])
+    assert main(["watch", str(folder / "missing")]) == 2
     assert "error: " in capsys.readouterr().err
 
 
@@ -207,7 +196,7 @@ def test_the_status_for_a_script(folder: Path, capsys: pytest.CaptureFixture[str
 def test_a_run_of_another_host_is_refused_with_the_commands_to_type(
     word: str, host: str, place: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in ([word], [str(folder), word], [word, "--json"]):
+    for words in ([word], [str(folder), word]):
         assert main(["watch", *words]) == 2
         err = capsys.readouterr().err
         check_shown(
@@ -219,8 +208,9 @@ def test_a_run_of_another_host_is_refused_with_the_commands_to_type(
 def test_a_colon_in_the_name_of_a_run_is_no_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["watch", str(write_run(tmp_path / "a:b", 3)), "--json"]) == 0
-    assert main(["watch", "-oProxyCommand=x:run", "--json"]) == 2
+    with watching(write_run(tmp_path / "a:b", 3)) as (address, _):
+        assert b"a:b" in ask(address)[1]
+    assert main(["watch", "-oProxyCommand=x:run"]) == 2
     assert "ssh" not in capsys.readouterr().err
 
 
@@ -235,12 +225,10 @@ def test_over_ssh_it_says_how_to_reach_it(folder: Path) -> None:
         assert any(f"ssh -N -L {port}:127.0.0.1:{port} ada@10.0.0.2" in line for line in said)
 
 
-def test_nothing_heavy_is_loaded(folder: Path) -> None:
-    code = f"import sys; from tunesmith.cli.main import main; main(['watch', {str(folder)!r}, '--json']); " \
+def test_nothing_heavy_is_loaded() -> None:
+    code = "import sys; import tunesmith.tools.report.run_watch; " \
            "sys.exit(bool({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, timeout=MAX_WAIT_S, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=MAX_WAIT_S)
 
 
 def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:
@@ -253,46 +241,12 @@ def test_nobody_looks_while_no_page_is_open(folder: Path) -> None:
         assert proc.io_counters().read_chars - before < 2000
 
 
-def test_a_folder_of_runs_is_a_list_and_each_has_a_page(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_run(tmp_path / name, 10, of=100)
-    with watching(tmp_path) as (address, _):
-        rows: dict[str, Any] = {}
-        look = 0
-
-        def ask_for_rows() -> list[tuple[str, int]]:
-            """Ask as the page does: a look ends in time, so that one answer may lack a run."""
-            nonlocal look
-            told = get(address, f"rows?since={look}")
-            look = told["look"]
-            rows.update((row["name"], row) for row in told["rows"])
-            return [(row["name"], row["step"]) for row in told["rows"]]
-
-        wait_for(lambda: ask_for_rows() and len(rows) == 2)
-        assert {name: row["step"] for name, row in rows.items()} == {"a": 10, "b": 10}
-        add_steps(tmp_path / "b", 11, 12)
-        changed: list[tuple[str, int]] = []
-        wait_for(lambda: changed.extend(ask_for_rows()) or changed)
-        # Only the row that has changed is sent.
-        assert changed == [("b", 12)]
-        one, two = (row["id"] for row in rows.values())
-        assert b"<canvas" not in ask(address)[1]
-        assert b"run.js" in ask(address, f"runs/{one}/")[1]
-        assert get(address, f"runs/{one}/curves?points=10")[0]["series"][0]["x"][-1] == 10
-        both = get(address, f"runs/{two},{one}/curves?points=10")[0]["series"]
-        assert [line["x"][-1] for line in both if not line["smoothed"]] == [12, 10]
-        for path in ("runs/2/curves", "runs/-1/curves", "runs/x/state", "runs/0/../../x"):
-            assert ask(address, path)[0] == 404, path
-        assert ask(address, "rows?since=x")[0] == 400
-
-
-def test_the_status_of_all_runs_of_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_runs_of_a_folder_are_on_one_page(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, 10)
-    assert main(["watch", str(tmp_path), "--json"]) == 0
-    assert [run["name"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["a", "b"]
+    with watching(tmp_path) as (address, _):
+        page = ask(address)[1]
+    assert all(f'aria-label="progress of {name}"'.encode() in page for name in ("a", "b"))
 
 
 def test_a_port_that_is_named_is_used_and_used_again(

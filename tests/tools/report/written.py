@@ -72,15 +72,15 @@ def write_eval(run: Path, values: Any, name: str = "held") -> Path:
     return path
 
 
-def pairs_eval(share: float, row_hash: str = "p" * 64) -> dict[str, Any]:
-    """What `eval` writes of 100 pairs, `share` of which are in order."""
-    interval = share_interval(round(100 * share), 100)
-    order = {"tuned": list(interval), "base": [0.5, 0.4, 0.6], "verdict": "", "by_row": {}}
+def pairs_eval(by_row: list[int]) -> dict[str, Any]:
+    """What `eval` writes of pairs; 1 in `by_row` for those in order."""
+    interval = share_interval(sum(by_row), len(by_row))
+    order = {"tuned": list(interval), "verdict": "", "by_row": {"tuned": by_row}}
     return {
         "tunesmith": "eval scores",
         "data": "pairs.jsonl",
-        "rows": 100,
-        "row_hash": row_hash,
+        "rows": len(by_row),
+        "row_hash": "p" * 64,
         "step": 40,
         "losses": {"tuned": 1.0},
         "scores": {PAIRS: order},

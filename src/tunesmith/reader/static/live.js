@@ -1,47 +1,37 @@
-// What a live page asks the command for; a report has no such link.
+// A page of `tunesmith watch` asks whether the runs' files have changed, and then shows what is new.
 "use strict";
-const Live = (() => {
-  const LOOK_MS = 1000;  // between two looks
+(() => {
+  const PAUSE_MS = 2000, MAX_LOAD = 0.1;  // the part of the time that the server may spend on answers
+  const link = document.getElementById("link");
+  const shown = new Map();  // the id of a section -> its HTML as the server sent it
+  let tag = "";
 
-  // Calls `hear` with what the answer to `path()` says, whenever that has changed.
-  function follow(path, hear) {
-    const link = document.querySelector("#link");
-    let last = "";
-    async function look() {
-      let now = last;
-      try {
-        now = await (await ask(path())).text();
-        link.className = "";
-        Page.put(link, "live");
-      } catch {
-        link.className = "lost";
-        Page.put(link, "not live: tunesmith watch has ended");
-      }
-      setTimeout(look, LOOK_MS);
-      if (now !== last) hear(JSON.parse(now));
-      last = now;
+  async function look() {
+    const began = performance.now();
+    try {
+      const answer = await fetch("", { headers: { "if-none-match": tag } });
+      if (answer.status === 200) show(new DOMParser().parseFromString(await answer.text(), "text/html"));
+      else if (answer.status !== 304) throw new Error(answer.status);
+      tag = answer.headers.get("etag");
+      link.className = "";
+      link.textContent = "live";
+    } catch {
+      link.className = "lost";
+      link.textContent = "not live: tunesmith watch has ended";
     }
-    look();
+    setTimeout(look, Math.max(PAUSE_MS, (performance.now() - began) / MAX_LOAD));
   }
 
-  async function ask(path) {
-    const answer = await fetch(path);
-    if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
-    return answer;
-  }
-
-  const getJson = async (path) => (await ask(path)).json();
-
-  // The sections that the command has written, as they are now; those that changed are replaced.
-  const sections = new Map();
-  async function refreshSections() {
-    const page = new DOMParser().parseFromString(await (await ask("")).text(), "text/html");
-    for (const fresh of page.querySelectorAll("section.written")) {
-      const html = fresh.outerHTML, old = document.getElementById(fresh.id);
-      if ((sections.get(fresh.id) ?? old.outerHTML) !== html) old.replaceWith(fresh);
-      sections.set(fresh.id, html);
+  // Sections that have not changed stay, so that what a reader has opened stays open.
+  function show(page) {
+    for (const fresh of page.querySelectorAll("main > section:not(#curves), #data")) {
+      const old = document.getElementById(fresh.id), html = fresh.outerHTML;
+      if (!old) continue;
+      if (html !== (shown.get(fresh.id) ?? old.outerHTML)) old.replaceWith(fresh);
+      shown.set(fresh.id, html);
     }
+    Curves.drawAll();
   }
 
-  return { follow, getJson, refreshSections };
+  setTimeout(look, PAUSE_MS);
 })();

@@ -1,15 +1,14 @@
-"""Compare runs on one page: which is better and why, curves, speed, answers.
+"""Write one page about runs: curves, answers, speed, and which is better.
 
 example:
   tunesmith report runs/my-run
   tunesmith report runs/lr-1e-4 runs/lr-1e-3 --output comparison.html
   tunesmith report runs/rates  # a sweep, or all runs of a folder
-  tunesmith report runs/* --markdown  # for a pull request or a wiki
   tunesmith report runs/lr-* --json  # figures and verdict, for scripts
 
 The page is one file that opens offline, with the commands to reproduce the
 runs. Runs may be running, finished, failed or copied. After `tunesmith eval
-RUN RUN` the runs are compared row by row.
+RUN RUN` the page says which is better, row by row.
 """
 
 import argparse
@@ -21,12 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directories, or folders of them"
     )
-    parser.add_argument(
-        "--output", metavar="FILE", help="the page (default: report.html, or report.md)"
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="write Markdown instead of HTML")
-    add_json(form)
+    parser.add_argument("--output", metavar="FILE", help="the page (default: report.html)")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:

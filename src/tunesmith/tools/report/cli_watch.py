@@ -1,9 +1,9 @@
-"""Watch runs on a live web page, served to this machine only.
+"""Serve the page of `report` to this machine only, and keep it up to date.
 
 example:
   tunesmith watch runs/my-run  # prints the URL to open; ctrl-C stops it
   tunesmith watch runs/rank-16 runs/rank-64  # side by side
-  tunesmith watch runs  # a list of all runs in a folder, or of a sweep
+  tunesmith watch runs/rates  # the runs of a sweep
 
 Finished runs can be watched too.
 """
@@ -12,7 +12,6 @@ import argparse
 import re
 from pathlib import Path
 
-from tunesmith.cli.options import add_json
 from tunesmith.errors import UsageError
 from tunesmith.host.shell import shell_path, shell_word
 
@@ -23,25 +22,19 @@ _REMOTE_RUN = re.compile(r"((?!-)[\w.@%\[\]-]+):(.+)", re.ASCII)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "run directories, folders of them, or jobs of `tunesmith status`"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
-    output = parser.add_mutually_exclusive_group()
-    add_json(output)
-    browser = "open the page in a browser"
-    output.add_argument("--open", action="store_true", help=browser)
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
     port = "serve the page there (default: a free port)"
     parser.add_argument("--port", type=_port, default=None, help=port)
 
 
 def _port(text: str) -> int:
-    """A port by its number; 0 is a free one. ArgumentTypeError for what is none."""
+    """Return the port of a number; 0 is any free one. Raise ArgumentTypeError for other text."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port: a number of 0 to 65535")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.json and args.port is not None:
-        what = "--port is of the page, which --json does not serve"
-        raise UsageError(what, where="command line: --port", fix="remove one of them")
     _check_local(args)
     from tunesmith.tools.report.run_watch import watch
 
@@ -49,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_local(args: argparse.Namespace) -> None:
-    """UsageError for a run of another host, with the commands that show it."""
+    """Raise UsageError for a run of another host, with the commands that show it."""
     for word in args.runs:
         match = _REMOTE_RUN.fullmatch(word)
         if match is None or Path(word).exists():

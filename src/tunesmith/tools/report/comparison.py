@@ -1,4 +1,4 @@
-"""Runs side by side, for a Python program: what `report` says on its page."""
+"""The comparison of runs for Python programs and `report --json`."""
 
 import json
 import os
@@ -11,9 +11,8 @@ from tunesmith.launch.jobs import with_runs_of_folders
 from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.reader.compare import Verdict, differing_keys, judge
 from tunesmith.reader.figures import figure_rows
-from tunesmith.reader.measure import measure_of
 from tunesmith.reader.run_files import RunFiles, label_apart
-from tunesmith.run_dir import shown
+from tunesmith.run_dir import EvalScores, Fields, shown
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Comparison(Tabular):
     Attributes:
         runs: their names, in the order of the call.
         verdict: `kind` is `better`, `equal`, `none` (it cannot be said) or `alone` (one run);
-            `headline` and `reasons` are sentences; `best` are the places in `runs` of those that
-            are better.
+            `headline` and `reasons` are sentences; `best` are the indices in `runs` of the better
+            ones.
         figures: what differs and what was measured: a text for each run, `–` where there is none.
     """
 
@@ -39,11 +38,11 @@ class Comparison(Tabular):
 
 
 def compare(*runs: str | os.PathLike[str]) -> Comparison:
-    """Put runs side by side: which is better on held-out rows, or why that cannot be said.
+    """Compare runs: their figures, and which is better, or why that cannot be said.
 
     >>> tunesmith.compare("runs/lr-1e-4", "runs/lr-1e-3")
 
-    Runs that `evaluate` has measured on the same rows are compared row by row.
+    Only runs that `evaluate` has measured on the same rows get a verdict, row by row.
 
     Args:
         runs: run directories, or the `Result` of each, or folders of runs; they may still be
@@ -66,15 +65,11 @@ def compare(*runs: str | os.PathLike[str]) -> Comparison:
 
 
 def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, object]:
-    """Figures and verdict as plain values, for `report --json`."""
-    measure = measure_of(runs)
+    """Return figures and verdict as plain values, for `report --json`."""
     rows = []
     for run in runs:
-        best = measure.best(run)
         figures = run.figures
-        evals = []
-        for result in run.evals:
-            evals.append({key: value for key, value in result.items() if key != "row_losses"})
+        step = figures.best_step
         rows.append(
             {
                 "run": run.label,
@@ -82,7 +77,7 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
                 "state": run.state,
                 "step": run.steps,
                 "final_step": run.final_step,
-                "best": best and {"value": best[0], "step": best[1]},
+                "best": step and {"value": figures.validations[step], "step": step},
                 "val_losses": [
                     {"step": step, "value": value} for step, value in figures.validations.items()
                 ],
@@ -92,7 +87,9 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
                 "tokens_per_second": figures.speed and figures.speed.mean,
                 "mfu": figures.mfu,
                 "memory_gib": figures.memory_gib,
-                "evals": evals,
+                "evals": [_without_rows(result) for result in run.evals],
+                "warnings": run.warnings,
+                "damaged": [str(file) for file in run.damaged],
             }
         )
     keys = differing_keys(runs)
@@ -102,14 +99,23 @@ def comparison_values(runs: Sequence[RunFiles], verdict: Verdict) -> dict[str, o
             "best": [runs[index].label for index in verdict.best],
             "difference": verdict.difference and verdict.difference._asdict(),
         },
-        "measure": measure.name,
         "runs": rows,
         "differing_keys": {difference.key: difference.values for difference in keys},
     }
 
 
+def _without_rows(result: EvalScores) -> Fields:
+    """Return the numbers of an `eval` without those of each row."""
+    values: Fields = {key: value for key, value in result.items() if key != "row_losses"}
+    values["scores"] = {
+        scorer: {key: value for key, value in score.items() if key != "by_row"}
+        for scorer, score in result["scores"].items()
+    }
+    return values
+
+
 def _figures(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """The keys that change what is learned, then what was measured."""
+    """Return the keys that change what is learned, and the figures, as a text for each run."""
     texts: dict[str, list[str]] = {}
     for difference in differing_keys(runs):
         if difference.learns:

@@ -3,39 +3,53 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tunesmith.cli.options import report_unreadable
 from tunesmith.errors import UsageError
 from tunesmith.host.streams import show
 from tunesmith.launch.jobs import with_runs_of_folders
-from tunesmith.reader.compare import judge
-from tunesmith.reader.page import write_report
 from tunesmith.reader.run_files import RunFiles, label_apart
 from tunesmith.run_dir import shown
-from tunesmith.tools.report.comparison import comparison_values
 
 
-def write_page(args: argparse.Namespace) -> None:
-    """Write the page of the runs that the options of `report` name, and print the verdict."""
-    output = Path(args.output or ("report.md" if args.markdown else "report.html"))
+def read_runs(
+    words: Sequence[str], read: Callable[[str], RunFiles] = RunFiles
+) -> tuple[list[RunFiles], list[UsageError]]:
+    """Read the runs of the command line, and return those that cannot be read as errors.
+
+    Raise UsageError if no run can be read.
+    """
     runs = []
     unreadable: list[UsageError] = []
-    for folder in with_runs_of_folders(args.runs):
-        # One folder that is no run must not hide the others.
+    for word in with_runs_of_folders(words):
+        # One folder that is not a run must not hide the others.
         try:
-            runs.append(RunFiles(folder))
+            runs.append(read(word))
         except UsageError as error:
             unreadable.append(error)
     report_unreadable(unreadable, shown=len(runs))
     label_apart(runs)
+    return runs, unreadable
+
+
+def write_page(args: argparse.Namespace) -> None:
+    """Write the page of the runs that the options of `report` name, and print the verdict."""
+    # The comparison loads numpy, which `watch` does without until its page is opened.
+    from tunesmith.reader.compare import judge
+    from tunesmith.reader.page import write_report
+    from tunesmith.tools.report.comparison import comparison_values
+
+    output = Path(args.output or "report.html")
+    runs, unreadable = read_runs(args.runs)
     note = ""
     if unreadable:
         reasons = "; ".join(f"{error.where}: {error.what}" for error in unreadable)
         note = f"Skipped: {reasons}"
     # A script that reads the JSON needs no page, unless it names one.
     if args.output or not args.json:
-        write_report(runs, output, markdown=args.markdown, note=shown(note))
+        write_report(runs, output, note=shown(note))
     for run in runs:
         for file in run.damaged:
             show(f"damaged: {run.label}: {file}", sys.stderr)
@@ -45,7 +59,4 @@ def write_page(args: argparse.Namespace) -> None:
         return
     verdict_lines = [verdict.headline, *(f"  {reason}" for reason in verdict.reasons)]
     show("\n".join(verdict_lines), sys.stdout)
-    if args.markdown:
-        print(output)
-    else:
-        print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")
+    print(f"{output}: {output.stat().st_size / 1024:.0f} KiB, open it in a browser")
