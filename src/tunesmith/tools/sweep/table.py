@@ -67,7 +67,10 @@ def best_lines(result: SweepResult) -> Iterator[str]:
         gap = (second["loss"] or 0.0) - best["loss"]
         yield f"second: {second['name']}, {name} {second['loss']:.4f}: {gap:.4f} higher"
         folders = [Path(candidate["run_dir"]) for candidate in candidates[:2]]
-        yield f"verdict: {judge([RunFiles(folder) for folder in folders]).headline}"
+        verdict = judge([RunFiles(folder) for folder in folders])
+        # Only after `eval` of both.
+        if verdict.difference is not None:
+            yield f"verdict: {verdict.headline}"
         if name == "val_loss":
             words = " ".join(shell_path(from_here(folder)) for folder in folders)
             yield f"compare them row by row: tunesmith eval {words}"
