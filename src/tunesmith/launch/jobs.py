@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -230,18 +230,13 @@ def holds_runs(folder: Path) -> bool:
     return not is_run_itself and next(run_folders(folder), None) is not None
 
 
-def run_folders(folder: Path, listed: Container[Path] = ()) -> Iterator[Path]:
-    """The run directories in a folder and, where a folder in it is no run, in that one.
-
-    listed: folders of runs.
-    """
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the run directories in a folder and in those of its folders that are not runs."""
     for path in _subfolders(folder):
-        if path in listed or holds_run(path):
+        if holds_run(path):
             yield path
-            continue
-        for inner in _subfolders(path):
-            if inner in listed or holds_run(inner):
-                yield inner
+        else:
+            yield from (inner for inner in _subfolders(path) if holds_run(inner))
 
 
 def _subfolders(folder: Path) -> list[Path]:

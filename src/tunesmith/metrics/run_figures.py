@@ -1,12 +1,11 @@
 """The figures of a run that follow from its records, by one name each.
 
-The closing summary, the page of runs, `watch` and a sweep show these.
+The closing summary, the page of runs and a sweep show these.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from math import isfinite
 from statistics import fmean, stdev
 from typing import Self
@@ -156,12 +155,3 @@ class RunFigures:
         measured = [(mfu, time) for mfu, time in values if mfu and time]
         seconds = sum(time for _, time in measured)
         return sum(mfu * time for mfu, time in measured) / seconds if seconds else None
-
-    @cached_property
-    def axes(self) -> dict[str, list[float]]:
-        """For each record its step, the tokens up to it, and the seconds of training up to it."""
-        axes = {}
-        for name, column in {"step": "step", "tokens": "tokens", "seconds": "step_seconds"}.items():
-            values = [value if value and isfinite(value) else 0.0 for value in self.column(column)]
-            axes[name] = values if name == "step" else list(accumulate(values))
-        return axes

@@ -148,26 +148,27 @@ class RunFiles:
 
     def refresh(self) -> None:
         """Read all files again."""
+        folder, take = self.folder, self._take
         self.damaged: list[DamagedFile] = []
-        self.figures = self._take(METRICS, read_records(self.folder / METRICS))
+        self.figures = take(METRICS, read_records(folder / METRICS))
         self.ranks: dict[int, Columns] = {}
-        for path in sorted(self.folder.glob(RANK_METRICS)):
+        for path in sorted(folder.glob(RANK_METRICS)):
             match = _RANK_METRICS_NAME.fullmatch(path.name)
             if match:
-                self.ranks[int(match[1])] = self._take(path.name, read_records(path)).columns
+                self.ranks[int(match[1])] = take(path.name, read_records(path)).columns
         self._read_log()
-        self.recipe = self._take(RECIPE, read_recipe(self.folder))
-        self.env = self._take(IDENTITY, read_env(self.folder))
-        self.failure = self._take(FAILURE, read_failure(self.folder))
-        self.stopped = self._take(STOPPED, read_stopped(self.folder))
-        self.samples = self._take(SAMPLES, read_samples(self.folder))
-        self.final = self._take(FINAL_MANIFEST, read_part(self.folder / FINAL, read_manifest))
+        self.recipe = take(RECIPE, read_recipe(folder))
+        self.env = take(IDENTITY, read_env(folder))
+        self.failure = take(FAILURE, read_failure(folder))
+        self.stopped = take(STOPPED, read_stopped(folder))
+        self.samples = take(SAMPLES, read_samples(folder))
+        self.final = take(FINAL_MANIFEST, read_part(folder / FINAL, read_manifest))
         self.evals = [*self._read_each(f"{EVALS}/{SCORES}", read_scores).values()]
         self.profiles = self._read_each(PROFILES, read_profile)
-        state, self.steps = how_far(
-            self.figures.last("step"), self.failure, self.stopped, self.final
-        )
-        self.state = RunState.RUNNING if is_at_work(self.folder) else state
+
+        last_step = self.figures.last("step")
+        state, self.steps = how_far(last_step, self.failure, self.stopped, self.final)
+        self.state = RunState.RUNNING if is_at_work(folder) else state
 
     def _take(self, name: str, part: Part[T]) -> T:
         """Return what a file holds, and note what of it cannot be read."""
