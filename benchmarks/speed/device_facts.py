@@ -22,7 +22,7 @@ import torch
 from tunesmith.metrics.hardware import describe_machine, matmul_tflops, seconds_of
 
 MISSING_PACKAGES = 3  # the exit status if first_gpu_prep.sh has to bring more
-NEEDED = ("transformers", "peft", "pyarrow", "jinja2", "psutil", "regex", "rich", "tensorboard")
+NEEDED = ("transformers", "peft", "pyarrow", "jinja2", "psutil", "regex", "rich")
 NEEDED += ("ruamel.yaml", "pydantic", "datasketch")
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}  # many times the cache
 

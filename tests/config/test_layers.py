@@ -192,7 +192,7 @@ def test_what_a_parent_gave_can_be_cleared(parent: Path, key: str, value: str) -
     [
         "train.learning_rate", "train.duration", "train.seed", "train.betas", "train.cpu_offload", "train", "adapter", "model",
         "data.seq_len", "data.template", "data.train.columns", "data.train.weight", "adapter.modules_to_save",
-        "model.name", "data.train.source", "output_dir", "log.tensorboard",
+        "model.name", "data.train.source", "output_dir", "log.wandb",
     ],
 )  # fmt: skip
 def test_no_value_is_not_the_default(parent: Path, key: str) -> None:

@@ -18,15 +18,24 @@ from typing import TextIO
 import pytest
 from rich.progress import Task, TaskID
 
-from errors import holds
+from errors import holds, refuses
 from records import RUN, record
+from tunesmith.checkpoint.resume import Start
 from tunesmith.config.schema import Log, Run, Train
 from tunesmith.errors import MachineError
 from tunesmith.host.streams import is_terminal
 from tunesmith.metrics.log_file import LogFile
 from tunesmith.metrics.record import read_records
-from tunesmith.metrics.sink import JsonlSink, SampleAnswer, Sink, Sinks, TensorBoardSink
+from tunesmith.metrics.sink import (
+    JsonlSink,
+    SampleAnswer,
+    Sink,
+    Sinks,
+    TensorBoardSink,
+    writes_tensorboard,
+)
 from tunesmith.metrics.terminal import Terminal, TimeLeftColumn
+from tunesmith.training.prepare import check_inputs
 from tunesmith.training.run import sinks_of
 from tunesmith.units import Length
 
@@ -409,6 +418,24 @@ def test_no_color_keeps_the_bar_and_takes_its_colours(
     assert "step 2/4" in text
     assert "\x1b[?25l" in text  # the bar hides the cursor
     assert not re.search(r"\x1b\[[\d;]*(3[0-9]|38)[\d;]*m", text)
+
+
+def test_tensorboard_is_written_if_it_is_installed_or_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writes(**log: object) -> bool:
+        return writes_tensorboard(replace(run, log=Log(**log)))
+
+    assert writes()
+    assert not writes(tensorboard=False, tensorboard_dir="logs")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.metrics.sink.find_spec", lambda name: None)
+    assert not writes()
+    assert writes(tensorboard=True)
+    assert writes(tensorboard_dir="logs")
+    for log in (Log(tensorboard=True), Log(tensorboard_dir="logs")):
+        with refuses(MachineError, where="log.tensorboard", fix=["pip install 'tensorboard"]):
+            check_inputs(replace(run, log=log), Start())
 
 
 def test_a_recipe_chooses_its_sinks(tmp_path: Path, run: Run) -> None:

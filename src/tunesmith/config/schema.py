@@ -480,7 +480,11 @@ class Log:
         "interval of log lines; metrics.jsonl has every step",
         others=("logging_steps", "log_every_n_steps"),
     )
-    tensorboard: bool = key(True, "write TensorBoard events", others=("plot_loss",))
+    tensorboard: bool | None = key(
+        None,
+        "write TensorBoard events; null: if tensorboard is installed or tensorboard_dir is set",
+        others=("plot_loss",),
+    )
     tensorboard_dir: str | None = key(
         None, "folder of the events; null: `tensorboard/` in output_dir"
     )

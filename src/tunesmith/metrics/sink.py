@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -184,6 +185,16 @@ class RankSink(Sink):
 
     def text(self, title: str, body: str) -> None:
         print(body, file=sys.stderr, flush=True)
+
+
+def writes_tensorboard(run: Run) -> bool:
+    """Return whether the run writes TensorBoard events.
+
+    It does so without being asked if the package is installed.
+    """
+    if run.log.tensorboard is not None:
+        return run.log.tensorboard
+    return run.log.tensorboard_dir is not None or find_spec("tensorboard") is not None
 
 
 class TensorBoardSink(Sink):

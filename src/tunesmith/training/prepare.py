@@ -39,6 +39,7 @@ from tunesmith.host.shell import shell_word
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import ModelFiles, read_model_files, spec_of_folder
 from tunesmith.methods import METHODS
+from tunesmith.metrics.sink import writes_tensorboard
 from tunesmith.metrics.trackers import key_and_fix, trackers_of
 from tunesmith.model.safetensors_files import weights_digest
 from tunesmith.model.spec import ModelSpec
@@ -166,6 +167,8 @@ def check_inputs(run: Run, start: Start) -> None:
     """
     for name in trackers_of(run):
         packages.require(name, **key_and_fix(run, name))
+    if writes_tensorboard(run):
+        packages.require("tensorboard", where="log.tensorboard", fix="log.tensorboard=false")
     for source in (*run.data.train, *run.data.validation):
         if is_local(source.source):
             check_local(Path(source.source).expanduser(), source.name)

@@ -65,6 +65,7 @@ from tunesmith.metrics.sink import (
     Sink,
     Sinks,
     TensorBoardSink,
+    writes_tensorboard,
 )
 from tunesmith.metrics.summary import write_failure
 from tunesmith.metrics.terminal import Terminal
@@ -545,7 +546,7 @@ def sinks_of(run: Run, folder: Path, terminal: Terminal) -> Sinks:
     be slow.
     """
     sinks: list[Sink] = [terminal, JsonlSink(folder / METRICS), SamplesSink(folder / SAMPLES)]
-    if run.log.tensorboard:
+    if writes_tensorboard(run):
         shared_folder = run.log.tensorboard_dir
         events = Path(shared_folder or folder / "tensorboard")
         sinks.append(TensorBoardSink(events, shared=shared_folder is not None))
