@@ -372,6 +372,12 @@ BAD = {
         "peft: {_target_: nemo_automodel.components._peft.lora.PeftConfig, dim: 8, alpha: 32}\n"
         "dataloader: {collate_fn: nemo_automodel.components.datasets.utils.default_collater}\n",
         ["a file of NeMo AutoModel", "step_scheduler.global_batch_size is train.global_batch", "peft.dim adapter.rank"]),
+    "nemo automodel, a short file": (
+        "recipe: TrainFinetuneRecipeForNextTokenPrediction\nmodel:\n  _target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained\n"
+        "  template: a\ndataset: {dataset_name: d, dataset_config: c}\n",
+        ["a file of NeMo AutoModel", "nemo_automodel", "tunesmith train --model"]),
+    "nemo automodel, by its sections": ("recipe: finetune\nmodel: {pretrained_model_name_or_path: m}\nstep_scheduler: {max_steps: 3}\n",
+                                        ["a file of NeMo AutoModel"]),
     "nemo 2": ("_target_: nemo.collections.llm.api.finetune\n_partial_: true\ntrainer: {max_steps: 9}\n", ["a file of NeMo,", "--data"]),
     "accelerate": ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\n", ["a file of accelerate", "parallel.shard", "tunesmith launch"]),
 }  # fmt: skip
@@ -599,12 +605,32 @@ def test_what_has_no_template_arguments_says_so(tmp_path: Path) -> None:
         ("axolotl", {"wandb_project": "chats", "wandb_name": "first"}),
         ("torchtune", {"metric_logger": {"_component_": "m.WandBLogger", "project": "chats"}}),
         ("trl", {"report_to": "wandb", "project": "chats"}),
+        ("trl", {"report_to": "wandb", "wandb_project": "chats"}),
     ],
 )
 def test_the_project_of_wandb_is_kept(tool: str, values: dict[str, Any], tmp_path: Path) -> None:
     recipe = translated(tool, BASES[tool] | values, tmp_path)
     assert recipe.values["log.wandb"] is True
     assert recipe.values["log.project"] == "chats"
+
+
+@pytest.mark.parametrize(
+    ("tool", "values", "key", "expected"),
+    [
+        ("axolotl", {"use_comet": True, "comet_project_name": "chats"}, "log.trackers", ["comet_ml"]),
+        ("axolotl", {"use_trackio": True, "trackio_project_name": "chats"}, "log.trackers", ["trackio"]),
+        ("axolotl", {"use_mlflow": True, "mlflow_experiment_name": "chats"}, "log.trackers", ["mlflow"]),
+        ("axolotl", {"use_tensorboard": True}, "log.tensorboard", True),
+        ("trl", {"report_to": "tensorboard"}, "log.tensorboard", True),
+        ("llamafactory", {"report_to": "none"}, "log.tensorboard", None),
+    ],
+)  # fmt: skip
+def test_trackers_become_ours(
+    tool: str, values: dict[str, Any], key: str, expected: Any, tmp_path: Path
+) -> None:
+    recipe = translated(tool, BASES[tool] | values, tmp_path)
+    assert recipe.values.get(key) == expected
+    assert recipe.values.get("log.project") == ("chats" if len(values) > 1 else None)
 
 
 @pytest.mark.parametrize(

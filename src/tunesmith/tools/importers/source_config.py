@@ -95,14 +95,18 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
     Raise UsageError if several tools have as many, or if the tool is not supported.
     """
     words = {word for name in keys for word in name.split(".")}
-    for name, key in keys.items():
-        if name.endswith("_target_"):
-            words.add(str(key.value).partition(".")[0])
+    targets = [str(key.value) for name, key in keys.items() if name.endswith("_target_")]
+    packages = {target.partition(".")[0] for target in targets}
     unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").plain()
     # The first tools win over later ones with as many marks.
     tables = {tool: table(tool) for tool in IMPORTED_TOOLS} | unsupported
     found = {tool: [m for m in known["marks"] if m in words] for tool, known in tables.items()}
     best, second, *_ = sorted(found, key=lambda tool: len(found[tool]), reverse=True)
+    # A class of a tool's package is certain.
+    for tool, known in unsupported.items():
+        if known.get("package") in packages:
+            best, named = tool, None
+            found[tool].insert(0, f"_target_: {known['package']}")
     if named and (found[named] or not found[best]):
         return named
     why = f"it has {', '.join(found[best][:3]) or 'no known key'}"
