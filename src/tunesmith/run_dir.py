@@ -68,7 +68,6 @@ LOCK = ".lock"
 STOP_FILE = "stop"  # asks a run to save and end
 FINAL = "final"
 MANIFEST = "manifest.json"  # of final/ and of each checkpoint
-PROFILES = "profile/summary-rank*.json"
 SWEEP = "sweep.json"
 EVALS = "evals"  # a folder of answers and scores of `eval`
 SCORES = "*.scores.json"  # in it
@@ -583,28 +582,6 @@ def read_samples(folder: Path) -> Part[list[Sample]]:
             fault = fault or f"line {number}: {reason}"
     rows.sort(key=lambda row: row["step"])
     return Part(rows, fault, skipped or None)
-
-
-class ProfiledOperation(TypedDict):
-    """An operation of a profile: its calls, own time and share of all time."""
-
-    name: str
-    calls: Count
-    ms: float
-    share: float
-
-
-class ProfileSummary(TypedDict):
-    """A summary of `profile/`; `peak_bytes` by device."""
-
-    gpu_busy_share: float | None
-    peak_bytes: dict[str, float]
-    operations: list[ProfiledOperation]
-
-
-def read_profile(path: Path) -> ProfileSummary:
-    """A summary of `profile/`; OSError or ValueError where it is damaged."""
-    return read_object(path, ProfileSummary)
 
 
 class RowLosses(TypedDict):

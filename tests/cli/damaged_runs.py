@@ -30,7 +30,7 @@ SECONDS = 60  # after which a command counts as hanging
 TARGETS = (
     "metrics.jsonl", "metrics.jsonl", "metrics.jsonl", "metrics-rank1.jsonl", "samples.jsonl", "samples.jsonl", "config.yaml",
     "config.yaml", "env.json", "env.json", "log.txt", "final/manifest.json", "final/manifest.json", "final/adapter_config.json",
-    "profile/summary-rank0.json", "failure.json", "stopped.json", "running.json", ".lock",
+    "failure.json", "stopped.json", "running.json", ".lock",
 )  # fmt: skip
 # What a run leaves beside its records by the way it ended; each seed draws one.
 ENDINGS: dict[str, dict[str, Any]] = {
@@ -40,9 +40,6 @@ ENDINGS: dict[str, dict[str, Any]] = {
     "stopped.json": {"signal": None, "reason": "memory", "step": 3, "next": "train again", "figures": {"free_bytes": 5}},
     "running.json": {"process": 4711, "host": "here", "boot": "", "oom_kills": 0, "began": "2026-01-01 10:00:00"},
 }  # fmt: skip
-PROFILE = {"gpu_busy_share": None, "peak_bytes": {"CPU": 12345}, "operations": [
-    {"name": "aten::mm", "calls": 12, "ms": 3.5, "share": 0.7}, {"name": "aten::add", "calls": 3, "ms": 1.5, "share": 0.3},
-]}  # fmt: skip
 ODD = [
     None, True, -1, 0, 1.5, 10**400, -(10**400), 10**16, 1e300, "x", "", "NaN", "-Infinity", "9" * 400, "\ud800", "\0", [], {},
     [[]], [1, 2], ["x"], {"a": {"b": [None]}}, "x" * 70_000,
@@ -80,10 +77,8 @@ class Outcome:
 
 
 def complete(run: Path) -> None:
-    """Add what a run on several ranks with a profile has beside the files that a short one writes."""
+    """Add the files of a run on several ranks to those of a short one."""
     shutil.copy(run / "metrics.jsonl", run / "metrics-rank1.jsonl")
-    (run / "profile").mkdir(exist_ok=True)
-    (run / "profile/summary-rank0.json").write_text(json.dumps(PROFILE))
     rows = [
         {"step": step, "prompt": "Say amber", "answer": f"amber {step}", "expected": "amber"}
         for step in (0, 4)

@@ -79,7 +79,6 @@ def render_page(runs: Sequence[RunFiles], *, note: str = "", live: bool = False)
         samples=prompts_of(runs),
         system=_common_system_prompt(runs),
         constants=constants,
-        profiles=[(run, *profile) for run in runs for profile in run.profiles.items()],
         reproduce=[_reproduce(run) for run in runs],
         # Only this script runs: text of a run that looks like a script does not.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -6,7 +6,7 @@ still being written, fields of another version.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
@@ -28,12 +28,12 @@ from tunesmith.run_dir import (
     MANIFEST,
     METRICS,
     NO_FINAL_ANSWERS,
-    PROFILES,
     RECIPE,
     SAMPLES,
     SCORES,
     STOP_FILE,
     STOPPED,
+    EvalScores,
     Failure,
     Fields,
     Part,
@@ -46,7 +46,6 @@ from tunesmith.run_dir import (
     read_failure,
     read_manifest,
     read_part,
-    read_profile,
     read_recipe,
     read_samples,
     read_scores,
@@ -77,7 +76,6 @@ PARTS = (
     SAMPLES,
     FINAL_MANIFEST,
     f"{EVALS}/{SCORES}",
-    PROFILES,
 )
 
 
@@ -126,7 +124,6 @@ class RunFiles:
         failure, stopped: failure.json and stopped.json, None if the file does not exist.
         final: the manifest of final/; None if it does not exist or is damaged.
         evals: the content of each file of scores of `eval`, the oldest first.
-        profiles: the summaries of `profile/`, by name.
         state: the run's state; steps: the optimizer steps that were taken.
         log_tail: the last lines of log.txt; warnings: its newest warnings, each once.
         damaged: the files that cannot be read, or only in part.
@@ -163,8 +160,11 @@ class RunFiles:
         self.stopped = take(STOPPED, read_stopped(folder))
         self.samples = take(SAMPLES, read_samples(folder))
         self.final = take(FINAL_MANIFEST, read_part(folder / FINAL, read_manifest))
-        self.evals = [*self._read_each(f"{EVALS}/{SCORES}", read_scores).values()]
-        self.profiles = self._read_each(PROFILES, read_profile)
+        self.evals: list[EvalScores] = []
+        for path in sorted(folder.glob(f"{EVALS}/{SCORES}"), key=signature_of):
+            scores = take(shown(path.relative_to(folder)), read_part(path, read_scores))
+            if scores is not None:
+                self.evals.append(scores)
 
         last_step = self.figures.last("step")
         state, self.steps = how_far(last_step, self.failure, self.stopped, self.final)
@@ -175,15 +175,6 @@ class RunFiles:
         if part.fault:
             self.damaged.append(DamagedFile(name, part.lines, part.fault))
         return part.value
-
-    def _read_each(self, pattern: str, read: Callable[[Path], T]) -> dict[str, T]:
-        """Read the files that match a pattern, the oldest first, by their names."""
-        values = {}
-        for path in sorted(self.folder.glob(pattern), key=signature_of):
-            value = self._take(shown(path.relative_to(self.folder)), read_part(path, read))
-            if value is not None:
-                values[shown(path.stem).removeprefix("summary-")] = value
-        return values
 
     def _read_log(self) -> None:
         content = self._take(LOG, read_part(self.folder / LOG, read_bytes)) or b""

@@ -100,11 +100,6 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a list as stopped": ("stopped.json", holding("stopped.json", "[1]")),
     "a list as manifest": ("final/manifest.json", holding("final/manifest.json", "[1]")),
     "a text as its step": ("final/manifest.json", holding("final/manifest.json", '{"step": "9", "files": {}}')),
-    "a list as profile": ("profile/summary-rank0.json", holding("profile/summary-rank0.json", "[1]")),
-    "a profile of another form": (
-        "profile/summary-rank0.json",
-        holding("profile/summary-rank0.json", '{"operations": [{"name": 3}], "peak_bytes": {}, "gpu_busy_share": null}'),
-    ),
 }  # fmt: skip
 
 

@@ -171,24 +171,6 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
         assert not value or f"{field.replace('_', ' ')} {words}" in text
 
 
-def test_a_profile(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a")
-    (run.folder / "profile").mkdir()
-    summary = {
-        "operations": [{"name": "aten::mm", "calls": 12, "ms": 34.56, "share": 0.75}],
-        "gpu_busy_share": 0.875,
-        "peak_bytes": {"GPU 0": 3 << 29},
-    }
-    (run.folder / "profile" / "summary-rank0-1.json").write_text(json.dumps(summary))
-    (run.folder / "profile" / "summary-rank1-1.json").write_text("{cut")
-    run.refresh()
-    assert [file.file for file in run.damaged] == ["profile/summary-rank1-1.json"]
-    text = visible(render_page([run]))
-    assert "87.5 %" in text
-    assert "Peak on GPU 0: 1.50 GiB." in text
-    assert "aten::mm 34.6 75.0 % 12" in text
-
-
 def test_ranks(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", steps=2)
     (run.folder / "metrics-rank1.jsonl").write_text(
