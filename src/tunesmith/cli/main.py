@@ -112,8 +112,8 @@ OTHER_OPTIONS = {
     "tunesmith bench --plain": "nothing: the table is plain text",
     "tunesmith plan --price": "multiply: hours x GPUs x price; `hours` is in plan --json",
     "tunesmith plan --assume": (
-        "--on with the GPU that is nearest to yours, or plan on the machine itself; without an "
-        "option a bandwidth that is not known leaves the times out"
+        "--on with the GPU of the table that is nearest to yours, or plan on the machine itself; "
+        "an unknown bandwidth of a link only leaves the times out"
     ),
     "tunesmith plan --all": (
         "remove it: plan shows the mesh that train takes; parallel.shard=N parallel.tensor=N plans "

@@ -25,10 +25,6 @@ class MeshShape(NamedTuple):
         """`replicate 2 x shard 4 x tensor 1`."""
         return f"replicate {self.replicate} x shard {self.shard} x tensor {self.tensor}"
 
-    def sizes(self) -> str:
-        """`2 x 4 x 1`, in the order of `describe`."""
-        return f"{self.replicate} x {self.shard} x {self.tensor}"
-
 
 ONE = MeshShape()
 

@@ -1,7 +1,7 @@
-"""Forecast memory and time of a run on machines that need not be here, for every mesh of ranks.
+"""The forecast of a run's memory and time on a mesh, and the choice of the mesh.
 
-Memory, micro batch and recompute are what `train` plans by, in `planning/resolve.py`; time is that
-of `planning/step_time.py`.
+`train` and `plan` choose by it. Memory, micro batch and recompute come from `resolve.py`, the time
+of a step from `step_time.py`.
 """
 
 import math
@@ -56,7 +56,7 @@ class Forecast:
 
 
 def plan_on_paper(run: Run, spec: ModelSpec, cluster: Cluster, work: Workload) -> "Planner":
-    """The planner for machines that are not here.
+    """Return the planner for machines that are not here.
 
     Everything is assumed to work which the chip has. MachineError for bf16, where it has none.
     """
@@ -119,10 +119,6 @@ class Planner:
     machine: Machine
     trained: int
     previous_micro_batch: Size | None = None
-
-    @property
-    def trains_adapter(self) -> bool:
-        return self.run.adapter.kind == "lora"
 
     def meshes(self) -> list[MeshShape]:
         return meshes_for(self.run, self.spec, self.cluster.world, self.cluster.per_node)
@@ -204,7 +200,7 @@ class Planner:
         )
 
     def forecast(self, mesh: MeshShape) -> Forecast:
-        """Memory and time of a mesh, with the micro batch that `train` takes."""
+        """Forecast memory and time on a mesh, with the micro batch that `train` takes."""
         run = self.run
         work = self.work
         estimator = MemoryEstimator(
@@ -262,7 +258,7 @@ class Planner:
         )
 
     def _changed(self, run: Run) -> "Planner":
-        """The planner of a recipe that differs in what `find_savings` changes."""
+        """Return the planner of a recipe that differs in what `find_savings` changes."""
         trained = self.trained
         if run.adapter.kind != self.run.adapter.kind:
             trained = _count_trained(run, self.spec)
@@ -281,7 +277,7 @@ class Planner:
         # An adapter's copies are written beside the next steps; a whole model between two, tensor
         # by tensor.
         save = memory.total
-        if not self.trains_adapter:
+        if self.run.adapter.kind == "none":
             save = memory.static
             if plan.mesh.world > 1:
                 save += 4 * largest

@@ -33,10 +33,6 @@ class Cluster:
         counts = [str(count) for count in (self.nodes, self.per_node) if count > 1]
         return " x ".join([*counts, self.chip.name])
 
-    def inside(self, ranks: int, stride: int) -> int:
-        """Those of a group of `ranks`, `stride` apart, that are on one node."""
-        return min(ranks, max(1, self.per_node // stride))
-
     def bandwidth(self, ranks: int, stride: int) -> float:
         """Bytes/s of each rank in a ring of `ranks`, `stride` apart.
 
@@ -47,7 +43,8 @@ class Cluster:
         # The whole group is on one node.
         if ranks * stride <= self.per_node:
             return 1e9 * link
-        inside = self.inside(ranks, stride)
+        # Ranks of the group on one node.
+        inside = max(1, self.per_node // stride)
         across = inside * (self.chip.network or 0.0)
         if inside > 1:
             # A ring is as fast as its slowest hop: into the next node, or over the links within

@@ -134,7 +134,7 @@ def _details(planner: Planner, best: Forecast, model: PaperModel) -> list[str]:
 
 
 def _seconds_text(seconds: float) -> str:
-    """Seconds of a step: `2.67`, and `0.0038` of a short one."""
+    """Return the seconds of a step: `2.67`, or `0.0038` if it is short."""
     return f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
 
 
