@@ -288,10 +288,7 @@ def test_kill_9_anywhere_and_the_same_command_goes_on(tiny: Path, tmp_path: Path
         for newest in [*list_checkpoints(Path(theirs["run_dir"])).values()][:1]:
             assert tensors(Path(ours["run_dir"], newest.name)) == tensors(newest)
     assert outcome["best"] == whole["best"]
-    assert ended.stdout.splitlines() == [*sweep_lines(outcome), f"report: {out / 'report.html'}"]
-    page = (out / "report.html").read_text()
-    assert f"best: {outcome['best']}" in page
-    assert all(c["name"] in page for c in outcome["candidates"])
+    assert ended.stdout.splitlines() == [*sweep_lines(outcome)]
 
 
 def test_layers_are_compiled_once_a_rank_as_in_a_run_alone(

@@ -27,7 +27,6 @@ from tunesmith.cli.recipe_options import RECIPE_HELP, add_new_recipe, chosen_rec
 from tunesmith.config.load import load_recipe
 from tunesmith.distributed.ranks import reported_once_a_node, started_as
 from tunesmith.errors import EXIT_OK, EXIT_STOPPED
-from tunesmith.host.files import from_here
 from tunesmith.host.signals import StopRequest
 from tunesmith.host.streams import lasting
 from tunesmith.launch.node import run_agent
@@ -89,12 +88,11 @@ def sweep_or_launch(args: argparse.Namespace, space: Space) -> int | None:
         return code
     with StopRequest() as early, early.loading_libraries():
         from tunesmith.tools.sweep.run import run_sweep
-        from tunesmith.tools.sweep.table import sweep_lines, sweep_page
+        from tunesmith.tools.sweep.table import sweep_lines
     result = run_sweep(args.recipe, space, argv=sys.argv)
     if not is_main_process():
         return None
     # The sweep has ended well, whether or not someone reads this.
     sys.stdout = lasting(sys.stdout)
-    lines = [*sweep_lines(result), f"report: {from_here(sweep_page(result))}"]
-    print(json.dumps(result) if args.json else "\n".join(lines))
+    print(json.dumps(result) if args.json else "\n".join(sweep_lines(result)))
     return None

@@ -89,14 +89,8 @@ def read_space(words: Sequence[str]) -> Space:
             fix = shell_word(f"{key}={text}")
             raise RecipeError(f"{key} is set twice", where=where, fix=fix)
         if span:
-            low, high = span.groups()
-            # The geometric mean, written as 1e-4 and not as 0.0001.
-            mean = math.sqrt(max(0.0, float(low) * float(high)))
-            middle = str(round(mean))
-            if 0 < mean < 1:
-                middle = f"{mean:.1e}".replace(".0e", "e").replace("e-0", "e-")
             what = f"{text} is a range, but a sweep tries the values of a list"
-            fix = shell_word(f"{key}={','.join(dict.fromkeys((low, middle, high)))}")
+            fix = shell_word(f"{key}={','.join(span.groups())}")
             raise RecipeError(what, where=where, fix=fix)
         # 1e-4 and 0.0001 are one value.
         different: dict[Scalar, str] = {}

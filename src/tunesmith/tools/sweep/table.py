@@ -9,19 +9,8 @@ from pathlib import Path
 
 from tunesmith.host.files import from_here
 from tunesmith.host.shell import shell_path
-from tunesmith.reader.compare import judge
-from tunesmith.reader.page import write_report
-from tunesmith.reader.run_files import RunFiles
 from tunesmith.run_dir import FINAL, RECIPE, weights_step
 from tunesmith.tools.sweep.sweep_file import CandidateResult, SweepResult
-
-
-def sweep_page(result: SweepResult) -> Path:
-    """Write the report of all candidates next to sweep.json and return its path."""
-    folders = [Path(candidate["run_dir"]) for candidate in result["candidates"]]
-    page = folders[0].parent / "report.html"
-    write_report([RunFiles(folder) for folder in folders], page, note="; ".join(best_lines(result)))
-    return page
 
 
 def sweep_lines(result: SweepResult) -> Iterator[str]:
@@ -66,13 +55,10 @@ def best_lines(result: SweepResult) -> Iterator[str]:
         second = candidates[1]
         gap = (second["loss"] or 0.0) - best["loss"]
         yield f"second: {second['name']}, {name} {second['loss']:.4f}: {gap:.4f} higher"
-        folders = [Path(candidate["run_dir"]) for candidate in candidates[:2]]
-        verdict = judge([RunFiles(folder) for folder in folders])
-        # Only after `eval` of both.
-        if verdict.difference is not None:
-            yield f"verdict: {verdict.headline}"
         if name == "val_loss":
+            folders = [Path(candidate["run_dir"]) for candidate in candidates[:2]]
             words = " ".join(shell_path(from_here(folder)) for folder in folders)
             yield f"compare them row by row: tunesmith eval {words}"
     yield f"adapter: {folder / FINAL}; try it: tunesmith chat {shell_path(folder)}"
     yield f"recipe to copy: {folder / RECIPE}"
+    yield f"curves of all: tunesmith report {shell_path(folder.parent)}"
