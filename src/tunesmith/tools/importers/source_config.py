@@ -94,25 +94,22 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
 
     Raise UsageError if several tools have as many, or if the tool is not supported.
     """
-    words = {word for name in keys for word in name.split(".")}
+    unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").plain()
     targets = [str(key.value) for name, key in keys.items() if name.endswith("_target_")]
     packages = {target.partition(".")[0] for target in targets}
-    unsupported: ToolTable = read_file(TABLES / "unsupported.yaml").plain()
+    for tool, known in unsupported.items():
+        if known.get("package") in packages:
+            raise _refuse_tool(tool, known["fix"], path, f"it names a class of {known['package']}")
+    words = {word for name in keys for word in name.split(".")}
     # The first tools win over later ones with as many marks.
     tables = {tool: table(tool) for tool in IMPORTED_TOOLS} | unsupported
     found = {tool: [m for m in known["marks"] if m in words] for tool, known in tables.items()}
     best, second, *_ = sorted(found, key=lambda tool: len(found[tool]), reverse=True)
-    # A class of a tool's package is certain.
-    for tool, known in unsupported.items():
-        if known.get("package") in packages:
-            best, named = tool, None
-            found[tool].insert(0, f"_target_: {known['package']}")
     if named and (found[named] or not found[best]):
         return named
     why = f"it has {', '.join(found[best][:3]) or 'no known key'}"
     if best in unsupported:
-        what = f"this is a file of {best}, which is not supported by import"
-        raise UsageError(what, where=str(path), why=why, fix=unsupported[best]["fix"])
+        raise _refuse_tool(best, unsupported[best]["fix"], path, why)
     if named or (len(found[best]) == len(found[second]) and second in IMPORTED_TOOLS):
         what = "cannot detect which tool this file is for"
         if named:
@@ -120,6 +117,12 @@ def _choose_tool(keys: Mapping[str, SourceKey], path: Path, named: str | None) -
         fix = f"name the tool: --from {best}; known are {', '.join(IMPORTED_TOOLS)}"
         raise UsageError(what, where=str(path), why=why, fix=fix)
     return best
+
+
+def _refuse_tool(tool: str, fix: str, path: Path, why: str) -> UsageError:
+    """Return the error for a file of a tool that is not supported."""
+    what = f"this is a file of {tool}, which is not supported by import"
+    return UsageError(what, where=str(path), why=why, fix=fix)
 
 
 def _refuse_program(path: Path) -> UsageError:
