@@ -103,7 +103,7 @@ def plans() -> dict[str, dict[str, Any]]:
     from tunesmith.errors import EXIT_USAGE
     from tunesmith.planning import machines
 
-    machines.available_memory = lambda: CPU_BYTES  # type: ignore[assignment]
+    machines.available_memory = lambda: CPU_BYTES
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["PATH"] = temporary  # without nvidia-smi, `here` is a CPU on every machine
