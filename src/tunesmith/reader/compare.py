@@ -128,7 +128,7 @@ def _alone(run: RunFiles) -> Verdict:
 
 
 class MeasuredRows(NamedTuple):
-    """What an `eval` measured of each row.
+    """The measurements of an `eval`, row by row.
 
     Attributes:
         data: the name of the file of rows.

@@ -94,7 +94,7 @@ def _static(names: Sequence[str]) -> str:
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
-class Answer(NamedTuple):
+class ShownAnswer(NamedTuple):
     """The answer of a run at a step; `is_final`: of the final weights."""
 
     label: str
@@ -103,7 +103,7 @@ class Answer(NamedTuple):
     is_final: bool
 
 
-class Prompt(NamedTuple):
+class ShownPrompt(NamedTuple):
     """A prompt of samples.jsonl and its answers.
 
     Attributes:
@@ -117,19 +117,19 @@ class Prompt(NamedTuple):
     row: str
     turns: list[Turn]
     expected: str
-    answers: list[Answer]
-    others: list[Answer]
+    answers: list[ShownAnswer]
+    others: list[ShownAnswer]
 
 
-def prompts_of(runs: Sequence[RunFiles]) -> list[Prompt]:
+def prompts_of(runs: Sequence[RunFiles]) -> list[ShownPrompt]:
     """Return the sample prompts of the runs with their answers."""
     samples = [sample for run in runs for sample in run.samples]
     conversations, _ = conversations_of(sample["prompt"] for sample in samples)
     prompts = []
     for text, turns in conversations.items():
         rows = [sample for sample in samples if sample["prompt"] == text]
-        answers: list[Answer] = []
-        others: list[Answer] = []
+        answers: list[ShownAnswer] = []
+        others: list[ShownAnswer] = []
         for run in runs:
             of_run = [sample for sample in run.samples if sample["prompt"] == text]
             final = [sample for sample in of_run if sample["step"] == run.final_step]
@@ -138,7 +138,7 @@ def prompts_of(runs: Sequence[RunFiles]) -> list[Prompt]:
                 is_shown = sample in newest or sample["step"] == 0
                 (answers if is_shown else others).append(_answer(run, sample))
         prompts.append(
-            Prompt(
+            ShownPrompt(
                 shown(next((row["row"] for row in rows if row.get("row")), None) or ""),
                 turns,
                 next((row["expected"] for row in rows if row.get("expected")), None) or "",
@@ -149,12 +149,12 @@ def prompts_of(runs: Sequence[RunFiles]) -> list[Prompt]:
     return prompts
 
 
-def _answer(run: RunFiles, sample: Sample) -> Answer:
+def _answer(run: RunFiles, sample: Sample) -> ShownAnswer:
     text = whole_characters(sample["answer"])
-    return Answer(run.label, sample["step"], text, sample["step"] == run.final_step)
+    return ShownAnswer(run.label, sample["step"], text, sample["step"] == run.final_step)
 
 
-def _without_repeats(answers: Sequence[Answer]) -> list[Answer]:
+def _without_repeats(answers: Sequence[ShownAnswer]) -> list[ShownAnswer]:
     """Merge the answers before training if they are equal, as those of one base model are."""
     before = [answer for answer in answers if answer.step == 0]
     if len(before) < 2 or len({answer.text for answer in before}) > 1:

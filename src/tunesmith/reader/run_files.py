@@ -60,14 +60,14 @@ T = TypeVar("T")
 LOG_LINES = 40  # the newest
 WARNINGS = 20  # the newest
 FINAL_MANIFEST = f"{FINAL}/{MANIFEST}"
-_RANK_METRICS_NAME = re.compile(r"metrics-rank(\d+)\.jsonl")
+_RANK_FILE = re.compile(r"metrics-rank(\d+)\.jsonl")
 
-RANK_METRICS = "metrics-rank*.jsonl"
+RANK_FILES = "metrics-rank*.jsonl"
 
 # The files of a run that a page shows.
 PARTS = (
     METRICS,
-    RANK_METRICS,
+    RANK_FILES,
     LOG,
     RECIPE,
     IDENTITY,
@@ -93,7 +93,7 @@ class DamagedFile(NamedTuple):
         return f"{self.file}: {count_of(self.lines, 'line')} skipped; {self.why}"
 
 
-def read_records(path: Path) -> Part[RunFigures]:
+def read_figures(path: Path) -> Part[RunFigures]:
     """Read the numbers of a .jsonl file of records.
 
     A line that is not a record is skipped, and the first one is named. A last line without its end
@@ -147,12 +147,12 @@ class RunFiles:
         """Read all files again."""
         folder, take = self.folder, self._take
         self.damaged: list[DamagedFile] = []
-        self.figures = take(METRICS, read_records(folder / METRICS))
+        self.figures = take(METRICS, read_figures(folder / METRICS))
         self.ranks: dict[int, Columns] = {}
-        for path in sorted(folder.glob(RANK_METRICS)):
-            match = _RANK_METRICS_NAME.fullmatch(path.name)
+        for path in sorted(folder.glob(RANK_FILES)):
+            match = _RANK_FILE.fullmatch(path.name)
             if match:
-                self.ranks[int(match[1])] = take(path.name, read_records(path)).columns
+                self.ranks[int(match[1])] = take(path.name, read_figures(path)).columns
         self._read_log()
         self.recipe = take(RECIPE, read_recipe(folder))
         self.env = take(IDENTITY, read_env(folder))

@@ -59,7 +59,7 @@ def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None
     samples = [(0, "2 + 2?", "I am a model."), (40, "2 + 2?", "4"), (60, "2 + 2?", "sixty")]
     best = write_run(tmp_path / "best", falling(2.0), samples=samples)
     text = visible(render_page([best]))
-    assert "step 40, final weights 4 Answers at other steps (1) step 60 sixty" in text
+    assert holds(text, "step 40, final", "weights 4 Answers", "(1) step 60 sixty")
     assert best.missing_answers() == ""
     none = write_run(tmp_path / "none", falling(2.0), samples=samples[:1])
     reason = f"{NO_FINAL_ANSWERS}they would take 90 s, and log.sample_seconds allows 20 s"
@@ -68,16 +68,17 @@ def test_the_page_shows_the_answers_of_the_final_weights(tmp_path: Path) -> None
     assert f"none: {reason}." in visible(render_page([best, none]))
     unfinished = write_run(tmp_path / "unfinished", samples=samples[:2], finished=False)
     text = visible(render_page([unfinished]))
-    assert holds(text, "unfinished: there are no final weights", "step 40 4")
+    assert unfinished.missing_answers()
+    assert holds(text, f"unfinished: {unfinished.missing_answers()}", "step 40 4")
 
 
 def test_equal_answers_before_training_are_shown_once(two: list[RunFiles]) -> None:
     text = visible(render_page(two))
     assert text.count("I am a model.") == 1
-    assert "good, bad, before training I am a model." in text
+    assert holds(text, "good, bad, before", "training I am a model")
     two[1].samples[0]["answer"] = "Another base."
     text = visible(render_page(two))
-    assert holds(text, "good, before training I am", "bad, before training Another")
+    assert holds(text, "good, before", "bad, before", "training I am", "training Another")
 
 
 def test_the_verdict_comes_first_and_the_commands_to_reproduce(two: list[RunFiles]) -> None:
@@ -149,8 +150,7 @@ def test_how_a_run_failed(tmp_path: Path) -> None:
     }
     (run.folder / "running.json").write_text(json.dumps(note))
     text = visible(render_page([run]))
-    assert "where process 7 on spark-b" in text
-    assert "cause killed" in text
+    assert holds(text, "process 7", "spark-b", "killed")
     failure = {
         "what": "a link broke",
         "where": "step 8",

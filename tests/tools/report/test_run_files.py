@@ -25,7 +25,7 @@ from tunesmith.launch.jobs import Job
 from tunesmith.metrics.record import cut_back
 from tunesmith.metrics.sink import SampleAnswer, SamplesSink
 from tunesmith.reader.curves import downsample, smooth
-from tunesmith.reader.run_files import RunFiles, read_records
+from tunesmith.reader.run_files import RunFiles, read_figures
 from tunesmith.run_dir import Phase, RunState
 
 
@@ -167,16 +167,16 @@ def test_a_directory_that_just_began(tmp_path: Path) -> None:
 
 def test_half_a_line_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert read_records(path).value.columns == {}
+    assert read_figures(path).value.columns == {}
     path.write_text("".join(record(step).to_json() + "\n" for step in (1, 2)) + '{"step": 3, "lo')
-    assert read_records(path).value.columns["step"] == [1, 2]
+    assert read_figures(path).value.columns["step"] == [1, 2]
     with path.open("a") as file:
         file.write('ss": 1.5, "val_loss": 0.5}\n')
-    figures = read_records(path).value
+    figures = read_figures(path).value
     assert (figures.columns["step"], figures.columns["val_loss"]) == ([1, 2, 3], [None, None, 0.5])
     assert figures.columns["tokens"] == [100, 100, None]
     cut_back(path, 1)
-    figures = read_records(path).value
+    figures = read_figures(path).value
     assert (figures.columns["step"], "val_loss" in figures.columns) == ([1], False)
 
 
@@ -189,7 +189,7 @@ def test_damaged_and_foreign_lines(tmp_path: Path) -> None:
         '{"step": 2, "loss": 1.5}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    figures = read_records(tmp_path / "metrics.jsonl").value
+    figures = read_figures(tmp_path / "metrics.jsonl").value
     assert figures.columns["step"] == [1, 2]
     nan, loss = figures.columns["loss"]
     assert nan is not None
@@ -208,7 +208,7 @@ def test_many_lines_are_those_of_json(tmp_path: Path) -> None:
         for n in range(1, 3001)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = read_records(tmp_path / "metrics.jsonl").value
+    figures = read_figures(tmp_path / "metrics.jsonl").value
     assert figures.columns == {
         name: [row.get(name) for row in rows] for name in ("step", "loss", "val_loss")
     }
