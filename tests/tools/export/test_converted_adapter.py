@@ -139,6 +139,7 @@ def test_the_reason_of_the_script_is_shown(converter: Converter) -> None:
         ("model.layers.0.mlp.experts.base_layer", {}, "experts"),
         ("model.layers.0.mlp.experts.1.up_proj", {}, "experts"),
         ("model.embed_tokens", {}, "embedding"),
+        ("model.per_layer_model_projection", {}, "per_layer_model_projection"),
         (QUERY, {"added_tokens": 2}, "2 tokens"),
     ],
 )

@@ -115,6 +115,9 @@ def refuse_unsupported(
             raise _inexpressible("a change of the embedding")
         if base_name == "lm_head.weight" and is_tied:
             raise _inexpressible("a change of a head that is the embedding")
+        # llama.cpp multiplies by it without the adapter.
+        if base_name == "model.per_layer_model_projection.weight":
+            raise _inexpressible("a change of per_layer_model_projection")
         if ".experts." in base_name:
             raise _inexpressible("matrices of experts")
 

@@ -41,8 +41,8 @@ SCRIPT = "convert_lora_to_gguf.py"
 # multiplies by some weights without the adapter, and says nothing.
 ADAPTED_TYPES = frozenset(
     """
-    gpt_oss olmo3 qwen3_5_moe_text qwen3_5_text
-    qwen3_moe
+    gemma4_text gemma4_unified_text glm4 gpt_oss llama4_text nemotron_h olmo3 qwen3_5_moe_text
+    qwen3_5_text qwen3_moe
     """.split()
 )
 # The script reads Transformers' defaults in place of the keys of config.json.
