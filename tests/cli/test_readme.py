@@ -231,7 +231,7 @@ def test_every_command_runs(
     assert run_count >= PAGES[page]
     if page != "README.md":
         return
-    assert (place / "runs/rates/report.html").is_file()
+    assert (place / "runs/rates/sweep.json").is_file()
     (example,) = blocks(README, "python")
     exec("\n".join(example), {})
     assert capsys.readouterr().out, (

@@ -334,7 +334,7 @@ def test_models_lists_types_and_measures_a_folder(
     assert rows["qwen3_vl"]["entire"]
     assert rows["qwen3_vl"]["pictures"] == "packed"
     assert rows["llama4"]["pictures"] == "refused"
-    assert "pixel_values" in rows["blip-2"]["why"]
+    assert "pixel_values" in rows["blip"]["why"]
     folder = tmp_path / "model"
     twin.shrink(config_of("mamba")).save_pretrained(folder)
     assert main(["models", str(folder)]) == 0

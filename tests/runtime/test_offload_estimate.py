@@ -40,9 +40,7 @@ TOKENS, RECOMPUTED = 4096, 20
 INPUT = 2 * TOKENS * SPEC.hidden  # of a layer, in bf16
 
 
-WORK = Workload(
-    StepSize(65536, 65536), 2048, None, 4 * SPEC.active, 0.02, 0.0, 0.0, 1.0, 2048, 1.0, "test"
-)
+WORK = Workload(StepSize(65536, 65536), 2048, None, 4 * SPEC.active, 0.02, 0.0, 0.0, 1.0, "test")
 
 
 def recipe(adapter: dict[str, Any], *offload: str) -> Run:

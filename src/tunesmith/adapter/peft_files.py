@@ -29,7 +29,7 @@ from tunesmith.errors import ModelError
 from tunesmith.host.files import check_regular_files
 from tunesmith.model.decoder import find_projector, is_whole, trained_projector
 from tunesmith.model.experts import find_experts
-from tunesmith.model.names import is_in_whole, name_in_text, name_in_whole
+from tunesmith.model.names import entire_model, is_in_whole, name_in_text, name_in_whole
 from tunesmith.model.safetensors_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -210,19 +210,21 @@ def describe_misread(model: PreTrainedModel) -> str:
         )
     except ImportError:  # an older PEFT, which converts nothing
         return ""
+    # PEFT goes by the type and the rules of the model that it opens.
+    opened = entire_model(model)
     adapted = {last_part(name) for name, _ in lora.loras(model)}
     config = LoraConfig(target_modules=sorted(adapted), target_parameters=_peft_stacks(model))
     try:
-        convert_peft_config_for_transformers(config, model, None)
+        convert_peft_config_for_transformers(config, opened, None)
     except ValueError as error:
         return f"warning: PEFT does not open this adapter: {error}"
     read = set(config.target_modules)
-    model_type = model.config.model_type
+    model_type = opened.config.model_type
     if adapted <= read:
         tensors = {}
         for name, parameter in _peft_tensors(model).items():
             tensors[name] = torch.empty(parameter.shape, device="meta")
-        renamed = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
+        renamed = convert_peft_adapter_state_dict_for_transformers(opened, config, tensors)
         lost = len(tensors.keys() - renamed.keys())
         if not lost:
             return ""

@@ -112,11 +112,13 @@ class EntireNames:
     Attributes:
         decoder, head: names in the text model, then in the entire model.
         rules: Transformers' rules for the checkpoints of the entire model.
+        model: the entire model, on meta.
     """
 
     decoder: tuple[str, str]
     head: tuple[str, str]
     rules: "list[WeightTransform]"
+    model: "PreTrainedModel"
 
     @classmethod
     def find(cls, text: "PreTrainedModel", entire: "PreTrainedModel") -> "EntireNames":
@@ -125,7 +127,7 @@ class EntireNames:
 
         decoder = (find_innermost(text)[0], find_innermost(entire)[0])
         head = (name_of_head(text), name_of_head(entire))
-        names = cls(decoder, head, _conversions(entire))
+        names = cls(decoder, head, _conversions(entire), entire)
         theirs = dict(entire.named_parameters(remove_duplicate=False))
         for name, parameter in text.named_parameters():
             its_name = names.in_entire(name)
@@ -174,6 +176,12 @@ def _conversions(model: "PreTrainedModel") -> "list[WeightTransform]":
         return names.rules
     # Old names of norms, which every model has a rule for, are not written.
     return get_model_conversion_mapping(model, add_legacy=False)
+
+
+def entire_model(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return the entire model, on meta, that a text model is part of; other models themselves."""
+    names = _entire_names(model)
+    return names.model if names else model
 
 
 def name_in_whole(model: "nn.Module", name: str) -> str:
