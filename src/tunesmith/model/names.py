@@ -111,13 +111,11 @@ class EntireNames:
 
     Attributes:
         decoder, head: names in the text model, then in the entire model.
-        rules: Transformers' rules for the checkpoints of the entire model.
         model: the entire model, on meta.
     """
 
     decoder: tuple[str, str]
     head: tuple[str, str]
-    rules: "list[WeightTransform]"
     model: "PreTrainedModel"
 
     @classmethod
@@ -127,7 +125,7 @@ class EntireNames:
 
         decoder = (find_innermost(text)[0], find_innermost(entire)[0])
         head = (name_of_head(text), name_of_head(entire))
-        names = cls(decoder, head, _conversions(entire), entire)
+        names = cls(decoder, head, entire)
         theirs = dict(entire.named_parameters(remove_duplicate=False))
         for name, parameter in text.named_parameters():
             its_name = names.in_entire(name)
@@ -172,10 +170,8 @@ def _conversions(model: "PreTrainedModel") -> "list[WeightTransform]":
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    if names := _entire_names(model):
-        return names.rules
     # Old names of norms, which every model has a rule for, are not written.
-    return get_model_conversion_mapping(model, add_legacy=False)
+    return get_model_conversion_mapping(entire_model(model), add_legacy=False)
 
 
 def entire_model(model: "PreTrainedModel") -> "PreTrainedModel":
