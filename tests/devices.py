@@ -75,3 +75,11 @@ def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "compile", traced)
     yield
     torch.compiler.reset()
+
+
+def graphs_compiled() -> int:
+    """Count the graphs that torch.compile has built in this process so far."""
+    # A slow import, for tests that compile only.
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -26,11 +26,11 @@ from test_data_parallel import (
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import vision_models
+from devices import graphs_compiled
 from errors import holds, refuses
 from ranks import run_ranks
 from recipes import make_run
 from tunesmith.config.schema import Adapter
-from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.model.decoder import find_decoder
@@ -203,9 +203,9 @@ def compiled(model_type: str) -> tuple[float, list[int]]:
         graphs = []
         differences = []
         for _ in range(2):
-            before = torch_private.graphs_compiled()
+            before = graphs_compiled()
             differences.append(abs(backward(root) - alone))
-            graphs.append(torch_private.graphs_compiled() - before)
+            graphs.append(graphs_compiled() - before)
         grads = {name: p.grad for name, p in root.trained_parameters() if p.grad is not None}
         reduce_gradients(grads, partial, mesh)
         return max(differences), graphs

@@ -15,12 +15,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from devices import graphs_compiled
 from errors import error_in, holds, refuses
 from ranks import gathered, run_ranks
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter, MethodConfig, Model, Train
 from tunesmith.data.batches.batch import Batch
-from tunesmith.distributed import torch_private
 from tunesmith.distributed.ranks import join_ranks
 from tunesmith.errors import TunesmithError
 from tunesmith.formats.base import FrozenWeight
@@ -433,9 +433,9 @@ def compiled() -> tuple[float, list[int]]:
         compile_layers(root.layers, varied=True, backend="aot_eager")
         largest, graphs = max(differences(root, partial, mesh, build("qwen3", ADAPTER))), []
         for lengths in ((7, 9, 8), (30, 2), (6, 4, 4)):
-            before = torch_private.graphs_compiled()
+            before = graphs_compiled()
             root(batch(lengths)).loss.backward()
-            graphs.append(torch_private.graphs_compiled() - before)
+            graphs.append(graphs_compiled() - before)
         return largest, graphs
 
 

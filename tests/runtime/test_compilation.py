@@ -27,13 +27,13 @@ from transformers import (
     SmolLM3Config,
 )
 
+from devices import graphs_compiled
 from errors import holds, refuses
 from ranks import run_ranks
 from tunesmith.adapter import lora
 from tunesmith.config.schema import Adapter
 from tunesmith.data.batches.batch import Batch, collate
 from tunesmith.data.text.example import Example
-from tunesmith.distributed.torch_private import graphs_compiled
 from tunesmith.errors import MachineError
 from tunesmith.formats import fp8
 from tunesmith.formats.linear import FrozenLinear

@@ -149,13 +149,6 @@ def mark_varying(tensor: Tensor, dim: int) -> None:
     maybe_mark_dynamic(tensor, dim)
 
 
-def graphs_compiled() -> int:
-    """Count the graphs that torch.compile has built in this process so far."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Which part of a DTensor's global shape this rank holds, dimension by dimension.
 
