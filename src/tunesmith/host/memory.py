@@ -234,7 +234,8 @@ def largest_processes(ours: Collection[int], count: int = 4) -> tuple[list[Holde
     """The processes `ours`, and the `count` of others that hold the most, the largest first."""
     holders = []
     for process in psutil.process_iter(["name", "memory_info"]):
-        memory = process.info["memory_info"]  # None if it may not be read
+        # psutil gives None if this user must not read it.
+        memory = process.info["memory_info"]
         if memory is not None:
             holders.append(Holder(process.pid, process.info["name"], memory.rss))
     holders.sort(key=lambda holder: holder.bytes, reverse=True)

@@ -121,9 +121,9 @@ def _check_plain(aside: StoredEntry) -> Entry:
 
 
 def bytes_aside(folder: Path, parameters: int) -> int:
-    """Return the bytes of a checkpoint that are not of its text model, which has `parameters`.
+    """Return the bytes of a checkpoint outside its text model. A written model has them, too.
 
-    A written model has these bytes, too. They are 0 if the weights are not at hand.
+    They are 0 if the folder has no weights. `parameters` is the number of the text model's.
     """
     size = 0
     elements = 0

@@ -141,7 +141,8 @@ class Step:
         streamed = self._streamed_bytes / (1e9 * self.host_link)
         gather = self._ring_seconds(self._gathered_bytes, shard, tensor)
         reduce = self._ring_seconds(self._reduced_bytes, shard, tensor)
-        # The forward begins and the backward ends with the embedding, beside no compute.
+        # No compute runs while the embedding is gathered, or while its gradient is reduced at the
+        # end of the backward.
         hideable = 1 - self._embedding_share
         beside_forward = streamed + hideable * gather
         beside_backward = beside_forward + hideable * reduce
@@ -212,7 +213,8 @@ class Step:
         if estimator.trains_adapter:
             # Every data rank has a whole adapter.
             return of_experts + self._ring_seconds(size, replicate * shard, tensor)
-        # FSDP2's reductions have summed over the shards. Copies sum beside the last backward.
+        # FSDP2 has already summed over the shards. The sum over the copies overlaps the last
+        # backward.
         of_copies = self._ring_seconds(size, replicate, tensor * shard)
         return of_experts + max(0.0, of_copies - backward)
 
@@ -314,8 +316,8 @@ class Step:
         passes = self.micro_batches * reads * self.pass_bytes
         updated = UPDATE_BYTES * self.estimator.trained_here
         if self.work.pictures:
-            # The vision part runs forward alone, never in 8 bits, and sees each picture once;
-            # padding has none.
+            # The vision part has no backward and no 8-bit matmuls. It computes each picture once,
+            # and padding has no pictures.
             tokens = rank_step(self.run, self.work.step, self.estimator.mesh).mean
             operations = self.work.pictures * tokens * self.spec.picture_flops
             parts["vision part"] = operations / (1e12 * self._tflops)

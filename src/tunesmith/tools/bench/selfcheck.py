@@ -243,7 +243,7 @@ class SelfCheck:
         # Once for all runs on it: its process groups take sockets and NCCL's memory.
         self.make_mesh = cache(Mesh.of)
         self.rows: list[CheckRow] = []
-        # Of one process with one micro batch a step.
+        # The records of one process that has one micro batch a step.
         self.reference_records: dict[Kind, list[StepRecord]] = {}
         # What the next rows are of.
         self.part = ""
