@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from tunesmith.build_model import build_model
-from tunesmith.hub.model_files import read_model_files
+from tunesmith.hub.model_files import read_model_files, spec_of_folder
 from tunesmith.inference.decoding import Decoding, answer_batch
 from tunesmith.model.shapes import find_shape
-from tunesmith.planning.resolve import inference_plan, resolve_dtype_here
-from tunesmith.runtime.device import choose_device
+from tunesmith.planning.resolve import inference_plan, with_dtype
+from tunesmith.runtime.device import chip_of, choose_device
 from tunesmith.runtime.host import bound_shape_caches
 from tunesmith.tools.bench.shape import shape_recipe, write_shape
 
@@ -48,7 +48,10 @@ def main() -> None:
         write_shape(folder, find_shape(args.shape).config, args.tokenizer)
         run = shape_recipe(folder, data=args.data, rows="alpaca", overrides=args.overrides)
         device = choose_device()
-        run = replace(run, model=replace(run.model, dtype=resolve_dtype_here(run.model, device)))
+        # The folder has no weights, so the sizes are those of its config.json.
+        sizes = spec_of_folder(folder, run.model)
+        model = with_dtype(run.model, run.train, chip_of(device), lambda: sizes)
+        run = replace(run, model=model)
         files = read_model_files(folder, run.model)
         plan = inference_plan(run, files, device)
         root, _ = build_model(run, files, plan, weights="random")
