@@ -6,6 +6,7 @@ and alike for every model.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from tunesmith.config.schema import Source
@@ -32,7 +33,7 @@ MAX_CHARACTERS = 200_000_000
 # Of a longer prompt or answer only both ends are compared.
 MAX_TEXT_CHARACTERS = 4_000
 # Rows whose length says how long the others are.
-_MEASURED_ROWS = 100
+_MEASURED_ROWS = 200
 
 
 class RowText(NamedTuple):
@@ -76,24 +77,19 @@ def sampled_rows(sources: Sequence[tuple[Source, Rows]]) -> range:
     among them.
     """
     total = sum(len(rows) for _, rows in sources)
-    most = min(MAX_ROWS, max(1, MAX_CHARACTERS // max(1, _mean_characters(sources))))
+    most = min(MAX_ROWS, max(1, MAX_CHARACTERS // max(1, _mean_characters(sources, total))))
     return range(0, total, max(1, ceil_div(total, most)))
 
 
-def _mean_characters(sources: Sequence[tuple[Source, Rows]]) -> int:
-    """Characters of a row that are compared, on average: of some rows of each source."""
+def _mean_characters(sources: Sequence[tuple[Source, Rows]], total: int) -> int:
+    """Return the average number of characters of a row that are compared, by a sample of rows."""
     characters = 0
-    for _, rows in sources:
-        step = max(1, len(rows) // _MEASURED_ROWS)
-        looked_at = range(0, len(rows), step)
-        of_source = 0
-        for i in looked_at:
-            try:
-                of_source += min(2 * MAX_TEXT_CHARACTERS, count_characters(rows[i]))
-            except DataError:
-                continue  # tokenization names the row
-        characters += of_source * len(rows) // max(1, len(looked_at))
-    return characters // max(1, sum(len(rows) for _, rows in sources))
+    measured = range(0, total, max(1, total // _MEASURED_ROWS))
+    for _, rows, own in by_source(sources, measured):
+        for i in own:
+            with suppress(DataError):  # tokenization names the row
+                characters += min(2 * MAX_TEXT_CHARACTERS, count_characters(rows[i]))
+    return characters // max(1, len(measured))
 
 
 def read_texts(sources: Sequence[tuple[Source, Rows]], indices: range) -> Iterator[RowText | None]:

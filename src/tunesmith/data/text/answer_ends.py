@@ -45,15 +45,15 @@ class AnswerEnds:
         self.next_turn: dict[bool, str] = {}
         self._added = {t.content: id_ for id_, t in tokenizer.added_tokens_decoder.items()}
 
+    def pattern(self, *, is_last: bool = True) -> re.Pattern[str]:
+        """Match what ends an answer; the last answer ends with one of `stops`."""
+        return any_of(self.stops if is_last else {**self.stops, **self.earlier})
+
     def search(
         self, text: str, begin: int = 0, limit: int = sys.maxsize, *, is_last: bool = True
     ) -> re.Match[str] | None:
-        """The first end in text[begin:limit]; of several at one place, the longest.
-
-        is_last: of the last answer, which ends with one of `stops`.
-        """
-        ends = self.stops if is_last else {**self.stops, **self.earlier}
-        return any_of(ends).search(text, begin, limit)
+        """The first end in text[begin:limit]; of several at one place, the longest."""
+        return self.pattern(is_last=is_last).search(text, begin, limit)
 
     def read_turns(self, question: str, earlier: str, last: str) -> None:
         """Learn from the tails of a question, of the answer to it, and of a last answer."""

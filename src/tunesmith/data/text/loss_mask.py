@@ -82,18 +82,20 @@ def find_answers(
     rendering = chat.locate(text, messages, tools, where, selected)
     _check_complete(chat, rendering, where, selected)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    blocks_of = _blocks_of_answers(chat, rendering, blocks, answers, where)
-    # The end of the last answer shows only where another turn follows.
-    if not chat.tagged and answers:
+    tagged: list[list[CharSpan]] = []
+    if chat.tagged:
+        tagged = _tagged_answers(chat, rendering, blocks, answers, where)
+    elif answers:
+        # The end of the last answer shows only where another turn follows.
         rendering = _with_next_turn(chat, rendering, answers[-1])
     spans = []
     missing = set()
-    for i in answers:
+    for n, i in enumerate(answers):
         if selected is not None and i not in selected:
             continue
         is_last = i == answers[-1]
         if chat.tagged:
-            own_spans = _tagged_answer(chat, rendering, i, is_last, blocks_of[i], where)
+            own_spans = _without_header(chat, rendering, i, tagged[n], where)
         else:
             rendering, span, is_after_prompt = _answer(chat, rendering, i, is_last, where)
             own_spans = [span]
@@ -336,81 +338,56 @@ def _no_end(chat: ChatRenderer) -> str:
     return f"the model would never learn to stop; end tokens: {end_tokens}"
 
 
-def _blocks_of_answers(
+def _tagged_answers(
     chat: ChatRenderer, rendering: Rendering, blocks: list[Block], answers: list[int], where: str
-) -> dict[int, list[Block]]:
-    """The blocks of each assistant message.
+) -> list[list[CharSpan]]:
+    """Return the spans of each answer: its {% generation %} blocks up to the end token in the last.
 
-    They must hold all of each answer and nobody else's text.
+    They must hold all of each answer and no other message's text.
     """
-    if not chat.tagged:
-        return {}
-    owners: list[int | None] = [None] * len(blocks)
+    spans_of: list[list[CharSpan]] = []
+    spans: list[CharSpan] = []
+    for start, stop in blocks:
+        is_last = len(spans_of) == len(answers) - 1
+        ends = [*chat.ends.pattern(is_last=is_last).finditer(rendering.text, start, stop)]
+        if not ends:
+            spans.append(CharSpan(start, stop))
+            continue
+        # A text may hold an end token; the template writes its own after the texts.
+        spans_of.append([*spans, _through(chat, start, ends[-1])])
+        spans = []
+    if len(spans_of) != len(answers) or spans:
+        what = f"encloses {len(spans_of)} of {len(answers)} answers in {{% generation %}} blocks"
+        raise chat.error(what, where, _no_end(chat), _FIX_TAGS)
     for sentinel in rendering.sentinels:
         i = rendering.field(sentinel).message
         # Borders count: an empty answer has its sentinel on one.
-        holding = [n for n, (start, end) in enumerate(blocks) if start <= sentinel.at <= end]
-        if i in answers:
-            if not holding:
-                raise _tag_error(chat, "leaves out a part of", i, where)
-            owners[holding[0]] = i
-        elif any(blocks[n][0] < sentinel.at < blocks[n][1] for n in holding):
-            raise _tag_error(chat, "covers", i, where)
-    # A block without a text of the row is a blank answer; these come in order.
-    for n, block in enumerate(blocks):
-        if owners[n] is not None:
-            continue
-        previous = max((owner for owner in owners[:n] if owner is not None), default=None)
-        # The first answer after the last assigned one that no block holds yet.
-        later = [i for i in answers if i not in owners and (previous is None or i > previous)]
-        owners[n] = later[0] if later else previous
-        if owners[n] is None:
-            what = "has a {% generation %} block outside of answers"
-            raise chat.error(what, where, f"characters {block}", _FIX_TAGS)
-    blocks_of: dict[int, list[Block]] = {i: [] for i in answers}
-    for block, owner in zip(blocks, owners, strict=True):
-        if owner is not None:
-            blocks_of[owner].append(block)
-    return blocks_of
+        is_held = i not in answers or any(
+            span.start <= sentinel.at <= span.end for span in spans_of[answers.index(i)]
+        )
+        is_foreign = i not in answers and any(
+            span.start < sentinel.at < span.end for spans in spans_of for span in spans
+        )
+        if is_foreign or not is_held:
+            verb = "covers" if is_foreign else "leaves out a part of"
+            what = f"has a {{% generation %}} block that {verb} message {i + 1}"
+            raise chat.error(what, where, fix=_FIX_TAGS)
+    return spans_of
 
 
-def _tag_error(chat: ChatRenderer, verb: str, i: int, where: str) -> DataError:
-    what = f"has a {{% generation %}} block that {verb} message {i + 1}"
-    return chat.error(what, where, fix=_FIX_TAGS)
-
-
-def _tagged_answer(
-    chat: ChatRenderer, rendering: Rendering, i: int, is_last: bool, blocks: list[Block], where: str
+def _without_header(
+    chat: ChatRenderer, rendering: Rendering, i: int, spans: list[CharSpan], where: str
 ) -> list[CharSpan]:
-    """The spans of message i, within its blocks: the last one ends with the end token."""
-    if not blocks:
-        what = f"has no {{% generation %}} block for message {i + 1}"
-        raise chat.error(what, where, fix=_FIX_TAGS)
+    """Leave out what the generation prompt holds already: a block may open before the header."""
     texts = [rendering.place(n) for n in rendering.of_message(i)]
-    spans = []
-    end = None
-    for start, stop in blocks:
-        # The end token stands after the answer's texts.
-        after_texts = max([start, *texts])
-        end = chat.ends.search(rendering.text, after_texts, stop, is_last=is_last)
-        if end is not None:
-            spans.append(_through(chat, start, end))
-            break
-        spans.append(CharSpan(start, stop))
-    if end is None:
-        what = f"has a {{% generation %}} block without an end token, at message {i + 1}"
-        fix = "move {% endgeneration %} after the end token"
-        raise chat.error(what, where, _no_end(chat), fix)
-    begin = 0
-    opens_with_text = bool(texts) and blocks[0][0] >= min(texts)
-    if i > 0 and not opens_with_text:
-        # The block may open before the answer's header, which the generation prompt holds: it
-        # is not supervised.
-        anchor, prompt = chat.prompt(rendering, i, where)
-        if anchor is not None:
-            prompt_at = rendering.place(anchor)
-            common = _common_prefix(prompt, rendering.text[prompt_at:])
-            begin = min([prompt_at + common, *texts])
+    if i == 0 or spans[0].start in texts:
+        return spans
+    anchor, prompt = chat.prompt(rendering, i, where)
+    if anchor is None:
+        return spans
+    prompt_at = rendering.place(anchor)
+    common = _common_prefix(prompt, rendering.text[prompt_at:])
+    begin = min([prompt_at + common, *texts])
     return [span._replace(start=max(span.start, begin)) for span in spans if span.end > begin]
 
 
