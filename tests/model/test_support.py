@@ -15,17 +15,15 @@ from transformers import (
     PretrainedConfig,
 )
 
-from errors import check_shown, holds, refuses
-from time_limit import time_limit
+from errors import check_shown, holds
 from tunesmith.adapter import lora
 from tunesmith.cli.main import main
 from tunesmith.config.schema import Adapter, Model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.model import measure_on_meta, measured_spec, support, twin
+from tunesmith.model import support, twin
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.decoder import find_layers
 from tunesmith.model.model_types import read_model_types
-from tunesmith.planning.measured_layers import measure_activations
 from tunesmith.quant.linear_layers import linear_names, set_bypassed
 
 # A type of each class; all of them: `make families`.
@@ -194,50 +192,6 @@ def test_masked_logits_are_refused():
     measured = support.measure_support(config_of("chameleon", vocabulary_map=vocabulary))
     assert measured.state == "refused"
     assert holds(measured.why, "logits")
-
-
-def test_a_twin_that_takes_for_ever_is_given_up():
-    with pytest.raises(ModelError) as caught:
-        support.measure_support(config_of("mixtral"), seconds=0.0)
-    assert holds(caught.value.what, "0 s")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"model_type": "gemma3n_text", "altup_num_inputs": 100_000},  # builds for ever
-        {"model_type": "falcon_mamba", "num_hidden_layers": 400},  # runs: a loop over the tokens
-    ],
-    ids=["builds", "runs"],
-)
-def test_sizes_that_take_for_ever_to_measure_are_given_up(
-    values: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        measure_on_meta, "MAX_SPEC_SECONDS", 0.1
-    )  # fast machines take less than one
-    with time_limit(60, "measuring its sizes"), pytest.raises(ModelError) as caught:
-        measured_spec.measure_spec(values, where="some/config.json")
-    assert holds(caught.value.what, "0 s")
-    assert caught.value.where == "some/config.json"
-    assert "tunesmith fetch MODEL" in caught.value.fix
-
-
-def test_memory_that_takes_for_ever_to_measure_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    spec = measured_spec.measure_spec({"model_type": "mamba"}, where="config.json")
-    monkeypatch.setattr(measure_on_meta, "MAX_SPEC_SECONDS", 0.0)
-    with refuses(ModelError, names=["mamba", "0 s"]):
-        measure_activations(spec, Adapter(rank=3), "fp32")
-
-
-@pytest.mark.slow
-def test_a_twin_that_builds_for_ever_is_given_up():
-    config = config_of("gemma3n_text", altup_num_inputs=100_000)
-    with time_limit(60, "building the twin"), pytest.raises(ModelError) as caught:
-        support.measure_support(config, seconds=1.0)
-    assert holds(caught.value.what, "1 s")
 
 
 def test_a_twin_that_does_not_shrink_is_refused(monkeypatch: pytest.MonkeyPatch):

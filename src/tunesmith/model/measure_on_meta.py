@@ -1,7 +1,6 @@
 """The sizes of a model that no table has: built without weights, run on meta, and counted."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -10,7 +9,6 @@ from tunesmith.config.schema import Model, StatedDtype
 from tunesmith.errors import ModelError
 from tunesmith.model.architectures import ARCHITECTURES
 from tunesmith.model.count_layers import count_layers
-from tunesmith.model.deadline import deadline
 from tunesmith.model.load import build_on_meta
 from tunesmith.model.measured_spec import (
     MEASURED_TOKENS,
@@ -22,10 +20,6 @@ from tunesmith.model.measured_spec import (
 from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.spec import ModelSpec, read_spec
 
-# Of one core. For 400 layers, the most that a config may have, Qwen3.5's MoE takes 6 on meta and 16
-# for the memory of training; FalconMamba, which loops over the tokens, takes 25 on meta.
-MAX_SPEC_SECONDS = 300.0
-
 
 def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
     """Build and run the model, and count what is seen."""
@@ -34,10 +28,9 @@ def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
     if config.model_type in ARCHITECTURES:
         return read_spec(config.to_dict(), where=where)
     try:
-        with limit_measuring(config.model_type):
-            model = build_to_measure(config, whole=whole)
-            calls, _ = run_on_meta(model, MEASURED_TOKENS)
-            return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
+        model = build_to_measure(config, whole=whole)
+        calls, _ = run_on_meta(model, MEASURED_TOKENS)
+        return count_layers(model, calls, first_of(config.to_dict(), PER_TOKEN))
     except ModelError as error:
         error.where = error.where or where
         raise
@@ -52,12 +45,6 @@ def measure_sizes(sizes: Mapping[str, object], where: str) -> ModelSpec:
     # Code of 140 model types, on a config that may be absurd.
     except Exception as error:
         raise cannot_measure(sizes, where, error) from error
-
-
-def limit_measuring(model_type: str) -> AbstractContextManager[None]:
-    """ModelError where what is built and run on meta within takes more than MAX_SPEC_SECONDS."""
-    why = "the model is built and run once, without weights, to measure each layer"
-    return deadline(MAX_SPEC_SECONDS, f"measuring this {model_type}", why=why)
 
 
 def build_to_measure(

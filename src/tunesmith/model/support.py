@@ -27,7 +27,6 @@ from tunesmith.host.files import measure_once
 from tunesmith.model import attention
 from tunesmith.model.architectures import ARCHITECTURES, families_text
 from tunesmith.model.chunked import prepare_chunked_attention
-from tunesmith.model.deadline import deadline
 from tunesmith.model.decoder import (
     drop_other_parts,
     find_decoder,
@@ -51,8 +50,6 @@ SUPPORT_CACHE_VERSION = 8  # of the cached files; what is measured, and how, cou
 DOCUMENT_LENGTHS = (13, 22)
 # Of a module's output: what reaches it from the other document.
 LEAK_TOLERANCE = 1e-5
-# Of one core; a twin takes one or two.
-MAX_SUPPORT_SECONDS = 60.0
 # Inputs of a forward that every text has.
 TEXT_INPUTS = {
     "input_ids",
@@ -160,18 +157,13 @@ def errors_at(where: str) -> Iterator[None]:
         raise
 
 
-def measure_support(
-    config: PretrainedConfig,
-    *,
-    trust_remote_code: bool = False,
-    seconds: float = MAX_SUPPORT_SECONDS,
-) -> Support:
+def measure_support(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Support:
     """Measure how a model of this config trains, in a second or two, on the CPU.
 
     `config` is that of a text model, or of a vision-language model in whole. ModelError as
     `ready_twin`.
     """
-    with ready_twin(config, trust_remote_code=trust_remote_code, seconds=seconds) as twin:
+    with ready_twin(config, trust_remote_code=trust_remote_code) as twin:
         return measure_twin(twin, texts_only=True)
 
 
@@ -213,24 +205,19 @@ def measure_own_class(whole: PretrainedConfig) -> Support:
 
 @contextmanager
 def ready_twin(
-    config: PretrainedConfig,
-    *,
-    trust_remote_code: bool = False,
-    seconds: float = MAX_SUPPORT_SECONDS,
+    config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> Iterator[PreTrainedModel]:
     """The twin of a model, to be measured in the block, on one thread and with gradients.
 
-    ModelError where no twin can be built of its config, or the block takes more than `seconds`.
+    ModelError where no twin can be built of its config.
     """
     threads = torch.get_num_threads()
     # Sums of a thread's share in one order, wherever this runs.
     torch.set_num_threads(1)
-    what = f"the small model of this {config.model_type}"
     try:
-        with deadline(seconds, what, why="it is used to measure how the model trains"):
-            twin = build_twin(config, trust_remote_code=trust_remote_code)
-            with torch.enable_grad():
-                yield twin
+        twin = build_twin(config, trust_remote_code=trust_remote_code)
+        with torch.enable_grad():
+            yield twin
     finally:
         torch.set_num_threads(threads)
 

@@ -12,7 +12,7 @@ from tunesmith.config.schema import Adapter, Model, StatedDtype
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import find_layers, find_text_part
 from tunesmith.model.fused import fuse_modules
-from tunesmith.model.measure_on_meta import build_to_measure, limit_measuring
+from tunesmith.model.measure_on_meta import build_to_measure
 from tunesmith.model.measured_spec import MEASURED_TOKENS, PER_TOKEN, first_of, read_configs
 from tunesmith.model.meta_forward import run_on_meta
 from tunesmith.model.support import find_support
@@ -24,24 +24,23 @@ def measure_layers(sizes: str, adapter: Adapter, dtype: StatedDtype) -> SavedAct
     """Attach the adapter on meta and run two lengths; sizes: as JSON."""
     config, whole = read_configs(json.loads(sizes), where="config.json")
     support = find_support(config, Model(name=config.model_type), where="config.json", whole=whole)
-    with limit_measuring(config.model_type):
-        model = build_to_measure(config, dtype, whole=whole)
-        trained = 0
-        set_bypassed(model, support.dead_targets)
-        if adapter.kind == "lora":
-            lora.attach_lora(model, adapter, seed=0)
-            trained = lora.count_adapter_parameters(model, adapter)
-        fuse_modules(find_text_part(model)[1], project=lora.project)
-        try:
-            short, short_outside = run_on_meta(model, MEASURED_TOKENS, training=True)
-            long, long_outside = run_on_meta(model, 2 * MEASURED_TOKENS, training=True)
-        # Code of 140 model types.
-        except Exception as error:
-            raise ModelError(
-                f"the memory of this {config.model_type} cannot be measured",
-                why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                fix="plan and train on this machine with train.micro_batch and train.recompute set",
-            ) from error
+    model = build_to_measure(config, dtype, whole=whole)
+    trained = 0
+    set_bypassed(model, support.dead_targets)
+    if adapter.kind == "lora":
+        lora.attach_lora(model, adapter, seed=0)
+        trained = lora.count_adapter_parameters(model, adapter)
+    fuse_modules(find_text_part(model)[1], project=lora.project)
+    try:
+        short, short_outside = run_on_meta(model, MEASURED_TOKENS, training=True)
+        long, long_outside = run_on_meta(model, 2 * MEASURED_TOKENS, training=True)
+    # Code of 140 model types.
+    except Exception as error:
+        raise ModelError(
+            f"the memory of this {config.model_type} cannot be measured",
+            why=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            fix="plan and train on this machine with train.micro_batch and train.recompute set",
+        ) from error
     # A line goes through two points: what layers keep for each token, and for any number of them.
     kept = np.array([call.saved_bytes for call in short])
     by_token = (np.array([call.saved_bytes for call in long]) - kept) / MEASURED_TOKENS
