@@ -184,9 +184,9 @@ def test_the_weighted_activation_in_16_bits(
 # What a faulty change would do: each must show in the comparison above.
 MUTATIONS: dict[str, tuple[object, str, Callable]] = {
     "the update of the next expert": (
-        expert_matmul, "_multiply",
-        lambda original: lambda product, *rest: original(
-            product._replace(factors=tuple(f.roll(1, 0) for f in product.factors)), *rest
+        expert_matmul.ExpertProducts, "forward",
+        lambda original: lambda products, x, lora: original(
+            products, x, [factor.roll(1, 0) for factor in lora]
         ),
     ),
     "gradients of A and B for one expert": (

@@ -80,74 +80,6 @@ def expert_matmul(
 # ---- the arithmetic; `lora` is [A, B], or empty
 
 
-class GatheredRows(NamedTuple):
-    """The rows of all experts: x [rows, width], or the tokens of which they are copies, if it
-    `gathers`.
-    """
-
-    x: Tensor
-    row_index: RowIndex
-    gathers: bool
-
-    def split(self, counts: Sequence[int]) -> Sequence[Tensor]:
-        """Split what `part` takes by expert."""
-        return (self.row_index.tokens if self.gathers else self.x).split(counts)
-
-    def part(self, part: Tensor) -> Tensor:
-        """The rows of an expert."""
-        return self.x.index_select(0, part) if self.gathers else part
-
-
-class Product(NamedTuple):
-    """Rows times the frozen weight of their expert, and the two factors of its update.
-
-    Attributes:
-        rows: [rows, in]; the gradients [rows, out] if it `is_backward`, which exchanges `in` and
-            `out`.
-        factors: [experts, in, rank] and [experts, rank, out]; None: there is no update.
-        stack: W [experts, in, out], which is transposed if it `is_backward`; None: only the first
-            factor is multiplied.
-        forward: x and x A^T, for the gradients of A and B.
-    """
-
-    rows: GatheredRows
-    factors: tuple[Tensor, Tensor] | None
-    stack: FrozenStack | None
-    is_backward: bool = False
-    forward: tuple[GatheredRows, Tensor] | None = None
-
-
-class Results(NamedTuple):
-    """The tensors that a product makes; None for those that it does not.
-
-    Attributes:
-        low: the rows times the first factor; y: times W, and low times the second factor.
-        d_A: d_xa^T x [experts, rank, in]; d_B: xa^T dy [experts, rank, out]. An expert without rows
-            has zeros.
-    """
-
-    low: Tensor | None
-    y: Tensor | None
-    d_A: Tensor | None
-    d_B: Tensor | None
-
-    @classmethod
-    def empty(cls, product: Product) -> "Results":
-        """Room for what a product makes."""
-        x, index, _ = product.rows
-        low = y = d_A = d_B = None
-        if product.factors is not None:
-            low = x.new_empty(len(index.tokens), product.factors[0].shape[2])
-        if product.stack is not None:
-            y = x.new_empty(len(index.tokens), product.stack.shape[1 if product.is_backward else 2])
-        if product.forward is not None:
-            forward, xa = product.forward
-            of_experts = (len(index.offsets), xa.shape[1])
-            d_A = x.new_zeros(*of_experts, forward.x.shape[1])
-            d_B = x.new_zeros(*of_experts, x.shape[1])
-        return cls(low, y, d_A, d_B)
-
-
 class ExpertProducts(NamedTuple):
     """The products of a stack with the rows of some tokens, forward and backward."""
 
@@ -182,13 +114,21 @@ class ExpertProducts(NamedTuple):
         """The output, and x A^T [rows, rank] where there is an update."""
         if _is_at_once(x):
             return AtOnce(*self).forward(x, lora)
-        factors = (lora[0].mT, lora[1]) if lora else None
-        rows = GatheredRows(x, self.row_index, self.gathers)
-        xa, y, _, _ = _multiply(Product(rows, factors, self.stack))
-        assert y is not None  # as there is a stack
-        if self.sums:
-            y = sum_of_rows(y, self.row_index.places)
-        return [y] if xa is None else [y, xa]
+        index = self.row_index
+        y = x.new_empty(len(index.tokens), self.stack.shape[2])
+        xa = [x.new_empty(len(index.tokens), lora[0].shape[1])] if lora else []
+        y_parts = index.split(y)
+        # On meta no expert is multiplied, and there are no parts.
+        updates = [*zip(*lora, *map(index.split, xa), strict=False)]
+        for expert, rows, weight in _by_expert(x, index, self.gathers, self.stack):
+            update = None
+            if updates:
+                a, b, low = updates[expert]
+                update = torch.mm(rows, a.T, out=low), b
+            if weight is not None:
+                _multiply_into(y_parts[expert], rows, weight, update)
+            del weight  # those of the next experts would be there beside it
+        return [sum_of_rows(y, index.places) if self.sums else y, *xa]
 
     def backward(
         self, dy: Tensor, saved: Sequence[Tensor], lora: Sequence[Tensor], needs_dx: bool
@@ -200,21 +140,42 @@ class ExpertProducts(NamedTuple):
         dy = dy.contiguous()  # of a sum's gradient all rows are one, which no product takes
         if _is_at_once(dy):
             return AtOnce(*self).backward(dy, saved, lora, needs_dx)
-        factors = None
-        forward = None
+        index = self.row_index
+        dx = dy.new_empty((len(index.tokens), self.stack.shape[1]) if needs_dx else 0)
+        # An expert without rows has gradients of zeros.
+        d_lora = [dy.new_zeros(factor.shape) for factor in lora]
+        dx_parts = index.split(dx) if needs_dx else []
+        updates: list[Sequence[Tensor]] = []
         if lora:
             x, xa = saved
-            lora_A, lora_B = lora
-            factors = (lora_B.mT, lora_A)
-            forward = (GatheredRows(x, self.row_index, self.gathers), xa)
-        rows = GatheredRows(dy, self.row_index, self.sums)
+            parts = index.split(index.tokens if self.gathers else x)
+            updates = [*zip(parts, index.split(xa), *lora, *d_lora, strict=False)]
         stack = self.stack if needs_dx else None
-        _, dx, *d_lora = _multiply(Product(rows, factors, stack, is_backward=True, forward=forward))
-        if dx is None:
-            dx = dy.new_empty(0)
-        elif self.gathers:
-            dx = sum_of_rows(dx, self.row_index.places)
-        return [dx, *(gradient for gradient in d_lora if gradient is not None)]
+        for expert, rows, weight in _by_expert(dy, index, self.sums, stack):
+            update = None
+            if updates:
+                part, xa_part, a, b, d_a, d_b = updates[expert]
+                update = rows @ b.T, a
+                of_x = x.index_select(0, part) if self.gathers else part
+                torch.mm(update[0].T, of_x, out=d_a)
+                torch.mm(xa_part.T, rows, out=d_b)
+            if weight is not None:
+                _multiply_into(dx_parts[expert], rows, weight.T, update)
+            del weight  # as above
+        if needs_dx and self.gathers:
+            dx = sum_of_rows(dx, index.places)
+        return [dx, *d_lora]
+
+
+def _multiply_into(
+    out: Tensor, rows: Tensor, weight: Tensor, update: tuple[Tensor, Tensor] | None
+) -> None:
+    """out = rows W, plus the product of the two factors of an update."""
+    if update is None:
+        torch.mm(rows, weight, out=out)
+    else:
+        torch.mm(*update, out=out)
+        out.addmm_(rows, weight)
 
 
 def _is_at_once(x: Tensor) -> bool:
@@ -226,68 +187,30 @@ def is_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _multiply(product: Product) -> Results:
-    """Multiply all rows of an expert at a time."""
-    results = Results.empty(product)
-    if product.rows.x.is_meta:
-        return results
-    counts = product.rows.row_index.counts_on_host()
-    # All are cut at once: a slice takes as long as a small product takes to start.
-    x_parts = product.rows.split(counts)
-    low_parts = () if results.low is None else results.low.split(counts)
-    y_parts = () if results.y is None else results.y.split(counts)
-    factors = list(zip(*(factor.unbind() for factor in product.factors or ()), strict=True))
-    of_gradients = []
-    if product.forward is not None and results.d_A is not None and results.d_B is not None:
-        forward, xa = product.forward
-        parts = (forward.split(counts), xa.split(counts))
-        of_gradients = list(zip(*parts, results.d_A, results.d_B, strict=True))
-    for expert, weight in _dense_weights(product, counts):
-        x = product.rows.part(x_parts[expert])
-        if low_parts:
-            torch.mm(x, factors[expert][0], out=low_parts[expert])
-        if of_gradients:
-            forward_x, xa_part, d_A, d_B = of_gradients[expert]
-            torch.mm(low_parts[expert].T, forward.part(forward_x), out=d_A)
-            torch.mm(xa_part.T, x, out=d_B)
-        if weight is None:
-            continue
-        if low_parts:
-            torch.mm(low_parts[expert], factors[expert][1], out=y_parts[expert])
-            y_parts[expert].addmm_(x, weight)
-        else:
-            torch.mm(x, weight, out=y_parts[expert])
-        del weight  # those of the next experts would be there beside it
-    return results
+def _by_expert(
+    x: Tensor, index: RowIndex, gathers: bool, stack: FrozenStack | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Each expert that has rows, these rows, and its dense weight [in, out], None without a stack.
 
-
-def _dense_weights(product: Product, counts: Sequence[int]) -> Iterator[tuple[int, Tensor | None]]:
-    """Each expert that has rows, and its dense weight, transposed in a backward.
-
-    A GPU makes some experts dense at a time, as that may take several kernels.
+    x: [rows, width], or the tokens of which the rows are copies if it `gathers`. On meta there are
+    none. A GPU makes some experts dense at a time, as that may take several kernels.
     """
-    stack = product.stack
     step = 1
-    if stack is not None and not is_cpu(product.rows.x):
-        step = stack.experts_at_once(product.rows.x.dtype)
+    if stack is not None and not is_cpu(x):
+        step = stack.experts_at_once(x.dtype)
     weights = None
     dense_from = 0
     dense_to = 0
-    for expert, count in enumerate(counts):
-        if not count:
+    for expert, part in enumerate(index.split(index.tokens if gathers else x)):
+        if not len(part):
             continue
-        if stack is None:
-            yield expert, None
-            continue
-        if expert >= dense_to:
+        if stack is not None and expert >= dense_to:
             weights = None  # before others are there beside them
             dense_from = expert - expert % step
             dense_to = min(dense_from + step, stack.shape[0])
-            weights = stack.dense(dense_from, dense_to, product.rows.x.dtype)
-        assert weights is not None
-        weight = weights[expert - dense_from]
-        yield expert, weight.T if product.is_backward else weight
-        del weight
+            weights = stack.dense(dense_from, dense_to, x.dtype)
+        rows = x.index_select(0, part) if gathers else part
+        yield expert, rows, None if weights is None else weights[expert - dense_from]
 
 
 # ---- what both paths save: [x, x A^T], and the tensors of three lists

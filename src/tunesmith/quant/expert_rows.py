@@ -1,6 +1,7 @@
 """The copies of tokens that go to the experts of a layer: rows, sorted by expert."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,13 @@ class RowIndex(NamedTuple):
         ends: list[int] = self.ends.tolist()
         return ends
 
-    def counts_on_host(self) -> list[int]:
-        """Count the rows of each expert."""
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """Split a tensor of all rows by expert; into none on meta, where the edges are unknown."""
+        if rows.is_meta:
+            return []
+        # All are cut at once: a slice takes as long as a small product takes to start.
         ends = self.ends_on_host()
-        return [end - first for first, end in zip([0, *ends[:-1]], ends, strict=True)]
+        return rows.split([end - first for first, end in pairwise([0, *ends])])
 
     def tensors(self) -> list[Tensor]:
         """All of them, for `of_tensors`."""
