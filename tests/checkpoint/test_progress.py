@@ -12,7 +12,7 @@ from tunesmith.checkpoint.resume import PROGRESS, Progress
 from tunesmith.errors import CheckpointError
 
 KEYS = [
-    "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "kept_step", "kept_score", "worse", "warned_of_rise", "loss_scale", "good_steps", "ended",
+    "step", "seconds", "record", "validated", "best_step", "best_loss", "best_accuracy", "kept_step", "kept_score", "worse", "loss_scale", "good_steps", "ended",
     "data_hash", "validation_hash", "model_hash", "reference_hash", "micro_batch", "threads", "shares_prompts",
 ]  # fmt: skip
 
@@ -42,13 +42,12 @@ def test_an_older_file_is_read_and_a_damaged_one_is_refused(tmp_path: Path) -> N
         "seconds": 1.5,
         "record": json.loads(record(3).to_json()),
         "validated": True,
-        "rounding": "counter",
+        "rounding": "counter",  # a key of an earlier version
     }
     path.write_text(json.dumps(values))
     assert Progress.read(tmp_path) == Progress(step=3, seconds=1.5, record=record(3))
     for broken, why in (
         ({"step": 3}, "no key 'record'"),
-        (values | {"steps": 1}, "steps"),
         ([], ""),
         ("{", ""),
     ):

@@ -1,4 +1,4 @@
-"""Where a run may put its files: not among a user's files, and not among a user's folders."""
+"""Where a run may put its files: not among a user's files of the same names."""
 
 from __future__ import annotations
 
@@ -24,43 +24,6 @@ def write(folder: Path, *names: str) -> None:
             path.write_text("x")
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["thesis/a.txt", "photos/b.png"],
-        ["empty/"],
-        ["thesis/a", "final.old/x", ".git/config"],
-        ["launch/x", "thesis/a"],
-    ],
-    ids=str,
-)
-def test_a_folder_of_folders_is_refused_and_not_touched(names: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "my $(touch x) work"
-    write(out, *names)
-    before = sorted(out.rglob("*"))
-    with refuses(UsageError, where=str(out)) as refused, claim_run_dir(out):
-        pass
-    assert refused.value.fix.endswith(f"'output_dir={out}/my-run'")
-    assert sorted(out.rglob("*")) == before
-
-
-def test_what_a_program_wrote_beforehand_is_no_folder_of_a_user(tmp_path: Path) -> None:
-    """Its rows lie in `data/` of the run directory before the run begins."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "rows-0123456789ab.jsonl").touch()
-    check_run_dir(tmp_path)
-    (tmp_path / "data" / "my-rows.csv").touch()
-    with pytest.raises(UsageError):
-        check_run_dir(tmp_path)
-
-
-def test_a_link_to_a_folder_of_folders_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "work", "thesis/a.txt")
-    (tmp_path / "out").symlink_to(tmp_path / "work")
-    with refuses(UsageError, names=["thesis"], fix=[f"output_dir={tmp_path}/out/my-run"]):
-        check_run_dir(tmp_path / "out")
-
-
 def a_run(folder: Path) -> None:
     write(folder, "first/final/x")
     (folder / "first" / IDENTITY).write_text(json.dumps({"recipe_hash": "x"}))
@@ -76,8 +39,18 @@ def a_run(folder: Path) -> None:
         lambda folder: write(folder, ".snapshots/x"),
         lambda folder: write(folder, "rows.jsonl", "data/more.jsonl"),
         a_run,
+        lambda folder: write(folder, "thesis/a.txt"),
     ],
-    ids=["none", "empty", "launch", "lost+found", "hidden", "beside a file", "runs of a sweep"],
+    ids=[
+        "none",
+        "empty",
+        "launch",
+        "lost+found",
+        "hidden",
+        "beside a file",
+        "runs of a sweep",
+        "folders",
+    ],
 )
 def test_what_a_run_may_lie_beside(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path / "out")

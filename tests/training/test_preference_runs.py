@@ -265,22 +265,6 @@ def test_patience_goes_by_accuracy(
     assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == best
 
 
-def test_a_loss_that_rises_is_not_told_where_accuracy_decides(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loss is lowest at the last but one of the validations, and the accuracy highest before."""
-    results = iter(zip([0.5, 0.3, 0.3, 0.2, 0.6], [0.75, 0.5, 0.5, 0.5, 0.5], strict=True))
-
-    def measured(*_: Any, **__: Any) -> ValidationResult:
-        loss, accuracy = next(results)
-        return ValidationResult(loss, 8, {"reward_accuracy": accuracy})
-
-    monkeypatch.setattr(validation, "validation_loss", measured)
-    rule = {"every": "1 steps", "best_by": "accuracy"}
-    train(tiny, tmp_path, "dpo", validate=rule, train={"duration": "5 steps"})
-    assert "validate.patience" not in (tmp_path / "run/log.txt").read_text()
-
-
 def test_a_resume_with_another_method_is_refused(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, "dpo", train={"duration": "1 steps"})
     with pytest.raises(RecipeError) as error:

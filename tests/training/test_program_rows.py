@@ -12,7 +12,7 @@ import pytest
 
 import tunesmith
 from errors import refuses
-from tunesmith.errors import DataError, ModelError, RecipeError, UsageError
+from tunesmith.errors import DataError, RecipeError, UsageError
 from tunesmith.metrics.record import read_records
 from tunesmith.training.make_recipe import make_recipe
 from tunesmith.training.program_rows import keep_rows
@@ -145,32 +145,11 @@ def test_rows_that_cannot_be_kept_leave_nothing(rows: Any, names: list[str], hom
     assert not (home / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("rows", "where", "fix"),
-    [
-        ([*ROWS, {"prompt": "a", "completion": None}], "rows[24]", "data.bad_rows=skip"),
-        ([{"foo": "a", "bar": "b"}] * 3, "rows", "{'prompt': 'foo', 'completion': 'bar'}"),
-    ],
-)  # fmt: skip
-def test_a_bad_row_is_named_by_its_place_in_the_list_and_leaves_nothing(
-    rows: list[dict[str, Any]], where: str, fix: str, home: Path, tiny: Path
-) -> None:
-    with refuses(DataError, where=where, fix=[fix]) as raised:
-        tunesmith.train(model=str(tiny), rows=rows, overrides=KEYS, quiet=True)
-    assert ".jsonl" not in raised.value.text()
-    assert [path.name for path in home.iterdir()] == []
-
-
-def test_a_call_that_is_refused_keeps_the_rows_of_an_earlier_run(home: Path, tiny: Path) -> None:
+def test_a_bad_row_is_named_by_its_line_in_the_file_of_the_rows(home: Path, tiny: Path) -> None:
+    rows = [*ROWS, {"prompt": "a", "completion": None}]
     keys = {**KEYS, "output_dir": "runs/rows"}
-    with refuses(ModelError):
-        tunesmith.train(model=str(home / "none"), rows=ROWS, overrides=keys, quiet=True)
-    assert not Path("runs").exists()
-    Path("runs/rows/data").mkdir(parents=True)
-    kept = keep_rows(ROWS, Path("runs/rows"))
-    with refuses(ModelError):
-        tunesmith.train(model=str(home / "none"), rows=ROWS, overrides=keys, quiet=True)
-    assert kept.exists()
+    with refuses(DataError, names=[25], fix=["data.bad_rows=skip"]):
+        tunesmith.train(model=str(tiny), rows=rows, overrides=keys, quiet=True)
 
 
 def test_a_call_without_a_recipe_needs_model_and_rows(home: Path) -> None:

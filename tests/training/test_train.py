@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from errors import holds, lines_with
+from errors import lines_with
 from logged import logged_lines
 from recipes import make_run
 from tunesmith.checkpoint import manifest
@@ -141,51 +141,6 @@ def test_patience_ends_a_run_that_no_longer_learns(tiny: Path, tmp_path: Path) -
     assert len(measured) == result.steps
     assert min(measured[-3:]) >= min(measured[:-3])
     assert manifest.last_step_of(tmp_path / "run" / "final") == result.steps
-
-
-@pytest.mark.parametrize(
-    ("patience", "losses", "step"),
-    [
-        (None, [3.0, 2.0, 2.1, 2.2, 2.3, 2.4], 5),
-        (None, [3.0, 2.0, 2.1, 2.2, 1.9, 2.4], None),  # two in a row
-        (None, [3.0, 2.0, 2.001, 2.002, 2.001, 2.1], 6),  # it stays as it is, then rises
-        (None, [math.nan, 3.0, 2.0, 2.2, 2.1, 2.3], 6),  # nothing is lower than a NaN
-        (None, [3.0, 2.0, math.nan, math.nan, math.nan, 2.3], 6),  # a NaN is no rise
-        (3, [3.0, 2.0, 2.1, 2.2, 2.3], None),  # that ends by itself
-    ],
-)
-def test_a_loss_that_rises_is_told_once(
-    patience: int | None,
-    losses: list[float],
-    step: int | None,
-    tiny: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    measured = iter(losses)
-    monkeypatch.setattr(
-        validation,
-        "validation_loss",
-        lambda *args, **options: ValidationResult(next(measured), 1, {}),
-    )
-    rule = {"every": "1 steps", "patience": patience}
-    duration = f"{len(losses)} steps"
-    each = {"every": "1 steps"}
-    go(tiny, tmp_path, train={"duration": duration}, validate=rule, checkpoint=each)
-    told = (tmp_path / "run/log.txt").read_text().splitlines()
-    warned = [n for n, line in enumerate(told) if holds(line, "validate.patience=3", "2.0000")]
-    assert len(warned) == (step is not None)
-    if step is not None:
-        before = [line for line in told[: warned[0]] if "  val_loss " in line]
-        assert len(before) == step
-        assert holds(told[warned[0]], f"run/checkpoint-{losses.index(2.0) + 1}")
-    assert "patience" not in (tmp_path / "run/metrics.jsonl").read_text()
-    if step is not None:
-        # A later start of the run knows that it was told.
-        duration = f"{len(losses) + 4} steps"
-        measured = iter([2.5] * 4)
-        go(tiny, tmp_path, train={"duration": duration}, validate=rule, checkpoint=each)
-        assert len(lines_with((tmp_path / "run/log.txt").read_text(), "validate.patience=3")) == 1
 
 
 def test_a_run_whose_held_out_loss_is_nan_ends_by_patience(

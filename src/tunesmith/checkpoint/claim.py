@@ -2,8 +2,7 @@
 
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
 that a run began to write. In other directories the start is refused and nothing is touched if there
-is a file with a name that a run writes, or nothing but folders, or if it is the working or the home
-directory. Files of other names are never touched. An earlier run is moved aside, never deleted.
+is a file with a name that a run writes, or if it is the working or the home directory. Files of other names are never touched. An earlier run is moved aside, never deleted.
 """
 
 import contextlib
@@ -18,7 +17,6 @@ from tunesmith.checkpoint.manifest import find_damage, free_name, remove
 from tunesmith.config.schema import TrackerName
 from tunesmith.errors import MachineError, UsageError
 from tunesmith.host.files import check_regular_files
-from tunesmith.host.shell import shell_word
 from tunesmith.run_dir import (
     BEST,
     EVALS,
@@ -38,9 +36,6 @@ from tunesmith.run_dir import (
 )
 
 LAUNCH = "launch"  # a folder of what a launcher writes
-ROWS_FOLDER = "data"
-# What `train(rows=...)` writes there before the first start: see `program_rows_file`.
-_PROGRAM_ROWS = re.compile(r"rows-[0-9a-f]+\.jsonl")
 NAMED_FILES = 5  # in an error
 LOCK_CONTENT = b"a run of tunesmith\n"  # the content of LOCK once a run has begun to write
 TRACKER_IDS = tuple(f"{name}-id.txt" for name in get_args(TrackerName))
@@ -116,85 +111,30 @@ def _stop_requested_at(output_dir: Path) -> int:
         return 0
 
 
-def program_rows_file(output_dir: Path, digest: str) -> Path:
-    """The file for rows that a program passes; digest: of their content, in hex."""
-    return output_dir / ROWS_FOLDER / f"rows-{digest}.jsonl"
-
-
 def check_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> None:
     """UsageError where a run would mix its files with somebody else's.
 
     inputs: what the run reads: paths, and Hub ids, which are ignored.
     """
     folder = output_dir.resolve()
-    fix = "use a new folder: output_dir=runs/my-run"
     is_of_run = is_run(output_dir)
-    for name, place in (("working", Path.cwd()), ("home", Path("~").expanduser())):
-        if place.resolve().is_relative_to(folder) and not is_of_run:
-            raise UsageError(
-                f"output_dir is the {name} directory, or a folder that contains it",
-                where=str(output_dir),
-                why="the run's files would be mixed with other files",
-                fix=fix,
-            )
-    for path in map(Path, inputs):
-        if path.is_dir() and path.resolve() == folder:
-            raise UsageError(
-                "output_dir is a folder that the run reads",
-                where=str(output_dir),
-                why="the run's files would be mixed with those of its model or rows",
-                fix=fix,
-            )
     names = [path.name for path in run_files(output_dir)]
-    if names and not is_of_run:
-        raise UsageError(
-            f"output_dir contains files that are not from a tunesmith run: {_first_names(names)}",
-            where=str(output_dir),
-            why=f"a run writes files with these names, and the folder has no {IDENTITY} of a run",
-            fix="use another output_dir, such as output_dir=runs/my-run, or move these files away",
-        )
-    folders = _other_folders(output_dir)
-    if folders:
-        raise UsageError(
-            "output_dir contains folders that are not from a tunesmith run: "
-            f"{_first_names(folders)}",
-            where=str(output_dir),
-            why="the run's files and checkpoints would be mixed with them",
-            fix=f"use a new folder: {shell_word(f'output_dir={output_dir}/my-run')}",
-        )
-
-
-def _first_names(names: list[str]) -> str:
-    text = ", ".join(names[:NAMED_FILES])
-    # A lock file that was there before, and is not marked, may be somebody else's.
-    return f"{text}, ..." if len(names) > NAMED_FILES else text
-
-
-def _other_folders(output_dir: Path) -> list[str]:
-    """Return the folders that no run wrote, if the directory holds only folders; else none."""
-    try:
-        entries = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
-    except OSError:
-        return []  # `_lock` says why
-    folders = []
-    for path in entries:
-        if not path.is_dir():
-            return []
-        # What is hidden, and `lost+found` of a disk, is nobody's work.
-        is_system = path.name.startswith(".") or path.name == "lost+found"
-        is_of_run = path.name == LAUNCH or bool(_WRITTEN.fullmatch(path.name))
-        if is_system or is_of_run or _is_rows_of_program(path):
-            continue
-        # The runs of a sweep lie below its own folder.
-        if not is_run(path):
-            folders.append(path.name)
-    return folders
-
-
-def _is_rows_of_program(folder: Path) -> bool:
-    """Tell whether it is the folder of a program's rows, with nothing else in it."""
-    names = {path.name for path in folder.iterdir()}
-    return folder.name == ROWS_FOLDER and all(map(_PROGRAM_ROWS.fullmatch, names))
+    why = "the run's files would be mixed with other files"
+    if not is_of_run and any(
+        place.resolve().is_relative_to(folder) for place in (Path.cwd(), Path.home())
+    ):
+        what = "output_dir is the working or the home directory, or a folder that contains one"
+    elif any(path.is_dir() and path.resolve() == folder for path in map(Path, inputs)):
+        what = "output_dir is a folder that the run reads"
+    elif names and not is_of_run:
+        more = ", ..." if len(names) > NAMED_FILES else ""
+        files = ", ".join(names[:NAMED_FILES]) + more
+        what = f"output_dir contains files that are not from a tunesmith run: {files}"
+        why = f"a run writes files with these names, and the folder has no {IDENTITY} of a run"
+    else:
+        return
+    fix = "use a new folder: output_dir=runs/my-run"
+    raise UsageError(what, where=str(output_dir), why=why, fix=fix)
 
 
 @contextlib.contextmanager
@@ -214,7 +154,8 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
     fix = "delete it, or use a new folder: output_dir=runs/my-run"
     check_regular_files(output_dir, fix=fix)
     check_run_dir(output_dir, inputs)
-    created = missing_folders(output_dir)
+    # The innermost first.
+    created = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     lock = output_dir / LOCK
     # Looked at before `_lock` creates it.
     is_new = not lock.exists()
@@ -235,24 +176,12 @@ def claim_run_dir(output_dir: Path, inputs: Iterable[str] = ()) -> Iterator[Call
         with contextlib.suppress(OSError):
             if not run_files(output_dir) and (is_new or lock.read_bytes() == LOCK_CONTENT):
                 lock.unlink()
-        remove_unused(created)
+        # A refused start leaves no trace. A folder may have files by now, or another start creates
+        # the same folders at this moment.
+        with contextlib.suppress(OSError):
+            for folder in created:
+                folder.rmdir()
         os.close(handle)
-
-
-def missing_folders(output_dir: Path) -> list[Path]:
-    """The run directory and its parents that do not exist yet, the innermost first."""
-    return [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-
-
-def remove_unused(created: list[Path]) -> None:
-    """Remove the folders that a start created, if nothing was written into them.
-
-    A refused start leaves no trace.
-    """
-    # Something lies in it, or another start creates the same folders at this moment.
-    with contextlib.suppress(OSError):
-        for folder in created:
-            folder.rmdir()
 
 
 def _lock(output_dir: Path) -> int:

@@ -59,7 +59,6 @@ class Progress:
         kept_step, kept_score: of the best validation so far whose step has a checkpoint, with its
             `validation_score`.
         worse: validations since the best one.
-        warned_of_rise: whether the user was told that the validation loss has risen.
         loss_scale: fp16's.
         good_steps: since it last changed.
         ended: the duration that the run completed, as in its recipe; None before its end.
@@ -83,7 +82,6 @@ class Progress:
     kept_step: int | None = None
     kept_score: list[float] | None = None
     worse: int = 0
-    warned_of_rise: bool = False
     loss_scale: float | None = None
     good_steps: int = 0
     ended: str | None = None
@@ -108,8 +106,8 @@ class Progress:
         try:
             values = json.loads((folder / PROGRESS).read_text())
             values["record"] = StepRecord.from_plain(values["record"])
-            values.pop("rounding", None)  # which way of rounding an earlier version drew
-            return cls(**values)
+            # A file of an earlier version may have keys that are not read any more.
+            return cls(**{key: values[key] for key in values.keys() & vars(cls()).keys()})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{folder.name} has no readable {PROGRESS}",

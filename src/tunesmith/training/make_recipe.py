@@ -19,10 +19,11 @@ import numpy as np
 from tunesmith.adapter.peft_files import read_adapter
 from tunesmith.checkpoint.start_adapter import find_adapter
 from tunesmith.config.dump import differences, to_yaml
+from tunesmith.config.layers import override_words
 from tunesmith.config.load import checked, load_recipe
 from tunesmith.config.paths import resolve_paths
-from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run, Source
-from tunesmith.config.tree import Node
+from tunesmith.config.schema import MIN_KTO_BATCH, Adapter, Run
+from tunesmith.config.shipped import schema_line
 from tunesmith.data.compare.splits import count_held_out
 from tunesmith.data.source.open_source import (
     CHARACTERS_PER_TOKEN,
@@ -36,7 +37,7 @@ from tunesmith.data.tokens.tokenize import tokenize
 from tunesmith.errors import DataError, MachineError, RecipeError
 from tunesmith.host import demo_model
 from tunesmith.host.files import from_here, write_atomically
-from tunesmith.host.shell import shell_path
+from tunesmith.host.shell import shell_command, shell_path
 from tunesmith.hub import fetch
 from tunesmith.hub.model_files import read_model_files
 from tunesmith.metrics.intervals import MIN_DIFFERING
@@ -194,7 +195,7 @@ def make_recipe(
         )
     choices.choose_adapter()
     choices.choose_method()
-    examined = _examine(look.draft, look.source, look.rows, on_paper=on_paper)
+    examined = _examine(look.draft, look.rows, on_paper=on_paper)
     parts = choices.choose_seq_len(examined)
     held_out = choices.choose_hold_out(row_count, parts)
     if examined.is_padded and "data.pack" not in choices.override_keys:
@@ -208,20 +209,17 @@ def make_recipe(
     run = checked(tree)
     for key in choices.override_keys & choices.why.keys() - {"data.train"}:
         choices.why[key] = "set on the command line"
+    command = ["tunesmith", "train", "--model", model, "--data", data, *override_words(overrides)]
+    head = [schema_line(), *(f"# {line}" for line in shell_command(command).splitlines())]
+    body = to_yaml(resolve_paths(tree, beside=look.path.parent).plain(), choices.why)
     return NewRecipe(
         run,
         look.path,
-        _recipe_text(tree, look.path, choices.why, look.head),
+        "\n".join([*head, body]),
         look.about_data,
         examined.mean_length,
         examined.is_estimated,
     )
-
-
-def _recipe_text(tree: Node, path: Path, why: Mapping[str, str], head: list[str]) -> str:
-    """Return the text of a recipe's file: its head, and the keys with their reasons."""
-    body = to_yaml(resolve_paths(tree, beside=path.parent).plain(), why)
-    return "\n".join([*head, body])
 
 
 class _Examined(NamedTuple):
@@ -241,7 +239,7 @@ class _Examined(NamedTuple):
     is_estimated: bool = False
 
 
-def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examined:
+def _examine(run: Run, rows: Rows, *, on_paper: bool) -> _Examined:
     """Look at the model and at some rows; `on_paper` as for `make_recipe`."""
     # Evenly spaced rows: files are often sorted.
     few = _characters(_spread(rows, MIN_ROWS_TO_HOLD_OUT), count_characters)
@@ -254,14 +252,13 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
     )
     config = fetch.config_in_package(run.model) if on_paper else None
     if config is not None:
-        return _examine_on_paper(run.model.name, config, source, rows)
+        return _examine_on_paper(run, config, rows)
     folder = fetch.fetch_for_tokens(run.model)
     files = read_model_files(folder, run.model, image_max_pixels=run.data.image_max_pixels)
     # Nothing is cut where lengths are looked at. Rows that cannot be rendered are listed when all
     # of them are tokenized, not these alone.
     data = replace(
         run.data,
-        train=(source,),
         seq_len=sys.maxsize,
         too_long="truncate",
         train_on="all",
@@ -269,7 +266,7 @@ def _examine(run: Run, source: Source, rows: Rows, *, on_paper: bool) -> _Examin
     )
     ends = eos_ids(files.folder, files.tokenizer)
     template = select_template(data, files.tokenizer, ends, files.pictures)
-    tokens = tokenize([(source, rows)], data, template, cache=None, what="a sample")
+    tokens = tokenize([(run.data.train[0], rows)], data, template, cache=None, what="a sample")
     is_padded = files.support.state == "padded"
     mean_length = round(tokens.lengths.mean())
     return _Examined(files.spec, is_padded, tokens.longest_sequences, mean_length)
@@ -292,16 +289,14 @@ def _characters(rows: Rows, count: Callable[[object], int]) -> list[int]:
     return counts
 
 
-def _examine_on_paper(
-    model: str, config: Mapping[str, object], source: Source, rows: Rows
-) -> _Examined:
+def _examine_on_paper(run: Run, config: Mapping[str, object], rows: Rows) -> _Examined:
     """The same by the model's config.json and the characters of the rows, without a tokenizer."""
-    spec = model_spec(config, where=model)
+    spec = model_spec(config, where=run.model.name)
     model_type = read_model_types().get(spec.model_type)
     is_padded = model_type is not None and model_type.support.state == "padded"
     characters = _characters(rows, count_characters)
     lengths = np.array([max(1, ceil_div(n, CHARACTERS_PER_TOKEN)) for n in characters])
-    mean = fmean(_characters(rows, partial(count_of_example, source=source)))
+    mean = fmean(_characters(rows, partial(count_of_example, source=run.data.train[0])))
     mean_length = max(1, round(mean / CHARACTERS_PER_TOKEN))
     return _Examined(spec, is_padded, lengths, mean_length, is_estimated=True)
 

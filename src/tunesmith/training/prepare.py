@@ -24,13 +24,12 @@ from tunesmith.checkpoint.resume import Start, as_it_began, check_unchanged, des
 from tunesmith.checkpoint.start_adapter import adapter_digest, find_adapter
 from tunesmith.config.load import load_recipe
 from tunesmith.config.schema import Run
-from tunesmith.data.prepare import TrainingData, find_trained_rows, prepare_data
+from tunesmith.data.prepare import TrainingData, prepare_data
 from tunesmith.data.source.folders import check_local
 from tunesmith.data.source.open_source import is_local
 from tunesmith.data.tokens.contract import CutAnswers
-from tunesmith.data.tokens.token_set import Repeats
 from tunesmith.distributed.ranks import Ranks
-from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.errors import MachineError
 from tunesmith.host import packages
 from tunesmith.host.chips import Chip
 from tunesmith.host.files import from_here
@@ -241,8 +240,7 @@ def read_data(
     check_unchanged(start, run, hashes)
     log.info(data.describe(why=why))
     if run.adapter.from_ is not None and start.checkpoint is None:
-        for line in describe_earlier_run(run.adapter.from_, data):
-            log.info(line)
+        check_earlier_base(run.adapter.from_, run.model.name)
     limit = files.spec.position_limit or files.spec.context
     longest = int(data.train.lengths.max())
     if longest > limit:
@@ -253,46 +251,20 @@ def read_data(
     return data
 
 
-def describe_earlier_run(adapter: str, data: TrainingData) -> list[str]:
-    """Lines for the user where the run of the adapter that is continued had another base, or was
-    trained on rows that are held out now.
+def check_earlier_base(adapter: str, model: str) -> None:
+    """Warn if the run of the adapter that is continued had another base than `model`.
 
-    adapter: as in `adapter.from`; of one that is no run's nothing is known.
+    adapter: as in `adapter.from`; it may be from elsewhere than a run.
     """
-    folder = find_adapter(adapter)
-    if not (folder.parent / RECIPE).is_file():
-        return []
-    name = from_here(folder.parent)
-    try:
-        earlier = load_recipe(folder.parent / RECIPE, trusts_code=True)
-    except TunesmithError as error:
-        return [f"warning: could not check what {name} was trained on: {error.what}"]
-    lines = []
-    base = data.run.model.name
-    if earlier.model.name != base:
-        lines.append(
-            f"warning: the base of {name} is {earlier.model.name}, and here it is {base}; if these "
-            f"are two models, fix: {shell_word(f'model.name={earlier.model.name}')}"
+    recipe = find_adapter(adapter).parent / RECIPE
+    if not recipe.is_file():
+        return
+    base = load_recipe(recipe, trusts_code=True).model.name
+    if base != model:
+        log.warning(
+            f"the base of {from_here(recipe.parent)} is {base}, and here it is {model}; if these "
+            f"are two models, fix: {shell_word(f'model.name={base}')}"
         )
-    if data.validation is None:
-        return lines
-    seen, fault = find_trained_rows(data.validation, earlier, data.run.data, data.template)
-    if seen is None:
-        lines.append(
-            f"warning: could not check whether {name} was trained on held-out rows: {fault}"
-        )
-    elif seen.count:
-        lines.append(_warn_of_trained_rows(name, seen, len(data.validation)))
-    return lines
-
-
-def _warn_of_trained_rows(name: str, seen: Repeats, held_out: int) -> str:
-    return (
-        f"warning: {name} was trained on {seen.count:,} of {count_of(held_out, 'held-out row')}, "
-        f"so val_loss is too optimistic; first {seen.where} ({seen.earlier}); fix: name a "
-        "file without the rows of that run, or train on all rows from the base, without "
-        "adapter.from"
-    )
 
 
 def fill_steps(data: TrainingData) -> TrainingData:

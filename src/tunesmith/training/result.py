@@ -1,8 +1,6 @@
 """The end of a run: a Result, or the error that ended it in words that help."""
 
-import glob
 import json
-import logging
 import math
 import os
 from collections.abc import Sequence
@@ -37,7 +35,6 @@ from tunesmith.run_dir import (
     FINAL,
     LOG,
     METRICS,
-    RECIPE,
     STOP_FILE,
     STOPPED,
     Fields,
@@ -46,9 +43,7 @@ from tunesmith.run_dir import (
     shown,
     weights_step,
 )
-from tunesmith.units import Size, count_of
-
-log = logging.getLogger(__name__)
+from tunesmith.units import count_of
 
 # An error names no more rows than these.
 MAX_NAMED_ROWS = 8
@@ -272,7 +267,7 @@ def stopped_by(
     if shortage is not None:
         reason = "memory"
         fix = f"{FREE_MEMORY_FIX}, then {fix}"
-        if step and can_shrink(run, progress.micro_batch):
+        if step and progress.micro_batch and not run.train.optimizer_in_backward:
             fix += f"; or with a train.micro_batch below {progress.micro_batch}"
         more = {"figures": shortage.record}
         error = LowMemoryError(SHORT + saved_text, where=where, why=shortage.text, fix=fix)
@@ -306,17 +301,6 @@ def write_stopped(
     write_atomically(out / STOPPED, json.dumps(record | more, indent=1))
 
 
-def can_shrink(run: Run, micro_batch: str | None) -> bool:
-    """Tell whether the run would be taken with a smaller `train.micro_batch` too."""
-    if run.train.optimizer_in_backward:
-        return False
-    size = Size.parse(micro_batch or "1 examples")
-    least = 1
-    if size.unit == "tokens":
-        least = run.row_tokens  # a row of data.seq_len has to fit
-    return size.amount > least
-
-
 def stopped_twice(out: Path, step: int, saved_step: int | None) -> StoppedError:
     """The end of a run by a second ctrl-C after `step`: the newest checkpoint is what is saved."""
     saved_text = "no checkpoint was written yet"
@@ -334,21 +318,3 @@ def how_to_resume(saved_step: int | None) -> str:
     if saved_step:
         return f"{again}: it resumes from checkpoint-{saved_step}"
     return again
-
-
-def warn_of_changed_rows(run: Run) -> None:
-    """Warn of files that were written after the finished run began: it has not seen what they
-    hold now."""
-    began = (Path(run.output_dir) / RECIPE).stat().st_mtime
-    changed = []
-    for source in (*run.data.train, *run.data.validation):
-        place = Path(source.source)
-        below = place.iterdir() if place.is_dir() else map(Path, glob.glob(source.source))
-        files = [place, *below]
-        if any(file.stat().st_mtime > began for file in files if file.exists()):
-            changed.append(from_here(place))
-    if changed:
-        log.warning(
-            f"{', '.join(changed)} changed after this run began, which has not been trained on the "
-            "new rows; fix: --fresh, or output_dir=runs/another-name"
-        )

@@ -87,12 +87,11 @@ from tunesmith.training.agree import check_same_recipe
 from tunesmith.training.build import Session, build, write_identity
 from tunesmith.training.early_checks import short_name
 from tunesmith.training.make_recipe import make_recipe
-from tunesmith.training.program_rows import kept_rows
+from tunesmith.training.program_rows import keep_rows
 from tunesmith.training.result import (
     Result,
     how_to_resume,
     stopped_twice,
-    warn_of_changed_rows,
     write_stopped,
 )
 from tunesmith.training.stop_control import StopControl
@@ -148,7 +147,7 @@ def train(
         if quiet:
             stack.enter_context(stderr_only_from())
         if recipe is None:
-            run = stack.enter_context(recipe_for_rows(model, rows, overrides))
+            run = recipe_for_rows(model, rows, overrides)
         elif model is not None or rows is not None:
             fix = "set a recipe's rows with data.train.source"
             raise UsageError("a recipe cannot be combined with model or rows", fix=fix)
@@ -177,22 +176,18 @@ def train(
         )
 
 
-@contextlib.contextmanager
 def recipe_for_rows(
     model: str | None, rows: object, overrides: Mapping[str, object] | Sequence[str]
-) -> Iterator[Run]:
-    """A new recipe for a model and rows of the program, which are written below its output_dir; as
-    of `kept_rows`.
-    """
+) -> Run:
+    """Make a recipe for a model and rows of the program, which are written below its output_dir."""
     if model is None or rows is None:
         fix = 'train("my-recipe.yaml"), or train(model="...", rows=[...])'
         raise UsageError("a recipe is required, or model and rows", fix=fix)
     options = override_layer(overrides).plain()
-    if "output_dir" not in options:
-        # Else it would be named after the file of the rows.
-        options["output_dir"] = f"runs/rows-{short_name(model)}"
-    with kept_rows(rows, Path(options["output_dir"])) as file:
-        yield make_recipe(model, str(file), options).run
+    # The default would be named after the file of the rows.
+    options.setdefault("output_dir", f"runs/rows-{short_name(model)}")
+    file = keep_rows(rows, Path(options["output_dir"]))
+    return make_recipe(model, str(file), options).run
 
 
 def level_of_process(rank: int | None = None) -> int:
@@ -278,8 +273,6 @@ def start_run(
             stack.enter_context(noted_early_stop(out, stop.request))
             stop.request.on_exit = partial(note_early_stop, out, stop.request)
         if start.finished is not None:
-            if ranks.is_main_process:
-                warn_of_changed_rows(run)
             return Result.of_finished(out, start.finished)
         run = with_start_adapter(run, start, ranks)
         # Build; a fault up to the first step is one of the recipe, the data or the machine.

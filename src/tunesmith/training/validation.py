@@ -5,17 +5,13 @@ import json
 
 from tunesmith.checkpoint.resume import validation_score
 from tunesmith.distributed.activity import COMPILING_S, STUCK_AFTER_S
-from tunesmith.host.files import from_here, write_atomically
+from tunesmith.host.files import write_atomically
 from tunesmith.methods.answers import REWARD_ACCURACY
 from tunesmith.metrics.record import VALIDATION
-from tunesmith.metrics.summary import has_risen
 from tunesmith.run_dir import BEST, Phase
 from tunesmith.training.async_metrics import AsyncMetrics
 from tunesmith.training.loop_part import LoopPart, LoopShared
 from tunesmith.training.validation_loss import ValidationResult, validation_loss
-
-# A run without patience is told when its loss has risen and not been lower for so many validations.
-MIN_RISES = 3
 
 
 class Validation(LoopPart):
@@ -62,33 +58,7 @@ class Validation(LoopPart):
             progress.best_loss = result.loss
             progress.best_accuracy = result.metrics.get(REWARD_ACCURACY)
             self._write_best()
-        self._warn_of_rise(result.loss)
         return True
-
-    def _warn_of_rise(self, loss: float) -> None:
-        """Say once in a run that the loss has risen, where no patience will end the run."""
-        progress = self.progress
-        validate = self.run.validate
-        # By accuracy, `worse` counts from the best accuracy, and `best_loss` is no minimum.
-        if validate.best_by != "loss" or validate.patience is not None:
-            return
-        if progress.warned_of_rise or progress.worse < MIN_RISES or progress.best_loss is None:
-            return
-        if not has_risen(loss, progress.best_loss):
-            return
-        progress.warned_of_rise = True
-        best = f"the lowest was {progress.best_loss:.4f} at step {progress.best_step}"
-        if progress.kept_step == progress.best_step:
-            checkpoint = self.out / f"checkpoint-{progress.best_step}"
-            best += f", which {from_here(checkpoint)} keeps"
-            if self.run.checkpoint.final == "best":
-                best += " for final/"
-        self.sinks.text(
-            "overfitting",
-            f"warning: val_loss has risen: no new minimum in {progress.worse} validations; "
-            f"the model memorizes the training rows; {best}; validate.patience={MIN_RISES} stops "
-            "such a run by itself",
-        )
 
     def _is_best(self, result: ValidationResult) -> bool:
         """Tell whether no validation so far was as good; of equal accuracies the loss decides."""
