@@ -603,64 +603,36 @@ class Score(TypedDict):
     by_row: NotRequired[dict[str, list[float]]]
 
 
-class _ScoresFields(TypedDict):
-    data: str
-    rows: Count
-    row_hash: str
-    scores: dict[str, Score]
-
-
-class EvalScores(_ScoresFields):
+class EvalScores(TypedDict):
     """The numbers of an `eval`.
 
     `losses`, by model, and `row_losses` are None of a task; `seen` counts rows that were trained
     on.
     """
 
+    data: str
+    rows: Count
+    row_hash: str
+    scores: dict[str, Score]
     step: Count | None
     seen: Count | None
     losses: dict[str, float] | None
     row_losses: RowLosses | None
 
 
-class _WrittenScores(_ScoresFields):
-    """A file of scores; a loss that is not finite is a text."""
-
-    step: NotRequired[Count | None]
-    seen: NotRequired[Count | None]
-    losses: NotRequired[dict[str, object] | None]
-    row_losses: NotRequired[object]
-
-
 def read_scores(path: Path) -> EvalScores:
     """Read a file of scores; OSError or ValueError where it is damaged."""
-    values = read_object(path, _WrittenScores)
-    losses = values.get("losses")
-    rows = values.get("row_losses")
-    scores = {}
-    for scorer, score in values["scores"].items():
-        known = {name: score.get(name) for name in Score.__annotations__}
-        kept = {name: value for name, value in known.items() if value is not None}
-        scores[scorer] = cast("Score", kept)
-    return {
-        "data": values["data"],
-        "rows": values["rows"],
-        "row_hash": values["row_hash"],
-        "step": values.get("step"),
-        "seen": values.get("seen"),
-        "losses": None if losses is None else _numbers_of(losses),
-        "scores": scores,
-        "row_losses": cast("RowLosses", rows) if _are_row_losses(rows) else None,
-    }
-
-
-def _numbers_of(values: Mapping[str, object]) -> dict[str, float]:
-    return {name: cast("float", value) for name, value in values.items() if is_number(value)}
-
-
-def _are_row_losses(rows: object) -> bool:
-    if form_fault(rows, RowLosses):
-        return False
-    losses = cast("RowLosses", rows)
-    lists = [losses["tuned"], *([losses["base"]] if "base" in losses else [])]
-    return all(len(values) == len(losses["tokens"]) for values in lists)
+    values: Fields = {**dict.fromkeys(EvalScores.__annotations__), **read_object(path, Fields)}
+    # A loss that is not finite is written as text.
+    if isinstance(values["losses"], dict):
+        losses = values["losses"].items()
+        values["losses"] = {name: loss for name, loss in losses if is_number(loss)}
+    rows = values["row_losses"]
+    if form_fault(rows, RowLosses) or any(
+        len(rows[name]) != len(rows["tokens"]) for name in ("tuned", "base") if name in rows
+    ):
+        values["row_losses"] = None
+    fault = form_fault(values, EvalScores)
+    if fault:
+        raise ValueError(fault)
+    return cast("EvalScores", {name: values[name] for name in EvalScores.__annotations__})

@@ -159,15 +159,6 @@ def test_the_base_alone_needs_no_whole_adapter(copied: Path) -> None:
         load_run(copied / "lora", device="cpu")
 
 
-def test_another_whole_checkpoint_is_named(copied: Path) -> None:
-    shutil.copytree(copied / "lora" / "final", copied / "lora" / "checkpoint-2")
-    flip(copied / "lora" / "final" / WEIGHTS)
-    with pytest.raises(ModelError) as caught:
-        manifest.check_sums(copied / "lora" / "final")
-    assert str(copied / "lora" / "checkpoint-2") in caught.value.fix
-    manifest.check_sums(copied / "lora" / "checkpoint-2")
-
-
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"files": {"a": 1}}', '{"version": 3}'])
 def test_a_folder_without_a_manifest_of_ours_is_opened(text: str | None, tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"x")

@@ -88,10 +88,10 @@ def test_another_key_of_the_recipe(layout, tiny, tmp_path):
 
 def test_one_rank_of_a_node_is_named_where_the_others_agree():
     from tunesmith.distributed.ranks import Ranks
-    from tunesmith.training.agree import Compared, find_differences
+    from tunesmith.training.agree import find_differences
 
     ranks = Ranks(0, 4, hosts=("node-a", "node-a", "node-b", "node-b"), run_dir_writers=(0,) * 4)
-    parts = [{"seed": Compared("1", "1")}] * 3 + [{"seed": Compared("2", "2")}]
+    parts = [{"seed": "1"}] * 3 + [{"seed": "2"}]
     differences = find_differences(ranks, parts)["seed"]
     first, second = differences.split(", 2 ")
     assert holds(first, 1, "rank 0", "rank 1", "rank 2", "node-a", "node-b")
@@ -113,8 +113,8 @@ def test_another_number_of_rows(what, tiny, tmp_path):
         2, start, "ab", tiny, tmp_path, {"data": {}, "parallel": {"shard": 2}, **what}, on_b, {}
     )
     where = end_together(found, "ab", "DataError")
-    assert "data.train: 48 rows (" in where
-    assert "on node-a, 11 rows (" in where
+    assert "data.train: 48 rows, " in where
+    assert "on node-a, 11 rows, " in where
 
 
 def test_other_rows_of_the_same_number(tiny, tmp_path):
@@ -123,7 +123,7 @@ def test_other_rows_of_the_same_number(tiny, tmp_path):
     source = {"source": str(tmp_path / "other.jsonl"), "format": "prompt-completion"}
     found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": {}}, {"data": {"train": source}}, {})
     where = end_together(found, "ab", "DataError")
-    assert where.count("48 rows (") == 2
+    assert where.count("48 rows, ") == 2
     assert "data.validation" not in where
 
 
@@ -133,7 +133,7 @@ def test_other_held_out_rows(tiny, tmp_path):
         2, start, "ab", tiny, tmp_path, {"data": {}}, {"data": {"validation": source}}, {}
     )
     where = end_together(found, "ab", "DataError")
-    assert where.startswith("data.validation: 8 rows (")
+    assert where.startswith("data.validation: 8 rows, ")
 
 
 def test_another_base_of_the_same_shape(tiny, tmp_path):
@@ -152,8 +152,8 @@ def test_another_base_of_the_same_shape(tiny, tmp_path):
         "ab",
         "ModelError",
     )
-    assert where.startswith(f"model.name: weights: {tiny} (")
-    assert f"on node-a, {other} (" in where
+    assert where.startswith("model.name: weights: ")
+    assert "on node-a, " in where
 
 
 def test_another_configuration_and_tokenizer(tiny, tmp_path):
@@ -178,8 +178,8 @@ def test_another_template_at_the_same_place(tiny, tmp_path):
     one, two = ({"template": str(tmp_path / f"{name}.jinja")} for name in ("one", "two"))
     found = run_ranks(2, start, "ab", tiny, tmp_path, {"data": one}, {"data": two}, {})
     where = end_together(found, "ab", "DataError")
-    assert "data.template: one.jinja (" in where
-    assert "on node-a, two.jinja (" in where
+    assert where.startswith("data.template: ")
+    assert "on node-a, " in where
 
 
 def test_another_version(tiny, tmp_path):
@@ -200,7 +200,7 @@ def test_another_adapter_to_begin_with(tiny, tmp_path):
         {"adapter": {"from": str(tmp_path / name / "final")}} for name in ("first", "second")
     )
     found = run_ranks(2, start, "ab", tiny, tmp_path, first, second, {})
-    assert end_together(found, "ab", "ModelError").startswith(f"adapter.from: {tmp_path / 'first'}")
+    assert end_together(found, "ab", "ModelError").startswith("adapter.from: ")
 
 
 def test_places_may_differ(tiny, tmp_path):

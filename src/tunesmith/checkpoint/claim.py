@@ -2,7 +2,8 @@
 
 A directory is a run's where it holds the env.json of a run. Before that is written, `.lock` says
 that a run began to write. In other directories the start is refused and nothing is touched if there
-is a file with a name that a run writes, or if it is the working or the home directory. Files of other names are never touched. An earlier run is moved aside, never deleted.
+is a file with a name that a run writes, or if it is the working or the home directory. Files of
+other names are never touched. An earlier run is moved aside, never deleted.
 """
 
 import contextlib

@@ -22,7 +22,6 @@ from tunesmith.errors import CheckpointError, ModelError, disk_fault
 from tunesmith.host.cores import available_cores
 from tunesmith.host.files import follow_umask
 from tunesmith.host.memory import open_uncached
-from tunesmith.host.shell import shell_path
 from tunesmith.run_dir import MANIFEST, ManifestEntry, read_manifest
 
 log = logging.getLogger(__name__)
@@ -99,67 +98,48 @@ def find_damage(folder: Path, *, contents: bool = True) -> str | None:
 
     contents: compare the SHA-256 of every file too, not only its size.
     """
-    for _, clause in damaged_files(folder, contents=contents):
-        return clause
-    return None
+    return next((clause for _, clause in damaged_files(folder, contents=contents)), None)
 
 
 def damaged_files(
-    folder: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[str, str]]:
-    """Each file of a manifest that is missing or damaged, and a clause that says so.
+    folder: Path, *, contents: bool = True, reads: Callable[[str], bool] = lambda name: True
+) -> list[tuple[str, str]]:
+    """Return each file of a manifest that is missing or damaged, with a clause that says so.
 
-    The manifest alone, if it is missing or damaged itself.
+    Return the manifest alone if it is missing or damaged itself. Comparing the contents of more
+    than ANNOUNCED_BYTES is announced.
 
-    share: (i, n): the contents are compared of every n-th file, the largest first, from the i-th
-        on. So n readers that see one folder compare all of them together.
+    reads: whether a file of the manifest is compared.
     """
-    if not (folder / MANIFEST).is_file():
-        yield MANIFEST, "it has no manifest.json: it is incomplete"
-        return
-    entries = _manifest_entries(folder)
-    if entries is None:
-        yield MANIFEST, "its manifest.json cannot be read"
-        return
-    compared: set[str] = set()
-    if contents:
-        index, readers = share
-        # So that the readers' shares are alike in bytes.
-        largest_first = sorted(entries, key=lambda name: (-entries[name][0], name))
-        compared = set(largest_first[index::readers])
-    for name, (size, digest) in entries.items():
-        clause = _damage_of_file(folder, name, size, digest if name in compared else None)
-        if clause:
-            yield name, clause
-
-
-def _manifest_entries(folder: Path) -> dict[str, tuple[int, str]] | None:
-    """Bytes and SHA-256 of each file by the manifest of `folder`; None where it cannot be read."""
     try:
         manifest = read_manifest(folder)
     except ValueError:
-        return None
+        return [(MANIFEST, "its manifest.json cannot be read")]
     if manifest is None:
-        return None
-    entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        return [(MANIFEST, "it has no manifest.json: it is incomplete")]
     # People edit the card.
-    entries.pop(CARD, None)
-    return entries
+    entries = {
+        name: entry for name, entry in manifest["files"].items() if name != CARD and reads(name)
+    }
+    total = sum(entry["bytes"] for entry in entries.values())
+    if contents and total > ANNOUNCED_BYTES:
+        log.info(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
 
+    def find(name: str) -> str:
+        """Return what is wrong with a file, or an empty string."""
+        path = folder / name
+        entry = entries[name]
+        if not path.is_file():
+            return f"{name} is missing{ELSEWHERE if name.endswith(PART) else ''}"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes of {entry['bytes']}"
+        if contents and digest_of_file(path) != entry["sha256"]:
+            return f"the contents of {name} do not match their checksum"
+        return ""
 
-def _damage_of_file(folder: Path, name: str, size: int, digest: str | None) -> str | None:
-    """Find what is wrong with a file of `size` bytes, as a clause, or None.
-
-    digest: its SHA-256; None: it is not compared.
-    """
-    path = folder / name
-    if not path.is_file():
-        return f"{name} is missing{ELSEWHERE if name.endswith(PART) else ''}"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes of {size}"
-    if digest is not None and digest_of_file(path) != digest:
-        return f"the contents of {name} do not match their checksum"
-    return None
+    with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
+        clauses = pool.map(find, entries)
+        return [(name, clause) for name, clause in zip(entries, clauses, strict=True) if clause]
 
 
 def check_sums(
@@ -169,42 +149,24 @@ def check_sums(
 ) -> None:
     """Compare the files that are about to be read with the checksums in the folder's manifest.
 
-    A folder without a manifest of ours, such as an adapter from elsewhere, passes. More than
-    ANNOUNCED_BYTES are announced.
+    A folder without a manifest of ours, such as an adapter from elsewhere, passes.
 
     reads: whether a file of the manifest is read; by default all but the training state are.
 
     ModelError names the first file that differs.
     """
-    entries = _manifest_entries(folder) or {}
-    names = [name for name in entries if reads(name)]
-    total = sum(entries[name][0] for name in names)
-    if total > ANNOUNCED_BYTES:
-        log.info(f"comparing the checksums of {folder}: {total / 2**30:.1f} GiB")
-    with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, available_cores())) as pool:
-        clauses = pool.map(lambda name: _damage_of_file(folder, name, *entries[name]), names)
-    for name, clause in zip(names, clauses, strict=True):
-        if clause:
+    for name, clause in damaged_files(folder, reads=reads):
+        if name != MANIFEST:
             raise ModelError(
                 clause,
                 where=str(folder / name),
                 why="it was damaged or edited after it was written: "
                 f"{MANIFEST} has the checksum of what was",
-                fix=_way_on(folder),
+                fix="restore it from a copy, take another checkpoint of the run, or train with "
+                f"--fresh; if you edited it yourself, copy the folder and delete {MANIFEST} in the "
+                "copy",
                 cause="damaged",
             )
-
-
-def _way_on(folder: Path) -> str:
-    """Say what to do about a folder with a file that is not as it was written."""
-    edited = f"if you edited it yourself, copy the folder and delete {MANIFEST} in the copy"
-    recipe = folder.parent / "config.yaml"
-    if not recipe.is_file():
-        return f"copy it again from where it was written; {edited}"
-    for checkpoint in list_checkpoints(folder.parent).values():
-        if checkpoint != folder and find_damage(checkpoint, contents=False) is None:
-            return f"restore it from a copy, or take {shell_path(checkpoint)}; {edited}"
-    return f"restore it from a copy, or tunesmith train {shell_path(recipe)} --fresh; {edited}"
 
 
 def seconds_to_write(folder: Path) -> float | None:
@@ -269,27 +231,18 @@ def atomic_folder(place: Path, step: int, last_step: int | None = None) -> Itera
         fault = disk_fault(error)
         if not fault and not isinstance(error, OSError):
             raise
-        raise _cannot_write(place, fault, error) from error
-
-
-def _cannot_write(place: Path, fault: str | None, error: BaseException) -> CheckpointError:
-    """fault: what is wrong with the disk, if that is known."""
-    complete = [path.name for path in list_checkpoints(place.parent).values() if is_complete(path)]
-    why = "there is no earlier checkpoint"
-    if complete:
-        why = f"complete earlier checkpoints: {', '.join(complete)}"
-    room = "make room"
-    if len(complete) > 1:
-        room = "free disk space (checkpoint.keep=1 needs less)"
-    # A note says on which rank it happened.
-    notes = vars(error).get("__notes__", [])
-    return CheckpointError(
-        fault or f"cannot write {place.name}: {error}",
-        where=" ".join([str(place), *notes]),
-        why=why,
-        fix=f"{room} and start the same command again: it resumes from the newest one",
-        cause="disk" if fault else "",
-    )
+        checkpoints = list_checkpoints(place.parent).values()
+        complete = [path.name for path in checkpoints if is_complete(path)]
+        # A note says on which rank it happened.
+        notes = vars(error).get("__notes__", [])
+        raise CheckpointError(
+            fault or f"cannot write {place.name}: {error}",
+            where=" ".join([str(place), *notes]),
+            why=f"complete earlier checkpoints: {', '.join(complete) or 'none'}",
+            fix="free disk space (checkpoint.keep=1 needs least) and start the same command again: "
+            "it resumes from the newest one",
+            cause="disk" if fault else "",
+        ) from error
 
 
 def is_complete(folder: Path) -> bool:

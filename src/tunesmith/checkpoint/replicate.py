@@ -105,7 +105,16 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
         place = run_dir / f"checkpoint-{step}"
         local_copy = local_copies.get((step, digest))
         names = ranks.all_gather_object(local_copy.name if local_copy else None)
-        damages = _compare_copies(ranks, run_dir, names)
+        damage: dict[str, str] | None = None
+        with ranks.raise_on_all_ranks():
+            if local_copy:
+                damage = dict(damaged_files(local_copy))
+        # The damaged files of each copy, by the rank that writes its directory.
+        damages = {
+            rank: found
+            for rank, found in enumerate(ranks.all_gather_object(damage))
+            if found is not None
+        }
         # A file is lost where every copy lacks it or has it damaged.
         lost_files = set.intersection(*map(set, damages.values()))
         if not lost_files:
@@ -134,34 +143,6 @@ def newest_checkpoint(run_dir: Path, ranks: Ranks = ONE_PROCESS) -> tuple[int, i
                 "--fresh starts over",
             )
     return None
-
-
-def _compare_copies(
-    ranks: Ranks, run_dir: Path, names: list[str | None]
-) -> dict[int, dict[str, str]]:
-    """The damaged files of each copy of a checkpoint, by the rank that writes its directory, with a
-    clause that says what is wrong; a collective call.
-
-    All ranks that see a directory compare the checksums together, each of some files: hundreds of
-    gigabytes would take one of them minutes.
-
-    names: those of the copies, rank by rank; None where there is none.
-    """
-    writer = ranks.run_dir_writers[ranks.rank]
-    readers = [rank for rank, reader in enumerate(ranks.run_dir_writers) if reader == writer]
-    name = names[writer]
-    damage: dict[str, str] = {}
-    with ranks.raise_on_all_ranks():
-        if name is not None:
-            share = (readers.index(ranks.rank), len(readers))
-            damage = dict(damaged_files(run_dir / name, share=share))
-    # Only the ranks that write a directory have sent a name.
-    damages: dict[int, dict[str, str]] = {
-        rank: {} for rank, name in enumerate(names) if name is not None
-    }
-    for reader, clauses in enumerate(ranks.all_gather_object(damage)):
-        damages.get(ranks.run_dir_writers[reader], {}).update(clauses)
-    return damages
 
 
 def copies_in(run_dir: Path) -> dict[tuple[int, str], Path]:
@@ -320,10 +301,7 @@ def copy_files(
         )
     if announce:
         total = sum(transfer.size for transfer in transfers)
-        count = f"{count_of(len(transfers), 'file')}, {total:,} bytes"
-        name = folder.name.strip(".").removesuffix(".partial")
-        sources = {ranks.name(transfer.source) for transfer in transfers}
-        log.info(f"{name}: copying {count}, to other nodes from {', '.join(sorted(sources))}")
+        log.info(f"copying {count_of(len(transfers), 'file')}, {total:,} bytes, to other nodes")
     faults: list[OSError] = []
     for transfer in transfers:
         if ranks.rank == transfer.source:

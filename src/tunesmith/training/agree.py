@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -43,7 +43,6 @@ from tunesmith.units import count_of
 
 NEXT_LINE = "\n         "  # below `  where: `
 MAX_NAMES = 4  # of ranks or nodes that an error lists
-DIGEST_CHARACTERS = 12  # characters of a digest that an error shows
 # What a copy of config.json may have otherwise while the model is the same.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -53,16 +52,6 @@ NOT_COMPUTED = (
     "torch_dtype",
     "use_cache",
 )
-
-
-class Compared(NamedTuple):
-    """One thing that must be alike. An empty `digest`: this rank has nothing to compare it by."""
-
-    digest: str
-    text: str  # as an error shows it
-
-
-NOT_THERE = Compared("not there", "not there")
 
 
 def check_same_recipe(run: Run, ranks: Ranks) -> None:
@@ -78,30 +67,22 @@ def check_same_recipe(run: Run, ranks: Ranks) -> None:
         fix = "install the same versions on every node; tunesmith doctor --pair HOST compares them"
         where = lines_by_key(differences)
         end_all_ranks(ranks, MachineError(what, where=where, fix=fix, cause="version"))
-    values = recipe_values(run)
+    # Keys that name a place may differ.
+    values = {}
+    for key, value in flatten(run).items():
+        if not is_place(key):
+            values[key] = value if isinstance(value, str) else json.dumps(value)
     differences = find_differences(ranks, ranks.all_gather_object(values))
     if differences:
         key = next(iter(differences))
         what = f"the ranks have different recipes: {', '.join([*differences][:MAX_NAMES])}"
         fix = "use the same recipe and the same options on every node"
         if key in values:
-            fix += f", such as {shell_word(f'{key}={values[key].text}')}"
+            fix += f", such as {shell_word(f'{key}={values[key]}')}"
         end_all_ranks(ranks, RecipeError(what, where=lines_by_key(differences), fix=fix))
 
 
-def recipe_values(run: Run) -> dict[str, Compared]:
-    """The keys of a recipe that must be alike, and their values; those that name a place are left
-    out.
-    """
-    values = {}
-    for key, value in flatten(run).items():
-        if not is_place(key):
-            text = value if isinstance(value, str) else json.dumps(value)
-            values[key] = Compared(text, text)
-    return values
-
-
-def software_versions() -> dict[str, Compared]:
+def software_versions() -> dict[str, str]:
     """List what computes and in which version, with a digest of this package's own files."""
     versions = dict(installed_versions())
     for name in ("numpy", "triton"):  # the order of the examples, compiled kernels
@@ -111,9 +92,8 @@ def software_versions() -> dict[str, Compared]:
         versions["CUDA"] = str(torch.version.cuda)
         versions["NCCL"] = str(torch.cuda.nccl.version())
         versions["cuDNN"] = str(torch.backends.cudnn.version())
-    number = f"{versions.get('tunesmith', '')} {source_digest()[:8]}".strip()
-    versions["tunesmith"] = number
-    return {name: Compared(version, version) for name, version in versions.items()}
+    versions["tunesmith"] = f"{versions.get('tunesmith', '')} {source_digest()[:8]}".strip()
+    return versions
 
 
 def check_same_inputs(
@@ -131,10 +111,15 @@ def check_same_inputs(
     """
     if ranks.world == 1:
         return
+    parts: dict[str, str] = {}
     with ranks.raise_on_all_ranks():
-        parts = model_parts(run, start, files, data) | data_parts(data)
+        parts |= model_parts(run, start, files, data)
+        parts |= data_parts(data)
         if not drawn:
-            parts |= weight_parts(files)
+            # Takes milliseconds for 70B. It misses a change that leaves both ends and the middle of
+            # every tensor as they were; of more than 4,096 tensors it looks at every n-th.
+            entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
+            parts["model.name: weights"] = sampled_digest(entries, ENDS_AND_MIDDLE)
     differences = find_differences(ranks, ranks.all_gather_object(parts))
     if not differences:
         return
@@ -151,92 +136,53 @@ def check_same_inputs(
     end_all_ranks(ranks, ModelError(what, where=where, fix=fix))
 
 
-def model_parts(
-    run: Run, start: Start, files: ModelFiles, data: TrainingData
-) -> dict[str, Compared]:
+def model_parts(run: Run, start: Start, files: ModelFiles, data: TrainingData) -> dict[str, str]:
     """The base model by its configuration, the tokenizer, and the adapter to begin with."""
     parts = {}
     for key, value in leaves(files.config.to_dict()).items():
         if key.partition(".")[0] not in NOT_COMPUTED:
-            text = json.dumps(value, default=str)
-            parts[f"model.name: {key} of config.json"] = Compared(text, text)
-    support = files.support
-    text = ", ".join([support.state, *support.recurrent])
-    parts["model.name: how its layers train"] = Compared(text, text)
-    digest = data.template.tokenizer_hash
-    parts["model.tokenizer"] = Compared(
-        digest, f"{len(files.tokenizer):,} tokens ({digest[:DIGEST_CHARACTERS]})"
+            parts[f"model.name: {key} of config.json"] = json.dumps(value, default=str)
+    parts["model.name: how its layers train"] = ", ".join(
+        [files.support.state, *files.support.recurrent]
     )
+    parts["model.tokenizer"] = f"{len(files.tokenizer):,} tokens, {data.template.tokenizer_hash}"
     if run.adapter.from_ is not None and start.checkpoint is None:
-        digest = adapter_digest(run.adapter.from_)
-        parts["adapter.from"] = Compared(
-            digest, f"{run.adapter.from_} ({digest[:DIGEST_CHARACTERS]})"
-        )
+        parts["adapter.from"] = adapter_digest(run.adapter.from_)
     return parts
 
 
-def weight_parts(files: ModelFiles) -> dict[str, Compared]:
-    """The base's weights by their `sampled_digest`, which takes milliseconds for 70B.
-
-    It misses a change that leaves both ends and the middle of every tensor as they were; of more
-    than 4,096 tensors it looks at every n-th.
-    """
-    entries = list(itertools.chain.from_iterable(read_headers(files.folder).values()))
-    digest = sampled_digest(entries, ENDS_AND_MIDDLE)
-    return {
-        "model.name: weights": Compared(
-            digest, f"{files.model.name} ({digest[:DIGEST_CHARACTERS]})"
-        )
-    }
-
-
-def data_parts(data: TrainingData) -> dict[str, Compared]:
+def data_parts(data: TrainingData) -> dict[str, str]:
     """Template and rows, these by the digests of their tokens."""
-    template = data.template
-    prompt = f"{template.jinja} {sorted(template.end_ids)}"
-    digest = hashlib.sha256(prompt.encode()).hexdigest()
+    prompt = f"{data.template.jinja} {sorted(data.template.end_ids)}"
     counts = data.train.counts
     parts = {
-        "data.template": Compared(digest, f"{template.name} ({digest[:DIGEST_CHARACTERS]})"),
-        "data.train": Compared(
-            counts.digest, f"{count_of(counts.kept, 'row')} ({counts.digest[:DIGEST_CHARACTERS]})"
-        ),
+        "data.template": hashlib.sha256(prompt.encode()).hexdigest(),
+        "data.train": f"{count_of(counts.kept, 'row')}, {counts.digest}",
     }
     if data.validation is not None:
-        digest = f"{data.validation_digest} {data.validation.counts.digest}"
-        parts["data.validation"] = Compared(
-            digest,
-            f"{count_of(data.validation.counts.kept, 'row')} ({digest[:DIGEST_CHARACTERS]})",
-        )
+        counts = data.validation.counts
+        parts["data.validation"] = f"{count_of(counts.kept, 'row')}, {data.validation_digest}"
     return parts
 
 
-def find_differences(
-    ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, Compared]]
-) -> dict[str, str]:
+def find_differences(ranks: Ranks, parts_of_ranks: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Describe how the ranks differ, by key: `1e-4 on node-a, 2e-4 on node-b`.
 
     `parts_of_ranks` has those of each rank.
     """
     differences = {}
     for key in dict.fromkeys(itertools.chain.from_iterable(parts_of_ranks)):
-        parts = [of_rank.get(key, NOT_THERE) for of_rank in parts_of_ranks]
-        if not all(part.digest for part in parts):
-            continue
         holders: dict[str, list[int]] = {}
-        for rank, part in enumerate(parts):
-            holders.setdefault(part.digest, []).append(rank)
+        for rank, parts in enumerate(parts_of_ranks):
+            holders.setdefault(parts.get(key, "not there"), []).append(rank)
         if len(holders) > 1:
-            sides = [
-                f"{parts[group[0]].text} on {name_places(ranks, group)}"
-                for group in holders.values()
-            ]
+            sides = [f"{text} on {name_places(ranks, group)}" for text, group in holders.items()]
             differences[key] = ", ".join(sides)
     return differences
 
 
 def name_places(ranks: Ranks, group: Collection[int]) -> str:
-    """Some ranks in words: the names of their nodes where all ranks of these are among them."""
+    """Name some ranks: by their nodes if the group has all ranks of these."""
     hosts = dict.fromkeys(ranks.hosts[rank] for rank in group)
     whole = all(rank in group for rank, host in enumerate(ranks.hosts) if host in hosts)
     names = [*hosts] if whole else [ranks.name(rank) for rank in group]
