@@ -246,7 +246,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["train", "r.yaml", "--warmup_ratio", "0.1"],
             "--warmup_ratio",
-            "no dashes: 'train.warmup=10 %'",
+            "no dashes: 'train.warmup=3 %'",
         ),
         (["train", "r.yaml", "--lora_r", "32"], "--lora_r", "no dashes: adapter.rank=32"),
         (["train", "r.yaml", "--train.seed", "4"], "--train.seed", "no dashes: train.seed=4"),

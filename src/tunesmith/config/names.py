@@ -51,8 +51,8 @@ def other_tools(section: str) -> dict[str, str]:
     meanings = {name: meaning for meaning, names in table.items() for name in names}
     if section == "keys":
         # Backwards, so that a key of a source is that of the training rows.
-        for key, (spec, hint) in reversed(keys().items()):
-            meanings |= dict.fromkeys(spec.metadata["others"], f"{key}: {example(hint, spec)}")
+        for key, (spec, _) in reversed(keys().items()):
+            meanings |= dict.fromkeys(spec.metadata["others"], key)
     return meanings
 
 
@@ -81,8 +81,6 @@ def suggest_key(section: str, name: str) -> str:
     """Suggest, in one line, what replaces an unknown key `name` of `section` ("" at the top)."""
     siblings = [_last(key) for key in keys() if key.rpartition(".")[0] == section]
     plain = _plain(name)
-    if plain in siblings:
-        return f"write it {plain}"
     # `train.seed` below a section: the form of the command line in a file.
     if f"{section}.{name}".lstrip(".") in keys():
         outer, _, inner = name.rpartition(".")

@@ -5,7 +5,6 @@ Nothing is coerced. The one conversion is from a whole number to a number: `alph
 """
 
 import json
-import math
 import re
 import reprlib
 from dataclasses import Field, is_dataclass
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
-# pydantic's errors of bounds.
-_BOUNDS = {"greater_than": "above {}", "greater_than_equal": "{} or more", "less_than": "below {}"}
+# pydantic's errors of numbers of the right type.
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "finite_number")
+_AMOUNTS = {Length, Size, Share}
 
 _FORMS = {
     str: "text",
@@ -126,31 +126,26 @@ def _entry_type(hint: object) -> object:
     raise TypeError(f"{hint} has no entries")
 
 
-class _Mismatch(NamedTuple):
-    """The value that an error of pydantic is about, and its key."""
-
-    node: Node
-    key: str
-    error: "ErrorDetails"
-
-
 def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     """The first error as ours.
 
     Unknown keys come first: a mistyped one is often missing under its right name.
     """
-    # An unknown key is the likeliest cause of the rest.
-    unknown = [error for error in errors if error["type"] == "unexpected_keyword_argument"]
+    unknown = []
+    for error in errors:
+        if error["type"] == "unexpected_keyword_argument":
+            unknown.append((*_locate(tree, error), str(error["loc"][-1])))
     if unknown:
-        return _explain_unknown(tree, [_locate(tree, error) for error in unknown])
-    mismatches = [_locate(tree, error) for error in errors]
+        return _explain_unknown(tree, unknown)
+    places = [_locate(tree, error) for error in errors]
     # Each member of a union has its error: take the one that got furthest into the value.
-    first_key = mismatches[0].key
-    same_value = [mismatch for mismatch in mismatches if mismatch.key.startswith(first_key)]
-    node, key, error = max(same_value, key=lambda mismatch: len(mismatch.key))
-    error_type = error["type"]
+    first_key = places[0][1]
+    same_value = [i for i, (_, key) in enumerate(places) if key.startswith(first_key)]
+    furthest = max(same_value, key=lambda i: len(places[i][1]))
+    node, key = places[furthest]
+    error = errors[furthest]
     name = error["loc"][-1] if error["loc"] else ""
-    if error_type == "json_invalid":
+    if error["type"] == "json_invalid":
         return RecipeError(
             "the recipe has text that is not Unicode",
             where=node.where,
@@ -158,7 +153,7 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
             fix="remove escapes such as \\ud800, which are half a character",
         )
     # "missing" with a number is an entry of a tuple: that is a value of the wrong length.
-    if error_type == "missing" and isinstance(name, str):
+    if error["type"] == "missing" and isinstance(name, str):
         value = _Value.at(node, f"{key}.{name}".lstrip("."))
         what = f"{value.key} is missing: {value.spec.metadata['doc']}"
         fix = f"add {value.key}: {example(value.hint, value.spec)}"
@@ -171,96 +166,47 @@ def _explain(errors: "list[ErrorDetails]", tree: Node) -> RecipeError:
     return RecipeError(what, where=node.where, why=why, fix=fix)
 
 
-def _explain_unknown(tree: Node, mismatches: list[_Mismatch]) -> RecipeError:
-    """All unknown keys in one error; a file of another tool is one to import."""
-    order = [key for key, _ in tree.places()]
-    mismatches.sort(key=lambda mismatch: order.index(mismatch.key))
-    first = mismatches[0]
-    where = first.node.where
-    if len(mismatches) == 1:
-        return RecipeError(f"unknown key {first.key}", where=where, fix=_fix_unknown(first))
+def _explain_unknown(tree: Node, unknown: list[tuple[Node, str, str]]) -> RecipeError:
+    """All unknown keys (value, dotted key, name) in one error; a file of another tool is one to
+    import.
+    """
+    where = unknown[0][0].where
     file = where.rpartition(":")[0]
     places = []
     fixes = []
-    for mismatch in mismatches:
-        line = mismatch.node.where.replace(f"{file}:", "line ")
-        places.append(f"{mismatch.key} ({line})")
-        fixes.append(f"{mismatch.key}: {_fix_unknown(mismatch)}")
+    for node, key, name in unknown:
+        places.append(f"{key} ({node.where.replace(f'{file}:', 'line ')})")
+        section = without_indices(key.removesuffix(name).rstrip("."))
+        fixes.append(f"{key}: {suggest_key(section, name)}")
+    if len(unknown) == 1:
+        fix = fixes[0].removeprefix(f"{key}: ")
+        return RecipeError(f"unknown key {key}", where=where, fix=fix)
     fix = "; ".join(fixes)
-    # Keys of other tools at the top of a file, which names no model as a recipe does.
-    foreign = [each for each in mismatches if _foreign_name(each.key) in other_tools("keys")]
-    sections = dict(tree.children())
-    is_recipe = "model" in sections and "name" in dict(sections["model"].children())
-    if len(foreign) > 1 and not is_recipe and Path(file).is_file():
+    # Keys of other tools at the top of a file, which has no section `model` as a recipe has.
+    foreign = [name for _, _, name in unknown if name in other_tools("keys")]
+    if len(foreign) > 1 and "model" not in dict(tree.children()) and Path(file).is_file():
         fix = f"tunesmith import {shell_path(file)}   # these are keys of another tool"
     return RecipeError(f"unknown keys {', '.join(places)}", where=where, fix=fix)
 
 
-def _fix_unknown(mismatch: _Mismatch) -> str:
-    """Suggest a key in place of an unknown one: what another tool's means here, or the nearest."""
-    name = str(mismatch.error["loc"][-1])
-    section = without_indices(mismatch.key.removesuffix(name).rstrip("."))
-    content = mismatch.node.plain()
-    # `dataset.packed=true`: the inner key says more.
-    if isinstance(content, dict) and len(content) == 1:
-        inner_name, inner_content = next(iter(content.items()))
-        here = _foreign_line(_foreign_name(inner_name), inner_content)
-        if here:
-            return here
-    here = _foreign_line(_foreign_name(name), content)
-    return here or suggest_key(section, name)
-
-
-def _foreign_name(name: str) -> str:
-    """A key as other tools' are listed."""
-    return name.lower().replace("-", "_")
-
-
-def _foreign_line(name: str, content: object) -> str:
-    """The line to write for a key of another tool, with its own value; empty where it has none."""
-    line = other_tools("keys").get(name, "")
-    key, _, line_value = line.partition(": ")
-    value = ""
-    if key in keys() and isinstance(content, str | int | float):
-        text = content if isinstance(content, str) else json.dumps(content)
-        value = _fitting_value(name, key, text, line_value)
-    elif key == "adapter.target" and isinstance(content, list):
-        value = f"[{', '.join(map(str, content))}]"
-    if value:
-        _, semicolon, remark = line.partition(";")
-        return f"here it is {key}: {value}{semicolon}{remark}"
-    return ""
-
-
 def _explain_value(value: _Value, error: "ErrorDetails") -> tuple[str, str]:
     """Say what is wrong with a value, and the fix."""
-    error_type = error["type"]
-    key = value.key
     content = value.node.value
-    # The bound that is broken, or the error of a type of our own.
-    limits = list(error.get("ctx", {}).values())
     is_form_error = not literal_words(value.hint) or str(content)[:1].isdigit()
     fix = f"write {value.example()}   # {value.spec.metadata['doc']}"
-    if error_type in _BOUNDS:
-        # Limits come as floats: 2147483648.0 is written as the whole number that it is.
-        limit = int(limits[0]) if limits[0] == int(limits[0]) else limits[0]
-        bound = _BOUNDS[error_type].format(limit)
-        what = f"{key} is {reprlib.repr(content)}: it must be {bound}"
-    elif error_type == "finite_number":
-        what = f"{key}: {content} is not a finite number"
-    elif error_type in ("missing", "too_long"):
-        count = len(value.node.children())
-        what = f"{key}: expected {type_in_words(value.hint)}, found {count}"
-    elif error_type == "value_error" and is_form_error:
-        what = f"{key}: {limits[0]}"
+    if error["type"] in _BOUNDS:
+        what = f"{value.key} is {reprlib.repr(content)}: {error['msg'].lower()}"
+    elif error["type"] == "value_error" and is_form_error:
+        what = f"{value.key}: {error['ctx']['error']}"
     else:
-        what = f"{key}: expected {type_in_words(value.hint)}, found {_describe(content)}"
-        fix = _fix_type(value)
+        found = reprlib.repr(json.dumps(value.node.plain()))[1:-1]
+        what = f"{value.key}: expected {type_in_words(value.hint)}, found {found}"
+        fix = _fix_type(value) or fix
     return what, fix
 
 
-def _locate(tree: Node, error: "ErrorDetails") -> _Mismatch:
-    """The value that an error is about.
+def _locate(tree: Node, error: "ErrorDetails") -> tuple[Node, str]:
+    """The value that an error is about, and its key.
 
     pydantic's parts for a single source and a union are skipped.
     """
@@ -271,39 +217,14 @@ def _locate(tree: Node, error: "ErrorDetails") -> _Mismatch:
         if part in children:
             node = children[part]
             key = f"{key}.{part}".lstrip(".")
-    return _Mismatch(node, key, error)
-
-
-def _describe(value: object) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "a mapping"
-    if value in (math.inf, -math.inf):
-        return "a number that is too large"
-    if isinstance(value, str):
-        return f"the text {reprlib.repr(value)}"
-    return str(value).lower()
+    return node, key
 
 
 def _fix_type(value: _Value) -> str:
-    """The fix for a value of the wrong type: the line to write where it can be guessed."""
+    """The line to write for a value of the wrong type, if it can be guessed; else empty."""
     content = value.node.value
     types_ = members(value.hint)
-    if content in (math.inf, -math.inf):
-        return f"write {value.example()}"
-    # Text in quotes that would be of the right type without them.
-    if isinstance(content, str):
-        meant = type(scalar(content.strip()))
-        if meant in types_ or (meant is int and float in types_):
-            return f"write {value.line(content.strip())}, without quotes"
-        if _could_be_entry(types_[0], content):
-            return f"write it as a list: {value.line(f'[{content}]')}"
     words = literal_words(value.hint)
-    if not words and bool in types_:
-        words = ("true", "false")
     # A word that another tool has here may have another name.
     if words and isinstance(content, str | bool):
         one_of = f"write one of {', '.join(words)}"
@@ -312,23 +233,17 @@ def _fix_type(value: _Value) -> str:
             return f"{one_of}: {absent.format(content)}"
         near = nearest(str(content), words)
         return f"did you mean {value.line(near)}?" if near else one_of
-    # An unquoted 123 or true where text is needed.
+    is_list = get_origin(types_[0]) is tuple and not is_dataclass(get_args(types_[0])[0])
+    if isinstance(content, str) and is_list:
+        return f"write it as a list: {value.line(f'[{content}]')}"
     if isinstance(content, int | float) and str in types_:
         return f"put it in quotes: {value.line(json.dumps(str(content).lower()))}"
-    if isinstance(content, int | float) and not isinstance(content, bool):
-        # A bare number where an amount needs its unit.
-        for kind in (Length, Size, Share):
-            if kind in types_:
-                lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
-                return f"add the unit: {' or '.join(lines)}"
-    return f"write {value.example()}"
-
-
-def _could_be_entry(hint: object, text: str) -> bool:
-    """Tell whether a type is a list of which a text could be an entry."""
-    if get_origin(hint) is not tuple:
-        return False
-    return hint == tuple[str, ...] or text in literal_words(get_args(hint)[0])
+    # A bare number where an amount needs its unit.
+    for kind in _AMOUNTS.intersection(types_):
+        if type(content) is int:
+            lines = [value.line(f"{content} {unit}") for unit in kind.units[:2]]
+            return f"add the unit: {' or '.join(lines)}"
+    return ""
 
 
 def literal_words(hint: object) -> tuple[str, ...]:
@@ -376,7 +291,6 @@ def suggest_override(option: str, next_word: str | None) -> str | None:
     """
     name, equals, value_in_option = option.lstrip("-").partition("=")
     name = name.replace("-", "_").lower()
-    value = value_in_option if equals else next_word
     key, _, line = other_tools("keys").get(name, "").partition(": ")
     if key not in keys():
         key = _key_named(name)
@@ -384,41 +298,17 @@ def suggest_override(option: str, next_word: str | None) -> str | None:
     if not key:
         return None
     spec, hint = keys()[key]
+    types_ = members(hint)
     match = _FIRST_VALUE.match(line or example(hint, spec))
     suggestion = match[0] if match else ""
     # `--lr 2e-4` may come without a value: then the example of the key stands there.
-    if value is not None:
-        suggestion = _fitting_value(name, key, value, suggestion) or suggestion
+    value = value_in_option if equals else next_word or ""
+    kind = type(scalar(value))
+    if kind in types_ or (kind is int and float in types_) or value in literal_words(hint):
+        suggestion = value
+    elif kind is int and not _OTHER_NUMBER.search(name) and _AMOUNTS.intersection(types_):
+        suggestion = f"{value} {suggestion.partition(' ')[2] or 'examples'}"
     return shell_word(f"{key}={suggestion}")
-
-
-def _fitting_value(name: str, key: str, value: str, shown: str) -> str:
-    """The value that another tool's key `name` has, as `key` takes it; empty if it does not fit.
-
-    shown: an example, whose unit a bare number gets.
-    """
-    hint = keys()[key][1]
-    types_ = members(hint)
-    number = scalar(value)
-    kind = type(number)
-    is_amount = Length in types_ or Size in types_ or Share in types_
-    # A ratio, and a part of the rows.
-    if is_amount and isinstance(number, float) and 0 < number < 1:
-        return f"{number * 100:g} %"
-    if _OTHER_NUMBER.search(name):
-        return ""
-    if kind in (int, float) and is_amount:
-        match = _FIRST_VALUE.match(shown)
-        unit = match[0].partition(" ")[2] if match else ""
-        return f"{value} {unit or 'examples'}"
-    if kind in types_ or (kind is int and float in types_):
-        return value
-    if value.lower() == "true":
-        return ""
-    for word in (value, *other_tools("words").get(value.lower(), "").split()):
-        if word in literal_words(hint):
-            return word
-    return ""
 
 
 def _key_named(name: str) -> str:
