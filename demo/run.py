@@ -169,7 +169,7 @@ def main() -> None:
     print(f"""
 next
   tunesmith chat {RUN}
-  tunesmith eval {RUN} --data {held_out} --exact-match
+  tunesmith eval {RUN} --data {held_out} --score exact
   tunesmith merge {RUN} --output {RUN}-merged
   tunesmith train {HERE / "recipe.yaml"} model.name={shlex.quote(model)} adapter.rank=4 output_dir=runs/demo-r4
   tensorboard --logdir {RUN / "tensorboard"}

@@ -161,7 +161,7 @@ VERBS = [
     Case("eval", "zero rows", lambda w: w.evaluate(GOOD, "--max-examples", "0"), "command line: tunesmith eval", "--max-examples"),
     Case("eval", "new tokens", lambda w: w.evaluate(GOOD, "--max-new-tokens", "0"), "--max-new-tokens", "at least 1"),
     Case("eval", "rows without answers", lambda w: w.evaluate(line(prompt="a")), "b.jsonl:1", "completion", "delete the row"),
-    Case("eval", "text has no answers", lambda w: w.evaluate(line(text="abc"), "--exact-match"), "b.jsonl", "--exact-match"),
+    Case("eval", "text has no answers", lambda w: w.evaluate(line(text="abc"), "--score", "exact"), "b.jsonl", "--score"),
     Case("eval", "an unknown scorer", lambda w: w.evaluate(GOOD, "--score", "accuracy"), "--score", "accuracy", "rouge-l", "file.py:function"),
     Case("eval", "a scorer's file that is not there", lambda w: w.evaluate(GOOD, "--score", "mine.py:f"), "--score mine.py:f", "mine.py"),
     Case("eval", "a scorer without its function", lambda w: w.evaluate(GOOD, "--score", f"{w.write('mine.py', 'x = 1')}:f"), "--score", "no function f", "def f"),

@@ -79,8 +79,8 @@ def test_the_notebook_of_the_docs_runs_from_rows_to_a_merged_model(
     assert "Result(output_dir=PosixPath(" in shown
     assert shown.count("step   1  loss") == 1
     assert shown.count("  expected: team: ") == 3
-    assert "base   loss" in shown
-    assert "tuned  loss" in shown
+    assert "loss (nats per token)" in shown
+    assert "exact, 95 % interval" in shown
     assert "runs/first-tune-merged: " in shown
     assert shown.rstrip().endswith("checked: True")
     assert (tmp_path / "runs" / "first-tune-merged" / "model.safetensors").is_file()

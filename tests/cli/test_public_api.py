@@ -66,7 +66,7 @@ tunesmith.train("recipe.yaml", ["train.learning_rate=2e-4"])
 loaded: tunesmith.LoadedModel = tunesmith.load_run(result.output_dir)
 rows = tunesmith.generate(loaded, [{"prompt": "Hello"}], tunesmith.Decoding(max_new_tokens=8))
 outputs: list[str] = [row["output"] for row in rows]
-evaluation: tunesmith.Evaluation = tunesmith.evaluate(result.output_dir, Path("held-out.jsonl"), exact_match=True)
+evaluation: tunesmith.Evaluation = tunesmith.evaluate(result.output_dir, Path("held-out.jsonl"), scorers="exact")
 loss: float = evaluation.scores["tuned"].loss
 merged: tunesmith.Merged = tunesmith.merge(result.output_dir, "merged", dtype="bf16")
 better: list[str] = [tunesmith.compare("runs/a", "runs/b").runs[i] for i in tunesmith.compare("a").verdict.best]

@@ -51,8 +51,8 @@ def merged(name: str) -> Merged:
 
 
 def evaluation(name: str) -> Evaluation:
-    base = EvalResult(10, 50, 800.0, math.inf, 0.25, exact_match=0.1, answered=10)
-    tuned = EvalResult(10, 50, 0.5, math.exp(0.5), 0.75, exact_match=0.9, answered=10)
+    base = EvalResult(10, 50, 800.0, math.inf, 0.25)
+    tuned = EvalResult(10, 50, 0.5, math.exp(0.5), 0.75)
     intervals = {"base": Interval(0.1, 0.0, 0.4), "tuned": Interval(0.9, 0.6, 1.0)}
     scores = RowScores(name, 10, intervals, None, "VERDICT", {})
     return Evaluation(

@@ -517,7 +517,8 @@ def test_eval_compares_base_and_tuned(
         str(rows),
         "--max-examples",
         "5",
-        "--exact-match",
+        "--score",
+        "exact",
         "--output",
         str(rows.with_name("answers.jsonl")),
         *SHORT,
@@ -526,7 +527,7 @@ def test_eval_compares_base_and_tuned(
     found = json.loads(capsys.readouterr().out)
     assert found["base"]["rows"] == found["tuned"]["rows"] == 5
     assert found["base"]["loss"] != found["tuned"]["loss"]
-    assert found["tuned"]["asked"] == 5
+    assert found["scores"]["exact"]["rows"] == 5
     assert main(command) == EXIT_OK
     table = capsys.readouterr().out
     assert f"{found['base']['loss']:.4f}" in table
@@ -578,11 +579,14 @@ def test_columns_on_the_command_line(
     file = write_rows(tmp_path / "held.jsonl", [{"q": "one", "a": "two"}])
     plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "one", "completion": "two"}])
     assert (
-        main(["eval", str(run), "--data", str(plain), "--exact-match", "--json", *SHORT]) == EXIT_OK
+        main(["eval", str(run), "--data", str(plain), "--score", "exact", "--json", *SHORT])
+        == EXIT_OK
     )
     expected = json.loads(capsys.readouterr().out)
     assert (
-        main(["eval", str(run), "--data", str(file), *columns, "--exact-match", "--json", *SHORT])
+        main(
+            ["eval", str(run), "--data", str(file), *columns, "--score", "exact", "--json", *SHORT]
+        )
         == EXIT_OK
     )
     found = json.loads(capsys.readouterr().out)
@@ -644,11 +648,12 @@ def test_eval_scores_an_answer_that_is_right(
     mine = write_rows(tmp_path / "own.jsonl", own)
     capsys.readouterr()
     assert (
-        main(["eval", str(run), "--data", str(mine), "--exact-match", "--json", *SHORT]) == EXIT_OK
+        main(["eval", str(run), "--data", str(mine), "--score", "exact", "--json", *SHORT])
+        == EXIT_OK
     )
     found = json.loads(capsys.readouterr().out)
-    assert found["tuned"]["exact_match"] == 1.0
-    assert found["base"]["exact_match"] < 1.0
+    assert found["scores"]["exact"]["tuned"]["mean"] == 1.0
+    assert found["scores"]["exact"]["base"]["mean"] < 1.0
 
 
 def test_eval_of_a_full_run_loads_its_base_after_it(

@@ -88,7 +88,6 @@ def test_score_is_that_of_transformers_and_peft(
     assert found.loss == pytest.approx(total / count, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found.token_accuracy == hits / count
-    assert found.exact_match is None
     # Row by row, in the order of the rows, whatever the order of the batches.
     for i, example in enumerate(tokens):
         loss, _, row_count = reference(peft, [example])
@@ -174,7 +173,7 @@ def test_exact_match_without_any_answer_is_refused(tiny: Path, tmp_path: Path) -
     rows = write_rows(tmp_path / "held.jsonl", [{"prompt": "a", "completion": ""}])
     make_run(tmp_path / "run", tiny, peft_model(tiny))
     with pytest.raises(UsageError) as refused:
-        evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
+        evaluate(tmp_path / "run", str(rows), scorers="exact", max_new_tokens=4, device="cpu")
     assert rows.name in refused.value.where
 
 
@@ -188,8 +187,8 @@ def test_exact_match_reads_rows_by_the_columns_that_were_trained(
     columns = {"prompt": "question", "completion": "answer"}
     source = {"source": str(rows), "format": "prompt-completion", "columns": columns}
     make_run(tmp_path / "run", tiny, peft_model(tiny), data={"train": source})
-    found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=4, device="cpu")
-    assert [(score.rows, score.answered) for score in found.scores.values()] == [(2, 2), (2, 2)]
+    found = evaluate(tmp_path / "run", str(rows), scorers="exact", max_new_tokens=4, device="cpu")
+    assert [score.rows for score in (*found.scores.values(), *found.by_scorer)] == [2, 2, 2]
     # So are rows of a program.
     listed = [json.loads(line) for line in rows.read_text().splitlines()]
     again = evaluate(tmp_path / "run", datasets.Dataset.from_list(listed), device="cpu")
@@ -225,10 +224,10 @@ def test_without_data_the_score_is_the_run_s_own_validation_loss(
     shape = {"train": {"duration": "2 steps"}, "validate": {"every": None, "max_examples": 3}}
     train(recipe_run(tiny, tmp_path, **{**shape, **changes}))
     measured = read_records(tmp_path / "run" / "metrics.jsonl")[-1].val_loss
-    found = evaluate(tmp_path / "run", exact_match=True, max_new_tokens=2, device="cpu")
+    found = evaluate(tmp_path / "run", scorers="exact", max_new_tokens=2, device="cpu")
     assert found.scores["tuned"].loss == pytest.approx(measured, rel=1e-6)
     assert found.scores["base"].loss != pytest.approx(measured, rel=1e-6)
-    assert (found.scores["tuned"].rows, found.scores["tuned"].answered) == (3, 3)
+    assert (found.scores["tuned"].rows, found.by_scorer[0].rows) == (3, 3)
     assert ("30 %" in found.data) == bool(changes)
     # A file is shown by its name, in tables and in what is saved.
     assert holds(found.data, "train.jsonl" if changes else "held.jsonl")
@@ -322,7 +321,7 @@ def test_columns_are_those_of_the_run_or_as_told(
     make_run(tmp_path / "unmapped", tiny, peft_model(tiny), data={"train": shape})
     file = tmp_path / f"held.{ending}"
     write(QUESTIONS, file)
-    options: dict[str, Any] = {"exact_match": True, "max_new_tokens": 2, "device": "cpu"}
+    options: dict[str, Any] = {"scorers": "exact", "max_new_tokens": 2, "device": "cpu"}
     expected = evaluate(tmp_path / "unmapped", rows, **options).scores
     assert evaluate(tmp_path / "mapped", file, **options).scores == expected
     assert (
@@ -348,8 +347,8 @@ def test_asking_a_model_neither_compiles_nor_tries_the_compiler(
     loaded = load_run(tmp_path / "run", device="cpu")
     assert len(list(generate(loaded, ROWS[:1], Decoding(2)))) == 1
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:2])
-    found = evaluate(tmp_path / "run", str(rows), exact_match=True, max_new_tokens=2, device="cpu")
-    assert found.scores["tuned"].answered == 2
+    found = evaluate(tmp_path / "run", str(rows), scorers="exact", max_new_tokens=2, device="cpu")
+    assert found.by_scorer[0].rows == 2
 
 
 def test_runs_are_compared_row_by_row(tiny: Path, tmp_path: Path) -> None:
@@ -425,7 +424,7 @@ def test_answers_of_runs_that_cannot_be_written_to_go_to_a_folder(
         make_run(run, tiny, peft_model(tiny))
         (run / "evals").touch()
     rows = write_rows(tmp_path / "held.jsonl", ROWS[:1])
-    short: dict[str, Any] = {"exact_match": True, "max_new_tokens": 2, "device": "cpu"}
+    short: dict[str, Any] = {"scorers": "exact", "max_new_tokens": 2, "device": "cpu"}
     with refuses(MachineError, fix=["--output"]):
         evaluate_runs(runs, rows, **short)
     found = evaluate_runs(runs, rows, output=tmp_path / "answers", **short)

@@ -32,7 +32,7 @@ from tunesmith.inference.decoding import Answer, Decoding
 from tunesmith.inference.load_run import load_run
 from tunesmith.metrics.intervals import paired_intervals
 from tunesmith.tools.evaluate import score_rows
-from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate_on
+from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.generate import generate
 from tunesmith.tools.evaluate.text import token_f1
 from warm import Warm
@@ -61,7 +61,7 @@ def answers(tmp_path: Path) -> Path:
 
 
 def scored(run: Path, held: Path, answers: Path | None, *scorers: str, **more: Any) -> Evaluation:
-    return evaluate_on(run, held, scorers=scorers or ("f1",), output=answers, **{**OPTIONS, **more})
+    return evaluate(run, held, scorers=scorers or ("f1",), output=answers, **{**OPTIONS, **more})
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +190,14 @@ def test_progress_counts_each_batch_and_not_only_whole_windows(
 
 def eval_of_a_rank(run: Path, held: Path, output: Path, more: dict[str, Any]) -> Evaluation:
     with join_ranks() as ranks:
-        return scored(run, held, output, "f1", "exact", ranks=ranks, exact_match=True, **more)
+        return scored(run, held, output, "f1", "exact", ranks=ranks, **more)
 
 
 def test_two_ranks_share_the_rows_and_write_what_one_process_writes(
     run: Path, held: Path, answers: Path, tmp_path: Path
 ) -> None:
     """Two rows at once make windows of eight: rank 1 has the last five of thirteen."""
-    alone = scored(run, held, answers, "f1", "exact", exact_match=True)
+    alone = scored(run, held, answers, "f1", "exact")
     output = tmp_path / "ranks.jsonl"
     by_rank = run_ranks(2, eval_of_a_rank, run, held, output, {})
     assert output.read_bytes() == answers.read_bytes()
@@ -425,18 +425,18 @@ def test_each_checkpoint_and_model_has_a_file_of_its_own(
 
 def test_rows_that_were_trained_on_are_counted(tiny: Path, run: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "some.jsonl", [ROWS[4], {**ROWS[1], "output": "else"}, ROWS[0]])
-    found = evaluate_on(run, data, device="cpu", base=False)
+    found = evaluate(run, data, device="cpu", base=False)
     assert found.seen is not None
     assert (found.seen.count, found.seen.where) == (2, f"{data}:1")
     assert found.seen.earlier.endswith("run-rows.jsonl:5")
-    assert evaluate_on(tiny, data, device="cpu").seen is None
+    assert evaluate(tiny, data, device="cpu").seen is None
 
 
 def test_rows_of_training_that_are_gone_are_said_to_be_unknown(tiny: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", tiny, peft_model(tiny))
     data = write_rows(tmp_path / "some.jsonl", ROWS[:2])
     (tmp_path / "run-rows.jsonl").unlink()
-    found = evaluate_on(tmp_path / "run", data, device="cpu", base=False)
+    found = evaluate(tmp_path / "run", data, device="cpu", base=False)
     assert found.seen is None
     assert "run-rows.jsonl" in found.seen_fault
 
@@ -454,16 +454,16 @@ def test_rows_of_the_runs_that_a_run_continues_were_trained_on_too(
     adapter = {**start, "from": str(first / "final")}
     make_run(second, tiny, peft_model(tiny), adapter=adapter, data=other_rows)
     data = write_rows(tmp_path / "some.jsonl", ROWS[:2])
-    found = evaluate_on(second, data, device="cpu", base=False)
+    found = evaluate(second, data, device="cpu", base=False)
     assert found.seen is not None
     assert (found.seen.count, found.seen_fault) == (2, "")
     assert found.seen.earlier.endswith("first-rows.jsonl:1")
     first.rename(tmp_path / "moved")
-    found = evaluate_on(second, data, device="cpu", base=False)
+    found = evaluate(second, data, device="cpu", base=False)
     assert found.seen is None
     assert holds(found.seen_fault, first / "final")
     # What is known is said all the same.
-    found = evaluate_on(second, others, device="cpu", base=False)
+    found = evaluate(second, others, device="cpu", base=False)
     assert found.seen is not None
     assert found.seen.count == len(HELD)
     assert holds("\n".join(found.notes()), first / "final")
@@ -477,10 +477,10 @@ def test_the_chosen_answers_of_pairs_were_trained_on(tiny: Path, tmp_path: Path)
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     rows += [{"prompt": "Say 0", "completion": "no"}, {"prompt": "Say 9", "completion": "word 9"}]
     data = write_rows(tmp_path / "some.jsonl", rows)
-    found = evaluate_on(tmp_path / "run", data, device="cpu", base=False)
+    found = evaluate(tmp_path / "run", data, device="cpu", base=False)
     assert found.seen is not None
     assert found.seen.count == 3
-    of_pairs = evaluate_on(tmp_path / "run", file, device="cpu", base=False)
+    of_pairs = evaluate(tmp_path / "run", file, device="cpu", base=False)
     assert of_pairs.seen is not None
     assert of_pairs.seen.count == 3
     assert f"pair_accuracy={of_pairs.by_scorer[0].models['tuned'].mean}" in repr(of_pairs)

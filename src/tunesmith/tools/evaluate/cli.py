@@ -62,6 +62,13 @@ LOADS_TORCH = "here"
 MAX_NEW_TOKENS = 256
 
 
+class RemovedExactMatch(argparse.Action):
+    """The removed option `--exact-match`: an error that names its replacement."""
+
+    def __call__(self, *args: Any) -> None:
+        raise UsageError("the option was removed", where="--exact-match", fix="--score exact")
+
+
 class RemovedTasks(argparse.Action):
     """The removed option `--tasks`: an error that names its replacement."""
 
@@ -88,11 +95,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     beside = "also score the base (default: yes; of several runs no)"
     parser.add_argument("--base", action=argparse.BooleanOptionalAction, help=beside)
-    parser.add_argument(
-        "--exact-match",
-        action="store_true",
-        help="the same as --score exact",
-    )
     scorers = "exact, contains, regex, json, f1, rouge-l, tool-call, or your own, file.py:function"
     parser.add_argument(
         "--score",
@@ -113,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for --score: move earlier answers aside and answer again",
     )
     parser.add_argument("--tasks", action=RemovedTasks, help=argparse.SUPPRESS)
+    parser.add_argument("--exact-match", action=RemovedExactMatch, nargs=0, help=argparse.SUPPRESS)
     add_decoding(parser, max_new_tokens=MAX_NEW_TOKENS)
     add_rows(parser, batch_size="rows answered at once")
     add_json(parser)
@@ -147,7 +150,7 @@ def check_row_arguments(args: argparse.Namespace, locations: Sequence[RunLocatio
     elif is_local(args.data):
         with fixes_as_options():
             check_local(Path(args.data).expanduser())
-    if not args.scorers and not args.exact_match:
+    if not args.scorers:
         of_answers = ("output", "fresh", "temperature", "seed")
         fix = "add --score exact, or another"
         check_not_given(args, of_answers, "is for the answers of --score", fix=fix)

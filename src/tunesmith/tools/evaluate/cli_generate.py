@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> None:
         options.notify(f"{count_of(len(rows), 'row')}, i.e. all of them, are already in {output}")
         return
     from tunesmith.tools.evaluate.decoding_options import decoding_of
-    from tunesmith.tools.evaluate.generate import answer_rows
+    from tunesmith.tools.evaluate.generate import generate
 
     decoding = decoding_of(args)
     stop = StopRequest(interactive=True)
     location = that_sees(location, sample_rows(rows)[0].values())
     loaded = load_run(location, device=args.device)
     with options.fixes_as_options():
-        answers = answer_rows(
+        answers = generate(
             loaded,
             rows,
             decoding,

@@ -86,8 +86,6 @@ class EvalResult:
         loss: mean cross-entropy over them, in nats.
         perplexity: exp(loss).
         token_accuracy: share of them that are the most likely token after all true tokens before.
-        exact_match: share of `answered` rows whose answer is the reference, by the scorer `exact`.
-        answered: rows answered for it.
         pair_accuracy: of pairs of answers, the mean of `pairs`.
         pairs: of each pair of answers, whether the model finds the chosen one likelier, by its mean
             log-probability of a token: 1, 0, or 0.5 where both are alike; in an order that all
@@ -100,8 +98,6 @@ class EvalResult:
     loss: float
     perplexity: float
     token_accuracy: float
-    exact_match: float | None = None
-    answered: int = 0
     pair_accuracy: float | None = None
     pairs: tuple[float, ...] = field(default=(), repr=False)
     row_losses: tuple[float, ...] = field(default=(), repr=False)
@@ -343,72 +339,6 @@ def evaluate(
     columns: Mapping[str, str] | None = None,
     max_examples: int | None = None,
     base: bool = True,
-    exact_match: bool = False,
-    max_new_tokens: int = 256,
-    batch_size: int = 16,
-    device: str | None = None,
-    scorers: str | Sequence[str] = (),
-    decoding: Decoding | None = None,
-    output: str | Path | None = None,
-    fresh: bool = False,
-    trust_remote_code: bool = False,
-) -> Evaluation:
-    """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
-
-    >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
-
-    Args:
-        path: as for `load_run`; `base` scores the base of it too.
-        data: rows with answers: a file, a Hub id, mappings, or a `datasets.Dataset`; `split` and
-            `max_examples` take a part of them. None takes the rows that the run itself validates
-            on: `data.validation`, or what `data.hold_out` drew.
-        format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
-        exact_match: the scorer `exact`, in another word.
-        max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
-            once.
-        scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
-            row and score the answers, with intervals.
-        decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
-        output: for scorers: the file of the answers; None takes one in evals/ of the run. Answers
-            that exist are kept, and the missing ones are added.
-        fresh: move existing answers aside.
-        trust_remote_code: as for `load_run`.
-
-    Raises:
-        UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
-        DataError: there is no such file, or a row is broken.
-        StoppedError: a signal came while rows were answered; the same call resumes.
-    """
-    return evaluate_on(
-        path,
-        data,
-        split=split,
-        format_name=format_name,
-        columns=columns,
-        max_examples=max_examples,
-        base=base,
-        exact_match=exact_match,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        device=device,
-        scorers=scorers,
-        decoding=decoding,
-        output=output,
-        fresh=fresh,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def evaluate_on(
-    path: str | os.PathLike[str],
-    data: object = None,
-    *,
-    split: str | None = None,
-    format_name: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    max_examples: int | None = None,
-    base: bool = True,
-    exact_match: bool = False,
     max_new_tokens: int = 256,
     batch_size: int = 16,
     device: str | None = None,
@@ -420,15 +350,38 @@ def evaluate_on(
     progress: Progress = lambda *_, **__: None,
     ranks: Ranks = ONE_PROCESS,
 ) -> Evaluation:
-    """Score a run as `evaluate` does.
+    """Score a run on held-out rows, and its base beside it; one model is loaded at a time.
 
-    ranks: each has the whole model and a part of the rows. Rank 0 writes the answers. All return
-        the same numbers as a single process.
+    >>> tunesmith.evaluate("runs/my-run", "held-out.jsonl").scores["tuned"].loss
+
+    Args:
+        path: as for `load_run`; `base` scores the base of it too.
+        data: rows with answers: a file, a Hub id, mappings, or a `datasets.Dataset`; `split` and
+            `max_examples` take a part of them. None takes the rows that the run itself validates
+            on: `data.validation`, or what `data.hold_out` drew.
+        format_name, columns: how the rows of `data` are read, as for `generate`; all alike.
+        max_new_tokens, batch_size: for answers: the longest one in tokens, and rows answered at
+            once.
+        scorers: one name or several, such as `exact` or `f1`, or `file.py:function`: answer every
+            row and score the answers, with intervals.
+        decoding: for scorers: how tokens are chosen; None is greedy, up to `max_new_tokens`.
+        output: for scorers: the file of the answers; None takes one in evals/ of the run. Answers
+            that exist are kept, and the missing ones are added.
+        fresh: move existing answers aside.
+        trust_remote_code: as for `load_run`.
+        progress: called with what is counted, their count so far, and their total.
+        ranks: each has the entire model and evaluates a part of the rows. Rank 0 writes the
+            answers. All return the result of a single process.
+
+    Raises:
+        UsageError, ModelError, CheckpointError, MachineError: as `load_run`.
+        DataError: there is no such file, or a row is broken.
+        StoppedError: a signal came while rows were answered; the same call resumes.
     """
     scoring = None
     with ranks.raise_on_all_ranks():
         # Wrong names end it before a model is loaded.
-        scorers = [*check_scorer_names(scorers), *(["exact"] if exact_match else [])]
+        scorers = check_scorer_names(scorers)
         location = locate_run(path, trust_remote_code=trust_remote_code)
         if data is None:
             parts, name = _held_out_rows(location, path_of(path))
@@ -478,27 +431,14 @@ def evaluate_on(
         if scoring is None:
             return evaluation
         by_scorer = scoring.finish(_about(evaluation, location))
-        return _with_scores(evaluation, by_scorer, scoring)
-
-
-def _with_scores(
-    evaluation: Evaluation, by_scorer: Sequence[RowScores], scoring: Scoring
-) -> Evaluation:
-    scores = dict(evaluation.scores)
-    for of_scorer in by_scorer:
-        if of_scorer.name == "exact":
-            for model, result in evaluation.scores.items():
-                share = of_scorer.models[model].mean
-                scores[model] = replace(result, exact_match=share, answered=of_scorer.rows)
-    return replace(
-        evaluation,
-        scores=scores,
-        by_scorer=(*evaluation.by_scorer, *by_scorer),
-        answers=scoring.path,
-        unanswered=scoring.unanswered,
-        unfinished=scoring.unfinished(),
-        reference_hash=scoring.reference_hash,
-    )
+        return replace(
+            evaluation,
+            by_scorer=(*evaluation.by_scorer, *by_scorer),
+            answers=scoring.path,
+            unanswered=scoring.unanswered,
+            unfinished=scoring.unfinished(),
+            reference_hash=scoring.reference_hash,
+        )
 
 
 def _evaluation(scores: dict[str, EvalResult], tokens: TokenSet, name: str) -> Evaluation:

@@ -21,7 +21,7 @@ from tunesmith.metrics.result_table import ResultTable, Tabular
 from tunesmith.run_dir import PAIRS
 from tunesmith.tools.evaluate.evaluate import (
     Evaluation,
-    evaluate_on,
+    evaluate,
     interval_rows,
     loss_rows,
 )
@@ -142,7 +142,7 @@ def evaluate_runs(
         # The base is the same of all, so that one run brings it.
         has_base = base and not evaluations
         file = output and Path(output) / f"{name.replace('/', '-')}.jsonl"
-        evaluations[name] = evaluate_on(
+        evaluations[name] = evaluate(
             path,
             data,
             base=has_base,

@@ -50,6 +50,7 @@ def generate(
     columns: Mapping[str, str] | None = None,
     batch_size: int = 16,
     start: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Answer rows of any format that trains, rendered with the template that was trained.
 
@@ -65,6 +66,8 @@ def generate(
             not all have the same.
         batch_size: rows answered at once; with sampling, it changes what is drawn.
         start: the first row to answer; the answers are those of a job that began at row 0.
+        cancelled: called after each token; once true, the iterator ends after the rows that are
+            done.
 
     Returns:
         an iterator over the rows from `start` on, in their order, each with `output` added, and
@@ -74,32 +77,6 @@ def generate(
         UsageError: `loaded` is the name of a run.
         DataError: at the call, not in the iterator: a broken row, or a prompt that leaves no room
             for its answer.
-    """
-    return answer_rows(
-        loaded,
-        rows,
-        decoding,
-        format_name=format_name,
-        columns=columns,
-        batch_size=batch_size,
-        start=start,
-    )
-
-
-def answer_rows(
-    loaded: LoadedModel,
-    rows: Rows | Sequence[dict[str, Any]],
-    decoding: Decoding | None = None,
-    *,
-    format_name: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    batch_size: int = 16,
-    start: int = 0,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> Iterator[dict[str, Any]]:
-    """Answer rows as `generate` does.
-
-    cancelled: called after each token; once true, the iterator ends after the rows that are done.
     """
     if not isinstance(loaded, LoadedModel):
         what = f"generate takes a loaded model, not {type(loaded).__name__}"

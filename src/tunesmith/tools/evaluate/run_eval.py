@@ -24,7 +24,7 @@ from tunesmith.distributed.ranks import (
 from tunesmith.host.streams import width_of
 from tunesmith.metrics.intervals import Interval, LossDifference, loss_sentence
 from tunesmith.tools.evaluate.decoding_options import decoding_of
-from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate_on
+from tunesmith.tools.evaluate.evaluate import Evaluation, evaluate
 from tunesmith.tools.evaluate.evaluate_runs import RunsEvaluation, evaluate_runs
 from tunesmith.tools.evaluate.score_rows import RowScores
 
@@ -37,7 +37,7 @@ def run_rows(args: argparse.Namespace) -> None:
         require_one_process("eval")
     leave_lines_to_rank_0()
     is_one = len(args.runs) == 1
-    measure = partial(evaluate_on, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
+    measure = partial(evaluate, args.runs[0]) if is_one else partial(evaluate_runs, args.runs)
     with join_ranks() as ranks, fixes_as_options():
         counter = ProgressCounter() if ranks.is_main_process else nullcontext(lambda *_: None)
         with counter as progress:
@@ -48,7 +48,6 @@ def run_rows(args: argparse.Namespace) -> None:
                 columns=dict(args.columns) or None,
                 max_examples=args.max_examples,
                 base=args.base,
-                exact_match=args.exact_match,
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
                 device=args.device,
@@ -93,7 +92,6 @@ def as_report(run_name: str, result: Evaluation) -> dict[str, object]:
     }
     for name, score in result.scores.items():
         values = asdict(score)
-        values["asked"] = values.pop("answered")
         for key in ("pair_accuracy", "pairs", "row_losses", "row_tokens"):
             del values[key]
         for key, value in values.items():

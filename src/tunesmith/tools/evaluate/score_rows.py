@@ -377,5 +377,5 @@ def save_scores(
 
 def no_scored_rows(name: str, why: str) -> UsageError:
     """The error for rows without an answer to score against."""
-    fix = "remove --score or --exact-match, or use rows with answers"
+    fix = "remove --score, or use rows with answers"
     return UsageError("no row contains an answer to compare with", where=name, why=why, fix=fix)
